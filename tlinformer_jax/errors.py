@@ -1,0 +1,29 @@
+"""Errors that a user can cause and can mend: one line each, never a traceback.
+
+Entry points (`tlinformer_jax.cli`) print a `UserError` on stderr and exit with status 2. Library callers
+get an ordinary exception; it is also a `ValueError`.
+"""
+
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something outside the program is wrong; the message says what, where, and what is allowed."""
+
+
+class ConfigError(UserError):
+    """A configuration field holds a value that is not allowed.
+
+    Attributes:
+      field: dotted name of the field, as a config file or `--config.FIELD=` spells it.
+      value: the refused value.
+      allowed: what the field may hold.
+    """
+
+    def __init__(self, field: str, value: Any, allowed: str) -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        super().__init__(f"{field} = {value!r}: {allowed}")
+
+
+class DataError(UserError):
+    """A file, corpus, tokenizer or token stream cannot be used as it is."""
