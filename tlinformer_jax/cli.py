@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from tlinformer_jax.errors import UserError
 
@@ -19,6 +19,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
 
     def guarded(_: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
         try:
             main()
         except UserError as error:

@@ -232,9 +232,7 @@ def restore_context(
 ) -> jax.Array:
     """The restore layer for the history: every row C [batch, rows, D] reads the compressed context."""
     key, value = z_keys
-    attended = _attend_shared(
-        config, [query], key, value, frame.observed_length, _part(dropout, CONTEXT_ATTENTION)
-    )
+    attended = _attend_shared(config, [query], key, value, frame.observed_length, _part(dropout, CONTEXT_ATTENTION))
     return update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
 
 
@@ -296,9 +294,7 @@ class DualWindowBlock(nn.Module):
 
     def parameters(self) -> BlockParams:
         """The block's parameters as a typed pytree."""
-        return BlockParams(
-            self.compress_layer(), tuple(layer() for layer in self.hidden_layers), self.restore_layer()
-        )
+        return BlockParams(self.compress_layer(), tuple(layer() for layer in self.hidden_layers), self.restore_layer())
 
     def __call__(
         self, x: jax.Array, history: jax.Array | None = None, *, restore: bool = True, train: bool = False

@@ -135,11 +135,13 @@ def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -
     """
     first = "qkv".index(parts)
     normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
-    projected = jnp.einsum("...d,dphk->p...hk", normed, params.qkv_kernel[:, first : first + len(parts)])
-    bias = params.qkv_bias[first : first + len(parts)].astype(x.dtype)
-    projected = projected + bias.reshape(len(parts), *(1,) * (x.ndim - 1), *bias.shape[1:])
-    rotated = rotate(projected[: len(parts.rstrip("v"))], rope)
-    return (*rotated, projected[-1]) if parts.endswith("v") else tuple(rotated)
+    projected = jnp.einsum("bld,dphk->blphk", normed, params.qkv_kernel[:, first : first + len(parts)])
+    projected = projected + params.qkv_bias[first : first + len(parts)].astype(x.dtype)
+    turned = len(parts.rstrip("v"))  # queries and keys are rotated together, as if they were more heads
+    batch, length, _, heads, width = projected.shape
+    rotated = rotate(projected[:, :, :turned].reshape(batch, length, turned * heads, width), rope)
+    values = [projected[:, :, -1]] if parts.endswith("v") else []
+    return (*jnp.split(rotated, turned, axis=2), *values)
 
 
 def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Dropout | None = None) -> jax.Array:
@@ -154,9 +156,9 @@ def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Drop
     Returns:
       [batch, length, D].
     """
-    x = x + jnp.einsum("...hk,hkd->...d", attended, params.out_kernel) + params.out_bias.astype(x.dtype)
+    x = x + jnp.einsum("blhk,hkd->bld", attended, params.out_kernel) + params.out_bias.astype(x.dtype)
     normed = layer_norm(x, params.norm2_scale, params.norm2_bias)
-    gate_up = jnp.einsum("...d,dpf->p...f", normed, params.gate_up_kernel)
-    inner = nn.silu(gate_up[0]) * gate_up[1]
-    output = jnp.einsum("...f,fd->...d", inner, params.down_kernel)
+    gate_up = jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel)
+    inner = nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+    output = jnp.einsum("blf,fd->bld", inner, params.down_kernel)
     return x + (output if dropout is None else dropout(output))

@@ -1,0 +1,102 @@
+"""The commands as a user types them: good runs, and one clear line for every mistake."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ["--config=configs/tiny.py"]
+SHRUNK = [
+    "--config.model.d_model=16",
+    "--config.model.num_heads=2",
+    "--config.model.num_blocks=1",
+    "--config.model.history_segments=1",
+    "--config.data.sequence_length=64",
+    "--config.train.steps=2",
+    "--config.train.eval_every=0",
+]
+
+
+def command(module: str, *arguments: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Runs a module on one CPU device; imports of `blocked` packages fail as if they were not installed."""
+    hide = "".join(f"sys.modules[{name!r}] = None; " for name in blocked)
+    script = f"import sys; {hide}import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_training_and_evaluation_without_tensorflow_tfds_clu_or_grain(tmp_path):
+    blocked = ("tensorflow", "tensorflow_datasets", "clu", "grain")
+    trained = command("tlinformer_jax.main", *TINY, *SHRUNK, f"--workdir={tmp_path}", blocked=blocked)
+    assert trained.returncode == 0, trained.stderr
+    assert "bits per byte" in trained.stderr
+    assert "left" in trained.stderr
+    evaluated = command("tlinformer_jax.evaluate", f"--workdir={tmp_path}", "--json", blocked=blocked)
+    assert evaluated.returncode == 0, evaluated.stderr
+    figures = json.loads(evaluated.stdout)
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert figures["step"] == 2
+    assert abs(figures["loss"] - logged["eval/loss"]) < 1e-4
+    assert {"perplexity", "bits_per_byte", "loss_first_window", "loss_later_windows"} <= set(figures)
+
+
+MISTAKES = {
+    "heads do not divide the width": ([*TINY, "--config.model.num_heads=7"], "model.num_heads = 7"),
+    "odd head width": ([*TINY, "--config.model.d_model=12"], "must be even"),
+    "negative depth": ([*TINY, "--config.model.hidden_depth=-1"], "model.hidden_depth = -1"),
+    "no window": ([*TINY, "--config.model.generation_window=0"], "model.generation_window = 0"),
+    "no history window": ([*TINY, "--config.model.history_window=0"], "model.history_window = 0"),
+    "unknown architecture": ([*TINY, "--config.model.architecture=mamba"], "must be one of tlinformer"),
+    "unknown dtype": ([*TINY, "--config.model.dtype=float8"], "model.dtype = 'float8'"),
+    "unknown field": ([*TINY, "--config.model.widnow=1"], "--config.model.widnow=1"),
+    "unknown section": ([*TINY, "--config.modle.window=1"], "modle"),
+    "text for a number": ([*TINY, "--config.model.num_heads=many"], "num_heads"),
+    "missing config file": (["--config=configs/none.py"], "configs/none.py"),
+    "no config": ([], "--config: must name a config file"),
+    "vocabulary too small": ([*TINY, "--config.model.vocab_size=100"], "model.vocab_size = 100"),
+    "sequence longer than the corpus": ([*TINY, "--config.data.sequence_length=9000000"], "data.sequence_length"),
+    "empty sequence": ([*TINY, "--config.data.sequence_length=0"], "data.sequence_length = 0"),
+    "unknown dataset": ([*TINY, "--config.data.dataset=pile"], "data.dataset = 'pile'"),
+    "accumulation": ([*TINY, "--config.train.accumulation=3"], "train.accumulation = 3"),
+    "mesh": ([*TINY, "--config.mesh.data=3"], "must multiply to the 1 devices"),
+    "unknown flag": ([*TINY, "--wrokdir=/tmp/x"], "wrokdir"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_get_one_line_and_status_2(name, tmp_path):
+    arguments, message = MISTAKES[name]
+    workdir = tmp_path / "run"
+    result = command("tlinformer_jax.main", *arguments, f"--workdir={workdir}")
+    check_refusal(result, message)
+    assert not (workdir / "config.json").exists()
+
+
+def test_unwritable_workdir(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    check_refusal(command("tlinformer_jax.main", *TINY, f"--workdir={blocker}/run"), "--workdir")
+
+
+def test_evaluating_nothing(tmp_path):
+    check_refusal(command("tlinformer_jax.evaluate", f"--workdir={tmp_path}/none"), "train into it first")
+
+
+def check_refusal(result: subprocess.CompletedProcess, message: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr

@@ -1,0 +1,270 @@
+"""What the model promises beyond equality with the reference: causality, awareness, size, numerics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.support import golden, reference
+from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
+from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.models.attention import Dropout, attend
+from tlinformer_jax.models.config import ARCHITECTURES
+from tlinformer_jax.models.layers import cast_kernels
+from tlinformer_jax.models.rope import rotary_angles
+from tlinformer_jax.models.tlinformer import forward_windows
+from tlinformer_jax.models.windows import num_windows, plan_segments
+
+SMALL = ModelConfig(
+    vocab_size=31,
+    d_model=16,
+    num_heads=2,
+    num_blocks=2,
+    hidden_depth=1,
+    d_ff=24,
+    history_window=3,
+    generation_window=4,
+    dtype="float32",
+    history_segments=2,
+)
+
+
+def golden_scale(config: ModelConfig):
+    return params_from_reference(golden.random_weights(config), config)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parameter_count_of_the_41m_shape(architecture):
+    model = build_model(ModelConfig(architecture=architecture))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 40_982_544
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_causality_and_full_awareness_by_gradients(architecture):
+    """d logits[t] / d embedding[s] is exactly 0 for s > t, and non-zero for every s <= t that t may see."""
+    config = dataclasses.replace(SMALL, architecture=architecture, history_window=4)
+    model, variables = build_model(config), golden_scale(config)
+    length = 22  # five full windows and a short one
+    embeddings = jnp.asarray(np.random.default_rng(0).standard_normal((1, length, config.d_model)), jnp.float32)
+    mixing = jnp.asarray(np.random.default_rng(1).standard_normal(config.vocab_size), jnp.float32)
+
+    @jax.jit
+    def influence(position):
+        def output(inputs):
+            return model.apply(variables, inputs_embeds=inputs)[0, position] @ mixing
+
+        return jnp.abs(jax.grad(output)(embeddings))[0].max(-1)
+
+    for position in (0, 2, 3, 4, 9, 11, 12, 20, 21):
+        gradient = np.asarray(influence(position))
+        assert (gradient[position + 1 :] == 0).all()
+        seen = gradient[: position + 1]
+        if architecture == "sliding_window":  # six layers of eight positions reach everything here
+            assert seen[-8:].min() > 0
+        else:
+            assert seen.min() > 1e-7, (position, seen)
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer"])
+@pytest.mark.parametrize("remat", ["none", "window"])
+def test_scan_equals_plain_loop_over_windows(architecture, remat):
+    """The segmented scans give what applying the public block window by window gives, gradients included."""
+    config = dataclasses.replace(SMALL, architecture=architecture, remat=remat)
+    variables = golden_scale(config)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 18)))
+    model, block = build_model(config), DualWindowBlock(config)
+    targets = jnp.asarray(np.random.default_rng(1).standard_normal((2, 18, config.d_model)), jnp.float32)
+
+    def scanned(params):
+        embeddings = params["embedding"][tokens]
+        typed = model.apply({"params": params}, method=model.parameters)
+        return forward_windows(cast_kernels(typed.blocks, jnp.float32), config, embeddings)
+
+    def looped(params):
+        embeddings, outputs = params["embedding"][tokens], []
+        for start in range(0, 18, config.generation_window):
+            x, history = embeddings[:, start : start + config.generation_window], embeddings[:, :start]
+            for index in range(config.num_blocks):
+                x, history = block.apply({"params": params[f"blocks_{index}"]}, x, history)
+            outputs.append(x)
+        return jnp.concatenate(outputs, axis=1)
+
+    def outcome(function):
+        return jax.jit(jax.value_and_grad(lambda params: jnp.mean((function(params) - targets) ** 2)))
+
+    (loss, grads), (true_loss, true_grads) = (outcome(f)(variables["params"]) for f in (scanned, looped))
+    assert abs(float(loss - true_loss)) < 1e-5
+    for value, truth in zip(jax.tree.leaves(grads), jax.tree.leaves(true_grads), strict=True):
+        norm = float(jnp.linalg.norm(truth))
+        assert float(jnp.linalg.norm(value - truth)) <= 1e-4 * norm + 1e-12
+
+
+@pytest.mark.parametrize("segments", [1, 2, 5])
+def test_results_do_not_depend_on_segments_or_layer_scans(segments):
+    variables = golden_scale(SMALL)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 27)))
+    truth = reference.logits(golden.random_weights(SMALL), SMALL, np.asarray(tokens))
+    for scan_layers in (True, False):
+        config = dataclasses.replace(SMALL, history_segments=segments, scan_layers=scan_layers)
+        logits = jax.jit(build_model(config).apply)(variables, tokens)
+        np.testing.assert_allclose(logits, truth, atol=2e-5)
+
+
+def test_segments_cover_every_window_once():
+    for windows in (1, 2, 3, 7, 64):
+        for segments in (1, 3, 4, 9):
+            config = dataclasses.replace(SMALL, history_segments=segments)
+            plan = plan_segments(config, windows)
+            covered = [segment.first + i for segment in plan for i in range(segment.count)]
+            assert covered == list(range(1, windows))
+            assert all(segment.history_rows >= covered[-1] * 4 for segment in plan[-1:])
+    assert num_windows(SMALL, 1) == 1
+    assert num_windows(SMALL, 9) == 3
+
+
+def test_dropout_masks_do_not_depend_on_segments():
+    """A window's masks are its own; and dropout does something, and only in training."""
+    variables = golden_scale(SMALL)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 19)))
+
+    def run(train, **fields):
+        model = build_model(dataclasses.replace(SMALL, dropout=0.3, **fields))
+        return jax.jit(lambda: model.apply(variables, tokens, train=train, rngs={"dropout": jax.random.key(3)}))()
+
+    one, many, remat = run(True, history_segments=1), run(True, history_segments=4), run(True, remat="window")
+    np.testing.assert_allclose(one, many, atol=2e-5)
+    np.testing.assert_allclose(one, remat, atol=2e-5)
+    assert jnp.abs(one - run(False)).max() > 0.1
+    np.testing.assert_array_equal(run(False), run(False, history_segments=1))
+
+
+def test_dropout_keeps_the_mean_and_is_independent_between_softmaxes():
+    values = Dropout(jax.random.key(0), 0.25)(jnp.ones(200_000))
+    assert abs(float(values.mean()) - 1) < 0.01
+    assert abs(float((values == 0).mean()) - 0.25) < 0.01
+    other = Dropout(jax.random.key(0), 0.25).fold_in(1)(jnp.ones(200_000))
+    assert abs(float(jnp.corrcoef(values, other)[0, 1])) < 0.01
+
+
+@pytest.mark.parametrize("position", [0, 1, 1023, 10**6, 2**24 + 1, 2**31 - 1])
+def test_rotary_angles_are_exact_at_every_position(position):
+    for head_dim in (36, 64, 128):
+        angles = np.asarray(jax.jit(rotary_angles, static_argnums=1)(jnp.int32(position), head_dim), np.float64)
+        truth = np.longdouble(position) * np.longdouble(10000) ** (-2 * np.arange(head_dim // 2) / head_dim)
+        difference = np.remainder((angles - truth).astype(np.float64) + np.pi, 2 * np.pi) - np.pi
+        assert np.abs(difference).max() < 1e-6
+
+
+@pytest.mark.skipif(not golden.available(), reason=f"no golden files in {golden.FOLDER}")
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_bfloat16_compute_at_golden_scale(name):
+    truth = golden.load(name, dtype="bfloat16")
+    variables = params_from_reference(truth.params, truth.config)
+    logits = np.asarray(jax.jit(build_model(truth.config).apply)(variables, jnp.asarray(truth.inputs)), np.float64)
+    loss = reference.mean_loss(logits, truth.labels)
+    assert abs(loss - truth.loss) < 0.01 * truth.loss
+    assert np.sqrt(np.mean((logits - truth.logits) ** 2)) < 0.02 * np.sqrt(np.mean(truth.logits**2))
+
+
+def count_equations(jaxpr) -> int:
+    """Equations of a jaxpr and of every jaxpr inside it."""
+    total = len(jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for part in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    total += count_equations(inner)
+    return total
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer"])
+def test_program_size_does_not_grow_with_the_number_of_windows(architecture):
+    config = dataclasses.replace(SMALL, architecture=architecture, history_segments=4)
+    model, variables = build_model(config), golden_scale(config)
+
+    def size(windows):
+        tokens = jnp.zeros((1, windows * config.generation_window), jnp.int32)
+        return count_equations(jax.make_jaxpr(model.apply)(variables, tokens).jaxpr)
+
+    assert size(64) <= 1.1 * size(16)
+    assert size(16) > 300  # the count does reach into the scans
+
+
+def test_attention_log_sum_exp_merges_partial_attentions():
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (5, 11, 11))
+    whole, lse = attend(query, key, value, return_lse=True)
+    parts = [attend(query, key[:, s], value[:, s], return_lse=True) for s in (slice(0, 4), slice(4, 11))]
+    total = jnp.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(output * jnp.exp(part - total)[..., None] for output, part in parts)
+    np.testing.assert_allclose(merged, whole, atol=1e-6)
+    np.testing.assert_allclose(total, lse, atol=1e-6)
+
+
+def test_attention_over_no_keys_is_zero_with_finite_gradients():
+    x = jnp.ones((2, 3, 2, 4))
+    lengths = jnp.array([0, 2])
+
+    def total(query, key, value):
+        return attend(query, key, value, key_length=lengths).sum()
+
+    output, lse = attend(x, x, x, key_length=lengths, return_lse=True)
+    assert (output[0] == 0).all()
+    assert (lse[0] == -jnp.inf).all()
+    assert (output[1] == 1).all()
+    for gradient in jax.grad(total, argnums=(0, 1, 2))(x, x, x):
+        assert jnp.isfinite(gradient).all()
+
+
+def test_tokens_outside_the_vocabulary_never_pass_silently():
+    model, variables = build_model(SMALL), golden_scale(SMALL)
+    logits = model.apply(variables, jnp.array([[1, SMALL.vocab_size, 2]]))
+    assert jnp.isnan(logits[0, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"tokens": jnp.zeros((1, 0), jnp.int32)}, "at least one token"),
+        ({"tokens": jnp.zeros((1, 3))}, "must be integers"),
+        ({"tokens": jnp.zeros((3,), jnp.int32)}, "must be integers"),
+        ({}, "either tokens or inputs_embeds"),
+        ({"inputs_embeds": jnp.zeros((1, 3, 5))}, "model.d_model = 16"),
+    ],
+)
+def test_bad_inputs_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(SMALL).apply(golden_scale(SMALL), **inputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 7}, "model.num_heads = 7: must divide model.d_model = 432"),
+        ({"d_model": 36, "num_heads": 12}, "model.num_heads = 12: makes heads 3 wide"),
+        ({"hidden_depth": -1}, "model.hidden_depth = -1"),
+        ({"generation_window": 0}, "model.generation_window = 0"),
+        ({"history_window": 0}, "model.history_window = 0"),
+        ({"history_window": "wide"}, "model.history_window = 'wide'"),
+        ({"architecture": "mamba"}, "model.architecture = 'mamba': must be one of tlinformer"),
+        ({"dtype": "int8"}, "model.dtype = 'int8'"),
+        ({"dropout": 1.0}, "model.dropout = 1.0"),
+        ({"num_blocks": True}, "model.num_blocks = True"),
+        ({"architecture": "sliding_window", "history_window": "auto"}, "model.history_window = 'auto'"),
+    ],
+)
+def test_bad_configurations_name_field_value_and_what_is_allowed(fields, message):
+    with pytest.raises(ValueError) as caught:
+        ModelConfig(**fields)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_dtypes_may_be_given_as_objects():
+    assert ModelConfig(dtype=jnp.bfloat16).dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"model\.dtype"):
+        ModelConfig(dtype=3.5)

@@ -1,0 +1,246 @@
+"""Loss, optimiser, train step and the loop, on one and on eight simulated devices."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.support import golden
+from tlinformer_jax.analysis.ngram import witten_bell_bits
+from tlinformer_jax.config import RunConfig
+from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.data.tokenizers import ByteTokenizer
+from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.models import ModelConfig, build_model
+from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
+from tlinformer_jax.parallel.sharding import batch_sharding, parameter_spec, put_batch, tree_shardings
+from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.loop import train_and_evaluate
+from tlinformer_jax.training.loss import token_losses
+from tlinformer_jax.training.optimizer import decay_mask, learning_rate_schedule
+from tlinformer_jax.training.setup import build_run
+from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
+
+MODEL = ModelConfig(
+    vocab_size=257,
+    d_model=16,
+    num_heads=2,
+    num_blocks=2,
+    hidden_depth=0,
+    d_ff=32,
+    history_window=4,
+    generation_window=4,
+    dtype="float32",
+    history_segments=1,
+)
+TRAIN = TrainConfig(
+    steps=4, batch_size=8, learning_rate=1e-2, warmup_steps=1, log_every=1, eval_every=2, checkpoint_every=2
+)
+
+
+def golden_state(config: TrainConfig = TRAIN) -> TrainState:
+    """A state whose weights are of golden scale."""
+    state = init_state(jax.random.key(0), build_model(MODEL), config)
+    return state.replace(params=params_from_reference(golden.random_weights(MODEL), MODEL)["params"])
+
+
+def random_batch(length: int = 14, rows: int = 8) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(5).integers(0, 257, (rows, length + 1)).astype(np.int32)
+    weights = np.ones((rows, length), np.float32)
+    weights[1, 3:] = 0
+    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
+
+
+@pytest.mark.parametrize(("chunk", "length"), [(1, 7), (8, 7), (12, 9), (10_000, 5)])
+def test_chunked_loss_equals_plain_cross_entropy(chunk, length):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((3, length, 8)), jnp.float32)
+    table = jnp.asarray(rng.standard_normal((11, 8)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 11, (3, length)))
+
+    def plain(hidden, table):
+        return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ table.T), labels[..., None], -1)[..., 0]
+
+    np.testing.assert_allclose(token_losses(hidden, table, labels, chunk), plain(hidden, table), atol=1e-5)
+    ours = jax.grad(lambda *a: (token_losses(*a, labels, chunk) ** 2).sum(), argnums=(0, 1))(hidden, table)
+    truth = jax.grad(lambda *a: (plain(*a) ** 2).sum(), argnums=(0, 1))(hidden, table)
+    for value, expected in zip(ours, truth, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_chunked_loss_never_holds_all_logits():
+    tokens, vocab = 64, 5000
+    hidden, table = jnp.zeros((1, tokens, 8)), jnp.zeros((vocab, 8))
+    labels = jnp.zeros((1, tokens), jnp.int32)
+
+    def memory(chunk):
+        loss = jax.grad(lambda h, t: token_losses(h, t, labels, chunk).sum(), argnums=(0, 1))
+        return jax.jit(loss).lower(hidden, table).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(8) < 0.5 * memory(tokens)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_nothing(accumulation):
+    model, batch = build_model(MODEL), random_batch()
+    one, _ = jax.jit(lambda s, b: train_step(s, b, model=model, config=TRAIN))(golden_state(), batch)
+    config = dataclasses.replace(TRAIN, accumulation=accumulation)
+    many, _ = jax.jit(lambda s, b: train_step(s, b, model=model, config=config))(golden_state(), batch)
+    for value, truth in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(value, truth, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 1, "fsdp": 8}])
+def test_eight_devices_equal_one(sizes):
+    """Loss within 1e-5, gradients (seen through a plain SGD-like difference) within 1e-4, state kept sharded."""
+    model, batch = build_model(MODEL), random_batch()
+
+    def loss_and_grads(mesh):
+        from tlinformer_jax.training.loss import token_losses
+
+        params = golden_state().params
+        shardings = tree_shardings(params, mesh)
+
+        def loss(params, batch):
+            hidden = model.apply({"params": params}, batch["inputs"], method=model.hidden_states)
+            losses = token_losses(hidden, params["embedding"], batch["labels"], 64)
+            return (losses * batch["weights"]).sum() / batch["weights"].sum()
+
+        step = jax.jit(
+            jax.value_and_grad(loss),
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(None, shardings),
+        )
+        with jax.set_mesh(mesh):
+            return step(jax.device_put(params, shardings), put_batch(batch, mesh))
+
+    loss, grads = loss_and_grads(build_mesh(MeshConfig(**sizes)))
+    true_loss, true_grads = loss_and_grads(build_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    assert abs(float(loss) - float(true_loss)) < 1e-5
+    for value, truth in zip(jax.tree.leaves(grads), jax.tree.leaves(true_grads), strict=True):
+        value, truth = np.asarray(value), np.asarray(truth)
+        assert np.linalg.norm(value - truth) <= 1e-4 * np.linalg.norm(truth)
+    if sizes.get("fsdp", 1) > 1:
+        kernel = grads["blocks_0"]["compress"]["down_kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size // sizes["fsdp"]
+
+
+def test_every_parameter_has_a_sharding_rule_and_faults_are_named():
+    mesh = build_mesh(MeshConfig(data=1, fsdp=8))
+    with pytest.raises(ValueError, match=r"mesh\.fsdp = 8: must divide 12, a dimension of a/qkv_kernel"):
+        parameter_spec("a/qkv_kernel", (12, 3, 2, 6), mesh)
+    with pytest.raises(ValueError, match="no rule matches"):
+        parameter_spec("a/unheard_of", (8, 8), mesh)
+    with pytest.raises(ValueError, match="must multiply to the 8 devices"):
+        build_mesh(MeshConfig(data=3, fsdp=1))
+    with pytest.raises(ValueError, match=r"must divide the 8 devices"):
+        build_mesh(MeshConfig(data=-1, fsdp=3))
+
+
+def test_schedule_warms_up_and_ends_where_it_should():
+    schedule = learning_rate_schedule(dataclasses.replace(TRAIN, steps=110, warmup_steps=10, final_learning_rate=0.1))
+    rates = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(rates, [0, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
+
+
+def test_decay_mask_spares_vectors_only_when_asked():
+    params = golden_state().params
+    everything = decay_mask(dataclasses.replace(TRAIN, decay_mask="all"), params)
+    matrices = decay_mask(dataclasses.replace(TRAIN, decay_mask="matrices"), params)
+    assert all(jax.tree.leaves(everything))
+    layer = matrices["blocks_0"]["restore"]
+    assert layer["qkv_kernel"] and matrices["embedding"]
+    assert not layer["qkv_bias"] and not layer["norm1_scale"]
+
+
+def run_config(**changes) -> RunConfig:
+    return RunConfig(
+        model=dataclasses.replace(MODEL, **changes.pop("model", {})),
+        train=dataclasses.replace(TRAIN, **changes.pop("train", {})),
+        data=DataConfig(dataset="pydoc", tokenizer="bytes", sequence_length=16),
+        mesh=MeshConfig(**changes.pop("mesh", {})),
+    )
+
+
+def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path):
+    """Stopping after two steps and going on gives the parameters of a run that never stopped."""
+    config = run_config(train={"eval_batch_size": 512})
+    whole = train_and_evaluate(config, tmp_path / "whole")
+    assert 0 < whole["loss"] < 10
+    assert math.isclose(whole["perplexity"], math.exp(whole["loss"]), rel_tol=1e-6)
+
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [2, 4]
+    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"} <= set(lines[-2])
+    assert list((tmp_path / "whole" / "tensorboard").iterdir())
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["model"]["d_model"] == 16
+
+    # The same files that the run left after step 2.
+    part = tmp_path / "part"
+    (part / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):
+        (part / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (tmp_path / "whole" / "checkpoints" / "2").rename(part / "checkpoints" / "2")
+    train_and_evaluate(config, part)
+    run = build_run(config, ByteTokenizer())
+    step, params = restore_params(tmp_path / "whole", run.abstract_state.params)
+    again_step, again = restore_params(part, run.abstract_state.params)
+    assert step == again_step == 4
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+def test_another_model_in_the_workdir_is_refused(tmp_path):
+    config = run_config(train={"eval_batch_size": 512, "eval_every": 0, "checkpoint_every": 0, "steps": 1})
+    train_and_evaluate(config, tmp_path)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_depth=1))
+    with pytest.raises(ValueError, match=r"model\.hidden_depth: 0 -> 1"):
+        train_and_evaluate(other, tmp_path)
+
+
+def test_vocabulary_and_batch_are_checked_against_tokenizer_and_devices(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 200: must be at least 257"):
+        train_and_evaluate(run_config(model={"vocab_size": 200}), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"must be divisible by 8"):
+        train_and_evaluate(run_config(train={"batch_size": 12}), tmp_path / "b")
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_jitted_step_donates_and_counts(tmp_path):
+    mesh = build_mesh(MeshConfig(data=8))
+    model = build_model(MODEL)
+    state = golden_state()
+    shardings = tree_shardings(state, mesh)
+    step = jit_train_step(model, TRAIN, shardings, batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, shardings)
+        new, metrics = step(state, put_batch(random_batch(), mesh))
+    assert int(new.step) == 1
+    assert float(metrics["tokens"]) == 8 * 14 - 11
+    assert state.params["embedding"].is_deleted()
+
+
+def test_ngram_floor_equals_a_plain_dictionary_model():
+    rng = np.random.default_rng(0)
+    train, test = rng.integers(0, 4, 300), rng.integers(0, 5, 80)
+
+    def probability(context, token):
+        lower = probability(context[1:], token) if context else None
+        base = 1 / 5 if not context else lower
+        follow = [
+            int(train[i + len(context)])
+            for i in range(len(train) - len(context))
+            if tuple(train[i : i + len(context)]) == context
+        ]
+        if not follow:
+            return base
+        kinds = len(set(follow))
+        return (follow.count(token) + kinds * base) / (len(follow) + kinds)
+
+    bits = [-math.log2(probability((int(a), int(b)), int(c))) for a, b, c in zip(test, test[1:], test[2:])]
+    assert math.isclose(witten_bell_bits(train, test, 5), float(np.mean(bits)), rel_tol=1e-9)

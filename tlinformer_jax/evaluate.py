@@ -1,0 +1,47 @@
+"""Evaluates a trained model: `python -m tlinformer_jax.evaluate --workdir=DIR [--split=validation]`."""
+
+import json
+import pathlib
+
+from absl import flags
+
+from tlinformer_jax import cli
+
+WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
+SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to evaluate on.")
+JSON = flags.DEFINE_bool("json", False, "Print the figures as one JSON object.")
+
+
+def main() -> None:
+    """Restores the last checkpoint's parameters and prints loss and perplexity on a split."""
+    from tlinformer_jax.config import load_config
+    from tlinformer_jax.data.tokenizers import load_tokenizer
+    from tlinformer_jax.training.checkpoint import restore_params
+    from tlinformer_jax.training.evaluation import summary
+    from tlinformer_jax.training.setup import build_run, use_compilation_cache
+
+    workdir = pathlib.Path(WORKDIR.value).expanduser()
+    config = load_config(workdir)
+    use_compilation_cache()
+    run = build_run(config, load_tokenizer(workdir))
+    stream = run.split(SPLIT.value)
+    step, params = restore_params(workdir, run.abstract_state.params)
+    result = run.evaluate(params, stream)
+    figures = summary(result, stream, config.model.generation_window)
+    if JSON.value:
+        print(json.dumps({"step": step, "split": SPLIT.value, "tokens": result.tokens, **figures}))
+        return
+    print(f"{config.model.architecture}, step {step}, {SPLIT.value} split, {result.tokens:,} tokens")
+    labels = {
+        "loss": "loss, nats per token",
+        "perplexity": "perplexity per token",
+        "bits_per_byte": "bits per byte",
+        "loss_first_window": "loss in the first window",
+        "loss_later_windows": "loss in later windows",
+    }
+    for name, value in figures.items():
+        print(f"  {labels[name]:26} {value:.4f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

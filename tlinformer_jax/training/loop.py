@@ -1,0 +1,167 @@
+"""The training loop: `train_and_evaluate(config, workdir)`."""
+
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tlinformer_jax.analysis.ngram import witten_bell_bits
+from tlinformer_jax.config import CONFIG_FILE, RunConfig, differences, load_config, run_config, save_config
+from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.parallel.sharding import batch_sharding, put_batch
+from tlinformer_jax.training.checkpoint import Checkpoints
+from tlinformer_jax.training.evaluation import summary
+from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
+from tlinformer_jax.training.setup import Run, build_run
+from tlinformer_jax.training.step import TrainState, jit_train_step
+
+# Vocabularies up to this size (bytes) get the n-gram floor beside the model's bits per byte.
+NGRAM_VOCABULARY = 512
+
+
+def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path) -> dict[str, float]:
+    """Trains, evaluates and saves; continues from the last checkpoint if the directory holds one.
+
+    Args:
+      config: a RunConfig, or the nested mapping of a config file.
+      workdir: receives config.json, the tokenizer, metrics.jsonl, TensorBoard events and checkpoints.
+
+    Returns:
+      the figures of the last evaluation, as `evaluation.summary` names them.
+
+    Raises:
+      ConfigError, DataError: for what a user can mend, before anything is trained.
+    """
+    config = config if isinstance(config, RunConfig) else run_config(config)
+    workdir = pathlib.Path(workdir)
+    run = build_run(config, build_tokenizer(config.data.tokenizer))
+    train, validation = run.split("train"), run.split("validation")
+    batches = TrainingBatches(train, config.data.sequence_length, config.train.batch_size, config.train.seed)
+    prepare_workdir(run, workdir)
+    main = jax.process_index() == 0
+    with (
+        Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+        MetricsLog(workdir, active=main) as log,
+        jax.set_mesh(run.mesh),
+    ):
+        if checkpoints.latest_step() is None:
+            state = run.initial_state()
+            say(parameter_overview(state.params))
+        else:
+            state = checkpoints.restore(run.abstract_state)
+            say(f"continuing from step {int(state.step)} in {workdir}")
+        describe(run, train, validation, batches)
+        state = train_steps(run, state, batches, validation, checkpoints, log)
+        checkpoints.save(state)
+        return evaluate_and_log(run, state, validation, log)
+
+
+def prepare_workdir(run: Run, workdir: pathlib.Path) -> None:
+    """Writes config and tokenizer into the working directory.
+
+    Raises:
+      ConfigError: if it holds a run of another model, data or batch, naming what differs.
+    """
+    if (workdir / CONFIG_FILE).exists():
+        changed = differences(load_config(workdir), run.config)
+        fixed = [line for line in changed if line.startswith(("model.", "data.", "train.batch_size", "train.seed"))]
+        if fixed:
+            raise ConfigError("--workdir", str(workdir), f"holds a run with another configuration: {'; '.join(fixed)}")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_config(run.config, workdir)
+        run.tokenizer.save(workdir)
+
+
+def describe(run: Run, train: TokenStream, validation: TokenStream, batches: TrainingBatches) -> None:
+    """Says what is about to be trained, and on what."""
+    config = run.config
+    say(
+        f"{config.model.architecture}, {config.model.num_layers} layers, on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}, {config.model.compute_dtype.name}"
+    )
+    say(
+        f"train {len(train.tokens):,} tokens, {batches.samples_per_epoch:,} samples of {batches.sequence_length}; "
+        f"validation {len(validation.tokens):,} tokens; {config.train.steps:,} steps of "
+        f"{config.train.batch_size * config.data.sequence_length:,} tokens"
+    )
+    if run.tokenizer.vocab_size <= NGRAM_VOCABULARY:
+        bits = witten_bell_bits(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
+        bits *= len(validation.tokens) / validation.num_bytes
+        say(f"to beat: order-2 byte n-gram (Witten-Bell) fitted on the training split: {bits:.3f} bits per byte")
+
+
+def train_steps(
+    run: Run,
+    state: TrainState,
+    batches: TrainingBatches,
+    validation: TokenStream,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+) -> TrainState:
+    """Runs the steps that are left; evaluates and saves at the configured rhythm, but not after the last."""
+    config = run.config.train
+    step_function = jit_train_step(run.model, config, run.shardings, batch_sharding(run.mesh))
+    process, processes = jax.process_index(), jax.process_count()
+    throughput = Throughput(config.steps)
+    first = int(state.step)
+    reported, tokens = first, 0.0
+    for step in range(first + 1, config.steps + 1):
+        batch = batches.batch(step - 1, process, processes)
+        tokens += float(batch["weights"].sum()) * processes
+        state, metrics = step_function(state, put_batch(batch, run.mesh))
+        if step == first + 1:
+            jax.block_until_ready(metrics)  # the first step's time is mostly compilation
+            say(f"compiled and ran step {step}")
+            log_step(step, metrics, None, config.steps, log)
+            throughput.restart()
+            reported, tokens = step, 0.0
+            continue
+        pause = due(step, config.eval_every, config.steps) or due(step, config.checkpoint_every, config.steps)
+        if step % config.log_every == 0 or step == config.steps or pause:
+            jax.block_until_ready(metrics)
+            speed = throughput.report(step, step - reported, tokens)
+            log_step(step, metrics, speed, config.steps, log)
+            reported, tokens = step, 0.0
+        if pause:
+            if due(step, config.checkpoint_every, config.steps):
+                checkpoints.save(state)
+            if due(step, config.eval_every, config.steps):
+                evaluate_and_log(run, state, validation, log)
+            throughput.restart()
+    return state
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens at `step`, the last one excepted."""
+    return every > 0 and step % every == 0 and step != last
+
+
+def log_step(
+    step: int, metrics: Mapping[str, Any], speed: Mapping[str, float] | None, last: int, log: MetricsLog
+) -> None:
+    """Writes and prints the figures of one step; `speed` is None where it is not known."""
+    values = {f"train/{name}": float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
+    line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
+    if speed is not None:
+        values["train/tokens_per_second"] = speed["tokens_per_second"]
+        line += f"  {speed['tokens_per_second']:,.0f} tokens/s  {clock(speed['eta'])} left"
+    log.write(step, values)
+    say(line)
+
+
+def evaluate_and_log(run: Run, state: TrainState, validation: TokenStream, log: MetricsLog) -> dict[str, float]:
+    """Evaluates on the validation split, writes and prints the figures."""
+    started = time.perf_counter()
+    step = int(state.step)
+    figures = summary(run.evaluate(state.params, validation), validation, run.config.model.generation_window)
+    log.write(step, {f"eval/{name}": value for name, value in figures.items()})
+    text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+    say(f"evaluation at step {step}: {text}  ({clock(time.perf_counter() - started)})")
+    return figures

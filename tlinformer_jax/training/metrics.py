@@ -1,0 +1,139 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard events, and a line of progress."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class ScalarWriter(Protocol):
+    """What clu's metric writers and ours have in common."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records the scalars of a step."""
+
+    def flush(self) -> None:
+        """Makes everything written so far visible to readers."""
+
+    def close(self) -> None:
+        """Flushes and releases the files."""
+
+
+class TensorBoardXWriter:
+    """TensorBoard events without TensorFlow."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def tensorboard_writer(folder: pathlib.Path) -> ScalarWriter:
+    """clu's writer where it can be imported (it needs TensorFlow), else tensorboardX."""
+    if importlib.util.find_spec("clu") and importlib.util.find_spec("tensorflow"):
+        from clu import metric_writers
+
+        return metric_writers.SummaryWriter(str(folder))
+    return TensorBoardXWriter(folder)
+
+
+class MetricsLog:
+    """Writes each event to metrics.jsonl and to TensorBoard; does nothing where it is not active.
+
+    Only process 0 of a run is active.
+    """
+
+    def __init__(self, workdir: pathlib.Path, active: bool = True) -> None:
+        self._active = active
+        if active:
+            # Held open for the whole run and closed by close().
+            self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
+            self._board = tensorboard_writer(workdir / TENSORBOARD_FOLDER)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records one event; the JSON line is on disk when this returns."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        self._board.write_scalars(step, scalars)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+            self._active = False
+
+
+class Throughput:
+    """Tokens per second and time left, without compilation, evaluation and saving."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def restart(self) -> None:
+        """Forgets the time since the last report: it went into something else than training."""
+        self._since = time.perf_counter()
+
+    def report(self, step: int, steps: int, tokens: float) -> dict[str, float]:
+        """Counts `steps` steps with `tokens` tokens that ended just now.
+
+        Returns:
+          {'tokens_per_second': of these steps, 'eta': seconds left at the mean speed so far}.
+        """
+        now = time.perf_counter()
+        elapsed = max(now - self._since, 1e-9)
+        self._since = now
+        self._tokens, self._seconds, self._steps = self._tokens + tokens, self._seconds + elapsed, self._steps + steps
+        return {"tokens_per_second": tokens / elapsed, "eta": (self._total - step) * self._seconds / self._steps}
+
+
+def say(message: str) -> None:
+    """Prints a line of progress on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def parameter_overview(params: Any) -> str:
+    """A table of the parameters: clu's where it is installed, else names, shapes and the total."""
+    if importlib.util.find_spec("clu"):
+        from clu import parameter_overview as clu_overview
+
+        return clu_overview.get_parameter_overview(params, include_stats=False)
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    rows = [f"{'/'.join(str(key.key) for key in path):48} {leaf.shape!s:24} {leaf.size:>12,}" for path, leaf in leaves]
+    return "\n".join([*rows, f"Total: {sum(leaf.size for _, leaf in leaves):,}"])

@@ -1,0 +1,103 @@
+"""What training and evaluation build alike: tokenizer, mesh, model, shardings, splits."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tlinformer_jax.config import RunConfig
+from tlinformer_jax.data.batches import evaluation_batches
+from tlinformer_jax.data.sources import load_split
+from tlinformer_jax.data.streams import TokenStream, check_token_ids
+from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.models.model import LanguageModel, build_model
+from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
+from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
+from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
+from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
+
+COMPILATION_CACHE = pathlib.Path("~/.cache/tlinformer_jax/xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The fixed parts of a run."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+    model: LanguageModel
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the train state."""
+        init = functools.partial(init_state, model=self.model, config=self.config.train)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            tree_shardings(shapes, self.mesh),
+        )
+
+    @property
+    def shardings(self) -> TrainState:
+        """Shardings of the train state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first update, born sharded."""
+        init = functools.partial(init_state, model=self.model, config=self.config.train)
+        return jax.jit(init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
+
+    def split(self, name: str) -> TokenStream:
+        """A split of the corpus, its ids checked against the vocabulary."""
+        stream = load_split(self.config.data, name, self.tokenizer)
+        check_token_ids(
+            stream, self.config.model.vocab_size, f"split '{name}' of data.dataset = {self.config.data.dataset}"
+        )
+        return stream
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """The jitted evaluation step."""
+        return jit_eval_step(self.model, self.config.train, self.shardings.params, batch_sharding(self.mesh))
+
+    def evaluate(self, params: Any, stream: TokenStream) -> Evaluation:
+        """Evaluates the parameters on a split."""
+        batches = evaluation_batches(
+            stream,
+            self.config.data.sequence_length,
+            self.config.train.evaluation_batch_size,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        with jax.set_mesh(self.mesh):
+            return evaluate_split(self.eval_step, params, batches, self.mesh)
+
+
+def build_run(config: RunConfig, tokenizer: Tokenizer) -> Run:
+    """Builds and cross-checks the fixed parts of a run.
+
+    Raises:
+      ConfigError: if the tokenizer does not fit the vocabulary, or the batch does not fit the devices.
+    """
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            "model.vocab_size",
+            config.model.vocab_size,
+            f"must be at least {tokenizer.vocab_size}, the ids of data.tokenizer = {config.data.tokenizer!r}",
+        )
+    mesh = build_mesh(config.mesh)
+    check_batch_divides(config.train.micro_batch_size, mesh, "train.batch_size / train.accumulation")
+    check_batch_divides(config.train.evaluation_batch_size, mesh, "train.eval_batch_size")
+    return Run(config, tokenizer, mesh, build_model(config.model))
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs of the entry points, unless the user has chosen a place."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE.expanduser()))
