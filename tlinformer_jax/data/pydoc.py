@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tlinformer_jax.data.pieces import Counts, Piece, encode_pieces
+from tlinformer_jax.data.pieces import Piece, encode_pieces
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import Tokenizer
 

@@ -334,7 +334,7 @@ def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFac
         vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
     except ConfigError:
         raise
-    except Exception as error:  # the library raises bare Exception for a file that it cannot parse
+    except Exception as error:  # noqa: BLE001  the library raises bare Exception for a file that it cannot parse
         raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
     known = [name for name in names if name in vocabulary]
     if not known:
