@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import tensorflow_datasets as tfds
@@ -30,8 +30,8 @@ class Wikitext103(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "One example a line; blank lines are empty strings."}
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in VARIANTS]
+    RELEASE_NOTES: ClassVar = {"1.0.0": "One example a line; blank lines are empty strings."}
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in VARIANTS]
     # TFDS refuses to name the manual directory of a builder without instructions.
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Optional: wikitext-103-v1.zip, or the parquet files of Salesforce/wikitext."
 
