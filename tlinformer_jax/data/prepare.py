@@ -69,7 +69,6 @@ def prepare(config: DataConfig) -> Iterator[SplitReport]:
 def main(argv: Sequence[str]) -> None:
     """Prints a line a split."""
     from absl import flags
-
     from tlinformer_jax.config import run_config_from
 
     del argv
@@ -79,7 +78,6 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     from ml_collections import config_flags
-
     from tlinformer_jax.cli import run
 
     config_flags.DEFINE_config_file("config", None, "The run's configuration.", lock_config=True)

@@ -8,7 +8,7 @@ import collections
 import concurrent.futures
 import importlib.util
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import Self
 
 from tlinformer_jax.data.batches import Batch, TrainingBatches
 from tlinformer_jax.errors import DataError
@@ -35,10 +35,10 @@ class PrefetchedBatches(Iterator[Batch]):
         """Ends the threads."""
         self._source.close()
 
-    def __enter__(self) -> "PrefetchedBatches":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

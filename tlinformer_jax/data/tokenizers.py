@@ -316,11 +316,9 @@ def _cut_before_space(text: str) -> int:
     start = len(text)
     while start > 0:
         stop, start = start + 1, max(0, 2 * start - len(text) - 1024)  # windows double from the end
-        last = None
-        for last in _BEFORE_SPACE.finditer(text, start, min(stop, len(text))):
-            pass
-        if last:
-            return last.end()
+        found = [match.end() for match in _BEFORE_SPACE.finditer(text, start, min(stop, len(text)))]
+        if found:
+            return found[-1]
     return 0
 
 
@@ -334,7 +332,7 @@ def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFac
         vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
     except ConfigError:
         raise
-    except Exception as error:  # noqa: BLE001  the library raises bare Exception for a file that it cannot parse
+    except Exception as error:
         raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
     known = [name for name in names if name in vocabulary]
     if not known:

@@ -69,9 +69,10 @@ def _in_order(groups: Iterable[list[Piece]], workers: list[Worker]) -> Iterator[
 
     def exchange(group: list[Piece]) -> Encoded:
         worker = idle.get()
-        answer = _ask(worker, group)
-        idle.put(worker)
-        return answer
+        try:
+            return _ask(worker, group)
+        finally:
+            idle.put(worker)  # a dead one too: whoever waits for it must fail, not wait for ever
 
     pending: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
     # One thread a worker: a thread only writes to and reads from its worker's pipes.
@@ -92,7 +93,8 @@ def _in_order(groups: Iterable[list[Piece]], workers: list[Worker]) -> Iterator[
 
 
 def _ask(worker: Worker, group: list[Piece]) -> Encoded:
-    assert worker.stdin is not None and worker.stdout is not None
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     try:
         pickle.dump(group, worker.stdin, protocol=5)
         worker.stdin.flush()

@@ -88,7 +88,7 @@ def user_agent(name: str) -> Iterator[None]:
     """
     import requests
 
-    with mock.patch.object(requests.utils, "default_user_agent", lambda: name):
+    with mock.patch.object(requests.utils, "default_user_agent", return_value=name):
         yield
 
 
