@@ -1,5 +1,6 @@
 """Text to cached tokens: counts, determinism, and what a kill, a full disk or a second process leave behind."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -304,6 +305,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
     assert not open_split(config_for(tmp_path), "train", BYTES).found
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path, num_workers):
     texts = write_corpus(tmp_path / "a.jsonl", documents=300, words=4000)
@@ -382,3 +384,30 @@ def _processes_that_name(text: str) -> list[int]:
             if text.encode() in command:
                 found.append(int(entry.name))
     return found
+
+
+def _peak_memory(child: subprocess.Popen) -> int:
+    """The peak of the summed resident memory of a process and its children, in bytes, until it ends."""
+    peak = 0
+    while child.poll() is None:
+        children = pathlib.Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        total = 0
+        with contextlib.suppress(OSError):
+            for pid in [str(child.pid), *children.read_text().split()]:
+                total += int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+        peak = max(peak, total)
+        time.sleep(0.02)
+    return peak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    peaks = []
+    for documents in (40, 160):  # of 1.3 MB each: "books", in one file
+        write_corpus(tmp_path / "a.jsonl", documents, words=220_000)
+        child = _run_child(tmp_path, tokenizer="gpt2", num_workers=2)
+        peaks.append(_peak_memory(child))
+        assert child.returncode == 0
+    assert peaks[1] < 1.15 * peaks[0]
+    assert peaks[1] < 700e6

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import http.server
 import pathlib
+import resource
 import threading
 import zipfile
 
@@ -257,3 +258,42 @@ def test_what_a_killed_preparation_left_is_removed(tmp_path, monkeypatch, manual
     abandoned.mkdir(parents=True)
     load_split(config, "test", ByteTokenizer())
     assert not abandoned.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "shard gone", "info gone bad"])
+def test_a_damaged_prepared_dataset_is_refused(tmp_path, monkeypatch, manual, damage):
+    expect_zip(monkeypatch, write_zip(manual, "v1"))
+    config = config_for(tmp_path, manual_dir=str(manual))
+    (path,) = prepared.prepared_files(config, "train")
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[200] ^= 255
+        path.write_bytes(data)
+    elif damage == "shard gone":
+        path.unlink()
+    else:
+        (path.parent / "dataset_info.json").write_text("{}")
+    with pytest.raises(DataError, match=r"prepared WikiText-103 is damaged .*; delete this directory") as caught:
+        load_split(config, "train", ByteTokenizer())
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").rglob("tokens.bin"))
+
+
+def test_a_full_disk_while_preparing_is_one_clear_line(tmp_path, monkeypatch, manual):
+    """A limit on the size of a file makes a real write fail, as a full disk does."""
+    import tensorflow_datasets  # noqa: F401  writes nothing later
+
+    expect_zip(monkeypatch, write_zip(manual, "v1"))
+    config = config_for(tmp_path, manual_dir=str(manual))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    try:
+        with pytest.raises(DataError, match=r"WikiText-103 cannot be prepared .*File too large") as caught:
+            load_split(config, "train", ByteTokenizer())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "\n" not in str(caught.value)
+    assert _is_nothing_prepared(tmp_path)
+    assert load_split(config, "train", ByteTokenizer()).num_documents == len(ROWS["train"])
