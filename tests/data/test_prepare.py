@@ -34,6 +34,11 @@ def test_the_default_needs_nothing_but_python():
     assert train.num_bytes > 5 * validation.num_bytes > 0
 
 
+def test_a_model_that_is_too_small_for_the_tokenizer_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"model\.vocab_size = 256: must be at least 257"):
+        next(prepare(DataConfig(), vocab_size=256))
+
+
 def test_a_text_dataset_without_files_is_refused():
     with pytest.raises(DataError, match=r"data\.train_files = ''"):
         list(prepare(DataConfig(dataset="text")))

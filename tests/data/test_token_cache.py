@@ -267,10 +267,16 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_split_without_files_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"data\.validation_files = '': the validation split needs"):
+    with pytest.raises(DataError, match=r"data\.validation_files = '': must hold a path or glob"):
         load_split(config_for(tmp_path), "validation", BYTES)
-    with pytest.raises(DataError, match="'pydoc' has no split 'test'; it has train, validation"):
-        load_split(DataConfig(), "test", BYTES)
+    with pytest.raises(DataError, match="split 'dev': must be one of train, validation, test"):
+        load_split(DataConfig(), "dev", BYTES)
+
+
+def test_the_embedded_corpus_comes_through_the_same_door():
+    train, validation, test = (load_split(DataConfig(), split, BYTES) for split in ("train", "validation", "test"))
+    assert train.num_documents > 8 * validation.num_documents > 0
+    np.testing.assert_array_equal(validation.tokens, test.tokens)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -43,7 +43,7 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
                 )
             found[match.resolve()] = None
     if not found:
-        raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files")
+        raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files for this split")
     return list(found)
 
 

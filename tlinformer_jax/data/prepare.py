@@ -5,12 +5,12 @@ training run with the same data section finds the result in the cache.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.sources import available_splits, open_split
 from tlinformer_jax.data.streams import check_token_ids
-from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import DataError
 
 
@@ -47,13 +47,19 @@ class SplitReport:
         )
 
 
-def prepare(config: DataConfig) -> Iterator[SplitReport]:
+def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[SplitReport]:
     """Prepares every split that `config` has text for; yields each split's report as soon as it is done.
+
+    Args:
+      config: the data section.
+      vocab_size: of the model that is to be trained, to find out now that the tokenizer does not fit it.
 
     Raises:
       UserError: for whatever is wrong with the configuration, the files, the cache or the download.
     """
     tokenizer = build_tokenizer(config.tokenizer, config.end_of_text_token)
+    if vocab_size is not None:
+        check_vocab(tokenizer, vocab_size)
     splits = available_splits(config)
     if not splits:
         raise DataError("data.train_files = '': data.dataset = 'text' needs a path or glob of .txt or .jsonl files")
@@ -66,19 +72,22 @@ def prepare(config: DataConfig) -> Iterator[SplitReport]:
         )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints a line a split."""
     from absl import flags
-    from tlinformer_jax.config import run_config_from
 
-    del argv
-    for report in prepare(run_config_from(flags.FLAGS.config).data):
+    from tlinformer_jax.cli import config_values
+    from tlinformer_jax.config import run_config
+
+    config = run_config(config_values(flags.FLAGS.config))
+    for report in prepare(config.data, config.model.vocab_size):
         print(report, flush=True)
 
 
 if __name__ == "__main__":
     from ml_collections import config_flags
+
     from tlinformer_jax.cli import run
 
-    config_flags.DEFINE_config_file("config", None, "The run's configuration.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
     run(main)

@@ -54,9 +54,9 @@ class Source:
 
 
 def available_splits(config: DataConfig) -> tuple[str, ...]:
-    """The splits that `config` gives text for."""
+    """The splits that `config` gives text of their own for."""
     if config.dataset == "pydoc":
-        return ("train", "validation")
+        return ("train", "validation")  # validation also serves as test
     if config.dataset == "text":
         return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
     return SPLITS
@@ -77,8 +77,8 @@ def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStr
 
 def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSplit:
     """`load_split`, with what `prepare` reports."""
-    if split not in available_splits(config):
-        raise DataError(_missing_split(config, split))
+    if split not in SPLITS:
+        raise DataError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     start = time.monotonic()
     if config.dataset == "pydoc":
         from tlinformer_jax.data.pydoc import load_pydoc
@@ -98,12 +98,6 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSp
 
     stream, found = cached_tokens(config.cache_path, identity, tokenizer.vocab_size, encode, verify=config.full_hash)
     return OpenedSplit(stream, found, time.monotonic() - start)
-
-
-def _missing_split(config: DataConfig, split: str) -> str:
-    if config.dataset == "text" and split in SPLITS:
-        return f"data.{split}_files = '': the {split} split needs a path or glob of .txt or .jsonl files"
-    return f"data.dataset = {config.dataset!r} has no split {split!r}; it has {', '.join(available_splits(config))}"
 
 
 def _encode(

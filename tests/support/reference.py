@@ -1,0 +1,136 @@
+"""An independent implementation of the specification: NumPy, float64, plain loops, published names.
+
+It shares no code with the library. It is slow and follows the specification line by line, so that every fast
+path can be compared with something that is easy to check by eye.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+Weights = Mapping[str, np.ndarray]
+
+
+def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
+    """Teacher-forced logits float64 [batch, length, V] of integer tokens [batch, length].
+
+    `config` needs the fields of ModelConfig; `weights` has the published names.
+    """
+    weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
+    rows = []
+    for sequence in np.asarray(tokens):
+        embedded = weights["embedding.weight"][sequence]
+        if config.architecture in ("tlinformer", "tconstformer"):
+            size = config.generation_window
+            x = np.concatenate(
+                [_window(weights, config, embedded, n, embedded[n : n + size]) for n in range(0, len(sequence), size)]
+            )
+        else:
+            x = _baseline(weights, config, embedded)
+        x = _norm(x, weights["transformer.norm.weight"], weights["transformer.norm.bias"])
+        rows.append(x @ weights["embedding.weight"].T)
+    return np.stack(rows)
+
+
+def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean cross-entropy in nats over all positions."""
+    shifted = all_logits - all_logits.max(-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return float(-np.take_along_axis(log_probs, np.asarray(labels)[..., None], -1).mean())
+
+
+def _window(weights: Weights, config, embedded: np.ndarray, n: int, x: np.ndarray) -> np.ndarray:
+    m = len(x)
+    start = max(0, n - _history_window(config, n)) if n else 0
+    context = embedded[:n]
+    new = np.arange(n, n + m)
+    for b in range(config.num_blocks):
+        block = f"transformer.transformer_layers.{b}."
+        layer = _Layer(weights, block + "compress_context_layer.", config)
+        qc, kc, vc = layer.project(context, np.arange(n))
+        qx, kx, vx = layer.project(x, new)
+        z = layer.update(context[start:], _attend(qc[start:], kc, vc))
+        seen = _attend(qx, kx, vx, causal=True)
+        if config.architecture == "tlinformer":
+            seen = seen + _attend(qx, kc, vc)
+        x = layer.update(x, seen)
+        for j in range(config.hidden_depth):
+            layer = _Layer(weights, f"{block}hidden_layers.{j}.", config)
+            qz, kz, vz = layer.project(z, np.arange(start, n))
+            qx, kx, vx = layer.project(x, new)
+            z, x = (
+                layer.update(z, _attend(qz, kz, vz)),
+                layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz)),
+            )
+        layer = _Layer(weights, block + "restore_context_shape_layer.", config)
+        _, kz, vz = layer.project(z, np.arange(start, n))
+        qx, kx, vx = layer.project(x, new)
+        context = layer.update(context, _attend(qc, kz, vz))
+        x = layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz))
+    return x
+
+
+def _baseline(weights: Weights, config, x: np.ndarray) -> np.ndarray:
+    window = None
+    if config.architecture == "sliding_window":
+        window = config.history_window + config.generation_window
+    for i in range(config.num_blocks * (config.hidden_depth + 2)):
+        layer = _Layer(weights, f"transformer.transformer_layers.{i}.", config)
+        q, k, v = layer.project(x, np.arange(len(x)))
+        x = layer.update(x, _attend(q, k, v, causal=True, window=window))
+    return x
+
+
+def _history_window(config, n: int) -> int:
+    if config.history_window == "auto":
+        return 8 * math.floor((12 * math.log(n) + 7) / 8)
+    return config.history_window
+
+
+class _Layer:
+    def __init__(self, weights: Weights, prefix: str, config) -> None:
+        self.weights, self.prefix, self.heads = weights, prefix, config.num_heads
+
+    def get(self, name: str) -> np.ndarray:
+        return self.weights[self.prefix + name]
+
+    def project(self, u: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
+        y = _norm(u, self.get("norm1.weight"), self.get("norm1.bias"))
+        qkv = y @ self.get("qkv_proj.weight").T + self.get("qkv_proj.bias")
+        q, k, v = (part.reshape(len(u), self.heads, u.shape[1] // self.heads) for part in np.split(qkv, 3, axis=-1))
+        return [_rope(q, positions), _rope(k, positions), v]
+
+    def update(self, u: np.ndarray, attended: np.ndarray) -> np.ndarray:
+        v = u + attended.reshape(u.shape) @ self.get("out_proj.weight").T + self.get("out_proj.bias")
+        y = _norm(v, self.get("norm2.weight"), self.get("norm2.bias"))
+        gate = y @ self.get("ffn.w1.weight").T
+        inner = gate / (1 + np.exp(-gate)) * (y @ self.get("ffn.w3.weight").T)
+        return v + inner @ self.get("ffn.w2.weight").T
+
+
+def _norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+
+def _rope(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    width = x.shape[-1]
+    angles = positions[:, None] * 10000.0 ** (-2 * np.arange(width // 2) / width)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    rotated = np.empty_like(x)
+    rotated[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
+    rotated[..., 1::2] = x[..., 0::2] * sin + x[..., 1::2] * cos
+    return rotated
+
+
+def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = False, window: int | None = None) -> np.ndarray:
+    if len(k) == 0:
+        return np.zeros_like(q)
+    scores = np.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+    if causal:
+        distance = np.arange(len(q))[:, None] - np.arange(len(k))[None, :]
+        hidden = (distance < 0) | (distance >= (window or len(k) + 1))
+        scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v)

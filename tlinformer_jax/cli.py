@@ -1,0 +1,101 @@
+"""What all entry points share: flags by absl, user errors as one line and exit status 2."""
+
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+from tlinformer_jax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Parses the flags, runs `main()`, exits.
+
+    A `UserError`, or flags and config files that cannot be parsed, become one line on stderr and status 2.
+    """
+
+    def guarded(_: Sequence[str]) -> None:
+        try:
+            main()
+        except UserError as error:
+            fail(str(error))
+
+    app.run(guarded, flags_parser=_parse_flags)
+    raise AssertionError("app.run returns through sys.exit")
+
+
+def fail(message: str) -> NoReturn:
+    """Prints `message` as one line on stderr and exits with status 2."""
+    print("error:", " ".join(message.split("\n")), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def writable_workdir(path: str) -> pathlib.Path:
+    """Creates the working directory if needed.
+
+    Raises:
+      UserError: if it cannot be created or written.
+    """
+    if not path:
+        raise UserError("--workdir: must name a directory")
+    workdir = pathlib.Path(path).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={path}: must be a directory that can be written ({error.strerror})") from None
+    return workdir
+
+
+def config_values(config: Any) -> Any:
+    """The loaded config of a `DEFINE_config_file` flag.
+
+    Raises:
+      UserError: if the flag is missing or its file could not be loaded.
+    """
+    if config is None:
+        raise UserError("--config: must name a config file, such as configs/tiny.py")
+    try:
+        config.items()
+    except OSError as error:
+        raise UserError(f"--config: {_first_line(error)}") from None
+    return config
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(list(argv))
+    except flags.Error as error:
+        fail(_first_line(error))
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        # config_flags raises these for fields that do not exist and for files that do not load.
+        fail(_describe(error, argv))
+    if len(rest) > 1:
+        fail(f"{rest[1]}: unexpected argument; flags are written --name=value")
+    return rest
+
+
+def _describe(error: Exception, argv: Sequence[str]) -> str:
+    """One line for an exception that config_flags let through, naming the override it is about."""
+    text = _first_line(error)
+    for argument in argv:
+        match = re.match(r"--?config\.([\w.]+)", argument)
+        if match and isinstance(error, AttributeError | KeyError) and match[1].split(".")[-1] in text:
+            return f"{argument}: no such config field ({text})"
+    return f"--config: {text}"
+
+
+def _first_line(error: BaseException) -> str:
+    """The telling line of an exception: of a wrapped traceback the last one, else the first."""
+    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if any("Traceback" in line for line in lines) else lines[0]

@@ -1,0 +1,89 @@
+"""A run's whole configuration, from a config file or a working directory, checked as one.
+
+Config files are Python files whose `get_config()` returns a `ml_collections.ConfigDict` with the sections
+`model`, `train`, `data` and `mesh`; each section's fields are those of one frozen dataclass.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.training.config import TrainConfig
+
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    mesh: MeshConfig
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain nested dictionaries, as `run_config` takes them."""
+        return dataclasses.asdict(self)
+
+
+SECTIONS = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration that nested mappings (a ConfigDict, parsed JSON) describe.
+
+    Raises:
+      ConfigError: for a section or field that does not exist, and for every value that is not allowed.
+    """
+    for name in values:
+        if name not in SECTIONS:
+            raise ConfigError(name, "...", f"no such section; there are {', '.join(SECTIONS)}")
+    return RunConfig(**{name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items()})
+
+
+def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Writes the configuration into a working directory."""
+    (workdir / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load_config(workdir: pathlib.Path) -> RunConfig:
+    """Reads the configuration of a working directory.
+
+    Raises:
+      DataError: if there is none.
+      ConfigError: if it does not fit this version.
+    """
+    path = workdir / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({error}); train into it first") from None
+    return run_config(values)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Fields in which two configurations differ, as 'section.field: old -> new'."""
+    before, after = old.to_dict(), new.to_dict()
+    return [
+        f"{section}.{name}: {before[section][name]!r} -> {value!r}"
+        for section, fields in after.items()
+        for name, value in fields.items()
+        if before[section][name] != value
+    ]
+
+
+def _section(name: str, kind: Any, values: Any) -> Any:
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise ConfigError(name, values, "must be a section of fields")
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{name}.{key}", value, f"no such field; there are {', '.join(sorted(fields))}")
+    return kind(**dict(values.items()))

@@ -1,0 +1,163 @@
+"""The one attention entry point; backends are its private matter.
+
+`attend` is exact softmax attention with scale 1 / sqrt(d_h). What a query may see is stated by structure
+(causal, local window, number of valid keys) and never by a mask tensor: kernels can skip what is not seen.
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@flax.struct.dataclass
+class Dropout:
+    """Dropout to apply: `rate` of the values, drawn by `key`. None stands for no dropout."""
+
+    key: jax.Array
+    rate: float = flax.struct.field(pytree_node=False)
+
+    def fold_in(self, number: jax.Array | int) -> "Dropout":
+        """An independent dropout for part `number`."""
+        return self.replace(key=jax.random.fold_in(self.key, number))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Zeroes values of x with probability `rate` and scales the others to keep the mean."""
+        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    key_length: jax.Array | int | None = None,
+    dropout: Dropout | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """Exact softmax attention.
+
+    Args:
+      query: [batch, queries, heads, d_h].
+      key: [batch, keys, heads, d_h].
+      value: [batch, keys, heads, d_h].
+      causal: query i sees keys 0 .. i only (queries and keys start at the same position).
+      window: with `causal`, query i sees the last `window` of those keys.
+      key_length: only the first `key_length` keys are valid; a scalar or int32 [batch]. Where it is 0 the
+        result is 0, never NaN.
+      dropout: on the attention weights; the mask is drawn per softmax.
+      backend: 'auto', 'xla' or 'cudnn'.
+      return_lse: also return the log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where
+        there is no valid key. It lets partial attentions over disjoint keys be merged exactly.
+
+    Returns:
+      [batch, queries, heads, d_h] in query's dtype, or (that, log-sum-exp).
+
+    Raises:
+      ValueError: for a window without `causal`, or an unknown backend.
+    """
+    if window is not None and not causal:
+        raise ValueError("attend: window needs causal=True")
+    if key_length is not None:
+        key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
+    chosen = choose_backend(query, dropout, return_lse) if backend == "auto" else backend
+    if chosen == "xla":
+        output, lse = _attend_xla(query, key, value, causal, window, key_length, dropout)
+        return (output, lse) if return_lse else output
+    if chosen == "cudnn":
+        return _attend_cudnn(query, key, value, causal, window, key_length, return_lse)
+    raise ValueError(f"attend: unknown backend {backend!r}")
+
+
+def choose_backend(query: jax.Array, dropout: Dropout | None, return_lse: bool) -> str:
+    """The backend that 'auto' stands for: cuDNN on NVIDIA GPUs in half precision, else XLA."""
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    on_gpu = jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+    # The fused kernel offers neither weight dropout nor a differentiable log-sum-exp through JAX.
+    return "cudnn" if half and on_gpu and dropout is None and not return_lse else "xla"
+
+
+def visible(
+    queries: int, keys: int, causal: bool, window: int | None, key_length: jax.Array | None
+) -> jax.Array | None:
+    """Boolean [batch or 1, 1, queries, keys]: which keys a query sees; None if it sees all."""
+    mask = None
+    if causal:
+        distance = np.arange(queries)[:, None] - np.arange(keys)[None, :]
+        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        mask = jnp.asarray(mask)[None, None]
+    if key_length is not None:
+        valid = jnp.arange(keys)[None, None, None, :] < key_length[:, None, None, None]
+        mask = valid if mask is None else mask & valid
+    return mask
+
+
+def _attend_xla(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    causal: bool,
+    window: int | None,
+    key_length: jax.Array | None,
+    dropout: Dropout | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention by plain matrix products; scores and softmax in float32."""
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
+    mask = visible(query.shape[1], key.shape[1], causal, window, key_length)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # rows that see nothing stay finite
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, -jnp.inf)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    if dropout is not None:
+        weights = dropout(weights)
+    output = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+    return output, jnp.swapaxes(lse[..., 0], 1, 2)
+
+
+def _attend_cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    causal: bool,
+    window: int | None,
+    key_length: jax.Array | None,
+    return_lse: bool,
+) -> Any:
+    """cuDNN's fused kernel; heads are padded to a multiple of 8 features, which changes no score."""
+    width = query.shape[-1]
+    padding = [(0, 0)] * 3 + [(0, -width % 8)]
+    query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
+    lengths = {}
+    if key_length is not None:
+        lengths["query_seq_lengths"] = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
+        lengths["key_value_seq_lengths"] = jnp.maximum(key_length, 1)
+    result = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=1.0 / math.sqrt(width),
+        is_causal=causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+        return_residual=return_lse,
+        **lengths,
+    )
+    output, lse = result if return_lse else (result, None)
+    output = output[..., :width]
+    if key_length is not None:
+        empty = (key_length == 0)[:, None, None]
+        output = jnp.where(empty[..., None], 0, output)
+        lse = None if lse is None else jnp.where(empty, -jnp.inf, lse)
+    return (output, lse) if return_lse else output

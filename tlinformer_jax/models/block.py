@@ -1,0 +1,338 @@
+"""The dual-window block: compress, hidden layers, restore (specification, "One generation window").
+
+Two streams run through a block: x, the generation window, and the history C, which the block compresses to the
+observation window's rows z and restores at its end. In every layer both streams read the same keys and values,
+so they go through one attention call and, where they stand side by side, one feed-forward call.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.models.attention import Dropout, attend
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.layers import Layer, LayerParams, cast_kernels, chain_layers, project, update
+from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.windows import WindowFrame
+
+# Parts of a layer that draw dropout masks of their own.
+SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
+
+
+@flax.struct.dataclass
+class BlockParams:
+    """Parameters of one block."""
+
+    compress: LayerParams
+    hidden: tuple[LayerParams, ...]
+    restore: LayerParams
+
+    def layers(self) -> tuple[LayerParams, ...]:
+        """All layers of the block in order."""
+        return (self.compress, *self.hidden, self.restore)
+
+
+@flax.struct.dataclass
+class Projected:
+    """Queries, keys and values of the same rows under one layer, each [batch, rows, heads, d_h], q and k rotated."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+    def rows(self, start: jax.Array | int, length: int) -> "Projected":
+        """Rows start .. start + length - 1; `start` may be traced, `length` is static."""
+        return jax.tree.map(lambda array: slice_rows(array, start, length), self)
+
+
+@flax.struct.dataclass
+class History:
+    """The history stream at a block's entrance.
+
+    Attributes:
+      rows: C, [batch, rows, D]; rows past the frame's history_length are the future and never attended to.
+      projected: of C under the block's `compress` layer where that is known already (block 0: the embeddings'
+        projections never change), else None.
+    """
+
+    rows: jax.Array
+    projected: Projected | None = None
+
+
+def slice_rows(array: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
+    """Rows start .. start + length - 1 of [batch, rows, ...]."""
+    return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
+
+
+def causal_layers(
+    layers: Sequence[LayerParams],
+    config: ModelConfig,
+    x: jax.Array,
+    rope: Rope,
+    dropout: Dropout | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """Ordinary pre-norm causal layers: the baselines', and all layers of a window without history.
+
+    Args:
+      layers: parameters of each, kernels in the compute dtype.
+      config: of the model.
+      x: [batch, length, D].
+      rope: rotations of x's positions.
+      dropout: None outside training.
+      window: attend to the last `window` positions only.
+
+    Returns:
+      [batch, length, D].
+    """
+
+    def layer(params: LayerParams, x: jax.Array, dropout: Dropout | None) -> jax.Array:
+        attended = _attend_causal(config, Projected(*project(params, x, rope)), dropout, window)
+        return update(params, x, attended, _part(dropout, FEED_FORWARD))
+
+    return chain_layers(layer, layers, x, dropout, config.scan_layers)
+
+
+def dual_window_block(
+    params: BlockParams,
+    config: ModelConfig,
+    x: jax.Array,
+    history: History,
+    frame: WindowFrame,
+    rope: Rope,
+    *,
+    projected: Projected | None = None,
+    restore: bool = True,
+    dropout: Dropout | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """One block for one generation window with history.
+
+    Args:
+      params: of the block, kernels in the compute dtype.
+      config: of the model.
+      x: the generation window, [batch, m, D].
+      history: the history stream, its rows starting at position 0.
+      frame: where the window stands.
+      rope: rotations of positions 0, 1, ... up to the window's end at least.
+      projected: of x under the `compress` layer, where known already.
+      restore: whether the history is needed after this block (the last block leaves it out).
+      dropout: None outside training.
+
+    Returns:
+      x after the block [batch, m, D], and the restored history [batch, rows, D] or None.
+    """
+    x_rope = rope.rows(frame.history_length, x.shape[1])
+    z_rope = rope.rows(frame.observed_start, frame.observed_width)
+    if projected is None:
+        projected = Projected(*project(params.compress, x, x_rope))
+    both, history_query = compress(
+        params.compress, config, x, projected, history, frame, rope, restore, _part(dropout, 0)
+    )
+    both_rope = jax.tree.map(lambda z_part, x_part: jnp.concatenate([z_part, x_part], axis=-2), z_rope, x_rope)
+    both = chain_layers(
+        lambda layer, both, part: hidden_layer(layer, config, both, frame, both_rope, part),
+        params.hidden,
+        both,
+        _part(dropout, 1),
+        config.scan_layers,
+    )
+    z, x = both[:, : frame.observed_width], both[:, frame.observed_width :]
+
+    last = _part(dropout, 2)
+    z_keys = project(params.restore, z, z_rope, "kv")
+    projected = Projected(*project(params.restore, x, x_rope))
+    attended = _attend_causal(config, projected, last) + _attend_shared(
+        config, [projected.query], *z_keys, frame.observed_length, _part(last, SHARED_ATTENTION)
+    )
+    x = update(params.restore, x, attended, _part(last, FEED_FORWARD))
+    if history_query is None:
+        return x, None
+    return x, restore_context(params.restore, config, history.rows, history_query, z_keys, frame, last)
+
+
+def compress(
+    params: LayerParams,
+    config: ModelConfig,
+    x: jax.Array,
+    projected: Projected,
+    history: History,
+    frame: WindowFrame,
+    rope: Rope,
+    restore: bool,
+    dropout: Dropout | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The compress layer: the observation window's rows, and x, read the whole history.
+
+    Returns:
+      both streams side by side [batch, observed_width + m, D], and the queries of every history row, which
+      `restore_context` reuses (None where `restore` is false).
+    """
+    width = frame.observed_width
+    z = slice_rows(history.rows, frame.observed_start, width)
+    history_rope = rope.rows(0, history.rows.shape[1])
+    if history.projected is not None:
+        known = history.projected
+        query, key, value = known.query, known.key, known.value
+    elif restore:
+        query, key, value = project(params, history.rows, history_rope)
+    else:  # nobody reads the other rows' queries
+        query = None
+        key, value = project(params, history.rows, history_rope, "kv")
+    if query is not None:
+        z_query = slice_rows(query, frame.observed_start, width)
+    else:
+        (z_query,) = project(params, z, rope.rows(frame.observed_start, width), "q")
+
+    readers = [z_query] if config.architecture == "tconstformer" else [z_query, projected.query]
+    shared = _attend_shared(config, readers, key, value, frame.history_length, _part(dropout, SHARED_ATTENTION))
+    causal = _attend_causal(config, projected, dropout)
+    x_attended = causal if config.architecture == "tconstformer" else causal + shared[:, width:]
+    attended = jnp.concatenate([shared[:, :width], x_attended], axis=1)
+    both = update(params, jnp.concatenate([z, x], axis=1), attended, _part(dropout, FEED_FORWARD))
+    return both, query if restore else None
+
+
+def hidden_layer(
+    params: LayerParams,
+    config: ModelConfig,
+    both: jax.Array,
+    frame: WindowFrame,
+    rope: Rope,
+    dropout: Dropout | None,
+) -> jax.Array:
+    """A hidden layer over both streams side by side [batch, observed_width + m, D]: z reads z; x reads z and x."""
+    width = frame.observed_width
+    projected = Projected(*project(params, both, rope))
+    z_part = projected.rows(0, width)
+    x_part = projected.rows(width, both.shape[1] - width)
+    shared = _attend_shared(
+        config,
+        [projected.query],
+        z_part.key,
+        z_part.value,
+        frame.observed_length,
+        _part(dropout, SHARED_ATTENTION),
+    )
+    causal = _attend_causal(config, x_part, dropout)
+    attended = jnp.concatenate([shared[:, :width], shared[:, width:] + causal], axis=1)
+    return update(params, both, attended, _part(dropout, FEED_FORWARD))
+
+
+def restore_context(
+    params: LayerParams,
+    config: ModelConfig,
+    rows: jax.Array,
+    query: jax.Array,
+    z_keys: tuple[jax.Array, ...],
+    frame: WindowFrame,
+    dropout: Dropout | None,
+) -> jax.Array:
+    """The restore layer for the history: every row C [batch, rows, D] reads the compressed context."""
+    key, value = z_keys
+    attended = _attend_shared(
+        config, [query], key, value, frame.observed_length, _part(dropout, CONTEXT_ATTENTION)
+    )
+    return update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
+
+
+def _attend_shared(
+    config: ModelConfig,
+    queries: Sequence[jax.Array],
+    key: jax.Array,
+    value: jax.Array,
+    key_length: jax.Array,
+    dropout: Dropout | None,
+) -> jax.Array:
+    """Non-causal attention of all `queries`, side by side, to the same keys."""
+    query = queries[0] if len(queries) == 1 else jnp.concatenate(queries, axis=1)
+    return attend(query, key, value, key_length=key_length, dropout=dropout, backend=config.attention)
+
+
+def _attend_causal(
+    config: ModelConfig, projected: Projected, dropout: Dropout | None, window: int | None = None
+) -> jax.Array:
+    """Causal attention of rows to themselves."""
+    return attend(
+        projected.query,
+        projected.key,
+        projected.value,
+        causal=True,
+        window=window,
+        dropout=_part(dropout, CAUSAL_ATTENTION),
+        backend=config.attention,
+    )
+
+
+def _part(dropout: Dropout | None, number: int) -> Dropout | None:
+    """An independent dropout for part `number`, or None."""
+    return None if dropout is None else dropout.fold_in(number)
+
+
+class DualWindowBlock(nn.Module):
+    """One dual-window block as a Flax module, for use in any model.
+
+    The block maps a generation window x and its history C to the next x and C. Positions run 0 .. n - 1 over
+    the history and n .. n + m - 1 over the window.
+
+    Attributes:
+      config: of the model; `vocab_size`, `num_blocks` (but for the initial scale) and `generation_window` do not
+        matter here: the window is as long as the x it is given.
+
+    Example:
+      >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
+      >>> variables = block.init(jax.random.key(0), x, history)
+      >>> x, history = block.apply(variables, x, history)
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.compress_layer = Layer(self.config, name="compress")
+        self.hidden_layers = [Layer(self.config, name=f"hidden_{i}") for i in range(self.config.hidden_depth)]
+        self.restore_layer = Layer(self.config, name="restore")
+
+    def parameters(self) -> BlockParams:
+        """The block's parameters as a typed pytree."""
+        return BlockParams(
+            self.compress_layer(), tuple(layer() for layer in self.hidden_layers), self.restore_layer()
+        )
+
+    def __call__(
+        self, x: jax.Array, history: jax.Array | None = None, *, restore: bool = True, train: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Applies the block.
+
+        Args:
+          x: the generation window, [batch, m, D], m >= 1.
+          history: C, [batch, n, D]; None or n = 0 where there is none.
+          restore: whether to return the restored history.
+          train: apply dropout, drawn from the rng stream 'dropout'.
+
+        Returns:
+          x [batch, m, D], and C' [batch, n, D] (None if `restore` is false or there is no history).
+        """
+        config = self.config
+        params = cast_kernels(self.parameters(), config.compute_dtype)
+        x = x.astype(config.compute_dtype)
+        dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        length = 0 if history is None else history.shape[1]
+        rope = rope_table(jnp.arange(length + x.shape[1]), config.head_dim)
+        if history is None or length == 0:
+            return causal_layers(params.layers(), config, x, rope, dropout), history if restore else None
+        observed = config.observed_rows(length)
+        frame = WindowFrame(
+            jnp.int32(length), jnp.int32(length - max(observed, 1)), jnp.int32(observed), max(observed, 1)
+        )
+        return dual_window_block(
+            params,
+            config,
+            x,
+            History(history.astype(x.dtype)),
+            frame,
+            rope,
+            restore=restore,
+            dropout=dropout,
+        )

@@ -1,0 +1,166 @@
+"""The model's configuration: one frozen, validated value that every part of the library reads."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.errors import ConfigError
+
+ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
+WINDOWED = ("tlinformer", "tconstformer")
+COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+PARAM_DTYPES = ("float32", "bfloat16")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn")
+REMAT = ("auto", "none", "window")
+
+# Training over more windows than this rematerialises each window unless told otherwise: what reverse-mode
+# differentiation would keep of them grows with the square of the sequence.
+AUTO_REMAT_WINDOWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of a model; the defaults are the paper's 41M TLinFormer with windows 256/256.
+
+    Attributes:
+      architecture: 'tlinformer'; 'tconstformer' (its `compress` layer does not let the generation window read
+        the raw history); 'transformer' (causal attention to everything); 'sliding_window' (causal attention to
+        the last history_window + generation_window positions). The last two have
+        num_blocks * (hidden_depth + 2) layers, so equal fields mean equal parameters.
+      vocab_size: V.
+      d_model: D, the width.
+      num_heads: attention heads; d_model / num_heads must be a whole, even number (RoPE rotates pairs).
+      num_blocks: B.
+      hidden_depth: H, hidden layers in a block between `compress` and `restore`.
+      d_ff: F, feed-forward width; None means 256 * ceil((8 * D // 3) / 256).
+      history_window: W_oh, rows of the compressed context; 'auto' lets it grow with the history n as
+        8 * floor((12 * ln(n) + 7) / 8).
+      generation_window: W_og, tokens that are predicted together.
+      dropout: rate on attention weights and on the feed-forward's output, in training only.
+      dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU. Softmax, rotary
+        angles, LayerNorm statistics and the loss are always float32.
+      param_dtype: of the stored parameters.
+      attention: backend of the attention kernel; 'auto' takes the best one for the device and the shapes.
+      history_segments: the scan over windows is cut in at most this many scans whose static history lengths
+        grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer.
+      scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
+        history) once and loop over them; False compiles each, which takes longer and may run faster.
+      remat: 'window' recomputes each window in the backward pass, 'none' keeps everything, 'auto' recomputes
+        when a sequence has more than 4 windows.
+    """
+
+    architecture: str = "tlinformer"
+    vocab_size: int = 50257
+    d_model: int = 432
+    num_heads: int = 12
+    num_blocks: int = 2
+    hidden_depth: int = 2
+    d_ff: int | None = None
+    history_window: int | str = 256
+    generation_window: int = 256
+    dropout: float = 0.0
+    dtype: str = "auto"
+    param_dtype: str = "float32"
+    attention: str = "auto"
+    history_segments: int = 4
+    scan_layers: bool = True
+    remat: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            if not isinstance(getattr(self, name), str):  # jnp.bfloat16 and friends are welcome too
+                object.__setattr__(self, name, _dtype_name(f"model.{name}", getattr(self, name)))
+        _check_choice(self, "architecture", ARCHITECTURES)
+        _check_choice(self, "dtype", COMPUTE_DTYPES)
+        _check_choice(self, "param_dtype", PARAM_DTYPES)
+        _check_choice(self, "attention", ATTENTION_BACKENDS)
+        _check_choice(self, "remat", REMAT)
+        for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_segments"):
+            _check_int(self, name, 1)
+        _check_int(self, "hidden_depth", 0)
+        if not isinstance(self.scan_layers, bool):
+            raise ConfigError("model.scan_layers", self.scan_layers, "must be True or False")
+        if self.d_ff is not None:
+            _check_int(self, "d_ff", 1)
+        if self.history_window != "auto":
+            if isinstance(self.history_window, str):
+                raise ConfigError("model.history_window", self.history_window, "must be an integer >= 1 or 'auto'")
+            _check_int(self, "history_window", 1)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError("model.dropout", self.dropout, "must be a number in [0, 1)")
+        if self.d_model % self.num_heads:
+            raise ConfigError("model.num_heads", self.num_heads, f"must divide model.d_model = {self.d_model}")
+        if self.head_dim % 2:
+            raise ConfigError(
+                "model.num_heads",
+                self.num_heads,
+                f"makes heads {self.head_dim} wide; model.d_model / model.num_heads must be even (RoPE rotates pairs)",
+            )
+        if self.architecture == "sliding_window" and self.history_window == "auto":
+            raise ConfigError("model.history_window", "auto", "must be an integer for architecture 'sliding_window'")
+
+    @property
+    def head_dim(self) -> int:
+        """d_h, features of one head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def feed_forward_dim(self) -> int:
+        """F: `d_ff`, or the rule where that is None."""
+        return self.d_ff if self.d_ff is not None else 256 * math.ceil((8 * self.d_model // 3) / 256)
+
+    @property
+    def layers_per_block(self) -> int:
+        """compress, the hidden layers, restore."""
+        return self.hidden_depth + 2
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in all, whatever the architecture."""
+        return self.num_blocks * self.layers_per_block
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the architecture works by generation windows."""
+        return self.architecture in WINDOWED
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype of the computation, 'auto' resolved for the default device."""
+        if self.dtype != "auto":
+            return jnp.dtype(self.dtype)
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    def observed_rows(self, history: int) -> int:
+        """W_oh for a history of `history` tokens, cut to what there is; 0 without history."""
+        if history <= 0:
+            return 0
+        if self.history_window == "auto":
+            return min(history, 8 * math.floor((12 * math.log(history) + 7) / 8))
+        return min(history, int(self.history_window))
+
+
+def _dtype_name(field: str, value: Any) -> str:
+    try:
+        return jnp.dtype(value).name
+    except TypeError:
+        raise ConfigError(field, value, f"must be one of {', '.join(COMPUTE_DTYPES)}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_choice(config: ModelConfig, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"model.{name}", value, f"must be one of {', '.join(choices)}")
+
+
+def _check_int(config: ModelConfig, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"model.{name}", value, f"must be an integer >= {least}")

@@ -1,0 +1,162 @@
+"""The one layer that serves every role of every architecture, as pure functions of its parameters.
+
+`project` and `update` are the two functions of the specification's "One layer's parameters"; `compress`,
+`hidden`, `restore` and the baseline's layers differ only in what attends to what between them. The Flax
+modules here only declare parameters: scans, rematerialisation, decoding and sharding all take plain pytrees.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.models.attention import Dropout
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.rope import Rope, rotate
+
+LAYER_NORM_EPSILON = 1e-5
+INIT_STD = 0.02
+
+
+@flax.struct.dataclass
+class LayerParams:
+    """Parameters of one layer; D width, F feed-forward width, h heads of d_h features.
+
+    Attributes:
+      norm1_scale: [D]; norm1_bias: [D]. LayerNorm before attention.
+      qkv_kernel: [D, 3, h, d_h]; qkv_bias: [3, h, d_h]. Queries, keys, values in this order.
+      out_kernel: [h, d_h, D]; out_bias: [D]. Output projection of attention.
+      norm2_scale: [D]; norm2_bias: [D]. LayerNorm before the feed-forward.
+      gate_up_kernel: [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU.
+      down_kernel: [F, D]. w2 of the SwiGLU.
+    """
+
+    norm1_scale: jax.Array
+    norm1_bias: jax.Array
+    qkv_kernel: jax.Array
+    qkv_bias: jax.Array
+    out_kernel: jax.Array
+    out_bias: jax.Array
+    norm2_scale: jax.Array
+    norm2_bias: jax.Array
+    gate_up_kernel: jax.Array
+    down_kernel: jax.Array
+
+
+class Layer(nn.Module):
+    """Declares one layer's parameters."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> LayerParams:
+        config = self.config
+        width, heads, head_dim, inner = config.d_model, config.num_heads, config.head_dim, config.feed_forward_dim
+        dtype = jnp.dtype(config.param_dtype)
+        normal = nn.initializers.normal(INIT_STD)
+        residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        return LayerParams(
+            norm1_scale=self.param("norm1_scale", ones, (width,), dtype),
+            norm1_bias=self.param("norm1_bias", zeros, (width,), dtype),
+            qkv_kernel=self.param("qkv_kernel", residual, (width, 3, heads, head_dim), dtype),
+            qkv_bias=self.param("qkv_bias", zeros, (3, heads, head_dim), dtype),
+            out_kernel=self.param("out_kernel", residual, (heads, head_dim, width), dtype),
+            out_bias=self.param("out_bias", zeros, (width,), dtype),
+            norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
+            norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
+            gate_up_kernel=self.param("gate_up_kernel", normal, (width, 2, inner), dtype),
+            down_kernel=self.param("down_kernel", residual, (inner, width), dtype),
+        )
+
+
+def chain_layers(
+    function: Callable[[LayerParams, jax.Array, Dropout | None], jax.Array],
+    layers: Sequence[LayerParams],
+    x: jax.Array,
+    dropout: Dropout | None,
+    scan: bool,
+) -> jax.Array:
+    """Feeds x through equal layers: `function(layer, x, dropout of the layer)` for each, in order.
+
+    Args:
+      function: one layer; keeps x's shape.
+      layers: parameters of each.
+      x: what runs through them.
+      dropout: folded with the layer's place in the chain.
+      scan: compile one layer and loop over the stacked parameters, instead of compiling each.
+    """
+
+    def apply(x: jax.Array, layer: LayerParams, depth: jax.Array | int) -> jax.Array:
+        return function(layer, x, None if dropout is None else dropout.fold_in(depth))
+
+    if not scan or len(layers) < 2:
+        for depth, layer in enumerate(layers):
+            x = apply(x, layer, depth)
+        return x
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    depths = jnp.arange(len(layers))
+    return jax.lax.scan(lambda x, layer: (apply(x, *layer), None), x, (stacked, depths))[0]
+
+
+def cast_kernels(params: Any, dtype: jnp.dtype) -> Any:
+    """Matrices of a parameter pytree in the compute dtype, vectors (LayerNorm, biases' masters) as they are.
+
+    Done once per forward pass, outside the scan over windows.
+    """
+    return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, params)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis with the biased variance, statistics in float32; returns x's dtype."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    centred = wide - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+    return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -> tuple[jax.Array, ...]:
+    """project_j of the specification, for the wanted parts only.
+
+    Args:
+      params: of the layer, kernels in the compute dtype.
+      x: rows of the residual stream, [batch, length, D].
+      rope: rotations of the rows' positions.
+      parts: a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed.
+
+    Returns:
+      the parts, each [batch, length, heads, d_h]; queries and keys rotated, values not.
+    """
+    first = "qkv".index(parts)
+    normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
+    projected = jnp.einsum("...d,dphk->p...hk", normed, params.qkv_kernel[:, first : first + len(parts)])
+    bias = params.qkv_bias[first : first + len(parts)].astype(x.dtype)
+    projected = projected + bias.reshape(len(parts), *(1,) * (x.ndim - 1), *bias.shape[1:])
+    rotated = rotate(projected[: len(parts.rstrip("v"))], rope)
+    return (*rotated, projected[-1]) if parts.endswith("v") else tuple(rotated)
+
+
+def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+    """update_j of the specification: output projection, then the feed-forward, each with its residual.
+
+    Args:
+      params: of the layer, kernels in the compute dtype.
+      x: [batch, length, D].
+      attended: [batch, length, heads, d_h], the sum of what attention returned for these rows.
+      dropout: on the feed-forward's output.
+
+    Returns:
+      [batch, length, D].
+    """
+    x = x + jnp.einsum("...hk,hkd->...d", attended, params.out_kernel) + params.out_bias.astype(x.dtype)
+    normed = layer_norm(x, params.norm2_scale, params.norm2_bias)
+    gate_up = jnp.einsum("...d,dpf->p...f", normed, params.gate_up_kernel)
+    inner = nn.silu(gate_up[0]) * gate_up[1]
+    output = jnp.einsum("...f,fd->...d", inner, params.down_kernel)
+    return x + (output if dropout is None else dropout(output))

@@ -1,0 +1,142 @@
+"""The language model: tied embedding, one of four architectures, final LayerNorm, head."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.models.attention import Dropout
+from tlinformer_jax.models.block import BlockParams, DualWindowBlock
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, cast_kernels, layer_norm
+from tlinformer_jax.models.tlinformer import forward_windows
+from tlinformer_jax.models.transformer import forward_layers
+from tlinformer_jax.parallel.constraints import constrain_batch
+
+
+@flax.struct.dataclass
+class ModelParams:
+    """A model's parameters as a typed pytree.
+
+    Attributes:
+      embedding: [V, D]; also the output head.
+      blocks: of the windowed architectures, else empty.
+      layers: of the baselines, else empty.
+      norm_scale: [D]; norm_bias: [D]. Final LayerNorm.
+    """
+
+    embedding: jax.Array
+    blocks: tuple[BlockParams, ...]
+    layers: tuple[LayerParams, ...]
+    norm_scale: jax.Array
+    norm_bias: jax.Array
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of any of the four architectures.
+
+    `model.init(rng, tokens)` makes the variables, `model.apply(variables, tokens)` the logits. With
+    `train=True` and a positive `config.dropout`, `apply` needs `rngs={"dropout": key}`.
+
+    Attributes:
+      config: shape and numerics.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        dtype = jnp.dtype(config.param_dtype)
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(INIT_STD), (config.vocab_size, config.d_model), dtype
+        )
+        windowed = config.windowed
+        self.blocks = [DualWindowBlock(config) for _ in range(config.num_blocks if windowed else 0)]
+        self.layers = [Layer(config) for _ in range(0 if windowed else config.num_layers)]
+        self.norm_scale = self.param("norm_scale", nn.initializers.ones, (config.d_model,), dtype)
+        self.norm_bias = self.param("norm_bias", nn.initializers.zeros, (config.d_model,), dtype)
+
+    def parameters(self) -> ModelParams:
+        """The parameters as a typed pytree, in their stored dtype."""
+        return ModelParams(
+            embedding=self.embedding,
+            blocks=tuple(block.parameters() for block in self.blocks),
+            layers=tuple(layer() for layer in self.layers),
+            norm_scale=self.norm_scale,
+            norm_bias=self.norm_bias,
+        )
+
+    def __call__(
+        self, tokens: jax.Array | None = None, *, train: bool = False, inputs_embeds: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the logits of the next token at every position.
+
+        Args:
+          tokens: integer [batch, length], length >= 1, in [0, vocab_size); other ids give NaN.
+          train: apply dropout.
+          inputs_embeds: [batch, length, D], given instead of tokens.
+
+        Returns:
+          float32 [batch, length, vocab_size].
+
+        Raises:
+          DataError: for inputs of the wrong shape or type, or an empty sequence.
+        """
+        return output_logits(self.hidden_states(tokens, train=train, inputs_embeds=inputs_embeds), self.embedding)
+
+    def hidden_states(
+        self, tokens: jax.Array | None = None, *, train: bool = False, inputs_embeds: jax.Array | None = None
+    ) -> jax.Array:
+        """What the head reads: [batch, length, D] in the compute dtype, after the final LayerNorm.
+
+        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk.
+        """
+        config, params = self.config, self.parameters()
+        check_inputs(config, tokens, inputs_embeds)
+        if inputs_embeds is None:
+            # jnp.take fills rows of ids outside the table with NaN: a wrong id is never silently clamped.
+            inputs_embeds = jnp.take(params.embedding, tokens, axis=0)
+        embeddings = constrain_batch(inputs_embeds.astype(config.compute_dtype))
+        if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
+            return embeddings
+        dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        if config.windowed:
+            blocks = cast_kernels(params.blocks, config.compute_dtype)
+            hidden = forward_windows(blocks, config, embeddings, dropout)
+        else:
+            layers = cast_kernels(params.layers, config.compute_dtype)
+            hidden = forward_layers(layers, config, embeddings, dropout)
+        return layer_norm(hidden, params.norm_scale, params.norm_bias)
+
+
+def build_model(config: ModelConfig) -> LanguageModel:
+    """Returns the model that `config` describes."""
+    return LanguageModel(config)
+
+
+def output_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+    """Logits float32 [..., V] of hidden states [..., D]: a product in their dtype, accumulated in float32."""
+    return jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:
+    """Refuses inputs the model cannot take.
+
+    Raises:
+      DataError: naming the input, its shape or type, and what is allowed.
+    """
+    if (tokens is None) == (inputs_embeds is None):
+        raise DataError("model inputs: give either tokens or inputs_embeds")
+    if tokens is not None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise DataError(f"tokens {tokens.dtype}{list(tokens.shape)}: must be integers [batch, length]")
+    elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.d_model:
+        raise DataError(
+            f"inputs_embeds {list(inputs_embeds.shape)}: must be [batch, length, model.d_model = {config.d_model}]"
+        )
+    given = tokens if tokens is not None else inputs_embeds
+    if given.shape[1] < 1:
+        raise DataError(f"sequence of length {given.shape[1]}: must hold at least one token")

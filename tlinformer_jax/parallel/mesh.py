@@ -1,0 +1,72 @@
+"""The device mesh: one named mesh for every machine, from one CPU to a pod."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from tlinformer_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; at most one may be -1, which takes the devices that are left.
+
+    Attributes:
+      data: splits the batch; parameters are replicated over it.
+      fsdp: splits the batch and the parameters.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+                raise ConfigError(f"mesh.{name}", size, "must be an integer >= 1, or -1 for the devices left")
+        if self.data == self.fsdp == -1:
+            raise ConfigError("mesh.fsdp", -1, "only one axis of the mesh may be -1")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Axis sizes for `num_devices` devices.
+
+        Raises:
+          ConfigError: if they do not multiply to that number.
+        """
+        sizes = dataclasses.asdict(self)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        for name, size in sizes.items():
+            if size == -1:
+                if num_devices % fixed:
+                    raise ConfigError("mesh", sizes, f"must divide the {num_devices} devices of this machine")
+                sizes[name] = num_devices // fixed
+        if math.prod(sizes.values()) != num_devices:
+            raise ConfigError("mesh", sizes, f"must multiply to the {num_devices} devices of this machine")
+        return sizes
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all), every axis for the compiler to partition (AxisType.Auto).
+
+    Raises:
+      ConfigError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
+    )
+
+
+def check_batch_divides(batch_size: int, mesh: Mesh, field: str) -> None:
+    """Refuses a batch that the mesh's batch axes cannot split evenly.
+
+    Raises:
+      ConfigError: naming `field`.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise ConfigError(field, batch_size, f"must be divisible by {ways} (mesh.data * mesh.fsdp)")

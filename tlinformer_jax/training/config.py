@@ -1,0 +1,89 @@
+"""What a training run is told beyond the model, the data and the mesh."""
+
+import dataclasses
+
+from tlinformer_jax.errors import ConfigError
+
+SCHEDULES = ("cosine", "constant")
+DECAY_MASKS = ("all", "matrices")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, optimiser and rhythm of a run; a step is one update of the parameters.
+
+    Attributes:
+      steps: updates in all.
+      batch_size: sequences an update, over all devices and micro-batches.
+      accumulation: micro-batches an update is computed in, one after the other; divides batch_size.
+      seed: of the parameters, the data's order and dropout.
+      learning_rate: its peak.
+      warmup_steps: updates over which it rises from 0.
+      schedule: 'cosine' (to final_learning_rate at the last step) or 'constant' after the warm-up.
+      final_learning_rate: where the cosine ends, as a fraction of the peak.
+      beta1: AdamW; beta2: AdamW; epsilon: AdamW.
+      weight_decay: AdamW, decoupled.
+      decay_mask: 'all' decays every parameter (the paper), 'matrices' spares biases and LayerNorms.
+      clip_norm: largest global norm of the gradient; 0 leaves it as it is.
+      loss_chunk: tokens whose logits are held at a time, per micro-batch.
+      log_every: updates between log lines.
+      eval_every: updates between evaluations; 0 evaluates at the end only.
+      eval_batch_size: sequences a batch of evaluation; 0 takes a micro-batch's.
+      checkpoint_every: updates between checkpoints; 0 saves at the end only.
+      keep_checkpoints: how many of the latest are kept.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulation: int = 1
+    seed: int = 0
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    schedule: str = "cosine"
+    final_learning_rate: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    decay_mask: str = "matrices"
+    clip_norm: float = 1.0
+    loss_chunk: int = 8192
+    log_every: int = 50
+    eval_every: int = 0
+    eval_batch_size: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "accumulation": 1, "loss_chunk": 1, "log_every": 1}
+        least |= {"keep_checkpoints": 1}
+        zero = ("seed", "warmup_steps", "eval_every", "eval_batch_size", "checkpoint_every")
+        for name, minimum in (least | dict.fromkeys(zero, 0)).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ConfigError(f"train.{name}", value, f"must be an integer >= {minimum}")
+        for name in ("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm", "beta1", "beta2"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise ConfigError(f"train.{name}", value, "must be a finite number >= 0")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"train.{name}", getattr(self, name), "must be below 1")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError("train.schedule", self.schedule, f"must be one of {', '.join(SCHEDULES)}")
+        if self.decay_mask not in DECAY_MASKS:
+            raise ConfigError("train.decay_mask", self.decay_mask, f"must be one of {', '.join(DECAY_MASKS)}")
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                "train.accumulation", self.accumulation, f"must divide train.batch_size = {self.batch_size}"
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that are computed together."""
+        return self.batch_size // self.accumulation
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences of a batch of evaluation."""
+        return self.eval_batch_size or self.micro_batch_size

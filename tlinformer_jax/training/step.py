@@ -1,0 +1,113 @@
+"""The train step and the evaluation step: pure functions of state and batch, jitted over a mesh elsewhere."""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.loss import token_losses
+from tlinformer_jax.training.optimizer import build_optimizer, learning_rate_schedule
+
+DeviceBatch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+      step: updates done, int32 [].
+      params: parameters, as `model.init` names them.
+      opt_state: of the optimiser.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_state(rng: jax.Array, model: LanguageModel, config: TrainConfig) -> TrainState:
+    """The state before the first update; depends on `rng` and the configurations only."""
+    params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    return TrainState(jnp.int32(0), params, build_optimizer(config).init(params))
+
+
+def train_step(
+    state: TrainState, batch: DeviceBatch, *, model: LanguageModel, config: TrainConfig
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update.
+
+    Args:
+      state: before the update.
+      batch: inputs and labels int32 [batch, N], weights float32 [batch, N]; the loss is the weighted mean over
+        all of it, however many micro-batches compute it.
+      model: of the parameters.
+      config: of the run.
+
+    Returns:
+      the state after the update, and scalars: loss (nats), grad_norm (before clipping), learning_rate, tokens.
+    """
+    tokens = jnp.sum(batch["weights"])
+    dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+
+    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> jax.Array:
+        rngs = {"dropout": jax.random.fold_in(dropout_key, number)}
+        hidden = model.apply({"params": params}, micro["inputs"], train=True, rngs=rngs, method=model.hidden_states)
+        losses = token_losses(hidden, params["embedding"], micro["labels"], config.loss_chunk)
+        return jnp.sum(losses * micro["weights"]) / jnp.maximum(tokens, 1.0)
+
+    gradient = jax.value_and_grad(micro_loss)
+    if config.accumulation == 1:
+        loss, grads = gradient(state.params, batch, jnp.int32(0))
+    else:
+        loss, grads = _accumulate(gradient, state.params, batch, config.accumulation)
+    updates, opt_state = build_optimizer(config).update(grads, state.opt_state, state.params)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": jnp.asarray(learning_rate_schedule(config)(state.step), jnp.float32),
+        "tokens": tokens,
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[jax.Array, Any]:
+    """Sums loss and gradients over `parts` micro-batches, one after the other."""
+    # Rows are dealt out in turn, so that each micro-batch stays split over all devices.
+    micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
+
+    def body(total: Any, part: tuple[DeviceBatch, jax.Array]) -> tuple[Any, None]:
+        micro, number = part
+        return jax.tree.map(jnp.add, total, gradient(params, micro, number)), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
+
+
+def eval_step(params: Any, batch: DeviceBatch, *, model: LanguageModel, config: TrainConfig) -> dict[str, jax.Array]:
+    """Sums of a batch by position: losses (nats) and weights, each float32 [N]."""
+    hidden = model.apply({"params": params}, batch["inputs"], method=model.hidden_states)
+    losses = token_losses(hidden, params["embedding"], batch["labels"], config.loss_chunk)
+    return {"losses": jnp.sum(losses * batch["weights"], axis=0), "weights": jnp.sum(batch["weights"], axis=0)}
+
+
+def jit_train_step(model: LanguageModel, config: TrainConfig, state_shardings: Any, batch_sharding: Any) -> Any:
+    """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused."""
+    return jax.jit(
+        functools.partial(train_step, model=model, config=config),
+        in_shardings=(state_shardings, batch_sharding),
+        out_shardings=(state_shardings, None),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(model: LanguageModel, config: TrainConfig, param_shardings: Any, batch_sharding: Any) -> Any:
+    """`eval_step`, compiled for the shardings of its arguments."""
+    return jax.jit(
+        functools.partial(eval_step, model=model, config=config), in_shardings=(param_shardings, batch_sharding)
+    )
