@@ -122,6 +122,7 @@ def test_an_end_that_is_also_an_ordinary_piece_is_spelled_out(tmp_path):
     ids = tokenizer.encode("a </s> b</s>")
     assert tokenizer.end_of_text == 1
     assert 1 not in ids
+    assert tokenizer.safe_cut("a b a b") == 0  # nothing is known of where such a model may be cut
     assert "".join(plain.id_to_token(i) for i in ids) == "a </s> b</s>"
 
 
