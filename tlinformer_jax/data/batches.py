@@ -3,7 +3,7 @@
 Sample i of a stream is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels; the remainder is
 dropped. Every epoch visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function
 of the update's number, so the iterator's whole state is that number, and any split of the batch over
-processes reads the same global stream.
+processes reads the same global stream. `tlinformer_jax.data.reader` prepares batches ahead.
 """
 
 import dataclasses
@@ -38,27 +38,39 @@ def take_samples(stream: TokenStream, sequence_length: int, indices: np.ndarray)
 
 @functools.lru_cache(maxsize=2)
 def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which epoch `epoch` visits `count` samples; the same on every host and platform."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(count)
+    """The order in which epoch `epoch` visits `count` samples, int64 [count]; read-only.
+
+    The same on every host, platform and numpy version: numpy promises stable streams for seed sequences and raw
+    bits, but not for `Generator.permutation`.
+    """
+    raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    order = np.argsort(raw, kind="stable")
+    order.flags.writeable = False  # the cached array is shared
+    return order
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatches:
-    """The endless stream of training batches; epochs follow each other without a gap.
+    """The endless stream of training batches.
 
     Attributes:
       stream: tokens of the split.
       sequence_length: N.
       batch_size: sequences an update, all processes together.
       seed: of the order.
+      equal_updates: True: epochs follow each other without a gap, so every update is full. False, the paper's
+        way: an epoch's last update holds what is left of the epoch, filled up with rows of weight 0.
     """
 
     stream: TokenStream
     sequence_length: int
     batch_size: int
     seed: int
+    equal_updates: bool = True
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise DataError(f"a batch of {self.batch_size} sequences: must hold at least 1")
         if self.samples_per_epoch < 1:
             raise DataError(
                 f"data.sequence_length = {self.sequence_length}: the training split has only "
@@ -69,22 +81,66 @@ class TrainingBatches:
     def samples_per_epoch(self) -> int:
         return num_samples(self.stream, self.sequence_length)
 
+    def updates_for_epochs(self, epochs: int) -> int:
+        """The number of updates after which every sample has been seen `epochs` times."""
+        if self.equal_updates:
+            return -(-epochs * self.samples_per_epoch // self.batch_size)
+        return epochs * -(-self.samples_per_epoch // self.batch_size)
+
+    def real_samples(self, step: int) -> int:
+        """Rows of update `step` that are not padding, all processes together."""
+        return int((self.indices(step) >= 0).sum())
+
     def indices(self, step: int) -> np.ndarray:
-        """Sample numbers of update `step` (from 0), int64 [batch_size]."""
+        """Sample numbers of update `step` (from 0), int64 [batch_size]; -1 for padding."""
         count = self.samples_per_epoch
+        # Positions in the row of all epochs; the paper's epochs are padded to whole updates.
+        length = count if self.equal_updates else self.updates_for_epochs(1) * self.batch_size
         positions = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, count)
-        chosen = np.empty_like(positions)
+        epochs, offsets = np.divmod(positions, length)
+        chosen = np.full_like(positions, -1)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
+            here = (epochs == epoch) & (offsets < count)
             chosen[here] = epoch_permutation(count, self.seed, int(epoch))[offsets[here]]
         return chosen
 
     def batch(self, step: int, process: int = 0, num_processes: int = 1) -> Batch:
         """The rows of update `step` that process `process` of `num_processes` holds, in global order."""
-        share = self.batch_size // num_processes
-        mine = self.indices(step)[process * share : (process + 1) * share]
+        mine = _share(self.indices(step), process, num_processes)
         return take_samples(self.stream, self.sequence_length, mine)
+
+
+def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int) -> np.ndarray:
+    """What each row of an update counts in the paper's gradient, float32 [batch_size].
+
+    The paper adds up the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, also at
+    an epoch's end where fewer are left, of which the last may be short: its rows then count more each, the missing
+    ones nothing. The gradient is the mean over all `batch_size` rows of (this weight x the row's mean loss).
+
+    Args:
+      real_samples: rows that are not padding; they come first.
+      batch_size: rows of a full update.
+      micro_batch: m; must divide `batch_size`.
+
+    Raises:
+      DataError: if it does not.
+    """
+    if batch_size % micro_batch:
+        raise DataError(f"a micro-batch of {micro_batch} sequences: must divide the batch of {batch_size}")
+    weights = np.zeros(batch_size, np.float32)
+    short = real_samples % micro_batch
+    weights[:real_samples] = 1.0
+    if short:
+        weights[real_samples - short : real_samples] = micro_batch / short
+    return weights
+
+
+def _share(indices: np.ndarray, process: int, num_processes: int) -> np.ndarray:
+    """The consecutive part of a batch's rows that belongs to one process."""
+    share, left = divmod(len(indices), num_processes)
+    if left:
+        raise DataError(f"a batch of {len(indices)} sequences: must be divisible by the {num_processes} processes")
+    return indices[process * share : (process + 1) * share]
 
 
 def evaluation_batches(
@@ -101,8 +157,7 @@ def evaluation_batches(
             f"data.sequence_length = {sequence_length}: the split has only {len(stream.tokens)} tokens; "
             "it must hold at least one sample of sequence_length + 1"
         )
-    share = batch_size // num_processes
     for start in range(0, count, batch_size):
         indices = np.arange(start, start + batch_size)
         indices[indices >= count] = -1
-        yield take_samples(stream, sequence_length, indices[process * share : (process + 1) * share])
+        yield take_samples(stream, sequence_length, _share(indices, process, num_processes))

@@ -1,14 +1,139 @@
-"""The corpora by name: the one entry point through which training and evaluation load a split."""
+"""From a `DataConfig` to the token stream of a split: the one entry point of training and evaluation."""
 
-from tlinformer_jax.data.config import DataConfig
-from tlinformer_jax.data.pydoc import load_pydoc
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from tlinformer_jax.data.cache import cached_tokens, file_identity, smallest_dtype
+from tlinformer_jax.data.config import SPLITS, DataConfig
+from tlinformer_jax.data.files import file_kind, find_files, read_documents
+from tlinformer_jax.data.pieces import cut_documents, group_pieces
+from tlinformer_jax.data.progress import Progress
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.data.workers import Encoded, encode_groups
+from tlinformer_jax.errors import DataError
 
-SPLITS = ("train", "validation", "test")
+Documents = Iterator[tuple[str, bool]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedSplit:
+    """A split's tokens and how they came about.
+
+    Attributes:
+      stream: the tokens.
+      found: whether they were tokenised by an earlier run.
+      seconds: that opening (and tokenising) took.
+    """
+
+    stream: TokenStream
+    found: bool
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The files of one split and how to read them.
+
+    Attributes:
+      label: names the split in messages.
+      files: that the documents come from.
+      options: what else the tokens depend on, as JSON.
+      documents: yields `(text, ends)`, and tells the bytes that each read took.
+      row_per_line: whether each document is one line, an empty one too.
+    """
+
+    label: str
+    files: list[pathlib.Path]
+    options: dict[str, Any]
+    documents: Callable[[Callable[[int], None]], Documents]
+    row_per_line: bool = False
+
+
+def available_splits(config: DataConfig) -> tuple[str, ...]:
+    """The splits that `config` gives text of their own for."""
+    if config.dataset == "pydoc":
+        return ("train", "validation")  # validation also serves as test
+    if config.dataset == "text":
+        return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
+    return SPLITS
 
 
 def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
-    """The split 'train', 'validation' or 'test' of the configured corpus as a token stream."""
-    assert config.dataset == "pydoc" and split in SPLITS
-    return load_pydoc(split, tokenizer)
+    """Returns the tokens of "train", "validation" or "test", with `end_of_text` after every document.
+
+    Tokenises with all cores on the first call; later calls, of any process, map the cached result.
+
+    Raises:
+      DataError: for a split that is not there, or files, caches and downloads that cannot be used; the message
+        says which and why.
+      ConfigError: for a missing package.
+    """
+    return open_split(config, split, tokenizer).stream
+
+
+def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSplit:
+    """`load_split`, with what `prepare` reports."""
+    if split not in SPLITS:
+        raise DataError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+    start = time.monotonic()
+    if config.dataset == "pydoc":
+        from tlinformer_jax.data.pydoc import load_pydoc
+
+        return OpenedSplit(load_pydoc(split, tokenizer), False, time.monotonic() - start)
+    source = _text_source(config, split) if config.dataset == "text" else _wikitext_source(config, split)
+    identity = {
+        "tokenizer": tokenizer.name,
+        "options": source.options,
+        "files": [file_identity(path, config.full_hash) for path in source.files],
+    }
+
+    def encode(scratch: pathlib.Path) -> Generator[Encoded, None, None]:
+        yield from _encode(source, tokenizer, config.num_workers, scratch)
+        if [file_identity(path, config.full_hash) for path in source.files] != identity["files"]:
+            raise DataError(f"{source.label}: a file changed while it was read; prepare again when it is complete")
+
+    stream, found = cached_tokens(config.cache_path, identity, tokenizer.vocab_size, encode, verify=config.full_hash)
+    return OpenedSplit(stream, found, time.monotonic() - start)
+
+
+def _encode(
+    source: Source, tokenizer: Tokenizer, num_workers: int, scratch: pathlib.Path
+) -> Generator[Encoded, None, None]:
+    progress = Progress(f"tokenising {source.label}", sum(path.stat().st_size for path in source.files))
+    groups = group_pieces(cut_documents(source.documents(progress.advance), tokenizer.safe_cut))
+    dtype = smallest_dtype(tokenizer.vocab_size)
+    for tokens, counts in encode_groups(groups, tokenizer, dtype, num_workers, scratch):
+        yield tokens, dataclasses.replace(counts, num_lines=counts.num_documents) if source.row_per_line else counts
+    progress.finish()
+
+
+def _text_source(config: DataConfig, split: str) -> Source:
+    field = f"data.{split}_files"
+    files = find_files(getattr(config, f"{split}_files"), field)
+    kinds = {file_kind(path) for path in files}
+    options = {"document": "text"}
+    if "jsonl" in kinds:
+        options["text_field"] = config.text_field
+    if "txt" in kinds:
+        options["document_per"] = config.document_per
+
+    def documents(on_read: Callable[[int], None]) -> Documents:
+        for path in files:
+            yield from read_documents(path, config.text_field, config.document_per, on_read)
+
+    return Source(split, files, options, documents)
+
+
+def _wikitext_source(config: DataConfig, split: str) -> Source:
+    from tlinformer_jax.data.wikitext103 import prepared
+
+    files = prepared.prepared_files(config, split)
+
+    def documents(on_read: Callable[[int], None]) -> Documents:
+        return ((row, True) for row in prepared.read_rows(config, split, on_read))
+
+    return Source(f"wikitext103 {config.wikitext_variant} {split}", files, {"document": "row"}, documents, True)

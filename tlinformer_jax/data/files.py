@@ -1,0 +1,223 @@
+"""Text files: globs, decompression and documents, read in bounded memory.
+
+A document arrives as one or more `(text, ends)` pairs: `ends` is True for its last piece. Documents without any
+text are skipped. Whatever is wrong with a file is a `DataError` that names the file, and the line where one is.
+"""
+
+import codecs
+import glob
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tlinformer_jax.errors import DataError
+
+COMPRESSED = (".gz", ".xz", ".zst")
+BLOCK = 32 * 1024  # compressed bytes a read; bounds what one step of decompression can yield
+BYTE_ORDER_MARK = codecs.BOM_UTF8
+
+TextPiece = tuple[str, bool]
+
+
+def find_files(patterns: str, field: str) -> list[pathlib.Path]:
+    """Expands comma-separated globs (or plain paths) into existing files, each once, sorted within a glob.
+
+    Raises:
+      DataError: naming `field`, for a glob without a match or a file of a kind that is not read.
+    """
+    found: dict[pathlib.Path, None] = {}
+    for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
+        path = pathlib.Path(pattern).expanduser()
+        matches = (
+            [path] if path.is_file() else [pathlib.Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        )
+        matches = [match for match in matches if not match.is_dir()]
+        if not matches:
+            raise DataError(f"{field}: no file matches {pattern!r} (in {pathlib.Path.cwd()})")
+        for match in matches:
+            if file_kind(match) is None:
+                raise DataError(
+                    f"{field}: {match} is not read; files end in .txt or .jsonl, or those with .gz, .xz, .zst"
+                )
+            found[match.resolve()] = None
+    if not found:
+        raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files for this split")
+    return list(found)
+
+
+def file_kind(path: pathlib.Path) -> str | None:
+    """ "txt" or "jsonl", from the name without a compression's ending; None for anything else."""
+    name = path.stem if path.suffix in COMPRESSED else path.name
+    return next((kind for kind in ("txt", "jsonl") if name.endswith("." + kind)), None)
+
+
+def read_documents(
+    path: pathlib.Path, text_field: str, document_per: str, on_read: Callable[[int], None]
+) -> Iterator[TextPiece]:
+    """Yields the documents of one .txt or .jsonl file.
+
+    Args:
+      path: the file.
+      text_field: the field of a .jsonl line that holds the document.
+      document_per: whether a .txt holds one document a "file" or a "line".
+      on_read: is told the number of (compressed) bytes that each read took.
+
+    Raises:
+      DataError: for a file that cannot be read, is truncated, is not UTF-8, or a line without the field.
+    """
+    blocks = without_mark(read_blocks(path, on_read))
+    if file_kind(path) == "jsonl":
+        return _json_documents(path, blocks, text_field)
+    if document_per == "line":
+        return _line_documents(path, blocks)
+    return _whole_document(path, blocks)
+
+
+def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    """Yields the file's content, decompressed by its ending.
+
+    Raises:
+      DataError: if it cannot be read, or its compressed data is damaged or cut short.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = _raw_blocks(file, on_read)
+            yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _raw_blocks(file: Any, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    while block := file.read(BLOCK):
+        on_read(len(block))
+        yield block
+
+
+def _decompressed(raw: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
+    new_machine, failure = _decompressor(path)
+    machine = new_machine()
+    try:
+        for data in raw:
+            while data:
+                if machine.eof:
+                    data = data.lstrip(b"\0")  # padding between the members of a concatenated file
+                    if not data:
+                        break
+                    machine = new_machine()
+                yield machine.decompress(data)
+                data = machine.unused_data if machine.eof else b""
+    except failure as error:
+        raise DataError(f"{path}: damaged {path.suffix} data ({error})") from None
+    if not machine.eof:
+        raise DataError(f"{path}: truncated: its {path.suffix} data ends before the end-of-stream mark")
+
+
+def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
+    """A factory of decompressors with `decompress`, `eof` and `unused_data`, and what they raise."""
+    if path.suffix == ".gz":
+        return lambda: zlib.decompressobj(wbits=31), zlib.error
+    if path.suffix == ".xz":
+        import lzma
+
+        return lzma.LZMADecompressor, lzma.LZMAError
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
+    # Files of `zstd --long=31` need the largest window.
+    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
+
+
+def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Drops a UTF-8 byte order mark from the start of a file."""
+    head = b""
+    for block in blocks:
+        head += block
+        if len(head) >= len(BYTE_ORDER_MARK):
+            break
+    yield head.removeprefix(BYTE_ORDER_MARK)
+    yield from blocks
+
+
+def read_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields the lines of a file, each with its newline; the last may lack one. Only b"\\n" ends a line."""
+    parts: list[bytes] = []
+    for block in blocks:
+        *ended, rest = block.split(b"\n")
+        for line in ended:
+            yield b"".join((*parts, line, b"\n"))
+            parts = []
+        if rest:
+            parts.append(rest)
+    if parts:
+        yield b"".join(parts)
+
+
+def decode_line(line: bytes, path: pathlib.Path | str, number: int) -> str:
+    """Decodes line `number` (from 1) of `path`.
+
+    Raises:
+      DataError: if it is not UTF-8.
+    """
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number, error) from None
+
+
+def _not_utf8(path: pathlib.Path | str, number: int, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{path}, line {number}: not valid UTF-8 (byte {error.object[error.start]:#04x}: {error.reason})")
+
+
+def _json_documents(path: pathlib.Path, blocks: Iterator[bytes], field: str) -> Iterator[TextPiece]:
+    for number, line in enumerate(read_lines(blocks), 1):
+        text = decode_line(line, path, number)
+        if text.isspace():
+            continue
+        document = _json_text(text, field, f"{path}, line {number}")
+        if document:
+            yield document, True
+
+
+def _json_text(line: str, field: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(value, dict) or field not in value:
+        names = ", ".join(map(repr, value)) if isinstance(value, dict) else "no fields"
+        raise DataError(f"{where}: no field {field!r} (data.text_field); the line has {names or 'no fields'}")
+    text = value[field]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field {field!r} (data.text_field) must be a string, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: field {field!r} holds half a surrogate pair, which is no character") from None
+    return text
+
+
+def _line_documents(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[TextPiece]:
+    for number, line in enumerate(read_lines(blocks), 1):
+        text = decode_line(line, path, number).rstrip("\r\n")
+        if text and not text.isspace():
+            yield text, True
+
+
+def _whole_document(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[TextPiece]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    lines, empty = 1, True
+    try:
+        for block in blocks:
+            text = decoder.decode(block)
+            lines += text.count("\n")
+            if text:
+                empty = False
+                yield text, False
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, lines + error.object[: error.start].count(b"\n"), error) from None
+    if not empty:
+        yield "", True
