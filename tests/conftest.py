@@ -11,16 +11,9 @@ if not ON_GPU:
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     ).strip()
 
-import jax
-import pytest
+import jax  # noqa: E402  (reads the environment set above)
 
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-@pytest.fixture(autouse=True)
-def _own_working_directory(tmp_path, monkeypatch):
-    """No test leaves anything in the checkout."""
-    monkeypatch.setenv("TLINFORMER_TEST_TMP", str(tmp_path))

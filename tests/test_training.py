@@ -22,7 +22,7 @@ from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.loss import token_losses
-from tlinformer_jax.training.optimizer import decay_mask, learning_rate_schedule
+from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run
 from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
 
@@ -42,10 +42,12 @@ TRAIN = TrainConfig(
     steps=4, batch_size=8, learning_rate=1e-2, warmup_steps=1, log_every=1, eval_every=2, checkpoint_every=2
 )
 
+HORIZON = Horizon(steps=4, decay_end=4)
+
 
 def golden_state(config: TrainConfig = TRAIN) -> TrainState:
     """A state whose weights are of golden scale."""
-    state = init_state(jax.random.key(0), build_model(MODEL), config)
+    state = init_state(jax.random.key(0), build_model(MODEL), config, HORIZON)
     return state.replace(params=params_from_reference(golden.random_weights(MODEL), MODEL)["params"])
 
 
@@ -85,24 +87,21 @@ def test_chunked_loss_never_holds_all_logits():
     assert memory(8) < 0.5 * memory(tokens)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_changes_nothing(accumulation):
+def test_accumulation_changes_nothing():
     model, batch = build_model(MODEL), random_batch()
-    one, _ = jax.jit(lambda s, b: train_step(s, b, model=model, config=TRAIN))(golden_state(), batch)
-    config = dataclasses.replace(TRAIN, accumulation=accumulation)
-    many, _ = jax.jit(lambda s, b: train_step(s, b, model=model, config=config))(golden_state(), batch)
+    one, _ = jax.jit(lambda s, b: train_step(s, b, model=model, config=TRAIN, horizon=HORIZON))(golden_state(), batch)
+    config = dataclasses.replace(TRAIN, accumulation=4)
+    many, _ = jax.jit(lambda s, b: train_step(s, b, model=model, config=config, horizon=HORIZON))(golden_state(), batch)
     for value, truth in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
         np.testing.assert_allclose(value, truth, atol=2e-5)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 1, "fsdp": 8}])
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}])
 def test_eight_devices_equal_one(sizes):
     """Loss within 1e-5, gradients (seen through a plain SGD-like difference) within 1e-4, state kept sharded."""
     model, batch = build_model(MODEL), random_batch()
 
     def loss_and_grads(mesh):
-        from tlinformer_jax.training.loss import token_losses
-
         params = golden_state().params
         shardings = tree_shardings(params, mesh)
 
@@ -143,7 +142,9 @@ def test_every_parameter_has_a_sharding_rule_and_faults_are_named():
 
 
 def test_schedule_warms_up_and_ends_where_it_should():
-    schedule = learning_rate_schedule(dataclasses.replace(TRAIN, steps=110, warmup_steps=10, final_learning_rate=0.1))
+    schedule = learning_rate_schedule(
+        dataclasses.replace(TRAIN, warmup_steps=10, final_learning_rate=0.1), Horizon(110, 110)
+    )
     rates = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
     np.testing.assert_allclose(rates, [0, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
 
@@ -154,8 +155,10 @@ def test_decay_mask_spares_vectors_only_when_asked():
     matrices = decay_mask(dataclasses.replace(TRAIN, decay_mask="matrices"), params)
     assert all(jax.tree.leaves(everything))
     layer = matrices["blocks_0"]["restore"]
-    assert layer["qkv_kernel"] and matrices["embedding"]
-    assert not layer["qkv_bias"] and not layer["norm1_scale"]
+    assert layer["qkv_kernel"]
+    assert matrices["embedding"]
+    assert not layer["qkv_bias"]
+    assert not layer["norm1_scale"]
 
 
 def run_config(**changes) -> RunConfig:
@@ -216,7 +219,7 @@ def test_jitted_step_donates_and_counts(tmp_path):
     model = build_model(MODEL)
     state = golden_state()
     shardings = tree_shardings(state, mesh)
-    step = jit_train_step(model, TRAIN, shardings, batch_sharding(mesh))
+    step = jit_train_step(model, TRAIN, HORIZON, shardings, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         state = jax.device_put(state, shardings)
         new, metrics = step(state, put_batch(random_batch(), mesh))

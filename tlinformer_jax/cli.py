@@ -31,8 +31,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def fail(message: str) -> NoReturn:
-    """Prints `message` as one line on stderr and exits with status 2."""
-    print("error:", " ".join(message.split("\n")), file=sys.stderr, flush=True)
+    """Prints `message` on stderr and exits with status 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -55,18 +55,21 @@ def writable_workdir(path: str) -> pathlib.Path:
     return workdir
 
 
-def config_values(config: Any) -> Any:
-    """The loaded config of a `DEFINE_config_file` flag.
+def config_values() -> Any:
+    """The loaded config of the flag --config, a `DEFINE_config_file`.
 
     Raises:
       UserError: if the flag is missing or its file could not be loaded.
     """
+    config = flags.FLAGS.config
     if config is None:
         raise UserError("--config: must name a config file, such as configs/tiny.py")
     try:
         config.items()
     except OSError as error:
-        raise UserError(f"--config: {_first_line(error)}") from None
+        cause = error.__cause__ or error
+        detail = cause.strerror if isinstance(cause, OSError) and cause.strerror else " ".join(str(cause).split())
+        raise UserError(f"--config={flags.FLAGS['config'].config_filename}: cannot be loaded ({detail})") from None
     return config
 
 

@@ -35,6 +35,8 @@ def main() -> None:
     labels = {
         "loss": "loss, nats per token",
         "perplexity": "perplexity per token",
+        "perplexity_per_word": "perplexity per word",
+        "perplexity_per_word_with_eol": "  line ends as words",
         "bits_per_byte": "bits per byte",
         "loss_first_window": "loss in the first window",
         "loss_later_windows": "loss in later windows",

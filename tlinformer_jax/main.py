@@ -5,7 +5,7 @@ from ml_collections import config_flags
 
 from tlinformer_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
+config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
 
 
@@ -15,7 +15,7 @@ def main() -> None:
     from tlinformer_jax.training.loop import train_and_evaluate
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    config = run_config(cli.config_values(CONFIG.value))
+    config = run_config(cli.config_values())
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
     train_and_evaluate(config, workdir)

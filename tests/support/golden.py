@@ -52,7 +52,7 @@ def load(name: str, **overrides) -> Golden:
         "history_window": meta["w_oh"] or 8,
         "generation_window": meta["w_og"] or 8,
         "dtype": "float32",
-        "history_segments": 2,
+        "history_segments": 1,
     }
     return Golden(
         config=ModelConfig(**(fields | overrides)),
@@ -72,7 +72,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in reference_shapes(config).items():
-        if name.endswith("norm1.weight") or name.endswith("norm2.weight") or name == "transformer.norm.weight":
+        if name.endswith(("norm1.weight", "norm2.weight")) or name == "transformer.norm.weight":
             value = 1 + 0.1 * rng.standard_normal(shape)
         elif len(shape) == 1:
             value = 0.1 * rng.standard_normal(shape)

@@ -59,7 +59,9 @@ class TrainingBatches:
       batch_size: sequences an update, all processes together.
       seed: of the order.
       equal_updates: True: epochs follow each other without a gap, so every update is full. False, the paper's
-        way: an epoch's last update holds what is left of the epoch, filled up with rows of weight 0.
+        way: an epoch's last update holds what is left of the epoch, filled up with rows of weight 0, and rows
+        weigh what `paper_gradient_weights` says.
+      micro_batch: rows of a micro-batch; read only where `equal_updates` is False, where it must divide the batch.
     """
 
     stream: TokenStream
@@ -67,6 +69,7 @@ class TrainingBatches:
     batch_size: int
     seed: int
     equal_updates: bool = True
+    micro_batch: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -106,8 +109,12 @@ class TrainingBatches:
 
     def batch(self, step: int, process: int = 0, num_processes: int = 1) -> Batch:
         """The rows of update `step` that process `process` of `num_processes` holds, in global order."""
-        mine = _share(self.indices(step), process, num_processes)
-        return take_samples(self.stream, self.sequence_length, mine)
+        indices = self.indices(step)
+        batch = take_samples(self.stream, self.sequence_length, _share(indices, process, num_processes))
+        if not self.equal_updates:
+            rows = paper_gradient_weights(int((indices >= 0).sum()), self.batch_size, self.micro_batch)
+            batch["weights"] *= _share(rows, process, num_processes)[:, None]
+        return batch
 
 
 def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int) -> np.ndarray:

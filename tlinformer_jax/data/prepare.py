@@ -74,12 +74,11 @@ def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[Split
 
 def main() -> None:
     """Prints a line a split."""
-    from absl import flags
 
     from tlinformer_jax.cli import config_values
     from tlinformer_jax.config import run_config
 
-    config = run_config(config_values(flags.FLAGS.config))
+    config = run_config(config_values())
     for report in prepare(config.data, config.model.vocab_size):
         print(report, flush=True)
 

@@ -76,7 +76,7 @@ def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
     top = "transformer.transformer_layers"
     if not config.windowed:
         return [((f"layers_{i}",), f"{top}.{i}.") for i in range(config.num_layers)]
-    names = []
+    names: list[tuple[tuple[str, ...], str]] = []
     for block in range(config.num_blocks):
         names.append(((f"blocks_{block}", "compress"), f"{top}.{block}.compress_context_layer."))
         names += [
@@ -103,7 +103,7 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "ffn.w2.weight": (width, inner),
         "ffn.w3.weight": (inner, width),
     }
-    shapes = {EMBEDDING: (config.vocab_size, width), HEAD: (config.vocab_size, width)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, width), HEAD: (config.vocab_size, width)}
     shapes |= dict.fromkeys(FINAL_NORM.values(), (width,))
     for _, prefix in layer_names(config):
         shapes |= {prefix + name: shape for name, shape in layer.items()}

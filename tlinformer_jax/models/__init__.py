@@ -1,7 +1,22 @@
-"""Architectures: configuration, the layer, attention, the dual-window block, the four models."""
+"""Architectures: configuration, the layer, attention, the dual-window block, the four models.
 
-from tlinformer_jax.models.block import DualWindowBlock
-from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.models.model import LanguageModel, ModelParams, build_model
+The names below are imported on first use: configuration alone does not need JAX.
+"""
 
-__all__ = ["DualWindowBlock", "LanguageModel", "ModelConfig", "ModelParams", "build_model"]
+import importlib
+from typing import Any
+
+_HOMES = {
+    "DualWindowBlock": "tlinformer_jax.models.block",
+    "LanguageModel": "tlinformer_jax.models.model",
+    "ModelConfig": "tlinformer_jax.models.config",
+    "ModelParams": "tlinformer_jax.models.model",
+    "build_model": "tlinformer_jax.models.model",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tlinformer_jax.models' has no attribute {name!r}")

@@ -22,7 +22,7 @@ class Dropout:
 
     def fold_in(self, number: jax.Array | int) -> "Dropout":
         """An independent dropout for part `number`."""
-        return self.replace(key=jax.random.fold_in(self.key, number))
+        return Dropout(jax.random.fold_in(self.key, number), self.rate)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Zeroes values of x with probability `rate` and scales the others to keep the mean."""
@@ -88,11 +88,11 @@ def visible(
     queries: int, keys: int, causal: bool, window: int | None, key_length: jax.Array | None
 ) -> jax.Array | None:
     """Boolean [batch or 1, 1, queries, keys]: which keys a query sees; None if it sees all."""
-    mask = None
+    mask: jax.Array | None = None
     if causal:
         distance = np.arange(queries)[:, None] - np.arange(keys)[None, :]
-        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        mask = jnp.asarray(mask)[None, None]
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        mask = jnp.asarray(seen)[None, None]
     if key_length is not None:
         valid = jnp.arange(keys)[None, None, None, :] < key_length[:, None, None, None]
         mask = valid if mask is None else mask & valid
@@ -139,7 +139,7 @@ def _attend_cudnn(
     width = query.shape[-1]
     padding = [(0, 0)] * 3 + [(0, -width % 8)]
     query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
-    lengths = {}
+    lengths: dict[str, Any] = {}
     if key_length is not None:
         lengths["query_seq_lengths"] = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
         lengths["key_value_seq_lengths"] = jnp.maximum(key_length, 1)

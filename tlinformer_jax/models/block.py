@@ -142,15 +142,15 @@ def dual_window_block(
     z, x = both[:, : frame.observed_width], both[:, frame.observed_width :]
 
     last = _part(dropout, 2)
-    z_keys = project(params.restore, z, z_rope, "kv")
+    z_key, z_value = project(params.restore, z, z_rope, "kv")
     projected = Projected(*project(params.restore, x, x_rope))
     attended = _attend_causal(config, projected, last) + _attend_shared(
-        config, [projected.query], *z_keys, frame.observed_length, _part(last, SHARED_ATTENTION)
+        config, [projected.query], z_key, z_value, frame.observed_length, _part(last, SHARED_ATTENTION)
     )
     x = update(params.restore, x, attended, _part(last, FEED_FORWARD))
     if history_query is None:
         return x, None
-    return x, restore_context(params.restore, config, history.rows, history_query, z_keys, frame, last)
+    return x, restore_context(params.restore, config, history.rows, history_query, z_key, z_value, frame, last)
 
 
 def compress(
@@ -226,13 +226,13 @@ def restore_context(
     config: ModelConfig,
     rows: jax.Array,
     query: jax.Array,
-    z_keys: tuple[jax.Array, ...],
+    z_key: jax.Array,
+    z_value: jax.Array,
     frame: WindowFrame,
     dropout: Dropout | None,
 ) -> jax.Array:
     """The restore layer for the history: every row C [batch, rows, D] reads the compressed context."""
-    key, value = z_keys
-    attended = _attend_shared(config, [query], key, value, frame.observed_length, _part(dropout, CONTEXT_ATTENTION))
+    attended = _attend_shared(config, [query], z_key, z_value, frame.observed_length, _part(dropout, CONTEXT_ATTENTION))
     return update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
 
 

@@ -4,9 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from tlinformer_jax.errors import ConfigError
 
 ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
@@ -128,8 +125,11 @@ class ModelConfig:
         return self.architecture in WINDOWED
 
     @property
-    def compute_dtype(self) -> jnp.dtype:
+    def compute_dtype(self) -> Any:
         """The dtype of the computation, 'auto' resolved for the default device."""
+        import jax  # here, because configurations are also read where JAX is not wanted
+        import jax.numpy as jnp
+
         if self.dtype != "auto":
             return jnp.dtype(self.dtype)
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -144,6 +144,8 @@ class ModelConfig:
 
 
 def _dtype_name(field: str, value: Any) -> str:
+    import jax.numpy as jnp
+
     try:
         return jnp.dtype(value).name
     except TypeError:

@@ -97,6 +97,7 @@ class LanguageModel(nn.Module):
         config, params = self.config, self.parameters()
         check_inputs(config, tokens, inputs_embeds)
         if inputs_embeds is None:
+            assert tokens is not None  # check_inputs
             # jnp.take fills rows of ids outside the table with NaN: a wrong id is never silently clamped.
             inputs_embeds = jnp.take(params.embedding, tokens, axis=0)
         embeddings = constrain_batch(inputs_embeds.astype(config.compute_dtype))

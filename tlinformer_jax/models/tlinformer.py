@@ -41,7 +41,7 @@ def forward_windows(
       blocks: parameters, kernels in the compute dtype.
       config: of the model.
       embeddings: [batch, length, D] in the compute dtype.
-      dropout: None outside training. Its masks depend on the window's index, not on how windows are grouped.
+      dropout: None outside training; each window draws masks of its own.
 
     Returns:
       [batch, length, D], before the final LayerNorm.

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
-
-import jax
-from jax.sharding import AxisType, Mesh
+from typing import TYPE_CHECKING, Any
 
 from tlinformer_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +48,21 @@ class MeshConfig:
         return sizes
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> "Mesh":
     """The mesh over `devices` (default: all), every axis for the compiler to partition (AxisType.Auto).
 
     Raises:
       ConfigError: if the axes do not multiply to the number of devices.
     """
+    import jax  # here, because a configuration is read before anything needs devices
+    from jax.sharding import AxisType
+
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def check_batch_divides(batch_size: int, mesh: Mesh, field: str) -> None:
+def check_batch_divides(batch_size: int, mesh: "Mesh", field: str) -> None:
     """Refuses a batch that the mesh's batch axes cannot split evenly.
 
     Raises:

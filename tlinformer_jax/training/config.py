@@ -4,7 +4,7 @@ import dataclasses
 
 from tlinformer_jax.errors import ConfigError
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "paper")
 DECAY_MASKS = ("all", "matrices")
 
 
@@ -13,13 +13,17 @@ class TrainConfig:
     """Length, optimiser and rhythm of a run; a step is one update of the parameters.
 
     Attributes:
-      steps: updates in all.
+      steps: updates in all; 0 means as many as `epochs` take.
+      epochs: passes over the training samples; read only where `steps` is 0.
+      equal_updates: True: epochs follow each other without a gap. False, the paper's way: an epoch's last update
+        holds what is left of the epoch, its gradient still divided by the full number of micro-batches.
       batch_size: sequences an update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in, one after the other; divides batch_size.
       seed: of the parameters, the data's order and dropout.
       learning_rate: its peak.
       warmup_steps: updates over which it rises from 0.
-      schedule: 'cosine' (to final_learning_rate at the last step) or 'constant' after the warm-up.
+      schedule: after the warm-up 'constant'; 'cosine' to final_learning_rate at the last step; or 'paper', a
+        cosine whose length counts micro-batches while its argument counts updates, so that it hardly falls.
       final_learning_rate: where the cosine ends, as a fraction of the peak.
       beta1: AdamW; beta2: AdamW; epsilon: AdamW.
       weight_decay: AdamW, decoupled.
@@ -34,6 +38,8 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    epochs: int = 0
+    equal_updates: bool = True
     batch_size: int = 64
     accumulation: int = 1
     seed: int = 0
@@ -55,9 +61,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "accumulation": 1, "loss_chunk": 1, "log_every": 1}
+        least = {"batch_size": 1, "accumulation": 1, "loss_chunk": 1, "log_every": 1}
         least |= {"keep_checkpoints": 1}
-        zero = ("seed", "warmup_steps", "eval_every", "eval_batch_size", "checkpoint_every")
+        zero = ("steps", "epochs", "seed", "warmup_steps", "eval_every", "eval_batch_size", "checkpoint_every")
         for name, minimum in (least | dict.fromkeys(zero, 0)).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
@@ -73,6 +79,12 @@ class TrainConfig:
             raise ConfigError("train.schedule", self.schedule, f"must be one of {', '.join(SCHEDULES)}")
         if self.decay_mask not in DECAY_MASKS:
             raise ConfigError("train.decay_mask", self.decay_mask, f"must be one of {', '.join(DECAY_MASKS)}")
+        if not isinstance(self.equal_updates, bool):
+            raise ConfigError("train.equal_updates", self.equal_updates, "must be True or False")
+        if not self.steps and not self.epochs:
+            raise ConfigError("train.steps", 0, "must be at least 1 where train.epochs is 0")
+        if self.schedule == "paper" and not self.epochs:
+            raise ConfigError("train.epochs", 0, "must be at least 1 for train.schedule = 'paper'")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 "train.accumulation", self.accumulation, f"must divide train.batch_size = {self.batch_size}"

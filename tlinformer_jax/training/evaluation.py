@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from tlinformer_jax.analysis.perplexity import perplexity
 from tlinformer_jax.data.batches import Batch
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.parallel.sharding import put_batch
@@ -56,16 +57,18 @@ def summary(result: Evaluation, stream: TokenStream, generation_window: int) -> 
     """The figures of a split.
 
     Returns:
-      loss (nats per token), perplexity, bits_per_byte (of the text that the evaluated tokens encode, taken as
-      the split's mean bytes per token; separators count as tokens and not as bytes), loss_first_window, and
-      loss_later_windows where the samples are longer than one window.
+      loss (nats per token), perplexity (per token), perplexity_per_word and perplexity_per_word_with_eol where
+      words and lines were counted, bits_per_byte, loss_first_window, and loss_later_windows where the samples are
+      longer than one window; `analysis.perplexity` defines the denominators.
     """
+    texts = perplexity(float(result.losses.sum()), result.tokens, stream)
     figures = {
         "loss": result.loss,
-        "perplexity": math.exp(min(result.loss, 700.0)),
-        "bits_per_byte": result.loss / math.log(2) * len(stream.tokens) / stream.num_bytes,
+        "perplexity": texts.per_token,
+        "perplexity_per_word": texts.per_word,
+        "perplexity_per_word_with_eol": texts.per_word_with_eol,
+        "bits_per_byte": texts.bits_per_byte,
         "loss_first_window": result.mean(0, generation_window),
+        "loss_later_windows": result.mean(generation_window, len(result.losses)),
     }
-    if len(result.losses) > generation_window:
-        figures["loss_later_windows"] = result.mean(generation_window, len(result.losses))
-    return figures
+    return {name: value for name, value in figures.items() if value is not None and not math.isnan(value)}

@@ -1,5 +1,6 @@
 """The training loop: `train_and_evaluate(config, workdir)`."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import numpy as np
 from tlinformer_jax.analysis.ngram import witten_bell_bits
 from tlinformer_jax.config import CONFIG_FILE, RunConfig, differences, load_config, run_config, save_config
 from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.data.reader import prefetched
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError
@@ -18,6 +20,7 @@ from tlinformer_jax.parallel.sharding import batch_sharding, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
+from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.setup import Run, build_run
 from tlinformer_jax.training.step import TrainState, jit_train_step
 
@@ -40,9 +43,18 @@ def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pat
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = pathlib.Path(workdir)
-    run = build_run(config, build_tokenizer(config.data.tokenizer))
+    tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
+    run = build_run(config, tokenizer)
     train, validation = run.split("train"), run.split("validation")
-    batches = TrainingBatches(train, config.data.sequence_length, config.train.batch_size, config.train.seed)
+    batches = TrainingBatches(
+        train,
+        config.data.sequence_length,
+        config.train.batch_size,
+        config.train.seed,
+        config.train.equal_updates,
+        config.train.micro_batch_size,
+    )
+    run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
     prepare_workdir(run, workdir)
     main = jax.process_index() == 0
     with (
@@ -88,7 +100,7 @@ def describe(run: Run, train: TokenStream, validation: TokenStream, batches: Tra
     )
     say(
         f"train {len(train.tokens):,} tokens, {batches.samples_per_epoch:,} samples of {batches.sequence_length}; "
-        f"validation {len(validation.tokens):,} tokens; {config.train.steps:,} steps of "
+        f"validation {len(validation.tokens):,} tokens; {run.horizon.steps:,} steps of "
         f"{config.train.batch_size * config.data.sequence_length:,} tokens"
     )
     if run.tokenizer.vocab_size <= NGRAM_VOCABULARY:
@@ -106,35 +118,31 @@ def train_steps(
     log: MetricsLog,
 ) -> TrainState:
     """Runs the steps that are left; evaluates and saves at the configured rhythm, but not after the last."""
-    config = run.config.train
-    step_function = jit_train_step(run.model, config, run.shardings, batch_sharding(run.mesh))
-    process, processes = jax.process_index(), jax.process_count()
-    throughput = Throughput(config.steps)
+    config, last = run.config.train, run.horizon.steps
+    step_function = jit_train_step(run.model, config, run.horizon, run.shardings, batch_sharding(run.mesh))
+    throughput = Throughput(last)
     first = int(state.step)
-    reported, tokens = first, 0.0
-    for step in range(first + 1, config.steps + 1):
-        batch = batches.batch(step - 1, process, processes)
-        tokens += float(batch["weights"].sum()) * processes
-        state, metrics = step_function(state, put_batch(batch, run.mesh))
-        if step == first + 1:
-            jax.block_until_ready(metrics)  # the first step's time is mostly compilation
-            say(f"compiled and ran step {step}")
-            log_step(step, metrics, None, config.steps, log)
-            throughput.restart()
-            reported, tokens = step, 0.0
-            continue
-        pause = due(step, config.eval_every, config.steps) or due(step, config.checkpoint_every, config.steps)
-        if step % config.log_every == 0 or step == config.steps or pause:
-            jax.block_until_ready(metrics)
-            speed = throughput.report(step, step - reported, tokens)
-            log_step(step, metrics, speed, config.steps, log)
-            reported, tokens = step, 0.0
-        if pause:
-            if due(step, config.checkpoint_every, config.steps):
-                checkpoints.save(state)
-            if due(step, config.eval_every, config.steps):
-                evaluate_and_log(run, state, validation, log)
-            throughput.restart()
+    with prefetched(batches, first, jax.process_index(), jax.process_count()) as reader:
+        for step in range(first + 1, last + 1):
+            with throughput.waiting():
+                batch = put_batch(next(reader), run.mesh)
+            state, metrics = step_function(state, batch)
+            throughput.count(config.batch_size * batches.sequence_length)
+            pause = due(step, config.eval_every, last) or due(step, config.checkpoint_every, last)
+            if step == first + 1:
+                jax.block_until_ready(metrics)  # the first step's time is mostly compilation
+                say(f"compiled and ran step {step}")
+                log_step(step, metrics, {}, last, log)
+                throughput.restart()
+            elif step % config.log_every == 0 or step == last or pause:
+                jax.block_until_ready(metrics)
+                log_step(step, metrics, throughput.report(step), last, log)
+            if pause:
+                if due(step, config.checkpoint_every, last):
+                    checkpoints.save(state)
+                if due(step, config.eval_every, last):
+                    evaluate_and_log(run, state, validation, log)
+                throughput.restart()
     return state
 
 
@@ -143,14 +151,12 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and step % every == 0 and step != last
 
 
-def log_step(
-    step: int, metrics: Mapping[str, Any], speed: Mapping[str, float] | None, last: int, log: MetricsLog
-) -> None:
-    """Writes and prints the figures of one step; `speed` is None where it is not known."""
+def log_step(step: int, metrics: Mapping[str, Any], speed: Mapping[str, float], last: int, log: MetricsLog) -> None:
+    """Writes and prints the figures of one step; `speed` is what `Throughput.report` returns, or empty."""
     values = {f"train/{name}": float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
     line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
-    if speed is not None:
-        values["train/tokens_per_second"] = speed["tokens_per_second"]
+    if speed:
+        values |= {f"train/{name}": speed[name] for name in ("tokens_per_second", "input_wait")}
         line += f"  {speed['tokens_per_second']:,.0f} tokens/s  {clock(speed['eta'])} left"
     log.write(step, values)
     say(line)

@@ -1,11 +1,12 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard events, and a line of progress."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 METRICS_FILE = "metrics.jsonl"
@@ -89,30 +90,45 @@ class MetricsLog:
 
 
 class Throughput:
-    """Tokens per second and time left, without compilation, evaluation and saving."""
+    """Speed of the training steps and time left, without compilation, evaluation and saving."""
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self._steps = 0
-        self._since = time.perf_counter()
+        self._all_steps, self._all_seconds = 0, 0.0
+        self.restart()
 
     def restart(self) -> None:
-        """Forgets the time since the last report: it went into something else than training."""
+        """Forgets what came since the last report: its time went into something else than training."""
         self._since = time.perf_counter()
+        self._steps, self._tokens, self._waited = 0, 0, 0.0
 
-    def report(self, step: int, steps: int, tokens: float) -> dict[str, float]:
-        """Counts `steps` steps with `tokens` tokens that ended just now.
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for input."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def count(self, tokens: int) -> None:
+        """Counts one dispatched step of `tokens` tokens."""
+        self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+
+    def report(self, step: int) -> dict[str, float]:
+        """The figures since the last report, all steps up to `step` being done now.
 
         Returns:
-          {'tokens_per_second': of these steps, 'eta': seconds left at the mean speed so far}.
+          tokens_per_second; input_wait, the fraction of the time spent waiting for batches; eta, the seconds left
+          at the mean speed so far.
         """
-        now = time.perf_counter()
-        elapsed = max(now - self._since, 1e-9)
-        self._since = now
-        self._tokens, self._seconds, self._steps = self._tokens + tokens, self._seconds + elapsed, self._steps + steps
-        return {"tokens_per_second": tokens / elapsed, "eta": (self._total - step) * self._seconds / self._steps}
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        self._all_steps, self._all_seconds = self._all_steps + self._steps, self._all_seconds + elapsed
+        figures = {
+            "tokens_per_second": self._tokens / elapsed,
+            "input_wait": self._waited / elapsed,
+            "eta": (self._total - step) * self._all_seconds / max(self._all_steps, 1),
+        }
+        self.restart()
+        return figures
 
 
 def say(message: str) -> None:

@@ -1,18 +1,43 @@
 """The optimiser and the learning rate's course, from optax."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import optax
 
+from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.training.config import TrainConfig
 
 
-def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+@dataclasses.dataclass(frozen=True)
+class Horizon:
+    """How long a run is, once its data is known.
+
+    Attributes:
+      steps: updates in all.
+      decay_end: the update at which a cosine would end.
+    """
+
+    steps: int
+    decay_end: int
+
+
+def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
+    """The length of a run over `batches`; see TrainConfig.steps, epochs and schedule."""
+    steps = config.steps or batches.updates_for_epochs(config.epochs)
+    if config.schedule == "paper":
+        return Horizon(steps, config.epochs * -(-batches.samples_per_epoch // config.micro_batch_size))
+    return Horizon(steps, steps)
+
+
+def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
     """Learning rate of update u = 0, 1, ...: a linear warm-up from 0, then the configured course."""
-    if config.schedule == "cosine":
+    if config.schedule == "paper":
+        course = optax.cosine_decay_schedule(config.learning_rate, max(1, horizon.decay_end - config.warmup_steps))
+    elif config.schedule == "cosine":
         course = optax.cosine_decay_schedule(
-            config.learning_rate, max(1, config.steps - config.warmup_steps), config.final_learning_rate
+            config.learning_rate, max(1, horizon.decay_end - config.warmup_steps), config.final_learning_rate
         )
     else:
         course = optax.constant_schedule(config.learning_rate)
@@ -32,10 +57,10 @@ def decay_mask(config: TrainConfig, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, after clipping by the global norm."""
     adamw = optax.adamw(
-        learning_rate_schedule(config),
+        learning_rate_schedule(config, horizon),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,

@@ -12,14 +12,15 @@ from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.batches import evaluation_batches
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.streams import TokenStream, check_token_ids
-from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
+from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
 
+UNTRAINED = Horizon(steps=1, decay_end=1)
 COMPILATION_CACHE = pathlib.Path("~/.cache/tlinformer_jax/xla")
 
 
@@ -31,11 +32,12 @@ class Run:
     tokenizer: Tokenizer
     mesh: Mesh
     model: LanguageModel
+    horizon: Horizon
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
-        init = functools.partial(init_state, model=self.model, config=self.config.train)
+        init = functools.partial(init_state, model=self.model, config=self.config.train, horizon=self.horizon)
         shapes = jax.eval_shape(init, jax.random.key(0))
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -50,7 +52,7 @@ class Run:
 
     def initial_state(self) -> TrainState:
         """The state before the first update, born sharded."""
-        init = functools.partial(init_state, model=self.model, config=self.config.train)
+        init = functools.partial(init_state, model=self.model, config=self.config.train, horizon=self.horizon)
         return jax.jit(init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
 
     def split(self, name: str) -> TokenStream:
@@ -79,25 +81,20 @@ class Run:
             return evaluate_split(self.eval_step, params, batches, self.mesh)
 
 
-def build_run(config: RunConfig, tokenizer: Tokenizer) -> Run:
-    """Builds and cross-checks the fixed parts of a run.
+def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED) -> Run:
+    """Builds and cross-checks the fixed parts of a run; `horizon` matters to training only.
 
     Raises:
       ConfigError: if the tokenizer does not fit the vocabulary, or the batch does not fit the devices.
     """
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            "model.vocab_size",
-            config.model.vocab_size,
-            f"must be at least {tokenizer.vocab_size}, the ids of data.tokenizer = {config.data.tokenizer!r}",
-        )
+    check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.mesh)
     check_batch_divides(config.train.micro_batch_size, mesh, "train.batch_size / train.accumulation")
     check_batch_divides(config.train.evaluation_batch_size, mesh, "train.eval_batch_size")
-    return Run(config, tokenizer, mesh, build_model(config.model))
+    return Run(config, tokenizer, mesh, build_model(config.model), horizon)
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs of the entry points, unless the user has chosen a place."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE.expanduser()))

@@ -11,7 +11,7 @@ import optax
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import token_losses
-from tlinformer_jax.training.optimizer import build_optimizer, learning_rate_schedule
+from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 
 DeviceBatch = dict[str, jax.Array]
 
@@ -31,46 +31,51 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(rng: jax.Array, model: LanguageModel, config: TrainConfig) -> TrainState:
+def init_state(rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon) -> TrainState:
     """The state before the first update; depends on `rng` and the configurations only."""
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
-    return TrainState(jnp.int32(0), params, build_optimizer(config).init(params))
+    return TrainState(jnp.int32(0), params, build_optimizer(config, horizon).init(params))
 
 
 def train_step(
-    state: TrainState, batch: DeviceBatch, *, model: LanguageModel, config: TrainConfig
+    state: TrainState, batch: DeviceBatch, *, model: LanguageModel, config: TrainConfig, horizon: Horizon
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
     Args:
       state: before the update.
-      batch: inputs and labels int32 [batch, N], weights float32 [batch, N]; the loss is the weighted mean over
-        all of it, however many micro-batches compute it.
+      batch: inputs and labels int32 [batch, N], weights float32 [batch, N]. The loss is the weighted mean over
+        all of it, however many micro-batches compute it; where config.equal_updates is false, the gradient is
+        that of the weighted sum over the batch's full size.
       model: of the parameters.
       config: of the run.
+      horizon: how long the run is.
 
     Returns:
       the state after the update, and scalars: loss (nats), grad_norm (before clipping), learning_rate, tokens.
     """
-    tokens = jnp.sum(batch["weights"])
+    tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
     def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> jax.Array:
         rngs = {"dropout": jax.random.fold_in(dropout_key, number)}
-        hidden = model.apply({"params": params}, micro["inputs"], train=True, rngs=rngs, method=model.hidden_states)
+        hidden: Any = model.apply(
+            {"params": params}, micro["inputs"], train=True, rngs=rngs, method=model.hidden_states
+        )
         losses = token_losses(hidden, params["embedding"], micro["labels"], config.loss_chunk)
-        return jnp.sum(losses * micro["weights"]) / jnp.maximum(tokens, 1.0)
+        return jnp.sum(losses * micro["weights"]) / divisor
 
     gradient = jax.value_and_grad(micro_loss)
     if config.accumulation == 1:
         loss, grads = gradient(state.params, batch, jnp.int32(0))
     else:
         loss, grads = _accumulate(gradient, state.params, batch, config.accumulation)
-    updates, opt_state = build_optimizer(config).update(grads, state.opt_state, state.params)
+    updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     metrics = {
-        "loss": loss,
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": jnp.asarray(learning_rate_schedule(config)(state.step), jnp.float32),
+        "loss": loss * divisor / tokens,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": jnp.asarray(learning_rate_schedule(config, horizon)(state.step), jnp.float32),
         "tokens": tokens,
     }
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
@@ -91,15 +96,17 @@ def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> t
 
 def eval_step(params: Any, batch: DeviceBatch, *, model: LanguageModel, config: TrainConfig) -> dict[str, jax.Array]:
     """Sums of a batch by position: losses (nats) and weights, each float32 [N]."""
-    hidden = model.apply({"params": params}, batch["inputs"], method=model.hidden_states)
+    hidden: Any = model.apply({"params": params}, batch["inputs"], method=model.hidden_states)
     losses = token_losses(hidden, params["embedding"], batch["labels"], config.loss_chunk)
     return {"losses": jnp.sum(losses * batch["weights"], axis=0), "weights": jnp.sum(batch["weights"], axis=0)}
 
 
-def jit_train_step(model: LanguageModel, config: TrainConfig, state_shardings: Any, batch_sharding: Any) -> Any:
+def jit_train_step(
+    model: LanguageModel, config: TrainConfig, horizon: Horizon, state_shardings: Any, batch_sharding: Any
+) -> Any:
     """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused."""
     return jax.jit(
-        functools.partial(train_step, model=model, config=config),
+        functools.partial(train_step, model=model, config=config, horizon=horizon),
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, None),
         donate_argnums=0,
