@@ -220,8 +220,9 @@ def test_attention_over_no_keys_is_zero_with_finite_gradients():
 
 def test_tokens_outside_the_vocabulary_never_pass_silently():
     model, variables = build_model(SMALL), golden_scale(SMALL)
-    logits = model.apply(variables, jnp.array([[1, SMALL.vocab_size, 2]]))
-    assert jnp.isnan(logits[0, 1]).all()
+    for wrong in (SMALL.vocab_size, -1):
+        logits = model.apply(variables, jnp.array([[1, wrong, 2]]))
+        assert jnp.isnan(logits[0, 1]).all()
 
 
 @pytest.mark.parametrize(

@@ -61,23 +61,33 @@ def config_values() -> Any:
     Raises:
       UserError: if the flag is missing or its file could not be loaded.
     """
+    from ml_collections import config_flags
+
     config = flags.FLAGS.config
     if config is None:
         raise UserError("--config: must name a config file, such as configs/tiny.py")
     try:
         config.items()
-    except OSError as error:
-        cause = error.__cause__ or error
-        detail = cause.strerror if isinstance(cause, OSError) and cause.strerror else " ".join(str(cause).split())
-        raise UserError(f"--config={flags.FLAGS['config'].config_filename}: cannot be loaded ({detail})") from None
+    except OSError as error:  # config_flags hands out its failure to load at the first access
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"--config={path}: {_why_unreadable(path)}") from error
     return config
+
+
+def _why_unreadable(path: str) -> str:
+    """Why a config file could not be loaded."""
+    try:
+        pathlib.Path(path.split(":", 1)[0]).read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); must be a Python file with a function get_config"
+    return "cannot be loaded; it reads a file that is not there"
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
-        fail(_first_line(error))
+        fail(_first_line(_user_error(error) or error))
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         # config_flags raises these for fields that do not exist and for files that do not load.
         fail(_describe(error, argv))
@@ -91,9 +101,29 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     text = _first_line(error)
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
-        if match and isinstance(error, AttributeError | KeyError) and match[1].split(".")[-1] in text:
-            return f"{argument}: no such config field ({text})"
+        if match and isinstance(error, AttributeError | KeyError):
+            missing = _missing_field(match[1])
+            if missing is not None:
+                return f"{argument}: no such config field; allowed are {', '.join(missing)}"
     return f"--config: {text}"
+
+
+def _missing_field(name: str) -> list[str] | None:
+    """The fields that `name` ('model.width') could have meant, where no configuration has it; else None."""
+    from tlinformer_jax.config import field_names
+
+    sections = field_names()
+    section, _, field = name.partition(".")
+    if section not in sections:
+        return sorted(sections)
+    return None if field in sections[section] else sorted(f"{section}.{known}" for known in sections[section])
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The `UserError` of a config file that led to `error`: absl and config_flags wrap it in errors of their own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,13 +8,16 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 CONFIG_FILE = "config.json"
 
@@ -33,7 +36,7 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
-SECTIONS = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(RunConfig)}
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -46,6 +49,24 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         if name not in SECTIONS:
             raise ConfigError(name, "...", f"no such section; there are {', '.join(SECTIONS)}")
     return RunConfig(**{name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items()})
+
+
+def default_config_dict() -> "ConfigDict":
+    """Every field of every section with its default: what a config file starts from and a flag can override."""
+    from ml_collections import ConfigDict, FieldReference  # here, because only config files need it
+
+    def default(field: Any) -> Any:
+        # A ConfigDict takes values of the default's type only; fields of several types must take any of them.
+        return field.default if isinstance(field.type, type) else FieldReference(field.default, field_type=object)
+
+    return ConfigDict(
+        {name: {field.name: default(field) for field in dataclasses.fields(kind)} for name, kind in SECTIONS.items()}
+    )
+
+
+def field_names() -> dict[str, set[str]]:
+    """The fields of every section."""
+    return {name: {field.name for field in dataclasses.fields(kind)} for name, kind in SECTIONS.items()}
 
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:

@@ -42,7 +42,7 @@ def main() -> None:
         "loss_later_windows": "loss in later windows",
     }
     for name, value in figures.items():
-        print(f"  {labels[name]:26} {value:.4f}")
+        print(f"  {labels[name]:26} {value:.5g}")
 
 
 if __name__ == "__main__":

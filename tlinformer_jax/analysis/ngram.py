@@ -12,7 +12,7 @@ def witten_bell_bits(train: np.ndarray, test: np.ndarray, vocab_size: int) -> fl
     Args:
       train: token ids [length], below vocab_size.
       test: token ids [length]; the first two are context only.
-      vocab_size: number of ids; at most 1625, so that three of them fit in a 32-bit key.
+      vocab_size: number of ids; at most 2 million, so that three of them fit in a 64-bit key.
 
     Returns:
       bits per token.

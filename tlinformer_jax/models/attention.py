@@ -139,11 +139,11 @@ def _attend_cudnn(
     width = query.shape[-1]
     padding = [(0, 0)] * 3 + [(0, -width % 8)]
     query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
-    lengths: dict[str, Any] = {}
+    options: dict[str, Any] = {"return_residual": return_lse}
     if key_length is not None:
-        lengths["query_seq_lengths"] = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
-        lengths["key_value_seq_lengths"] = jnp.maximum(key_length, 1)
-    result = jax.nn.dot_product_attention(
+        options["query_seq_lengths"] = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
+        options["key_value_seq_lengths"] = jnp.maximum(key_length, 1)
+    result: Any = jax.nn.dot_product_attention(
         query,
         key,
         value,
@@ -151,8 +151,7 @@ def _attend_cudnn(
         is_causal=causal,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
-        return_residual=return_lse,
-        **lengths,
+        **options,
     )
     output, lse = result if return_lse else (result, None)
     output = output[..., :width]

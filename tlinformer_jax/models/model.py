@@ -98,8 +98,9 @@ class LanguageModel(nn.Module):
         check_inputs(config, tokens, inputs_embeds)
         if inputs_embeds is None:
             assert tokens is not None  # check_inputs
-            # jnp.take fills rows of ids outside the table with NaN: a wrong id is never silently clamped.
-            inputs_embeds = jnp.take(params.embedding, tokens, axis=0)
+            # jnp.take fills rows past the table with NaN but counts negative ids from its end: move those past it.
+            # So a wrong id is never silently taken for another.
+            inputs_embeds = jnp.take(params.embedding, jnp.where(tokens < 0, config.vocab_size, tokens), axis=0)
         embeddings = constrain_batch(inputs_embeds.astype(config.compute_dtype))
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
             return embeddings

@@ -32,6 +32,7 @@ class TrainConfig:
       loss_chunk: tokens whose logits are held at a time, per micro-batch.
       log_every: updates between log lines.
       eval_every: updates between evaluations; 0 evaluates at the end only.
+      eval_every_epochs: epochs between evaluations, besides those of eval_every; 0 for none.
       eval_batch_size: sequences a batch of evaluation; 0 takes a micro-batch's.
       checkpoint_every: updates between checkpoints; 0 saves at the end only.
       keep_checkpoints: how many of the latest are kept.
@@ -56,6 +57,7 @@ class TrainConfig:
     loss_chunk: int = 8192
     log_every: int = 50
     eval_every: int = 0
+    eval_every_epochs: int = 0
     eval_batch_size: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
@@ -63,7 +65,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulation": 1, "loss_chunk": 1, "log_every": 1}
         least |= {"keep_checkpoints": 1}
-        zero = ("steps", "epochs", "seed", "warmup_steps", "eval_every", "eval_batch_size", "checkpoint_every")
+        zero: tuple[str, ...] = (
+            "steps",
+            "epochs",
+            "seed",
+            "warmup_steps",
+            "eval_every",
+            "eval_every_epochs",
+            "eval_batch_size",
+        )
+        zero += ("checkpoint_every",)
         for name, minimum in (least | dict.fromkeys(zero, 0)).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

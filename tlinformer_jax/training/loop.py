@@ -1,6 +1,7 @@
 """The training loop: `train_and_evaluate(config, workdir)`."""
 
 import dataclasses
+import itertools
 import pathlib
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.sharding import batch_sharding, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
+from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
@@ -122,13 +124,14 @@ def train_steps(
     step_function = jit_train_step(run.model, config, run.horizon, run.shardings, batch_sharding(run.mesh))
     throughput = Throughput(last)
     first = int(state.step)
+    evaluations = evaluation_steps(config, batches, last)
     with prefetched(batches, first, jax.process_index(), jax.process_count()) as reader:
         for step in range(first + 1, last + 1):
             with throughput.waiting():
                 batch = put_batch(next(reader), run.mesh)
             state, metrics = step_function(state, batch)
             throughput.count(config.batch_size * batches.sequence_length)
-            pause = due(step, config.eval_every, last) or due(step, config.checkpoint_every, last)
+            pause = step in evaluations or due(step, config.checkpoint_every, last)
             if step == first + 1:
                 jax.block_until_ready(metrics)  # the first step's time is mostly compilation
                 say(f"compiled and ran step {step}")
@@ -140,7 +143,7 @@ def train_steps(
             if pause:
                 if due(step, config.checkpoint_every, last):
                     checkpoints.save(state)
-                if due(step, config.eval_every, last):
+                if step in evaluations:
                     evaluate_and_log(run, state, validation, log)
                 throughput.restart()
     return state
@@ -149,6 +152,14 @@ def train_steps(
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens at `step`, the last one excepted."""
     return every > 0 and step % every == 0 and step != last
+
+
+def evaluation_steps(config: TrainConfig, batches: TrainingBatches, last: int) -> frozenset[int]:
+    """The steps, before the last one, after which the run is evaluated; see TrainConfig.eval_every and its kin."""
+    by_step = range(config.eval_every, last, config.eval_every) if config.eval_every else ()
+    epochs = itertools.count(config.eval_every_epochs, config.eval_every_epochs) if config.eval_every_epochs else ()
+    by_epoch = itertools.takewhile(lambda step: step < last, map(batches.updates_for_epochs, epochs))
+    return frozenset((*by_step, *by_epoch))
 
 
 def log_step(step: int, metrics: Mapping[str, Any], speed: Mapping[str, float], last: int, log: MetricsLog) -> None:
@@ -168,6 +179,6 @@ def evaluate_and_log(run: Run, state: TrainState, validation: TokenStream, log: 
     step = int(state.step)
     figures = summary(run.evaluate(state.params, validation), validation, run.config.model.generation_window)
     log.write(step, {f"eval/{name}": value for name, value in figures.items()})
-    text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+    text = "  ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in figures.items())
     say(f"evaluation at step {step}: {text}  ({clock(time.perf_counter() - started)})")
     return figures

@@ -1,0 +1,36 @@
+"""WikiText-103 in GPT-2 tokens: every row of the paper's Table 1, under the paper's recipe and under our own.
+
+    python -m tlinformer_jax.main --config=configs/wt103.py --workdir=/tmp/wt103
+    python -m tlinformer_jax.main --config=configs/wt103.py:paper-1k-512-0.5 --workdir=/tmp/wt103-paper-1k-512-0.5
+
+Variants: base-512, 512-512-0.382, 512-512-0.5 (the default), 512-512-0.618, base-1k, 1k-512-0.5, 1k-1k-0.5, base-2k,
+2k-512-0.5 and 2k-2k-0.5 under our recipe, where any two may be compared; each also with `paper-` before it, as the
+paper trained it, where only rows of one N may be, and dropout is not equal. `tlinformer_jax/recipes.py` tells both.
+
+Needs: `pip install "tlinformer-jax[data]"`; 190 MB of download, or its zip or parquet files in a directory that
+--config.data.manual_dir=DIR names; one accelerator. Where our recipe's 131,072 tokens at once are too many for its
+memory, --config.train.accumulation=4 computes them in four parts, and the result is the same but for dropout's draws.
+
+Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax import recipes
+from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.errors import ConfigError
+
+VARIANTS = (*recipes.TABLE_1, *(f"paper-{row}" for row in recipes.TABLE_1))
+
+
+def get_config(variant: str = "512-512-0.5") -> ConfigDict:
+    """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    if variant not in VARIANTS:
+        raise ConfigError("variant", variant, f"must be one of {', '.join(VARIANTS)}")
+    config = default_config_dict()
+    config.data.update(dataset="wikitext103", wikitext_variant="v1", tokenizer="gpt2")
+    if variant.startswith("paper-"):
+        recipes.set_paper_recipe(config, variant.removeprefix("paper-"))
+    else:
+        recipes.set_own_recipe(config, variant)
+    return config

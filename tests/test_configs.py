@@ -1,0 +1,282 @@
+"""The config files: every variant loads, is what its name says, and can be overridden field by field."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import pathlib
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from tests.test_entry_points import check_refusal, command
+from tlinformer_jax import recipes
+from tlinformer_jax.config import SECTIONS, RunConfig, default_config_dict, run_config
+from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.models import ModelConfig, build_model
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import init_state
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+# Table 1's rows: architecture, N, (W_oh, W_og), the paper's micro-batch and dropout.
+ROWS = {
+    "base-512": ("transformer", 512, None, 32, 0.2),
+    "512-512-0.382": ("tlinformer", 512, (196, 316), 32, 0.2),
+    "512-512-0.5": ("tlinformer", 512, (256, 256), 32, 0.1),
+    "512-512-0.618": ("tlinformer", 512, (316, 196), 32, 0.2),
+    "base-1k": ("transformer", 1024, None, 16, 0.2),
+    "1k-512-0.5": ("tlinformer", 1024, (256, 256), 16, 0.2),
+    "1k-1k-0.5": ("tlinformer", 1024, (512, 512), 16, 0.2),
+    "base-2k": ("transformer", 2048, None, 8, 0.2),
+    "2k-512-0.5": ("tlinformer", 2048, (256, 256), 8, 0.2),
+    "2k-2k-0.5": ("tlinformer", 2048, (1024, 1024), 8, 0.2),
+}
+BOOKS = ("base-512", "base-16k", "512-512-0.5", "1k-512-0.618", "8192-1k-0.25")
+VARIANTS = [
+    ("tiny", None),
+    *(("wt103", variant) for row in ROWS for variant in (row, f"paper-{row}")),
+    *(("books", variant) for variant in BOOKS),
+]
+
+
+def get_config(name: str, *variant: str | None):
+    """Calls `get_config` of configs/NAME.py, loaded by its path."""
+    spec = importlib.util.spec_from_file_location(f"config_{name}", CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*(text for text in variant if text is not None))
+
+
+def load(name: str, *variant: str | None) -> RunConfig:
+    return run_config(get_config(name, *variant))
+
+
+def from_flags(name: str, *arguments: str) -> RunConfig:
+    """The configuration that a command line makes."""
+    values = flags.FlagValues()
+    argv = ["main", f"--config={CONFIGS / name}", *(f"--config.{argument}" for argument in arguments)]
+    config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=values, sys_argv=argv)
+    values(argv)
+    return run_config(values.config)
+
+
+def expected_parameters(config: ModelConfig) -> int:
+    """Tied embedding, final LayerNorm; a layer's projections with biases, feed-forward and two LayerNorms."""
+    width, hidden = config.d_model, 256 * math.ceil((8 * config.d_model // 3) / 256)
+    layer = 4 * width * (width + 1) + 3 * width * hidden + 4 * width
+    return config.vocab_size * width + 2 * width + config.num_layers * layer
+
+
+def test_every_config_file_is_tested():
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {name for name, _ in VARIANTS}
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_model_and_optimiser_are_built_and_have_the_right_size(name, variant):
+    config = load(name, variant)
+    init = functools.partial(
+        init_state, model=build_model(config.model), config=config.train, horizon=Horizon(steps=10, decay_end=10)
+    )
+    state = jax.eval_shape(init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert count == (expected_parameters(config.model) if name == "tiny" else 40_982_544)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.size > 1)
+    assert moments == 2 * count
+
+
+@pytest.mark.parametrize("prefix", ["", "paper-"])
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_are_those_of_table_1(row, prefix):
+    config = load("wt103", prefix + row)
+    architecture, length, windows, micro_batch, dropout = ROWS[row]
+    assert (config.model.architecture, config.data.sequence_length) == (architecture, length)
+    if windows:
+        assert (config.model.history_window, config.model.generation_window) == windows
+    assert (config.data.dataset, config.data.wikitext_variant, config.data.tokenizer) == ("wikitext103", "v1", "gpt2")
+    shape = config.model
+    assert (shape.vocab_size, shape.d_model, shape.num_heads) == (50257, 432, 12)
+    assert (shape.num_layers, shape.num_blocks, shape.hidden_depth) == (8, 2, 2)
+    train = config.train
+    assert (train.learning_rate, train.beta1, train.beta2, train.weight_decay) == (3e-4, 0.9, 0.95, 0.06)
+    assert (train.clip_norm, train.warmup_steps) == (1.0, 2000)
+    if prefix:
+        assert (train.batch_size, train.micro_batch_size, config.model.dropout) == (256, micro_batch, dropout)
+        assert (train.steps, train.epochs, train.equal_updates) == (0, 10, False)
+        assert (train.schedule, train.decay_mask, train.eval_every_epochs) == ("paper", "all", 1)
+    else:
+        assert (train.batch_size * length, train.steps, train.equal_updates) == (131_072, 9_080, True)
+        assert config.model.dropout == 0.1
+        assert (train.schedule, train.final_learning_rate, train.decay_mask) == ("cosine", 0.0, "matrices")
+
+
+def test_table_1_is_covered_and_defaults_are_our_recipe():
+    assert set(recipes.TABLE_1) == set(ROWS)
+    for name in ("wt103", "books"):
+        assert get_config(name) == get_config(name, "512-512-0.5")
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ("base-16k", ("transformer", 16384, 8, 256, 256)),
+        ("1k-512-0.618", ("tlinformer", 1024, 128, 316, 196)),
+        ("8192-1k-0.25", ("tlinformer", 8192, 16, 256, 768)),
+    ],
+)
+def test_books_take_any_lengths_and_shares(variant, expected):
+    config = load("books", variant)
+    model, length = config.model, config.data.sequence_length
+    windows = (model.history_window, model.generation_window)
+    assert (model.architecture, length, config.train.batch_size, *windows) == expected
+    assert (config.train, model.dropout) == (dataclasses.replace(load("wt103").train, batch_size=expected[2]), 0.1)
+    assert (config.data.dataset, config.data.tokenizer) == ("text", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "message"),
+    [
+        ("wt103", "nonsense", r"variant = 'nonsense': must be one of base-512, .*, paper-2k-2k-0\.5"),
+        ("wt103", "paper-4k-512-0.5", r"variant = 'paper-4k-512-0\.5': must be one of"),
+        ("books", "nonsense", r"variant = 'nonsense': must be base-N or N-T-r"),
+        ("books", "paper-512-512-0.5", "must be base-N or N-T-r"),
+        ("books", "512-512-0.0", "must be base-N or N-T-r"),
+        ("books", "512-512-0.9999", "must be base-N or N-T-r"),
+        ("books", "0k-512-0.5", "must be base-N or N-T-r"),
+        ("books", "512-0-0.5", "must be base-N or N-T-r"),
+        ("books", "768-512-0.5", "must have an N that divides the 131,072 tokens of an update"),
+    ],
+)
+def test_unknown_variants_are_refused_in_one_line(name, variant, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        get_config(name, variant)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_variant_on_the_command_line(tmp_path):
+    refused = command("tlinformer_jax.main", "--config=configs/wt103.py:nonsense", f"--workdir={tmp_path}/run")
+    check_refusal(refused, "variant = 'nonsense': must be one of base-512, ")
+
+
+# A value for every field, none of them what the config files say.
+OVERRIDES = {
+    "model": {
+        "architecture": "tconstformer",
+        "vocab_size": 50300,
+        "d_model": 48,
+        "num_heads": 6,
+        "num_blocks": 3,
+        "hidden_depth": 0,
+        "d_ff": 64,
+        "history_window": "auto",
+        "generation_window": 48,
+        "dropout": 0.25,
+        "dtype": "float32",
+        "param_dtype": "bfloat16",
+        "attention": "xla",
+        "history_segments": 3,
+        "scan_layers": False,
+        "remat": "window",
+    },
+    "train": {
+        "steps": 7,
+        "epochs": 3,
+        "batch_size": 48,
+        "accumulation": 6,
+        "equal_updates": None,  # the other one
+        "seed": 11,
+        "learning_rate": 0.5,
+        "warmup_steps": 5,
+        "schedule": "constant",
+        "final_learning_rate": 0.2,
+        "beta1": 0.5,
+        "beta2": 0.75,
+        "epsilon": 1e-5,
+        "weight_decay": 0.01,
+        "decay_mask": None,  # the other one
+        "clip_norm": 2.0,
+        "loss_chunk": 100,
+        "log_every": 3,
+        "eval_every": 4,
+        "eval_every_epochs": 2,
+        "eval_batch_size": 16,
+        "checkpoint_every": 9,
+        "keep_checkpoints": 5,
+    },
+    "data": {
+        "tokenizer": "some/tokenizer.json",
+        "dataset": None,  # another one
+        "end_of_text_token": "</s>",
+        "sequence_length": 640,
+        "train_files": "a/*.txt,b/*.jsonl.gz",
+        "validation_files": "c.txt",
+        "test_files": "d.txt",
+        "text_field": "body",
+        "document_per": "line",
+        "wikitext_variant": "raw-v1",
+        "manual_dir": "some/dir",
+        "cache_dir": "some/cache",
+        "full_hash": True,
+        "num_workers": 2,
+    },
+    "mesh": {"data": 2, "fsdp": 4},
+}
+OTHER = {
+    ("train", "equal_updates"): {True: False, False: True},
+    ("train", "decay_mask"): {"all": "matrices", "matrices": "all"},
+    ("data", "dataset"): {"pydoc": "text", "text": "wikitext103", "wikitext103": "pydoc"},
+}
+
+
+@pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "wt103.py:paper-1k-512-0.5", "books.py"])
+def test_every_field_can_be_overridden_on_the_command_line(name, tmp_path, monkeypatch):
+    """From any directory, and also where the config file sets another value than the default."""
+    monkeypatch.chdir(tmp_path)
+    before = from_flags(name).to_dict()
+    assert {section: set(fields) for section, fields in before.items()} == {
+        section: set(fields) for section, fields in OVERRIDES.items()
+    }
+    expected = {
+        section: {
+            field: OTHER[section, field][before[section][field]] if value is None else value
+            for field, value in fields.items()
+        }
+        for section, fields in OVERRIDES.items()
+    }
+    for section, fields in expected.items():
+        assert not [field for field, value in fields.items() if before[section][field] == value]
+    arguments = [f"{s}.{field}={value}" for s, fields in expected.items() for field, value in fields.items()]
+    assert from_flags(name, *arguments).to_dict() == expected
+
+
+@pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "books.py:4k-1k-0.5"])
+def test_history_window_and_d_ff_take_all_their_types(name):
+    assert from_flags(name, "model.history_window=8").model.history_window == 8
+    assert from_flags(name, "model.history_window=auto").model.history_window == "auto"
+    assert from_flags(name, "model.d_ff=8").model.d_ff == 8
+    assert from_flags(name).model.d_ff is None
+    assert from_flags(name, "model.d_ff=None").model.d_ff is None
+
+
+def test_every_field_is_in_every_config_with_the_defaults_of_the_dataclasses():
+    assert run_config(default_config_dict()) == RunConfig(ModelConfig(), TrainConfig(), DataConfig(), MeshConfig())
+    for name, variant in VARIANTS:
+        config = get_config(name, variant)
+        assert set(config) == set(SECTIONS)
+        for section, kind in SECTIONS.items():
+            assert set(config[section]) == {field.name for field in dataclasses.fields(kind)}
+
+
+def test_our_recipe_sees_the_same_tokens_whatever_the_row():
+    totals = {
+        math.prod((config.train.steps, config.train.batch_size, config.data.sequence_length))
+        for name, variant in VARIANTS
+        if name != "tiny" and not variant.startswith("paper-")
+        for config in [load(name, variant)]
+    }
+    assert totals == {9_080 * 131_072}

@@ -1,0 +1,125 @@
+"""What the config files share: the rows of the paper's Table 1 by name, the paper's recipe, and this project's own.
+
+A row is named `base-N`, a causal transformer on sequences of N tokens, or `N-T-r`, a TLinFormer whose windows hold T
+tokens, of which the share r is the history window and the rest the generation window. N and T are plain numbers, or
+thousands of 1024 as in `2k`.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from tlinformer_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+TABLE_1 = (
+    "base-512",
+    "512-512-0.382",
+    "512-512-0.5",
+    "512-512-0.618",
+    "base-1k",
+    "1k-512-0.5",
+    "1k-1k-0.5",
+    "base-2k",
+    "2k-512-0.5",
+    "2k-2k-0.5",
+)
+GRAMMAR = "must be base-N or N-T-r: lengths such as 512 or 2k, and the history window's share 0 < r < 1 of the window T"
+
+PAPER_BATCH = 256
+PAPER_MICRO_BATCH = {512: 32, 1024: 16, 2048: 8}
+
+TOKENS_PER_UPDATE = 131_072
+# As many as the paper takes at N = 512 on WikiText-103: ten epochs of 908.
+UPDATES = 9_080
+
+
+def set_row(config: "ConfigDict", row: str) -> None:
+    """Sets architecture, windows and sequence length; the rest of the model is the 41M default.
+
+    Raises:
+      ConfigError: if `row` does not name one.
+    """
+    if base := re.fullmatch(r"base-(\d+k?)", row):
+        config.model.architecture = "transformer"
+        config.data.sequence_length = _length(row, base[1])
+        return
+    windows = re.fullmatch(r"(\d+k?)-(\d+k?)-(0\.\d+)", row)
+    if not windows:
+        raise ConfigError("variant", row, GRAMMAR)
+    window = _length(row, windows[2])
+    history = round(float(windows[3]) * window)
+    if not 0 < history < window:
+        raise ConfigError("variant", row, GRAMMAR)
+    config.model.architecture = "tlinformer"
+    config.model.history_window = history
+    config.model.generation_window = window - history
+    config.data.sequence_length = _length(row, windows[1])
+
+
+def set_paper_recipe(config: "ConfigDict", row: str) -> None:
+    """Sets row `row` of Table 1 as the paper trains it, its quirks included.
+
+    - Dropout is 0.2, but 0.1 for TLinFormer 512-512-0.5: that row has an advantage.
+    - The cosine's length counts micro-batches while its argument counts updates (`schedule = 'paper'`): the rate ends
+      above 97% of its peak.
+    - An epoch's last update holds what is left of the epoch, its gradient still divided by the full number of
+      micro-batches (`equal_updates = False`).
+    - An update holds 256 sequences at every N, so ten epochs are half as many updates where N is twice as long.
+    """
+    set_row(config, row)
+    config.model.dropout = 0.1 if row == "512-512-0.5" else 0.2
+    config.train.update(
+        steps=0,
+        epochs=10,
+        equal_updates=False,
+        batch_size=PAPER_BATCH,
+        accumulation=PAPER_BATCH // PAPER_MICRO_BATCH[config.data.sequence_length],
+        learning_rate=3e-4,
+        warmup_steps=2000,
+        schedule="paper",
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.06,
+        decay_mask="all",
+        clip_norm=1.0,
+        eval_every_epochs=1,
+        checkpoint_every=500,
+    )
+
+
+def set_own_recipe(config: "ConfigDict", row: str) -> None:
+    """Sets row `row` as this project trains it, so that any two rows may be compared.
+
+    Every row sees 131,072 tokens an update over the same number of updates, with the same dropout, under a cosine
+    that reaches 0 at the last update; biases and LayerNorms do not decay. What is not named here is as in the paper.
+    """
+    set_row(config, row)
+    length = config.data.sequence_length
+    if TOKENS_PER_UPDATE % length:
+        raise ConfigError("variant", row, f"must have an N that divides the {TOKENS_PER_UPDATE:,} tokens of an update")
+    config.model.dropout = 0.1
+    config.train.update(
+        steps=UPDATES,
+        equal_updates=True,
+        batch_size=TOKENS_PER_UPDATE // length,
+        learning_rate=3e-4,
+        warmup_steps=2000,
+        schedule="cosine",
+        final_learning_rate=0.0,
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.06,
+        decay_mask="matrices",
+        clip_norm=1.0,
+        eval_every=UPDATES // 10,
+        checkpoint_every=500,
+    )
+
+
+def _length(row: str, text: str) -> int:
+    length = int(text.removesuffix("k")) * (1024 if text.endswith("k") else 1)
+    if length < 1:
+        raise ConfigError("variant", row, GRAMMAR)
+    return length
