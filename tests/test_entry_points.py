@@ -95,6 +95,13 @@ def test_evaluating_nothing(tmp_path):
     check_refusal(command("tlinformer_jax.evaluate", f"--workdir={tmp_path}/none"), "train into it first")
 
 
+def test_readme_shows_what_the_command_prints():
+    readme = (ROOT / "README.md").read_text()
+    assert "@@" not in readme
+    result = command("tlinformer_jax.main", *TINY, "--config.model.num_heads=7", "--workdir=/tmp/x")
+    assert result.stderr.strip() in readme
+
+
 def check_refusal(result: subprocess.CompletedProcess, message: str) -> None:
     assert result.returncode == 2, result.stderr
     assert message in result.stderr

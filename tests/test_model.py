@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,34 @@ def test_program_size_does_not_grow_with_the_number_of_windows(architecture):
     assert size(16) > 300  # the count does reach into the scans
 
 
+@pytest.mark.slow
+def test_compile_time_does_not_grow_with_the_number_of_windows():
+    """At 64 windows at most 1.5 times that at 16; the quickest of two, since other programs share the machine."""
+    config = dataclasses.replace(SMALL, history_segments=4)
+    model, variables = build_model(config), golden_scale(config)
+
+    def seconds(windows):
+        tokens = jnp.zeros((1, windows * config.generation_window), jnp.int32)
+        times = []
+        for _ in range(2):
+            unique = time.time()  # a constant of its own keeps the program out of the persistent cache
+            fresh = jax.jit(lambda variables, tokens, unique=unique: model.apply(variables, tokens) + unique)
+            lowered = fresh.lower(variables, tokens)
+            started = time.perf_counter()
+            lowered.compile()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    short, long = seconds(16), seconds(64)
+    assert long <= 1.5 * short, (short, long)
+
+
+def test_attention_dropout_is_never_dropped_silently():
+    x = jnp.ones((1, 2, 1, 8))
+    with pytest.raises(ValueError, match="no dropout"):
+        attend(x, x, x, dropout=Dropout(jax.random.key(0), 0.5), backend="cudnn")
+
+
 def test_attention_log_sum_exp_merges_partial_attentions():
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (5, 11, 11))
@@ -253,6 +282,7 @@ def test_bad_inputs_are_refused(inputs, message):
         ({"dtype": "int8"}, "model.dtype = 'int8'"),
         ({"dropout": 1.0}, "model.dropout = 1.0"),
         ({"num_blocks": True}, "model.num_blocks = True"),
+        ({"attention": "cudnn", "dropout": 0.1}, "model.attention = 'cudnn'"),
         ({"architecture": "sliding_window", "history_window": "auto"}, "model.history_window = 'auto'"),
     ],
 )

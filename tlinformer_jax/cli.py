@@ -105,6 +105,8 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
             missing = _missing_field(match[1])
             if missing is not None:
                 return f"{argument}: no such config field; allowed are {', '.join(missing)}"
+            if match[1].split(".")[-1] in text:
+                return f"{argument}: the config file leaves this field out; add it there, or start from its defaults"
     return f"--config: {text}"
 
 

@@ -71,7 +71,9 @@ def field_names() -> dict[str, set[str]]:
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the configuration into a working directory."""
-    (workdir / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    draft = workdir / f"{CONFIG_FILE}.draft"
+    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    draft.replace(workdir / CONFIG_FILE)
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:

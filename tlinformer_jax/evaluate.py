@@ -1,11 +1,13 @@
 """Evaluates a trained model: `python -m tlinformer_jax.evaluate --workdir=DIR [--split=validation]`."""
 
+import dataclasses
 import json
 import pathlib
 
 from absl import flags
 
 from tlinformer_jax import cli
+from tlinformer_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to evaluate on.")
@@ -16,12 +18,16 @@ def main() -> None:
     """Restores the last checkpoint's parameters and prints loss and perplexity on a split."""
     from tlinformer_jax.config import load_config
     from tlinformer_jax.data.tokenizers import load_tokenizer
+    from tlinformer_jax.parallel.mesh import MeshConfig
     from tlinformer_jax.training.checkpoint import restore_params
     from tlinformer_jax.training.evaluation import summary
     from tlinformer_jax.training.setup import build_run, use_compilation_cache
 
+    if not WORKDIR.value:
+        raise UserError("--workdir: must name the directory of a run")
     workdir = pathlib.Path(WORKDIR.value).expanduser()
-    config = load_config(workdir)
+    # Any machine will do, whatever mesh the training had.
+    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
     use_compilation_cache()
     run = build_run(config, load_tokenizer(workdir))
     stream = run.split(SPLIT.value)

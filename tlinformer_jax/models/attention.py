@@ -61,7 +61,7 @@ def attend(
       [batch, queries, heads, d_h] in query's dtype, or (that, log-sum-exp).
 
     Raises:
-      ValueError: for a window without `causal`, or an unknown backend.
+      ValueError: for a window without `causal`, an unknown backend, or dropout with a backend that has none.
     """
     if window is not None and not causal:
         raise ValueError("attend: window needs causal=True")
@@ -71,8 +71,10 @@ def attend(
     if chosen == "xla":
         output, lse = _attend_xla(query, key, value, causal, window, key_length, dropout)
         return (output, lse) if return_lse else output
-    if chosen == "cudnn":
+    if chosen == "cudnn" and dropout is None:
         return _attend_cudnn(query, key, value, causal, window, key_length, return_lse)
+    if chosen == "cudnn":
+        raise ValueError("attend: backend 'cudnn' has no dropout on the attention weights")
     raise ValueError(f"attend: unknown backend {backend!r}")
 
 

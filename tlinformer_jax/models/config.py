@@ -37,7 +37,8 @@ class ModelConfig:
         8 * floor((12 * ln(n) + 7) / 8).
       generation_window: W_og, tokens that are predicted together.
       dropout: rate on attention weights and on the feed-forward's output, in training only.
-      dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU. Softmax, rotary
+      dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU; with float16 there is
+        no loss scaling, so it is for evaluation. Softmax, rotary
         angles, LayerNorm statistics and the loss are always float32.
       param_dtype: of the stored parameters.
       attention: backend of the attention kernel; 'auto' takes the best one for the device and the shapes.
@@ -45,8 +46,8 @@ class ModelConfig:
         grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer.
       scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
         history) once and loop over them; False compiles each, which takes longer and may run faster.
-      remat: 'window' recomputes each window in the backward pass, 'none' keeps everything, 'auto' recomputes
-        when a sequence has more than 4 windows.
+      remat: of the windowed architectures: 'window' recomputes each window in the backward pass, 'none' keeps
+        everything, 'auto' recomputes when a sequence has more than 4 windows.
     """
 
     architecture: str = "tlinformer"
@@ -88,6 +89,8 @@ class ModelConfig:
             _check_int(self, "history_window", 1)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError("model.dropout", self.dropout, "must be a number in [0, 1)")
+        if self.attention == "cudnn" and self.dropout > 0:
+            raise ConfigError("model.attention", "cudnn", "has no attention dropout; take 'auto', or model.dropout = 0")
         if self.d_model % self.num_heads:
             raise ConfigError("model.num_heads", self.num_heads, f"must divide model.d_model = {self.d_model}")
         if self.head_dim % 2:

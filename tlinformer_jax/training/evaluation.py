@@ -69,6 +69,7 @@ def summary(result: Evaluation, stream: TokenStream, generation_window: int) -> 
         "perplexity_per_word_with_eol": texts.per_word_with_eol,
         "bits_per_byte": texts.bits_per_byte,
         "loss_first_window": result.mean(0, generation_window),
-        "loss_later_windows": result.mean(generation_window, len(result.losses)),
     }
-    return {name: value for name, value in figures.items() if value is not None and not math.isnan(value)}
+    if len(result.losses) > generation_window:
+        figures["loss_later_windows"] = result.mean(generation_window, len(result.losses))
+    return {name: value for name, value in figures.items() if value is not None}

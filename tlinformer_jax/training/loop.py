@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import pathlib
 import time
 from collections.abc import Mapping
@@ -16,18 +17,31 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.parallel.sharding import batch_sharding, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
-from tlinformer_jax.training.setup import Run, build_run
+from tlinformer_jax.training.setup import PENDING, Run, build_run
 from tlinformer_jax.training.step import TrainState, jit_train_step
 
-# Vocabularies up to this size (bytes) get the n-gram floor beside the model's bits per byte.
+# On the small embedded corpus, vocabularies up to this size (bytes) get an n-gram floor beside the bits per byte.
 NGRAM_VOCABULARY = 512
+
+
+# What makes a run the run it is: a working directory that holds another one is not continued.
+IDENTITY = (
+    *(f"model.{name}" for name in ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth")),
+    *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
+    *(f"data.{name}" for name in ("dataset", "tokenizer", "sequence_length", "wikitext_variant")),
+    *(f"train.{name}" for name in ("batch_size", "equal_updates", "seed", "clip_norm")),
+)
+
+
+class DivergedError(UserError):
+    """The loss is no longer a finite number."""
 
 
 def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path) -> dict[str, float]:
@@ -42,11 +56,12 @@ def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pat
 
     Raises:
       ConfigError, DataError: for what a user can mend, before anything is trained.
+      DivergedError: when the loss is no longer finite; the last checkpoint stays.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = pathlib.Path(workdir)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
-    run = build_run(config, tokenizer)
+    run = build_run(config, tokenizer, PENDING)
     train, validation = run.split("train"), run.split("validation")
     batches = TrainingBatches(
         train,
@@ -57,7 +72,7 @@ def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pat
         config.train.micro_batch_size,
     )
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
-    prepare_workdir(run, workdir)
+    check_workdir(run, workdir)
     main = jax.process_index() == 0
     with (
         Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
@@ -70,27 +85,33 @@ def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pat
         else:
             state = checkpoints.restore(run.abstract_state)
             say(f"continuing from step {int(state.step)} in {workdir}")
+        if main:
+            save_config(run.config, workdir)
+            run.tokenizer.save(workdir)
         describe(run, train, validation, batches)
         state = train_steps(run, state, batches, validation, checkpoints, log)
         checkpoints.save(state)
         return evaluate_and_log(run, state, validation, log)
 
 
-def prepare_workdir(run: Run, workdir: pathlib.Path) -> None:
-    """Writes config and tokenizer into the working directory.
+def check_workdir(run: Run, workdir: pathlib.Path) -> None:
+    """Makes the working directory, or checks that it holds the same run; tells what else has changed.
 
     Raises:
-      ConfigError: if it holds a run of another model, data or batch, naming what differs.
+      ConfigError: if it cannot be made, or holds a run of another identity, naming what differs.
     """
-    if (workdir / CONFIG_FILE).exists():
-        changed = differences(load_config(workdir), run.config)
-        fixed = [line for line in changed if line.startswith(("model.", "data.", "train.batch_size", "train.seed"))]
-        if fixed:
-            raise ConfigError("--workdir", str(workdir), f"holds a run with another configuration: {'; '.join(fixed)}")
-    if jax.process_index() == 0:
+    try:
         workdir.mkdir(parents=True, exist_ok=True)
-        save_config(run.config, workdir)
-        run.tokenizer.save(workdir)
+    except OSError as error:
+        raise ConfigError("workdir", str(workdir), f"must be a directory that can be written ({error})") from None
+    if not (workdir / CONFIG_FILE).exists():
+        return
+    changed = differences(load_config(workdir), run.config)
+    other = [line for line in changed if line.split(":")[0] in IDENTITY]
+    if other:
+        raise ConfigError("workdir", str(workdir), f"holds a run with another configuration: {'; '.join(other)}")
+    for line in changed:
+        say(f"changed since the last run here: {line}")
 
 
 def describe(run: Run, train: TokenStream, validation: TokenStream, batches: TrainingBatches) -> None:
@@ -105,7 +126,7 @@ def describe(run: Run, train: TokenStream, validation: TokenStream, batches: Tra
         f"validation {len(validation.tokens):,} tokens; {run.horizon.steps:,} steps of "
         f"{config.train.batch_size * config.data.sequence_length:,} tokens"
     )
-    if run.tokenizer.vocab_size <= NGRAM_VOCABULARY:
+    if run.config.data.dataset == "pydoc" and run.tokenizer.vocab_size <= NGRAM_VOCABULARY:
         bits = witten_bell_bits(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
         bits *= len(validation.tokens) / validation.num_bytes
         say(f"to beat: order-2 byte n-gram (Witten-Bell) fitted on the training split: {bits:.3f} bits per byte")
@@ -171,6 +192,8 @@ def log_step(step: int, metrics: Mapping[str, Any], speed: Mapping[str, float], 
         line += f"  {speed['tokens_per_second']:,.0f} tokens/s  {clock(speed['eta'])} left"
     log.write(step, values)
     say(line)
+    if not math.isfinite(values["train/loss"]):
+        raise DivergedError(f"the loss is {values['train/loss']} at step {step}; lower train.learning_rate")
 
 
 def evaluate_and_log(run: Run, state: TrainState, validation: TokenStream, log: MetricsLog) -> dict[str, float]:

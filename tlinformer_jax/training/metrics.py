@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import pathlib
 import sys
 import time
@@ -77,7 +78,8 @@ class MetricsLog:
         """Records one event; the JSON line is on disk when this returns."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         self._board.write_scalars(step, scalars)
 
@@ -132,8 +134,11 @@ class Throughput:
 
 
 def say(message: str) -> None:
-    """Prints a line of progress on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Prints a line of progress on stderr, in the first process only."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

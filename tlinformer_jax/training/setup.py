@@ -9,10 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from tlinformer_jax.config import RunConfig
-from tlinformer_jax.data.batches import evaluation_batches
+from tlinformer_jax.data.batches import evaluation_batches, num_samples
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.streams import TokenStream, check_token_ids
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
+from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
@@ -20,7 +21,9 @@ from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
 
-UNTRAINED = Horizon(steps=1, decay_end=1)
+# For runs that do not train, and for those whose length is known only with their data.
+UNTRAINED = Horizon(steps=0, decay_end=0)
+PENDING = Horizon(steps=0, decay_end=1)
 COMPILATION_CACHE = pathlib.Path("~/.cache/tlinformer_jax/xla")
 
 
@@ -56,12 +59,28 @@ class Run:
         return jax.jit(init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
 
     def split(self, name: str) -> TokenStream:
-        """A split of the corpus, its ids checked against the vocabulary."""
+        """A split of the corpus, its length checked against the samples' and its ids against the vocabulary.
+
+        Raises:
+          DataError: if it holds no whole sample, or an id outside the vocabulary.
+        """
         stream = load_split(self.config.data, name, self.tokenizer)
+        length = self.config.data.sequence_length
+        if num_samples(stream, length) < 1:
+            raise DataError(
+                f"data.sequence_length = {length}: the {name} split has only {len(stream.tokens)} tokens; "
+                "it must hold at least one sample of sequence_length + 1"
+            )
         check_token_ids(
             stream, self.config.model.vocab_size, f"split '{name}' of data.dataset = {self.config.data.dataset}"
         )
         return stream
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences of a batch of evaluation: as configured, rounded up to what the mesh splits evenly."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-self.config.train.evaluation_batch_size // ways) * ways
 
     @functools.cached_property
     def eval_step(self) -> Any:
@@ -73,7 +92,7 @@ class Run:
         batches = evaluation_batches(
             stream,
             self.config.data.sequence_length,
-            self.config.train.evaluation_batch_size,
+            self.evaluation_batch_size,
             jax.process_index(),
             jax.process_count(),
         )
@@ -89,8 +108,9 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAI
     """
     check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.mesh)
-    check_batch_divides(config.train.micro_batch_size, mesh, "train.batch_size / train.accumulation")
-    check_batch_divides(config.train.evaluation_batch_size, mesh, "train.eval_batch_size")
+    if horizon != UNTRAINED:
+        field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
+        check_batch_divides(config.train.micro_batch_size, mesh, field)
     return Run(config, tokenizer, mesh, build_model(config.model), horizon)
 
 

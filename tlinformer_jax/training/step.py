@@ -90,7 +90,7 @@ def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> t
         micro, number = part
         return jax.tree.map(jnp.add, total, gradient(params, micro, number)), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.float32(0), jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), params))
     return jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
 
 
