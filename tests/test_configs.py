@@ -171,7 +171,7 @@ OVERRIDES = {
         "d_model": 48,
         "num_heads": 6,
         "num_blocks": 3,
-        "hidden_depth": 0,
+        "hidden_depth": 3,
         "d_ff": 64,
         "history_window": "auto",
         "generation_window": 48,

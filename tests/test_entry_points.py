@@ -55,7 +55,7 @@ def test_training_and_evaluation_without_tensorflow_tfds_clu_or_grain(tmp_path):
 
 MISTAKES = {
     "heads do not divide the width": ([*TINY, "--config.model.num_heads=7"], "model.num_heads = 7"),
-    "odd head width": ([*TINY, "--config.model.d_model=12"], "must be even"),
+    "odd head width": ([*TINY, "--config.model.d_model=15"], "must be even"),
     "negative depth": ([*TINY, "--config.model.hidden_depth=-1"], "model.hidden_depth = -1"),
     "no window": ([*TINY, "--config.model.generation_window=0"], "model.generation_window = 0"),
     "no history window": ([*TINY, "--config.model.history_window=0"], "model.history_window = 0"),

@@ -70,7 +70,9 @@ def test_causality_and_full_awareness_by_gradients(architecture):
             assert seen.min() > 1e-7, (position, seen)
 
 
-@pytest.mark.parametrize(("architecture", "remat"), [("tlinformer", "window"), ("tconstformer", "none")])
+@pytest.mark.parametrize(
+    ("architecture", "remat"), [("tlinformer", "window"), pytest.param("tconstformer", "none", marks=pytest.mark.slow)]
+)
 def test_scan_equals_plain_loop_over_windows(architecture, remat):
     """The segmented scans give what applying the public block window by window gives, gradients included."""
     config = dataclasses.replace(SMALL, architecture=architecture, remat=remat, history_segments=1)
