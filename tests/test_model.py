@@ -197,23 +197,24 @@ def test_program_size_does_not_grow_with_the_number_of_windows(architecture):
 
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_the_number_of_windows():
-    """At 64 windows at most 1.5 times that at 16; the quickest of two, since other programs share the machine."""
+    """At 64 windows at most 1.5 times that at 16; least processor time of four, as others share the machine."""
     config = dataclasses.replace(SMALL, history_segments=4)
     model, variables = build_model(config), golden_scale(config)
 
     def seconds(windows):
         tokens = jnp.zeros((1, windows * config.generation_window), jnp.int32)
         times = []
-        for _ in range(2):
+        for _ in range(4):
             unique = time.time()  # a constant of its own keeps the program out of the persistent cache
             fresh = jax.jit(lambda variables, tokens, unique=unique: model.apply(variables, tokens) + unique)
             lowered = fresh.lower(variables, tokens)
-            started = time.perf_counter()
+            started = time.process_time()
             lowered.compile()
-            times.append(time.perf_counter() - started)
+            times.append(time.process_time() - started)
         return min(times)
 
     short, long = seconds(16), seconds(64)
+    print(f"compilation {short:.2f} s at 16 windows, {long:.2f} s at 64")
     assert long <= 1.5 * short, (short, long)
 
 
