@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tlinformer_jax.models.attention import Dropout, attend
 from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.models.layers import Layer, LayerParams, cast_kernels, chain_layers, project, update
+from tlinformer_jax.models.layers import Layer, LayerParams, prepare_layers, chain_layers, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.windows import WindowFrame
 
@@ -78,7 +78,7 @@ def causal_layers(
     """Ordinary pre-norm causal layers: the baselines', and all layers of a window without history.
 
     Args:
-      layers: parameters of each, kernels in the compute dtype.
+      layers: parameters of each, from `prepare_layers`.
       config: of the model.
       x: [batch, length, D].
       rope: rotations of x's positions.
@@ -111,7 +111,7 @@ def dual_window_block(
     """One block for one generation window with history.
 
     Args:
-      params: of the block, kernels in the compute dtype.
+      params: of the block, from `prepare_layers`.
       config: of the model.
       x: the generation window, [batch, m, D].
       history: the history stream, its rows starting at position 0.
@@ -311,7 +311,7 @@ class DualWindowBlock(nn.Module):
           x [batch, m, D], and C' [batch, n, D] (None if `restore` is false or there is no history).
         """
         config = self.config
-        params = cast_kernels(self.parameters(), config.compute_dtype)
+        params = prepare_layers(self.parameters(), config.compute_dtype)
         x = x.astype(config.compute_dtype)
         dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         length = 0 if history is None else history.shape[1]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from tlinformer_jax.models.attention import Dropout
 from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.models.rope import Rope, rotate
+from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
 LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
@@ -103,12 +103,23 @@ def chain_layers(
     return jax.lax.scan(lambda x, layer: (apply(x, *layer), None), x, (stacked, depths))[0]
 
 
-def cast_kernels(params: Any, dtype: jnp.dtype) -> Any:
-    """Matrices of a parameter pytree in the compute dtype, vectors (LayerNorm, biases' masters) as they are.
+def prepare_layers(params: Any, dtype: jnp.dtype) -> Any:
+    """A pytree of `LayerParams` as the functions below take it.
 
-    Done once per forward pass, outside the scan over windows.
+    Matrices are cast to the compute dtype (vectors, that is LayerNorms and output biases, stay as they are), and
+    the features of queries and keys are reordered for `rotate`. Done once per forward pass, outside all scans.
     """
-    return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, params)
+
+    def prepare(layer: LayerParams) -> LayerParams:
+        layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
+        return layer.replace(qkv_kernel=_rotary_order(layer.qkv_kernel), qkv_bias=_rotary_order(layer.qkv_bias))
+
+    return jax.tree.map(prepare, params, is_leaf=lambda node: isinstance(node, LayerParams))
+
+
+def _rotary_order(qkv: jax.Array) -> jax.Array:
+    """[..., 3, heads, d_h] with the features of queries and keys, not of values, reordered for `rotate`."""
+    return jnp.concatenate([pairs_apart(qkv[..., :2, :, :]), qkv[..., 2:, :, :]], axis=-3)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -125,7 +136,7 @@ def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -
     """project_j of the specification, for the wanted parts only.
 
     Args:
-      params: of the layer, kernels in the compute dtype.
+      params: of the layer, from `prepare_layers`.
       x: rows of the residual stream, [batch, length, D].
       rope: rotations of the rows' positions.
       parts: a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed.
@@ -148,7 +159,7 @@ def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Drop
     """update_j of the specification: output projection, then the feed-forward, each with its residual.
 
     Args:
-      params: of the layer, kernels in the compute dtype.
+      params: of the layer, from `prepare_layers`.
       x: [batch, length, D].
       attended: [batch, length, heads, d_h], the sum of what attention returned for these rows.
       dropout: on the feed-forward's output.

@@ -11,7 +11,7 @@ from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import Dropout
 from tlinformer_jax.models.block import BlockParams, DualWindowBlock
 from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, cast_kernels, layer_norm
+from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, prepare_layers, layer_norm
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.models.transformer import forward_layers
 from tlinformer_jax.parallel.constraints import constrain_batch
@@ -106,10 +106,10 @@ class LanguageModel(nn.Module):
             return embeddings
         dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         if config.windowed:
-            blocks = cast_kernels(params.blocks, config.compute_dtype)
+            blocks = prepare_layers(params.blocks, config.compute_dtype)
             hidden = forward_windows(blocks, config, embeddings, dropout)
         else:
-            layers = cast_kernels(params.layers, config.compute_dtype)
+            layers = prepare_layers(params.layers, config.compute_dtype)
             hidden = forward_layers(layers, config, embeddings, dropout)
         return layer_norm(hidden, params.norm_scale, params.norm_bias)
 

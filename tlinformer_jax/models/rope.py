@@ -60,12 +60,23 @@ def rope_table(positions: jax.Array, head_dim: int) -> Rope:
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates the feature pairs of x [batch, length, heads, d_h] in float32; returns x's dtype."""
+    """Rotates the feature pairs of x [batch, length, heads, d_h] in float32; returns x's dtype.
+
+    The pairs lie as `pairs_apart` puts them: the first members of all pairs, then the second members.
+    """
     cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # one rotation for all heads
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+
+
+def pairs_apart(x: jax.Array) -> jax.Array:
+    """Reorders the last axis from interleaved pairs to all first members, then all second members.
+
+    Applied to the projections' weights of queries and keys alike it changes no product of the two, and it lets
+    `rotate` work on contiguous halves.
+    """
+    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
+    return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)
 
 
 def _high_word(a: jax.Array, b: np.ndarray) -> jax.Array:

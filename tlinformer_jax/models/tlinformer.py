@@ -38,7 +38,7 @@ def forward_windows(
     """Hidden states of a whole sequence, window by window.
 
     Args:
-      blocks: parameters, kernels in the compute dtype.
+      blocks: parameters, from `prepare_layers`.
       config: of the model.
       embeddings: [batch, length, D] in the compute dtype.
       dropout: None outside training; each window draws masks of its own.

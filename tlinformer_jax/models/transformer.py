@@ -23,7 +23,7 @@ def forward_layers(
     """Hidden states of a whole sequence.
 
     Args:
-      layers: parameters, kernels in the compute dtype.
+      layers: parameters, from `prepare_layers`.
       config: of the model, architecture 'transformer' or 'sliding_window'.
       embeddings: [batch, length, D] in the compute dtype.
       dropout: None outside training.
