@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Keys of one part where attention to many keys is split; a power of two.
+KEYS_PER_PART = 1024
+
 
 @flax.struct.dataclass
 class Dropout:
@@ -80,10 +83,107 @@ def attend(
 
 def choose_backend(query: jax.Array, dropout: Dropout | None, return_lse: bool) -> str:
     """The backend that 'auto' stands for: cuDNN on NVIDIA GPUs in half precision, else XLA."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    on_gpu = jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
     # The fused kernel offers neither weight dropout nor a differentiable log-sum-exp through JAX.
-    return "cudnn" if half and on_gpu and dropout is None and not return_lse else "xla"
+    return "cudnn" if fused_kernel(query) and dropout is None and not return_lse else "xla"
+
+
+def fused_kernel(query: jax.Array) -> bool:
+    """Whether cuDNN's kernel can take such queries: half precision, on an NVIDIA GPU."""
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    return half and jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+
+
+def attend_parts(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_length: jax.Array, backend: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of a few queries of one sequence to some of the many keys they read; not differentiable.
+
+    A fused kernel gives each block of queries to one multiprocessor; with few queries most would idle, so the keys
+    are split into parts that run as a batch.
+
+    Args:
+      query: [1, queries, heads, d_h].
+      key: [1, keys, heads, d_h].
+      value: [1, keys, heads, d_h].
+      key_length: keys that are valid, int32 [].
+      backend: 'auto', 'xla' or 'cudnn'.
+
+    Returns:
+      float32 [1, queries, heads, d_h], and the log-sum-exp float32 [1, queries, heads]; see `merge_parts`.
+    """
+    keys = key.shape[1]
+    if backend == "xla" or (backend == "auto" and not fused_kernel(query)):
+        output, lse = attend(query, key, value, key_length=key_length, backend="xla", return_lse=True)
+        return output.astype(jnp.float32), lse
+    count = max(1, math.gcd(keys, 1 << 20) // KEYS_PER_PART)
+    parted_key, parted_value = (part.reshape(count, keys // count, *part.shape[2:]) for part in (key, value))
+    lengths = jnp.clip(key_length - jnp.arange(count) * (keys // count), 0, keys // count)
+    queries = jnp.broadcast_to(query, (count, *query.shape[1:]))
+    output, lse = attend(
+        queries, parted_key, parted_value, key_length=lengths, backend="cudnn", return_lse=True
+    )
+    top = jnp.max(lse, axis=0, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(lse - top)
+    total = jnp.sum(weights, axis=0, keepdims=True)
+    merged = jnp.sum(output.astype(jnp.float32) * weights[..., None], axis=0, keepdims=True)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    return merged / safe[..., None], jnp.where(seen, jnp.log(safe) + top, -jnp.inf)
+
+
+def attend_chunk(
+    query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, window: int | None, backend: str = "auto"
+) -> jax.Array:
+    """Causal attention of a chunk of a sequence's rows to all rows up to their own; not differentiable.
+
+    Args:
+      query: of rows start .. start + queries - 1, [1, queries, heads, d_h].
+      key: of rows 0, 1, ..., at least up to those, [1, keys, heads, d_h].
+      value: the same.
+      start: int32 [].
+      window: rows that each query sees, its own included; None for all before it.
+      backend: 'auto', 'xla' or 'cudnn'.
+
+    Returns:
+      [1, queries, heads, d_h] in query's dtype.
+    """
+    size = query.shape[1]
+    if backend == "auto":
+        backend = "cudnn" if fused_kernel(query) else "xla"
+    if window is not None:
+        # The rows that the chunk's window reaches, with stand-ins for the queries before the chunk.
+        reach = min(key.shape[1] - size, window - 1)
+        first = jnp.maximum(start - reach, 0)
+        near_key, near_value = (jax.lax.dynamic_slice_in_dim(part, first, size + reach, axis=1) for part in (key, value))
+        offset = start - first
+        queries = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(near_key), query, offset, axis=1)
+        output = attend(queries, near_key, near_value, causal=True, window=window, backend=backend)
+        return jax.lax.dynamic_slice_in_dim(output, offset, size, axis=1)
+    own_key, own_value = (jax.lax.dynamic_slice_in_dim(part, start, size, axis=1) for part in (key, value))
+    own = attend(query, own_key, own_value, causal=True, backend=backend, return_lse=True)
+    if key.shape[1] == size:
+        return own[0]
+    before = attend(query, key, value, key_length=start, backend=backend, return_lse=True)
+    return merge_parts(*((output.astype(jnp.float32), lse) for output, lse in (own, before)))[0].astype(query.dtype)
+
+
+def merge_parts(
+    first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Exact attention to the union of two disjoint sets of keys from the attention to each.
+
+    Args:
+      first: float32 [batch, queries, heads, d_h] and its log-sum-exp [batch, queries, heads].
+      second: the same.
+
+    Returns:
+      the same for the union; 0 and -inf where neither saw a key.
+    """
+    lse = jnp.logaddexp(first[1], second[1])
+    base = jnp.where(jnp.isfinite(lse), lse, 0.0)
+    output = sum(part * jnp.exp(part_lse - base)[..., None] for part, part_lse in (first, second))
+    return output, lse
 
 
 def visible(

@@ -137,6 +137,11 @@ class ModelConfig:
             return jnp.dtype(self.dtype)
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
+    @property
+    def cached_attention(self) -> str:
+        """Backend of `models.cached_attention`: what `attention` allows a generated token."""
+        return "xla" if self.attention == "xla" else "auto"
+
     def observed_rows(self, history: int) -> int:
         """W_oh for a history of `history` tokens, cut to what there is; 0 without history."""
         if history <= 0:

@@ -1,0 +1,1 @@
+"""Generation: caches, prefill, step and slide, sampling, the generator."""

@@ -1,0 +1,120 @@
+"""The decoder: one interface to all four architectures, compiled once per length class."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tlinformer_jax.decoding import layered, windowed
+from tlinformer_jax.decoding.cache import (
+    Cache,
+    LayeredCache,
+    WindowedCache,
+    capacity_for,
+    history_of,
+    init_cache,
+    length_class,
+    stored_rows,
+)
+from tlinformer_jax.decoding.params import DecoderParams, decoder_params
+from tlinformer_jax.models.cached_attention import KeyValue
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.model import LanguageModel
+
+
+def step(
+    params: DecoderParams, config: ModelConfig, cache: Cache, tokens: jax.Array, active: jax.Array
+) -> tuple[Cache, jax.Array]:
+    """Feeds one token to every active sequence: `windowed.step` or `layered.step`, which see."""
+    if isinstance(cache, WindowedCache):
+        return windowed.step(params, config, cache, tokens, active)
+    return layered.step(params, config, cache, tokens, active)
+
+
+class Decoder:
+    """A model's parameters and its compiled functions; the caches belong to the caller.
+
+    A cache handed to `prefill`, `step` or `slide` is donated: use the one that comes back. The functions are pure
+    but for that; lengths and phases are the caller's to keep, because they decide on the host when to slide.
+
+    Attributes:
+      config: of the model.
+      params: in the compute dtype.
+    """
+
+    def __init__(self, model: LanguageModel, variables: dict) -> None:
+        self.config = model.config
+        typed = model.apply(variables, method=model.parameters)
+        self.params = jax.jit(decoder_params, static_argnums=1)(typed, self.config)
+        self._step = jax.jit(step, static_argnums=1, donate_argnums=2)
+        prefill = windowed.prefill if self.config.windowed else layered.prefill
+        self._prefill = jax.jit(prefill, static_argnums=1, donate_argnums=2)
+        self._slide = jax.jit(windowed.slide, static_argnums=1, donate_argnums=2)
+
+    def init_cache(self, batch: int, tokens: int, final: int | None = None) -> Cache:
+        """An empty cache for `batch` sequences of up to `tokens` tokens (in the end `final`)."""
+        return init_cache(self.config, batch, capacity_for(self.config, tokens, final))
+
+    def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, jax.Array]:
+        """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the logits float32 [V]."""
+        length = len(prompt)
+        if isinstance(cache, WindowedCache):
+            room = cache.tokens.shape[1]
+            observed = (np.int32(self.config.observed_rows(history_of(self.config, length))),)
+        else:
+            room, observed = length_class(length), ()
+        padded = np.zeros((room,), np.int32)
+        padded[:length] = prompt
+        return self._prefill(self.params, self.config, cache, np.int32(row), padded, np.int32(length), *observed)
+
+    def step(self, cache: Cache, tokens: jax.Array, active: jax.Array) -> tuple[Cache, jax.Array]:
+        """Feeds tokens int32 [batch] to the active (bool [batch]) sequences; returns logits float32 [batch, V]."""
+        return self._step(self.params, self.config, cache, tokens, active)
+
+    def slide(self, cache: WindowedCache, row: int, history: int) -> WindowedCache:
+        """Slides the full window of sequence `row`, whose history then has `history` tokens; makes room if needed."""
+        observed = np.int32(self.config.observed_rows(history))
+        return self._slide(self.params, self.config, cache, np.int32(row), observed)
+
+    def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:
+        """Gives the cache room for sequences of `tokens` tokens (in the end `final`), if it has not.
+
+        Array by array, so that at most one of them exists twice. Must come right before a slide where history is
+        rebuilt: of TLinFormer only block 0's rows are copied.
+        """
+        if self.config.architecture == "sliding_window" or stored_rows(self.config, tokens) <= cache.capacity:
+            return cache
+        return grow(self.config, cache, capacity_for(self.config, tokens, final))
+
+
+def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
+    """The cache's contents in a cache with room for `capacity` rows; `cache` must not be used again."""
+    shapes = jax.eval_shape(functools.partial(init_cache, config, cache.position.shape[0], capacity))
+
+    def widen(array: jax.Array, shape: jax.ShapeDtypeStruct, keep: bool = True) -> jax.Array:
+        if array.shape == shape.shape:
+            return array
+        wide = _copy_into(shape, array) if keep else None
+        array.delete()
+        return jnp.zeros(shape.shape, shape.dtype) if wide is None else wide
+
+    if isinstance(cache, LayeredCache):
+        layers = KeyValue(widen(cache.layers.key, shapes.layers.key), widen(cache.layers.value, shapes.layers.value))
+        return cache.replace(layers=layers, capacity=capacity)
+    history = tuple(
+        KeyValue(widen(old.key, new.key, index == 0), widen(old.value, new.value, index == 0))
+        for index, (old, new) in enumerate(zip(cache.history, shapes.history))
+    )
+    context = KeyValue(
+        widen(cache.context.key, shapes.context.key), widen(cache.context.value, shapes.context.value)
+    )
+    return cache.replace(
+        tokens=widen(cache.tokens, shapes.tokens), history=history, context=context, capacity=capacity
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _copy_into(shape: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
+    """Zeros of a larger shape that begin with `array`."""
+    return jnp.pad(array, [(0, new - old) for new, old in zip(shape.shape, array.shape)])

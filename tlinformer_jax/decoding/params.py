@@ -1,0 +1,51 @@
+"""Parameters as the decoder reads them: cast once, so that a token reads bfloat16 weights and casts none."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.models.block import BlockParams
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
+from tlinformer_jax.models.model import ModelParams, output_logits
+
+
+@flax.struct.dataclass
+class DecoderParams:
+    """A model's parameters in the compute dtype.
+
+    Attributes:
+      embedding: [V, D]; also the output head.
+      blocks: of the windowed architectures, else empty; from `prepare_layers`.
+      layers: all layers in order, whatever the architecture; from `prepare_layers`.
+      norm_scale: [D]; norm_bias: [D]. Final LayerNorm.
+    """
+
+    embedding: jax.Array
+    blocks: tuple[BlockParams, ...]
+    layers: tuple[LayerParams, ...]
+    norm_scale: jax.Array
+    norm_bias: jax.Array
+
+
+def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
+    """Casts a model's parameters; a pure function, to be jitted once."""
+    blocks = prepare_layers(params.blocks, config.compute_dtype)
+    layers = prepare_layers(params.layers, config.compute_dtype)
+    return DecoderParams(
+        embedding=params.embedding.astype(config.compute_dtype),
+        blocks=blocks,
+        layers=layers or tuple(layer for block in blocks for layer in block.layers()),
+        norm_scale=params.norm_scale,
+        norm_bias=params.norm_bias,
+    )
+
+
+def embed(params: DecoderParams, tokens: jax.Array) -> jax.Array:
+    """Embeddings [..., D] of ids that the caller has checked to be in the vocabulary."""
+    return jnp.take(params.embedding, tokens, axis=0, mode="clip")
+
+
+def logits_of(params: DecoderParams, hidden: jax.Array) -> jax.Array:
+    """Logits float32 [..., V] of hidden states [..., D] before the final LayerNorm."""
+    return output_logits(layer_norm(hidden, params.norm_scale, params.norm_bias), params.embedding)

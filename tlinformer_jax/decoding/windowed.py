@@ -1,0 +1,343 @@
+"""TLinFormer and TConstFormer, token by token: `prefill`, `step` (a cache hit) and `slide` (a cache miss).
+
+While the generation window does not slide, everything on the history side is constant: a token reads each block's
+history keys, the compressed context's and its own window's. A slide makes the window history: block 0's rows are
+appended, since they are projections of embeddings; everything else on the history side is rebuilt, in chunks of
+rows, so that no more than the cache itself is held. `prefill` builds the same from nothing.
+
+Prefill and slide work on one sequence of the batch: sequences have lengths and window phases of their own.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows
+from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
+from tlinformer_jax.models.attention import attend, attend_parts, merge_parts
+from tlinformer_jax.models.block import BlockParams
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, attend_cached, write_row
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.layers import LayerParams, project, update
+from tlinformer_jax.models.rope import Rope, rope_table
+
+
+@flax.struct.dataclass
+class Frame:
+    """Where the rebuilt sequence stands.
+
+    Attributes:
+      row: the sequence's place in the batch, int32 [].
+      length: n, rows of history, int32 [].
+      start: h, the observation window's first row, int32 [].
+      observed: its valid rows, n - h, int32 [].
+      width: rows computed for it (static).
+    """
+
+    row: jax.Array
+    length: jax.Array
+    start: jax.Array
+    observed: jax.Array
+    width: int = flax.struct.field(pytree_node=False)
+
+
+def step(
+    params: DecoderParams, config: ModelConfig, cache: WindowedCache, tokens: jax.Array, active: jax.Array
+) -> tuple[WindowedCache, jax.Array]:
+    """Feeds one token to every active sequence; no active sequence's window may be full.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      cache: donated by the caller.
+      tokens: int32 [batch].
+      active: bool [batch]; of the others nothing changes, and their logits mean nothing.
+
+    Returns:
+      the cache, and logits float32 [batch, V].
+    """
+    x = embed(params, tokens)[:, None]
+    rope = rope_table(cache.position[:, None], config.head_dim)
+    new = []
+    for index, layer in enumerate(params.layers):
+        query, key, value = (part[:, 0] for part in project(layer, x, rope))
+        own = KeyValue(key, value)
+        past = CachedRows(cache.window, cache.window_length, index)
+        attended = attend_cached(query, own, past, _context_of(config, cache, index), config.cached_attention)
+        x = update(layer, x, attended[:, None])
+        new.append(own)
+    window = write_row(cache.window, jax.tree.map(lambda *rows: jnp.stack(rows), *new), cache.window_length, active)
+    rows = jnp.arange(tokens.shape[0])
+    return (
+        cache.replace(
+            tokens=cache.tokens.at[rows, cache.position].set(tokens),
+            window=window,
+            window_length=cache.window_length + active,
+        ),
+        logits_of(params, x[:, 0]),
+    )
+
+
+def _context_of(config: ModelConfig, cache: WindowedCache, layer: int) -> CachedRows | None:
+    """What a layer's x reads beside its own window: the history in `compress`, else the compressed context."""
+    block, depth = divmod(layer, config.layers_per_block)
+    if depth == 0:
+        return CachedRows(cache.history[block], cache.history_length) if cache.history else None
+    return CachedRows(cache.context, cache.observed_length, block * (config.hidden_depth + 1) + depth - 1)
+
+
+def prefill(
+    params: DecoderParams,
+    config: ModelConfig,
+    cache: WindowedCache,
+    row: jax.Array,
+    prompt: jax.Array,
+    length: jax.Array,
+    observed: jax.Array,
+) -> tuple[WindowedCache, jax.Array]:
+    """Fills one sequence's cache from its prompt.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      cache: donated by the caller.
+      row: the sequence's place in the batch, int32 [].
+      prompt: its tokens, int32 [as many as the cache's `tokens` has]; what follows `length` does not matter.
+      length: tokens of the prompt, >= 1, int32 [].
+      observed: rows of its compressed context, int32 []: `config.observed_rows(history)`.
+
+    Returns:
+      the cache, and the logits after the prompt's last token, float32 [V].
+    """
+    size = config.generation_window
+    history = (length - 1) // size * size
+    cache = cache.replace(tokens=jax.lax.dynamic_update_slice(cache.tokens, prompt[None], (row, 0)))
+    window_tokens = jax.lax.dynamic_slice(prompt, (history,), (size,))
+    cache, x = _rebuild(params, config, cache, _frame(config, cache, row, history, observed), window_tokens)
+    assert x is not None  # it was given a window
+    last = jax.lax.dynamic_index_in_dim(x[0], length - history - 1, keepdims=False)
+    cache = cache.replace(window_length=cache.window_length.at[row].set(length - history))
+    return cache, logits_of(params, last)
+
+
+def slide(
+    params: DecoderParams, config: ModelConfig, cache: WindowedCache, row: jax.Array, observed: jax.Array
+) -> WindowedCache:
+    """Makes the generation window of one sequence, which must be full, history.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      cache: donated by the caller; it must have room for the rows.
+      row: the sequence's place in the batch, int32 [].
+      observed: rows of the compressed context of the grown history, int32 [].
+
+    Returns:
+      the cache, with an empty generation window.
+    """
+    size = config.generation_window
+    before = cache.history_length[row]
+    if cache.history:
+        tokens = jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size))
+        key, value = _keys(params.blocks[0], embed(params, tokens), _rope(config, before, size))
+        history = (_store(cache.history[0], row, before, key, value), *cache.history[1:])
+        cache = cache.replace(history=history)
+    cache, _ = _rebuild(params, config, cache, _frame(config, cache, row, before + size, observed), None)
+    return cache.replace(window_length=cache.window_length.at[row].set(0))
+
+
+def _frame(
+    config: ModelConfig, cache: WindowedCache, row: jax.Array, length: jax.Array, observed: jax.Array
+) -> Frame:
+    width = max(config.observed_rows(cache.capacity), 1)
+    return Frame(row, length, length - observed, observed, width)
+
+
+def _rebuild(
+    params: DecoderParams, config: ModelConfig, cache: WindowedCache, frame: Frame, window_tokens: jax.Array | None
+) -> tuple[WindowedCache, jax.Array | None]:
+    """Rebuilds the history side of one sequence; with `window_tokens` [W_og] also its window and all of block 0.
+
+    Returns:
+      the cache, and the window's hidden states [1, W_og, D].
+    """
+    z = embed(params, jax.lax.dynamic_slice(cache.tokens, (frame.row, frame.start), (1, frame.width)))
+    z_rope = _rope(config, frame.start, frame.width)
+    x = None if window_tokens is None else embed(params, window_tokens[None])
+    x_rope = _rope(config, frame.length, config.generation_window)
+    rows = None  # C of the last block worked on, for the blocks that do not begin at the embeddings
+    if config.num_blocks > 2:
+        rows = jnp.zeros((1, cache.capacity, config.d_model), z.dtype)
+    restored = None  # keys and values of the previous block's restore layer
+    for index, block in enumerate(params.blocks):
+        if restored is not None:  # this block's C, of the observation window's rows
+            z = _restore(params.blocks[index - 1].restore, config, observed_rows, z_query, restored, frame)
+        observed_rows = z
+        (z_query,) = project(block.compress, z, z_rope, "q")
+        x_own = None if x is None else project(block.compress, x, x_rope)
+        readers = z_query
+        if x_own is not None and config.architecture == "tlinformer":
+            readers = jnp.concatenate([z_query, x_own[0]], axis=1)
+        cache, rows, shared = _read_history(
+            params, config, cache, frame, index, readers, rows, restored, from_scratch=x is not None
+        )
+        z = update(block.compress, z, shared[:, : frame.width])
+        context, window, x = _through_layers(block, config, frame, z, z_rope, x, x_own, shared, x_rope)
+        cache = _store_block(cache, config, frame.row, index, context, window)
+        restored = context[-1]
+    row = frame.row
+    cache = cache.replace(
+        history_length=cache.history_length.at[row].set(frame.length),
+        observed_length=cache.observed_length.at[row].set(frame.observed),
+    )
+    return cache, x
+
+
+def _through_layers(block, config, frame, z, z_rope, x, x_own, shared, x_rope):
+    """The layers of a block after `compress` has read the history.
+
+    Returns:
+      the context's (key, value) under each hidden and the restore layer, the window's under every layer (empty
+      without x), and x.
+    """
+    context, window = [], []
+    if x is not None:
+        query, key, value = x_own
+        window.append((key, value))
+        attended = attend(query, key, value, causal=True, backend=config.attention)
+        if config.architecture == "tlinformer":
+            attended = attended + shared[:, frame.width :]
+        x = update(block.compress, x, attended)
+    for layer in (*block.hidden, block.restore):
+        if layer is block.restore:
+            z_query, (z_key, z_value) = None, project(layer, z, z_rope, "kv")
+        else:
+            z_query, z_key, z_value = project(layer, z, z_rope)
+        context.append((z_key, z_value))
+        read = functools.partial(attend, key=z_key, value=z_value, key_length=frame.observed, backend=config.attention)
+        if x is not None:
+            query, key, value = project(layer, x, x_rope)
+            window.append((key, value))
+            x = update(layer, x, attend(query, key, value, causal=True, backend=config.attention) + read(query))
+        if z_query is not None:
+            z = update(layer, z, read(z_query))
+    return context, window, x
+
+
+def _read_history(
+    params: DecoderParams,
+    config: ModelConfig,
+    cache: WindowedCache,
+    frame: Frame,
+    index: int,
+    readers: jax.Array,
+    rows: jax.Array | None,
+    restored: tuple[jax.Array, jax.Array] | None,
+    *,
+    from_scratch: bool,
+) -> tuple[WindowedCache, jax.Array | None, jax.Array]:
+    """Block `index` over the whole history, chunk by chunk: makes and keeps its keys, and attends to them.
+
+    Args:
+      readers: queries that read the history, [1, queries, heads, d_h].
+      rows: C of the previous block [1, capacity, D] where it is kept; replaced by this block's.
+      restored: keys and values of the previous block's restore layer; None for the first.
+      from_scratch: make block 0's keys too; else they are read from the cache.
+
+    Returns:
+      the cache, the kept rows, and what the readers attended to, [1, queries, heads, d_h].
+    """
+    size = chunk_rows(cache.capacity)
+    known = index == 0 and not from_scratch and bool(cache.history)
+    tokens = cache.tokens
+
+    def body(number: jax.Array, carry):
+        history, rows, parts = carry
+        start = number * size
+        if known:
+            key, value = _load(history, frame.row, start, size)
+        else:
+            chunk = _history_rows(params, config, tokens, frame, index, rows, restored, start, size)
+            key, value = _keys(params.blocks[index], chunk, _rope(config, start, size))
+            if history is not None:
+                history = _store(history, frame.row, start, key, value)
+            if rows is not None and 0 < index < config.num_blocks - 1:
+                rows = jax.lax.dynamic_update_slice(rows, chunk, (0, start, 0))
+        valid = jnp.clip(frame.length - start, 0, size)
+        return history, rows, merge_parts(parts, attend_parts(readers, key, value, valid, config.attention))
+
+    history = cache.history[index] if cache.history else None
+    empty = (jnp.zeros(readers.shape, jnp.float32), jnp.full(readers.shape[:3], -jnp.inf, jnp.float32))
+    chunks = -(-frame.length // size)
+    history, rows, (shared, _) = jax.lax.fori_loop(0, chunks, body, (history, rows, empty))
+    if history is not None:
+        cache = cache.replace(history=(*cache.history[:index], history, *cache.history[index + 1 :]))
+    return cache, rows, shared.astype(readers.dtype)
+
+
+def _history_rows(params, config, tokens, frame, index, rows, restored, start, size) -> jax.Array:
+    """C at the entrance of block `index`, rows start .. start + size - 1: [1, size, D]."""
+    if index <= 1 or rows is None:
+        chunk = embed(params, jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size)))
+    else:
+        chunk = jax.lax.dynamic_slice(rows, (0, start, 0), (1, size, config.d_model))
+    if restored is None:
+        return chunk
+    block = params.blocks[index - 1]
+    (query,) = project(block.compress, chunk, _rope(config, start, size), "q")
+    return _restore(block.restore, config, chunk, query, restored, frame)
+
+
+def _restore(
+    layer: LayerParams,
+    config: ModelConfig,
+    rows: jax.Array,
+    query: jax.Array,
+    restored: tuple[jax.Array, jax.Array],
+    frame: Frame,
+) -> jax.Array:
+    """The restore layer for rows of the history: [1, rows, D]."""
+    key, value = restored
+    return update(layer, rows, attend(query, key, value, key_length=frame.observed, backend=config.attention))
+
+
+def _keys(block: BlockParams, rows: jax.Array, rope: Rope) -> tuple[jax.Array, ...]:
+    """Keys and values of history rows under a block's `compress` layer, each [1, rows, heads, d_h]."""
+    return project(block.compress, rows, rope, "kv")
+
+
+def _rope(config: ModelConfig, start: jax.Array, length: int) -> Rope:
+    return rope_table(start + jnp.arange(length, dtype=jnp.int32), config.head_dim)
+
+
+def _store(cache: KeyValue, row: jax.Array, start: jax.Array, key: jax.Array, value: jax.Array) -> KeyValue:
+    """Writes rows [1, length, heads, d_h] of one sequence from row `start` on."""
+    new = KeyValue(*(jnp.transpose(part, (0, 2, 3, 1)) for part in (key, value)))
+    return jax.tree.map(lambda to, part: jax.lax.dynamic_update_slice(to, part, (row, 0, 0, start)), cache, new)
+
+
+def _load(cache: KeyValue, row: jax.Array, start: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Reads rows of one sequence as [1, length, heads, d_h]."""
+    shape = (1, *cache.key.shape[1:3], length)
+    key, value = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
+    return jnp.transpose(key, (0, 3, 1, 2)), jnp.transpose(value, (0, 3, 1, 2))
+
+
+def _store_block(
+    cache: WindowedCache, config: ModelConfig, row: jax.Array, index: int, context: list, window: list
+) -> WindowedCache:
+    """Writes a block's compressed context, and its window where there is one, for one sequence."""
+
+    def write(to: KeyValue, parts: list, layer: int) -> KeyValue:
+        key, value = (jnp.transpose(jnp.stack(arrays), (0, 1, 3, 4, 2)) for arrays in zip(*parts))
+        at = (layer, row, 0, 0, 0)
+        return jax.tree.map(
+            lambda array, part: jax.lax.dynamic_update_slice(array, part, at), to, KeyValue(key, value)
+        )
+
+    cache = cache.replace(context=write(cache.context, context, index * (config.hidden_depth + 1)))
+    if window:
+        cache = cache.replace(window=write(cache.window, window, index * config.layers_per_block))
+    return cache

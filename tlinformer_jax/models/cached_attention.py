@@ -1,0 +1,126 @@
+"""Attention of one new row per sequence to cached keys and values: what a generated token costs.
+
+Cached keys and values lie as [batch, heads, d_h, rows]: rows are contiguous, so that a pass over them streams memory
+on a GPU, and pads nothing on a TPU, whose lanes a last dimension of 36 features would fill to 128. How many rows are
+valid differs between the sequences of a batch and is known at run time only.
+"""
+
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.models import decode_kernel
+
+
+@flax.struct.dataclass
+class KeyValue:
+    """Cached keys (rotated) and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @property
+    def rows(self) -> int:
+        """Rows there is room for."""
+        return self.key.shape[-1]
+
+
+@flax.struct.dataclass
+class CachedRows:
+    """The first `length` rows of a cache, for one softmax.
+
+    Attributes:
+      cache: keys and values [batch, heads, d_h, rows], or [layers, batch, heads, d_h, rows].
+      length: valid rows of each sequence, int32 [batch].
+      layer: which of the layers (static); None for a cache without that axis.
+    """
+
+    cache: KeyValue
+    length: jax.Array
+    layer: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def arrays(self) -> KeyValue:
+        """Keys and values of the layer, [batch, heads, d_h, rows]."""
+        return self.cache if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.cache)
+
+
+def attend_cached(
+    query: jax.Array, own: KeyValue, past: CachedRows, context: CachedRows | None, backend: str = "auto"
+) -> jax.Array:
+    """Exact attention of one new row per sequence, by two softmaxes whose results are added.
+
+    Args:
+      query: [batch, heads, d_h], rotated.
+      own: key and value of the new row itself, each [batch, heads, d_h].
+      past: rows before it that share a softmax with its own key: its generation window's, or a baseline's cache.
+      context: rows with a softmax of their own: history or compressed context; where none are valid they add 0.
+      backend: 'auto', 'xla', 'triton' (NVIDIA GPUs).
+
+    Returns:
+      [batch, heads, d_h] in query's dtype.
+
+    Raises:
+      ValueError: for an unknown backend.
+    """
+    if backend == "auto":
+        backend = "triton" if decode_kernel.available() else "xla"
+    if backend == "xla":
+        output = _softmax_sum(query, past, own)
+        if context is not None:
+            output = output + _softmax_sum(query, context, None)
+        return output.astype(query.dtype)
+    if backend == "triton":
+        parts = [past] if context is None else [past, context]
+        sources = [(part.cache.key, part.cache.value, part.length, part.layer) for part in parts]
+        return decode_kernel.attend(query, own.key, own.value, sources)
+    raise ValueError(f"attend_cached: unknown backend {backend!r}")
+
+
+def write_row(cache: KeyValue, own: KeyValue, row: jax.Array, active: jax.Array) -> KeyValue:
+    """Writes one new row per active sequence into every layer's cache, in place where the cache is donated.
+
+    Args:
+      cache: [layers, batch, heads, d_h, rows].
+      own: new keys and values, each [layers, batch, heads, d_h].
+      row: where, int32 [batch].
+      active: bool [batch]; of the others nothing changes.
+    """
+
+    def write_one(array: jax.Array, new: jax.Array) -> jax.Array:
+        at = (0, 0, 0, 0, row[0])
+        old = jax.lax.dynamic_slice(array, at, (*array.shape[:4], 1))
+        return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new[..., None], old), at)
+
+    def write_all(array: jax.Array, new: jax.Array) -> jax.Array:
+        # Rows past the end are dropped. The indexed axes come first in what `set` takes.
+        at = jnp.where(active, row, array.shape[-1])
+        return array.at[:, jnp.arange(at.size), :, :, at].set(jnp.moveaxis(new, 1, 0), mode="drop")
+
+    return jax.tree.map(write_one if row.size == 1 else write_all, cache, own)
+
+
+def _softmax_sum(query: jax.Array, source: CachedRows, own: KeyValue | None) -> jax.Array:
+    """Softmax attention by plain products, float32 [batch, heads, d_h]; 0 where nothing is valid."""
+    cache = source.arrays()
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
+    valid = jnp.arange(cache.rows) < source.length[:, None, None]
+    scores = jnp.where(valid, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
+    if own is not None:
+        wide = query.astype(jnp.float32) * own.key.astype(jnp.float32)
+        own_score = jnp.sum(wide, axis=-1, keepdims=True) * scale
+        top = jnp.maximum(top, own_score)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    output = jnp.einsum(
+        "bhk,bhdk->bhd", weights.astype(cache.value.dtype), cache.value, preferred_element_type=jnp.float32
+    )
+    if own is not None:
+        own_weight = jnp.exp(own_score - top)
+        total = total + own_weight
+        output = output + own_weight * own.value.astype(jnp.float32)
+    return output / jnp.where(total > 0, total, 1.0)
