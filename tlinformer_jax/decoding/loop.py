@@ -1,0 +1,115 @@
+"""The device loop: feeds tokens and samples the next ones without a word to the host until a window is full."""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.decoding.cache import Cache
+from tlinformer_jax.decoding.decoder import step
+from tlinformer_jax.decoding.params import DecoderParams
+from tlinformer_jax.decoding.sampling import SamplingMode, SamplingValues, mark_seen, sample
+from tlinformer_jax.models.config import ModelConfig
+
+# Tokens that one call can return for each sequence.
+MAX_STEPS = 256
+
+
+@flax.struct.dataclass
+class Sequences:
+    """What generation keeps of each sequence beside its cache.
+
+    Attributes:
+      token: sampled last and not yet fed, int32 [batch].
+      keys: of the random numbers, one typed key per sequence [batch].
+      active: bool [batch]; the others have stopped, or their place in the batch is empty.
+      seen: bool [batch, V], tokens of prompt and continuation; None where no repetition penalty asks for it.
+    """
+
+    token: jax.Array
+    keys: jax.Array
+    active: jax.Array
+    seen: jax.Array | None
+
+
+def sample_next(
+    mode: SamplingMode,
+    values: SamplingValues,
+    stop_tokens: jax.Array,
+    sequences: Sequences,
+    positions: jax.Array,
+    logits: jax.Array,
+) -> tuple[Sequences, jax.Array, jax.Array | None]:
+    """Samples the token after `logits` for every active sequence; a stop token ends its sequence.
+
+    Args:
+      mode: what kind of sampling (static).
+      values: its parameters.
+      stop_tokens: int32 [any number].
+      sequences: of the batch.
+      positions: of the tokens to sample, int32 [batch].
+      logits: float32 [batch, V].
+
+    Returns:
+      the sequences; the tokens int32 [batch], -1 for sequences that are not active (and for logits that are not
+      finite, whose sequence ends); their log-probabilities float32 [batch], or None where `mode` asks for none.
+    """
+    token, logprobs = sample(logits, sequences.keys, positions, sequences.seen, mode, values)
+    token = jnp.where(sequences.active, token, -1)
+    active = sequences.active & (token >= 0) & ~jnp.isin(token, stop_tokens)
+    seen = None if sequences.seen is None else mark_seen(sequences.seen, token, sequences.active)
+    return Sequences(jnp.maximum(token, 0), sequences.keys, active, seen), token, logprobs
+
+
+def run_steps(
+    params: DecoderParams,
+    config: ModelConfig,
+    mode: SamplingMode,
+    cache: Cache,
+    sequences: Sequences,
+    values: SamplingValues,
+    stop_tokens: jax.Array,
+    limit: jax.Array,
+) -> tuple[Cache, Sequences, jax.Array, jax.Array | None]:
+    """Feeds and samples up to `limit` tokens for every active sequence; ends early when none is active.
+
+    Args:
+      params: of the model.
+      config: of the model (static).
+      mode: what kind of sampling (static).
+      cache: donated; no active sequence's window may fill up before the last of the steps.
+      sequences: donated.
+      values: parameters of the sampling.
+      stop_tokens: int32 [any number].
+      limit: steps, at most MAX_STEPS, int32 [].
+
+    Returns:
+      the cache, the sequences, and of each step the tokens int32 [MAX_STEPS, batch] and log-probabilities
+      float32 [MAX_STEPS, batch] (or None); -1 and 0 where nothing was sampled.
+    """
+    batch = sequences.token.shape[0]
+    tokens = jnp.full((MAX_STEPS, batch), -1, jnp.int32)
+    logprobs = jnp.zeros((MAX_STEPS, batch), jnp.float32) if mode.logprobs else None
+
+    def more(carry):
+        number, _, sequences, *_ = carry
+        return (number < limit) & jnp.any(sequences.active)
+
+    def body(carry):
+        number, cache, sequences, tokens, logprobs = carry
+        cache, logits = step(params, config, cache, sequences.token, sequences.active)
+        sequences, token, logprob = sample_next(mode, values, stop_tokens, sequences, cache.position, logits)
+        tokens = tokens.at[number].set(token)
+        if logprobs is not None:
+            logprobs = logprobs.at[number].set(jnp.where(token >= 0, logprob, 0.0))
+        return number + 1, cache, sequences, tokens, logprobs
+
+    _, cache, sequences, tokens, logprobs = jax.lax.while_loop(
+        more, body, (jnp.int32(0), cache, sequences, tokens, logprobs)
+    )
+    return cache, sequences, tokens, logprobs
+
+
+jit_run_steps = functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=(3, 4))(run_steps)
+jit_sample_next = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(sample_next)
