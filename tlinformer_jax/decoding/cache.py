@@ -98,7 +98,8 @@ def capacity_for(config: ModelConfig, tokens: int, final: int | None = None) -> 
         return int(config.history_window) + config.generation_window - 1
     rows, last = stored_rows(config, tokens), stored_rows(config, final or tokens)
     if last * 10 <= rows * 13 and last > CHUNK_ROWS:
-        return -(-last // CHUNK_ROWS) * CHUNK_ROWS
+        granule = min(CHUNK_ROWS, 1 << (last.bit_length() - 5))  # at most a sixteenth of it
+        return -(-last // granule) * granule
     return length_class(rows)
 
 

@@ -106,12 +106,8 @@ def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
         KeyValue(widen(old.key, new.key, index == 0), widen(old.value, new.value, index == 0))
         for index, (old, new) in enumerate(zip(cache.history, shapes.history))
     )
-    context = KeyValue(
-        widen(cache.context.key, shapes.context.key), widen(cache.context.value, shapes.context.value)
-    )
-    return cache.replace(
-        tokens=widen(cache.tokens, shapes.tokens), history=history, context=context, capacity=capacity
-    )
+    context = KeyValue(widen(cache.context.key, shapes.context.key), widen(cache.context.value, shapes.context.value))
+    return cache.replace(tokens=widen(cache.tokens, shapes.tokens), history=history, context=context, capacity=capacity)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from tlinformer_jax.decoding.cache import LayeredCache, chunk_rows
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.attention import attend_chunk
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, attend_cached, write_row
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, attend_cached, lane_rows, write_row
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import rope_table
@@ -45,7 +45,12 @@ def step(
 
 
 def prefill(
-    params: DecoderParams, config: ModelConfig, cache: LayeredCache, row: jax.Array, prompt: jax.Array, length: jax.Array
+    params: DecoderParams,
+    config: ModelConfig,
+    cache: LayeredCache,
+    row: jax.Array,
+    prompt: jax.Array,
+    length: jax.Array,
 ) -> tuple[LayeredCache, jax.Array]:
     """Fills one sequence's cache from its prompt.
 
@@ -62,7 +67,7 @@ def prefill(
     """
     x = embed(params, prompt[None])
     layers = cache.layers
-    for index, layer in enumerate(params.layers):
+    for index, layer in enumerate(params.wide_layers):
         x, key, value = _layer(layer, config, x, length)
         layers = _store(config, layers, index, row, key, value, length, cache.capacity)
     last = jax.lax.dynamic_index_in_dim(x[0], length - 1, keepdims=False)
@@ -79,7 +84,7 @@ def _layer(
     """
     size = chunk_rows(x.shape[1])
     window = attention_window(config)
-    shape = (1, x.shape[1], config.num_heads, config.head_dim)
+    shape = (1, x.shape[1], *layer.out_kernel.shape[:2])  # heads as padded in the parameters
 
     def body(number: jax.Array, carry):
         x, keys, values = carry
@@ -88,9 +93,10 @@ def _layer(
         rope = rope_table(start + jnp.arange(size, dtype=jnp.int32), config.head_dim)
         query, key, value = project(layer, chunk, rope)
         keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(rows, new, start, axis=1) for rows, new in ((keys, key), (values, value))
+            jax.lax.dynamic_update_slice_in_dim(rows, new, start, axis=1)
+            for rows, new in ((keys, key), (values, value))
         )
-        attended = attend_chunk(query, keys, values, start, window, config.attention)
+        attended = attend_chunk(query, keys, values, start, window, config.attention_scale, config.attention)
         x = jax.lax.dynamic_update_slice_in_dim(x, update(layer, chunk, attended), start, axis=1)
         return x, keys, values
 
@@ -116,7 +122,7 @@ def _store(
             row_index = jnp.arange(capacity)
             position = length - 1 - (length - 1 - row_index) % capacity
             new = jnp.take(new, jnp.maximum(position, 0), axis=1)
-        new = jnp.transpose(new, (0, 2, 3, 1))[None, ..., : array.shape[-1]]
+        new = lane_rows(new, config.head_dim)[None, ..., : array.shape[-1]]
         return jax.lax.dynamic_update_slice(array, new, (index, row, 0, 0, 0))
 
     return KeyValue(write(layers.key, key), write(layers.value, value))

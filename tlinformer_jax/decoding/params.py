@@ -4,6 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.models.attention import head_multiple
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
@@ -16,13 +17,15 @@ class DecoderParams:
 
     Attributes:
       embedding: [V, D]; also the output head.
-      blocks: of the windowed architectures, else empty; from `prepare_layers`.
-      layers: all layers in order, whatever the architecture; from `prepare_layers`.
+      blocks: of the windowed architectures, else empty; from `prepare_layers`, for many rows at once.
+      wide_layers: of the baselines, the same.
+      layers: all layers in order, whatever the architecture; from `prepare_layers`, for one row: heads not padded.
       norm_scale: [D]; norm_bias: [D]. Final LayerNorm.
     """
 
     embedding: jax.Array
     blocks: tuple[BlockParams, ...]
+    wide_layers: tuple[LayerParams, ...]
     layers: tuple[LayerParams, ...]
     norm_scale: jax.Array
     norm_bias: jax.Array
@@ -30,12 +33,13 @@ class DecoderParams:
 
 def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
     """Casts a model's parameters; a pure function, to be jitted once."""
-    blocks = prepare_layers(params.blocks, config.compute_dtype)
-    layers = prepare_layers(params.layers, config.compute_dtype)
+    dtype, multiple = config.compute_dtype, head_multiple(config.compute_dtype, config.attention)
+    layers = params.layers or tuple(layer for block in params.blocks for layer in block.layers())
     return DecoderParams(
-        embedding=params.embedding.astype(config.compute_dtype),
-        blocks=blocks,
-        layers=layers or tuple(layer for block in blocks for layer in block.layers()),
+        embedding=params.embedding.astype(dtype),
+        blocks=prepare_layers(params.blocks, dtype, multiple),
+        wide_layers=prepare_layers(params.layers, dtype, multiple),
+        layers=prepare_layers(layers, dtype),
         norm_scale=params.norm_scale,
         norm_bias=params.norm_bias,
     )

@@ -18,7 +18,14 @@ from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts
 from tlinformer_jax.models.block import BlockParams
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, attend_cached, write_row
+from tlinformer_jax.models.cached_attention import (
+    CachedRows,
+    KeyValue,
+    attend_cached,
+    lane_rows,
+    natural_rows,
+    write_row,
+)
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
@@ -148,9 +155,7 @@ def slide(
     return cache.replace(window_length=cache.window_length.at[row].set(0))
 
 
-def _frame(
-    config: ModelConfig, cache: WindowedCache, row: jax.Array, length: jax.Array, observed: jax.Array
-) -> Frame:
+def _frame(config: ModelConfig, cache: WindowedCache, row: jax.Array, length: jax.Array, observed: jax.Array) -> Frame:
     width = max(config.observed_rows(cache.capacity), 1)
     return Frame(row, length, length - observed, observed, width)
 
@@ -203,10 +208,12 @@ def _through_layers(block, config, frame, z, z_rope, x, x_own, shared, x_rope):
       without x), and x.
     """
     context, window = [], []
+    options = {"backend": config.attention, "scale": config.attention_scale}
+    causal = functools.partial(attend, causal=True, **options)
     if x is not None:
         query, key, value = x_own
         window.append((key, value))
-        attended = attend(query, key, value, causal=True, backend=config.attention)
+        attended = causal(query, key, value)
         if config.architecture == "tlinformer":
             attended = attended + shared[:, frame.width :]
         x = update(block.compress, x, attended)
@@ -216,11 +223,11 @@ def _through_layers(block, config, frame, z, z_rope, x, x_own, shared, x_rope):
         else:
             z_query, z_key, z_value = project(layer, z, z_rope)
         context.append((z_key, z_value))
-        read = functools.partial(attend, key=z_key, value=z_value, key_length=frame.observed, backend=config.attention)
+        read = functools.partial(attend, key=z_key, value=z_value, key_length=frame.observed, **options)
         if x is not None:
             query, key, value = project(layer, x, x_rope)
             window.append((key, value))
-            x = update(layer, x, attend(query, key, value, causal=True, backend=config.attention) + read(query))
+            x = update(layer, x, causal(query, key, value) + read(query))
         if z_query is not None:
             z = update(layer, z, read(z_query))
     return context, window, x
@@ -257,7 +264,7 @@ def _read_history(
         history, rows, parts = carry
         start = number * size
         if known:
-            key, value = _load(history, frame.row, start, size)
+            key, value = _load(history, frame.row, start, size, readers.shape[-1])
         else:
             chunk = _history_rows(params, config, tokens, frame, index, rows, restored, start, size)
             key, value = _keys(params.blocks[index], chunk, _rope(config, start, size))
@@ -266,7 +273,8 @@ def _read_history(
             if rows is not None and 0 < index < config.num_blocks - 1:
                 rows = jax.lax.dynamic_update_slice(rows, chunk, (0, start, 0))
         valid = jnp.clip(frame.length - start, 0, size)
-        return history, rows, merge_parts(parts, attend_parts(readers, key, value, valid, config.attention))
+        read = attend_parts(readers, key, value, valid, config.attention_scale, config.attention)
+        return history, rows, merge_parts(parts, read)
 
     history = cache.history[index] if cache.history else None
     empty = (jnp.zeros(readers.shape, jnp.float32), jnp.full(readers.shape[:3], -jnp.inf, jnp.float32))
@@ -300,7 +308,17 @@ def _restore(
 ) -> jax.Array:
     """The restore layer for rows of the history: [1, rows, D]."""
     key, value = restored
-    return update(layer, rows, attend(query, key, value, key_length=frame.observed, backend=config.attention))
+    # Without history nobody reads what comes out.
+    attended = attend(
+        query,
+        key,
+        value,
+        key_length=frame.observed,
+        backend=config.attention,
+        scale=config.attention_scale,
+        never_empty=config.always_observes,
+    )
+    return update(layer, rows, attended)
 
 
 def _keys(block: BlockParams, rows: jax.Array, rope: Rope) -> tuple[jax.Array, ...]:
@@ -313,16 +331,17 @@ def _rope(config: ModelConfig, start: jax.Array, length: int) -> Rope:
 
 
 def _store(cache: KeyValue, row: jax.Array, start: jax.Array, key: jax.Array, value: jax.Array) -> KeyValue:
-    """Writes rows [1, length, heads, d_h] of one sequence from row `start` on."""
-    new = KeyValue(*(jnp.transpose(part, (0, 2, 3, 1)) for part in (key, value)))
+    """Writes rows [1, length, heads, d_h or more] of one sequence from row `start` on."""
+    new = KeyValue(*(lane_rows(part, cache.key.shape[2]) for part in (key, value)))
     return jax.tree.map(lambda to, part: jax.lax.dynamic_update_slice(to, part, (row, 0, 0, start)), cache, new)
 
 
-def _load(cache: KeyValue, row: jax.Array, start: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """Reads rows of one sequence as [1, length, heads, d_h]."""
+def _load(cache: KeyValue, row: jax.Array, start: jax.Array, length: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Reads rows of one sequence as [1, length, heads, width], heads padded with zeros."""
     shape = (1, *cache.key.shape[1:3], length)
-    key, value = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
-    return jnp.transpose(key, (0, 3, 1, 2)), jnp.transpose(value, (0, 3, 1, 2))
+    parts = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
+    key, value = (natural_rows(part, width) for part in parts)
+    return key, value
 
 
 def _store_block(
@@ -331,11 +350,9 @@ def _store_block(
     """Writes a block's compressed context, and its window where there is one, for one sequence."""
 
     def write(to: KeyValue, parts: list, layer: int) -> KeyValue:
-        key, value = (jnp.transpose(jnp.stack(arrays), (0, 1, 3, 4, 2)) for arrays in zip(*parts))
+        key, value = (lane_rows(jnp.stack(arrays), config.head_dim) for arrays in zip(*parts))
         at = (layer, row, 0, 0, 0)
-        return jax.tree.map(
-            lambda array, part: jax.lax.dynamic_update_slice(array, part, at), to, KeyValue(key, value)
-        )
+        return jax.tree.map(lambda array, part: jax.lax.dynamic_update_slice(array, part, at), to, KeyValue(key, value))
 
     cache = cache.replace(context=write(cache.context, context, index * (config.hidden_depth + 1)))
     if window:

@@ -44,6 +44,8 @@ def attend(
     dropout: Dropout | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    scale: float | None = None,
+    never_empty: bool = False,
 ) -> Any:
     """Exact softmax attention.
 
@@ -59,6 +61,8 @@ def attend(
       backend: 'auto', 'xla' or 'cudnn'.
       return_lse: also return the log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where
         there is no valid key. It lets partial attentions over disjoint keys be merged exactly.
+      scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
+      never_empty: the caller's word that `key_length` is never 0, which saves a pass over the output.
 
     Returns:
       [batch, queries, heads, d_h] in query's dtype, or (that, log-sum-exp).
@@ -70,31 +74,37 @@ def attend(
         raise ValueError("attend: window needs causal=True")
     if key_length is not None:
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     chosen = choose_backend(query, dropout, return_lse) if backend == "auto" else backend
     if chosen == "xla":
-        output, lse = _attend_xla(query, key, value, causal, window, key_length, dropout)
+        output, lse = _attend_xla(query, key, value, scale, causal, window, key_length, dropout)
         return (output, lse) if return_lse else output
     if chosen == "cudnn" and dropout is None:
-        return _attend_cudnn(query, key, value, causal, window, key_length, return_lse)
+        return _attend_cudnn(query, key, value, scale, causal, window, key_length, return_lse, never_empty)
     if chosen == "cudnn":
         raise ValueError("attend: backend 'cudnn' has no dropout on the attention weights")
     raise ValueError(f"attend: unknown backend {backend!r}")
 
 
+def head_multiple(dtype: Any, backend: str) -> int:
+    """Features that the backend wants heads to be a multiple of; see `layers.prepare_layers`."""
+    return 8 if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
+
+
 def choose_backend(query: jax.Array, dropout: Dropout | None, return_lse: bool) -> str:
     """The backend that 'auto' stands for: cuDNN on NVIDIA GPUs in half precision, else XLA."""
     # The fused kernel offers neither weight dropout nor a differentiable log-sum-exp through JAX.
-    return "cudnn" if fused_kernel(query) and dropout is None and not return_lse else "xla"
+    return "cudnn" if fused_kernel(query.dtype) and dropout is None and not return_lse else "xla"
 
 
-def fused_kernel(query: jax.Array) -> bool:
-    """Whether cuDNN's kernel can take such queries: half precision, on an NVIDIA GPU."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
+def fused_kernel(dtype: Any) -> bool:
+    """Whether cuDNN's kernel can take queries of this dtype here: half precision, on an NVIDIA GPU."""
+    half = dtype in (jnp.bfloat16, jnp.float16)
     return half and jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
 
 
 def attend_parts(
-    query: jax.Array, key: jax.Array, value: jax.Array, key_length: jax.Array, backend: str = "auto"
+    query: jax.Array, key: jax.Array, value: jax.Array, key_length: jax.Array, scale: float, backend: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of a few queries of one sequence to some of the many keys they read; not differentiable.
 
@@ -106,21 +116,22 @@ def attend_parts(
       key: [1, keys, heads, d_h].
       value: [1, keys, heads, d_h].
       key_length: keys that are valid, int32 [].
+      scale: of the scores.
       backend: 'auto', 'xla' or 'cudnn'.
 
     Returns:
       float32 [1, queries, heads, d_h], and the log-sum-exp float32 [1, queries, heads]; see `merge_parts`.
     """
     keys = key.shape[1]
-    if backend == "xla" or (backend == "auto" and not fused_kernel(query)):
-        output, lse = attend(query, key, value, key_length=key_length, backend="xla", return_lse=True)
+    if backend == "xla" or (backend == "auto" and not fused_kernel(query.dtype)):
+        output, lse = attend(query, key, value, key_length=key_length, backend="xla", return_lse=True, scale=scale)
         return output.astype(jnp.float32), lse
     count = max(1, math.gcd(keys, 1 << 20) // KEYS_PER_PART)
     parted_key, parted_value = (part.reshape(count, keys // count, *part.shape[2:]) for part in (key, value))
     lengths = jnp.clip(key_length - jnp.arange(count) * (keys // count), 0, keys // count)
     queries = jnp.broadcast_to(query, (count, *query.shape[1:]))
     output, lse = attend(
-        queries, parted_key, parted_value, key_length=lengths, backend="cudnn", return_lse=True
+        queries, parted_key, parted_value, key_length=lengths, backend="cudnn", return_lse=True, scale=scale
     )
     top = jnp.max(lse, axis=0, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
@@ -133,7 +144,13 @@ def attend_parts(
 
 
 def attend_chunk(
-    query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, window: int | None, backend: str = "auto"
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    start: jax.Array,
+    window: int | None,
+    scale: float,
+    backend: str = "auto",
 ) -> jax.Array:
     """Causal attention of a chunk of a sequence's rows to all rows up to their own; not differentiable.
 
@@ -143,6 +160,7 @@ def attend_chunk(
       value: the same.
       start: int32 [].
       window: rows that each query sees, its own included; None for all before it.
+      scale: of the scores.
       backend: 'auto', 'xla' or 'cudnn'.
 
     Returns:
@@ -150,27 +168,27 @@ def attend_chunk(
     """
     size = query.shape[1]
     if backend == "auto":
-        backend = "cudnn" if fused_kernel(query) else "xla"
+        backend = "cudnn" if fused_kernel(query.dtype) else "xla"
     if window is not None:
         # The rows that the chunk's window reaches, with stand-ins for the queries before the chunk.
         reach = min(key.shape[1] - size, window - 1)
         first = jnp.maximum(start - reach, 0)
-        near_key, near_value = (jax.lax.dynamic_slice_in_dim(part, first, size + reach, axis=1) for part in (key, value))
+        near_key, near_value = (
+            jax.lax.dynamic_slice_in_dim(part, first, size + reach, axis=1) for part in (key, value)
+        )
         offset = start - first
         queries = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(near_key), query, offset, axis=1)
-        output = attend(queries, near_key, near_value, causal=True, window=window, backend=backend)
+        output = attend(queries, near_key, near_value, causal=True, window=window, backend=backend, scale=scale)
         return jax.lax.dynamic_slice_in_dim(output, offset, size, axis=1)
     own_key, own_value = (jax.lax.dynamic_slice_in_dim(part, start, size, axis=1) for part in (key, value))
-    own = attend(query, own_key, own_value, causal=True, backend=backend, return_lse=True)
+    own = attend(query, own_key, own_value, causal=True, backend=backend, return_lse=True, scale=scale)
     if key.shape[1] == size:
         return own[0]
-    before = attend(query, key, value, key_length=start, backend=backend, return_lse=True)
+    before = attend(query, key, value, key_length=start, backend=backend, return_lse=True, scale=scale)
     return merge_parts(*((output.astype(jnp.float32), lse) for output, lse in (own, before)))[0].astype(query.dtype)
 
 
-def merge_parts(
-    first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def merge_parts(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Exact attention to the union of two disjoint sets of keys from the attention to each.
 
     Args:
@@ -205,13 +223,13 @@ def _attend_xla(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    scale: float,
     causal: bool,
     window: int | None,
     key_length: jax.Array | None,
     dropout: Dropout | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention by plain matrix products; scores and softmax in float32."""
-    scale = 1.0 / math.sqrt(query.shape[-1])
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
     mask = visible(query.shape[1], key.shape[1], causal, window, key_length)
     if mask is not None:
@@ -232,10 +250,12 @@ def _attend_cudnn(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    scale: float,
     causal: bool,
     window: int | None,
     key_length: jax.Array | None,
     return_lse: bool,
+    never_empty: bool,
 ) -> Any:
     """cuDNN's fused kernel; heads are padded to a multiple of 8 features, which changes no score."""
     width = query.shape[-1]
@@ -249,7 +269,7 @@ def _attend_cudnn(
         query,
         key,
         value,
-        scale=1.0 / math.sqrt(width),
+        scale=scale,
         is_causal=causal,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
@@ -257,7 +277,7 @@ def _attend_cudnn(
     )
     output, lse = result if return_lse else (result, None)
     output = output[..., :width]
-    if key_length is not None:
+    if key_length is not None and not never_empty:
         empty = (key_length == 0)[:, None, None]
         output = jnp.where(empty[..., None], 0, output)
         lse = None if lse is None else jnp.where(empty, -jnp.inf, lse)

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.models.attention import Dropout, attend
+from tlinformer_jax.models.attention import Dropout, attend, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import Layer, LayerParams, prepare_layers, chain_layers, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
@@ -246,7 +246,16 @@ def _attend_shared(
 ) -> jax.Array:
     """Non-causal attention of all `queries`, side by side, to the same keys."""
     query = queries[0] if len(queries) == 1 else jnp.concatenate(queries, axis=1)
-    return attend(query, key, value, key_length=key_length, dropout=dropout, backend=config.attention)
+    return attend(
+        query,
+        key,
+        value,
+        key_length=key_length,
+        dropout=dropout,
+        backend=config.attention,
+        scale=config.attention_scale,
+        never_empty=config.always_observes,
+    )
 
 
 def _attend_causal(
@@ -261,6 +270,7 @@ def _attend_causal(
         window=window,
         dropout=_part(dropout, CAUSAL_ATTENTION),
         backend=config.attention,
+        scale=config.attention_scale,
     )
 
 
@@ -311,7 +321,9 @@ class DualWindowBlock(nn.Module):
           x [batch, m, D], and C' [batch, n, D] (None if `restore` is false or there is no history).
         """
         config = self.config
-        params = prepare_layers(self.parameters(), config.compute_dtype)
+        params = prepare_layers(
+            self.parameters(), config.compute_dtype, head_multiple(config.compute_dtype, config.attention)
+        )
         x = x.astype(config.compute_dtype)
         dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         length = 0 if history is None else history.shape[1]

@@ -10,6 +10,7 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from tlinformer_jax.models import decode_kernel
 
@@ -76,6 +77,23 @@ def attend_cached(
         sources = [(part.cache.key, part.cache.value, part.length, part.layer) for part in parts]
         return decode_kernel.attend(query, own.key, own.value, sources)
     raise ValueError(f"attend_cached: unknown backend {backend!r}")
+
+
+def lane_rows(rows: jax.Array, head_dim: int) -> jax.Array:
+    """Keys or values of many rows [..., rows, heads, width >= d_h] as a cache keeps them: [..., heads, d_h, rows].
+
+    The layout is pinned: left free, XLA gives the whole cache the layout of what is written to it, and copies
+    the cache into it and back.
+    """
+    moved = jnp.moveaxis(rows[..., :head_dim], -3, -1)
+    return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
+
+
+def natural_rows(rows: jax.Array, width: int) -> jax.Array:
+    """Cached keys or values [..., heads, d_h, rows] as attention takes many: [..., rows, heads, width], zero-padded."""
+    rows = with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
+    moved = jnp.moveaxis(rows, -1, -3)
+    return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
 
 
 def write_row(cache: KeyValue, own: KeyValue, row: jax.Array, active: jax.Array) -> KeyValue:

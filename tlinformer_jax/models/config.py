@@ -108,6 +108,11 @@ class ModelConfig:
         return self.d_model // self.num_heads
 
     @property
+    def attention_scale(self) -> float:
+        """1 / sqrt(d_h), of the true width of a head."""
+        return 1.0 / math.sqrt(self.head_dim)
+
+    @property
     def feed_forward_dim(self) -> int:
         """F: `d_ff`, or the rule where that is None."""
         return self.d_ff if self.d_ff is not None else 256 * math.ceil((8 * self.d_model // 3) / 256)
@@ -141,6 +146,11 @@ class ModelConfig:
     def cached_attention(self) -> str:
         """Backend of `models.cached_attention`: what `attention` allows a generated token."""
         return "xla" if self.attention == "xla" else "auto"
+
+    @property
+    def always_observes(self) -> bool:
+        """Whether the observation window has a row wherever there is history ('auto' has none for one token)."""
+        return self.history_window != "auto"
 
     def observed_rows(self, history: int) -> int:
         """W_oh for a history of `history` tokens, cut to what there is; 0 without history."""

@@ -103,16 +103,26 @@ def chain_layers(
     return jax.lax.scan(lambda x, layer: (apply(x, *layer), None), x, (stacked, depths))[0]
 
 
-def prepare_layers(params: Any, dtype: jnp.dtype) -> Any:
-    """A pytree of `LayerParams` as the functions below take it.
+def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:
+    """A pytree of `LayerParams` as the functions below take it; done once per forward pass, outside all scans.
 
-    Matrices are cast to the compute dtype (vectors, that is LayerNorms and output biases, stay as they are), and
-    the features of queries and keys are reordered for `rotate`. Done once per forward pass, outside all scans.
+    Matrices are cast to the compute dtype (vectors, that is LayerNorms and output biases, stay as they are), the
+    features of queries and keys are reordered for `rotate`, and heads are padded with zero weights.
+
+    Args:
+      params: pytree of `LayerParams`.
+      dtype: the compute dtype.
+      head_multiple: heads are padded to a multiple of so many features, `attention.head_multiple`; padded here, they
+        come out of the projection as the kernel wants them, where padding the activations would copy them.
     """
 
     def prepare(layer: LayerParams) -> LayerParams:
         layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
-        return layer.replace(qkv_kernel=_rotary_order(layer.qkv_kernel), qkv_bias=_rotary_order(layer.qkv_bias))
+        return layer.replace(
+            qkv_kernel=_pad_heads(_rotary_order(layer.qkv_kernel), -1, head_multiple),
+            qkv_bias=_pad_heads(_rotary_order(layer.qkv_bias), -1, head_multiple),
+            out_kernel=_pad_heads(layer.out_kernel, -2, head_multiple),
+        )
 
     return jax.tree.map(prepare, params, is_leaf=lambda node: isinstance(node, LayerParams))
 
@@ -120,6 +130,13 @@ def prepare_layers(params: Any, dtype: jnp.dtype) -> Any:
 def _rotary_order(qkv: jax.Array) -> jax.Array:
     """[..., 3, heads, d_h] with the features of queries and keys, not of values, reordered for `rotate`."""
     return jnp.concatenate([pairs_apart(qkv[..., :2, :, :]), qkv[..., 2:, :, :]], axis=-3)
+
+
+def _pad_heads(array: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """`array` with zeros after the features of a head, which lie along `axis`."""
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, -array.shape[axis] % multiple)
+    return jnp.pad(array, padding) if padding[axis][1] else array
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -142,7 +159,7 @@ def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -
       parts: a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed.
 
     Returns:
-      the parts, each [batch, length, heads, d_h]; queries and keys rotated, values not.
+      the parts, each [batch, length, heads, d_h (padded as in `params`)]; queries and keys rotated, values not.
     """
     first = "qkv".index(parts)
     normed = layer_norm(x, params.norm1_scale, params.norm1_bias)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.models.attention import Dropout
+from tlinformer_jax.models.attention import Dropout, head_multiple
 from tlinformer_jax.models.block import BlockParams, DualWindowBlock
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, prepare_layers, layer_norm
@@ -105,11 +105,12 @@ class LanguageModel(nn.Module):
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
             return embeddings
         dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        multiple = head_multiple(config.compute_dtype, config.attention)
         if config.windowed:
-            blocks = prepare_layers(params.blocks, config.compute_dtype)
+            blocks = prepare_layers(params.blocks, config.compute_dtype, multiple)
             hidden = forward_windows(blocks, config, embeddings, dropout)
         else:
-            layers = prepare_layers(params.layers, config.compute_dtype)
+            layers = prepare_layers(params.layers, config.compute_dtype, multiple)
             hidden = forward_layers(layers, config, embeddings, dropout)
         return layer_norm(hidden, params.norm_scale, params.norm_bias)
 

@@ -60,13 +60,17 @@ def rope_table(positions: jax.Array, head_dim: int) -> Rope:
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates the feature pairs of x [batch, length, heads, d_h] in float32; returns x's dtype.
+    """Rotates the feature pairs of x [batch, length, heads, width >= d_h] in float32; returns x's dtype.
 
-    The pairs lie as `pairs_apart` puts them: the first members of all pairs, then the second members.
+    The pairs lie as `pairs_apart` puts them: the first members of all pairs, then the second members. What follows
+    them is padding and stays.
     """
     cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # one rotation for all heads
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+    pairs = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second = wide[..., :pairs], wide[..., pairs : 2 * pairs]
+    rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+    return rotated if x.shape[-1] == 2 * pairs else jnp.concatenate([rotated, x[..., 2 * pairs :]], axis=-1)
 
 
 def pairs_apart(x: jax.Array) -> jax.Array:
