@@ -4,6 +4,9 @@ All keys are rotated once, when they are written. Cached keys and values lie as 
 `models.cached_attention`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,9 @@ from tlinformer_jax.models.config import ModelConfig
 CLASS_STEPS = (16, 20, 26)
 SMALLEST_CLASS = 1024
 # Rows of history that `prefill` and `slide` work on at once.
-CHUNK_ROWS = 8192
+CHUNK_ROWS = 16384
+# A loop whose length is known at run time only waits for the host once a round; it takes about so many rounds.
+ROUNDS = 8
 
 
 @flax.struct.dataclass
@@ -98,7 +103,7 @@ def capacity_for(config: ModelConfig, tokens: int, final: int | None = None) -> 
         return int(config.history_window) + config.generation_window - 1
     rows, last = stored_rows(config, tokens), stored_rows(config, final or tokens)
     if last * 10 <= rows * 13 and last > CHUNK_ROWS:
-        granule = min(CHUNK_ROWS, 1 << (last.bit_length() - 5))  # at most a sixteenth of it
+        granule = min(4 * CHUNK_ROWS, 1 << (last.bit_length() - 4))  # an eighth of it at most
         return -(-last // granule) * granule
     return length_class(rows)
 
@@ -126,6 +131,22 @@ def chunk_rows(capacity: int) -> int:
     if capacity <= CHUNK_ROWS:
         return capacity
     return min(CHUNK_ROWS, capacity & -capacity)
+
+
+def for_chunks(length: jax.Array, capacity: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """Runs `carry = body(first row, carry)` over the chunks of `chunk_rows(capacity)` that hold `length` rows.
+
+    It goes on to the end of a round, at most an eighth of the capacity further.
+    """
+    size = chunk_rows(capacity)
+    chunks = capacity // size
+    most = max(1, chunks // ROUNDS)
+    each = min(chunks & -chunks, 1 << (most.bit_length() - 1))
+
+    def one_round(number: jax.Array, carry: Any) -> Any:
+        return jax.lax.fori_loop(0, each, lambda chunk, carry: body((number * each + chunk) * size, carry), carry)
+
+    return jax.lax.fori_loop(0, -(-length // (each * size)), one_round, carry)
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:

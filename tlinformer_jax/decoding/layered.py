@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.decoding.cache import LayeredCache, chunk_rows
+from tlinformer_jax.decoding.cache import LayeredCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.attention import attend_chunk
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, attend_cached, lane_rows, write_row
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, lane_rows, write_row
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.token_layer import token_layer
 from tlinformer_jax.models.transformer import attention_window
 
 
@@ -28,20 +29,17 @@ def step(
     Returns:
       the cache, and logits float32 [batch, V].
     """
-    x = embed(params, tokens)[:, None]
-    rope = rope_table(cache.length[:, None], config.head_dim)
+    x = embed(params, tokens)
+    rope = rope_table(cache.length, config.head_dim)
     held = jnp.minimum(cache.length, cache.capacity)  # the sliding window's rows go round
     new = []
     for index, layer in enumerate(params.layers):
-        query, key, value = (part[:, 0] for part in project(layer, x, rope))
-        own = KeyValue(key, value)
-        attended = attend_cached(query, own, CachedRows(cache.layers, held, index), None, config.cached_attention)
-        x = update(layer, x, attended[:, None])
+        x, own = token_layer(layer, config, x, rope, CachedRows(cache.layers, held, index), None)
         new.append(own)
     layers = write_row(
         cache.layers, jax.tree.map(lambda *rows: jnp.stack(rows), *new), cache.length % cache.capacity, active
     )
-    return cache.replace(layers=layers, length=cache.length + active), logits_of(params, x[:, 0])
+    return cache.replace(layers=layers, length=cache.length + active), logits_of(params, x)
 
 
 def prefill(
@@ -86,9 +84,8 @@ def _layer(
     window = attention_window(config)
     shape = (1, x.shape[1], *layer.out_kernel.shape[:2])  # heads as padded in the parameters
 
-    def body(number: jax.Array, carry):
+    def body(start: jax.Array, carry):
         x, keys, values = carry
-        start = number * size
         chunk = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
         rope = rope_table(start + jnp.arange(size, dtype=jnp.int32), config.head_dim)
         query, key, value = project(layer, chunk, rope)
@@ -101,7 +98,7 @@ def _layer(
         return x, keys, values
 
     empty = jnp.zeros(shape, x.dtype)
-    return jax.lax.fori_loop(0, -(-length // size), body, (x, empty, empty))
+    return for_chunks(length, x.shape[1], body, (x, empty, empty))
 
 
 def _store(

@@ -9,6 +9,7 @@ from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import ModelParams, output_logits
+from tlinformer_jax.models.token_layer import TokenLayerParams
 
 
 @flax.struct.dataclass
@@ -19,14 +20,14 @@ class DecoderParams:
       embedding: [V, D]; also the output head.
       blocks: of the windowed architectures, else empty; from `prepare_layers`, for many rows at once.
       wide_layers: of the baselines, the same.
-      layers: all layers in order, whatever the architecture; from `prepare_layers`, for one row: heads not padded.
+      layers: all layers in order, whatever the architecture, for one row per sequence.
       norm_scale: [D]; norm_bias: [D]. Final LayerNorm.
     """
 
     embedding: jax.Array
     blocks: tuple[BlockParams, ...]
     wide_layers: tuple[LayerParams, ...]
-    layers: tuple[LayerParams, ...]
+    layers: tuple[TokenLayerParams, ...]
     norm_scale: jax.Array
     norm_bias: jax.Array
 
@@ -39,7 +40,7 @@ def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
         embedding=params.embedding.astype(dtype),
         blocks=prepare_layers(params.blocks, dtype, multiple),
         wide_layers=prepare_layers(params.layers, dtype, multiple),
-        layers=prepare_layers(layers, dtype),
+        layers=tuple(TokenLayerParams.of(layer) for layer in prepare_layers(layers, dtype)),
         norm_scale=params.norm_scale,
         norm_bias=params.norm_bias,
     )

@@ -14,21 +14,22 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows
+from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
-from tlinformer_jax.models.attention import attend, attend_parts, merge_parts
+from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import (
     CachedRows,
     KeyValue,
-    attend_cached,
+    attend_history,
     lane_rows,
-    natural_rows,
     write_row,
+    write_rows,
 )
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.token_layer import token_layer
 
 
 @flax.struct.dataclass
@@ -65,15 +66,12 @@ def step(
     Returns:
       the cache, and logits float32 [batch, V].
     """
-    x = embed(params, tokens)[:, None]
-    rope = rope_table(cache.position[:, None], config.head_dim)
+    x = embed(params, tokens)
+    rope = rope_table(cache.position, config.head_dim)
     new = []
     for index, layer in enumerate(params.layers):
-        query, key, value = (part[:, 0] for part in project(layer, x, rope))
-        own = KeyValue(key, value)
         past = CachedRows(cache.window, cache.window_length, index)
-        attended = attend_cached(query, own, past, _context_of(config, cache, index), config.cached_attention)
-        x = update(layer, x, attended[:, None])
+        x, own = token_layer(layer, config, x, rope, past, _context_of(config, cache, index))
         new.append(own)
     window = write_row(cache.window, jax.tree.map(lambda *rows: jnp.stack(rows), *new), cache.window_length, active)
     rows = jnp.arange(tokens.shape[0])
@@ -83,7 +81,7 @@ def step(
             window=window,
             window_length=cache.window_length + active,
         ),
-        logits_of(params, x[:, 0]),
+        logits_of(params, x),
     )
 
 
@@ -149,7 +147,7 @@ def slide(
     if cache.history:
         tokens = jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size))
         key, value = _keys(params.blocks[0], embed(params, tokens), _rope(config, before, size))
-        history = (_store(cache.history[0], row, before, key, value), *cache.history[1:])
+        history = (write_rows(cache.history[0], row, before, key, value), *cache.history[1:])
         cache = cache.replace(history=history)
     cache, _ = _rebuild(params, config, cache, _frame(config, cache, row, before + size, observed), None)
     return cache.replace(window_length=cache.window_length.at[row].set(0))
@@ -175,7 +173,8 @@ def _rebuild(
     rows = None  # C of the last block worked on, for the blocks that do not begin at the embeddings
     if config.num_blocks > 2:
         rows = jnp.zeros((1, cache.capacity, config.d_model), z.dtype)
-    restored = None  # keys and values of the previous block's restore layer
+    observed_rows = z
+    restored = z_query = None  # keys and values of the previous block's restore layer; queries of its observed rows
     for index, block in enumerate(params.blocks):
         if restored is not None:  # this block's C, of the observation window's rows
             z = _restore(params.blocks[index - 1].restore, config, observed_rows, z_query, restored, frame)
@@ -257,32 +256,28 @@ def _read_history(
       the cache, the kept rows, and what the readers attended to, [1, queries, heads, d_h].
     """
     size = chunk_rows(cache.capacity)
-    known = index == 0 and not from_scratch and bool(cache.history)
-    tokens = cache.tokens
+    tokens, kept = cache.tokens, bool(cache.history)
 
-    def body(number: jax.Array, carry):
+    def body(start: jax.Array, carry):
         history, rows, parts = carry
-        start = number * size
-        if known:
-            key, value = _load(history, frame.row, start, size, readers.shape[-1])
-        else:
-            chunk = _history_rows(params, config, tokens, frame, index, rows, restored, start, size)
-            key, value = _keys(params.blocks[index], chunk, _rope(config, start, size))
-            if history is not None:
-                history = _store(history, frame.row, start, key, value)
-            if rows is not None and 0 < index < config.num_blocks - 1:
-                rows = jax.lax.dynamic_update_slice(rows, chunk, (0, start, 0))
-        valid = jnp.clip(frame.length - start, 0, size)
-        read = attend_parts(readers, key, value, valid, config.attention_scale, config.attention)
+        chunk = _history_rows(params, config, tokens, frame, index, rows, restored, start, size)
+        key, value = _keys(params.blocks[index], chunk, _rope(config, start, size))
+        if rows is not None and 0 < index < config.num_blocks - 1:
+            rows = jax.lax.dynamic_update_slice(rows, chunk, (0, start, 0))
+        if kept:
+            return write_rows(history, frame.row, start, key, value), rows, parts
+        read = attend_parts(readers, key, value, frame.length - start, config.attention_scale, config.attention)
         return history, rows, merge_parts(parts, read)
 
-    history = cache.history[index] if cache.history else None
-    empty = (jnp.zeros(readers.shape, jnp.float32), jnp.full(readers.shape[:3], -jnp.inf, jnp.float32))
-    chunks = -(-frame.length // size)
-    history, rows, (shared, _) = jax.lax.fori_loop(0, chunks, body, (history, rows, empty))
-    if history is not None:
-        cache = cache.replace(history=(*cache.history[:index], history, *cache.history[index + 1 :]))
-    return cache, rows, shared.astype(readers.dtype)
+    history = cache.history[index] if kept else None
+    parts = None if kept else no_parts(readers)
+    if from_scratch or index > 0 or not kept:
+        history, rows, parts = for_chunks(frame.length, cache.capacity, body, (history, rows, parts))
+    if not kept:
+        return cache, rows, parts[0].astype(readers.dtype)
+    cache = cache.replace(history=(*cache.history[:index], history, *cache.history[index + 1 :]))
+    scale, backend = config.attention_scale, config.attention
+    return cache, rows, attend_history(readers, history, frame.row, frame.length, scale, size, backend)
 
 
 def _history_rows(params, config, tokens, frame, index, rows, restored, start, size) -> jax.Array:
@@ -328,20 +323,6 @@ def _keys(block: BlockParams, rows: jax.Array, rope: Rope) -> tuple[jax.Array, .
 
 def _rope(config: ModelConfig, start: jax.Array, length: int) -> Rope:
     return rope_table(start + jnp.arange(length, dtype=jnp.int32), config.head_dim)
-
-
-def _store(cache: KeyValue, row: jax.Array, start: jax.Array, key: jax.Array, value: jax.Array) -> KeyValue:
-    """Writes rows [1, length, heads, d_h or more] of one sequence from row `start` on."""
-    new = KeyValue(*(lane_rows(part, cache.key.shape[2]) for part in (key, value)))
-    return jax.tree.map(lambda to, part: jax.lax.dynamic_update_slice(to, part, (row, 0, 0, start)), cache, new)
-
-
-def _load(cache: KeyValue, row: jax.Array, start: jax.Array, length: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Reads rows of one sequence as [1, length, heads, width], heads padded with zeros."""
-    shape = (1, *cache.key.shape[1:3], length)
-    parts = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
-    key, value = (natural_rows(part, width) for part in parts)
-    return key, value
 
 
 def _store_block(

@@ -115,7 +115,7 @@ def attend_parts(
       query: [1, queries, heads, d_h].
       key: [1, keys, heads, d_h].
       value: [1, keys, heads, d_h].
-      key_length: keys that are valid, int32 [].
+      key_length: keys that are valid, int32 []; may be negative or too large.
       scale: of the scores.
       backend: 'auto', 'xla' or 'cudnn'.
 
@@ -123,6 +123,7 @@ def attend_parts(
       float32 [1, queries, heads, d_h], and the log-sum-exp float32 [1, queries, heads]; see `merge_parts`.
     """
     keys = key.shape[1]
+    key_length = jnp.clip(key_length, 0, keys)
     if backend == "xla" or (backend == "auto" and not fused_kernel(query.dtype)):
         output, lse = attend(query, key, value, key_length=key_length, backend="xla", return_lse=True, scale=scale)
         return output.astype(jnp.float32), lse
@@ -186,6 +187,11 @@ def attend_chunk(
         return own[0]
     before = attend(query, key, value, key_length=start, backend=backend, return_lse=True, scale=scale)
     return merge_parts(*((output.astype(jnp.float32), lse) for output, lse in (own, before)))[0].astype(query.dtype)
+
+
+def no_parts(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What attention of `query` to no key at all gives, as `merge_parts` takes it."""
+    return jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
 
 
 def merge_parts(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tlinformer_jax.models.attention import Dropout, attend, head_multiple
 from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.models.layers import Layer, LayerParams, prepare_layers, chain_layers, project, update
+from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.windows import WindowFrame
 

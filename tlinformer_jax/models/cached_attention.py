@@ -5,14 +5,15 @@ on a GPU, and pads nothing on a TPU, whose lanes a last dimension of 36 features
 valid differs between the sequences of a batch and is known at run time only.
 """
 
-import math
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from tlinformer_jax.models import decode_kernel
+from tlinformer_jax.models import decode_kernel, history_kernel
+from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
 
 
 @flax.struct.dataclass
@@ -48,35 +49,24 @@ class CachedRows:
 
 
 def attend_cached(
-    query: jax.Array, own: KeyValue, past: CachedRows, context: CachedRows | None, backend: str = "auto"
+    query: jax.Array, own: KeyValue, past: CachedRows, context: CachedRows | None, scale: float
 ) -> jax.Array:
-    """Exact attention of one new row per sequence, by two softmaxes whose results are added.
+    """Exact attention of one new row per sequence, by two softmaxes whose results are added; by plain products.
 
     Args:
       query: [batch, heads, d_h], rotated.
       own: key and value of the new row itself, each [batch, heads, d_h].
       past: rows before it that share a softmax with its own key: its generation window's, or a baseline's cache.
       context: rows with a softmax of their own: history or compressed context; where none are valid they add 0.
-      backend: 'auto', 'xla', 'triton' (NVIDIA GPUs).
+      scale: of the scores.
 
     Returns:
       [batch, heads, d_h] in query's dtype.
-
-    Raises:
-      ValueError: for an unknown backend.
     """
-    if backend == "auto":
-        backend = "triton" if decode_kernel.available() else "xla"
-    if backend == "xla":
-        output = _softmax_sum(query, past, own)
-        if context is not None:
-            output = output + _softmax_sum(query, context, None)
-        return output.astype(query.dtype)
-    if backend == "triton":
-        parts = [past] if context is None else [past, context]
-        sources = [(part.cache.key, part.cache.value, part.length, part.layer) for part in parts]
-        return decode_kernel.attend(query, own.key, own.value, sources)
-    raise ValueError(f"attend_cached: unknown backend {backend!r}")
+    output = _softmax_sum(query, past, own, scale)
+    if context is not None:
+        output = output + _softmax_sum(query, context, None, scale)
+    return output.astype(query.dtype)
 
 
 def lane_rows(rows: jax.Array, head_dim: int) -> jax.Array:
@@ -89,9 +79,64 @@ def lane_rows(rows: jax.Array, head_dim: int) -> jax.Array:
     return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
 
 
-def natural_rows(rows: jax.Array, width: int) -> jax.Array:
+def write_rows(cache: KeyValue, row: jax.Array, start: jax.Array, key: jax.Array, value: jax.Array) -> KeyValue:
+    """Writes many rows of one sequence from row `start` on, in place where the cache is donated.
+
+    Args:
+      cache: [batch, heads, d_h, room].
+      row: the sequence's place in the batch, int32 [].
+      start: int32 [].
+      key: [1, rows, heads, d_h or more]; value: the same.
+    """
+
+    def write(array: jax.Array, new: jax.Array) -> jax.Array:
+        if use_kernels(array.dtype) and new.shape[1] % history_kernel.ROW_TILE == 0:
+            return history_kernel.store(array, new[0], row, start)
+        return jax.lax.dynamic_update_slice(array, lane_rows(new, array.shape[2]), (row, 0, 0, start))
+
+    return KeyValue(write(cache.key, key), write(cache.value, value))
+
+
+def attend_history(
+    query: jax.Array, cache: KeyValue, row: jax.Array, length: jax.Array, scale: float, chunk: int, backend: str
+) -> jax.Array:
+    """Attention of a few queries to all cached rows of one sequence.
+
+    Args:
+      query: rotated, [1, queries, heads, d_h or more].
+      cache: [batch, heads, d_h, room].
+      row: the sequence's place in the batch, int32 [].
+      length: valid rows, int32 [].
+      scale: of the scores.
+      chunk: rows to take at once where no kernel reads the cache as it lies; it divides the room.
+      backend: of the attention.
+
+    Returns:
+      [1, queries, heads, as wide as the queries], in their dtype; 0 where no row is valid.
+    """
+    width = query.shape[-1]
+    if backend != "xla" and use_kernels(query.dtype):
+        read = history_kernel.attend(query[0], cache.key, cache.value, row, length, scale)
+        return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]).astype(query.dtype)
+    shape = (1, *cache.key.shape[1:3], chunk)
+
+    def body(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start = number * chunk
+        parts = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
+        key, value = (_natural_rows(part, width) for part in parts)
+        return merge_parts(carry, attend_parts(query, key, value, length - start, scale, backend))
+
+    read, _ = jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
+    return read.astype(query.dtype)
+
+
+def use_kernels(dtype: Any) -> bool:
+    """Whether the GPU kernels run here and take this dtype."""
+    return decode_kernel.available() and dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _natural_rows(rows: jax.Array, width: int) -> jax.Array:
     """Cached keys or values [..., heads, d_h, rows] as attention takes many: [..., rows, heads, width], zero-padded."""
-    rows = with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
     moved = jnp.moveaxis(rows, -1, -3)
     return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
 
@@ -119,10 +164,9 @@ def write_row(cache: KeyValue, own: KeyValue, row: jax.Array, active: jax.Array)
     return jax.tree.map(write_one if row.size == 1 else write_all, cache, own)
 
 
-def _softmax_sum(query: jax.Array, source: CachedRows, own: KeyValue | None) -> jax.Array:
+def _softmax_sum(query: jax.Array, source: CachedRows, own: KeyValue | None, scale: float) -> jax.Array:
     """Softmax attention by plain products, float32 [batch, heads, d_h]; 0 where nothing is valid."""
     cache = source.arrays()
-    scale = 1.0 / math.sqrt(query.shape[-1])
     scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
     valid = jnp.arange(cache.rows) < source.length[:, None, None]
     scores = jnp.where(valid, scores, -jnp.inf)

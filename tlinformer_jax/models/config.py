@@ -143,11 +143,6 @@ class ModelConfig:
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     @property
-    def cached_attention(self) -> str:
-        """Backend of `models.cached_attention`: what `attention` allows a generated token."""
-        return "xla" if self.attention == "xla" else "auto"
-
-    @property
     def always_observes(self) -> bool:
         """Whether the observation window has a row wherever there is history ('auto' has none for one token)."""
         return self.history_window != "auto"

@@ -1,103 +1,38 @@
-"""The GPU kernel of a generated token's attention: split over the cached rows, reading each byte once.
+"""GPU kernels of a generated token, written in Pallas for Triton.
 
-Written in Pallas for Triton. Rows are contiguous in memory, one lane each: a lane keeps its own running maximum, sum
-and weighted values, so that nothing is exchanged between lanes until the last row is read. The parts of a softmax
-are merged outside. Reads stop at the valid rows, whatever room the cache has.
+`attend` is split over the cached rows and reads each byte once. Rows are contiguous in memory, one lane each: a lane
+keeps its own running maximum, sum and weighted values, so that nothing is exchanged between lanes until the last row
+is read. Reads stop at the valid rows, whatever room the cache has. `dense` is a product of a few rows with a matrix,
+with LayerNorm before it and activation or residual after it: what matters at this size is how few kernels there are.
+The kernels of `prefill` and `slide` are in `history_kernel`.
 """
 
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from tlinformer_jax.models.rope import Rope
+
 LANES = 128
 # Programs to aim for: a few for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
 # A part of fewer rows than this costs more to merge than it saves.
 MIN_PART_ROWS = 512
+# Columns of a matrix that one program of `dense` makes.
+TILE = 4
 
+# Key and value [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer.
 Source = tuple[jax.Array, jax.Array, jax.Array, int | None]
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the default device is an NVIDIA GPU that Triton compiles for."""
+    """Whether the default device is an NVIDIA GPU, which Triton compiles for."""
     return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
-
-
-def attend(
-    query: jax.Array, own_key: jax.Array, own_value: jax.Array, sources: list[Source], interpret: bool = False
-) -> jax.Array:
-    """Sum over `sources` of softmax attention; the query's own key belongs to the first.
-
-    Args:
-      query: [batch, heads, d_h]; own_key and own_value the same.
-      sources: (key, value, valid rows int32 [batch], layer); keys and values [batch, heads, d_h, rows], or with a
-        leading axis of layers of which `layer` is read.
-      interpret: run on the CPU, for tests.
-
-    Returns:
-      [batch, heads, d_h] in query's dtype.
-    """
-    batch, heads, _ = query.shape
-    splits = [num_parts(key.shape[-1], batch * heads) for key, *_ in sources]
-    parts = _partial_attention(query, sources, splits, interpret)
-    scale = 1.0 / math.sqrt(query.shape[-1])
-    wide = own_key.astype(jnp.float32) * query.astype(jnp.float32)
-    own_score = jnp.sum(wide, axis=-1, keepdims=True) * scale
-    output = jnp.zeros(query.shape, jnp.float32)
-    first = 0
-    for index, count in enumerate(splits):
-        sums, tops, totals = (array[:, :, first : first + count] for array in parts)
-        first += count
-        top = jnp.max(tops, axis=2, keepdims=True)
-        if index == 0:
-            top = jnp.maximum(top, own_score[..., None])
-        factor = jnp.exp(tops - top)
-        total = jnp.sum(totals * factor, axis=2)
-        merged = jnp.sum(sums * factor, axis=2)
-        if index == 0:
-            own_weight = jnp.exp(own_score - top[:, :, 0])
-            total, merged = total + own_weight, merged + own_weight * own_value.astype(jnp.float32)
-        output = output + merged / jnp.where(total > 0, total, 1.0)
-    return output.astype(query.dtype)
-
-
-def num_parts(rows: int, softmaxes: int) -> int:
-    """Parts to split a cache with room for `rows` in, where a batch has `softmaxes` sequences times heads."""
-    return max(1, min(PROGRAMS // softmaxes, -(-rows // MIN_PART_ROWS)))
-
-
-def _partial_attention(
-    query: jax.Array, sources: list[Source], splits: list[int], interpret: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Unnormalised parts of every source: weighted sums float32 [batch, heads, parts, d_h], then the maxima of the
-    scaled scores and the sums of weights, both [batch, heads, parts, 1]."""
-    from jax.experimental.pallas import triton as plgpu
-
-    batch, heads, width = query.shape
-    parts = sum(splits)
-    operands: list[Any] = [query]
-    for key, value, length, _ in sources:
-        operands += [key, value, length]
-    shape = (batch, heads, parts)
-    return pl.pallas_call(
-        functools.partial(
-            _kernel,
-            layers=tuple(layer for *_, layer in sources),
-            splits=tuple(splits),
-            pieces=power_of_two_pieces(width),
-            scale=1.0 / math.sqrt(width),
-        ),
-        grid=(parts, heads, batch),
-        out_shape=tuple(jax.ShapeDtypeStruct((*shape, last), jnp.float32) for last in (width, 1, 1)),
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name="attend_cached",
-    )(*operands)
 
 
 def power_of_two_pieces(width: int) -> tuple[tuple[int, int], ...]:
@@ -110,57 +45,269 @@ def power_of_two_pieces(width: int) -> tuple[tuple[int, int], ...]:
     return tuple(pieces)
 
 
-def _kernel(*refs: Any, layers, splits, pieces, scale) -> None:
+def num_parts(rows: int, softmaxes: int) -> int:
+    """Parts to split a cache with room for `rows` in, where a batch has `softmaxes` sequences times heads."""
+    return max(1, min(PROGRAMS // softmaxes, -(-rows // MIN_PART_ROWS)))
+
+
+def attend(
+    projected: jax.Array, rope: Rope, sources: Sequence[Source], scale: float, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of one new row per sequence to each of `sources`; its own key belongs to the first.
+
+    Args:
+      projected: query, key and value of the new row, not rotated, [batch, 3, heads, d_h].
+      rope: rotations of the new rows, [batch, d_h / 2].
+      sources: what is cached.
+      scale: of the scores.
+      interpret: run on the CPU, for tests.
+
+    Returns:
+      what each source's softmax gives, to be added: float32 [sources, batch, heads, d_h]; and the rotated key of the
+      new row, [batch, heads, d_h] in projected's dtype.
+    """
+    batch, _, heads, _ = projected.shape
+    splits = tuple(num_parts(key.shape[-1], batch * heads) for key, *_ in sources)
+    sums, tops, totals, own_key = _partial_attention(projected, rope, sources, splits, scale, interpret)
+    if max(splits) == 1:  # the kernel has divided already
+        return sums, own_key
+    merged, first = [], 0
+    for count in splits:
+        part = slice(first, first + count)
+        first += count
+        factor = jnp.exp(tops[part] - jnp.max(tops[part], axis=0))
+        total = jnp.sum(totals[part] * factor, axis=0)
+        merged.append(jnp.sum(sums[part] * factor, axis=0) / jnp.where(total > 0, total, 1.0))
+    return jnp.stack(merged), own_key
+
+
+def _partial_attention(
+    projected: jax.Array, rope: Rope, sources: Sequence[Source], splits: tuple[int, ...], scale: float, interpret: bool
+) -> tuple[jax.Array, ...]:
+    """Parts of every source: weighted sums [parts, batch, heads, d_h], maxima of the scores and sums of weights
+    [parts, batch, heads, 1], all float32, and the rotated key. With one part a source the sums are divided."""
+    batch, _, heads, width = projected.shape
+    operands = [projected, rope.cos, rope.sin]
+    for key, value, length, _ in sources:
+        operands += [key, value, length]
+    shape = (sum(splits), batch, heads)
+    outputs = [jax.ShapeDtypeStruct((*shape, last), jnp.float32) for last in (width, 1, 1)]
+    outputs.append(jax.ShapeDtypeStruct((batch, heads, width), projected.dtype))
+    kernel = functools.partial(
+        _attend_kernel, layers=tuple(layer for *_, layer in sources), splits=splits, width=width, scale=scale
+    )
+    grid = (sum(splits), heads, batch)
+    return call_kernel(kernel, grid, outputs, operands, "attend_cached", interpret, num_warps=4, num_stages=3)
+
+
+def call_kernel(
+    kernel: Any,
+    grid: tuple[int, ...],
+    outputs: Any,
+    operands: Any,
+    name: str,
+    interpret: bool,
+    aliases: dict[int, int] | None = None,
+    **options: int,
+) -> Any:
+    """Runs a kernel on whole arrays; `aliases` maps operands to the outputs that are written in their place."""
+    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
+
+    call = pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=outputs,
+        input_output_aliases=aliases or {},
+        compiler_params=None if interpret else triton.CompilerParams(**options),
+        interpret=interpret,
+        name=name,
+    )
+    return call(*operands)
+
+
+def _attend_kernel(*refs: Any, layers: tuple, splits: tuple[int, ...], width: int, scale: float) -> None:
     """One part of one source, for one head of one sequence."""
-    query_ref, *source_refs = refs[: 1 + 3 * len(splits)]
-    outputs = refs[1 + 3 * len(splits) :]
+    projected_ref, cos_ref, sin_ref, *source_refs = refs[:-4]
+    outputs, own_key_ref = refs[-4:-1], refs[-1]
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    query = [query_ref[row, head, pl.ds(start, size)].astype(jnp.float32) * scale for start, size in pieces]
+    pieces = power_of_two_pieces(width)
+
+    def rotated(which: int) -> list[jax.Array]:
+        return [_rotated_piece(projected_ref, cos_ref, sin_ref, (row, which, head), piece, width) for piece in pieces]
+
+    query = [piece * scale for piece in rotated(0)]
     first = 0
     for index, count in enumerate(splits):
         key_ref, value_ref, length_ref = source_refs[3 * index : 3 * index + 3]
         place = (row, head) if layers[index] is None else (layers[index], row, head)
 
         @pl.when((part >= first) & (part < first + count))
-        def _(key_ref=key_ref, value_ref=value_ref, length_ref=length_ref, place=place, first=first, count=count):
-            blocks = pl.cdiv(length_ref[row], LANES)
-            blocks_per_part = pl.cdiv(blocks, count)
-            begin = (part - first) * blocks_per_part
-            end = jnp.minimum(begin + blocks_per_part, blocks)
-            _stream(query, key_ref, value_ref, place, begin, end, length_ref[row], pieces, (row, head, part), outputs)
+        def _(index=index, refs=(key_ref, value_ref), length=length_ref[row], place=place, first=first, count=count):
+            blocks = pl.cdiv(length, LANES)
+            each = pl.cdiv(blocks, count)
+            begin = (part - first) * each
+            state = _stream(query, refs, place, begin, jnp.minimum(begin + each, blocks), length, pieces)
+            if index == 0:
+                own_key, own_value = rotated(1), [projected_ref[row, 2, head, pl.ds(*piece)] for piece in pieces]
+                state = _with_own(state, query, own_key, own_value, part == first)
+
+                @pl.when(part == first)
+                def _():
+                    for (start, size), piece in zip(pieces, own_key):
+                        own_key_ref[row, head, pl.ds(start, size)] = piece.astype(own_key_ref.dtype)
+
+            _write_part(state, outputs, (part, row, head), pieces, divide=max(splits) == 1)
 
         first += count
 
 
-def _stream(query, key_ref, value_ref, place, begin, end, length, pieces, target, outputs) -> None:
-    """Reads blocks begin .. end - 1 of LANES rows and writes the part's sums, maximum and total to `outputs`."""
+def _rotated_piece(ref, cos_ref, sin_ref, place, piece: tuple[int, int], width: int) -> jax.Array:
+    """A piece of a rotated query or key, float32; a feature's partner lies half a head away (`rope.rotate`)."""
+    start, size = piece
+    half = width // 2
+    feature = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+    is_first = feature < half
+    pair = jnp.where(is_first, feature, feature - half)
+    own = ref[(*place, feature)].astype(jnp.float32)
+    partner = ref[(*place, jnp.where(is_first, feature + half, feature - half))].astype(jnp.float32)
+    turned = own * cos_ref[place[0], pair] + jnp.where(is_first, -partner, partner) * sin_ref[place[0], pair]
+    return turned.astype(ref.dtype).astype(jnp.float32)  # rounded as it is cached
+
+
+def _stream(query, refs, place, begin, end, length, pieces):
+    """Reads blocks begin .. end - 1 of LANES rows.
+
+    Returns:
+      each lane's maximum and sum of weights float32 [LANES], and its weighted values, a tuple of [size, LANES].
+    """
+    key_ref, value_ref = refs
     lanes = jax.lax.broadcasted_iota(jnp.int32, (LANES,), 0)
 
     def block(index, carry):
         top, total, sums = carry
         rows = pl.ds(index * LANES, LANES)
         scores = jnp.zeros((LANES,), jnp.float32)
-        for (start, size), piece in zip(pieces, query):
-            key = key_ref[(*place, pl.ds(start, size), rows)]
-            scores += jnp.sum(key.astype(jnp.float32) * piece[:, None], axis=0)
+        for piece, values in zip(pieces, query):
+            key = key_ref[(*place, pl.ds(*piece), rows)]
+            scores += jnp.sum(key.astype(jnp.float32) * values[:, None], axis=0)
         scores = jnp.where(lanes + index * LANES < length, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores)
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         factor, weight = jnp.exp(top - base), jnp.exp(scores - base)
         new_sums = []
-        for (start, size), old in zip(pieces, sums):
-            value = value_ref[(*place, pl.ds(start, size), rows)]
+        for piece, old in zip(pieces, sums):
+            value = value_ref[(*place, pl.ds(*piece), rows)]
             new_sums.append(old * factor[None, :] + value.astype(jnp.float32) * weight[None, :])
         return new_top, total * factor + weight, tuple(new_sums)
 
     zeros = tuple(jnp.zeros((size, LANES), jnp.float32) for _, size in pieces)
     start = (jnp.full((LANES,), -jnp.inf, jnp.float32), jnp.zeros((LANES,), jnp.float32), zeros)
     top, total, sums = jax.lax.fori_loop(begin, end, block, start)
-    # The finite stand-in lets parts without a valid row merge to nothing.
+    # The lanes' states become one. The finite stand-in lets parts without a valid row merge to nothing.
     part_top = jnp.maximum(jnp.max(top), -1e30)
     factor = jnp.exp(top - part_top)
+    return part_top, jnp.sum(total * factor), [jnp.sum(values * factor[None, :], axis=1) for values in sums]
+
+
+def _with_own(state, query, own_key, own_value, wanted):
+    """The state with the new row's own key and value, if `wanted`."""
+    top, total, sums = state
+    score = sum(jnp.sum(key * values) for key, values in zip(own_key, query))
+    new_top = jnp.where(wanted, jnp.maximum(top, score), top)
+    factor, weight = jnp.exp(top - new_top), jnp.where(wanted, jnp.exp(score - new_top), 0.0)
+    sums = [old * factor + value.astype(jnp.float32) * weight for old, value in zip(sums, own_value)]
+    return new_top, total * factor + weight, sums
+
+
+def _write_part(state, outputs, target, pieces, divide: bool) -> None:
+    top, total, sums = state
     sums_ref, top_ref, total_ref = outputs
-    for (start, size), values in zip(pieces, sums):
-        sums_ref[(*target, pl.ds(start, size))] = jnp.sum(values * factor[None, :], axis=1)
-    top_ref[(*target, 0)] = part_top
-    total_ref[(*target, 0)] = jnp.sum(total * factor)
+    divisor = jnp.where(total > 0, total, 1.0) if divide else 1.0
+    for piece, values in zip(pieces, sums):
+        sums_ref[(*target, pl.ds(*piece))] = values / divisor
+    top_ref[(*target, 0)] = top
+    total_ref[(*target, 0)] = total
+
+
+def dense(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    norm: tuple[jax.Array, jax.Array, float] | None = None,
+    gated: bool = False,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    dtype: Any = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Product of a few rows with a matrix, in one kernel; float32 inside.
+
+    Args:
+      x: [parts, batch, inner]; the parts are added first.
+      kernel: [columns, inner], or [2, columns, inner] if `gated`: what one output needs is contiguous.
+      norm: scale [inner], bias [inner] and epsilon of a LayerNorm of the rows.
+      gated: silu of the product with the first matrix times the product with the second.
+      bias: [columns], added.
+      residual: [batch, columns], added.
+      dtype: of the result; None is x's.
+      interpret: run on the CPU, for tests.
+
+    Returns:
+      [batch, columns].
+    """
+    columns = kernel.shape[-2]
+    tile = min(TILE, columns & -columns)
+    operands = [x, kernel, *(norm[:2] if norm else ()), *(array for array in (bias, residual) if array is not None)]
+    body = functools.partial(
+        _dense_kernel,
+        tile=tile,
+        gated=gated,
+        epsilon=norm[2] if norm else None,
+        has_bias=bias is not None,
+        has_residual=residual is not None,
+    )
+    output = jax.ShapeDtypeStruct((x.shape[1], columns), dtype or x.dtype)
+    return call_kernel(body, (columns // tile,), output, operands, "dense", interpret, num_warps=4, num_stages=1)
+
+
+def _dense_kernel(*refs: Any, tile: int, gated: bool, epsilon: float | None, has_bias: bool, has_residual: bool):
+    """A tile of the columns, for all rows."""
+    x_ref, kernel_ref, *rest = refs[:-1]
+    output_ref = refs[-1]
+    norm_refs, rest = (rest[:2], rest[2:]) if epsilon is not None else ((), rest)
+    columns = pl.ds(pl.program_id(0) * tile, tile)
+    parts, batch, inner = x_ref.shape
+    pieces = power_of_two_pieces(inner)
+    matrices = range(2 if gated else 1)
+    # The weights are asked for first: they do not wait for the rows' statistics.
+    weights = [
+        [kernel_ref[(matrix, columns, pl.ds(*piece)) if gated else (columns, pl.ds(*piece))] for piece in pieces]
+        for matrix in matrices
+    ]
+    for row in range(batch):
+        values = _input_row(x_ref, row, parts, pieces, norm_refs, epsilon, inner)
+        sums = [
+            sum(jnp.sum(value[None, :] * part.astype(jnp.float32), axis=1) for value, part in zip(values, weights[m]))
+            for m in matrices
+        ]
+        result = sums[0] * jax.nn.sigmoid(sums[0]) * sums[1] if gated else sums[0]
+        if has_bias:
+            result += rest[0][columns].astype(jnp.float32)
+        if has_residual:
+            result += rest[-1][row, columns].astype(jnp.float32)
+        output_ref[row, columns] = result.astype(output_ref.dtype)
+
+
+def _input_row(x_ref, row: int, parts: int, pieces, norm_refs, epsilon: float | None, inner: int) -> list[jax.Array]:
+    """One row of the input, its parts added and normalised if asked: float32 pieces."""
+    values = [sum(x_ref[part, row, pl.ds(*piece)].astype(jnp.float32) for part in range(parts)) for piece in pieces]
+    if epsilon is None:
+        return values
+    mean = sum(jnp.sum(piece) for piece in values) / inner
+    centred = [piece - mean for piece in values]
+    scale = jax.lax.rsqrt(sum(jnp.sum(piece * piece) for piece in centred) / inner + epsilon)
+    scale_ref, bias_ref = norm_refs
+    return [
+        value * scale * scale_ref[pl.ds(*piece)].astype(jnp.float32) + bias_ref[pl.ds(*piece)].astype(jnp.float32)
+        for value, piece in zip(centred, pieces)
+    ]

@@ -149,6 +149,23 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+def projections(params: LayerParams, x: jax.Array, parts: str = "qkv") -> jax.Array:
+    """The wanted parts of the normalised, projected rows, not rotated.
+
+    Args:
+      params: of the layer, from `prepare_layers`.
+      x: rows of the residual stream, [batch, length, D].
+      parts: a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed.
+
+    Returns:
+      [batch, length, parts, heads, d_h (padded as in `params`)].
+    """
+    first = "qkv".index(parts)
+    normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
+    projected = jnp.einsum("bld,dphk->blphk", normed, params.qkv_kernel[:, first : first + len(parts)])
+    return projected + params.qkv_bias[first : first + len(parts)].astype(x.dtype)
+
+
 def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -> tuple[jax.Array, ...]:
     """project_j of the specification, for the wanted parts only.
 
@@ -156,15 +173,12 @@ def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -
       params: of the layer, from `prepare_layers`.
       x: rows of the residual stream, [batch, length, D].
       rope: rotations of the rows' positions.
-      parts: a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed.
+      parts: see `projections`.
 
     Returns:
       the parts, each [batch, length, heads, d_h (padded as in `params`)]; queries and keys rotated, values not.
     """
-    first = "qkv".index(parts)
-    normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
-    projected = jnp.einsum("bld,dphk->blphk", normed, params.qkv_kernel[:, first : first + len(parts)])
-    projected = projected + params.qkv_bias[first : first + len(parts)].astype(x.dtype)
+    projected = projections(params, x, parts)
     turned = len(parts.rstrip("v"))  # queries and keys are rotated together, as if they were more heads
     batch, length, _, heads, width = projected.shape
     rotated = rotate(projected[:, :, :turned].reshape(batch, length, turned * heads, width), rope)

@@ -11,7 +11,7 @@ from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import Dropout, head_multiple
 from tlinformer_jax.models.block import BlockParams, DualWindowBlock
 from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, prepare_layers, layer_norm
+from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.models.transformer import forward_layers
 from tlinformer_jax.parallel.constraints import constrain_batch
