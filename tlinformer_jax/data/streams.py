@@ -1,10 +1,13 @@
 """Token streams: one long row of token ids per split, and what is known of the text it came from."""
 
 import dataclasses
+import mmap
 
 import numpy as np
 
 from tlinformer_jax.errors import DataError
+
+_CHECKED_AT_ONCE = 1 << 22  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +35,25 @@ def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
     Raises:
       DataError: naming the stream, the id and its position.
     """
-    chunk = 1 << 24  # bounds the memory that a memory-mapped stream takes here
-    for start in range(0, len(stream.tokens), chunk):
-        part = stream.tokens[start : start + chunk]
+    for start in range(0, len(stream.tokens), _CHECKED_AT_ONCE):
+        part = _mapped_anew(stream.tokens, start, _CHECKED_AT_ONCE)
         top = int(part.max())
         if top >= vocab_size:
-            where = start + int(np.argmax(part >= vocab_size))
+            where = int(np.argmax(part >= vocab_size))
             raise DataError(
-                f"{name}: token id {int(stream.tokens[where])} at position {where} is outside the vocabulary; "
+                f"{name}: token id {int(part[where])} at position {start + where} is outside the vocabulary; "
                 f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}"
             )
+
+
+def _mapped_anew(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
+    """`tokens[start : start + count]`, of a memory-mapped file as a mapping of its own.
+
+    What was read of a mapping stays resident until the mapping is gone: checking a corpus through its one mapping
+    would take as much memory as the corpus has tokens.
+    """
+    part = tokens[start : start + count]
+    if not isinstance(tokens, np.memmap) or not isinstance(tokens.base, mmap.mmap):  # a slice's offset is not its own
+        return part
+    offset = tokens.offset + start * tokens.itemsize
+    return np.memmap(tokens.filename, tokens.dtype, mode="r", offset=offset, shape=part.shape)

@@ -1,5 +1,6 @@
 """The decoder: one interface to all four architectures, compiled once per length class."""
 
+import dataclasses
 import functools
 
 import jax
@@ -61,9 +62,9 @@ class Decoder:
         length = len(prompt)
         if isinstance(cache, WindowedCache):
             room = cache.tokens.shape[1]
-            observed = (np.int32(self.config.observed_rows(history_of(self.config, length))),)
+            observed = [np.int32(self.config.observed_rows(history_of(self.config, length)))]
         else:
-            room, observed = length_class(length), ()
+            room, observed = length_class(length), []
         padded = np.zeros((room,), np.int32)
         padded[:length] = prompt
         return self._prefill(self.params, self.config, cache, np.int32(row), padded, np.int32(length), *observed)
@@ -101,13 +102,15 @@ def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
 
     if isinstance(cache, LayeredCache):
         layers = KeyValue(widen(cache.layers.key, shapes.layers.key), widen(cache.layers.value, shapes.layers.value))
-        return cache.replace(layers=layers, capacity=capacity)
+        return dataclasses.replace(cache, layers=layers, capacity=capacity)
     history = tuple(
         KeyValue(widen(old.key, new.key, index == 0), widen(old.value, new.value, index == 0))
         for index, (old, new) in enumerate(zip(cache.history, shapes.history))
     )
     context = KeyValue(widen(cache.context.key, shapes.context.key), widen(cache.context.value, shapes.context.value))
-    return cache.replace(tokens=widen(cache.tokens, shapes.tokens), history=history, context=context, capacity=capacity)
+    return dataclasses.replace(
+        cache, tokens=widen(cache.tokens, shapes.tokens), history=history, context=context, capacity=capacity
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,5 +1,7 @@
 """The baselines, token by token: `prefill` and `step` with a preallocated cache of every layer's keys."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +41,7 @@ def step(
     layers = write_row(
         cache.layers, jax.tree.map(lambda *rows: jnp.stack(rows), *new), cache.length % cache.capacity, active
     )
-    return cache.replace(layers=layers, length=cache.length + active), logits_of(params, x)
+    return dataclasses.replace(cache, layers=layers, length=cache.length + active), logits_of(params, x)
 
 
 def prefill(
@@ -69,7 +71,7 @@ def prefill(
         x, key, value = _layer(layer, config, x, length)
         layers = _store(config, layers, index, row, key, value, length, cache.capacity)
     last = jax.lax.dynamic_index_in_dim(x[0], length - 1, keepdims=False)
-    return cache.replace(layers=layers, length=cache.length.at[row].set(length)), logits_of(params, last)
+    return dataclasses.replace(cache, layers=layers, length=cache.length.at[row].set(length)), logits_of(params, last)
 
 
 def _layer(

@@ -101,7 +101,7 @@ def run_steps(
         cache, logits = step(params, config, cache, sequences.token, sequences.active)
         sequences, token, logprob = sample_next(mode, values, stop_tokens, sequences, cache.position, logits)
         tokens = tokens.at[number].set(token)
-        if logprobs is not None:
+        if logprobs is not None and logprob is not None:
             logprobs = logprobs.at[number].set(jnp.where(token >= 0, logprob, 0.0))
         return number + 1, cache, sequences, tokens, logprobs
 

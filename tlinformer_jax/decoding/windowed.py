@@ -8,7 +8,8 @@ rows, so that no more than the cache itself is held. `prefill` builds the same f
 Prefill and slide work on one sequence of the batch: sequences have lengths and window phases of their own.
 """
 
-import functools
+import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -76,7 +77,8 @@ def step(
     window = write_row(cache.window, jax.tree.map(lambda *rows: jnp.stack(rows), *new), cache.window_length, active)
     rows = jnp.arange(tokens.shape[0])
     return (
-        cache.replace(
+        dataclasses.replace(
+            cache,
             tokens=cache.tokens.at[rows, cache.position].set(tokens),
             window=window,
             window_length=cache.window_length + active,
@@ -118,12 +120,12 @@ def prefill(
     """
     size = config.generation_window
     history = (length - 1) // size * size
-    cache = cache.replace(tokens=jax.lax.dynamic_update_slice(cache.tokens, prompt[None], (row, 0)))
+    cache = dataclasses.replace(cache, tokens=jax.lax.dynamic_update_slice(cache.tokens, prompt[None], (row, 0)))
     window_tokens = jax.lax.dynamic_slice(prompt, (history,), (size,))
     cache, x = _rebuild(params, config, cache, _frame(config, cache, row, history, observed), window_tokens)
     assert x is not None  # it was given a window
     last = jax.lax.dynamic_index_in_dim(x[0], length - history - 1, keepdims=False)
-    cache = cache.replace(window_length=cache.window_length.at[row].set(length - history))
+    cache = dataclasses.replace(cache, window_length=cache.window_length.at[row].set(length - history))
     return cache, logits_of(params, last)
 
 
@@ -148,9 +150,9 @@ def slide(
         tokens = jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size))
         key, value = _keys(params.blocks[0], embed(params, tokens), _rope(config, before, size))
         history = (write_rows(cache.history[0], row, before, key, value), *cache.history[1:])
-        cache = cache.replace(history=history)
+        cache = dataclasses.replace(cache, history=history)
     cache, _ = _rebuild(params, config, cache, _frame(config, cache, row, before + size, observed), None)
-    return cache.replace(window_length=cache.window_length.at[row].set(0))
+    return dataclasses.replace(cache, window_length=cache.window_length.at[row].set(0))
 
 
 def _frame(config: ModelConfig, cache: WindowedCache, row: jax.Array, length: jax.Array, observed: jax.Array) -> Frame:
@@ -174,9 +176,11 @@ def _rebuild(
     if config.num_blocks > 2:
         rows = jnp.zeros((1, cache.capacity, config.d_model), z.dtype)
     observed_rows = z
-    restored = z_query = None  # keys and values of the previous block's restore layer; queries of its observed rows
+    # Keys and values of the previous block's restore layer, and queries of its observed rows.
+    restored: tuple[jax.Array, ...] | None = None
+    z_query: jax.Array | None = None
     for index, block in enumerate(params.blocks):
-        if restored is not None:  # this block's C, of the observation window's rows
+        if restored is not None and z_query is not None:  # this block's C, of the observation window's rows
             z = _restore(params.blocks[index - 1].restore, config, observed_rows, z_query, restored, frame)
         observed_rows = z
         (z_query,) = project(block.compress, z, z_rope, "q")
@@ -192,43 +196,52 @@ def _rebuild(
         cache = _store_block(cache, config, frame.row, index, context, window)
         restored = context[-1]
     row = frame.row
-    cache = cache.replace(
+    cache = dataclasses.replace(
+        cache,
         history_length=cache.history_length.at[row].set(frame.length),
         observed_length=cache.observed_length.at[row].set(frame.observed),
     )
     return cache, x
 
 
-def _through_layers(block, config, frame, z, z_rope, x, x_own, shared, x_rope):
+def _through_layers(
+    block: BlockParams,
+    config: ModelConfig,
+    frame: Frame,
+    z: jax.Array,
+    z_rope: Rope,
+    x: jax.Array | None,
+    x_own: tuple[jax.Array, ...] | None,
+    shared: jax.Array,
+    x_rope: Rope,
+) -> tuple[list[tuple[jax.Array, ...]], list[tuple[jax.Array, ...]], jax.Array | None]:
     """The layers of a block after `compress` has read the history.
 
     Returns:
       the context's (key, value) under each hidden and the restore layer, the window's under every layer (empty
       without x), and x.
     """
-    context, window = [], []
-    options = {"backend": config.attention, "scale": config.attention_scale}
-    causal = functools.partial(attend, causal=True, **options)
-    if x is not None:
+    context: list[tuple[jax.Array, ...]] = []
+    window: list[tuple[jax.Array, ...]] = []
+    options: dict[str, Any] = {"backend": config.attention, "scale": config.attention_scale}
+    if x is not None and x_own is not None:
         query, key, value = x_own
         window.append((key, value))
-        attended = causal(query, key, value)
+        attended = attend(query, key, value, causal=True, **options)
         if config.architecture == "tlinformer":
             attended = attended + shared[:, frame.width :]
         x = update(block.compress, x, attended)
     for layer in (*block.hidden, block.restore):
-        if layer is block.restore:
-            z_query, (z_key, z_value) = None, project(layer, z, z_rope, "kv")
-        else:
-            z_query, z_key, z_value = project(layer, z, z_rope)
+        *z_queries, z_key, z_value = project(layer, z, z_rope, "kv" if layer is block.restore else "qkv")
         context.append((z_key, z_value))
-        read = functools.partial(attend, key=z_key, value=z_value, key_length=frame.observed, **options)
+        from_context: dict[str, Any] = {"key": z_key, "value": z_value, "key_length": frame.observed, **options}
         if x is not None:
             query, key, value = project(layer, x, x_rope)
             window.append((key, value))
-            x = update(layer, x, causal(query, key, value) + read(query))
-        if z_query is not None:
-            z = update(layer, z, read(z_query))
+            own = attend(query, key, value, causal=True, **options)
+            x = update(layer, x, own + attend(query, **from_context))
+        if z_queries:
+            z = update(layer, z, attend(z_queries[0], **from_context))
     return context, window, x
 
 
@@ -240,7 +253,7 @@ def _read_history(
     index: int,
     readers: jax.Array,
     rows: jax.Array | None,
-    restored: tuple[jax.Array, jax.Array] | None,
+    restored: tuple[jax.Array, ...] | None,
     *,
     from_scratch: bool,
 ) -> tuple[WindowedCache, jax.Array | None, jax.Array]:
@@ -269,18 +282,28 @@ def _read_history(
         read = attend_parts(readers, key, value, frame.length - start, config.attention_scale, config.attention)
         return history, rows, merge_parts(parts, read)
 
-    history = cache.history[index] if kept else None
-    parts = None if kept else no_parts(readers)
-    if from_scratch or index > 0 or not kept:
-        history, rows, parts = for_chunks(frame.length, cache.capacity, body, (history, rows, parts))
     if not kept:
+        _, rows, parts = for_chunks(frame.length, cache.capacity, body, (None, rows, no_parts(readers)))
         return cache, rows, parts[0].astype(readers.dtype)
-    cache = cache.replace(history=(*cache.history[:index], history, *cache.history[index + 1 :]))
+    history = cache.history[index]
+    if from_scratch or index > 0:
+        history, rows, _ = for_chunks(frame.length, cache.capacity, body, (history, rows, None))
+    cache = dataclasses.replace(cache, history=(*cache.history[:index], history, *cache.history[index + 1 :]))
     scale, backend = config.attention_scale, config.attention
     return cache, rows, attend_history(readers, history, frame.row, frame.length, scale, size, backend)
 
 
-def _history_rows(params, config, tokens, frame, index, rows, restored, start, size) -> jax.Array:
+def _history_rows(
+    params: DecoderParams,
+    config: ModelConfig,
+    tokens: jax.Array,
+    frame: Frame,
+    index: int,
+    rows: jax.Array | None,
+    restored: tuple[jax.Array, ...] | None,
+    start: jax.Array,
+    size: int,
+) -> jax.Array:
     """C at the entrance of block `index`, rows start .. start + size - 1: [1, size, D]."""
     if index <= 1 or rows is None:
         chunk = embed(params, jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size)))
@@ -298,7 +321,7 @@ def _restore(
     config: ModelConfig,
     rows: jax.Array,
     query: jax.Array,
-    restored: tuple[jax.Array, jax.Array],
+    restored: tuple[jax.Array, ...],
     frame: Frame,
 ) -> jax.Array:
     """The restore layer for rows of the history: [1, rows, D]."""
@@ -335,7 +358,7 @@ def _store_block(
         at = (layer, row, 0, 0, 0)
         return jax.tree.map(lambda array, part: jax.lax.dynamic_update_slice(array, part, at), to, KeyValue(key, value))
 
-    cache = cache.replace(context=write(cache.context, context, index * (config.hidden_depth + 1)))
+    cache = dataclasses.replace(cache, context=write(cache.context, context, index * (config.hidden_depth + 1)))
     if window:
-        cache = cache.replace(window=write(cache.window, window, index * config.layers_per_block))
+        cache = dataclasses.replace(cache, window=write(cache.window, window, index * config.layers_per_block))
     return cache

@@ -206,8 +206,8 @@ def merge_parts(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax
     """
     lse = jnp.logaddexp(first[1], second[1])
     base = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    output = sum(part * jnp.exp(part_lse - base)[..., None] for part, part_lse in (first, second))
-    return output, lse
+    shares = [part * jnp.exp(part_lse - base)[..., None] for part, part_lse in (first, second)]
+    return shares[0] + shares[1], lse
 
 
 def visible(

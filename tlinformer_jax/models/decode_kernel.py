@@ -286,11 +286,11 @@ def _dense_kernel(*refs: Any, tile: int, gated: bool, epsilon: float | None, has
     ]
     for row in range(batch):
         values = _input_row(x_ref, row, parts, pieces, norm_refs, epsilon, inner)
-        sums = [
+        sums: list[Any] = [
             sum(jnp.sum(value[None, :] * part.astype(jnp.float32), axis=1) for value, part in zip(values, weights[m]))
             for m in matrices
         ]
-        result = sums[0] * jax.nn.sigmoid(sums[0]) * sums[1] if gated else sums[0]
+        result: jax.Array = sums[0] * jax.nn.sigmoid(sums[0]) * sums[1] if gated else sums[0]
         if has_bias:
             result += rest[0][columns].astype(jnp.float32)
         if has_residual:

@@ -5,6 +5,7 @@
 modules here only declare parameters: scans, rematerialisation, decoding and sharding all take plain pytrees.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,7 +119,8 @@ def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any
 
     def prepare(layer: LayerParams) -> LayerParams:
         layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
-        return layer.replace(
+        return dataclasses.replace(
+            layer,
             qkv_kernel=_pad_heads(_rotary_order(layer.qkv_kernel), -1, head_multiple),
             qkv_bias=_pad_heads(_rotary_order(layer.qkv_bias), -1, head_multiple),
             out_kernel=_pad_heads(layer.out_kernel, -2, head_multiple),

@@ -1,5 +1,8 @@
 """One layer for one new row per sequence: what a generated token runs through, by plain operations or GPU kernels."""
 
+import dataclasses
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -35,8 +38,9 @@ class TokenLayerParams:
     @classmethod
     def of(cls, params: LayerParams) -> "TokenLayerParams":
         """From parameters that `prepare_layers` returned, heads not padded."""
+        without: dict[str, Any] = dict.fromkeys(("qkv_kernel", "out_kernel", "gate_up_kernel", "down_kernel"))
         return cls(
-            params.replace(qkv_kernel=None, out_kernel=None, gate_up_kernel=None, down_kernel=None),
+            dataclasses.replace(params, **without),
             qkv_kernel=jnp.moveaxis(params.qkv_kernel, 0, -1),
             out_kernel=jnp.moveaxis(params.out_kernel, -1, 0),
             gate_up_kernel=jnp.moveaxis(params.gate_up_kernel, 0, -1),
@@ -45,7 +49,8 @@ class TokenLayerParams:
 
     def natural(self) -> LayerParams:
         """As `layers.project` and `layers.update` take them; inside `jit` that moves nothing."""
-        return self.vectors.replace(
+        return dataclasses.replace(
+            self.vectors,
             qkv_kernel=jnp.moveaxis(self.qkv_kernel, -1, 0),
             out_kernel=jnp.moveaxis(self.out_kernel, 0, -1),
             gate_up_kernel=jnp.moveaxis(self.gate_up_kernel, -1, 0),
