@@ -42,7 +42,10 @@ def _panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
     """Title, unit and curves of the panels (a) to (f)."""
 
     def protocol(architecture: str, *fields: str, factor: float = 1.0) -> list[Curve]:
-        return [_curve(rows, field, architecture, ("figure9", field), factor) for field in fields]
+        return [
+            _curve(rows, field.split("_")[-2 if factor > 1 else -1], architecture, ("figure9", field), factor)
+            for field in fields
+        ]
 
     compared = [row for row in ratios(rows) if row["batch"] == 1]
     versus: list[Curve] = [
@@ -94,6 +97,6 @@ def _draw(axes: Any, title: str, unit: str, curves: list[Curve]) -> None:
     axes.set_title(title)
     axes.set_xlabel("N, tokens")
     axes.set_ylabel(unit)
-    axes.set_xscale("symlog", linthresh=1000)
+    axes.set_xscale("log")
     if axes.lines:
         axes.legend(fontsize="small")

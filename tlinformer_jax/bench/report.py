@@ -120,10 +120,15 @@ def table(values: Row) -> str:
     for ratio in values["ratios"]:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in ratio.items() if name not in ("length", "batch"))
         lines.append(f"{BASELINE} / {MODEL}, N {ratio['length']:,}, batch {ratio['batch']}: {parts}")
-    for row in values["longest"]:
-        outcome = f"fits, prompt in {row['fill_seconds']:.2f} s" if row["fits"] else row["error"]
-        lines.append(f"{row['architecture']}, prompt of {row['length']:,} and a window after it: {outcome}")
-    return "\n".join(lines)
+    return "\n".join(lines + [longest_line(row) for row in values["longest"]])
+
+
+def longest_line(row: Row) -> str:
+    """A try of the part 'longest' as text."""
+    place = f"{row['architecture']}, prompt of {row['length']:,} and a window after it"
+    if not row["fits"]:
+        return f"{place}: {row['error']}"
+    return f"{place}: fits, prompt ({row['filled']}) in {row['fill_seconds']:.2f} s"
 
 
 def _milliseconds(seconds: float | None) -> str:

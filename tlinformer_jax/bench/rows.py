@@ -27,6 +27,9 @@ class Plan:
     """What to measure, and for how long.
 
     Attributes:
+      lengths: (N, tokens of a prompt; sequences), in the order in which they are measured: growing, because the
+        device's peak memory is that of the whole process.
+      longest: prompt lengths of the part 'longest', ascending.
       parts: names out of PARTS.
       windows: generation windows of the part 'windows'.
       seconds: budget of each measurement, compilation apart.
@@ -36,6 +39,8 @@ class Plan:
       seed: of prompts.
     """
 
+    lengths: tuple[tuple[int, int], ...]
+    longest: tuple[int, ...]
     parts: tuple[str, ...]
     windows: int
     seconds: float
@@ -114,20 +119,19 @@ def measure_row(
     return row
 
 
-def measure_longest(plan: Plan, decoder: Decoder, lengths: list[int], report: Callable[[Row], None]) -> list[Row]:
+def measure_longest(plan: Plan, decoder: Decoder, report: Callable[[Row], None]) -> list[Row]:
     """Tries prompts of growing length until one does not fit, each with a whole generation window after it.
 
     Args:
-      plan: for its seed and for which prompts are affordable.
+      plan: says what to try.
       decoder: with the model's parameters.
-      lengths: to try, ascending.
       report: called with each try.
 
     Returns:
       one row a try; the last may say fits: False.
     """
     rows = []
-    for length in lengths:
+    for length in plan.longest:
         row: Row = {"architecture": decoder.config.architecture, "length": length}
         memory = Memory(decoder)
         try:
