@@ -293,6 +293,7 @@ def _run_child(tmp_path: pathlib.Path, before: str = "", **changes) -> subproces
         {before}
         from tlinformer_jax.data.config import DataConfig
         from tlinformer_jax.data.sources import open_split
+        from tlinformer_jax.data.streams import check_token_ids
         from tlinformer_jax.data.tokenizers import build_tokenizer
         from tlinformer_jax.errors import UserError
         config = {config_for(tmp_path, **changes)!r}
@@ -300,6 +301,7 @@ def _run_child(tmp_path: pathlib.Path, before: str = "", **changes) -> subproces
             opened = open_split(config, "train", build_tokenizer(config.tokenizer))
         except UserError as error:
             raise SystemExit(str(error))
+        check_token_ids(opened.stream, 1 << 20, "train")  # as every user of a split does
         print(len(opened.stream.tokens), opened.found)
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

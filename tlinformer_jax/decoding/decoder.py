@@ -81,8 +81,9 @@ class Decoder:
     def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:
         """Gives the cache room for sequences of `tokens` tokens (in the end `final`), if it has not.
 
-        Array by array, so that at most one of them exists twice. Must come right before a slide where history is
-        rebuilt: of TLinFormer only block 0's rows are copied.
+        Array by array, so that at most one of them exists twice. Where the cache holds a single sequence this must
+        come right before a slide: of TLinFormer's history only block 0's rows are copied then, as the slide makes the
+        other blocks' anew.
         """
         if self.config.architecture == "sliding_window" or stored_rows(self.config, tokens) <= cache.capacity:
             return cache
@@ -103,8 +104,11 @@ def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
     if isinstance(cache, LayeredCache):
         layers = KeyValue(widen(cache.layers.key, shapes.layers.key), widen(cache.layers.value, shapes.layers.value))
         return dataclasses.replace(cache, layers=layers, capacity=capacity)
+    alone = cache.position.shape[0] == 1
     history = tuple(
-        KeyValue(widen(old.key, new.key, index == 0), widen(old.value, new.value, index == 0))
+        KeyValue(
+            *(widen(*arrays, keep=index == 0 or not alone) for arrays in ((old.key, new.key), (old.value, new.value)))
+        )
         for index, (old, new) in enumerate(zip(cache.history, shapes.history))
     )
     context = KeyValue(widen(cache.context.key, shapes.context.key), widen(cache.context.value, shapes.context.value))

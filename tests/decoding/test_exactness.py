@@ -1,0 +1,212 @@
+"""The cached decoder against the independent NumPy reference: every logit, across window edges and slides."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests.support import golden, reference
+from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.decoding import cache as cache_module
+from tlinformer_jax.decoding import decoder as decoder_module
+from tlinformer_jax.decoding import windowed
+from tlinformer_jax.decoding.cache import history_of
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.interop import params_from_reference
+
+TOLERANCE = 2e-5
+
+SMALL = ModelConfig(
+    vocab_size=37,
+    d_model=16,
+    num_heads=2,
+    num_blocks=2,
+    hidden_depth=1,
+    d_ff=24,
+    history_window=6,
+    generation_window=4,
+    dtype="float32",
+    attention="xla",
+    history_segments=1,
+)
+
+
+@functools.cache
+def truth(config: ModelConfig, length: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [batch, length], and the reference's logits [batch, length, V] of them."""
+    tokens = np.random.default_rng(length).integers(0, config.vocab_size, (batch, length))
+    logits = reference.logits(golden.random_weights(config), config, tokens)
+    assert logits.std() > 0.5, "the weights must be large enough for the comparison to mean something"
+    return tokens, logits
+
+
+def make_decoder(config: ModelConfig) -> Decoder:
+    return Decoder(build_model(config), params_from_reference(golden.random_weights(config), config))
+
+
+def largest_error(decoder: Decoder, prompts: list[int], length: int, room: int | None = None) -> float:
+    """Feeds each sequence its first `prompts[row]` tokens by `prefill`, the rest one by one; compares every logit.
+
+    Args:
+      decoder: with golden-scale weights.
+      prompts: prompt lengths, one a sequence.
+      length: tokens that every sequence has in the end.
+      room: tokens the first cache is made for; None makes it large enough for all.
+    """
+    config = decoder.config
+    tokens, expected = truth(config, length, len(prompts))
+    cache = decoder.init_cache(len(prompts), room or length)
+    lengths, errors = np.array(prompts), []
+    for row, prompt in enumerate(prompts):
+        cache, logits = decoder.prefill(cache, row, tokens[row, :prompt])
+        errors.append(np.abs(np.asarray(logits) - expected[row, prompt - 1]).max())
+    while (lengths < length).any():
+        active = lengths < length
+        cache = decoder.grow(cache, int(lengths[active].max()) + 1)
+        for row in np.flatnonzero(active):
+            if config.windowed and history_of(config, lengths[row] + 1) > history_of(config, lengths[row]):
+                cache = decoder.slide(cache, int(row), int(lengths[row]))
+        fed = tokens[np.arange(len(prompts)), np.minimum(lengths, length - 1)].astype(np.int32)
+        cache, logits = decoder.step(cache, fed, active)
+        for row in np.flatnonzero(active):
+            errors.append(np.abs(np.asarray(logits[row]) - expected[row, lengths[row]]).max())
+        lengths += active
+        np.testing.assert_array_equal(np.asarray(cache.position), lengths)
+    return float(max(errors))
+
+
+SHAPES = {
+    "paper's block": {"hidden_depth": 2, "history_window": 4},
+    "wide history": {"history_window": 9},
+    "no hidden layer": {"hidden_depth": 0, "history_window": 3},
+    "three blocks": {"num_blocks": 3, "hidden_depth": 0},
+    "one block": {"num_blocks": 1},
+    "auto": {"history_window": "auto", "generation_window": 6},
+    "auto, one token": {"history_window": "auto", "generation_window": 1, "hidden_depth": 0},
+    "tconstformer": {"architecture": "tconstformer"},
+    "tconstformer, auto": {"architecture": "tconstformer", "history_window": "auto", "hidden_depth": 0},
+    "transformer": {"architecture": "transformer", "hidden_depth": 0},
+    "sliding window": {"architecture": "sliding_window", "hidden_depth": 0, "history_window": 3},
+}
+SLOW = ("one block", "auto, one token", "tconstformer, auto")
+
+
+def shapes():
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SHAPES]
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_prefill_step_and_slide_equal_the_reference(name):
+    """Prompts around the window edges, each continued across at least three slides, in one batch of five."""
+    config = dataclasses.replace(SMALL, **SHAPES[name])
+    size = config.generation_window
+    prompts = [max(size - 1, 1), size, size + 1, 1, 3 * size - 1, 3 * size, 3 * size + 1]
+    assert largest_error(make_decoder(config), prompts, 6 * size + 3) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer", "transformer"])
+def test_chunks_and_growing_caches_change_nothing(architecture, monkeypatch):
+    """Histories of several chunks and rounds, caches that grow class by class from the smallest."""
+    monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
+    monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(cache_module, "ROUNDS", 2)
+    config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=3, hidden_depth=0, history_window=5)
+    assert largest_error(make_decoder(config), [21, 2], 46, room=21) < TOLERANCE
+
+
+def stale_history(monkeypatch):
+    """A slide appends the window to block 0's history but does not rebuild the later blocks'."""
+    real = windowed._rebuild
+
+    def mutated(params, config, cache, frame, window_tokens):
+        new, x = real(params, config, cache, frame, window_tokens)
+        if window_tokens is None:
+            new = dataclasses.replace(new, history=(new.history[0], *cache.history[1:]))
+        return new, x
+
+    monkeypatch.setattr(windowed, "_rebuild", mutated)
+
+
+def stale_context(monkeypatch):
+    """A slide keeps the compressed context of the history before it."""
+    real = windowed._rebuild
+
+    def mutated(params, config, cache, frame, window_tokens):
+        new, x = real(params, config, cache, frame, window_tokens)
+        return (dataclasses.replace(new, context=cache.context) if window_tokens is None else new), x
+
+    monkeypatch.setattr(windowed, "_rebuild", mutated)
+
+
+def wrong_phase(monkeypatch):
+    """A prompt of whole windows ends in an empty window instead of a full one."""
+    real = windowed.prefill
+
+    def mutated(params, config, cache, row, prompt, length, observed):
+        cache, logits = real(params, config, cache, row, prompt, length, observed)
+        size = config.generation_window
+        moved = cache.window_length.at[row].set((cache.window_length[row] - 1) % size)
+        return dataclasses.replace(
+            cache, window_length=moved, history_length=cache.history_length.at[row].add(1)
+        ), logits
+
+    monkeypatch.setattr(windowed, "prefill", mutated)
+
+
+def missing_slide(monkeypatch):
+    """The window is emptied and the positions go on, but the history stays as it was."""
+
+    def mutated(params, config, cache, row, observed):
+        size = config.generation_window
+        return dataclasses.replace(
+            cache,
+            history_length=cache.history_length.at[row].add(size),
+            window_length=cache.window_length.at[row].set(0),
+        )
+
+    monkeypatch.setattr(windowed, "slide", mutated)
+
+
+def step_without_history(monkeypatch):
+    """A token does not read the history in `compress`."""
+    real = windowed._context_of
+    monkeypatch.setattr(
+        windowed,
+        "_context_of",
+        lambda config, cache, layer: None if layer % config.layers_per_block == 0 else real(config, cache, layer),
+    )
+
+
+@pytest.mark.parametrize(
+    "mutate", [stale_history, stale_context, wrong_phase, missing_slide, step_without_history], ids=lambda m: m.__name__
+)
+def test_mutations_are_caught(mutate, monkeypatch):
+    """Each fault in the decoder must make the comparison above fail, by far."""
+    mutate(monkeypatch)
+    # Functions of its own, so that a mutation is never served from an earlier trace.
+    monkeypatch.setattr(decoder_module, "step", lambda *args: windowed.step(*args))
+    config = dataclasses.replace(SMALL, hidden_depth=0)
+    with pytest.raises(AssertionError):
+        assert largest_error(make_decoder(config), [3, 8, 9], 20) < 100 * TOLERANCE
+
+
+@pytest.mark.skipif(not golden.available(), reason=f"no golden files in {golden.FOLDER}")
+@pytest.mark.parametrize("name", ["tlin_auto", "tlin_asym"])
+def test_decoder_equals_golden_logits(name):
+    """The published models' own logits, the prompt's by `prefill`, the others token by token."""
+    file = golden.load(name, attention="xla")
+    decoder = Decoder(build_model(file.config), params_from_reference(file.params, file.config))
+    length = file.inputs.shape[1]
+    prompt = file.config.generation_window + 1
+    cache = decoder.init_cache(1, length)
+    cache, logits = decoder.prefill(cache, 0, file.inputs[0, :prompt])
+    errors = [np.abs(np.asarray(logits) - file.logits[0, prompt - 1]).max()]
+    for position in range(prompt, length):
+        if position % file.config.generation_window == 0:
+            cache = decoder.slide(cache, 0, position)
+        cache, logits = decoder.step(cache, file.inputs[:1, position], np.ones(1, bool))
+        errors.append(np.abs(np.asarray(logits[0]) - file.logits[0, position]).max())
+    assert max(errors) < TOLERANCE
+    assert jax.tree.all(jax.tree.map(lambda array: bool(np.isfinite(array).all()), cache))
