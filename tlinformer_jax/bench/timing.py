@@ -88,8 +88,8 @@ def live_bytes() -> int:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of a pytree's arrays."""
-    return sum(array.nbytes for array in jax.tree.leaves(tree))
+    """Bytes of a pytree's arrays, or of their shapes."""
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(tree))
 
 
 def _memory_stats() -> dict[str, Any]:
