@@ -90,6 +90,8 @@ def test_rewinding_gives_the_same_tokens_again():
     generated = []
     for _ in range(2):
         session.rewind(8, 0)
+        np.testing.assert_array_equal(session.cache.window_length, 0)
+        np.testing.assert_array_equal(session.cache.position, 8)
         session.sequences = session.sequences.replace(token=first.copy())
         generated.append(np.asarray(session.loop(4)))
     np.testing.assert_array_equal(*generated)
@@ -137,6 +139,8 @@ def test_calls_are_prepared_and_counted(monkeypatch):
     # Slow calls stop before `least` of them when four budgets are spent; quick ones go on until one is.
     assert len(timing.time_calls(lambda: call(9.0), 2.0).seconds) == 1
     assert len(timing.time_calls(lambda: call(0.25), 2.0).seconds) == 9
+    assert len(timing.time_calls(lambda: call(1.0), 0.1, least=1, compiled=True).seconds) == 1
+    assert log.count("prepare") == 4
     assert timing.Timing((3.0, 1.0, 2.0)).median == 2.0
     assert timing.Timing((3.0, 1.0, 2.0)).best == 1.0
 

@@ -20,7 +20,9 @@ from tlinformer_jax.models.config import ModelConfig
 
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "10000", "100000"], "Prompt lengths; NxB is a batch of B prompts.")
 BATCH = flags.DEFINE_integer("batch", 1, "Sequences where --lengths does not say.", lower_bound=1)
-ARCHITECTURES = flags.DEFINE_list("architectures", ["tlinformer", "transformer"], "Architectures; all other fields are equal.")
+ARCHITECTURES = flags.DEFINE_list(
+    "architectures", ["tlinformer", "transformer"], "Architectures; all other fields are equal."
+)
 PARTS = flags.DEFINE_list("parts", ["figure9", "prefill", "windows", "sustained", "slide"], "What to measure.")
 LONGEST = flags.DEFINE_list(
     "longest", ["8000000", "12000000", "16000000", "18000000", "20000000"], "Lengths that the part 'longest' tries."

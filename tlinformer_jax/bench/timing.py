@@ -13,7 +13,7 @@ MOST_CALLS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of repeated calls, each waited for; the first, which compiles, is not among them."""
+    """Seconds of repeated calls, each waited for; a first one that compiles is not among them."""
 
     seconds: tuple[float, ...]
 
@@ -37,17 +37,24 @@ class Timing:
 
 
 def time_calls(
-    call: Callable[[], Any], budget: float, *, prepare: Callable[[], Any] | None = None, least: int = 3
+    call: Callable[[], Any],
+    budget: float,
+    *,
+    prepare: Callable[[], Any] | None = None,
+    least: int = 3,
+    compiled: bool = False,
 ) -> Timing:
-    """Times `call` after a first call that is not counted, until the budget is spent.
+    """Times `call`, after a first call that is not counted, until the budget is spent.
 
     Args:
       call: what to time; what it returns is waited for.
       budget: seconds for all counted calls. At least `least` are made unless they take four times the budget.
       prepare: done, and waited for, before each call, and not timed.
       least: calls.
+      compiled: the caller has seen to it that nothing is left to compile; so the first call counts.
     """
-    _timed(call, prepare)
+    if not compiled:
+        _timed(call, prepare)
     seconds: list[float] = []
     started = time.perf_counter()
     while len(seconds) < MOST_CALLS:
@@ -67,12 +74,16 @@ def _timed(call: Callable[[], Any], prepare: Callable[[], Any] | None) -> float:
 
 
 def device_facts() -> dict[str, Any]:
-    """The machine as reports name it: device, platform, device_memory_bytes (None where unknown), jax."""
+    """The machine as reports name it.
+
+    Returns:
+      device, platform, memory_limit_bytes (of JAX's allocator; None where unknown), jax.
+    """
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "device_memory_bytes": _memory_stats().get("bytes_limit"),
+        "memory_limit_bytes": _memory_stats().get("bytes_limit"),
         "jax": jax.__version__,
     }
 
