@@ -95,13 +95,13 @@ def _attend_kernel(
         rows = index * ROW_TILE + lanes
         # Every row up to the cache's end may be read; what is not valid gets no weight.
         key = triton.load(key_ref.at[row, head, features[:, None], rows[None, :]], mask=is_feature, other=0.0)
-        scores = pl.dot(query, key)
+        scores = _dot(query, key, 0)
         scores = jnp.where((rows < length)[None, :], scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         factor = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - new_top[:, None])
         value = triton.load(value_ref.at[row, head, features[:, None], rows[None, :]], mask=is_feature, other=0.0)
-        read = pl.dot(weights.astype(value.dtype), value, trans_b=True)
+        read = _dot(weights.astype(value.dtype), value, 1)
         return new_top, total * factor + jnp.sum(weights, axis=1), sums * factor[:, None] + read
 
     blocks = pl.cdiv(length, ROW_TILE)
@@ -171,3 +171,9 @@ def _store_kernel(_, rows_ref, place_ref, cache_ref, *, width: int) -> None:
 
 def _iota(size: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+
+
+def _dot(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
+    """Product of left [m, k] and right over right's axis `contracted`, accumulated in float32."""
+    axes = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
