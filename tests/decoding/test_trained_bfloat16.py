@@ -1,0 +1,69 @@
+"""bfloat16 on a model that has learned real text: the decoder against the full forward pass."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from tlinformer_jax import build_model, train_and_evaluate
+from tlinformer_jax.config import run_config
+from tlinformer_jax.data.tokenizers import load_tokenizer
+from tlinformer_jax.decoding.cache import history_of
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.setup import build_run
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def trained(workdir: pathlib.Path, architecture: str):
+    """configs/tiny.py after a third of its steps: (config, variables, tokens of held-out text)."""
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    values = module.get_config()
+    values.model.architecture = architecture
+    values.train.update(steps=150, eval_every=0, log_every=50)
+    config = run_config(values)
+    figures = train_and_evaluate(config, workdir)
+    assert figures["bits_per_byte"] < 3.2, "the model must have learned something"
+    run = build_run(config, load_tokenizer(workdir))
+    _, params = restore_params(workdir, run.abstract_state.params)
+    return config.model, {"params": jax.device_get(params)}, np.asarray(run.split("validation").tokens[: 2 * 420], np.int32)
+
+
+def decoded_logits(decoder: Decoder, tokens: np.ndarray, prompt: int) -> np.ndarray:
+    """Logits [length - prompt, V] of a sequence whose first `prompt` tokens are prefilled, the rest fed one by one."""
+    cache = decoder.init_cache(1, len(tokens))
+    cache, _ = decoder.prefill(cache, 0, tokens[:prompt])
+    rows = []
+    for length in range(prompt, len(tokens)):
+        if decoder.config.windowed and history_of(decoder.config, length + 1) > history_of(decoder.config, length):
+            cache = decoder.slide(cache, 0, length)
+        cache, logits = decoder.step(cache, tokens[length : length + 1], np.ones(1, bool))
+        rows.append(np.asarray(logits[0]))
+    return np.stack(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+def test_decoder_takes_the_same_top_token_in_bfloat16(tmp_path, architecture):
+    """On at least 99% of the positions whose two largest float32 logits are more than 0.05 apart."""
+    config, variables, tokens = trained(tmp_path, architecture)
+    half = dataclasses.replace(config, dtype="bfloat16")
+    agree = clear = 0
+    for sequence in tokens.reshape(2, -1):
+        exact, full = (
+            np.asarray(jax.jit(build_model(each).apply)(variables, sequence[None]))[0] for each in (config, half)
+        )
+        decoded = decoded_logits(Decoder(build_model(half), variables), sequence, 100)
+        second, first = np.sort(exact[100:], axis=-1)[:, -2:].T
+        margin = first - second > 0.05
+        clear += margin.sum()
+        agree += (decoded.argmax(-1) == full[100:].argmax(-1))[margin].sum()
+    print(f"{architecture}: same top token at {agree} of {clear} positions")
+    assert clear > 500
+    assert agree >= 0.99 * clear
