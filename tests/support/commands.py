@@ -11,6 +11,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 def command_line(module: str, *arguments: str, blocked: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
     """What starts a module on one CPU device, and its environment; imports of `blocked` packages fail."""
     hide = "".join(f"sys.modules[{name!r}] = None; " for name in blocked)
+    # Tests that a shell runs in the background would hand down that Ctrl-C is ignored.
+    hide += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     script = f"import sys; {hide}import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     return [sys.executable, "-c", script, *arguments], {
