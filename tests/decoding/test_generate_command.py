@@ -19,6 +19,8 @@ from tlinformer_jax.config import RunConfig, load_config, save_config
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.decoding import Generator
+from tlinformer_jax.decoding.batch import Batch
+from tlinformer_jax.decoding.text import TextStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig
@@ -162,6 +164,26 @@ def test_ctrl_c_prints_what_there_is_and_the_figures(workdir):
     count = int(re.search(r"^([\d,]+) tokens in ", figures, re.M)[1].replace(",", ""))
     assert len(text) - 1 <= count < 100_000_000
     assert re.search(r"^[\d,]+ cache hits, [\d,]+ misses\ncache: ", figures, re.M)
+
+
+def test_interrupted_text_is_shown_to_its_end(workdir, expected, monkeypatch, capsys):
+    calls, advance = [], Batch.advance
+
+    def interrupted(self, most):
+        calls.append(most)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return advance(self, most)
+
+    monkeypatch.setattr(Batch, "advance", interrupted)
+    # Drawn by then: the first token, 9 to the end of the window that the prompt's 7 bytes began, a window of 16.
+    texts = TextStream(ByteTokenizer(), [])
+    begun = texts.push(expected[0].tokens[:26]) + texts.finish()
+    # The last character could begin the stop string, and is held back until the end.
+    arguments = (f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW, f"--stop={begun[-1]}\0")
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (generate.INTERRUPTED, begun + "\n")
+    assert err.startswith("26 tokens in ")
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(workdir):

@@ -206,9 +206,13 @@ def test_stop_strings_end_text_before_themselves_and_their_sequence_only():
     assert text_of(cut.tokens) == full[0].text[:12]
     assert (other.tokens, other.text, other.finish_reason) == (full[1].tokens, full[1].text, "length")
     shown = ["", ""]
-    for piece in model.stream(["begin"] * 2, stop_strings=[stop], chunk=1, **options):
+    stream = model.stream(["begin"] * 2, stop_strings=[stop], chunk=1, **options)
+    for piece in stream:
         shown[piece.index] += piece.text
     assert shown == [cut.text, other.text]
+    assert [generation.hits for generation in stream.generations] == [len(cut.tokens) - 1, 39], (
+        "stopped, it costs no more"
+    )
     tokens = model.generate_tokens([list(b"begin")] * 2, stop_strings=[stop], **options)
     assert tokens == [cut.tokens, other.tokens]
 
