@@ -6,7 +6,6 @@ median over `steps` steps, each waited for; compilation is reported apart.
 
 import json
 import pathlib
-import statistics
 import time
 from typing import Any
 
@@ -35,6 +34,7 @@ def time_training(architecture: str, length: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from tlinformer_jax.bench.timing import Timing, peak_bytes
     from tlinformer_jax.models import ModelConfig, build_model
     from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
@@ -70,8 +70,7 @@ def time_training(architecture: str, length: int) -> dict[str, Any]:
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))  # waits for the step
             seconds.append(time.perf_counter() - started)
-    median = statistics.median(seconds[2:])
-    memory = jax.devices()[0].memory_stats() or {}
+    median = Timing(tuple(seconds[2:])).median
     return {
         "architecture": architecture,
         "length": length,
@@ -82,33 +81,33 @@ def time_training(architecture: str, length: int) -> dict[str, Any]:
         "compile_seconds": compile_seconds,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "peak_bytes": memory.get("peak_bytes_in_use"),
+        "peak_bytes": peak_bytes(),
     }
 
 
 def main() -> None:
     """Times every architecture at every length."""
-    import jax
+    from tlinformer_jax.bench.timing import device_facts
 
     try:
         lengths = [int(length) for length in LENGTHS.value]
     except ValueError:
         raise ConfigError("--lengths", LENGTHS.value, "must be integers, separated by commas") from None
-    device = jax.devices()[0].device_kind
+    facts = device_facts()
     rows = []
     for architecture in ARCHITECTURES.value:
         for length in lengths:
             row = time_training(architecture, length)
             rows.append(row)
             print(
-                f"{device}  {architecture:14} N {length:>8,}  batch {row['batch']:>4}  "
+                f"{facts['device']}  {architecture:14} N {length:>8,}  batch {row['batch']:>4}  "
                 f"{row['tokens_per_second']:>12,.0f} tokens/s  step {row['step_seconds'] * 1e3:.2f} ms  "
                 f"compile {row['compile_seconds']:.1f} s  loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}",
                 flush=True,
             )
     if OUT.value:
-        folder = cli.writable_workdir(OUT.value)
-        report = {"device": device, "jax": jax.__version__, "rows": rows}
+        folder = cli.writable_workdir(OUT.value, "--out")
+        report = facts | {"rows": rows}
         pathlib.Path(folder, "training.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

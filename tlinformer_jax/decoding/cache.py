@@ -20,7 +20,7 @@ SMALLEST_CLASS = 1024
 # Rows of history that `prefill` and `slide` work on at once.
 CHUNK_ROWS = 16384
 # A loop whose length is known at run time only waits for the host once a round; it takes about so many rounds.
-ROUNDS = 8
+ROUNDS = 4
 
 
 @flax.struct.dataclass
@@ -136,7 +136,7 @@ def chunk_rows(capacity: int) -> int:
 def for_chunks(length: jax.Array, capacity: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
     """Runs `carry = body(first row, carry)` over the chunks of `chunk_rows(capacity)` that hold `length` rows.
 
-    It goes on to the end of a round, at most an eighth of the capacity further.
+    It goes on to the end of a round, at most a quarter of the capacity further.
     """
     size = chunk_rows(capacity)
     chunks = capacity // size

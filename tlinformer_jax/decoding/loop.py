@@ -1,5 +1,6 @@
 """The device loop: feeds tokens and samples the next ones without a word to the host until a window is full."""
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -14,6 +15,8 @@ from tlinformer_jax.models.config import ModelConfig
 
 # Tokens that one call can return for each sequence.
 MAX_STEPS = 256
+# Steps between two looks at whether to go on: each look waits for the host, longer than a short step takes.
+STEPS_PER_LOOK = 4
 
 
 @flax.struct.dataclass
@@ -93,21 +96,33 @@ def run_steps(
     logprobs = jnp.zeros((MAX_STEPS, batch), jnp.float32) if mode.logprobs else None
 
     def more(carry):
-        number, _, sequences, *_ = carry
+        number, (_, sequences, *_) = carry
         return (number < limit) & jnp.any(sequences.active)
 
-    def body(carry):
-        number, cache, sequences, tokens, logprobs = carry
-        cache, logits = step(params, config, cache, sequences.token, sequences.active)
-        sequences, token, logprob = sample_next(mode, values, stop_tokens, sequences, cache.position, logits)
-        tokens = tokens.at[number].set(token)
-        if logprobs is not None and logprob is not None:
-            logprobs = logprobs.at[number].set(jnp.where(token >= 0, logprob, 0.0))
-        return number + 1, cache, sequences, tokens, logprobs
+    def some_steps(carry):
+        first, state = carry
+        one = functools.partial(_one_step, params, config, mode, values, stop_tokens, limit, first)
+        return first + STEPS_PER_LOOK, jax.lax.fori_loop(0, STEPS_PER_LOOK, one, state)
 
-    _, cache, sequences, tokens, logprobs = jax.lax.while_loop(
-        more, body, (jnp.int32(0), cache, sequences, tokens, logprobs)
+    return jax.lax.while_loop(more, some_steps, (jnp.int32(0), (cache, sequences, tokens, logprobs)))[1]
+
+
+def _one_step(params, config, mode, values, stop_tokens, limit, first, offset, state):
+    """Step `first + offset` of `run_steps`; past the limit it changes nothing."""
+    cache, sequences, tokens, logprobs = state
+    number = first + offset
+    wanted = sequences.active & (number < limit)
+    cache, logits = step(params, config, cache, sequences.token, wanted)
+    fed = dataclasses.replace(sequences, active=wanted)
+    after, token, logprob = sample_next(mode, values, stop_tokens, fed, cache.position, logits)
+    sequences = dataclasses.replace(
+        after,
+        token=jnp.where(wanted, after.token, sequences.token),
+        active=jnp.where(wanted, after.active, sequences.active),
     )
+    tokens = tokens.at[number].set(token, mode="drop")
+    if logprobs is not None and logprob is not None:
+        logprobs = logprobs.at[number].set(jnp.where(token >= 0, logprob, 0.0), mode="drop")
     return cache, sequences, tokens, logprobs
 
 

@@ -22,7 +22,9 @@ from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import (
     CachedRows,
     KeyValue,
+    attend_context,
     attend_history,
+    for_writing,
     lane_rows,
     write_row,
     write_rows,
@@ -148,8 +150,10 @@ def slide(
     before = cache.history_length[row]
     if cache.history:
         tokens = jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size))
-        key, value = _keys(params.blocks[0], embed(params, tokens), _rope(config, before, size))
-        history = (write_rows(cache.history[0], row, before, key, value), *cache.history[1:])
+        rows, rope = embed(params, tokens), _rope(config, before, size)
+        layer = for_writing(params.blocks[0].compress, size)
+        first = write_rows(cache.history[0], row, before, layer, rows, rope)
+        history = (first, *cache.history[1:])
         cache = dataclasses.replace(cache, history=history)
     cache, _ = _rebuild(params, config, cache, _frame(config, cache, row, before + size, observed), None)
     return dataclasses.replace(cache, window_length=cache.window_length.at[row].set(0))
@@ -270,15 +274,18 @@ def _read_history(
     """
     size = chunk_rows(cache.capacity)
     tokens, kept = cache.tokens, bool(cache.history)
+    layer = params.blocks[index].compress
+    writer = for_writing(layer, size)
 
     def body(start: jax.Array, carry):
         history, rows, parts = carry
         chunk = _history_rows(params, config, tokens, frame, index, rows, restored, start, size)
-        key, value = _keys(params.blocks[index], chunk, _rope(config, start, size))
+        rope = _rope(config, start, size)
         if rows is not None and 0 < index < config.num_blocks - 1:
             rows = jax.lax.dynamic_update_slice(rows, chunk, (0, start, 0))
         if kept:
-            return write_rows(history, frame.row, start, key, value), rows, parts
+            return write_rows(history, frame.row, start, writer, chunk, rope), rows, parts
+        key, value = project(layer, chunk, rope, "kv")
         read = attend_parts(readers, key, value, frame.length - start, config.attention_scale, config.attention)
         return history, rows, merge_parts(parts, read)
 
@@ -326,22 +333,10 @@ def _restore(
 ) -> jax.Array:
     """The restore layer for rows of the history: [1, rows, D]."""
     key, value = restored
-    # Without history nobody reads what comes out.
-    attended = attend(
-        query,
-        key,
-        value,
-        key_length=frame.observed,
-        backend=config.attention,
-        scale=config.attention_scale,
-        never_empty=config.always_observes,
+    attended = attend_context(
+        query, key, value, frame.observed, config.attention_scale, config.head_dim, config.attention
     )
     return update(layer, rows, attended)
-
-
-def _keys(block: BlockParams, rows: jax.Array, rope: Rope) -> tuple[jax.Array, ...]:
-    """Keys and values of history rows under a block's `compress` layer, each [1, rows, heads, d_h]."""
-    return project(block.compress, rows, rope, "kv")
 
 
 def _rope(config: ModelConfig, start: jax.Array, length: int) -> Rope:

@@ -5,6 +5,7 @@ on a GPU, and pads nothing on a TPU, whose lanes a last dimension of 36 features
 valid differs between the sequences of a batch and is known at run time only.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from tlinformer_jax.models import decode_kernel, history_kernel
-from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
+from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
+from tlinformer_jax.models.layers import LayerParams, project, unbiased_projections
+from tlinformer_jax.models.rope import Rope
 
 
 @flax.struct.dataclass
@@ -79,21 +82,45 @@ def lane_rows(rows: jax.Array, head_dim: int) -> jax.Array:
     return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
 
 
-def write_rows(cache: KeyValue, row: jax.Array, start: jax.Array, key: jax.Array, value: jax.Array) -> KeyValue:
-    """Writes many rows of one sequence from row `start` on, in place where the cache is donated.
+def for_writing(layer: LayerParams, rows: int) -> LayerParams:
+    """A layer as `write_rows` takes it for so many rows at a time; to be called outside of loops.
+
+    Args:
+      layer: from `prepare_layers`.
+      rows: that each call will write.
+    """
+    if not _stores_by_kernel(layer.qkv_kernel.dtype, rows):
+        return layer
+    head_dim = layer.out_kernel.shape[-1] // layer.out_kernel.shape[0]  # D / heads; the kernels' heads are padded
+    kernel, bias = (history_kernel.halves_apart(array, head_dim) for array in (layer.qkv_kernel, layer.qkv_bias))
+    return dataclasses.replace(layer, qkv_kernel=kernel, qkv_bias=bias)
+
+
+def _stores_by_kernel(dtype: Any, rows: int) -> bool:
+    return use_kernels(dtype) and rows % history_kernel.STORE_TILE == 0
+
+
+def write_rows(
+    cache: KeyValue, row: jax.Array, start: jax.Array, layer: LayerParams, rows: jax.Array, rope: Rope
+) -> KeyValue:
+    """Projects many rows of one sequence to keys and values and writes these, in place where the cache is donated.
 
     Args:
       cache: [batch, heads, d_h, room].
       row: the sequence's place in the batch, int32 [].
-      start: int32 [].
-      key: [1, rows, heads, d_h or more]; value: the same.
+      start: where the first row goes, int32 [].
+      layer: whose keys and values, from `for_writing`.
+      rows: of the residual stream, [1, rows, D].
+      rope: rotations of the rows.
     """
+    if _stores_by_kernel(cache.key.dtype, rows.shape[1]):
+        projected, bias = unbiased_projections(layer, rows, "kv")
+        return KeyValue(*history_kernel.store(cache.key, cache.value, projected[0], bias, rope, row, start))
 
     def write(array: jax.Array, new: jax.Array) -> jax.Array:
-        if use_kernels(array.dtype) and new.shape[1] % history_kernel.ROW_TILE == 0:
-            return history_kernel.store(array, new[0], row, start)
         return jax.lax.dynamic_update_slice(array, lane_rows(new, array.shape[2]), (row, 0, 0, start))
 
+    key, value = project(layer, rows, rope, "kv")
     return KeyValue(write(cache.key, key), write(cache.value, value))
 
 
@@ -128,6 +155,29 @@ def attend_history(
 
     read, _ = jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
     return read.astype(query.dtype)
+
+
+def attend_context(
+    query: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array, scale: float, head_dim: int, backend: str
+) -> jax.Array:
+    """Attention of many queries to the few rows of a compressed context; not differentiable.
+
+    Args:
+      query: [1, queries, heads, d_h or more].
+      key: [1, rows, heads, d_h or more]; value: the same.
+      length: valid rows, int32 [].
+      scale: of the scores.
+      head_dim: d_h.
+      backend: of the attention.
+
+    Returns:
+      as `query`; 0 where no row is valid.
+    """
+    if backend != "xla" and use_kernels(query.dtype):
+        padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
+        key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
+        return history_kernel.attend_few(query[0], key, value, length, scale)[None]
+    return attend(query, key, value, key_length=length, backend=backend, scale=scale)
 
 
 def use_kernels(dtype: Any) -> bool:

@@ -21,7 +21,7 @@ LANES = 128
 # Programs to aim for: a few for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
 # A part of fewer rows than this costs more to merge than it saves.
-MIN_PART_ROWS = 512
+MIN_PART_ROWS = 128
 # Columns of a matrix that one program of `dense` makes.
 TILE = 4
 

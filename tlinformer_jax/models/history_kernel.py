@@ -11,12 +11,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from tlinformer_jax.models.decode_kernel import call_kernel
+from tlinformer_jax.models.rope import Rope
 
-# Queries and rows that a program multiplies at once.
-QUERY_TILE = 128
+# Queries and rows that a program of `attend` multiplies at once, its warps, and the loads it keeps under way.
+QUERY_TILE = 64
 ROW_TILE = 64
-# Programs to aim for: two for each of the 132 multiprocessors of an H100.
-PROGRAMS = 264
+WARPS = 4
+STAGES = 3
+# Programs to aim for: eight for each of the 132 multiprocessors of an H100.
+PROGRAMS = 1056
+# Rows that a program of `store` writes.
+STORE_TILE = 64
+# The matrix units' least inner dimension.
+LEAST_PIECE = 16
 LOG2_E = 1.4426950408889634
 
 
@@ -61,8 +68,8 @@ def attend(
         [query, key, value, place],
         "attend_history",
         interpret,
-        num_warps=4,
-        num_stages=3,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     factor = jnp.exp2(tops - jnp.max(tops, axis=0))
     total = jnp.sum(totals * factor, axis=0)
@@ -70,104 +77,259 @@ def attend(
     return jnp.swapaxes(merged, 0, 1)
 
 
+def feature_pieces(width: int) -> tuple[tuple[int, int], ...]:
+    """(start, size) of pieces that cover `width` features, sizes powers of two from LEAST_PIECE on.
+
+    36 features are 32 and 16, of which 12 are padding: fewer to multiply than 64.
+    """
+    pieces: list[tuple[int, int]] = []
+    start = 0
+    while start < width:
+        size = max(LEAST_PIECE, 1 << ((width - start).bit_length() - 1))
+        pieces.append((start, size))
+        start += size
+    whole = pl.next_power_of_2(width)
+    return tuple(pieces) if sum(size for _, size in pieces) < whole else ((0, max(LEAST_PIECE, whole)),)
+
+
 def _attend_kernel(
     query_ref, key_ref, value_ref, place_ref, sums_ref, tops_ref, totals_ref, *, scale, queries, width, parts
 ) -> None:
-    """One part of the rows, for a tile of the queries and one head."""
-    from jax.experimental.pallas import triton
-
+    """One part of the rows, for a tile of the queries and one head; scores are in units of log2 once scaled."""
     tile, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    row, length = place_ref[0], place_ref[1]
-    padded = max(16, pl.next_power_of_2(width))
     numbers = tile * QUERY_TILE + _iota(QUERY_TILE)
-    features = _iota(padded)
-    lanes = _iota(ROW_TILE)
-    query = triton.load(
-        query_ref.at[numbers[:, None], head, features[None, :]],
-        mask=(numbers < queries)[:, None] & (features < width)[None, :],
-        other=0.0,
+    pieces = feature_pieces(width)
+    query = _load_queries(query_ref, numbers, head, queries, width)
+    length = place_ref[1]
+    each = pl.cdiv(pl.cdiv(length, ROW_TILE), parts)
+    begin = part * each
+    top, total, sums = _stream(
+        query, key_ref, value_ref, (place_ref[0], head), length, (begin, begin + each), width, scale
     )
-    query = (query.astype(jnp.float32) * scale).astype(query_ref.dtype)
-    is_feature = (features < width)[:, None]
+    is_query = numbers < queries
+    for (start, size), values in zip(pieces, sums):
+        features = start + _iota(size)
+        mask = is_query[:, None] & (features < width)[None, :]
+        _store(sums_ref.at[part, head, numbers[:, None], features[None, :]], values, mask)
+    _store(tops_ref.at[part, head, numbers], top * scale, is_query)
+    _store(totals_ref.at[part, head, numbers], total, is_query)
 
-    def block(index, carry):
+
+def attend_few(
+    query: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array, scale: float, interpret: bool = False
+) -> jax.Array:
+    """Softmax attention of many queries to a few rows, such as the history's to the compressed context.
+
+    Args:
+      query: rotated, [queries, heads, width >= d_h]; features past d_h are padding.
+      key: [heads, d_h, rows], rows a multiple of ROW_TILE; value: the same.
+      length: valid rows, int32 [].
+      scale: of the scores.
+      interpret: run on the CPU, for tests.
+
+    Returns:
+      as `query`, its padding 0; 0 where no row is valid.
+    """
+    queries, heads, _ = query.shape
+    return call_kernel(
+        functools.partial(_attend_few_kernel, scale=scale * LOG2_E, queries=queries, width=key.shape[1]),
+        (pl.cdiv(queries, QUERY_TILE), heads),
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        [query, key[None], value[None], length.astype(jnp.int32)[None]],
+        "attend_context",
+        interpret,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+
+
+def _attend_few_kernel(query_ref, key_ref, value_ref, length_ref, output_ref, *, scale, queries, width) -> None:
+    """All rows, for a tile of the queries and one head."""
+    tile, head = pl.program_id(0), pl.program_id(1)
+    numbers = tile * QUERY_TILE + _iota(QUERY_TILE)
+    query = _load_queries(query_ref, numbers, head, queries, width)
+    blocks = (0, pl.cdiv(length_ref[0], ROW_TILE))
+    _, total, sums = _stream(query, key_ref, value_ref, (0, head), length_ref[0], blocks, width, scale)
+    divisor = jnp.where(total > 0, total, 1.0)[:, None]
+    for (start, size), values in zip(feature_pieces(width), sums):
+        features = start + _iota(size)
+        mask = (numbers < queries)[:, None] & (features < output_ref.shape[2])[None, :]
+        target = output_ref.at[numbers[:, None], head, features[None, :]]
+        _store(target, (values / divisor).astype(output_ref.dtype), mask)
+
+
+def _load_queries(ref, numbers: jax.Array, head: jax.Array, queries: int, width: int) -> list[jax.Array]:
+    """The queries `numbers` of one head in pieces [QUERY_TILE, size], 0 past the last query and the width."""
+    loaded = []
+    for start, size in feature_pieces(width):
+        features = start + _iota(size)
+        mask = (numbers < queries)[:, None] & (features < width)[None, :]
+        loaded.append(_load(ref.at[numbers[:, None], head, features[None, :]], mask))
+    return loaded
+
+
+def _stream(query, key_ref, value_ref, place, length, blocks, width: int, scale: float):
+    """Reads blocks[0] .. blocks[1] - 1 of ROW_TILE rows, for a tile of queries.
+
+    Args:
+      query: from `_load_queries`.
+      place: of the rows in the first axes of key_ref and value_ref [batch, heads, d_h, room].
+      length: valid rows.
+      blocks: first and last; those past the valid rows are not read.
+
+    Returns:
+      each query's largest score (not scaled) and sum of weights float32 [QUERY_TILE], and its weighted values in
+      pieces [QUERY_TILE, size].
+    """
+    pieces, lanes = feature_pieces(width), _iota(ROW_TILE)
+
+    def load(ref, start: int, size: int, rows: jax.Array) -> jax.Array:
+        features = start + _iota(size)
+        # Every row up to the cache's end may be read; what is not valid gets no weight.
+        mask = None if start + size <= width else (features < width)[:, None]
+        return _load(ref.at[(*place, features[:, None], rows[None, :])], mask)
+
+    def block(index, carry, masked):
         top, total, sums = carry
         rows = index * ROW_TILE + lanes
-        # Every row up to the cache's end may be read; what is not valid gets no weight.
-        key = triton.load(key_ref.at[row, head, features[:, None], rows[None, :]], mask=is_feature, other=0.0)
-        scores = pl.dot(query, key)
-        scores = jnp.where((rows < length)[None, :], scores, -jnp.inf)
+        scores = jnp.zeros((QUERY_TILE, ROW_TILE), jnp.float32)
+        for piece, values in zip(pieces, query):
+            scores += _dot(values, load(key_ref, *piece, rows), 0)
+        if masked:
+            scores = jnp.where((rows < length)[None, :], scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        factor = jnp.exp2(top - new_top)
-        weights = jnp.exp2(scores - new_top[:, None])
-        value = triton.load(value_ref.at[row, head, features[:, None], rows[None, :]], mask=is_feature, other=0.0)
-        read = pl.dot(weights.astype(value.dtype), value, trans_b=True)
-        return new_top, total * factor + jnp.sum(weights, axis=1), sums * factor[:, None] + read
+        factor = jnp.exp2((top - new_top) * scale)
+        weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
+        new_sums = []
+        for piece, old in zip(pieces, sums):
+            value = load(value_ref, *piece, rows)
+            new_sums.append(old * factor[:, None] + _dot(weights.astype(value.dtype), value, 1))
+        return new_top, total * factor + jnp.sum(weights, axis=1), tuple(new_sums)
 
-    blocks = pl.cdiv(length, ROW_TILE)
-    each = pl.cdiv(blocks, parts)
-    begin = part * each
-    start = (
+    carry = (
         # Finite, so that parts without a valid row merge to nothing.
         jnp.full((QUERY_TILE,), -1e30, jnp.float32),
         jnp.zeros((QUERY_TILE,), jnp.float32),
-        jnp.zeros((QUERY_TILE, padded), jnp.float32),
+        tuple(jnp.zeros((QUERY_TILE, size), jnp.float32) for _, size in pieces),
     )
-    top, total, sums = jax.lax.fori_loop(begin, jnp.minimum(begin + each, blocks), block, start)
-    valid = numbers < queries
-    triton.store(
-        sums_ref.at[part, head, numbers[:, None], features[None, :]],
-        sums,
-        mask=valid[:, None] & (features < width)[None, :],
-    )
-    triton.store(tops_ref.at[part, head, numbers], top, mask=valid)
-    triton.store(totals_ref.at[part, head, numbers], total, mask=valid)
+    first, last = blocks
+    full = jnp.clip(length // ROW_TILE, first, last)
+    carry = jax.lax.fori_loop(first, full, functools.partial(block, masked=False), carry)
+    end = jnp.clip(pl.cdiv(length, ROW_TILE), first, last)
+    return jax.lax.fori_loop(full, end, functools.partial(block, masked=True), carry)
 
 
-def store(cache: jax.Array, rows: jax.Array, row: jax.Array, start: jax.Array, interpret: bool = False) -> jax.Array:
-    """Writes rows [rows, heads, width >= d_h] of one sequence into a cache [batch, heads, d_h, room], in place.
+def store(
+    key: jax.Array,
+    value: jax.Array,
+    projected: jax.Array,
+    bias: jax.Array,
+    rope: Rope,
+    row: jax.Array,
+    start: jax.Array,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Finishes keys and values of many rows of one sequence and writes them into a cache, in place.
+
+    Adds the projections' bias and rotates the keys on the way, which as operations of their own would each read and
+    write all of it again.
 
     Args:
-      cache: keys or values; it must have room for the rows.
-      rows: as many as a multiple of ROW_TILE.
+      key: the cache's, [batch, heads, d_h, room], with room for the rows; value: likewise.
+      projected: keys and values, neither rotated nor biased, [rows, 2, heads, width >= d_h], their features as
+        `halves_apart` puts them; as many rows as a multiple of STORE_TILE.
+      bias: of keys and values, [2, heads, width], likewise.
+      rope: rotations of the rows, [rows, d_h / 2].
       row: the sequence's place in the batch, int32 [].
       start: where the first of them goes, int32 [].
       interpret: run on the CPU, for tests.
+
+    Returns:
+      the cache's keys and values.
     """
     place = jnp.stack([row, start]).astype(jnp.int32)
+    pairs, spread = key.shape[2] // 2, projected.shape[3] // 2
+    cos, sin = (jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in (rope.cos, rope.sin))
     return call_kernel(
-        functools.partial(_store_kernel, width=cache.shape[2]),
-        (rows.shape[0] // ROW_TILE, rows.shape[1]),
-        jax.ShapeDtypeStruct(cache.shape, cache.dtype),
-        [cache, rows, place],
+        functools.partial(_store_kernel, half=pairs, spread=spread),
+        (projected.shape[0] // STORE_TILE, projected.shape[2]),
+        [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (key, value)],
+        [key, value, projected, bias, cos, sin, place],
         "store_history",
         interpret,
-        aliases={0: 0},
+        aliases={0: 0, 1: 1},
         num_warps=4,
         num_stages=1,
     )
 
 
-def _store_kernel(_, rows_ref, place_ref, cache_ref, *, width: int) -> None:
-    """A tile of the rows, for one head."""
-    from jax.experimental.pallas import triton
+def halves_apart(array: jax.Array, head_dim: int) -> jax.Array:
+    """Moves the second half of a head's features to the middle of the padded width, for `store`.
 
+    Both halves then begin where whole words of memory do, and their padding is as regular: 36 features of 40 become
+    18, 2 of padding, 18, 2 of padding.
+
+    Args:
+      array: [..., width], features past head_dim being 0.
+      head_dim: d_h.
+    """
+    pairs, spread = head_dim // 2, array.shape[-1] // 2
+    padding = [(0, 0)] * (array.ndim - 1) + [(0, spread - pairs)]
+    return jnp.concatenate(
+        [jnp.pad(half, padding) for half in (array[..., :pairs], array[..., pairs : 2 * pairs])], axis=-1
+    )
+
+
+def _store_kernel(
+    _, __, projected_ref, bias_ref, cos_ref, sin_ref, place_ref, key_ref, value_ref, *, half: int, spread: int
+) -> None:
+    """A tile of the rows, for one head, in halves: a feature's partner in the rotation lies in the other half."""
     tile, head = pl.program_id(0), pl.program_id(1)
-    features = _iota(pl.next_power_of_2(width))
-    numbers = tile * ROW_TILE + _iota(ROW_TILE)
-    is_feature = features < width
-    block = triton.load(
-        rows_ref.at[numbers[:, None], head, features[None, :]],
-        mask=is_feature[None, :] & (numbers >= 0)[:, None],
-        other=0.0,
-    )
-    to = place_ref[1] + numbers
-    triton.store(
-        cache_ref.at[place_ref[0], head, features[:, None], to[None, :]],
-        jnp.transpose(block),
-        mask=is_feature[:, None] & (to >= 0)[None, :],
-    )
+    pairs = _iota(pl.next_power_of_2(spread))
+    numbers = tile * STORE_TILE + _iota(STORE_TILE)
+    there = (pairs < spread)[None, :]
+
+    def load(part: int, first: int) -> jax.Array:
+        rows = _load(projected_ref.at[numbers[:, None], part, head, first + pairs[None, :]], there)
+        bias = _load(bias_ref.at[part, head, first + pairs], pairs < spread)
+        # Rounded where the plain path rounds, so that both cache the same keys.
+        return (rows.astype(jnp.float32) + bias.astype(jnp.float32)).astype(rows.dtype)
+
+    def write(ref, first: int, block: jax.Array) -> None:
+        to = place_ref[1] + numbers
+        target = ref.at[place_ref[0], head, first + pairs[:, None], to[None, :]]
+        inside = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
+        _store(target, jnp.transpose(block.astype(ref.dtype)), inside)
+
+    cos, sin = (_load(ref.at[numbers[:, None], pairs[None, :]], there) for ref in (cos_ref, sin_ref))
+    one, other = (load(0, first).astype(jnp.float32) for first in (0, spread))
+    write(key_ref, 0, one * cos - other * sin)
+    write(key_ref, half, one * sin + other * cos)
+    write(value_ref, 0, load(1, 0))
+    write(value_ref, half, load(1, spread))
 
 
 def _iota(size: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+
+
+def _load(ref, mask: jax.Array | None) -> jax.Array:
+    """What a reference points to, 0 where masked out."""
+    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
+
+    if mask is None:
+        return triton.load(ref)
+    return triton.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0.0)
+
+
+def _store(ref, value: jax.Array, mask: jax.Array) -> None:
+    """Writes to what a reference points to, but where masked out."""
+    from jax.experimental.pallas import triton
+
+    triton.store(ref, value, mask=mask)
+
+
+def _dot(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
+    """Product of left [m, k] and right over right's axis `contracted`, accumulated in float32."""
+    axes = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)

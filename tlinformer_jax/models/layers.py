@@ -162,10 +162,16 @@ def projections(params: LayerParams, x: jax.Array, parts: str = "qkv") -> jax.Ar
     Returns:
       [batch, length, parts, heads, d_h (padded as in `params`)].
     """
+    projected, bias = unbiased_projections(params, x, parts)
+    return projected + bias
+
+
+def unbiased_projections(params: LayerParams, x: jax.Array, parts: str) -> tuple[jax.Array, jax.Array]:
+    """The two summands of `projections`: products [batch, length, parts, heads, d_h], bias [parts, heads, d_h]."""
     first = "qkv".index(parts)
     normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
     projected = jnp.einsum("bld,dphk->blphk", normed, params.qkv_kernel[:, first : first + len(parts)])
-    return projected + params.qkv_bias[first : first + len(parts)].astype(x.dtype)
+    return projected, params.qkv_bias[first : first + len(parts)].astype(x.dtype)
 
 
 def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -> tuple[jax.Array, ...]:

@@ -1,0 +1,113 @@
+"""The GPU kernels of generation, interpreted on the CPU, against plain products in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlinformer_jax import ModelConfig
+from tlinformer_jax.models import history_kernel
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue
+from tlinformer_jax.models.layers import LayerParams, prepare_layers
+from tlinformer_jax.models.rope import rope_table, rotate
+from tlinformer_jax.models.token_layer import TokenLayerParams, token_layer
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def softmax_attention(query, key, value, scale):
+    """float64 [queries, heads, d] of [queries, heads, d] over [heads, d, rows]."""
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    scores = np.einsum("qhd,hdk->hqk", query, key) * scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,hdk->qhd", weights / weights.sum(-1, keepdims=True), value)
+
+
+@pytest.mark.parametrize(("queries", "width", "length"), [(130, 12, 300), (8, 36, 256), (3, 8, 1), (5, 20, 63)])
+def test_attend_history(queries, width, length):
+    key, value = normal(0, 2, 2, width, 768), normal(1, 2, 2, width, 768)
+    query = normal(2, queries, 2, width + 4)  # its padding must not count
+    read = history_kernel.attend(query, key, value, jnp.int32(1), jnp.int32(length), 0.3, interpret=True)
+    truth = softmax_attention(query[..., :width], key[1, ..., :length], value[1, ..., :length], 0.3)
+    np.testing.assert_allclose(read, truth, atol=2e-5)
+
+
+def test_attend_history_without_rows_is_zero():
+    key, value = normal(0, 1, 2, 8, 256), normal(1, 1, 2, 8, 256)
+    read = history_kernel.attend(normal(2, 4, 2, 8), key, value, jnp.int32(0), jnp.int32(0), 0.3, interpret=True)
+    assert (np.asarray(read) == 0).all()
+
+
+@pytest.mark.parametrize(("queries", "width", "length"), [(130, 12, 100), (64, 36, 192), (3, 8, 0)])
+def test_attend_few_rows(queries, width, length):
+    key, value, query = normal(0, 2, width, 192), normal(1, 2, width, 192), normal(2, queries, 2, width + 4)
+    read = np.asarray(history_kernel.attend_few(query, key, value, jnp.int32(length), 0.3, interpret=True))
+    assert (read[..., width:] == 0).all()
+    if length:
+        truth = softmax_attention(query[..., :width], key[..., :length], value[..., :length], 0.3)
+        np.testing.assert_allclose(read[..., :width], truth, atol=2e-5)
+    else:
+        assert (read == 0).all()
+
+
+@pytest.mark.parametrize("width", [12, 36])
+def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
+    key, value = normal(0, 2, 3, width, 512), normal(1, 2, 3, width, 512)
+    projected = normal(2, 128, 2, 3, width + 4)
+    rope = rope_table(1_000_000 + jnp.arange(128), width)
+    bias = normal(3, 2, 3, width + 4)
+    place = jnp.int32(1), jnp.int32(200)
+    wide = [history_kernel.halves_apart(array.at[..., width:].set(0), width) for array in (projected, bias)]
+    new_key, new_value = history_kernel.store(key, value, *wide, rope, *place, interpret=True)
+    biased = projected[..., :width] + bias[..., :width]
+    true_key = rotate(biased[None, :, 0], rope)[0]
+    for new, old, rows in ((new_key, key, true_key), (new_value, value, biased[:, 1])):
+        expected = np.array(old)
+        expected[1, :, :, 200:328] = np.moveaxis(np.asarray(rows), 0, -1)
+        np.testing.assert_allclose(new, expected, atol=1e-6)
+
+
+def test_feature_pieces_cover_the_width_once():
+    for width in range(2, 260, 2):
+        pieces = history_kernel.feature_pieces(width)
+        assert [start for start, _ in pieces] == list(np.cumsum([0] + [size for _, size in pieces])[:-1])
+        total = sum(size for _, size in pieces)
+        assert width <= total <= max(16, 1 << (width - 1).bit_length())
+        assert all(size >= 16 and size & (size - 1) == 0 for _, size in pieces)
+
+
+@pytest.mark.parametrize(
+    ("batch", "with_context"),
+    [(1, True), pytest.param(5, True, marks=pytest.mark.slow), pytest.param(3, False, marks=pytest.mark.slow)],
+)
+def test_token_layer_by_kernels_equals_plain_products(batch, with_context):
+    config = ModelConfig(d_model=24, num_heads=2, d_ff=40, dtype="float32", attention="xla")
+    shapes = {
+        "norm1_scale": (24,),
+        "norm1_bias": (24,),
+        "qkv_kernel": (24, 3, 2, 12),
+        "qkv_bias": (3, 2, 12),
+        "out_kernel": (2, 12, 24),
+        "out_bias": (24,),
+        "norm2_scale": (24,),
+        "norm2_bias": (24,),
+        "gate_up_kernel": (24, 2, 40),
+        "down_kernel": (40, 24),
+    }
+    params = LayerParams(**{name: normal(seed, *shape) * 0.3 for seed, (name, shape) in enumerate(shapes.items())})
+    params = TokenLayerParams.of(prepare_layers(params, jnp.float32))
+    # Room for several parts of the long source; every sequence has a length of its own, one of them none.
+    past = KeyValue(normal(20, 2, batch, 2, 12, 128), normal(21, 2, batch, 2, 12, 128))
+    history = KeyValue(normal(22, batch, 2, 12, 1536), normal(23, batch, 2, 12, 1536))
+    lengths = jnp.asarray([0, 127, 128, 5, 90][:batch], jnp.int32)
+    long = jnp.asarray([1300, 0, 129, 1536, 1][:batch], jnp.int32)
+    context = CachedRows(history, long) if with_context else None
+    x, rope = normal(24, batch, 24), rope_table(jnp.arange(batch) * 1000, 12)
+    results = [
+        token_layer(params, config, x, rope, CachedRows(past, lengths, 1), context, backend)
+        for backend in ("plain", "triton_interpreted")
+    ]
+    for plain, kernel in zip(*(jax.tree.leaves(result) for result in results)):
+        np.testing.assert_allclose(kernel, plain, atol=2e-5)

@@ -1,0 +1,147 @@
+"""What the inference benchmark writes: JSON and CSV, again after every part, and a table."""
+
+import csv
+import io
+import json
+import pathlib
+from typing import Any
+
+Row = dict[str, Any]
+
+BASELINE, MODEL = "transformer", "tlinformer"
+# Baseline over TLinFormer: name of the ratio, and where in a row its seconds stand.
+RATIOS = {
+    "miss": ("figure9", "miss_seconds"),
+    "hit": ("figure9", "hit_seconds"),
+    "hit_sustained": ("sustained", "seconds"),
+    "prefill": ("prefill", "seconds"),
+    "windows": ("windows", "seconds"),
+}
+
+
+class Report:
+    """The figures so far; every change is written, so that a run that is killed keeps what it measured.
+
+    Attributes:
+      values: what `inference.json` holds.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, header: Row) -> None:
+        self.folder = folder
+        self.values: Row = header | {"complete": False, "rows": [], "ratios": [], "longest": []}
+        self.write()
+
+    def put(self, kind: str, row: Row) -> None:
+        """Takes a new or a grown row of `kind` ('rows' or 'longest')."""
+        if not any(row is known for known in self.values[kind]):
+            self.values[kind].append(row)
+        self.write()
+
+    def finish(self) -> None:
+        """Marks the run as complete."""
+        self.values["complete"] = True
+        self.write()
+
+    def write(self) -> None:
+        """Writes both files, each whole or not at all."""
+        self.values["ratios"] = ratios(self.values["rows"])
+        if self.folder is None:
+            return
+        text = json.dumps(self.values, indent=1, allow_nan=False, ensure_ascii=True) + "\n"
+        for name, content in (("inference.json", text), ("inference.csv", as_csv(self.values["rows"]))):
+            draft = self.folder / f"{name}.draft"
+            draft.write_text(content, encoding="ascii")
+            draft.replace(self.folder / name)
+
+
+def add_cache_ratios(row: Row) -> None:
+    """Adds to Figure 9's figures how many times as long the token takes without a cache."""
+    if "uncached" in row and "figure9" in row:
+        for name in ("miss", "hit"):
+            row["figure9"][f"uncached_over_{name}"] = row["uncached"]["seconds"] / row["figure9"][f"{name}_seconds"]
+
+
+def ratios(rows: list[Row]) -> list[Row]:
+    """Baseline time over TLinFormer time at equal length and batch, for whatever both have measured."""
+    by_place = {(row["architecture"], row["length"], row["batch"]): row for row in rows}
+    found = []
+    for (architecture, length, batch), row in by_place.items():
+        other = by_place.get((BASELINE, length, batch))
+        if architecture != MODEL or other is None:
+            continue
+        figures = {
+            name: other[part][field] / row[part][field]
+            for name, (part, field) in RATIOS.items()
+            if part in row and part in other
+        }
+        if figures:
+            found.append({"length": length, "batch": batch, **figures})
+    return found
+
+
+def as_csv(rows: list[Row]) -> str:
+    """One line a row, its nested figures as columns such as sustained.seconds; lists are left to the JSON."""
+    flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _flat(row: Row, prefix: str = "") -> Row:
+    flat: Row = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            flat[prefix + name] = value
+    return flat
+
+
+def table(values: Row) -> str:
+    """The rows as text: milliseconds, and in brackets multiples of the limit."""
+    head = (
+        f"{'architecture':14} {'N':>11} {'batch':>5} {'miss':>10} {'hit':>9} {'hit sustained':>17} {'slide':>17} "
+        f"{'prefill':>17} {'tokens/s':>10} {'cache GB':>9} {'peak GB':>9}"
+    )
+    lines = [head]
+    for row in values["rows"]:
+        protocol, memory = row.get("figure9", {}), row.get("memory", {})
+        lines.append(
+            f"{row['architecture']:14} {row['length']:>11,} {row['batch']:>5} "
+            f"{_milliseconds(protocol.get('miss_seconds')):>10} {_milliseconds(protocol.get('hit_seconds')):>9} "
+            f"{_multiple(row.get('sustained')):>17} {_multiple(row.get('slide')):>17} "
+            f"{_multiple(row.get('prefill')):>17} {_number(row.get('windows', {}).get('tokens_per_second')):>10} "
+            f"{_gigabytes(row.get('cache_bytes')):>9} {_gigabytes(memory.get('peak_above_weights_bytes')):>9}"
+            + (f"  {row['error']}" if "error" in row else "")
+        )
+    for ratio in values["ratios"]:
+        parts = ", ".join(f"{name} {value:.2f}" for name, value in ratio.items() if name not in ("length", "batch"))
+        lines.append(f"{BASELINE} / {MODEL}, N {ratio['length']:,}, batch {ratio['batch']}: {parts}")
+    return "\n".join(lines + [longest_line(row) for row in values["longest"]])
+
+
+def longest_line(row: Row) -> str:
+    """A try of the part 'longest' as text."""
+    place = f"{row['architecture']}, prompt of {row['length']:,} and a window after it"
+    if not row["fits"]:
+        return f"{place}: {row['error']}"
+    return f"{place}: fits, prompt ({row['filled']}) in {row['fill_seconds']:.2f} s"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def _multiple(figures: Row | None) -> str:
+    return "-" if figures is None else f"{figures['seconds'] * 1e3:.3f} ({figures['multiple']:.2f}x)"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _gigabytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.4g}"

@@ -1,0 +1,107 @@
+"""What all benchmarks share: timing of device work, device facts, memory counters."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+MOST_CALLS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated calls, each waited for; a first one that compiles is not among them."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The figure that is reported."""
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        """The least of them."""
+        return min(self.seconds)
+
+    def per(self, count: int) -> "Timing":
+        """Of one out of `count` equal things that a call did."""
+        return Timing(tuple(seconds / count for seconds in self.seconds))
+
+    def figures(self) -> dict[str, Any]:
+        """As the reports have it: seconds (median), best_seconds, calls."""
+        return {"seconds": self.median, "best_seconds": self.best, "calls": len(self.seconds)}
+
+
+def time_calls(
+    call: Callable[[], Any],
+    budget: float,
+    *,
+    prepare: Callable[[], Any] | None = None,
+    least: int = 3,
+    compiled: bool = False,
+) -> Timing:
+    """Times `call`, after a first call that is not counted, until the budget is spent.
+
+    Args:
+      call: what to time; what it returns is waited for.
+      budget: seconds for all counted calls. At least `least` are made unless they take four times the budget.
+      prepare: done, and waited for, before each call, and not timed.
+      least: calls.
+      compiled: the caller has seen to it that nothing is left to compile; so the first call counts.
+    """
+    if not compiled:
+        _timed(call, prepare)
+    seconds: list[float] = []
+    started = time.perf_counter()
+    while len(seconds) < MOST_CALLS:
+        spent = time.perf_counter() - started
+        if seconds and spent > (budget if len(seconds) >= least else 4 * budget):
+            break
+        seconds.append(_timed(call, prepare))
+    return Timing(tuple(seconds))
+
+
+def _timed(call: Callable[[], Any], prepare: Callable[[], Any] | None) -> float:
+    if prepare is not None:
+        jax.block_until_ready(prepare())
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - started
+
+
+def device_facts() -> dict[str, Any]:
+    """The machine as reports name it.
+
+    Returns:
+      device, platform, memory_limit_bytes (of JAX's allocator; None where unknown), jax.
+    """
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "memory_limit_bytes": _memory_stats().get("bytes_limit"),
+        "jax": jax.__version__,
+    }
+
+
+def peak_bytes() -> int | None:
+    """Most bytes in use on the device since the process began; None where the device does not count them."""
+    return _memory_stats().get("peak_bytes_in_use")
+
+
+def live_bytes() -> int:
+    """Bytes of the arrays that live now."""
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a pytree's arrays, or of their shapes."""
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(tree))
+
+
+def _memory_stats() -> dict[str, Any]:
+    return jax.devices()[0].memory_stats() or {}
