@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from tests.test_entry_points import check_refusal, command
+from tests.support.commands import check_refusal, command
 from tlinformer_jax import recipes
 from tlinformer_jax.config import SECTIONS, RunConfig, default_config_dict, run_config
 from tlinformer_jax.data.config import DataConfig

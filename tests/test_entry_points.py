@@ -1,14 +1,11 @@
 """The commands as a user types them: good runs, and one clear line for every mistake."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.support.commands import ROOT, check_refusal, command
+
 TINY = ["--config=configs/tiny.py"]
 SHRUNK = [
     "--config.model.d_model=16",
@@ -19,23 +16,6 @@ SHRUNK = [
     "--config.train.steps=2",
     "--config.train.eval_every=0",
 ]
-
-
-def command(module: str, *arguments: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Runs a module on one CPU device; imports of `blocked` packages fail as if they were not installed."""
-    hide = "".join(f"sys.modules[{name!r}] = None; " for name in blocked)
-    script = f"import sys; {hide}import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
 
 
 def test_training_and_evaluation_without_tensorflow_tfds_clu_or_grain(tmp_path):
@@ -100,10 +80,3 @@ def test_readme_shows_what_the_command_prints():
     assert "@@" not in readme
     result = command("tlinformer_jax.main", *TINY, "--config.model.num_heads=7", "--workdir=/tmp/x")
     assert result.stderr.strip() in readme
-
-
-def check_refusal(result: subprocess.CompletedProcess, message: str) -> None:
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr

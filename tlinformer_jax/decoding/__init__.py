@@ -1,1 +1,27 @@
-"""Generation: caches, prefill, step and slide, sampling, the generator."""
+"""Generation: caches, prefill, step and slide, sampling, the generator.
+
+The names below are imported on first use, so that importing the package is cheap.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "CacheLedger": "tlinformer_jax.decoding.accounting",
+    "CacheWarning": "tlinformer_jax.decoding.accounting",
+    "Decoder": "tlinformer_jax.decoding.decoder",
+    "Generation": "tlinformer_jax.decoding.stream",
+    "GenerationConfig": "tlinformer_jax.decoding.settings",
+    "Generator": "tlinformer_jax.decoding.generator",
+    "Piece": "tlinformer_jax.decoding.stream",
+    "SamplingConfig": "tlinformer_jax.decoding.sampling",
+    "Stream": "tlinformer_jax.decoding.stream",
+    "cache_bytes": "tlinformer_jax.decoding.accounting",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tlinformer_jax.decoding' has no attribute {name!r}")

@@ -1,0 +1,412 @@
+"""The generator: batches of unequal prompts, against the NumPy reference, against golden values, against each alone."""
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from tests.support import golden, reference
+from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.data.tokenizers import ByteTokenizer
+from tlinformer_jax.decoding import CacheLedger, CacheWarning, Generation, Generator, cache_bytes
+from tlinformer_jax.decoding import batch as batch_module
+from tlinformer_jax.decoding import cache as cache_module
+from tlinformer_jax.decoding.cache import history_of
+from tlinformer_jax.decoding.loop import jit_run_steps
+from tlinformer_jax.decoding.sampling import SamplingConfig, sample, seen_tokens, sequence_keys
+from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.models.config import ARCHITECTURES
+
+SMALL = ModelConfig(
+    vocab_size=37,
+    d_model=16,
+    num_heads=2,
+    num_blocks=2,
+    hidden_depth=0,
+    d_ff=24,
+    history_window=6,
+    generation_window=4,
+    dtype="float32",
+    attention="xla",
+    history_segments=1,
+)
+TEXT = dataclasses.replace(SMALL, vocab_size=260, num_blocks=1)
+# Of several phases: a full window, one token in the window, no history.
+LENGTHS = (3, 8, 13)
+NEW = 12
+DRAWN = {"temperature": 1.2, "repetition_penalty": 1.3, "seed": 5}
+
+
+def weights(config: ModelConfig) -> dict[str, np.ndarray]:
+    return golden.random_weights(config)
+
+
+def prompts_of(config: ModelConfig, lengths=LENGTHS) -> list[list[int]]:
+    return [np.random.default_rng(n).integers(0, config.vocab_size, n).tolist() for n in lengths]
+
+
+@functools.cache
+def generator(config: ModelConfig) -> Generator:
+    tokenizer = ByteTokenizer() if config.vocab_size >= 257 else None
+    return Generator(build_model(config), params_from_reference(weights(config), config), tokenizer)
+
+
+def of(architecture: str) -> ModelConfig:
+    """Two blocks where the second reads what the first restored, else one: they compile sooner."""
+    return dataclasses.replace(SMALL, architecture=architecture, num_blocks=2 if architecture == "tlinformer" else 1)
+
+
+@functools.cache
+def greedy(config: ModelConfig) -> list[Generation]:
+    return generator(config).run(prompts_of(config), max_new_tokens=NEW, logprobs=True)
+
+
+@pytest.mark.skipif(not golden.available(), reason=f"no golden files in {golden.FOLDER}")
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_greedy_continuations_are_the_published_models(name):
+    truth = golden.load(name)
+    model = Generator(build_model(truth.config), params_from_reference(truth.params, truth.config))
+    prompts, wanted = np.split(truth.greedy, [truth.prompt_length], axis=1)
+    assert model.generate_tokens(list(prompts), max_new_tokens=wanted.shape[1]) == wanted.tolist()
+
+
+def check_against_reference(config: ModelConfig, prompts, generations) -> None:
+    """Every token is the likeliest of the reference's, and has its log-probability."""
+    for prompt, generation in zip(prompts, generations):
+        logits = reference.logits(weights(config), config, [prompt + generation.tokens])[0][len(prompt) - 1 : -1]
+        assert generation.tokens == logits.argmax(-1).tolist()
+        logprobs = logits.max(-1) - np.log(np.exp(logits).sum(-1))
+        np.testing.assert_allclose(generation.logprobs, logprobs, atol=3e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_unequal_prompts_continue_as_the_reference_says(architecture):
+    config = of(architecture)
+    prompts = prompts_of(config)
+    generations = greedy(config)
+    check_against_reference(config, prompts, generations)
+    assert {generation.finish_reason for generation in generations} == {"length"}
+    for prompt, generation in zip(prompts, generations):
+        fed = len(prompt) + NEW - 1  # nobody needs what comes after the last token
+        slides = (history_of(config, fed) - history_of(config, len(prompt))) // config.generation_window
+        assert (generation.hits, generation.misses) == (NEW - 1, 1 + slides * config.windowed)
+
+
+@pytest.mark.parametrize(("architecture", "lengths"), [("tlinformer", (6, 17)), ("transformer", (6, 14))])
+def test_batches_keep_their_history_when_the_cache_grows(architecture, lengths, monkeypatch):
+    monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
+    config = of(architecture)
+    prompts = prompts_of(config, lengths)
+    stream = generator(config).stream(prompts, max_new_tokens=8, logprobs=True, chunk=3)
+    first = next(stream)
+    before = stream.statistics.cache.allocated
+    pieces = [first, *stream]
+    assert stream.statistics.cache.allocated > before
+    check_against_reference(config, prompts, stream.generations)
+    assert {len(piece.tokens) for piece in pieces} <= {1, 2, 3}
+    assert {piece.index for piece in pieces} == {0, 1}
+
+
+@functools.cache
+def drawn(config: ModelConfig) -> list[list[int]]:
+    return generator(config).generate_tokens(prompts_of(config), max_new_tokens=NEW, **DRAWN)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_drawn_in_a_batch_are_those_of_the_reference_alone(architecture):
+    config = of(architecture)
+    sampling = SamplingConfig(**DRAWN)
+    jit_sample = jax.jit(sample, static_argnums=4)
+    for i, (prompt, tokens) in enumerate(zip(prompts_of(config), drawn(config))):
+        logits = reference.logits(weights(config), config, [prompt + tokens])[0][len(prompt) - 1 : -1]
+        seen = np.stack([seen_tokens([prompt + tokens[:number]], config.vocab_size)[0] for number in range(NEW)])
+        keys = sequence_keys([DRAWN["seed"] + i] * NEW, NEW)
+        positions = np.arange(len(prompt), len(prompt) + NEW, dtype=np.int32)
+        wanted, _ = jit_sample(logits.astype(np.float32), keys, positions, seen, sampling.mode(), sampling.values())
+        assert tokens == wanted.tolist()
+    assert drawn(config) != [generation.tokens for generation in greedy(config)]
+
+
+def test_a_drawn_sequence_does_not_depend_on_neighbours_place_or_calls():
+    config = of("tlinformer")
+    model, prompts = generator(config), prompts_of(config)
+    seeds = [DRAWN["seed"] + i for i in range(3)]
+    turned = model.generate_tokens(prompts[::-1], max_new_tokens=NEW, chunk=3, **(DRAWN | {"seed": seeds[::-1]}))
+    assert turned[::-1] == drawn(config)
+    alone = [
+        model.generate_tokens([prompt], max_new_tokens=NEW, **(DRAWN | {"seed": seed}))[0]
+        for prompt, seed in zip(prompts, seeds)
+    ]
+    assert alone == drawn(config)
+
+
+def test_samples_of_one_prompt_differ():
+    config = of("tlinformer")
+    samples = generator(config).generate_tokens(prompts_of(config)[:1] * 3, max_new_tokens=NEW, **DRAWN)
+    assert len({tuple(sample) for sample in samples}) == 3
+    assert samples[0] == drawn(config)[0]
+
+
+def test_stop_tokens_end_their_sequence_only():
+    config = of("tlinformer")
+    full = [generation.tokens for generation in greedy(config)]
+    stop = full[1][4]
+    generations = generator(config).run(
+        prompts_of(config), max_new_tokens=NEW, stop_tokens=[stop, 36, 35], logprobs=True
+    )
+    for got, wanted in zip(generations, full):
+        ends = [i for i, token in enumerate(wanted) if token in (stop, 36, 35)]
+        assert got.tokens == wanted[: ends[0] + 1 if ends else NEW]
+        assert got.finish_reason == ("stop_token" if ends else "length")
+    assert len(generations[1].tokens) <= 5
+    assert any(generation.finish_reason == "length" for generation in generations), "choose another seed"
+
+
+def text_of(tokens) -> str:
+    """The text of byte tokens, an incomplete last character left out."""
+    data = ByteTokenizer().decode(tokens)
+    for start in range(max(len(data) - 3, 0), len(data)):
+        try:
+            data[start:].decode("utf-8")
+        except UnicodeDecodeError as error:
+            if error.start == 0 and error.reason == "unexpected end of data":
+                return data[:start].decode("utf-8", "replace")
+    return data.decode("utf-8", "replace")
+
+
+def test_text_streams_in_pieces_that_join():
+    model = generator(TEXT)
+    stream = model.stream(["añ", "plain text"], max_new_tokens=40, temperature=2.0, chunk=3, stop_tokens=())
+    shown, tokens = ["", ""], [[], []]
+    for piece in stream:
+        assert 1 <= len(piece.tokens) <= 3
+        shown[piece.index] += piece.text
+        tokens[piece.index] += piece.tokens
+        assert (piece.finish_reason is None) == (len(tokens[piece.index]) < 40)
+    assert tokens == [generation.tokens for generation in stream.generations]
+    assert shown == [generation.text for generation in stream.generations]
+    assert shown == model.generate(["añ", "plain text"], max_new_tokens=40, temperature=2.0, stop_tokens=())
+    assert shown == [text_of(part) for part in tokens]
+    assert any(ord(character) > 127 for character in shown[0])
+
+
+def test_stop_strings_end_text_before_themselves_and_their_sequence_only():
+    model = generator(TEXT)
+    options = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3}
+    full = model.run(["begin"] * 2, **options)
+    stop = full[0].text[9:12]
+    assert (full[0].text.find(stop), stop in full[1].text) == (9, False)
+    cut, other = model.run(["begin"] * 2, stop_strings=[stop, "never"], **options)
+    assert (cut.text, cut.finish_reason) == (full[0].text[:9], "stop_string")
+    assert cut.tokens == full[0].tokens[: len(cut.tokens)]
+    assert text_of(cut.tokens) == full[0].text[:12]
+    assert (other.tokens, other.text, other.finish_reason) == (full[1].tokens, full[1].text, "length")
+    shown = ["", ""]
+    stream = model.stream(["begin"] * 2, stop_strings=[stop], chunk=1, **options)
+    for piece in stream:
+        shown[piece.index] += piece.text
+    assert shown == [cut.text, other.text]
+    assert [generation.hits for generation in stream.generations] == [len(cut.tokens) - 1, 39], (
+        "stopped, it costs no more"
+    )
+    tokens = model.generate_tokens([list(b"begin")] * 2, stop_strings=[stop], **options)
+    assert tokens == [cut.tokens, other.tokens]
+
+
+def test_texts_end_at_the_end_of_text_and_tokens_do_not():
+    model = generator(TEXT)
+    options = {"max_new_tokens": 80, "temperature": 3.0, "seed": 10}
+    free = model.generate_tokens([list(b"x")] * 2, **options)
+    assert any(256 in tokens for tokens in free), "choose another seed"
+    for tokens, generation in zip(free, model.run(["x"] * 2, **options)):
+        assert generation.tokens == (tokens[: tokens.index(256) + 1] if 256 in tokens else tokens)
+        assert generation.finish_reason == ("stop_token" if 256 in tokens else "length")
+
+
+def test_logits_that_are_not_finite_end_in_one_clear_line():
+    config = of("tlinformer")
+    variables = params_from_reference(weights(config), config)
+    variables["params"]["norm_bias"] = variables["params"]["norm_bias"].at[0].set(np.nan)
+    broken = Generator(build_model(config), variables)
+    with pytest.raises(UserError, match="sequence 0: the model's logits are not finite at position 3, so no token"):
+        broken.run(prompts_of(config), max_new_tokens=2, logprobs=True)
+    model = Generator(build_model(config), params_from_reference(weights(config), config))
+    stream = model.stream(prompts_of(config), max_new_tokens=NEW, logprobs=True)
+    next(stream)
+    model.decoder.params = jax.tree.map(lambda array: array * np.nan, model.decoder.params)
+    with pytest.raises(UserError, match="sequence 0: the model's logits are not finite at position 4"):
+        list(stream)
+
+
+def test_ctrl_c_keeps_what_there_is(monkeypatch):
+    model, texts = generator(TEXT), ["begin", "other"]
+    options = {"max_new_tokens": 30, "temperature": 1.0, "chunk": 2}
+    full, _ = model.run(texts, **options)
+    calls, advance = [], batch_module.Batch.advance
+
+    def interrupted(self, most):
+        calls.append(most)
+        if len(calls) % 4 == 0:
+            raise KeyboardInterrupt
+        return advance(self, most)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch_module.Batch, "advance", interrupted)
+        part, other = model.run(texts, **options)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(texts, **options)
+    assert part.finish_reason == other.finish_reason == "interrupted"
+    assert 4 <= len(part.tokens) < 30
+    assert part.tokens == full.tokens[: len(part.tokens)]
+    assert part.text == text_of(part.tokens)
+    # A stream's consumer may be the one who is interrupted; what was held back for a stop string still comes.
+    stream = model.stream(texts, stop_strings=[full.text[:3] + "\0"], **options)
+    shown = next(stream).text
+    rest = stream.stop()
+    assert {piece.index for piece in rest} == {0, 1}
+    assert shown + "".join(piece.text for piece in rest if piece.index == 0) == stream.generations[0].text
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cache_bytes_are_those_of_its_arrays(architecture):
+    config = of(architecture)
+    decoder, ledger = generator(config).decoder, CacheLedger(config, 3)
+    cache = decoder.init_cache(3, 13)
+    for row, prompt in enumerate(prompts_of(config)):
+        cache, _ = decoder.prefill(cache, row, np.array(prompt))
+        ledger.prefilled(row, len(prompt))
+    sizes = cache_bytes(config, cache, ledger)
+    assert sizes.allocated == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    np.testing.assert_array_equal(ledger.lengths, cache.position)
+    row = 2 * 16 * 4  # key and value, D, float32
+    if architecture == "transformer":
+        assert sizes.parts["layers"].used == sizes.paper == 24 * row * 2
+        return
+    if architecture == "sliding_window":
+        assert sizes.parts["layers"].used == (3 + 8 + 9) * row * 2
+        assert sizes.paper is None
+        return
+    blocks, lengths = config.num_blocks, (cache.history_length, cache.observed_length, cache.window_length)
+    assert [array.tolist() for array in lengths] == [[0, 4, 12], [0, 4, 6], [3, 4, 1]]
+    assert sizes.parts["context"].used == 10 * row * blocks
+    assert sizes.parts["window"].used == 8 * row * 2 * blocks
+    assert sizes.parts["tokens"].used == 24 * 4
+    if architecture == "tconstformer":
+        assert sizes.parts["history"].allocated == 0
+        assert sizes.paper is None
+        return
+    # Equation 7, 2 * batch * N * D * bytes * layers / (H + 2), counts the window's tokens as history.
+    assert sizes.paper == 2 * 24 * 16 * 4 * 4 // 2
+    assert sizes.parts["history"].used * 24 == sizes.paper * 16
+
+
+def test_slides_out_of_phase_are_warned_of():
+    config = of("tlinformer")
+    decoder, prompts, ledger = generator(config).decoder, prompts_of(config), CacheLedger(config, 3)
+    cache, _ = decoder.prefill(decoder.init_cache(3, 13), 1, np.array(prompts[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ledger.prefilled(1, 8)
+        assert ledger.full(1)
+        cache = decoder.slide(cache, 1, 8)
+        ledger.slid(1)  # the prompt filled the window: in phase
+    cache = decoder.slide(cache, 1, 12)
+    with pytest.warns(CacheWarning, match="sequence 1 misses its cache oftener.* = 4 tokens: slide .* only 0 of 4"):
+        ledger.slid(1)
+    np.testing.assert_array_equal(ledger.histories, cache.history_length)
+    np.testing.assert_array_equal(ledger.windows, cache.window_length)
+    with pytest.warns(CacheWarning, match="prefill was called again for 2 new tokens after 12"):
+        ledger.prefilled(1, 14)
+    ledger.fed(np.array([0, 1, 0]))
+    assert (ledger.misses.tolist(), ledger.hits.tolist()) == ([0, 4, 0], [0, 1, 0])
+
+
+def test_continuing_by_a_new_prompt_is_warned_of():
+    config = of("tlinformer")
+    model, prompts = generator(config), prompts_of(config)
+    options = {"max_new_tokens": 2, "logprobs": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate_tokens(prompts, **options)
+        longer = [prompt + new for prompt, new in zip(prompts, model.generate_tokens(prompts, **options))]
+        model.generate_tokens([tokens + [1] * 4 for tokens in longer], **options)  # a whole window is new
+        model.generate_tokens(prompts, **options)
+    with pytest.warns(CacheWarning, match="prompt 0 misses .* the 5 tokens .* adds 1, .* more tokens in one call"):
+        model.generate_tokens([[*tokens, 1] for tokens in longer], **options)
+
+
+def test_nothing_asked_for_nothing_done():
+    model = generator(of("tlinformer"))
+    assert model.generate_tokens([], max_new_tokens=3) == []
+    stream = model.stream(prompts_of(SMALL), max_new_tokens=0)
+    assert list(stream) == []
+    assert [(g.tokens, g.finish_reason, g.misses) for g in stream.generations] == [([], "length", 0)] * 3
+    assert stream.statistics.cache.allocated == 0
+
+
+MISTAKES = {
+    "empty prompt": ([[1], []], {}, "prompt 1: must hold at least one token; it is empty"),
+    "id too large": ([[1], [2, 37]], {}, "prompt 1: token 37 is not one of the vocabulary's 0 .. 36"),
+    "negative id": ([[-1]], {}, "prompt 0: token -1 is not one"),
+    "no ids": ([[1.5]], {}, "prompt 0: must be a text or a list of token ids"),
+    "nested": ([[[1], [2, 3]]], {}, "prompt 0: must be a text or a list of token ids"),
+    "one prompt": ("text", {}, "prompts: must be a list of texts"),
+    "text without tokenizer": (["text"], {}, "prompt 0: must be a list of token ids, because"),
+    "negative count": ([[1]], {"max_new_tokens": -1}, "generation.max_new_tokens = -1: must be an integer >= 0"),
+    "no count": ([[1]], {"max_new_tokens": 1.0}, "generation.max_new_tokens = 1.0"),
+    "temperature": ([[1]], {"temperature": -0.5}, "sampling.temperature = -0.5"),
+    "top_k": ([[1]], {"top_k": 0}, "sampling.top_k = 0"),
+    "seed": ([[1]], {"seed": -3}, "sampling.seed = -3"),
+    "seeds": ([[1]], {"seed": [1, 2]}, "sampling.seed = [1, 2]: must be one integer or 1 of them"),
+    "unknown option": (
+        [[1]],
+        {"temprature": 1},
+        "generation.temprature = 1: no such option; there are chunk, logprobs",
+    ),
+    "chunk": ([[1]], {"chunk": 0}, "generation.chunk = 0: must be an integer from 1 to 256"),
+    "stop token": (
+        [[1]],
+        {"stop_tokens": [37]},
+        "generation.stop_tokens = [37]: must be ids of the vocabulary, 0 .. 36",
+    ),
+    "stop tokens": ([[1]], {"stop_tokens": "a"}, "generation.stop_tokens = 'a': must be a list of token ids"),
+    "stop text": ([[1]], {"stop_strings": "a"}, "generation.stop_strings = 'a': must be a list of texts"),
+    "empty stop": ([[1]], {"stop_strings": [""]}, "generation.stop_strings = ['']"),
+    "stop without tokenizer": ([[1]], {"stop_strings": ["a"]}, "because the generator has no tokenizer"),
+    "logprobs": ([[1]], {"logprobs": 1}, "generation.logprobs = 1: must be True or False"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    prompts, options, message = MISTAKES[name]
+    with pytest.raises(UserError) as caught:
+        generator(SMALL).generate_tokens(prompts, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_texts_and_tokenizers_that_do_not_fit():
+    with pytest.raises(UserError, match="prompt 0: must be text; it holds parts of characters"):
+        generator(TEXT).generate(["\udcff"])
+    with pytest.raises(ConfigError, match=r"model\.vocab_size = 37: must be at least 257"):
+        Generator(build_model(SMALL), {}, ByteTokenizer())
+
+
+def test_few_compilations_for_thousands_of_tokens():
+    config = dataclasses.replace(SMALL, num_blocks=1, d_model=8, d_ff=8, history_window=32, generation_window=32)
+    model = Generator(build_model(config), params_from_reference(weights(config), config))
+    count = 3000
+    before = jit_run_steps._cache_size(), model.decoder._slide._cache_size()
+    stream = model.stream([[1]], max_new_tokens=count, chunk=256)
+    drawn = sum(len(piece.tokens) for piece in stream)
+    steps, slides = jit_run_steps._cache_size() - before[0], model.decoder._slide._cache_size() - before[1]
+    assert drawn == count
+    assert stream.generations[0].misses == 1 + (count - 1) // 32
+    assert 2 <= steps <= 2 * np.log2(count) + 4
+    assert 2 <= slides <= 2 * np.log2(count) + 4

@@ -1,0 +1,35 @@
+"""The commands as a user types them, in a process of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command_line(module: str, *arguments: str, blocked: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+    """What starts a module on one CPU device, and its environment; imports of `blocked` packages fail."""
+    hide = "".join(f"sys.modules[{name!r}] = None; " for name in blocked)
+    # Tests that a shell runs in the background would hand down that Ctrl-C is ignored.
+    hide += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script = f"import sys; {hide}import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    return [sys.executable, "-c", script, *arguments], {
+        **environment,
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")),
+    }
+
+
+def command(module: str, *arguments: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Runs a module on one CPU device; imports of `blocked` packages fail as if they were not installed."""
+    line, environment = command_line(module, *arguments, blocked=blocked)
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def check_refusal(result: subprocess.CompletedProcess, message: str) -> None:
+    """One line on stderr that says `message`, and status 2."""
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
