@@ -1,38 +1,38 @@
 """bfloat16 on a model that has learned real text: the decoder against the full forward pass."""
 
 import dataclasses
-import importlib.util
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from tlinformer_jax import build_model, train_and_evaluate
-from tlinformer_jax.config import run_config
+from tests.support.commands import command
+from tlinformer_jax import build_model
+from tlinformer_jax.config import load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.setup import build_run
 
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 def trained(workdir: pathlib.Path, architecture: str):
     """configs/tiny.py after a third of its steps: (config, variables, tokens of held-out text)."""
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = module.get_config()
-    values.model.architecture = architecture
-    values.train.update(steps=150, eval_every=0, log_every=50)
-    config = run_config(values)
-    figures = train_and_evaluate(config, workdir)
-    assert figures["bits_per_byte"] < 3.2, "the model must have learned something"
+    result = command(
+        "tlinformer_jax.main",
+        "--config=configs/tiny.py",
+        f"--config.model.architecture={architecture}",
+        "--config.train.steps=150",
+        "--config.train.eval_every=0",
+        f"--workdir={workdir}",
+    )
+    assert result.returncode == 0, result.stderr
+    config = load_config(workdir)
     run = build_run(config, load_tokenizer(workdir))
     _, params = restore_params(workdir, run.abstract_state.params)
-    return config.model, {"params": jax.device_get(params)}, np.asarray(run.split("validation").tokens[: 2 * 420], np.int32)
+    tokens = np.asarray(run.split("validation").tokens[: 2 * 420], np.int32)
+    return config.model, {"params": jax.device_get(params)}, tokens
 
 
 def decoded_logits(decoder: Decoder, tokens: np.ndarray, prompt: int) -> np.ndarray:
