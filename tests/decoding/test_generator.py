@@ -398,10 +398,10 @@ def test_texts_and_tokenizers_that_do_not_fit():
         Generator(build_model(SMALL), {}, ByteTokenizer())
 
 
-def test_few_compilations_for_thousands_of_tokens():
+@pytest.mark.parametrize("count", [1500, pytest.param(12_000, marks=pytest.mark.slow)])
+def test_few_compilations_for_thousands_of_tokens(count):
     config = dataclasses.replace(SMALL, num_blocks=1, d_model=8, d_ff=8, history_window=32, generation_window=32)
     model = Generator(build_model(config), params_from_reference(weights(config), config))
-    count = 3000
     before = jit_run_steps._cache_size(), model.decoder._slide._cache_size()
     stream = model.stream([[1]], max_new_tokens=count, chunk=256)
     drawn = sum(len(piece.tokens) for piece in stream)
