@@ -1,0 +1,80 @@
+"""The GPU kernels of generation become Triton programs at the 41M shape: lowered for an H100, on the CPU.
+
+It catches what interpretation cannot, such as an operation that a new JAX no longer lowers; it runs nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tlinformer_jax import ModelConfig
+from tlinformer_jax.models import history_kernel
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue
+from tlinformer_jax.models.layers import Layer, prepare_layers
+from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.token_layer import TokenLayerParams, token_layer
+
+pytest.importorskip("jax.experimental.pallas.triton")
+
+ROWS, QUERIES = 2048, 300
+CONFIG = ModelConfig(dtype="bfloat16")
+HEADS, WIDTH = CONFIG.num_heads, CONFIG.head_dim
+
+
+def half(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def number() -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def lowered(function, *arguments) -> str:
+    """StableHLO of `function` for one H100."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_attention_to_history():
+    cache = half(2, HEADS, WIDTH, ROWS)
+    text = lowered(
+        lambda *arguments: history_kernel.attend(*arguments, 0.1),
+        half(QUERIES, HEADS, 40), cache, cache, number(), number(),
+    )  # fmt: skip
+    assert "attend_history" in text
+    assert "triton" in text
+
+
+def test_attention_to_the_compressed_context():
+    rows = half(HEADS, WIDTH, 256)
+    text = lowered(
+        lambda *arguments: history_kernel.attend_few(*arguments, 0.1), half(QUERIES, HEADS, 40), rows, rows, number()
+    )
+    assert "attend_context" in text
+
+
+def test_storing():
+    cache, positions = half(2, HEADS, WIDTH, ROWS), jax.ShapeDtypeStruct((128,), jnp.int32)
+
+    def store(key, value, projected, bias, positions, row, start):
+        return history_kernel.store(key, value, projected, bias, rope_table(positions, WIDTH), row, start)
+
+    text = lowered(store, cache, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
+    assert "store_history" in text
+
+
+def test_a_tokens_layer():
+    params = jax.eval_shape(lambda: Layer(CONFIG).init_with_output(jax.random.key(0))[0])
+    cache = KeyValue(half(1, HEADS, WIDTH, ROWS), half(1, HEADS, WIDTH, ROWS))
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def layer(params, x, cache, lengths):
+        token = TokenLayerParams.of(prepare_layers(params, jnp.bfloat16))
+        rows = CachedRows(cache, lengths)
+        return token_layer(token, CONFIG, x, rope_table(lengths, WIDTH), rows, rows, "triton")
+
+    text = lowered(layer, params, half(1, CONFIG.d_model), cache, lengths)
+    assert text.count("attend_cached") >= 1
+    assert "dense" in text
