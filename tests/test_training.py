@@ -22,6 +22,7 @@ from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.loss import token_losses
+from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run
 from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
@@ -188,7 +189,7 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval/loss" in line] == [2, 4]
-    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"} <= set(lines[-2])
+    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second", "train/tflops"} <= set(lines[-2])
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["model"]["d_model"] == 16
 
@@ -264,3 +265,12 @@ def test_ngram_floor_equals_a_plain_dictionary_model():
 
     bits = [-math.log2(probability((int(a), int(b)), int(c))) for a, b, c in zip(test, test[1:], test[2:])]
     assert math.isclose(witten_bell_bits(train, test, 5), float(np.mean(bits)), rel_tol=1e-9)
+
+
+def test_throughput_reports_model_flops_and_their_share_of_the_peak():
+    throughput = Throughput(total_steps=10, flops_per_token=3e9, peak_flops=1e15)
+    throughput.count(1000)
+    figures = throughput.report(step=1)
+    assert figures["tflops"] == pytest.approx(figures["tokens_per_second"] * 3e-3)
+    assert figures["mfu"] == pytest.approx(figures["tflops"] / 1e3)
+    assert "mfu" not in Throughput(10, 3e9, None).report(step=1)

@@ -54,7 +54,7 @@ def forward_windows(
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)
     projected = Projected(*project(blocks[0].compress, embeddings, rope))
 
-    remat = config.remat == "window" or (config.remat == "auto" and windows > AUTO_REMAT_WINDOWS)
+    remat = rematerialised(config, windows)
     # Window 0 has no history, so every layer is an ordinary causal one.
     layers = [layer for block in blocks for layer in block.layers()]
     size = config.generation_window
@@ -65,6 +65,11 @@ def forward_windows(
         states = _scan_segment(blocks, config, segment, embeddings, projected, history, rope, dropout, remat)
         outputs.append(jnp.moveaxis(states, 0, 1).reshape(batch, -1, width))
     return jnp.concatenate(outputs, axis=1)[:, :length]
+
+
+def rematerialised(config: ModelConfig, windows: int) -> bool:
+    """Whether the windows of a sequence of so many are computed again in the backward pass."""
+    return config.remat == "window" or (config.remat == "auto" and windows > AUTO_REMAT_WINDOWS)
 
 
 def later_window(

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.ngram import witten_bell_bits
+from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import CONFIG_FILE, RunConfig, differences, load_config, run_config, save_config
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
@@ -143,7 +145,7 @@ def train_steps(
     """Runs the steps that are left; evaluates and saves at the configured rhythm, but not after the last."""
     config, last = run.config.train, run.horizon.steps
     step_function = jit_train_step(run.model, config, run.horizon, run.shardings, batch_sharding(run.mesh))
-    throughput = Throughput(last)
+    throughput = build_throughput(run)
     first = int(state.step)
     evaluations = evaluation_steps(config, batches, last)
     with prefetched(batches, first, jax.process_index(), jax.process_count()) as reader:
@@ -170,6 +172,14 @@ def train_steps(
     return state
 
 
+def build_throughput(run: Run) -> Throughput:
+    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
+    model, length = run.config.model, run.config.data.sequence_length
+    peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype.name)
+    per_token = training_flops(model, length).model / length
+    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens at `step`, the last one excepted."""
     return every > 0 and step % every == 0 and step != last
@@ -188,8 +198,9 @@ def log_step(step: int, metrics: Mapping[str, Any], speed: Mapping[str, float], 
     values = {f"train/{name}": float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
     line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
     if speed:
-        values |= {f"train/{name}": speed[name] for name in ("tokens_per_second", "input_wait")}
-        line += f"  {speed['tokens_per_second']:,.0f} tokens/s  {clock(speed['eta'])} left"
+        values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
+        used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
+        line += f"  {speed['tokens_per_second']:,.0f} tokens/s{used}  {clock(speed['eta'])} left"
     log.write(step, values)
     say(line)
     if not math.isfinite(values["train/loss"]):
