@@ -180,6 +180,7 @@ OVERRIDES = {
         "param_dtype": "bfloat16",
         "attention": "xla",
         "history_segments": 3,
+        "windows_together": 2,
         "scan_layers": False,
         "remat": "window",
     },
@@ -189,6 +190,7 @@ OVERRIDES = {
         "batch_size": 48,
         "accumulation": 6,
         "equal_updates": None,  # the other one
+        "sampled_windows": 2,
         "seed": 11,
         "learning_rate": 0.5,
         "warmup_steps": 5,

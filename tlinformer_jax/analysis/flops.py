@@ -22,7 +22,7 @@ from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.transformer import attention_window
-from tlinformer_jax.models.windows import num_windows, padded_length, plan_segments
+from tlinformer_jax.models.windows import Segment, num_windows, padded_length, plan_segments
 
 # Products with the vocabulary that the loss computes: forward, again for the backward pass, and two gradients.
 VOCABULARY_PRODUCTS = 4
@@ -94,13 +94,15 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     )
     width = config.head_dim + -config.head_dim % head_multiple(config.compute_dtype, config.attention)
     windows = num_windows(config, length)
-    share = sampled_windows / windows if config.windowed and sampled_windows else 1.0
+    share = min(1.0, sampled_windows / windows) if config.windowed and sampled_windows else 1.0
     model_outside, model_inside = _model_forward(config, length)
-    outside, inside = _hardware_forward(config, length, width * config.num_heads, fused)
+    sampled = share < 1
+    outside, inside = _hardware_forward(config, length, width * config.num_heads, fused, 1 if sampled else None)
     head = 2.0 * length * share * config.vocab_size * config.d_model
     model = 3.0 * (model_outside + model_inside * share).total + 3.0 * head
     once = outside + inside * share
-    again = inside.total * share if config.windowed and rematerialised(config, windows) else 0.0
+    recomputed = config.windowed and (sampled or rematerialised(config, windows))
+    again = inside.total * share if recomputed else 0.0
     hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again + VOCABULARY_PRODUCTS * head
     return StepFlops(batch * model, batch * hardware)
 
@@ -121,25 +123,28 @@ def _model_forward(config: ModelConfig, length: int) -> tuple[Forward, Forward]:
     return _project(config, length, 3, inner), total
 
 
-def _hardware_forward(config: ModelConfig, length: int, inner: int, fused: bool) -> tuple[Forward, Forward]:
-    """The same for hardware FLOPs; `inner` is the width of all padded heads."""
+def _hardware_forward(
+    config: ModelConfig, length: int, inner: int, fused: bool, together: int | None
+) -> tuple[Forward, Forward]:
+    """The same for hardware FLOPs; `inner` is the width of all padded heads, `together` as `plan_segments` has it."""
     if not config.windowed:
         seen = attention_window(config)
         return Forward(), _causal_layers(config, length, inner, _causal_pairs(length, seen) if fused else length**2)
     windows, size = num_windows(config, length), config.generation_window
-    segments = plan_segments(config, windows)
+    segments = plan_segments(config, windows, together)
     causal = _causal_pairs(size) if fused else size**2
-    first = min(size, padded_length(config, windows, segments))
-    total = _causal_layers(config, first, inner, causal)
-    for shape in _segment_shapes(config, windows, causal, fused):
+    total = _causal_layers(config, size, inner, causal)
+    for shape in _segment_shapes(config, segments, causal, fused):
         total = total + _window(config, shape, inner)
     return _project(config, padded_length(config, windows, segments), 3, inner), total
 
 
-def _segment_shapes(config: ModelConfig, windows: int, causal: float, fused: bool) -> Iterator[WindowShape]:
-    """The windows with history as the scans execute them."""
+def _segment_shapes(
+    config: ModelConfig, segments: tuple[Segment, ...], causal: float, fused: bool
+) -> Iterator[WindowShape]:
+    """The windows with history as the loops execute them."""
     size = config.generation_window
-    for segment in plan_segments(config, windows):
+    for segment in segments:
         for number, observed in enumerate(segment.observed):
             history = (segment.first + number) * size
             keys = (history, observed) if fused else (segment.history_rows, segment.observed_width)

@@ -44,6 +44,8 @@ class ModelConfig:
       attention: backend of the attention kernel; 'auto' takes the best one for the device and the shapes.
       history_segments: the scan over windows is cut in at most this many scans whose static history lengths
         grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer.
+      windows_together: generation windows with history that are computed together, as if they were more sequences;
+        they share what the longest history of them costs. It fills a device that one window of the batch does not.
       scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
         history) once and loop over them; False compiles each, which takes longer and may run faster.
       remat: of the windowed architectures: 'window' recomputes each window in the backward pass, 'none' keeps
@@ -64,6 +66,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     attention: str = "auto"
     history_segments: int = 4
+    windows_together: int = 1
     scan_layers: bool = True
     remat: str = "auto"
 
@@ -76,7 +79,9 @@ class ModelConfig:
         _check_choice(self, "param_dtype", PARAM_DTYPES)
         _check_choice(self, "attention", ATTENTION_BACKENDS)
         _check_choice(self, "remat", REMAT)
-        for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_segments"):
+        for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"):
+            _check_int(self, name, 1)
+        for name in ("history_segments", "windows_together"):
             _check_int(self, name, 1)
         _check_int(self, "hidden_depth", 0)
         if not isinstance(self.scan_layers, bool):

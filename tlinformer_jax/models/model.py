@@ -88,11 +88,18 @@ class LanguageModel(nn.Module):
         return output_logits(self.hidden_states(tokens, train=train, inputs_embeds=inputs_embeds), self.embedding)
 
     def hidden_states(
-        self, tokens: jax.Array | None = None, *, train: bool = False, inputs_embeds: jax.Array | None = None
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        train: bool = False,
+        inputs_embeds: jax.Array | None = None,
+        windows: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads: [batch, length, D] in the compute dtype, after the final LayerNorm.
 
-        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk.
+        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk. With
+        `windows`, int32 [k], only those generation windows of a windowed architecture are computed, and the result
+        is [batch, k * generation_window, D], in their order.
         """
         config, params = self.config, self.parameters()
         check_inputs(config, tokens, inputs_embeds)
@@ -108,8 +115,9 @@ class LanguageModel(nn.Module):
         multiple = head_multiple(config.compute_dtype, config.attention)
         if config.windowed:
             blocks = prepare_layers(params.blocks, config.compute_dtype, multiple)
-            hidden = forward_windows(blocks, config, embeddings, dropout)
+            hidden = forward_windows(blocks, config, embeddings, dropout, windows)
         else:
+            assert windows is None, f"architecture {config.architecture!r} has no generation windows"
             layers = prepare_layers(params.layers, config.compute_dtype, multiple)
             hidden = forward_layers(layers, config, embeddings, dropout)
         return layer_norm(hidden, params.norm_scale, params.norm_bias)

@@ -38,7 +38,7 @@ IDENTITY = (
     *(f"model.{name}" for name in ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth")),
     *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
     *(f"data.{name}" for name in ("dataset", "tokenizer", "sequence_length", "wikitext_variant")),
-    *(f"train.{name}" for name in ("batch_size", "equal_updates", "seed", "clip_norm")),
+    *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
 )
 
 
@@ -153,7 +153,7 @@ def train_steps(
             with throughput.waiting():
                 batch = put_batch(next(reader), run.mesh)
             state, metrics = step_function(state, batch)
-            throughput.count(config.batch_size * batches.sequence_length)
+            throughput.count(config.batch_size * trained_tokens(run.config))
             pause = step in evaluations or due(step, config.checkpoint_every, last)
             if step == first + 1:
                 jax.block_until_ready(metrics)  # the first step's time is mostly compilation
@@ -176,8 +176,15 @@ def build_throughput(run: Run) -> Throughput:
     """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
     model, length = run.config.model, run.config.data.sequence_length
     peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype.name)
-    per_token = training_flops(model, length).model / length
+    sampled = run.config.train.sampled_windows
+    per_token = training_flops(model, length, sampled_windows=sampled).model / trained_tokens(run.config)
     return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
+
+
+def trained_tokens(config: RunConfig) -> int:
+    """Tokens of a sequence that an update predicts: all, or those of the sampled windows."""
+    length, sampled = config.data.sequence_length, config.train.sampled_windows
+    return min(length, sampled * config.model.generation_window) if sampled else length
 
 
 def due(step: int, every: int, last: int) -> bool:
