@@ -12,7 +12,7 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.peaks import peak_flops, utilisation
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.models.config import ARCHITECTURES
-from tlinformer_jax.training.loss import token_losses
+from tlinformer_jax.training.loss import summed_cross_entropy
 
 # Wide enough that elementwise operations, which XLA counts and we do not, are a small part.
 WIDE = ModelConfig(
@@ -51,7 +51,7 @@ def test_hardware_flops_are_what_xla_counts(architecture, length, fields):
 
     def loss(params, tokens):
         hidden = model.apply({"params": params}, tokens, method=model.hidden_states)
-        return token_losses(hidden, params["embedding"], tokens, 2 * length).sum()
+        return summed_cross_entropy(hidden, params["embedding"], tokens, jnp.ones(tokens.shape), 2 * length)
 
     counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]
     assert training_flops(config, length, batch=2).hardware == pytest.approx(counted, rel=0.05)

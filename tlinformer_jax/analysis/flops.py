@@ -8,11 +8,11 @@ for causal attention, no row or key that is masked, every value computed once in
 each of its products in the backward pass. Block 0's `compress` projections are counted once per token, the last block
 without `restore`, and of its history only the keys, the values and the observation window's queries.
 
-**Hardware FLOPs** are what the device is given: heads padded to what the attention kernel wants, the last window and
-the masked history of each segment of windows at full length, the first window's own projections, the forward pass of
-rematerialised windows and the head's padding once more. Attention by XLA's plain products counts the whole rectangle of
-queries and keys; a fused kernel skips what is masked but computes the scores again in the backward pass, so there
-attention counts 2.5 times its forward products instead of 2 (the rounding up to its tiles is not counted).
+**Hardware FLOPs** are what the device is given: heads padded to what the attention kernel wants, the vocabulary as the
+loss pads it, the last window and the masked history of each segment of windows at full length, the first window's own
+projections, and the forward pass of rematerialised windows once more. Attention by XLA's plain products counts the
+whole rectangle of queries and keys; a fused kernel skips what is masked but computes the scores again in the backward
+pass, so there attention counts 2.5 times its forward products instead of 2 (the rounding to its tiles is not counted).
 """
 
 import dataclasses
@@ -20,12 +20,10 @@ from collections.abc import Iterator
 
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.model import padded_vocabulary
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.transformer import attention_window
 from tlinformer_jax.models.windows import Segment, num_windows, padded_length, plan_segments
-
-# Products with the vocabulary that the loss computes: forward, again for the backward pass, and two gradients.
-VOCABULARY_PRODUCTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +97,12 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     sampled = share < 1
     outside, inside = _hardware_forward(config, length, width * config.num_heads, fused, 1 if sampled else None)
     head = 2.0 * length * share * config.vocab_size * config.d_model
+    padded_head = head * padded_vocabulary(config.vocab_size, config.compute_dtype) / config.vocab_size
     model = 3.0 * (model_outside + model_inside * share).total + 3.0 * head
     once = outside + inside * share
     recomputed = config.windowed and (sampled or rematerialised(config, windows))
     again = inside.total * share if recomputed else 0.0
-    hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again + VOCABULARY_PRODUCTS * head
+    hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again + 3.0 * padded_head
     return StepFlops(batch * model, batch * hardware)
 
 

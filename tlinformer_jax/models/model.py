@@ -16,6 +16,10 @@ from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.models.transformer import forward_layers
 from tlinformer_jax.parallel.constraints import constrain_batch
 
+# In half precision the vocabulary is padded to a multiple of this inside the product. Rows of 50257 values do not
+# begin at addresses that the matrix units' loads are aligned to; XLA would pad each product's logits by a copy.
+VOCABULARY_MULTIPLE = 128
+
 
 @flax.struct.dataclass
 class ModelParams:
@@ -131,6 +135,12 @@ def build_model(config: ModelConfig) -> LanguageModel:
 def output_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
     """Logits float32 [..., V] of hidden states [..., D]: a product in their dtype, accumulated in float32."""
     return jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def padded_vocabulary(vocab_size: int, dtype: Any) -> int:
+    """Rows of the head where it is multiplied with many tokens in `dtype`."""
+    half = jnp.dtype(dtype).itemsize < 4
+    return vocab_size + (-vocab_size % VOCABULARY_MULTIPLE if half else 0)
 
 
 def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:

@@ -10,7 +10,7 @@ import optax
 
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.training.config import TrainConfig
-from tlinformer_jax.training.loss import token_losses
+from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 from tlinformer_jax.training.windows import draw_windows, take_windows, window_weight
 
@@ -114,8 +114,8 @@ def summed_loss(
         method=model.hidden_states,
     )
     labels, weights = (take_windows(batch[name], model.config, windows) for name in ("labels", "weights"))
-    losses = token_losses(hidden, params["embedding"], labels, config.loss_chunk)
-    return jnp.sum(losses * weights) * window_weight(model.config, batch["inputs"].shape[1], windows)
+    total = summed_cross_entropy(hidden, params["embedding"], labels, weights, config.loss_chunk)
+    return total * window_weight(model.config, batch["inputs"].shape[1], windows)
 
 
 def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[jax.Array, Any]:
