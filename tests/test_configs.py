@@ -183,6 +183,7 @@ OVERRIDES = {
         "windows_together": 2,
         "scan_layers": False,
         "remat": "window",
+        "remat_save": "gate_up,attended",
     },
     "train": {
         "steps": 7,

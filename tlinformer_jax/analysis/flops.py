@@ -10,9 +10,10 @@ without `restore`, and of its history only the keys, the values and the observat
 
 **Hardware FLOPs** are what the device is given: heads padded to what the attention kernel wants, the vocabulary as the
 loss pads it, the last window and the masked history of each segment of windows at full length, the first window's own
-projections, and the forward pass of rematerialised windows once more. Attention by XLA's plain products counts the
-whole rectangle of queries and keys; a fused kernel skips what is masked but computes the scores again in the backward
-pass, so there attention counts 2.5 times its forward products instead of 2 (the rounding to its tiles is not counted).
+projections, and the forward pass of rematerialised windows or layers once more, as if they saved nothing. Attention by
+XLA's plain products counts the whole rectangle of queries and keys; a fused kernel skips what is masked but computes
+the scores again in the backward pass, so there attention counts 2.5 times its forward products instead of 2 (the
+rounding to its tiles is not counted).
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     padded_head = head * padded_vocabulary(config.vocab_size, config.compute_dtype) / config.vocab_size
     model = 3.0 * (model_outside + model_inside * share).total + 3.0 * head
     once = outside + inside * share
-    recomputed = config.windowed and (sampled or rematerialised(config, windows))
+    recomputed = sampled or (rematerialised(config, windows) if config.windowed else config.remat == "window")
     again = inside.total * share if recomputed else 0.0
     hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again + 3.0 * padded_head
     return StepFlops(batch * model, batch * hardware)

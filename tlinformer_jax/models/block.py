@@ -16,6 +16,7 @@ import numpy as np
 from tlinformer_jax.models.attention import Dropout, attend, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, project, update
+from tlinformer_jax.models.recompute import recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.windows import Place, WindowFrame
 
@@ -100,6 +101,7 @@ def causal_layers(
     rope: Rope,
     dropout: Dropout | None = None,
     window: int | None = None,
+    remat: bool = False,
 ) -> jax.Array:
     """Ordinary pre-norm causal layers: the baselines', and all layers of a window without history.
 
@@ -110,6 +112,7 @@ def causal_layers(
       rope: rotations of x's positions.
       dropout: None outside training.
       window: attend to the last `window` positions only.
+      remat: compute each layer again in the backward pass.
 
     Returns:
       [batch, length, D].
@@ -119,7 +122,8 @@ def causal_layers(
         attended = _attend_causal(config, Projected(*project(params, x, rope)), dropout, window)
         return update(params, x, attended, _part(dropout, FEED_FORWARD))
 
-    return chain_layers(layer, layers, x, dropout, config.scan_layers)
+    scan = config.scan_layers
+    return chain_layers(recomputed(layer, config, in_loop=scan) if remat else layer, layers, x, dropout, scan)
 
 
 def dual_window_block(

@@ -12,6 +12,9 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn")
 REMAT = ("auto", "none", "window")
+# Intermediate values of a layer that rematerialisation can keep: queries, keys and values before rotation; what
+# attention returned; the feed-forward's two inner products. Widest first, `gate_up` has 2 F features of a row.
+REMAT_NAMES = ("gate_up", "projected", "attended")
 
 # Training over more windows than this rematerialises each window unless told otherwise: what reverse-mode
 # differentiation would keep of them grows with the square of the sequence.
@@ -48,8 +51,11 @@ class ModelConfig:
         they share what the longest history of them costs. It fills a device that one window of the batch does not.
       scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
         history) once and loop over them; False compiles each, which takes longer and may run faster.
-      remat: of the windowed architectures: 'window' recomputes each window in the backward pass, 'none' keeps
-        everything, 'auto' recomputes when a sequence has more than 4 windows.
+      remat: 'window' recomputes each window in the backward pass, in the baselines each layer; 'none' keeps
+        everything; 'auto' recomputes when a sequence has more than 4 windows, in the baselines never.
+      remat_save: intermediate values that are kept where `remat` recomputes, names separated by commas, of
+        'gate_up', 'projected', 'attended'; '' keeps none. Keeping makes a step faster and takes memory; the gradients
+        of what windows share are then summed in the compute dtype. Sampled windows keep nothing.
     """
 
     architecture: str = "tlinformer"
@@ -69,6 +75,7 @@ class ModelConfig:
     windows_together: int = 1
     scan_layers: bool = True
     remat: str = "auto"
+    remat_save: str = ""
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -86,6 +93,10 @@ class ModelConfig:
         _check_int(self, "hidden_depth", 0)
         if not isinstance(self.scan_layers, bool):
             raise ConfigError("model.scan_layers", self.scan_layers, "must be True or False")
+        if not isinstance(self.remat_save, str) or not set(self.saved_names) <= set(REMAT_NAMES):
+            raise ConfigError(
+                "model.remat_save", self.remat_save, f"must be names of {', '.join(REMAT_NAMES)}, separated by commas"
+            )
         if self.d_ff is not None:
             _check_int(self, "d_ff", 1)
         if self.history_window != "auto":
@@ -136,6 +147,11 @@ class ModelConfig:
     def windowed(self) -> bool:
         """Whether the architecture works by generation windows."""
         return self.architecture in WINDOWED
+
+    @property
+    def saved_names(self) -> tuple[str, ...]:
+        """`remat_save` as names."""
+        return tuple(name.strip() for name in self.remat_save.split(",") if name.strip())
 
     @property
     def compute_dtype(self) -> Any:

@@ -13,6 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.models.config import ModelConfig
+
+
+def recomputed(function: Callable[..., Any], config: ModelConfig, in_loop: bool = False) -> Callable[..., Any]:
+    """`function`, all but `config.saved_names` of it computed again in the backward pass.
+
+    Args:
+      function: of arrays only.
+      config: of the model.
+      in_loop: whether it is the body of a loop, where XLA cannot undo this by noticing that it computes twice.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(*config.saved_names)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
+
+
 # One step: (shared, part, fixed, step) -> output. It must not close over traced values.
 Branch = Callable[[Any, Any, Any, Any], Any]
 

@@ -20,7 +20,7 @@ from tlinformer_jax.models.block import (
 )
 from tlinformer_jax.models.config import AUTO_REMAT_WINDOWS, ModelConfig
 from tlinformer_jax.models.layers import project
-from tlinformer_jax.models.recompute import Branch, map_recomputed
+from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.windows import Place, Segment, WindowFrame, num_windows, padded_length, plan_segments
 
@@ -145,18 +145,19 @@ def _all_windows(
     """Hidden states of all windows side by side, [batch, windows * W_og, D]."""
     batch, _, width = shared.embeddings.shape
     size = config.generation_window
-    outputs = [_run_once(_first_window(config), shared.rows(size), fixed, 0, remat)]
+    outputs = [_run_once(config, _first_window(config), shared.rows(size), fixed, 0, remat)]
     for segment in segments:
         # Rows that no window of the segment reads are left out, so that their gradients need no sum.
         reach = max(segment.history_rows, (segment.first + segment.count) * size)
         reached, window = shared.rows(reach), _later_window(config, segment)
         if segment.count == segment.together:
-            states = _run_once(window, reached, fixed, segment.windows[0], remat)[None]
-        elif remat:
+            states = _run_once(config, window, reached, fixed, segment.windows[0], remat)[None]
+        elif remat and not config.remat_save:
             states = map_recomputed((window,), reached, (), fixed, jnp.asarray(segment.windows))
         else:
+            step = recomputed(window, config, in_loop=True) if remat else window
             states = jax.lax.map(
-                lambda windows, window=window, reached=reached: window(reached, (), fixed, windows),
+                lambda windows, step=step, reached=reached: step(reached, (), fixed, windows),
                 jnp.asarray(segment.windows),
             )
         states = states.reshape(-1, batch, segment.together * size, width)
@@ -180,13 +181,15 @@ def _some_windows(
     return jnp.moveaxis(states, 0, 1).reshape(batch, -1, width)
 
 
-def _run_once(window: Branch, shared: Shared, fixed: Fixed, which: Place, remat: bool) -> jax.Array:
+def _run_once(
+    config: ModelConfig, window: Branch, shared: Shared, fixed: Fixed, which: Place, remat: bool
+) -> jax.Array:
     """One step outside a loop."""
 
     def step(shared: Shared, fixed: Fixed) -> jax.Array:
         return window(shared, (), fixed, which)
 
-    return (jax.checkpoint(step) if remat else step)(shared, fixed)
+    return (recomputed(step, config) if remat else step)(shared, fixed)
 
 
 def _first_window(config: ModelConfig) -> Branch:
