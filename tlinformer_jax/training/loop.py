@@ -28,6 +28,7 @@ from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, param
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.setup import PENDING, Run, build_run
 from tlinformer_jax.training.step import TrainState, jit_train_step
+from tlinformer_jax.training.windows import trained_tokens
 
 # On the small embedded corpus, vocabularies up to this size (bytes) get an n-gram floor beside the bits per byte.
 NGRAM_VOCABULARY = 512
@@ -148,12 +149,13 @@ def train_steps(
     throughput = build_throughput(run)
     first = int(state.step)
     evaluations = evaluation_steps(config, batches, last)
+    tokens = config.batch_size * trained_tokens(run.config.model, batches.sequence_length, config.sampled_windows)
     with prefetched(batches, first, jax.process_index(), jax.process_count()) as reader:
         for step in range(first + 1, last + 1):
             with throughput.waiting():
                 batch = put_batch(next(reader), run.mesh)
             state, metrics = step_function(state, batch)
-            throughput.count(config.batch_size * trained_tokens(run.config))
+            throughput.count(tokens)
             pause = step in evaluations or due(step, config.checkpoint_every, last)
             if step == first + 1:
                 jax.block_until_ready(metrics)  # the first step's time is mostly compilation
@@ -177,14 +179,9 @@ def build_throughput(run: Run) -> Throughput:
     model, length = run.config.model, run.config.data.sequence_length
     peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype.name)
     sampled = run.config.train.sampled_windows
-    per_token = training_flops(model, length, sampled_windows=sampled).model / trained_tokens(run.config)
+    flops = training_flops(model, length, sampled_windows=sampled).model
+    per_token = flops / trained_tokens(model, length, sampled)
     return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
-
-
-def trained_tokens(config: RunConfig) -> int:
-    """Tokens of a sequence that an update predicts: all, or those of the sampled windows."""
-    length, sampled = config.data.sequence_length, config.train.sampled_windows
-    return min(length, sampled * config.model.generation_window) if sampled else length
 
 
 def due(step: int, every: int, last: int) -> bool:

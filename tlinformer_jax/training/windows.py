@@ -41,3 +41,8 @@ def take_windows(rows: jax.Array, config: ModelConfig, windows: jax.Array | None
 def window_weight(config: ModelConfig, length: int, windows: jax.Array | None) -> float:
     """n / k, by which the sampled windows' losses count."""
     return 1.0 if windows is None else num_windows(config, length) / windows.shape[0]
+
+
+def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> int:
+    """Tokens of a sequence that a step predicts: all, or at most those of the sampled windows."""
+    return min(length, sampled_windows * config.generation_window) if sampled_windows else length
