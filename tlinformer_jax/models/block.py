@@ -6,6 +6,7 @@ so they go through one attention call and, where they stand side by side, one fe
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -16,7 +17,7 @@ import numpy as np
 from tlinformer_jax.models.attention import Dropout, attend, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, project, update
-from tlinformer_jax.models.recompute import recomputed
+from tlinformer_jax.models.recompute import map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.windows import Place, WindowFrame
 
@@ -262,10 +263,34 @@ def restore_context(
     frame: WindowFrame,
     dropout: Dropout | None,
 ) -> jax.Array:
-    """The restore layer for the history: every row C [batch, rows, D] reads the compressed context."""
+    """The restore layer for the history: every row C [batch, rows, D] reads the compressed context.
+
+    Rows are independent of each other, so they can be computed in chunks of `config.history_chunk`.
+    """
     rows, query = fold(rows, z_key.shape[0]), fold(query, z_key.shape[0])
-    attended = _attend_shared(config, [query], z_key, z_value, frame.observed_length, _part(dropout, CONTEXT_ATTENTION))
-    return update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
+    known = None if isinstance(frame.observed_length, jax.Array) else frame.observed_length
+    shared, fixed = (params, z_key, z_value), (frame.observed_length if known is None else None, dropout)
+    chunk, length = config.history_chunk, rows.shape[1]
+
+    def some(shared: Any, part: Any, fixed: Any, number: jax.Array | None) -> jax.Array:
+        (params, z_key, z_value), (rows, query), (observed, dropout) = shared, part, fixed
+        dropout = dropout if number is None else _part(dropout, number)
+        valid = observed if known is None else known
+        attended = _attend_shared(config, [query], z_key, z_value, valid, _part(dropout, CONTEXT_ATTENTION))
+        return update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
+
+    if not 0 < chunk < length:
+        return some(shared, (rows, query), fixed, None)
+    padding = -length % chunk
+    parts = tuple(_in_chunks(array, chunk, padding) for array in (rows, query))
+    restored = map_recomputed((some,), shared, parts, fixed, jnp.arange((length + padding) // chunk))
+    return jnp.moveaxis(restored, 0, 1).reshape(rows.shape[0], -1, rows.shape[2])[:, :length]
+
+
+def _in_chunks(array: jax.Array, chunk: int, padding: int) -> jax.Array:
+    """[batch, rows, ...] as [chunks, batch, chunk, ...], with `padding` zero rows at the end."""
+    array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
+    return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)
 
 
 def _attend_shared(
@@ -312,7 +337,7 @@ def _attend_causal(
     )
 
 
-def _part(dropout: Dropout | None, number: int) -> Dropout | None:
+def _part(dropout: Dropout | None, number: jax.Array | int) -> Dropout | None:
     """An independent dropout for part `number`, or None."""
     return None if dropout is None else dropout.fold_in(number)
 

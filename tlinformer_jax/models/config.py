@@ -49,6 +49,8 @@ class ModelConfig:
         grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer.
       windows_together: generation windows with history that are computed together, as if they were more sequences;
         they share what the longest history of them costs. It fills a device that one window of the batch does not.
+      history_chunk: rows of the history that `restore` computes at a time, each chunk again in the backward pass, so
+        that its feed-forward's inner values never exist for a whole long history; 0 takes all rows at once.
       scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
         history) once and loop over them; False compiles each, which takes longer and may run faster.
       remat: 'window' recomputes each window in the backward pass, in the baselines each layer; 'none' keeps
@@ -73,6 +75,7 @@ class ModelConfig:
     attention: str = "auto"
     history_segments: int = 4
     windows_together: int = 1
+    history_chunk: int = 0
     scan_layers: bool = True
     remat: str = "auto"
     remat_save: str = ""
@@ -90,7 +93,8 @@ class ModelConfig:
             _check_int(self, name, 1)
         for name in ("history_segments", "windows_together"):
             _check_int(self, name, 1)
-        _check_int(self, "hidden_depth", 0)
+        for name in ("hidden_depth", "history_chunk"):
+            _check_int(self, name, 0)
         if not isinstance(self.scan_layers, bool):
             raise ConfigError("model.scan_layers", self.scan_layers, "must be True or False")
         if not isinstance(self.remat_save, str) or not set(self.saved_names) <= set(REMAT_NAMES):
