@@ -190,6 +190,7 @@ OVERRIDES = {
         "dtype": "float32",
         "param_dtype": "bfloat16",
         "attention": "xla",
+        "head_padding": 64,
         "history_segments": 3,
         "windows_together": 2,
         "history_chunk": 512,

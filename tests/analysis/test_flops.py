@@ -113,6 +113,11 @@ def test_masked_history_padding_and_rematerialisation_are_hardware_flops_only():
     again = training_flops(dataclasses.replace(WIDE, remat="window"), 512)
     assert again.model == whole.model
     assert 1.2 * whole.hardware < again.hardware < 1.34 * whole.hardware
+    padded = dataclasses.replace(WIDE, attention="cudnn", dtype="bfloat16", num_heads=8, head_padding=64)
+    assert (
+        training_flops(padded, 512).hardware
+        > 1.3 * training_flops(dataclasses.replace(padded, head_padding=32), 512).hardware
+    )
     assert training_flops(WIDE, 509).hardware > training_flops(WIDE, 509).model
 
 

@@ -91,7 +91,9 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     fused = config.attention == "cudnn" or (
         config.attention == "auto" and fused_kernel(config.compute_dtype) and not config.dropout
     )
-    width = config.head_dim + -config.head_dim % head_multiple(config.compute_dtype, config.attention)
+    width = config.head_dim + -config.head_dim % head_multiple(
+        config.compute_dtype, config.attention, config.head_padding
+    )
     windows = num_windows(config, length)
     share = min(1.0, sampled_windows / windows) if config.windowed and sampled_windows else 1.0
     model_outside, model_inside = _model_forward(config, length)

@@ -385,7 +385,9 @@ class DualWindowBlock(nn.Module):
         """
         config = self.config
         params = prepare_layers(
-            self.parameters(), config.compute_dtype, head_multiple(config.compute_dtype, config.attention)
+            self.parameters(),
+            config.compute_dtype,
+            head_multiple(config.compute_dtype, config.attention, config.head_padding),
         )
         x = x.astype(config.compute_dtype)
         dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None

@@ -10,7 +10,7 @@ ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
 WINDOWED = ("tlinformer", "tconstformer")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("auto", "xla", "cudnn")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 REMAT = ("auto", "none", "window")
 # Intermediate values of a layer that rematerialisation can keep: queries, keys and values before rotation; what
 # attention returned; the feed-forward's two inner products. Widest first, `gate_up` has 2 F features of a row.
@@ -45,6 +45,8 @@ class ModelConfig:
         angles, LayerNorm statistics and the loss are always float32.
       param_dtype: of the stored parameters.
       attention: backend of the attention kernel; 'auto' takes the best one for the device and the shapes.
+      head_padding: in training cuDNN gets heads padded with zeros to a multiple of this many features; a multiple
+        of 8, which is what it needs.
       history_segments: the scan over windows is cut in at most this many scans whose static history lengths
         grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer.
       windows_together: generation windows with history that are computed together, as if they were more sequences;
@@ -73,6 +75,7 @@ class ModelConfig:
     dtype: str = "auto"
     param_dtype: str = "float32"
     attention: str = "auto"
+    head_padding: int = 8
     history_segments: int = 4
     windows_together: int = 1
     history_chunk: int = 0
@@ -95,6 +98,9 @@ class ModelConfig:
             _check_int(self, name, 1)
         for name in ("hidden_depth", "history_chunk"):
             _check_int(self, name, 0)
+        _check_int(self, "head_padding", 8)
+        if self.head_padding % 8:
+            raise ConfigError("model.head_padding", self.head_padding, "must be a multiple of 8")
         if not isinstance(self.scan_layers, bool):
             raise ConfigError("model.scan_layers", self.scan_layers, "must be True or False")
         if not isinstance(self.remat_save, str) or not set(self.saved_names) <= set(REMAT_NAMES):
@@ -109,8 +115,10 @@ class ModelConfig:
             _check_int(self, "history_window", 1)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError("model.dropout", self.dropout, "must be a number in [0, 1)")
-        if self.attention == "cudnn" and self.dropout > 0:
-            raise ConfigError("model.attention", "cudnn", "has no attention dropout; take 'auto', or model.dropout = 0")
+        if self.attention in ("cudnn", "splash") and self.dropout > 0:
+            raise ConfigError(
+                "model.attention", self.attention, "has no attention dropout; take 'auto', or model.dropout = 0"
+            )
         if self.d_model % self.num_heads:
             raise ConfigError("model.num_heads", self.num_heads, f"must divide model.d_model = {self.d_model}")
         if self.head_dim % 2:

@@ -116,7 +116,7 @@ class LanguageModel(nn.Module):
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
             return embeddings
         dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
-        multiple = head_multiple(config.compute_dtype, config.attention)
+        multiple = head_multiple(config.compute_dtype, config.attention, config.head_padding)
         if config.windowed:
             blocks = prepare_layers(params.blocks, config.compute_dtype, multiple)
             hidden = forward_windows(blocks, config, embeddings, dropout, windows)
