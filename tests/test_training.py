@@ -25,6 +25,7 @@ from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
+from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import build_run
 from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
 
@@ -338,3 +339,21 @@ def test_throughput_reports_model_flops_and_their_share_of_the_peak():
     assert figures["tflops"] == pytest.approx(figures["tokens_per_second"] * 3e-3)
     assert figures["mfu"] == pytest.approx(figures["tflops"] / 1e3)
     assert "mfu" not in Throughput(10, 3e9, None).report(step=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "traced"),
+    [(0, 100, [12, 13, 14]), (50, 100, [62, 63, 64]), (0, 4, [2, 3, 4]), (0, 2, [2]), (0, 1, [])],
+)
+def test_the_traced_steps_are_never_the_first_and_always_within_the_run(first, last, traced, monkeypatch, tmp_path):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    trace = StepTrace(tmp_path, first, last)
+    for step in range(first + 1, last + 1):
+        events.append(step)
+        assert trace.after(step, ()) == (events[-1] in ("start", "stop"))
+    inside = events[events.index("start") + 1 : events.index("stop")] if "start" in events else []
+    assert inside == traced
+    assert events.count("start") == events.count("stop")
+    assert not StepTrace(None, first, last).after(first + 1, ())

@@ -36,14 +36,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def writable_workdir(path: str) -> pathlib.Path:
-    """Creates the working directory if needed.
+def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
+    """Creates the directory that `flag` names if needed.
 
     Raises:
       UserError: if it cannot be created or written.
     """
     if not path:
-        raise UserError("--workdir: must name a directory")
+        raise UserError(f"{flag}: must name a directory")
     workdir = pathlib.Path(path).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def writable_workdir(path: str) -> pathlib.Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--workdir={path}: must be a directory that can be written ({error.strerror})") from None
+        raise UserError(f"{flag}={path}: must be a directory that can be written ({error.strerror})") from None
     return workdir
 
 

@@ -313,7 +313,7 @@ def main() -> None:
 
     lengths, sizes = _integers("--lengths", LENGTHS.value), _integers("--batch_tokens", BATCH_TOKENS.value)
     plan = jobs(_base(), TRY.value or [""], lengths, sizes)
-    folder = cli.writable_workdir(OUT.value) if OUT.value else None
+    folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     jax.config.update("jax_enable_compilation_cache", False)  # its hits would be taken for fast compilations
     device = jax.devices()[0].device_kind
     print(f"{jax.device_count()} x {device}, JAX {jax.__version__}", flush=True)

@@ -26,6 +26,7 @@ from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
+from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import PENDING, Run, build_run
 from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.windows import trained_tokens
@@ -47,12 +48,15 @@ class DivergedError(UserError):
     """The loss is no longer a finite number."""
 
 
-def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path) -> dict[str, float]:
+def train_and_evaluate(
+    config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path, profile: str | pathlib.Path | None = None
+) -> dict[str, float]:
     """Trains, evaluates and saves; continues from the last checkpoint if the directory holds one.
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
       workdir: receives config.json, the tokenizer, metrics.jsonl, TensorBoard events and checkpoints.
+      profile: a directory for a trace of a few training steps, or None.
 
     Returns:
       the figures of the last evaluation, as `evaluation.summary` names them.
@@ -92,7 +96,8 @@ def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pat
             save_config(run.config, workdir)
             run.tokenizer.save(workdir)
         describe(run, train, validation, batches)
-        state = train_steps(run, state, batches, validation, checkpoints, log)
+        trace = StepTrace(pathlib.Path(profile) if profile else None, int(state.step), run.horizon.steps)
+        state = train_steps(run, state, batches, validation, checkpoints, log, trace)
         checkpoints.save(state)
         return evaluate_and_log(run, state, validation, log)
 
@@ -142,6 +147,7 @@ def train_steps(
     validation: TokenStream,
     checkpoints: Checkpoints,
     log: MetricsLog,
+    trace: StepTrace,
 ) -> TrainState:
     """Runs the steps that are left; evaluates and saves at the configured rhythm, but not after the last."""
     config, last = run.config.train, run.horizon.steps
@@ -165,6 +171,8 @@ def train_steps(
             elif step % config.log_every == 0 or step == last or pause:
                 jax.block_until_ready(metrics)
                 log_step(step, metrics, throughput.report(step), last, log)
+            if trace.after(step, metrics):
+                throughput.restart()
             if pause:
                 if due(step, config.checkpoint_every, last):
                     checkpoints.save(state)
