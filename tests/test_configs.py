@@ -42,6 +42,7 @@ VARIANTS = [
     ("tiny", None),
     *(("wt103", variant) for row in ROWS for variant in (row, f"paper-{row}")),
     *(("books", variant) for variant in BOOKS),
+    *(("long", variant) for variant in ("64k", "1m")),
 ]
 
 
@@ -138,11 +139,21 @@ def test_books_take_any_lengths_and_shares(variant, expected):
     assert (config.data.dataset, config.data.tokenizer) == ("text", "gpt2")
 
 
+@pytest.mark.parametrize(("variant", "length", "sampled"), [("64k", 65_536, 0), ("1m", 1_048_576, 16)])
+def test_long_sequences(variant, length, sampled):
+    config = load("long", variant)
+    assert (config.data.sequence_length, config.train.sampled_windows) == (length, sampled)
+    assert (config.model.history_window, config.model.generation_window) == (1024, 1024)
+    assert (config.train.micro_batch_size, config.model.remat, config.model.dropout) == (1, "window", 0.0)
+    assert get_config("long") == get_config("long", "64k")
+
+
 @pytest.mark.parametrize(
     ("name", "variant", "message"),
     [
         ("wt103", "nonsense", r"variant = 'nonsense': must be one of base-512, .*, paper-2k-2k-0\.5"),
         ("wt103", "paper-4k-512-0.5", r"variant = 'paper-4k-512-0\.5': must be one of"),
+        ("long", "2m", r"variant = '2m': must be one of 64k, 1m"),
         ("books", "nonsense", r"variant = 'nonsense': must be base-N or N-T-r"),
         ("books", "paper-512-512-0.5", "must be base-N or N-T-r"),
         ("books", "512-512-0.0", "must be base-N or N-T-r"),
@@ -179,9 +190,13 @@ OVERRIDES = {
         "dtype": "float32",
         "param_dtype": "bfloat16",
         "attention": "xla",
+        "head_padding": 64,
         "history_segments": 3,
+        "windows_together": 2,
+        "history_chunk": 512,
         "scan_layers": False,
-        "remat": "window",
+        "remat": None,  # another one
+        "remat_save": "gate_up,attended",
     },
     "train": {
         "steps": 7,
@@ -189,6 +204,7 @@ OVERRIDES = {
         "batch_size": 48,
         "accumulation": 6,
         "equal_updates": None,  # the other one
+        "sampled_windows": 2,
         "seed": 11,
         "learning_rate": 0.5,
         "warmup_steps": 5,
@@ -227,13 +243,14 @@ OVERRIDES = {
     "mesh": {"data": 2, "fsdp": 4},
 }
 OTHER = {
+    ("model", "remat"): {"auto": "window", "none": "window", "window": "none"},
     ("train", "equal_updates"): {True: False, False: True},
     ("train", "decay_mask"): {"all": "matrices", "matrices": "all"},
     ("data", "dataset"): {"pydoc": "text", "text": "wikitext103", "wikitext103": "pydoc"},
 }
 
 
-@pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "wt103.py:paper-1k-512-0.5", "books.py"])
+@pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "wt103.py:paper-1k-512-0.5", "books.py", "long.py:1m"])
 def test_every_field_can_be_overridden_on_the_command_line(name, tmp_path, monkeypatch):
     """From any directory, and also where the config file sets another value than the default."""
     monkeypatch.chdir(tmp_path)
@@ -276,7 +293,7 @@ def test_our_recipe_sees_the_same_tokens_whatever_the_row():
     totals = {
         math.prod((config.train.steps, config.train.batch_size, config.data.sequence_length))
         for name, variant in VARIANTS
-        if name != "tiny" and not variant.startswith("paper-")
+        if name != "tiny" and variant != "1m" and not variant.startswith("paper-")
         for config in [load(name, variant)]
     }
     assert totals == {9_080 * 131_072}

@@ -20,8 +20,11 @@ SHRUNK = [
 
 def test_training_and_evaluation_without_tensorflow_tfds_clu_or_grain(tmp_path):
     blocked = ("tensorflow", "tensorflow_datasets", "clu", "grain")
-    trained = command("tlinformer_jax.main", *TINY, *SHRUNK, f"--workdir={tmp_path}", blocked=blocked)
+    arguments = [f"--workdir={tmp_path}", f"--profile={tmp_path}/trace"]
+    trained = command("tlinformer_jax.main", *TINY, *SHRUNK, *arguments, blocked=blocked)
     assert trained.returncode == 0, trained.stderr
+    assert "traced steps 2 to 2" in trained.stderr
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
     assert "bits per byte" in trained.stderr
     assert "left" in trained.stderr
     evaluated = command("tlinformer_jax.evaluate", f"--workdir={tmp_path}", "--json", blocked=blocked)

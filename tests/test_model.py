@@ -195,6 +195,65 @@ def test_program_size_does_not_grow_with_the_number_of_windows(architecture):
     assert size(16) > 300  # the count does reach into the scans
 
 
+def saved_values(config: ModelConfig, length: int) -> list:
+    """Shapes and dtypes of what the model's forward pass keeps for its backward pass."""
+    model = build_model(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+
+    def pullback(params):
+        def hidden(params):
+            return model.apply(
+                {"params": params}, jnp.zeros((1, length), jnp.int32), train=False, method=model.hidden_states
+            )
+
+        return jax.vjp(hidden, params)[1]
+
+    return jax.tree.leaves(jax.eval_shape(pullback, params))
+
+
+def test_no_wide_float32_value_is_kept_for_the_backward_pass():
+    """LayerNorm, rotation and gate are done again from bfloat16, so they keep nothing of their own."""
+    config = dataclasses.replace(SMALL, architecture="transformer", dtype="bfloat16", d_ff=40)
+    kept = [leaf for leaf in saved_values(config, 50) if 50 in leaf.shape]
+    assert kept
+    wide = [leaf for leaf in kept if leaf.dtype == jnp.float32 and leaf.shape[-1] in (16, 40)]
+    assert not wide, wide
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+def test_rematerialisation_keeps_what_it_is_told(architecture):
+    """Everything; nothing but inputs; those and the feed-forward's inner products of width 2 x 40."""
+    fields = {"architecture": architecture, "d_ff": 40, "scan_layers": False, "history_segments": 4}
+    config = dataclasses.replace(SMALL, **fields)
+    size = {}
+    for name, more in {
+        "all": {"remat": "none"},
+        "none": {"remat": "window"},
+        "gate_up": {"remat": "window", "remat_save": "gate_up"},
+    }.items():
+        leaves = saved_values(dataclasses.replace(config, **more), 12)
+        size[name] = sum(leaf.size for leaf in leaves)
+        assert any(leaf.shape[-2:] == (2, 40) for leaf in leaves if leaf.ndim == 4) == (name != "none")
+    assert size["none"] < size["gate_up"] < size["all"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+@pytest.mark.parametrize("save", ["", "gate_up,projected,attended"])
+def test_rematerialisation_changes_no_gradient(architecture, save):
+    config = dataclasses.replace(SMALL, architecture=architecture, remat="none", hidden_depth=0)
+    params = golden_scale(config)["params"]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 19)))
+
+    def gradient(config):
+        model = build_model(config)
+        return jax.jit(jax.grad(lambda params: (model.apply({"params": params}, tokens) ** 2).mean()))(params)
+
+    again = gradient(dataclasses.replace(config, remat="window", remat_save=save))
+    for value, truth in zip(jax.tree.leaves(again), jax.tree.leaves(gradient(config)), strict=True):
+        assert jnp.linalg.norm(value - truth) <= 1e-5 * jnp.linalg.norm(truth)
+
+
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_the_number_of_windows():
     """At 64 windows at most 1.5 times that at 16; least processor time of four, as others share the machine."""
@@ -285,6 +344,7 @@ def test_bad_inputs_are_refused(inputs, message):
         ({"dtype": "int8"}, "model.dtype = 'int8'"),
         ({"dropout": 1.0}, "model.dropout = 1.0"),
         ({"num_blocks": True}, "model.num_blocks = True"),
+        ({"remat_save": "gate_up,logits"}, "model.remat_save = 'gate_up,logits': must be names of gate_up, projected"),
         ({"attention": "cudnn", "dropout": 0.1}, "model.attention = 'cudnn'"),
         ({"architecture": "sliding_window", "history_window": "auto"}, "model.history_window = 'auto'"),
     ],

@@ -18,11 +18,14 @@ from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding, parameter_spec, put_batch, tree_shardings
+from tlinformer_jax.training import loss as loss_module
 from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.loss import token_losses
+from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
+from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
+from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import build_run
 from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
 
@@ -58,30 +61,93 @@ def random_batch(length: int = 14, rows: int = 8) -> dict[str, np.ndarray]:
     return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
 
 
-@pytest.mark.parametrize(("chunk", "length"), [(1, 7), (8, 7), (12, 9), (10_000, 5)])
-def test_chunked_loss_equals_plain_cross_entropy(chunk, length):
+def loss_inputs(length: int, vocab: int = 11, dtype=jnp.float32):
+    """hidden, embedding, labels, weights of three sequences."""
     rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.standard_normal((3, length, 8)), jnp.float32)
-    table = jnp.asarray(rng.standard_normal((11, 8)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, 11, (3, length)))
+    hidden = jnp.asarray(rng.standard_normal((3, length, 8)), dtype)
+    table = jnp.asarray(rng.standard_normal((vocab, 8)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, vocab, (3, length)))
+    return hidden, table, labels, jnp.asarray(rng.random((3, length)), jnp.float32)
 
-    def plain(hidden, table):
-        return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ table.T), labels[..., None], -1)[..., 0]
 
-    np.testing.assert_allclose(token_losses(hidden, table, labels, chunk), plain(hidden, table), atol=1e-5)
+def plain_losses(hidden, table, labels):
+    logits = hidden.astype(jnp.float32) @ table.T
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
+
+
+LOSS_SHAPES = pytest.mark.parametrize(("chunk", "length"), [(1, 7), (8, 7), (12, 9), (10_000, 5)])
+
+
+@LOSS_SHAPES
+def test_chunked_loss_equals_plain_cross_entropy(chunk, length):
+    hidden, table, labels, _ = loss_inputs(length)
+    truth = plain_losses(hidden, table, labels)
+    np.testing.assert_allclose(token_losses(hidden, table, labels, chunk), truth, atol=1e-5)
     ours = jax.grad(lambda *a: (token_losses(*a, labels, chunk) ** 2).sum(), argnums=(0, 1))(hidden, table)
-    truth = jax.grad(lambda *a: (plain(*a) ** 2).sum(), argnums=(0, 1))(hidden, table)
+    truth = jax.grad(lambda *a: (plain_losses(*a, labels) ** 2).sum(), argnums=(0, 1))(hidden, table)
     for value, expected in zip(ours, truth, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_chunked_loss_never_holds_all_logits():
+@LOSS_SHAPES
+@pytest.mark.parametrize("multiple", [1, 128])
+def test_training_loss_and_its_gradients_equal_plain_cross_entropy(chunk, length, multiple, monkeypatch):
+    """Of hidden states, embedding and weights; with the vocabulary padded and without."""
+    monkeypatch.setattr(loss_module, "padded_vocabulary", lambda size, dtype: size + -size % multiple)
+    hidden, table, labels, weights = loss_inputs(length)
+
+    def ours(hidden, table, weights):
+        return 3 * summed_cross_entropy(hidden, table, labels, weights, chunk)
+
+    def plain(hidden, table, weights):
+        return 3 * (plain_losses(hidden, table, labels) * weights).sum()
+
+    inputs = (hidden, table, weights)
+    np.testing.assert_allclose(ours(*inputs), plain(*inputs), rtol=1e-6)
+    loss, gradients = jax.value_and_grad(ours, argnums=(0, 1, 2))(*inputs)
+    truth, expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(*inputs)
+    np.testing.assert_allclose(loss, truth, rtol=1e-6)
+    for value, expectation in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(value, expectation, rtol=1e-5, atol=1e-5)
+
+
+def dot_products(jaxpr):
+    """All products of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from dot_products(inner)
+
+
+def test_training_loss_multiplies_in_half_precision_and_computes_logits_once():
+    hidden, table, labels, weights = loss_inputs(16, vocab=131, dtype=jnp.bfloat16)
+
+    def loss(hidden, table):
+        return summed_cross_entropy(hidden, table, labels, weights, 8)
+
+    products = list(dot_products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, table).jaxpr))
+    assert len(products) == 3
+    for product in products:
+        assert {operand.aval.dtype.name for operand in product.invars} == {"bfloat16"}
+        assert any(256 in operand.aval.shape for operand in (*product.invars, *product.outvars))
+    gradient = jax.grad(loss, argnums=1)(hidden, table)
+    truth = jax.grad(lambda table: (plain_losses(hidden, table, labels) * weights).sum())(table)
+    assert gradient.dtype == jnp.float32
+    assert jnp.linalg.norm(gradient - truth) < 0.01 * jnp.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("function", [token_losses, summed_cross_entropy])
+def test_chunked_loss_never_holds_all_logits(function):
     tokens, vocab = 64, 5000
     hidden, table = jnp.zeros((1, tokens, 8)), jnp.zeros((vocab, 8))
     labels = jnp.zeros((1, tokens), jnp.int32)
+    rest = (labels,) if function is token_losses else (labels, jnp.ones(labels.shape))
 
     def memory(chunk):
-        loss = jax.grad(lambda h, t: token_losses(h, t, labels, chunk).sum(), argnums=(0, 1))
+        loss = jax.grad(lambda h, t: function(h, t, *rest, chunk).sum(), argnums=(0, 1))
         return jax.jit(loss).lower(hidden, table).compile().memory_analysis().temp_size_in_bytes
 
     assert memory(8) < 0.5 * memory(tokens)
@@ -115,8 +181,8 @@ def test_eight_devices_equal_one(sizes):
 
         def loss(params, batch):
             hidden = model.apply({"params": params}, batch["inputs"], method=model.hidden_states)
-            losses = token_losses(hidden, params["embedding"], batch["labels"], 64)
-            return (losses * batch["weights"]).sum() / batch["weights"].sum()
+            total = summed_cross_entropy(hidden, params["embedding"], batch["labels"], batch["weights"], 64)
+            return total / batch["weights"].sum()
 
         step = jax.jit(
             jax.value_and_grad(loss),
@@ -188,7 +254,7 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval/loss" in line] == [2, 4]
-    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"} <= set(lines[-2])
+    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second", "train/tflops"} <= set(lines[-2])
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["model"]["d_model"] == 16
 
@@ -264,3 +330,30 @@ def test_ngram_floor_equals_a_plain_dictionary_model():
 
     bits = [-math.log2(probability((int(a), int(b)), int(c))) for a, b, c in zip(test, test[1:], test[2:])]
     assert math.isclose(witten_bell_bits(train, test, 5), float(np.mean(bits)), rel_tol=1e-9)
+
+
+def test_throughput_reports_model_flops_and_their_share_of_the_peak():
+    throughput = Throughput(total_steps=10, flops_per_token=3e9, peak_flops=1e15)
+    throughput.count(1000)
+    figures = throughput.report(step=1)
+    assert figures["tflops"] == pytest.approx(figures["tokens_per_second"] * 3e-3)
+    assert figures["mfu"] == pytest.approx(figures["tflops"] / 1e3)
+    assert "mfu" not in Throughput(10, 3e9, None).report(step=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "traced"),
+    [(0, 100, [12, 13, 14]), (50, 100, [62, 63, 64]), (0, 4, [2, 3, 4]), (0, 2, [2]), (0, 1, [])],
+)
+def test_the_traced_steps_are_never_the_first_and_always_within_the_run(first, last, traced, monkeypatch, tmp_path):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    trace = StepTrace(tmp_path, first, last)
+    for step in range(first + 1, last + 1):
+        events.append(step)
+        assert trace.after(step, ()) == (events[-1] in ("start", "stop"))
+    inside = events[events.index("start") + 1 : events.index("stop")] if "start" in events else []
+    assert inside == traced
+    assert events.count("start") == events.count("stop")
+    assert not StepTrace(None, first, last).after(first + 1, ())

@@ -55,6 +55,22 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
     return workdir
 
 
+def define_optional_config_flag() -> None:
+    """Defines --config where it is used, for commands that have a default: a bare machine may lack ml_collections."""
+    if not any(argument.lstrip("-").split("=")[0].split(".")[0] == "config" for argument in sys.argv[1:]):
+        return
+    try:
+        from ml_collections import config_flags
+    except ImportError:
+        fail("--config: config files need the package ml_collections, which is not installed")
+    config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
+
+
+def config_given() -> bool:
+    """Whether the flag --config was defined and given."""
+    return "config" in flags.FLAGS and flags.FLAGS.config is not None
+
+
 def config_values() -> Any:
     """The loaded config of the flag --config, a `DEFINE_config_file`.
 

@@ -31,6 +31,16 @@ class RunConfig:
     data: DataConfig
     mesh: MeshConfig
 
+    def __post_init__(self) -> None:
+        sampled = self.train.sampled_windows
+        if sampled and not self.model.windowed:
+            raise ConfigError(
+                "train.sampled_windows", sampled, f"must be 0 for model.architecture = {self.model.architecture!r}"
+            )
+        windows = -(-self.data.sequence_length // self.model.generation_window)
+        if sampled > windows:
+            raise ConfigError("train.sampled_windows", sampled, f"must be at most the {windows} windows of a sequence")
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain nested dictionaries, as `run_config` takes them."""
         return dataclasses.asdict(self)

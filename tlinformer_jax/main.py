@@ -7,6 +7,7 @@ from tlinformer_jax import cli
 
 config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
+PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few training steps, for xprof.")
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     config = run_config(cli.config_values())
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
-    train_and_evaluate(config, workdir)
+    train_and_evaluate(config, workdir, cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None)
 
 
 if __name__ == "__main__":

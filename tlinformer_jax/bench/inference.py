@@ -8,7 +8,6 @@ without one the model is the 41M shape, as the shape flags change it.
 
 import dataclasses
 import pathlib
-import sys
 from typing import Any
 
 from absl import flags
@@ -90,7 +89,7 @@ def _base_config() -> ModelConfig:
       UserError: for flags that contradict each other, and for values that are not allowed.
     """
     changes: dict[str, Any] = {name: flag.value for name, flag in SHAPE.items() if flag.value is not None}
-    configured = "config" in flags.FLAGS and flags.FLAGS.config is not None
+    configured = cli.config_given()
     if configured and WORKDIR.value:
         raise UserError("--config: not together with --workdir, which has a configuration of its own")
     if WORKDIR.value:
@@ -131,17 +130,6 @@ def _check_names(flag: str, names: list[str], allowed: tuple[str, ...]) -> None:
             raise ConfigError(flag, name, f"must be among {', '.join(allowed)}")
 
 
-def _define_config_flag() -> None:
-    """Defines --config where it is used: config files need ml_collections, which a bare machine may lack."""
-    if not any(argument.lstrip("-").split("=")[0].split(".")[0] == "config" for argument in sys.argv[1:]):
-        return
-    try:
-        from ml_collections import config_flags
-    except ImportError:
-        cli.fail("--config: config files need the package ml_collections, which is not installed")
-    config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
-
-
 if __name__ == "__main__":
-    _define_config_flag()
+    cli.define_optional_config_flag()
     cli.run(main)

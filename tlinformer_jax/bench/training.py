@@ -1,115 +1,333 @@
-"""Training speed: `python -m tlinformer_jax.bench.training --lengths=512,1024 --batch_tokens=32768 --out=DIR`.
+"""Training speed: `python -m tlinformer_jax.bench.training --lengths=512,8192 --batch_tokens=32768,65536 --out=DIR`.
 
-Times whole training steps (forward, backward, AdamW) of the 41M shape on random tokens. The time of a step is the
-median over `steps` steps, each waited for; compilation is reported apart.
+Times whole training steps (forward, backward, AdamW) on random tokens, by default of the 41M shape with dropout 0. Each
+architecture, length, setting (`--try`) and batch (`--batch_tokens`) is a row; what does not fit the memory is a row
+that says so. Steps are dispatched as a training loop does and waited for in groups; a step's time is the median over
+the groups. Compilation is timed apart, without the persistent cache.
+
+    --config=FILE                     another base configuration; its sections `model` and `train` are taken
+    --set=model.d_model=512           a field for all rows
+    --try=model.windows_together=4,model.history_segments=2    one more setting to time, beside what is set
+
+DIR receives training.json (with device, JAX version and command), training.csv, training.md with the best row of every
+architecture and length, and plots where matplotlib is installed.
 """
 
+import csv
+import dataclasses
+import itertools
 import json
 import pathlib
+import statistics
+import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from tlinformer_jax import cli
+from tlinformer_jax.config import RunConfig, run_config
 from tlinformer_jax.errors import ConfigError
 
 ARCHITECTURES = flags.DEFINE_list("architectures", ["tlinformer", "transformer"], "Architectures to time.")
 LENGTHS = flags.DEFINE_list("lengths", ["512"], "Sequence lengths in tokens.")
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 32768, "Tokens of a step.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 100, "Timed steps.", lower_bound=1)
-WINDOW = flags.DEFINE_integer("window", 256, "history_window and generation_window.", lower_bound=1)
-D_MODEL = flags.DEFINE_integer("d_model", 432, "Width.", lower_bound=1)
-SCAN_LAYERS = flags.DEFINE_bool("scan_layers", True, "ModelConfig.scan_layers.")
-OUT = flags.DEFINE_string("out", "", "Directory for training.json; none: print only.")
+BATCH_TOKENS = flags.DEFINE_list("batch_tokens", ["32768"], "Tokens of a step, each of which is tried.")
+STEPS = flags.DEFINE_integer("steps", 50, "Timed steps.", lower_bound=1)
+SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE[,FIELD=VALUE]: fields for all rows.")
+TRY = flags.DEFINE_multi_string("try", [], "FIELD=VALUE[,FIELD=VALUE]: a setting to time; repeatable.")
+WINDOW = flags.DEFINE_integer("window", 0, "history_window and generation_window; 0: as configured.", lower_bound=0)
+PROFILE = flags.DEFINE_string("profile", "", "Directory for an xprof trace of three steps of each row.")
+OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
+
+WARMUP_STEPS = 3
+GROUP = 5
+COLUMNS = (
+    "architecture",
+    "length",
+    "batch",
+    "setting",
+    "tokens_per_second",
+    "mfu",
+    "step_seconds",
+    "compile_seconds",
+    "step_bytes",
+    "model_flops",
+    "hardware_flops",
+    "tokens",
+    "first_loss",
+    "last_loss",
+    "peak_bytes",
+    "error",
+)
 
 
-def time_training(architecture: str, length: int) -> dict[str, Any]:
-    """Times the training step of one architecture at one length.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One row: a configuration whose data.sequence_length and train.batch_size are those of the row."""
+
+    config: RunConfig
+    setting: str
+
+
+def overrides(text: str) -> dict[tuple[str, str], Any]:
+    """The fields that 'section.field=value,section.field=value' names; a name without a value goes on the one before.
+
+    Raises:
+      ConfigError: if a part names no field.
+    """
+    from tlinformer_jax.config import field_names
+
+    known, fields, last = field_names(), {}, None
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        section, _, field = name.partition(".")
+        if equals and field in known.get(section, ()):
+            last = (section, field)
+            fields[last] = _value(value)
+        elif not equals and last is not None:  # a value with a comma, as remat_save has
+            fields[last] = f"{fields[last]},{part}"
+        else:
+            raise ConfigError("--set or --try", part, "must be section.field=value of a configuration's field")
+    return fields
+
+
+def _value(text: str) -> Any:
+    """A field's value as its text says it: JSON where it is that, Python's True, False and None, else a word."""
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        return text
+
+
+def jobs(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int], sizes: Sequence[int]) -> list[Job]:
+    """All rows, checked before the first is timed.
+
+    Raises:
+      ConfigError: for a configuration that is not allowed.
+    """
+    made: dict[Job, None] = {}
+    for architecture, length, setting, tokens in itertools.product(ARCHITECTURES.value, lengths, settings, sizes):
+        values = {section: dict(fields) for section, fields in base.items()}
+        values["model"]["architecture"] = architecture
+        values["data"]["sequence_length"] = length
+        values["train"] |= {"batch_size": max(1, tokens // length), "accumulation": 1}
+        for (section, field), value in overrides(setting).items():
+            values[section][field] = value
+        made[Job(run_config(values), setting)] = None
+    return list(made)
+
+
+def time_job(job: Job, steps: int, profile: str = "") -> dict[str, Any]:
+    """Times one row.
 
     Returns:
-      architecture, length (tokens), batch (sequences), tokens_per_second, step_seconds (median), compile_seconds,
-      first_loss and last_loss (nats), peak_bytes (of the device, whole process so far; None where unknown).
+      the columns in COLUMNS: batch in sequences; tokens, those that a step predicts; tokens_per_second of those;
+      step_bytes, what the compiled step needs of the device's memory; peak_bytes, the process's so far (None where
+      unknown); losses in nats; error, None or why there are no figures.
     """
+    import jax
+
+    config = job.config
+    row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+        "architecture": config.model.architecture,
+        "length": config.data.sequence_length,
+        "batch": config.train.batch_size,
+        "setting": job.setting,
+    }
+    row |= _counted(config)
+    try:
+        row |= _timed(config, steps, profile)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        row["error"] = "out of memory"
+        return row
+    row["tokens_per_second"] = row["tokens"] / row["step_seconds"]
+    row["mfu"] = _mfu(config, row["model_flops"] / row["step_seconds"])
+    return row
+
+
+def _counted(config: RunConfig) -> dict[str, Any]:
+    """What is known before anything runs."""
+    from tlinformer_jax.analysis.flops import training_flops
+    from tlinformer_jax.training.windows import trained_tokens
+
+    length, sampled = config.data.sequence_length, config.train.sampled_windows
+    flops = training_flops(config.model, length, config.train.batch_size, sampled)
+    tokens = config.train.batch_size * trained_tokens(config.model, length, sampled)
+    return {"model_flops": flops.model, "hardware_flops": flops.hardware, "tokens": tokens}
+
+
+def _mfu(config: RunConfig, speed: float) -> float | None:
+    import jax
+
+    from tlinformer_jax.analysis.peaks import utilisation
+
+    return utilisation(speed, jax.device_count(), jax.devices()[0].device_kind, config.model.compute_dtype.name)
+
+
+def _timed(config: RunConfig, steps: int, profile: str) -> dict[str, Any]:
+    """Compiles and runs the training step."""
     import jax
     import numpy as np
 
-    from tlinformer_jax.bench.timing import Timing, peak_bytes
-    from tlinformer_jax.models import ModelConfig, build_model
-    from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
+    from tlinformer_jax.models import build_model
+    from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
-    from tlinformer_jax.training.config import TrainConfig
     from tlinformer_jax.training.optimizer import Horizon
     from tlinformer_jax.training.step import init_state, jit_train_step
 
-    config = ModelConfig(
-        architecture=architecture,
-        d_model=D_MODEL.value,
-        history_window=WINDOW.value,
-        generation_window=WINDOW.value,
-        scan_layers=SCAN_LAYERS.value,
-    )
-    batch_size = max(1, BATCH_TOKENS.value // length)
-    train, model = TrainConfig(batch_size=batch_size), build_model(config)
-    horizon = Horizon(STEPS.value, STEPS.value)
-    mesh = build_mesh(MeshConfig())
+    train, model, mesh = config.train, build_model(config.model), build_mesh(config.mesh)
+    check_batch_divides(train.batch_size, mesh, "--batch_tokens / --lengths")
+    horizon = Horizon(steps, steps)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda key: init_state(key, model, train, horizon), jax.random.key(0))
         shardings = tree_shardings(shapes, mesh)
         init = jax.jit(lambda key: init_state(key, model, train, horizon), out_shardings=shardings)
         state = init(jax.random.key(0))
-        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length + 1), dtype=np.int32)
-        weights = np.ones((batch_size, length), np.float32)
+        size = (train.batch_size, config.data.sequence_length + 1)
+        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, dtype=np.int32)
+        weights = np.ones(tokens[:, 1:].shape, np.float32)
         batch = put_batch({"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}, mesh)
+        lowered = jit_train_step(model, train, horizon, shardings, batch_sharding(mesh)).lower(state, batch)
         started = time.perf_counter()
-        step = jit_train_step(model, train, horizon, shardings, batch_sharding(mesh)).lower(state, batch).compile()
-        compile_seconds = time.perf_counter() - started
-        losses, seconds = [], []
-        for _ in range(STEPS.value + 2):
+        compiled = lowered.compile()
+        figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}
+        losses, groups = [], []
+        for count in (WARMUP_STEPS, *(GROUP,) * max(1, steps // GROUP)):
             started = time.perf_counter()
-            state, metrics = step(state, batch)
-            losses.append(float(metrics["loss"]))  # waits for the step
-            seconds.append(time.perf_counter() - started)
-    median = Timing(tuple(seconds[2:])).median
-    return {
-        "architecture": architecture,
-        "length": length,
-        "batch": batch_size,
-        "window": WINDOW.value,
-        "tokens_per_second": batch_size * length / median,
-        "step_seconds": median,
-        "compile_seconds": compile_seconds,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "peak_bytes": peak_bytes(),
+            for _ in range(count):
+                state, metrics = compiled(state, batch)
+                losses.append(metrics["loss"])
+            jax.block_until_ready(state)
+            groups.append((time.perf_counter() - started) / count)
+        if profile:
+            with jax.profiler.trace(profile):
+                for _ in range(3):
+                    state, metrics = compiled(state, batch)
+                jax.block_until_ready(state)
+    memory = jax.devices()[0].memory_stats() or {}
+    return figures | {
+        "step_seconds": statistics.median(groups[1:]),
+        "first_loss": float(losses[0]),
+        "last_loss": float(losses[-1]),
+        "peak_bytes": memory.get("peak_bytes_in_use"),
     }
 
 
-def main() -> None:
-    """Times every architecture at every length."""
-    from tlinformer_jax.bench.timing import device_facts
+def _bytes(compiled: Any) -> int | None:
+    """Memory that a compiled program needs: its arguments, results that reuse none of them, temporary values."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return kept + found.temp_size_in_bytes
 
+
+def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The fastest row of every architecture and length, in the order in which they were timed."""
+    best: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for row in rows:
+        place = (row["architecture"], row["length"])
+        if row["tokens_per_second"] and row["tokens_per_second"] > best.get(place, {}).get("tokens_per_second", 0):
+            best[place] = row
+    return list(best.values())
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row as it is printed."""
+    head = f"{row['architecture']:14} N {row['length']:>9,}  batch {row['batch']:>4}"
+    setting = f"  [{row['setting']}]" if row["setting"] else ""
+    if row["error"]:
+        return f"{head}  {row['error']}{setting}"
+    mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
+    memory = "" if row["step_bytes"] is None else f"  {row['step_bytes'] / 1e9:.2f} GB"
+    return (
+        f"{head}  {row['tokens_per_second']:>12,.0f} tokens/s{mfu}  step {row['step_seconds'] * 1e3:.2f} ms{memory}  "
+        f"compile {row['compile_seconds']:.1f} s  loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}{setting}"
+    )
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The best rows as a Markdown table."""
+    head = "| architecture | N | batch | tokens/s | MFU | step | memory | compilation | setting |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for row in best_rows(rows):
+        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        memory = "" if row["step_bytes"] is None else f"{row['step_bytes'] / 1e9:.2f} GB"
+        lines.append(
+            f"| {row['architecture']} | {row['length']:,} | {row['batch']} | {row['tokens_per_second']:,.0f} | {mfu} | "
+            f"{row['step_seconds'] * 1e3:.2f} ms | {memory} | {row['compile_seconds']:.1f} s | {row['setting']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_results(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
+    """Writes training.json, training.csv and training.md."""
+    rows = report["rows"]
+    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    with open(folder / "training.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "training.md").write_text(table(rows))
+
+
+def _integers(name: str, texts: Sequence[str]) -> list[int]:
     try:
-        lengths = [int(length) for length in LENGTHS.value]
+        values = [int(text) for text in texts]
     except ValueError:
-        raise ConfigError("--lengths", LENGTHS.value, "must be integers, separated by commas") from None
-    facts = device_facts()
-    rows = []
-    for architecture in ARCHITECTURES.value:
-        for length in lengths:
-            row = time_training(architecture, length)
-            rows.append(row)
-            print(
-                f"{facts['device']}  {architecture:14} N {length:>8,}  batch {row['batch']:>4}  "
-                f"{row['tokens_per_second']:>12,.0f} tokens/s  step {row['step_seconds'] * 1e3:.2f} ms  "
-                f"compile {row['compile_seconds']:.1f} s  loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}",
-                flush=True,
-            )
-    if OUT.value:
-        folder = cli.writable_workdir(OUT.value, "--out")
-        report = facts | {"rows": rows}
-        pathlib.Path(folder, "training.json").write_text(json.dumps(report, indent=1) + "\n")
+        values = []
+    if not values or min(values) < 1:
+        raise ConfigError(name, ",".join(texts), "must be integers >= 1, separated by commas")
+    return values
+
+
+def _base() -> dict[str, dict[str, Any]]:
+    """The fields that all rows start from."""
+    values = cli.config_values().to_dict() if cli.config_given() else run_config({}).to_dict()
+    base = {name: dict(values.get(name, {})) for name in ("model", "train", "mesh", "data")}
+    base["data"] = {}  # random tokens
+    if WINDOW.value:
+        base["model"] |= {"history_window": WINDOW.value, "generation_window": WINDOW.value}
+    for text in SET.value:
+        for (section, field), value in overrides(text).items():
+            base[section][field] = value
+    return base
+
+
+def _results(plan: Sequence[Job]) -> Iterator[dict[str, Any]]:
+    for job in plan:
+        row = time_job(job, STEPS.value, PROFILE.value)
+        print(line(row), flush=True)
+        yield row
+
+
+def main() -> None:
+    """Times every row and writes the results after each."""
+    import jax
+
+    lengths, sizes = _integers("--lengths", LENGTHS.value), _integers("--batch_tokens", BATCH_TOKENS.value)
+    plan = jobs(_base(), TRY.value or [""], lengths, sizes)
+    folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
+    jax.config.update("jax_enable_compilation_cache", False)  # its hits would be taken for fast compilations
+    device = jax.devices()[0].device_kind
+    print(f"{jax.device_count()} x {device}, JAX {jax.__version__}", flush=True)
+    command = ["python -m tlinformer_jax.bench.training", *sys.argv[1:]]
+    report = {"device": device, "devices": jax.device_count(), "jax": jax.__version__, "command": " ".join(command)}
+    rows: list[dict[str, Any]] = []
+    for row in _results(plan):
+        rows.append(row)
+        if folder is not None:
+            write_results(folder, report | {"rows": rows})
+    print(table(rows), flush=True)
+    if folder is not None:
+        from tlinformer_jax.bench.training_plots import plot_training
+
+        plot_training(best_rows(rows), f"{report['devices']} x {device}", folder)
 
 
 if __name__ == "__main__":
+    cli.define_optional_config_flag()
     cli.run(main)

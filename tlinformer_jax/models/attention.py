@@ -12,8 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tlinformer_jax.models.recompute import map_recomputed
+
 # Keys of one part where attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
+# Scores that attention with dropout holds at a time, in float32.
+DROPOUT_SCORES = 1 << 27
 
 
 @flax.struct.dataclass
@@ -58,7 +62,8 @@ def attend(
       key_length: only the first `key_length` keys are valid; a scalar or int32 [batch]. Where it is 0 the
         result is 0, never NaN.
       dropout: on the attention weights; the mask is drawn per softmax.
-      backend: 'auto', 'xla' or 'cudnn'.
+      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision) or 'splash' (TPU; elsewhere it is interpreted, for
+        tests). Only XLA's log-sum-exp is differentiable.
       return_lse: also return the log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where
         there is no valid key. It lets partial attentions over disjoint keys be merged exactly.
       scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
@@ -77,24 +82,37 @@ def attend(
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     chosen = choose_backend(query, dropout, return_lse) if backend == "auto" else backend
     if chosen == "xla":
-        output, lse = _attend_xla(query, key, value, scale, causal, window, key_length, dropout)
+        if dropout is None:
+            output, lse = _attend_xla(query, key, value, scale, causal, window, key_length, None)
+        else:
+            output, lse = _attend_with_dropout(query, key, value, scale, causal, window, key_length, dropout)
         return (output, lse) if return_lse else output
+    if chosen == "splash" and dropout is None:
+        from tlinformer_jax.models.splash import attend_splash
+
+        interpret = jax.default_backend() != "tpu"
+        result = attend_splash(query, key, value, scale, causal, window, key_length, return_lse, interpret)
+        return result if return_lse else result[0]
     if chosen == "cudnn" and dropout is None:
         return _attend_cudnn(query, key, value, scale, causal, window, key_length, return_lse, never_empty)
-    if chosen == "cudnn":
-        raise ValueError("attend: backend 'cudnn' has no dropout on the attention weights")
+    if chosen in ("cudnn", "splash"):
+        raise ValueError(f"attend: backend {chosen!r} has no dropout on the attention weights")
     raise ValueError(f"attend: unknown backend {backend!r}")
 
 
-def head_multiple(dtype: Any, backend: str) -> int:
-    """Features that the backend wants heads to be a multiple of; see `layers.prepare_layers`."""
-    return 8 if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
+def head_multiple(dtype: Any, backend: str, padding: int = 8) -> int:
+    """Features that heads are padded to a multiple of, see `layers.prepare_layers`: `padding` for cuDNN, else 1."""
+    return padding if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
 
 
 def choose_backend(query: jax.Array, dropout: Dropout | None, return_lse: bool) -> str:
-    """The backend that 'auto' stands for: cuDNN on NVIDIA GPUs in half precision, else XLA."""
-    # The fused kernel offers neither weight dropout nor a differentiable log-sum-exp through JAX.
-    return "cudnn" if fused_kernel(query.dtype) and dropout is None and not return_lse else "xla"
+    """The backend that 'auto' stands for: in half precision cuDNN on NVIDIA GPUs, splash on TPUs, else XLA."""
+    # The fused kernels offer neither weight dropout nor a differentiable log-sum-exp through JAX.
+    if dropout is not None or return_lse:
+        return "xla"
+    if fused_kernel(query.dtype):
+        return "cudnn"
+    return "splash" if query.dtype == jnp.bfloat16 and jax.default_backend() == "tpu" else "xla"
 
 
 def fused_kernel(dtype: Any) -> bool:
@@ -124,7 +142,7 @@ def attend_parts(
     """
     keys = key.shape[1]
     key_length = jnp.clip(key_length, 0, keys)
-    if backend == "xla" or (backend == "auto" and not fused_kernel(query.dtype)):
+    if backend in ("xla", "splash") or (backend == "auto" and not fused_kernel(query.dtype)):
         output, lse = attend(query, key, value, key_length=key_length, backend="xla", return_lse=True, scale=scale)
         return output.astype(jnp.float32), lse
     count = max(1, math.gcd(keys, 1 << 20) // KEYS_PER_PART)
@@ -211,12 +229,20 @@ def merge_parts(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax
 
 
 def visible(
-    queries: int, keys: int, causal: bool, window: int | None, key_length: jax.Array | None
+    queries: int,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    key_length: jax.Array | None,
+    start: jax.Array | int = 0,
 ) -> jax.Array | None:
-    """Boolean [batch or 1, 1, queries, keys]: which keys a query sees; None if it sees all."""
+    """Boolean [batch or 1, 1, queries, keys]: which keys a query sees; None if it sees all.
+
+    Query i stands at position start + i, key j at j.
+    """
     mask: jax.Array | None = None
     if causal:
-        distance = np.arange(queries)[:, None] - np.arange(keys)[None, :]
+        distance = start + np.arange(queries)[:, None] - np.arange(keys)[None, :]
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         mask = jnp.asarray(seen)[None, None]
     if key_length is not None:
@@ -234,10 +260,11 @@ def _attend_xla(
     window: int | None,
     key_length: jax.Array | None,
     dropout: Dropout | None,
+    start: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention by plain matrix products; scores and softmax in float32."""
+    """Attention by plain matrix products; scores and softmax in float32. Query i stands at position start + i."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
-    mask = visible(query.shape[1], key.shape[1], causal, window, key_length)
+    mask = visible(query.shape[1], key.shape[1], causal, window, key_length, start)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
@@ -250,6 +277,38 @@ def _attend_xla(
         weights = dropout(weights)
     output = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
     return output, jnp.swapaxes(lse[..., 0], 1, 2)
+
+
+def _attend_with_dropout(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    key_length: jax.Array | None,
+    dropout: Dropout,
+) -> tuple[jax.Array, jax.Array]:
+    """`_attend_xla`, by as many queries at a time as keep the scores at DROPOUT_SCORES.
+
+    Each chunk of queries draws a mask of its own, the same one when it is computed again in the backward pass, so
+    neither pass ever holds the scores of a long history.
+    """
+    batch, queries, heads, _ = query.shape
+    chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
+    if chunk >= queries:
+        return _attend_xla(query, key, value, scale, causal, window, key_length, dropout)
+
+    def some(shared: Any, query: jax.Array, fixed: Any, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        (key, value), (key_length, dropout) = shared, fixed
+        part = dropout.fold_in(number)
+        return _attend_xla(query, key, value, scale, causal, window, key_length, part, number * chunk)
+
+    padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
+    parts = jnp.moveaxis(padded.reshape(batch, -1, chunk, *query.shape[2:]), 1, 0)
+    found = map_recomputed((some,), (key, value), parts, (key_length, dropout), jnp.arange(parts.shape[0]))
+    output, lse = (jnp.moveaxis(array, 0, 1).reshape(batch, -1, *array.shape[3:])[:, :queries] for array in found)
+    return output, lse
 
 
 def _attend_cudnn(

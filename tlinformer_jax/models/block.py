@@ -6,17 +6,20 @@ so they go through one attention call and, where they stand side by side, one fe
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tlinformer_jax.models.attention import Dropout, attend, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, project, update
+from tlinformer_jax.models.recompute import map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
-from tlinformer_jax.models.windows import WindowFrame
+from tlinformer_jax.models.windows import Place, WindowFrame
 
 # Parts of a layer that draw dropout masks of their own.
 SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
@@ -43,9 +46,9 @@ class Projected:
     key: jax.Array
     value: jax.Array
 
-    def rows(self, start: jax.Array | int, length: int) -> "Projected":
-        """Rows start .. start + length - 1; `start` may be traced, `length` is static."""
-        return jax.tree.map(lambda array: slice_rows(array, start, length), self)
+    def rows(self, start: Place, length: int, folded: int | None = None) -> "Projected":
+        """Rows start .. start + length - 1, by `slice_rows`."""
+        return jax.tree.map(lambda array: slice_rows(array, start, length, folded), self)
 
 
 @flax.struct.dataclass
@@ -53,7 +56,8 @@ class History:
     """The history stream at a block's entrance.
 
     Attributes:
-      rows: C, [batch, rows, D]; rows past the frame's history_length are the future and never attended to.
+      rows: C, [batch, rows, D]; rows past the frame's history_length are the future and never attended to. Where g
+        windows run together, either [batch, ...], which they share, or [batch * g, ...].
       projected: of C under the block's `compress` layer where that is known already (block 0: the embeddings'
         projections never change), else None.
     """
@@ -62,9 +66,33 @@ class History:
     projected: Projected | None = None
 
 
-def slice_rows(array: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
-    """Rows start .. start + length - 1 of [batch, rows, ...]."""
-    return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
+def slice_rows(array: jax.Array, start: Place, length: int, folded: int | None = None) -> jax.Array:
+    """Rows start .. start + length - 1 of [batch, rows, ...].
+
+    Args:
+      array: with starts [g], either [batch, rows, ...] or [batch * g, rows, ...].
+      start: one for all, or one for each of g windows that run together; may be traced.
+      length: static.
+      folded: batch * g, read only where there are g starts.
+
+    Returns:
+      [batch, length, ...]; with starts [g], [batch * g, length, ...], the windows of a sequence side by side.
+    """
+    if not np.ndim(start):
+        return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
+    assert folded is not None
+    count = len(start)
+    parts = array.reshape(folded // count, -1, *array.shape[1:])
+    # Slices one by one: a batched slice is a gather, whose gradient would be a scatter.
+    slices = [
+        jax.lax.dynamic_slice_in_dim(parts[:, i % parts.shape[1]], start[i], length, axis=1) for i in range(count)
+    ]
+    return jnp.stack(slices, axis=1).reshape(folded, length, *array.shape[2:])
+
+
+def fold(array: jax.Array, folded: int) -> jax.Array:
+    """[batch, ...], which the windows of a sequence share, repeated for each of them: [folded, ...]."""
+    return array if array.shape[0] == folded else jnp.repeat(array, folded // array.shape[0], axis=0)
 
 
 def causal_layers(
@@ -74,6 +102,7 @@ def causal_layers(
     rope: Rope,
     dropout: Dropout | None = None,
     window: int | None = None,
+    remat: bool = False,
 ) -> jax.Array:
     """Ordinary pre-norm causal layers: the baselines', and all layers of a window without history.
 
@@ -84,6 +113,7 @@ def causal_layers(
       rope: rotations of x's positions.
       dropout: None outside training.
       window: attend to the last `window` positions only.
+      remat: compute each layer again in the backward pass.
 
     Returns:
       [batch, length, D].
@@ -93,7 +123,8 @@ def causal_layers(
         attended = _attend_causal(config, Projected(*project(params, x, rope)), dropout, window)
         return update(params, x, attended, _part(dropout, FEED_FORWARD))
 
-    return chain_layers(layer, layers, x, dropout, config.scan_layers)
+    scan = config.scan_layers
+    return chain_layers(recomputed(layer, config, in_loop=scan) if remat else layer, layers, x, dropout, scan)
 
 
 def dual_window_block(
@@ -108,12 +139,12 @@ def dual_window_block(
     restore: bool = True,
     dropout: Dropout | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """One block for one generation window with history.
+    """One block for one generation window with history, or for g windows that run together.
 
     Args:
       params: of the block, from `prepare_layers`.
       config: of the model.
-      x: the generation window, [batch, m, D].
+      x: the generation window, [batch, m, D]; of g windows, [batch * g, m, D].
       history: the history stream, its rows starting at position 0.
       frame: where the window stands.
       rope: rotations of positions 0, 1, ... up to the window's end at least.
@@ -171,7 +202,7 @@ def compress(
       `restore_context` reuses (None where `restore` is false).
     """
     width = frame.observed_width
-    z = slice_rows(history.rows, frame.observed_start, width)
+    z = slice_rows(history.rows, frame.observed_start, width, x.shape[0])
     history_rope = rope.rows(0, history.rows.shape[1])
     if history.projected is not None:
         known = history.projected
@@ -182,11 +213,12 @@ def compress(
         query = None
         key, value = project(params, history.rows, history_rope, "kv")
     if query is not None:
-        z_query = slice_rows(query, frame.observed_start, width)
+        z_query = slice_rows(query, frame.observed_start, width, x.shape[0])
     else:
         (z_query,) = project(params, z, rope.rows(frame.observed_start, width), "q")
 
     readers = [z_query] if config.architecture == "tconstformer" else [z_query, projected.query]
+    key, value = fold(key, x.shape[0]), fold(value, x.shape[0])
     shared = _attend_shared(config, readers, key, value, frame.history_length, _part(dropout, SHARED_ATTENTION))
     causal = _attend_causal(config, projected, dropout)
     x_attended = causal if config.architecture == "tconstformer" else causal + shared[:, width:]
@@ -231,9 +263,34 @@ def restore_context(
     frame: WindowFrame,
     dropout: Dropout | None,
 ) -> jax.Array:
-    """The restore layer for the history: every row C [batch, rows, D] reads the compressed context."""
-    attended = _attend_shared(config, [query], z_key, z_value, frame.observed_length, _part(dropout, CONTEXT_ATTENTION))
-    return update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
+    """The restore layer for the history: every row C [batch, rows, D] reads the compressed context.
+
+    Rows are independent of each other, so they can be computed in chunks of `config.history_chunk`.
+    """
+    rows, query = fold(rows, z_key.shape[0]), fold(query, z_key.shape[0])
+    known = None if isinstance(frame.observed_length, jax.Array) else frame.observed_length
+    shared, fixed = (params, z_key, z_value), (frame.observed_length if known is None else None, dropout)
+    chunk, length = config.history_chunk, rows.shape[1]
+
+    def some(shared: Any, part: Any, fixed: Any, number: jax.Array | None) -> jax.Array:
+        (params, z_key, z_value), (rows, query), (observed, dropout) = shared, part, fixed
+        dropout = dropout if number is None else _part(dropout, number)
+        valid = observed if known is None else known
+        attended = _attend_shared(config, [query], z_key, z_value, valid, _part(dropout, CONTEXT_ATTENTION))
+        return update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
+
+    if not 0 < chunk < length:
+        return some(shared, (rows, query), fixed, None)
+    padding = -length % chunk
+    parts = tuple(_in_chunks(array, chunk, padding) for array in (rows, query))
+    restored = map_recomputed((some,), shared, parts, fixed, jnp.arange((length + padding) // chunk))
+    return jnp.moveaxis(restored, 0, 1).reshape(rows.shape[0], -1, rows.shape[2])[:, :length]
+
+
+def _in_chunks(array: jax.Array, chunk: int, padding: int) -> jax.Array:
+    """[batch, rows, ...] as [chunks, batch, chunk, ...], with `padding` zero rows at the end."""
+    array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
+    return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)
 
 
 def _attend_shared(
@@ -241,16 +298,22 @@ def _attend_shared(
     queries: Sequence[jax.Array],
     key: jax.Array,
     value: jax.Array,
-    key_length: jax.Array,
+    key_length: Place,
     dropout: Dropout | None,
 ) -> jax.Array:
-    """Non-causal attention of all `queries`, side by side, to the same keys."""
+    """Non-causal attention of all `queries`, side by side, to the first `key_length` of the same keys."""
     query = queries[0] if len(queries) == 1 else jnp.concatenate(queries, axis=1)
+    if not isinstance(key_length, jax.Array) and np.all(np.asarray(key_length) == key.shape[1]):
+        valid = None  # kernels are faster where nothing is masked
+    elif np.ndim(key_length):
+        valid = jnp.tile(jnp.asarray(key_length, jnp.int32), query.shape[0] // len(key_length))
+    else:
+        valid = key_length
     return attend(
         query,
         key,
         value,
-        key_length=key_length,
+        key_length=valid,
         dropout=dropout,
         backend=config.attention,
         scale=config.attention_scale,
@@ -274,7 +337,7 @@ def _attend_causal(
     )
 
 
-def _part(dropout: Dropout | None, number: int) -> Dropout | None:
+def _part(dropout: Dropout | None, number: jax.Array | int) -> Dropout | None:
     """An independent dropout for part `number`, or None."""
     return None if dropout is None else dropout.fold_in(number)
 
@@ -322,7 +385,9 @@ class DualWindowBlock(nn.Module):
         """
         config = self.config
         params = prepare_layers(
-            self.parameters(), config.compute_dtype, head_multiple(config.compute_dtype, config.attention)
+            self.parameters(),
+            config.compute_dtype,
+            head_multiple(config.compute_dtype, config.attention, config.head_padding),
         )
         x = x.astype(config.compute_dtype)
         dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
@@ -331,9 +396,7 @@ class DualWindowBlock(nn.Module):
         if history is None or length == 0:
             return causal_layers(params.layers(), config, x, rope, dropout), history if restore else None
         observed = config.observed_rows(length)
-        frame = WindowFrame(
-            jnp.int32(length), jnp.int32(length - max(observed, 1)), jnp.int32(observed), max(observed, 1)
-        )
+        frame = WindowFrame(length, length - max(observed, 1), observed, max(observed, 1))
         return dual_window_block(
             params,
             config,

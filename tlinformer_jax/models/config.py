@@ -10,8 +10,11 @@ ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
 WINDOWED = ("tlinformer", "tconstformer")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("auto", "xla", "cudnn")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 REMAT = ("auto", "none", "window")
+# Intermediate values of a layer that rematerialisation can keep: queries, keys and values before rotation; what
+# attention returned; the feed-forward's two inner products. Widest first, `gate_up` has 2 F features of a row.
+REMAT_NAMES = ("gate_up", "projected", "attended")
 
 # Training over more windows than this rematerialises each window unless told otherwise: what reverse-mode
 # differentiation would keep of them grows with the square of the sequence.
@@ -42,12 +45,21 @@ class ModelConfig:
         angles, LayerNorm statistics and the loss are always float32.
       param_dtype: of the stored parameters.
       attention: backend of the attention kernel; 'auto' takes the best one for the device and the shapes.
+      head_padding: in training cuDNN gets heads padded with zeros to a multiple of this many features; a multiple
+        of 8, which is what it needs.
       history_segments: the scan over windows is cut in at most this many scans whose static history lengths
         grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer.
+      windows_together: generation windows with history that are computed together, as if they were more sequences;
+        they share what the longest history of them costs. It fills a device that one window of the batch does not.
+      history_chunk: rows of the history that `restore` computes at a time, each chunk again in the backward pass, so
+        that its feed-forward's inner values never exist for a whole long history; 0 takes all rows at once.
       scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
         history) once and loop over them; False compiles each, which takes longer and may run faster.
-      remat: of the windowed architectures: 'window' recomputes each window in the backward pass, 'none' keeps
-        everything, 'auto' recomputes when a sequence has more than 4 windows.
+      remat: 'window' recomputes each window in the backward pass, in the baselines each layer; 'none' keeps
+        everything; 'auto' recomputes when a sequence has more than 4 windows, in the baselines never.
+      remat_save: intermediate values that are kept where `remat` recomputes, names separated by commas, of
+        'gate_up', 'projected', 'attended'; '' keeps none. Keeping makes a step faster and takes memory; the gradients
+        of what windows share are then summed in the compute dtype. Sampled windows keep nothing.
     """
 
     architecture: str = "tlinformer"
@@ -63,9 +75,13 @@ class ModelConfig:
     dtype: str = "auto"
     param_dtype: str = "float32"
     attention: str = "auto"
+    head_padding: int = 8
     history_segments: int = 4
+    windows_together: int = 1
+    history_chunk: int = 0
     scan_layers: bool = True
     remat: str = "auto"
+    remat_save: str = ""
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -76,11 +92,21 @@ class ModelConfig:
         _check_choice(self, "param_dtype", PARAM_DTYPES)
         _check_choice(self, "attention", ATTENTION_BACKENDS)
         _check_choice(self, "remat", REMAT)
-        for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_segments"):
+        for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"):
             _check_int(self, name, 1)
-        _check_int(self, "hidden_depth", 0)
+        for name in ("history_segments", "windows_together"):
+            _check_int(self, name, 1)
+        for name in ("hidden_depth", "history_chunk"):
+            _check_int(self, name, 0)
+        _check_int(self, "head_padding", 8)
+        if self.head_padding % 8:
+            raise ConfigError("model.head_padding", self.head_padding, "must be a multiple of 8")
         if not isinstance(self.scan_layers, bool):
             raise ConfigError("model.scan_layers", self.scan_layers, "must be True or False")
+        if not isinstance(self.remat_save, str) or not set(self.saved_names) <= set(REMAT_NAMES):
+            raise ConfigError(
+                "model.remat_save", self.remat_save, f"must be names of {', '.join(REMAT_NAMES)}, separated by commas"
+            )
         if self.d_ff is not None:
             _check_int(self, "d_ff", 1)
         if self.history_window != "auto":
@@ -89,8 +115,10 @@ class ModelConfig:
             _check_int(self, "history_window", 1)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError("model.dropout", self.dropout, "must be a number in [0, 1)")
-        if self.attention == "cudnn" and self.dropout > 0:
-            raise ConfigError("model.attention", "cudnn", "has no attention dropout; take 'auto', or model.dropout = 0")
+        if self.attention in ("cudnn", "splash") and self.dropout > 0:
+            raise ConfigError(
+                "model.attention", self.attention, "has no attention dropout; take 'auto', or model.dropout = 0"
+            )
         if self.d_model % self.num_heads:
             raise ConfigError("model.num_heads", self.num_heads, f"must divide model.d_model = {self.d_model}")
         if self.head_dim % 2:
@@ -131,6 +159,11 @@ class ModelConfig:
     def windowed(self) -> bool:
         """Whether the architecture works by generation windows."""
         return self.architecture in WINDOWED
+
+    @property
+    def saved_names(self) -> tuple[str, ...]:
+        """`remat_save` as names."""
+        return tuple(name.strip() for name in self.remat_save.split(",") if name.strip())
 
     @property
     def compute_dtype(self) -> Any:

@@ -6,6 +6,7 @@ modules here only declare parameters: scans, rematerialisation, decoding and sha
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from tlinformer_jax.models.attention import Dropout
 from tlinformer_jax.models.config import ModelConfig
@@ -141,6 +143,12 @@ def _pad_heads(array: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(array, padding) if padding[axis][1] else array
 
 
+# Elementwise work is done again in the backward pass from its inputs in the compute dtype: cheaper than writing and
+# reading back its float32 intermediate values, which are three times as large.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """LayerNorm over the last axis with the biased variance, statistics in float32; returns x's dtype."""
     wide = x.astype(jnp.float32)
@@ -163,7 +171,7 @@ def projections(params: LayerParams, x: jax.Array, parts: str = "qkv") -> jax.Ar
       [batch, length, parts, heads, d_h (padded as in `params`)].
     """
     projected, bias = unbiased_projections(params, x, parts)
-    return projected + bias
+    return checkpoint_name(projected + bias, "projected")
 
 
 def unbiased_projections(params: LayerParams, x: jax.Array, parts: str) -> tuple[jax.Array, jax.Array]:
@@ -206,9 +214,15 @@ def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Drop
     Returns:
       [batch, length, D].
     """
+    attended = checkpoint_name(attended, "attended")
     x = x + jnp.einsum("blhk,hkd->bld", attended, params.out_kernel) + params.out_bias.astype(x.dtype)
     normed = layer_norm(x, params.norm2_scale, params.norm2_bias)
-    gate_up = jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel)
-    inner = nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-    output = jnp.einsum("blf,fd->bld", inner, params.down_kernel)
+    gate_up = checkpoint_name(jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel), "gate_up")
+    output = jnp.einsum("blf,fd->bld", _gated(gate_up), params.down_kernel)
     return x + (output if dropout is None else dropout(output))
+
+
+@_recomputed
+def _gated(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) * up of [batch, length, 2, F]."""
+    return nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]

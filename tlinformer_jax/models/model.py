@@ -16,6 +16,10 @@ from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.models.transformer import forward_layers
 from tlinformer_jax.parallel.constraints import constrain_batch
 
+# In half precision the vocabulary is padded to a multiple of this inside the product. Rows of 50257 values do not
+# begin at addresses that the matrix units' loads are aligned to; XLA would pad each product's logits by a copy.
+VOCABULARY_MULTIPLE = 128
+
 
 @flax.struct.dataclass
 class ModelParams:
@@ -88,11 +92,18 @@ class LanguageModel(nn.Module):
         return output_logits(self.hidden_states(tokens, train=train, inputs_embeds=inputs_embeds), self.embedding)
 
     def hidden_states(
-        self, tokens: jax.Array | None = None, *, train: bool = False, inputs_embeds: jax.Array | None = None
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        train: bool = False,
+        inputs_embeds: jax.Array | None = None,
+        windows: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads: [batch, length, D] in the compute dtype, after the final LayerNorm.
 
-        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk.
+        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk. With
+        `windows`, int32 [k], only those generation windows of a windowed architecture are computed, and the result
+        is [batch, k * generation_window, D], in their order.
         """
         config, params = self.config, self.parameters()
         check_inputs(config, tokens, inputs_embeds)
@@ -105,11 +116,12 @@ class LanguageModel(nn.Module):
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
             return embeddings
         dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
-        multiple = head_multiple(config.compute_dtype, config.attention)
+        multiple = head_multiple(config.compute_dtype, config.attention, config.head_padding)
         if config.windowed:
             blocks = prepare_layers(params.blocks, config.compute_dtype, multiple)
-            hidden = forward_windows(blocks, config, embeddings, dropout)
+            hidden = forward_windows(blocks, config, embeddings, dropout, windows)
         else:
+            assert windows is None, f"architecture {config.architecture!r} has no generation windows"
             layers = prepare_layers(params.layers, config.compute_dtype, multiple)
             hidden = forward_layers(layers, config, embeddings, dropout)
         return layer_norm(hidden, params.norm_scale, params.norm_bias)
@@ -123,6 +135,12 @@ def build_model(config: ModelConfig) -> LanguageModel:
 def output_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
     """Logits float32 [..., V] of hidden states [..., D]: a product in their dtype, accumulated in float32."""
     return jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def padded_vocabulary(vocab_size: int, dtype: Any) -> int:
+    """Rows of the head where it is multiplied with many tokens in `dtype`."""
+    half = jnp.dtype(dtype).itemsize < 4
+    return vocab_size + (-vocab_size % VOCABULARY_MULTIPLE if half else 0)
 
 
 def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:

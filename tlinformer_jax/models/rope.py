@@ -8,6 +8,7 @@ angle is right to 2^-32 turns before it is rounded to float32, on every backend 
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,15 +23,21 @@ class Rope:
     """Rotations of consecutive positions.
 
     Attributes:
-      cos: [length, d_h / 2] or [batch, length, d_h / 2], float32.
+      cos: [length, d_h / 2] or [batch, length, d_h / 2], float32; also [g, length, d_h / 2] where g windows run
+        together, that is for rows [batch * g, length, ...] with the windows of a sequence side by side.
       sin: the same shape, float32.
     """
 
     cos: jax.Array
     sin: jax.Array
 
-    def rows(self, start: jax.Array | int, length: int) -> "Rope":
-        """Rows start .. start + length - 1; `start` may be traced, `length` is static."""
+    def rows(self, start: Any, length: int) -> "Rope":
+        """Rows start .. start + length - 1 of a table [rows, d_h / 2]; with starts [g], the rows of each.
+
+        `start` may be traced, `length` is static.
+        """
+        if np.ndim(start):
+            return jax.vmap(lambda one: self.rows(one, length))(jnp.asarray(start))
         return jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, start, length, axis=-2), self)
 
 
@@ -66,6 +73,8 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     them is padding and stays.
     """
     cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # one rotation for all heads
+    if cos.ndim == 4 and cos.shape[0] != x.shape[0]:
+        cos, sin = (jnp.tile(table, (x.shape[0] // cos.shape[0], 1, 1, 1)) for table in (cos, sin))
     pairs = cos.shape[-1]
     wide = x.astype(jnp.float32)
     first, second = wide[..., :pairs], wide[..., pairs : 2 * pairs]

@@ -32,4 +32,6 @@ def forward_layers(
       [batch, length, D], before the final LayerNorm.
     """
     rope = rope_table(jnp.arange(embeddings.shape[1], dtype=jnp.int32), config.head_dim)
-    return causal_layers(layers, config, embeddings, rope, dropout, attention_window(config))
+    return causal_layers(
+        layers, config, embeddings, rope, dropout, attention_window(config), remat=config.remat == "window"
+    )

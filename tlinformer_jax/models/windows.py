@@ -1,6 +1,7 @@
-"""Generation windows: where each stands, and how a sequence's windows are cut into scans."""
+"""Generation windows: where each stands, and how a sequence's windows are cut into loops of equal shapes."""
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -9,73 +10,73 @@ import numpy as np
 
 from tlinformer_jax.models.config import ModelConfig
 
-
-@flax.struct.dataclass
-class ContextState:
-    """The scan's carry: the position of the context, never the context itself.
-
-    A carry that held the growing history would be saved once per window by reverse-mode differentiation.
-
-    Attributes:
-      window: index w of the generation window, int32 [].
-      history_length: n, tokens before the window, int32 [].
-    """
-
-    window: jax.Array
-    history_length: jax.Array
-
-    def next(self, generation_window: int) -> "ContextState":
-        """The state of the following window."""
-        return ContextState(self.window + 1, self.history_length + generation_window)
+# A position or length: of all windows alike (a number), or one for each of the windows that run together, int32 [g].
+Place = Any
 
 
 @flax.struct.dataclass
 class WindowFrame:
-    """Where one generation window and its historical observation window stand.
+    """Where generation windows and their historical observation windows stand; g windows may run together.
 
     Attributes:
-      history_length: n, the first position of the generation window, int32 [].
-      observed_start: h, the first row of the observation window, int32 [].
-      observed_length: rows of the observation window that are valid, n - h, int32 [].
+      history_length: n, the first position of the generation window.
+      observed_start: h, the first row of the observation window.
+      observed_length: rows of the observation window that are valid, n - h.
       observed_width: rows that are computed for it (static), at least `observed_length`; the rows past the
         valid ones belong to the future and are never attended to.
     """
 
-    history_length: jax.Array
-    observed_start: jax.Array
-    observed_length: jax.Array
+    history_length: Place
+    observed_start: Place
+    observed_length: Place
     observed_width: int = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Consecutive windows that one scan handles with one static history length.
+    """Consecutive windows that one loop handles with one static history length.
 
     Attributes:
       first: index of the first window.
       observed: valid rows of the observation window, one number per window.
       observed_width: the largest of `observed`.
       history_rows: rows of history that every window of the segment reads, the valid ones first.
+      together: windows that are computed together, as if they were more sequences; divides their number.
     """
 
     first: int
     observed: tuple[int, ...]
     observed_width: int
     history_rows: int
+    together: int = 1
 
     @property
     def count(self) -> int:
         """Number of windows."""
         return len(self.observed)
 
-    def initial_state(self, generation_window: int) -> ContextState:
-        """The carry before the segment's first window."""
-        return ContextState(jnp.int32(self.first), jnp.int32(self.first * generation_window))
+    @property
+    def windows(self) -> np.ndarray:
+        """Indices of the windows, int32 [count / together, together], or [count] where each runs alone."""
+        windows = np.arange(self.first, self.first + self.count, dtype=np.int32)
+        return windows if self.together == 1 else windows.reshape(-1, self.together)
 
-    def frame(self, state: ContextState, observed: jax.Array) -> WindowFrame:
-        """The frame of the window at `state` whose observation window has `observed` valid rows."""
-        start = state.history_length - observed
-        return WindowFrame(state.history_length, start, observed, self.observed_width)
+    def frame(self, config: ModelConfig, windows: Place) -> WindowFrame:
+        """The frame of windows of this segment, given by their indices.
+
+        Lengths that are the same for all its windows become plain numbers, so that attention knows which keys
+        are never masked.
+        """
+        if self.count == self.together:
+            windows = self.windows[0]
+        length = windows * config.generation_window
+        if min(self.observed) == self.observed_width:
+            observed: Place = self.observed_width
+        elif isinstance(windows, jax.Array):
+            observed = jnp.asarray(self.observed, jnp.int32)[windows - self.first]
+        else:
+            observed = np.asarray(self.observed, np.int32)[windows - self.first]
+        return WindowFrame(length, length - observed, observed, self.observed_width)
 
 
 def num_windows(config: ModelConfig, length: int) -> int:
@@ -83,12 +84,23 @@ def num_windows(config: ModelConfig, length: int) -> int:
     return -(-length // config.generation_window)
 
 
-def plan_segments(config: ModelConfig, windows: int) -> tuple[Segment, ...]:
-    """Cuts windows 1 .. windows - 1 into at most `config.history_segments` runs; window 0 has no history."""
+def plan_segments(config: ModelConfig, windows: int, together: int | None = None) -> tuple[Segment, ...]:
+    """Cuts windows 1 .. windows - 1 into runs with static shapes; window 0 has no history.
+
+    Args:
+      config: of the model; at most `config.history_segments` runs, and one more for what does not fill a group.
+      windows: of the sequence.
+      together: windows to a group; None takes `config.windows_together`.
+    """
     if windows <= 1:
         return ()
-    parts = np.array_split(np.arange(1, windows), min(config.history_segments, windows - 1))
-    return tuple(_segment(config, part) for part in parts)
+    together = min(config.windows_together if together is None else together, windows - 1)
+    alone = (windows - 1) % together  # the first ones, whose histories are the shortest
+    groups = np.arange(1 + alone, windows).reshape(-1, together)
+    runs = [(part.reshape(-1), together) for part in np.array_split(groups, min(config.history_segments, len(groups)))]
+    if alone:
+        runs = [(np.arange(1, 1 + alone), alone), *runs]
+    return tuple(_segment(config, part, size) for part, size in runs)
 
 
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...]) -> int:
@@ -96,10 +108,10 @@ def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ..
     return max([windows * config.generation_window] + [segment.history_rows for segment in segments])
 
 
-def _segment(config: ModelConfig, windows: np.ndarray) -> Segment:
+def _segment(config: ModelConfig, windows: np.ndarray, together: int) -> Segment:
     lengths = windows * config.generation_window
     observed = np.array([config.observed_rows(int(length)) for length in lengths])
     width = int(max(observed.max(), 1))
     # With the dynamic window a slice of the segment's common width can reach past its own history's end.
     reach = int((lengths - observed).max()) + width
-    return Segment(int(windows[0]), tuple(map(int, observed)), width, max(int(lengths[-1]), reach))
+    return Segment(int(windows[0]), tuple(map(int, observed)), width, max(int(lengths[-1]), reach), together)

@@ -19,7 +19,9 @@ class TrainConfig:
         holds what is left of the epoch, its gradient still divided by the full number of micro-batches.
       batch_size: sequences an update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in, one after the other; divides batch_size.
-      seed: of the parameters, the data's order and dropout.
+      sampled_windows: train on so many generation windows of each sequence, drawn without replacement at every
+        micro-batch, their losses weighted up; 0 takes all. It bounds what a step on a very long sequence costs.
+      seed: of the parameters, the data's order, dropout and the sampled windows.
       learning_rate: its peak.
       warmup_steps: updates over which it rises from 0.
       schedule: after the warm-up 'constant'; 'cosine' to final_learning_rate at the last step; or 'paper', a
@@ -43,6 +45,7 @@ class TrainConfig:
     equal_updates: bool = True
     batch_size: int = 64
     accumulation: int = 1
+    sampled_windows: int = 0
     seed: int = 0
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -68,6 +71,7 @@ class TrainConfig:
         zero: tuple[str, ...] = (
             "steps",
             "epochs",
+            "sampled_windows",
             "seed",
             "warmup_steps",
             "eval_every",

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.ngram import witten_bell_bits
+from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import CONFIG_FILE, RunConfig, differences, load_config, run_config, save_config
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
@@ -24,8 +26,10 @@ from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
+from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import PENDING, Run, build_run
 from tlinformer_jax.training.step import TrainState, jit_train_step
+from tlinformer_jax.training.windows import trained_tokens
 
 # On the small embedded corpus, vocabularies up to this size (bytes) get an n-gram floor beside the bits per byte.
 NGRAM_VOCABULARY = 512
@@ -36,7 +40,7 @@ IDENTITY = (
     *(f"model.{name}" for name in ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth")),
     *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
     *(f"data.{name}" for name in ("dataset", "tokenizer", "sequence_length", "wikitext_variant")),
-    *(f"train.{name}" for name in ("batch_size", "equal_updates", "seed", "clip_norm")),
+    *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
 )
 
 
@@ -44,12 +48,15 @@ class DivergedError(UserError):
     """The loss is no longer a finite number."""
 
 
-def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path) -> dict[str, float]:
+def train_and_evaluate(
+    config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path, profile: str | pathlib.Path | None = None
+) -> dict[str, float]:
     """Trains, evaluates and saves; continues from the last checkpoint if the directory holds one.
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
       workdir: receives config.json, the tokenizer, metrics.jsonl, TensorBoard events and checkpoints.
+      profile: a directory for a trace of a few training steps, or None.
 
     Returns:
       the figures of the last evaluation, as `evaluation.summary` names them.
@@ -89,7 +96,8 @@ def train_and_evaluate(config: RunConfig | Mapping[str, Any], workdir: str | pat
             save_config(run.config, workdir)
             run.tokenizer.save(workdir)
         describe(run, train, validation, batches)
-        state = train_steps(run, state, batches, validation, checkpoints, log)
+        trace = StepTrace(pathlib.Path(profile) if profile else None, int(state.step), run.horizon.steps)
+        state = train_steps(run, state, batches, validation, checkpoints, log, trace)
         checkpoints.save(state)
         return evaluate_and_log(run, state, validation, log)
 
@@ -139,19 +147,21 @@ def train_steps(
     validation: TokenStream,
     checkpoints: Checkpoints,
     log: MetricsLog,
+    trace: StepTrace,
 ) -> TrainState:
     """Runs the steps that are left; evaluates and saves at the configured rhythm, but not after the last."""
     config, last = run.config.train, run.horizon.steps
     step_function = jit_train_step(run.model, config, run.horizon, run.shardings, batch_sharding(run.mesh))
-    throughput = Throughput(last)
+    throughput = build_throughput(run)
     first = int(state.step)
     evaluations = evaluation_steps(config, batches, last)
+    tokens = config.batch_size * trained_tokens(run.config.model, batches.sequence_length, config.sampled_windows)
     with prefetched(batches, first, jax.process_index(), jax.process_count()) as reader:
         for step in range(first + 1, last + 1):
             with throughput.waiting():
                 batch = put_batch(next(reader), run.mesh)
             state, metrics = step_function(state, batch)
-            throughput.count(config.batch_size * batches.sequence_length)
+            throughput.count(tokens)
             pause = step in evaluations or due(step, config.checkpoint_every, last)
             if step == first + 1:
                 jax.block_until_ready(metrics)  # the first step's time is mostly compilation
@@ -161,6 +171,8 @@ def train_steps(
             elif step % config.log_every == 0 or step == last or pause:
                 jax.block_until_ready(metrics)
                 log_step(step, metrics, throughput.report(step), last, log)
+            if trace.after(step, metrics):
+                throughput.restart()
             if pause:
                 if due(step, config.checkpoint_every, last):
                     checkpoints.save(state)
@@ -168,6 +180,16 @@ def train_steps(
                     evaluate_and_log(run, state, validation, log)
                 throughput.restart()
     return state
+
+
+def build_throughput(run: Run) -> Throughput:
+    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
+    model, length = run.config.model, run.config.data.sequence_length
+    peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype.name)
+    sampled = run.config.train.sampled_windows
+    flops = training_flops(model, length, sampled_windows=sampled).model
+    per_token = flops / trained_tokens(model, length, sampled)
+    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -188,8 +210,9 @@ def log_step(step: int, metrics: Mapping[str, Any], speed: Mapping[str, float], 
     values = {f"train/{name}": float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
     line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
     if speed:
-        values |= {f"train/{name}": speed[name] for name in ("tokens_per_second", "input_wait")}
-        line += f"  {speed['tokens_per_second']:,.0f} tokens/s  {clock(speed['eta'])} left"
+        values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
+        used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
+        line += f"  {speed['tokens_per_second']:,.0f} tokens/s{used}  {clock(speed['eta'])} left"
     log.write(step, values)
     say(line)
     if not math.isfinite(values["train/loss"]):

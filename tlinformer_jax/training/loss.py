@@ -1,16 +1,19 @@
 """Cross-entropy over a large vocabulary without the logits of all tokens at once."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.models.model import output_logits
+from tlinformer_jax.models.model import output_logits, padded_vocabulary
 
 
 def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
-    """Cross-entropy in nats of every token.
+    """Cross-entropy in nats of every token; for evaluation, as a gradient computes the logits a second time.
 
-    The sequence is cut in chunks of at most `chunk` tokens (all rows of the batch together); their logits are
-    recomputed in the backward pass, so only one chunk's are ever held.
+    The sequence is cut in chunks of at most `chunk` tokens (all rows of the batch together), so only one chunk's
+    logits are ever held.
 
     Args:
       hidden: what the head reads, [batch, length, D].
@@ -21,21 +24,96 @@ def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chu
     Returns:
       float32 [batch, length].
     """
-    batch, length, width = hidden.shape
-    columns = max(1, min(length, chunk // batch))
-    chunks = -(-length // columns)
-    padding = chunks * columns - length
-    # The batch stays whole in every chunk: it is what devices split.
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, columns, width)
-    labels = jnp.pad(labels, ((0, 0), (0, padding))).reshape(batch, chunks, columns)
-    embedding = embedding.astype(hidden.dtype)
+    table = _table(embedding, hidden.dtype)
 
     @jax.checkpoint
-    def chunk_losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows, targets = part
-        logits = output_logits(rows, embedding)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        return _chunk_losses(rows, table, targets, embedding.shape[0])[0]
 
-    losses = jax.lax.map(chunk_losses, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(labels, 1, 0)))
-    return jnp.moveaxis(losses, 0, 1).reshape(batch, -1)[:, :length]
+    parts = _chunks(hidden, chunk), _chunks(labels, chunk)
+    return _whole(jax.lax.map(losses, parts), hidden.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def summed_cross_entropy(
+    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
+) -> jax.Array:
+    """Sum of weights * cross-entropy in nats; for training.
+
+    Its gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is
+    rounded to hidden's dtype before it is multiplied, as the logits' own product was. The embedding's gradient is
+    summed in float32.
+
+    Args:
+      hidden: what the head reads, [batch, length, D].
+      embedding: the head, [V, D].
+      labels: int32 [batch, length].
+      weights: float32 [batch, length].
+      chunk: tokens whose logits are held at a time.
+
+    Returns:
+      float32 [].
+    """
+    return jnp.sum(token_losses(hidden, embedding, labels, chunk) * weights)
+
+
+def _forward(hidden, embedding, labels, weights, chunk):
+    table = _table(embedding, hidden.dtype)
+
+    def body(table_gradient, part):
+        rows, targets, weight = part
+        losses, logits, norm = _chunk_losses(rows, table, targets, embedding.shape[0])
+        chosen = jnp.arange(table.shape[0]) == targets[..., None]
+        slope = ((jnp.exp(logits - norm[..., None]) - chosen) * weight[..., None]).astype(rows.dtype)
+        table_gradient += jnp.einsum("bcv,bcd->vd", slope, rows, preferred_element_type=jnp.float32)
+        return table_gradient, (losses, jnp.einsum("bcv,vd->bcd", slope, table))
+
+    zero = jnp.zeros(table.shape, jnp.float32)
+    parts = (_chunks(hidden, chunk), _chunks(labels, chunk), _chunks(weights, chunk))
+    table_gradient, (losses, hidden_gradient) = jax.lax.scan(body, zero, parts)
+    losses, hidden_gradient = (_whole(array, hidden.shape[1]) for array in (losses, hidden_gradient))
+    gradients = (hidden_gradient, table_gradient[: embedding.shape[0]].astype(embedding.dtype), losses)
+    return jnp.sum(losses * weights), gradients
+
+
+def _backward(chunk, gradients, cotangent):
+    hidden, embedding, weights = ((array.astype(jnp.float32) * cotangent).astype(array.dtype) for array in gradients)
+    return hidden, embedding, None, weights
+
+
+summed_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunk_losses(
+    rows: jax.Array, table: jax.Array, targets: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses [batch, c], logits [batch, c, padded V] (-inf past the vocabulary) and their log-sum-exp [batch, c]."""
+    logits = output_logits(rows, table)
+    if table.shape[0] != vocab_size:
+        logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    return norm - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], logits, norm
+
+
+def _table(embedding: jax.Array, dtype: Any) -> jax.Array:
+    """The head in `dtype`, padded with zero rows."""
+    padding = padded_vocabulary(embedding.shape[0], dtype) - embedding.shape[0]
+    return jnp.pad(embedding.astype(dtype), ((0, padding), (0, 0)))
+
+
+def _chunks(array: jax.Array, chunk: int) -> jax.Array:
+    """[batch, length, ...] as [chunks, batch, columns, ...], with zeros after the last column.
+
+    The batch stays whole in every chunk: it is what devices split.
+    """
+    batch, length = array.shape[:2]
+    columns = max(1, min(length, chunk // batch))
+    array = jnp.pad(array, ((0, 0), (0, -length % columns), *((0, 0),) * (array.ndim - 2)))
+    return jnp.moveaxis(array.reshape(batch, -1, columns, *array.shape[2:]), 1, 0)
+
+
+def _whole(chunks: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_chunks`."""
+    array = jnp.moveaxis(chunks, 0, 1)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]

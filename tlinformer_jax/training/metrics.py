@@ -92,10 +92,17 @@ class MetricsLog:
 
 
 class Throughput:
-    """Speed of the training steps and time left, without compilation, evaluation and saving."""
+    """Speed of the training steps and time left, without compilation, evaluation and saving.
 
-    def __init__(self, total_steps: int) -> None:
+    Args:
+      total_steps: of the run.
+      flops_per_token: model FLOPs, by `analysis.flops`.
+      peak_flops: of all devices together, FLOP/s; None where it is not known.
+    """
+
+    def __init__(self, total_steps: int, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
         self._total = total_steps
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._all_steps, self._all_seconds = 0, 0.0
         self.restart()
 
@@ -119,16 +126,21 @@ class Throughput:
         """The figures since the last report, all steps up to `step` being done now.
 
         Returns:
-          tokens_per_second; input_wait, the fraction of the time spent waiting for batches; eta, the seconds left
-          at the mean speed so far.
+          tokens_per_second; tflops, model FLOPs per second in 1e12; mfu, their fraction of the devices' peak, where
+          that is known; input_wait, the fraction of the time spent waiting for batches; eta, the seconds left at the
+          mean speed so far.
         """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         self._all_steps, self._all_seconds = self._all_steps + self._steps, self._all_seconds + elapsed
+        speed = self._flops_per_token * self._tokens / elapsed
         figures = {
             "tokens_per_second": self._tokens / elapsed,
+            "tflops": speed / 1e12,
             "input_wait": self._waited / elapsed,
             "eta": (self._total - step) * self._all_seconds / max(self._all_steps, 1),
         }
+        if self._peak_flops is not None:
+            figures["mfu"] = speed / self._peak_flops
         self.restart()
         return figures
 

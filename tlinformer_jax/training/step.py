@@ -10,8 +10,9 @@ import optax
 
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.training.config import TrainConfig
-from tlinformer_jax.training.loss import token_losses
+from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
+from tlinformer_jax.training.windows import draw_windows, take_windows, window_weight
 
 DeviceBatch = dict[str, jax.Array]
 
@@ -52,19 +53,20 @@ def train_step(
       horizon: how long the run is.
 
     Returns:
-      the state after the update, and scalars: loss (nats), grad_norm (before clipping), learning_rate, tokens.
+      the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
+      clipping), learning_rate, tokens.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
     def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> jax.Array:
-        rngs = {"dropout": jax.random.fold_in(dropout_key, number)}
-        hidden: Any = model.apply(
-            {"params": params}, micro["inputs"], train=True, rngs=rngs, method=model.hidden_states
-        )
-        losses = token_losses(hidden, params["embedding"], micro["labels"], config.loss_chunk)
-        return jnp.sum(losses * micro["weights"]) / divisor
+        key = jax.random.fold_in(dropout_key, number)
+        windows = None
+        if config.sampled_windows:
+            length = micro["inputs"].shape[1]
+            windows = draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
+        return summed_loss(params, micro, key, model=model, config=config, windows=windows) / divisor
 
     gradient = jax.value_and_grad(micro_loss)
     if config.accumulation == 1:
@@ -79,6 +81,41 @@ def train_step(
         "tokens": tokens,
     }
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def summed_loss(
+    params: Any,
+    batch: DeviceBatch,
+    key: jax.Array,
+    *,
+    model: LanguageModel,
+    config: TrainConfig,
+    windows: jax.Array | None = None,
+) -> jax.Array:
+    """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
+
+    Args:
+      params: parameters, as `model.init` names them.
+      batch: as `train_step` takes it.
+      key: of the dropout.
+      model: of the parameters.
+      config: of the run.
+      windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
+
+    Returns:
+      float32 [].
+    """
+    hidden: Any = model.apply(
+        {"params": params},
+        batch["inputs"],
+        train=True,
+        rngs={"dropout": key},
+        windows=windows,
+        method=model.hidden_states,
+    )
+    labels, weights = (take_windows(batch[name], model.config, windows) for name in ("labels", "weights"))
+    total = summed_cross_entropy(hidden, params["embedding"], labels, weights, config.loss_chunk)
+    return total * window_weight(model.config, batch["inputs"].shape[1], windows)
 
 
 def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[jax.Array, Any]:

@@ -1,0 +1,45 @@
+"""Very long sequences on one device: 65,536 tokens, or 1,048,576 of which each update trains on sampled windows.
+
+    python -m tlinformer_jax.main --config=configs/long.py --workdir=/tmp/long-64k \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
+    python -m tlinformer_jax.main --config=configs/long.py:1m --workdir=/tmp/long-1m ...
+
+Variants: 64k (the default) and 1m. Both are the 41M shape with windows of 1024 and 1024 tokens; windows are computed
+again in the backward pass, one sequence at a time, without dropout. 64k sees 131,072 tokens an update, as our recipe
+does. 1m takes one sequence an update and 16 of its 1024 windows, drawn anew each time (train.sampled_windows; 0 takes
+them all), and computes the restored history in chunks of 65,536 rows (model.history_chunk).
+
+Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst; one accelerator. Either split
+must hold at least one sequence and a token more; samples run on from one document to the next.
+
+Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax import recipes
+from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.errors import ConfigError
+
+VARIANTS = ("64k", "1m")
+
+
+def get_config(variant: str = "64k") -> ConfigDict:
+    """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    if variant not in VARIANTS:
+        raise ConfigError("variant", variant, f"must be one of {', '.join(VARIANTS)}")
+    config = default_config_dict()
+    config.data.update(
+        dataset="text",
+        tokenizer="gpt2",
+        train_files="data/books/train-*.jsonl.xz",
+        validation_files="data/books/valid.jsonl.xz",
+    )
+    recipes.set_own_recipe(config, "64k-2k-0.5")
+    config.model.update(dropout=0.0, remat="window")
+    config.train.accumulation = config.train.batch_size
+    if variant == "1m":
+        config.data.sequence_length = 1024 * 1024
+        config.train.update(batch_size=1, accumulation=1, sampled_windows=16)
+        config.model.history_chunk = 65_536
+    return config

@@ -1,0 +1,135 @@
+"""The attention backends give the same: forward, backward, log-sum-exp; those that a CPU can run."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlinformer_jax.bench import attention as bench
+from tlinformer_jax.models import attention
+from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.splash import attend_splash
+from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
+from tlinformer_jax.parallel.sharding import batch_sharding
+
+CASES = {
+    "all": (130, 260, {}),
+    "causal": (200, 200, {"causal": True}),
+    "window": (300, 300, {"causal": True, "window": 7}),
+    "lengths": (5, 140, {"key_length": (0, 131)}),
+}
+
+
+def inputs(queries: int, keys: int, batch: int = 2):
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.standard_normal((batch, n, 2, 12)), jnp.float32) for n in (queries, keys, keys))
+
+
+@pytest.mark.parametrize(
+    "case", ["window", "lengths", *(pytest.param(case, marks=pytest.mark.slow) for case in ("all", "causal"))]
+)
+def test_splash_equals_xla(case):
+    """Float32 in interpret mode: outputs and log-sum-exp to 1e-5, gradients to 1e-4."""
+    queries, keys, options = CASES[case]
+    if "key_length" in options:
+        options = {"key_length": jnp.array(options["key_length"])}
+    arrays = inputs(queries, keys)
+    mixing = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape), jnp.float32)
+
+    def outcome(backend):
+        def total(query, key, value):
+            return (attend(query, key, value, backend=backend, **options) * mixing).sum()
+
+        result = attend(*arrays, backend=backend, return_lse=True, **options)
+        return (*result, *jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))
+
+    ours, truth = outcome("splash"), outcome("xla")
+    for value, expected, tolerance in zip(ours, truth, (1e-5, 1e-5, 1e-4, 1e-4, 1e-4), strict=True):
+        np.testing.assert_allclose(value, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_splash_runs_on_every_device_of_a_mesh_on_its_share_of_the_batch():
+    arrays = inputs(6, 9, batch=8)
+    lengths = jnp.array([9, 0, 3, 4, 5, 6, 7, 8])
+    truth = attend(*arrays, key_length=lengths, backend="xla")
+    mesh = build_mesh(MeshConfig(data=8))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(arrays, batch_sharding(mesh))
+        output = jax.jit(lambda *a: attend(*a, key_length=lengths, backend="splash"))(*placed)
+    np.testing.assert_allclose(output, truth, atol=1e-5)
+    assert len({shard.device for shard in output.addressable_shards}) == 8
+    assert output.addressable_shards[0].data.shape[0] == 1
+
+
+def test_splash_lowers_for_a_tpu():
+    """Forward and backward at the paper's width of a head, from a machine without one."""
+    shape = jax.ShapeDtypeStruct((2, 256, 12, 36), jnp.bfloat16)
+
+    def gradients(query, key, value, lengths):
+        def total(query, key, value):
+            return attend_splash(query, key, value, 1 / 6, False, None, lengths)[0].astype(jnp.float32).sum()
+
+        return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    exported = jax.export.export(jax.jit(gradients), platforms=["tpu"])(shape, shape, shape, lengths)
+    assert "tpu_custom_call" in exported.mlir_module()
+
+
+@pytest.mark.parametrize("options", [{"causal": True, "window": 5}, {"key_length": jnp.array([3, 0])}])
+def test_dropout_in_chunks_of_queries_is_the_same_law(options, monkeypatch):
+    """Rate 0 equals no dropout, gradients included; the mean over many masks equals it, too; chunks are independent."""
+    arrays = inputs(11, 11)
+
+    def outcome(dropout):
+        def total(query, key, value):
+            return (attend(query, key, value, dropout=dropout, backend="xla", **options) ** 2).sum()
+
+        output, lse = attend(*arrays, dropout=dropout, backend="xla", return_lse=True, **options)
+        return (output, lse, *jax.grad(total, argnums=(0, 1, 2))(*arrays))
+
+    truth = outcome(None)
+    monkeypatch.setattr(attention, "DROPOUT_SCORES", 2 * 2 * 11 * 3)  # three queries at a time
+    for value, expected in zip(outcome(attention.Dropout(jax.random.key(0), 0.0)), truth, strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+
+    def dropped(key):
+        return attend(*arrays, dropout=attention.Dropout(key, 0.25), backend="xla", **options)
+
+    many = jax.jit(jax.vmap(dropped))(jax.random.split(jax.random.key(1), 4000))
+    np.testing.assert_allclose(many.mean(0), truth[0], atol=0.1)
+    equal = attend(*(jnp.ones_like(array) for array in arrays), dropout=attention.Dropout(jax.random.key(2), 0.5))
+    rows = np.asarray(equal[0, :, 0, 0])
+    assert len(set(np.round(rows[:3], 4))) + len(set(np.round(rows[3:6], 4))) > 2
+    assert not np.allclose(rows[:3], rows[3:6])
+
+
+def test_dropout_over_a_long_history_holds_few_scores(monkeypatch):
+    shape = jax.ShapeDtypeStruct((1, 256, 2, 8), jnp.float32)
+
+    def total(query, key, value):
+        dropout = attention.Dropout(jax.random.key(0), 0.1)
+        return attend(query, key, value, dropout=dropout, backend="xla").sum()
+
+    def memory():
+        gradient = jax.jit(lambda *arrays: jax.grad(total, argnums=(0, 1, 2))(*arrays))
+        return gradient.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    whole = memory()
+    monkeypatch.setattr(attention, "DROPOUT_SCORES", 2 * 256 * 16)
+    assert memory() < 0.3 * whole
+
+
+def test_the_check_command_passes_here_and_sees_a_fault(monkeypatch):
+    assert ("xla", "float32") in bench.backends()
+    monkeypatch.setattr(bench, "backends", lambda: [("xla", "bfloat16")])
+    monkeypatch.setattr(bench, "CHECKS", {name: bench.CHECKS[name] for name in ("causal, odd length", "one query")})
+    assert all(good for _, good in bench.checked())
+    real = attention._attend_xla
+
+    def faulty(query, key, value, scale, *rest):
+        return real(query, key, value, scale if query.dtype == jnp.float32 else scale * 1.1, *rest)
+
+    monkeypatch.setattr(attention, "_attend_xla", faulty)
+    assert not any(good for _, good in bench.checked())

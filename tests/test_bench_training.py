@@ -1,0 +1,104 @@
+"""The training benchmark as a user runs it, on a tiny shape."""
+
+import csv
+import json
+
+import pytest
+
+from tests.test_entry_points import check_refusal, command
+from tlinformer_jax.bench import training
+from tlinformer_jax.bench.training_plots import plot_training
+
+TINY = "model.d_model=16,model.num_heads=2,model.num_blocks=1,model.hidden_depth=0,model.d_ff=16,model.vocab_size=64"
+
+
+def test_rows_results_and_best_settings(tmp_path):
+    done = command(
+        "tlinformer_jax.bench.training",
+        f"--set={TINY}",
+        "--window=4",
+        "--lengths=8",
+        "--architectures=transformer",
+        "--batch_tokens=16,32",
+        "--try=train.loss_chunk=8",
+        "--steps=5",
+        f"--out={tmp_path}",
+        f"--profile={tmp_path}/trace",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "training.json").read_text())
+    assert report["device"] == "cpu"
+    assert {"jax", "command", "devices"} < set(report)
+    assert "--lengths=8" in report["command"]
+    rows = report["rows"]
+    assert [(row["architecture"], row["length"], row["batch"]) for row in rows] == [
+        ("transformer", 8, tokens // 8) for tokens in (16, 32)
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
+        assert row["setting"] == "train.loss_chunk=8"
+        assert row["model_flops"] > 0
+        assert row["step_bytes"] > 0
+        assert row["error"] is None
+    with open(tmp_path / "training.csv", newline="") as file:
+        assert [int(row["batch"]) for row in csv.DictReader(file)] == [2, 4]
+    assert len((tmp_path / "training.md").read_text().splitlines()) == 2 + 1
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
+    import jax
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(training, "_timed", exhausted)
+    config = training.run_config({"model": {"vocab_size": 64, "d_model": 16, "num_heads": 2}})
+    row = training.time_job(training.Job(config, ""), 1)
+    assert row["error"] == "out of memory"
+    assert row["tokens_per_second"] is None
+    assert training.best_rows([row]) == []
+    assert "out of memory" in training.line(row)
+
+
+def test_the_best_row_is_the_fastest_of_its_length():
+    row = {"architecture": "tlinformer", "length": 512, "batch": 1}
+    rows = [row | {"tokens_per_second": speed, "setting": str(speed)} for speed in (3.0, None, 9.0, 5.0)]
+    assert [best["setting"] for best in training.best_rows(rows)] == ["9.0"]
+
+
+def test_settings_take_numbers_words_none_and_lists_of_names():
+    fields = training.overrides(
+        "model.d_ff=None,model.remat_save=gate_up,attended,train.loss_chunk=4096,model.scan_layers=False"
+    )
+    assert fields == {
+        ("model", "d_ff"): None,
+        ("model", "remat_save"): "gate_up,attended",
+        ("train", "loss_chunk"): 4096,
+        ("model", "scan_layers"): False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths=many"], "--lengths = 'many': must be integers >= 1"),
+        (["--batch_tokens=0"], "--batch_tokens = '0': must be integers >= 1"),
+        (["--try=model.width=3"], "'model.width=3': must be section.field=value"),
+        (["--architectures=mamba"], "model.architecture = 'mamba': must be one of"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message):
+    check_refusal(command("tlinformer_jax.bench.training", *arguments), message)
+
+
+def test_plots_have_a_line_for_every_architecture(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"architecture": name, "length": length, "tokens_per_second": 1e5, "step_bytes": 1e9}
+        for name in ("tlinformer", "transformer")
+        for length in (512, 1024)
+    ]
+    files = plot_training(rows, "1 x test", tmp_path)
+    assert {file.name for file in files} == {"training_speed.png", "training_memory.png"}
+    assert all(file.stat().st_size > 1000 for file in files)

@@ -1,0 +1,86 @@
+"""Very long sequences: history in chunks of rows, and memory that grows no faster than the sequence."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_model import SMALL, golden_scale
+from tlinformer_jax.models import ModelConfig, build_model
+from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.step import summed_loss
+
+
+@pytest.mark.parametrize(
+    ("chunk", "fields"),
+    [
+        (3, {}),  # does not divide the history
+        pytest.param(4, {"windows_together": 2, "history_window": 9}, marks=pytest.mark.slow),
+        pytest.param(5, {"history_window": "auto", "remat": "none"}, marks=pytest.mark.slow),
+    ],
+)
+def test_history_in_chunks_of_rows_changes_nothing(chunk, fields):
+    config = dataclasses.replace(SMALL, hidden_depth=0, history_segments=1, **fields)
+    params = golden_scale(config)["params"]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 18)))
+
+    def outcome(config):
+        model = build_model(config)
+        return jax.jit(jax.value_and_grad(lambda params: (model.apply({"params": params}, tokens) ** 2).mean()))(params)
+
+    (loss, gradient), (truth, expected) = (
+        outcome(c) for c in (dataclasses.replace(config, history_chunk=chunk), config)
+    )
+    assert float(loss) == pytest.approx(float(truth), rel=1e-5)
+    for value, expectation in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        assert jnp.linalg.norm(value - expectation) <= 1e-4 * jnp.linalg.norm(expectation)
+
+
+NARROW = ModelConfig(
+    vocab_size=64,
+    d_model=8,
+    num_heads=1,
+    num_blocks=2,
+    hidden_depth=0,
+    d_ff=64,
+    history_window=64,
+    generation_window=64,
+    dtype="float32",
+    history_segments=2,
+    remat="window",
+)
+
+
+def temporary_bytes(config: ModelConfig, length: int, sampled: int = 0) -> int:
+    """What the compiled gradient of one sequence needs beside its arguments and results."""
+    model = build_model(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    train = TrainConfig(loss_chunk=512, sampled_windows=sampled)
+
+    def loss(params, batch):
+        windows = jnp.arange(sampled, dtype=jnp.int32) if sampled else None
+        return summed_loss(params, batch, jax.random.key(0), model=model, config=train, windows=windows)
+
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    batch = {"inputs": row, "labels": row, "weights": jax.ShapeDtypeStruct((1, length), jnp.float32)}
+    return jax.jit(jax.grad(loss)).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_memory_per_token_does_not_grow_with_the_sequence():
+    """At 65,536 tokens at most 1.5 times that at 32,768: no term grows with the square."""
+    per_token = [temporary_bytes(NARROW, length) / length for length in (32_768, 65_536)]
+    assert per_token[1] <= 1.5 * per_token[0], per_token
+
+
+@pytest.mark.slow
+def test_chunks_and_samples_lower_the_memory_of_a_long_sequence():
+    whole = temporary_bytes(NARROW, 32_768)
+    wide = dataclasses.replace(NARROW, d_ff=512)
+    chunked = dataclasses.replace(wide, history_chunk=2048)
+    assert temporary_bytes(chunked, 32_768) < 0.5 * temporary_bytes(wide, 32_768)
+    sampled = temporary_bytes(NARROW, 32_768, sampled=4)
+    assert sampled < 1.5 * whole
+    assert temporary_bytes(NARROW, 65_536, sampled=4) <= 3 * sampled

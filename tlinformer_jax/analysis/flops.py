@@ -1,0 +1,208 @@
+"""Floating-point operations of a training step, counted from the architecture as it is executed.
+
+Counted are the products: projections, feed-forwards, attended pairs, the head; a multiplication and an addition are
+two operations. What is elementwise (LayerNorm, rotary embedding, softmax, SwiGLU's gate, optimiser) is left out.
+
+**Model FLOPs** are what the architecture asks for, whatever the implementation: true widths of heads, half the square
+for causal attention, no row or key that is masked, every value computed once in the forward pass and two products for
+each of its products in the backward pass. Block 0's `compress` projections are counted once per token, the last block
+without `restore`, and of its history only the keys, the values and the observation window's queries.
+
+**Hardware FLOPs** are what the device is given: heads padded to what the attention kernel wants, the vocabulary as the
+loss pads it, the last window and the masked history of each segment of windows at full length, the first window's own
+projections, and the forward pass of rematerialised windows or layers once more, as if they saved nothing. Attention by
+XLA's plain products counts the whole rectangle of queries and keys; a fused kernel skips what is masked but computes
+the scores again in the backward pass, so there attention counts 2.5 times its forward products instead of 2 (the
+rounding to its tiles is not counted).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from tlinformer_jax.models.attention import fused_kernel, head_multiple
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.model import padded_vocabulary
+from tlinformer_jax.models.tlinformer import rematerialised
+from tlinformer_jax.models.transformer import attention_window
+from tlinformer_jax.models.windows import Segment, num_windows, padded_length, plan_segments
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Operations of one forward and backward pass; see the module's docstring for the two definitions."""
+
+    model: float
+    hardware: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Operations of a forward pass, by what their backward pass costs.
+
+    Attributes:
+      matrix: projections and feed-forwards.
+      attention: scores and weighted values.
+    """
+
+    matrix: float = 0.0
+    attention: float = 0.0
+
+    def __add__(self, other: "Forward") -> "Forward":
+        return Forward(self.matrix + other.matrix, self.attention + other.attention)
+
+    def __mul__(self, factor: float) -> "Forward":
+        return Forward(self.matrix * factor, self.attention * factor)
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        return self.matrix + self.attention
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowShape:
+    """What one window with history computes.
+
+    Attributes:
+      rows: of the generation window.
+      history: rows of the history stream; observed: rows of the observation window.
+      history_keys: keys that a query of the history reads; observed_keys: of the observation window.
+      causal_pairs: queries times keys of the window's causal attention.
+    """
+
+    rows: int
+    history: int
+    observed: int
+    history_keys: int
+    observed_keys: int
+    causal_pairs: float
+
+
+def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_windows: int = 0) -> StepFlops:
+    """Operations of a training step's forward and backward passes on this machine's default device.
+
+    Args:
+      config: of the model.
+      length: tokens of a sequence.
+      batch: sequences.
+      sampled_windows: windows that are trained on, drawn from all with equal probability, so that the expected
+        count is given; 0 for all of them.
+    """
+    fused = config.attention == "cudnn" or (
+        config.attention == "auto" and fused_kernel(config.compute_dtype) and not config.dropout
+    )
+    width = config.head_dim + -config.head_dim % head_multiple(
+        config.compute_dtype, config.attention, config.head_padding
+    )
+    windows = num_windows(config, length)
+    share = min(1.0, sampled_windows / windows) if config.windowed and sampled_windows else 1.0
+    model_outside, model_inside = _model_forward(config, length)
+    sampled = share < 1
+    outside, inside = _hardware_forward(config, length, width * config.num_heads, fused, 1 if sampled else None)
+    head = 2.0 * length * share * config.vocab_size * config.d_model
+    padded_head = head * padded_vocabulary(config.vocab_size, config.compute_dtype) / config.vocab_size
+    model = 3.0 * (model_outside + model_inside * share).total + 3.0 * head
+    once = outside + inside * share
+    recomputed = sampled or (rematerialised(config, windows) if config.windowed else config.remat == "window")
+    again = inside.total * share if recomputed else 0.0
+    hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again + 3.0 * padded_head
+    return StepFlops(batch * model, batch * hardware)
+
+
+def _model_forward(config: ModelConfig, length: int) -> tuple[Forward, Forward]:
+    """Model FLOPs of a sequence's forward pass without the head: outside the windows, and in them."""
+    inner = config.d_model
+    if not config.windowed:
+        return Forward(), _causal_layers(config, length, inner, _causal_pairs(length, attention_window(config)))
+    size = config.generation_window
+    first = min(length, size)
+    # Less what the projections of the whole sequence give the first window, too.
+    total = _causal_layers(config, first, inner, _causal_pairs(first)) + _project(config, -first, 3, inner)
+    for start in range(size, length, size):
+        rows, observed = min(size, length - start), config.observed_rows(start)
+        shape = WindowShape(rows, start, observed, start, observed, _causal_pairs(rows))
+        total = total + _window(config, shape, inner)
+    return _project(config, length, 3, inner), total
+
+
+def _hardware_forward(
+    config: ModelConfig, length: int, inner: int, fused: bool, together: int | None
+) -> tuple[Forward, Forward]:
+    """The same for hardware FLOPs; `inner` is the width of all padded heads, `together` as `plan_segments` has it."""
+    if not config.windowed:
+        seen = attention_window(config)
+        return Forward(), _causal_layers(config, length, inner, _causal_pairs(length, seen) if fused else length**2)
+    windows, size = num_windows(config, length), config.generation_window
+    segments = plan_segments(config, windows, together)
+    causal = _causal_pairs(size) if fused else size**2
+    total = _causal_layers(config, size, inner, causal)
+    for shape in _segment_shapes(config, segments, causal, fused):
+        total = total + _window(config, shape, inner)
+    return _project(config, padded_length(config, windows, segments), 3, inner), total
+
+
+def _segment_shapes(
+    config: ModelConfig, segments: tuple[Segment, ...], causal: float, fused: bool
+) -> Iterator[WindowShape]:
+    """The windows with history as the loops execute them."""
+    size = config.generation_window
+    for segment in segments:
+        for number, observed in enumerate(segment.observed):
+            history = (segment.first + number) * size
+            keys = (history, observed) if fused else (segment.history_rows, segment.observed_width)
+            yield WindowShape(size, segment.history_rows, segment.observed_width, *keys, causal)
+
+
+def _causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:
+    """All layers as ordinary causal ones over `rows` rows."""
+    layer = _project(config, rows, 3, inner) + _update(config, rows, inner) + _attend(pairs, inner)
+    return layer * config.num_layers
+
+
+def _window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
+    """A window with history through all blocks, block 0's `compress` projections being known."""
+    rows, history, observed = shape.rows, shape.history, shape.observed
+    causal = _attend(shape.causal_pairs, inner)
+    readers = observed + (rows if config.architecture == "tlinformer" else 0)
+    compress = _attend(readers * shape.history_keys, inner) + causal + _update(config, observed + rows, inner)
+    hidden = (
+        _project(config, observed + rows, 3, inner)
+        + _attend((observed + rows) * shape.observed_keys, inner)
+        + causal
+        + _update(config, observed + rows, inner)
+    )
+    restore = (
+        _project(config, observed, 2, inner)
+        + _project(config, rows, 3, inner)
+        + _attend(rows * shape.observed_keys, inner)
+        + causal
+        + _update(config, rows, inner)
+    )
+    context = _attend(history * shape.observed_keys, inner) + _update(config, history, inner)
+    blocks, last = config.num_blocks, config.num_blocks - 1
+    total = (compress + hidden * config.hidden_depth + restore) * blocks + context * last
+    # Later blocks project what block 0 knows already: the window, and the history that the block before restored.
+    total = total + _project(config, rows, 3, inner) * last
+    if last:
+        final = _project(config, history, 2, inner) + _project(config, observed, 1, inner)
+        total = total + _project(config, history, 3, inner) * (last - 1) + final
+    return total
+
+
+def _project(config: ModelConfig, rows: int, parts: int, inner: int) -> Forward:
+    return Forward(matrix=2.0 * rows * config.d_model * parts * inner)
+
+
+def _update(config: ModelConfig, rows: int, inner: int) -> Forward:
+    return Forward(matrix=2.0 * rows * config.d_model * (inner + 3 * config.feed_forward_dim))
+
+
+def _attend(pairs: float, inner: int) -> Forward:
+    return Forward(attention=4.0 * pairs * inner)
+
+
+def _causal_pairs(rows: int, window: int | None = None) -> float:
+    """Pairs of a query and a key at or before it, at most `window` of them per query."""
+    if window is None or window >= rows:
+        return rows * (rows + 1) / 2
+    return window * (window + 1) / 2 + (rows - window) * window

@@ -1,0 +1,113 @@
+"""Attention by splash attention, the TPU kernel that is shipped with JAX."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from tlinformer_jax.parallel.constraints import BATCH_AXES
+
+# Rows of a tile; lengths are padded to whole tiles. The kernel takes larger tiles where they fit.
+TILE = 128
+LARGEST_TILE = 512
+
+
+def attend_splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    key_length: jax.Array | None,
+    return_lse: bool = False,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Exact softmax attention; arguments as `attention.attend` has them, `key_length` being None or int32 [batch].
+
+    On a mesh every device runs the kernel on its share of the batch.
+
+    Args:
+      return_lse: also return the log-sum-exp; the result is then not differentiable.
+      interpret: run without a TPU, for tests.
+
+    Returns:
+      [batch, queries, heads, d_h] in query's dtype, and float32 [batch, queries, heads] or None.
+    """
+    lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32) if key_length is None else key_length
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array):
+        return _attend(query, key, value, lengths, scale, causal, window, return_lse, interpret)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
+    if not mesh.empty and mesh.size > 1:
+        even = axes and query.shape[0] % math.prod(mesh.shape[name] for name in axes) == 0
+        spec = PartitionSpec(axes) if even else PartitionSpec()
+        local = jax.shard_map(local, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
+    output, lse = local(query, key, value, lengths)
+    if key_length is not None:
+        empty = (key_length == 0)[:, None, None]
+        output = jnp.where(empty[..., None], 0, output)
+        lse = jnp.where(empty, -jnp.inf, lse) if return_lse else None
+    return output, lse if return_lse else None
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    return_lse: bool,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel over whole tiles; the second result is meaningless unless `return_lse`."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    queries, heads = query.shape[1:3]
+    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    query, key, value = (_whole_tiles(jnp.swapaxes(rows, 1, 2)) for rows in (query, key, value))
+    shape = (query.shape[2], key.shape[2])
+    if window is not None:
+        mask: splash_attention_mask.Mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
+    else:
+        mask = splash_attention_mask.CausalMask(shape) if causal else splash_attention_mask.FullMask(shape)
+    q_tile, k_tile = (_tile(length) for length in shape)
+    blocks = splash_attention_kernel.BlockSizes(
+        block_q=q_tile,
+        block_kv=k_tile,
+        block_q_dkv=q_tile,
+        block_kv_dkv=k_tile,
+        block_q_dq=q_tile,
+        block_kv_dq=k_tile,
+    )
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        save_residuals=return_lse,
+        interpret=interpret,
+    )
+    # A query sees the keys of its segment: all queries and the valid keys are segment 0.
+    masked = jnp.arange(shape[1])[None] >= jnp.maximum(lengths, 1)[:, None]
+    segments = splash_attention_kernel.SegmentIds(
+        jnp.zeros((query.shape[0], shape[0]), jnp.int32), masked.astype(jnp.int32)
+    )
+    found = jax.vmap(kernel)(query, key, value, segments)
+    output, lse = (found[0], found[1][0]) if return_lse else (found, jnp.zeros(query.shape[:3], jnp.float32))
+    return jnp.swapaxes(output, 1, 2)[:, :queries], jnp.swapaxes(lse, 1, 2)[:, :queries]
+
+
+def _whole_tiles(rows: jax.Array) -> jax.Array:
+    """[batch, heads, length, d_h] with zeros up to a whole number of tiles."""
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % TILE), (0, 0)))
+
+
+def _tile(length: int) -> int:
+    """The largest tile up to LARGEST_TILE that divides a length of whole tiles."""
+    return max(tile for tile in range(TILE, LARGEST_TILE + 1, TILE) if length % tile == 0)
