@@ -172,6 +172,7 @@ def _timed(config: RunConfig, steps: int, profile: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from tlinformer_jax.bench.timing import peak_bytes
     from tlinformer_jax.models import build_model
     from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
@@ -207,12 +208,11 @@ def _timed(config: RunConfig, steps: int, profile: str) -> dict[str, Any]:
                 for _ in range(3):
                     state, metrics = compiled(state, batch)
                 jax.block_until_ready(state)
-    memory = jax.devices()[0].memory_stats() or {}
     return figures | {
         "step_seconds": statistics.median(groups[1:]),
         "first_loss": float(losses[0]),
         "last_loss": float(losses[-1]),
-        "peak_bytes": memory.get("peak_bytes_in_use"),
+        "peak_bytes": peak_bytes(),
     }
 
 
