@@ -122,7 +122,7 @@ def test_figures_agree_with_each_other(finished):
             if part not in row:
                 continue
             figures = row[part]
-            by_bytes = figures["limit_bytes"] / ceilings.copy_bytes_per_second
+            by_bytes = figures["limit_bytes"] / max(ceilings.read_bytes_per_second, ceilings.copy_bytes_per_second)
             by_flops = figures["limit_flops"] / ceilings.matmul_flops_per_second
             assert figures["limit_seconds"] == pytest.approx(max(by_bytes, by_flops))
             assert figures["multiple"] == pytest.approx(figures["seconds"] / figures["limit_seconds"])

@@ -107,9 +107,10 @@ def test_operations_of_a_baselines_prefill(architecture):
 
 
 def test_the_limit_is_the_larger_of_bytes_and_operations():
-    ceilings = limits.Ceilings(1e12, 2e12, 1e14, 8)
-    assert limits.Work(2e12, 1e14, 0, 4).seconds(ceilings) == (2.0, "bytes")
-    assert limits.Work(1e12, 3e14, 1e14 / 16, 4).seconds(ceilings) == (4.0, "flops")
+    for copy, read in ((1e12, 2e12), (2e12, 1e12)):
+        ceilings = limits.Ceilings(copy, read, 1e14, 8)
+        assert limits.Work(4e12, 1e14, 0, 4).seconds(ceilings) == (2.0, "bytes")
+        assert limits.Work(1e12, 3e14, 1e14 / 16, 4).seconds(ceilings) == (4.0, "flops")
 
 
 def test_measured_ceilings_are_possible():

@@ -10,25 +10,13 @@ import numpy as np
 import pytest
 
 from tests.support import golden, reference
-from tlinformer_jax import ModelConfig, build_model
+from tests.support.models import SMALL
+from tlinformer_jax import build_model
 from tlinformer_jax.bench import timing
 from tlinformer_jax.bench.session import Session
 from tlinformer_jax.bench.uncached import jit_uncached_logits
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.interop import params_from_reference
-
-SMALL = ModelConfig(
-    vocab_size=37,
-    d_model=16,
-    num_heads=2,
-    num_blocks=2,
-    hidden_depth=1,
-    d_ff=24,
-    history_window=6,
-    generation_window=4,
-    dtype="float32",
-    attention="xla",
-)
 
 
 @functools.cache

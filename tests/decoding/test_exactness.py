@@ -8,29 +8,18 @@ import numpy as np
 import pytest
 
 from tests.support import golden, reference
+from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import decoder as decoder_module
+from tlinformer_jax.decoding import params as params_module
 from tlinformer_jax.decoding import windowed
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.models import decode_kernel, history_kernel
 
 TOLERANCE = 2e-5
-
-SMALL = ModelConfig(
-    vocab_size=37,
-    d_model=16,
-    num_heads=2,
-    num_blocks=2,
-    hidden_depth=1,
-    d_ff=24,
-    history_window=6,
-    generation_window=4,
-    dtype="float32",
-    attention="xla",
-    history_segments=1,
-)
 
 
 @functools.cache
@@ -99,7 +88,7 @@ def shapes():
 
 @pytest.mark.parametrize("name", shapes())
 def test_prefill_step_and_slide_equal_the_reference(name):
-    """Prompts around the window edges, each continued across at least three slides, in one batch of five."""
+    """Prompts around the window edges, each continued across at least three slides, in one batch."""
     config = dataclasses.replace(SMALL, **SHAPES[name])
     size = config.generation_window
     prompts = [max(size - 1, 1), size, size + 1, 1, 3 * size - 1, 3 * size, 3 * size + 1]
@@ -114,6 +103,33 @@ def test_chunks_and_growing_caches_change_nothing(architecture, monkeypatch):
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
     config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=3, hidden_depth=0, history_window=5)
     assert largest_error(make_decoder(config), [21, 2], 46, room=21) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+def test_the_gpu_kernels_in_the_decoder(architecture, monkeypatch):
+    """The path that a GPU takes, interpreted: heads and rows padded, keys stored and read by the kernels, in half
+    precision; 64 tokens a window, as many as the storing kernel writes at a time."""
+    real, used = decode_kernel.call_kernel, set()
+
+    def interpreted(kernel, grid, outputs, operands, name, interpret, **options):
+        used.add(name)
+        return real(kernel, grid, outputs, operands, name, True, **options)
+
+    for module in (decode_kernel, history_kernel):
+        monkeypatch.setattr(module, "call_kernel", interpreted)
+    monkeypatch.setattr(decode_kernel, "available", lambda: True)
+    monkeypatch.setattr(params_module, "head_multiple", lambda *_: 8)
+    monkeypatch.setattr(cache_module, "padded_rows", lambda rows: -(-rows // 128) * 128)
+    windows = {"history_window": 40, "generation_window": 64}
+    half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
+    config = dataclasses.replace(SMALL, architecture=architecture, **windows, **half)
+    # float16 keeps 11 bits; the logits' largest is about 4.
+    assert largest_error(make_decoder(config), [127, 64], 131) < 0.05
+    expected = {"attend_cached", "dense"}
+    if architecture == "tlinformer":
+        expected |= {"attend_history", "attend_context", "store_history"}
+    assert used == expected
 
 
 def stale_history(monkeypatch):

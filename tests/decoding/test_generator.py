@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support import golden, reference
+from tests.support import golden, models, reference
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.decoding import CacheLedger, CacheWarning, Generation, Generator, cache_bytes
@@ -21,19 +21,7 @@ from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models.config import ARCHITECTURES
 
-SMALL = ModelConfig(
-    vocab_size=37,
-    d_model=16,
-    num_heads=2,
-    num_blocks=2,
-    hidden_depth=0,
-    d_ff=24,
-    history_window=6,
-    generation_window=4,
-    dtype="float32",
-    attention="xla",
-    history_segments=1,
-)
+SMALL = dataclasses.replace(models.SMALL, hidden_depth=0)
 TEXT = dataclasses.replace(SMALL, vocab_size=260, num_blocks=1)
 # Of several phases: a full window, one token in the window, no history.
 LENGTHS = (3, 8, 13)

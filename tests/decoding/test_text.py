@@ -80,6 +80,26 @@ def test_text_does_not_depend_on_how_tokens_are_grouped(data, cut):
     assert grouped == "".join(pushed(TextStream(BYTES, []), data))
 
 
+class Fallback:
+    """Bytes as tokens, decoded to strings as SentencePiece's byte fallback does: halves of a character are U+FFFD."""
+
+    vocab_size = 256
+
+    def decode(self, tokens):
+        return bytes(tokens).decode("utf-8", "replace").encode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet="ab€字🙂", max_size=30), size=st.integers(1, 20))
+def test_whole_characters_whatever_the_tokenizer_and_the_size_of_the_pieces(text, size):
+    data = text.encode()
+    for tokenizer in (BYTES, Fallback()):
+        stream = TextStream(tokenizer, [])
+        pieces = [stream.push(data[start : start + size]) for start in range(0, len(data), size)]
+        assert "".join(pieces) + stream.finish() == text
+        assert "\ufffd" not in "".join(pieces)
+
+
 def test_tokenizers_that_treat_the_first_token_in_their_own_way():
     class Spaced:
         """Puts a space before every word but a text's first; shows halves of a character as U+FFFD."""

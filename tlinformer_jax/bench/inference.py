@@ -7,6 +7,7 @@ without one the model is the 41M shape, as the shape flags change it.
 """
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -35,9 +36,14 @@ SHAPE = {
 }
 WINDOWS = flags.DEFINE_integer("windows", 3, "Generation windows of the part 'windows'.", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 1.0, "Budget of each measurement, compilation apart.", lower_bound=0.0)
-MAX_UNCACHED = flags.DEFINE_integer("max_uncached_length", 131072, "Longest prompt timed without a cache.")
+MAX_UNCACHED = flags.DEFINE_integer(
+    "max_uncached_length", 131072, "Longest prompt timed without a cache.", lower_bound=0
+)
 MAX_QUADRATIC = flags.DEFINE_integer(
-    "max_quadratic_prefill", 131072, "Longest prompt given to 'transformer'; above, its cache is filled randomly."
+    "max_quadratic_prefill",
+    131072,
+    "Longest prompt given to 'transformer'; above, its cache is filled randomly.",
+    lower_bound=0,
 )
 SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.", lower_bound=0, upper_bound=2**32 - 1)
 PROFILE = flags.DEFINE_string("profile", "", "Directory for traces of a hit loop and a slide at the largest length.")
@@ -53,6 +59,8 @@ def main() -> None:
 
     lengths = sorted({_length(text) for text in LENGTHS.value}, key=lambda place: (place[0] * place[1], place))
     longest = sorted({_positive("--longest", text) for text in LONGEST.value})
+    if not math.isfinite(SECONDS.value):
+        raise ConfigError("--seconds", SECONDS.value, "must be a finite number >= 0")
     if not lengths:
         raise ConfigError("--lengths", "", "must name at least one length")
     _check_names("--architectures", ARCHITECTURES.value, ALL_ARCHITECTURES)
@@ -117,8 +125,9 @@ def _length(text: str) -> tuple[int, int]:
 
 
 def _positive(flag: str, text: str, whole: str | None = None) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise ConfigError(flag, text if whole is None else whole, "must be positive integers, separated by commas")
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) < 2**31:
+        allowed = "must be integers from 1 to 2147483647, separated by commas"
+        raise ConfigError(flag, text if whole is None else whole, allowed)
     return int(text)
 
 

@@ -1,7 +1,8 @@
 """How fast generation could be: work that cannot be avoided, against what the device was measured to do.
 
-A limit is the larger of two times: bytes that must move over the measured copy bandwidth, and floating-point
-operations over the measured matrix rate. Only products with weights and attended pairs are counted.
+A limit is the larger of two times: bytes that must move over the measured bandwidth (of a sum or of a copy, whichever
+moves more), and floating-point operations over the measured matrix rate. Only products with weights and attended
+pairs are counted.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ class Work:
 
     def seconds(self, ceilings: Ceilings) -> tuple[float, str]:
         """The limit in seconds, and which of 'bytes' and 'flops' sets it."""
-        by_bytes = self.bytes / ceilings.copy_bytes_per_second
+        by_bytes = self.bytes / max(ceilings.read_bytes_per_second, ceilings.copy_bytes_per_second)
         by_flops = self.flops / ceilings.matmul_flops_per_second
         return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
 

@@ -111,7 +111,7 @@ def measure_row(
             row["uncached"] = parts.uncached(session, plan.seconds)
             row["elapsed_seconds"]["uncached"] = time.perf_counter() - started
             report(row)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
         row["error"] = _out_of_memory(error, current)
         report(row)
     session = None  # type: ignore[assignment]
@@ -137,7 +137,7 @@ def measure_longest(plan: Plan, decoder: Decoder, report: Callable[[Row], None])
         try:
             session = Session(decoder, 1, length, decoder.config.generation_window, plan.seed)
             row |= parts.longest(session, functools.partial(fill, plan, session))
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
             row |= {"fits": False, "error": _out_of_memory(error, "longest")}
         row["memory"] = memory.figures()
         session = None  # type: ignore[assignment]
@@ -211,9 +211,10 @@ def _release(session: Session) -> None:
         array.delete()
 
 
-def _out_of_memory(error: jax.errors.JaxRuntimeError, part: str) -> str:
-    """One line about a failure for want of memory; any other failure goes on."""
+def _out_of_memory(error: Exception, part: str) -> str:
+    """One line about a failure for want of memory, the host's or the device's; any other failure goes on."""
     text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+    device = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    if not device and not isinstance(error, MemoryError):
         raise error
     return f"out of memory in part {part!r}: {text.splitlines()[0][:200]}"

@@ -126,19 +126,21 @@ def observed_capacity(config: ModelConfig, capacity: int) -> int:
     return max(config.observed_rows(capacity), 1)
 
 
-def chunk_rows(capacity: int) -> int:
-    """Rows of history worked on at once: all of a small capacity, else a power of two that divides it."""
-    if capacity <= CHUNK_ROWS:
-        return capacity
-    return min(CHUNK_ROWS, capacity & -capacity)
+def chunk_rows(capacity: int, most: int | None = None) -> int:
+    """Rows worked on at once, at most `most` (None: CHUNK_ROWS): all of a small capacity, else a power of two that
+    divides it."""
+    most = CHUNK_ROWS if most is None else most
+    return capacity if capacity <= most else min(most, capacity & -capacity)
 
 
-def for_chunks(length: jax.Array, capacity: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-    """Runs `carry = body(first row, carry)` over the chunks of `chunk_rows(capacity)` that hold `length` rows.
+def for_chunks(
+    length: jax.Array, capacity: int, body: Callable[[jax.Array, Any], Any], carry: Any, most: int | None = None
+) -> Any:
+    """Runs `carry = body(first row, carry)` over the chunks of `chunk_rows(capacity, most)` that hold `length` rows.
 
     It goes on to the end of a round, at most a quarter of the capacity further.
     """
-    size = chunk_rows(capacity)
+    size = chunk_rows(capacity, most)
     chunks = capacity // size
     most = max(1, chunks // ROUNDS)
     each = min(chunks & -chunks, 1 << (most.bit_length() - 1))

@@ -74,7 +74,10 @@ class Decoder:
         return self._step(self.params, self.config, cache, tokens, active)
 
     def slide(self, cache: WindowedCache, row: int, history: int) -> WindowedCache:
-        """Slides the full window of sequence `row`, whose history then has `history` tokens; makes room if needed."""
+        """Slides the full window of sequence `row`, whose history then has `history` tokens.
+
+        The cache must have room for them: see `grow`.
+        """
         observed = np.int32(self.config.observed_rows(history))
         return self._slide(self.params, self.config, cache, np.int32(row), observed)
 

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 
 from tlinformer_jax.decoding.cache import LayeredCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
-from tlinformer_jax.models.attention import attend_chunk
+from tlinformer_jax.models.attention import attend_chunk, fused_kernel
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, lane_rows, write_row
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.token_layer import token_layer
 from tlinformer_jax.models.transformer import attention_window
+
+# Rows of a prompt worked on at once where no fused kernel keeps the scores of rows against rows out of memory.
+PLAIN_CHUNK_ROWS = 1024
 
 
 def step(
@@ -82,7 +85,8 @@ def _layer(
     Returns:
       x [1, padded length, D], and keys and values of all rows, each [1, padded length, heads, d_h].
     """
-    size = chunk_rows(x.shape[1])
+    most = None if fused_kernel(x.dtype) and config.attention != "xla" else PLAIN_CHUNK_ROWS
+    size = chunk_rows(x.shape[1], most)
     window = attention_window(config)
     shape = (1, x.shape[1], *layer.out_kernel.shape[:2])  # heads as padded in the parameters
 
@@ -100,7 +104,7 @@ def _layer(
         return x, keys, values
 
     empty = jnp.zeros(shape, x.dtype)
-    return for_chunks(length, x.shape[1], body, (x, empty, empty))
+    return for_chunks(length, x.shape[1], body, (x, empty, empty), most)
 
 
 def _store(

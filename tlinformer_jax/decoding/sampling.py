@@ -88,17 +88,17 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not (self.temperature == 0 or _LEAST <= self.temperature <= _MOST):
+        if not is_number(self.temperature) or not (self.temperature == 0 or _LEAST <= self.temperature <= _MOST):
             raise ConfigError(
                 "sampling.temperature", self.temperature, f"must be 0 (greedy) or a number from {_LEAST} to {_MOST}"
             )
-        if self.top_k is not None and (not _is_int(self.top_k) or self.top_k < 1):
-            raise ConfigError("sampling.top_k", self.top_k, "must be an integer >= 1, or None for all tokens")
-        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
-            raise ConfigError("sampling.top_p", self.top_p, "must be a number in (0, 1], or None for all tokens")
-        if self.min_p is not None and (not _is_number(self.min_p) or not 0 <= self.min_p <= 1):
-            raise ConfigError("sampling.min_p", self.min_p, "must be a number in [0, 1], or None for no minimum")
-        if not _is_number(self.repetition_penalty) or not _LEAST <= self.repetition_penalty <= _MOST:
+        if self.top_k is not None and (not is_int(self.top_k) or self.top_k < 1):
+            raise ConfigError("sampling.top_k", self.top_k, "must be an integer >= 1; left out, all tokens stay")
+        if self.top_p is not None and (not is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise ConfigError("sampling.top_p", self.top_p, "must be a number in (0, 1]; left out, all tokens stay")
+        if self.min_p is not None and (not is_number(self.min_p) or not 0 <= self.min_p <= 1):
+            raise ConfigError("sampling.min_p", self.min_p, "must be a number in [0, 1]; left out, there is no minimum")
+        if not is_number(self.repetition_penalty) or not _LEAST <= self.repetition_penalty <= _MOST:
             raise ConfigError(
                 "sampling.repetition_penalty",
                 self.repetition_penalty,
@@ -112,7 +112,7 @@ class SamplingConfig:
         greedy = self.temperature == 0
         return SamplingMode(
             greedy=greedy,
-            top_k=None if greedy else self.top_k,
+            top_k=None if greedy or self.top_k is None else int(self.top_k),
             top_p=not greedy and self.top_p not in (None, 1),
             min_p=not greedy and self.min_p not in (None, 0),
             repetition_penalty=self.repetition_penalty != 1,
@@ -299,16 +299,16 @@ def mark_seen(seen: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Arra
     return seen.at[jnp.arange(seen.shape[0]), columns].set(True, mode="drop")
 
 
-def _is_number(value: object) -> bool:
-    """Whether it is an int or float; bool is neither. NaN is one, and outside of every range."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    """Whether it is an integer or a float, NumPy's too; bool is neither. NaN is one, and outside of every range."""
+    return is_int(value) or isinstance(value, float | np.floating)
 
 
-def _is_int(value: object) -> bool:
-    """Whether it is an integer; bool is not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_int(value: object) -> bool:
+    """Whether it is an integer, NumPy's too; bool is not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _is_seed(value: Any) -> bool:
     """Whether it can seed a sequence: JAX keeps 32 bits of a seed, so larger ones would repeat others."""
-    return (_is_int(value) or isinstance(value, np.integer)) and 0 <= int(value) < _SEEDS
+    return is_int(value) and 0 <= int(value) < _SEEDS

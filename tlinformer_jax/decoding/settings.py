@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.decoding.loop import MAX_STEPS
-from tlinformer_jax.decoding.sampling import SamplingConfig
+from tlinformer_jax.decoding.sampling import SamplingConfig, is_int
 from tlinformer_jax.errors import ConfigError
 
 # Tokens that the device draws between two looks of the host where somebody waits for them.
@@ -40,20 +40,21 @@ class GenerationConfig:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        if not _is_int(self.max_new_tokens) or self.max_new_tokens < 0:
+        if not is_int(self.max_new_tokens) or self.max_new_tokens < 0:
             raise ConfigError("generation.max_new_tokens", self.max_new_tokens, "must be an integer >= 0")
-        if self.chunk is not None and (not _is_int(self.chunk) or not 1 <= self.chunk <= MAX_STEPS):
+        if self.chunk is not None and (not is_int(self.chunk) or not 1 <= self.chunk <= MAX_STEPS):
             raise ConfigError("generation.chunk", self.chunk, f"must be an integer from 1 to {MAX_STEPS}, or None")
         if self.stop_tokens is not None:
             allowed = "must be a list of token ids"
             object.__setattr__(self, "stop_tokens", _tuple("stop_tokens", self.stop_tokens, allowed))
-            if not all(_is_int(token) and token >= 0 for token in self.stop_tokens):
+            if not all(is_int(token) and token >= 0 for token in self.stop_tokens):
                 raise ConfigError("generation.stop_tokens", list(self.stop_tokens), allowed)
-        allowed = "must be a list of texts, none of them empty"
-        object.__setattr__(self, "stop_strings", _tuple("stop_strings", self.stop_strings, allowed))
-        if not all(isinstance(text, str) and text for text in self.stop_strings):
-            raise ConfigError("generation.stop_strings", list(self.stop_strings), allowed)
-        if not isinstance(self.logprobs, bool):
+        texts = _tuple("stop_strings", self.stop_strings, "must be a list of texts, none of them empty")
+        object.__setattr__(self, "stop_strings", texts)
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise ConfigError("generation.stop_strings", text, "must be a text of at least one character")
+        if not isinstance(self.logprobs, bool | np.bool_):
             raise ConfigError("generation.logprobs", self.logprobs, "must be True or False")
 
 
@@ -84,7 +85,3 @@ def _tuple(field: str, value: Any, allowed: str) -> tuple[Any, ...]:
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise ConfigError(f"generation.{field}", value, allowed)
     return tuple(value)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

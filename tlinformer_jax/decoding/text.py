@@ -33,7 +33,11 @@ class TextStream:
 
     def push(self, tokens: Sequence[int]) -> str:
         """Takes new tokens; returns text that may be shown. With stop strings, push tokens one by one."""
-        self._pending += self._known(tokens)
+        return "".join(self._push_one(token) for token in self._known(tokens))
+
+    def _push_one(self, token: int) -> str:
+        # One by one, because only the end of the text tells whether a character is still unfinished.
+        self._pending.append(token)
         new = self._new_bytes()
         if new.endswith(REPLACEMENT) and len(self._pending) <= MOST_HELD:
             return ""

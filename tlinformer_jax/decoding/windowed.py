@@ -151,8 +151,8 @@ def slide(
     if cache.history:
         tokens = jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size))
         rows, rope = embed(params, tokens), _rope(config, before, size)
-        layer = for_writing(params.blocks[0].compress, size)
-        first = write_rows(cache.history[0], row, before, layer, rows, rope)
+        layer = for_writing(params.blocks[0].compress, size, config.attention)
+        first = write_rows(cache.history[0], row, before, layer, rows, rope, config.attention)
         history = (first, *cache.history[1:])
         cache = dataclasses.replace(cache, history=history)
     cache, _ = _rebuild(params, config, cache, _frame(config, cache, row, before + size, observed), None)
@@ -275,7 +275,7 @@ def _read_history(
     size = chunk_rows(cache.capacity)
     tokens, kept = cache.tokens, bool(cache.history)
     layer = params.blocks[index].compress
-    writer = for_writing(layer, size)
+    writer = for_writing(layer, size, config.attention)
 
     def body(start: jax.Array, carry):
         history, rows, parts = carry
@@ -284,7 +284,7 @@ def _read_history(
         if rows is not None and 0 < index < config.num_blocks - 1:
             rows = jax.lax.dynamic_update_slice(rows, chunk, (0, start, 0))
         if kept:
-            return write_rows(history, frame.row, start, writer, chunk, rope), rows, parts
+            return write_rows(history, frame.row, start, writer, chunk, rope, config.attention), rows, parts
         key, value = project(layer, chunk, rope, "kv")
         read = attend_parts(readers, key, value, frame.length - start, config.attention_scale, config.attention)
         return history, rows, merge_parts(parts, read)

@@ -177,7 +177,7 @@ def attend_chunk(
       query: of rows start .. start + queries - 1, [1, queries, heads, d_h].
       key: of rows 0, 1, ..., at least up to those, [1, keys, heads, d_h].
       value: the same.
-      start: int32 [].
+      start: a multiple of `queries`, int32 [].
       window: rows that each query sees, its own included; None for all before it.
       scale: of the scores.
       backend: 'auto', 'xla' or 'cudnn'.
@@ -186,8 +186,7 @@ def attend_chunk(
       [1, queries, heads, d_h] in query's dtype.
     """
     size = query.shape[1]
-    if backend == "auto":
-        backend = "cudnn" if fused_kernel(query.dtype) else "xla"
+    backend = "cudnn" if backend == "cudnn" or (backend == "auto" and fused_kernel(query.dtype)) else "xla"
     if window is not None:
         # The rows that the chunk's window reaches, with stand-ins for the queries before the chunk.
         reach = min(key.shape[1] - size, window - 1)
@@ -203,8 +202,17 @@ def attend_chunk(
     own = attend(query, own_key, own_value, causal=True, backend=backend, return_lse=True, scale=scale)
     if key.shape[1] == size:
         return own[0]
-    before = attend(query, key, value, key_length=start, backend=backend, return_lse=True, scale=scale)
-    return merge_parts(*((output.astype(jnp.float32), lse) for output, lse in (own, before)))[0].astype(query.dtype)
+    parts = own[0].astype(jnp.float32), own[1]
+    if backend == "cudnn":
+        before, lse = attend(query, key, value, key_length=start, backend=backend, return_lse=True, scale=scale)
+        return merge_parts(parts, (before.astype(jnp.float32), lse))[0].astype(query.dtype)
+
+    def block(number: jax.Array, parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        keys, values = (jax.lax.dynamic_slice_in_dim(rows, number * size, size, axis=1) for rows in (key, value))
+        return merge_parts(parts, attend_parts(query, keys, values, jnp.int32(size), scale, backend))
+
+    # As many rows at a time as there are queries, so that the scores in memory do not grow with the sequence.
+    return jax.lax.fori_loop(0, start // size, block, parts)[0].astype(query.dtype)
 
 
 def no_parts(query: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -82,26 +82,27 @@ def lane_rows(rows: jax.Array, head_dim: int) -> jax.Array:
     return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
 
 
-def for_writing(layer: LayerParams, rows: int) -> LayerParams:
+def for_writing(layer: LayerParams, rows: int, backend: str) -> LayerParams:
     """A layer as `write_rows` takes it for so many rows at a time; to be called outside of loops.
 
     Args:
       layer: from `prepare_layers`.
       rows: that each call will write.
+      backend: of the attention; 'xla' takes plain operations everywhere.
     """
-    if not _stores_by_kernel(layer.qkv_kernel.dtype, rows):
-        return layer
     head_dim = layer.out_kernel.shape[-1] // layer.out_kernel.shape[0]  # D / heads; the kernels' heads are padded
+    if not _stores_by_kernel(layer.qkv_kernel.dtype, head_dim, rows, backend):
+        return layer
     kernel, bias = (history_kernel.halves_apart(array, head_dim) for array in (layer.qkv_kernel, layer.qkv_bias))
     return dataclasses.replace(layer, qkv_kernel=kernel, qkv_bias=bias)
 
 
-def _stores_by_kernel(dtype: Any, rows: int) -> bool:
-    return use_kernels(dtype) and rows % history_kernel.STORE_TILE == 0
+def _stores_by_kernel(dtype: Any, head_dim: int, rows: int, backend: str) -> bool:
+    return use_kernels(dtype, head_dim, backend) and rows % history_kernel.STORE_TILE == 0
 
 
 def write_rows(
-    cache: KeyValue, row: jax.Array, start: jax.Array, layer: LayerParams, rows: jax.Array, rope: Rope
+    cache: KeyValue, row: jax.Array, start: jax.Array, layer: LayerParams, rows: jax.Array, rope: Rope, backend: str
 ) -> KeyValue:
     """Projects many rows of one sequence to keys and values and writes these, in place where the cache is donated.
 
@@ -112,8 +113,9 @@ def write_rows(
       layer: whose keys and values, from `for_writing`.
       rows: of the residual stream, [1, rows, D].
       rope: rotations of the rows.
+      backend: as `for_writing` had it.
     """
-    if _stores_by_kernel(cache.key.dtype, rows.shape[1]):
+    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], rows.shape[1], backend):
         projected, bias = unbiased_projections(layer, rows, "kv")
         return KeyValue(*history_kernel.store(cache.key, cache.value, projected[0], bias, rope, row, start))
 
@@ -142,7 +144,7 @@ def attend_history(
       [1, queries, heads, as wide as the queries], in their dtype; 0 where no row is valid.
     """
     width = query.shape[-1]
-    if backend != "xla" and use_kernels(query.dtype):
+    if use_kernels(query.dtype, cache.key.shape[2], backend):
         read = history_kernel.attend(query[0], cache.key, cache.value, row, length, scale)
         return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]).astype(query.dtype)
     shape = (1, *cache.key.shape[1:3], chunk)
@@ -173,16 +175,17 @@ def attend_context(
     Returns:
       as `query`; 0 where no row is valid.
     """
-    if backend != "xla" and use_kernels(query.dtype):
+    if use_kernels(query.dtype, head_dim, backend):
         padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
         key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
         return history_kernel.attend_few(query[0], key, value, length, scale)[None]
     return attend(query, key, value, key_length=length, backend=backend, scale=scale)
 
 
-def use_kernels(dtype: Any) -> bool:
-    """Whether the GPU kernels run here and take this dtype."""
-    return decode_kernel.available() and dtype in (jnp.bfloat16, jnp.float16)
+def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:
+    """Whether the GPU kernels of `history_kernel` run here, are wanted, and take heads of this dtype and width."""
+    takes = dtype in (jnp.bfloat16, jnp.float16) and head_dim <= history_kernel.MOST_WIDTH
+    return takes and backend != "xla" and decode_kernel.available()
 
 
 def _natural_rows(rows: jax.Array, width: int) -> jax.Array:

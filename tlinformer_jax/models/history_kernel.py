@@ -22,6 +22,8 @@ STAGES = 3
 PROGRAMS = 1056
 # Rows that a program of `store` writes.
 STORE_TILE = 64
+# Wider heads would not fit a multiprocessor's shared memory at these tiles.
+MOST_WIDTH = 128
 # The matrix units' least inner dimension.
 LEAST_PIECE = 16
 LOG2_E = 1.4426950408889634
