@@ -121,7 +121,8 @@ def test_dropout_over_a_long_history_holds_few_scores(monkeypatch):
     assert memory() < 0.3 * whole
 
 
-def test_the_check_command_passes_here_and_sees_a_fault(monkeypatch):
+def test_the_check_command_passes_here_and_sees_a_fault(monkeypatch, request):
+    request.addfinalizer(jax.clear_caches)  # no trace with the fault is left to later tests
     assert ("xla", "float32") in bench.backends()
     monkeypatch.setattr(bench, "backends", lambda: [("xla", "bfloat16")])
     monkeypatch.setattr(bench, "CHECKS", {name: bench.CHECKS[name] for name in ("causal, odd length", "one query")})
