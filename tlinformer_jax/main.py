@@ -19,17 +19,21 @@ def main() -> None:
     """Checks the whole configuration, then trains, unless only the check was asked for."""
     from tlinformer_jax.config import run_config
     from tlinformer_jax.training.loop import train_and_evaluate
+    from tlinformer_jax.training.memory import memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     config = run_config(cli.config_values())
     if CHECK.value or CHECK_COMPILE.value:
         from tlinformer_jax.training.check import check_run
 
-        print(check_run(config, CHECK_COMPILE.value))
+        with memory_advice(config):
+            print(check_run(config, CHECK_COMPILE.value))
         return
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
-    train_and_evaluate(config, workdir, cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None)
+    profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
+    with memory_advice(config):
+        train_and_evaluate(config, workdir, profile)
 
 
 if __name__ == "__main__":
