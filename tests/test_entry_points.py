@@ -49,6 +49,7 @@ MISTAKES = {
     "text for a number": ([*TINY, "--config.model.num_heads=many"], "num_heads"),
     "missing config file": (["--config=configs/none.py"], "configs/none.py"),
     "no config": ([], "--config: must name a config file"),
+    "vocabulary past int32": ([*TINY, "--config.model.vocab_size=3000000000"], "must be at most 2147483647"),
     "vocabulary too small": ([*TINY, "--config.model.vocab_size=100"], "model.vocab_size = 100"),
     "sequence longer than the corpus": ([*TINY, "--config.data.sequence_length=9000000"], "data.sequence_length"),
     "empty sequence": ([*TINY, "--config.data.sequence_length=0"], "data.sequence_length = 0"),

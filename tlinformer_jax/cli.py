@@ -15,7 +15,8 @@ from tlinformer_jax.errors import UserError
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
-    A `UserError`, or flags and config files that cannot be parsed, become one line on stderr and status 2.
+    A `UserError` becomes one line on stderr and its status (2, but 1 for want of memory); so do flags and config files
+    that cannot be parsed.
     """
 
     def guarded(_: Sequence[str]) -> None:
@@ -24,16 +25,16 @@ def run(main: Callable[[], None]) -> NoReturn:
         try:
             main()
         except UserError as error:
-            fail(str(error))
+            fail(str(error), error.status)
 
     app.run(guarded, flags_parser=_parse_flags)
     raise AssertionError("app.run returns through sys.exit")
 
 
-def fail(message: str) -> NoReturn:
-    """Prints `message` on stderr and exits with status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Prints `message` on stderr and exits with `status`."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:

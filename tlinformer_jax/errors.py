@@ -1,6 +1,6 @@
 """Errors that a user can cause and can mend: one line each, never a traceback.
 
-Entry points (`tlinformer_jax.cli`) print a `UserError` on stderr and exit with status 2. Library callers
+Entry points (`tlinformer_jax.cli`) print a `UserError` on stderr and exit with its status, 2. Library callers
 get an ordinary exception; it is also a `ValueError`.
 """
 
@@ -8,7 +8,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong; the message says what, where, and what is allowed."""
+    """Something outside the program is wrong; the message says what, where, and what is allowed.
+
+    Attributes:
+      status: with which an entry point ends.
+    """
+
+    status = 2
 
 
 class ConfigError(UserError):

@@ -1,4 +1,7 @@
-"""Trains a model: `python -m tlinformer_jax.main --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]`."""
+"""Trains a model: `python -m tlinformer_jax.main --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]`.
+
+With --check instead of --workdir it only says whether and how it would.
+"""
 
 from absl import flags
 from ml_collections import config_flags
@@ -7,19 +10,30 @@ from tlinformer_jax import cli
 
 config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
+CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
+CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "As --check, and compile a step for the memory it takes.")
 PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few training steps, for xprof.")
 
 
 def main() -> None:
-    """Checks the whole configuration, then trains."""
+    """Checks the whole configuration, then trains, unless only the check was asked for."""
     from tlinformer_jax.config import run_config
     from tlinformer_jax.training.loop import train_and_evaluate
+    from tlinformer_jax.training.memory import memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     config = run_config(cli.config_values())
+    if CHECK.value or CHECK_COMPILE.value:
+        from tlinformer_jax.training.check import check_run
+
+        with memory_advice(config):
+            print(check_run(config, CHECK_COMPILE.value))
+        return
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
-    train_and_evaluate(config, workdir, cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None)
+    profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
+    with memory_advice(config):
+        train_and_evaluate(config, workdir, profile)
 
 
 if __name__ == "__main__":

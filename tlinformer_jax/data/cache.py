@@ -99,8 +99,8 @@ def cached_tokens(
       DataError: if the cache was made by another version or cannot be written, or from `encode`.
     """
     identity = {"format": FORMAT} | identity
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    final = root / "tokens" / key
+    final = _directory(root, identity)
+    key = final.name
     if stream := _open_sound(final, verify):
         return stream, True
     try:
@@ -116,6 +116,15 @@ def cached_tokens(
             f"{place}: the token cache cannot be written ({error.strerror or error}); see data.cache_dir"
         ) from None
     return _open(final, verify), False
+
+
+def find_tokens(root: pathlib.Path, identity: dict[str, Any], verify: bool = False) -> TokenStream | None:
+    """The stream of a cache that `cached_tokens` has made of `identity`, or None; writes nothing."""
+    return _open_sound(_directory(root, {"format": FORMAT} | identity), verify)
+
+
+def _directory(root: pathlib.Path, identity: dict[str, Any]) -> pathlib.Path:
+    return root / "tokens" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _open_sound(directory: pathlib.Path, verify: bool) -> TokenStream | None:

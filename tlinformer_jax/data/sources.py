@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from tlinformer_jax.data.cache import cached_tokens, file_identity, smallest_dtype
+from tlinformer_jax.data.cache import cached_tokens, file_identity, find_tokens, smallest_dtype
 from tlinformer_jax.data.config import SPLITS, DataConfig
 from tlinformer_jax.data.files import file_kind, find_files, read_documents
 from tlinformer_jax.data.pieces import cut_documents, group_pieces
@@ -85,19 +85,41 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSp
 
         return OpenedSplit(load_pydoc(split, tokenizer), False, time.monotonic() - start)
     source = _text_source(config, split) if config.dataset == "text" else _wikitext_source(config, split)
-    identity = {
-        "tokenizer": tokenizer.name,
-        "options": source.options,
-        "files": [file_identity(path, config.full_hash) for path in source.files],
-    }
+    identity = _identity(source, config, tokenizer)
 
     def encode(scratch: pathlib.Path) -> Generator[Encoded, None, None]:
         yield from _encode(source, tokenizer, config.num_workers, scratch)
-        if [file_identity(path, config.full_hash) for path in source.files] != identity["files"]:
+        if _identity(source, config, tokenizer) != identity:
             raise DataError(f"{source.label}: a file changed while it was read; prepare again when it is complete")
 
     stream, found = cached_tokens(config.cache_path, identity, tokenizer.vocab_size, encode, verify=config.full_hash)
     return OpenedSplit(stream, found, time.monotonic() - start)
+
+
+def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream | None:
+    """The tokens of a split as far as they are at hand without writing anything, else None.
+
+    Raises:
+      DataError: for files that are not there; the message says which.
+    """
+    if config.dataset == "pydoc":
+        return open_split(config, split, tokenizer).stream  # holds no cache
+    if config.dataset == "wikitext103":
+        from tlinformer_jax.data.wikitext103 import prepared
+
+        if not prepared.is_prepared(config):
+            return None
+    source = _text_source(config, split) if config.dataset == "text" else _wikitext_source(config, split)
+    return find_tokens(config.cache_path, _identity(source, config, tokenizer), config.full_hash)
+
+
+def _identity(source: Source, config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that the tokens of a source depend on, as JSON."""
+    return {
+        "tokenizer": tokenizer.name,
+        "options": source.options,
+        "files": [file_identity(path, config.full_hash) for path in source.files],
+    }
 
 
 def _encode(

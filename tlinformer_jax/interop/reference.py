@@ -30,7 +30,8 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
       {"params": ...} for `build_model(config).apply`, in config.param_dtype.
 
     Raises:
-      DataError: one message that lists every missing, extra, misshapen or contradicting entry.
+      DataError: one message that lists every missing, extra, misshapen or contradicting entry, and every one that
+        holds other things than finite numbers.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
     shapes = reference_shapes(config)
@@ -41,6 +42,7 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
         for name, shape in shapes.items()
         if name in arrays and arrays[name].shape != shape
     ]
+    faults += [fault for name, shape in shapes.items() if (fault := _bad_values(name, arrays.get(name), shape))]
     if not faults and HEAD in arrays and not np.array_equal(arrays[HEAD], arrays[EMBEDDING]):
         faults.append(f"{HEAD} differs from {EMBEDDING}, but the model ties them")
     if faults:
@@ -108,6 +110,17 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for _, prefix in layer_names(config):
         shapes |= {prefix + name: shape for name, shape in layer.items()}
     return shapes
+
+
+def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str:
+    """What is wrong with the values of an array of the right shape; '' if nothing is."""
+    if array is None or array.shape != shape:
+        return ""
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+        return f"{name} has dtype {array.dtype}, must be floating point"
+    with np.errstate(over="ignore"):
+        finite = bool(np.isfinite(array.astype(np.float32)).all())
+    return "" if finite else f"{name} holds values that are no finite float32"
 
 
 def _layer_from_reference(arrays: Mapping[str, np.ndarray], prefix: str, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -94,6 +94,8 @@ class ModelConfig:
         _check_choice(self, "remat", REMAT)
         for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"):
             _check_int(self, name, 1)
+        if self.vocab_size > 2**31 - 1:
+            raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
         for name in ("history_segments", "windows_together"):
             _check_int(self, name, 1)
         for name in ("hidden_depth", "history_chunk"):

@@ -64,7 +64,14 @@ class Run:
         Raises:
           DataError: if it holds no whole sample, or an id outside the vocabulary.
         """
-        stream = load_split(self.config.data, name, self.tokenizer)
+        return self.checked(name, load_split(self.config.data, name, self.tokenizer))
+
+    def checked(self, name: str, stream: TokenStream) -> TokenStream:
+        """`stream`, the split `name`, if it fits the configuration.
+
+        Raises:
+          DataError: if it holds no whole sample, or an id outside the vocabulary.
+        """
         length = self.config.data.sequence_length
         if num_samples(stream, length) < 1:
             raise DataError(

@@ -32,6 +32,18 @@ def prepared_files(config: DataConfig, split: str) -> list[pathlib.Path]:
     return files
 
 
+def is_prepared(config: DataConfig) -> bool:
+    """Whether `prepared_files` would find the dataset made; where it would not, a named directory is checked.
+
+    Raises:
+      DataError: if data.manual_dir is given and holds none of the files.
+    """
+    if _is_complete(_directory(config)):
+        return True
+    _check_manual_directory(config, VARIANTS[config.wikitext_variant])
+    return False
+
+
 def read_rows(config: DataConfig, split: str, on_read: Callable[[int], None]) -> Iterator[str]:
     """Yields the rows of a split in order, and tells the share of each file's bytes that a reading stands for.
 

@@ -1,0 +1,83 @@
+"""Want of memory: one line that names what can be changed, and status 1."""
+
+import subprocess
+
+import jax
+import pytest
+
+from tests.support.commands import ROOT, command_line
+from tlinformer_jax.config import run_config
+from tlinformer_jax.training.memory import OutOfMemoryError, memory_advice, memory_savers
+
+MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.\nBufferAssignment OOM Debugging."
+
+
+def run_of(model=(), train=(), data=(), mesh=()):
+    base = {"d_model": 16, "num_heads": 2, "history_window": 16, "generation_window": 16}
+    return run_config({"model": base | dict(model), "train": dict(train), "data": dict(data), "mesh": dict(mesh)})
+
+
+# The advice that a field is worth, and a configuration that has used it up.
+SAVERS = {
+    "model.remat_save = ''": ({"model": {"remat_save": "gate_up"}}, {}),
+    "model.remat = 'window'": ({"model": {"remat": "none"}}, {"model": {"remat": "window"}}),
+    "larger train.accumulation (now 1, 64": ({}, {"train": {"batch_size": 4, "accumulation": 4}}),
+    "smaller train.batch_size (now 64)": ({}, {"train": {"batch_size": 1}}),
+    "smaller train.eval_batch_size (now 128)": ({"train": {"eval_batch_size": 128}}, {}),
+    "smaller train.loss_chunk (now 8192)": ({}, {"train": {"loss_chunk": 1024}}),
+    "smaller model.windows_together (now 4)": ({"model": {"windows_together": 4}}, {}),
+    "model.history_chunk = 4096 (now 0)": (
+        {"data": {"sequence_length": 65536}},
+        {"model": {"history_chunk": 4096}, "data": {"sequence_length": 65536}},
+    ),
+    "fewer train.sampled_windows (now all 32)": ({}, {"model": {"architecture": "transformer"}}),
+    "mesh.fsdp = 8 (now 1)": ({}, {"mesh": {"fsdp": 8}}),
+}
+
+
+@pytest.mark.parametrize("advice", SAVERS)
+def test_only_what_can_still_be_changed_is_named(advice):
+    open_, used_up = SAVERS[advice]
+    assert advice in "; ".join(memory_savers(run_of(**open_), 8))
+    assert advice.split(" (")[0] not in "; ".join(memory_savers(run_of(**used_up), 8))
+
+
+def test_a_single_device_is_not_told_to_split():
+    assert "mesh" not in "; ".join(memory_savers(run_of(), 1))
+
+
+@pytest.mark.parametrize("message", [MESSAGE, "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"])
+def test_the_error_becomes_one_line(message):
+    with pytest.raises(OutOfMemoryError, match=r"train\.accumulation") as caught, memory_advice(run_of()):
+        raise jax.errors.JaxRuntimeError(message)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
+
+
+@pytest.mark.parametrize(
+    "message", ["INTERNAL: a kernel failed", "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 300000"]
+)
+def test_other_errors_go_on(message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message[:12]), memory_advice(run_of()):
+        raise jax.errors.JaxRuntimeError(message)
+
+
+@pytest.mark.parametrize("arguments", [["--check_compile"], ["--workdir"]])
+def test_the_command_ends_with_status_1_and_no_traceback(arguments, tmp_path):
+    arguments = [argument.replace("--workdir", f"--workdir={tmp_path}/run") for argument in arguments]
+    line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *arguments)
+    fault = f"""
+import jax
+from tlinformer_jax.training import check, loop
+def jit_train_step(*_):
+    raise jax.errors.JaxRuntimeError({MESSAGE!r})
+check.jit_train_step = loop.jit_train_step = jit_train_step
+"""
+    line[2] = fault + line[2]
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: Out of memory while trying to allocate 12345 bytes; a step holds less with ")
+    for field in ("model.remat", "train.accumulation", "train.batch_size", "train.loss_chunk", "data.sequence_length"):
+        assert field in last

@@ -1,0 +1,170 @@
+"""What a run would take, found out without starting it: `python -m tlinformer_jax.main --check --config=FILE`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.config import RunConfig
+from tlinformer_jax.data.batches import TrainingBatches, num_samples
+from tlinformer_jax.data.sources import find_split
+from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.parallel.sharding import batch_sharding
+from tlinformer_jax.training.optimizer import Horizon, run_horizon
+from tlinformer_jax.training.setup import PENDING, Run, build_run
+from tlinformer_jax.training.step import jit_train_step
+from tlinformer_jax.training.windows import trained_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """Memory on the device that holds most, in bytes.
+
+    Attributes:
+      parameters: in their stored dtype.
+      gradients: in the same; where micro-batches are accumulated, their float32 sum too.
+      optimizer: the optimiser's state.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """Of all three."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def check_run(config: RunConfig, compile_step: bool = False) -> str:
+    """Checks a configuration against tokenizer, data and devices; writes nothing.
+
+    Args:
+      config: of the run.
+      compile_step: also compile a training step, for the memory that it takes.
+
+    Returns:
+      lines that say what the run would take.
+
+    Raises:
+      ConfigError, DataError: what training would raise before its first step; of text that has not been tokenised
+        only the files are looked for.
+    """
+    tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
+    run = build_run(config, tokenizer, PENDING)
+    streams = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
+    for name, stream in streams.items():
+        if stream is not None:
+            run.checked(name, stream)
+    horizon = _horizon(config, streams["train"])
+    lines = [_model_line(run), _memory_line(run, compile_step), *_length_lines(config, horizon, streams["train"])]
+    lines += [_split_line(name, stream, config.data.sequence_length) for name, stream in streams.items()]
+    if compile_step:
+        lines.append(_compiled_line(dataclasses.replace(run, horizon=horizon or PENDING)))
+    return "\n".join(lines)
+
+
+def state_bytes(run: Run) -> StateBytes:
+    """Memory of the train state and the gradients, by device, from shapes and shardings."""
+    params = run.abstract_state.params
+    parameters = _device_bytes(params)
+    gradients = parameters
+    if run.config.train.accumulation > 1:
+        gradients += _device_bytes(params, itemsize=4)
+    return StateBytes(parameters, gradients, _device_bytes(run.abstract_state.opt_state))
+
+
+def step_bytes(run: Run) -> tuple[int, int]:
+    """Memory of a compiled training step by device, in bytes: in all, and what of it is temporary."""
+    rows, length = run.config.train.batch_size, run.config.data.sequence_length
+    sharding = batch_sharding(run.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
+        for name, dtype in (("inputs", jnp.int32), ("labels", jnp.int32), ("weights", jnp.float32))
+    }
+    with jax.set_mesh(run.mesh):
+        step = jit_train_step(run.model, run.config.train, run.horizon, run.shardings, sharding)
+        found = step.lower(run.abstract_state, batch).compile().memory_analysis()
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
+
+
+def _device_bytes(tree: Any, itemsize: int | None = None) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize) for leaf in leaves)
+
+
+def _horizon(config: RunConfig, train: TokenStream | None) -> Horizon | None:
+    """How long the run is; None where only the tokens can tell."""
+    if train is not None:
+        data, settings = config.data, config.train
+        return run_horizon(
+            settings,
+            TrainingBatches(
+                train,
+                data.sequence_length,
+                settings.batch_size,
+                settings.seed,
+                settings.equal_updates,
+                settings.micro_batch_size,
+            ),
+        )
+    steps = config.train.steps
+    return Horizon(steps, steps) if steps else None
+
+
+def _model_line(run: Run) -> str:
+    model = run.config.model
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
+    return (
+        f"{model.architecture}, {model.num_layers} layers, {count:,} parameters; {model.compute_dtype.name} on "
+        f"{run.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}"
+    )
+
+
+def _memory_line(run: Run, compile_step: bool) -> str:
+    state = state_bytes(run)
+    line = (
+        f"memory by device: parameters {_size(state.parameters)}, gradients {_size(state.gradients)}, optimizer state "
+        f"{_size(state.optimizer)}; together {_size(state.total)}"
+    )
+    return line if compile_step else f"{line}, and activations, which --check_compile tells"
+
+
+def _compiled_line(run: Run) -> str:
+    total, temporary = step_bytes(run)
+    return (
+        f"compiled step by device: {_size(total)}, of which {_size(temporary)} are activations, gradients and the like"
+    )
+
+
+def _length_lines(config: RunConfig, horizon: Horizon | None, train: TokenStream | None) -> list[str]:
+    length, sampled = config.data.sequence_length, config.train.sampled_windows
+    predicted = trained_tokens(config.model, length, sampled)
+    per_token = training_flops(config.model, length, sampled_windows=sampled).model / predicted
+    step = config.train.batch_size * length
+    lines = [f"model FLOPs per trained token, forward and backward: {per_token:,.0f}"]
+    if horizon is None:
+        known = "known when the text is tokenised: python -m tlinformer_jax.data.prepare"
+        return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number is {known}"]
+    text = f"{horizon.steps:,} steps of {step:,} tokens, {horizon.steps * step:,} tokens in all"
+    if train is not None:
+        samples = num_samples(train, length)
+        text += f", {horizon.steps * config.train.batch_size / samples:.2f} epochs"
+    if predicted < length:
+        text += f"; of them {horizon.steps * config.train.batch_size * predicted:,} in sampled windows"
+    return [*lines, text]
+
+
+def _split_line(name: str, stream: TokenStream | None, length: int) -> str:
+    if stream is None:
+        return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax.data.prepare"
+    return f"{name} split: {len(stream.tokens):,} tokens, {num_samples(stream, length):,} samples of {length:,}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"

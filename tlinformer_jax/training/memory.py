@@ -1,0 +1,75 @@
+"""Out of memory: what a user can change, said in one line instead of a traceback."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from tlinformer_jax.config import RunConfig
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.models.tlinformer import rematerialised
+from tlinformer_jax.models.windows import num_windows
+
+# Below these, a chunk or a sequence is not what fills a device.
+SMALL_CHUNK = 4096
+SMALL_LOSS_CHUNK = 1024
+FEW_WINDOWS = 4
+
+
+class OutOfMemoryError(UserError):
+    """A device's memory does not suffice; another configuration, or another machine, may do."""
+
+    status = 1  # the configuration is a valid one
+
+
+@contextlib.contextmanager
+def memory_advice(config: RunConfig) -> Iterator[None]:
+    """Turns a device's want of memory, in compilation or execution, into an `OutOfMemoryError` with advice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200].rstrip(". ")
+        raise OutOfMemoryError(
+            f"{reason}; a step holds less with {', or '.join(memory_savers(config, jax.device_count()))} "
+            "(--check_compile tells what it takes)"
+        ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of the runtime is about a device's main memory."""
+    text = str(error).lower()
+    # A kernel that wants more of a core's shared memory than there is fails under the same name.
+    return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
+
+
+def memory_savers(config: RunConfig, devices: int) -> list[str]:
+    """The fields of `config` that can still be changed to save memory, cheapest first, each with what it is now."""
+    model, train, length = config.model, config.train, config.data.sequence_length
+    windows = num_windows(model, length) if model.windowed else 1
+    advice = []
+    if model.remat_save:
+        advice.append(f"model.remat_save = '' (now {model.remat_save!r})")
+    if not (rematerialised(model, windows) if model.windowed else model.remat == "window"):
+        advice.append(f"model.remat = 'window' (now {model.remat!r})")
+    if train.micro_batch_size > 1:
+        advice.append(
+            f"a larger train.accumulation (now {train.accumulation}, {train.micro_batch_size} sequences at a time)"
+        )
+    if train.batch_size > 1:
+        advice.append(f"a smaller train.batch_size (now {train.batch_size})")
+    if train.eval_batch_size > train.micro_batch_size:
+        advice.append(f"a smaller train.eval_batch_size (now {train.eval_batch_size})")
+    if train.loss_chunk > SMALL_LOSS_CHUNK:
+        advice.append(f"a smaller train.loss_chunk (now {train.loss_chunk})")
+    if model.windowed and model.windows_together > 1:
+        advice.append(f"a smaller model.windows_together (now {model.windows_together})")
+    if model.windowed and (model.history_chunk or length) > SMALL_CHUNK:
+        advice.append(f"model.history_chunk = {SMALL_CHUNK} (now {model.history_chunk})")
+    if model.windowed and windows > FEW_WINDOWS and train.sampled_windows != 1:
+        advice.append(f"fewer train.sampled_windows (now {train.sampled_windows or f'all {windows}'})")
+    if devices > 1 and config.mesh.fsdp == 1:
+        advice.append(f"mesh.fsdp = {devices} (now 1)")
+    advice.append(f"a smaller data.sequence_length (now {length})")
+    return advice
