@@ -132,7 +132,7 @@ def _memory_line(run: Run, compile_step: bool) -> str:
         f"memory by device: parameters {_size(state.parameters)}, gradients {_size(state.gradients)}, optimizer state "
         f"{_size(state.optimizer)}; together {_size(state.total)}"
     )
-    return line if compile_step else f"{line}, and activations, which --check_compile tells"
+    return line if compile_step else f"{line} + activations"
 
 
 def _compiled_line(run: Run) -> str:
