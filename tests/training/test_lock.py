@@ -23,9 +23,9 @@ time.sleep(60)
 
 def test_the_second_run_is_refused_and_told_who_holds_the_directory(tmp_path):
     with sole_run(tmp_path):
-        with pytest.raises(DataError, match=rf"another run .*process {os.getpid()} on host {platform.node()}"):
-            with sole_run(tmp_path):
-                pass
+        holder = rf"another run .*process {os.getpid()} on host {platform.node()}"
+        with pytest.raises(DataError, match=holder), sole_run(tmp_path):
+            pass
         assert str(os.getpid()) in (tmp_path / LOCK_FILE).read_text(), "the refused one changes nothing"
     with sole_run(tmp_path):
         pass

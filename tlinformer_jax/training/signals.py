@@ -10,32 +10,50 @@ import jax
 
 T = TypeVar("T")
 
+# What a shell reports of a process that Ctrl-C has ended.
+INTERRUPTED = 130
+
 
 class Stopped(Exception):
     """What was under way, such as an evaluation, was given up on request."""
 
 
 class StopRequest:
-    """Notices SIGTERM and SIGINT while it is used as a context manager.
+    """Notices SIGTERM and SIGINT while it is used as a context manager; a second SIGINT ends the process at once.
 
-    After the first SIGINT, a second one ends the process at once, even inside a compilation. Does nothing outside
-    the main thread, where Python takes no signals, and in runs of several processes: those would have to agree on
-    the step first.
+    Python runs a signal's handler only between two of its own instructions, after a compilation, say. So a thread
+    listens too: it answers the user, and it is what a second SIGINT ends the process by.
+
+    Does nothing outside the main thread, where Python takes no signals, and in runs of several processes: those
+    would have to agree on the step first.
     """
 
     def __init__(self) -> None:
         self._noticed = False
+        self._interrupts = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._notice)
+        if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+            return self
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writing)
+        self._listener.join()
+        os.close(self._reading)
 
     def __bool__(self) -> bool:
         """Whether a stop is asked for."""
@@ -52,12 +70,20 @@ class StopRequest:
                 raise Stopped
             yield item
 
-    def _notice(self, number: int, _: Any) -> None:
-        again = ""
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            again = "; once more stops at once"
+    def _handle(self, *_: Any) -> None:
         self._noticed = True
-        name = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"{name}: saving after the running step{again}\n".encode())
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._reading, 64):
+            for number in numbers:
+                self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            return
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            os.write(2, b"stopped at once; what was not saved is lost\n")
+            os._exit(INTERRUPTED)
+        again = "; once more stops at once" if number == signal.SIGINT else ""
+        os.write(2, f"{signal.Signals(number).name}: saving after the running step{again}\n".encode())
