@@ -100,6 +100,20 @@ def test_every_damage_of_every_file_is_named_and_the_older_checkpoint_used(damag
         assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2"], "readers change nothing"
 
 
+def test_a_step_that_is_asked_for_is_that_or_an_error(sound, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(sound, workdir)
+    shape = abstract(state_of(0).params)
+    step, params = restore_params(workdir, shape, 1)
+    assert step == 1
+    jax.tree.map(np.testing.assert_array_equal, params, state_of(1).params)
+    with pytest.raises(DataError, match=r"no checkpoint of step 3; there are 1, 2"):
+        restore_params(workdir, shape, 3)
+    flip(0.5)(workdir / "checkpoints" / "2" / "state" / "_METADATA")
+    with pytest.raises(DataError, match=r"checkpoint of step 2 cannot be used"):
+        restore_params(workdir, shape, 2)
+
+
 def test_an_empty_folder_or_another_steps_is_no_checkpoint(sound, tmp_path, capfd):
     workdir = tmp_path / "run"
     shutil.copytree(sound, workdir)

@@ -220,11 +220,10 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False) -> Found | None:
         raise DataError(f"{folder}: none of its checkpoints can be used; see the lines above")
     if step == NONE_THERE:
         return None
-    here = folder / str(step)
-    return Found(step, here / OLD_STATE, None) if _is_old(here) else Found(step, here / STATE, read_manifest(here))
+    return _found(folder, step)
 
 
-def restore_params(workdir: pathlib.Path, abstract_params: Any) -> tuple[int, Any]:
+def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
     """Parameters alone of the newest checkpoint that passes its verification, as (step, params).
 
     Nothing is written; newer ones that are damaged are named on stderr.
@@ -232,14 +231,24 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any) -> tuple[int, An
     Args:
       workdir: a working directory.
       abstract_params: jax.ShapeDtypeStruct leaves with shardings.
+      step: take the checkpoint of this step and no other.
 
     Raises:
-      DataError: if the directory holds no checkpoint that can be used.
+      DataError: if the directory holds no checkpoint that can be used, or not the one that was asked for.
     """
     folder = workdir / FOLDER
     if not folder.is_dir():
         raise DataError(f"workdir {workdir}: holds no checkpoint; train into it first")
-    found = newest_good(folder)
+    if step is not None:
+        steps = _steps(folder)
+        if step not in steps:
+            there = ", ".join(map(str, reversed(steps))) or "none"
+            raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}; there are {there}")
+        if not _usable(folder / str(step)):
+            raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
+        found: Found | None = _found(folder, step)
+    else:
+        found = newest_good(folder)
     if found is None:
         raise DataError(f"workdir {workdir}: holds no finished checkpoint; train into it first")
     return found.step, _read(found.state, {"params": abstract_params})["params"]
@@ -270,6 +279,12 @@ def _set_aside(path: pathlib.Path) -> None:
     number = sum(other.name.startswith(f"{path.name}{DAMAGED}") for other in path.parent.iterdir())
     place = path.rename(path.with_name(f"{path.name}{DAMAGED}{f'-{number}' if number else ''}"))
     print(f"checkpoint {path}: set aside as {place.name}", file=sys.stderr, flush=True)
+
+
+def _found(folder: pathlib.Path, step: int) -> Found:
+    """The checkpoint of a step that has passed its verification."""
+    here = folder / str(step)
+    return Found(step, here / OLD_STATE, None) if _is_old(here) else Found(step, here / STATE, read_manifest(here))
 
 
 def _is_old(path: pathlib.Path) -> bool:
