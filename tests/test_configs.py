@@ -223,6 +223,8 @@ OVERRIDES = {
         "eval_batch_size": 16,
         "checkpoint_every": 9,
         "keep_checkpoints": 5,
+        "keep_best": 3,
+        "max_skipped_updates": 4,
     },
     "data": {
         "tokenizer": "some/tokenizer.json",

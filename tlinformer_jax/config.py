@@ -5,6 +5,7 @@ Config files are Python files whose `get_config()` returns a `ml_collections.Con
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -99,6 +100,11 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({error}); train into it first") from None
     return run_config(values)
+
+
+def fingerprint(config: RunConfig) -> str:
+    """SHA-256, in hexadecimal, of the configuration's fields and values; equal for equal configurations only."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

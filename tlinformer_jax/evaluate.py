@@ -11,11 +11,12 @@ from tlinformer_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to evaluate on.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "Print the figures as one JSON object.")
 
 
 def main() -> None:
-    """Restores the last checkpoint's parameters and prints loss and perplexity on a split."""
+    """Restores a checkpoint's parameters and prints loss and perplexity on a split."""
     from tlinformer_jax.config import load_config
     from tlinformer_jax.data.tokenizers import load_tokenizer
     from tlinformer_jax.parallel.mesh import MeshConfig
@@ -31,7 +32,7 @@ def main() -> None:
     use_compilation_cache()
     run = build_run(config, load_tokenizer(workdir))
     stream = run.split(SPLIT.value)
-    step, params = restore_params(workdir, run.abstract_state.params)
+    step, params = restore_params(workdir, run.abstract_state.params, STEP.value)
     result = run.evaluate(params, stream)
     figures = summary(result, stream, config.model.generation_window)
     if JSON.value:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tlinformer_jax.decoding.stream import Call, Statistics, Stream
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file whose whole text is continued, its last line end too."
@@ -43,7 +44,7 @@ FLAGS_OF_OPTIONS = {"stop_strings": "stop"}
 
 
 def main() -> None:
-    """Restores the last checkpoint's parameters, continues the prompt, prints text and figures."""
+    """Restores a checkpoint's parameters, continues the prompt, prints text and figures."""
     try:
         status = _generate()
     except KeyboardInterrupt:  # before there was any text
@@ -68,7 +69,7 @@ def _generate() -> int:
         generation_config(options)  # before anything is loaded
         use_compilation_cache()
         compilations = _watch_compilations()
-        generator = Generator.from_workdir(WORKDIR.value)
+        generator = Generator.from_workdir(WORKDIR.value, STEP.value)
         stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
     except ConfigError as error:
         raise _named_by_flag(error, options) from None

@@ -62,8 +62,8 @@ class Generator:
         self._before: list[tuple[np.ndarray, list[int]]] = []
 
     @classmethod
-    def from_workdir(cls, workdir: str | pathlib.Path) -> "Generator":
-        """The last checkpoint of a training run.
+    def from_workdir(cls, workdir: str | pathlib.Path, step: int | None = None) -> "Generator":
+        """The newest good checkpoint of a training run, or that of `step`.
 
         Raises:
           UserError: if the directory holds no run, no checkpoint or no tokenizer that fits.
@@ -78,7 +78,7 @@ class Generator:
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-        _, params = restore_params(workdir, abstract)
+        _, params = restore_params(workdir, abstract, step)
         return cls(model, {"params": params}, tokenizer)
 
     def generate_tokens(self, prompts: Sequence[Sequence[int] | np.ndarray], **options: Any) -> list[list[int]]:

@@ -38,6 +38,10 @@ class TrainConfig:
       eval_batch_size: sequences a batch of evaluation; 0 takes a micro-batch's.
       checkpoint_every: updates between checkpoints; 0 saves at the end only.
       keep_checkpoints: how many of the latest are kept.
+      keep_best: how many of those with the lowest validation loss are kept besides; above 0, an evaluation that is
+        among the best saves a checkpoint too.
+      max_skipped_updates: an update whose loss or gradient is not finite is left out; after more than so many of
+        them in a row the run stops. 0 stops at the first.
     """
 
     steps: int = 1000
@@ -64,6 +68,8 @@ class TrainConfig:
     eval_batch_size: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    keep_best: int = 0
+    max_skipped_updates: int = 0
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulation": 1, "loss_chunk": 1, "log_every": 1}
@@ -78,7 +84,7 @@ class TrainConfig:
             "eval_every_epochs",
             "eval_batch_size",
         )
-        zero += ("checkpoint_every",)
+        zero += ("checkpoint_every", "keep_best", "max_skipped_updates")
         for name, minimum in (least | dict.fromkeys(zero, 0)).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

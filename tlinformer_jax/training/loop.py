@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import pathlib
 import time
 from collections.abc import Mapping
@@ -14,7 +13,15 @@ import numpy as np
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.ngram import witten_bell_bits
 from tlinformer_jax.analysis.peaks import peak_flops
-from tlinformer_jax.config import CONFIG_FILE, RunConfig, differences, load_config, run_config, save_config
+from tlinformer_jax.config import (
+    CONFIG_FILE,
+    RunConfig,
+    differences,
+    fingerprint,
+    load_config,
+    run_config,
+    save_config,
+)
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
 from tlinformer_jax.data.streams import TokenStream
@@ -24,10 +31,12 @@ from tlinformer_jax.parallel.sharding import batch_sharding, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.evaluation import summary
+from tlinformer_jax.training.lock import sole_run
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import PENDING, Run, build_run
+from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.windows import trained_tokens
 
@@ -45,13 +54,31 @@ IDENTITY = (
 
 
 class DivergedError(UserError):
-    """The loss is no longer a finite number."""
+    """Loss or gradient were not finite in more updates in a row than train.max_skipped_updates allows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What the loop evaluates on, writes to and listens to."""
+
+    validation: TokenStream
+    checkpoints: Checkpoints
+    log: MetricsLog
+    trace: StepTrace
+    stop: StopRequest
+
+    def save(self, state: TrainState) -> None:
+        """Starts saving the state; the figures up to it reach the disk first."""
+        self.log.sync()
+        self.checkpoints.save(state)
 
 
 def train_and_evaluate(
     config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path, profile: str | pathlib.Path | None = None
 ) -> dict[str, float]:
-    """Trains, evaluates and saves; continues from the last checkpoint if the directory holds one.
+    """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
+
+    SIGTERM, or SIGINT once, makes it save after the running step and return; see `signals.StopRequest`.
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
@@ -59,11 +86,12 @@ def train_and_evaluate(
       profile: a directory for a trace of a few training steps, or None.
 
     Returns:
-      the figures of the last evaluation, as `evaluation.summary` names them.
+      the figures of the last evaluation, as `evaluation.summary` names them; empty if it was stopped before.
 
     Raises:
-      ConfigError, DataError: for what a user can mend, before anything is trained.
-      DivergedError: when the loss is no longer finite; the last checkpoint stays.
+      ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
+        cannot be written.
+      DivergedError: when loss or gradient are no longer finite; the last checkpoint stays.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = pathlib.Path(workdir)
@@ -80,26 +108,41 @@ def train_and_evaluate(
     )
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
     check_workdir(run, workdir)
-    main = jax.process_index() == 0
     with (
-        Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
-        MetricsLog(workdir, active=main) as log,
+        sole_run(workdir),
+        StopRequest() as stop,
+        Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_best, fingerprint(config)) as checkpoints,
         jax.set_mesh(run.mesh),
     ):
-        if checkpoints.latest_step() is None:
-            state = run.initial_state()
-            say(parameter_overview(state.params))
-        else:
-            state = checkpoints.restore(run.abstract_state)
-            say(f"continuing from step {int(state.step)} in {workdir}")
+        state, evaluated = first_state(run, workdir, checkpoints)
+        first, last = int(state.step), run.horizon.steps
+        main = jax.process_index() == 0
         if main:
             save_config(run.config, workdir)
             run.tokenizer.save(workdir)
         describe(run, train, validation, batches)
-        trace = StepTrace(pathlib.Path(profile) if profile else None, int(state.step), run.horizon.steps)
-        state = train_steps(run, state, batches, validation, checkpoints, log, trace)
-        checkpoints.save(state)
-        return evaluate_and_log(run, state, validation, log)
+        trace = StepTrace(pathlib.Path(profile) if profile else None, first, last)
+        # The last step's evaluation is always repeated, for its figures.
+        with MetricsLog(workdir, main, first, keep_evaluation=evaluated and first < last) as log:
+            around = Surroundings(validation, checkpoints, log, trace, stop)
+            state = train_steps(run, state, batches, around, evaluated)
+            around.save(state)
+            figures = None if stop else evaluate_and_record(run, state, around)
+        if figures is None:
+            say(f"stopped after step {int(state.step)}, as asked; the same command goes on from there")
+        return figures or {}
+
+
+def first_state(run: Run, workdir: pathlib.Path, checkpoints: Checkpoints) -> tuple[TrainState, bool]:
+    """The state to go on from, that of the newest good checkpoint or a new one; and whether it has been evaluated."""
+    restored = checkpoints.restore(run.abstract_state)
+    if restored is None:
+        state = run.initial_state()
+        say(parameter_overview(state.params))
+        return state, False
+    state, manifest = restored
+    say(f"continuing from step {int(state.step)} in {workdir}")
+    return state, manifest is not None and manifest.validation_loss is not None
 
 
 def check_workdir(run: Run, workdir: pathlib.Path) -> None:
@@ -141,44 +184,50 @@ def describe(run: Run, train: TokenStream, validation: TokenStream, batches: Tra
 
 
 def train_steps(
-    run: Run,
-    state: TrainState,
-    batches: TrainingBatches,
-    validation: TokenStream,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-    trace: StepTrace,
+    run: Run, state: TrainState, batches: TrainingBatches, around: Surroundings, evaluated: bool
 ) -> TrainState:
-    """Runs the steps that are left; evaluates and saves at the configured rhythm, but not after the last."""
+    """Runs the steps that are left, or those until a stop is asked for.
+
+    Evaluates and saves at the configured rhythm, but not after the last step. `evaluated` says whether the state it
+    begins with has been: an evaluation that a kill or a stop has cut off is made up for.
+    """
     config, last = run.config.train, run.horizon.steps
     step_function = jit_train_step(run.model, config, run.horizon, run.shardings, batch_sharding(run.mesh))
     throughput = build_throughput(run)
     first = int(state.step)
     evaluations = evaluation_steps(config, batches, last)
     tokens = config.batch_size * trained_tokens(run.config.model, batches.sequence_length, config.sampled_windows)
+    if first in evaluations and not evaluated:
+        evaluate_and_record(run, state, around)
+        throughput.restart()
+    metrics = None
     with prefetched(batches, first, jax.process_index(), jax.process_count()) as reader:
         for step in range(first + 1, last + 1):
+            if around.stop:
+                break
             with throughput.waiting():
                 batch = put_batch(next(reader), run.mesh)
             state, metrics = step_function(state, batch)
             throughput.count(tokens)
             pause = step in evaluations or due(step, config.checkpoint_every, last)
-            if step == first + 1:
+            new = step == first + 1
+            if new:
                 jax.block_until_ready(metrics)  # the first step's time is mostly compilation
                 say(f"compiled and ran step {step}")
-                log_step(step, metrics, {}, last, log)
-                throughput.restart()
-            elif step % config.log_every == 0 or step == last or pause:
+            # Which steps are logged must not depend on where a run was taken up again.
+            if step == 1 or step % config.log_every == 0 or step == last or pause:
                 jax.block_until_ready(metrics)
-                log_step(step, metrics, throughput.report(step), last, log)
-            if trace.after(step, metrics):
+                log_step(run, step, metrics, {} if new else throughput.report(step), around.log)
+            if new or around.trace.after(step, metrics):
                 throughput.restart()
             if pause:
                 if due(step, config.checkpoint_every, last):
-                    checkpoints.save(state)
+                    around.save(state)
                 if step in evaluations:
-                    evaluate_and_log(run, state, validation, log)
+                    evaluate_and_record(run, state, around)
                 throughput.restart()
+    if metrics is not None:
+        check_skips(run, metrics)
     return state
 
 
@@ -205,26 +254,60 @@ def evaluation_steps(config: TrainConfig, batches: TrainingBatches, last: int) -
     return frozenset((*by_step, *by_epoch))
 
 
-def log_step(step: int, metrics: Mapping[str, Any], speed: Mapping[str, float], last: int, log: MetricsLog) -> None:
+def log_step(run: Run, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float], log: MetricsLog) -> None:
     """Writes and prints the figures of one step; `speed` is what `Throughput.report` returns, or empty."""
     values = {f"train/{name}": float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
-    line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
+    line = f"step {step}/{run.horizon.steps}  loss {values['train/loss']:.4f}"
+    line += f"  grad norm {values['train/grad_norm']:.3f}"
+    skipped = int(metrics["skips"].total)
+    if skipped:
+        values["train/skipped_updates"] = skipped
+        line += f"  {skipped} skipped"
     if speed:
         values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
         used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
         line += f"  {speed['tokens_per_second']:,.0f} tokens/s{used}  {clock(speed['eta'])} left"
     log.write(step, values)
     say(line)
-    if not math.isfinite(values["train/loss"]):
-        raise DivergedError(f"the loss is {values['train/loss']} at step {step}; lower train.learning_rate")
+    check_skips(run, metrics)
 
 
-def evaluate_and_log(run: Run, state: TrainState, validation: TokenStream, log: MetricsLog) -> dict[str, float]:
-    """Evaluates on the validation split, writes and prints the figures."""
+def check_skips(run: Run, metrics: Mapping[str, Any]) -> None:
+    """Stops a run that has skipped too many updates in a row.
+
+    Raises:
+      DivergedError: naming the step and the parameters whose gradient was not finite.
+    """
+    skips, most = metrics["skips"], run.config.train.max_skipped_updates
+    if int(skips.in_a_row) <= most:
+        return
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
+    where = "the loss is not finite"
+    if int(skips.culprits):
+        name = "/".join(str(key.key) for key in paths[int(skips.first_culprit)])
+        where = f"the gradient of {name} is not finite"
+        if int(skips.culprits) > 1:
+            where += f", nor are {int(skips.culprits) - 1} of the other {len(paths) - 1}"
+    before = f" (train.max_skipped_updates = {most} before it were skipped)" if most else ""
+    raise DivergedError(f"at step {int(metrics['step'])} {where}{before}; lower train.learning_rate")
+
+
+def evaluate_and_record(run: Run, state: TrainState, around: Surroundings) -> dict[str, float] | None:
+    """Evaluates on the validation split; writes, prints and returns the figures, or None where a stop is asked for.
+
+    A state that is saved, or among the best and therefore saved now, gets its loss into its checkpoint's manifest.
+    """
     started = time.perf_counter()
     step = int(state.step)
-    figures = summary(run.evaluate(state.params, validation), validation, run.config.model.generation_window)
-    log.write(step, {f"eval/{name}": value for name, value in figures.items()})
+    try:
+        result = run.evaluate(state.params, around.validation, around.stop.watch)
+    except Stopped:
+        return None
+    figures = summary(result, around.validation, run.config.model.generation_window)
+    around.log.write(step, {f"eval/{name}": value for name, value in figures.items()})
     text = "  ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in figures.items())
     say(f"evaluation at step {step}: {text}  ({clock(time.perf_counter() - started)})")
+    if around.checkpoints.is_among_best(figures["loss"]):
+        around.save(state)
+    around.checkpoints.record_validation(step, figures["loss"])
     return figures

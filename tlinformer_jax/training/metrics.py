@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -28,12 +29,12 @@ class ScalarWriter(Protocol):
 
 
 class TensorBoardXWriter:
-    """TensorBoard events without TensorFlow."""
+    """TensorBoard events without TensorFlow; those of steps after `step` that are there already are hidden."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, step: int = 0) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -46,27 +47,65 @@ class TensorBoardXWriter:
         self._writer.close()
 
 
-def tensorboard_writer(folder: pathlib.Path) -> ScalarWriter:
-    """clu's writer where it can be imported (it needs TensorFlow), else tensorboardX."""
+def tensorboard_writer(folder: pathlib.Path, step: int = 0) -> ScalarWriter:
+    """clu's writer where it can be imported (it needs TensorFlow; it hides no lost steps), else tensorboardX."""
     if importlib.util.find_spec("clu") and importlib.util.find_spec("tensorflow"):
         from clu import metric_writers
 
         return metric_writers.SummaryWriter(str(folder))
-    return TensorBoardXWriter(folder)
+    return TensorBoardXWriter(folder, step)
+
+
+def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
+    """Drops the events after `step` from a metrics.jsonl, and a line that a kill has torn; whole or not at all.
+
+    Args:
+      path: of the file; nothing is done where it is missing.
+      step: that the run goes on from.
+      keep_evaluation: whether that step's evaluation stays; not where it will be repeated.
+    """
+    if not path.exists():
+        return
+
+    def stays(line: str) -> bool:
+        try:
+            event = json.loads(line)
+            repeated = event["step"] == step and not keep_evaluation and any(key.startswith("eval/") for key in event)
+            return event["step"] <= step and not repeated
+        except (ValueError, TypeError, KeyError):
+            return False
+
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if stays(line)]
+    draft = path.with_name(f"{path.name}.draft")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
 
 
 class MetricsLog:
     """Writes each event to metrics.jsonl and to TensorBoard; does nothing where it is not active.
 
     Only process 0 of a run is active.
+
+    Args:
+      workdir: the working directory.
+      active: whether to write.
+      step: that the run goes on from; later events that are there were of lost steps and are dropped.
+      keep_evaluation: whether that step's evaluation stays.
     """
 
-    def __init__(self, workdir: pathlib.Path, active: bool = True) -> None:
+    def __init__(
+        self, workdir: pathlib.Path, active: bool = True, step: int = 0, keep_evaluation: bool = False
+    ) -> None:
         self._active = active
         if active:
+            cut_back(workdir / METRICS_FILE, step, keep_evaluation)
             # Held open for the whole run and closed by close().
             self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
-            self._board = tensorboard_writer(workdir / TENSORBOARD_FOLDER)
+            self._board = tensorboard_writer(workdir / TENSORBOARD_FOLDER, step)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -83,9 +122,16 @@ class MetricsLog:
         self._file.flush()
         self._board.write_scalars(step, scalars)
 
+    def sync(self) -> None:
+        """Brings what was written to the disk: before a checkpoint that makes it count."""
+        if self._active:
+            os.fsync(self._file.fileno())
+            self._board.flush()
+
     def close(self) -> None:
         """Flushes and closes both."""
         if self._active:
+            self.sync()
             self._file.close()
             self._board.close()
             self._active = False

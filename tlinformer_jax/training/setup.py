@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from tlinformer_jax.config import RunConfig
-from tlinformer_jax.data.batches import evaluation_batches, num_samples
+from tlinformer_jax.data.batches import Batch, evaluation_batches, num_samples
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.streams import TokenStream, check_token_ids
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
@@ -94,8 +95,10 @@ class Run:
         """The jitted evaluation step."""
         return jit_eval_step(self.model, self.config.train, self.shardings.params, batch_sharding(self.mesh))
 
-    def evaluate(self, params: Any, stream: TokenStream) -> Evaluation:
-        """Evaluates the parameters on a split."""
+    def evaluate(
+        self, params: Any, stream: TokenStream, watch: Callable[[Iterable[Batch]], Iterator[Batch]] = iter
+    ) -> Evaluation:
+        """Evaluates the parameters on a split; `watch` passes its batches on, and may raise to give up."""
         batches = evaluation_batches(
             stream,
             self.config.data.sequence_length,
@@ -104,7 +107,7 @@ class Run:
             jax.process_count(),
         )
         with jax.set_mesh(self.mesh):
-            return evaluate_split(self.eval_step, params, batches, self.mesh)
+            return evaluate_split(self.eval_step, params, watch(batches), self.mesh)
 
 
 def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED) -> Run:

@@ -1,5 +1,6 @@
 """The train step and the evaluation step: pure functions of state and batch, jitted over a mesh elsewhere."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,19 +18,43 @@ from tlinformer_jax.training.windows import draw_windows, take_windows, window_w
 DeviceBatch = dict[str, jax.Array]
 
 
+def _count(value: int = 0) -> Any:
+    return flax.struct.field(default_factory=lambda: jnp.int32(value))
+
+
+@flax.struct.dataclass
+class Skips:
+    """Updates left out because the loss or the gradient was not finite; all int32 [].
+
+    Attributes:
+      in_a_row: up to the present step; above train.max_skipped_updates, nothing changes the state any more.
+      total: of the run.
+      first_culprit: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
+        was not finite; -1 if it was the loss alone.
+      culprits: the number of such leaves.
+    """
+
+    in_a_row: jax.Array = _count()
+    total: jax.Array = _count()
+    first_culprit: jax.Array = _count(-1)
+    culprits: jax.Array = _count()
+
+
 @flax.struct.dataclass
 class TrainState:
     """All that training changes.
 
     Attributes:
-      step: updates done, int32 [].
+      step: updates done, int32 []; those that were skipped count.
       params: parameters, as `model.init` names them.
-      opt_state: of the optimiser.
+      opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
+      skips: updates that were left out.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    skips: Skips = flax.struct.field(default_factory=Skips)
 
 
 def init_state(rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon) -> TrainState:
@@ -54,7 +79,9 @@ def train_step(
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
-      clipping), learning_rate, tokens.
+      clipping), learning_rate, tokens; and step and skips of the new state. Where loss or gradient are not finite,
+      parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
+      whole state does, whatever the batch.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
@@ -77,10 +104,49 @@ def train_step(
     metrics = {
         "loss": loss * divisor / tokens,
         "grad_norm": optax.tree.norm(grads),
-        "learning_rate": jnp.asarray(learning_rate_schedule(config, horizon)(state.step), jnp.float32),
+        "learning_rate": jnp.asarray(
+            learning_rate_schedule(config, horizon)(state.step - state.skips.total), jnp.float32
+        ),
         "tokens": tokens,
     }
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jax.lax.select(jnp.broadcast_to(good, new.shape), new, old),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips)
+    return new, {**metrics, "step": new.step, "skips": skips}
+
+
+def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
+    """Judges an update.
+
+    Args:
+      skips: before it.
+      loss: float32 [].
+      grads: of the parameters.
+      most: updates in a row that may be skipped.
+
+    Returns:
+      whether the update counts, bool []; whether the run has stopped before it, bool []; the skips after it.
+    """
+    # The squares' sums are those of the gradient's norm, so they cost nothing; they are finite for all that clipping
+    # could bear.
+    bad = ~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]))
+    stopped = skips.in_a_row > most
+    good = jnp.isfinite(loss) & ~jnp.any(bad) & ~stopped
+    skipped = Skips(
+        skips.in_a_row + 1,
+        skips.total + 1,
+        jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32),
+        jnp.sum(bad).astype(jnp.int32),
+    )
+    counted = dataclasses.replace(skips, in_a_row=jnp.int32(0))
+    after = jax.tree.map(
+        lambda old, yes, no: jnp.where(stopped, old, jnp.where(good, yes, no)), skips, counted, skipped
+    )
+    return good, stopped, after
 
 
 def summed_loss(

@@ -1,0 +1,149 @@
+"""A run that is interrupted in every way is, bit by bit, the run that never was."""
+
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from tlinformer_jax.config import RunConfig
+from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.data.tokenizers import ByteTokenizer
+from tlinformer_jax.models import ModelConfig
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.training import loop, setup
+from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.loop import train_and_evaluate
+
+SPEED = {f"train/{name}" for name in ("tokens_per_second", "tflops", "mfu", "input_wait")}
+
+
+def run_config(folder: pathlib.Path, **train) -> RunConfig:
+    """Dropout, accumulation, shuffling; epochs of 60 samples, so that the fourth update of 16 straddles two."""
+    rng = np.random.default_rng(0)
+    for name, size in (("train", 60 * 8 + 5), ("validation", 8 * 16 * 3)):
+        (folder / f"{name}.txt").write_bytes(rng.integers(97, 123, size, np.uint8).tobytes())
+    return RunConfig(
+        model=ModelConfig(
+            vocab_size=257,
+            d_model=16,
+            num_heads=2,
+            num_blocks=1,
+            hidden_depth=0,
+            d_ff=32,
+            history_window=4,
+            generation_window=4,
+            dropout=0.1,
+            dtype="float32",
+            history_segments=1,
+        ),
+        train=TrainConfig(
+            **{
+                "steps": 6,
+                "batch_size": 16,
+                "accumulation": 2,
+                "learning_rate": 1e-2,
+                "warmup_steps": 2,
+                "log_every": 1,
+                "eval_every": 2,
+                "checkpoint_every": 4,
+                "keep_best": 1,
+                **train,
+            }
+        ),
+        data=DataConfig(
+            dataset="text",
+            tokenizer="bytes",
+            sequence_length=8,
+            train_files=str(folder / "train.txt"),
+            validation_files=str(folder / "validation.txt"),
+            cache_dir=str(folder / "cache"),
+            num_workers=1,
+        ),
+        mesh=MeshConfig(),
+    )
+
+
+def events(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """All that was logged, without what depends on the clock."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in SPEED} for line in lines]
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypatch, capfd):
+    config = run_config(tmp_path)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    figures = train_and_evaluate(config, whole)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    # A signal while step 2 is evaluated.
+    batches = setup.evaluation_batches
+
+    def interrupted(*arguments):
+        for number, batch in enumerate(batches(*arguments)):
+            if number == 1:
+                terminate()
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "evaluation_batches", interrupted)
+        assert train_and_evaluate(config, parts) == {}
+    assert "stopped after step 2" in capfd.readouterr().err
+    assert [event["step"] for event in events(parts)] == [1, 2]
+
+    # It is made up for; then a signal in step 3, which nothing else would save.
+    log_step = loop.log_step
+
+    def log_step_then(step_of_action, action):
+        def wrapped(run, step, *rest):
+            log_step(run, step, *rest)
+            if step == step_of_action:
+                action()
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "log_step", log_step_then(3, terminate))
+        assert train_and_evaluate(config, parts) == {}
+    assert "stopped after step 3" in capfd.readouterr().err
+
+    # A crash in step 6, past the last checkpoint; a kill tears the line it was writing.
+    def crash():
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "log_step", log_step_then(6, crash))
+        with pytest.raises(RuntimeError, match="crash"):
+            train_and_evaluate(config, parts)
+    with open(parts / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "eva')
+    # And a flipped bit in the newest checkpoint.
+    (newest, *older) = sorted((int(path.name) for path in (parts / "checkpoints").iterdir()), reverse=True)
+    assert newest == 4
+    assert older
+    data = parts / "checkpoints" / "4" / "state" / "_METADATA"
+    data.write_bytes(data.read_bytes()[:-1])
+    assert train_and_evaluate(config, parts) == figures
+    told = capfd.readouterr().err
+    assert "_METADATA has" in told
+    assert f"continuing from step {older[0]}" in told
+
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert events(parts) == events(whole)
+    assert [event["step"] for event in events(whole)] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    abstract = setup.build_run(config, ByteTokenizer()).abstract_state.params
+    (step, params), (again, others) = restore_params(whole, abstract), restore_params(parts, abstract)
+    assert step == again == 6
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+
+    # Starting a finished run again evaluates again, and doubles nothing.
+    assert train_and_evaluate(config, parts) == figures
+    assert events(parts) == events(whole)

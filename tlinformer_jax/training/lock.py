@@ -1,0 +1,51 @@
+"""One run a working directory: a lock on a file in it, which the system releases when the process ends, however."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+
+import jax
+
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.training.metrics import say
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def sole_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of the working directory inside; process 0 does so for all processes of a run.
+
+    The file names the holder's process and host. It stays when the lock is released: only the lock counts, so a
+    file left by a killed run is no obstacle.
+
+    Raises:
+      DataError: if another run holds it, or the file cannot be written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    path = workdir / LOCK_FILE
+    try:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: {LOCK_FILE} cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "not named"
+            raise DataError(f"workdir {workdir}: another run is training into it ({holder})") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+            say(f"workdir {workdir}: its file system has no locks; a second run here would not be noticed")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on host {platform.node()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,89 @@
+"""A stop on request: SIGTERM, or SIGINT (Ctrl-C) once, let the running step end and the run save itself."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+# What a shell reports of a process that Ctrl-C has ended.
+INTERRUPTED = 130
+
+
+class Stopped(Exception):
+    """What was under way, such as an evaluation, was given up on request."""
+
+
+class StopRequest:
+    """Notices SIGTERM and SIGINT while it is used as a context manager; a second SIGINT ends the process at once.
+
+    Python runs a signal's handler only between two of its own instructions, after a compilation, say. So a thread
+    listens too: it answers the user, and it is what a second SIGINT ends the process by.
+
+    Does nothing outside the main thread, where Python takes no signals, and in runs of several processes: those
+    would have to agree on the step first.
+    """
+
+    def __init__(self) -> None:
+        self._noticed = False
+        self._interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+            return self
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writing)
+        self._listener.join()
+        os.close(self._reading)
+
+    def __bool__(self) -> bool:
+        """Whether a stop is asked for."""
+        return self._noticed
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a stop is asked for.
+
+        Raises:
+          Stopped: then.
+        """
+        for item in items:
+            if self._noticed:
+                raise Stopped
+            yield item
+
+    def _handle(self, *_: Any) -> None:
+        self._noticed = True
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._reading, 64):
+            for number in numbers:
+                self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            return
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            os.write(2, b"stopped at once; what was not saved is lost\n")
+            os._exit(INTERRUPTED)
+        again = "; once more stops at once" if number == signal.SIGINT else ""
+        os.write(2, f"{signal.Signals(number).name}: saving after the running step{again}\n".encode())
