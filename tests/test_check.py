@@ -128,3 +128,12 @@ def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
     wrong = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", "--config.mesh.data=3")
     check_refusal(wrong, "must multiply to the 1 devices")
+
+
+def test_a_split_that_is_too_short_is_found_before_training(tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    config = config_of(tmp_path, data={"validation_files": str(tmp_path / "short.txt")})
+    load_split(config.data, "validation", ByteTokenizer())
+    for look in (check_run, lambda config: build_run(config, ByteTokenizer()).split("validation")):
+        with pytest.raises(UserError, match="the validation split has only 10 tokens"):
+            look(config)
