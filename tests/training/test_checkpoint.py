@@ -195,6 +195,17 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert_params(tmp_path, 10)
 
 
+def test_older_ones_go_only_when_enough_newer_ones_are_known_to_be_good(tmp_path):
+    write(tmp_path, 1, 2, 3)
+    left = {4: "1 2 3 4", 5: "3 4 5", 6: "4 5 6"}  # of those before 4, the new run has verified 3 alone
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.restore(abstract(state_of(0)))
+        for step, names in left.items():
+            checkpoints.save(state_of(step))
+            checkpoints.record_validation(step, 1.0)
+            assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names.split()
+
+
 def test_checkpoints_from_before_the_manifest_are_used_with_a_word(tmp_path, capfd):
     state = state_of(5)
     old = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
