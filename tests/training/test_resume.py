@@ -74,6 +74,14 @@ def events(workdir: pathlib.Path) -> list[dict[str, float]]:
     return [{name: value for name, value in json.loads(line).items() if name not in SPEED} for line in lines]
 
 
+def assert_same_parameters(config: RunConfig, one: pathlib.Path, other: pathlib.Path) -> None:
+    """Both runs have reached step 6 with the same bits."""
+    abstract = setup.build_run(config, ByteTokenizer()).abstract_state.params
+    (step, params), (again, others) = restore_params(one, abstract), restore_params(other, abstract)
+    assert step == again == 6
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -137,10 +145,7 @@ def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypa
     assert signal.getsignal(signal.SIGTERM) is handler
     assert events(parts) == events(whole)
     assert [event["step"] for event in events(whole)] == [1, 3, 3, 5, 6, 6]
-    abstract = setup.build_run(config, ByteTokenizer()).abstract_state.params
-    (step, params), (again, others) = restore_params(whole, abstract), restore_params(parts, abstract)
-    assert step == again == 6
-    jax.tree.map(np.testing.assert_array_equal, params, others)
+    assert_same_parameters(config, whole, parts)
 
     # Starting a finished run again evaluates again, and doubles nothing.
     assert train_and_evaluate(config, parts) == figures

@@ -215,7 +215,7 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False) -> Found | None:
         if set_aside and step >= 0:
             for number in damaged:
                 _set_aside(folder / str(number))
-    step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step == NONE_GOOD:
         raise DataError(f"{folder}: none of its checkpoints can be used; see the lines above")
     if step == NONE_THERE:

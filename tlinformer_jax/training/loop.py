@@ -218,7 +218,7 @@ def train_steps(
             if step == 1 or step % config.log_every == 0 or step == last or pause:
                 jax.block_until_ready(metrics)
                 log_step(run, step, metrics, {} if new else throughput.report(step), around.log)
-            if new or around.trace.after(step, metrics):
+            if around.trace.after(step, metrics) or new:
                 throughput.restart()
             if pause:
                 if due(step, config.checkpoint_every, last):
