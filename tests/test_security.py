@@ -16,9 +16,9 @@ import pytest
 from tests.support import golden, torch_files
 from tests.support.commands import ROOT, command_line
 from tlinformer_jax.config import load_config, run_config
-from tlinformer_jax.convert import weights_to_workdir
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.conversion import weights_to_workdir
 from tlinformer_jax.training.setup import build_run
 
 PACKAGE = ROOT / "tlinformer_jax"

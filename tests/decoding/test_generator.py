@@ -364,7 +364,7 @@ MISTAKES = {
     ),
     "stop tokens": ([[1]], {"stop_tokens": "a"}, "generation.stop_tokens = 'a': must be a list of token ids"),
     "stop text": ([[1]], {"stop_strings": "a"}, "generation.stop_strings = 'a': must be a list of texts"),
-    "empty stop": ([[1]], {"stop_strings": [""]}, "generation.stop_strings = ['']"),
+    "empty stop": ([[1]], {"stop_strings": [""]}, "generation.stop_strings = '': must be a text"),
     "stop without tokenizer": ([[1]], {"stop_strings": ["a"]}, "because the generator has no tokenizer"),
     "logprobs": ([[1]], {"logprobs": 1}, "generation.logprobs = 1: must be True or False"),
 }

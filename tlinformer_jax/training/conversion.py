@@ -1,0 +1,99 @@
+"""Published weights made a working directory, and a working directory made published weights.
+
+Nothing of the weights' file is ever executed, and what is written appears under its name when it is complete, or not
+at all.
+"""
+
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.config import RunConfig, load_config, save_config
+from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.errors import DataError, UserError
+from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
+from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
+from tlinformer_jax.models.model import build_model
+from tlinformer_jax.training.checkpoint import Checkpoints, restore_params
+from tlinformer_jax.training.setup import build_run
+
+
+def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
+    """Makes a working directory, at step 0, of published weights.
+
+    Args:
+      source: a .pt, .pth or .safetensors file.
+      config: of the model, its tokenizer and its data.
+      workdir: must not exist, or be empty.
+
+    Returns:
+      what was written, in a line.
+
+    Raises:
+      DataError: if the file cannot be used, does not fit the model, or the directory cannot be made.
+      ConfigError: if the tokenizer is not there or does not fit.
+    """
+    workdir = workdir.absolute()
+    _check_new(workdir)
+    run = build_run(config, build_tokenizer(config.data.tokenizer, config.data.end_of_text_token))
+    arrays = read_weights(source)
+    try:
+        params = params_from_reference(arrays, config.model)["params"]
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+    try:
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        draft = workdir.with_name(f".{workdir.name}.{os.getpid()}.draft")
+        try:
+            draft.mkdir()
+            _fill(draft, run, params)
+            draft.rename(workdir)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
+    return f"{workdir}: {config.model.architecture}, {_size(params):,} parameters, step 0, from {source}"
+
+
+def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
+    """Writes the last checkpoint's parameters as float32 under the published names; returns a line that says so.
+
+    Raises:
+      DataError: if the directory holds no checkpoint, or the file exists, cannot be written or has a wrong ending.
+    """
+    if target.suffix != SAFETENSORS:
+        raise UserError(f"--to={target}: must end in {SAFETENSORS}")
+    config = load_config(workdir).model
+    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    step, params = restore_params(workdir, abstract)
+    write_safetensors(target, params_to_reference({"params": params}, config))
+    return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
+
+
+def _check_new(workdir: pathlib.Path) -> None:
+    try:
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise DataError(f"workdir {workdir}: must be a new or an empty directory")
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: cannot be read ({error.strerror or error})") from None
+
+
+def _fill(directory: pathlib.Path, run: Any, params: Any) -> None:
+    """Writes configuration, tokenizer and checkpoint; the optimiser is as before the first update."""
+
+    state = run.initial_state().replace(params=jax.device_put(params, run.shardings.params))
+    with Checkpoints(directory, keep=1) as checkpoints:
+        checkpoints.save(state)
+    run.tokenizer.save(directory)
+    save_config(run.config, directory)
+
+
+def _size(params: Any) -> int:
+
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
