@@ -1,4 +1,7 @@
-"""GPU kernels of a slide, written in Pallas for Triton: many rows into the cache, and a few queries over all of it.
+"""GPU kernels of prefill and slide, written in Pallas for Triton.
+
+`store` brings many rows into the cache, `attend` reads all of it for a few queries, `attend_few` reads a compressed
+context for many.
 
 Keys and values lie as [batch, heads, d_h, rows] (`models.cached_attention`), which is also the order in which the
 matrix units want the keys.
