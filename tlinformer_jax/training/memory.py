@@ -7,13 +7,13 @@ import jax
 
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.models.config import FEW_WINDOWS
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.windows import num_windows
 
 # Below these, a chunk or a sequence is not what fills a device.
 SMALL_CHUNK = 4096
 SMALL_LOSS_CHUNK = 1024
-FEW_WINDOWS = 4
 
 
 class OutOfMemoryError(UserError):
@@ -63,7 +63,7 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
         advice.append(f"a smaller train.eval_batch_size (now {train.eval_batch_size})")
     if train.loss_chunk > SMALL_LOSS_CHUNK:
         advice.append(f"a smaller train.loss_chunk (now {train.loss_chunk})")
-    if model.windowed and model.windows_together > 1:
+    if model.windowed and model.group_size(windows) > 1:
         advice.append(f"a smaller model.windows_together (now {model.windows_together})")
     if model.windowed and (model.history_chunk or length) > SMALL_CHUNK:
         advice.append(f"model.history_chunk = {SMALL_CHUNK} (now {model.history_chunk})")
