@@ -5,11 +5,14 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
 from tlinformer_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlinformer_jax.parallel.processes import Cluster
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -54,6 +57,25 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
     except OSError as error:
         raise UserError(f"{flag}={path}: must be a directory that can be written ({error.strerror})") from None
     return workdir
+
+
+def define_process_flags() -> None:
+    """Defines the flags by which several processes are told of each other, where nothing else tells them."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT on which process 0 of several listens.")
+    flags.DEFINE_integer("num_processes", None, "Processes that run together; 1 alone ignores what is detected.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+
+
+def cluster() -> "Cluster | None":
+    """The processes that the flags of `define_process_flags`, or the surroundings, tell of.
+
+    Raises:
+      UserError: for flags that are missing or not allowed.
+    """
+    from tlinformer_jax.parallel.processes import find_cluster
+
+    values = flags.FLAGS
+    return find_cluster(values.coordinator_address, values.num_processes, values.process_id)
 
 
 def define_optional_config_flag() -> None:

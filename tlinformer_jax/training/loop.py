@@ -27,7 +27,7 @@ from tlinformer_jax.data.reader import prefetched
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.parallel.sharding import batch_sharding, put_batch
+from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.evaluation import summary
@@ -201,9 +201,9 @@ def train_steps(
         evaluate_and_record(run, state, around)
         throughput.restart()
     metrics = None
-    with prefetched(batches, first, jax.process_index(), jax.process_count()) as reader:
+    with prefetched(batches, first, process_rows(run.mesh, config.batch_size)) as reader:
         for step in range(first + 1, last + 1):
-            if around.stop:
+            if around.stop.poll():
                 break
             with throughput.waiting():
                 batch = put_batch(next(reader), run.mesh)

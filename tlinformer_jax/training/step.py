@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
@@ -211,13 +212,15 @@ def jit_train_step(
     return jax.jit(
         functools.partial(train_step, model=model, config=config, horizon=horizon),
         in_shardings=(state_shardings, batch_sharding),
-        out_shardings=(state_shardings, None),
+        out_shardings=(state_shardings, replicated(batch_sharding.mesh)),
         donate_argnums=0,
     )
 
 
 def jit_eval_step(model: LanguageModel, config: TrainConfig, param_shardings: Any, batch_sharding: Any) -> Any:
-    """`eval_step`, compiled for the shardings of its arguments."""
+    """`eval_step`, compiled for the shardings of its arguments; every process gets the whole sums."""
     return jax.jit(
-        functools.partial(eval_step, model=model, config=config), in_shardings=(param_shardings, batch_sharding)
+        functools.partial(eval_step, model=model, config=config),
+        in_shardings=(param_shardings, batch_sharding),
+        out_shardings=replicated(batch_sharding.mesh),
     )
