@@ -34,6 +34,7 @@ from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.lock import sole_run
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
+from tlinformer_jax.training.origin import Origin, check_origin, find_origin, initial_params, remember_origin
 from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import PENDING, Run, build_run
 from tlinformer_jax.training.signals import Stopped, StopRequest
@@ -74,7 +75,10 @@ class Surroundings:
 
 
 def train_and_evaluate(
-    config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path, profile: str | pathlib.Path | None = None
+    config: RunConfig | Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    profile: str | pathlib.Path | None = None,
+    init_from: str | pathlib.Path | None = None,
 ) -> dict[str, float]:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
 
@@ -84,6 +88,7 @@ def train_and_evaluate(
       config: a RunConfig, or the nested mapping of a config file.
       workdir: receives config.json, the tokenizer, metrics.jsonl, TensorBoard events and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
+      init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
 
     Returns:
       the figures of the last evaluation, as `evaluation.summary` names them; empty if it was stopped before.
@@ -95,6 +100,10 @@ def train_and_evaluate(
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = pathlib.Path(workdir)
+    begun = (workdir / CONFIG_FILE).exists()
+    origin = find_origin(workdir, init_from, begun)
+    if origin is not None and not begun:
+        check_origin(origin, config)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
     run = build_run(config, tokenizer, PENDING)
     train, validation = run.split("train"), run.split("validation")
@@ -114,7 +123,7 @@ def train_and_evaluate(
         Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_best, fingerprint(config)) as checkpoints,
         jax.set_mesh(run.mesh),
     ):
-        state, evaluated = first_state(run, workdir, checkpoints)
+        state, evaluated = first_state(run, workdir, checkpoints, origin)
         first, last = int(state.step), run.horizon.steps
         main = jax.process_index() == 0
         if main:
@@ -133,11 +142,20 @@ def train_and_evaluate(
         return figures or {}
 
 
-def first_state(run: Run, workdir: pathlib.Path, checkpoints: Checkpoints) -> tuple[TrainState, bool]:
+def first_state(
+    run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: Origin | None = None
+) -> tuple[TrainState, bool]:
     """The state to go on from, that of the newest good checkpoint or a new one; and whether it has been evaluated."""
     restored = checkpoints.restore(run.abstract_state)
     if restored is None:
         state = run.initial_state()
+        if origin is not None:
+            step, params = initial_params(origin, run)
+            say(f"starting from the parameters of step {step} in {origin.workdir}")
+            state = state.replace(params=params)
+            if jax.process_index() == 0:
+                remember_origin(dataclasses.replace(origin, step=step), workdir)
+            checkpoints.save(state)
         say(parameter_overview(state.params))
         return state, False
     state, manifest = restored
