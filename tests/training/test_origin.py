@@ -102,20 +102,20 @@ def test_what_does_not_fit_is_refused_in_a_line(trained, tmp_path):
     deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, num_blocks=2))
     with pytest.raises(ConfigError, match=r"parameter blocks_1/\S+ is missing there and .*model\.num_blocks: 1 -> 2"):
         train_and_evaluate(deeper, tmp_path / "run", init_from=source)
-    with pytest.raises(DataError, match="nothing: no readable config.json"):
+    with pytest.raises(DataError, match=r"nothing: no readable config.json"):
         train_and_evaluate(config, tmp_path / "run", init_from=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="must be another directory"):
         train_and_evaluate(config, tmp_path / "run", init_from=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # A directory that holds a run from scratch, and one that came from elsewhere.
     shutil.copytree(source, tmp_path / "scratch")
-    with pytest.raises(ConfigError, match="needs a new workdir; .*scratch holds a run that began from scratch"):
+    with pytest.raises(ConfigError, match=r"needs a new workdir; .*scratch holds a run that began from scratch"):
         train_and_evaluate(config, tmp_path / "scratch", init_from=source)
     (tmp_path / "scratch" / "init_from.json").write_text(json.dumps({"workdir": "/elsewhere", "step": 4}))
-    with pytest.raises(ConfigError, match="must be /elsewhere, from which the run in .*scratch started"):
+    with pytest.raises(ConfigError, match=r"must be /elsewhere, from which the run in .*scratch started"):
         train_and_evaluate(config, tmp_path / "scratch", init_from=source)
     (tmp_path / "scratch" / "init_from.json").write_text("{")
-    with pytest.raises(DataError, match="init_from.json: cannot be read, or is damaged"):
+    with pytest.raises(DataError, match=r"init_from.json: cannot be read, or is damaged"):
         train_and_evaluate(config, tmp_path / "scratch")
 
 

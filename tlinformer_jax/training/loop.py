@@ -26,10 +26,11 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.divergence import has_diverged, roll_back
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.lock import sole_run
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
@@ -52,10 +53,6 @@ IDENTITY = (
     *(f"data.{name}" for name in ("dataset", "tokenizer", "sequence_length", "wikitext_variant")),
     *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
 )
-
-
-class DivergedError(UserError):
-    """Loss or gradient were not finite in more updates in a row than train.max_skipped_updates allows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +117,7 @@ def train_and_evaluate(
     with (
         sole_run(workdir),
         StopRequest() as stop,
-        Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_best, fingerprint(config)) as checkpoints,
+        open_checkpoints(config, workdir) as checkpoints,
         jax.set_mesh(run.mesh),
     ):
         state, evaluated = first_state(run, workdir, checkpoints, origin)
@@ -142,6 +139,13 @@ def train_and_evaluate(
         return figures or {}
 
 
+def open_checkpoints(config: RunConfig, workdir: pathlib.Path) -> Checkpoints:
+    """The checkpoints of the run."""
+    train = config.train
+    regular = train.checkpoint_every if train.max_rollbacks else 0
+    return Checkpoints(workdir, train.keep_checkpoints, train.keep_best, fingerprint(config), regular)
+
+
 def first_state(
     run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: Origin | None = None
 ) -> tuple[TrainState, bool]:
@@ -152,7 +156,7 @@ def first_state(
         if origin is not None:
             step, params = initial_params(origin, run)
             say(f"starting from the parameters of step {step} in {origin.workdir}")
-            state = state.replace(params=params)
+            state = dataclasses.replace(state, params=params)
             if jax.process_index() == 0:
                 remember_origin(dataclasses.replace(origin, step=step), workdir)
             checkpoints.save(state)
@@ -204,21 +208,46 @@ def describe(run: Run, train: TokenStream, validation: TokenStream, batches: Tra
 def train_steps(
     run: Run, state: TrainState, batches: TrainingBatches, around: Surroundings, evaluated: bool
 ) -> TrainState:
-    """Runs the steps that are left, or those until a stop is asked for.
+    """Runs the steps that are left, or those until a stop is asked for; rolls back where that is configured.
 
-    Evaluates and saves at the configured rhythm, but not after the last step. `evaluated` says whether the state it
-    begins with has been: an evaluation that a kill or a stop has cut off is made up for.
+    Args:
+      run: what is trained.
+      state: to begin with.
+      batches: to train on.
+      around: see there.
+      evaluated: whether `state` has been: an evaluation that a kill or a stop has cut off is made up for.
+
+    Raises:
+      DivergedError: when loss or gradient are no longer finite, and no rollback is left.
+    """
+    step_function = jit_train_step(run.model, run.config.train, run.horizon, run.shardings, batch_sharding(run.mesh))
+    throughput = build_throughput(run)
+    while True:
+        if int(state.step) in evaluation_steps(run.config.train, batches, run.horizon.steps) and not evaluated:
+            evaluate_and_record(run, state, around)
+        state = steps_while_finite(run, step_function, state, batches, around, throughput)
+        if not has_diverged(run, state.skips):
+            return state
+        state, evaluated = roll_back(run, state, batches, around.checkpoints), False
+
+
+def steps_while_finite(
+    run: Run,
+    step_function: Any,
+    state: TrainState,
+    batches: TrainingBatches,
+    around: Surroundings,
+    throughput: Throughput,
+) -> TrainState:
+    """Runs the steps that are left, until a stop is asked for or the run has diverged.
+
+    Evaluates and saves at the configured rhythm, but not after the last step.
     """
     config, last = run.config.train, run.horizon.steps
-    step_function = jit_train_step(run.model, config, run.horizon, run.shardings, batch_sharding(run.mesh))
-    throughput = build_throughput(run)
     first = int(state.step)
     evaluations = evaluation_steps(config, batches, last)
     tokens = config.batch_size * trained_tokens(run.config.model, batches.sequence_length, config.sampled_windows)
-    if first in evaluations and not evaluated:
-        evaluate_and_record(run, state, around)
-        throughput.restart()
-    metrics = None
+    throughput.restart()
     with prefetched(batches, first, process_rows(run.mesh, config.batch_size)) as reader:
         for step in range(first + 1, last + 1):
             if around.stop.poll():
@@ -235,17 +264,20 @@ def train_steps(
             # Which steps are logged must not depend on where a run was taken up again.
             if step == 1 or step % config.log_every == 0 or step == last or pause:
                 jax.block_until_ready(metrics)
-                log_step(run, step, metrics, {} if new else throughput.report(step), around.log)
+                if int(metrics["step"]) == step:  # or it has diverged before
+                    log_step(run, step, metrics, {} if new else throughput.report(step), around.log)
+                if has_diverged(run, metrics["skips"]):
+                    break
             if around.trace.after(step, metrics) or new:
                 throughput.restart()
             if pause:
-                if due(step, config.checkpoint_every, last):
+                # A rollback must not end among the updates that made it necessary.
+                skipping = config.max_rollbacks and int(metrics["skips"].in_a_row)
+                if due(step, config.checkpoint_every, last) and not skipping:
                     around.save(state)
                 if step in evaluations:
                     evaluate_and_record(run, state, around)
                 throughput.restart()
-    if metrics is not None:
-        check_skips(run, metrics)
     return state
 
 
@@ -285,29 +317,12 @@ def log_step(run: Run, step: int, metrics: Mapping[str, Any], speed: Mapping[str
         values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
         used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
         line += f"  {speed['tokens_per_second']:,.0f} tokens/s{used}  {clock(speed['eta'])} left"
+    rollbacks = int(metrics["skips"].rollbacks)
+    if rollbacks:
+        values["train/rollbacks"] = rollbacks
+        line += f", {rollbacks} rolled back"
     log.write(step, values)
     say(line)
-    check_skips(run, metrics)
-
-
-def check_skips(run: Run, metrics: Mapping[str, Any]) -> None:
-    """Stops a run that has skipped too many updates in a row.
-
-    Raises:
-      DivergedError: naming the step and the parameters whose gradient was not finite.
-    """
-    skips, most = metrics["skips"], run.config.train.max_skipped_updates
-    if int(skips.in_a_row) <= most:
-        return
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
-    where = "the loss is not finite"
-    if int(skips.culprits):
-        name = "/".join(str(key.key) for key in paths[int(skips.first_culprit)])
-        where = f"the gradient of {name} is not finite"
-        if int(skips.culprits) > 1:
-            where += f", nor are {int(skips.culprits) - 1} of the other {len(paths) - 1}"
-    before = f" (train.max_skipped_updates = {most} before it were skipped)" if most else ""
-    raise DivergedError(f"at step {int(metrics['step'])} {where}{before}; lower train.learning_rate")
 
 
 def evaluate_and_record(run: Run, state: TrainState, around: Surroundings) -> dict[str, float] | None:

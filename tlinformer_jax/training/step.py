@@ -29,16 +29,18 @@ class Skips:
 
     Attributes:
       in_a_row: up to the present step; above train.max_skipped_updates, nothing changes the state any more.
-      total: of the run.
+      total: of the run, with those that rollbacks have undone.
       first_culprit: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
         was not finite; -1 if it was the loss alone.
       culprits: the number of such leaves.
+      rollbacks: how often the run went back to older parameters; see `training.divergence`.
     """
 
     in_a_row: jax.Array = _count()
     total: jax.Array = _count()
     first_culprit: jax.Array = _count(-1)
     culprits: jax.Array = _count()
+    rollbacks: jax.Array = _count()
 
 
 @flax.struct.dataclass
@@ -49,7 +51,7 @@ class TrainState:
       step: updates done, int32 []; those that were skipped count.
       params: parameters, as `model.init` names them.
       opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
-      skips: updates that were left out.
+      skips: updates that were left out, or undone by a rollback.
     """
 
     step: jax.Array
@@ -142,6 +144,7 @@ def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[j
         skips.total + 1,
         jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32),
         jnp.sum(bad).astype(jnp.int32),
+        skips.rollbacks,
     )
     counted = dataclasses.replace(skips, in_a_row=jnp.int32(0))
     after = jax.tree.map(
