@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,19 +20,34 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
     A `UserError` becomes one line on stderr and its status (2, but 1 for want of memory); so do flags and config files
-    that cannot be parsed.
+    that cannot be parsed. SIGTERM and Ctrl-C, where `main` does not take them itself, end it with status 143 and 130,
+    as a shell reports them, after whatever was half-written has been removed.
     """
 
     def guarded(_: Sequence[str]) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
         try:
             main()
         except UserError as error:
             fail(str(error), error.status)
+        except _Terminated:
+            fail("ended by SIGTERM", 128 + signal.SIGTERM)
+        except KeyboardInterrupt:
+            fail("interrupted", 128 + signal.SIGINT)
 
     app.run(guarded, flags_parser=_parse_flags)
     raise AssertionError("app.run returns through sys.exit")
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come; no Exception, so that nobody takes it for a failure of what was under way."""
+
+
+def _terminate(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is under way is cleared up undisturbed
+    raise _Terminated
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

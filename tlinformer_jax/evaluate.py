@@ -17,6 +17,9 @@ cli.define_process_flags()
 WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to evaluate on.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Sequences at a time; as in training if not given.", lower_bound=1
+)
 JSON = flags.DEFINE_bool("json", False, "Print the figures as one JSON object.")
 
 
@@ -36,6 +39,7 @@ def main() -> None:
     from tlinformer_jax.config import load_config
     from tlinformer_jax.parallel.mesh import MeshConfig
     from tlinformer_jax.parallel.processes import joined
+    from tlinformer_jax.training.memory import advised, evaluation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     if not WORKDIR.value:
@@ -44,8 +48,10 @@ def main() -> None:
     workdir = pathlib.Path(WORKDIR.value).expanduser()
     # Any machine will do, whatever mesh the training had.
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    if BATCH_SIZE.value is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batch_size=BATCH_SIZE.value))
     use_compilation_cache()
-    with joined(cluster):
+    with joined(cluster), advised(lambda: evaluation_advice(config.train.evaluation_batch_size)):
         _evaluate(config, workdir)
 
 

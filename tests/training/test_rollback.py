@@ -51,47 +51,47 @@ def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_t
     tmp_path, spoil, monkeypatch, capfd
 ):
     config = run_config(tmp_path, **SHORT, max_skipped_updates=1, max_rollbacks=2)
-    # Updates 5 and 6 are bad; at 6, where a checkpoint is due, none is saved. What follows has the state of step 3:
-    # as if updates 4 to 6 had been skipped, by which a run without rollbacks is told what to expect.
-    spoil(3, 4, 5)
+    # Updates 6 and 7 are bad; the checkpoint of 6 is none to go back to. What follows has the state of step 3:
+    # as if updates 4 to 7 had been skipped, by which a run without rollbacks is told what to expect.
+    spoil(3, 4, 5, 6)
     plain = run_config(tmp_path, **SHORT, max_skipped_updates=9)
     train_and_evaluate(plain, tmp_path / "skipped")
     expected = last_state(plain, tmp_path / "skipped")
     capfd.readouterr()
 
-    spoil(4, 5)
+    spoil(5, 6)
     train_and_evaluate(config, tmp_path / "whole")
     told = capfd.readouterr().err
-    samples = TrainingBatches(setup.load_split(config.data, "train", ByteTokenizer()), 8, 16, 0).indices(5)
+    samples = TrainingBatches(setup.load_split(config.data, "train", ByteTokenizer()), 8, 16, 0).indices(6)
     named = ", ".join(map(str, samples[:8]))
     assert f"; its batch holds samples {named} and 8 more of the train split; rolled back to the parameters of " in told
-    assert "at step 6 the gradient of blocks_0/" in told
+    assert "at step 7 the gradient of blocks_0/" in told
     assert "rolled back to the parameters of step 3, going on past it" in told
     state = last_state(config, tmp_path / "whole")
     assert int(state.skips.rollbacks) == 1
-    assert int(state.skips.total) == int(expected.skips.total) == 3
+    assert int(state.skips.total) == int(expected.skips.total) == 4
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (expected.params, expected.opt_state))
     logged = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [event["step"] for event in logged] == [*range(1, 10), 9]
-    assert [event.get("train/rollbacks", 0) for event in logged] == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0]
+    assert [event.get("train/rollbacks", 0) for event in logged] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
     straight = events(tmp_path / "skipped")
     assert events(tmp_path / "whole")[:3] == straight[:3]
-    for mine, other in zip(events(tmp_path / "whole")[6:], straight[6:], strict=True):
+    for mine, other in zip(events(tmp_path / "whole")[7:], straight[7:], strict=True):
         mine.pop("train/rollbacks", None)
         assert mine == other
 
-    # Stopped between the two bad updates, where it saves, and in the update after the rollback.
+    # Stopped between the two bad updates, where it saves, at a regular step even; and after the rollback.
     put_batch, count = loop.put_batch, iter(range(99))
 
     def terminated(*arguments):
-        if next(count) in (4, 8):
+        if next(count) in (5, 7):
             os.kill(os.getpid(), signal.SIGTERM)
         return put_batch(*arguments)
 
     monkeypatch.setattr(loop, "put_batch", terminated)
     while not train_and_evaluate(config, tmp_path / "parts"):
         pass
-    assert "stopped after step 5" in (told := capfd.readouterr().err)
+    assert "stopped after step 6" in (told := capfd.readouterr().err)
     assert told.count("rolled back to the parameters of step 3") == 1
     assert events(tmp_path / "parts") == events(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, last_state(config, tmp_path / "parts"), state)

@@ -9,6 +9,7 @@ their bytes could not be verified.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -105,7 +106,7 @@ class Checkpoints:
         except Exception as error:
             raise _failure(draft, error) from error
         self._latest = step
-        self._pending = self._thread.submit(self._finish, step, draft)
+        self._pending = self._thread.submit(self._finish, step, draft, int(state.skips.in_a_row) > 0)
 
     def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest | None] | None:
         """The newest good state with its manifest (None for one of an older version); None if none was ever saved.
@@ -120,7 +121,7 @@ class Checkpoints:
           DataError: if there are checkpoints, but none that can be used.
         """
         self._settle()
-        found = newest_good(self._folder, set_aside=True, every=self._regular_every if regular else 1)
+        found = newest_good(self._folder, set_aside=True, regular_every=self._regular_every if regular else 0)
         if found is None:
             return None
         fields = _fields(state)
@@ -155,12 +156,13 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _finish(self, step: int, draft: pathlib.Path) -> None:
+    def _finish(self, step: int, draft: pathlib.Path, after_skip: bool) -> None:
         try:
             self._orbax.wait_until_finished()
             if self._main:
-                version = tlinformer_jax.__version__
-                write_manifest(draft, Manifest(step, hash_files(draft), version, self._config_sha256))
+                files, version = hash_files(draft), tlinformer_jax.__version__
+                manifest = Manifest(step, files, version, self._config_sha256, after_skip=after_skip)
+                write_manifest(draft, manifest)
                 draft.rename(self._folder / str(step))
                 sync_folder(self._folder)
                 self._good.add(step)
@@ -175,9 +177,9 @@ class Checkpoints:
         losses = self._validation_losses()
         kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
         if self._regular_every:
+            regular = _regular_steps(self._folder, self._regular_every)
             # The last on disk and, since that one may be damaged, the last that is known to be good.
-            for steps in (_steps(self._folder), self._good):
-                kept.append(max((step for step in steps if step % self._regular_every == 0), default=-1))
+            kept += regular[:1] + [step for step in regular if step in self._good][:1]
         for step in _steps(self._folder):
             if step < latest[0] and step not in kept:
                 # Renamed first, so that a half-deleted folder is never taken for a damaged checkpoint.
@@ -207,7 +209,7 @@ class Found:
     manifest: Manifest | None
 
 
-def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 1) -> Found | None:
+def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: int = 0) -> Found | None:
     """The newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
     Process 0 looks, all others are told. Those that fail are named on stderr.
@@ -215,14 +217,14 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 1) -
     Args:
       folder: `checkpoints` of a working directory.
       set_aside: rename those that fail to STEP.damaged; for the run that trains here only.
-      every: consider multiples of this step only.
+      regular_every: above 0, look among the regular checkpoints of this distance only.
 
     Raises:
       DataError: if there are checkpoints, but none that can be used.
     """
     step = NONE_THERE
     if jax.process_index() == 0:
-        steps = [step for step in _steps(folder) if step % every == 0]
+        steps = _regular_steps(folder, regular_every) if regular_every else _steps(folder)
         damaged = list(itertools.takewhile(lambda step: not _usable(folder / str(step)), steps))
         if len(damaged) < len(steps):
             step = steps[len(damaged)]
@@ -275,6 +277,16 @@ def _steps(folder: pathlib.Path) -> list[int]:
     return sorted(
         (int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()), reverse=True
     )
+
+
+def _regular_steps(folder: pathlib.Path, every: int) -> list[int]:
+    """The multiples of `every` among the steps, the newest first; without those that were saved amid bad updates."""
+    found = []
+    for step in _steps(folder):
+        if step % every == 0:
+            with contextlib.suppress(DataError):
+                found += [] if read_manifest(folder / str(step)).after_skip else [step]
+    return found
 
 
 def _usable(path: pathlib.Path) -> bool:

@@ -271,9 +271,7 @@ def steps_while_finite(
             if around.trace.after(step, metrics) or new:
                 throughput.restart()
             if pause:
-                # A rollback must not end among the updates that made it necessary.
-                skipping = config.max_rollbacks and int(metrics["skips"].in_a_row)
-                if due(step, config.checkpoint_every, last) and not skipping:
+                if due(step, config.checkpoint_every, last):
                     around.save(state)
                 if step in evaluations:
                     evaluate_and_record(run, state, around)

@@ -26,6 +26,7 @@ class Manifest:
       code_version: of this package.
       config_sha256: of the run's configuration, as `config.fingerprint` takes it; empty where none was given.
       validation_loss: nats per token, if the step has been evaluated.
+      after_skip: whether the last update was skipped, as not finite; no rollback ends there.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Manifest:
     code_version: str
     config_sha256: str
     validation_loss: float | None = None
+    after_skip: bool = False
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:

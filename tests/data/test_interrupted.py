@@ -1,0 +1,56 @@
+"""SIGTERM and Ctrl-C while text is tokenised: one line, a status, nothing left behind, and a rerun that works."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.support.commands import ROOT, command, command_line
+
+# The text comes slowly, so that there is time to interrupt; more groups of it than are encoded without workers.
+SLOWLY = """
+import sys, time
+from tlinformer_jax.data import sources
+groups = sources.group_pieces
+def slowly(pieces):
+    for number, group in enumerate(groups(pieces)):
+        if number == 20:
+            print("under way", file=sys.stderr, flush=True)
+        time.sleep(0.3 if number > 20 else 0)
+        yield group
+sources.group_pieces = slowly
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "status", "message"),
+    [
+        ("tlinformer_jax.main", signal.SIGTERM, 143, "error: ended by SIGTERM"),
+        ("tlinformer_jax.data.prepare", signal.SIGINT, 130, "error: interrupted"),
+    ],
+)
+def test_an_interrupted_tokenisation_leaves_nothing_and_can_be_repeated(module, number, status, message, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefg " * 16 * 1024 * 40)
+    prepare = [
+        "--config=configs/tiny.py",
+        *("--config.data.dataset=text", f"--config.data.train_files={text}", f"--config.data.validation_files={text}"),
+        *(f"--config.data.cache_dir={tmp_path}/cache", "--config.data.num_workers=2"),
+    ]
+    arguments = [*prepare, f"--workdir={tmp_path}/run"] if module.endswith("main") else prepare
+    line, environment = command_line(module, *arguments)
+    line[2] = SLOWLY + line[2]
+    # As a scheduler or a terminal does it: the signal reaches the tokenising processes too.
+    with subprocess.Popen(
+        line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert "under way" in process.stderr.readline()
+        os.killpg(process.pid, number)
+        told = process.communicate(timeout=30)[1]
+    assert (process.returncode, told.strip()) == (status, message)
+    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
+    assert not list((tmp_path / "run").iterdir()) if module.endswith("main") else True
+    again = command("tlinformer_jax.data.prepare", *prepare)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith(f"train: {text.stat().st_size + 1:,} tokens, 1 documents")
