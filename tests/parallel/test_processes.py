@@ -1,13 +1,17 @@
 """Several processes: how they are found, what is refused, which rows each reads."""
 
+import socket
+import subprocess
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from tests.support.commands import check_refusal, command
+from tests.support.commands import ROOT, check_refusal, command, command_line
+from tests.support.processes import SMALL, free_port
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.parallel.processes import Cluster, find_cluster
+from tlinformer_jax.parallel.processes import Cluster, find_cluster, joined
 from tlinformer_jax.parallel.sharding import process_rows
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
@@ -80,3 +84,29 @@ def test_a_process_holds_the_rows_of_its_devices(monkeypatch):
 
     monkeypatch.setattr("tlinformer_jax.parallel.sharding.batch_sharding", lambda _: Half())
     np.testing.assert_array_equal(process_rows(mesh, 16), [2, 3, 4, 5, 10, 11, 12, 13])
+
+
+def test_a_port_that_is_taken_is_refused_before_jax_crashes_on_it(tmp_path):
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("", 0))
+        other.listen()
+        where = f"localhost:{other.getsockname()[1]}"
+        with (
+            pytest.raises(UserError, match=rf"--coordinator_address={where}: .* \(Address already in use\)"),
+            joined(Cluster("--coordinator_address", where, 2, 0)),
+        ):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_whose_others_never_come_says_so(number, tmp_path):
+    where = (f"--coordinator_address=localhost:{free_port()}", "--num_processes=2", f"--process_id={number}")
+    line, environment = command_line("tlinformer_jax.main", *SMALL, f"--workdir={tmp_path}/run", *where)
+    line[2] = f"from tlinformer_jax.parallel import processes; processes.JOIN_TIMEOUT = 3; {line[2]}"
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "error: the processes found by --coordinator_address could not be joined within 3 s; have all been started?"
+    )
+    assert not list((tmp_path / "run").iterdir())

@@ -7,11 +7,13 @@ broken connection or by missing heartbeats, and they end too: with one line and 
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import glob
 import importlib.util
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -162,6 +164,8 @@ def _join(cluster: Cluster) -> None:
     """
     import jax
 
+    if cluster.coordinator_address and cluster.process_id == 0:
+        _check_free(cluster.coordinator_address)
     who = f"the processes found by {cluster.found}"
     _say_at_abort(f"{who} could not be joined within {JOIN_TIMEOUT} s; have all been started?")
     try:
@@ -179,6 +183,23 @@ def _join(cluster: Cluster) -> None:
             "--process_id tell them by hand, --num_processes=1 runs this one alone"
         ) from error
     _say_at_abort(f"{LOST}; JAX says more above; {AGAIN}")
+
+
+def _check_free(address: str) -> None:
+    """Refuses a port of this machine that is in use: JAX's service would crash on it.
+
+    Raises:
+      UserError: naming the address.
+    """
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that has ended leaves for a while
+        try:
+            probe.bind(("", int(address.rsplit(":", 1)[1])))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise UserError(
+                    f"--coordinator_address={address}: process 0 cannot listen on this port ({error.strerror})"
+                ) from None
 
 
 _kept_alive: list[Any] = []  # C calls the handler, which Python must not collect
