@@ -108,15 +108,6 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
         os._exit(status)
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every process has called it; `name` tells apart what they wait for."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def _surroundings(environment: Mapping[str, str]) -> str:
     """What started several processes, by its variables; empty if nothing did."""
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
