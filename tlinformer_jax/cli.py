@@ -5,6 +5,7 @@ import pathlib
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +27,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     def guarded(_: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, _terminate)
+        sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
         try:
@@ -48,6 +50,18 @@ class _Terminated(BaseException):
 def _terminate(number: int, _: Any) -> None:
     signal.signal(number, signal.SIG_IGN)  # what is under way is cleared up undisturbed
     raise _Terminated
+
+
+def _send_again(lost: Any) -> None:
+    """Sends a signal again whose exception came where Python drops it, such as in JAX's callback of the collector."""
+    number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(lost.exc_type)
+    if number is None:
+        sys.__unraisablehook__(lost)
+        return
+    if number == signal.SIGTERM:
+        signal.signal(number, _terminate)
+    # Later, since here it would be dropped as well.
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

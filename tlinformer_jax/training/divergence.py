@@ -56,7 +56,7 @@ def roll_back(run: Run, state: TrainState, batches: TrainingBatches, checkpoints
 
     Args:
       run: that has diverged.
-      state: its state.
+      state: its state, whose parameters and optimiser are given up.
       batches: that it trains on.
       checkpoints: of its working directory; without any, the run's first parameters are taken.
 
@@ -68,6 +68,8 @@ def roll_back(run: Run, state: TrainState, batches: TrainingBatches, checkpoints
     if done >= config.max_rollbacks:
         after = f" after {done} rollbacks" if done else ""
         raise DivergedError(f"{text}{after}; lower train.learning_rate")
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        leaf.delete()  # a device may not hold two of them
     restored = checkpoints.restore(run.abstract_state, regular=True)
     older = run.initial_state() if restored is None else restored[0]
     say(f"{text}; rolled back to the parameters of step {int(older.step)}, going on past it")

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -21,6 +22,33 @@ def slowly(pieces):
         yield group
 sources.group_pieces = slowly
 """
+
+# Python drops what is raised in a finalizer.
+FINALIZER = """
+import time
+from tlinformer_jax import cli
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(20)
+def main():
+    Slow()
+    time.sleep(20)
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_not_lost_in_a_finalizer(number, status):
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)" + FINALIZER
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        told = process.communicate(timeout=10)[1]
+    assert process.returncode == status
+    assert len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
