@@ -311,14 +311,14 @@ def log_step(run: Run, step: int, metrics: Mapping[str, Any], speed: Mapping[str
     if skipped:
         values["train/skipped_updates"] = skipped
         line += f"  {skipped} skipped"
+    rollbacks = int(metrics["skips"].rollbacks)
+    if rollbacks:
+        values["train/rollbacks"] = rollbacks
+        line += f"  {rollbacks} rolled back"
     if speed:
         values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
         used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
         line += f"  {speed['tokens_per_second']:,.0f} tokens/s{used}  {clock(speed['eta'])} left"
-    rollbacks = int(metrics["skips"].rollbacks)
-    if rollbacks:
-        values["train/rollbacks"] = rollbacks
-        line += f", {rollbacks} rolled back"
     log.write(step, values)
     say(line)
 
