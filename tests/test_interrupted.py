@@ -82,3 +82,27 @@ def test_an_interrupted_tokenisation_leaves_nothing_and_can_be_repeated(module, 
     again = command("tlinformer_jax.data.prepare", *prepare)
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith(f"train: {text.stat().st_size + 1:,} tokens, 1 documents")
+
+
+def test_a_save_that_fails_in_the_background_is_one_line(tmp_path):
+    """The disk is full for Orbax's own thread."""
+    fault = """
+import errno
+from orbax.checkpoint._src.checkpointers import async_checkpointer
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+async_checkpointer._background_wait_for_commit_futures = full
+"""
+    shrunk = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
+    shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
+    line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *shrunk)
+    line[2] = fault + line[2]
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("No space left") == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert (
+        last
+        == f"error: checkpoint {tmp_path}/checkpoints/1.saving: cannot be written ([Errno 28] No space left on device)"
+    )

@@ -30,6 +30,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
+            logging.get_absl_logger().addFilter(_is_told_here_alone)
         try:
             main()
         except UserError as error:
@@ -41,6 +42,11 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     app.run(guarded, flags_parser=_parse_flags)
     raise AssertionError("app.run returns through sys.exit")
+
+
+def _is_told_here_alone(record: Any) -> bool:
+    """False for the tracebacks that Orbax logs of errors that it raises too: those become one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Terminated(BaseException):
