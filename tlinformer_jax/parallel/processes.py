@@ -236,7 +236,8 @@ def _is_loss(error: BaseException | None) -> bool:
 
     while error is not None:
         # JAX raises a ValueError where the host fetches what a collective should have computed.
-        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and LOST_SIGNS.search(str(error)):
+        ours = isinstance(error, UserError)
+        if not ours and isinstance(error, jax.errors.JaxRuntimeError | ValueError) and LOST_SIGNS.search(str(error)):
             return True
         error = error.__cause__
     return False
