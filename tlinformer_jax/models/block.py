@@ -283,7 +283,10 @@ def restore_context(
         return some(shared, (rows, query), fixed, None)
     padding = -length % chunk
     parts = tuple(_in_chunks(array, chunk, padding) for array in (rows, query))
-    restored = map_recomputed((some,), shared, parts, fixed, jnp.arange((length + padding) // chunk))
+    numbers = jnp.arange((length + padding) // chunk, dtype=jnp.int32)
+    # Rows past the history are the future, which no one reads: their chunks are left out.
+    filled = -(-jnp.max(jnp.asarray(frame.history_length)) // chunk)
+    restored = map_recomputed((some,), shared, parts, fixed, numbers, count=filled)
     return jnp.moveaxis(restored, 0, 1).reshape(rows.shape[0], -1, rows.shape[2])[:, :length]
 
 

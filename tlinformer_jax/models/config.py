@@ -53,7 +53,8 @@ class ModelConfig:
         they share what the longest history of them costs. It fills a device that one window of the batch does not,
         and compiles one program for all. 'auto' is all of a sequence of at most 8 windows on accelerators, else 1.
       history_chunk: rows of the history that `restore` computes at a time, each chunk again in the backward pass, so
-        that its feed-forward's inner values never exist for a whole long history; 0 takes all rows at once.
+        that its feed-forward's inner values never exist for a whole long history; chunks of which a window has no
+        row are left out. 0 takes all rows at once.
       scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
         history) once and loop over them; False compiles each, which takes longer and runs faster; 'auto' is False on
         accelerators and True on the CPU.
