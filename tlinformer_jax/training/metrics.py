@@ -59,6 +59,8 @@ def tensorboard_writer(folder: pathlib.Path, step: int = 0) -> ScalarWriter:
 def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
     """Drops the events after `step` from a metrics.jsonl, and a line that a kill has torn; whole or not at all.
 
+    Damaged lines go too; those before the last one, which no kill explains, are counted on stderr.
+
     Args:
       path: of the file; nothing is done where it is missing.
       step: that the run goes on from.
@@ -67,16 +69,19 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
     if not path.exists():
         return
 
-    def stays(line: str) -> bool:
+    def stays(line: str) -> bool | None:
         try:
             event = json.loads(line)
             repeated = event["step"] == step and not keep_evaluation and any(key.startswith("eval/") for key in event)
             return event["step"] <= step and not repeated
         except (ValueError, TypeError, KeyError):
-            return False
+            return None
 
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if stays(line)]
+    verdicts = [stays(line) for line in lines]
+    kept = [line for line, verdict in zip(lines, verdicts) if verdict]
+    if damaged := verdicts[:-1].count(None):
+        say(f"{path}: {damaged} damaged lines are dropped")
     draft = path.with_name(f"{path.name}.draft")
     with open(draft, "w", encoding="utf-8") as file:
         file.write("".join(f"{line}\n" for line in kept))
