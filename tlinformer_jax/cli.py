@@ -1,9 +1,11 @@
 """What all entry points share: flags by absl, user errors as one line and exit status 2."""
 
+import logging as std_logging
 import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -22,6 +24,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     def guarded(_: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
+        _hush_failed_saves()
         try:
             main()
         except UserError as error:
@@ -29,6 +32,18 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     app.run(guarded, flags_parser=_parse_flags)
     raise AssertionError("app.run returns through sys.exit")
+
+
+def _hush_failed_saves() -> None:
+    """A save that fails is told in one line; Orbax would add tracebacks for its thread, its tasks and their end."""
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+    std_logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.exc_info))
+
+    def unraisable(about: Any) -> None:
+        if str(about.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(about)
+
+    sys.unraisablehook = unraisable
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -80,13 +95,16 @@ def config_values() -> Any:
     """
     from ml_collections import config_flags
 
-    config = flags.FLAGS.config
-    if config is None:
+    config, flag = flags.FLAGS.config, flags.FLAGS["config"]
+    if config is None and not flag.present:
         raise UserError("--config: must name a config file, such as configs/tiny.py")
+    path = config_flags.get_config_filename(flag)
     try:
-        config.items()
+        if not hasattr(config, "items"):
+            raise UserError(
+                f"--config={path}: get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
+            )
     except OSError as error:  # config_flags hands out its failure to load at the first access
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
         raise UserError(f"--config={path}: {_why_unreadable(path)}") from error
     return config
 
@@ -101,12 +119,13 @@ def _why_unreadable(path: str) -> str:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    logging.set_verbosity(logging.ERROR)  # config_flags warns of what is refused in one line below
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
         fail(_first_line(_user_error(error) or error))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        # config_flags raises these for fields that do not exist and for files that do not load.
+    except Exception as error:
+        # config_flags lets through what a config file raises, and errors of its own for fields that do not exist.
         fail(_describe(error, argv))
     if len(rest) > 1:
         fail(f"{rest[1]}: unexpected argument; flags are written --name=value")
@@ -115,6 +134,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _describe(error: Exception, argv: Sequence[str]) -> str:
     """One line for an exception that config_flags let through, naming the override it is about."""
+    if isinstance(error, SyntaxError):
+        return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
+    if not isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"--config: {type(error).__name__} in {last.filename}, line {last.lineno}: {_first_line(error)}"
     text = _first_line(error)
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)

@@ -97,6 +97,8 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
     path = workdir / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no sections")
     except (OSError, ValueError) as error:
         raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({error}); train into it first") from None
     return run_config(values)

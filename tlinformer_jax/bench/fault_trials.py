@@ -14,6 +14,8 @@ from tlinformer_jax.bench.fault_runs import AIMS, Blow, Durations, Outcome, Proc
 
 # How many signals a trial gets, and how often.
 SIGNALS, ODDS = (1, 2, 3), (0.5, 0.3, 0.2)
+# The part of a run in which signals come, counted in time or in phases.
+LATEST = 0.8
 # What SIGTERM may end without an answer, because there is nothing to save yet.
 UNANSWERED = ("start", "tokenisation")
 
@@ -107,9 +109,10 @@ def draw_blows(rng: np.random.Generator, trial: int, durations: Durations) -> li
     return [
         Blow(
             str(aim),
-            # Shared among the signals, so that the later ones find something left to do.
-            1 + int(rng.integers(max(1, durations.counts[aim] // count))),
-            float(rng.uniform(0, durations.seconds[aim])),
+            # Shared among the signals, so that the later ones find something left to do; and no run is at its end by
+            # then, unless this machine has become faster.
+            1 + int(rng.integers(max(1, int(LATEST * durations.counts[aim]) // count))),
+            float(rng.uniform(0, (LATEST if aim == "anywhere" else 1) * durations.seconds[aim])),
         )
         for aim in aims
     ]

@@ -61,7 +61,10 @@ class Checkpoints:
         self._latest: int | None = None
         self._main = jax.process_index() == 0
         if self._main:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"workdir {workdir}: {FOLDER} cannot be written ({error.strerror})") from None
             for path in self._folder.iterdir():
                 if SAVING in path.suffixes or path.name.endswith(DELETING):
                     shutil.rmtree(path, ignore_errors=True)
