@@ -27,7 +27,8 @@ def results() -> list[refusals.Result]:
 
 def faults(result: refusals.Result) -> list[str]:
     """What is wrong with how a command was refused."""
-    lines = result.err.splitlines()
+    # Indented lines after the error say what to do (how to get WikiText-103).
+    lines = [line for line in result.err.splitlines() if not line.startswith("  ")]
     found = [] if result.status == 2 else [f"status {result.status}"]
     if "Traceback" in result.err:
         found.append("a traceback")
@@ -65,6 +66,7 @@ def test_every_bad_input_gets_one_line_and_status_2_and_leaves_nothing(results):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="some lines quote Python's own words; these are of 3.11")
 def test_the_document_shows_what_the_commands_print(results):
     """Mend it by `python -m tests.support.refusals --write`."""
     assert refusals.written() == refusals.table(results).strip()

@@ -123,7 +123,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
-        fail(_first_line(_user_error(error) or error))
+        fail(_plain(_first_line(_user_error(error) or error)))
     except Exception as error:
         # config_flags lets through what a config file raises, and errors of its own for fields that do not exist.
         fail(_describe(error, argv))
@@ -140,6 +140,9 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"--config: {type(error).__name__} in {last.filename}, line {last.lineno}: {_first_line(error)}"
     text = _first_line(error)
+    if isinstance(error, AttributeError) and "'get_config'" in text:
+        (path,) = [argument.split("=", 1)[1] for argument in argv if re.match(r"--?config=", argument)][-1:] or ["..."]
+        return f"--config={path}: must be a Python file with a function get_config; it has none"
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and isinstance(error, AttributeError | KeyError):
@@ -149,6 +152,21 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
             if match[1].split(".")[-1] in text:
                 return f"{argument}: the config file leaves this field out; add it there, or start from its defaults"
     return f"--config: {text}"
+
+
+# What absl and Python say of a flag's value, and what it means.
+PLAIN = {
+    r"\('Non-boolean argument to boolean flag', .*\)$": "must be true or false",
+    r"invalid literal for int\(\) with base \d+: .*$": "must be an integer",
+    r"could not convert string to float: .*$": "must be a number",
+}
+
+
+def _plain(text: str) -> str:
+    """The message in words that need no knowledge of Python."""
+    for pattern, words in PLAIN.items():
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def _missing_field(name: str) -> list[str] | None:

@@ -77,10 +77,10 @@ def run_case(group, case, folder: pathlib.Path) -> Result:
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     shown = [f"tlinformer_jax.{case.command}", *(case.arguments if case.usual else case.argv("{d}"))]
     command = " ".join(json.dumps(part) if " " in part else part for part in shown)
-    return Result(
-        group, case.what, command.replace("{d}", "DIR"), case.says.replace("{d}", "DIR"), status,
-        out.replace(str(folder), "DIR"), err.replace(str(folder), "DIR").replace(f"{ROOT}/", ""), changed,
-    )  # fmt: skip
+    says = case.says.replace("{d}", "DIR")
+    shown_err = err.replace(str(folder), "DIR").replace(f"{ROOT}/", "").replace(str(ROOT), "CHECKOUT")
+    out = out.replace(str(folder), "DIR")
+    return Result(group, case.what, command.replace("{d}", "DIR"), says, status, out, shown_err, changed)
 
 
 def forked(command: str, arguments: list[str], folder: pathlib.Path) -> tuple[int, str, str]:
@@ -131,7 +131,9 @@ def table(results: list[Result]) -> str:
         lines += [f"### {group}", "", "| what is wrong | command | what it prints |", "|---|---|---|"]
         for result in results:
             if result.group == group:
-                said = " ".join(line for line in result.err.splitlines() if line.startswith(("error: ", "checkpoint ")))
+                said = " ".join(
+                    line for line in result.err.splitlines() if line.startswith(("error: ", "checkpoint ", "  "))
+                )
                 cells = (result.what, f"`{_cell(result.command)}`", f"`{_cell(said)}`")
                 lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

@@ -154,10 +154,10 @@ def _check_manual_directory(config: DataConfig, facts: Facts) -> None:
 
 def _what_to_do(config: DataConfig, facts: Facts, reason: str) -> str:
     return (
-        f"WikiText-103 {config.wikitext_variant} is not here: {reason}; get {facts.zip_name} ({facts.size:,} bytes) "
-        f"from {facts.url}, or the parquet files of "
-        f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.parquet}, put the zip or the parquet "
-        "files into one directory and name it: --config.data.manual_dir=DIRECTORY"
+        f"WikiText-103 {config.wikitext_variant} is not here: {reason}\n"
+        f"  Get {facts.zip_name} ({facts.size:,} bytes) from {facts.url}, or the parquet files of "
+        f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.parquet},\n"
+        f"  put the zip or the parquet files into one directory and name it: --config.data.manual_dir=DIRECTORY"
     )
 
 
