@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support import bad_inputs, refusals
+from tests.support import bad_files, bad_inputs, refusals
 from tests.support.commands import ROOT, check_refusal, command
 
 pytest.importorskip("safetensors")
@@ -74,7 +74,7 @@ def test_the_document_shows_what_the_commands_print(results):
 
 @pytest.mark.slow
 def test_forked_commands_say_what_typed_ones_do(results, tmp_path):
-    bad_inputs.write_files(tmp_path)
+    bad_files.write_files(tmp_path)
     for what in ("config file that raises", "a .gz that is cut off", "a field that does not exist"):
         (case,) = (case for cases in bad_inputs.GROUPS.values() for case in cases if case.what == what)
         (result,) = (result for result in results if result.what == what)

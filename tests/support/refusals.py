@@ -51,15 +51,15 @@ class Result:
 
 def run_all() -> list[Result]:
     """Runs every case."""
-    from tests.support import bad_inputs
+    from tests.support import bad_files, bad_inputs
 
     _import_what_commands_import()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="bad-inputs-"))
     try:
-        bad_inputs.write_files(folder)
+        bad_files.write_files(folder)
         status, _, err = forked("main", [f"--config={folder}/small.py", f"--workdir={folder}/run"], folder)
         assert status == 0, err
-        for name, change in bad_inputs.CHANGES.items():
+        for name, change in bad_files.CHANGES.items():
             shutil.copytree(folder / "run", folder / name)
             change(folder / name)
         with _held(folder / "held" / ".lock"):

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.support import bad_inputs
+from tests.support import bad_files
 from tests.support.commands import check_refusal, command
 from tlinformer_jax.bench.fault_check import final_state, log_difference, logged, state_difference
 from tlinformer_jax.errors import DataError
@@ -78,7 +78,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_goes_on_where_it_was_once_there_is_room(tmp_path, small_disk):
-    bad_inputs.write_files(tmp_path)
+    bad_files.write_files(tmp_path)
     train = ["tlinformer_jax.main", f"--config={tmp_path}/small.py", "--config.train.steps=8"]
     train += ["--config.train.log_every=1", "--config.train.keep_checkpoints=1"]
     whole, run = tmp_path / "whole", small_disk / "run"
