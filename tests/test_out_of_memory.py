@@ -5,9 +5,16 @@ import subprocess
 import jax
 import pytest
 
-from tests.support.commands import ROOT, command_line
+from tests.support.commands import ROOT, command, command_line
 from tlinformer_jax.config import run_config
-from tlinformer_jax.training.memory import OutOfMemoryError, memory_advice, memory_savers
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.training.memory import (
+    OutOfMemoryError,
+    evaluation_advice,
+    generation_advice,
+    memory_advice,
+    memory_savers,
+)
 
 MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.\nBufferAssignment OOM Debugging."
 
@@ -54,6 +61,23 @@ def test_the_error_becomes_one_line(message):
     assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
 
 
+def test_what_the_host_fetches_in_vain_is_known_too_but_no_error_of_the_users():
+    with pytest.raises(OutOfMemoryError), memory_advice(run_of()):
+        raise ValueError(MESSAGE)
+    with pytest.raises(DataError, match=r"^out of memory"), memory_advice(run_of()):
+        raise DataError("out of memory, says a file")
+
+
+def test_advice_for_evaluation_and_generation_names_flags_that_can_still_be_lowered():
+    assert evaluation_advice(8).startswith("a smaller --batch_size (now 8), or a device with more memory")
+    assert "batch_size" not in evaluation_advice(1)
+    text = generation_advice(4, 256)
+    assert text.startswith(
+        "a smaller --num_samples (now 4), a shorter prompt, a smaller --max_new_tokens (now 256), or"
+    )
+    assert "num_samples" not in generation_advice(1, 256)
+
+
 @pytest.mark.parametrize(
     "message", ["INTERNAL: a kernel failed", "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 300000"]
 )
@@ -81,3 +105,40 @@ check.jit_train_step = loop.jit_train_step = jit_train_step
     assert last.startswith("error: Out of memory while trying to allocate 12345 bytes; a step holds less with ")
     for field in ("model.remat", "train.accumulation", "train.batch_size", "train.loss_chunk", "data.sequence_length"):
         assert field in last
+
+
+FULL = f"""
+import jax
+def full(*_, **__):
+    raise jax.errors.JaxRuntimeError({MESSAGE!r})
+"""
+
+
+def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp_path):
+    shrunk = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
+    shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
+    trained = command("tlinformer_jax.main", "--config=configs/tiny.py", *shrunk)
+    assert trained.returncode == 0, trained.stderr
+    for module, fault, arguments, advice in (
+        (
+            "evaluate",
+            "from tlinformer_jax.training import setup; setup.evaluate_split = full",
+            ("--batch_size=2",),
+            "a smaller --batch_size (now 2)",
+        ),
+        (
+            "generate",
+            "from tlinformer_jax.decoding import generator; generator.Batch = full",
+            ("--prompt=a", "--num_samples=3"),
+            "a smaller --num_samples (now 3), a shorter prompt, a smaller --max_new_tokens (now 256)",
+        ),
+    ):
+        line, environment = command_line(f"tlinformer_jax.{module}", f"--workdir={tmp_path}", *arguments)
+        line[2] = f"{FULL}{fault}\n{line[2]}"
+        result = subprocess.run(
+            line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 1, result.stderr
+        assert "Traceback" not in result.stderr
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"error: Out of memory while trying to allocate 12345 bytes; {advice}, or a device")

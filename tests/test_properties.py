@@ -157,7 +157,7 @@ LEAST = {
     "train": dict.fromkeys(("batch_size", "accumulation", "loss_chunk", "log_every", "keep_checkpoints"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
     | dict.fromkeys(("eval_every_epochs", "eval_batch_size", "checkpoint_every", "keep_best"), 0)
-    | {"max_skipped_updates": 0},
+    | {"max_skipped_updates": 0, "max_rollbacks": 0},
     "data": {"sequence_length": 1, "num_workers": 0},
 }
 CHOICES = {

@@ -4,46 +4,74 @@ import logging as std_logging
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
 from tlinformer_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlinformer_jax.parallel.processes import Cluster
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
     A `UserError` becomes one line on stderr and its status (2, but 1 for want of memory); so do flags and config files
-    that cannot be parsed.
+    that cannot be parsed. SIGTERM and Ctrl-C, where `main` does not take them itself, end it with status 143 and 130,
+    as a shell reports them, after whatever was half-written has been removed.
     """
 
     def guarded(_: Sequence[str]) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+        sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
-        _hush_failed_saves()
+            logging.get_absl_logger().addFilter(_is_told_here_alone)
+        std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # as Orbax's tracebacks: told in one line
         try:
             main()
         except UserError as error:
             fail(str(error), error.status)
+        except _Terminated:
+            fail("ended by SIGTERM", 128 + signal.SIGTERM)
+        except KeyboardInterrupt:
+            fail("interrupted", 128 + signal.SIGINT)
 
     app.run(guarded, flags_parser=_parse_flags)
     raise AssertionError("app.run returns through sys.exit")
 
 
-def _hush_failed_saves() -> None:
-    """A save that fails is told in one line; Orbax would add tracebacks for its thread, its tasks and their end."""
-    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-    std_logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.exc_info))
+def _is_told_here_alone(record: Any) -> bool:
+    """False for the tracebacks that Orbax logs of errors that it raises too: those become one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
-    def unraisable(about: Any) -> None:
-        if str(about.exc_value) != "Event loop is closed":
-            sys.__unraisablehook__(about)
 
-    sys.unraisablehook = unraisable
+class _Terminated(BaseException):
+    """SIGTERM has come; no Exception, so that nobody takes it for a failure of what was under way."""
+
+
+def _terminate(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is under way is cleared up undisturbed
+    raise _Terminated
+
+
+def _send_again(lost: Any) -> None:
+    """Sends a signal again whose exception came where Python drops it, such as in JAX's callback of the collector."""
+    number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(lost.exc_type)
+    if number is None:
+        if str(lost.exc_value) != "Event loop is closed":  # the end of Orbax's tasks after a failed save
+            sys.__unraisablehook__(lost)
+        return
+    if number == signal.SIGTERM:
+        signal.signal(number, _terminate)
+    # Later, since here it would be dropped as well.
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -69,6 +97,25 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
     except OSError as error:
         raise UserError(f"{flag}={path}: must be a directory that can be written ({error.strerror})") from None
     return workdir
+
+
+def define_process_flags() -> None:
+    """Defines the flags by which several processes are told of each other, where nothing else tells them."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT on which process 0 of several listens.")
+    flags.DEFINE_integer("num_processes", None, "Processes that run together; 1 alone ignores what is detected.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+
+
+def cluster() -> "Cluster | None":
+    """The processes that the flags of `define_process_flags`, or the surroundings, tell of.
+
+    Raises:
+      UserError: for flags that are missing or not allowed.
+    """
+    from tlinformer_jax.parallel.processes import find_cluster
+
+    values = flags.FLAGS
+    return find_cluster(values.coordinator_address, values.num_processes, values.process_id)
 
 
 def define_optional_config_flag() -> None:

@@ -63,17 +63,19 @@ def _generate() -> int:
 
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.settings import generation_config
+    from tlinformer_jax.training.memory import advised, generation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    try:
-        generation_config(options)  # before anything is loaded
-        use_compilation_cache()
-        compilations = _watch_compilations()
-        generator = Generator.from_workdir(WORKDIR.value, STEP.value)
-        stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
-    except ConfigError as error:
-        raise _named_by_flag(error, options) from None
-    interrupted = _print_samples(stream)
+    with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):
+        try:
+            generation_config(options)  # before anything is loaded
+            use_compilation_cache()
+            compilations = _watch_compilations()
+            generator = Generator.from_workdir(WORKDIR.value, STEP.value)
+            stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
+        except ConfigError as error:
+            raise _named_by_flag(error, options) from None
+        interrupted = _print_samples(stream)
     _print_figures(stream.statistics, compilations)
     return INTERRUPTED if interrupted else 0
 

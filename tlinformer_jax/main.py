@@ -1,7 +1,10 @@
 """Trains a model: `python -m tlinformer_jax.main --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]`.
 
-With --check instead of --workdir it only says whether and how it would.
+With --check instead of --workdir it only says whether and how it would. Several processes run together where SLURM,
+Open MPI, Kubernetes or a TPU tells of them, or --coordinator_address, --num_processes and --process_id.
 """
+
+import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -12,28 +15,39 @@ config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
 CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
 CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "As --check, and compile a step for the memory it takes.")
+INIT_FROM = flags.DEFINE_string("init_from", None, "Working directory whose parameters a new run starts from.")
+cli.define_process_flags()
 PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few training steps, for xprof.")
 
 
 def main() -> None:
     """Checks the whole configuration, then trains, unless only the check was asked for."""
     from tlinformer_jax.config import run_config
+    from tlinformer_jax.data.prepare import prepare
+    from tlinformer_jax.parallel.processes import joined
     from tlinformer_jax.training.loop import train_and_evaluate
     from tlinformer_jax.training.memory import memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
+    cluster = cli.cluster()
     config = run_config(cli.config_values())
     if CHECK.value or CHECK_COMPILE.value:
         from tlinformer_jax.training.check import check_run
+        from tlinformer_jax.training.origin import Origin, check_origin
 
+        if INIT_FROM.value is not None:
+            check_origin(Origin(pathlib.Path(INIT_FROM.value).expanduser().absolute()), config)
         with memory_advice(config):
             print(check_run(config, CHECK_COMPILE.value))
         return
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
-    with memory_advice(config):
-        train_and_evaluate(config, workdir, profile)
+    if cluster is not None:
+        # First, since joining waits for all processes only so long, and leaves SIGTERM to JAX.
+        list(prepare(config.data, config.model.vocab_size))
+    with joined(cluster), memory_advice(config):
+        train_and_evaluate(config, workdir, profile, INIT_FROM.value)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import params as params_module
-from tlinformer_jax.decoding import windowed
+from tlinformer_jax.decoding import windowed, words
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.interop import params_from_reference
@@ -102,19 +102,24 @@ def test_prefill_step_and_slide_equal_the_reference(name):
     assert largest_error(make_decoder(config), prompts, 6 * size + 3) < TOLERANCE
 
 
-@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer", "transformer"])
-def test_chunks_and_growing_caches_change_nothing(architecture, monkeypatch, own_traces):
-    """Histories of several chunks and rounds, caches that grow class by class from the smallest."""
+@pytest.mark.parametrize(
+    ("architecture", "rows_per_word"),
+    [("tlinformer", 4), ("tlinformer", 0), ("tconstformer", 4), ("transformer", 4)],
+)
+def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_word, monkeypatch, own_traces):
+    """Histories of several chunks and rounds, caches that grow class by class from the smallest; block 0's rows
+    projected, or looked up by word."""
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
+    monkeypatch.setattr(words, "ROWS_PER_WORD", rows_per_word)
     config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=3, hidden_depth=0, history_window=5)
     assert largest_error(make_decoder(config), [21, 2], 46, room=21) < TOLERANCE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
-def test_the_gpu_kernels_in_the_decoder(architecture, monkeypatch, own_traces):
+@pytest.mark.parametrize(("architecture", "rows_per_word"), [("tlinformer", 4), ("tlinformer", 0), ("transformer", 4)])
+def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_word, monkeypatch, own_traces):
     """The path that a GPU takes, interpreted: heads and rows padded, keys stored and read by the kernels, in half
     precision; 64 tokens a window, as many as the storing kernel writes at a time."""
     real, used = decode_kernel.call_kernel, set()
@@ -128,6 +133,7 @@ def test_the_gpu_kernels_in_the_decoder(architecture, monkeypatch, own_traces):
     monkeypatch.setattr(decode_kernel, "available", lambda: True)
     monkeypatch.setattr(params_module, "head_multiple", lambda *_: 8)
     monkeypatch.setattr(cache_module, "padded_rows", lambda rows: -(-rows // 128) * 128)
+    monkeypatch.setattr(words, "ROWS_PER_WORD", rows_per_word)
     windows = {"history_window": 40, "generation_window": 64}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
     config = dataclasses.replace(SMALL, architecture=architecture, **windows, **half)

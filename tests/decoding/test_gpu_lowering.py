@@ -1,4 +1,4 @@
-"""The GPU kernels of generation become Triton programs at the 41M shape: lowered for an H100, on the CPU.
+"""The GPU kernels of generation and training become Triton programs at the 41M shape: lowered for an H100, on the CPU.
 
 It catches what interpretation cannot, such as an operation that a new JAX no longer lowers; it runs nothing.
 """
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from tlinformer_jax import ModelConfig
-from tlinformer_jax.models import history_kernel
+from tlinformer_jax.models import history_kernel, norm_kernel
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue
 from tlinformer_jax.models.layers import Layer, prepare_layers
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.token_layer import TokenLayerParams, token_layer
+from tlinformer_jax.training import loss_kernel
 
 pytest.importorskip("jax.experimental.pallas.triton")
 
@@ -63,6 +64,34 @@ def test_storing():
 
     text = lowered(store, cache, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text
+
+    def look_up(key, value, words, bias, positions, row, start):
+        return history_kernel.store(
+            key, value, words, bias, rope_table(positions, WIDTH), row, start, jnp.arange(128, dtype=jnp.int32)
+        )
+
+    text = lowered(look_up, cache, cache, half(500, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
+    assert "store_history" in text
+
+
+def test_loss_and_slope():
+    rows, wide = 16, jax.ShapeDtypeStruct((16, 50304), jnp.float32)
+    targets, weights = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    text = lowered(
+        lambda *arguments: loss_kernel.loss_and_slope(*arguments, CONFIG.vocab_size, jnp.bfloat16),
+        wide, targets, weights,
+    )  # fmt: skip
+    assert "loss_and_slope" in text
+
+
+@pytest.mark.parametrize("skip", [None, half(64, CONFIG.d_model)])
+def test_layer_norm_backward(skip):
+    rows, scale = half(64, CONFIG.d_model), jax.ShapeDtypeStruct((CONFIG.d_model,), jnp.float32)
+    text = lowered(
+        lambda x, gradient, skip, scale: norm_kernel.layer_norm_backward(x, gradient, skip, scale, 1e-5),
+        rows, rows, skip, scale,
+    )  # fmt: skip
+    assert "layer_norm_backward" in text
 
 
 def test_a_tokens_layer():

@@ -69,6 +69,21 @@ def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
         np.testing.assert_allclose(new, expected, atol=1e-6)
 
 
+def test_store_looks_rows_up():
+    key, value, words, bias = (
+        normal(0, 2, 3, 12, 512),
+        normal(1, 2, 3, 12, 512),
+        normal(2, 9, 2, 3, 16),
+        normal(3, 2, 3, 16),
+    )
+    rope, tokens = rope_table(jnp.arange(128), 12), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
+    place = jnp.int32(1), jnp.int32(64)
+    found = history_kernel.store(key, value, words, bias, rope, *place, tokens, interpret=True)
+    expected = history_kernel.store(key, value, words[tokens], bias, rope, *place, interpret=True)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_feature_pieces_cover_the_width_once():
     for width in range(2, 260, 2):
         pieces = history_kernel.feature_pieces(width)

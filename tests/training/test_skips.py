@@ -11,7 +11,8 @@ from tests.training.test_resume import run_config
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training import loop
 from tlinformer_jax.training.config import TrainConfig
-from tlinformer_jax.training.loop import DivergedError, train_and_evaluate
+from tlinformer_jax.training.divergence import DivergedError
+from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import Skips, count_skips, init_state, train_step
 

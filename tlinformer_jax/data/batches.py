@@ -2,8 +2,8 @@
 
 Sample i of a stream is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels; the remainder is
 dropped. Every epoch visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function
-of the update's number, so the iterator's whole state is that number, and any split of the batch over
-processes reads the same global stream. `tlinformer_jax.data.reader` prepares batches ahead.
+of the update's number, so the iterator's whole state is that number. A process that computes only some rows of
+the batch reads only those, of the same global stream. `tlinformer_jax.data.reader` prepares batches ahead.
 """
 
 import dataclasses
@@ -16,6 +16,9 @@ from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
+# Rows of a batch: those that one process reads.
+Rows = np.ndarray | slice
+ALL = slice(None)
 
 
 def num_samples(stream: TokenStream, sequence_length: int) -> int:
@@ -107,13 +110,13 @@ class TrainingBatches:
             chosen[here] = epoch_permutation(count, self.seed, int(epoch))[offsets[here]]
         return chosen
 
-    def batch(self, step: int, process: int = 0, num_processes: int = 1) -> Batch:
-        """The rows of update `step` that process `process` of `num_processes` holds, in global order."""
+    def batch(self, step: int, rows: Rows = ALL) -> Batch:
+        """Update `step`, of it the given rows, in their order."""
         indices = self.indices(step)
-        batch = take_samples(self.stream, self.sequence_length, _share(indices, process, num_processes))
+        batch = take_samples(self.stream, self.sequence_length, indices[rows])
         if not self.equal_updates:
-            rows = paper_gradient_weights(int((indices >= 0).sum()), self.batch_size, self.micro_batch)
-            batch["weights"] *= _share(rows, process, num_processes)[:, None]
+            weights = paper_gradient_weights(int((indices >= 0).sum()), self.batch_size, self.micro_batch)
+            batch["weights"] *= weights[rows, None]
         return batch
 
 
@@ -142,18 +145,10 @@ def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int)
     return weights
 
 
-def _share(indices: np.ndarray, process: int, num_processes: int) -> np.ndarray:
-    """The consecutive part of a batch's rows that belongs to one process."""
-    share, left = divmod(len(indices), num_processes)
-    if left:
-        raise DataError(f"a batch of {len(indices)} sequences: must be divisible by the {num_processes} processes")
-    return indices[process * share : (process + 1) * share]
-
-
-def evaluation_batches(
-    stream: TokenStream, sequence_length: int, batch_size: int, process: int = 0, num_processes: int = 1
-) -> Iterator[Batch]:
+def evaluation_batches(stream: TokenStream, sequence_length: int, batch_size: int, rows: Rows = ALL) -> Iterator[Batch]:
     """Yields every sample of a split once, in order; the last batch is filled with rows of weight 0.
+
+    Of each batch only the given rows.
 
     Raises:
       DataError: if the split is shorter than one sample.
@@ -167,4 +162,4 @@ def evaluation_batches(
     for start in range(0, count, batch_size):
         indices = np.arange(start, start + batch_size)
         indices[indices >= count] = -1
-        yield take_samples(stream, sequence_length, _share(indices, process, num_processes))
+        yield take_samples(stream, sequence_length, indices[rows])

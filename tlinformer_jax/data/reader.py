@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Generator, Iterator
 from typing import Self
 
-from tlinformer_jax.data.batches import Batch, TrainingBatches
+from tlinformer_jax.data.batches import ALL, Batch, Rows, TrainingBatches
 from tlinformer_jax.errors import DataError
 
 ENDLESS = 1 << 48  # more updates than any run makes; grain wants a length
@@ -45,47 +45,41 @@ class PrefetchedBatches(Iterator[Batch]):
 def prefetched(
     batches: TrainingBatches,
     start_step: int = 0,
-    process: int = 0,
-    num_processes: int = 1,
+    rows: Rows = ALL,
     *,
     num_threads: int = 2,
     ahead: int = 4,
     use_grain: bool | None = None,
 ) -> PrefetchedBatches:
-    """Returns the batches of one process from update `start_step` on, prepared ahead.
+    """Returns the batches, or rows of them, from update `start_step` on, prepared ahead.
 
     Args:
       batches: the stream.
       start_step: the first update; `state()["step"]` of an earlier iterator goes on where that one stood.
-      process: this process's number.
-      num_processes: processes that share each batch.
+      rows: of each batch, that this process holds.
       num_threads: threads that prepare batches.
       ahead: batches kept ready.
       use_grain: whether grain reads; None: if it is installed.
 
     Raises:
-      DataError: if `num_processes` does not divide the batch, or `start_step` is negative.
+      DataError: if `start_step` is negative.
     """
     if start_step < 0:
         raise DataError(f"data position step = {start_step}: must be 0 or more")
-    if batches.batch_size % num_processes:
-        raise DataError(
-            f"a batch of {batches.batch_size} sequences: must be divisible by the {num_processes} processes"
-        )
     if use_grain is None:
         use_grain = importlib.util.find_spec("grain") is not None
     read = _read_with_grain if use_grain else _read_with_threads
-    return PrefetchedBatches(read(batches, start_step, process, num_processes, num_threads, ahead), start_step)
+    return PrefetchedBatches(read(batches, start_step, rows, num_threads, ahead), start_step)
 
 
 def _read_with_threads(
-    batches: TrainingBatches, start_step: int, process: int, num_processes: int, num_threads: int, ahead: int
+    batches: TrainingBatches, start_step: int, rows: Rows, num_threads: int, ahead: int
 ) -> Generator[Batch, None, None]:
     executor = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="batches")
     pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
     try:
         for step in range(start_step, ENDLESS):
-            pending.append(executor.submit(batches.batch, step, process, num_processes))
+            pending.append(executor.submit(batches.batch, step, rows))
             if len(pending) > ahead:
                 yield pending.popleft().result()
     finally:
@@ -93,12 +87,12 @@ def _read_with_threads(
 
 
 def _read_with_grain(
-    batches: TrainingBatches, start_step: int, process: int, num_processes: int, num_threads: int, ahead: int
+    batches: TrainingBatches, start_step: int, rows: Rows, num_threads: int, ahead: int
 ) -> Generator[Batch, None, None]:
     import grain
 
     steps = grain.MapDataset.range(start_step, ENDLESS)
-    read = steps.map(lambda step: batches.batch(int(step), process, num_processes))
+    read = steps.map(lambda step: batches.batch(int(step), rows))
     # Threads only: grain's worker processes need absl's flags parsed (grain#1361), and each would map the tokens.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(ahead, num_threads))
     iterator = iter(read.to_iter_dataset(options))

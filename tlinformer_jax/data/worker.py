@@ -19,7 +19,8 @@ from tlinformer_jax.data.tokenizers import load_tokenizer
 
 def main(directory: str, dtype: str) -> None:
     """Serves until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may reach a whole group of processes
+        signal.signal(number, signal.SIG_IGN)  # the parent's to handle, which then ends this one
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     tokenizer = load_tokenizer(pathlib.Path(directory))

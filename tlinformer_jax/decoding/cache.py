@@ -18,7 +18,7 @@ from tlinformer_jax.models.config import ModelConfig
 CLASS_STEPS = (16, 20, 26)
 SMALLEST_CLASS = 1024
 # Rows of history that `prefill` and `slide` work on at once.
-CHUNK_ROWS = 16384
+CHUNK_ROWS = 32768
 # A loop whose length is known at run time only waits for the host once a round; it takes about so many rounds.
 ROUNDS = 4
 

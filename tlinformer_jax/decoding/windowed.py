@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
+from tlinformer_jax.decoding.words import WordProjections, project_words
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import (
@@ -28,6 +29,7 @@ from tlinformer_jax.models.cached_attention import (
     lane_rows,
     write_row,
     write_rows,
+    write_words,
 )
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
@@ -44,6 +46,7 @@ class Frame:
       length: n, rows of history, int32 [].
       start: h, the observation window's first row, int32 [].
       observed: its valid rows, n - h, int32 [].
+      words: block 0's projections of every word, where the history is looked up in them.
       width: rows computed for it (static).
     """
 
@@ -51,6 +54,7 @@ class Frame:
     length: jax.Array
     start: jax.Array
     observed: jax.Array
+    words: WordProjections | None
     width: int = flax.struct.field(pytree_node=False)
 
 
@@ -124,7 +128,7 @@ def prefill(
     history = (length - 1) // size * size
     cache = dataclasses.replace(cache, tokens=jax.lax.dynamic_update_slice(cache.tokens, prompt[None], (row, 0)))
     window_tokens = jax.lax.dynamic_slice(prompt, (history,), (size,))
-    cache, x = _rebuild(params, config, cache, _frame(config, cache, row, history, observed), window_tokens)
+    cache, x = _rebuild(params, config, cache, _frame(params, config, cache, row, history, observed), window_tokens)
     assert x is not None  # it was given a window
     last = jax.lax.dynamic_index_in_dim(x[0], length - history - 1, keepdims=False)
     cache = dataclasses.replace(cache, window_length=cache.window_length.at[row].set(length - history))
@@ -155,13 +159,21 @@ def slide(
         first = write_rows(cache.history[0], row, before, layer, rows, rope, config.attention)
         history = (first, *cache.history[1:])
         cache = dataclasses.replace(cache, history=history)
-    cache, _ = _rebuild(params, config, cache, _frame(config, cache, row, before + size, observed), None)
+    cache, _ = _rebuild(params, config, cache, _frame(params, config, cache, row, before + size, observed), None)
     return dataclasses.replace(cache, window_length=cache.window_length.at[row].set(0))
 
 
-def _frame(config: ModelConfig, cache: WindowedCache, row: jax.Array, length: jax.Array, observed: jax.Array) -> Frame:
+def _frame(
+    params: DecoderParams,
+    config: ModelConfig,
+    cache: WindowedCache,
+    row: jax.Array,
+    length: jax.Array,
+    observed: jax.Array,
+) -> Frame:
     width = max(config.observed_rows(cache.capacity), 1)
-    return Frame(row, length, length - observed, observed, width)
+    words = project_words(params, config, cache.capacity, chunk_rows(cache.capacity))
+    return Frame(row, length, length - observed, observed, words, width)
 
 
 def _rebuild(
@@ -279,6 +291,11 @@ def _read_history(
 
     def body(start: jax.Array, carry):
         history, rows, parts = carry
+        if kept and index == 0 and frame.words is not None:
+            ids = jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size))[0]
+            rope = _rope(config, start, size)
+            words = frame.words.key_value
+            return write_words(history, frame.row, start, words, ids, rope, config.attention), rows, parts
         chunk = _history_rows(params, config, tokens, frame, index, rows, restored, start, size)
         rope = _rope(config, start, size)
         if rows is not None and 0 < index < config.num_blocks - 1:
@@ -312,14 +329,19 @@ def _history_rows(
     size: int,
 ) -> jax.Array:
     """C at the entrance of block `index`, rows start .. start + size - 1: [1, size, D]."""
+    rope = _rope(config, start, size)
+    ids = jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size))
     if index <= 1 or rows is None:
-        chunk = embed(params, jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size)))
+        chunk, words = embed(params, ids), frame.words
     else:
-        chunk = jax.lax.dynamic_slice(rows, (0, start, 0), (1, size, config.d_model))
+        chunk, words = jax.lax.dynamic_slice(rows, (0, start, 0), (1, size, config.d_model)), None
     if restored is None:
         return chunk
     block = params.blocks[index - 1]
-    (query,) = project(block.compress, chunk, _rope(config, start, size), "q")
+    if words is not None:
+        query = words.rotated_query(ids, rope)
+    else:
+        (query,) = project(block.compress, chunk, rope, "q")
     return _restore(block.restore, config, chunk, query, restored, frame)
 
 

@@ -123,7 +123,7 @@ def causal_layers(
         attended = _attend_causal(config, Projected(*project(params, x, rope)), dropout, window)
         return update(params, x, attended, _part(dropout, FEED_FORWARD))
 
-    scan = config.scan_layers
+    scan = config.scans_layers
     return chain_layers(recomputed(layer, config, in_loop=scan) if remat else layer, layers, x, dropout, scan)
 
 
@@ -168,7 +168,7 @@ def dual_window_block(
         params.hidden,
         both,
         _part(dropout, 1),
-        config.scan_layers,
+        config.scans_layers,
     )
     z, x = both[:, : frame.observed_width], both[:, frame.observed_width :]
 

@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from tlinformer_jax.models import decode_kernel, history_kernel
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import LayerParams, project, unbiased_projections
-from tlinformer_jax.models.rope import Rope
+from tlinformer_jax.models.rope import Rope, rotate
 
 
 @flax.struct.dataclass
@@ -119,10 +119,37 @@ def write_rows(
         projected, bias = unbiased_projections(layer, rows, "kv")
         return KeyValue(*history_kernel.store(cache.key, cache.value, projected[0], bias, rope, row, start))
 
+    return _write_plainly(cache, row, start, *project(layer, rows, rope, "kv"))
+
+
+def write_words(
+    cache: KeyValue, row: jax.Array, start: jax.Array, words: jax.Array, tokens: jax.Array, rope: Rope, backend: str
+) -> KeyValue:
+    """`write_rows` of keys and values that depend on the token alone, looked up.
+
+    Args:
+      cache: [batch, heads, d_h, room].
+      row: the sequence's place in the batch, int32 [].
+      start: where the first row goes, int32 [].
+      words: keys and values of every word by a layer from `for_writing`, not rotated, [V, 2, heads, d_h or more].
+      tokens: int32 [rows].
+      rope: rotations of the rows.
+      backend: as `for_writing` had it.
+    """
+    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], tokens.size, backend):
+        no_bias = jnp.zeros(words.shape[1:], words.dtype)
+        stored = history_kernel.store(cache.key, cache.value, words, no_bias, rope, row, start, tokens)
+        return KeyValue(*stored)
+    key, value = jnp.moveaxis(jnp.take(words, tokens, axis=0, mode="clip")[None], 2, 0)
+    return _write_plainly(cache, row, start, rotate(key, rope), value)
+
+
+def _write_plainly(cache: KeyValue, row: jax.Array, start: jax.Array, key: jax.Array, value: jax.Array) -> KeyValue:
+    """Writes keys and values [1, rows, heads, d_h or more]."""
+
     def write(array: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(array, lane_rows(new, array.shape[2]), (row, 0, 0, start))
 
-    key, value = project(layer, rows, rope, "kv")
     return KeyValue(write(cache.key, key), write(cache.value, value))
 
 

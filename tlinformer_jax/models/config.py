@@ -16,9 +16,9 @@ REMAT = ("auto", "none", "window")
 # attention returned; the feed-forward's two inner products. Widest first, `gate_up` has 2 F features of a row.
 REMAT_NAMES = ("gate_up", "projected", "attended")
 
-# Training over more windows than this rematerialises each window unless told otherwise: what reverse-mode
-# differentiation would keep of them grows with the square of the sequence.
-AUTO_REMAT_WINDOWS = 4
+# A sequence of at most so many windows has them computed together, and nothing of them computed again in the backward
+# pass, unless told otherwise: what differentiation keeps of them grows with the square of the sequence.
+FEW_WINDOWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,15 @@ class ModelConfig:
       history_segments: the scan over windows is cut in at most this many scans whose static history lengths
         grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer.
       windows_together: generation windows with history that are computed together, as if they were more sequences;
-        they share what the longest history of them costs. It fills a device that one window of the batch does not.
+        they share what the longest history of them costs. It fills a device that one window of the batch does not,
+        and compiles one program for all. 'auto' is all of a sequence of at most 8 windows on accelerators, else 1.
       history_chunk: rows of the history that `restore` computes at a time, each chunk again in the backward pass, so
         that its feed-forward's inner values never exist for a whole long history; 0 takes all rows at once.
       scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
-        history) once and loop over them; False compiles each, which takes longer and may run faster.
+        history) once and loop over them; False compiles each, which takes longer and runs faster; 'auto' is False on
+        accelerators and True on the CPU.
       remat: 'window' recomputes each window in the backward pass, in the baselines each layer; 'none' keeps
-        everything; 'auto' recomputes when a sequence has more than 4 windows, in the baselines never.
+        everything; 'auto' recomputes when a sequence has more than 8 windows, in the baselines never.
       remat_save: intermediate values that are kept where `remat` recomputes, names separated by commas, of
         'gate_up', 'projected', 'attended'; '' keeps none. Keeping makes a step faster and takes memory; the gradients
         of what windows share are then summed in the compute dtype. Sampled windows keep nothing.
@@ -77,9 +79,9 @@ class ModelConfig:
     attention: str = "auto"
     head_padding: int = 8
     history_segments: int = 4
-    windows_together: int = 1
+    windows_together: int | str = "auto"
     history_chunk: int = 0
-    scan_layers: bool = True
+    scan_layers: bool | str = "auto"
     remat: str = "auto"
     remat_save: str = ""
 
@@ -96,15 +98,18 @@ class ModelConfig:
             _check_int(self, name, 1)
         if self.vocab_size > 2**31 - 1:
             raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
-        for name in ("history_segments", "windows_together"):
-            _check_int(self, name, 1)
+        _check_int(self, "history_segments", 1)
+        if self.windows_together != "auto":
+            if isinstance(self.windows_together, str):
+                raise ConfigError("model.windows_together", self.windows_together, "must be an integer >= 1 or 'auto'")
+            _check_int(self, "windows_together", 1)
         for name in ("hidden_depth", "history_chunk"):
             _check_int(self, name, 0)
         _check_int(self, "head_padding", 8)
         if self.head_padding % 8:
             raise ConfigError("model.head_padding", self.head_padding, "must be a multiple of 8")
-        if not isinstance(self.scan_layers, bool):
-            raise ConfigError("model.scan_layers", self.scan_layers, "must be True or False")
+        if not isinstance(self.scan_layers, bool) and self.scan_layers != "auto":
+            raise ConfigError("model.scan_layers", self.scan_layers, "must be True, False or 'auto'")
         if not isinstance(self.remat_save, str) or not set(self.saved_names) <= set(REMAT_NAMES):
             raise ConfigError(
                 "model.remat_save", self.remat_save, f"must be names of {', '.join(REMAT_NAMES)}, separated by commas"
@@ -170,12 +175,22 @@ class ModelConfig:
     @property
     def compute_dtype(self) -> Any:
         """The dtype of the computation, 'auto' resolved for the default device."""
-        import jax  # here, because configurations are also read where JAX is not wanted
-        import jax.numpy as jnp
+        import jax.numpy as jnp  # here, because configurations are also read where JAX is not wanted
 
         if self.dtype != "auto":
             return jnp.dtype(self.dtype)
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if _on_cpu() else "bfloat16")
+
+    @property
+    def scans_layers(self) -> bool:
+        """`scan_layers`, 'auto' resolved for the default device."""
+        return _on_cpu() if isinstance(self.scan_layers, str) else self.scan_layers
+
+    def group_size(self, windows: int) -> int:
+        """`windows_together` for a sequence of so many windows, 'auto' resolved for the default device."""
+        if not isinstance(self.windows_together, str):
+            return self.windows_together
+        return max(windows - 1, 1) if windows <= FEW_WINDOWS and not _on_cpu() else 1
 
     @property
     def always_observes(self) -> bool:
@@ -189,6 +204,12 @@ class ModelConfig:
         if self.history_window == "auto":
             return min(history, 8 * math.floor((12 * math.log(history) + 7) / 8))
         return min(history, int(self.history_window))
+
+
+def _on_cpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "cpu"
 
 
 def _dtype_name(field: str, value: Any) -> str:

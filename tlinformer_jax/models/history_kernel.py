@@ -232,6 +232,7 @@ def store(
     rope: Rope,
     row: jax.Array,
     start: jax.Array,
+    tokens: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Finishes keys and values of many rows of one sequence and writes them into a cache, in place.
@@ -242,24 +243,26 @@ def store(
     Args:
       key: the cache's, [batch, heads, d_h, room], with room for the rows; value: likewise.
       projected: keys and values, neither rotated nor biased, [rows, 2, heads, width >= d_h], their features as
-        `halves_apart` puts them; as many rows as a multiple of STORE_TILE.
+        `halves_apart` puts them; as many rows as a multiple of STORE_TILE. With `tokens`, of the words: [V, ...].
       bias: of keys and values, [2, heads, width], likewise.
       rope: rotations of the rows, [rows, d_h / 2].
       row: the sequence's place in the batch, int32 [].
       start: where the first of them goes, int32 [].
+      tokens: the row of `projected` that each row to write takes, int32 [rows]; None: they are in order.
       interpret: run on the CPU, for tests.
 
     Returns:
       the cache's keys and values.
     """
+    rows = projected.shape[0] if tokens is None else tokens.size
     place = jnp.stack([row, start]).astype(jnp.int32)
     pairs, spread = key.shape[2] // 2, projected.shape[3] // 2
     cos, sin = (jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in (rope.cos, rope.sin))
     return call_kernel(
         functools.partial(_store_kernel, half=pairs, spread=spread),
-        (projected.shape[0] // STORE_TILE, projected.shape[2]),
+        (rows // STORE_TILE, projected.shape[2]),
         [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (key, value)],
-        [key, value, projected, bias, cos, sin, place],
+        [key, value, projected, bias, cos, sin, place, *(() if tokens is None else (tokens,))],
         "store_history",
         interpret,
         aliases={0: 0, 1: 1},
@@ -285,17 +288,17 @@ def halves_apart(array: jax.Array, head_dim: int) -> jax.Array:
     )
 
 
-def _store_kernel(
-    _, __, projected_ref, bias_ref, cos_ref, sin_ref, place_ref, key_ref, value_ref, *, half: int, spread: int
-) -> None:
+def _store_kernel(_, __, projected_ref, bias_ref, cos_ref, sin_ref, place_ref, *refs, half: int, spread: int) -> None:
     """A tile of the rows, for one head, in halves: a feature's partner in the rotation lies in the other half."""
+    *tokens_refs, key_ref, value_ref = refs
     tile, head = pl.program_id(0), pl.program_id(1)
     pairs = _iota(pl.next_power_of_2(spread))
     numbers = tile * STORE_TILE + _iota(STORE_TILE)
     there = (pairs < spread)[None, :]
+    sources = _load(tokens_refs[0].at[numbers], None) if tokens_refs else numbers
 
     def load(part: int, first: int) -> jax.Array:
-        rows = _load(projected_ref.at[numbers[:, None], part, head, first + pairs[None, :]], there)
+        rows = _load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)
         bias = _load(bias_ref.at[part, head, first + pairs], pairs < spread)
         # Rounded where the plain path rounds, so that both cache the same keys.
         return (rows.astype(jnp.float32) + bias.astype(jnp.float32)).astype(rows.dtype)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from tlinformer_jax.models import norm_kernel
 from tlinformer_jax.models.attention import Dropout
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
@@ -148,7 +149,7 @@ def _pad_heads(array: jax.Array, axis: int, multiple: int) -> jax.Array:
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@_recomputed
+@jax.custom_vjp
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """LayerNorm over the last axis with the biased variance, statistics in float32; returns x's dtype."""
     wide = x.astype(jnp.float32)
@@ -157,6 +158,58 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
     return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def norm_branch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x and `layer_norm` of it: where a branch leaves the residual stream, so that both gradients of x meet at once."""
+    return x, layer_norm(x, scale, bias)
+
+
+def _norm_backward(skips: bool, kept: tuple[jax.Array, ...], gradients: Any) -> tuple[jax.Array, ...]:
+    """Gradients of x, scale and bias; elementwise work is done again from x in the compute dtype."""
+    x, scale, bias = kept
+    skip, gradient = gradients if skips else (None, gradients)
+    if norm_kernel.use_kernel(x):
+        x_gradient, *sums = norm_kernel.layer_norm_backward(x, gradient, skip, scale, LAYER_NORM_EPSILON)
+    else:
+        x_gradient, *sums = _plain_norm_backward(x, gradient, scale)
+        x_gradient = x_gradient if skip is None else x_gradient + skip
+    return x_gradient, *(total.astype(array.dtype) for total, array in zip(sums, (scale, bias)))
+
+
+def _plain_norm_backward(x: jax.Array, gradient: jax.Array, scale: jax.Array) -> tuple[jax.Array, ...]:
+    """Gradients of x, in its dtype, and of scale and bias, float32."""
+    wide, slope = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
+    normed, scaled = centred * inverse, slope * scale.astype(jnp.float32)
+    shift, along = (jnp.mean(part, axis=-1, keepdims=True) for part in (scaled, scaled * normed))
+    rows = tuple(range(x.ndim - 1))
+    x_gradient = ((scaled - shift - normed * along) * inverse).astype(x.dtype)
+    return x_gradient, jnp.sum(slope * normed, axis=rows), jnp.sum(slope, axis=rows)
+
+
+layer_norm.defvjp(lambda *arrays: (layer_norm(*arrays), arrays), functools.partial(_norm_backward, False))
+norm_branch.defvjp(lambda *arrays: (norm_branch(*arrays), arrays), functools.partial(_norm_backward, True))
+
+
+@jax.custom_vjp
+def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [rows..., ...] + bias [...]."""
+    # As a vector: what cuBLAS adds in its product's epilogue.
+    return (x.reshape(-1, bias.size) + bias.astype(x.dtype).reshape(-1)).reshape(x.shape)
+
+
+def _add_bias_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Summed over rows apart from what makes the gradient: in one kernel with the rotation, which gathers it from
+    # many arrays, the sum over columns takes three times as long as both alone.
+    gradient = jax.lax.optimization_barrier(gradient)
+    axes = tuple(range(gradient.ndim - bias.ndim))
+    return gradient, jnp.sum(gradient.astype(jnp.float32), axis=axes).astype(bias.dtype)
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
 
 
 def projections(params: LayerParams, x: jax.Array, parts: str = "qkv") -> jax.Array:
@@ -171,7 +224,7 @@ def projections(params: LayerParams, x: jax.Array, parts: str = "qkv") -> jax.Ar
       [batch, length, parts, heads, d_h (padded as in `params`)].
     """
     projected, bias = unbiased_projections(params, x, parts)
-    return checkpoint_name(projected + bias, "projected")
+    return checkpoint_name(_add_bias(projected, bias), "projected")
 
 
 def unbiased_projections(params: LayerParams, x: jax.Array, parts: str) -> tuple[jax.Array, jax.Array]:
@@ -215,8 +268,8 @@ def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Drop
       [batch, length, D].
     """
     attended = checkpoint_name(attended, "attended")
-    x = x + jnp.einsum("blhk,hkd->bld", attended, params.out_kernel) + params.out_bias.astype(x.dtype)
-    normed = layer_norm(x, params.norm2_scale, params.norm2_bias)
+    x = x + _add_bias(jnp.einsum("blhk,hkd->bld", attended, params.out_kernel), params.out_bias)
+    x, normed = norm_branch(x, params.norm2_scale, params.norm2_bias)
     gate_up = checkpoint_name(jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel), "gate_up")
     output = jnp.einsum("blf,fd->bld", _gated(gate_up), params.down_kernel)
     return x + (output if dropout is None else dropout(output))

@@ -18,7 +18,7 @@ from tlinformer_jax.models.block import (
     dual_window_block,
     slice_rows,
 )
-from tlinformer_jax.models.config import AUTO_REMAT_WINDOWS, ModelConfig
+from tlinformer_jax.models.config import FEW_WINDOWS, ModelConfig
 from tlinformer_jax.models.layers import project
 from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
@@ -92,7 +92,7 @@ def forward_windows(
 
 def rematerialised(config: ModelConfig, windows: int) -> bool:
     """Whether the windows of a sequence of so many are computed again in the backward pass."""
-    return config.remat == "window" or (config.remat == "auto" and windows > AUTO_REMAT_WINDOWS)
+    return config.remat == "window" or (config.remat == "auto" and windows > FEW_WINDOWS)
 
 
 def later_window(

@@ -90,11 +90,11 @@ def plan_segments(config: ModelConfig, windows: int, together: int | None = None
     Args:
       config: of the model; at most `config.history_segments` runs, and one more for what does not fill a group.
       windows: of the sequence.
-      together: windows to a group; None takes `config.windows_together`.
+      together: windows to a group; None takes `config.group_size`.
     """
     if windows <= 1:
         return ()
-    together = min(config.windows_together if together is None else together, windows - 1)
+    together = min(config.group_size(windows) if together is None else together, windows - 1)
     alone = (windows - 1) % together  # the first ones, whose histories are the shortest
     groups = np.arange(1 + alone, windows).reshape(-1, together)
     runs = [(part.reshape(-1), together) for part in np.array_split(groups, min(config.history_segments, len(groups)))]

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tlinformer_jax.errors import ConfigError
@@ -58,7 +59,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device, and so every process, holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, ascending, int64.
+
+    They need not follow each other: a mesh orders devices by their connections, not by their processes.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held if index is not None]))
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Device arrays of the global batch from this process's share of its rows."""
+    """Device arrays of the global batch from the rows that `process_rows` names, in their order."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -9,6 +9,7 @@ their bytes could not be verified.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -28,7 +29,7 @@ from tlinformer_jax.config import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, sync_folder, verify, write_manifest
 from tlinformer_jax.training.metrics import say
-from tlinformer_jax.training.step import TrainState
+from tlinformer_jax.training.step import Skips, TrainState
 
 FOLDER = "checkpoints"
 STATE, OLD_STATE = "state", "default"
@@ -49,14 +50,23 @@ class Checkpoints:
       keep: how many of the latest are kept.
       keep_best: how many of those with the lowest validation loss are kept besides.
       config_sha256: of the run's configuration, for the manifests.
+      regular_every: steps between regular checkpoints, of which the last is kept whatever else is; 0 for none.
 
     Raises:
       DataError: by every method where a save has failed (disk full, say), naming it; older checkpoints stay.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "") -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        keep: int,
+        keep_best: int = 0,
+        config_sha256: str = "",
+        regular_every: int = 0,
+    ) -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
+        self._regular_every = regular_every
         self._good: set[int] = set()  # written or verified by this run
         self._latest: int | None = None
         self._main = jax.process_index() == 0
@@ -100,20 +110,22 @@ class Checkpoints:
         except Exception as error:
             raise _failure(draft, error) from error
         self._latest = step
-        self._pending = self._thread.submit(self._finish, step, draft)
+        self._pending = self._thread.submit(self._finish, step, draft, int(state.skips.in_a_row) > 0)
 
-    def restore(self, state: TrainState) -> tuple[TrainState, Manifest | None] | None:
+    def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest | None] | None:
         """The newest good state with its manifest (None for one of an older version); None if none was ever saved.
 
         Newer ones that are damaged are named on stderr and set aside.
 
         Args:
           state: abstract (jax.ShapeDtypeStruct) leaves whose shardings say where each goes.
+          regular: look among the regular ones only: those that are there whenever the run was interrupted.
 
         Raises:
           DataError: if there are checkpoints, but none that can be used.
         """
-        found = newest_good(self._folder, set_aside=True)
+        self._settle()
+        found = newest_good(self._folder, set_aside=True, regular_every=self._regular_every if regular else 0)
         if found is None:
             return None
         fields = _fields(state)
@@ -123,7 +135,7 @@ class Checkpoints:
             return dataclasses.replace(state, **restored, skips=type(state.skips)()), None
         self._good.add(found.step)
         self._latest = found.step
-        return TrainState(**_read(found.state, fields)), found.manifest
+        return _read_state(found.state, state), found.manifest
 
     def record_validation(self, step: int, loss: float) -> None:
         """Adds the validation loss to the manifest of `step`, if it is saved; deletes what is no longer wanted."""
@@ -148,12 +160,13 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _finish(self, step: int, draft: pathlib.Path) -> None:
+    def _finish(self, step: int, draft: pathlib.Path, after_skip: bool) -> None:
         try:
             self._orbax.wait_until_finished()
             if self._main:
-                version = tlinformer_jax.__version__
-                write_manifest(draft, Manifest(step, hash_files(draft), version, self._config_sha256))
+                files, version = hash_files(draft), tlinformer_jax.__version__
+                manifest = Manifest(step, files, version, self._config_sha256, after_skip=after_skip)
+                write_manifest(draft, manifest)
                 draft.rename(self._folder / str(step))
                 sync_folder(self._folder)
                 self._good.add(step)
@@ -166,9 +179,13 @@ class Checkpoints:
         if len(latest) < self._keep:
             return
         losses = self._validation_losses()
-        best = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
+        kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
+        if self._regular_every:
+            regular = _regular_steps(self._folder, self._regular_every)
+            # The last on disk and, since that one may be damaged, the last that is known to be good.
+            kept += regular[:1] + [step for step in regular if step in self._good][:1]
         for step in _steps(self._folder):
-            if step < latest[0] and step not in best:
+            if step < latest[0] and step not in kept:
                 # Renamed first, so that a half-deleted folder is never taken for a damaged checkpoint.
                 gone = (self._folder / str(step)).rename(self._folder / f"{step}{DELETING}")
                 shutil.rmtree(gone, ignore_errors=True)
@@ -196,7 +213,7 @@ class Found:
     manifest: Manifest | None
 
 
-def newest_good(folder: pathlib.Path, set_aside: bool = False) -> Found | None:
+def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: int = 0) -> Found | None:
     """The newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
     Process 0 looks, all others are told. Those that fail are named on stderr.
@@ -204,13 +221,14 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False) -> Found | None:
     Args:
       folder: `checkpoints` of a working directory.
       set_aside: rename those that fail to STEP.damaged; for the run that trains here only.
+      regular_every: above 0, look among the regular checkpoints of this distance only.
 
     Raises:
       DataError: if there are checkpoints, but none that can be used.
     """
     step = NONE_THERE
     if jax.process_index() == 0:
-        steps = _steps(folder)
+        steps = _regular_steps(folder, regular_every) if regular_every else _steps(folder)
         damaged = list(itertools.takewhile(lambda step: not _usable(folder / str(step)), steps))
         if len(damaged) < len(steps):
             step = steps[len(damaged)]
@@ -273,6 +291,16 @@ def _steps(folder: pathlib.Path) -> list[int]:
     )
 
 
+def _regular_steps(folder: pathlib.Path, every: int) -> list[int]:
+    """The multiples of `every` among the steps, the newest first; without those that were saved amid bad updates."""
+    found = []
+    for step in _steps(folder):
+        if step % every == 0:
+            with contextlib.suppress(DataError):
+                found += [] if read_manifest(folder / str(step)).after_skip else [step]
+    return found
+
+
 def _usable(path: pathlib.Path) -> bool:
     """Whether the checkpoint in `path` passes its verification; says so if not."""
     if _is_old(path):
@@ -317,6 +345,20 @@ def _read(folder: pathlib.Path, tree: Mapping[str, Any]) -> dict[str, Any]:
             folder.absolute(),
             args=ocp.args.PyTreeRestore(item=dict(tree), restore_args=how, partial_restore=True),
         )
+
+
+def _read_state(folder: pathlib.Path, state: TrainState) -> TrainState:
+    """A whole state; of one that was saved before there were rollbacks, their number is 0."""
+    fields = _fields(state)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder.absolute()).item_metadata.tree["skips"]
+    missing = {field.name for field in dataclasses.fields(Skips)} - set(saved)
+    fields["skips"] = {
+        field.name: getattr(state.skips, field.name) for field in dataclasses.fields(Skips) if field.name not in missing
+    }
+    read = _read(folder, fields)
+    read["skips"] = Skips(**read["skips"])
+    return TrainState(**read)
 
 
 def _failure(draft: pathlib.Path, error: Exception) -> DataError:

@@ -44,6 +44,8 @@ class TrainConfig:
         among the best saves a checkpoint too.
       max_skipped_updates: an update whose loss or gradient is not finite is left out; after more than so many of
         them in a row the run stops. 0 stops at the first.
+      max_rollbacks: how often, instead of stopping, it takes up the parameters of the last checkpoint and goes on with
+        the batches that follow; above 0, checkpoint_every must be too.
     """
 
     steps: int = 1000
@@ -72,6 +74,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_best: int = 0
     max_skipped_updates: int = 0
+    max_rollbacks: int = 0
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulation": 1, "loss_chunk": 1, "log_every": 1}
@@ -86,7 +89,7 @@ class TrainConfig:
             "eval_every_epochs",
             "eval_batch_size",
         )
-        zero += ("checkpoint_every", "keep_best", "max_skipped_updates")
+        zero += ("checkpoint_every", "keep_best", "max_skipped_updates", "max_rollbacks")
         for name, minimum in (least | dict.fromkeys(zero, 0)).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
@@ -110,6 +113,8 @@ class TrainConfig:
             raise ConfigError("train.steps", 0, "must be at least 1 where train.epochs is 0")
         if self.schedule == "paper" and not self.epochs:
             raise ConfigError("train.epochs", 0, "must be at least 1 for train.schedule = 'paper'")
+        if self.max_rollbacks and not self.checkpoint_every:
+            raise ConfigError("train.max_rollbacks", self.max_rollbacks, "must be 0 where train.checkpoint_every is 0")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 "train.accumulation", self.accumulation, f"must divide train.batch_size = {self.batch_size}"

@@ -26,14 +26,16 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.errors import ConfigError, DataError, UserError
-from tlinformer_jax.parallel.sharding import batch_sharding, put_batch
+from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.divergence import has_diverged, roll_back
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.lock import sole_run
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
+from tlinformer_jax.training.origin import Origin, check_origin, find_origin, initial_params, remember_origin
 from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import PENDING, Run, build_run
 from tlinformer_jax.training.signals import Stopped, StopRequest
@@ -53,10 +55,6 @@ IDENTITY = (
 )
 
 
-class DivergedError(UserError):
-    """Loss or gradient were not finite in more updates in a row than train.max_skipped_updates allows."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Surroundings:
     """What the loop evaluates on, writes to and listens to."""
@@ -74,7 +72,10 @@ class Surroundings:
 
 
 def train_and_evaluate(
-    config: RunConfig | Mapping[str, Any], workdir: str | pathlib.Path, profile: str | pathlib.Path | None = None
+    config: RunConfig | Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    profile: str | pathlib.Path | None = None,
+    init_from: str | pathlib.Path | None = None,
 ) -> dict[str, float]:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
 
@@ -84,6 +85,7 @@ def train_and_evaluate(
       config: a RunConfig, or the nested mapping of a config file.
       workdir: receives config.json, the tokenizer, metrics.jsonl, TensorBoard events and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
+      init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
 
     Returns:
       the figures of the last evaluation, as `evaluation.summary` names them; empty if it was stopped before.
@@ -95,6 +97,10 @@ def train_and_evaluate(
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = pathlib.Path(workdir)
+    begun = (workdir / CONFIG_FILE).exists()
+    origin = find_origin(workdir, init_from, begun)
+    if origin is not None and not begun:
+        check_origin(origin, config)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
     run = build_run(config, tokenizer, PENDING)
     train, validation = run.split("train"), run.split("validation")
@@ -111,10 +117,10 @@ def train_and_evaluate(
     with (
         sole_run(workdir),
         StopRequest() as stop,
-        Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_best, fingerprint(config)) as checkpoints,
+        open_checkpoints(config, workdir) as checkpoints,
         jax.set_mesh(run.mesh),
     ):
-        state, evaluated = first_state(run, workdir, checkpoints)
+        state, evaluated = first_state(run, workdir, checkpoints, origin)
         first, last = int(state.step), run.horizon.steps
         main = jax.process_index() == 0
         if main:
@@ -132,11 +138,27 @@ def train_and_evaluate(
         return figures or {}
 
 
-def first_state(run: Run, workdir: pathlib.Path, checkpoints: Checkpoints) -> tuple[TrainState, bool]:
+def open_checkpoints(config: RunConfig, workdir: pathlib.Path) -> Checkpoints:
+    """The checkpoints of the run."""
+    train = config.train
+    regular = train.checkpoint_every if train.max_rollbacks else 0
+    return Checkpoints(workdir, train.keep_checkpoints, train.keep_best, fingerprint(config), regular)
+
+
+def first_state(
+    run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: Origin | None = None
+) -> tuple[TrainState, bool]:
     """The state to go on from, that of the newest good checkpoint or a new one; and whether it has been evaluated."""
     restored = checkpoints.restore(run.abstract_state)
     if restored is None:
         state = run.initial_state()
+        if origin is not None:
+            step, params = initial_params(origin, run)
+            say(f"starting from the parameters of step {step} in {origin.workdir}")
+            state = dataclasses.replace(state, params=params)
+            if jax.process_index() == 0:
+                remember_origin(dataclasses.replace(origin, step=step), workdir)
+            checkpoints.save(state)
         say(parameter_overview(state.params))
         return state, False
     state, manifest = restored
@@ -198,24 +220,49 @@ def describe(run: Run, train: TokenStream, validation: TokenStream, batches: Tra
 def train_steps(
     run: Run, state: TrainState, batches: TrainingBatches, around: Surroundings, evaluated: bool
 ) -> TrainState:
-    """Runs the steps that are left, or those until a stop is asked for.
+    """Runs the steps that are left, or those until a stop is asked for; rolls back where that is configured.
 
-    Evaluates and saves at the configured rhythm, but not after the last step. `evaluated` says whether the state it
-    begins with has been: an evaluation that a kill or a stop has cut off is made up for.
+    Args:
+      run: what is trained.
+      state: to begin with.
+      batches: to train on.
+      around: see there.
+      evaluated: whether `state` has been: an evaluation that a kill or a stop has cut off is made up for.
+
+    Raises:
+      DivergedError: when loss or gradient are no longer finite, and no rollback is left.
+    """
+    step_function = jit_train_step(run.model, run.config.train, run.horizon, run.shardings, batch_sharding(run.mesh))
+    throughput = build_throughput(run)
+    while True:
+        if int(state.step) in evaluation_steps(run.config.train, batches, run.horizon.steps) and not evaluated:
+            evaluate_and_record(run, state, around)
+        state = steps_while_finite(run, step_function, state, batches, around, throughput)
+        if not has_diverged(run, state.skips):
+            return state
+        state, evaluated = roll_back(run, state, batches, around.checkpoints), False
+
+
+def steps_while_finite(
+    run: Run,
+    step_function: Any,
+    state: TrainState,
+    batches: TrainingBatches,
+    around: Surroundings,
+    throughput: Throughput,
+) -> TrainState:
+    """Runs the steps that are left, until a stop is asked for or the run has diverged.
+
+    Evaluates and saves at the configured rhythm, but not after the last step.
     """
     config, last = run.config.train, run.horizon.steps
-    step_function = jit_train_step(run.model, config, run.horizon, run.shardings, batch_sharding(run.mesh))
-    throughput = build_throughput(run)
     first = int(state.step)
     evaluations = evaluation_steps(config, batches, last)
     tokens = config.batch_size * trained_tokens(run.config.model, batches.sequence_length, config.sampled_windows)
-    if first in evaluations and not evaluated:
-        evaluate_and_record(run, state, around)
-        throughput.restart()
-    metrics = None
-    with prefetched(batches, first, jax.process_index(), jax.process_count()) as reader:
+    throughput.restart()
+    with prefetched(batches, first, process_rows(run.mesh, config.batch_size)) as reader:
         for step in range(first + 1, last + 1):
-            if around.stop:
+            if around.stop.poll():
                 break
             with throughput.waiting():
                 batch = put_batch(next(reader), run.mesh)
@@ -229,7 +276,10 @@ def train_steps(
             # Which steps are logged must not depend on where a run was taken up again.
             if step == 1 or step % config.log_every == 0 or step == last or pause:
                 jax.block_until_ready(metrics)
-                log_step(run, step, metrics, {} if new else throughput.report(step), around.log)
+                if int(metrics["step"]) == step:  # or it has diverged before
+                    log_step(run, step, metrics, {} if new else throughput.report(step), around.log)
+                if has_diverged(run, metrics["skips"]):
+                    break
             if around.trace.after(step, metrics) or new:
                 throughput.restart()
             if pause:
@@ -238,8 +288,6 @@ def train_steps(
                 if step in evaluations:
                     evaluate_and_record(run, state, around)
                 throughput.restart()
-    if metrics is not None:
-        check_skips(run, metrics)
     return state
 
 
@@ -275,33 +323,16 @@ def log_step(run: Run, step: int, metrics: Mapping[str, Any], speed: Mapping[str
     if skipped:
         values["train/skipped_updates"] = skipped
         line += f"  {skipped} skipped"
+    rollbacks = int(metrics["skips"].rollbacks)
+    if rollbacks:
+        values["train/rollbacks"] = rollbacks
+        line += f"  {rollbacks} rolled back"
     if speed:
         values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
         used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
         line += f"  {speed['tokens_per_second']:,.0f} tokens/s{used}  {clock(speed['eta'])} left"
     log.write(step, values)
     say(line)
-    check_skips(run, metrics)
-
-
-def check_skips(run: Run, metrics: Mapping[str, Any]) -> None:
-    """Stops a run that has skipped too many updates in a row.
-
-    Raises:
-      DivergedError: naming the step and the parameters whose gradient was not finite.
-    """
-    skips, most = metrics["skips"], run.config.train.max_skipped_updates
-    if int(skips.in_a_row) <= most:
-        return
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
-    where = "the loss is not finite"
-    if int(skips.culprits):
-        name = "/".join(str(key.key) for key in paths[int(skips.first_culprit)])
-        where = f"the gradient of {name} is not finite"
-        if int(skips.culprits) > 1:
-            where += f", nor are {int(skips.culprits) - 1} of the other {len(paths) - 1}"
-    before = f" (train.max_skipped_updates = {most} before it were skipped)" if most else ""
-    raise DivergedError(f"at step {int(metrics['step'])} {where}{before}; lower train.learning_rate")
 
 
 def evaluate_and_record(run: Run, state: TrainState, around: Surroundings) -> dict[str, float] | None:

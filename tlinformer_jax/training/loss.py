@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.models.model import output_logits, padded_vocabulary
+from tlinformer_jax.training import loss_kernel
 
 
 def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
@@ -63,9 +64,7 @@ def _forward(hidden, embedding, labels, weights, chunk):
 
     def body(table_gradient, part):
         rows, targets, weight = part
-        losses, logits, norm = _chunk_losses(rows, table, targets, embedding.shape[0])
-        chosen = jnp.arange(table.shape[0]) == targets[..., None]
-        slope = ((jnp.exp(logits - norm[..., None]) - chosen) * weight[..., None]).astype(rows.dtype)
+        losses, slope = _chunk_slope(rows, table, targets, weight, embedding.shape[0])
         table_gradient += jnp.einsum("bcv,bcd->vd", slope, rows, preferred_element_type=jnp.float32)
         return table_gradient, (losses, jnp.einsum("bcv,vd->bcd", slope, table))
 
@@ -85,10 +84,25 @@ def _backward(chunk, gradients, cotangent):
 summed_cross_entropy.defvjp(_forward, _backward)
 
 
+def _chunk_slope(
+    rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Losses [batch, c], and the gradient of their weighted sum by the logits in rows' dtype, [batch, c, padded V]."""
+    if loss_kernel.use_kernel() and rows.dtype != jnp.float32:
+        logits = output_logits(rows, table).reshape(-1, table.shape[0])
+        losses, slope = loss_kernel.loss_and_slope(
+            logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype
+        )
+        return losses.reshape(targets.shape), slope.reshape(*targets.shape, -1)
+    losses, logits, norm = _chunk_losses(rows, table, targets, vocab_size)
+    chosen = jnp.arange(table.shape[0]) == targets[..., None]
+    return losses, ((jnp.exp(logits - norm[..., None]) - chosen) * weights[..., None]).astype(rows.dtype)
+
+
 def _chunk_losses(
     rows: jax.Array, table: jax.Array, targets: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [batch, c], logits [batch, c, padded V] (-inf past the vocabulary) and their log-sum-exp [batch, c]."""
+    """Losses [batch, c], logits [batch, c, padded V] (-inf past the vocabulary), their log-sum-exp [batch, c]."""
     logits = output_logits(rows, table)
     if table.shape[0] != vocab_size:
         logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)

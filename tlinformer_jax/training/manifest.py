@@ -26,6 +26,7 @@ class Manifest:
       code_version: of this package.
       config_sha256: of the run's configuration, as `config.fingerprint` takes it; empty where none was given.
       validation_loss: nats per token, if the step has been evaluated.
+      after_skip: whether the last update was skipped, as not finite; no rollback ends there.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Manifest:
     code_version: str
     config_sha256: str
     validation_loss: float | None = None
+    after_skip: bool = False
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -47,13 +49,18 @@ def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
     """Writes the manifest of the checkpoint in `folder`, whole or not at all."""
-    draft = folder / f"{MANIFEST_FILE}.draft"
+    write_text(folder / MANIFEST_FILE, _render(dataclasses.asdict(manifest)))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all; it is on the disk when this returns."""
+    draft = path.with_name(f"{path.name}.draft")
     with open(draft, "w", encoding="utf-8") as file:
-        file.write(_render(dataclasses.asdict(manifest)))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(folder / MANIFEST_FILE)
-    sync_folder(folder)
+    draft.replace(path)
+    sync_folder(path.parent)
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:

@@ -1,19 +1,20 @@
 """Out of memory: what a user can change, said in one line instead of a traceback."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.models.config import FEW_WINDOWS
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.windows import num_windows
 
 # Below these, a chunk or a sequence is not what fills a device.
 SMALL_CHUNK = 4096
 SMALL_LOSS_CHUNK = 1024
-FEW_WINDOWS = 4
+MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
 
 
 class OutOfMemoryError(UserError):
@@ -22,19 +23,27 @@ class OutOfMemoryError(UserError):
     status = 1  # the configuration is a valid one
 
 
+def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Turns a device's want of memory in training into an `OutOfMemoryError` with advice."""
+    return advised(
+        lambda: (
+            f"a step holds less with {', or '.join(memory_savers(config, jax.device_count()))} "
+            "(--check_compile tells what it takes)"
+        )
+    )
+
+
 @contextlib.contextmanager
-def memory_advice(config: RunConfig) -> Iterator[None]:
-    """Turns a device's want of memory, in compilation or execution, into an `OutOfMemoryError` with advice."""
+def advised(advice: Callable[[], str]) -> Iterator[None]:
+    """Turns a device's want of memory, compiling or computing, into an `OutOfMemoryError` that ends in `advice`."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # A ValueError it is where the host fetches what could not be computed.
+        if isinstance(error, UserError) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200].rstrip(". ")
-        raise OutOfMemoryError(
-            f"{reason}; a step holds less with {', or '.join(memory_savers(config, jax.device_count()))} "
-            "(--check_compile tells what it takes)"
-        ) from error
+        raise OutOfMemoryError(f"{reason}; {advice()}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -42,6 +51,20 @@ def is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     # A kernel that wants more of a core's shared memory than there is fails under the same name.
     return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
+
+
+def evaluation_advice(batch_size: int) -> str:
+    """What saves memory in an evaluation of so many sequences at a time."""
+    return f"{_smaller('batch_size', batch_size)}{MORE}"
+
+
+def generation_advice(num_samples: int, max_new_tokens: int) -> str:
+    """What saves memory in a generation of so many samples and so many tokens each."""
+    return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
+
+
+def _smaller(flag: str, value: int) -> str:
+    return f"a smaller --{flag} (now {value}), " if value > 1 else ""
 
 
 def memory_savers(config: RunConfig, devices: int) -> list[str]:
@@ -63,7 +86,7 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
         advice.append(f"a smaller train.eval_batch_size (now {train.eval_batch_size})")
     if train.loss_chunk > SMALL_LOSS_CHUNK:
         advice.append(f"a smaller train.loss_chunk (now {train.loss_chunk})")
-    if model.windowed and model.windows_together > 1:
+    if model.windowed and model.group_size(windows) > 1:
         advice.append(f"a smaller model.windows_together (now {model.windows_together})")
     if model.windowed and (model.history_chunk or length) > SMALL_CHUNK:
         advice.append(f"model.history_chunk = {SMALL_CHUNK} (now {model.history_chunk})")

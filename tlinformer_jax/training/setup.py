@@ -18,7 +18,7 @@ from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
-from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
+from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
@@ -109,8 +109,7 @@ class Run:
             stream,
             self.config.data.sequence_length,
             self.evaluation_batch_size,
-            jax.process_index(),
-            jax.process_count(),
+            process_rows(self.mesh, self.evaluation_batch_size),
         )
         with jax.set_mesh(self.mesh):
             return evaluate_split(self.eval_step, params, watch(batches), self.mesh)

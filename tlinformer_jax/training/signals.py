@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
@@ -24,24 +25,28 @@ class StopRequest:
     Python runs a signal's handler only between two of its own instructions, after a compilation, say. So a thread
     listens too: it answers the user, and it is what a second SIGINT ends the process by.
 
-    Does nothing outside the main thread, where Python takes no signals, and in runs of several processes: those
-    would have to agree on the step first.
+    Where `jax.distributed` is initialised, SIGTERM belongs to JAX, which tells the other processes of it; all of them
+    then stop at the same call of `poll`, and must therefore make the same calls. SIGINT is passed on as SIGTERM.
+
+    Outside the main thread, where Python takes no signals, only what JAX notices counts.
     """
 
     def __init__(self) -> None:
         self._noticed = False
+        self._together = jax.distributed.is_initialized()
+        self._polls = 0
         self._interrupts = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        if threading.current_thread() is not threading.main_thread():
             return self
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -56,7 +61,14 @@ class StopRequest:
         os.close(self._reading)
 
     def __bool__(self) -> bool:
-        """Whether a stop is asked for."""
+        """Whether a stop is asked for, and agreed on where there are several processes."""
+        return self._noticed
+
+    def poll(self) -> bool:
+        """The same, after having asked the other processes."""
+        if self._together and not self._noticed:
+            self._polls += 1
+            self._noticed = multihost_utils.reached_preemption_sync_point(self._polls)
         return self._noticed
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
@@ -66,12 +78,12 @@ class StopRequest:
           Stopped: then.
         """
         for item in items:
-            if self._noticed:
+            if self.poll():
                 raise Stopped
             yield item
 
     def _handle(self, *_: Any) -> None:
-        self._noticed = True
+        self._noticed = self._noticed or not self._together
 
     def _listen(self) -> None:
         while numbers := os.read(self._reading, 64):
@@ -85,5 +97,7 @@ class StopRequest:
         if self._interrupts > 1:
             os.write(2, b"stopped at once; what was not saved is lost\n")
             os._exit(INTERRUPTED)
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the other processes
         again = "; once more stops at once" if number == signal.SIGINT else ""
         os.write(2, f"{signal.Signals(number).name}: saving after the running step{again}\n".encode())

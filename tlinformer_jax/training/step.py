@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tlinformer_jax.models.decode_kernel import available
 from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
@@ -28,16 +30,18 @@ class Skips:
 
     Attributes:
       in_a_row: up to the present step; above train.max_skipped_updates, nothing changes the state any more.
-      total: of the run.
+      total: of the run, with those that rollbacks have undone.
       first_culprit: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
         was not finite; -1 if it was the loss alone.
       culprits: the number of such leaves.
+      rollbacks: how often the run went back to older parameters; see `training.divergence`.
     """
 
     in_a_row: jax.Array = _count()
     total: jax.Array = _count()
     first_culprit: jax.Array = _count(-1)
     culprits: jax.Array = _count()
+    rollbacks: jax.Array = _count()
 
 
 @flax.struct.dataclass
@@ -48,7 +52,7 @@ class TrainState:
       step: updates done, int32 []; those that were skipped count.
       params: parameters, as `model.init` names them.
       opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
-      skips: updates that were left out.
+      skips: updates that were left out, or undone by a rollback.
     """
 
     step: jax.Array
@@ -141,6 +145,7 @@ def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[j
         skips.total + 1,
         jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32),
         jnp.sum(bad).astype(jnp.int32),
+        skips.rollbacks,
     )
     counted = dataclasses.replace(skips, in_a_row=jnp.int32(0))
     after = jax.tree.map(
@@ -211,13 +216,25 @@ def jit_train_step(
     return jax.jit(
         functools.partial(train_step, model=model, config=config, horizon=horizon),
         in_shardings=(state_shardings, batch_sharding),
-        out_shardings=(state_shardings, None),
+        out_shardings=(state_shardings, replicated(batch_sharding.mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(),
     )
 
 
+def compiler_options() -> dict[str, Any] | None:
+    """Options for XLA: on NVIDIA GPUs products go to cuBLAS, whose trial of Triton's kernels beside it is left out.
+
+    On an H100 these were never faster at the shapes of training, and trying them took a third of the compilation.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if available() else None
+
+
 def jit_eval_step(model: LanguageModel, config: TrainConfig, param_shardings: Any, batch_sharding: Any) -> Any:
-    """`eval_step`, compiled for the shardings of its arguments."""
+    """`eval_step`, compiled for the shardings of its arguments; every process gets the whole sums."""
     return jax.jit(
-        functools.partial(eval_step, model=model, config=config), in_shardings=(param_shardings, batch_sharding)
+        functools.partial(eval_step, model=model, config=config),
+        in_shardings=(param_shardings, batch_sharding),
+        out_shardings=replicated(batch_sharding.mesh),
+        compiler_options=compiler_options(),
     )

@@ -1,0 +1,82 @@
+"""The GPU kernels of training, interpreted on the CPU, against plain formulas in float64 and automatic gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlinformer_jax.models import layers, norm_kernel
+from tlinformer_jax.training import loss, loss_kernel
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def plain_layer_norm(x, scale, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + layers.LAYER_NORM_EPSILON) * scale + bias
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("shape", [(3, 7, 36), (2, 30, 20)])  # rows that fill no tile, several tiles a program
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_layer_norm_gradients(shape, skips, by_kernel, monkeypatch):
+    monkeypatch.setattr(norm_kernel, "PROGRAMS", 3)
+    if by_kernel:
+        real = norm_kernel.layer_norm_backward
+        monkeypatch.setattr(norm_kernel, "use_kernel", lambda x: True)
+        monkeypatch.setattr(norm_kernel, "layer_norm_backward", lambda *arrays: real(*arrays, interpret=True))
+    x, gradient, skip = 3 * normal(0, *shape) + 1, normal(1, *shape), normal(2, *shape)
+    scale, bias = normal(3, shape[-1]), normal(4, shape[-1])
+
+    def total(x, scale, bias):
+        if not skips:
+            return (layers.layer_norm(x, scale, bias) * gradient).sum()
+        same, normed = layers.norm_branch(x, scale, bias)
+        return (normed * gradient).sum() + (same * skip).sum()
+
+    def truth(x, scale, bias):
+        return (plain_layer_norm(x, scale, bias) * gradient).sum() + (x * skip).sum() * skips
+
+    np.testing.assert_allclose(layers.layer_norm(x, scale, bias), plain_layer_norm(x, scale, bias), atol=1e-5)
+    ours, true = (jax.grad(function, argnums=(0, 1, 2))(x, scale, bias) for function in (total, truth))
+    for value, expected in zip(ours, true, strict=True):
+        np.testing.assert_allclose(value, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize(("vocab_size", "columns"), [(37, 48), (32, 48), (64, 64)])
+def test_loss_and_slope(vocab_size, columns, monkeypatch):
+    monkeypatch.setattr(loss_kernel, "TILE", 16)
+    logits, weights = 10 * normal(0, 5, columns), jnp.array([1.0, 0.5, 0.0, 2.0, 1.0])
+    targets = jnp.array([0, 3, vocab_size - 1, 7, 9])
+
+    def losses(logits):
+        return -jax.nn.log_softmax(logits[:, :vocab_size])[jnp.arange(5), targets]
+
+    found, slope = loss_kernel.loss_and_slope(logits, targets, weights, vocab_size, jnp.float32, interpret=True)
+    np.testing.assert_allclose(found, losses(logits), atol=1e-5)
+    np.testing.assert_allclose(slope, jax.grad(lambda logits: (losses(logits) * weights).sum())(logits), atol=1e-5)
+
+
+def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
+    """Loss and gradients of whole chunks, the last one filled up, in half precision as a GPU takes them."""
+    hidden, table = normal(0, 3, 10, 8).astype(jnp.bfloat16), 0.5 * normal(1, 45, 8)
+    labels = jnp.asarray(np.random.default_rng(2).integers(0, 45, (3, 10)))
+    weights = jnp.abs(normal(3, 3, 10))
+
+    def outcome():
+        def total(hidden, table):
+            return loss.summed_cross_entropy(hidden, table, labels, weights, 12)
+
+        return jax.value_and_grad(total, argnums=(0, 1))(hidden, table)
+
+    expected, real = outcome(), loss_kernel.loss_and_slope
+    monkeypatch.setattr(loss_kernel, "TILE", 16)
+    monkeypatch.setattr(loss_kernel, "use_kernel", lambda: True)
+    monkeypatch.setattr(loss_kernel, "loss_and_slope", lambda *arguments: real(*arguments, interpret=True))
+    found = outcome()
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+    for value, truth in zip(found[1], expected[1], strict=True):
+        difference = jnp.linalg.norm((value - truth).astype(jnp.float32))
+        assert difference <= 2e-3 * jnp.linalg.norm(truth.astype(jnp.float32))

@@ -1,0 +1,142 @@
+"""Rollbacks: after too many bad batches a run goes on past them from its last regular checkpoint."""
+
+import functools
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training.test_resume import events, run_config
+from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.data.tokenizers import ByteTokenizer
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.parallel.mesh import build_mesh
+from tlinformer_jax.training import loop, setup
+from tlinformer_jax.training.checkpoint import Checkpoints
+from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.divergence import DivergedError
+from tlinformer_jax.training.loop import train_and_evaluate
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes batches (from 0) bad: one weight of theirs is NaN. One device, to be quick."""
+    monkeypatch.setattr(setup, "build_mesh", functools.partial(build_mesh, devices=jax.devices()[:1]))
+    plain, bad = TrainingBatches.batch, set()
+
+    def batch(self, step, *arguments):
+        found = plain(self, step, *arguments)
+        if step in bad:
+            found["weights"][-1, 2] = np.nan
+        return found
+
+    monkeypatch.setattr(TrainingBatches, "batch", batch)
+    return lambda *steps: bad.clear() or bad.update(steps)
+
+
+def last_state(config, workdir):
+    run = setup.build_run(config, ByteTokenizer(), loop.PENDING)
+    with Checkpoints(workdir, 9) as checkpoints:
+        return checkpoints.restore(run.abstract_state)[0]
+
+
+SHORT = {"steps": 9, "log_every": 1, "eval_every": 0, "checkpoint_every": 3, "keep_best": 0}
+
+
+@pytest.mark.slow
+def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_the_bad_batches(
+    tmp_path, spoil, monkeypatch, capfd
+):
+    config = run_config(tmp_path, **SHORT, max_skipped_updates=1, max_rollbacks=2)
+    # Updates 6 and 7 are bad; the checkpoint of 6 is none to go back to. What follows has the state of step 3:
+    # as if updates 4 to 7 had been skipped, by which a run without rollbacks is told what to expect.
+    spoil(3, 4, 5, 6)
+    plain = run_config(tmp_path, **SHORT, max_skipped_updates=9)
+    train_and_evaluate(plain, tmp_path / "skipped")
+    expected = last_state(plain, tmp_path / "skipped")
+    capfd.readouterr()
+
+    spoil(5, 6)
+    train_and_evaluate(config, tmp_path / "whole")
+    told = capfd.readouterr().err
+    samples = TrainingBatches(setup.load_split(config.data, "train", ByteTokenizer()), 8, 16, 0).indices(6)
+    named = ", ".join(map(str, samples[:8]))
+    assert f"; its batch holds samples {named} and 8 more of the train split; rolled back to the parameters of " in told
+    assert "at step 7 the gradient of blocks_0/" in told
+    assert "rolled back to the parameters of step 3, going on past it" in told
+    state = last_state(config, tmp_path / "whole")
+    assert int(state.skips.rollbacks) == 1
+    assert int(state.skips.total) == int(expected.skips.total) == 4
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (expected.params, expected.opt_state))
+    logged = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in logged] == [*range(1, 10), 9]
+    assert [event.get("train/rollbacks", 0) for event in logged] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
+    straight = events(tmp_path / "skipped")
+    assert events(tmp_path / "whole")[:3] == straight[:3]
+    for mine, other in zip(events(tmp_path / "whole")[7:], straight[7:], strict=True):
+        mine.pop("train/rollbacks", None)
+        assert mine == other
+
+    # Stopped between the two bad updates, where it saves, at a regular step even; and after the rollback.
+    put_batch, count = loop.put_batch, iter(range(99))
+
+    def terminated(*arguments):
+        if next(count) in (5, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(*arguments)
+
+    monkeypatch.setattr(loop, "put_batch", terminated)
+    while not train_and_evaluate(config, tmp_path / "parts"):
+        pass
+    assert "stopped after step 6" in (told := capfd.readouterr().err)
+    assert told.count("rolled back to the parameters of step 3") == 1
+    assert events(tmp_path / "parts") == events(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, last_state(config, tmp_path / "parts"), state)
+
+
+def test_when_no_rollback_is_left_it_stops_and_the_first_may_go_to_the_beginning(tmp_path, spoil, capfd):
+    config = run_config(tmp_path, **{**SHORT, "log_every": 4}, max_rollbacks=1)
+    spoil(1, 4)
+    with pytest.raises(DivergedError, match=r"at step 5 .* holds samples .* after 1 rollbacks; lower train\.learning"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert "rolled back to the parameters of step 0" in capfd.readouterr().err
+    # The steps that came after it, before it was noticed, changed nothing and are not logged.
+    assert [event["step"] for event in events(tmp_path / "run")] == [1, 3, 4]
+
+
+def test_rollbacks_need_checkpoints():
+    with pytest.raises(ConfigError, match=r"train\.max_rollbacks = 1: must be 0 where train\.checkpoint_every is 0"):
+        TrainConfig(max_rollbacks=1)
+    with pytest.raises(ConfigError, match=r"train\.max_rollbacks = -1: must be an integer >= 0"):
+        TrainConfig(max_rollbacks=-1)
+
+
+def test_the_last_regular_checkpoint_is_kept_and_one_from_before_rollbacks_can_be_read(tmp_path, monkeypatch):
+    from tests.training.test_checkpoint import abstract, state_of
+
+    with Checkpoints(tmp_path, keep=1, regular_every=10) as checkpoints:
+        for step in (0, 10, 13, 15):
+            checkpoints.save(state_of(step))
+        assert int(checkpoints.restore(abstract(state_of(0)), regular=True)[0].step) == 10
+        assert int(checkpoints.restore(abstract(state_of(0)))[0].step) == 15
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "15"]
+
+    from tlinformer_jax.training import checkpoint
+
+    fields = checkpoint._fields
+
+    def older(state):
+        found = fields(state)
+        names = ("in_a_row", "total", "first_culprit", "culprits")
+        return {**found, "skips": {name: getattr(state.skips, name) for name in names}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_fields", older)
+        with Checkpoints(tmp_path, keep=9) as checkpoints:
+            checkpoints.save(state_of(20))
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        restored, _ = checkpoints.restore(abstract(state_of(0)))
+    jax.tree.map(np.testing.assert_array_equal, restored, state_of(20))

@@ -1,0 +1,80 @@
+"""Two processes on this machine: they train what one does, stop together, and neither outlives the other."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.support.commands import command
+from tests.support.processes import SMALL, saved_steps, start, start_two, wait_for
+
+MAIN = "tlinformer_jax.main"
+SPEED = ("tokens_per_second", "tflops", "mfu", "input_wait")
+
+
+def run(*processes) -> list[str]:
+    """Waits for processes that must succeed; returns what each wrote on stderr."""
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), told
+    return told
+
+
+def events(workdir) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith(SPEED)} for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    steps = ("--config.train.steps=6", "--config.train.checkpoint_every=3", "--config.train.keep_best=1")
+    steps += ("--config.mesh.data=1", "--config.mesh.fsdp=2")  # each saves parameters that the other does not hold
+    run(start(MAIN, *SMALL, *steps, f"--workdir={one}", devices=2))
+    told = run(*start_two(MAIN, *SMALL, *steps, f"--workdir={two}"))
+    assert "2 x cpu" in told[0]
+    assert "step 6/6" not in told[1], "process 0 alone reports"
+    assert len(events(one)) == len(events(two)) == 7
+    for mine, other in zip(events(one), events(two), strict=True):
+        assert mine == pytest.approx(other, rel=1e-6)
+    assert saved_steps(two) == [3, 6]
+    # Evaluated by two processes, and by one, with the same result.
+    (told, _), (silent, _) = [
+        process.communicate(timeout=120)
+        for process in start_two("tlinformer_jax.evaluate", f"--workdir={two}", "--json")
+    ]
+    alone = command("tlinformer_jax.evaluate", f"--workdir={two}", "--json")
+    assert "loss" not in silent, "process 0 alone prints"
+    # Before it stands a line of the CPU's collectives.
+    mine, other = json.loads(told.splitlines()[-1]), json.loads(alone.stdout)
+    assert (mine["step"], mine["tokens"]) == (other["step"], other["tokens"])
+    assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends_with_a_clear_line_and_the_same_command_goes_on(victim, tmp_path):
+    endless = (*SMALL, "--config.train.steps=1000000", "--config.train.checkpoint_every=5", f"--workdir={tmp_path}")
+    processes = start_two(MAIN, *endless)
+    wait_for(processes[0], "step 12/")
+    processes[victim].kill()
+    started = time.monotonic()
+    told = processes[1 - victim].communicate(timeout=60)[1]
+    assert time.monotonic() - started < 60
+    processes[victim].communicate()
+    assert processes[1 - victim].returncode == 1
+    assert (
+        told.strip().splitlines()[-1].startswith("error: another process of this run has ended, or cannot be reached")
+    )
+    assert "Traceback" not in told
+    kept = saved_steps(tmp_path)
+    assert kept[-1] >= 5
+
+    processes = start_two(MAIN, *endless)
+    wait_for(processes[0], f"continuing from step {kept[-1]} ")
+    wait_for(processes[0], "compiled and ran step")
+    # The notice reaches one process alone; both save the same step.
+    processes[1 - victim].send_signal(signal.SIGTERM)
+    last = run(*processes)[0].strip().splitlines()[-1]
+    assert last == f"stopped after step {saved_steps(tmp_path)[-1]}, as asked; the same command goes on from there"
+    assert [event["step"] for event in events(tmp_path)] == list(range(1, saved_steps(tmp_path)[-1] + 1))

@@ -1,0 +1,105 @@
+"""GPU kernel of LayerNorm's backward pass, written in Pallas for Triton.
+
+By plain operations the sums over rows, which the parameters' gradients are, and the sums over features, which x's
+gradient needs, go apart: XLA writes a product of x and the gradient in float32 and reads it back. Here a program reads
+each row once.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from tlinformer_jax.models.decode_kernel import available, call_kernel
+
+# Rows that a program works on at once, its warps, and programs to aim for: four for each of an H100's multiprocessors.
+TILE = 8
+WARPS = 8
+PROGRAMS = 528
+# Wider rows would not fit a program's registers.
+MOST_WIDTH = 2048
+
+
+def use_kernel(x: jax.Array) -> bool:
+    """Whether the kernel takes rows of this dtype and width here.
+
+    XLA cannot split a kernel's operands over devices by itself, so it runs only where there is no mesh of several.
+    """
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    return half and x.shape[-1] <= MOST_WIDTH and available() and jax.sharding.get_abstract_mesh().size <= 1
+
+
+def layer_norm_backward(
+    x: jax.Array, gradient: jax.Array, skip: jax.Array | None, scale: jax.Array, epsilon: float, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of LayerNorm.
+
+    Args:
+      x: what was normalised, [..., D].
+      gradient: of the output, [..., D].
+      skip: what else x's gradient consists of, [..., D]; None for nothing.
+      scale: [D].
+      epsilon: added to the variance.
+      interpret: run on the CPU, for tests.
+
+    Returns:
+      the gradients of x, in x's dtype, and of scale and bias, float32 [D].
+    """
+    width, rows = x.shape[-1], math.prod(x.shape[:-1])
+    programs = min(PROGRAMS, pl.cdiv(rows, TILE))
+    operands = [array.reshape(rows, width) for array in (x, gradient, *(() if skip is None else (skip,)))]
+    sums = jax.ShapeDtypeStruct((programs, width), jnp.float32)
+    kernel = functools.partial(
+        _kernel, rows=rows, width=width, programs=programs, epsilon=epsilon, skips=skip is not None
+    )
+    x_gradient, scale_sums, bias_sums = call_kernel(
+        kernel,
+        (programs,),
+        [jax.ShapeDtypeStruct((rows, width), x.dtype), sums, sums],
+        [scale.astype(jnp.float32), *operands],
+        "layer_norm_backward",
+        interpret,
+        num_warps=WARPS,
+        num_stages=2,
+    )
+    return x_gradient.reshape(x.shape), jnp.sum(scale_sums, axis=0), jnp.sum(bias_sums, axis=0)
+
+
+def _kernel(scale_ref, x_ref, gradient_ref, *refs, rows: int, width: int, programs: int, epsilon: float, skips: bool):
+    """Every `programs`-th tile of the rows."""
+    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
+
+    skip_ref = refs[0] if skips else None
+    output_ref, scale_sum_ref, bias_sum_ref = refs[-3:]
+    block, program = pl.next_power_of_2(width), pl.program_id(0)
+    features = jax.lax.broadcasted_iota(jnp.int32, (block,), 0)
+    inside = features < width
+    scale = triton.load(scale_ref.at[features], mask=inside, other=0.0)[None, :]
+
+    def tile(index, carry):
+        scale_sum, bias_sum = carry
+        numbers = (index * programs + program) * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+        mask = (numbers < rows)[:, None] & inside[None, :]
+
+        def load(ref) -> jax.Array:
+            return triton.load(ref.at[numbers[:, None], features[None, :]], mask=mask, other=0.0).astype(jnp.float32)
+
+        x, gradient = load(x_ref), load(gradient_ref)
+        centred = jnp.where(mask, x - jnp.sum(x, axis=1, keepdims=True) / width, 0.0)
+        inverse = jax.lax.rsqrt(jnp.sum(centred * centred, axis=1, keepdims=True) / width + epsilon)
+        normed, scaled = centred * inverse, gradient * scale
+        shift = jnp.sum(scaled, axis=1, keepdims=True) / width
+        slope = jnp.sum(scaled * normed, axis=1, keepdims=True) / width
+        result = (scaled - shift - normed * slope) * inverse
+        if skip_ref is not None:
+            result += load(skip_ref)
+        place = output_ref.at[numbers[:, None], features[None, :]]
+        triton.store(place, result.astype(output_ref.dtype), mask=mask)
+        return scale_sum + gradient * normed, bias_sum + gradient
+
+    zero = jnp.zeros((TILE, block), jnp.float32)
+    sums = jax.lax.fori_loop(0, pl.cdiv(rows, TILE * programs), tile, (zero, zero))
+    for ref, values in zip((scale_sum_ref, bias_sum_ref), sums):
+        triton.store(ref.at[program, features], jnp.sum(values, axis=0), mask=inside)

@@ -1,0 +1,243 @@
+"""Processes that run together: found out from the surroundings or told by flags, joined by `jax.distributed`.
+
+A run of several processes lives as long as all of them do. Whichever ends early is noticed by the others, through a
+broken connection or by missing heartbeats, and they end too: with one line and a status that is not 0, never waiting.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import glob
+import importlib.util
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tlinformer_jax.errors import UserError
+
+# Seconds. Processes start, tokenise and read their files at different speeds, so joining is patient.
+JOIN_TIMEOUT = 300
+HEARTBEAT_TIMEOUT = 30
+# Process 0 holds the service that the others talk to: it leaves last, so that each can say its own last line.
+LEAVES_LAST = 3
+
+LOST = "another process of this run has ended, or cannot be reached"
+AGAIN = "start all processes again; training goes on from the last checkpoint"
+LOST_SIGNS = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|heartbeat|coordination|unavailable:", re.I
+)
+INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """The processes that this one belongs to.
+
+    Attributes:
+      found: by what it was found, for messages.
+      coordinator_address: host:port on which process 0 listens; None where JAX finds it out, and the rest with it.
+      num_processes: of the run.
+      process_id: of this process, 0 .. num_processes - 1.
+    """
+
+    found: str
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def find_cluster(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    environment: Mapping[str, str] = os.environ,
+) -> Cluster | None:
+    """The processes to join; None if this one runs alone.
+
+    Args:
+      coordinator_address: the flag's value, None if it was not given; so the next two. All three are given, or none,
+        or num_processes = 1 alone, which runs alone whatever the surroundings say.
+      num_processes: of the run.
+      process_id: of this process.
+      environment: variables by which SLURM, Open MPI, Kubernetes and TPU pods tell of their processes.
+
+    Raises:
+      UserError: naming the flag that is missing or not allowed.
+    """
+    values = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        found = _surroundings(environment)
+        return Cluster(found) if found else None
+    if given == {"num_processes": 1}:
+        return None
+    _check_flags(values)
+    return Cluster("--coordinator_address", coordinator_address, num_processes, process_id)
+
+
+@contextlib.contextmanager
+def joined(cluster: Cluster | None) -> Iterator[None]:
+    """Runs what is inside together with the other processes of `cluster`; for entry points, before JAX is used.
+
+    An error inside is told on stderr and ends the process at once: an orderly end would wait for the others, who
+    wait for this one.
+
+    Raises:
+      UserError: if the processes cannot be joined.
+    """
+    if cluster is None:
+        yield
+        return
+    _join(cluster)
+    import jax
+
+    try:
+        yield
+        jax.distributed.shutdown()
+    except BaseException as error:
+        status = _last_words(error)
+        if jax.process_index() == 0:
+            time.sleep(LEAVES_LAST)
+        os._exit(status)
+
+
+def _surroundings(environment: Mapping[str, str]) -> str:
+    """What started several processes, by its variables; empty if nothing did."""
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    if all(name in environment for name in slurm) and environment["SLURM_NTASKS"] != "1":
+        return "SLURM"
+    if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        return "Open MPI"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "Kubernetes"
+    if "MEGASCALE_COORDINATOR_ADDRESS" in environment or _on_tpu(environment):
+        return "a TPU"
+    return ""
+
+
+def _on_tpu(environment: Mapping[str, str]) -> bool:
+    """Whether JAX will run on a TPU, one of several hosts perhaps: what it asks then tells it of the others."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    wanted = not platforms or "tpu" in platforms.split(",")
+    return bool(wanted and chips and importlib.util.find_spec("libtpu"))
+
+
+def _check_flags(values: Mapping[str, Any]) -> None:
+    missing = [f"--{name}" for name, value in values.items() if value is None]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)}: missing; give --coordinator_address, --num_processes and --process_id together, "
+            "or none of them where SLURM, Open MPI, Kubernetes or a TPU tells"
+        )
+    address, count, number = values["coordinator_address"], values["num_processes"], values["process_id"]
+    port = re.fullmatch(r"\S+:(\d{1,5})", address)
+    if not port or not 0 < int(port[1]) < 2**16:
+        raise UserError(f"--coordinator_address={address}: must be HOST:PORT, on which process 0 listens")
+    if count < 1:
+        raise UserError(f"--num_processes={count}: must be an integer >= 1")
+    if not 0 <= number < count:
+        raise UserError(f"--process_id={number}: must be one of 0 .. {count - 1}, for --num_processes={count}")
+
+
+def _join(cluster: Cluster) -> None:
+    """Connects with the other processes.
+
+    Raises:
+      UserError: if that fails, naming how they were found.
+    """
+    import jax
+
+    if cluster.coordinator_address and cluster.process_id == 0:
+        _check_free(cluster.coordinator_address)
+    who = f"the processes found by {cluster.found}"
+    _say_at_abort(f"{who} could not be joined within {JOIN_TIMEOUT} s; have all been started?")
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator_address,
+            cluster.num_processes,
+            cluster.process_id,
+            initialization_timeout=JOIN_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{who} cannot be joined ({lines[0].strip()[:200]}); --coordinator_address, --num_processes and "
+            "--process_id tell them by hand, --num_processes=1 runs this one alone"
+        ) from error
+    _say_at_abort(f"{LOST}; JAX says more above; {AGAIN}")
+
+
+def _check_free(address: str) -> None:
+    """Refuses a port of this machine that is in use: JAX's service would crash on it.
+
+    Raises:
+      UserError: naming the address.
+    """
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that has ended leaves for a while
+        try:
+            probe.bind(("", int(address.rsplit(":", 1)[1])))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise UserError(
+                    f"--coordinator_address={address}: process 0 cannot listen on this port ({error.strerror})"
+                ) from None
+
+
+_kept_alive: list[Any] = []  # C calls the handler, which Python must not collect
+
+
+def _say_at_abort(message: str) -> None:
+    """Makes `message` the last line, and the status 1, where JAX's client aborts the process.
+
+    That is what it does when it loses the service or the service another process: after a page of its own, from a
+    thread that no exception reaches, and that Python's own handlers of signals would not survive.
+    """
+
+    def handle(_: int) -> None:
+        os.write(2, f"error: {message}\n".encode())
+        os._exit(1)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _kept_alive.append(handler)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+
+
+def _last_words(error: BaseException) -> int:
+    """Tells an error on stderr; returns the exit status."""
+    if _is_loss(error):
+        detail = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"error: {LOST} ({detail[0][:200]}); {AGAIN}", file=sys.stderr, flush=True)
+        return 1
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    return 1
+
+
+def _is_loss(error: BaseException | None) -> bool:
+    """Whether an error comes of a connection to another process."""
+    import jax
+
+    while error is not None:
+        # JAX raises a ValueError where the host fetches what a collective should have computed.
+        ours = isinstance(error, UserError)
+        if not ours and isinstance(error, jax.errors.JaxRuntimeError | ValueError) and LOST_SIGNS.search(str(error)):
+            return True
+        error = error.__cause__
+    return False

@@ -1,0 +1,106 @@
+"""GPU kernel of the training loss, in Pallas for Triton: cross-entropy and its gradient in one pass over memory.
+
+By plain operations the logits of a chunk of tokens, by far the largest values of a training step, are read three
+times: for their log-sum-exp twice or in pairs, and for their gradient. Here a program reads a token's logits for the
+log-sum-exp and again, while the second-level cache still has them, for the gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from tlinformer_jax.models.decode_kernel import available, call_kernel
+
+# Columns that a program works on at once, and its warps: one program fills a multiprocessor, so that the rows under
+# way on all 132 of an H100 (0.2 MB each at 50,304 columns) stay in its 50 MB cache between the two readings.
+TILE = 8192
+WARPS = 32
+# Below any logit, yet finite: the difference of two infinities would not be a number.
+LOWEST = -1e30
+
+
+def use_kernel() -> bool:
+    """Whether the kernel runs here: on an NVIDIA GPU, where no mesh of several splits the batch.
+
+    XLA cannot split a kernel's operands over devices by itself.
+    """
+    return available() and jax.sharding.get_abstract_mesh().size <= 1
+
+
+def loss_and_slope(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    vocab_size: int,
+    dtype: jnp.dtype,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of tokens and the gradient of its weighted sum by their logits.
+
+    Args:
+      logits: float32 [tokens, columns]; columns past the vocabulary may hold anything finite.
+      targets: int32 [tokens], in the vocabulary.
+      weights: float32 [tokens].
+      vocab_size: V <= columns.
+      dtype: of the gradient.
+      interpret: run on the CPU, for tests.
+
+    Returns:
+      losses in nats, float32 [tokens]; (softmax - one-hot) * weight in `dtype`, [tokens, columns], 0 past V.
+    """
+    tokens, columns = logits.shape
+    return call_kernel(
+        functools.partial(_kernel, vocab_size=vocab_size, columns=columns),
+        (tokens,),
+        [jax.ShapeDtypeStruct((tokens,), jnp.float32), jax.ShapeDtypeStruct((tokens, columns), dtype)],
+        [logits, targets, weights],
+        "loss_and_slope",
+        interpret,
+        num_warps=WARPS,
+        num_stages=2,
+    )
+
+
+def _kernel(logits_ref, target_ref, weight_ref, loss_ref, slope_ref, *, vocab_size: int, columns: int) -> None:
+    """One token. Each of TILE lanes has a running maximum and sum of its own until the last column is read."""
+    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
+
+    token = pl.program_id(0)
+    lanes = jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    full = vocab_size // TILE
+
+    def load(tile, whole: bool, policy: str) -> jax.Array:
+        numbers = tile * TILE + lanes
+        mask = None if whole else numbers < vocab_size
+        other = None if whole else LOWEST
+        return triton.load(logits_ref.at[token, numbers], mask=mask, other=other, eviction_policy=policy)
+
+    def gather(tile, carry, whole: bool = True):
+        top, total = carry
+        values = load(tile, whole, "evict_last")
+        smaller = jnp.exp(-jnp.abs(values - top))
+        return jnp.maximum(values, top), jnp.where(values > top, total * smaller + 1.0, total + smaller)
+
+    carry = jnp.full((TILE,), LOWEST, jnp.float32), jnp.zeros((TILE,), jnp.float32)
+    carry = jax.lax.fori_loop(0, full, gather, carry)
+    if vocab_size % TILE:
+        carry = gather(full, carry, whole=False)
+    tops, totals = carry
+    top = jnp.max(tops)
+    norm = top + jnp.log(jnp.sum(totals * jnp.exp(tops - top)))
+    target, weight = triton.load(target_ref.at[token]), triton.load(weight_ref.at[token])
+    triton.store(loss_ref.at[token], norm - triton.load(logits_ref.at[token, target]))
+
+    def scatter(tile, whole: bool) -> None:
+        numbers = tile * TILE + lanes
+        slope = (jnp.exp(load(tile, whole, "evict_first") - norm) - (numbers == target)) * weight
+        mask = None if whole else numbers < columns
+        place = slope_ref.at[token, numbers]
+        triton.store(place, slope.astype(slope_ref.dtype), mask=mask, eviction_policy="evict_first")
+
+    # From the last column back: the cache has those for certain.
+    for tile in range(full, -(-columns // TILE)):
+        scatter(tile, whole=False)
+    jax.lax.fori_loop(0, full, lambda index, _: scatter(full - 1 - index, whole=True), None)
