@@ -1,11 +1,13 @@
 """What all entry points share: flags by absl, user errors as one line and exit status 2."""
 
+import logging as std_logging
 import os
 import pathlib
 import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,6 +33,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
             logging.get_absl_logger().addFilter(_is_told_here_alone)
+        std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # as Orbax's tracebacks: told in one line
         try:
             main()
         except UserError as error:
@@ -62,7 +65,8 @@ def _send_again(lost: Any) -> None:
     """Sends a signal again whose exception came where Python drops it, such as in JAX's callback of the collector."""
     number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(lost.exc_type)
     if number is None:
-        sys.__unraisablehook__(lost)
+        if str(lost.exc_value) != "Event loop is closed":  # the end of Orbax's tasks after a failed save
+            sys.__unraisablehook__(lost)
         return
     if number == signal.SIGTERM:
         signal.signal(number, _terminate)
@@ -138,13 +142,16 @@ def config_values() -> Any:
     """
     from ml_collections import config_flags
 
-    config = flags.FLAGS.config
-    if config is None:
+    config, flag = flags.FLAGS.config, flags.FLAGS["config"]
+    if config is None and not flag.present:
         raise UserError("--config: must name a config file, such as configs/tiny.py")
+    path = config_flags.get_config_filename(flag)
     try:
-        config.items()
+        if not hasattr(config, "items"):
+            raise UserError(
+                f"--config={path}: get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
+            )
     except OSError as error:  # config_flags hands out its failure to load at the first access
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
         raise UserError(f"--config={path}: {_why_unreadable(path)}") from error
     return config
 
@@ -159,12 +166,13 @@ def _why_unreadable(path: str) -> str:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    logging.set_verbosity(logging.ERROR)  # config_flags warns of what is refused in one line below
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
-        fail(_first_line(_user_error(error) or error))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        # config_flags raises these for fields that do not exist and for files that do not load.
+        fail(_plain(_first_line(_user_error(error) or error)))
+    except Exception as error:
+        # config_flags lets through what a config file raises, and errors of its own for fields that do not exist.
         fail(_describe(error, argv))
     if len(rest) > 1:
         fail(f"{rest[1]}: unexpected argument; flags are written --name=value")
@@ -173,7 +181,15 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _describe(error: Exception, argv: Sequence[str]) -> str:
     """One line for an exception that config_flags let through, naming the override it is about."""
+    if isinstance(error, SyntaxError):
+        return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
+    if not isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"--config: {type(error).__name__} in {last.filename}, line {last.lineno}: {_first_line(error)}"
     text = _first_line(error)
+    if isinstance(error, AttributeError) and "'get_config'" in text:
+        (path,) = [argument.split("=", 1)[1] for argument in argv if re.match(r"--?config=", argument)][-1:] or ["..."]
+        return f"--config={path}: must be a Python file with a function get_config; it has none"
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and isinstance(error, AttributeError | KeyError):
@@ -183,6 +199,21 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
             if match[1].split(".")[-1] in text:
                 return f"{argument}: the config file leaves this field out; add it there, or start from its defaults"
     return f"--config: {text}"
+
+
+# What absl and Python say of a flag's value, and what it means.
+PLAIN = {
+    r"\('Non-boolean argument to boolean flag', .*\)$": "must be true or false",
+    r"invalid literal for int\(\) with base \d+: .*$": "must be an integer",
+    r"could not convert string to float: .*$": "must be a number",
+}
+
+
+def _plain(text: str) -> str:
+    """The message in words that need no knowledge of Python."""
+    for pattern, words in PLAIN.items():
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def _missing_field(name: str) -> list[str] | None:

@@ -91,15 +91,23 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
     """Reads the configuration of a working directory.
 
     Raises:
-      DataError: if there is none.
-      ConfigError: if it does not fit this version.
+      DataError: if there is none, or one that is damaged or does not fit this version.
     """
     path = workdir / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no sections")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = f"no readable {CONFIG_FILE} ({error.strerror}); train into it first"
+        raise DataError(f"workdir {workdir}: {reason}") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({error}); train into it first") from None
-    return run_config(values)
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({why})") from None
+    try:
+        return run_config(values)
+    except ConfigError as error:
+        raise DataError(f"workdir {workdir}: its {CONFIG_FILE} does not fit this version: {error}") from None
 
 
 def fingerprint(config: RunConfig) -> str:

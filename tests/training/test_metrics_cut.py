@@ -26,6 +26,18 @@ def test_later_events_and_a_torn_line_are_dropped(step, keep_evaluation, left, t
         assert written(path) == [*EVENTS[:left], (7, "train/loss")]
 
 
+def test_damage_that_no_kill_explains_is_told(tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "train/loss": 1.5}) for step in (1, 2, 3)]
+    path.write_text("\n".join(lines) + "\n{torn")
+    MetricsLog(tmp_path, step=3).close()
+    assert capfd.readouterr().err == ""
+    path.write_text("\n".join([lines[0], lines[1][1:], lines[2]]) + "\n")
+    MetricsLog(tmp_path, step=3).close()
+    assert "metrics.jsonl: 1 damaged lines are dropped" in capfd.readouterr().err
+    assert [step for step, _ in written(path)] == [1, 3]
+
+
 def test_tensorboard_is_told_from_where_the_steps_are_repeated(tmp_path):
     loader = pytest.importorskip("tensorboardX.proto.event_pb2")
     record = pytest.importorskip("tensorboardX.record_writer")

@@ -128,9 +128,14 @@ def _encode(
     progress = Progress(f"tokenising {source.label}", sum(path.stat().st_size for path in source.files))
     groups = group_pieces(cut_documents(source.documents(progress.advance), tokenizer.safe_cut))
     dtype = smallest_dtype(tokenizer.vocab_size)
+    found = False
     for tokens, counts in encode_groups(groups, tokenizer, dtype, num_workers, scratch):
+        found = found or len(tokens) > 0
         yield tokens, dataclasses.replace(counts, num_lines=counts.num_documents) if source.row_per_line else counts
     progress.finish()
+    if not found:
+        names = ", ".join(map(str, source.files))
+        raise DataError(f"{source.label}: there is no text at all in {names}")
 
 
 def _text_source(config: DataConfig, split: str) -> Source:

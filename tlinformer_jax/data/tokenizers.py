@@ -257,7 +257,7 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, (ConfigError, DataError)):
             raise
-        raise DataError(f"{path}: no readable tokenizer ({error})") from None
+        raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None
     raise DataError(f"{path}: unknown tokenizer format")
 
 

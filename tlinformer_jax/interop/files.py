@@ -53,6 +53,8 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
     numpy = _safetensors()
     if path.exists():
         raise DataError(f"{path}: exists; name a new file")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: cannot be written; there is no directory {path.parent}")
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         # "pt": matrices are [out, in], as readers for PyTorch expect them.

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 import tlinformer_jax
+from tlinformer_jax.config import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, sync_folder, verify, write_manifest
 from tlinformer_jax.training.metrics import say
@@ -70,7 +71,10 @@ class Checkpoints:
         self._latest: int | None = None
         self._main = jax.process_index() == 0
         if self._main:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"workdir {workdir}: {FOLDER} cannot be written ({error.strerror})") from None
             for path in self._folder.iterdir():
                 if SAVING in path.suffixes or path.name.endswith(DELETING):
                     shutil.rmtree(path, ignore_errors=True)
@@ -244,7 +248,7 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: in
 def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
     """Parameters alone of the newest checkpoint that passes its verification, as (step, params).
 
-    Nothing is written; newer ones that are damaged are named on stderr.
+    Nothing is written; newer ones that are damaged are named on stderr, and a configuration that has changed since.
 
     Args:
       workdir: a working directory.
@@ -269,7 +273,15 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
         found = newest_good(folder)
     if found is None:
         raise DataError(f"workdir {workdir}: holds no finished checkpoint; train into it first")
+    _tell_changed_config(workdir, found)
     return found.step, _read(found.state, {"params": abstract_params})["params"]
+
+
+def _tell_changed_config(workdir: pathlib.Path, found: Found) -> None:
+    """Says so where the directory's configuration is not the one that the checkpoint was written with."""
+    written = found.manifest.config_sha256 if found.manifest else ""
+    if written and (workdir / CONFIG_FILE).exists() and written != fingerprint(load_config(workdir)):
+        say(f"checkpoint {workdir / FOLDER / str(found.step)}: {CONFIG_FILE} has changed since it was written")
 
 
 def _steps(folder: pathlib.Path) -> list[int]:

@@ -6,6 +6,8 @@ from tlinformer_jax.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant", "paper")
 DECAY_MASKS = ("all", "matrices")
+# JAX's keys are made of 32 bits, those of dropout of the seed's successor.
+LARGEST_SEED = 2**32 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ConfigError(f"train.{name}", value, f"must be an integer >= {minimum}")
+        if self.seed > LARGEST_SEED:
+            raise ConfigError("train.seed", self.seed, f"must be at most {LARGEST_SEED}")
         for name in ("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm", "beta1", "beta2"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):

@@ -45,7 +45,9 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                 raise
             say(f"workdir {workdir}: its file system has no locks; a second run here would not be noticed")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on host {platform.node()}\n")
-        file.flush()
+        try:  # past the file's buffer, which would raise once more when it is closed
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on host {platform.node()}\n".encode())
+        except OSError as error:
+            raise DataError(f"workdir {workdir}: {LOCK_FILE} cannot be written ({error.strerror})") from None
         yield

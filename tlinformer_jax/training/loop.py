@@ -26,7 +26,7 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
@@ -124,8 +124,7 @@ def train_and_evaluate(
         first, last = int(state.step), run.horizon.steps
         main = jax.process_index() == 0
         if main:
-            save_config(run.config, workdir)
-            run.tokenizer.save(workdir)
+            save_description(run, workdir)
         describe(run, train, validation, batches)
         trace = StepTrace(pathlib.Path(profile) if profile else None, first, last)
         # The last step's evaluation is always repeated, for its figures.
@@ -185,6 +184,19 @@ def check_workdir(run: Run, workdir: pathlib.Path) -> None:
         raise ConfigError("workdir", str(workdir), f"holds a run with another configuration: {'; '.join(other)}")
     for line in changed:
         say(f"changed since the last run here: {line}")
+
+
+def save_description(run: Run, workdir: pathlib.Path) -> None:
+    """Writes configuration and tokenizer into the working directory.
+
+    Raises:
+      DataError: if they cannot be written.
+    """
+    try:
+        save_config(run.config, workdir)
+        run.tokenizer.save(workdir)
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: its configuration cannot be written ({error.strerror})") from None
 
 
 def describe(run: Run, train: TokenStream, validation: TokenStream, batches: TrainingBatches) -> None:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from tlinformer_jax.errors import DataError
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -29,22 +31,34 @@ class ScalarWriter(Protocol):
 
 
 class TensorBoardXWriter:
-    """TensorBoard events without TensorFlow; those of steps after `step` that are there already are hidden."""
+    """TensorBoard events without TensorFlow; those of steps after `step` that are there already are hidden.
+
+    By tensorboardX's file writer, not its SummaryWriter: that one writes in a thread, and once the thread has died of
+    a full disk the run would wait for it for ever. Every method raises OSError instead.
+    """
 
     def __init__(self, folder: pathlib.Path, step: int = 0) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        self._file.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._file.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 def tensorboard_writer(folder: pathlib.Path, step: int = 0) -> ScalarWriter:
@@ -59,6 +73,8 @@ def tensorboard_writer(folder: pathlib.Path, step: int = 0) -> ScalarWriter:
 def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
     """Drops the events after `step` from a metrics.jsonl, and a line that a kill has torn; whole or not at all.
 
+    Damaged lines go too; those before the last one, which no kill explains, are counted on stderr.
+
     Args:
       path: of the file; nothing is done where it is missing.
       step: that the run goes on from.
@@ -67,16 +83,19 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
     if not path.exists():
         return
 
-    def stays(line: str) -> bool:
+    def stays(line: str) -> bool | None:
         try:
             event = json.loads(line)
             repeated = event["step"] == step and not keep_evaluation and any(key.startswith("eval/") for key in event)
             return event["step"] <= step and not repeated
         except (ValueError, TypeError, KeyError):
-            return False
+            return None
 
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if stays(line)]
+    verdicts = [stays(line) for line in lines]
+    kept = [line for line, verdict in zip(lines, verdicts) if verdict]
+    if damaged := verdicts[:-1].count(None):
+        say(f"{path}: {damaged} damaged lines are dropped")
     draft = path.with_name(f"{path.name}.draft")
     with open(draft, "w", encoding="utf-8") as file:
         file.write("".join(f"{line}\n" for line in kept))
@@ -88,7 +107,8 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
 class MetricsLog:
     """Writes each event to metrics.jsonl and to TensorBoard; does nothing where it is not active.
 
-    Only process 0 of a run is active.
+    Only process 0 of a run is active. Every method raises a DataError where something cannot be written (disk full,
+    say), naming it.
 
     Args:
       workdir: the working directory.
@@ -100,41 +120,65 @@ class MetricsLog:
     def __init__(
         self, workdir: pathlib.Path, active: bool = True, step: int = 0, keep_evaluation: bool = False
     ) -> None:
-        self._active = active
+        self._active, self._workdir = active, workdir
         if active:
-            cut_back(workdir / METRICS_FILE, step, keep_evaluation)
-            # Held open for the whole run and closed by close().
-            self._file = open(workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
-            self._board = tensorboard_writer(workdir / TENSORBOARD_FOLDER, step)
+            with self._writing(METRICS_FILE), open(workdir / METRICS_FILE, "ab"):
+                pass  # before anything else is touched
+            with self._writing(TENSORBOARD_FOLDER):
+                self._board = tensorboard_writer(workdir / TENSORBOARD_FOLDER, step)
+            with self._writing(METRICS_FILE):
+                cut_back(workdir / METRICS_FILE, step, keep_evaluation)
+                # Held open for the whole run and closed by close(); unbuffered, so that a full disk is told once.
+                self._file = open(workdir / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            self.close()
+        except DataError:
+            if kind is None:  # else it would hide the error that is under way
+                raise
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records one event; the JSON line is on disk when this returns."""
         if not self._active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        self._board.write_scalars(step, scalars)
+        line = json.dumps({"step": step, **finite}).encode() + b"\n"
+        with self._writing(METRICS_FILE):
+            while line:  # what is left of it, where the disk took a part only
+                line = line[self._file.write(line) :]
+        with self._writing(TENSORBOARD_FOLDER):
+            self._board.write_scalars(step, scalars)
 
     def sync(self) -> None:
         """Brings what was written to the disk: before a checkpoint that makes it count."""
         if self._active:
-            os.fsync(self._file.fileno())
-            self._board.flush()
+            with self._writing(METRICS_FILE):
+                os.fsync(self._file.fileno())
+            with self._writing(TENSORBOARD_FOLDER):
+                self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes both."""
         if self._active:
-            self.sync()
-            self._file.close()
-            self._board.close()
-            self._active = False
+            try:
+                self.sync()
+            finally:
+                self._active = False
+                self._file.close()
+                with self._writing(TENSORBOARD_FOLDER):
+                    self._board.close()
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Says what of the working directory it is, if it cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"workdir {self._workdir}: {name} cannot be written ({error.strerror or error})") from None
 
 
 class Throughput:

@@ -14,7 +14,8 @@ from tlinformer_jax.data.batches import Batch, evaluation_batches, num_samples
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.streams import TokenStream, check_token_ids
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
@@ -92,7 +93,12 @@ class Run:
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        """The jitted evaluation step."""
+        """The jitted evaluation step.
+
+        Raises:
+          ConfigError: if the attention's kernel is not for this device.
+        """
+        check_kernel(self.config.model)
         return jit_eval_step(self.model, self.config.train, self.shardings.params, batch_sharding(self.mesh))
 
     def evaluate(
@@ -113,14 +119,25 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAI
     """Builds and cross-checks the fixed parts of a run; `horizon` matters to training only.
 
     Raises:
-      ConfigError: if the tokenizer does not fit the vocabulary, or the batch does not fit the devices.
+      ConfigError: if the tokenizer does not fit the vocabulary, or batch or kernel do not fit the devices.
     """
     check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.mesh)
     if horizon != UNTRAINED:
         field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
         check_batch_divides(config.train.micro_batch_size, mesh, field)
+        check_kernel(config.model)
     return Run(config, tokenizer, mesh, build_model(config.model), horizon)
+
+
+def check_kernel(config: ModelConfig) -> None:
+    """Refuses cuDNN's attention where there is no GPU ('splash' is interpreted where there is no TPU).
+
+    Raises:
+      ConfigError: naming `model.attention`.
+    """
+    if config.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {jax.default_backend()} here")
 
 
 def use_compilation_cache() -> None:

@@ -1,0 +1,339 @@
+"""Bad inputs as data: what is wrong, the command, and what its one line must name.
+
+`{d}` is the folder that `bad_files.write_files` fills; `run` in it is a sound working directory, and each of
+`bad_files.CHANGES` is a copy of it in which something is wrong.
+"""
+
+import dataclasses
+
+# What every command gets that is not said to go without.
+USUAL = {
+    "main": ("--config={d}/small.py", "--workdir={d}/new"),
+    "data.prepare": ("--config={d}/small.py",),
+    "evaluate": ("--workdir={d}/run",),
+    "generate": ("--workdir={d}/run", "--prompt=a"),
+    "convert": ("--config={d}/small.py", "--workdir={d}/new"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A command that must be refused.
+
+    Attributes:
+      what: is wrong.
+      command: the module, without the package's name.
+      arguments: beside the usual ones; one of the same flag stands in the place of the usual one.
+      says: what the line must hold.
+      usual: whether the usual arguments are given.
+    """
+
+    what: str
+    command: str
+    arguments: tuple[str, ...]
+    says: str
+    usual: bool = True
+
+    def argv(self, folder: str) -> list[str]:
+        """All arguments, for files in `folder`."""
+        given = {argument.split("=")[0] for argument in self.arguments}
+        usual = USUAL.get(self.command, ()) if self.usual else ()
+        kept = [argument for argument in usual if argument.split("=")[0] not in given]
+        return [argument.replace("{d}", folder) for argument in (*kept, *self.arguments)]
+
+
+def fields(*rows: tuple[str, str]) -> list[Case]:
+    """Cases of one wrong field each: 'section.field=value', and what the line must say beside the field's name."""
+    return [
+        Case(f"{setting.split('=')[0]}: {says}", "main", (f"--config.{setting}",), setting.split("=")[0])
+        for setting, says in rows
+    ]
+
+
+FLAGS = [
+    Case("no config", "main", (), "--config: must name a config file", usual=False),
+    Case("no working directory", "main", ("--workdir=",), "--workdir: must name a directory"),
+    Case("unknown flag", "main", ("--wrokdir=x",), "wrokdir"),
+    Case("an argument that is no flag", "main", ("small.py",), "small.py: unexpected argument"),
+    Case("a switch with a value that is none", "main", ("--check=maybe",), "check"),
+    Case("missing config file", "main", ("--config={d}/none.py",), "none.py"),
+    Case("a folder as config file", "main", ("--config={d}",), "--config="),
+    Case("config file that is no Python", "main", ("--config={d}/syntax.py",), "syntax.py"),
+    Case("config file that is no text", "main", ("--config={d}/binary.txt",), "--config"),
+    Case("config file that raises", "main", ("--config={d}/raises.py",), "no luck"),
+    Case("config file without get_config", "main", ("--config={d}/empty.py",), "empty.py: must be a Python"),
+    Case("get_config that returns nothing", "main", ("--config={d}/nothing.py",), "--config"),
+    Case("get_config that returns a number", "main", ("--config={d}/number.py",), "--config"),
+    Case("config file with an unknown section", "main", ("--config={d}/section.py",), "modle"),
+    Case("config file with an unknown field", "main", ("--config={d}/field.py",), "model.widnow"),
+    Case("config file whose section is a number", "main", ("--config={d}/flat.py",), "model = 3"),
+    Case("config file with a wrong type", "main", ("--config={d}/type.py",), "model.d_model = '16'"),
+    Case("unknown variant", "main", ("--config=configs/wt103.py:huge",), "variant = 'huge'"),
+    Case("unknown section", "main", ("--config.modle.d_model=8",), "modle"),
+    Case("unknown field", "main", ("--config.model.widnow=8",), "widnow"),
+    Case("text for an integer", "main", ("--config.model.num_heads=many",), "num_heads"),
+    Case("fraction for an integer", "main", ("--config.train.steps=1.5",), "steps"),
+    Case("text for a switch", "main", ("--config.model.scan_layers=perhaps",), "scan_layers"),
+    Case("trace into a file", "main", ("--profile={d}/binary.txt",), "--profile"),
+]
+
+MODELS = fields(
+    ("model.architecture=mamba", "unknown name"),
+    ("model.vocab_size=256", "smaller than the tokenizer's"),
+    ("model.vocab_size=3000000000", "past int32"),
+    ("model.num_heads=3", "does not divide the width"),
+    ("model.num_heads=16", "odd width of a head"),
+    ("model.num_heads=0", "zero"),
+    ("model.hidden_depth=-1", "negative"),
+    ("model.d_ff=0", "zero"),
+    ("model.history_window=0", "zero"),
+    ("model.history_window=half", "no number"),
+    ("model.generation_window=0", "zero"),
+    ("model.dropout=1.0", "all dropped"),
+    ("model.dropout=nan", "not a number"),
+    ("model.dtype=float8", "unknown type"),
+    ("model.param_dtype=float16", "a type that is not for parameters"),
+    ("model.attention=flash", "unknown kernel"),
+    ("model.head_padding=12", "no multiple of 8"),
+    ("model.history_segments=0", "zero"),
+    ("model.windows_together=0", "zero"),
+    ("model.history_chunk=-1", "negative"),
+    ("model.remat=always", "unknown word"),
+    ("model.remat_save=everything", "unknown name"),
+)
+MODELS += [
+    Case(
+        "a kernel without dropout",
+        "main",
+        ("--config.model.attention=cudnn", "--config.model.dropout=0.1"),
+        "model.attention = 'cudnn'",
+    ),
+    Case("a GPU's kernel on the CPU", "main", ("--config.model.attention=cudnn",), "model.attention"),
+    Case(
+        "a sliding window without a size",
+        "main",
+        ("--config.model.architecture=sliding_window", "--config.model.history_window=auto"),
+        "model.history_window = 'auto'",
+    ),
+]
+
+TRAINING = fields(
+    ("train.steps=-1", "negative"),
+    ("train.steps=0", "zero, and no epochs"),
+    ("train.epochs=-1", "negative"),
+    ("train.batch_size=0", "zero"),
+    ("train.accumulation=3", "does not divide the batch"),
+    ("train.accumulation=0", "zero"),
+    ("train.sampled_windows=5", "more than a sequence has"),
+    ("train.seed=-1", "negative"),
+    ("train.seed=99999999999999999999", "past 64 bits"),
+    ("train.learning_rate=nan", "not a number"),
+    ("train.learning_rate=-0.1", "negative"),
+    ("train.warmup_steps=-1", "negative"),
+    ("train.schedule=linear", "unknown name"),
+    ("train.schedule=paper", "a schedule by epochs, and no epochs"),
+    ("train.final_learning_rate=-1", "negative"),
+    ("train.beta1=1.0", "one"),
+    ("train.beta2=-0.5", "negative"),
+    ("train.epsilon=inf", "infinite"),
+    ("train.weight_decay=-1", "negative"),
+    ("train.decay_mask=none", "unknown name"),
+    ("train.clip_norm=-1", "negative"),
+    ("train.loss_chunk=0", "zero"),
+    ("train.log_every=0", "zero"),
+    ("train.eval_every=-1", "negative"),
+    ("train.eval_batch_size=-1", "negative"),
+    ("train.checkpoint_every=-5", "negative"),
+    ("train.keep_checkpoints=0", "zero"),
+    ("train.keep_best=-1", "negative"),
+    ("train.max_skipped_updates=-1", "negative"),
+    ("mesh.data=0", "zero"),
+)
+TRAINING += [
+    Case("a mesh of more devices than there are", "main", ("--config.mesh.data=3",), "must multiply to the 1 devices"),
+    Case("two axes that take what is left", "main", ("--config.mesh.fsdp=-1",), "mesh.fsdp = -1"),
+    Case(
+        "sampled windows without windows",
+        "main",
+        ("--config.train.sampled_windows=1", "--config.model.architecture=transformer"),
+        "train.sampled_windows = 1",
+    ),
+    Case("--check finds it too", "main", ("--check", "--config.mesh.data=3"), "must multiply to the 1 devices"),
+]
+
+TRAIN, VALIDATION = "--config.data.train_files=", "--config.data.validation_files="
+DATA = fields(
+    ("data.dataset=pile", "unknown name"),
+    ("data.tokenizer=none.json", "no such file"),
+    ("data.sequence_length=0", "zero"),
+    ("data.sequence_length=100000", "longer than the text"),
+    ("data.train_files=none/*.txt", "no file"),
+    ("data.validation_files=", "none given"),
+    ("data.document_per=page", "unknown word"),
+    ("data.num_workers=-1", "negative"),
+)
+DATA += [
+    Case("a tokenizer that is no JSON", "main", ("--config.data.tokenizer={d}/bad.jsonl",), "bad.jsonl"),
+    Case("a tokenizer's file that is another JSON", "main", ("--config.data.tokenizer={d}/other.json",), "other.json"),
+    Case(
+        "an end of text that is no entry",
+        "main",
+        ("--config.data.tokenizer={d}/words.json", "--config.data.end_of_text_token=stop"),
+        "data.end_of_text_token = 'stop'",
+    ),
+    Case("text of an unknown kind", "main", (TRAIN + "{d}/table.csv",), "table.csv"),
+    Case("a folder with a text's name", "main", (TRAIN + "{d}/folder.txt",), "folder.txt"),
+    Case("text that is not UTF-8", "main", (TRAIN + "{d}/binary.txt",), "binary.txt, line 2"),
+    Case("an empty text", "main", (TRAIN + "{d}/empty.txt",), "no text at all in {d}/empty.txt"),
+    Case("a JSON line that is none", "main", (TRAIN + "{d}/bad.jsonl",), "bad.jsonl, line 2"),
+    Case("a JSON line without the field", "main", (TRAIN + "{d}/field.jsonl",), "field.jsonl, line 1"),
+    Case("a JSON line whose text is a number", "main", (TRAIN + "{d}/number.jsonl",), "must be a string"),
+    Case("half a character in a JSON line", "main", (TRAIN + "{d}/half.jsonl",), "half a surrogate pair"),
+    Case("a .gz that is cut off", "main", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
+    Case("a .gz that is damaged", "main", (TRAIN + "{d}/damaged.txt.gz",), "damaged .gz data"),
+    Case("a .xz that is none", "main", (TRAIN + "{d}/none.txt.xz",), "damaged .xz data"),
+    Case("a .zst that is none", "main", (TRAIN + "{d}/none.txt.zst",), "damaged .zst data"),
+    Case("too short a validation split", "main", (VALIDATION + "{d}/short.txt",), "validation split has only"),
+    Case("a cache in a file", "main", ("--config.data.cache_dir={d}/binary.txt",), "data.cache_dir"),
+    Case("a cache where nothing can be written", "main", ("--config.data.cache_dir=/proc/cache",), "data.cache_dir"),
+    Case(
+        "WikiText where there is none",
+        "main",
+        ("--config.data.dataset=wikitext103", "--config.data.manual_dir={d}/none"),
+        "data.manual_dir",
+    ),
+    Case("to prepare a damaged text", "data.prepare", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
+    Case("to prepare for too small a model", "data.prepare", ("--config.model.vocab_size=9",), "model.vocab_size = 9"),
+    Case("to prepare without a config", "data.prepare", (), "--config", usual=False),
+]
+
+
+def _workdir(name: str) -> str:
+    return f"--workdir={{d}}/{name}"
+
+
+WORKDIRS = [
+    Case("a file as working directory", "main", (_workdir("binary.txt"),), "--workdir"),
+    Case("a working directory below a file", "main", (_workdir("binary.txt/run"),), "--workdir"),
+    Case("a working directory that cannot be written", "main", ("--workdir=/proc/run",), "--workdir=/proc/run"),
+    Case("one that holds another model", "main", (_workdir("other_model"),), "model.d_model: 32 -> 16"),
+    Case("another seed than the run's", "main", (_workdir("run"), "--config.train.seed=1"), "train.seed: 0 -> 1"),
+    Case("one that another run trains into", "main", (_workdir("held"),), "another run is training into it"),
+    Case("its configuration cut off", "main", (_workdir("config_cut"),), "no readable config.json"),
+    Case("its configuration of another version", "main", (_workdir("config_future"),), "model.width"),
+    Case("its configuration is no text", "main", (_workdir("config_binary"),), "no readable config.json"),
+    Case("a folder as its configuration", "main", (_workdir("config_folder"),), "no readable config.json"),
+    Case("its configuration is a list", "main", (_workdir("config_list"),), "config.json"),
+    Case("all its checkpoints damaged", "main", (_workdir("all_damaged"),), "none of its checkpoints can be used"),
+    Case("a file as its checkpoints", "main", (_workdir("checkpoints_file"),), "checkpoints"),
+    Case("a folder as its metrics", "main", (_workdir("metrics_folder"),), "metrics.jsonl"),
+    Case("a file as its TensorBoard folder", "main", (_workdir("tensorboard_file"),), "tensorboard"),
+    Case("a folder as its lock", "main", (_workdir("lock_folder"),), ".lock"),
+    Case("to evaluate nothing named", "evaluate", (), "--workdir: must name", usual=False),
+    Case("to evaluate what is not there", "evaluate", (_workdir("none"),), "no readable config.json"),
+    Case("to evaluate a file", "evaluate", (_workdir("binary.txt"),), "no readable config.json"),
+    Case("to evaluate an unknown split", "evaluate", ("--split=exam",), "split"),
+    Case("to evaluate a split without text", "evaluate", ("--split=test",), "data.test_files"),
+    Case("to evaluate a text that was moved", "evaluate", (_workdir("no_text"),), "moved.txt"),
+    Case("to evaluate a step that was not saved", "evaluate", ("--step=7",), "no checkpoint of step 7"),
+    Case("to evaluate a negative step", "evaluate", ("--step=-1",), "step"),
+    Case("to evaluate a step that is no number", "evaluate", ("--step=last",), "step"),
+    Case("to evaluate without a tokenizer", "evaluate", (_workdir("tokenizer_gone"),), "no readable tokenizer"),
+    Case("to evaluate with a damaged tokenizer", "evaluate", (_workdir("tokenizer_binary"),), "tokenizer"),
+    Case("to evaluate with a tokenizer of another kind", "evaluate", (_workdir("tokenizer_list"),), "tokenizer"),
+    Case("to evaluate damaged checkpoints", "evaluate", (_workdir("all_damaged"),), "none of its checkpoints"),
+    Case("to evaluate without checkpoints", "evaluate", (_workdir("no_checkpoint"),), "holds no checkpoint"),
+    Case("to evaluate an empty folder of them", "evaluate", (_workdir("checkpoints_empty"),), "no finished checkpoint"),
+    Case("to evaluate a file for checkpoints", "evaluate", (_workdir("checkpoints_file"),), "holds no checkpoint"),
+]
+
+GENERATION = [
+    Case("no prompt", "generate", (_workdir("run"),), "--prompt, --prompt_file: give one", usual=False),
+    Case("two prompts", "generate", ("--prompt_file={d}/short.txt",), "--prompt, --prompt_file: give one"),
+    Case("an empty prompt", "generate", ("--prompt=",), "--prompt: must hold some text"),
+    Case("parts of a character as prompt", "generate", ("--prompt=a\udcff",), "must be text"),
+    *(
+        Case(what, "generate", (_workdir("run"), f"--prompt_file={{d}}/{name}"), says, usual=False)
+        for what, name, says in (
+            ("a prompt file that is not there", "none.txt", "cannot be read (No such file"),
+            ("a folder as prompt file", "folder.txt", "cannot be read (Is a directory)"),
+            ("an empty prompt file", "empty.txt", "must hold some text"),
+            ("a prompt file that is not UTF-8", "binary.txt", "must be UTF-8 text"),
+        )
+    ),
+    Case("a negative number of tokens", "generate", ("--max_new_tokens=-1",), "--max_new_tokens=-1"),
+    Case("a number of tokens that is none", "generate", ("--max_new_tokens=many",), "max_new_tokens"),
+    Case("a negative temperature", "generate", ("--temperature=-1",), "--temperature=-1"),
+    Case("a temperature that is no number", "generate", ("--temperature=nan",), "--temperature=nan"),
+    Case("the best 0 tokens", "generate", ("--top_k=0",), "--top_k=0"),
+    Case("more than all the mass", "generate", ("--top_p=1.5",), "--top_p=1.5"),
+    Case("a negative mass", "generate", ("--min_p=-0.1",), "--min_p=-0.1"),
+    Case("no penalty at all", "generate", ("--repetition_penalty=0",), "--repetition_penalty=0"),
+    Case("a negative seed", "generate", ("--seed=-1",), "--seed=-1"),
+    Case("no samples", "generate", ("--num_samples=0",), "--num_samples=0"),
+    Case("an empty stop text", "generate", ("--stop=",), "--stop="),
+    Case("to generate from nothing", "generate", (_workdir("none"),), "no readable config.json"),
+    Case("to generate without a tokenizer", "generate", (_workdir("tokenizer_gone"),), "no readable tokenizer"),
+    Case("to generate from damaged checkpoints", "generate", (_workdir("all_damaged"),), "none of its checkpoints"),
+    Case("to generate from a step that was not saved", "generate", ("--step=7",), "no checkpoint of step 7"),
+]
+
+CONVERSION = [
+    Case("neither weights nor a file to write", "convert", (), "--from, --to: give one"),
+    Case("both", "convert", ("--from={d}/sound.pt", "--to={d}/x.safetensors"), "--from, --to: give one"),
+    Case("weights without a config", "convert", ("--from={d}/sound.pt", _workdir("new")), "--config", usual=False),
+    Case("weights that are not there", "convert", ("--from={d}/none.pt",), "none.pt"),
+    Case("weights of an unknown kind", "convert", ("--from={d}/table.csv",), "table.csv"),
+    Case("a folder as weights", "convert", ("--from={d}/run",), "must end in .safetensors, .pt or .pth"),
+    Case("a .pt that is none", "convert", ("--from={d}/nonsense.pt",), "nonsense.pt"),
+    Case("a .pt that is cut off", "convert", ("--from={d}/cut.pt",), "cut.pt"),
+    Case("a .pt that would run a command", "convert", ("--from={d}/evil.pt",), "posix.system"),
+    Case("a .pt without a weight", "convert", ("--from={d}/missing.pt",), "missing transformer.norm.bias"),
+    Case("a .pt with a weight of another shape", "convert", ("--from={d}/shape.pt",), "has shape"),
+    Case("a .pt with a weight that is not finite", "convert", ("--from={d}/infinite.pt",), "no finite"),
+    Case("a .safetensors that is none", "convert", ("--from={d}/nonsense.safetensors",), "nonsense.safetensors"),
+    Case("weights of another model", "convert", ("--from={d}/sound.pt", "--config.model.d_ff=32"), "has shape"),
+    Case("weights into a full directory", "convert", ("--from={d}/sound.pt", _workdir("run")), "must be a new"),
+    Case("weights into a file", "convert", ("--from={d}/sound.pt", _workdir("binary.txt")), "must be a new"),
+    Case("weights into no place", "convert", ("--from={d}/sound.pt", "--workdir=/proc/run"), "workdir /proc/run"),
+    *(
+        Case(what, "convert", (_workdir(name), f"--to={{d}}/{to}"), says, usual=False)
+        for what, name, to, says in (
+            ("to write a .pt", "run", "x.pt", "must end in .safetensors"),
+            ("to write over a file", "run", "nonsense.safetensors", "nonsense.safetensors"),
+            ("to write into no folder", "run", "none/x.safetensors", "x.safetensors"),
+            ("to convert nothing", "none", "x.safetensors", "no readable config.json"),
+            ("to convert damaged checkpoints", "all_damaged", "x.safetensors", "none of its checkpoints"),
+        )
+    ),
+]
+
+BENCHMARKS = [
+    Case("lengths that are no numbers", "bench.inference", ("--lengths=1k",), "--lengths = '1k'"),
+    Case("a batch of none", "bench.inference", ("--lengths=8x0",), "--lengths = '8x0'"),
+    Case("an unknown part", "bench.inference", ("--parts=all",), "--parts = 'all'"),
+    Case("an unknown architecture", "bench.inference", ("--architectures=rnn",), "--architectures = 'rnn'"),
+    Case("an endless measurement", "bench.inference", ("--seconds=inf",), "--seconds"),
+    Case("no window", "bench.inference", ("--window=0",), "window"),
+    Case("weights of nothing", "bench.inference", (_workdir("none"),), "no readable config.json"),
+    Case("lengths that are none", "bench.training", ("--lengths=0",), "--lengths = '0'"),
+    Case("no steps", "bench.training", ("--steps=0",), "steps"),
+    Case("a field that does not exist", "bench.training", ("--set=model.depth=3",), "model.depth=3"),
+    Case("a setting that is none", "bench.training", ("--try=faster",), "faster"),
+    Case("a setting that is not allowed", "bench.training", ("--try=model.num_heads=5",), "model.num_heads = 5"),
+    Case("results into a file", "bench.training", ("--out={d}/binary.txt",), "--out"),
+    Case("no trials", "bench.faults", ("--trials=0",), "trials"),
+    Case("an unknown signal", "bench.faults", ("--signal=hup",), "signal"),
+    Case("reports into a file", "bench.faults", ("--out={d}/binary.txt",), "--out"),
+]
+
+GROUPS = {
+    "Flags and config files": FLAGS,
+    "Fields of the model": MODELS,
+    "Fields of training and of the mesh": TRAINING,
+    "Data": DATA,
+    "Working directories and checkpoints": WORKDIRS,
+    "Prompts and options of generation": GENERATION,
+    "Weights to convert": CONVERSION,
+    "Benchmarks": BENCHMARKS,
+}

@@ -1,0 +1,189 @@
+"""Runs the bad inputs and writes the table of docs/reliability.md: `python -m tests.support.refusals [--write]`.
+
+Each case runs as the command does, in a process of its own: a fork of this one, which has imported what the commands
+import but has not used JAX, so that a hundred cases take minutes less than a hundred starts. Prints one JSON object a
+case; `--write` puts the table into the document instead.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- bad inputs: begin -->", "<!-- bad inputs: end -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command did.
+
+    Attributes:
+      group: of the case.
+      what: was wrong.
+      command: as a user would type it, after `python -m`.
+      says: what its line must hold.
+      status: that it ended with.
+      out: what it printed on stdout.
+      err: what it printed on stderr.
+      changed: files that are new, gone or different after it.
+    """
+
+    group: str
+    what: str
+    command: str
+    says: str
+    status: int
+    out: str
+    err: str
+    changed: list[str]
+
+
+def run_all() -> list[Result]:
+    """Runs every case."""
+    from tests.support import bad_files, bad_inputs
+
+    _import_what_commands_import()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="bad-inputs-"))
+    try:
+        bad_files.write_files(folder)
+        status, _, err = forked("main", [f"--config={folder}/small.py", f"--workdir={folder}/run"], folder)
+        assert status == 0, err
+        for name, change in bad_files.CHANGES.items():
+            shutil.copytree(folder / "run", folder / name)
+            change(folder / name)
+        with _held(folder / "held" / ".lock"):
+            return [run_case(group, case, folder) for group, cases in bad_inputs.GROUPS.items() for case in cases]
+    finally:
+        shutil.rmtree(folder)
+
+
+def run_case(group, case, folder: pathlib.Path) -> Result:
+    """Runs one case over the files in `folder`."""
+    before = contents(folder)
+    status, out, err = forked(case.command, case.argv(str(folder)), folder)
+    after = contents(folder)
+    shutil.rmtree(folder / "new", ignore_errors=True)  # so that no case meets what another has left
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    shown = [f"tlinformer_jax.{case.command}", *(case.arguments if case.usual else case.argv("{d}"))]
+    command = " ".join(json.dumps(part) if " " in part else part for part in shown)
+    says = case.says.replace("{d}", "DIR")
+    shown_err = err.replace(str(folder), "DIR").replace(f"{ROOT}/", "").replace(str(ROOT), "CHECKOUT")
+    out = out.replace(str(folder), "DIR")
+    return Result(group, case.what, command.replace("{d}", "DIR"), says, status, out, shown_err, changed)
+
+
+def forked(command: str, arguments: list[str], folder: pathlib.Path) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `python -m tlinformer_jax.COMMAND ARGUMENTS`."""
+    outputs = [folder / ".out", folder / ".err"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            for number, path in enumerate(outputs, 1):
+                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+            os.chdir(ROOT)
+            module = f"tlinformer_jax.{command}"
+            sys.argv = [module, *arguments]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    _, code = os.waitpid(pid, 0)
+    out, err = (path.read_text(encoding="utf-8", errors="replace") for path in outputs)
+    for path in outputs:
+        path.unlink()
+    return os.waitstatus_to_exitcode(code), out, err
+
+
+def contents(folder: pathlib.Path) -> dict[str, str]:
+    """Path -> hash of every file below `folder`, without locks and the cache of tokens."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] != "cache")
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name != ".lock"
+    }
+
+
+def table(results: list[Result]) -> str:
+    """The document's part: a table a group."""
+    lines = []
+    for group in dict.fromkeys(result.group for result in results):
+        lines += [f"### {group}", "", "| what is wrong | command | what it prints |", "|---|---|---|"]
+        for result in results:
+            if result.group == group:
+                said = " ".join(
+                    line for line in result.err.splitlines() if line.startswith(("error: ", "checkpoint ", "  "))
+                )
+                cells = (result.what, f"`{_cell(result.command)}`", f"`{_cell(said)}`")
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def written() -> str:
+    """The table that the document holds."""
+    return DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+
+
+def write(results: list[Result]) -> None:
+    """Puts the table into the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def _cell(text: str) -> str:
+    """Text that a table's cell can hold between backquotes."""
+    return text.replace("|", "\\|").replace("`", "'").encode("utf-8", "backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def _held(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a working directory, as a run does."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 12 on host other\n")
+        file.flush()
+        yield
+
+
+def _import_what_commands_import() -> None:
+    import ml_collections.config_flags  # noqa: F401
+    from jax._src import xla_bridge
+
+    import tlinformer_jax.bench.runner
+    import tlinformer_jax.decoding.generator
+    import tlinformer_jax.training.check
+    import tlinformer_jax.training.conversion
+    import tlinformer_jax.training.loop  # noqa: F401
+
+    assert not xla_bridge._backends, "a process that has used JAX must not be forked"
+
+
+if __name__ == "__main__":
+    found = run_all()
+    if sys.argv[1:] == ["--write"]:
+        write(found)
+    else:
+        for result in found:
+            print(json.dumps(dataclasses.asdict(result)))

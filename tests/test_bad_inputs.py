@@ -1,0 +1,83 @@
+"""Every bad input gets one line that says what is wrong, and status 2, and leaves nothing: docs/reliability.md."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import bad_files, bad_inputs, refusals
+from tests.support.commands import ROOT, check_refusal, command
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+pytest.importorskip("zstandard")
+
+
+@pytest.fixture(scope="module")
+def results() -> list[refusals.Result]:
+    """What all cases did, in a process that forks, which this one must not: it uses JAX."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    line = [sys.executable, "-m", "tests.support.refusals"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [refusals.Result(**json.loads(text)) for text in done.stdout.splitlines()]
+
+
+def faults(result: refusals.Result) -> list[str]:
+    """What is wrong with how a command was refused."""
+    # Indented lines after the error say what to do (how to get WikiText-103).
+    lines = [line for line in result.err.splitlines() if not line.startswith("  ")]
+    found = [] if result.status == 2 else [f"status {result.status}"]
+    if "Traceback" in result.err:
+        found.append("a traceback")
+    # Before the error there may be lines on damaged checkpoints, or on what the run had begun to do.
+    if [line.startswith("error: ") for line in lines] != [False] * (len(lines) - 1) + [True]:
+        found.append(f"not one error, in the last line: {result.err!r}")
+    if result.says not in result.err:
+        found.append(f"{result.says!r} is not said: {result.err!r}")
+    if result.out:
+        found.append(f"output {result.out!r}")
+    if result.changed:
+        found.append(f"left or changed {result.changed}")
+    return found
+
+
+def test_what_is_looked_for_would_be_found():
+    sound = refusals.Result("group", "what", "command", "field", 2, "", "error: field = 3: must be 4\n", [])
+    assert faults(sound) == []
+    assert len(bad_inputs.GROUPS) == 8
+    for name, value in {
+        "status": 1,
+        "err": "error: field\nTraceback\n",
+        "says": "another",
+        "out": "text",
+        "changed": ["run/config.json"],
+    }.items():
+        assert faults(refusals.Result(**{**vars(sound), name: value})), name
+
+
+@pytest.mark.slow
+def test_every_bad_input_gets_one_line_and_status_2_and_leaves_nothing(results):
+    assert len(results) == sum(map(len, bad_inputs.GROUPS.values())) >= 60
+    wrong = {result.command: found for result in results if (found := faults(result))}
+    assert not wrong, json.dumps(wrong, indent=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="some lines quote Python's own words; these are of 3.11")
+def test_the_document_shows_what_the_commands_print(results):
+    """Mend it by `python -m tests.support.refusals --write`."""
+    assert refusals.written() == refusals.table(results).strip()
+
+
+@pytest.mark.slow
+def test_forked_commands_say_what_typed_ones_do(results, tmp_path):
+    bad_files.write_files(tmp_path)
+    for what in ("config file that raises", "a .gz that is cut off", "a field that does not exist"):
+        (case,) = (case for cases in bad_inputs.GROUPS.values() for case in cases if case.what == what)
+        (result,) = (result for result in results if result.what == what)
+        typed = command(f"tlinformer_jax.{case.command}", *case.argv(str(tmp_path)))
+        check_refusal(typed, case.says)
+        assert typed.stderr.replace(str(tmp_path), "DIR") == result.err

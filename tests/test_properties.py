@@ -1,0 +1,291 @@
+"""Random configurations: valid ones train a finite step and decode as the forward pass, invalid ones are named."""
+
+import dataclasses
+import functools
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.support import golden, reference
+from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config import SECTIONS, RunConfig, run_config
+from tlinformer_jax.data import config as data_config
+from tlinformer_jax.decoding.cache import history_of
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.models import config as model_config
+from tlinformer_jax.training import config as train_config
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import init_state, train_step
+
+TOLERANCE = 2e-5  # as in tests/decoding/test_exactness.py
+VOCABULARY = 29
+FRACTIONS = (0.25, 0.382, 0.5, 0.618, 0.75)
+
+
+def settings(examples: int, seconds_each: bool = False) -> hypothesis.settings:
+    """The same examples at every run; a failing one that takes seconds is not made smaller."""
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    return hypothesis.settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+        phases=phases if seconds_each else [*phases, hypothesis.Phase.shrink],
+    )
+
+
+@st.composite
+def windows(draw, architecture: str) -> dict:
+    """Both windows: sizes, a fraction of their sum, or a compressed context that grows."""
+    how = draw(st.sampled_from(["sizes", "fraction", *(["auto"] if architecture != "sliding_window" else [])]))
+    if how == "fraction":
+        total = draw(st.integers(4, 12))
+        history = max(1, round(draw(st.sampled_from(FRACTIONS)) * total))
+        return {"history_window": history, "generation_window": total - history}
+    history = "auto" if how == "auto" else draw(st.integers(1, 7))
+    return {"history_window": history, "generation_window": draw(st.integers(1, 7))}
+
+
+@st.composite
+def valid_configs(draw) -> RunConfig:
+    """A small model and a step of training over it."""
+    architecture = draw(st.sampled_from(model_config.ARCHITECTURES))
+    heads, width = draw(st.sampled_from([(1, 16), (2, 8), (4, 4), (3, 4)]))
+    model = {
+        "architecture": architecture,
+        "vocab_size": VOCABULARY,
+        "d_model": heads * width,
+        "num_heads": heads,
+        "num_blocks": draw(st.integers(1, 2)),
+        "hidden_depth": draw(st.integers(0, 2)),
+        "d_ff": draw(st.sampled_from([8, 12])),
+        "dropout": draw(st.sampled_from([0.0, 0.3])),
+        "dtype": "float32",
+        "attention": "xla",
+        "history_segments": draw(st.integers(1, 3)),
+        "windows_together": draw(st.integers(1, 2)),
+        "history_chunk": draw(st.sampled_from([0, 3])),
+        "scan_layers": draw(st.booleans()),
+        "remat": draw(st.sampled_from(model_config.REMAT)),
+        "remat_save": draw(st.sampled_from(["", "gate_up", "projected,attended"])),
+        **draw(windows(architecture)),
+    }
+    length = draw(st.integers(1, 24))
+    number = -(-length // model["generation_window"])
+    sampled = draw(st.integers(0, min(number, 2))) if architecture in model_config.WINDOWED else 0
+    train = {
+        "batch_size": 4,
+        "accumulation": draw(st.sampled_from([1, 2])),
+        "equal_updates": draw(st.booleans()),
+        "sampled_windows": sampled,
+        "warmup_steps": 0,
+        "loss_chunk": draw(st.sampled_from([7, 8192])),
+        "decay_mask": draw(st.sampled_from(train_config.DECAY_MASKS)),
+    }
+    return run_config({"model": model, "train": train, "data": {"sequence_length": length}})
+
+
+def check_step(config: RunConfig) -> None:
+    """One update: finite, and (where windows are not sampled) of a loss near a guess's; the parameters have moved."""
+    model, length = build_model(config.model), config.data.sequence_length
+    state = init_state(jax.random.key(0), model, config.train, Horizon(10, 10))
+    tokens = np.random.default_rng(length).integers(0, VOCABULARY, (4, length + 1)).astype(np.int32)
+    batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": np.ones((4, length), np.float32)}
+    step = functools.partial(train_step, model=model, config=config.train, horizon=Horizon(10, 10))
+    after, metrics = jax.jit(step)(state, batch)
+    assert (int(after.step), int(after.skips.total)) == (1, 0)
+    assert 0 < float(metrics["loss"]) < math.inf
+    assert config.train.sampled_windows or abs(float(metrics["loss"]) - math.log(VOCABULARY)) < 1
+    assert 0 < float(metrics["grad_norm"]) < math.inf
+    assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), after.params))
+    assert not jnp.array_equal(after.params["embedding"], state.params["embedding"])
+
+
+def check_decoding(config: ModelConfig, length: int, prompt: int) -> None:
+    """Prefill and steps give the logits of the forward pass, and both those of the NumPy reference."""
+    weights = golden.random_weights(config)
+    variables = params_from_reference(weights, config)
+    model = build_model(config)
+    tokens = np.random.default_rng(length).integers(0, VOCABULARY, (1, length)).astype(np.int32)
+    forward = np.asarray(jax.jit(model.apply)(variables, tokens))[0]
+    np.testing.assert_allclose(forward, reference.logits(weights, config, tokens)[0], atol=TOLERANCE, rtol=0)
+    decoder = Decoder(model, variables)
+    cache = decoder.init_cache(1, length)
+    cache, logits = decoder.prefill(cache, 0, tokens[0, :prompt])
+    np.testing.assert_allclose(logits, forward[prompt - 1], atol=TOLERANCE, rtol=0)
+    for position in range(prompt, length):
+        cache = decoder.grow(cache, position + 1)
+        if config.windowed and history_of(config, position + 1) > history_of(config, position):
+            cache = decoder.slide(cache, 0, position)
+        cache, logits = decoder.step(cache, tokens[:, position], np.ones(1, bool))
+        np.testing.assert_allclose(logits[0], forward[position], atol=TOLERANCE, rtol=0, err_msg=f"at {position}")
+
+
+def check_valid(config: RunConfig, prompt: int) -> None:
+    check_step(config)
+    length = config.data.sequence_length
+    check_decoding(config.model, length, min(prompt, length))
+
+
+@settings(2, seconds_each=True)
+@hypothesis.given(valid_configs(), st.integers(1, 24))
+def test_valid_configs_train_and_decode(config, prompt):
+    check_valid(config, prompt)
+
+
+@pytest.mark.slow
+@settings(12, seconds_each=True)
+@hypothesis.given(valid_configs(), st.integers(1, 24))
+def test_many_valid_configs_train_and_decode(config, prompt):
+    check_valid(config, prompt)
+
+
+# Values that a field never takes, whatever it is.
+NEVER = [None, (), {}, [1], b"x", 1 + 2j]
+LEAST = {
+    "model": {"hidden_depth": 0, "history_chunk": 0, "head_padding": 8, "d_ff": 1, "history_window": 1}
+    | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1)
+    | dict.fromkeys(("history_segments", "windows_together"), 1),
+    "train": dict.fromkeys(("batch_size", "accumulation", "loss_chunk", "log_every", "keep_checkpoints"), 1)
+    | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
+    | dict.fromkeys(("eval_every_epochs", "eval_batch_size", "checkpoint_every", "keep_best"), 0)
+    | {"max_skipped_updates": 0, "max_rollbacks": 0},
+    "data": {"sequence_length": 1, "num_workers": 0},
+}
+CHOICES = {
+    "model": {
+        "architecture": model_config.ARCHITECTURES,
+        "dtype": model_config.COMPUTE_DTYPES,
+        "param_dtype": model_config.PARAM_DTYPES,
+        "attention": model_config.ATTENTION_BACKENDS,
+        "remat": model_config.REMAT,
+        "remat_save": ("", *model_config.REMAT_NAMES),
+        "history_window": ("auto",),
+    },
+    "train": {"schedule": train_config.SCHEDULES, "decay_mask": train_config.DECAY_MASKS},
+    "data": {
+        "dataset": data_config.DATASETS,
+        "document_per": data_config.DOCUMENT_PER,
+        "wikitext_variant": data_config.WIKITEXT_VARIANTS,
+    },
+}
+SWITCHES = {"model": ("scan_layers",), "train": ("equal_updates",), "data": ("full_hash",)}
+RATES = {
+    "model": {"dropout": 1.0},
+    "train": dict.fromkeys(("beta1", "beta2"), 1.0)
+    | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf),
+}
+TEXTS = {"data": ("tokenizer", "end_of_text_token", "train_files", "text_field", "manual_dir", "cache_dir")}
+
+
+def invalid_values() -> dict[str, st.SearchStrategy]:
+    """Field -> values that it must refuse."""
+    never, found = st.sampled_from(NEVER), {}
+    fractions = st.floats(allow_nan=True, allow_infinity=True)
+    for section in SECTIONS:
+        for name, least in LEAST.get(section, {}).items():
+            wrong = st.integers(max_value=least - 1) | fractions | st.booleans() | never
+            found[f"{section}.{name}"] = wrong if name == "d_ff" else wrong | st.just("3")
+        for name, choices in CHOICES.get(section, {}).items():
+            words = st.text(st.characters(codec="utf-8"), min_size=1).filter(
+                lambda word, choices=choices: not set(map(str.strip, word.split(","))) <= {"", *choices}
+            )
+            more = st.nothing() if name in found else st.integers() | st.booleans()
+            found[f"{section}.{name}"] = found.get(f"{section}.{name}", more | never) | words
+        for name in SWITCHES.get(section, ()):
+            found[f"{section}.{name}"] = st.integers() | st.text() | never
+        for name, above in RATES.get(section, {}).items():
+            wrong = st.floats(max_value=-1e-9) | st.floats(min_value=above) | st.just(math.nan)
+            found[f"{section}.{name}"] = wrong | st.booleans() | st.text() | never
+        for name in TEXTS.get(section, ()):
+            found[f"{section}.{name}"] = st.integers() | st.booleans() | never
+    for name in ("data", "fsdp"):
+        found[f"mesh.{name}"] = st.integers(max_value=0).filter(lambda size: size != -1) | fractions | never
+    return found
+
+
+INVALID = invalid_values()
+
+
+@st.composite
+def invalid_configs(draw) -> tuple[str, dict]:
+    """A configuration with one field that is wrong, and the field's name."""
+    field = draw(st.sampled_from(sorted(INVALID)))
+    section, _, name = field.partition(".")
+    value = draw(INVALID[field])
+    hypothesis.assume(not (field == "model.d_ff" and value is None))
+    values = draw(valid_configs()).to_dict()
+    values[section][name] = value
+    return field, values
+
+
+def check_refused(values: dict, fields: set[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_config(values)
+    error, message = caught.value, str(caught.value)
+    assert error.field in fields
+    assert message.startswith(f"{error.field} = {error.value!r}: ")
+    assert len(message.splitlines()) == 1
+
+
+@settings(300)
+@hypothesis.given(invalid_configs())
+def test_a_field_that_is_wrong_is_named_in_one_line(case):
+    field, values = case
+    check_refused(values, {field})
+
+
+@pytest.mark.slow
+@settings(3000)
+@hypothesis.given(invalid_configs())
+def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
+    field, values = case
+    check_refused(values, {field})
+
+
+# Values that are allowed alone and not together; any of the fields may be the one that is named.
+TOGETHER = [
+    {"model.num_heads": 3, "model.d_model": 8},
+    {"model.num_heads": 2, "model.d_model": 6},
+    {"train.accumulation": 3, "train.batch_size": 4},
+    {"train.steps": 0, "train.epochs": 0},
+    {"train.schedule": "paper", "train.epochs": 0},
+    {"model.attention": "cudnn", "model.dropout": 0.1},
+    {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
+    {"model.architecture": "transformer", "train.sampled_windows": 1},
+    {"train.sampled_windows": 9, "model.generation_window": 4, "data.sequence_length": 24},
+    {"mesh.data": -1, "mesh.fsdp": -1},
+]
+
+
+@settings(50)
+@hypothesis.given(valid_configs(), st.sampled_from(TOGETHER))
+def test_fields_that_do_not_go_together_are_named(config, changes):
+    values = config.to_dict()
+    for field, value in changes.items():
+        section, _, name = field.partition(".")
+        values[section][name] = value
+    check_refused(values, set(changes))
+
+
+@settings(30)
+@hypothesis.given(valid_configs(), st.sampled_from(sorted(SECTIONS)), st.text(min_size=1), st.integers())
+def test_unknown_names_are_named(config, section, name, value):
+    values = config.to_dict()
+    hypothesis.assume(name not in values[section])
+    hypothesis.assume(name not in values)
+    check_refused(values | {section: values[section] | {name: value}}, {f"{section}.{name}"})
+
+
+def test_every_field_is_tried():
+    """But those that take any text, or any path."""
+    fields = {f"{section}.{field.name}" for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
+    assert fields - set(INVALID) == {"data.validation_files", "data.test_files"}

@@ -1,0 +1,70 @@
+"""Whether an interrupted run is, bit for bit, the run that was not: its log and its final state."""
+
+import json
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tlinformer_jax.training.checkpoint import DAMAGED, FOLDER, newest_good
+from tlinformer_jax.training.metrics import METRICS_FILE
+
+# What depends on the clock.
+SPEED = {f"train/{name}" for name in ("tokens_per_second", "tflops", "mfu", "input_wait")}
+
+
+def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The events of a run without what depends on the clock, in their order.
+
+    JSON spells every float32 so that equal numbers are equal bits.
+    """
+    lines = (workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in SPEED} for line in lines]
+
+
+def log_difference(whole: list[dict[str, Any]], other: list[dict[str, Any]]) -> str | None:
+    """The first difference between two runs' events in words; None if there is none."""
+    steps = [event["step"] for event in other if "train/loss" in event]
+    doubled = sorted({step for step in steps if steps.count(step) > 1})
+    missing = sorted({event["step"] for event in whole} - {event["step"] for event in other})
+    if doubled:
+        return f"step {doubled[0]} is logged {steps.count(doubled[0])} times"
+    if missing:
+        return f"step {missing[0]} is not logged"
+    for expected, found in zip(whole, other):
+        if expected != found:
+            names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+            return f"step {expected['step']}: " + ", ".join(
+                f"{name} {found.get(name)!r} instead of {expected.get(name)!r}" for name in names
+            )
+    return None if len(whole) == len(other) else f"{len(other)} events instead of {len(whole)}"
+
+
+def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Everything that the newest checkpoint holds, by path: parameters, optimiser, step, skips."""
+    found = newest_good(workdir / FOLDER)
+    assert found is not None, "a run that ended has saved"
+    with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the machine is the one that has written it
+        tree = checkpointer.restore(found.state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def state_difference(whole: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
+    """The first array that is not the same bits, in words; None if there is none."""
+    if whole.keys() != other.keys():
+        return f"other arrays: {sorted(whole.keys() ^ other.keys())}"
+    for name, array in whole.items():
+        found = other[name]
+        if (found.shape, found.dtype) != (array.shape, array.dtype) or found.tobytes() != array.tobytes():
+            return f"{name} differs"
+    return None
+
+
+def damaged(workdir: pathlib.Path) -> str | None:
+    """Says so if a checkpoint was found damaged: a kill must never leave one under its final name."""
+    found = sorted(path.name for path in (workdir / FOLDER).iterdir() if DAMAGED in path.name)
+    return f"checkpoint {found[0]} was left" if found else None
