@@ -225,6 +225,7 @@ OVERRIDES = {
         "keep_checkpoints": 5,
         "keep_best": 3,
         "max_skipped_updates": 4,
+        "max_rollbacks": 2,
     },
     "data": {
         "tokenizer": "some/tokenizer.json",

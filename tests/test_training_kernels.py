@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.models import layers, norm_kernel
+from tlinformer_jax.models.recompute import map_recomputed
 from tlinformer_jax.training import loss, loss_kernel
 
 
@@ -80,3 +81,32 @@ def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
     for value, truth in zip(found[1], expected[1], strict=True):
         difference = jnp.linalg.norm((value - truth).astype(jnp.float32))
         assert difference <= 2e-3 * jnp.linalg.norm(truth.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_kernels_run_on_one_device_only(devices, monkeypatch):
+    """XLA cannot split them over a mesh, and would compute them as a whole on every device."""
+    for module in (norm_kernel, loss_kernel):
+        monkeypatch.setattr(module, "available", lambda: True)
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
+        assert loss_kernel.use_kernel() == (devices == 1)
+        assert norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.bfloat16)) == (devices == 1)
+        assert not norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.float32))
+
+
+def test_steps_past_the_count_are_not_taken():
+    """Two of four steps; the others' parts are not even finite."""
+    weight, steps = jnp.float32(3), jnp.arange(4)
+    parts = jnp.array([1.0, 2.0, jnp.nan, jnp.nan])
+
+    def branch(weight, part, _, step):
+        return weight * part**2 + step
+
+    def outputs(weight, parts):
+        return map_recomputed((branch,), weight, parts, None, steps, count=jnp.int32(2))
+
+    found, pull = jax.vjp(outputs, weight, parts)
+    np.testing.assert_array_equal(found, [3, 13, 0, 0])
+    weight_gradient, part_gradient = pull(jnp.ones(4))
+    assert float(weight_gradient) == 5
+    np.testing.assert_array_equal(part_gradient, [6, 12, 0, 0])

@@ -51,6 +51,11 @@ def main() -> None:
     if BATCH_SIZE.value is not None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batch_size=BATCH_SIZE.value))
     use_compilation_cache()
+    if cluster is not None:
+        import jax
+
+        # It would take SIGTERM for a training loop that asks for it; this command ends at once.
+        jax.config.update("jax_enable_preemption_service", False)
     with joined(cluster), advised(lambda: evaluation_advice(config.train.evaluation_batch_size)):
         _evaluate(config, workdir)
 

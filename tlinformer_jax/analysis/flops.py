@@ -13,7 +13,7 @@ loss pads it, the last window and the masked history of each segment of windows 
 projections, and the forward pass of rematerialised windows or layers once more, as if they saved nothing. Attention by
 XLA's plain products counts the whole rectangle of queries and keys; a fused kernel skips what is masked but computes
 the scores again in the backward pass, so there attention counts 2.5 times its forward products instead of 2 (the
-rounding to its tiles is not counted).
+rounding to its tiles is not counted). Chunks that `history_chunk` leaves out are counted all the same.
 """
 
 import dataclasses

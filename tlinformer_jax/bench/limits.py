@@ -174,6 +174,11 @@ def _history_work(config: ModelConfig, history: int, known: int) -> tuple[float,
     # Between blocks every row is restored: its query, and what follows attention.
     dense += (config.num_blocks - 1) * history * (each - 2 * square)
     pairs += (config.num_blocks - 1) * history * observed
+    # Block 0's rows are words: of those, no more need be projected than there are (`decoding.words`).
+    if config.num_blocks > 1:
+        dense -= square * max(history - config.vocab_size, 0)
+    if config.architecture == "tlinformer":
+        dense -= 2 * square * max(history - known - config.vocab_size, 0)
     return dense, pairs
 
 

@@ -48,7 +48,8 @@ class ModelConfig:
       head_padding: in training cuDNN gets heads padded with zeros to a multiple of this many features; a multiple
         of 8, which is what it needs.
       history_segments: the scan over windows is cut in at most this many scans whose static history lengths
-        grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer.
+        grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer. Of windows
+        that run together each group costs its longest history instead.
       windows_together: generation windows with history that are computed together, as if they were more sequences;
         they share what the longest history of them costs. It fills a device that one window of the batch does not,
         and compiles one program for all. 'auto' is all of a sequence of at most 8 windows on accelerators, else 1.

@@ -16,13 +16,20 @@ from tlinformer_jax.models.block import (
     Projected,
     causal_layers,
     dual_window_block,
-    slice_rows,
 )
 from tlinformer_jax.models.config import FEW_WINDOWS, ModelConfig
 from tlinformer_jax.models.layers import project
 from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
-from tlinformer_jax.models.windows import Place, Segment, WindowFrame, num_windows, padded_length, plan_segments
+from tlinformer_jax.models.windows import (
+    Place,
+    Segment,
+    WindowFrame,
+    num_windows,
+    padded_length,
+    plan_segments,
+    slice_rows,
+)
 
 
 @flax.struct.dataclass

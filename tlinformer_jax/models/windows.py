@@ -115,3 +115,32 @@ def _segment(config: ModelConfig, windows: np.ndarray, together: int) -> Segment
     # With the dynamic window a slice of the segment's common width can reach past its own history's end.
     reach = int((lengths - observed).max()) + width
     return Segment(int(windows[0]), tuple(map(int, observed)), width, max(int(lengths[-1]), reach), together)
+
+
+def slice_rows(array: jax.Array, start: Place, length: int, folded: int | None = None) -> jax.Array:
+    """Rows start .. start + length - 1 of [batch, rows, ...].
+
+    Args:
+      array: with starts [g], either [batch, rows, ...] or [batch * g, rows, ...].
+      start: one for all, or one for each of g windows that run together; may be traced.
+      length: static.
+      folded: batch * g, read only where there are g starts.
+
+    Returns:
+      [batch, length, ...]; with starts [g], [batch * g, length, ...], the windows of a sequence side by side.
+    """
+    if not np.ndim(start):
+        return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
+    assert folded is not None
+    count = len(start)
+    parts = array.reshape(folded // count, -1, *array.shape[1:])
+    # Slices one by one: a batched slice is a gather, whose gradient would be a scatter.
+    slices = [
+        jax.lax.dynamic_slice_in_dim(parts[:, i % parts.shape[1]], start[i], length, axis=1) for i in range(count)
+    ]
+    return jnp.stack(slices, axis=1).reshape(folded, length, *array.shape[2:])
+
+
+def fold(array: jax.Array, folded: int) -> jax.Array:
+    """[batch, ...], which the windows of a sequence share, repeated for each of them: [folded, ...]."""
+    return array if array.shape[0] == folded else jnp.repeat(array, folded // array.shape[0], axis=0)

@@ -34,6 +34,7 @@ LOST_SIGNS = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|heartbeat|coordination|unavailable:", re.I
 )
 INTERRUPTED = 130
+TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
         yield
         jax.distributed.shutdown()
     except BaseException as error:
+        sys.stdout.flush()  # the end below would drop what is buffered
         status = _last_words(error)
         if jax.process_index() == 0:
             time.sleep(LEAVES_LAST)
@@ -182,7 +184,11 @@ def _check_free(address: str) -> None:
     Raises:
       UserError: naming the address.
     """
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+    try:
+        probe = socket.socket(socket.AF_INET6)
+    except OSError:  # this kernel has no IPv6
+        probe = socket.socket(socket.AF_INET)
+    with probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that has ended leaves for a while
         try:
             probe.bind(("", int(address.rsplit(":", 1)[1])))
@@ -222,9 +228,13 @@ def _last_words(error: BaseException) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.status
     if isinstance(error, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if not isinstance(error, Exception):  # what `cli` raises at SIGTERM
+        print("error: ended by SIGTERM", file=sys.stderr, flush=True)
+        return TERMINATED
     traceback.print_exception(error)
     sys.stderr.flush()
     return 1

@@ -61,7 +61,7 @@ def roll_back(run: Run, state: TrainState, batches: TrainingBatches, checkpoints
       checkpoints: of its working directory; without any, the run's first parameters are taken.
 
     Raises:
-      DivergedError: after train.max_rollbacks of them.
+      DivergedError: after train.max_rollbacks of them, or where a checkpoint to go back to should be and is not.
     """
     text, config = describe_divergence(run, state, batches), run.config.train
     done = int(state.skips.rollbacks)
@@ -71,6 +71,11 @@ def roll_back(run: Run, state: TrainState, batches: TrainingBatches, checkpoints
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         leaf.delete()  # a device may not hold two of them
     restored = checkpoints.restore(run.abstract_state, regular=True)
+    if restored is None and int(state.step) > config.checkpoint_every:
+        raise DivergedError(
+            f"{text}; no checkpoint at a multiple of train.checkpoint_every = {config.checkpoint_every} is left to "
+            "go back to"
+        )
     older = run.initial_state() if restored is None else restored[0]
     say(f"{text}; rolled back to the parameters of step {int(older.step)}, going on past it")
     left_out = int(state.step) - int(older.step) + int(older.skips.total)

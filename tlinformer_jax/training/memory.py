@@ -87,7 +87,7 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
     if train.loss_chunk > SMALL_LOSS_CHUNK:
         advice.append(f"a smaller train.loss_chunk (now {train.loss_chunk})")
     if model.windowed and model.group_size(windows) > 1:
-        advice.append(f"a smaller model.windows_together (now {model.windows_together})")
+        advice.append(f"a smaller model.windows_together (now {model.group_size(windows)})")
     if model.windowed and (model.history_chunk or length) > SMALL_CHUNK:
         advice.append(f"model.history_chunk = {SMALL_CHUNK} (now {model.history_chunk})")
     if model.windowed and windows > FEW_WINDOWS and train.sampled_windows != 1:

@@ -107,8 +107,15 @@ def initial_params(origin: Origin, run: Run) -> tuple[int, Any]:
 
 
 def remember_origin(origin: Origin, workdir: pathlib.Path) -> None:
-    """Writes the origin into the working directory."""
-    write_text(workdir / ORIGIN_FILE, json.dumps({"workdir": str(origin.workdir), "step": origin.step}) + "\n")
+    """Writes the origin into the working directory.
+
+    Raises:
+      DataError: if that cannot be written.
+    """
+    try:
+        write_text(workdir / ORIGIN_FILE, json.dumps({"workdir": str(origin.workdir), "step": origin.step}) + "\n")
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: {ORIGIN_FILE} cannot be written ({error.strerror})") from None
 
 
 def _remembered(workdir: pathlib.Path) -> Origin | None:

@@ -212,7 +212,10 @@ def eval_step(params: Any, batch: DeviceBatch, *, model: LanguageModel, config: 
 def jit_train_step(
     model: LanguageModel, config: TrainConfig, horizon: Horizon, state_shardings: Any, batch_sharding: Any
 ) -> Any:
-    """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused."""
+    """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused.
+
+    To be called under `jax.set_mesh` of their mesh: kernels that cannot be split over devices ask it.
+    """
     return jax.jit(
         functools.partial(train_step, model=model, config=config, horizon=horizon),
         in_shardings=(state_shardings, batch_sharding),
