@@ -135,7 +135,7 @@ def check_valid(config: RunConfig, prompt: int) -> None:
     check_decoding(config.model, length, min(prompt, length))
 
 
-@settings(2, seconds_each=True)
+@settings(1, seconds_each=True)
 @hypothesis.given(valid_configs(), st.integers(1, 24))
 def test_valid_configs_train_and_decode(config, prompt):
     check_valid(config, prompt)
