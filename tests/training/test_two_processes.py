@@ -63,9 +63,9 @@ def test_when_one_is_killed_the_other_ends_with_a_clear_line_and_the_same_comman
     assert time.monotonic() - started < 60
     processes[victim].communicate()
     assert processes[1 - victim].returncode == 1
-    assert (
-        told.strip().splitlines()[-1].startswith("error: another process of this run has ended, or cannot be reached")
-    )
+    # Mostly the last line, but a thread of JAX may still be writing a page of its own.
+    clear = "error: another process of this run has ended, or cannot be reached"
+    assert any(line.startswith(clear) for line in told.splitlines()), told
     assert "Traceback" not in told
     kept = saved_steps(tmp_path)
     assert kept[-1] >= 5
