@@ -35,6 +35,11 @@ def available() -> bool:
     return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
 
 
+def unsplit() -> bool:
+    """Whether the mesh in use, if any, is of one device: XLA cannot split a kernel's operands over several."""
+    return jax.sharding.get_abstract_mesh().size <= 1
+
+
 def power_of_two_pieces(width: int) -> tuple[tuple[int, int], ...]:
     """(start, size) of consecutive pieces of `width` features, sizes powers of two: all that Triton loads."""
     pieces, start = [], 0

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.models.decode_kernel import available, call_kernel
+from tlinformer_jax.models.decode_kernel import available, call_kernel, unsplit
 
 # Rows that a program works on at once, its warps, and programs to aim for: four for each of an H100's multiprocessors.
 TILE = 8
@@ -23,12 +23,9 @@ MOST_WIDTH = 2048
 
 
 def use_kernel(x: jax.Array) -> bool:
-    """Whether the kernel takes rows of this dtype and width here.
-
-    XLA cannot split a kernel's operands over devices by itself, so it runs only where there is no mesh of several.
-    """
+    """Whether the kernel takes rows of this dtype and width here."""
     half = x.dtype in (jnp.bfloat16, jnp.float16)
-    return half and x.shape[-1] <= MOST_WIDTH and available() and jax.sharding.get_abstract_mesh().size <= 1
+    return half and x.shape[-1] <= MOST_WIDTH and available() and unsplit()
 
 
 def layer_norm_backward(

@@ -86,7 +86,6 @@ def _check_new(workdir: pathlib.Path) -> None:
 
 def _fill(directory: pathlib.Path, run: Any, params: Any) -> None:
     """Writes configuration, tokenizer and checkpoint; the optimiser is as before the first update."""
-
     state = run.initial_state().replace(params=jax.device_put(params, run.shardings.params))
     with Checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(state)
@@ -95,5 +94,5 @@ def _fill(directory: pathlib.Path, run: Any, params: Any) -> None:
 
 
 def _size(params: Any) -> int:
-
+    """Numbers in all arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.models.decode_kernel import available, call_kernel
+from tlinformer_jax.models.decode_kernel import available, call_kernel, unsplit
 
 # Columns that a program works on at once, and its warps: one program fills a multiprocessor, so that the rows under
 # way on all 132 of an H100 (0.2 MB each at 50,304 columns) stay in its 50 MB cache between the two readings.
@@ -22,11 +22,8 @@ LOWEST = -1e30
 
 
 def use_kernel() -> bool:
-    """Whether the kernel runs here: on an NVIDIA GPU, where no mesh of several splits the batch.
-
-    XLA cannot split a kernel's operands over devices by itself.
-    """
-    return available() and jax.sharding.get_abstract_mesh().size <= 1
+    """Whether the kernel runs here: on an NVIDIA GPU, where no mesh of several splits the batch."""
+    return available() and unsplit()
 
 
 def loss_and_slope(

@@ -129,7 +129,7 @@ class MetricsLog:
             with self._writing(METRICS_FILE):
                 cut_back(workdir / METRICS_FILE, step, keep_evaluation)
                 # Held open for the whole run and closed by close(); unbuffered, so that a full disk is told once.
-                self._file = open(workdir / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115
+                self._file = open(workdir / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115 (see above)
 
     def __enter__(self) -> "MetricsLog":
         return self
