@@ -116,19 +116,25 @@ def drop_history(monkeypatch):
 
 def skip_restore(monkeypatch):
     """The next block reads the history it had before."""
-    monkeypatch.setattr(block_module, "restore_context", lambda params, config, rows, *rest: rows)
+
+    def skipped(params, config, history, context, frame, rope, following, dropout):
+        rows, parts = history.rows, following.parts
+        projected = block_module.Projected.of(following.compress, rows, rope.rows(0, rows.shape[1]), parts)
+        return block_module.History(rows, projected)
+
+    monkeypatch.setattr(block_module, "restore_context", skipped)
 
 
 def shift_observed_positions(monkeypatch):
     """z is rotated as if it began at position 0."""
     real = block_module.dual_window_block
 
-    def mutated(params, config, x, history, frame, rope, **options):
+    def mutated(params, config, x, projected, history, frame, rope, *rest):
         class Shifted:
             def rows(self, start, length):
                 return rope.rows(jnp.int32(0) if start is frame.observed_start else start, length)
 
-        return real(params, config, x, history, frame, Shifted(), **options)
+        return real(params, config, x, projected, history, frame, Shifted(), *rest)
 
     monkeypatch.setattr("tlinformer_jax.models.tlinformer.dual_window_block", mutated)
 

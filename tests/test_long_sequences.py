@@ -48,7 +48,6 @@ NARROW = ModelConfig(
     history_window=64,
     generation_window=64,
     dtype="float32",
-    history_segments=2,
     remat="window",
 )
 
@@ -61,7 +60,7 @@ def temporary_bytes(config: ModelConfig, length: int, sampled: int = 0) -> int:
 
     def loss(params, batch):
         windows = jnp.arange(sampled, dtype=jnp.int32) if sampled else None
-        return summed_loss(params, batch, jax.random.key(0), model=model, config=train, windows=windows)
+        return summed_loss(params, batch, jax.random.key(0), model=model, config=train, windows=windows)[0]
 
     row = jax.ShapeDtypeStruct((1, length), jnp.int32)
     batch = {"inputs": row, "labels": row, "weights": jax.ShapeDtypeStruct((1, length), jnp.float32)}

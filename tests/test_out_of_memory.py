@@ -26,7 +26,10 @@ def run_of(model=(), train=(), data=(), mesh=()):
 
 # The advice that a field is worth, and a configuration that has used it up.
 SAVERS = {
-    "model.remat_save = ''": ({"model": {"remat_save": "gate_up"}}, {}),
+    "model.remat_save = ''": (
+        {"model": {"remat_save": "gate_up", "architecture": "transformer"}},
+        {"model": {"remat_save": "gate_up"}},
+    ),
     "model.remat = 'window'": ({"model": {"remat": "none"}}, {"model": {"remat": "window"}}),
     "larger train.accumulation (now 1, 64": ({}, {"train": {"batch_size": 4, "accumulation": 4}}),
     "smaller train.batch_size (now 64)": ({}, {"train": {"batch_size": 1}}),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.models import layers, norm_kernel
-from tlinformer_jax.models.recompute import map_recomputed
+from tlinformer_jax.models.row_chunks import map_rows
 from tlinformer_jax.training import loss, loss_kernel
 
 
@@ -94,19 +94,19 @@ def test_kernels_run_on_one_device_only(devices, monkeypatch):
         assert not norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.float32))
 
 
-def test_steps_past_the_count_are_not_taken():
-    """Two of four steps; the others' parts are not even finite."""
-    weight, steps = jnp.float32(3), jnp.arange(4)
-    parts = jnp.array([1.0, 2.0, jnp.nan, jnp.nan])
+def test_rows_past_the_count_are_not_computed():
+    """Two of four chunks of two rows; the others' rows are not even finite."""
+    weight, rows = jnp.float32(3), jnp.array([[1.0, 2, 3, 4, jnp.nan, jnp.nan, jnp.nan, jnp.nan]])
 
-    def branch(weight, part, _, step):
-        return weight * part**2 + step
+    def branch(weight, part, offset, number):
+        return weight * part**2 + number * offset
 
-    def outputs(weight, parts):
-        return map_recomputed((branch,), weight, parts, None, steps, count=jnp.int32(2))
+    def outputs(weight, rows):
+        return map_rows(branch, weight, rows, jnp.float32(10), 2, jnp.int32(2))
 
-    found, pull = jax.vjp(outputs, weight, parts)
-    np.testing.assert_array_equal(found, [3, 13, 0, 0])
-    weight_gradient, part_gradient = pull(jnp.ones(4))
-    assert float(weight_gradient) == 5
-    np.testing.assert_array_equal(part_gradient, [6, 12, 0, 0])
+    found, pull = jax.vjp(outputs, weight, rows)
+    np.testing.assert_array_equal(found, [[3, 12, 37, 58, 0, 0, 0, 0]])
+    weight_gradient, row_gradients = pull(jnp.ones((1, 8)))
+    assert float(weight_gradient) == 30
+    np.testing.assert_array_equal(row_gradients, [[6, 12, 18, 24, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(map_rows(branch, weight, rows, jnp.float32(10), 2, jnp.int32(9))[:, :4], found[:, :4])

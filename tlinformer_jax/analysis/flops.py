@@ -8,12 +8,13 @@ for causal attention, no row or key that is masked, every value computed once in
 each of its products in the backward pass. Block 0's `compress` projections are counted once per token, the last block
 without `restore`, and of its history only the keys, the values and the observation window's queries.
 
-**Hardware FLOPs** are what the device is given: heads padded to what the attention kernel wants, the vocabulary as the
-loss pads it, the last window and the masked history of each segment of windows at full length, the first window's own
-projections, and the forward pass of rematerialised windows or layers once more, as if they saved nothing. Attention by
-XLA's plain products counts the whole rectangle of queries and keys; a fused kernel skips what is masked but computes
-the scores again in the backward pass, so there attention counts 2.5 times its forward products instead of 2 (the
-rounding to its tiles is not counted). Chunks that `history_chunk` leaves out are counted all the same.
+**Hardware FLOPs** are what training gives the device: heads padded to what the attention kernel wants, the vocabulary
+as the loss pads it, the last window and the masked history of each segment of windows at full length or by whole
+chunks, the first window's own projections, and once more what is computed again in the backward pass: the chunks of a
+history, the baselines' layers where `remat` says so, as if they saved nothing. Attention by XLA's plain products counts
+the whole rectangle of queries and keys; a fused kernel skips what is masked but computes the scores again in the
+backward pass, so there attention counts 2.5 times its forward products instead of 2 (the rounding to its tiles is not
+counted).
 """
 
 import dataclasses
@@ -22,7 +23,6 @@ from collections.abc import Iterator
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import padded_vocabulary
-from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.transformer import attention_window
 from tlinformer_jax.models.windows import Segment, num_windows, padded_length, plan_segments
 
@@ -65,7 +65,7 @@ class WindowShape:
 
     Attributes:
       rows: of the generation window.
-      history: rows of the history stream; observed: rows of the observation window.
+      history: rows of the history stream that are restored; observed: rows of the observation window.
       history_keys: keys that a query of the history reads; observed_keys: of the observation window.
       causal_pairs: queries times keys of the window's causal attention.
     """
@@ -97,15 +97,13 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     windows = num_windows(config, length)
     share = min(1.0, sampled_windows / windows) if config.windowed and sampled_windows else 1.0
     model_outside, model_inside = _model_forward(config, length)
-    sampled = share < 1
-    outside, inside = _hardware_forward(config, length, width * config.num_heads, fused, 1 if sampled else None)
+    together = 1 if share < 1 else None
+    outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, together)
     head = 2.0 * length * share * config.vocab_size * config.d_model
     padded_head = head * padded_vocabulary(config.vocab_size, config.compute_dtype) / config.vocab_size
     model = 3.0 * (model_outside + model_inside * share).total + 3.0 * head
     once = outside + inside * share
-    recomputed = sampled or (rematerialised(config, windows) if config.windowed else config.remat == "window")
-    again = inside.total * share if recomputed else 0.0
-    hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again + 3.0 * padded_head
+    hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again.total * share + 3.0 * padded_head
     return StepFlops(batch * model, batch * hardware)
 
 
@@ -127,30 +125,34 @@ def _model_forward(config: ModelConfig, length: int) -> tuple[Forward, Forward]:
 
 def _hardware_forward(
     config: ModelConfig, length: int, inner: int, fused: bool, together: int | None
-) -> tuple[Forward, Forward]:
-    """The same for hardware FLOPs; `inner` is the width of all padded heads, `together` as `plan_segments` has it."""
+) -> tuple[Forward, Forward, Forward]:
+    """The same for hardware FLOPs, and what the backward pass computes again.
+
+    `inner` is the width of all padded heads, `together` as `plan_segments` has it.
+    """
     if not config.windowed:
         seen = attention_window(config)
-        return Forward(), _causal_layers(config, length, inner, _causal_pairs(length, seen) if fused else length**2)
+        layers = _causal_layers(config, length, inner, _causal_pairs(length, seen) if fused else length**2)
+        return Forward(), layers, layers if config.remat == "window" else Forward()
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, together)
     causal = _causal_pairs(size) if fused else size**2
-    total = _causal_layers(config, size, inner, causal)
-    for shape in _segment_shapes(config, segments, causal, fused):
-        total = total + _window(config, shape, inner)
-    return _project(config, padded_length(config, windows, segments), 3, inner), total
-
-
-def _segment_shapes(
-    config: ModelConfig, segments: tuple[Segment, ...], causal: float, fused: bool
-) -> Iterator[WindowShape]:
-    """The windows with history as the loops execute them."""
-    size = config.generation_window
+    total, again = _causal_layers(config, size, inner, causal), Forward()
     for segment in segments:
-        for number, observed in enumerate(segment.observed):
-            history = (segment.first + number) * size
-            keys = (history, observed) if fused else (segment.history_rows, segment.observed_width)
-            yield WindowShape(size, segment.history_rows, segment.observed_width, *keys, causal)
+        for shape in _segment_shapes(config, segment, causal, fused):
+            total = total + _window(config, shape, inner)
+            again = again + (_restored(config, shape, inner) if segment.history_chunk else Forward())
+    return _project(config, padded_length(config, windows, segments), 3, inner), total, again
+
+
+def _segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:
+    """The windows with history as the loop of a segment executes them."""
+    size, rows = config.generation_window, segment.history_rows
+    for number, observed in enumerate(segment.observed):
+        history = (segment.first + number) * size
+        keys = (history, observed) if fused else (rows, segment.observed_width)
+        restored = history + -history % segment.history_chunk if segment.history_chunk else rows
+        yield WindowShape(size, restored, segment.observed_width, *keys, causal)
 
 
 def _causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:
@@ -161,7 +163,7 @@ def _causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> 
 
 def _window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
     """A window with history through all blocks, block 0's `compress` projections being known."""
-    rows, history, observed = shape.rows, shape.history, shape.observed
+    rows, observed = shape.rows, shape.observed
     causal = _attend(shape.causal_pairs, inner)
     readers = observed + (rows if config.architecture == "tlinformer" else 0)
     compress = _attend(readers * shape.history_keys, inner) + causal + _update(config, observed + rows, inner)
@@ -178,15 +180,21 @@ def _window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
         + causal
         + _update(config, rows, inner)
     )
-    context = _attend(history * shape.observed_keys, inner) + _update(config, history, inner)
     blocks, last = config.num_blocks, config.num_blocks - 1
-    total = (compress + hidden * config.hidden_depth + restore) * blocks + context * last
-    # Later blocks project what block 0 knows already: the window, and the history that the block before restored.
+    total = (compress + hidden * config.hidden_depth + restore) * blocks + _restored(config, shape, inner)
+    # Later blocks project what block 0 knows already: the window, and the last one its observation window's queries.
     total = total + _project(config, rows, 3, inner) * last
-    if last:
-        final = _project(config, history, 2, inner) + _project(config, observed, 1, inner)
-        total = total + _project(config, history, 3, inner) * (last - 1) + final
-    return total
+    return total + _project(config, observed, 1, inner) if last else total
+
+
+def _restored(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
+    """The history between blocks: restored, and projected for the block that follows; the last one's has no queries."""
+    between = config.num_blocks - 1
+    if not between:
+        return Forward()
+    restore = _attend(shape.history * shape.observed_keys, inner) + _update(config, shape.history, inner)
+    projected = _project(config, shape.history, 3 * between - 1, inner)
+    return restore * between + projected
 
 
 def _project(config: ModelConfig, rows: int, parts: int, inner: int) -> Forward:

@@ -9,6 +9,10 @@ the groups. Compilation is timed apart, without the persistent cache.
     --set=model.d_model=512           a field for all rows
     --try=model.windows_together=4,model.history_segments=2    one more setting to time, beside what is set
 
+Where a step computes windows one after the other, a row keeps the mean losses of the first 64 windows at the first
+step. Rows of batch 1 begin with the same tokens, whatever their length, so these must agree; the last line says how far
+they do. --init_scale=3 makes the initial weights that many times as large, so that they could disagree.
+
 DIR receives training.json (with device, JAX version and command), training.csv, training.md with the best row of every
 architecture and length, and plots where matplotlib is installed.
 """
@@ -34,14 +38,17 @@ ARCHITECTURES = flags.DEFINE_list("architectures", ["tlinformer", "transformer"]
 LENGTHS = flags.DEFINE_list("lengths", ["512"], "Sequence lengths in tokens.")
 BATCH_TOKENS = flags.DEFINE_list("batch_tokens", ["32768"], "Tokens of a step, each of which is tried.")
 STEPS = flags.DEFINE_integer("steps", 50, "Timed steps.", lower_bound=1)
+WARMUP = flags.DEFINE_integer("warmup_steps", 3, "Steps before those that are timed.", lower_bound=0)
+INIT_SCALE = flags.DEFINE_float("init_scale", 1.0, "Factor of the initial weights.", lower_bound=0.0)
 SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE[,FIELD=VALUE]: fields for all rows.")
 TRY = flags.DEFINE_multi_string("try", [], "FIELD=VALUE[,FIELD=VALUE]: a setting to time; repeatable.")
 WINDOW = flags.DEFINE_integer("window", 0, "history_window and generation_window; 0: as configured.", lower_bound=0)
 PROFILE = flags.DEFINE_string("profile", "", "Directory for an xprof trace of three steps of each row.")
 OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
 
-WARMUP_STEPS = 3
 GROUP = 5
+# Windows whose losses are kept.
+FIRST_WINDOWS = 64
 COLUMNS = (
     "architecture",
     "length",
@@ -118,11 +125,22 @@ def jobs(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int
     return list(made)
 
 
-def time_job(job: Job, steps: int, profile: str = "") -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How rows are timed: `steps` after `warmup` others, initial weights times `init_scale`, traced to `profile`."""
+
+    steps: int
+    warmup: int = 3
+    init_scale: float = 1.0
+    profile: str = ""
+
+
+def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     """Times one row.
 
     Returns:
-      the columns in COLUMNS: batch in sequences; tokens, those that a step predicts; tokens_per_second of those;
+      window_losses, in nats per token, and the columns in COLUMNS: batch in sequences; tokens, those that a step
+      predicts; tokens_per_second of those;
       step_bytes, what the compiled step needs of the device's memory; peak_bytes, the process's so far (None where
       unknown); losses in nats; error, None or why there are no figures.
     """
@@ -137,7 +155,7 @@ def time_job(job: Job, steps: int, profile: str = "") -> dict[str, Any]:
     }
     row |= _counted(config)
     try:
-        row |= _timed(config, steps, profile)
+        row |= _timed(config, timing)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
@@ -167,10 +185,9 @@ def _mfu(config: RunConfig, speed: float) -> float | None:
     return utilisation(speed, jax.device_count(), jax.devices()[0].device_kind, config.model.compute_dtype.name)
 
 
-def _timed(config: RunConfig, steps: int, profile: str) -> dict[str, Any]:
+def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
     """Compiles and runs the training step."""
     import jax
-    import numpy as np
 
     from tlinformer_jax.bench.timing import peak_bytes
     from tlinformer_jax.models import build_model
@@ -181,39 +198,81 @@ def _timed(config: RunConfig, steps: int, profile: str) -> dict[str, Any]:
 
     train, model, mesh = config.train, build_model(config.model), build_mesh(config.mesh)
     check_batch_divides(train.batch_size, mesh, "--batch_tokens / --lengths")
-    horizon = Horizon(steps, steps)
+    horizon = Horizon(timing.steps, timing.steps)
+
+    def initial(key: jax.Array) -> Any:
+        state = init_state(key, model, train, horizon)
+        larger = lambda array: array * timing.init_scale if array.ndim > 1 else array  # noqa: E731
+        return dataclasses.replace(state, params=jax.tree.map(larger, state.params))
+
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda key: init_state(key, model, train, horizon), jax.random.key(0))
-        shardings = tree_shardings(shapes, mesh)
-        init = jax.jit(lambda key: init_state(key, model, train, horizon), out_shardings=shardings)
-        state = init(jax.random.key(0))
-        size = (train.batch_size, config.data.sequence_length + 1)
-        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, dtype=np.int32)
-        weights = np.ones(tokens[:, 1:].shape, np.float32)
-        batch = put_batch({"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}, mesh)
+        shardings = tree_shardings(jax.eval_shape(initial, jax.random.key(0)), mesh)
+        state = jax.jit(initial, out_shardings=shardings)(jax.random.key(0))
+        batch = put_batch(_random_batch(config), mesh)
         lowered = jit_train_step(model, train, horizon, shardings, batch_sharding(mesh)).lower(state, batch)
         started = time.perf_counter()
         compiled = lowered.compile()
         figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}
-        losses, groups = [], []
-        for count in (WARMUP_STEPS, *(GROUP,) * max(1, steps // GROUP)):
+        outputs, groups = [], []
+        for count in (timing.warmup, *(min(GROUP, timing.steps),) * max(1, timing.steps // GROUP)):
             started = time.perf_counter()
             for _ in range(count):
                 state, metrics = compiled(state, batch)
-                losses.append(metrics["loss"])
+                outputs.append(metrics)
             jax.block_until_ready(state)
-            groups.append((time.perf_counter() - started) / count)
-        if profile:
-            with jax.profiler.trace(profile):
+            groups.append((time.perf_counter() - started) / max(count, 1))
+        if timing.profile:
+            with jax.profiler.trace(timing.profile):
                 for _ in range(3):
                     state, metrics = compiled(state, batch)
                 jax.block_until_ready(state)
     return figures | {
         "step_seconds": statistics.median(groups[1:]),
-        "first_loss": float(losses[0]),
-        "last_loss": float(losses[-1]),
+        "first_loss": float(outputs[0]["loss"]),
+        "last_loss": float(outputs[-1]["loss"]),
         "peak_bytes": peak_bytes(),
+        "window_losses": _window_losses(config, outputs[0]["window_losses"]),
     }
+
+
+def _random_batch(config: RunConfig) -> dict[str, Any]:
+    """Random tokens, the same for every length as far as they go if the batch is of one sequence."""
+    import numpy as np
+
+    size = (config.train.batch_size, config.data.sequence_length + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, dtype=np.int32)
+    weights = np.ones(tokens[:, 1:].shape, np.float32)
+    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
+
+
+def _window_losses(config: RunConfig, sums: Any) -> list[float]:
+    """Mean losses of the first windows; empty where the step has none of each window."""
+    from tlinformer_jax.models.windows import num_windows
+
+    size = config.model.generation_window
+    if len(sums) != num_windows(config.model, config.data.sequence_length):
+        return []
+    whole = min(FIRST_WINDOWS, config.data.sequence_length // size)
+    return [float(value) / (size * config.train.batch_size) for value in sums[:whole]]
+
+
+def window_differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far the first windows' losses of a model's rows of batch 1 are from its first row's, a line each."""
+    lines: list[str] = []
+    first: dict[tuple[str, str], tuple[int, list[float]]] = {}
+    for row in rows:
+        losses = row.get("window_losses")
+        if not losses or row["batch"] != 1:
+            continue
+        start, truth = first.setdefault((row["architecture"], row["setting"]), (row["length"], losses))
+        if truth is not losses:
+            pairs = list(zip(losses, truth))
+            most = max(abs(value - expected) for value, expected in pairs)
+            lines.append(
+                f"{row['architecture']}: losses of the first {len(pairs)} windows at N = {row['length']:,} and "
+                f"{start:,} differ by at most {most:.1e}; they range from {min(truth):.4f} to {max(truth):.4f}"
+            )
+    return lines
 
 
 def _bytes(compiled: Any) -> int | None:
@@ -268,7 +327,7 @@ def write_results(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
     rows = report["rows"]
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     with open(folder / "training.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     (folder / "training.md").write_text(table(rows))
@@ -299,7 +358,7 @@ def _base() -> dict[str, dict[str, Any]]:
 
 def _results(plan: Sequence[Job]) -> Iterator[dict[str, Any]]:
     for job in plan:
-        row = time_job(job, STEPS.value, PROFILE.value)
+        row = time_job(job, Timing(STEPS.value, WARMUP.value, INIT_SCALE.value, PROFILE.value))
         print(line(row), flush=True)
         yield row
 
@@ -322,6 +381,8 @@ def main() -> None:
         if folder is not None:
             write_results(folder, report | {"rows": rows})
     print(table(rows), flush=True)
+    for text in window_differences(rows):
+        print(text, flush=True)
     if folder is not None:
         from tlinformer_jax.bench.training_plots import plot_training
 

@@ -9,7 +9,6 @@ from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.block import History, Projected, causal_layers
 from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.models.layers import project
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.tlinformer import later_window
 from tlinformer_jax.models.transformer import forward_layers
@@ -40,12 +39,11 @@ def uncached_logits(params: DecoderParams, config: ModelConfig, tokens: jax.Arra
         layers = [layer for block in params.blocks for layer in block.layers()]
         return logits_of(params, causal_layers(layers, config, rows, rope)[0, length - 1])
     observed = config.observed_rows(history)
-    projected = Projected(*project(params.blocks[0].compress, rows, rope))
+    projected = Projected.of(params.blocks[0].compress, rows, rope)
     hidden = later_window(
         params.blocks,
         config,
-        rows[:, history:],
-        projected.rows(history, size),
+        History(rows[:, history:], projected.rows(history, size)),
         History(rows[:, :history], projected.rows(0, history)),
         WindowFrame(jnp.int32(history), jnp.int32(history - observed), jnp.int32(observed), max(observed, 1)),
         rope,

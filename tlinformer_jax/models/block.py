@@ -17,8 +17,9 @@ import numpy as np
 from tlinformer_jax.models.attention import Dropout, attend, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, project, update
-from tlinformer_jax.models.recompute import map_recomputed, recomputed
+from tlinformer_jax.models.recompute import recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.row_chunks import map_rows
 from tlinformer_jax.models.windows import Place, WindowFrame, fold, slice_rows
 
 # Parts of a layer that draw dropout masks of their own.
@@ -40,11 +41,19 @@ class BlockParams:
 
 @flax.struct.dataclass
 class Projected:
-    """Queries, keys and values of the same rows under one layer, each [batch, rows, heads, d_h], q and k rotated."""
+    """Queries, keys and values of the same rows under one layer, each [batch, rows, heads, d_h], q and k rotated.
 
-    query: jax.Array
+    The queries are None where nobody reads them.
+    """
+
+    query: jax.Array | None
     key: jax.Array
     value: jax.Array
+
+    @classmethod
+    def of(cls, params: LayerParams, rows: jax.Array, rope: Rope, parts: str = "qkv") -> "Projected":
+        """`layers.project` of rows, 'qkv' or 'kv'."""
+        return cls(*((None,) if parts == "kv" else ()), *project(params, rows, rope, parts))
 
     def rows(self, start: Place, length: int, folded: int | None = None) -> "Projected":
         """Rows start .. start + length - 1, by `slice_rows`."""
@@ -58,12 +67,24 @@ class History:
     Attributes:
       rows: C, [batch, rows, D]; rows past the frame's history_length are the future and never attended to. Where g
         windows run together, either [batch, ...], which they share, or [batch * g, ...].
-      projected: of C under the block's `compress` layer where that is known already (block 0: the embeddings'
-        projections never change), else None.
+      projected: of C under the block's `compress` layer; with queries where the block restores the history.
     """
 
     rows: jax.Array
-    projected: Projected | None = None
+    projected: Projected
+
+
+@flax.struct.dataclass
+class Following:
+    """The block that reads the restored history.
+
+    Attributes:
+      compress: its first layer.
+      parts: what that projects of all rows: 'qkv' where it restores them in its turn, else 'kv'.
+    """
+
+    compress: LayerParams
+    parts: str = flax.struct.field(pytree_node=False)
 
 
 def causal_layers(
@@ -91,7 +112,7 @@ def causal_layers(
     """
 
     def layer(params: LayerParams, x: jax.Array, dropout: Dropout | None) -> jax.Array:
-        attended = _attend_causal(config, Projected(*project(params, x, rope)), dropout, window)
+        attended = _attend_causal(config, Projected.of(params, x, rope), dropout, window)
         return update(params, x, attended, _part(dropout, FEED_FORWARD))
 
     scan = config.scans_layers
@@ -102,37 +123,32 @@ def dual_window_block(
     params: BlockParams,
     config: ModelConfig,
     x: jax.Array,
+    projected: Projected,
     history: History,
     frame: WindowFrame,
     rope: Rope,
-    *,
-    projected: Projected | None = None,
-    restore: bool = True,
+    following: Following | None = None,
     dropout: Dropout | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, History | None]:
     """One block for one generation window with history, or for g windows that run together.
 
     Args:
       params: of the block, from `prepare_layers`.
       config: of the model.
       x: the generation window, [batch, m, D]; of g windows, [batch * g, m, D].
+      projected: of x under the `compress` layer.
       history: the history stream, its rows starting at position 0.
       frame: where the window stands.
       rope: rotations of positions 0, 1, ... up to the window's end at least.
-      projected: of x under the `compress` layer, where known already.
-      restore: whether the history is needed after this block (the last block leaves it out).
+      following: who reads the restored history; None leaves it out, as after the last block.
       dropout: None outside training.
 
     Returns:
-      x after the block [batch, m, D], and the restored history [batch, rows, D] or None.
+      x after the block [batch, m, D], and the restored history as the following block reads it, or None.
     """
     x_rope = rope.rows(frame.history_length, x.shape[1])
     z_rope = rope.rows(frame.observed_start, frame.observed_width)
-    if projected is None:
-        projected = Projected(*project(params.compress, x, x_rope))
-    both, history_query = compress(
-        params.compress, config, x, projected, history, frame, rope, restore, _part(dropout, 0)
-    )
+    both = compress(params.compress, config, x, projected, history, frame, rope, _part(dropout, 0))
     both_rope = jax.tree.map(lambda z_part, x_part: jnp.concatenate([z_part, x_part], axis=-2), z_rope, x_rope)
     both = chain_layers(
         lambda layer, both, part: hidden_layer(layer, config, both, frame, both_rope, part),
@@ -145,14 +161,15 @@ def dual_window_block(
 
     last = _part(dropout, 2)
     z_key, z_value = project(params.restore, z, z_rope, "kv")
-    projected = Projected(*project(params.restore, x, x_rope))
+    projected = Projected.of(params.restore, x, x_rope)
+    assert projected.query is not None
     attended = _attend_causal(config, projected, last) + _attend_shared(
         config, [projected.query], z_key, z_value, frame.observed_length, _part(last, SHARED_ATTENTION)
     )
     x = update(params.restore, x, attended, _part(last, FEED_FORWARD))
-    if history_query is None:
+    if following is None:
         return x, None
-    return x, restore_context(params.restore, config, history.rows, history_query, z_key, z_value, frame, last)
+    return x, restore_context(params.restore, config, history, (z_key, z_value), frame, rope, following, last)
 
 
 def compress(
@@ -163,39 +180,27 @@ def compress(
     history: History,
     frame: WindowFrame,
     rope: Rope,
-    restore: bool,
     dropout: Dropout | None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> jax.Array:
     """The compress layer: the observation window's rows, and x, read the whole history.
 
     Returns:
-      both streams side by side [batch, observed_width + m, D], and the queries of every history row, which
-      `restore_context` reuses (None where `restore` is false).
+      both streams side by side [batch, observed_width + m, D].
     """
     width = frame.observed_width
     z = slice_rows(history.rows, frame.observed_start, width, x.shape[0])
-    history_rope = rope.rows(0, history.rows.shape[1])
-    if history.projected is not None:
-        known = history.projected
-        query, key, value = known.query, known.key, known.value
-    elif restore:
-        query, key, value = project(params, history.rows, history_rope)
-    else:  # nobody reads the other rows' queries
-        query = None
-        key, value = project(params, history.rows, history_rope, "kv")
-    if query is not None:
-        z_query = slice_rows(query, frame.observed_start, width, x.shape[0])
+    if history.projected.query is not None:
+        z_query = slice_rows(history.projected.query, frame.observed_start, width, x.shape[0])
     else:
         (z_query,) = project(params, z, rope.rows(frame.observed_start, width), "q")
-
+    assert projected.query is not None
     readers = [z_query] if config.architecture == "tconstformer" else [z_query, projected.query]
-    key, value = fold(key, x.shape[0]), fold(value, x.shape[0])
+    key, value = (fold(array, x.shape[0]) for array in (history.projected.key, history.projected.value))
     shared = _attend_shared(config, readers, key, value, frame.history_length, _part(dropout, SHARED_ATTENTION))
     causal = _attend_causal(config, projected, dropout)
     x_attended = causal if config.architecture == "tconstformer" else causal + shared[:, width:]
     attended = jnp.concatenate([shared[:, :width], x_attended], axis=1)
-    both = update(params, jnp.concatenate([z, x], axis=1), attended, _part(dropout, FEED_FORWARD))
-    return both, query if restore else None
+    return update(params, jnp.concatenate([z, x], axis=1), attended, _part(dropout, FEED_FORWARD))
 
 
 def hidden_layer(
@@ -208,7 +213,8 @@ def hidden_layer(
 ) -> jax.Array:
     """A hidden layer over both streams side by side [batch, observed_width + m, D]: z reads z; x reads z and x."""
     width = frame.observed_width
-    projected = Projected(*project(params, both, rope))
+    projected = Projected.of(params, both, rope)
+    assert projected.query is not None
     z_part = projected.rows(0, width)
     x_part = projected.rows(width, both.shape[1] - width)
     shared = _attend_shared(
@@ -227,44 +233,49 @@ def hidden_layer(
 def restore_context(
     params: LayerParams,
     config: ModelConfig,
-    rows: jax.Array,
-    query: jax.Array,
-    z_key: jax.Array,
-    z_value: jax.Array,
+    history: History,
+    context: tuple[jax.Array, jax.Array],
     frame: WindowFrame,
+    rope: Rope,
+    following: Following,
     dropout: Dropout | None,
-) -> jax.Array:
-    """The restore layer for the history: every row C [batch, rows, D] reads the compressed context.
+) -> History:
+    """The restore layer for the history: every row C reads the compressed context, and what the next block needs of it.
 
-    Rows are independent of each other, so they can be computed in chunks of `config.history_chunk`.
+    Rows are independent of each other, so they can be computed in chunks of `frame.history_chunk`.
+
+    Args:
+      params: the restore layer's.
+      config: of the model.
+      history: C, with its queries under the block's `compress` layer.
+      context: keys and values of the compressed context, each [batch, observed_width, heads, d_h].
+      frame: where the window stands.
+      rope: rotations of positions 0, 1, ...
+      following: who reads the result.
+      dropout: None outside training.
     """
-    rows, query = fold(rows, z_key.shape[0]), fold(query, z_key.shape[0])
+    folded, chunk = context[0].shape[0], frame.history_chunk
+    assert history.projected.query is not None
+    parts = fold(history.rows, folded), fold(history.projected.query, folded)
+    # What is a plain number stays one: kernels are faster where nothing is masked.
     known = None if isinstance(frame.observed_length, jax.Array) else frame.observed_length
-    shared, fixed = (params, z_key, z_value), (frame.observed_length if known is None else None, dropout)
-    chunk, length = config.history_chunk, rows.shape[1]
+    fixed = (frame.observed_length if known is None else None, rope, dropout)
 
-    def some(shared: Any, part: Any, fixed: Any, number: jax.Array | None) -> jax.Array:
-        (params, z_key, z_value), (rows, query), (observed, dropout) = shared, part, fixed
+    def some(shared: Any, part: Any, fixed: Any, number: jax.Array | None) -> tuple[jax.Array, Projected]:
+        (params, following, (key, value)), (rows, query), (observed, rope, dropout) = shared, part, fixed
         dropout = dropout if number is None else _part(dropout, number)
         valid = observed if known is None else known
-        attended = _attend_shared(config, [query], z_key, z_value, valid, _part(dropout, CONTEXT_ATTENTION))
-        return update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
+        attended = _attend_shared(config, [query], key, value, valid, _part(dropout, CONTEXT_ATTENTION))
+        restored = update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
+        positions = rope.rows(0 if number is None else number * chunk, rows.shape[1])
+        return restored, Projected.of(following.compress, restored, positions, following.parts)
 
-    if not 0 < chunk < length:
-        return some(shared, (rows, query), fixed, None)
-    padding = -length % chunk
-    parts = tuple(_in_chunks(array, chunk, padding) for array in (rows, query))
-    numbers = jnp.arange((length + padding) // chunk, dtype=jnp.int32)
+    shared = (params, following, context)
+    if not chunk:
+        return History(*some(shared, parts, fixed, None))
     # Rows past the history are the future, which no one reads: their chunks are left out.
-    filled = -(-jnp.max(jnp.asarray(frame.history_length)) // chunk)
-    restored = map_recomputed((some,), shared, parts, fixed, numbers, count=filled)
-    return jnp.moveaxis(restored, 0, 1).reshape(rows.shape[0], -1, rows.shape[2])[:, :length]
-
-
-def _in_chunks(array: jax.Array, chunk: int, padding: int) -> jax.Array:
-    """[batch, rows, ...] as [chunks, batch, chunk, ...], with `padding` zero rows at the end."""
-    array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
-    return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)
+    filled = -(-jnp.max(jnp.asarray(frame.history_length, jnp.int32)) // chunk)
+    return History(*map_rows(some, shared, parts, fixed, chunk, filled))
 
 
 def _attend_shared(
@@ -299,6 +310,7 @@ def _attend_causal(
     config: ModelConfig, projected: Projected, dropout: Dropout | None, window: int | None = None
 ) -> jax.Array:
     """Causal attention of rows to themselves."""
+    assert projected.query is not None
     return attend(
         projected.query,
         projected.key,
@@ -323,8 +335,8 @@ class DualWindowBlock(nn.Module):
     the history and n .. n + m - 1 over the window.
 
     Attributes:
-      config: of the model; `vocab_size`, `num_blocks` (but for the initial scale) and `generation_window` do not
-        matter here: the window is as long as the x it is given.
+      config: of the model; `vocab_size`, `num_blocks` (but for the initial scale), `generation_window` and
+        `history_chunk` do not matter here: the window is as long as the x it is given.
 
     Example:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
@@ -371,13 +383,10 @@ class DualWindowBlock(nn.Module):
             return causal_layers(params.layers(), config, x, rope, dropout), history if restore else None
         observed = config.observed_rows(length)
         frame = WindowFrame(length, length - max(observed, 1), observed, max(observed, 1))
-        return dual_window_block(
-            params,
-            config,
-            x,
-            History(history.astype(x.dtype)),
-            frame,
-            rope,
-            restore=restore,
-            dropout=dropout,
-        )
+        history = history.astype(x.dtype)
+        known = History(history, Projected.of(params.compress, history, rope.rows(0, length)))
+        projected = Projected.of(params.compress, x, rope.rows(length, x.shape[1]))
+        # Nobody follows here: what is projected for that is not read.
+        following = Following(params.compress, "kv") if restore else None
+        x, restored = dual_window_block(params, config, x, projected, known, frame, rope, following, dropout)
+        return x, None if restored is None else restored.rows

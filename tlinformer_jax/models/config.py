@@ -48,22 +48,25 @@ class ModelConfig:
       head_padding: in training cuDNN gets heads padded with zeros to a multiple of this many features; a multiple
         of 8, which is what it needs.
       history_segments: the scan over windows is cut in at most this many scans whose static history lengths
-        grow, so that masked history wastes at most 1 / history_segments of the work; more compile longer. Of windows
-        that run together each group costs its longest history instead.
+        grow, so that masked history wastes at most 1 / history_segments of what `history_chunk` does not leave out;
+        each is a program of its own, so that more are faster and compile longer. Of windows that run together each
+        group costs its longest history instead.
       windows_together: generation windows with history that are computed together, as if they were more sequences;
         they share what the longest history of them costs. It fills a device that one window of the batch does not,
         and compiles one program for all. 'auto' is all of a sequence of at most 8 windows on accelerators, else 1.
-      history_chunk: rows of the history that `restore` computes at a time, each chunk again in the backward pass, so
-        that its feed-forward's inner values never exist for a whole long history; chunks of which a window has no
-        row are left out. 0 takes all rows at once.
+      history_chunk: rows of the history that `restore`, and the next block's projections, compute at a time, each chunk
+        again in the backward pass, so that their inner values never exist for a whole long history; chunks of which a
+        window has no row are left out, which is known at run time. 0 takes all rows at once.
       scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
         history) once and loop over them; False compiles each, which takes longer and runs faster; 'auto' is False on
         accelerators and True on the CPU.
-      remat: 'window' recomputes each window in the backward pass, in the baselines each layer; 'none' keeps
-        everything; 'auto' recomputes when a sequence has more than 8 windows, in the baselines never.
-      remat_save: intermediate values that are kept where `remat` recomputes, names separated by commas, of
+      remat: what is kept for the backward pass. With 'window' nothing of a window but its gradients: training makes
+        them along with its loss, window after window, and differentiation of the model's outputs computes each window
+        again; the baselines compute each layer again. 'none' keeps everything; 'auto' is 'window' for sequences of
+        more than 8 windows, in the baselines 'none'.
+      remat_save: intermediate values that are kept where something is computed again, names separated by commas, of
         'gate_up', 'projected', 'attended'; '' keeps none. Keeping makes a step faster and takes memory; the gradients
-        of what windows share are then summed in the compute dtype. Sampled windows keep nothing.
+        of what windows share are then summed in the compute dtype.
     """
 
     architecture: str = "tlinformer"
@@ -80,7 +83,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     attention: str = "auto"
     head_padding: int = 8
-    history_segments: int = 4
+    history_segments: int = 2
     windows_together: int | str = "auto"
     history_chunk: int = 0
     scan_layers: bool | str = "auto"
@@ -101,10 +104,8 @@ class ModelConfig:
         if self.vocab_size > 2**31 - 1:
             raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
         _check_int(self, "history_segments", 1)
-        if self.windows_together != "auto":
-            if isinstance(self.windows_together, str):
-                raise ConfigError("model.windows_together", self.windows_together, "must be an integer >= 1 or 'auto'")
-            _check_int(self, "windows_together", 1)
+        for name in ("windows_together", "history_window"):
+            _check_int_or_auto(self, name, 1)
         for name in ("hidden_depth", "history_chunk"):
             _check_int(self, name, 0)
         _check_int(self, "head_padding", 8)
@@ -118,10 +119,6 @@ class ModelConfig:
             )
         if self.d_ff is not None:
             _check_int(self, "d_ff", 1)
-        if self.history_window != "auto":
-            if isinstance(self.history_window, str):
-                raise ConfigError("model.history_window", self.history_window, "must be an integer >= 1 or 'auto'")
-            _check_int(self, "history_window", 1)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError("model.dropout", self.dropout, "must be a number in [0, 1)")
         if self.attention in ("cudnn", "splash") and self.dropout > 0:
@@ -237,3 +234,12 @@ def _check_int(config: ModelConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"model.{name}", value, f"must be an integer >= {least}")
+
+
+def _check_int_or_auto(config: ModelConfig, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if value == "auto":
+        return
+    if isinstance(value, str):
+        raise ConfigError(f"model.{name}", value, f"must be an integer >= {least} or 'auto'")
+    _check_int(config, name, least)

@@ -1,5 +1,6 @@
 """The language model: tied embedding, one of four architectures, final LayerNorm, head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from tlinformer_jax.models.attention import Dropout, head_multiple
 from tlinformer_jax.models.block import BlockParams, DualWindowBlock
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, layer_norm, prepare_layers
-from tlinformer_jax.models.tlinformer import forward_windows
+from tlinformer_jax.models.tlinformer import forward_windows, sum_windows
 from tlinformer_jax.models.transformer import forward_layers
 from tlinformer_jax.parallel.constraints import constrain_batch
 
@@ -97,34 +98,82 @@ class LanguageModel(nn.Module):
         *,
         train: bool = False,
         inputs_embeds: jax.Array | None = None,
-        windows: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads: [batch, length, D] in the compute dtype, after the final LayerNorm.
 
-        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk. With
-        `windows`, int32 [k], only those generation windows of a windowed architecture are computed, and the result
-        is [batch, k * generation_window, D], in their order.
+        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk.
         """
         config, params = self.config, self.parameters()
+        embeddings = self._embed(tokens, inputs_embeds)
+        if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
+            return embeddings
+        if config.windowed:
+            hidden = forward_windows(self._prepared(params.blocks), config, embeddings, self._dropout(train))
+        else:
+            hidden = forward_layers(self._prepared(params.layers), config, embeddings, self._dropout(train))
+        return layer_norm(hidden, params.norm_scale, params.norm_bias)
+
+    def sum_over_windows(
+        self,
+        tokens: jax.Array,
+        rows: Any,
+        readout: Callable[[jax.Array, jax.Array, Any], jax.Array],
+        *,
+        train: bool = False,
+        windows: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The sum of `readout` over all generation windows, of windowed architectures, gradients made along with it.
+
+        What a long sequence is trained by: of no window anything is kept but its gradients.
+
+        Args:
+          tokens: as `__call__` takes them.
+          rows: pytree of arrays [batch, length, ...] that go along with the tokens, such as labels.
+          readout: of the hidden states [batch, W_og, D] of a window, as `hidden_states` gives them, of the embedding
+            [V, D], and of the window's part of `rows`; a float32 []. Past the sequence's end `rows` are 0, hidden
+            states are finite.
+          train: apply dropout.
+          windows: only these, int32 [k]; None for all.
+
+        Returns:
+          float32 [], and each window's share, float32 [windows or k], through which no gradient flows.
+        """
+        config, params = self.config, self.parameters()
+
+        def read(shared: Any, hidden: jax.Array, rows: Any) -> jax.Array:
+            embedding, scale, bias = shared
+            return readout(layer_norm(hidden, scale, bias), embedding, rows)
+
+        return sum_windows(
+            self._prepared(params.blocks),
+            config,
+            self._embed(tokens, None),
+            read,
+            (params.embedding, params.norm_scale, params.norm_bias),
+            rows,
+            self._dropout(train),
+            windows,
+        )
+
+    def _embed(self, tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+        """The checked inputs as embeddings [batch, length, D] in the compute dtype."""
+        config = self.config
         check_inputs(config, tokens, inputs_embeds)
         if inputs_embeds is None:
             assert tokens is not None  # check_inputs
             # jnp.take fills rows past the table with NaN but counts negative ids from its end: move those past it.
             # So a wrong id is never silently taken for another.
-            inputs_embeds = jnp.take(params.embedding, jnp.where(tokens < 0, config.vocab_size, tokens), axis=0)
-        embeddings = constrain_batch(inputs_embeds.astype(config.compute_dtype))
-        if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
-            return embeddings
-        dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+            inputs_embeds = jnp.take(self.embedding, jnp.where(tokens < 0, config.vocab_size, tokens), axis=0)
+        return constrain_batch(inputs_embeds.astype(config.compute_dtype))
+
+    def _prepared(self, layers: Any) -> Any:
+        config = self.config
         multiple = head_multiple(config.compute_dtype, config.attention, config.head_padding)
-        if config.windowed:
-            blocks = prepare_layers(params.blocks, config.compute_dtype, multiple)
-            hidden = forward_windows(blocks, config, embeddings, dropout, windows)
-        else:
-            assert windows is None, f"architecture {config.architecture!r} has no generation windows"
-            layers = prepare_layers(params.layers, config.compute_dtype, multiple)
-            hidden = forward_layers(layers, config, embeddings, dropout)
-        return layer_norm(hidden, params.norm_scale, params.norm_bias)
+        return prepare_layers(layers, config.compute_dtype, multiple)
+
+    def _dropout(self, train: bool) -> Dropout | None:
+        config = self.config
+        return Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
 
 
 def build_model(config: ModelConfig) -> LanguageModel:

@@ -1,9 +1,9 @@
-"""A loop whose steps are computed again in the backward pass, with float32 sums of what the steps share.
+"""Loops over steps that share arrays, whose gradients are summed in float32 and whose memory is that of one step.
 
-`jax.checkpoint` around the body of a `jax.lax.scan` gives the same loop, but adds up the gradients of shared arrays in
-the arrays' dtype: in bfloat16 the sum over a thousand windows stops growing after a few hundred. Here each step's
-gradient is added in float32. Steps of different static shapes can take turns in one loop, too, without the backward
-pass holding the intermediate values of them all.
+`jax.checkpoint` around the body of a `jax.lax.scan` gives a loop whose steps are computed again in the backward pass,
+but adds up the gradients of shared arrays in the arrays' dtype: in bfloat16 the sum over a thousand windows stops
+growing after a few hundred. Here each step's gradient is added in float32. Steps of different static shapes can take
+turns in one loop, too, without the backward pass holding the intermediate values of them all.
 """
 
 import functools
@@ -39,9 +39,10 @@ def map_recomputed(
     fixed: Any,
     steps: Any,
     which: jax.Array | None = None,
-    count: jax.Array | None = None,
 ) -> Any:
     """Outputs of `branches[which[i]](shared, parts[i], fixed, steps[i])` for every i, stacked along a new first axis.
+
+    Each step is computed again in the backward pass.
 
     Args:
       branches: functions with outputs of equal shapes; more than one needs `which`.
@@ -50,39 +51,41 @@ def map_recomputed(
       fixed: pytree that every step reads; not differentiated.
       steps: pytree of arrays [steps, ...], a slice for each step; not differentiated.
       which: the branch of each step, int32 [steps].
-      count: the first so many steps are taken, int32 []; the outputs of the others are 0. None takes all.
     """
-    return _map(branches, shared, parts, fixed, steps, which, count)
+    return _map(branches, shared, parts, fixed, steps, which)
 
 
-def _loop(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: Any, count: jax.Array | None) -> Any:
-    """`jax.lax.scan`, or the first `count` steps of it, with zeros for the outputs of the others."""
-    if count is None:
-        return jax.lax.scan(body, carry, items)
+def sum_with_gradients(
+    branches: tuple[Branch, ...],
+    shared: Any,
+    parts: Any,
+    fixed: Any,
+    steps: Any,
+    which: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over all steps of what the branches return, and each step's share of it.
 
-    def item(index: jax.Array | int) -> Any:
-        return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), items)
+    Where it is differentiated, each step's gradient is made along with its value, so that nothing is kept from one
+    step for a later backward pass, and nothing is computed twice.
 
-    length = jax.tree.leaves(items)[0].shape[0]
-    shapes = jax.eval_shape(lambda carry: body(carry, item(0))[1], carry)
-    outputs = jax.tree.map(lambda shape: jnp.zeros((length, *shape.shape), shape.dtype), shapes)
+    Args:
+      branches: as `map_recomputed` takes them, each returning a float32 [].
+      shared: the same; parts: the same; fixed: the same; steps: the same; which: the same.
 
-    def step(index: jax.Array, state: Any) -> Any:
-        carry, new = body(state[0], item(index))
-        return carry, jax.tree.map(
-            lambda array, part: jax.lax.dynamic_update_index_in_dim(array, part, index, 0), state[1], new
-        )
-
-    return jax.lax.fori_loop(0, jnp.minimum(count, length), step, (carry, outputs))
+    Returns:
+      float32 [], and float32 [steps], through which no gradient flows.
+    """
+    total, each = _sum(branches, shared, parts, fixed, steps, which)
+    return total, jax.lax.stop_gradient(each)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map(branches, shared, parts, fixed, steps, which, count):
+def _map(branches, shared, parts, fixed, steps, which):
     def body(_, item):
         part, step, index = item
         return None, _switch(index, branches, shared, part, fixed, step)
 
-    return _loop(body, None, (parts, steps, which), count)[1]
+    return jax.lax.scan(body, None, (parts, steps, which))[1]
 
 
 def _map_forward(branches, *inputs):
@@ -90,28 +93,80 @@ def _map_forward(branches, *inputs):
 
 
 def _map_backward(branches, inputs, cotangents):
-    shared, parts, fixed, steps, which, count = inputs
+    shared, parts, fixed, steps, which = inputs
     pulls = tuple(functools.partial(_add_gradient, branch) for branch in branches)
 
     def body(total, item):
         part, step, index, cotangent = item
         return _switch(index, pulls, total, shared, part, fixed, step, cotangent)
 
-    zero = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), shared)
-    total, part_gradients = _loop(body, zero, (parts, steps, which, cotangents), count)
-    gradients = jax.tree.map(lambda sum_, array: sum_.astype(array.dtype), total, shared)
-    return gradients, part_gradients, None, None, None, None
+    total, part_gradients = jax.lax.scan(body, wide_zeros(shared), (parts, steps, which, cotangents))
+    return rounded(total, shared), part_gradients, None, None, None
 
 
 _map.defvjp(_map_forward, _map_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(branches, shared, parts, fixed, steps, which):
+    def body(total, item):
+        part, step, index = item
+        value = _switch(index, branches, shared, part, fixed, step)
+        return total + value, value
+
+    return jax.lax.scan(body, jnp.float32(0), (parts, steps, which))
+
+
+def _sum_forward(branches, shared, parts, fixed, steps, which):
+    pulls = tuple(functools.partial(_add_value_and_gradient, branch) for branch in branches)
+
+    def body(carry, item):
+        part, step, index = item
+        value, total, part_gradient = _switch(index, pulls, carry[1], shared, part, fixed, step)
+        return (carry[0] + value, total), (value, part_gradient)
+
+    start = jnp.float32(0), wide_zeros(shared)
+    (value, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
+    return (value, each), (rounded(total, shared), part_gradients)
+
+
+def _sum_backward(branches, gradients, cotangents):
+    slope, _ = cotangents
+    shared, parts = jax.tree.map(lambda array: (array.astype(jnp.float32) * slope).astype(array.dtype), gradients)
+    return shared, parts, None, None, None
+
+
+_sum.defvjp(_sum_forward, _sum_backward)
 
 
 def _add_gradient(branch, total, shared, part, fixed, step, cotangent):
     """The running sum of shared's gradient with this step's, and the gradient of the step's part."""
     _, pull = jax.vjp(lambda shared, part: branch(shared, part, fixed, step), shared, part)
     gradient, part_gradient = pull(cotangent)
-    return jax.tree.map(lambda sum_, new: sum_ + new.astype(jnp.float32), total, gradient), part_gradient
+    return add_wide(total, gradient), part_gradient
+
+
+def _add_value_and_gradient(branch, total, shared, part, fixed, step):
+    """A step's value, the running sum of shared's gradient with this step's, and the gradient of the step's part."""
+    value, pull = jax.vjp(lambda shared, part: branch(shared, part, fixed, step), shared, part)
+    gradient, part_gradient = pull(jnp.ones_like(value))
+    return value, add_wide(total, gradient), part_gradient
 
 
 def _switch(index, branches, *operands):
     return branches[0](*operands) if len(branches) == 1 else jax.lax.switch(index, branches, *operands)
+
+
+def wide_zeros(shared: Any) -> Any:
+    """float32 zeros in the shapes of a pytree, to sum its gradients in."""
+    return jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), shared)
+
+
+def add_wide(total: Any, gradient: Any) -> Any:
+    """A float32 sum and one more gradient."""
+    return jax.tree.map(lambda sum_, new: sum_ + new.astype(jnp.float32), total, gradient)
+
+
+def rounded(total: Any, shared: Any) -> Any:
+    """The sum of gradients in the dtypes of what they are gradients of."""
+    return jax.tree.map(lambda sum_, array: sum_.astype(array.dtype), total, shared)

@@ -24,12 +24,14 @@ class WindowFrame:
       observed_length: rows of the observation window that are valid, n - h.
       observed_width: rows that are computed for it (static), at least `observed_length`; the rows past the
         valid ones belong to the future and are never attended to.
+      history_chunk: rows of the history that are restored at a time (static); 0 for all at once.
     """
 
     history_length: Place
     observed_start: Place
     observed_length: Place
     observed_width: int = flax.struct.field(pytree_node=False)
+    history_chunk: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Segment:
       observed: valid rows of the observation window, one number per window.
       observed_width: the largest of `observed`.
       history_rows: rows of history that every window of the segment reads, the valid ones first.
+      history_chunk: rows of it that are restored at a time, a divisor of `history_rows`; 0 for all at once.
       together: windows that are computed together, as if they were more sequences; divides their number.
     """
 
@@ -48,6 +51,7 @@ class Segment:
     observed: tuple[int, ...]
     observed_width: int
     history_rows: int
+    history_chunk: int = 0
     together: int = 1
 
     @property
@@ -76,7 +80,7 @@ class Segment:
             observed = jnp.asarray(self.observed, jnp.int32)[windows - self.first]
         else:
             observed = np.asarray(self.observed, np.int32)[windows - self.first]
-        return WindowFrame(length, length - observed, observed, self.observed_width)
+        return WindowFrame(length, length - observed, observed, self.observed_width, self.history_chunk)
 
 
 def num_windows(config: ModelConfig, length: int) -> int:
@@ -100,7 +104,7 @@ def plan_segments(config: ModelConfig, windows: int, together: int | None = None
     runs = [(part.reshape(-1), together) for part in np.array_split(groups, min(config.history_segments, len(groups)))]
     if alone:
         runs = [(np.arange(1, 1 + alone), alone), *runs]
-    return tuple(_segment(config, part, size) for part, size in runs)
+    return tuple(_segment(config, part, size, config.history_chunk) for part, size in runs)
 
 
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...]) -> int:
@@ -108,13 +112,26 @@ def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ..
     return max([windows * config.generation_window] + [segment.history_rows for segment in segments])
 
 
-def _segment(config: ModelConfig, windows: np.ndarray, together: int) -> Segment:
+def window_rows(config: ModelConfig, array: jax.Array, first: int, count: int, together: int = 1) -> jax.Array:
+    """The own rows of windows first .. first + count - 1, of [batch, rows, ...].
+
+    Returns:
+      [count / together, batch * together, W_og, ...], the windows of a sequence that run together side by side.
+    """
+    batch, size = array.shape[0], config.generation_window
+    rows = array[:, first * size : (first + count) * size].reshape(batch, -1, together, size, *array.shape[2:])
+    return jnp.moveaxis(rows, 1, 0).reshape(-1, batch * together, size, *array.shape[2:])
+
+
+def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int) -> Segment:
     lengths = windows * config.generation_window
     observed = np.array([config.observed_rows(int(length)) for length in lengths])
     width = int(max(observed.max(), 1))
     # With the dynamic window a slice of the segment's common width can reach past its own history's end.
-    reach = int((lengths - observed).max()) + width
-    return Segment(int(windows[0]), tuple(map(int, observed)), width, max(int(lengths[-1]), reach), together)
+    rows = max(int(lengths[-1]), int((lengths - observed).max()) + width)
+    chunk = chunk if chunk < rows else 0
+    rows += -rows % chunk if chunk else 0
+    return Segment(int(windows[0]), tuple(map(int, observed)), width, rows, chunk, together)
 
 
 def slice_rows(array: jax.Array, start: Place, length: int, folded: int | None = None) -> jax.Array:

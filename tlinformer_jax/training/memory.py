@@ -72,7 +72,7 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
     model, train, length = config.model, config.train, config.data.sequence_length
     windows = num_windows(model, length) if model.windowed else 1
     advice = []
-    if model.remat_save:
+    if model.remat_save and not model.windowed:
         advice.append(f"model.remat_save = '' (now {model.remat_save!r})")
     if not (rematerialised(model, windows) if model.windowed else model.remat == "window"):
         advice.append(f"model.remat = 'window' (now {model.remat!r})")

@@ -11,11 +11,13 @@ import optax
 
 from tlinformer_jax.models.decode_kernel import available
 from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.models.tlinformer import rematerialised
+from tlinformer_jax.models.windows import num_windows
 from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
-from tlinformer_jax.training.windows import draw_windows, take_windows, window_weight
+from tlinformer_jax.training.windows import draw_windows, window_weight
 
 DeviceBatch = dict[str, jax.Array]
 
@@ -83,7 +85,8 @@ def train_step(
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
-      clipping), learning_rate, tokens; and step and skips of the new state. Where loss or gradient are not finite,
+      clipping), learning_rate, tokens; step and skips of the new state; and window_losses, what `summed_loss` says of
+      each window, summed over the batch. Where loss or gradient are not finite,
       parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
       whole state does, whatever the batch.
     """
@@ -91,19 +94,20 @@ def train_step(
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
-    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> jax.Array:
+    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         key = jax.random.fold_in(dropout_key, number)
         windows = None
         if config.sampled_windows:
             length = micro["inputs"].shape[1]
             windows = draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
-        return summed_loss(params, micro, key, model=model, config=config, windows=windows) / divisor
+        total, each = summed_loss(params, micro, key, model=model, config=config, windows=windows)
+        return total / divisor, each
 
-    gradient = jax.value_and_grad(micro_loss)
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
     if config.accumulation == 1:
-        loss, grads = gradient(state.params, batch, jnp.int32(0))
+        (loss, each), grads = gradient(state.params, batch, jnp.int32(0))
     else:
-        loss, grads = _accumulate(gradient, state.params, batch, config.accumulation)
+        (loss, each), grads = _accumulate(gradient, state.params, batch, config.accumulation)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": loss * divisor / tokens,
@@ -112,6 +116,7 @@ def train_step(
             learning_rate_schedule(config, horizon)(state.step - state.skips.total), jnp.float32
         ),
         "tokens": tokens,
+        "window_losses": each,
     }
     good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
     params, opt_state = jax.tree.map(
@@ -162,7 +167,7 @@ def summed_loss(
     model: LanguageModel,
     config: TrainConfig,
     windows: jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
 
     Args:
@@ -174,23 +179,28 @@ def summed_loss(
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
 
     Returns:
-      float32 [].
+      float32 []; and each window's sum, float32 [windows or k], where windows are computed one after the other, else
+      float32 [0].
     """
-    hidden: Any = model.apply(
-        {"params": params},
-        batch["inputs"],
-        train=True,
-        rngs={"dropout": key},
-        windows=windows,
-        method=model.hidden_states,
-    )
-    labels, weights = (take_windows(batch[name], model.config, windows) for name in ("labels", "weights"))
-    total = summed_cross_entropy(hidden, params["embedding"], labels, weights, config.loss_chunk)
-    return total * window_weight(model.config, batch["inputs"].shape[1], windows)
+    inputs = batch["inputs"]
+    rows = {name: batch[name] for name in ("labels", "weights")}
+
+    def readout(hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch) -> jax.Array:
+        return summed_cross_entropy(hidden, embedding, rows["labels"], rows["weights"], config.loss_chunk)
+
+    def apply(*arguments: Any, **options: Any) -> Any:
+        return model.apply({"params": params}, inputs, *arguments, train=True, rngs={"dropout": key}, **options)
+
+    shape = model.config
+    if windows is None and not (shape.windowed and rematerialised(shape, num_windows(shape, inputs.shape[1]))):
+        hidden = apply(method=model.hidden_states)
+        return readout(hidden, params["embedding"], rows), jnp.zeros(0, jnp.float32)
+    total, each = apply(rows, readout, windows=windows, method=model.sum_over_windows)
+    return total * window_weight(shape, inputs.shape[1], windows), each
 
 
-def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[jax.Array, Any]:
-    """Sums loss and gradients over `parts` micro-batches, one after the other."""
+def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """Sums losses and gradients over `parts` micro-batches, one after the other."""
     # Rows are dealt out in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
@@ -198,7 +208,9 @@ def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> t
         micro, number = part
         return jax.tree.map(jnp.add, total, gradient(params, micro, number)), None
 
-    zero = (jnp.float32(0), jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), params))
+    first = jax.tree.map(lambda rows: rows[0], micros)
+    sums, _ = jax.eval_shape(gradient, params, first, jnp.int32(0))
+    zero = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), (sums, params))
     return jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
 
 

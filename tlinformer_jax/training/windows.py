@@ -23,21 +23,6 @@ def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -
     return jnp.sort(jax.random.permutation(key, windows)[:count]).astype(jnp.int32)
 
 
-def take_windows(rows: jax.Array, config: ModelConfig, windows: jax.Array | None) -> jax.Array:
-    """The columns of [batch, length] that lie in the given windows, side by side, with zeros past the length.
-
-    Returns:
-      [batch, k * generation_window]; `rows` itself where `windows` is None.
-    """
-    if windows is None:
-        return rows
-    batch, length = rows.shape
-    size = config.generation_window
-    padding = num_windows(config, length) * size - length
-    parted = jnp.pad(rows, ((0, 0), (0, padding))).reshape(batch, -1, size)
-    return jnp.take(parted, windows, axis=1).reshape(batch, -1)
-
-
 def window_weight(config: ModelConfig, length: int, windows: jax.Array | None) -> float:
     """n / k, by which the sampled windows' losses count."""
     return 1.0 if windows is None else num_windows(config, length) / windows.shape[0]

@@ -1,0 +1,122 @@
+"""The ways in which training computes a sequence's windows, against a plain loop over them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.test_model import SMALL, golden_scale
+from tlinformer_jax.models import DualWindowBlock, block, build_model, recompute, tlinformer
+from tlinformer_jax.models.layers import layer_norm
+from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.step import summed_loss
+
+LENGTH = 23  # five windows of 4 tokens, and one of 3
+# What each case changes: the default way of a long sequence is `remat`.
+WAYS = {
+    "one after the other": {"remat": "window", "history_segments": 2, "history_chunk": 3},
+    "a segment each": {"remat": "window", "history_segments": 9},
+    "three segments": {"remat": "window", "history_segments": 3, "history_window": 9},
+    "one segment in chunks": {"remat": "window", "history_segments": 1, "history_chunk": 8, "history_window": 4},
+    "in groups": {"remat": "window", "history_segments": 4, "windows_together": 2, "history_chunk": 5},
+    "all together": {"remat": "none", "windows_together": 5, "history_window": 5},
+    "all kept": {"remat": "none", "history_segments": 2, "hidden_depth": 2},
+    "growing windows": {"remat": "window", "history_window": "auto", "history_segments": 2, "hidden_depth": 0},
+    "growing windows in chunks": {
+        "remat": "window",
+        "history_window": "auto",
+        "history_chunk": 4,
+        "history_segments": 1,
+    },
+    "two hidden layers": {"remat": "window", "hidden_depth": 2, "history_window": 6, "history_chunk": 7},
+    "three blocks": {"remat": "window", "num_blocks": 3, "hidden_depth": 0, "history_chunk": 5},
+    "tconstformer": {"remat": "window", "architecture": "tconstformer", "history_chunk": 3},
+}
+DEFAULT = ("one after the other",)
+
+
+def sequences() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, SMALL.vocab_size, (2, LENGTH + 1)).astype(np.int32)
+    weights = rng.integers(0, 2, (2, LENGTH)).astype(np.float32)
+    return jax.tree.map(jnp.asarray, {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights})
+
+
+def trained(config):
+    """Loss, each window's share, and gradients, as training has them."""
+    model, batch = build_model(config), sequences()
+
+    def loss(params):
+        return summed_loss(params, batch, jax.random.key(0), model=model, config=TrainConfig())
+
+    (total, each), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden_scale(config)["params"])
+    return total, each, gradient
+
+
+def looped(config):
+    """The same by the public block, window by window, and optax's cross-entropy."""
+    module, batch, size = DualWindowBlock(config), sequences(), config.generation_window
+
+    def loss(params):
+        embeddings, sums = params["embedding"][batch["inputs"]], []
+        for start in range(0, LENGTH, size):
+            x, history = embeddings[:, start : start + size], embeddings[:, :start]
+            for index in range(config.num_blocks):
+                x, history = module.apply({"params": params[f"blocks_{index}"]}, x, history)
+            logits = layer_norm(x, params["norm_scale"], params["norm_bias"]) @ params["embedding"].T
+            part = slice(start, start + size)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"][:, part])
+            sums.append(jnp.sum(losses * batch["weights"][:, part]))
+        return sum(sums), jnp.stack(sums)
+
+    (total, each), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden_scale(config)["params"])
+    return total, each, gradient
+
+
+def check(way: str) -> None:
+    config = dataclasses.replace(SMALL, **WAYS[way])
+    (loss, each, gradient), (truth, true_each, true_gradient) = trained(config), looped(config)
+    count = float(sequences()["weights"].sum())
+    assert abs(float(loss - truth)) / count < 1e-5
+    if each.shape == true_each.shape:
+        np.testing.assert_allclose(each, true_each, rtol=1e-5)
+    else:
+        assert each.size in (0, 4)  # all at once; or the first window, one alone, two pairs
+    for value, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(true_gradient), strict=True):
+        assert float(jnp.linalg.norm(value - expected)) <= 1e-4 * float(jnp.linalg.norm(expected)) + 1e-12
+
+
+@pytest.mark.parametrize("way", [way if way in DEFAULT else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+def test_every_way_gives_what_the_plain_loop_gives(way):
+    """Loss per token to 1e-5, gradients to 1e-4 of each array's norm."""
+    check(way)
+
+
+def too_few_chunks(monkeypatch):
+    """The last chunk of a history is left out."""
+    real = block.map_rows
+    monkeypatch.setattr(block, "map_rows", lambda *args: real(*args[:-1], args[-1] - 1))
+
+
+def forgotten_windows(monkeypatch):
+    """Gradients of what windows share are those of the last window only."""
+    monkeypatch.setattr(recompute, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
+
+
+def first_windows_rows(monkeypatch):
+    """Every window has the rows of the window before it."""
+    real = tlinformer.window_rows
+    monkeypatch.setattr(tlinformer, "window_rows", lambda c, a, first, *rest: real(c, a, max(first - 1, 0), *rest))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutate", [too_few_chunks, forgotten_windows, first_windows_rows])
+def test_mutations_are_caught(mutate, monkeypatch, request):
+    mutate(monkeypatch)
+    request.addfinalizer(jax.clear_caches)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        check("one after the other")
