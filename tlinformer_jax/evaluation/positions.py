@@ -49,7 +49,7 @@ def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dic
 
 
 def _means(losses: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> tuple[list[float | None], list[int]]:
-    """Mean loss and number of tokens of each bin, of sums by position [edges[-1] or more]."""
-    total, tokens = (np.add.reduceat(sums[: edges[-1]], edges[:-1]) for sums in (losses, weights))
+    """Mean loss and number of tokens of each bin, of sums by position; zero past the edges."""
+    total, tokens = (np.add.reduceat(sums, edges[:-1]) for sums in (losses, weights))
     means = [float(loss / count) if count else None for loss, count in zip(total, tokens)]
     return means, [int(count) for count in tokens]
