@@ -132,7 +132,7 @@ def test_options_that_are_not_allowed(options, says):
 def test_no_array_of_all_tokens_times_the_vocabulary():
     """What the compiled step needs on each device beside its arguments, against that array's part."""
     size, length = 2048, 8192
-    run = trained(dataclasses.replace(MODEL, vocab_size=size)).run
+    run = trained(dataclasses.replace(MODEL, vocab_size=size, generation_window=64)).run
     config = dataclasses.replace(run.config.train, loss_chunk=1024)
     step = jit_eval_step(run.model, config, run.shardings.params, batch_sharding(run.mesh))
     row = jax.ShapeDtypeStruct((run.mesh.size, length), np.int32)
@@ -170,11 +170,13 @@ def test_joined_bins_keep_the_mean():
 def test_reports_appear_whole_or_not_at_all(tmp_path):
     target = writable_file(str(tmp_path / "report.json"))
     assert list(tmp_path.iterdir()) == []
-    write_report({"loss": 1.0}, target)
+    values = {"loss": 1.0, "command": ["--a=[1,  2]", "x"], "edges": [0, 1, None], "parts": [{"loss": [0.5, 2.0]}]}
+    write_report(values, target)
     with pytest.raises(ValueError, match="JSON"):
         write_report({"loss": math.inf}, target)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-    assert json.loads(target.read_text()) == {"loss": 1.0}
+    assert json.loads(target.read_text()) == values
+    assert ' "edges": [ 0, 1, null ],' in target.read_text().splitlines()
     assert plain({"a": [math.inf, 1.5], "b": math.nan}) == {"a": [None, 1.5], "b": None}
     for name in ("none/report.json", ".", "report.json/x"):
         with pytest.raises(UserError, match="--out="):

@@ -7,6 +7,7 @@ import numpy as np
 from tlinformer_jax.training.evaluation import Evaluation
 
 BINS = 64
+DIGITS = 6  # of a mean, after the point: float32 losses know no more
 
 
 def bin_edges(length: int, bins: int = BINS) -> np.ndarray:
@@ -51,5 +52,5 @@ def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dic
 def _means(losses: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> tuple[list[float | None], list[int]]:
     """Mean loss and number of tokens of each bin, of sums by position; zero past the edges."""
     total, tokens = (np.add.reduceat(sums, edges[:-1]) for sums in (losses, weights))
-    means = [float(loss / count) if count else None for loss, count in zip(total, tokens)]
+    means = [round(float(loss / count), DIGITS) if count else None for loss, count in zip(total, tokens)]
     return means, [int(count) for count in tokens]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -183,8 +184,11 @@ def write_report(report: Report, target: pathlib.Path) -> None:
       UserError: if it cannot be written.
     """
     draft = _draft(target)
+    text = json.dumps(report, indent=1, allow_nan=False)
+    # Lists of numbers stay on one line each.
+    text = re.sub(r"\[\n[^][{}\"]+\]", lambda found: " ".join(found[0].split()), text)
     try:
-        draft.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="ascii")
+        draft.write_text(text + "\n", encoding="ascii")
         draft.replace(target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None

@@ -21,7 +21,7 @@ MOST_ROWS = 16
 
 
 def lines(report: Report) -> list[str]:
-    """The figures of a report, then a table for each of its parts, positions in at most 16 rows."""
+    """The figures of a report, then its losses by position in at most 16 rows, then its figures by length."""
     config = report["workdir_config"]["model"]
     name = report.get("text_file") or f"{report['split']} split"
     text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
@@ -38,8 +38,6 @@ def lines(report: Report) -> list[str]:
             for part in report["by_length"]
         ]
         text += _table(("length", "sequences at a time", "tokens", "loss", "perplexity", "bits per byte"), rows)
-        for part in report["by_length"]:
-            text += _positions(part)
     return text
 
 
@@ -48,16 +46,13 @@ def _positions(report: Report) -> list[str]:
     if "by_position" not in report:
         return []
     whole, window = report["by_position"], report["by_window_position"]
-    length = f"{report['length']:,}"
-    text = _table(
-        (f"position of {length}", "tokens", "loss"), _joined(whole["edges"], (whole["loss"], whole["tokens"]))
-    )
+    text = _table(("position", "tokens", "loss"), _joined(whole["edges"], (whole["loss"], whole["tokens"])))
     later = [(window["later"], window["later_tokens"])] if "later" in window else []
     heads = ("first window", "later windows")[: 1 + len(later)]
     rows = _joined(window["edges"], (window["first"], window["first_tokens"]), *later)
     # Means alone: how many windows there are is known from the table above.
     rows = [(row[0], *row[2::2]) for row in rows]
-    return text + _table((f"position in the window, of {length}", *heads), rows)
+    return text + _table(("position in the window", *heads), rows)
 
 
 def _joined(edges: Sequence[int], *curves: tuple[list[Any], list[int]]) -> list[tuple[str, ...]]:
