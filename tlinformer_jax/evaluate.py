@@ -35,7 +35,6 @@ OUT = flags.DEFINE_string("out", None, "File to write the whole result to as JSO
 def main() -> None:
     """Restores a checkpoint's parameters and prints what is asked of a split or a text."""
     from tlinformer_jax.config import load_config
-    from tlinformer_jax.evaluation.report import writable_file
     from tlinformer_jax.parallel.processes import joined
     from tlinformer_jax.training.memory import advised, evaluation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
@@ -44,8 +43,6 @@ def main() -> None:
         raise UserError("--workdir: must name the directory of a run")
     options = _options()
     text = _text()
-    if OUT.value is not None:
-        writable_file(OUT.value)
     cluster = cli.cluster()
     workdir = pathlib.Path(WORKDIR.value).expanduser()
     batch_size = BATCH_SIZE.value or load_config(workdir).train.evaluation_batch_size
@@ -101,10 +98,14 @@ def _named_by_flag(error: ConfigError) -> UserError:
 
 
 def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptions") -> "Report":
-    from tlinformer_jax.evaluation.report import evaluate_run
+    import jax
+
+    from tlinformer_jax.evaluation.report import evaluate_run, writable_file
     from tlinformer_jax.evaluation.text import evaluate_text
     from tlinformer_jax.evaluation.trained import load_run
 
+    if OUT.value is not None and jax.process_index() == 0:
+        writable_file(OUT.value)  # before the work, not after it
     command = ["tlinformer_jax.evaluate", *sys.argv[1:]]
     trained = load_run(workdir, STEP.value)
     if text is not None:

@@ -61,7 +61,7 @@ def test_texts_that_cannot_be_evaluated():
             text_perplexity(trained(), text)
     with pytest.raises(UserError, match=r"evaluation\.length = 0"):
         text_perplexity(trained(), "a", length=0)
-    with pytest.raises(UserError, match=r"evaluation\.lengths = 99: must be at most 9, what the b.txt can fill"):
+    with pytest.raises(UserError, match=r"evaluation\.lengths = 99: must be at most 9, what b.txt can fill"):
         evaluate_text(trained(), SHORT, EvaluationOptions(lengths=(99,)), text_file="b.txt")
 
 

@@ -100,7 +100,7 @@ def evaluate_run(
       ConfigError: for a length that leaves no whole sample.
       OutOfMemoryError: if a device's memory does not suffice.
     """
-    source = Source(f"{split} split", stream, stream)
+    source = Source(f"the {split} split", stream, stream)
     return plain(describe(trained, command) | {"split": split} | evaluate_source(trained, source, options))
 
 
@@ -123,7 +123,7 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
         may_be_short = source.whole and name == "length"
         if length is not None and not may_be_short and num_samples(source.stream, length) < 1:
             most = len(source.stream.tokens) - 1
-            raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what the {source.name} can fill")
+            raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what {source.name} can fill")
     length = options.length or trained.run.config.data.sequence_length
     report = _at_length(trained, source, length, source.whole, options)
     if options.lengths:
