@@ -113,6 +113,15 @@ def test_batches_hold_as_many_tokens_as_in_training_unless_told_otherwise():
     assert run.evaluation_batch_size(1, 10**6, batch_size=16) == 16
 
 
+def test_each_length_is_compiled_once(report):
+    """The report's three lengths are known; of the same and one more, on half the tokens, only that one is new."""
+    step = trained().run.eval_step
+    known = step._cache_size()
+    half = dataclasses.replace(STREAM, tokens=TOKENS[:60])
+    evaluate_run(trained(), half, EvaluationOptions(lengths=(*LENGTHS, 9), batch_size=8), split="train")
+    assert step._cache_size() == known + 1
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
