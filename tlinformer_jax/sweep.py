@@ -1,0 +1,131 @@
+"""Trains the points of a sweep: `python -m tlinformer_jax.sweep --sweep=FILE[:VARIANT] --out=DIR`.
+
+Each point gets a folder of DIR and a process of its own. Points that are finished are skipped, those that were
+interrupted go on from their checkpoints: after a kill, the same command does the rest. At the end DIR gets sweep.csv,
+sweep.json, sweep.md and plots of all points that are finished. The status is 1 if a point has failed. In a job array,
+--point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N trains every N-th.
+"""
+
+import pathlib
+import re
+import shlex
+import sys
+from typing import Any
+
+from absl import flags
+
+from tlinformer_jax import cli
+from tlinformer_jax.errors import UserError
+
+SWEEP = flags.DEFINE_string("sweep", "", "Sweep file; FILE:VARIANT picks a variant.")
+OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working directory for each point, tables, plots.")
+POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this job, from 0.")
+POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")
+RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
+THEN = flags.DEFINE_list("then", None, "What to do after each training: evaluate, samples; the file's if not given.")
+RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
+CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train nothing.")
+
+
+def main() -> None:
+    """Checks all points, trains those that are not finished, writes the tables."""
+    from tlinformer_jax.experiments.actions import checked_actions
+    from tlinformer_jax.experiments.job import Job
+    from tlinformer_jax.experiments.plan import check_data, chosen_points, load_sweep, plan_points
+    from tlinformer_jax.experiments.runner import run_jobs
+
+    sweep = load_sweep(SWEEP.value)
+    then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
+    points = plan_points(sweep, _base(sweep))
+    chosen = chosen_points(points, POINT.value, POINTS.value)
+    check_data(chosen)
+    if CHECK.value:
+        print("\n".join(f"{number} {point.name} {point.overrides}" for number, point in enumerate(points)))
+        return
+    out = cli.writable_workdir(OUT.value, "--out").absolute()
+    results = cli.writable_workdir(RESULTS.value, "--results") if RESULTS.value else None
+    command = shlex.join(["python", "-m", "tlinformer_jax.sweep", *sys.argv[1:]])
+    stem = pathlib.Path(SWEEP.value.partition(":")[0]).stem
+    jobs = {
+        point.name: Job(
+            name=point.name,
+            config=point.config,
+            workdir=out / point.name,
+            command=command,
+            then=then,
+            study=sweep.study,
+            sweep=stem,
+            point=point.point,
+            overrides=point.overrides,
+        )
+        for point in points
+    }
+    failures = run_jobs([jobs[point.name] for point in chosen], RETRIES.value)
+    _write(list(jobs.values()), out, results)
+    if failures:
+        reasons = "; ".join(f"{failure.name} ({failure.reason})" for failure in failures)
+        cli.fail(f"{len(failures)} of {len(chosen)} points failed: {reasons}", 1)
+
+
+def define_config_flags() -> None:
+    """Defines --config.FIELD=VALUE, which change the base of the sweep that the command line names.
+
+    Before the flags are parsed, since the fields are the sweep's.
+    """
+    from ml_collections import ConfigDict, config_flags
+
+    from tlinformer_jax.experiments.plan import load_sweep
+
+    if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
+        return
+    named = ""
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+        found = re.match(r"--?sweep(=(?P<value>.*))?$", argument, re.DOTALL)
+        if found:
+            named = following if found["value"] is None else found["value"]
+    try:
+        base = load_sweep(named).base
+    except UserError as error:
+        cli.fail(str(error))
+    config_flags.DEFINE_config_dict("config", ConfigDict(base), lock_config=True)
+
+
+def _base(sweep: Any) -> Any:
+    """The base with the command line's changes.
+
+    Raises:
+      UserError: for a change of a field that points set themselves.
+    """
+    if "config" not in flags.FLAGS:
+        return None
+    from ml_collections import config_flags
+
+    for field in config_flags.get_override_values(flags.FLAGS["config"]):
+        for name, overrides in sweep.points.items():
+            if field in overrides:
+                raise UserError(f"--config.{field}: point {name} sets this field itself")
+    return flags.FLAGS.config
+
+
+def _write(jobs: list[Any], out: pathlib.Path, results: pathlib.Path | None) -> None:
+    """Writes tables and plots of all jobs that are finished, and copies their records."""
+    from tlinformer_jax.experiments.curves import groups_of
+    from tlinformer_jax.experiments.job import finished_result
+    from tlinformer_jax.experiments.plots import plot_sweep
+    from tlinformer_jax.experiments.results import write_result
+    from tlinformer_jax.experiments.tables import write_tables
+
+    done = [result for result in map(finished_result, jobs) if result is not None]
+    for result in done if results is not None else ():
+        write_result(results / f"{result['name']}.json", result)  # type: ignore[operator]
+    write_tables(done, out)
+    print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
+    try:
+        plot_sweep(groups_of(done), out)
+    except ImportError as error:
+        print(f"no plots: {error}; pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    define_config_flags()
+    cli.run(main)
