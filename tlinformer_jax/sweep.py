@@ -76,6 +76,8 @@ def define_config_flags() -> None:
 
     from tlinformer_jax.experiments.plan import load_sweep
 
+    if any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):
+        cli.fail("--config: the configuration is the sweep's own; --config.SECTION.FIELD=VALUE changes its fields")
     if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
         return
     named = ""
@@ -87,7 +89,10 @@ def define_config_flags() -> None:
         base = load_sweep(named).base
     except UserError as error:
         cli.fail(str(error))
-    config_flags.DEFINE_config_dict("config", ConfigDict(base), lock_config=True)
+    try:
+        config_flags.DEFINE_config_dict("config", ConfigDict(base), lock_config=True)
+    except Exception as error:  # ml_collections raises what comes, for a field that does not exist
+        cli.fail(cli.describe(error, sys.argv))
 
 
 def _base(sweep: Any) -> Any:

@@ -79,17 +79,17 @@ def mean_of(values: Iterable[Any]) -> Mean | None:
 
 
 def groups_of(results: Iterable[Result]) -> list[Group]:
-    """Runs put together whose configurations, sweep and point are the same but for the seed, in order of appearance."""
-    found: dict[tuple[str, str], list[tuple[RunConfig, Result]]] = {}
+    """Runs put together whose configurations, tokens and point are the same but for the seed, in order of appearance."""
+    found: dict[tuple[Any, ...], list[tuple[RunConfig, Result]]] = {}
     for result in results:
         config = run_config(result["config"])
         train = dataclasses.replace(config.train, seed=0)
         seedless = dataclasses.replace(config, train=train)
         label = result.get("point") or label_of(config)
-        found.setdefault((label, repr(seedless)), []).append((config, result))
+        found.setdefault((label, repr(seedless), result["tokens"]), []).append((config, result))
     return [
         Group(label, pairs[0][0], tuple(sorted((result for _, result in pairs), key=lambda result: result["seed"])))
-        for (label, _), pairs in found.items()
+        for (label, *_), pairs in found.items()
     ]
 
 

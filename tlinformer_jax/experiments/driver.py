@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tlinformer_jax.bench.timing import peak_bytes
+from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.actions import ACTIONS, checked_actions
 from tlinformer_jax.experiments.job import Job, finished_result
 from tlinformer_jax.experiments.record import record_of
@@ -29,7 +30,7 @@ def run_job(
     """Trains the job, or goes on with it, then does its actions; result.json is written after each part, whole.
 
     Args:
-      job: as ordered; one that is finished is left as it is.
+      job: as ordered, its directory made; one that is finished is left as it is.
       profile: see `train_run`.
       init_from: see `train_run`.
 
@@ -40,7 +41,6 @@ def run_job(
       UserError: see `train_run`; for an action that does not exist; where result.json is of another configuration.
     """
     checked_actions(job.then)
-    job.workdir.mkdir(parents=True, exist_ok=True)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
         done = finished_result(job)
         if done is not None:
@@ -76,13 +76,19 @@ def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
     if found["since"] is not None and metrics.exists():
         seconds += max(0.0, metrics.stat().st_mtime - found["since"])
     values = {"count": found["count"] + 1, "seconds": seconds, "since": time.time()}
-    write_text(workdir / ATTEMPTS_FILE, json.dumps(values) + "\n")
+    _write_attempts(workdir, values)
     started = time.perf_counter()
     try:
         yield
     finally:
-        values |= {"seconds": seconds + time.perf_counter() - started, "since": None}
+        _write_attempts(workdir, values | {"seconds": seconds + time.perf_counter() - started, "since": None})
+
+
+def _write_attempts(workdir: pathlib.Path, values: dict[str, Any]) -> None:
+    try:
         write_text(workdir / ATTEMPTS_FILE, json.dumps(values) + "\n")
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: {ATTEMPTS_FILE} cannot be written ({error.strerror})") from None
 
 
 def read_attempts(workdir: pathlib.Path) -> dict[str, Any]:

@@ -6,15 +6,18 @@ sweep, and because the peak of a device's memory is counted by process. It costs
 
 import contextlib
 import dataclasses
+import pathlib
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.job import Job, finished_result
 from tlinformer_jax.experiments.point import STOPPED
 
+COMMAND = (sys.executable, "-m", "tlinformer_jax.experiments.point")
 LOG_FILE = "log.txt"
 # Of a user's mistake, which would be the same again.
 MISTAKE = 2
@@ -78,12 +81,11 @@ def run_in_process(job: Job) -> tuple[int, str]:
       its exit status, negative for a signal, and the last line it wrote.
     """
     last_line = ""
-    command = [sys.executable, "-m", "tlinformer_jax.experiments.point"]
-    job.workdir.mkdir(parents=True, exist_ok=True)
+    log_file = _made(job.workdir) / LOG_FILE
     with (
-        open(job.workdir / LOG_FILE, "a", encoding="utf-8") as log,
+        open(log_file, "a", encoding="utf-8") as log,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+            COMMAND, stdin=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
         ) as process,
     ):
         assert process.stdin is not None
@@ -108,6 +110,14 @@ def describe_end(status: int, last_line: str) -> str:
     if status == STOPPED:
         return "stopped by a signal before its end"
     return f"status {status}: {last_line.removeprefix('error: ')}" if last_line else f"status {status}"
+
+
+def _made(workdir: pathlib.Path) -> pathlib.Path:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{workdir}: must be a directory that can be written ({error.strerror})") from None
+    return workdir
 
 
 def _order(process: subprocess.Popen[str], job: Job) -> None:
