@@ -85,7 +85,8 @@ def test_curves_are_of_one_total_and_their_knee_is_found():
     assert {total: [group.label for group in curve] for total, curve in curves.items()} == {
         512: ["64-448", "128-384", "256-256", "384-128", "448-64"]
     }
-    # Chord 30 -> 21 over 384 rows. Below it: 128: 30 - 1.5 - 24 = 4.5; 256: 30 - 4.5 - 22 = 3.5; 384: 30 - 7.5 - 21.5 = 1.
+    # The chord falls from 30 to 21 over 384 rows. Below it lie 128 by 30 - 1.5 - 24 = 4.5, 256 by 30 - 4.5 - 22 = 3.5
+    # and 384 by 30 - 7.5 - 21.5 = 1.
     assert knee_of(curves[512]).label == "128-384"
 
 

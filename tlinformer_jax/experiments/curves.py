@@ -79,7 +79,7 @@ def mean_of(values: Iterable[Any]) -> Mean | None:
 
 
 def groups_of(results: Iterable[Result]) -> list[Group]:
-    """Runs put together whose configurations, tokens and point are the same but for the seed, in order of appearance."""
+    """Runs of the same point, tokens and configuration but for the seed, put together in order of appearance."""
     found: dict[tuple[Any, ...], list[tuple[RunConfig, Result]]] = {}
     for result in results:
         config = run_config(result["config"])
