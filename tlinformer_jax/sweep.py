@@ -6,6 +6,7 @@ sweep.json, sweep.md and plots of all points that are finished. The status is 1 
 --point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N trains every N-th.
 """
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -21,6 +22,7 @@ SWEEP = flags.DEFINE_string("sweep", "", "Sweep file; FILE:VARIANT picks a varia
 OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working directory for each point, tables, plots.")
 POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this job, from 0.")
 POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")
+SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of their own; the file's if not given.")
 RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
 THEN = flags.DEFINE_list("then", None, "What to do after each training: evaluate, samples; the file's if not given.")
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
@@ -35,6 +37,8 @@ def main() -> None:
     from tlinformer_jax.experiments.runner import run_jobs
 
     sweep = load_sweep(SWEEP.value)
+    if SEEDS.value is not None:
+        sweep = dataclasses.replace(sweep, seeds=_seeds(SEEDS.value))
     then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
     points = plan_points(sweep, _base(sweep))
     chosen = chosen_points(points, POINT.value, POINTS.value)
@@ -99,17 +103,33 @@ def _base(sweep: Any) -> Any:
     """The base with the command line's changes.
 
     Raises:
-      UserError: for a change of a field that points set themselves.
+      UserError: for a change of a field that points set themselves, and of the seed.
     """
     if "config" not in flags.FLAGS:
         return None
     from ml_collections import config_flags
 
+    from tlinformer_jax.experiments.plan import SEED
+
     for field in config_flags.get_override_values(flags.FLAGS["config"]):
+        if field == SEED:
+            raise UserError(f"--config.{field}: a sweep has several seeds; --seeds changes them")
         for name, overrides in sweep.points.items():
             if field in overrides:
                 raise UserError(f"--config.{field}: point {name} sets this field itself")
     return flags.FLAGS.config
+
+
+def _seeds(texts: list[str]) -> tuple[int, ...]:
+    """The seeds of the flag.
+
+    Raises:
+      UserError: if one is no integer.
+    """
+    try:
+        return tuple(int(text) for text in texts)
+    except ValueError:
+        raise UserError(f"--seeds={','.join(texts)}: must be integers, separated by commas") from None
 
 
 def _write(jobs: list[Any], out: pathlib.Path, results: pathlib.Path | None) -> None:

@@ -1,6 +1,8 @@
 """Sweep files, their points, and what is said of those that cannot be."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -174,3 +176,13 @@ def test_the_architectures_are_compared_on_equal_terms():
     assert batch == 131_072
     assert len({(point.config.train.steps, point.config.model.dropout, depth(point)) for point in points}) == 1
     assert len(load_sweep(f"{CONFIGS}/sweep_architectures.py:base-1k").points) == 1
+
+
+def test_the_process_of_a_sweep_needs_no_jax():
+    """Or it would hold the device that its points need."""
+    script = (
+        "import sys; from tlinformer_jax.experiments import actions, plan, plots, report, runner; "
+        f"plan.check_data(plan.plan_points(plan.load_sweep('{CONFIGS}/sweep_windows.py:tiny'))); "
+        "sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=CONFIGS.parent, timeout=60)
