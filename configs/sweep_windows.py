@@ -34,7 +34,7 @@ def get_sweep(variant: str = "full") -> Sweep:
     curve = [(history, 512 - history) for history in HISTORIES]
     if variant == "windows9":
         windows = [*curve, (128, 128), (512, 512), ("auto", 256)]
-        return Sweep(_books(), dict(_point(*pair) for pair in windows), then=("evaluate",))
+        return Sweep(_books(), dict(_point(*pair) for pair in windows))
     if variant != "full":
         raise ConfigError("variant", variant, "must be one of full, windows9, tiny")
     windows = [*curve, *((share, 1024 - share) for share in (391, 512, 633)), *((size, 256) for size in LENGTHS)]
@@ -46,7 +46,7 @@ def get_sweep(variant: str = "full") -> Sweep:
             "model.num_blocks": blocks,
             "model.hidden_depth": hidden,
         }
-    return Sweep(_books(), points, then=("evaluate",))
+    return Sweep(_books(), points)
 
 
 def _point(history: int | str, generation: int) -> tuple[str, dict[str, int | str]]:

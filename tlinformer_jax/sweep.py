@@ -1,22 +1,29 @@
 """Trains the points of a sweep: `python -m tlinformer_jax.sweep --sweep=FILE[:VARIANT] --out=DIR`.
 
 Each point gets a folder of DIR and a process of its own. Points that are finished are skipped, those that were
-interrupted go on from their checkpoints: after a kill, the same command does the rest. At the end DIR gets sweep.csv,
-sweep.json, sweep.md and plots of all points that are finished. The status is 1 if a point has failed. In a job array,
---point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N trains every N-th.
+interrupted go on from their checkpoints: after a kill, the same command does the rest. After each point DIR gets
+sweep.csv, sweep.json and sweep.md of all that are finished, and plots at the end. The status is 1 if a point has
+failed. In a job array, --point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N every N-th.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import functools
 import pathlib
 import re
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlinformer_jax.experiments.job import Job
+    from tlinformer_jax.experiments.plan import Sweep
 
 SWEEP = flags.DEFINE_string("sweep", "", "Sweep file; FILE:VARIANT picks a variant.")
 OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working directory for each point, tables, plots.")
@@ -64,8 +71,11 @@ def main() -> None:
         )
         for point in points
     }
-    failures = run_jobs([jobs[point.name] for point in chosen], RETRIES.value)
-    _write(list(jobs.values()), out, results)
+    write = functools.partial(_write, list(jobs.values()), out, results)
+    failures = run_jobs([jobs[point.name] for point in chosen], RETRIES.value, finished=write)
+    done = write()
+    print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
+    _plot(done, out)
     if failures:
         reasons = "; ".join(f"{failure.name} ({failure.reason})" for failure in failures)
         cli.fail(f"{len(failures)} of {len(chosen)} points failed: {reasons}", 1)
@@ -99,7 +109,7 @@ def define_config_flags() -> None:
         cli.fail(cli.describe(error, sys.argv))
 
 
-def _base(sweep: Any) -> Any:
+def _base(sweep: "Sweep") -> Any:
     """The base with the command line's changes.
 
     Raises:
@@ -132,19 +142,27 @@ def _seeds(texts: list[str]) -> tuple[int, ...]:
         raise UserError(f"--seeds={','.join(texts)}: must be integers, separated by commas") from None
 
 
-def _write(jobs: list[Any], out: pathlib.Path, results: pathlib.Path | None) -> None:
-    """Writes tables and plots of all jobs that are finished, and copies their records."""
-    from tlinformer_jax.experiments.curves import groups_of
+def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -> list[dict[str, Any]]:
+    """Writes the tables of all jobs that are finished, copies their records, and returns these."""
     from tlinformer_jax.experiments.job import finished_result
-    from tlinformer_jax.experiments.plots import plot_sweep
     from tlinformer_jax.experiments.results import write_result
     from tlinformer_jax.experiments.tables import write_tables
 
-    done = [result for result in map(finished_result, jobs) if result is not None]
-    for result in done if results is not None else ():
-        write_result(results / f"{result['name']}.json", result)  # type: ignore[operator]
-    write_tables(done, out)
-    print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
+    with open(out / ".tables.lock", "a") as lock:  # jobs of an array may come to this together
+        with contextlib.suppress(OSError):  # on a file system without locks they take the risk
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        done = [result for result in map(finished_result, jobs) if result is not None]
+        if results is not None:
+            for result in done:
+                write_result(results / f"{result['name']}.json", result)
+        write_tables(done, out)
+    return done
+
+
+def _plot(done: list[dict[str, Any]], out: pathlib.Path) -> None:
+    from tlinformer_jax.experiments.curves import groups_of
+    from tlinformer_jax.experiments.plots import plot_sweep
+
     try:
         plot_sweep(groups_of(done), out)
     except ImportError as error:

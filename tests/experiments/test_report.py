@@ -81,6 +81,7 @@ def test_windows_with_their_knee(tmp_path):
     assert "## Windows (sweep_windows), 3.0 M training tokens a point" in lines
     assert "| 128-384 | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 24.00 | 60,000 | 1.50 | 1:01 | 0 |" in lines
     knee = "the knee is 128-384, at a share of 0.250."
+    assert "The lowest perplexity, 21.00, is that of 448-64." in lines
     assert f"W_total = 512, shares 0.125, 0.250, 0.500, 0.750, 0.875: {knee}" in lines
     assert "![results sweep windows perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
     assert not any("Architectures" in line or "Samples" in line or "position" in line for line in lines)

@@ -75,7 +75,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
         training = holder(out / "long-seed0")
         process.send_signal(signal.SIGKILL)
     wait_until(lambda: gone(training), 20)
-    assert not (out / "sweep.csv").exists()
+    assert [row["name"] for row in csv.DictReader((out / "sweep.csv").open())] == ["first-seed0"]
     assert not (out / "long-seed0" / "result.json").exists()
     saved = max(saved_steps(out / "long-seed0"))
     finished = times(out / "first-seed0")

@@ -101,7 +101,7 @@ def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list
         groups.sort(key=_window_order)
         budgets = ", ".join(map(millions, sorted({_tokens(group) for group in groups})))
         lines += [f"## Windows ({sweep}), {budgets} training tokens a point", "", *windows_table(groups)]
-        lines += [*knee_lines(groups), ""]
+        lines += [*lowest(groups), *knee_lines(groups), ""]
         for file in plot_sweep(groups, figures, f"results_{sweep}_"):
             lines += _figure(file, file.stem.replace("_", " "), files)
     lines += _positions(results, figures, files)
@@ -178,6 +178,15 @@ def differences(groups: Sequence[Group]) -> list[str]:
             f"{with_spread(base.mean(perplexity), '{:.2f}')} ({seeds(group)} against {len(base.results)})."
         )
     return [*lines, ""] if lines else []
+
+
+def lowest(groups: Sequence[Group]) -> list[str]:
+    """A sentence on the point of the lowest mean perplexity."""
+    known = [(mean.value, group) for group in groups if (mean := group.mean(perplexity)) is not None]
+    if not known:
+        return []
+    _, best = min(known, key=lambda pair: pair[0])
+    return ["", f"The lowest perplexity, {with_spread(best.mean(perplexity), '{:.2f}')}, is that of {best.label}."]
 
 
 def seeds(group: Group) -> str:

@@ -10,7 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from tlinformer_jax.errors import DataError
@@ -31,12 +31,13 @@ class Failure:
     reason: str
 
 
-def run_jobs(jobs: Sequence[Job], retries: int) -> list[Failure]:
+def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] = lambda: None) -> list[Failure]:
     """Runs those jobs that are not finished; a failed one is tried again so often, then left for the next.
 
     Args:
       jobs: in the order in which they run.
       retries: of each, but for a mistake that only the user can mend.
+      finished: called after each that was run and has finished.
 
     Returns:
       those that have failed for good.
@@ -52,7 +53,9 @@ def run_jobs(jobs: Sequence[Job], retries: int) -> list[Failure]:
             _tell(f"{title}: finished before")
             continue
         reason = _reason_of_failure(job, title, retries)
-        if reason is not None:
+        if reason is None:
+            finished()
+        else:
             failures.append(Failure(job.name, reason))
     return failures
 
