@@ -99,6 +99,23 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
     return workdir
 
 
+def text_of_file(path: str, flag: str) -> str:
+    """The whole text of the UTF-8 file that `flag` names.
+
+    Raises:
+      UserError: if it cannot be read, is not UTF-8 or is empty.
+    """
+    try:
+        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}={path}: must be UTF-8 text; byte {error.start} is not") from None
+    if not text:
+        raise UserError(f"{flag}={path}: must hold some text; it is empty")
+    return text
+
+
 def define_process_flags() -> None:
     """Defines the flags by which several processes are told of each other, where nothing else tells them."""
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT on which process 0 of several listens.")

@@ -6,7 +6,6 @@ it: what there was until then has been printed, the figures follow, and the stat
 
 import json
 import os
-import pathlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -92,16 +91,7 @@ def _prompt() -> str:
         if not PROMPT.value:
             raise UserError("--prompt: must hold some text; it is empty")
         return PROMPT.value
-    path = pathlib.Path(PROMPT_FILE.value or "").expanduser()
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"--prompt_file={path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_file={path}: must be UTF-8 text; byte {error.start} is not") from None
-    if not text:
-        raise UserError(f"--prompt_file={path}: must hold some text; it is empty")
-    return text
+    return cli.text_of_file(PROMPT_FILE.value or "", "--prompt_file")
 
 
 def _options() -> dict[str, Any]:

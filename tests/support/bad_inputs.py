@@ -249,6 +249,35 @@ WORKDIRS = [
     Case("to evaluate a file for checkpoints", "evaluate", (_workdir("checkpoints_file"),), "holds no checkpoint"),
 ]
 
+EVALUATION = [
+    *(
+        Case(what, "evaluate", (f"--text_file={{d}}/{name}",), says)
+        for what, name, says in (
+            ("a text that is not there", "none.txt", "cannot be read (No such file"),
+            ("a folder as text", "folder.txt", "cannot be read (Is a directory)"),
+            ("an empty text to evaluate", "empty.txt", "must hold some text"),
+            ("a text to evaluate that is not UTF-8", "binary.txt", "must be UTF-8 text"),
+        )
+    ),
+    Case("a text and a split", "evaluate", ("--text_file={d}/short.txt", "--split=train"), "--split, --text_file"),
+    Case("no length", "evaluate", ("--length=0",), "length"),
+    Case("a length that the split cannot fill", "evaluate", ("--length=901",), "--length=901: must be at most 900"),
+    Case("a length past all positions", "evaluate", ("--length=9999999999",), "--length=9999999999"),
+    Case("lengths that are no numbers to evaluate", "evaluate", ("--lengths=1k",), "--lengths=1k"),
+    Case("a negative length", "evaluate", ("--lengths=64,-1",), "--lengths=-1"),
+    Case("lengths that the split cannot fill", "evaluate", ("--lengths=64,1000",), "--lengths=1000: must be at most"),
+    Case(
+        "lengths that a text cannot fill",
+        "evaluate",
+        ("--text_file={d}/short.txt", "--lengths=6"),
+        "--lengths=6: must be at most 5",
+    ),
+    Case("a batch without a sequence", "evaluate", ("--batch_size=0",), "batch_size"),
+    Case("a result into a folder", "evaluate", ("--out={d}/run",), "--out={d}/run: must be a file"),
+    Case("a result into no folder", "evaluate", ("--out={d}/none/x.json",), "--out={d}/none/x.json"),
+    Case("a result below a file", "evaluate", ("--out={d}/binary.txt/x.json",), "--out="),
+]
+
 GENERATION = [
     Case("no prompt", "generate", (_workdir("run"),), "--prompt, --prompt_file: give one", usual=False),
     Case("two prompts", "generate", ("--prompt_file={d}/short.txt",), "--prompt, --prompt_file: give one"),
@@ -368,6 +397,7 @@ GROUPS = {
     "Fields of training and of the mesh": TRAINING,
     "Data": DATA,
     "Working directories and checkpoints": WORKDIRS,
+    "Texts and options of evaluation": EVALUATION,
     "Prompts and options of generation": GENERATION,
     "Weights to convert": CONVERSION,
     "Sweeps and reports": SWEEPS,

@@ -39,16 +39,21 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
         assert mine == pytest.approx(other, rel=1e-6)
     assert saved_steps(two) == [3, 6]
     # Evaluated by two processes, and by one, with the same result.
+    asked = ("--json", "--lengths=20")
     (told, _), (silent, _) = [
         process.communicate(timeout=120)
-        for process in start_two("tlinformer_jax.evaluate", f"--workdir={two}", "--json")
+        for process in start_two("tlinformer_jax.evaluate", f"--workdir={two}", *asked, f"--out={tmp_path}/two.json")
     ]
-    alone = command("tlinformer_jax.evaluate", f"--workdir={two}", "--json")
+    alone = command("tlinformer_jax.evaluate", f"--workdir={two}", *asked)
     assert "loss" not in silent, "process 0 alone prints"
     # Before it stands a line of the CPU's collectives.
     mine, other = json.loads(told.splitlines()[-1]), json.loads(alone.stdout)
     assert (mine["step"], mine["tokens"]) == (other["step"], other["tokens"])
     assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    (mine,), (other,) = mine["by_length"], other["by_length"]
+    assert mine["tokens"] == other["tokens"]
+    assert mine["figures"] == pytest.approx(other["figures"], rel=1e-6)
+    assert json.loads((tmp_path / "two.json").read_text())["by_length"] == [mine]
 
 
 @pytest.mark.slow

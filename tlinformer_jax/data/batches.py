@@ -21,21 +21,24 @@ Rows = np.ndarray | slice
 ALL = slice(None)
 
 
-def num_samples(stream: TokenStream, sequence_length: int) -> int:
-    """Number of samples of `sequence_length` + 1 tokens that overlap by one."""
-    return max(0, (len(stream.tokens) - 1) // sequence_length)
+def num_samples(stream: TokenStream, sequence_length: int, rest: bool = False) -> int:
+    """Number of samples of `sequence_length` + 1 tokens that overlap by one; with `rest`, what is left is one more."""
+    labels = max(0, len(stream.tokens) - 1)
+    return -(-labels // sequence_length) if rest else labels // sequence_length
 
 
 def take_samples(stream: TokenStream, sequence_length: int, indices: np.ndarray) -> Batch:
     """Returns {inputs, labels: int32 [batch, N], weights: float32 [batch, N]} of the samples `indices`.
 
-    A negative index makes a row of padding: token 0 with weight 0.
+    A negative index makes a row of padding: token 0 with weight 0. So does what lies past the stream's end.
     """
     rows = np.zeros((len(indices), sequence_length + 1), np.int32)
-    for row, index in zip(rows, indices, strict=True):
+    weights = np.zeros((len(indices), sequence_length), np.float32)
+    for row, weight, index in zip(rows, weights, indices, strict=True):
         if index >= 0:
-            row[:] = stream.tokens[index * sequence_length : (index + 1) * sequence_length + 1]
-    weights = np.repeat((indices >= 0)[:, None], sequence_length, axis=1).astype(np.float32)
+            tokens = stream.tokens[index * sequence_length : (index + 1) * sequence_length + 1]
+            row[: len(tokens)] = tokens
+            weight[: len(tokens) - 1] = 1
     return {"inputs": rows[:, :-1], "labels": rows[:, 1:], "weights": weights}
 
 
@@ -145,15 +148,18 @@ def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int)
     return weights
 
 
-def evaluation_batches(stream: TokenStream, sequence_length: int, batch_size: int, rows: Rows = ALL) -> Iterator[Batch]:
+def evaluation_batches(
+    stream: TokenStream, sequence_length: int, batch_size: int, rows: Rows = ALL, rest: bool = False
+) -> Iterator[Batch]:
     """Yields every sample of a split once, in order; the last batch is filled with rows of weight 0.
 
-    Of each batch only the given rows.
+    Of each batch only the given rows. With `rest`, the tokens after the last whole sample come too, filled up with
+    tokens of weight 0, so that every token but the first is predicted once.
 
     Raises:
-      DataError: if the split is shorter than one sample.
+      DataError: if the split is shorter than one sample, or with `rest`, than two tokens.
     """
-    count = num_samples(stream, sequence_length)
+    count = num_samples(stream, sequence_length, rest)
     if count < 1:
         raise DataError(
             f"data.sequence_length = {sequence_length}: the split has only {len(stream.tokens)} tokens; "

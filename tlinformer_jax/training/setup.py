@@ -60,21 +60,22 @@ class Run:
         init = functools.partial(init_state, model=self.model, config=self.config.train, horizon=self.horizon)
         return jax.jit(init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
 
-    def split(self, name: str) -> TokenStream:
+    def split(self, name: str, length: int | None = None) -> TokenStream:
         """A split of the corpus, its length checked against the samples' and its ids against the vocabulary.
 
-        Raises:
-          DataError: if it holds no whole sample, or an id outside the vocabulary.
-        """
-        return self.checked(name, load_split(self.config.data, name, self.tokenizer))
-
-    def checked(self, name: str, stream: TokenStream) -> TokenStream:
-        """`stream`, the split `name`, if it fits the configuration.
+        Args:
+          name: of the split.
+          length: tokens of a sample; None for data.sequence_length.
 
         Raises:
           DataError: if it holds no whole sample, or an id outside the vocabulary.
         """
-        length = self.config.data.sequence_length
+        return self.checked(name, load_split(self.config.data, name, self.tokenizer), length)
+
+    def checked(self, name: str, stream: TokenStream, length: int | None = None) -> TokenStream:
+        """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
+        if length is None:
+            length = self.config.data.sequence_length
         if num_samples(stream, length) < 1:
             raise DataError(
                 f"data.sequence_length = {length}: the {name} split has only {len(stream.tokens)} tokens; "
@@ -85,11 +86,20 @@ class Run:
         )
         return stream
 
-    @property
-    def evaluation_batch_size(self) -> int:
-        """Sequences of a batch of evaluation: as configured, rounded up to what the mesh splits evenly."""
+    def evaluation_batch_size(self, length: int, samples: int, batch_size: int | None = None) -> int:
+        """Sequences of a batch of evaluation, rounded up to what the mesh splits evenly.
+
+        Args:
+          length: tokens of a sample.
+          samples: that there are; a batch that they do not fill is cut to the next power of two, so that texts of
+            many sizes compile few shapes.
+          batch_size: asked for; None for as many as have the tokens of the configured batch, at least one.
+        """
+        if batch_size is None:
+            train, trained = self.config.train, self.config.data.sequence_length
+            batch_size = max(1, train.evaluation_batch_size * trained // length)
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-self.config.train.evaluation_batch_size // ways) * ways
+        return -(-min(batch_size, 1 << (samples - 1).bit_length()) // ways) * ways
 
     @functools.cached_property
     def eval_step(self) -> Any:
@@ -102,15 +112,32 @@ class Run:
         return jit_eval_step(self.model, self.config.train, self.shardings.params, batch_sharding(self.mesh))
 
     def evaluate(
-        self, params: Any, stream: TokenStream, watch: Callable[[Iterable[Batch]], Iterator[Batch]] = iter
+        self,
+        params: Any,
+        stream: TokenStream,
+        watch: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
+        *,
+        length: int | None = None,
+        batch_size: int | None = None,
+        rest: bool = False,
     ) -> Evaluation:
-        """Evaluates the parameters on a split; `watch` passes its batches on, and may raise to give up."""
-        batches = evaluation_batches(
-            stream,
-            self.config.data.sequence_length,
-            self.evaluation_batch_size,
-            process_rows(self.mesh, self.evaluation_batch_size),
-        )
+        """Evaluates the parameters on a split.
+
+        Args:
+          params: of the model, on the mesh.
+          stream: the split.
+          watch: passes its batches on, and may raise to give up.
+          length: tokens of a sample; None for data.sequence_length.
+          batch_size: sequences at a time; see `evaluation_batch_size`.
+          rest: whether the tokens after the last whole sample count too.
+
+        Raises:
+          DataError: if the split is too short; see `evaluation_batches`.
+        """
+        if length is None:
+            length = self.config.data.sequence_length
+        batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
+        batches = evaluation_batches(stream, length, batch_size, process_rows(self.mesh, batch_size), rest)
         with jax.set_mesh(self.mesh):
             return evaluate_split(self.eval_step, params, watch(batches), self.mesh)
 

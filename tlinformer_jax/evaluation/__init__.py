@@ -1,0 +1,1 @@
+"""What a trained model is worth: by position, at other lengths, on any text."""

@@ -1,0 +1,124 @@
+"""Perplexity of any text: with a run in memory, or with the directory that it has left."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from tlinformer_jax.data.cache import smallest_dtype
+from tlinformer_jax.data.pieces import cut_documents, encode_pieces
+from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.evaluation.report import EvaluationOptions, Report, Source, describe, evaluate_source, plain
+from tlinformer_jax.evaluation.trained import TrainedRun, load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFigures:
+    """What a text costs a model.
+
+    Attributes:
+      tokens: of the text; all are predicted, the first one from an end-of-text.
+      words: between white space.
+      bytes: of UTF-8.
+      loss: nats per token.
+      perplexity: exp(loss).
+      perplexity_per_word: exp(nats / words); None for a text without words.
+      bits_per_byte: nats / ln 2 / bytes.
+    """
+
+    tokens: int
+    words: int
+    bytes: int
+    loss: float
+    perplexity: float
+    perplexity_per_word: float | None
+    bits_per_byte: float
+
+
+def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: int | None = None) -> TextFigures:
+    """What a text costs a trained model.
+
+    It is tokenised by the run's tokenizer after an end-of-text, and evaluated in samples of `length` tokens that do
+    not overlap: a token sees what precedes it in its sample. The last sample may be shorter, or the only one.
+
+        from tlinformer_jax import load_run, text_perplexity
+
+        figures = text_perplexity("runs/tiny", "The for statement is used to iterate.")
+        print(figures.perplexity, figures.bits_per_byte)
+
+        run = load_run("runs/tiny")  # for many texts: restores and compiles once
+        losses = [text_perplexity(run, text).loss for text in ("A class.", "A function.")]
+
+    Args:
+      source: a working directory, or what `load_run` made of it.
+      text: any text but an empty one.
+      length: tokens of a sample; None for the trained data.sequence_length.
+
+    Raises:
+      UserError: for a text or length that is not allowed, or a directory that cannot be used.
+    """
+    trained = source if isinstance(source, TrainedRun) else load_run(source)
+    tokens = text_source(text, trained.run.tokenizer)
+    report = evaluate_source(trained, tokens, EvaluationOptions(length=length))
+    figures, counted = report["figures"], tokens.counted
+    return TextFigures(
+        tokens=report["tokens"],
+        words=counted.num_words or 0,
+        bytes=counted.num_bytes,
+        loss=figures["loss"],
+        perplexity=figures["perplexity"],
+        perplexity_per_word=figures["perplexity_per_word"] if counted.num_words else None,
+        bits_per_byte=figures["bits_per_byte"],
+    )
+
+
+def evaluate_text(
+    trained: TrainedRun,
+    text: str,
+    options: EvaluationOptions,
+    *,
+    text_file: str,
+    command: Sequence[str] = (),
+) -> Report:
+    """Evaluates a text.
+
+    Args:
+      trained: the run.
+      text: of the file.
+      options: what is asked for.
+      text_file: the file's name, for messages and the report.
+      command: that asked for it, for the report.
+
+    Returns:
+      what `evaluation.report.evaluate_run` returns, with text_file in the place of split. Every token of the text
+      counts, at every length.
+
+    Raises:
+      UserError: for a text without a token, or a length in `options.lengths` that it cannot fill.
+    """
+    source = text_source(text, trained.run.tokenizer, text_file)
+    head = describe(trained, command) | {"text_file": text_file}
+    return plain(head | evaluate_source(trained, source, options))
+
+
+def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:
+    """The tokens of a text after an end-of-text, from which the first one is predicted.
+
+    Raises:
+      DataError: for what holds no token, or is no text.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{name}: must be text; it holds parts of characters (surrogates)") from None
+    # In pieces, where the tokenizer allows it: some take long over a long text.
+    pieces = cut_documents([(text, True)], tokenizer.safe_cut)
+    encoded, counts = encode_pieces(pieces, tokenizer, smallest_dtype(tokenizer.vocab_size))
+    if len(encoded) < 2:
+        raise DataError(f"{name}: must hold some text; it holds no token")
+    # The end-of-text that follows every document comes to the front.
+    stream = TokenStream(np.roll(encoded, 1), counts.num_bytes, 1, counts.num_words, counts.num_lines)
+    return Source(name, stream, dataclasses.replace(stream, tokens=encoded[:-1]), whole=True)

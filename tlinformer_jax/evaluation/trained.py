@@ -1,0 +1,40 @@
+"""A run together with the parameters that it has trained."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from tlinformer_jax.config import load_config
+from tlinformer_jax.data.tokenizers import load_tokenizer
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.setup import Run, build_run
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run with parameters.
+
+    Attributes:
+      run: its fixed parts.
+      params: of its model, on its mesh.
+      step: of the parameters.
+    """
+
+    run: Run
+    params: Any
+    step: int
+
+
+def load_run(workdir: str | pathlib.Path, step: int | None = None) -> TrainedRun:
+    """A run of a working directory with its newest good checkpoint's parameters, or those of `step`, on all devices.
+
+    Raises:
+      UserError: if the directory holds no run, no checkpoint or no tokenizer that fits.
+    """
+    workdir = pathlib.Path(workdir).expanduser()
+    # Any machine will do, whatever mesh the training had.
+    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    run = build_run(config, load_tokenizer(workdir))
+    step, params = restore_params(workdir, run.abstract_state.params, step)
+    return TrainedRun(run, params, step)
