@@ -2,6 +2,7 @@
 
 import csv
 import json
+import operator
 import os
 import pathlib
 import signal
@@ -102,11 +103,18 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert {path.name for path in out.glob("*.png")} >= {"perplexity_speed.png", "perplexity_share.png"}
 
     # A job of an array, with another action: what is trained is not trained again.
-    one = command("tlinformer_jax.sweep", *sweep, "--then=evaluate,samples", "--point=0", "--retries=0")
+    one = command("tlinformer_jax.sweep", *sweep, "--then=evaluate,evaluate@64,samples", "--point=0", "--retries=0")
     assert one.returncode == 0, one.stderr
     assert "point 1 of 1, first-seed0: starting" in one.stderr
     assert f"continuing from step 4 in {out}/first-seed0" in one.stderr
-    drawn = read_result(out / "first-seed0" / "result.json")["then"]["samples"]["samples"]
+    result = read_result(out / "first-seed0" / "result.json")
+    trained, longer = result["then"]["evaluate"], result["then"]["evaluate@64"]
+    assert trained["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-6)
+    assert (trained["length"], longer["length"]) == (32, 64)
+    assert longer["by_position"]["edges"] == list(range(65))
+    means, tokens = longer["by_position"]["loss"], longer["by_position"]["tokens"]
+    assert longer["figures"]["loss"] == pytest.approx(sum(map(operator.mul, means, tokens)) / sum(tokens), rel=1e-6)
+    drawn = result["then"]["samples"]["samples"]
     texts = Generator.from_workdir(out / "first-seed0").generate(
         PROMPTS, max_new_tokens=SAMPLE_TOKENS, seed=0, **SAMPLING
     )
@@ -144,9 +152,11 @@ def test_the_training_command_records_a_run_and_the_report_reads_it(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["name"] == "run"
     assert result["command"].startswith("python -m tlinformer_jax.main --config=configs/tiny.py")
-    assert result["then"]["evaluate"]["tokens"] > 0
+    assert result["then"]["evaluate"]["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-6)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "run.json").write_bytes((tmp_path / "run" / "result.json").read_bytes())
     written = command("tlinformer_jax.report", f"--results={tmp_path}/results", f"--out={tmp_path}/results.md")
     assert written.returncode == 0, written.stderr
-    assert f"| {result['validation']['perplexity']:.2f} |" in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert f"| {result['validation']['perplexity']:.2f} |" in text
+    assert "## Loss by position" in text

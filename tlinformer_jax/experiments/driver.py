@@ -9,7 +9,7 @@ from typing import Any
 
 from tlinformer_jax.bench.timing import peak_bytes
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.experiments.actions import ACTIONS, checked_actions
+from tlinformer_jax.experiments.actions import checked_actions, run_action
 from tlinformer_jax.experiments.job import Job, finished_result
 from tlinformer_jax.experiments.record import record_of
 from tlinformer_jax.experiments.results import RESULT_FILE, write_result
@@ -59,7 +59,7 @@ def run_job(
         write_result(job.workdir / RESULT_FILE, result)
         for name in job.then:
             started = time.perf_counter()
-            result["then"][name] = ACTIONS[name](trained.run, trained.params)
+            result["then"][name] = run_action(name, trained.run, trained.params)
             write_result(job.workdir / RESULT_FILE, result)
             say(f"{name}: done  ({clock(time.perf_counter() - started)})")
         return result
