@@ -51,6 +51,11 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group():
     assert (first.label, first.seeds) == ("256-256", [0, 1])
     assert first.mean(perplexity) == Mean(20.5, pytest.approx(0.5**0.5), 2)
     assert second.seeds == [0]
+    elsewhere = [made_result("a", 1.0, data={"cache_dir": "/a", "train_files": "/a/x-*.txt, /a/y.txt"})]
+    elsewhere.append(made_result("b", 1.0, 1, data={"cache_dir": "/b", "train_files": "b/x-*.txt,b/y.txt"}))
+    assert [group.seeds for group in groups_of(elsewhere)] == [[0, 1]]
+    elsewhere.append(made_result("c", 1.0, 2, data={"train_files": "b/z-*.txt,b/y.txt"}))
+    assert [group.seeds for group in groups_of(elsewhere)] == [[0, 1], [2]]
     other_rate = made_result("x", 20.0, train={"learning_rate": 0.5})
     assert len(groups_of([made_result("y", 20.0), made_result("z", 21.0, 1), other_rate])) == 2
 

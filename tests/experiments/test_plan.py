@@ -175,7 +175,13 @@ def test_the_architectures_are_compared_on_equal_terms():
     (batch,) = {point.config.train.batch_size * point.config.data.sequence_length for point in points}
     assert batch == 131_072
     assert len({(point.config.train.steps, point.config.model.dropout, depth(point)) for point in points}) == 1
-    assert len(load_sweep(f"{CONFIGS}/sweep_architectures.py:base-1k").points) == 1
+    assert len(plan_points(load_sweep(f"{CONFIGS}/sweep_architectures.py:base-1k"))) == 3
+    (longer,) = plan_points(load_sweep(f"{CONFIGS}/sweep_architectures.py:4k-512-0.5"))
+    assert longer.name == "4k-512-0.5-seed0"
+    assert (longer.config.data.sequence_length, longer.config.train.batch_size) == (4096, 32)
+    assert longer.config.train.steps == points[0].config.train.steps
+    with pytest.raises(UserError, match="variant = 'huge': must be base-N or N-T-r"):
+        load_sweep(f"{CONFIGS}/sweep_architectures.py:huge")
 
 
 def test_the_process_of_a_sweep_needs_no_jax():

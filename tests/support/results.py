@@ -14,11 +14,11 @@ BASE = {
 
 
 def made_result(name: str, perplexity: float, seed: int = 0, point: str | None = None, **parts: Any) -> dict[str, Any]:
-    """A record; `model` and `train` in `parts` change fields of BASE, all else is a part of the record."""
+    """A record; `model`, `train` and `data` in `parts` change fields of BASE, all else is part of the record."""
     sections = {
         "model": BASE["model"] | parts.pop("model", {}),
         "train": BASE["train"] | {"seed": seed} | parts.pop("train", {}),
-        "data": BASE["data"],
+        "data": BASE["data"] | parts.pop("data", {}),
     }
     return {
         "format": "tlinformer_jax run 1",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tlinformer_jax.config import RunConfig, run_config
+from tlinformer_jax.experiments.job import essence
 
 Result = Mapping[str, Any]
 
@@ -83,8 +84,7 @@ def groups_of(results: Iterable[Result]) -> list[Group]:
     found: dict[tuple[Any, ...], list[tuple[RunConfig, Result]]] = {}
     for result in results:
         config = run_config(result["config"])
-        train = dataclasses.replace(config.train, seed=0)
-        seedless = dataclasses.replace(config, train=train)
+        seedless = dataclasses.replace(essence(config), train=dataclasses.replace(config.train, seed=0))
         label = result.get("point") or label_of(config)
         found.setdefault((label, repr(seedless), result["tokens"]), []).append((config, result))
     return [

@@ -8,9 +8,7 @@ from typing import Any
 from tlinformer_jax.config import RunConfig, differences, run_config
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.experiments.results import RESULT_FILE, read_result
-
-# Fields that say how a machine gets at the data, not what a run is.
-OPERATIONAL = ("data.cache_dir", "data.full_hash", "data.num_workers")
+from tlinformer_jax.parallel.mesh import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +49,28 @@ class Job:
         return cls(**values | {"then": tuple(values["then"])})
 
 
+def essence(config: RunConfig) -> RunConfig:
+    """The configuration without what only says where a run finds its text and its devices.
+
+    Of the text's files the names stay, without their folders.
+    """
+
+    def names(files: str) -> str:
+        return ",".join(pathlib.PurePath(part.strip()).name for part in files.split(","))
+
+    data = dataclasses.replace(
+        config.data,
+        train_files=names(config.data.train_files),
+        validation_files=names(config.data.validation_files),
+        test_files=names(config.data.test_files),
+        manual_dir="",
+        cache_dir="",
+        full_hash=False,
+        num_workers=0,
+    )
+    return dataclasses.replace(config, data=data, mesh=MeshConfig())
+
+
 def finished_result(job: Job) -> dict[str, Any] | None:
     """The record of the job where it is finished: trained, with all of its actions; else None.
 
@@ -69,7 +89,7 @@ def finished_result(job: Job) -> dict[str, Any] | None:
         raise UserError(
             f"{path}: its configuration does not fit this version ({error}); take another directory"
         ) from None
-    changed = [line for line in differences(recorded, job.config) if line.split(":")[0] not in OPERATIONAL]
+    changed = differences(essence(recorded), essence(job.config))
     if changed:
         raise UserError(f"{path}: is of another configuration ({'; '.join(changed)}); take another directory")
     return result if set(job.then) <= set(result["then"]) else None

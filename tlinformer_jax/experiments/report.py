@@ -23,6 +23,7 @@ from tlinformer_jax.experiments.curves import (
     total_window,
     wall_seconds,
 )
+from tlinformer_jax.experiments.job import essence
 from tlinformer_jax.experiments.plots import plot_curves, plot_sweep
 from tlinformer_jax.experiments.results import read_result
 from tlinformer_jax.experiments.tables import (
@@ -147,9 +148,9 @@ def base_of(group: Group, groups: Iterable[Group]) -> Group | None:
     """The Transformer among `groups` with the N, the tokens, the text and the shape of `group`."""
 
     def terms(group: Group) -> tuple[Any, ...]:
-        model, data = group.config.model, group.config.data
+        model, data = group.config.model, essence(group.config).data
         shape = (model.vocab_size, model.d_model, model.num_heads, model.num_layers, model.feed_forward_dim)
-        return (data.dataset, data.tokenizer, data.sequence_length, _tokens(group), model.dropout, *shape)
+        return (data, _tokens(group), model.dropout, *shape)
 
     for other in groups:
         if other.config.model.architecture == "transformer" and terms(other) == terms(group):
