@@ -121,7 +121,7 @@ def test_the_process_ends_when_its_starter_is_gone():
     started = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=1)
+            process.wait(timeout=0.5)
         process.stdin.close()
         assert process.wait(timeout=30) == 1
     assert time.monotonic() - started < 30
