@@ -190,13 +190,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         fail(_plain(_first_line(_user_error(error) or error)))
     except Exception as error:
         # config_flags lets through what a config file raises, and errors of its own for fields that do not exist.
-        fail(_describe(error, argv))
+        fail(describe(error, argv))
     if len(rest) > 1:
         fail(f"{rest[1]}: unexpected argument; flags are written --name=value")
     return rest
 
 
-def _describe(error: Exception, argv: Sequence[str]) -> str:
+def describe(error: Exception, argv: Sequence[str]) -> str:
     """One line for an exception that config_flags let through, naming the override it is about."""
     if isinstance(error, SyntaxError):
         return f"--config: {error.filename}, line {error.lineno}: {error.msg}"

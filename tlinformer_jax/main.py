@@ -5,17 +5,27 @@ Open MPI, Kubernetes or a TPU tells of them, or --coordinator_address, --num_pro
 """
 
 import pathlib
+import shlex
+import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
 from tlinformer_jax import cli
+from tlinformer_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlinformer_jax.config import RunConfig
 
 config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
 CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
 CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "As --check, and compile a step for the memory it takes.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Working directory whose parameters a new run starts from.")
+THEN = flags.DEFINE_list(
+    "then", None, "Write result.json, then do these: evaluate (or evaluate@LENGTH), samples; nothing more if empty."
+)
 cli.define_process_flags()
 PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few training steps, for xprof.")
 
@@ -43,11 +53,26 @@ def main() -> None:
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
+    if THEN.value is not None:
+        if cluster is not None:
+            raise UserError(f"--then={','.join(THEN.value)}: is for one process")
+        _train_and_record(config, workdir, profile)
+        return
     if cluster is not None:
         # First, since joining waits for all processes only so long, and leaves SIGTERM to JAX.
         list(prepare(config.data, config.model.vocab_size))
     with joined(cluster), memory_advice(config):
         train_and_evaluate(config, workdir, profile, INIT_FROM.value)
+
+
+def _train_and_record(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None) -> None:
+    """Trains, writes result.json into the working directory, and does what --then names."""
+    from tlinformer_jax.experiments.driver import run_job
+    from tlinformer_jax.experiments.job import Job
+
+    workdir = workdir.absolute()
+    command = shlex.join(["python", "-m", "tlinformer_jax.main", *sys.argv[1:]])
+    run_job(Job(workdir.name, config, workdir, command, tuple(THEN.value or ())), profile, INIT_FROM.value)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,15 @@ def _write_configs(folder: pathlib.Path) -> None:
     }
     for name, end in parts.items():
         (folder / f"{name}.py").write_text(f"from ml_collections import ConfigDict\n{head}{end}")
+    points = {
+        "sweep": "{'one': {}, 'two': {'train.steps': 1}}",
+        "sweep_point": "{'one': {}, 'two': {'model.num_heads': 3}}",
+        "sweep_field": "{'one': {'model.widnow': 3}}",
+        "sweep_empty": "{}",
+    }
+    for name, text in points.items():
+        end = f"    return values\n\n\ndef get_sweep():\n    return Sweep(get_config(), {text})\n"
+        (folder / f"{name}.py").write_text(f"from tlinformer_jax.experiments.plan import Sweep\n{head}{end}")
     (folder / "empty.py").write_text("")
     (folder / "syntax.py").write_text("def get_config(:\n")
 

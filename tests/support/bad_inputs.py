@@ -13,6 +13,8 @@ USUAL = {
     "evaluate": ("--workdir={d}/run",),
     "generate": ("--workdir={d}/run", "--prompt=a"),
     "convert": ("--config={d}/small.py", "--workdir={d}/new"),
+    "sweep": ("--sweep={d}/sweep.py", "--out={d}/new"),
+    "report": ("--results={d}", "--out={d}/new.md"),
 }
 
 
@@ -356,6 +358,39 @@ BENCHMARKS = [
     Case("reports into a file", "bench.faults", ("--out={d}/binary.txt",), "--out"),
 ]
 
+SWEEPS = [
+    Case("no sweep", "sweep", (), "--sweep: must name a sweep file", usual=False),
+    Case("a sweep that is not there", "sweep", ("--sweep={d}/none.py",), "none.py: cannot be read (No such file"),
+    Case("a folder as sweep", "sweep", ("--sweep={d}",), "cannot be read (Is a directory)"),
+    Case("a sweep that is no Python", "sweep", ("--sweep={d}/syntax.py",), "syntax.py, line 1"),
+    Case("a sweep without get_sweep", "sweep", ("--sweep={d}/small.py",), "a function get_sweep; it has none"),
+    Case("a sweep without a point", "sweep", ("--sweep={d}/sweep_empty.py",), "at least one point"),
+    Case("an unknown variant of a sweep", "sweep", ("--sweep=configs/sweep_windows.py:huge",), "variant = 'huge'"),
+    Case("a point that cannot be", "sweep", ("--sweep={d}/sweep_point.py",), "point two: model.num_heads = 3"),
+    Case("a point with an unknown field", "sweep", ("--sweep={d}/sweep_field.py",), "point one: model.widnow = 3"),
+    Case(
+        "a sweep without text", "sweep", ("--config.data.train_files=none/*.txt",), "point one-seed0: data.train_files"
+    ),
+    Case("a sweep with a config", "sweep", ("--config={d}/small.py",), "--config: the configuration is the sweep's"),
+    Case("a sweep with an unknown field", "sweep", ("--config.model.widnow=3",), "--config.model.widnow=3"),
+    Case("a field that points set", "sweep", ("--config.train.steps=3",), "point two sets this field itself"),
+    Case("a seed for all points", "sweep", ("--config.train.seed=3",), "--seeds changes them"),
+    Case("seeds that are no numbers", "sweep", ("--seeds=0,x",), "--seeds=0,x: must be integers"),
+    Case("no seeds", "sweep", ("--seeds=",), "point one: train.seed must hold"),
+    Case("a job past the points", "sweep", ("--point=2",), "--point=2: must be 0 .. 1"),
+    Case("more jobs than points", "sweep", ("--point=0", "--points=3"), "--points=3: must be 1 .. 2"),
+    Case("jobs without a number", "sweep", ("--points=2",), "--points: needs --point"),
+    Case("an unknown action", "sweep", ("--then=dance",), "'dance' must be"),
+    Case("an unknown action after training", "main", ("--then=dance",), "'dance' must be"),
+    Case("a sweep into no place", "sweep", ("--out=",), "--out: must name a directory"),
+    Case("a sweep into a file", "sweep", ("--out={d}/binary.txt",), "--out="),
+    Case("records into a file", "sweep", ("--results={d}/binary.txt",), "--results="),
+    Case("a report on nothing", "report", (), "--results: must name a directory", usual=False),
+    Case("a report into no place", "report", ("--out=",), "--out: must name a Markdown file"),
+    Case("a report on an empty folder", "report", ("--results={d}/folder.txt",), "at least one record"),
+    Case("a report on what are no records", "report", (), "other.json: is no record of a run"),
+]
+
 GROUPS = {
     "Flags and config files": FLAGS,
     "Fields of the model": MODELS,
@@ -365,5 +400,6 @@ GROUPS = {
     "Texts and options of evaluation": EVALUATION,
     "Prompts and options of generation": GENERATION,
     "Weights to convert": CONVERSION,
+    "Sweeps and reports": SWEEPS,
     "Benchmarks": BENCHMARKS,
 }

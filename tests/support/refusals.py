@@ -174,6 +174,8 @@ def _import_what_commands_import() -> None:
     import tlinformer_jax.bench.runner
     import tlinformer_jax.decoding.generator
     import tlinformer_jax.evaluation.text
+    import tlinformer_jax.experiments.driver
+    import tlinformer_jax.experiments.report
     import tlinformer_jax.training.check
     import tlinformer_jax.training.conversion
     import tlinformer_jax.training.loop  # noqa: F401

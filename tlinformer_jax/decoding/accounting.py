@@ -1,12 +1,15 @@
 """What generation costs: bytes of a cache by part, hits and misses of each sequence, a warning where misses abound."""
 
 import dataclasses
+import functools
+import math
 import warnings
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
-from tlinformer_jax.decoding.cache import Cache, LayeredCache, history_of
+from tlinformer_jax.decoding.cache import Cache, LayeredCache, capacity_for, history_of, init_cache
 from tlinformer_jax.models.cached_attention import KeyValue
 from tlinformer_jax.models.config import ModelConfig
 
@@ -175,8 +178,19 @@ def cache_bytes(config: ModelConfig, cache: Cache, ledger: CacheLedger) -> Cache
     return CacheBytes(parts, tokens * row * config.num_layers // config.layers_per_block if grows else None)
 
 
+def cache_bytes_at(config: ModelConfig, tokens: int) -> CacheBytes:
+    """Bytes of the cache of one sequence of `tokens` tokens, without making one."""
+    cache = jax.eval_shape(functools.partial(init_cache, config, 1, capacity_for(config, tokens)))
+    ledger = CacheLedger(config, 1)
+    ledger.prefilled(0, tokens)
+    return cache_bytes(config, cache, ledger)
+
+
 def _nbytes(*arrays) -> int:
-    """Bytes of arrays, or of pairs of keys and values."""
-    return sum(
-        array.key.nbytes + array.value.nbytes if isinstance(array, KeyValue) else array.nbytes for array in arrays
-    )
+    """Bytes of arrays or of their shapes, or of pairs of keys and values."""
+    leaves = [leaf for array in arrays for leaf in _leaves(array)]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _leaves(array) -> tuple:
+    return (array.key, array.value) if isinstance(array, KeyValue) else (array,)

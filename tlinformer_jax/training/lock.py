@@ -17,11 +17,15 @@ LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
-def sole_run(workdir: pathlib.Path) -> Iterator[None]:
+def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Holds the lock of the working directory inside; process 0 does so for all processes of a run.
 
     The file names the holder's process and host. It stays when the lock is released: only the lock counts, so a
     file left by a killed run is no obstacle.
+
+    Args:
+      workdir: the working directory.
+      name: of the file, where what is held for itself is more than the training.
 
     Raises:
       DataError: if another run holds it, or the file cannot be written.
@@ -29,11 +33,11 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    path = workdir / LOCK_FILE
+    path = workdir / name
     try:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
     except OSError as error:
-        raise DataError(f"workdir {workdir}: {LOCK_FILE} cannot be written ({error.strerror})") from None
+        raise DataError(f"workdir {workdir}: {name} cannot be written ({error.strerror})") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,5 +53,5 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on host {platform.node()}\n".encode())
         except OSError as error:
-            raise DataError(f"workdir {workdir}: {LOCK_FILE} cannot be written ({error.strerror})") from None
+            raise DataError(f"workdir {workdir}: {name} cannot be written ({error.strerror})") from None
         yield

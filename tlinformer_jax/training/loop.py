@@ -71,12 +71,41 @@ class Surroundings:
         self.checkpoints.save(state)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training has come to.
+
+    Attributes:
+      run: its fixed parts.
+      params: after the last step that was made.
+      figures: of the last evaluation, as `evaluation.summary` names them; None if it was stopped before.
+    """
+
+    run: Run
+    params: Any
+    figures: dict[str, float] | None
+
+
 def train_and_evaluate(
     config: RunConfig | Mapping[str, Any],
     workdir: str | pathlib.Path,
     profile: str | pathlib.Path | None = None,
     init_from: str | pathlib.Path | None = None,
 ) -> dict[str, float]:
+    """Trains, evaluates and saves, as `train_run` does and with its arguments.
+
+    Returns:
+      the figures of the last evaluation, as `evaluation.summary` names them; empty if it was stopped before.
+    """
+    return train_run(config, workdir, profile, init_from).figures or {}
+
+
+def train_run(
+    config: RunConfig | Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    profile: str | pathlib.Path | None = None,
+    init_from: str | pathlib.Path | None = None,
+) -> Trained:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
 
     SIGTERM, or SIGINT once, makes it save after the running step and return; see `signals.StopRequest`.
@@ -88,7 +117,7 @@ def train_and_evaluate(
       init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
 
     Returns:
-      the figures of the last evaluation, as `evaluation.summary` names them; empty if it was stopped before.
+      the run with its parameters and figures.
 
     Raises:
       ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
@@ -135,7 +164,7 @@ def train_and_evaluate(
             figures = None if stop else evaluate_and_record(run, state, around)
         if figures is None:
             say(f"stopped after step {int(state.step)}, as asked; the same command goes on from there")
-        return figures or {}
+        return Trained(run, state.params, figures)
 
 
 def open_checkpoints(config: RunConfig, workdir: pathlib.Path) -> Checkpoints:

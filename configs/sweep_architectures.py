@@ -1,0 +1,63 @@
+"""Base, TLinFormer, TConstFormer and sliding window at N = 512 and N = 1,024, on books in GPT-2 tokens.
+
+    python -m tlinformer_jax.sweep --sweep=configs/sweep_architectures.py --out=runs/architectures \
+        --results=docs/results \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
+
+Every run has 41M parameters and sees 100 M tokens in updates of 131,072 with the same dropout, under a cosine that ends
+at the last update. base-1k and 1k-512-0.5 are trained with three seeds, the others with one.
+
+Variants: all (the default); one of its points, such as sliding-1k-512, with its seeds; or any other row as
+configs/books.py names it, such as 4k-512-0.5.
+
+Needs: what configs/books.py needs. Result: not yet measured.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax import recipes
+from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.experiments.plan import Sweep, overrides_between
+
+TOKENS = 100_000_000
+# Name -> row of `recipes` and architecture; None keeps the row's.
+ROWS = {
+    "base-512": ("base-512", None),
+    "512-512-0.5": ("512-512-0.5", None),
+    "512-256-0.5": ("512-256-0.5", None),
+    "tconst-512-256-0.5": ("512-256-0.5", "tconstformer"),
+    "sliding-512-256": ("512-256-0.5", "sliding_window"),
+    "base-1k": ("base-1k", None),
+    "1k-1k-0.5": ("1k-1k-0.5", None),
+    "1k-512-0.5": ("1k-512-0.5", None),
+    "tconst-1k-512-0.5": ("1k-512-0.5", "tconstformer"),
+    "sliding-1k-512": ("1k-512-0.5", "sliding_window"),
+}
+SEVERAL = {"base-1k": (0, 1, 2), "1k-512-0.5": (0, 1, 2)}
+
+
+def get_sweep(variant: str = "all") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    rows = ROWS if variant == "all" else {variant: ROWS.get(variant, (variant, None))}
+    base = _config("1k-512-0.5", None)
+    points: dict[str, dict[str, Any]] = {name: overrides_between(base, _config(*row)) for name, row in rows.items()}
+    for name in points.keys() & SEVERAL.keys():
+        points[name]["train.seed"] = SEVERAL[name]
+    return Sweep(base, points, then=("evaluate", "samples"), study="architectures")
+
+
+def _config(row: str, architecture: str | None) -> ConfigDict:
+    config = default_config_dict()
+    config.data.update(
+        dataset="text",
+        tokenizer="gpt2",
+        train_files="data/books/train-*.jsonl.xz",
+        validation_files="data/books/valid.jsonl.xz",
+    )
+    recipes.set_own_recipe(config, row)
+    recipes.set_tokens(config, TOKENS)
+    if architecture is not None:
+        config.model.architecture = architecture
+    return config

@@ -1,0 +1,75 @@
+"""Window sizes and depth of the 41M TLinFormer at N = 1,024, on books in GPT-2 tokens, 30 M tokens a point.
+
+    python -m tlinformer_jax.sweep --sweep=configs/sweep_windows.py --out=runs/windows \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
+
+Variants: full (the default, 23 points), windows9 (the 10 points that show the knee, for little time) and tiny (four
+points on the embedded Python reference, minutes on a CPU).
+
+A point is named W_oh-W_og, its windows; those of another depth end in -B-H, blocks and hidden layers, 8 layers in all.
+Points of one W_total = W_oh + W_og make a curve over W_oh / W_total, whose knee the sweep marks.
+
+Needs: what configs/books.py needs. All points see the same text in the same order. Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax import recipes
+from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.experiments.plan import Sweep
+
+TOKENS = 30_000_000
+# Shares of W_oh in windows of 512 rows.
+HISTORIES = (64, 128, 196, 256, 316, 384, 448)
+LENGTHS = (64, 128, 256, 512, 1024)
+DEPTHS = ((4, 0), (1, 6))
+
+
+def get_sweep(variant: str = "full") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    if variant == "tiny":
+        windows = ((8, 24), (16, 16), (24, 8), ("auto", 16))
+        return Sweep(_tiny(), dict(_point(*pair) for pair in windows), then=("evaluate",))
+    curve = [(history, 512 - history) for history in HISTORIES]
+    if variant == "windows9":
+        windows = [*curve, (128, 128), (512, 512), ("auto", 256)]
+        return Sweep(_books(), dict(_point(*pair) for pair in windows))
+    if variant != "full":
+        raise ConfigError("variant", variant, "must be one of full, windows9, tiny")
+    windows = [*curve, *((share, 1024 - share) for share in (391, 512, 633)), *((size, 256) for size in LENGTHS)]
+    windows += [(256, size) for size in LENGTHS] + [(size, size) for size in (64, 128)] + [("auto", 256)]
+    points = dict(_point(*pair) for pair in windows)
+    for blocks, hidden in DEPTHS:
+        name, overrides = _point(256, 256)
+        points[f"{name}-B{blocks}-H{hidden}"] = overrides | {
+            "model.num_blocks": blocks,
+            "model.hidden_depth": hidden,
+        }
+    return Sweep(_books(), points)
+
+
+def _point(history: int | str, generation: int) -> tuple[str, dict[str, int | str]]:
+    windows = {"model.history_window": history, "model.generation_window": generation}
+    return f"{history}-{generation}", windows
+
+
+def _books() -> ConfigDict:
+    config = default_config_dict()
+    config.data.update(
+        dataset="text",
+        tokenizer="gpt2",
+        train_files="data/books/train-*.jsonl.xz",
+        validation_files="data/books/valid.jsonl.xz",
+    )
+    recipes.set_own_recipe(config, "1k-512-0.5")
+    recipes.set_tokens(config, TOKENS)
+    return config
+
+
+def _tiny() -> ConfigDict:
+    config = default_config_dict()
+    config.model.update(vocab_size=257, d_model=32, num_heads=2, num_blocks=1, hidden_depth=0, history_segments=1)
+    config.train.update(steps=40, batch_size=8, warmup_steps=4, log_every=10, eval_every=20, checkpoint_every=10)
+    config.data.update(dataset="pydoc", tokenizer="bytes", sequence_length=64)
+    return config

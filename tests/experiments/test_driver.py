@@ -1,0 +1,130 @@
+"""A run with its record and its actions, in this process."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from tlinformer_jax.config import run_config
+from tlinformer_jax.decoding.accounting import CacheLedger, cache_bytes, cache_bytes_at
+from tlinformer_jax.decoding.cache import capacity_for, init_cache
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.experiments import actions, driver
+from tlinformer_jax.experiments.actions import checked_actions
+from tlinformer_jax.experiments.driver import read_attempts, run_job, timed_attempt
+from tlinformer_jax.experiments.job import Job, finished_result
+from tlinformer_jax.experiments.record import median, train_seconds
+from tlinformer_jax.experiments.results import read_result
+from tlinformer_jax.models import ModelConfig, build_model
+
+MODEL = {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
+MODEL |= {"history_window": 8, "generation_window": 8, "history_segments": 1, "dtype": "float32"}
+CONFIG = run_config(
+    {
+        "model": MODEL,
+        "train": {"steps": 4, "batch_size": 8, "log_every": 1, "eval_every": 2, "warmup_steps": 1, "seed": 5},
+        "data": {"dataset": "pydoc", "tokenizer": "bytes", "sequence_length": 32},
+        "mesh": {"data": 8},
+    }
+)
+
+
+def test_a_run_is_recorded_whole_and_only_once(tmp_path, monkeypatch):
+    def counted(run, params):
+        found.append(sum(np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(params)))
+        return {"sum": found[-1], "bad": float("nan")}
+
+    found: list[float] = []
+    monkeypatch.setitem(actions.ACTIONS, "count", counted)
+    job = Job("name", CONFIG, tmp_path, "the command", ("count",), point="a", overrides={"train.seed": 5})
+    result = run_job(job)
+    written = read_result(tmp_path / "result.json")
+    assert written["then"] == {"count": {"sum": found[0], "bad": None}}
+    assert {name: part for name, part in written.items() if name != "then"} == {
+        name: json.loads(json.dumps(part)) for name, part in result.items() if name != "then"
+    }
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {event["step"]: event["eval/loss"] for event in events if "eval/loss" in event}
+    assert written["history"] == [[2, losses[2]], [4, losses[4]]]
+    assert written["best"]["loss"] == min(losses.values())
+    assert written["validation"]["loss"] == losses[4]
+    speeds = sorted(event["train/tokens_per_second"] for event in events if "train/tokens_per_second" in event)
+    assert written["speed"]["tokens_per_second"] == pytest.approx(np.median(speeds))
+    assert (written["steps"], written["tokens"], written["seed"]) == (4, 4 * 8 * 32, 5)
+    parameters = build_model(ModelConfig(**MODEL)).init(jax.random.key(0), np.zeros((1, 8), np.int32))
+    assert written["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    assert written["device"] == {"kind": jax.devices()[0].device_kind, "platform": "cpu", "count": 8}
+    assert run_config(written["config"]) == CONFIG
+    assert written["seconds"]["wall"] > written["seconds"]["train"] > 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".result.lock"}
+    run_job(job)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(found) == 1
+    # Another action: the training is finished, its parameters come from the checkpoint.
+    monkeypatch.setitem(actions.ACTIONS, "again", counted)
+    again = run_job(dataclasses.replace(job, then=("again",)))
+    assert found[1] == found[0]
+    assert again["attempts"] == 2
+    assert again["validation"]["loss"] == pytest.approx(losses[4], rel=1e-6)
+    assert finished_result(dataclasses.replace(job, then=("again",))) is not None
+
+
+def test_unknown_actions_are_refused_before_anything_runs(tmp_path):
+    for name in ("dance", "evaluate@", "evaluate@0", "evaluate@x", "evaluate@-1", "samples@3", ""):
+        with pytest.raises(UserError, match=f"--then=evaluate,{name}: '{name}' must be one of evaluate, samples, eval"):
+            checked_actions(["evaluate", name])
+    assert checked_actions(["evaluate", "evaluate@8192", "evaluate"]) == ("evaluate", "evaluate@8192")
+    with pytest.raises(UserError, match="dance"):
+        run_job(Job("x", CONFIG, tmp_path, "", ("dance",)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_is_that_of_all_attempts(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(driver.time, "time", lambda: now[0])
+    monkeypatch.setattr(driver.time, "perf_counter", lambda: now[0])
+    with timed_attempt(tmp_path):
+        now[0] += 7
+    assert read_attempts(tmp_path) == {"count": 1, "seconds": 7.0, "since": None}
+
+    # As a kill leaves it: the attempt is open, the last metrics are of 4 seconds after its start.
+    (tmp_path / "attempts.json").write_text('{"count": 2, "seconds": 7.0, "since": 2000.0}')
+    (tmp_path / "metrics.jsonl").write_text("")
+    os.utime(tmp_path / "metrics.jsonl", (2004, 2004))
+    now[0] = 3000.0
+    with timed_attempt(tmp_path):
+        now[0] += 5
+    assert read_attempts(tmp_path) == {"count": 3, "seconds": 7.0 + 4 + 5, "since": None}
+    (tmp_path / "attempts.json").write_text("{")
+    assert read_attempts(tmp_path)["count"] == 0
+
+
+def test_time_of_training_by_the_logged_speeds():
+    events = [
+        {"step": 1, "train/loss": 1.0},
+        {"step": 4, "train/loss": 1.0, "train/tokens_per_second": 100.0},
+        {"step": 4, "eval/loss": 1.0},
+        {"step": 6, "train/loss": 1.0, "train/tokens_per_second": 50.0},
+        {"step": 7, "train/loss": 1.0, "train/tokens_per_second": 80.0},
+    ]
+    assert median(events, "train/tokens_per_second") == 80.0
+    # Steps of 10 tokens: the first at the median.
+    assert train_seconds(events, 10) == pytest.approx(10 / 80 + 30 / 100 + 20 / 50 + 10 / 80)
+    assert train_seconds(events[:1], 10) is None
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer", "transformer", "sliding_window"])
+def test_bytes_of_a_cache_are_those_of_one_that_is_made(architecture):
+    config = ModelConfig(**MODEL, architecture=architecture)
+    found = cache_bytes_at(config, 32)
+    made = init_cache(config, 1, capacity_for(config, 32))
+    assert found.allocated == sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    ledger = CacheLedger(config, 1)
+    ledger.prefilled(0, 32)
+    assert found == cache_bytes(config, made, ledger)
+    # Keys and values of 16 features, 4 bytes each, of 2 layers; a sliding window keeps 15 positions.
+    if not config.windowed:
+        assert found.used == 2 * 16 * 4 * 2 * (32 if architecture == "transformer" else 15) + 4

@@ -1,0 +1,140 @@
+"""The report: its lines are those of the records, and the document that is committed is the one they give."""
+
+import pathlib
+
+import pytest
+
+from tests.support.results import made_result, save, windows_result
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.experiments.curves import groups_of
+from tlinformer_jax.experiments.report import base_of, fenced, read_results, write_report
+
+pytest.importorskip("matplotlib")
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+WINDOWED = {"architecture": "tlinformer", "history_window": 256, "generation_window": 256}
+
+
+def evaluation(length: int, loss: float) -> dict:
+    return {
+        "length": length,
+        "figures": {"perplexity": 10 * loss, "loss_first_window": loss, "loss_later_windows": loss - 1},
+        "by_position": {"edges": [0, length // 2, length], "loss": [loss, loss - 1], "tokens": [1, 1]},
+    }
+
+
+def architectures() -> list[dict]:
+    base = [made_result(f"base-1k-seed{seed}", value, seed) for seed, value in enumerate((20.0, 21.0, 22.0))]
+    ours = [made_result(f"ours-seed{seed}", 21.0 + seed, seed, model=WINDOWED) for seed in (0, 1)]
+    ours[0]["then"] = {
+        "evaluate": evaluation(1024, 3.0),
+        "evaluate@8192": evaluation(8192, 4.0),
+        "samples": {"temperature": 0.8, "samples": [{"prompt": "The ", "text": "end.\r```\n"}]},
+    }
+    return [*base, *ours]
+
+
+def written(folder: pathlib.Path, *results: dict) -> list[str]:
+    save(folder / "results", *results)
+    write_report(folder / "results", folder / "results.md")
+    return (folder / "results.md").read_text().splitlines()
+
+
+def test_the_table_the_sentences_and_the_commands(tmp_path):
+    lines = written(tmp_path, *architectures())
+    start = lines.index("## Architectures, 3.0 M training tokens")
+    cells = "| 60,000 | 25.0% | 1:01 | 2.5 | 1.50 | 2 x Abacus |"
+    assert lines[start + 2 : start + 9] == [
+        "| model | architecture | N | seeds | perplexity | against Base | bits per byte | tokens/s | MFU "
+        "| wall time | peak memory, GB | cache, MB | device |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| base-1024 | transformer | 1,024 | 0, 1, 2 | 21.00 ± 1.00 |  | 1.500 ± 0.000 {cells}",
+        f"| 1024-512-0.5 | tlinformer | 1,024 | 0, 1 | 21.50 ± 0.71 | +2.4% | 1.500 ± 0.000 {cells}",
+        "",
+        "- 1024-512-0.5 (tlinformer) is 2.4% worse than base-1024: perplexity 21.50 ± 0.71 against 21.00 ± 1.00 "
+        "(2 seeds against 3).",
+        "",
+    ]
+    assert "| ours-seed1 | 2 x Abacus | 1.2.3 | 1,234 | 100 | 3,000,000 | 1 | pydoc | bytes |" in lines
+    assert "python -m tlinformer_jax.main --then=" in lines
+
+
+def test_positions_lengths_and_samples(tmp_path):
+    lines = written(tmp_path, *architectures())
+    start = lines.index("## Loss by position")
+    assert lines[start + 4 : start + 6] == [
+        "| 1024-512-0.5 | 1,024 | 1,024 | 30.00 | 3.000 | 2.000 |",
+        "| 1024-512-0.5 | 1,024 | 8,192 | 40.00 | 4.000 | 3.000 |",
+    ]
+    for name in ("positions_1024", "positions_8192", "history_3M"):
+        assert any(f"](figures/results_{name}.png)" in line for line in lines)
+        assert (tmp_path / "figures" / f"results_{name}.png").stat().st_size > 1000
+    # Drawn text cannot end its block, and has no control characters.
+    at = lines.index("````text")
+    assert lines[at + 1 : at + 4] == ["The |end.\\r```", "", "````"]
+    assert "Drawn with temperature 0.8. The prompt is what stands before the bar." in lines
+
+
+def test_windows_with_their_knee(tmp_path):
+    shares = {64: 30.0, 128: 24.0, 256: 22.0, 384: 21.5, 448: 21.0}
+    lines = written(tmp_path, *(windows_result(size, 512 - size, value) for size, value in shares.items()))
+    assert "## Windows (sweep_windows), 3.0 M training tokens a point" in lines
+    assert "| 128-384 | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 24.00 | 60,000 | 1.50 | 1:01 | 0 |" in lines
+    knee = "the knee is 128-384, at a share of 0.250."
+    assert "The lowest perplexity, 21.00, is that of 448-64." in lines
+    assert f"W_total = 512, shares 0.125, 0.250, 0.500, 0.750, 0.875: {knee}" in lines
+    assert "![results sweep windows perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
+    assert not any("Architectures" in line or "Samples" in line or "position" in line for line in lines)
+
+
+def test_what_is_better_is_called_so_and_only_like_is_compared_with_like():
+    base, better = made_result("base", 20.0), made_result("better", 19.0, model=WINDOWED)
+    others = [
+        made_result("tokens", 19.0, model=WINDOWED, tokens=1),
+        made_result("dropout", 19.0, model=WINDOWED | {"dropout": 0.1}),
+        made_result("width", 19.0, model=WINDOWED | {"d_model": 32}),
+    ]
+    groups = groups_of([base, better, *others])
+    assert base_of(groups[1], groups) is groups[0]
+    assert [base_of(group, groups) for group in groups[2:]] == [None] * 3
+
+
+def test_a_better_model_is_called_better(tmp_path):
+    lines = written(tmp_path, made_result("base", 20.0), made_result("ours", 19.5, model=WINDOWED))
+    sentence = "perplexity 19.50 against 20.00 (1 seed against 1)."
+    assert f"- 1024-512-0.5 (tlinformer) is 2.5% better than base-1024: {sentence}" in lines
+
+
+def test_the_same_records_give_the_same_document(tmp_path):
+    first, again = written(tmp_path / "a", *architectures()), written(tmp_path / "b", *architectures()[::-1])
+    assert first == again
+    figures = sorted(path.name for path in (tmp_path / "a" / "figures").iterdir())
+    for name in figures:
+        assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
+
+
+def test_text_in_a_block_stays_there():
+    assert fenced("a`b") == ["```text", "a`b", "```", ""]
+    assert fenced("a````b") == ["`````text", "a````b", "`````", ""]
+    assert fenced("a\x1b[0m\tb\nc")[1] == "a\\x1b[0m\tb\nc"
+
+
+def test_what_is_no_record_is_named(tmp_path):
+    with pytest.raises(DataError, match="at least one record"):
+        read_results(tmp_path)
+    for text, says in (("{", "is no JSON"), ("[]", "is no record"), ('{"format": "other"}', "'format' must be")):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(DataError, match=f"x.json: .*{says}"):
+            read_results(tmp_path)
+    save(tmp_path, made_result("x", 1.0) | {"validation": None})
+    with pytest.raises(DataError, match=r"x.json: 'validation' must be dict"):
+        read_results(tmp_path)
+
+
+@pytest.mark.skipif(not (DOCS / "results").is_dir(), reason="no results are committed yet")
+def test_the_committed_report_is_that_of_the_committed_records(tmp_path):
+    """Mend it by `python -m tlinformer_jax.report --results=docs/results --out=docs/results.md`."""
+    write_report(DOCS / "results", tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
+    for path in (tmp_path / "figures").iterdir():
+        assert (DOCS / "figures" / path.name).exists()

@@ -1,0 +1,151 @@
+"""Jobs in processes of their own: retries, skips, what is said; with small programs in the place of a training."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.results import made_result
+from tlinformer_jax.config import run_config
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.experiments import runner
+from tlinformer_jax.experiments.job import Job, finished_result
+from tlinformer_jax.experiments.results import write_result
+from tlinformer_jax.experiments.runner import Failure, run_jobs
+
+# Counts its calls in the working directory, then does what is asked for at this one.
+PROGRAM = """
+import json, os, pathlib, signal, sys
+job = json.loads(sys.stdin.readline())
+folder = pathlib.Path(job["workdir"])
+calls = folder / "calls"
+number = len(calls.read_text()) if calls.exists() else 0
+calls.write_text("x" * (number + 1))
+for_each = job["overrides"]["does"]
+does = for_each[min(number, len(for_each) - 1)]
+print(f"doing {does}", file=sys.stderr)
+if does == "finish":
+    (folder / "result.json").write_text(job["overrides"]["result"])
+elif does == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif does == "raise":
+    raise RuntimeError("no luck")
+elif does == "mistake":
+    sys.exit("error: model.d_model = 3: must be more") if False else print("error: d_model", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture(autouse=True)
+def program(monkeypatch):
+    monkeypatch.setattr(runner, "COMMAND", (sys.executable, "-c", PROGRAM))
+
+
+def job(folder: pathlib.Path, name: str, *does: str, then: tuple[str, ...] = ()) -> Job:
+    result = made_result(name, 20.0)
+    overrides = {"does": does, "result": json.dumps(result)}
+    return Job(name, run_config(result["config"]), folder / name, "command", then, overrides=overrides)
+
+
+def calls(*jobs: Job) -> list[int]:
+    paths = [job.workdir / "calls" for job in jobs]
+    return [len(path.read_text()) if path.exists() else 0 for path in paths]
+
+
+def test_failures_are_tried_again_then_named_and_the_others_go_on(tmp_path, capfd):
+    jobs = [
+        job(tmp_path, "sound", "finish"),
+        job(tmp_path, "once", "die", "finish"),
+        job(tmp_path, "always", "raise"),
+        job(tmp_path, "killed", "die"),
+        job(tmp_path, "wrong", "mistake"),
+        job(tmp_path, "silent", "nothing"),
+        job(tmp_path, "last", "finish"),
+    ]
+    failures = run_jobs(jobs, retries=1)
+    assert failures == [
+        Failure("always", "status 1: RuntimeError: no luck"),
+        Failure("killed", "ended by SIGKILL"),
+        Failure("wrong", "status 2: d_model"),
+        Failure("silent", "status 0: doing nothing"),
+    ]
+    assert calls(*jobs) == [1, 2, 2, 2, 1, 2, 1]
+    said = capfd.readouterr().err
+    assert "point 2 of 7, once: attempt 2 of 2" in said
+    assert "RuntimeError: no luck" in said
+    assert (tmp_path / "once" / "log.txt").read_text() == "doing die\ndoing finish\n"
+    run_jobs(jobs, retries=0)
+    assert calls(*jobs) == [1, 2, 3, 3, 2, 3, 1], "what is finished is not run again"
+
+
+def test_what_is_finished_is_told_by_its_record(tmp_path):
+    sound = job(tmp_path, "sound", "finish")
+    run_jobs([sound], retries=0)
+    assert finished_result(sound)["name"] == "sound"
+    more = job(tmp_path, "sound", "finish", then=("samples",))
+    assert finished_result(more) is None, "an action is missing"
+    path = tmp_path / "sound" / "result.json"
+    path.write_text(path.read_text()[:100])
+    assert finished_result(sound) is None, "it is cut off"
+
+
+def test_another_configuration_is_refused_before_anything_runs(tmp_path):
+    first, other = job(tmp_path, "first", "finish"), job(tmp_path, "other", "finish")
+    other.workdir.mkdir()
+    write_result(other.workdir / "result.json", made_result("other", 20.0, train={"steps": 7}))
+    with pytest.raises(UserError, match=r"other/result.json: is of another configuration \(train.steps: 7 -> 100\)"):
+        run_jobs([first, other], retries=0)
+    assert calls(first, other) == [0, 0]
+    # Where the data are kept is no part of what a run is.
+    result = made_result("other", 20.0)
+    result["config"]["data"]["cache_dir"] = "/elsewhere"
+    write_result(other.workdir / "result.json", result)
+    assert run_jobs([first, other], retries=0) == []
+    assert calls(first, other) == [1, 0]
+
+
+def test_a_job_survives_being_written_down(tmp_path):
+    one = job(tmp_path, "one", "finish", then=("evaluate",))
+    assert Job.from_json(one.to_json()).config == one.config
+    assert Job.from_json(one.to_json()).then == ("evaluate",)
+
+
+def test_the_process_ends_when_its_starter_is_gone():
+    """As after a kill -9 of the sweep: stdin ends, and nobody waits for it."""
+    script = "import time; from tlinformer_jax.experiments import point; point._end_with_starter(); time.sleep(60)"
+    started = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        process.stdin.close()
+        assert process.wait(timeout=30) == 1
+    assert time.monotonic() - started < 30
+
+
+def test_a_signal_to_the_sweep_stops_the_process_first(tmp_path, monkeypatch):
+    """It gets SIGTERM, by which a training saves itself, and is waited for."""
+    waits = """
+import json, pathlib, signal, sys, time
+folder = pathlib.Path(json.loads(sys.stdin.readline())["workdir"])
+def stop(*_):
+    (folder / "saved").write_text("")
+    sys.exit(3)
+signal.signal(signal.SIGTERM, stop)
+(folder / "ready").write_text("")
+print("ready", file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+    monkeypatch.setattr(runner, "COMMAND", (sys.executable, "-c", waits))
+
+    def interrupt(line, log):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runner, "_pass_on", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job(tmp_path, "long", "finish")], retries=1)
+    assert (tmp_path / "long" / "saved").exists()

@@ -1,0 +1,66 @@
+"""What can be done with a model right after its training, in the same process, while its parameters are in memory."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tlinformer_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlinformer_jax.training.setup import Run
+
+PROMPTS = ("The ", "It was ", '"I do not ', "In the beginning ")
+SAMPLE_TOKENS = 120
+SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+
+
+# What a record keeps of an evaluation; the rest it says of the run itself.
+KEPT = ("length", "batch_size", "tokens", "figures", "by_position", "by_window_position")
+
+
+def evaluate(run: "Run", params: Any, length: int | None = None) -> dict[str, Any]:
+    """The validation split in samples of `length` tokens (None: as trained): figures, losses by position.
+
+    See `evaluation.report.evaluate_run`.
+    """
+    from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
+    from tlinformer_jax.evaluation.trained import TrainedRun
+
+    options = EvaluationOptions(length=length, by_position=True)
+    stream = run.split("validation", None if length is None else 1)
+    report = evaluate_run(TrainedRun(run, params, run.horizon.steps), stream, options, split="validation")
+    return {name: report[name] for name in KEPT}
+
+
+def samples(run: "Run", params: Any) -> dict[str, Any]:
+    """Continuations of fixed prompts, drawn with seed 0: options and texts."""
+    from tlinformer_jax.decoding.generator import Generator
+
+    generator = Generator(run.model, {"params": params}, run.tokenizer)
+    texts = generator.generate(PROMPTS, max_new_tokens=SAMPLE_TOKENS, seed=0, **SAMPLING)
+    drawn = [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts)]
+    return {"max_new_tokens": SAMPLE_TOKENS, "seed": 0, **SAMPLING, "samples": drawn}
+
+
+ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"evaluate": evaluate, "samples": samples}
+# Those that take a number, as in evaluate@8192.
+NUMBERED = ("evaluate",)
+
+
+def run_action(name: str, run: "Run", params: Any) -> dict[str, Any]:
+    """Does what `checked_actions` has let through; returns JSON."""
+    kind, _, number = name.partition("@")
+    return ACTIONS[kind](run, params, *([int(number)] if number else []))
+
+
+def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, ...]:
+    """The names, each once, if all can be done: one of ACTIONS, or evaluate@LENGTH.
+
+    Raises:
+      UserError: naming the one that cannot.
+    """
+    for name in names:
+        kind, at, number = name.partition("@")
+        if kind not in ACTIONS or (at and (kind not in NUMBERED or not number.isdecimal() or int(number) < 1)):
+            allowed = ", ".join([*ACTIONS, *(f"{kind}@LENGTH" for kind in NUMBERED)])
+            raise UserError(f"{where}={','.join(names)}: {name!r} must be one of {allowed}")
+    return tuple(dict.fromkeys(names))

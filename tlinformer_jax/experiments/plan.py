@@ -1,0 +1,227 @@
+"""What a sweep is: a base configuration and named points, each a run with some of its fields changed."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tlinformer_jax.config import RunConfig, run_config
+from tlinformer_jax.data.sources import find_split
+from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
+from tlinformer_jax.errors import UserError
+
+# What the points of a sweep are compared by, and so which part of the report shows them.
+STUDIES = ("architectures", "windows")
+SEED = "train.seed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What the function `get_sweep` of a sweep file returns.
+
+    Attributes:
+      base: a configuration as a config file's `get_config` returns it; flags of the command may change it.
+      points: name -> the fields in which the point differs from the base, such as {"model.history_window": 128}.
+        'train.seed' may be a list here: the point's own seeds.
+      seeds: of all other points; a point is trained once with each.
+      then: actions of `experiments.actions` after the training of each point.
+      study: 'architectures', compared with Base at the same N, or 'windows', compared by window sizes.
+    """
+
+    base: Mapping[str, Any]
+    points: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = (0,)
+    then: Sequence[str] = ()
+    study: str = "windows"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder, 'POINT-seedS'.
+      point: the name in the sweep, the same for all seeds.
+      seed: of the run.
+      overrides: fields in which it differs from the base, the seed not counted.
+      config: of the run.
+    """
+
+    name: str
+    point: str
+    seed: int
+    overrides: dict[str, Any]
+    config: RunConfig
+
+
+def load_sweep(where: str) -> Sweep:
+    """The sweep of a Python file, `FILE.py` or `FILE.py:VARIANT`.
+
+    Raises:
+      UserError: if it cannot be read, has no function `get_sweep`, or that raises or returns something else.
+    """
+    path, _, variant = where.partition(":")
+    what = f"--sweep={where}"
+    if not where:
+        raise UserError("--sweep: must name a sweep file, such as configs/sweep_windows.py")
+    try:
+        get_sweep = getattr(_module(pathlib.Path(path).expanduser()), "get_sweep", None)
+        if not callable(get_sweep):
+            raise UserError(f"{what}: must be a Python file with a function get_sweep; it has none")
+        sweep = get_sweep(variant) if variant else get_sweep()
+    except UserError:
+        raise
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror}); must be a Python file with a function get_sweep"
+        raise UserError(f"{what}: {reason}") from None
+    except SyntaxError as error:
+        raise UserError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        said = "".join(f": {text}" for text in str(error).strip().splitlines()[:1])
+        raise UserError(f"{what}: {type(error).__name__} in {last.filename}, line {last.lineno}{said}") from None
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"{what}: get_sweep must return a Sweep, not {type(sweep).__name__}")
+    _check_sweep(sweep, what)
+    return sweep
+
+
+def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Point]:
+    """All runs of a sweep, in its order.
+
+    Args:
+      sweep: see there.
+      base: in the place of the sweep's own, that of flags.
+
+    Raises:
+      UserError: for the first point that cannot be, naming it.
+    """
+    sections = _plain(sweep.base if base is None else base)
+    points = []
+    for name, overrides in sweep.points.items():
+        fields = dict(overrides)
+        seeds = fields.pop(SEED, sweep.seeds)
+        seeds = seeds if isinstance(seeds, list | tuple) else (seeds,)
+        if not seeds:
+            raise UserError(f"point {name}: train.seed must hold at least one seed")
+        for seed in seeds:
+            try:
+                config = run_config(_changed(sections, {**fields, SEED: seed}))
+            except UserError as error:
+                raise UserError(f"point {name}: {error}") from None
+            points.append(Point(f"{name}-seed{seed}", name, seed, fields, config))
+    names = [point.name for point in points]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"point {name}: is there twice; names and seeds must differ")
+    return points
+
+
+def check_data(points: Iterable[Point]) -> None:
+    """Checks that tokenizers and files of all points are there and fit the vocabularies; tokenises nothing.
+
+    Raises:
+      UserError: naming the point.
+    """
+    checked = set()
+    for point in points:
+        data, vocabulary = point.config.data, point.config.model.vocab_size
+        if (data, vocabulary) in checked:
+            continue
+        checked.add((data, vocabulary))
+        try:
+            tokenizer = build_tokenizer(data.tokenizer, data.end_of_text_token)
+            check_vocab(tokenizer, vocabulary)
+            for split in ("train", "validation"):
+                find_split(data, split, tokenizer)
+        except UserError as error:
+            raise UserError(f"point {point.name}: {error}") from None
+
+
+def chosen_points(points: Sequence[Point], job: int | None, jobs: int | None) -> list[Point]:
+    """The points of job `job`, from 0, of a job array of `jobs` (None: as many as points); all if `job` is None.
+
+    Raises:
+      UserError: for numbers out of range.
+    """
+    if job is None:
+        if jobs is not None:
+            raise UserError("--points: needs --point, the number of this job")
+        return list(points)
+    jobs = len(points) if jobs is None else jobs
+    if not 1 <= jobs <= len(points):
+        raise UserError(f"--points={jobs}: must be 1 .. {len(points)}, the points of the sweep with their seeds")
+    if not 0 <= job < jobs:
+        raise UserError(f"--point={job}: must be 0 .. {jobs - 1}")
+    return list(points[job::jobs])
+
+
+def overrides_between(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in which `other` differs from `base`, as a point lists them."""
+    before, after = _plain(base), _plain(other)
+    return {
+        f"{section}.{name}": value
+        for section, fields in after.items()
+        for name, value in fields.items()
+        if name not in before.get(section, {}) or before[section][name] != value
+    }
+
+
+def _module(path: pathlib.Path) -> Any:
+    path.read_bytes()  # for its OSError: Python would not say that a folder is one
+    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--sweep={path}: must be a Python file, named *.py")
+    module, before = importlib.util.module_from_spec(spec), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # nothing is to appear beside a user's file
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    return module
+
+
+def _check_sweep(sweep: Sweep, what: str) -> None:
+    """Refuses what is no sweep.
+
+    Raises:
+      UserError: naming the field.
+    """
+    if not hasattr(sweep.base, "items"):
+        raise UserError(f"{what}: Sweep.base must be a ConfigDict, not {type(sweep.base).__name__}")
+    if not isinstance(sweep.points, Mapping) or not sweep.points:
+        raise UserError(f"{what}: Sweep.points must name at least one point")
+    for name, overrides in sweep.points.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
+            raise UserError(
+                f"{what}: point {name!r}: must be letters, digits, '.', '_', '+' and '-', as a folder's name"
+            )
+        if not isinstance(overrides, Mapping):
+            raise UserError(f"{what}: point {name}: must be a dictionary of fields, not {type(overrides).__name__}")
+    if not isinstance(sweep.seeds, list | tuple) or not sweep.seeds:
+        raise UserError(f"{what}: Sweep.seeds must be a list of at least one integer")
+    if sweep.study not in STUDIES:
+        raise UserError(f"{what}: Sweep.study = {sweep.study!r}: must be one of {', '.join(STUDIES)}")
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """Sections of a ConfigDict or of nested mappings as plain dictionaries."""
+    values = values.to_dict() if hasattr(values, "to_dict") else values
+    return {name: dict(section) if isinstance(section, Mapping) else section for name, section in values.items()}
+
+
+def _changed(sections: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections with some fields set anew."""
+    changed = {name: dict(section) if isinstance(section, dict) else section for name, section in sections.items()}
+    for path, value in fields.items():
+        section, _, name = path.partition(".")
+        if not name:
+            raise UserError(f"{path} = {value!r}: must be named as 'section.field', such as 'model.history_window'")
+        place = changed.setdefault(section, {})
+        if isinstance(place, dict):  # else run_config says what it is
+            place[name] = value
+    return changed

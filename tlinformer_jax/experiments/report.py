@@ -1,0 +1,336 @@
+"""The report: a directory of records of runs as one Markdown document with figures. Without JAX.
+
+Every number and every sentence that has one is made from the records; the same records give the same text.
+"""
+
+import itertools
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.experiments.curves import (
+    Group,
+    Mean,
+    Result,
+    cache_bytes,
+    groups_of,
+    mean_of,
+    observed_share,
+    perplexity,
+    tokens_per_second,
+    total_window,
+    wall_seconds,
+)
+from tlinformer_jax.experiments.job import essence
+from tlinformer_jax.experiments.plots import plot_curves, plot_sweep
+from tlinformer_jax.experiments.results import read_result
+from tlinformer_jax.experiments.tables import (
+    device,
+    duration,
+    knee_lines,
+    markdown,
+    numbers,
+    scaled,
+    windows_table,
+    with_spread,
+)
+from tlinformer_jax.training.manifest import write_text
+
+HEAD = """# Results
+
+Written by `python -m tlinformer_jax.report --results=DIR --out=FILE` from the records of runs (`result.json`) in DIR;
+nothing here is typed by hand. Perplexities are those of the validation split, per token, after the last step. A figure
+of several seeds is the mean, ± the sample standard deviation. Speed is the median of the logged steps, wall time that
+of the whole training with compilation, evaluation and saving. The cache is what one sequence of N tokens takes in
+generation.
+"""
+EVALUATION = "evaluate"
+
+
+def write_report(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the report of all records in a directory, and its figures beside it in `figures`.
+
+    Args:
+      folder: that holds one `.json` file a run, and no other.
+      out: the Markdown file.
+
+    Returns:
+      the figures.
+
+    Raises:
+      DataError: if there are no records, one is none, or something cannot be written.
+      ImportError: where matplotlib is not installed.
+    """
+    results = read_results(folder)
+    figures = out.parent / "figures"
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+        lines, files = report_lines(results, figures)
+        write_text(out, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
+    return files
+
+
+def read_results(folder: pathlib.Path) -> list[Result]:
+    """All records of a directory, by file name.
+
+    Raises:
+      DataError: if there are none, or a file is none.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise DataError(f"{folder}: must be a directory that holds at least one record of a run, NAME.json")
+    return [read_result(path) for path in paths]
+
+
+def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list[str], list[pathlib.Path]]:
+    """The report's lines, and the figures that were drawn for them into `figures`."""
+    lines, files = [HEAD], list[pathlib.Path]()
+    compared = sorted(groups_of(of_study(results, "architectures")), key=_order)
+    for tokens, budget in itertools.groupby(compared, key=_tokens):
+        groups = list(budget)
+        lines += [f"## Architectures, {millions(tokens)} training tokens", "", *architecture_table(groups)]
+        lines += ["", *differences(groups)]
+        file = figures / f"results_history_{tokens // 10**6}M.png"
+        lines += _figure(_plot_history(groups, file), "Validation loss while training", files)
+    windows = of_study(results, "windows")
+    for sweep in dict.fromkeys(str(result.get("sweep")) for result in windows):
+        groups = groups_of(result for result in windows if str(result.get("sweep")) == sweep)
+        groups.sort(key=_window_order)
+        budgets = ", ".join(map(millions, sorted({_tokens(group) for group in groups})))
+        lines += [f"## Windows ({sweep}), {budgets} training tokens a point", "", *windows_table(groups)]
+        lines += [*lowest(groups), *knee_lines(groups), ""]
+        for file in plot_sweep(groups, figures, f"results_{sweep}_"):
+            lines += _figure(file, file.stem.replace("_", " "), files)
+    lines += _positions(results, figures, files)
+    lines += _samples(results)
+    lines += runs(results)
+    return lines, files
+
+
+def of_study(results: Iterable[Result], study: str) -> list[Result]:
+    """The records of one study."""
+    return [result for result in results if result["study"] == study]
+
+
+def architecture_table(groups: Sequence[Group]) -> list[str]:
+    """The Markdown table of architectures by N."""
+    columns = ["model", "architecture", "N", "seeds", "perplexity", "against Base", "bits per byte", "tokens/s", "MFU"]
+    columns += ["wall time", "peak memory, GB", "cache, MB", "device"]
+    rows = []
+    for group in groups:
+        base = base_of(group, groups)
+        change = None if base is None or base is group else percent(group, base)
+        rows.append(
+            (
+                group.label,
+                group.config.model.architecture,
+                f"{group.config.data.sequence_length:,}",
+                numbers(group.seeds),
+                with_spread(group.mean(perplexity), "{:.2f}"),
+                "" if change is None else f"{change:+.1f}%",
+                with_spread(group.mean(lambda result: result["validation"].get("bits_per_byte")), "{:.3f}"),
+                scaled(group.mean(tokens_per_second), 1, "{:,.0f}"),
+                scaled(group.mean(lambda result: result["speed"].get("mfu")), 100, "{:.1f}%"),
+                duration(group.mean(wall_seconds)),
+                scaled(group.mean(lambda result: result.get("peak_bytes")), 1e-9, "{:.1f}"),
+                scaled(group.mean(cache_bytes), 1e-6, "{:.2f}"),
+                "; ".join(dict.fromkeys(map(device, group.results))),
+            )
+        )
+    return markdown(columns, rows)
+
+
+def base_of(group: Group, groups: Iterable[Group]) -> Group | None:
+    """The Transformer among `groups` with the N, the tokens, the text and the shape of `group`."""
+
+    def terms(group: Group) -> tuple[Any, ...]:
+        model, data = group.config.model, essence(group.config).data
+        shape = (model.vocab_size, model.d_model, model.num_heads, model.num_layers, model.feed_forward_dim)
+        return (data, _tokens(group), model.dropout, *shape)
+
+    for other in groups:
+        if other.config.model.architecture == "transformer" and terms(other) == terms(group):
+            return other
+    return None
+
+
+def percent(group: Group, base: Group) -> float | None:
+    """By how many percent the mean perplexity is above that of the base; None where one is not known."""
+    ours, theirs = group.mean(perplexity), base.mean(perplexity)
+    return None if ours is None or theirs is None else (ours.value / theirs.value - 1) * 100
+
+
+def differences(groups: Sequence[Group]) -> list[str]:
+    """A sentence for each model that has a base to be compared with."""
+    lines = []
+    for group in groups:
+        base = base_of(group, groups)
+        change = None if base is None or base is group else percent(group, base)
+        if base is None or change is None:
+            continue
+        word = "worse" if change > 0 else "better"
+        lines.append(
+            f"- {group.label} ({group.config.model.architecture}) is {abs(change):.1f}% {word} than {base.label}: "
+            f"perplexity {with_spread(group.mean(perplexity), '{:.2f}')} against "
+            f"{with_spread(base.mean(perplexity), '{:.2f}')} ({seeds(group)} against {len(base.results)})."
+        )
+    return [*lines, ""] if lines else []
+
+
+def lowest(groups: Sequence[Group]) -> list[str]:
+    """A sentence on the point of the lowest mean perplexity."""
+    known = [(mean.value, group) for group in groups if (mean := group.mean(perplexity)) is not None]
+    if not known:
+        return []
+    _, best = min(known, key=lambda pair: pair[0])
+    return ["", f"The lowest perplexity, {with_spread(best.mean(perplexity), '{:.2f}')}, is that of {best.label}."]
+
+
+def seeds(group: Group) -> str:
+    """'1 seed', '3 seeds'."""
+    return f"{len(group.results)} seed{'' if len(group.results) == 1 else 's'}"
+
+
+def millions(tokens: int) -> str:
+    """'100.0 M'."""
+    return f"{tokens / 1e6:,.1f} M"
+
+
+def runs(results: Sequence[Result]) -> list[str]:
+    """What was run: every run's device, versions, tokens and seed, then the commands."""
+    columns = ("run", "device", "JAX", "parameters", "steps", "tokens", "seed", "corpus", "tokenizer")
+    rows = [
+        (
+            result["name"],
+            device(result),
+            result["jax"],
+            f"{result['parameters']:,}",
+            f"{result['steps']:,}",
+            f"{result['tokens']:,}",
+            str(result["seed"]),
+            result["config"]["data"]["dataset"],
+            result["config"]["data"]["tokenizer"],
+        )
+        for result in results
+    ]
+    commands = dict.fromkeys(result["command"] for result in results)
+    return ["## Runs", "", *markdown(columns, rows), "", "Commands:", "", *fenced("\n".join(commands))]
+
+
+def fenced(text: str) -> list[str]:
+    """A block of text as it is; control characters are spelled out."""
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+    return [f"{fence}text", shown, fence, ""]
+
+
+def _order(group: Group) -> tuple[Any, ...]:
+    model = group.config.model
+    return (_tokens(group), group.config.data.sequence_length, model.architecture != "transformer", group.label)
+
+
+def _window_order(group: Group) -> tuple[Any, ...]:
+    model = group.config.model
+    total, share = total_window(group.config), observed_share(group.config)
+    return (group.config.data.sequence_length, model.num_blocks, model.hidden_depth, total or 2**31, share or 0.0)
+
+
+def _tokens(group: Group) -> int:
+    return int(group.results[0]["tokens"])
+
+
+def _figure(file: pathlib.Path | None, title: str, files: list[pathlib.Path]) -> list[str]:
+    """A figure's line; it joins `files`."""
+    if file is None:
+        return []
+    files.append(file)
+    return [f"![{title}](figures/{file.name})", ""]
+
+
+def _plot_history(groups: Sequence[Group], file: pathlib.Path) -> pathlib.Path | None:
+    """Validation loss against trained tokens, the mean over seeds."""
+    curves = []
+    for group in groups:
+        by_step: dict[int, list[float]] = {}
+        for result in group.results:
+            for step, loss in result["history"]:
+                by_step.setdefault(step, []).append(loss)
+        tokens = _tokens(group) / max(group.results[0]["steps"], 1)
+        steps = sorted(step for step, losses in by_step.items() if len(losses) == len(group.results))
+        if len(steps) > 1:
+            means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
+            curves.append((group.label, [step * tokens / 1e6 for step in steps], means))
+    if not curves:
+        return None
+    plot_curves(curves, ("training tokens, millions", "validation loss, nats per token"), file)
+    return file
+
+
+def _evaluations(results: Iterable[Result]) -> dict[int, list[tuple[Group, list[dict[str, Any]]]]]:
+    """Length -> the groups that were evaluated at it, each with its evaluations."""
+    found: dict[int, list[tuple[Group, list[dict[str, Any]]]]] = {}
+    for group in sorted(groups_of(of_study(results, "architectures")), key=_order):
+        by_length: dict[int, list[dict[str, Any]]] = {}
+        for result in group.results:
+            for name, part in result["then"].items():
+                if name.partition("@")[0] == EVALUATION and "by_position" in part:
+                    by_length.setdefault(part["length"], []).append(part)
+        for length, parts in by_length.items():
+            found.setdefault(length, []).append((group, parts))
+    return dict(sorted(found.items()))
+
+
+def _positions(results: Sequence[Result], figures: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
+    """The section on the loss by position, where evaluations tell of it."""
+    evaluations = _evaluations(results)
+    if not evaluations:
+        return []
+    lines = ["## Loss by position", ""]
+    columns = ("model", "trained at N", "evaluated at", "perplexity", "loss, first window", "loss, later windows")
+    rows = []
+    for length, members in evaluations.items():
+        for group, parts in members:
+            figures_of = [part["figures"] for part in parts]
+            means = [_mean(figures_of, name) for name in ("perplexity", "loss_first_window", "loss_later_windows")]
+            cells = [with_spread(mean, form) for mean, form in zip(means, ("{:.2f}", "{:.3f}", "{:.3f}"))]
+            rows.append((group.label, f"{group.config.data.sequence_length:,}", f"{length:,}", *cells))
+    lines += [*markdown(columns, rows), ""]
+    for length, members in evaluations.items():
+        file = figures / f"results_positions_{length}.png"
+        curves = [_position_curve(group.label, parts) for group, parts in members]
+        plot_curves(curves, ("position in the sample", "validation loss, nats per token"), file)
+        lines += _figure(file, f"Loss by position in samples of {length:,} tokens", files)
+    return lines
+
+
+def _mean(parts: Sequence[dict[str, Any]], name: str) -> Mean | None:
+    return mean_of(part.get(name) for part in parts)
+
+
+def _position_curve(label: str, parts: Sequence[dict[str, Any]]) -> tuple[str, list[float], list[float]]:
+    """The mean over seeds of the loss in each bin, at the bins' middles."""
+    edges = parts[0]["by_position"]["edges"]
+    columns = zip(*(part["by_position"]["loss"] for part in parts))
+    points = [
+        ((low + high - 1) / 2, sum(losses) / len(losses))
+        for low, high, losses in zip(edges, edges[1:], columns)
+        if None not in losses
+    ]
+    return label, [x for x, _ in points], [y for _, y in points]
+
+
+def _samples(results: Sequence[Result]) -> list[str]:
+    """The section of generated texts: of each group the run of the first seed."""
+    lines: list[str] = []
+    for group in sorted(groups_of(result for result in results if "samples" in result["then"]), key=_order):
+        result = group.results[0]
+        drawn = result["then"]["samples"]
+        options = ", ".join(f"{name} {value}" for name, value in drawn.items() if name != "samples")
+        lines += [f"### {result['name']}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
+        for sample in drawn["samples"]:
+            lines += fenced(f"{sample['prompt']}|{sample['text']}")
+    return ["## Samples", "", *lines] if lines else []
