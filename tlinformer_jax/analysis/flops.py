@@ -13,12 +13,14 @@ loss pads it, the last window and the masked history of each segment of windows 
 projections, and the forward pass of rematerialised windows or layers once more, as if they saved nothing. Attention by
 XLA's plain products counts the whole rectangle of queries and keys; a fused kernel skips what is masked but computes
 the scores again in the backward pass, so there attention counts 2.5 times its forward products instead of 2 (the
-rounding to its tiles is not counted). Chunks that `history_chunk` leaves out are counted all the same.
+rounding to its tiles is not counted). The kernel with dropout computes scores and weights' gradients both for the
+queries' gradient and for the keys': 3.5 times. Chunks that `history_chunk` leaves out are counted all the same.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
+from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import padded_vocabulary
@@ -88,9 +90,12 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
       sampled_windows: windows that are trained on, drawn from all with equal probability, so that the expected
         count is given; 0 for all of them.
     """
-    fused = config.attention == "cudnn" or (
-        config.attention == "auto" and fused_kernel(config.compute_dtype) and not config.dropout
-    )
+    kernel, dtype = config.attention, config.compute_dtype
+    if kernel == "auto" and config.dropout:
+        kernel = "triton" if dropout_kernel.use_kernel(dtype, config.head_dim) else "xla"
+    elif kernel == "auto" and fused_kernel(dtype):
+        kernel = "cudnn"
+    fused = kernel in ("cudnn", "triton")
     width = config.head_dim + -config.head_dim % head_multiple(
         config.compute_dtype, config.attention, config.head_padding
     )
@@ -105,7 +110,8 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     once = outside + inside * share
     recomputed = sampled or (rematerialised(config, windows) if config.windowed else config.remat == "window")
     again = inside.total * share if recomputed else 0.0
-    hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again + 3.0 * padded_head
+    times = {"cudnn": 3.5, "triton": 4.5}.get(kernel, 3.0)
+    hardware = 3.0 * once.matrix + times * once.attention + again + 3.0 * padded_head
     return StepFlops(batch * model, batch * hardware)
 
 

@@ -60,10 +60,9 @@ class Options(NamedTuple):
     interpret: bool
 
 
-def use_kernel(query: jax.Array) -> bool:
-    """Whether the kernels take queries of this dtype and width here."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    return half and query.shape[-1] <= MOST_WIDTH and available() and unsplit()
+def use_kernel(dtype: Any, width: int) -> bool:
+    """Whether the kernels take heads of this dtype and width here."""
+    return dtype in (jnp.bfloat16, jnp.float16) and width <= MOST_WIDTH and available() and unsplit()
 
 
 def attend_with_dropout(
@@ -253,8 +252,8 @@ def _query_kernel(
     lse = _load_numbers(lse_ref, place, numbers)
     first, second = _row_states(words_ref, numbers, query_ref.shape[2])
     both = zip(output, gradient)
-    delta = sum(jnp.sum(one.astype(jnp.float32) * other.astype(jnp.float32), axis=1) for one, other in both)
-    delta = delta * (1.0 - options.rate)
+    products = [jnp.sum(one.astype(jnp.float32) * other.astype(jnp.float32), axis=1) for one, other in both]
+    delta = _total(products) * (1.0 - options.rate)
 
     def block(index, sums, masked: bool):
         columns = index * tile.keys + _iota(tile.keys)
@@ -317,7 +316,8 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
 def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
     """Valid keys, and their blocks that a tile of queries sees: consecutive (first, end, whether to mask)."""
     start, length = pl.program_id(0) * tile.queries, _valid_keys(key_ref, length_refs)
-    first, full, last = 0, length // tile.keys, pl.cdiv(length, tile.keys)
+    first: Any = 0
+    full, last = length // tile.keys, pl.cdiv(length, tile.keys)
     if options.causal:
         full = jnp.minimum(full, (start + 1) // tile.keys)
         last = jnp.minimum(last, pl.cdiv(start + tile.queries, tile.keys))
@@ -329,9 +329,11 @@ def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
 
 def _query_blocks(queries: int, length, options: Options, tile: Tile):
     """The blocks of queries that see a tile of keys: consecutive (first, end, whether to mask)."""
-    start, end = pl.program_id(0) * tile.keys, pl.cdiv(queries, tile.queries)
+    start: Any = pl.program_id(0) * tile.keys
+    end: Any = pl.cdiv(queries, tile.queries)
     # None, where none of the keys is valid.
-    end = jnp.where(start < length, end, 0) if isinstance(length, jax.Array) else end
+    if isinstance(length, jax.Array):
+        end = jnp.where(start < length, jnp.int32(end), jnp.int32(0))
     if not options.causal:
         return ((0, end, False),)
     first, full = start // tile.queries, pl.cdiv(start + tile.keys - 1, tile.queries)
@@ -374,7 +376,11 @@ def _row_states(words_ref, queries: jax.Array, heads: int) -> tuple[jax.Array, j
 
 def _products(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
     """left [m, d_h] times right [n, d_h] transposed, both in pieces of the features: float32 [m, n]."""
-    return sum(_dot(one, other, 1) for one, other in zip(left, right))
+    return _total([_dot(one, other, 1) for one, other in zip(left, right)])
+
+
+def _total(parts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
 
 
 def _dot(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
