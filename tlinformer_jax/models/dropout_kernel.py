@@ -2,12 +2,8 @@
 
 Nothing of size queries x keys goes through memory, in the forward or in the backward pass: a program takes a tile of
 the queries, or of the keys, and runs over the other side. Which weights are dropped is a function of the key, the
-batch row, the head, the query's and the key's number, so that every kernel finds it again, whatever its tiles.
-
-The mask: a row of weights, that is a query of one head, has a state of 64 bits, Threefry-2x32 of (batch row times
-heads + head, query) under the key: `jax.random`'s own generator. A weight's 32 bits are that state and the key's
-number through two rounds of xor, shift and multiplication, ten integer operations. It is dropped where they are below
-the rate times 2^32.
+batch row, the head, the query's and the key's number (`dropout_mask`), so that every kernel finds it again, whatever
+its tiles. The backward pass is two kernels: one for the queries' gradient, one for that of keys and values.
 
 Scores and softmax are float32, in units of log2; products take the inputs' dtype and accumulate in float32.
 """
@@ -17,16 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
 from tlinformer_jax.models.decode_kernel import available, call_kernel, unsplit
-from tlinformer_jax.models.history_kernel import LOG2_E, feature_pieces
+from tlinformer_jax.models.dropout_mask import kept, threefry
+from tlinformer_jax.models.history_kernel import LEAST_PIECE, LOG2_E
 
 # Wider heads would not fit a program's registers.
 MOST_WIDTH = 128
-# Step of a row's states from key to key (2^32 over the golden ratio), and two multipliers that mix 32 bits well.
-STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
 class Tile(NamedTuple):
@@ -41,8 +35,8 @@ class Tile(NamedTuple):
 class Tiles(NamedTuple):
     """Of the forward kernel, of the gradient of the queries, and of that of keys and values."""
 
-    forward: Tile = Tile(128, 64, 8, 3)
-    query: Tile = Tile(64, 64, 4, 2)
+    forward: Tile = Tile(128, 64, 8, 2)
+    query: Tile = Tile(64, 64, 4, 3)
     key: Tile = Tile(64, 64, 4, 2)
 
 
@@ -88,7 +82,7 @@ def attend_with_dropout(
       causal: query i sees keys 0 .. i only.
       window: with `causal`, the last `window` of those; None for all.
       key_length: valid keys, int32 [batch]; None for all.
-      words: of the mask, uint32 [2]; see `dropout_mask`.
+      words: the mask's key, uint32 [2]; see `dropout_mask`.
       rate: in [0, 1).
       interpret: run on the CPU, for tests.
       tiles: of the kernels.
@@ -98,35 +92,6 @@ def attend_with_dropout(
     """
     options = Options(scale, causal, window, rate, tiles, interpret)
     return _attend(options, query, key, value, key_length, words)
-
-
-def dropout_mask(words: jax.Array, batch: int, heads: int, queries: int, keys: int, rate: float) -> jax.Array:
-    """Which weights the kernels keep, bool [batch, heads, queries, keys], for the key `words` uint32 [2]."""
-    softmax = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1, 1)
-    row = jnp.arange(queries, dtype=jnp.uint32)[:, None]
-    state = _threefry(words[0], words[1], *jnp.broadcast_arrays(softmax, row))
-    return _kept(*state, jnp.arange(keys), rate)
-
-
-def _threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds of a pair of counters under a key of two words, all uint32."""
-    schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
-    x, y = counter[0] + first, counter[1] + second
-    for group in range(5):
-        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            x = x + y
-            y = ((y << np.uint32(turn)) | (y >> np.uint32(32 - turn))) ^ x
-        x = x + schedule[(group + 1) % 3]
-        y = y + schedule[(group + 2) % 3] + np.uint32(group + 1)
-    return x, y
-
-
-def _kept(first: jax.Array, second: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
-    """Whether weights are kept, by their row's state and their key's number, which broadcast."""
-    bits = first + keys.astype(jnp.uint32) * np.uint32(STEP)
-    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(FIRST)
-    bits = (bits ^ (bits >> np.uint32(15)) ^ second) * np.uint32(SECOND)
-    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,8 +104,8 @@ def _attend_forward(options: Options, query, key, value, key_length, words):
     return output, (query, key, value, key_length, words, output, lse)
 
 
-def _attend_backward(options: Options, kept, gradient):
-    return *_backward(options, kept, gradient), None, None
+def _attend_backward(options: Options, saved, gradient):
+    return *_backward(options, saved, gradient), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -157,9 +122,9 @@ def _forward(options: Options, query, key, value, key_length, words) -> tuple[ja
     return _call(_forward_kernel, options, options.tiles.forward, queries, outputs, operands, "dropout_attention")
 
 
-def _backward(options: Options, kept, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(options: Options, saved, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value."""
-    query, key, value, key_length, words, output, lse = kept
+    query, key, value, key_length, words, output, lse = saved
     lengths = () if key_length is None else (key_length,)
     rows = [jax.ShapeDtypeStruct(lse.shape, dtype) for dtype in (jnp.float32, jnp.uint32, jnp.uint32)]
     query_gradient, *row_values = _call(
@@ -212,7 +177,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
         top, total, sums = carry
         columns = index * tile.keys + _iota(tile.keys)
         limit = length if masked else None
-        scores = _products(query, _load(key_ref, (row, head), columns, limit))
+        scores = _dot(query, _load(key_ref, (row, head), columns, limit), 1)
         if masked:
             seen = _seen(numbers[:, None], columns[None, :], length, options)
             scores = jnp.where(seen, scores, -jnp.inf)
@@ -220,10 +185,10 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
         factor = jnp.exp2((top - new_top) * scale)
         weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
         total = total * factor + jnp.sum(weights, axis=1)
-        kept = jnp.where(_kept(first[:, None], second[:, None], columns[None, :], options.rate), weights, 0.0)
-        values = _load(value_ref, (row, head), columns, limit)
-        sums = tuple(old * factor[:, None] + _dot(kept.astype(part.dtype), part, 0) for old, part in zip(sums, values))
-        return new_top, total, sums
+        keep = kept(first[:, None], second[:, None], columns[None, :], options.rate)
+        dropped = jnp.where(keep, weights, 0.0)
+        value = _load(value_ref, (row, head), columns, limit)
+        return new_top, total, sums * factor[:, None] + _dot(dropped.astype(value.dtype), value, 0)
 
     length, blocks = _key_blocks(key_ref, length_refs, options, tile)
     zeros = _zeros(tile.queries, query_ref)
@@ -232,7 +197,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
     top, total, sums = _loop(blocks, block, carry)
     safe = jnp.where(total > 0, total, 1.0)
     factor = 1.0 / (safe * (1.0 - options.rate))
-    _store(output_ref, (row, head), numbers, [part * factor[:, None] for part in sums])
+    _store(output_ref, (row, head), numbers, sums * factor[:, None])
     lse = jnp.where(total > 0, top * scale + jnp.log(safe) * LOG2_E, jnp.inf)
     _store_numbers(lse_ref, (row, head), numbers, lse)
 
@@ -251,27 +216,26 @@ def _query_kernel(
     )
     lse = _load_numbers(lse_ref, place, numbers)
     first, second = _row_states(words_ref, numbers, query_ref.shape[2])
-    both = zip(output, gradient)
-    products = [jnp.sum(one.astype(jnp.float32) * other.astype(jnp.float32), axis=1) for one, other in both]
-    delta = _total(products) * (1.0 - options.rate)
+    delta = jnp.sum(output.astype(jnp.float32) * gradient.astype(jnp.float32), axis=1) * (1.0 - options.rate)
 
     def block(index, sums, masked: bool):
         columns = index * tile.keys + _iota(tile.keys)
         limit = length if masked else None
         key = _load(key_ref, place, columns, limit)
-        scores = _products(query, key) * (options.scale * LOG2_E)
+        scores = _dot(query, key, 1) * (options.scale * LOG2_E)
         if masked:
             seen = _seen(numbers[:, None], columns[None, :], length, options)
             scores = jnp.where(seen, scores, -jnp.inf)
         weights = jnp.exp2(scores - lse[:, None])
-        slope = _products(gradient, _load(value_ref, place, columns, limit))
-        slope = jnp.where(_kept(first[:, None], second[:, None], columns[None, :], options.rate), slope, 0.0)
+        slope = _dot(gradient, _load(value_ref, place, columns, limit), 1)
+        keep = kept(first[:, None], second[:, None], columns[None, :], options.rate)
+        slope = jnp.where(keep, slope, 0.0)
         slope = (weights * (slope - delta[:, None])).astype(query_ref.dtype)
-        return tuple(old + _dot(slope, part, 0) for old, part in zip(sums, key))
+        return sums + _dot(slope, key, 0)
 
     length, blocks = _key_blocks(key_ref, length_refs, options, tile)
     sums = _loop(blocks, block, _zeros(tile.queries, query_ref))
-    _store(result_ref, place, numbers, [part * (options.scale / (1.0 - options.rate)) for part in sums])
+    _store(result_ref, place, numbers, sums * (options.scale / (1.0 - options.rate)))
     for ref, values in zip((delta_ref, first_ref, second_ref), (delta, first, second)):
         _store_numbers(ref, place, numbers, values)
 
@@ -288,29 +252,26 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
     key, value = (_load(ref, place, numbers, length) for ref in (key_ref, value_ref))
 
     def block(index, carry, masked: bool):
+        key_sums, value_sums = carry
         rows = index * tile.queries + _iota(tile.queries)
         # Rows past the last query have gradient 0.
         query, gradient = (_load(ref, place, rows, count) for ref in (query_ref, gradient_ref))
         lse, delta, first, second = (_load_numbers(ref, place, rows)[None, :] for ref in row_refs)
-        scores = _products(key, query) * (options.scale * LOG2_E)
+        scores = _dot(key, query, 1) * (options.scale * LOG2_E)
         if masked:
             scores = jnp.where(_seen(rows[None, :], numbers[:, None], None, options), scores, -jnp.inf)
         weights = jnp.exp2(scores - lse)
-        kept = _kept(first, second, numbers[:, None], options.rate)
-        dropped = jnp.where(kept, weights, 0.0).astype(query_ref.dtype)
-        slope = jnp.where(kept, _products(value, gradient), 0.0)
-        slope = (weights * (slope - delta)).astype(query_ref.dtype)
-        return tuple(
-            tuple(old + _dot(left, part, 0) for old, part in zip(sums, right))
-            for sums, left, right in zip(carry, (slope, dropped), (query, gradient))
-        )
+        dropped = jnp.where(kept(first, second, numbers[:, None], options.rate), weights, 0.0)
+        slope = dropped * _dot(value, gradient, 1) - weights * delta
+        dtype = query_ref.dtype
+        return key_sums + _dot(slope.astype(dtype), query, 0), value_sums + _dot(dropped.astype(dtype), gradient, 0)
 
     zeros = _zeros(tile.keys, key_ref)
     blocks = _query_blocks(count, length, options, tile)
     valid = (numbers < length)[:, None]
     factors = options.scale / (1.0 - options.rate), 1.0 / (1.0 - options.rate)
     for ref, sums, factor in zip((key_result_ref, value_result_ref), _loop(blocks, block, (zeros, zeros)), factors):
-        _store(ref, place, numbers, [jnp.where(valid, part * factor, 0.0) for part in sums])
+        _store(ref, place, numbers, jnp.where(valid, sums * factor, 0.0))
 
 
 def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
@@ -371,16 +332,7 @@ def _row_states(words_ref, queries: jax.Array, heads: int) -> tuple[jax.Array, j
     """States of the mask of the program's rows, uint32 [queries] each."""
     softmax = (pl.program_id(2) * heads + pl.program_id(1)).astype(jnp.uint32)
     rows = queries.astype(jnp.uint32)
-    return _threefry(words_ref[0], words_ref[1], jnp.full(rows.shape, softmax), rows)
-
-
-def _products(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
-    """left [m, d_h] times right [n, d_h] transposed, both in pieces of the features: float32 [m, n]."""
-    return _total([_dot(one, other, 1) for one, other in zip(left, right)])
-
-
-def _total(parts: list[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, parts)
+    return threefry(words_ref[0], words_ref[1], jnp.full(rows.shape, softmax), rows)
 
 
 def _dot(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
@@ -392,40 +344,34 @@ def _iota(size: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
-def _zeros(rows: int, ref) -> tuple[jax.Array, ...]:
-    return tuple(jnp.zeros((rows, size), jnp.float32) for _, size in feature_pieces(ref.shape[3]))
+def _features(ref) -> jax.Array:
+    """Numbers of a head's features, filled up to a power of two that the matrix units take."""
+    return _iota(max(LEAST_PIECE, pl.next_power_of_2(ref.shape[3])))
 
 
-def _load(ref, place, rows: jax.Array, count) -> list[jax.Array]:
-    """Rows of one head, in pieces [rows, size] of the features: 0 past row `count`, unless None, and past the width."""
+def _zeros(rows: int, ref) -> jax.Array:
+    return jnp.zeros((rows, _features(ref).size), jnp.float32)
+
+
+def _load(ref, place, rows: jax.Array, count) -> jax.Array:
+    """Rows of one head, [rows, features]: 0 past row `count`, unless that is None, and past the width."""
     from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
 
-    row, head = place
-    loaded = []
-    for start, size in feature_pieces(ref.shape[3]):
-        features = start + _iota(size)
-        conditions = [] if count is None else [(rows < count)[:, None]]
-        if start + size > ref.shape[3]:
-            conditions.append((features < ref.shape[3])[None, :])
-        source = ref.at[row, rows[:, None], head, features[None, :]]
-        if not conditions:
-            loaded.append(triton.load(source))
-            continue
-        mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, conditions), (rows.size, size))
-        loaded.append(triton.load(source, mask=mask, other=0.0))
-    return loaded
+    features, (row, head) = _features(ref), place
+    mask = (features < ref.shape[3])[None, :]
+    if count is not None:
+        mask = mask & (rows < count)[:, None]
+    mask = jnp.broadcast_to(mask, (rows.size, features.size))
+    return triton.load(ref.at[row, rows[:, None], head, features[None, :]], mask=mask, other=0.0)
 
 
-def _store(ref, place, rows: jax.Array, pieces) -> None:
-    """Writes rows of one head, in pieces of the features."""
+def _store(ref, place, rows: jax.Array, values: jax.Array) -> None:
+    """Writes rows of one head."""
     from jax.experimental.pallas import triton
 
-    row, head = place
-    _, count, _, width = ref.shape
-    for (start, size), values in zip(feature_pieces(width), pieces):
-        features = start + _iota(size)
-        mask = (rows < count)[:, None] & (features < width)[None, :]
-        triton.store(ref.at[row, rows[:, None], head, features[None, :]], values.astype(ref.dtype), mask=mask)
+    features, (row, head) = _features(ref), place
+    mask = (rows < ref.shape[1])[:, None] & (features < ref.shape[3])[None, :]
+    triton.store(ref.at[row, rows[:, None], head, features[None, :]], values.astype(ref.dtype), mask=mask)
 
 
 def _load_numbers(ref, place, rows: jax.Array) -> jax.Array:
