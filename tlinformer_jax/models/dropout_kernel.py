@@ -111,6 +111,9 @@ def _attend_backward(options: Options, saved, gradient):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+# Compiled functions of their own, so that all calls of the same shapes hand XLA the same kernel, down to the line
+# numbers that are in it: XLA compiles a kernel once for all calls that are equal in every byte.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(options: Options, query, key, value, key_length, words) -> tuple[jax.Array, jax.Array]:
     """The output, and the log-sum-exp to base 2, float32 [batch, heads, queries]: +inf where there is no key."""
     batch, queries, heads, _ = query.shape
@@ -122,6 +125,7 @@ def _forward(options: Options, query, key, value, key_length, words) -> tuple[ja
     return _call(_forward_kernel, options, options.tiles.forward, queries, outputs, operands, "dropout_attention")
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(options: Options, saved, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value."""
     query, key, value, key_length, words, output, lse = saved
