@@ -141,6 +141,14 @@ def test_attend_draws_the_mask_by_dropouts_key(monkeypatch):
     assert not np.allclose(first, rows(1))
 
 
+def test_a_key_of_any_kind_gives_two_words():
+    kinds = (jax.random.key, jax.random.PRNGKey, functools.partial(jax.random.key, impl="rbg"))
+    for kind in kinds:
+        words = [Dropout(kind(number), 0.5).words() for number in (0, 1)]
+        assert [(array.shape, array.dtype) for array in words] == [((2,), jnp.uint32)] * 2
+        assert not np.array_equal(*words)
+
+
 def test_the_kernel_is_for_dropout_only():
     ones = jnp.ones((1, 2, 1, 8))
     for options in ({}, {"dropout": Dropout(jax.random.key(0), 0.1), "return_lse": True}):

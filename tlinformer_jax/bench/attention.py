@@ -124,7 +124,7 @@ def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
     import jax
     import jax.numpy as jnp
 
-    from tlinformer_jax.models.attention import visible
+    from tlinformer_jax.models.attention import Dropout, visible
     from tlinformer_jax.models.dropout_mask import dropout_mask
 
     if backend != "dropout":
@@ -136,8 +136,7 @@ def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
         seen = visible(queries, keys, options.get("causal", False), options.get("window"), options.get("key_length"))
         powers = jnp.exp(scores) if seen is None else jnp.where(seen, jnp.exp(scores), 0.0)
         total = powers.sum(-1, keepdims=True)
-        words = jax.random.bits(jax.random.key(0), (2,), jnp.uint32)
-        keep = dropout_mask(words, batch, heads, queries, keys, RATE)
+        keep = dropout_mask(Dropout(jax.random.key(0), RATE).words(), batch, heads, queries, keys, RATE)
         weights = jnp.where(keep, powers / jnp.where(total > 0, total, 1.0) / (1 - RATE), 0.0)
         return (jnp.einsum("bhqk,bkhd->bqhd", weights, value),)
 

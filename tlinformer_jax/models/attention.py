@@ -32,6 +32,11 @@ class Dropout:
         """An independent dropout for part `number`."""
         return Dropout(jax.random.fold_in(self.key, number), self.rate)
 
+    def words(self) -> jax.Array:
+        """What draws the mask in a kernel, uint32 [2]; the key is then for nothing else."""
+        data = jax.random.key_data(self.key)
+        return data if data.size == 2 else jax.random.bits(self.key, (2,), jnp.uint32)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Zeroes values of x with probability `rate` and scales the others to keep the mean."""
         keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
@@ -92,9 +97,8 @@ def attend(
     if chosen == "triton":
         if dropout is None or return_lse:
             raise ValueError("attend: backend 'triton' is for dropout, and returns no log-sum-exp")
-        words = jax.random.bits(dropout.key, (2,), jnp.uint32)
         return dropout_kernel.attend_with_dropout(
-            query, key, value, scale, causal, window, key_length, words, dropout.rate
+            query, key, value, scale, causal, window, key_length, dropout.words(), dropout.rate
         )
     if chosen == "splash" and dropout is None:
         from tlinformer_jax.models.splash import attend_splash
