@@ -9,6 +9,7 @@ import pytest
 from tlinformer_jax.bench import attention as bench
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.splash import attend_splash
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding
@@ -91,15 +92,15 @@ def test_dropout_in_chunks_of_queries_is_the_same_law(options, monkeypatch):
 
     truth = outcome(None)
     monkeypatch.setattr(attention, "DROPOUT_SCORES", 2 * 2 * 11 * 3)  # three queries at a time
-    for value, expected in zip(outcome(attention.Dropout(jax.random.key(0), 0.0)), truth, strict=True):
+    for value, expected in zip(outcome(Dropout.by_key(jax.random.key(0), 0.0)), truth, strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-5)
 
     def dropped(key):
-        return attend(*arrays, dropout=attention.Dropout(key, 0.25), backend="xla", **options)
+        return attend(*arrays, dropout=Dropout.by_key(key, 0.25), backend="xla", **options)
 
     many = jax.jit(jax.vmap(dropped))(jax.random.split(jax.random.key(1), 4000))
     np.testing.assert_allclose(many.mean(0), truth[0], atol=0.1)
-    equal = attend(*(jnp.ones_like(array) for array in arrays), dropout=attention.Dropout(jax.random.key(2), 0.5))
+    equal = attend(*(jnp.ones_like(array) for array in arrays), dropout=Dropout.by_key(jax.random.key(2), 0.5))
     rows = np.asarray(equal[0, :, 0, 0])
     assert len(set(np.round(rows[:3], 4))) + len(set(np.round(rows[3:6], 4))) > 2
     assert not np.allclose(rows[:3], rows[3:6])
@@ -109,7 +110,7 @@ def test_dropout_over_a_long_history_holds_few_scores(monkeypatch):
     shape = jax.ShapeDtypeStruct((1, 256, 2, 8), jnp.float32)
 
     def total(query, key, value):
-        dropout = attention.Dropout(jax.random.key(0), 0.1)
+        dropout = Dropout.by_key(jax.random.key(0), 0.1)
         return attend(query, key, value, dropout=dropout, backend="xla").sum()
 
     def memory():
@@ -124,13 +125,13 @@ def test_dropout_over_a_long_history_holds_few_scores(monkeypatch):
 def test_the_check_command_passes_here_and_sees_a_fault(monkeypatch, request):
     request.addfinalizer(jax.clear_caches)  # no trace with the fault is left to later tests
     assert ("xla", "float32") in bench.backends()
-    monkeypatch.setattr(bench, "backends", lambda: [("xla", "bfloat16")])
+    pairs = [("xla", "bfloat16")]
     monkeypatch.setattr(bench, "CHECKS", {name: bench.CHECKS[name] for name in ("causal, odd length", "one query")})
-    assert all(good for _, good in bench.checked())
+    assert all(good for _, good in bench.checked(pairs))
     real = attention._attend_xla
 
     def faulty(query, key, value, scale, *rest):
         return real(query, key, value, scale if query.dtype == jnp.float32 else scale * 1.1, *rest)
 
     monkeypatch.setattr(attention, "_attend_xla", faulty)
-    assert not any(good for _, good in bench.checked())
+    assert not any(good for _, good in bench.checked(pairs))

@@ -12,8 +12,9 @@ import pytest
 from tests.support import golden, reference
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.models.attention import Dropout, attend
+from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.config import ARCHITECTURES
+from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import prepare_layers
 from tlinformer_jax.models.rope import rotary_angles
 from tlinformer_jax.models.tlinformer import forward_windows
@@ -143,10 +144,10 @@ def test_dropout_acts_in_training_only_and_is_the_same_under_rematerialisation()
 
 
 def test_dropout_keeps_the_mean_and_is_independent_between_softmaxes():
-    values = Dropout(jax.random.key(0), 0.25)(jnp.ones(200_000))
+    values = Dropout.by_key(jax.random.key(0), 0.25)(jnp.ones(200_000))
     assert abs(float(values.mean()) - 1) < 0.01
     assert abs(float((values == 0).mean()) - 0.25) < 0.01
-    other = Dropout(jax.random.key(0), 0.25).fold_in(1)(jnp.ones(200_000))
+    other = Dropout.by_key(jax.random.key(0), 0.25).fold_in(1)(jnp.ones(200_000))
     assert abs(float(jnp.corrcoef(values, other)[0, 1])) < 0.01
 
 
@@ -280,7 +281,7 @@ def test_compile_time_does_not_grow_with_the_number_of_windows():
 def test_attention_dropout_is_never_dropped_silently():
     x = jnp.ones((1, 2, 1, 8))
     with pytest.raises(ValueError, match="no dropout"):
-        attend(x, x, x, dropout=Dropout(jax.random.key(0), 0.5), backend="cudnn")
+        attend(x, x, x, dropout=Dropout.by_key(jax.random.key(0), 0.5), backend="cudnn")
 
 
 def test_attention_log_sum_exp_merges_partial_attentions():

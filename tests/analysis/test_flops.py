@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support import golden, reference
+from tlinformer_jax.analysis import flops
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.peaks import peak_flops, utilisation
 from tlinformer_jax.models import ModelConfig, build_model
@@ -123,6 +124,15 @@ def test_masked_history_padding_and_rematerialisation_are_hardware_flops_only():
         > 1.3 * training_flops(dataclasses.replace(padded, head_padding=32), 512).hardware
     )
     assert training_flops(WIDE, 509).hardware > training_flops(WIDE, 509).model
+
+
+def test_the_dropout_kernel_computes_two_products_more_than_cudnn(monkeypatch):
+    """Scores and the weights' gradients once more: as much as a forward pass over the causal pairs."""
+    config = ModelConfig(architecture="transformer", dtype="bfloat16")
+    monkeypatch.setattr(flops, "fused_kernel", lambda dtype: True)
+    monkeypatch.setattr(flops.dropout_kernel, "available", lambda: True)
+    without, dropped = (training_flops(dataclasses.replace(config, dropout=rate), 512).hardware for rate in (0.0, 0.1))
+    assert dropped - without == pytest.approx(config.num_layers * 4 * (512 * 513 / 2) * config.d_model)
 
 
 def test_sampled_windows_cost_their_share_of_the_windows_but_all_of_block_0s_projections():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tlinformer_jax import ModelConfig
-from tlinformer_jax.models import history_kernel, norm_kernel
+from tlinformer_jax.models import dropout_kernel, history_kernel, norm_kernel
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue
 from tlinformer_jax.models.layers import Layer, prepare_layers
 from tlinformer_jax.models.rope import rope_table
@@ -92,6 +92,25 @@ def test_layer_norm_backward(skip):
         rows, rows, skip, scale,
     )  # fmt: skip
     assert "layer_norm_backward" in text
+
+
+@pytest.mark.parametrize(("causal", "window", "lengths"), [(False, None, True), (True, 256, False)])
+def test_attention_with_dropout(causal, window, lengths):
+    rows, words = half(2, QUERIES, HEADS, 40), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    key_length = jax.ShapeDtypeStruct((2,), jnp.int32) if lengths else None
+
+    def gradients(query, key, value, key_length, words):
+        def total(query, key, value):
+            output = dropout_kernel.attend_with_dropout(
+                query, key, value, 1 / 6, causal, window, key_length, words, 0.1
+            )
+            return output.astype(jnp.float32).sum()
+
+        return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+
+    text = lowered(gradients, rows, rows, rows, key_length, words)
+    for name in ("dropout_attention", "dropout_attention_query_gradient", "dropout_attention_key_gradient"):
+        assert f'"{name}"' in text
 
 
 def test_a_tokens_layer():

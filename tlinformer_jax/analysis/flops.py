@@ -13,13 +13,15 @@ as the loss pads it, the last window and the masked history of each segment of w
 chunks, the first window's own projections, and once more what is computed again in the backward pass: the chunks of a
 history, the baselines' layers where `remat` says so, as if they saved nothing. Attention by XLA's plain products counts
 the whole rectangle of queries and keys; a fused kernel skips what is masked but computes the scores again in the
-backward pass, so there attention counts 2.5 times its forward products instead of 2 (the rounding to its tiles is not
-counted).
+backward pass, so there attention counts 2.5 times its forward products instead of 2, and 3.5 times by the kernel with
+dropout, which computes scores and weights' gradients both for the queries' gradient and for the keys' (the rounding to
+tiles is not counted).
 """
 
 import dataclasses
 from collections.abc import Iterator
 
+from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import padded_vocabulary
@@ -88,9 +90,12 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
       sampled_windows: windows that are trained on, drawn from all with equal probability, so that the expected
         count is given; 0 for all of them.
     """
-    fused = config.attention == "cudnn" or (
-        config.attention == "auto" and fused_kernel(config.compute_dtype) and not config.dropout
-    )
+    kernel, dtype = config.attention, config.compute_dtype
+    if kernel == "auto" and config.dropout:
+        kernel = "triton" if dropout_kernel.use_kernel(dtype, config.head_dim) else "xla"
+    elif kernel == "auto" and fused_kernel(dtype):
+        kernel = "cudnn"
+    fused = kernel in ("cudnn", "triton")
     width = config.head_dim + -config.head_dim % head_multiple(
         config.compute_dtype, config.attention, config.head_padding
     )
@@ -103,7 +108,8 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     padded_head = head * padded_vocabulary(config.vocab_size, config.compute_dtype) / config.vocab_size
     model = 3.0 * (model_outside + model_inside * share).total + 3.0 * head
     once = outside + inside * share
-    hardware = 3.0 * once.matrix + (3.5 if fused else 3.0) * once.attention + again.total * share + 3.0 * padded_head
+    times = {"cudnn": 3.5, "triton": 4.5}.get(kernel, 3.0)
+    hardware = 3.0 * once.matrix + times * once.attention + again.total * share + 3.0 * padded_head
     return StepFlops(batch * model, batch * hardware)
 
 

@@ -4,12 +4,17 @@ Every backend that this machine has is compared, in the dtype that it takes, wit
 outputs, log-sum-exp and gradients, on the shapes of the model: heads of 36 features, causal windows, key lengths. The
 error is the norm of the difference over the norm of the exact result. With --check the command ends with status 1 if
 one is above its tolerance. Times are of a jitted call on the training shapes, median of `repeats`, waited for.
+
+Dropout on the weights has a kernel of its own on NVIDIA GPUs ('dropout'): it is compared with plain products with the
+same mask, and timed beside XLA's dropout ('dropout xla'). `--backends`, `--shapes` choose what is done; `--tiles` tries
+tiles of that kernel: queries, keys, warps and stages of its three parts, as in
+`--backends=dropout --time --tiles=128,64,8,2/64,64,4,3/64,64,4,2`.
 """
 
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -18,8 +23,12 @@ from tlinformer_jax import cli
 
 CHECK = flags.DEFINE_bool("check", False, "Compare with exact attention; status 1 if an error is too large.")
 TIME = flags.DEFINE_bool("time", False, "Time forward, and forward with backward, on the shapes of training.")
+BACKENDS = flags.DEFINE_list("backends", [], "Backends to check or time, of those that there are; none: all.")
+SHAPES = flags.DEFINE_string("shapes", "", "Check or time the shapes whose name has this in it.")
+TILES = flags.DEFINE_multi_string("tiles", [], "Tiles of the dropout kernel to time beside its own.")
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
 
+RATE = 0.1
 # Norm of the difference over norm: float32 by another order of sums, and half precision.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
@@ -43,8 +52,8 @@ TIMES = {
 }
 
 
-def backends() -> list[tuple[str, str]]:
-    """Backends and dtypes that this machine has."""
+def backends(wanted: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Backends and dtypes that this machine has, of the `wanted` ones if any are named."""
     import jax
     import jax.numpy as jnp
 
@@ -53,16 +62,17 @@ def backends() -> list[tuple[str, str]]:
     found = [("xla", "float32"), ("xla", "bfloat16")]
     if fused_kernel(jnp.dtype("bfloat16")):
         found += [("cudnn", "bfloat16"), ("cudnn", "float16")]
-    return found + ([("splash", "bfloat16")] if jax.default_backend() == "tpu" else [])
+        found += [("dropout", "bfloat16"), ("dropout", "float16"), ("dropout xla", "bfloat16")]
+    found += [("splash", "bfloat16")] if jax.default_backend() == "tpu" else []
+    return [pair for pair in found if not wanted or pair[0] in wanted]
 
 
 def check(backend: str, dtype: str, name: str) -> dict[str, float]:
-    """Errors of one backend on one of CHECKS: of the output, the log-sum-exp and the three gradients."""
+    """Errors of one backend on one of CHECKS: of the output, the log-sum-exp (none of it with dropout) and the three
+    gradients."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-
-    from tlinformer_jax.models.attention import attend
 
     queries, keys, options = CHECKS[name]
     options = {key: jnp.array(value) if key == "key_length" else value for key, value in options.items()}
@@ -70,18 +80,18 @@ def check(backend: str, dtype: str, name: str) -> dict[str, float]:
     arrays = [jnp.asarray(rng.standard_normal((2, n, 12, 36)), dtype) for n in (queries, keys, keys)]
     mixing = jnp.asarray(rng.standard_normal((2, queries, 12, 36)), jnp.float32)
 
-    def outcome(arrays: list[jax.Array], backend: str) -> dict[str, np.ndarray]:
+    def outcome(arrays: list[jax.Array], attention: Callable[..., tuple[jax.Array, ...]]) -> dict[str, np.ndarray]:
         def total(*arrays: jax.Array) -> jax.Array:
-            return (attend(*arrays, backend=backend, **options).astype(jnp.float32) * mixing).sum()
+            return (attention(*arrays, gradient=True)[0].astype(jnp.float32) * mixing).sum()
 
-        output, lse = jax.jit(lambda *a: attend(*a, backend=backend, return_lse=True, **options))(*arrays)
+        found = dict(zip(("output", "lse"), jax.jit(lambda *a: attention(*a, gradient=False))(*arrays)))
         gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
-        names = ("output", "lse", "d query", "d key", "d value")
-        return {name: np.asarray(part, np.float64) for name, part in zip(names, (output, lse, *gradients))}
+        found |= dict(zip(("d query", "d key", "d value"), gradients))
+        return {name: np.asarray(part, np.float64) for name, part in found.items()}
 
     with jax.default_matmul_precision("highest"):
-        exact = outcome([array.astype(jnp.float32) for array in arrays], "xla")
-        found = outcome(arrays, backend)
+        exact = outcome([array.astype(jnp.float32) for array in arrays], _exactly(backend, options))
+        found = outcome(arrays, _by(backend, options))
     errors = {}
     for part, truth in exact.items():
         value, seen = found[part], np.isfinite(truth)
@@ -93,14 +103,58 @@ def check(backend: str, dtype: str, name: str) -> dict[str, float]:
     return errors
 
 
-def checked() -> Iterator[tuple[str, bool]]:
-    """A line for every backend and shape, and whether all its errors are small enough."""
-    for backend, dtype in backends():
-        for name in CHECKS:
+def _by(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """The output of attention by a backend, and the log-sum-exp if it can, and is not to be differentiated."""
+    import jax
+
+    from tlinformer_jax.models.attention import attend
+    from tlinformer_jax.models.dropout import Dropout
+
+    def attention(*arrays: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
+        if backend == "dropout":
+            return (attend(*arrays, backend="triton", dropout=Dropout.by_key(jax.random.key(0), RATE), **options),)
+        if gradient:
+            return (attend(*arrays, backend=backend, **options),)
+        return attend(*arrays, backend=backend, return_lse=True, **options)
+
+    return attention
+
+
+def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """What `_by` is compared with: plain products, with the kernel's mask if it is that with dropout."""
+    import jax
+    import jax.numpy as jnp
+
+    from tlinformer_jax.models.attention import visible
+    from tlinformer_jax.models.dropout import Dropout, dropout_mask
+
+    if backend != "dropout":
+        return _by("xla", options)
+
+    def attention(query: jax.Array, key: jax.Array, value: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
+        (batch, queries, heads, width), keys = query.shape, key.shape[1]
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / width**0.5
+        seen = visible(queries, keys, options.get("causal", False), options.get("window"), options.get("key_length"))
+        powers = jnp.exp(scores) if seen is None else jnp.where(seen, jnp.exp(scores), 0.0)
+        total = powers.sum(-1, keepdims=True)
+        keep = dropout_mask(Dropout.by_key(jax.random.key(0), RATE).words, batch, heads, queries, keys, RATE)
+        weights = jnp.where(keep, powers / jnp.where(total > 0, total, 1.0) / (1 - RATE), 0.0)
+        return (jnp.einsum("bhqk,bkhd->bqhd", weights, value),)
+
+    return attention
+
+
+def checked(pairs: Sequence[tuple[str, str]], shapes: str = "") -> Iterator[tuple[str, bool]]:
+    """A line for every one of `backends()` and shape with `shapes` in its name, and whether its errors are small."""
+    for backend, dtype in pairs:
+        # XLA's own dropout draws another mask.
+        for name in () if backend == "dropout xla" else CHECKS:
+            if shapes not in name:
+                continue
             errors = check(backend, dtype, name)
             good = all(error <= TOLERANCE[dtype] for error in errors.values())
             parts = "  ".join(f"{part} {error:.1e}" for part, error in errors.items())
-            yield f"{'ok  ' if good else 'FAIL'}  {backend:7} {dtype:9} {name:22} {parts}", good
+            yield f"{'ok  ' if good else 'FAIL'}  {backend:11} {dtype:9} {name:22} {parts}", good
 
 
 def seconds(function: Callable[..., Any], *arrays: Any) -> float:
@@ -116,22 +170,19 @@ def seconds(function: Callable[..., Any], *arrays: Any) -> float:
     return statistics.median(times)
 
 
-def timed() -> Iterator[str]:
-    """A line for every backend in half precision, head padding and shape of TIMES."""
+def timed(pairs: Sequence[tuple[str, str]], shapes: str = "", tiles: Sequence[str] = ()) -> Iterator[str]:
+    """A line for every one of `backends()` in half precision, head padding, shape of TIMES with `shapes` in its name,
+    and for the dropout kernel its tiles and `tiles`."""
     import jax
     import jax.numpy as jnp
 
-    from tlinformer_jax.models.attention import attend
-
     for name, (batch, queries, keys, causal) in TIMES.items():
-        for backend, dtype in backends():
-            if dtype != "bfloat16":
+        for backend, dtype in pairs:
+            if dtype != "bfloat16" or shapes not in name:
                 continue
-            for width in (36,) if backend == "xla" else (40, 48, 64):
+            for width, tried in _variants(backend, tiles):
                 arrays = [jnp.ones((batch, n, 12, width), dtype) for n in (queries, keys, keys)]
-
-                def forward(*arrays: jax.Array, backend: str = backend, causal: bool = causal) -> jax.Array:
-                    return attend(*arrays, causal=causal, backend=backend, scale=1 / 6)
+                forward = _timed_attention(backend, causal, tried)
 
                 def total(*arrays: jax.Array, forward: Any = forward) -> jax.Array:
                     return forward(*arrays).astype(jnp.float32).sum()
@@ -139,9 +190,38 @@ def timed() -> Iterator[str]:
                 once = seconds(jax.jit(forward), *arrays)
                 both = seconds(jax.jit(jax.grad(total, argnums=(0, 1, 2))), *arrays)
                 yield (
-                    f"{name:24} {backend:7} heads of {width}: forward {once * 1e3:.3f} ms, "
-                    f"with backward {both * 1e3:.3f} ms"
+                    f"{name:24} {backend:11} heads of {width}{' tiles ' + tried if tried else ''}: forward "
+                    f"{once * 1e3:.3f} ms, with backward {both * 1e3:.3f} ms"
                 )
+
+
+def _variants(backend: str, tiles: Sequence[str]) -> list[tuple[int, str]]:
+    """Widths of heads, and tiles of the dropout kernel ('' for its own), to time a backend with."""
+    if backend == "dropout":
+        return [(40, ""), *((40, tried) for tried in tiles)]
+    return [(36, "")] if backend in ("xla", "dropout xla") else [(40, ""), (48, ""), (64, "")]
+
+
+def _timed_attention(backend: str, causal: bool, tiles: str) -> Callable[..., Any]:
+    """Attention as `timed` calls it."""
+    import jax
+    import jax.numpy as jnp
+
+    from tlinformer_jax.models.attention import attend
+    from tlinformer_jax.models.dropout import Dropout
+    from tlinformer_jax.models.dropout_kernel import Tile, Tiles, attend_with_dropout
+
+    if not tiles:
+        dropout = Dropout.by_key(jax.random.key(0), RATE) if backend.startswith("dropout") else None
+        chosen = {"dropout": "triton", "dropout xla": "xla"}.get(backend, backend)
+        return lambda *arrays: attend(*arrays, causal=causal, backend=chosen, scale=1 / 6, dropout=dropout)
+    chosen_tiles = Tiles(*(Tile(*map(int, part.split(","))) for part in tiles.split("/")))
+    words = jnp.zeros(2, jnp.uint32)
+
+    def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attend_with_dropout(query, key, value, 1 / 6, causal, None, None, words, RATE, tiles=chosen_tiles)
+
+    return attention
 
 
 def main() -> None:
@@ -149,13 +229,13 @@ def main() -> None:
     import jax
 
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
-    failures = 0
+    failures, pairs = 0, backends(BACKENDS.value)
     if CHECK.value or not TIME.value:
-        for line, good in checked():
+        for line, good in checked(pairs, SHAPES.value):
             print(line, flush=True)
             failures += not good
     if TIME.value:
-        for line in timed():
+        for line in timed(pairs, SHAPES.value, TILES.value):
             print(line, flush=True)
     if CHECK.value and failures:
         sys.exit(1)

@@ -7,34 +7,18 @@
 import math
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tlinformer_jax.models import dropout_kernel
+from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import map_recomputed
 
 # Keys of one part where attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
 # Scores that attention with dropout holds at a time, in float32.
 DROPOUT_SCORES = 1 << 27
-
-
-@flax.struct.dataclass
-class Dropout:
-    """Dropout to apply: `rate` of the values, drawn by `key`. None stands for no dropout."""
-
-    key: jax.Array
-    rate: float = flax.struct.field(pytree_node=False)
-
-    def fold_in(self, number: jax.Array | int) -> "Dropout":
-        """An independent dropout for part `number`."""
-        return Dropout(jax.random.fold_in(self.key, number), self.rate)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Zeroes values of x with probability `rate` and scales the others to keep the mean."""
-        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
-        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
 
 
 def attend(
@@ -62,8 +46,8 @@ def attend(
       key_length: only the first `key_length` keys are valid; a scalar or int32 [batch]. Where it is 0 the
         result is 0, never NaN.
       dropout: on the attention weights; the mask is drawn per softmax.
-      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision) or 'splash' (TPU; elsewhere it is interpreted, for
-        tests). Only XLA's log-sum-exp is differentiable.
+      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU; elsewhere it is interpreted, for
+        tests) or 'triton' (NVIDIA, half precision, for dropout only). Only XLA's log-sum-exp is differentiable.
       return_lse: also return the log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where
         there is no valid key. It lets partial attentions over disjoint keys be merged exactly.
       scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
@@ -73,7 +57,8 @@ def attend(
       [batch, queries, heads, d_h] in query's dtype, or (that, log-sum-exp).
 
     Raises:
-      ValueError: for a window without `causal`, an unknown backend, or dropout with a backend that has none.
+      ValueError: for a window without `causal`, an unknown backend, dropout with a backend that has none, or
+        'triton' without dropout or with the log-sum-exp.
     """
     if window is not None and not causal:
         raise ValueError("attend: window needs causal=True")
@@ -87,6 +72,12 @@ def attend(
         else:
             output, lse = _attend_with_dropout(query, key, value, scale, causal, window, key_length, dropout)
         return (output, lse) if return_lse else output
+    if chosen == "triton":
+        if dropout is None or return_lse:
+            raise ValueError("attend: backend 'triton' is for dropout, and returns no log-sum-exp")
+        return dropout_kernel.attend_with_dropout(
+            query, key, value, scale, causal, window, key_length, dropout.words, dropout.rate
+        )
     if chosen == "splash" and dropout is None:
         from tlinformer_jax.models.splash import attend_splash
 
@@ -106,9 +97,12 @@ def head_multiple(dtype: Any, backend: str, padding: int = 8) -> int:
 
 
 def choose_backend(query: jax.Array, dropout: Dropout | None, return_lse: bool) -> str:
-    """The backend that 'auto' stands for: in half precision cuDNN on NVIDIA GPUs, splash on TPUs, else XLA."""
-    # The fused kernels offer neither weight dropout nor a differentiable log-sum-exp through JAX.
-    if dropout is not None or return_lse:
+    """The backend that 'auto' stands for: in half precision cuDNN on NVIDIA GPUs, with dropout on one of them our own
+    kernel, 'triton'; splash on TPUs; else XLA."""
+    # The other fused kernels offer neither weight dropout nor a differentiable log-sum-exp through JAX.
+    if dropout is not None and not return_lse:
+        return "triton" if dropout_kernel.use_kernel(query.dtype, query.shape[-1]) else "xla"
+    if return_lse:
         return "xla"
     if fused_kernel(query.dtype):
         return "cudnn"

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.models.attention import Dropout, attend, head_multiple
+from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, project, update
 from tlinformer_jax.models.recompute import recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
@@ -376,7 +377,7 @@ class DualWindowBlock(nn.Module):
             head_multiple(config.compute_dtype, config.attention, config.head_padding),
         )
         x = x.astype(config.compute_dtype)
-        dropout = Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         length = 0 if history is None else history.shape[1]
         rope = rope_table(jnp.arange(length + x.shape[1]), config.head_dim)
         if history is None or length == 0:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tlinformer_jax.models import norm_kernel
-from tlinformer_jax.models.attention import Dropout
 from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
 LAYER_NORM_EPSILON = 1e-5

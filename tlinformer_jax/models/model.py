@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.models.attention import Dropout, head_multiple
+from tlinformer_jax.models.attention import head_multiple
 from tlinformer_jax.models.block import BlockParams, DualWindowBlock
 from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.tlinformer import forward_windows, sum_windows
 from tlinformer_jax.models.transformer import forward_layers
@@ -173,7 +174,7 @@ class LanguageModel(nn.Module):
 
     def _dropout(self, train: bool) -> Dropout | None:
         config = self.config
-        return Dropout(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        return Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
 
 
 def build_model(config: ModelConfig) -> LanguageModel:

@@ -12,7 +12,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.models.attention import Dropout
 from tlinformer_jax.models.block import (
     BlockParams,
     Following,
@@ -22,6 +21,7 @@ from tlinformer_jax.models.block import (
     dual_window_block,
 )
 from tlinformer_jax.models.config import FEW_WINDOWS, ModelConfig
+from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed, sum_with_gradients
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.windows import (

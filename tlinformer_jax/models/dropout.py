@@ -1,0 +1,89 @@
+"""Dropout, and which values it drops: a function of a key and of a value's place, cheap enough for a GPU kernel.
+
+A row of values, such as a query's attention weights, has a state of 64 bits: Threefry-2x32, `jax.random`'s own
+generator, of (number of the matrix that the row is in, number of the row) under the key. A value's 32 bits are the
+state and the value's number through two rounds of shift, xor and multiplication, about eight integer operations; the
+row's second word joins in between, so that rows whose first words happen to lie a few steps apart share nothing. A
+value is dropped where its bits are below the rate times 2^32.
+"""
+
+import functools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Step of the first word from key to key (2^32 over the golden ratio), and two multipliers that mix 32 bits well.
+STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
+
+
+@flax.struct.dataclass
+class Dropout:
+    """Dropout to apply: `rate` of the values. None stands for no dropout.
+
+    Attributes:
+      words: the key, uint32 [2].
+      rate: in [0, 1).
+    """
+
+    words: jax.Array
+    rate: float = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def by_key(cls, key: jax.Array, rate: float) -> "Dropout":
+        """The dropout that a key of `jax.random` draws, which is then for nothing else."""
+        return cls(jax.random.bits(key, (2,), jnp.uint32), rate)
+
+    def fold_in(self, number: jax.Array | int) -> "Dropout":
+        """An independent dropout for part `number`."""
+        # Few operations: a program has hundreds of parts, and Threefry for each would take long to compile.
+        number = jnp.asarray(number).astype(jnp.uint32)
+        first = _mixed(self.words[0] + (number + np.uint32(1)) * np.uint32(STEP), self.words[1])
+        return Dropout(jnp.stack([first, _mixed(self.words[1] + first, number)]), self.rate)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Zeroes values of x [..., rows, features] with probability `rate` and scales the others to keep the mean."""
+        return _drop(x, self.words, self.rate)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def _drop(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
+    # Computed again in the backward pass: a mask is as many bytes as half of x.
+    *leading, rows, width = (1,) * max(0, 2 - x.ndim) + x.shape
+    mask = dropout_mask(words, math.prod(leading), 1, rows, width, rate).reshape(x.shape)
+    return jnp.where(mask, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def dropout_mask(words: jax.Array, batch: int, heads: int, queries: int, keys: int, rate: float) -> jax.Array:
+    """Which attention weights are kept, bool [batch, heads, queries, keys], for the key `words` uint32 [2]."""
+    softmax = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1, 1)
+    row = jnp.arange(queries, dtype=jnp.uint32)[:, None]
+    state = threefry(words[0], words[1], *jnp.broadcast_arrays(softmax, row))
+    return kept(*state, jnp.arange(keys), rate)
+
+
+def threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds of a pair of counters under a key of two words, all uint32."""
+    schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
+    x, y = counter[0] + first, counter[1] + second
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = ((y << np.uint32(turn)) | (y >> np.uint32(32 - turn))) ^ x
+        x = x + schedule[(group + 1) % 3]
+        y = y + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return x, y
+
+
+def kept(first: jax.Array, second: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
+    """Whether weights are kept, by their row's state and their key's number, which broadcast."""
+    bits = _mixed(first + keys.astype(jnp.uint32) * np.uint32(STEP), second)
+    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def _mixed(bits: jax.Array, joined: jax.Array) -> jax.Array:
+    """32 bits through two rounds of shift, xor and multiplication, 32 others joining in between."""
+    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(FIRST)
+    return (bits ^ (bits >> np.uint32(15)) ^ joined) * np.uint32(SECOND)
