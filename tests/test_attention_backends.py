@@ -122,6 +122,32 @@ def test_dropout_over_a_long_history_holds_few_scores(monkeypatch):
     assert memory() < 0.3 * whole
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "options"),
+    [
+        (7, 9, {}),
+        (9, 7, {"causal": True}),
+        (7, 9, {"causal": True, "window": 3}),
+        (5, 3, {"key_length": jnp.array([3, 1])}),
+        (1, 4, {}),
+    ],
+)
+def test_cudnn_gets_even_lengths_and_no_row_more_is_seen(queries, keys, options, monkeypatch):
+    """JAX refuses to differentiate cuDNN's kernel at odd lengths; XLA's stands in for it here."""
+    real = jax.nn.dot_product_attention
+
+    def stand_in(query, key, value, *, implementation, return_residual, **rest):
+        assert implementation == "cudnn"
+        assert query.shape[1] % 2 == key.shape[1] % 2 == query.shape[-1] % 8 == 0
+        return real(query, key, value, implementation="xla", **rest)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal((2, n, 3, 6)), jnp.float32) for n in (queries, keys, keys)]
+    found, truth = (attend(*arrays, backend=backend, **options) for backend in ("cudnn", "xla"))
+    np.testing.assert_allclose(found, truth, atol=1e-5)
+
+
 def test_the_check_command_passes_here_and_sees_a_fault(monkeypatch, request):
     request.addfinalizer(jax.clear_caches)  # no trace with the fault is left to later tests
     assert ("xla", "float32") in bench.backends()

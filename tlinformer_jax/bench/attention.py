@@ -37,6 +37,7 @@ CHECKS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "all keys": (512, 256, {}),
     "one query": (1, 300, {}),
     "causal": (256, 256, {"causal": True}),
+    "odd lengths": (63, 77, {}),
     "causal, odd length": (77, 77, {"causal": True}),
     "causal, local window": (300, 300, {"causal": True, "window": 64}),
     "key lengths": (192, 512, {"key_length": (511, 64)}),

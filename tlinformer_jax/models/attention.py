@@ -325,9 +325,15 @@ def _attend_cudnn(
     never_empty: bool,
 ) -> Any:
     """cuDNN's fused kernel; heads are padded to a multiple of 8 features, which changes no score."""
-    width = query.shape[-1]
-    padding = [(0, 0)] * 3 + [(0, -width % 8)]
-    query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
+    queries, keys, width = query.shape[1], key.shape[1], query.shape[-1]
+    # JAX refuses to differentiate the kernel at odd lengths; with the log-sum-exp it is not differentiated.
+    odd_queries, odd_keys = (0, 0) if return_lse else (queries % 2, keys % 2)
+    if odd_keys and key_length is None and not (causal and queries <= keys):
+        key_length, never_empty = jnp.full(query.shape[:1], keys, jnp.int32), True
+    query, key, value = (
+        jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, -width % 8)])
+        for x, odd in ((query, odd_queries), (key, odd_keys), (value, odd_keys))
+    )
     options: dict[str, Any] = {"return_residual": return_lse}
     if key_length is not None:
         options["query_seq_lengths"] = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
@@ -343,7 +349,7 @@ def _attend_cudnn(
         **options,
     )
     output, lse = result if return_lse else (result, None)
-    output = output[..., :width]
+    output = output[:, :queries, :, :width]
     if key_length is not None and not never_empty:
         empty = (key_length == 0)[:, None, None]
         output = jnp.where(empty[..., None], 0, output)
