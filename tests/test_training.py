@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -338,6 +339,10 @@ def test_throughput_reports_model_flops_and_their_share_of_the_peak():
     figures = throughput.report(step=1)
     assert figures["tflops"] == pytest.approx(figures["tokens_per_second"] * 3e-3)
     assert figures["mfu"] == pytest.approx(figures["tflops"] / 1e3)
+    assert figures["save_wait"] == 0
+    with throughput.saving():
+        time.sleep(0.02)
+    assert 0.5 < throughput.report(step=2)["save_wait"] <= 1
     assert "mfu" not in Throughput(10, 3e9, None).report(step=1)
 
 

@@ -177,6 +177,27 @@ def test_a_failed_save_is_an_error_and_costs_no_older_checkpoint(tmp_path, monke
     assert_params(tmp_path, 1)
 
 
+class Device:
+    """A device whose memory is nearly full."""
+
+    def memory_stats(self):
+        return {"peak_bytes_in_use": 90, "bytes_limit": 80}
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_is_saved_is_the_state_at_that_moment_though_its_memory_is_used_again(room, tmp_path, monkeypatch):
+    if not room:
+        monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    state = state_of(3)
+    assert (checkpoint_module.copied(state) is None) is not room
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state)
+        overwrite(state)
+        assert state.params["embedding"].is_deleted() or not room  # what is read in place is not given away
+    assert_params(tmp_path, 3)
+
+
 def test_the_latest_and_the_best_are_kept(tmp_path):
     losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0, 10: 0.5}
     left = {2: "2", 4: "2 4", 6: "4 6", 8: "4 6 8", 10: "8 10"}

@@ -19,7 +19,7 @@ from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loop import train_and_evaluate
 
-SPEED = {f"train/{name}" for name in ("tokens_per_second", "tflops", "mfu", "input_wait")}
+SPEED = {f"train/{name}" for name in ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")}
 
 
 def run_config(folder: pathlib.Path, **train) -> RunConfig:

@@ -10,7 +10,7 @@ from tests.support.commands import command
 from tests.support.processes import SMALL, saved_steps, start, start_two, wait_for
 
 MAIN = "tlinformer_jax.main"
-SPEED = ("tokens_per_second", "tflops", "mfu", "input_wait")
+SPEED = ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")
 
 
 def run(*processes) -> list[str]:

@@ -13,7 +13,7 @@ from tlinformer_jax.training.checkpoint import DAMAGED, FOLDER, newest_good
 from tlinformer_jax.training.metrics import METRICS_FILE
 
 # What depends on the clock.
-SPEED = {f"train/{name}" for name in ("tokens_per_second", "tflops", "mfu", "input_wait")}
+SPEED = {f"train/{name}" for name in ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")}
 
 
 def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:

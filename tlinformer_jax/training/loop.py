@@ -311,11 +311,11 @@ def steps_while_finite(
                     break
             if around.trace.after(step, metrics) or new:
                 throughput.restart()
-            if pause:
-                if due(step, config.checkpoint_every, last):
+            if due(step, config.checkpoint_every, last):
+                with throughput.saving():
                     around.save(state)
-                if step in evaluations:
-                    evaluate_and_record(run, state, around)
+            if step in evaluations:
+                evaluate_and_record(run, state, around)
                 throughput.restart()
     return state
 

@@ -182,7 +182,7 @@ class MetricsLog:
 
 
 class Throughput:
-    """Speed of the training steps and time left, without compilation, evaluation and saving.
+    """Speed of the training steps, saving included, and time left; without compilation and evaluation.
 
     Args:
       total_steps: of the run.
@@ -199,7 +199,7 @@ class Throughput:
     def restart(self) -> None:
         """Forgets what came since the last report: its time went into something else than training."""
         self._since = time.perf_counter()
-        self._steps, self._tokens, self._waited = 0, 0, 0.0
+        self._steps, self._tokens, self._waited, self._saved = 0, 0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -207,6 +207,13 @@ class Throughput:
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Counts the time inside as spent on a checkpoint, before the next step can be dispatched."""
+        started = time.perf_counter()
+        yield
+        self._saved += time.perf_counter() - started
 
     def count(self, tokens: int) -> None:
         """Counts one dispatched step of `tokens` tokens."""
@@ -217,8 +224,8 @@ class Throughput:
 
         Returns:
           tokens_per_second; tflops, model FLOPs per second in 1e12; mfu, their fraction of the devices' peak, where
-          that is known; input_wait, the fraction of the time spent waiting for batches; eta, the seconds left at the
-          mean speed so far.
+          that is known; input_wait, the fraction of the time spent waiting for batches; save_wait, the one in which a
+          checkpoint held up the steps; eta, the seconds left at the mean speed so far.
         """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         self._all_steps, self._all_seconds = self._all_steps + self._steps, self._all_seconds + elapsed
@@ -227,6 +234,7 @@ class Throughput:
             "tokens_per_second": self._tokens / elapsed,
             "tflops": speed / 1e12,
             "input_wait": self._waited / elapsed,
+            "save_wait": self._saved / elapsed,
             "eta": (self._total - step) * self._all_seconds / max(self._all_steps, 1),
         }
         if self._peak_flops is not None:
