@@ -4,15 +4,15 @@
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
     python -m tlinformer_jax.main --config=configs/long.py:1m --workdir=/tmp/long-1m ...
 
-Variants: 64k (the default) and 1m. Both are the 41M shape with windows of 1024 and 1024 tokens; windows are computed
-again in the backward pass, one sequence at a time, without dropout. 64k sees 131,072 tokens an update, as our recipe
-does. 1m takes one sequence an update and 16 of its 1024 windows, drawn anew each time (train.sampled_windows; 0 takes
-them all), and computes the restored history in chunks of 65,536 rows (model.history_chunk).
+Variants: 64k (the default) and 1m. Both are the 41M shape with windows of 1024 and 1024 tokens, without dropout, one
+sequence at a time. 64k sees 131,072 tokens an update, as our recipe does. 1m takes one sequence an update and 16 of its
+1024 windows, drawn anew each time; --config.train.sampled_windows=0 --config.model.history_segments=8 takes them all,
+which is 116 s an update and 59 GB on an H100.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst; one accelerator. Either split
 must hold at least one sequence and a token more; samples run on from one document to the next.
 
-Result: not yet measured.
+Result: one step each was measured (docs/performance.md); no model has been trained by these yet.
 """
 
 from ml_collections import ConfigDict
@@ -36,10 +36,9 @@ def get_config(variant: str = "64k") -> ConfigDict:
         validation_files="data/books/valid.jsonl.xz",
     )
     recipes.set_own_recipe(config, "64k-2k-0.5")
-    config.model.update(dropout=0.0, remat="window")
+    config.model.dropout = 0.0
     config.train.accumulation = config.train.batch_size
     if variant == "1m":
         config.data.sequence_length = 1024 * 1024
         config.train.update(batch_size=1, accumulation=1, sampled_windows=16)
-        config.model.history_chunk = 65_536
     return config
