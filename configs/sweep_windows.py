@@ -3,7 +3,7 @@
     python -m tlinformer_jax.sweep --sweep=configs/sweep_windows.py --out=runs/windows \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
-Variants: full (the default, 23 points), windows9 (the 10 points that show the knee, for little time) and tiny (four
+Variants: full (the default, 23 points), knee (the 10 points that show the knee, for little time) and tiny (four
 points on the embedded Python reference, minutes on a CPU).
 
 A point is named W_oh-W_og, its windows; those of another depth end in -B-H, blocks and hidden layers, 8 layers in all.
@@ -20,7 +20,7 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
 
 TOKENS = 30_000_000
-# Shares of W_oh in windows of 512 rows.
+# Rows of W_oh in windows of 512.
 HISTORIES = (64, 128, 196, 256, 316, 384, 448)
 LENGTHS = (64, 128, 256, 512, 1024)
 DEPTHS = ((4, 0), (1, 6))
@@ -32,11 +32,11 @@ def get_sweep(variant: str = "full") -> Sweep:
         windows = ((8, 24), (16, 16), (24, 8), ("auto", 16))
         return Sweep(_tiny(), dict(_point(*pair) for pair in windows), then=("evaluate",))
     curve = [(history, 512 - history) for history in HISTORIES]
-    if variant == "windows9":
+    if variant == "knee":
         windows = [*curve, (128, 128), (512, 512), ("auto", 256)]
         return Sweep(_books(), dict(_point(*pair) for pair in windows))
     if variant != "full":
-        raise ConfigError("variant", variant, "must be one of full, windows9, tiny")
+        raise ConfigError("variant", variant, "must be one of full, knee, tiny")
     windows = [*curve, *((share, 1024 - share) for share in (391, 512, 633)), *((size, 256) for size in LENGTHS)]
     windows += [(256, size) for size in LENGTHS] + [(size, size) for size in (64, 128)] + [("auto", 256)]
     points = dict(_point(*pair) for pair in windows)

@@ -35,12 +35,14 @@ SAVERS = {
     "smaller train.batch_size (now 64)": ({}, {"train": {"batch_size": 1}}),
     "smaller train.eval_batch_size (now 128)": ({"train": {"eval_batch_size": 128}}, {}),
     "smaller train.loss_chunk (now 8192)": ({}, {"train": {"loss_chunk": 1024}}),
-    "smaller model.windows_together (now 4)": ({"model": {"windows_together": 4}}, {}),
+    "smaller model.windows_together (now 4)": (
+        {"model": {"windows_together": 4}},
+        {"model": {"windows_together": 4}, "train": {"sampled_windows": 2}},
+    ),
     "model.history_chunk = 4096 (now 0)": (
         {"data": {"sequence_length": 65536}},
         {"model": {"history_chunk": 4096}, "data": {"sequence_length": 65536}},
     ),
-    "fewer train.sampled_windows (now all 32)": ({}, {"model": {"architecture": "transformer"}}),
     "mesh.fsdp = 8 (now 1)": ({}, {"mesh": {"fsdp": 8}}),
 }
 

@@ -115,6 +115,8 @@ def test_masked_history_padding_and_rematerialisation_are_hardware_flops_only():
     chunked = training_flops(dataclasses.replace(WIDE, history_chunk=64), 512)
     assert chunked.model == whole.model
     assert 1.1 * whole.hardware < chunked.hardware < 1.34 * whole.hardware
+    grouped = training_flops(dataclasses.replace(WIDE, history_chunk=64, history_segments=1, windows_together=7), 512)
+    assert grouped.hardware > 1.1 * chunked.hardware, "a group restores its longest history"
     baseline = dataclasses.replace(WIDE, architecture="transformer")
     again = training_flops(dataclasses.replace(baseline, remat="window"), 512).hardware
     assert 1.2 < again / training_flops(baseline, 512).hardware < 1.34

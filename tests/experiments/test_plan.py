@@ -152,7 +152,7 @@ def test_the_shipped_sweeps_hold_what_they_promise():
     }
     assert {depth(point) for point in full} == {8}
     assert "auto-256-seed0" in [point.name for point in full]
-    assert len(plan_points(load_sweep(f"{CONFIGS}/sweep_windows.py:windows9"))) >= 9
+    assert len(plan_points(load_sweep(f"{CONFIGS}/sweep_windows.py:knee"))) >= 9
     for point in full:
         train, length = point.config.train, point.config.data.sequence_length
         assert length == 1024

@@ -16,6 +16,7 @@ from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import checkpoint as checkpoint_module
 from tlinformer_jax.training.checkpoint import Checkpoints, restore_params
 from tlinformer_jax.training.manifest import read_manifest
+from tlinformer_jax.training.memory import copy_on_devices
 from tlinformer_jax.training.step import Skips, TrainState
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -189,7 +190,7 @@ def test_what_is_saved_is_the_state_at_that_moment_though_its_memory_is_used_aga
     if not room:
         monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     state = state_of(3)
-    assert (checkpoint_module.copied(state) is None) is not room
+    assert (copy_on_devices(state) is None) is not room
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(state)

@@ -153,11 +153,13 @@ def _hardware_forward(
 
 def _segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:
     """The windows with history as the loop of a segment executes them."""
-    size, rows = config.generation_window, segment.history_rows
+    size, rows, together = config.generation_window, segment.history_rows, segment.together
     for number, observed in enumerate(segment.observed):
         history = (segment.first + number) * size
         keys = (history, observed) if fused else (rows, segment.observed_width)
-        restored = history + -history % segment.history_chunk if segment.history_chunk else rows
+        # Windows that run together restore as many chunks as the last of them needs.
+        longest = (segment.first + number + together - 1 - number % together) * size
+        restored = longest + -longest % segment.history_chunk if segment.history_chunk else rows
         yield WindowShape(size, restored, segment.observed_width, *keys, causal)
 
 

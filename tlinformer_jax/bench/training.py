@@ -146,6 +146,8 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     """
     import jax
 
+    from tlinformer_jax.training.memory import is_out_of_memory
+
     config = job.config
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
         "architecture": config.model.architecture,
@@ -157,7 +159,7 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     try:
         row |= _timed(config, timing)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         row["error"] = "out of memory"
         return row

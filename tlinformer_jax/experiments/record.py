@@ -34,11 +34,11 @@ def record_of(job: Job, trained: Trained, wall_seconds: float, attempts: int, pe
     Returns:
       format; name, study, sweep, point, overrides, seed, command; version, jax; device (kind, platform, count);
       config, by section; parameters; steps; tokens, all that were trained on; seconds: `train`, of all steps at the
-      logged speeds, without compilation, evaluation and saving (None where none was logged), and `wall`, with all of
-      them; attempts; speed: the median of the logged tokens_per_second and mfu (None where unknown); peak_bytes;
-      cache: bytes of one sequence of N tokens, used, allocated, by the paper's formula (None where it has none), and
-      the dtype; validation: the last figures; best: the step of the lowest validation loss, and that; history: pairs
-      of step and validation loss; then: empty.
+      logged speeds, without compilation and evaluation (None where none was logged), and `wall`, with all of them;
+      attempts; speed: the median of the logged tokens_per_second and mfu (None where unknown); peak_bytes; cache: bytes
+      of one sequence of N tokens, used, allocated, by the paper's formula (None where it has none), and the dtype;
+      validation: the last figures; best: the step of the lowest validation loss, and that; history: pairs of step and
+      validation loss; then: empty.
     """
     config, events = trained.run.config, read_events(job.workdir)
     history = loss_history(events)

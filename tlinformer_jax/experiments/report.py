@@ -25,7 +25,7 @@ from tlinformer_jax.experiments.curves import (
 )
 from tlinformer_jax.experiments.job import essence
 from tlinformer_jax.experiments.plots import plot_curves, plot_sweep
-from tlinformer_jax.experiments.results import read_result
+from tlinformer_jax.experiments.results import RESULT_FILE, read_result
 from tlinformer_jax.experiments.tables import (
     device,
     duration,
@@ -75,11 +75,13 @@ def write_report(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_results(folder: pathlib.Path) -> list[Result]:
-    """All records of a directory, by file name.
+    """All records of a directory, by file name; of a run's own directory, its record.
 
     Raises:
       DataError: if there are none, or a file is none.
     """
+    if (folder / RESULT_FILE).exists():  # the directory of one run
+        return [read_result(folder / RESULT_FILE)]
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise DataError(f"{folder}: must be a directory that holds at least one record of a run, NAME.json")
@@ -172,9 +174,10 @@ def differences(groups: Sequence[Group]) -> list[str]:
         change = None if base is None or base is group else percent(group, base)
         if base is None or change is None:
             continue
-        word = "worse" if change > 0 else "better"
+        size = f"{abs(change):.1f}%"
+        how = "as good as" if size == "0.0%" else f"{size} {'worse' if change > 0 else 'better'} than"
         lines.append(
-            f"- {group.label} ({group.config.model.architecture}) is {abs(change):.1f}% {word} than {base.label}: "
+            f"- {group.label} ({group.config.model.architecture}) is {how} {base.label}: "
             f"perplexity {with_spread(group.mean(perplexity), '{:.2f}')} against "
             f"{with_spread(base.mean(perplexity), '{:.2f}')} ({seeds(group)} against {len(base.results)})."
         )

@@ -16,8 +16,9 @@ REMAT = ("auto", "none", "window")
 # attention returned; the feed-forward's two inner products. Widest first, `gate_up` has 2 F features of a row.
 REMAT_NAMES = ("gate_up", "projected", "attended")
 
-# A sequence of at most so many windows has them computed together, and nothing of them computed again in the backward
-# pass, unless told otherwise: what differentiation keeps of them grows with the square of the sequence.
+# A sequence of at most so many windows is differentiated as a whole (on accelerators its windows run together), unless
+# told otherwise; of a longer one each window's gradients are made along with its loss, since what differentiation keeps
+# grows with the square of the sequence.
 FEW_WINDOWS = 8
 
 
@@ -62,11 +63,12 @@ class ModelConfig:
         accelerators and True on the CPU.
       remat: what is kept for the backward pass. With 'window' nothing of a window but its gradients: training makes
         them along with its loss, window after window, and differentiation of the model's outputs computes each window
-        again; the baselines compute each layer again. 'none' keeps everything; 'auto' is 'window' for sequences of
-        more than 8 windows, in the baselines 'none'.
+        again; the baselines compute each layer again. 'none' keeps everything, of sampled windows nothing all the
+        same; 'auto' is 'window' for sequences of more than 8 windows, in the baselines 'none'.
       remat_save: intermediate values that are kept where something is computed again, names separated by commas, of
-        'gate_up', 'projected', 'attended'; '' keeps none. Keeping makes a step faster and takes memory; the gradients
-        of what windows share are then summed in the compute dtype.
+        'gate_up', 'projected', 'attended'; '' keeps none. It is for the baselines, and for differentiation of the
+        model's outputs, where the gradients of what windows share are then summed in the compute dtype: training of
+        windowed architectures computes no window again.
     """
 
     architecture: str = "tlinformer"

@@ -28,6 +28,7 @@ import tlinformer_jax
 from tlinformer_jax.config import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, sync_folder, verify, write_manifest
+from tlinformer_jax.training.memory import copy_on_devices
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.step import Skips, TrainState
 
@@ -100,14 +101,19 @@ class Checkpoints:
             self._thread.shutdown()
             self._orbax.close()
 
-    def save(self, state: TrainState) -> None:
-        """Starts saving `state` under its step, if that is not saved; its arrays may be donated on return."""
+    def save(self, state: TrainState, overlap: bool = True) -> None:
+        """Starts saving `state` under its step, if that is not saved; its arrays may be donated on return.
+
+        Args:
+          state: what is saved.
+          overlap: read it while training goes on, from a copy; before the first step it is not known what that takes.
+        """
         step = int(state.step)
         if step == self._latest:
             return
         self._settle()
         draft, after_skip = self._folder / f"{step}{SAVING}", int(state.skips.in_a_row) > 0
-        copy = copied(state) if jax.process_count() == 1 else None
+        copy = copy_on_devices(state) if overlap and jax.process_count() == 1 else None
         if copy is None:
             self._write(draft, state)
         self._latest = step
@@ -215,17 +221,6 @@ class Checkpoints:
             if loss is not None and math.isfinite(loss):
                 losses[step] = loss
         return losses
-
-
-def copied(state: TrainState) -> TrainState | None:
-    """A copy of the state on its devices; None where the most that was in use so far leaves no room for it."""
-    shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
-    for device in jax.local_devices():
-        stats = device.memory_stats()
-        size = sum(shard.data.nbytes for shard in shards if shard.device == device)
-        if stats and stats["peak_bytes_in_use"] + size > stats["bytes_limit"]:
-            return None
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), state)
 
 
 @dataclasses.dataclass(frozen=True)

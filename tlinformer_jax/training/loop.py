@@ -187,7 +187,7 @@ def first_state(
             state = dataclasses.replace(state, params=params)
             if jax.process_index() == 0:
                 remember_origin(dataclasses.replace(origin, step=step), workdir)
-            checkpoints.save(state)
+            checkpoints.save(state, overlap=False)
         say(parameter_overview(state.params))
         return state, False
     state, manifest = restored
@@ -316,7 +316,7 @@ def steps_while_finite(
                     around.save(state)
             if step in evaluations:
                 evaluate_and_record(run, state, around)
-                throughput.restart()
+                throughput.restart(keep_saving=True)
     return state
 
 

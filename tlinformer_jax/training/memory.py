@@ -1,13 +1,13 @@
-"""Out of memory: what a user can change, said in one line instead of a traceback."""
+"""The devices' memory: whether there is room, and where there is none, one line on what a user can change."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.models.config import FEW_WINDOWS
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.windows import num_windows
 
@@ -53,6 +53,26 @@ def is_out_of_memory(error: Exception) -> bool:
     return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
 
 
+def copy_on_devices(tree: Any) -> Any:
+    """A copy of a pytree of arrays on their devices.
+
+    None where the most that was in use so far, earlier copies included, leaves no room for it.
+    """
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    for device in jax.local_devices():
+        stats = device.memory_stats()
+        size = sum(shard.data.nbytes for shard in shards if shard.device == device)
+        limit = (stats or {}).get("bytes_limit")
+        if stats and (limit is None or stats.get("peak_bytes_in_use", limit) + size > limit):
+            return None
+    try:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), tree)
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):  # room enough, but not in one piece
+            return None
+        raise
+
+
 def evaluation_advice(batch_size: int) -> str:
     """What saves memory in an evaluation of so many sequences at a time."""
     return f"{_smaller('batch_size', batch_size)}{MORE}"
@@ -74,7 +94,8 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
     advice = []
     if model.remat_save and not model.windowed:
         advice.append(f"model.remat_save = '' (now {model.remat_save!r})")
-    if not (rematerialised(model, windows) if model.windowed else model.remat == "window"):
+    sampled = model.windowed and 0 < train.sampled_windows < windows  # one after the other, whatever else is set
+    if not (sampled or (rematerialised(model, windows) if model.windowed else model.remat == "window")):
         advice.append(f"model.remat = 'window' (now {model.remat!r})")
     if train.micro_batch_size > 1:
         advice.append(
@@ -86,12 +107,10 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
         advice.append(f"a smaller train.eval_batch_size (now {train.eval_batch_size})")
     if train.loss_chunk > SMALL_LOSS_CHUNK:
         advice.append(f"a smaller train.loss_chunk (now {train.loss_chunk})")
-    if model.windowed and model.group_size(windows) > 1:
+    if model.windowed and not sampled and model.group_size(windows) > 1:
         advice.append(f"a smaller model.windows_together (now {model.group_size(windows)})")
     if model.windowed and (model.history_chunk or length) > SMALL_CHUNK:
         advice.append(f"model.history_chunk = {SMALL_CHUNK} (now {model.history_chunk})")
-    if model.windowed and windows > FEW_WINDOWS and train.sampled_windows != 1:
-        advice.append(f"fewer train.sampled_windows (now {train.sampled_windows or f'all {windows}'})")
     if devices > 1 and config.mesh.fsdp == 1:
         advice.append(f"mesh.fsdp = {devices} (now 1)")
     advice.append(f"a smaller data.sequence_length (now {length})")

@@ -193,13 +193,17 @@ class Throughput:
     def __init__(self, total_steps: int, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
         self._total = total_steps
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._all_steps, self._all_seconds = 0, 0.0
+        self._all_steps, self._all_seconds, self._saved = 0, 0.0, 0.0
         self.restart()
 
-    def restart(self) -> None:
-        """Forgets what came since the last report: its time went into something else than training."""
-        self._since = time.perf_counter()
-        self._steps, self._tokens, self._waited, self._saved = 0, 0, 0.0, 0.0
+    def restart(self, keep_saving: bool = False) -> None:
+        """Forgets what came since the last report, whose time went into something else than training.
+
+        With `keep_saving` the time that a checkpoint has taken since then still counts.
+        """
+        self._saved = self._saved if keep_saving else 0.0
+        self._since = time.perf_counter() - self._saved
+        self._steps, self._tokens, self._waited = 0, 0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

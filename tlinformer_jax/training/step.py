@@ -179,7 +179,7 @@ def summed_loss(
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
 
     Returns:
-      float32 []; and each window's sum, float32 [windows or k], where windows are computed one after the other, else
+      float32 []; and each window's sum, float32 [windows], where all are computed one after the other, else
       float32 [0].
     """
     inputs = batch["inputs"]
@@ -196,6 +196,8 @@ def summed_loss(
         hidden = apply(method=model.hidden_states)
         return readout(hidden, params["embedding"], rows), jnp.zeros(0, jnp.float32)
     total, each = apply(rows, readout, windows=windows, method=model.sum_over_windows)
+    if windows is not None:  # other micro-batches draw others
+        each = jnp.zeros(0, jnp.float32)
     return total * window_weight(shape, inputs.shape[1], windows), each
 
 
