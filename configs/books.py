@@ -25,11 +25,6 @@ from tlinformer_jax.config import default_config_dict
 def get_config(variant: str = "512-512-0.5") -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
     config = default_config_dict()
-    config.data.update(
-        dataset="text",
-        tokenizer="gpt2",
-        train_files="data/books/train-*.jsonl.xz",
-        validation_files="data/books/valid.jsonl.xz",
-    )
+    recipes.set_books(config)
     recipes.set_own_recipe(config, variant)
     return config

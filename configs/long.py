@@ -30,12 +30,7 @@ def get_config(variant: str = "64k") -> ConfigDict:
     if variant not in VARIANTS:
         raise ConfigError("variant", variant, f"must be one of {', '.join(VARIANTS)}")
     config = default_config_dict()
-    config.data.update(
-        dataset="text",
-        tokenizer="gpt2",
-        train_files="data/books/train-*.jsonl.xz",
-        validation_files="data/books/valid.jsonl.xz",
-    )
+    recipes.set_books(config)
     recipes.set_own_recipe(config, "64k-2k-0.5")
     config.model.dropout = 0.0
     config.train.accumulation = config.train.batch_size

@@ -50,12 +50,7 @@ def get_sweep(variant: str = "all") -> Sweep:
 
 def _config(row: str, architecture: str | None) -> ConfigDict:
     config = default_config_dict()
-    config.data.update(
-        dataset="text",
-        tokenizer="gpt2",
-        train_files="data/books/train-*.jsonl.xz",
-        validation_files="data/books/valid.jsonl.xz",
-    )
+    recipes.set_books(config)
     recipes.set_own_recipe(config, row)
     recipes.set_tokens(config, TOKENS)
     if architecture is not None:

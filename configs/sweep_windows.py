@@ -56,12 +56,7 @@ def _point(history: int | str, generation: int) -> tuple[str, dict[str, int | st
 
 def _books() -> ConfigDict:
     config = default_config_dict()
-    config.data.update(
-        dataset="text",
-        tokenizer="gpt2",
-        train_files="data/books/train-*.jsonl.xz",
-        validation_files="data/books/valid.jsonl.xz",
-    )
+    recipes.set_books(config)
     recipes.set_own_recipe(config, "1k-512-0.5")
     recipes.set_tokens(config, TOKENS)
     return config

@@ -153,7 +153,7 @@ def test_recomputed_loop_sums_shared_gradients_in_float32():
         return shared * fixed * jnp.where(step >= 0, 1, 0) + part.astype(shared.dtype) * 0 + part * 2
 
     def total(weight, parts):
-        return map_recomputed((branch,), weight, parts, jnp.bfloat16(1), steps).astype(jnp.float32).sum()
+        return map_recomputed(branch, weight, parts, jnp.bfloat16(1), steps).astype(jnp.float32).sum()
 
     gradient, part_gradient = jax.grad(total, argnums=(0, 1))(weight, parts)
     np.testing.assert_array_equal(gradient, jnp.full(3, 1024, jnp.bfloat16))

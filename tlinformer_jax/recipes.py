@@ -58,6 +58,16 @@ def set_row(config: "ConfigDict", row: str) -> None:
     config.data.sequence_length = _length(row, windows[1])
 
 
+def set_books(config: "ConfigDict") -> None:
+    """Sets the data to books, or any corpus of JSON lines with a document each, in GPT-2 tokens."""
+    config.data.update(
+        dataset="text",
+        tokenizer="gpt2",
+        train_files="data/books/train-*.jsonl.xz",
+        validation_files="data/books/valid.jsonl.xz",
+    )
+
+
 def set_paper_recipe(config: "ConfigDict", row: str) -> None:
     """Sets row `row` of Table 1 as the paper trains it, its quirks included.
 

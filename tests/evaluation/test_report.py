@@ -11,8 +11,9 @@ import pytest
 from tests.evaluation.runs import LENGTH, MODEL, costs, trained
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, plain, writable_file, write_report
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, writable_file, write_report
 from tlinformer_jax.evaluation.tables import lines
+from tlinformer_jax.files import finite
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.training.step import jit_eval_step
 
@@ -186,7 +187,7 @@ def test_reports_appear_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert json.loads(target.read_text()) == values
     assert ' "edges": [ 0, 1, null ],' in target.read_text().splitlines()
-    assert plain({"a": [math.inf, 1.5], "b": math.nan}) == {"a": [None, 1.5], "b": None}
+    assert finite({"a": [math.inf, 1.5], "b": math.nan}) == {"a": [None, 1.5], "b": None}
     for name in ("none/report.json", ".", "report.json/x"):
         with pytest.raises(UserError, match="--out="):
             writable_file(str(tmp_path / name))

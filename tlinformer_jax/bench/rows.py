@@ -12,8 +12,9 @@ import jax
 from tlinformer_jax.bench import limits, parts
 from tlinformer_jax.bench.limits import Ceilings
 from tlinformer_jax.bench.session import Session
-from tlinformer_jax.bench.timing import live_bytes, peak_bytes, tree_bytes
+from tlinformer_jax.bench.timing import live_bytes, tree_bytes
 from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.training.memory import peak_bytes
 
 # In the order in which they are measured.
 PARTS = ("figure9", "prefill", "windows", "sustained", "slide", "longest")

@@ -83,14 +83,9 @@ def device_facts() -> dict[str, Any]:
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "memory_limit_bytes": _memory_stats().get("bytes_limit"),
+        "memory_limit_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         "jax": jax.__version__,
     }
-
-
-def peak_bytes() -> int | None:
-    """Most bytes in use on the device since the process began; None where the device does not count them."""
-    return _memory_stats().get("peak_bytes_in_use")
 
 
 def live_bytes() -> int:
@@ -101,7 +96,3 @@ def live_bytes() -> int:
 def tree_bytes(tree: Any) -> int:
     """Bytes of a pytree's arrays, or of their shapes."""
     return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(tree))
-
-
-def _memory_stats() -> dict[str, Any]:
-    return jax.devices()[0].memory_stats() or {}

@@ -191,10 +191,10 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
     """Compiles and runs the training step."""
     import jax
 
-    from tlinformer_jax.bench.timing import peak_bytes
     from tlinformer_jax.models import build_model
     from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
+    from tlinformer_jax.training.memory import peak_bytes
     from tlinformer_jax.training.optimizer import Horizon
     from tlinformer_jax.training.step import init_state, jit_train_step
 
@@ -204,8 +204,8 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
 
     def initial(key: jax.Array) -> Any:
         state = init_state(key, model, train, horizon)
-        larger = lambda array: array * timing.init_scale if array.ndim > 1 else array  # noqa: E731
-        return dataclasses.replace(state, params=jax.tree.map(larger, state.params))
+        scales = jax.tree.map(lambda array: timing.init_scale if array.ndim > 1 else 1.0, state.params)
+        return dataclasses.replace(state, params=jax.tree.map(jax.numpy.multiply, state.params, scales))
 
     with jax.set_mesh(mesh):
         shardings = tree_shardings(jax.eval_shape(initial, jax.random.key(0)), mesh)

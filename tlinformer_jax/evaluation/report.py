@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -16,6 +15,7 @@ from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.positions import by_position, by_window_position
 from tlinformer_jax.evaluation.trained import TrainedRun
+from tlinformer_jax.files import finite
 from tlinformer_jax.training.evaluation import Evaluation, summary
 from tlinformer_jax.training.memory import advised, evaluation_advice
 
@@ -101,7 +101,7 @@ def evaluate_run(
       OutOfMemoryError: if a device's memory does not suffice.
     """
     source = Source(f"the {split} split", stream, stream)
-    return plain(describe(trained, command) | {"split": split} | evaluate_source(trained, source, options))
+    return finite(describe(trained, command) | {"split": split} | evaluate_source(trained, source, options))
 
 
 def describe(trained: TrainedRun, command: Sequence[str]) -> Report:
@@ -148,15 +148,6 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
         report["by_position"] = by_position(result)
         report["by_window_position"] = by_window_position(result, window)
     return report
-
-
-def plain(value: Any) -> Any:
-    """`value` with None for every number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def writable_file(path: str, flag: str = "--out") -> pathlib.Path:

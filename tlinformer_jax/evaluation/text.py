@@ -11,8 +11,9 @@ from tlinformer_jax.data.pieces import cut_documents, encode_pieces
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.evaluation.report import EvaluationOptions, Report, Source, describe, evaluate_source, plain
+from tlinformer_jax.evaluation.report import EvaluationOptions, Report, Source, describe, evaluate_source
 from tlinformer_jax.evaluation.trained import TrainedRun, load_run
+from tlinformer_jax.files import finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def evaluate_text(
     """
     source = text_source(text, trained.run.tokenizer, text_file)
     head = describe(trained, command) | {"text_file": text_file}
-    return plain(head | evaluate_source(trained, source, options))
+    return finite(head | evaluate_source(trained, source, options))
 
 
 def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:

@@ -7,16 +7,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tlinformer_jax.bench.timing import peak_bytes
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.actions import checked_actions, run_action
 from tlinformer_jax.experiments.job import Job, finished_result
 from tlinformer_jax.experiments.record import record_of
 from tlinformer_jax.experiments.results import RESULT_FILE, write_result
+from tlinformer_jax.files import write_text
 from tlinformer_jax.training.lock import sole_run
 from tlinformer_jax.training.loop import train_run
-from tlinformer_jax.training.manifest import write_text
-from tlinformer_jax.training.memory import memory_advice
+from tlinformer_jax.training.memory import memory_advice, peak_bytes
 from tlinformer_jax.training.metrics import METRICS_FILE, clock, say
 
 ATTEMPTS_FILE = "attempts.json"

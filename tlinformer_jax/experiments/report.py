@@ -36,7 +36,7 @@ from tlinformer_jax.experiments.tables import (
     windows_table,
     with_spread,
 )
-from tlinformer_jax.training.manifest import write_text
+from tlinformer_jax.files import write_text
 
 HEAD = """# Results
 

@@ -1,12 +1,11 @@
 """The record of a finished run, `result.json`: reading, writing, checking. Without JAX."""
 
 import json
-import math
 import pathlib
 from typing import Any
 
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.training.manifest import write_text
+from tlinformer_jax.files import finite, write_text
 
 RESULT_FILE = "result.json"
 FORMAT = "tlinformer_jax run 1"
@@ -28,7 +27,7 @@ def write_result(path: pathlib.Path, result: dict[str, Any]) -> None:
       DataError: if it cannot be written.
     """
     try:
-        parts = [f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in _finite(result).items()]
+        parts = [f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in finite(result).items()]
         write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror})") from None
@@ -52,11 +51,3 @@ def read_result(path: pathlib.Path) -> dict[str, Any]:
         if not isinstance(result.get(name), kind):
             raise DataError(f"{path}: {name!r} must be {kind.__name__}")
     return result
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

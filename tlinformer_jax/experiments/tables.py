@@ -22,7 +22,7 @@ from tlinformer_jax.experiments.curves import (
     tokens_per_second,
     wall_seconds,
 )
-from tlinformer_jax.training.manifest import write_text
+from tlinformer_jax.files import write_text
 
 
 def row_of(result: Result) -> dict[str, Any]:

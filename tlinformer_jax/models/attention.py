@@ -308,7 +308,7 @@ def _attend_with_dropout(
 
     padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
     parts = jnp.moveaxis(padded.reshape(batch, -1, chunk, *query.shape[2:]), 1, 0)
-    found = map_recomputed((some,), (key, value), parts, (key_length, dropout), jnp.arange(parts.shape[0]))
+    found = map_recomputed(some, (key, value), parts, (key_length, dropout), jnp.arange(parts.shape[0]))
     output, lse = (jnp.moveaxis(array, 0, 1).reshape(batch, -1, *array.shape[3:])[:, :queries] for array in found)
     return output, lse
 

@@ -2,8 +2,7 @@
 
 `jax.checkpoint` around the body of a `jax.lax.scan` gives a loop whose steps are computed again in the backward pass,
 but adds up the gradients of shared arrays in the arrays' dtype: in bfloat16 the sum over a thousand windows stops
-growing after a few hundred. Here each step's gradient is added in float32. Steps of different static shapes can take
-turns in one loop, too, without the backward pass holding the intermediate values of them all.
+growing after a few hundred. Here each step's gradient is added in float32.
 """
 
 import functools
@@ -32,27 +31,19 @@ def recomputed(function: Callable[..., Any], config: ModelConfig, in_loop: bool 
 Branch = Callable[[Any, Any, Any, Any], Any]
 
 
-def map_recomputed(
-    branches: tuple[Branch, ...],
-    shared: Any,
-    parts: Any,
-    fixed: Any,
-    steps: Any,
-    which: jax.Array | None = None,
-) -> Any:
-    """Outputs of `branches[which[i]](shared, parts[i], fixed, steps[i])` for every i, stacked along a new first axis.
+def map_recomputed(branch: Branch, shared: Any, parts: Any, fixed: Any, steps: Any) -> Any:
+    """Outputs of `branch(shared, parts[i], fixed, steps[i])` for every i, stacked along a new first axis.
 
     Each step is computed again in the backward pass.
 
     Args:
-      branches: functions with outputs of equal shapes; more than one needs `which`.
+      branch: one step.
       shared: pytree of floating arrays that every step reads; differentiated, gradients summed in float32.
       parts: pytree of floating arrays [steps, ...] (or empty), a slice for each step; differentiated.
       fixed: pytree that every step reads; not differentiated.
       steps: pytree of arrays [steps, ...], a slice for each step; not differentiated.
-      which: the branch of each step, int32 [steps].
     """
-    return _map(branches, shared, parts, fixed, steps, which)
+    return _map(branch, shared, parts, fixed, steps)
 
 
 def sum_with_gradients(
@@ -63,14 +54,16 @@ def sum_with_gradients(
     steps: Any,
     which: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum over all steps of what the branches return, and each step's share of it.
+    """The sum of `branches[which[i]](shared, parts[i], fixed, steps[i])` over every i, and each step's share of it.
 
-    Where it is differentiated, each step's gradient is made along with its value, so that nothing is kept from one
-    step for a later backward pass, and nothing is computed twice.
+    Steps of different static shapes can take turns; what one of them needs exists while it runs only. Where the sum is
+    differentiated, each step's gradient is made along with its value, so that nothing is kept from one step for a later
+    backward pass, and nothing is computed twice.
 
     Args:
-      branches: as `map_recomputed` takes them, each returning a float32 [].
-      shared: the same; parts: the same; fixed: the same; steps: the same; which: the same.
+      branches: each returns a float32 []; more than one needs `which`.
+      shared, parts, fixed, steps: as `map_recomputed` takes them.
+      which: the branch of each step, int32 [steps].
 
     Returns:
       float32 [], and float32 [steps], through which no gradient flows.
@@ -80,28 +73,25 @@ def sum_with_gradients(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map(branches, shared, parts, fixed, steps, which):
-    def body(_, item):
-        part, step, index = item
-        return None, _switch(index, branches, shared, part, fixed, step)
-
-    return jax.lax.scan(body, None, (parts, steps, which))[1]
+def _map(branch, shared, parts, fixed, steps):
+    return jax.lax.scan(lambda _, item: (None, branch(shared, item[0], fixed, item[1])), None, (parts, steps))[1]
 
 
-def _map_forward(branches, *inputs):
-    return _map(branches, *inputs), inputs
+def _map_forward(branch, *inputs):
+    return _map(branch, *inputs), inputs
 
 
-def _map_backward(branches, inputs, cotangents):
-    shared, parts, fixed, steps, which = inputs
-    pulls = tuple(functools.partial(_add_gradient, branch) for branch in branches)
+def _map_backward(branch, inputs, cotangents):
+    shared, parts, fixed, steps = inputs
 
     def body(total, item):
-        part, step, index, cotangent = item
-        return _switch(index, pulls, total, shared, part, fixed, step, cotangent)
+        part, step, cotangent = item
+        _, pull = jax.vjp(lambda shared, part: branch(shared, part, fixed, step), shared, part)
+        gradient, part_gradient = pull(cotangent)
+        return add_wide(total, gradient), part_gradient
 
-    total, part_gradients = jax.lax.scan(body, wide_zeros(shared), (parts, steps, which, cotangents))
-    return rounded(total, shared), part_gradients, None, None, None
+    total, part_gradients = jax.lax.scan(body, wide_zeros(shared), (parts, steps, cotangents))
+    return rounded(total, shared), part_gradients, None, None
 
 
 _map.defvjp(_map_forward, _map_backward)
@@ -137,13 +127,6 @@ def _sum_backward(branches, gradients, cotangents):
 
 
 _sum.defvjp(_sum_forward, _sum_backward)
-
-
-def _add_gradient(branch, total, shared, part, fixed, step, cotangent):
-    """The running sum of shared's gradient with this step's, and the gradient of the step's part."""
-    _, pull = jax.vjp(lambda shared, part: branch(shared, part, fixed, step), shared, part)
-    gradient, part_gradient = pull(cotangent)
-    return add_wide(total, gradient), part_gradient
 
 
 def _add_value_and_gradient(branch, total, shared, part, fixed, step):

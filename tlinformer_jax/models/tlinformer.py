@@ -63,7 +63,7 @@ class Fixed:
     dropout: Dropout | None
 
     def window_dropout(self, window: Place) -> Dropout | None:
-        """The dropout of one window, whatever the loop that window is in."""
+        """The dropout of one window, whatever the loop it is in; or of the first window of a group, for the group."""
         return None if self.dropout is None else self.dropout.fold_in(window)
 
 
@@ -121,7 +121,7 @@ def forward_windows(
             own = jax.tree.map(lambda rows: rows[0], own)
             states = _run_once(config, window, shared, own, sequence.fixed, segment.windows[0], remat)[None]
         elif remat and not config.remat_save:
-            states = map_recomputed((window,), shared, own, sequence.fixed, jnp.asarray(segment.windows))
+            states = map_recomputed(window, shared, own, sequence.fixed, jnp.asarray(segment.windows))
         else:
             step = recomputed(window, config, in_loop=True) if remat else window
             states = jax.lax.map(

@@ -27,7 +27,8 @@ from jax.experimental import multihost_utils
 import tlinformer_jax
 from tlinformer_jax.config import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, sync_folder, verify, write_manifest
+from tlinformer_jax.files import sync_folder
+from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, verify, write_manifest
 from tlinformer_jax.training.memory import copy_on_devices
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.step import Skips, TrainState

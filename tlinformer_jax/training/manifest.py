@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.files import write_text
 
 MANIFEST_FILE = "manifest.json"
 
@@ -50,17 +51,6 @@ def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
     """Writes the manifest of the checkpoint in `folder`, whole or not at all."""
     write_text(folder / MANIFEST_FILE, _render(dataclasses.asdict(manifest)))
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all; it is on the disk when this returns."""
-    draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    sync_folder(path.parent)
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -113,15 +103,6 @@ def verify(folder: pathlib.Path) -> Manifest:
         except OSError as error:
             raise DataError(f"checkpoint {folder}: file {path} cannot be read ({error.strerror})") from None
     return manifest
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-    """Brings a folder's entries, such as one just renamed, to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: pathlib.Path) -> list[str]:

@@ -53,6 +53,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
 
 
+def peak_bytes() -> int | None:
+    """Most bytes in use on the first device since the process began; None where it does not count them."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def copy_on_devices(tree: Any) -> Any:
     """A copy of a pytree of arrays on their devices.
 

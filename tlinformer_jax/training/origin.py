@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from tlinformer_jax.config import RunConfig, differences, load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import write_text
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.checkpoint import restore_params
-from tlinformer_jax.training.manifest import write_text
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.setup import Run
 
