@@ -36,7 +36,7 @@ def other_run(config):
     )
 
 
-def crash(*_):
+def crash(*_, **__):
     raise RuntimeError("crash")
 
 
