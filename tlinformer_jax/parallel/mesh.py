@@ -18,17 +18,24 @@ class MeshConfig:
     Attributes:
       data: splits the batch; parameters are replicated over it.
       fsdp: splits the batch and the parameters.
+      tensor: splits heads and the feed-forward's features.
+      window: splits the generation windows of each sequence in training; parameters are replicated over it.
+      context: splits the rows of the history, in training and in generation; parameters are replicated over it.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    window: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         for name, size in dataclasses.asdict(self).items():
             if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
                 raise ConfigError(f"mesh.{name}", size, "must be an integer >= 1, or -1 for the devices left")
-        if self.data == self.fsdp == -1:
-            raise ConfigError("mesh.fsdp", -1, "only one axis of the mesh may be -1")
+        left = [name for name, size in dataclasses.asdict(self).items() if size == -1]
+        if len(left) > 1:
+            raise ConfigError(f"mesh.{left[1]}", -1, f"only one axis of the mesh may be -1, and mesh.{left[0]} is")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Axis sizes for `num_devices` devices.
