@@ -2,8 +2,8 @@
 
 Row r lies on device r mod c, at place r div c: whatever length a history has, all devices hold equally much of it, and
 what is appended lies at the end everywhere. Attention does not ask for the order of keys, so each device attends to its
-own rows and the results are merged by their log-sum-exps. What devices tell each other are the few rows that read, never
-rows in the number of those that are read.
+own rows and the results are merged by their log-sum-exps. What devices tell each other grows with the rows that read,
+never with those that are read.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ class SplitRows:
 
     def count(self, length: jax.Array | int) -> jax.Array:
         """Rows 0 .. length - 1 that lie on this device, int32, of the shape of `length`."""
-        return jnp.maximum(length - self._index() + self.parts - 1, 0) // self.parts
+        return jnp.maximum(length - self.index() + self.parts - 1, 0) // self.parts
 
     def positions(self, start: jax.Array | int, count: int) -> jax.Array:
         """Positions in the sequence of this device's rows start .. start + count - 1, int32 [count]."""
-        return (start + jnp.arange(count, dtype=jnp.int32)) * self.parts + self._index()
+        return (start + jnp.arange(count, dtype=jnp.int32)) * self.parts + self.index()
 
     def take(self, rows: jax.Array, axis: int = 1) -> jax.Array:
         """This device's rows of an array that every device holds whole.
@@ -44,7 +44,7 @@ class SplitRows:
         """
         shape = rows.shape[:axis], rows.shape[axis + 1 :]
         dealt = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
-        return jax.lax.dynamic_index_in_dim(dealt, self._index(), axis + 1, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(dealt, self.index(), axis + 1, keepdims=False)
 
     def gather(self, rows: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
         """Rows start .. start + length - 1 of the sequence, on every device.
@@ -80,5 +80,6 @@ class SplitRows:
         output = jax.lax.psum(output * weight[..., None], self.axis)
         return output / jnp.where(total > 0, total, 1.0)[..., None]
 
-    def _index(self) -> jax.Array:
+    def index(self) -> jax.Array:
+        """Of this device on the axis, int32 []."""
         return jax.lax.axis_index(self.axis)
