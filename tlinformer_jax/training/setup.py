@@ -19,6 +19,7 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
+from tlinformer_jax.parallel.target import platform
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
@@ -163,8 +164,8 @@ def check_kernel(config: ModelConfig) -> None:
     Raises:
       ConfigError: naming `model.attention`.
     """
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {jax.default_backend()} here")
+    if config.attention == "cudnn" and platform() != "gpu":
+        raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {platform()} here")
 
 
 def use_compilation_cache() -> None:
