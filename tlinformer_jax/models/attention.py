@@ -14,6 +14,7 @@ import numpy as np
 from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import map_recomputed
+from tlinformer_jax.parallel.target import is_nvidia_gpu, platform
 
 # Keys of one part where attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
@@ -81,7 +82,7 @@ def attend(
     if chosen == "splash" and dropout is None:
         from tlinformer_jax.models.splash import attend_splash
 
-        interpret = jax.default_backend() != "tpu"
+        interpret = platform() != "tpu"
         result = attend_splash(query, key, value, scale, causal, window, key_length, return_lse, interpret)
         return result if return_lse else result[0]
     if chosen == "cudnn" and dropout is None:
@@ -106,13 +107,13 @@ def choose_backend(query: jax.Array, dropout: Dropout | None, return_lse: bool) 
         return "xla"
     if fused_kernel(query.dtype):
         return "cudnn"
-    return "splash" if query.dtype == jnp.bfloat16 and jax.default_backend() == "tpu" else "xla"
+    return "splash" if query.dtype == jnp.bfloat16 and platform() == "tpu" else "xla"
 
 
 def fused_kernel(dtype: Any) -> bool:
     """Whether cuDNN's kernel can take queries of this dtype here: half precision, on an NVIDIA GPU."""
     half = dtype in (jnp.bfloat16, jnp.float16)
-    return half and jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+    return half and is_nvidia_gpu()
 
 
 def attend_parts(

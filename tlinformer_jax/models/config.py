@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.parallel.target import platform
 
 ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
 WINDOWED = ("tlinformer", "tconstformer")
@@ -208,9 +209,7 @@ class ModelConfig:
 
 
 def _on_cpu() -> bool:
-    import jax
-
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 def _dtype_name(field: str, value: Any) -> str:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.parallel.constraints import open_axes
+from tlinformer_jax.parallel.target import is_nvidia_gpu
 
 LANES = 128
 # Programs to aim for: a few for each of the 132 multiprocessors of an H100.
@@ -30,10 +31,9 @@ TILE = 4
 Source = tuple[jax.Array, jax.Array, jax.Array, int | None]
 
 
-@functools.cache
 def available() -> bool:
-    """Whether the default device is an NVIDIA GPU, which Triton compiles for."""
-    return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+    """Whether the device is an NVIDIA GPU, which Triton compiles for."""
+    return is_nvidia_gpu()
 
 
 def unsplit() -> bool:

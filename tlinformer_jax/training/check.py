@@ -14,6 +14,7 @@ from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.parallel.sharding import batch_sharding
+from tlinformer_jax.parallel.target import device_kind
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
 from tlinformer_jax.training.setup import PENDING, Run, build_run
 from tlinformer_jax.training.step import jit_train_step
@@ -122,7 +123,7 @@ def _model_line(run: Run) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
     return (
         f"{model.architecture}, {model.num_layers} layers, {count:,} parameters; {model.compute_dtype.name} on "
-        f"{run.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}"
+        f"{run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
     )
 
 

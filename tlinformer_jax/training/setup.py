@@ -21,6 +21,7 @@ from tlinformer_jax.models.windows import num_windows
 from tlinformer_jax.parallel.constraints import EVALUATION_AXES
 from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, check_sequence_axes, ways
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
+from tlinformer_jax.parallel.target import platform
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
@@ -172,8 +173,8 @@ def check_kernel(config: ModelConfig) -> None:
     Raises:
       ConfigError: naming `model.attention`.
     """
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {jax.default_backend()} here")
+    if config.attention == "cudnn" and platform() != "gpu":
+        raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {platform()} here")
 
 
 def use_compilation_cache() -> None:
