@@ -247,7 +247,7 @@ OVERRIDES = {
         "full_hash": True,
         "num_workers": 2,
     },
-    "mesh": {"data": 2, "fsdp": 4},
+    "mesh": {"data": 2, "fsdp": 4, "tensor": 3, "window": 5, "context": 6},
 }
 OTHER = {
     ("model", "remat"): {"auto": "window", "none": "window", "window": "none"},

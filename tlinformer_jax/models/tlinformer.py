@@ -26,7 +26,7 @@ from tlinformer_jax.models.windows import (
     plan_segments,
     window_rows,
 )
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
 
 # Without history, every layer of it is an ordinary causal one.
 FIRST_WINDOW = Segment(first=0, observed=(0,), observed_width=0, history_rows=0)
@@ -185,27 +185,27 @@ def prepare(
     dropout: Dropout | None,
     readout: Any = None,
     together: int | None = None,
-    split: SplitRows | None = None,
+    split: SequenceSplit = WHOLE,
 ) -> Sequence:
     """What is computed once for all windows.
 
     Args:
       blocks: parameters.
       config: of the model.
-      embeddings: of a sequence, [batch, length, D]; with `split`, of this device's rows of it.
+      embeddings: of a sequence, [batch, length, D]; where rows are split, of this device's.
       length: of the sequence.
       dropout: None outside training.
       readout: what the readout reads, if there is one.
       together: as `plan_segments` takes it.
-      split: how the sequence's rows are dealt out over devices.
+      split: how the sequence is split over devices.
     """
-    count, parts = num_windows(config, length), split.parts if split else 1
-    segments = plan_segments(config, count, together, parts)
+    count, parts, rows = num_windows(config, length), split.row_parts, split.rows
+    segments = plan_segments(config, count, together, split)
     padded = padded_length(config, count, segments, parts)
     embeddings = jnp.pad(embeddings, ((0, 0), (0, padded // parts - embeddings.shape[1]), (0, 0)))
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)
-    rows_rope = jax.tree.map(lambda table: split.take(table, axis=0), rope) if split else rope
-    history = History(embeddings, Projected.of(blocks[0].compress, embeddings, rows_rope), split)
+    rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
+    history = History(embeddings, Projected.of(blocks[0].compress, embeddings, rows_rope), rows)
     return Sequence(Shared(blocks, history, readout), Fixed(rope, dropout), count, segments)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.analysis.flops import attention_by_device, training_flops
 from tlinformer_jax.analysis.ngram import witten_bell_bits
 from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import (
@@ -240,6 +240,10 @@ def describe(run: Run, train: TokenStream, validation: TokenStream, batches: Tra
         f"validation {len(validation.tokens):,} tokens; {run.horizon.steps:,} steps of "
         f"{config.train.batch_size * config.data.sequence_length:,} tokens"
     )
+    parts = run.mesh.shape["window"]
+    if parts > 1:
+        loads = attention_by_device(config.model, config.data.sequence_length, parts)
+        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
     if run.config.data.dataset == "pydoc" and run.tokenizer.vocab_size <= NGRAM_VOCABULARY:
         bits = witten_bell_bits(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
         bits *= len(validation.tokens) / validation.num_bytes
