@@ -83,22 +83,3 @@ def check_batch_divides(batch_size: int, mesh: "Mesh", field: str) -> None:
     parts = ways(mesh, ("data", "fsdp"))
     if batch_size % parts:
         raise ConfigError(field, batch_size, f"must be divisible by {parts} (mesh.data * mesh.fsdp)")
-
-
-def check_sequence_axes(mesh: "Mesh", architecture: str, windowed: bool, windows: int) -> None:
-    """Refuses axes that split a sequence where it cannot be split so.
-
-    Args:
-      mesh: the mesh.
-      architecture: its name, for the message.
-      windowed: whether the architecture works by generation windows.
-      windows: of a sequence, that are trained on.
-
-    Raises:
-      ConfigError: naming the axis.
-    """
-    for name in ("window", "context"):
-        if mesh.shape[name] > 1 and not windowed:
-            raise ConfigError(f"mesh.{name}", mesh.shape[name], f"must be 1 for model.architecture = {architecture!r}")
-    if mesh.shape["window"] > windows:
-        raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")

@@ -19,7 +19,7 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows
 from tlinformer_jax.parallel.constraints import EVALUATION_AXES
-from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, check_sequence_axes, ways
+from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, ways
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
 from tlinformer_jax.parallel.target import platform
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
@@ -160,11 +160,25 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAI
     if horizon != UNTRAINED:
         field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
         check_batch_divides(config.train.micro_batch_size, mesh, field)
-        model, windows = config.model, num_windows(config.model, config.data.sequence_length)
-        windows = min(windows, config.train.sampled_windows or windows)
-        check_sequence_axes(mesh, model.architecture, model.windowed, windows)
+        check_sequences_divide(mesh, config.model, config.data.sequence_length, config.train.sampled_windows)
         check_kernel(config.model)
     return Run(config, tokenizer, mesh, build_model(config.model), horizon)
+
+
+def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled_windows: int) -> None:
+    """Refuses axes of the mesh that split a sequence of `length` tokens where it cannot be split so.
+
+    Raises:
+      ConfigError: naming the axis.
+    """
+    for name in ("window", "context"):
+        if mesh.shape[name] > 1 and not config.windowed:
+            allowed = f"must be 1 for model.architecture = {config.architecture!r}"
+            raise ConfigError(f"mesh.{name}", mesh.shape[name], allowed)
+    windows = num_windows(config, length)
+    windows = min(windows, sampled_windows or windows)
+    if mesh.shape["window"] > windows:
+        raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")
 
 
 def check_kernel(config: ModelConfig) -> None:
