@@ -1,9 +1,13 @@
 """The device mesh: one named mesh for every machine, from one CPU to a pod."""
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tlinformer_jax.errors import ConfigError
 
@@ -67,6 +71,26 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> "Mes
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def connect(mesh: "Mesh") -> None:
+    """Lets the processes of a mesh connect, group of devices by group; every process calls it.
+
+    On CPUs a group connects when a program first needs it. Of two groups that need not wait for each other, one process
+    may begin with the one and another process with the other, and then both wait in vain.
+    """
+    import jax
+    from jax.sharding import PartitionSpec
+
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    for count in range(1, len(axes) + 1):
+        for names in itertools.combinations(axes, count):
+            add = functools.partial(jax.lax.psum, axis_name=names)
+            everywhere = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+            add = jax.jit(jax.shard_map(add, mesh=mesh, check_vma=False, **everywhere))
+            jax.block_until_ready(add(np.float32(1)))
 
 
 def ways(mesh: "Mesh", axes: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows
 from tlinformer_jax.parallel.constraints import EVALUATION_AXES
-from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, ways
+from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, connect, ways
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
 from tlinformer_jax.parallel.target import platform
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
@@ -157,6 +157,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAI
     """
     check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.mesh)
+    connect(mesh)
     if horizon != UNTRAINED:
         field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
         check_batch_divides(config.train.micro_batch_size, mesh, field)
