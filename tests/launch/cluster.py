@@ -14,12 +14,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
 from tests.support.processes import free_port
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "setpriv")
 # Where Debian puts daemons; it is not in everyone's PATH.
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 # Both lead to this machine, and a node's name is what processes look for each other by.
@@ -35,7 +36,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -138,7 +139,8 @@ class Cluster:
         program = shutil.which(name, path=PATH)
         assert program is not None
         with open(self.folder / f"{name}.{len(self._daemons)}.out.log", "wb") as log:
-            line = [program, *arguments]
+            # Debian's `setpriv`: they end with this process too, should it be killed before it can end them.
+            line = ["setpriv", "--pdeathsig", "TERM", program, *arguments]
             daemon = subprocess.Popen(
                 line, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
@@ -178,11 +180,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: pathlib.Path) -> Iterator[Cluster]:
-    """A cluster in `folder`, which must be empty."""
-    cluster = Cluster(folder)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
+def running_cluster() -> Iterator[Cluster]:
+    """A cluster, in a folder of its own that is removed in the end."""
+    # Not a test's own folder: the name of a socket in it may have 108 characters at most.
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster(pathlib.Path(folder))
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()

@@ -15,11 +15,9 @@ SOON = 120  # seconds that a job may take for its next step
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster():
     need(missing_programs(), "apt-get install slurm-wlm munge")
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    with running_cluster(folder) as cluster:
+    with running_cluster() as cluster:
         yield cluster
 
 
