@@ -106,7 +106,9 @@ def test_scan_equals_plain_loop_over_windows(architecture, remat):
         assert float(jnp.linalg.norm(value - truth)) <= 1e-4 * norm + 1e-12
 
 
-@pytest.mark.parametrize("segments", [1, 2, 5])
+@pytest.mark.parametrize(
+    "segments", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_results_do_not_depend_on_segments_or_layer_scans(segments):
     variables = golden_scale(SMALL)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 27)))

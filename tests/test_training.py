@@ -171,7 +171,7 @@ def test_accumulation_changes_nothing():
     assert float(jnp.abs(one.params["embedding"] - golden_state().params["embedding"]).max()) > 1e-3
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("sizes", [pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 4}])
 def test_eight_devices_equal_one(sizes):
     """Loss within 1e-5, gradients within 1e-4, gradients sharded like their parameters."""
     model, batch = build_model(MODEL), random_batch()

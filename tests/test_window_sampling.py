@@ -88,6 +88,7 @@ def test_a_step_draws_other_windows_than_the_one_before_and_reports_an_estimate(
     assert float(metrics["tokens"]) == 2 * LENGTH
 
 
+@pytest.mark.slow
 def test_cost_grows_with_the_sampled_windows_not_with_the_sequence():
     """The program has one loop of k steps, whatever the sequence; its body reads what a segment needs."""
     config = dataclasses.replace(SMALL, history_segments=3)

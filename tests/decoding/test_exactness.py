@@ -104,7 +104,11 @@ def test_prefill_step_and_slide_equal_the_reference(name):
 
 @pytest.mark.parametrize(
     ("architecture", "rows_per_word"),
-    [("tlinformer", 4), ("tlinformer", 0), ("tconstformer", 4), ("transformer", 4)],
+    [
+        ("tlinformer", 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tlinformer", 0), ("tconstformer", 4))),
+        ("transformer", 4),
+    ],
 )
 def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_word, monkeypatch, own_traces):
     """Histories of several chunks and rounds, caches that grow class by class from the smallest; block 0's rows

@@ -211,7 +211,9 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         shardings = tree_shardings(jax.eval_shape(initial, jax.random.key(0)), mesh)
         state = jax.jit(initial, out_shardings=shardings)(jax.random.key(0))
         batch = put_batch(_random_batch(config), mesh)
-        lowered = jit_train_step(model, train, horizon, shardings, batch_sharding(mesh)).lower(state, batch)
+        lowered = jit_train_step(model, train, horizon, shardings, batch_sharding(mesh), window_losses=True).lower(
+            state, batch
+        )
         started = time.perf_counter()
         compiled = lowered.compile()
         figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
-from tlinformer_jax.models.block import History, Projected, causal_layers
+from tlinformer_jax.models.block import causal_layers
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.streams import History, Projected
 from tlinformer_jax.models.tlinformer import later_window
 from tlinformer_jax.models.transformer import forward_layers
 from tlinformer_jax.models.windows import WindowFrame

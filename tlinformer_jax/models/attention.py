@@ -277,7 +277,7 @@ def _attend_xla(
     lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, -jnp.inf)
     weights = weights / jnp.where(total > 0, total, 1.0)
     if dropout is not None:
-        weights = dropout(weights)
+        weights = dropout(weights, start)
     output = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
     return output, jnp.swapaxes(lse[..., 0], 1, 2)
 
@@ -294,8 +294,7 @@ def _attend_with_dropout(
 ) -> tuple[jax.Array, jax.Array]:
     """`_attend_xla`, by as many queries at a time as keep the scores at DROPOUT_SCORES.
 
-    Each chunk of queries draws a mask of its own, the same one when it is computed again in the backward pass, so
-    neither pass ever holds the scores of a long history.
+    Neither pass ever holds the scores of a long history: each chunk is computed again in the backward pass.
     """
     batch, queries, heads, _ = query.shape
     chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
@@ -304,8 +303,7 @@ def _attend_with_dropout(
 
     def some(shared: Any, query: jax.Array, fixed: Any, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         (key, value), (key_length, dropout) = shared, fixed
-        part = dropout.fold_in(number)
-        return _attend_xla(query, key, value, scale, causal, window, key_length, part, number * chunk)
+        return _attend_xla(query, key, value, scale, causal, window, key_length, dropout, number * chunk)
 
     padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
     parts = jnp.moveaxis(padded.reshape(batch, -1, chunk, *query.shape[2:]), 1, 0)

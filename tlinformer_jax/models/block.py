@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,71 +20,11 @@ from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepa
 from tlinformer_jax.models.recompute import recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.row_chunks import map_rows
-from tlinformer_jax.models.windows import Place, WindowFrame, fold, slice_rows
+from tlinformer_jax.models.streams import BlockParams, Following, History, Projected
+from tlinformer_jax.models.windows import Place, WindowFrame, fold
 
 # Parts of a layer that draw dropout masks of their own.
 SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
-
-
-@flax.struct.dataclass
-class BlockParams:
-    """Parameters of one block."""
-
-    compress: LayerParams
-    hidden: tuple[LayerParams, ...]
-    restore: LayerParams
-
-    def layers(self) -> tuple[LayerParams, ...]:
-        """All layers of the block in order."""
-        return (self.compress, *self.hidden, self.restore)
-
-
-@flax.struct.dataclass
-class Projected:
-    """Queries, keys and values of the same rows under one layer, each [batch, rows, heads, d_h], q and k rotated.
-
-    The queries are None where nobody reads them.
-    """
-
-    query: jax.Array | None
-    key: jax.Array
-    value: jax.Array
-
-    @classmethod
-    def of(cls, params: LayerParams, rows: jax.Array, rope: Rope, parts: str = "qkv") -> "Projected":
-        """`layers.project` of rows, 'qkv' or 'kv'."""
-        return cls(*((None,) if parts == "kv" else ()), *project(params, rows, rope, parts))
-
-    def rows(self, start: Place, length: int, folded: int | None = None) -> "Projected":
-        """Rows start .. start + length - 1, by `slice_rows`."""
-        return jax.tree.map(lambda array: slice_rows(array, start, length, folded), self)
-
-
-@flax.struct.dataclass
-class History:
-    """The history stream at a block's entrance.
-
-    Attributes:
-      rows: C, [batch, rows, D]; rows past the frame's history_length are the future and never attended to. Where g
-        windows run together, either [batch, ...], which they share, or [batch * g, ...].
-      projected: of C under the block's `compress` layer; with queries where the block restores the history.
-    """
-
-    rows: jax.Array
-    projected: Projected
-
-
-@flax.struct.dataclass
-class Following:
-    """The block that reads the restored history.
-
-    Attributes:
-      compress: its first layer.
-      parts: what that projects of all rows: 'qkv' where it restores them in its turn, else 'kv'.
-    """
-
-    compress: LayerParams
-    parts: str = flax.struct.field(pytree_node=False)
 
 
 def causal_layers(
@@ -189,15 +128,14 @@ def compress(
       both streams side by side [batch, observed_width + m, D].
     """
     width = frame.observed_width
-    z = slice_rows(history.rows, frame.observed_start, width, x.shape[0])
+    z = history.part(history.rows, frame.observed_start, width, x.shape[0])
     if history.projected.query is not None:
-        z_query = slice_rows(history.projected.query, frame.observed_start, width, x.shape[0])
+        z_query = history.part(history.projected.query, frame.observed_start, width, x.shape[0])
     else:
         (z_query,) = project(params, z, rope.rows(frame.observed_start, width), "q")
     assert projected.query is not None
     readers = [z_query] if config.architecture == "tconstformer" else [z_query, projected.query]
-    key, value = (fold(array, x.shape[0]) for array in (history.projected.key, history.projected.value))
-    shared = _attend_shared(config, readers, key, value, frame.history_length, _part(dropout, SHARED_ATTENTION))
+    shared = _attend_history(config, readers, history, frame, x.shape[0], _part(dropout, SHARED_ATTENTION))
     causal = _attend_causal(config, projected, dropout)
     x_attended = causal if config.architecture == "tconstformer" else causal + shared[:, width:]
     attended = jnp.concatenate([shared[:, :width], x_attended], axis=1)
@@ -260,6 +198,11 @@ def restore_context(
     parts = fold(history.rows, folded), fold(history.projected.query, folded)
     # What is a plain number stays one: kernels are faster where nothing is masked.
     known = None if isinstance(frame.observed_length, jax.Array) else frame.observed_length
+    length = frame.history_length
+    if history.split is not None:
+        rope = jax.tree.map(lambda table: history.split.take(table, axis=0), rope)
+        dropout = _part(dropout, history.split.index())
+        length = history.split.count(length)
     fixed = (frame.observed_length if known is None else None, rope, dropout)
 
     def some(shared: Any, part: Any, fixed: Any, number: jax.Array | None) -> tuple[jax.Array, Projected]:
@@ -273,10 +216,10 @@ def restore_context(
 
     shared = (params, following, context)
     if not chunk:
-        return History(*some(shared, parts, fixed, None))
+        return History(*some(shared, parts, fixed, None), history.split)
     # Rows past the history are the future, which no one reads: their chunks are left out.
-    filled = -(-jnp.max(jnp.asarray(frame.history_length, jnp.int32)) // chunk)
-    return History(*map_rows(some, shared, parts, fixed, chunk, filled))
+    filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // chunk)
+    return History(*map_rows(some, shared, parts, fixed, chunk, filled), history.split)
 
 
 def _attend_shared(
@@ -305,6 +248,34 @@ def _attend_shared(
         scale=config.attention_scale,
         never_empty=config.always_observes,
     )
+
+
+def _attend_history(
+    config: ModelConfig,
+    queries: Sequence[jax.Array],
+    history: History,
+    frame: WindowFrame,
+    folded: int,
+    dropout: Dropout | None,
+) -> jax.Array:
+    """Non-causal attention of all `queries`, side by side, to the whole history; `folded` is the batch of x."""
+    key, value, split = history.projected.key, history.projected.value, history.split
+    if split is None:
+        key, value = fold(key, folded), fold(value, folded)
+        return _attend_shared(config, queries, key, value, frame.history_length, dropout)
+    # Each device reads its own rows. Only XLA's attention has a log-sum-exp that can be differentiated.
+    query = jnp.concatenate(queries, axis=1)
+    output, lse = attend(
+        query,
+        key,
+        value,
+        key_length=split.count(frame.history_length),
+        dropout=_part(dropout, split.index()),
+        backend="xla",
+        return_lse=True,
+        scale=config.attention_scale,
+    )
+    return split.merge(output.astype(jnp.float32), lse).astype(query.dtype)
 
 
 def _attend_causal(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from tlinformer_jax.models.rope import Rope
+from tlinformer_jax.parallel.constraints import open_axes
 from tlinformer_jax.parallel.target import is_nvidia_gpu
 
 LANES = 128
@@ -36,8 +37,8 @@ def available() -> bool:
 
 
 def unsplit() -> bool:
-    """Whether the mesh in use, if any, is of one device: XLA cannot split a kernel's operands over several."""
-    return jax.sharding.get_abstract_mesh().size <= 1
+    """Whether what is traced runs on one device: XLA cannot split a kernel's operands over several."""
+    return not open_axes()
 
 
 def power_of_two_pieces(width: int) -> tuple[tuple[int, int], ...]:

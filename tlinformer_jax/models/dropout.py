@@ -24,7 +24,8 @@ class Dropout:
     """Dropout to apply: `rate` of the values. None stands for no dropout.
 
     Attributes:
-      words: the key, uint32 [2].
+      words: the key's two words, and the number of the part of the batch that this device has, whose size is that of
+        the arrays; uint32 [3]. Masks do not depend on how many devices a batch is split over.
       rate: in [0, 1).
     """
 
@@ -32,34 +33,40 @@ class Dropout:
     rate: float = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def by_key(cls, key: jax.Array, rate: float) -> "Dropout":
-        """The dropout that a key of `jax.random` draws, which is then for nothing else."""
-        return cls(jax.random.bits(key, (2,), jnp.uint32), rate)
+    def by_key(cls, key: jax.Array, rate: float, share: jax.Array | int = 0) -> "Dropout":
+        """The dropout that a key of `jax.random` draws, which is then for nothing else; `share` of the batch."""
+        return cls(jnp.append(jax.random.bits(key, (2,), jnp.uint32), jnp.asarray(share).astype(jnp.uint32)), rate)
 
     def fold_in(self, number: jax.Array | int) -> "Dropout":
         """An independent dropout for part `number`."""
         # Few operations: a program has hundreds of parts, and Threefry for each would take long to compile.
         number = jnp.asarray(number).astype(jnp.uint32)
         first = _mixed(self.words[0] + (number + np.uint32(1)) * np.uint32(STEP), self.words[1])
-        return Dropout(jnp.stack([first, _mixed(self.words[1] + first, number)]), self.rate)
+        return Dropout(jnp.stack([first, _mixed(self.words[1] + first, number), self.words[2]]), self.rate)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Zeroes values of x [..., rows, features] with probability `rate` and scales the others to keep the mean."""
-        return _drop(x, self.words, self.rate)
+    def __call__(self, x: jax.Array, first_row: jax.Array | int = 0) -> jax.Array:
+        """Zeroes values of x [..., rows, features] with probability `rate` and scales the others to keep the mean.
+
+        `first_row` is the number of the first of the rows, where x is a part of them.
+        """
+        return _drop(x, self.words, first_row, self.rate)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def _drop(x: jax.Array, words: jax.Array, rate: float) -> jax.Array:
+@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
+def _drop(x: jax.Array, words: jax.Array, first_row: jax.Array | int, rate: float) -> jax.Array:
     # Computed again in the backward pass: a mask is as many bytes as half of x.
     *leading, rows, width = (1,) * max(0, 2 - x.ndim) + x.shape
-    mask = dropout_mask(words, math.prod(leading), 1, rows, width, rate).reshape(x.shape)
+    mask = dropout_mask(words, math.prod(leading), 1, rows, width, rate, first_row).reshape(x.shape)
     return jnp.where(mask, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def dropout_mask(words: jax.Array, batch: int, heads: int, queries: int, keys: int, rate: float) -> jax.Array:
-    """Which attention weights are kept, bool [batch, heads, queries, keys], for the key `words` uint32 [2]."""
+def dropout_mask(
+    words: jax.Array, batch: int, heads: int, queries: int, keys: int, rate: float, first_row: jax.Array | int = 0
+) -> jax.Array:
+    """Which attention weights are kept, bool [batch, heads, queries, keys], for `words` as `Dropout` has them."""
     softmax = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1, 1)
-    row = jnp.arange(queries, dtype=jnp.uint32)[:, None]
+    softmax += words[2] * np.uint32(batch * heads)
+    row = jnp.arange(queries, dtype=jnp.uint32)[:, None] + jnp.asarray(first_row).astype(jnp.uint32)
     state = threefry(words[0], words[1], *jnp.broadcast_arrays(softmax, row))
     return kept(*state, jnp.arange(keys), rate)
 

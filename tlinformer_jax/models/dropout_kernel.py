@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from tlinformer_jax.models.decode_kernel import available, call_kernel, unsplit
@@ -82,7 +83,7 @@ def attend_with_dropout(
       causal: query i sees keys 0 .. i only.
       window: with `causal`, the last `window` of those; None for all.
       key_length: valid keys, int32 [batch]; None for all.
-      words: the mask's key, uint32 [2]; see `dropout`.
+      words: the mask's, uint32 [3]; see `dropout.Dropout`.
       rate: in [0, 1).
       interpret: run on the CPU, for tests.
       tiles: of the kernels.
@@ -174,7 +175,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.queries + _iota(tile.queries)
     query = _load(query_ref, (row, head), numbers, query_ref.shape[1])
-    first, second = _row_states(words_ref, numbers, query_ref.shape[2])
+    first, second = _row_states(words_ref, numbers, query_ref.shape)
     scale = options.scale * LOG2_E
 
     def block(index, carry, masked: bool):
@@ -219,7 +220,7 @@ def _query_kernel(
         _load(ref, place, numbers, query_ref.shape[1]) for ref in (query_ref, output_ref, gradient_ref)
     )
     lse = _load_numbers(lse_ref, place, numbers)
-    first, second = _row_states(words_ref, numbers, query_ref.shape[2])
+    first, second = _row_states(words_ref, numbers, query_ref.shape)
     delta = jnp.sum(output.astype(jnp.float32) * gradient.astype(jnp.float32), axis=1) * (1.0 - options.rate)
 
     def block(index, sums, masked: bool):
@@ -332,9 +333,10 @@ def _seen(queries: jax.Array, keys: jax.Array, length, options: Options) -> jax.
     return functools.reduce(jnp.logical_and, conditions)
 
 
-def _row_states(words_ref, queries: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
-    """States of the mask of the program's rows, uint32 [queries] each."""
-    softmax = (pl.program_id(2) * heads + pl.program_id(1)).astype(jnp.uint32)
+def _row_states(words_ref, queries: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """States of the mask of the program's rows, uint32 [queries] each; `shape` is [batch, queries, heads, d_h]."""
+    softmax = (pl.program_id(2) * shape[2] + pl.program_id(1)).astype(jnp.uint32)
+    softmax += words_ref[2] * np.uint32(shape[0] * shape[2])
     rows = queries.astype(jnp.uint32)
     return threefry(words_ref[0], words_ref[1], jnp.full(rows.shape, softmax), rows)
 

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import head_multiple
-from tlinformer_jax.models.block import BlockParams, DualWindowBlock
+from tlinformer_jax.models.block import DualWindowBlock
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, layer_norm, prepare_layers
-from tlinformer_jax.models.tlinformer import forward_windows, sum_windows
+from tlinformer_jax.models.streams import BlockParams
+from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.models.transformer import forward_layers
+from tlinformer_jax.models.window_sum import sum_windows
 from tlinformer_jax.parallel.constraints import constrain_batch
+from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
 
 # In half precision the vocabulary is padded to a multiple of this inside the product. Rows of 50257 values do not
 # begin at addresses that the matrix units' loads are aligned to; XLA would pad each product's logits by a copy.
@@ -99,19 +102,21 @@ class LanguageModel(nn.Module):
         *,
         train: bool = False,
         inputs_embeds: jax.Array | None = None,
+        share: jax.Array | int = 0,
     ) -> jax.Array:
         """What the head reads: [batch, length, D] in the compute dtype, after the final LayerNorm.
 
-        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk.
+        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk. `share` is the
+        number of the part of the batch that the inputs are, see `Dropout.words`.
         """
         config, params = self.config, self.parameters()
         embeddings = self._embed(tokens, inputs_embeds)
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
             return embeddings
         if config.windowed:
-            hidden = forward_windows(self._prepared(params.blocks), config, embeddings, self._dropout(train))
+            hidden = forward_windows(self._prepared(params.blocks), config, embeddings, self._dropout(train, share))
         else:
-            hidden = forward_layers(self._prepared(params.layers), config, embeddings, self._dropout(train))
+            hidden = forward_layers(self._prepared(params.layers), config, embeddings, self._dropout(train, share))
         return layer_norm(hidden, params.norm_scale, params.norm_bias)
 
     def sum_over_windows(
@@ -122,6 +127,8 @@ class LanguageModel(nn.Module):
         *,
         train: bool = False,
         windows: jax.Array | None = None,
+        share: jax.Array | int = 0,
+        split: SequenceSplit = WHOLE,
     ) -> tuple[jax.Array, jax.Array]:
         """The sum of `readout` over all generation windows, of windowed architectures, gradients made along with it.
 
@@ -130,11 +137,13 @@ class LanguageModel(nn.Module):
         Args:
           tokens: as `__call__` takes them.
           rows: pytree of arrays [batch, length, ...] that go along with the tokens, such as labels.
-          readout: of the hidden states [batch, W_og, D] of a window, as `hidden_states` gives them, of the embedding
-            [V, D], and of the window's part of `rows`; a float32 []. Past the sequence's end `rows` are 0, hidden
-            states are finite.
+          readout: of the hidden states [batch, rows, D] of rows of a window, as `hidden_states` gives them, of the
+            embedding [V, D], and of the same rows of `rows`; a float32 [], the sum over them. Past the sequence's end
+            `rows` are 0, hidden states are finite, and the readout must be 0.
           train: apply dropout.
-          windows: only these, int32 [k]; None for all.
+          windows: only these, int32 [k], ascending; None for all.
+          share: number of the part of the batch that `tokens` are, see `Dropout.words`.
+          split: how sequences are split over devices, inside `jax.shard_map`; the sum is then this device's.
 
         Returns:
           float32 [], and each window's share, float32 [windows or k], through which no gradient flows.
@@ -145,6 +154,8 @@ class LanguageModel(nn.Module):
             embedding, scale, bias = shared
             return readout(layer_norm(hidden, scale, bias), embedding, rows)
 
+        if split.rows is not None:
+            tokens = split.rows.take(jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % split.row_parts))))
         return sum_windows(
             self._prepared(params.blocks),
             config,
@@ -152,8 +163,9 @@ class LanguageModel(nn.Module):
             read,
             (params.embedding, params.norm_scale, params.norm_bias),
             rows,
-            self._dropout(train),
+            self._dropout(train, share),
             windows,
+            split,
         )
 
     def _embed(self, tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
@@ -172,9 +184,9 @@ class LanguageModel(nn.Module):
         multiple = head_multiple(config.compute_dtype, config.attention, config.head_padding)
         return prepare_layers(layers, config.compute_dtype, multiple)
 
-    def _dropout(self, train: bool) -> Dropout | None:
+    def _dropout(self, train: bool, share: jax.Array | int) -> Dropout | None:
         config = self.config
-        return Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        return Dropout.by_key(self.make_rng("dropout"), config.dropout, share) if train and config.dropout else None
 
 
 def build_model(config: ModelConfig) -> LanguageModel:

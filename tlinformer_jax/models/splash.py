@@ -1,12 +1,10 @@
 """Attention by splash attention, the TPU kernel that is shipped with JAX."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tlinformer_jax.parallel.constraints import BATCH_AXES
+from tlinformer_jax.parallel.constraints import batch_spec, open_axes
 
 # Rows of a tile; lengths are padded to whole tiles. The kernel takes larger tiles where they fit.
 TILE = 128
@@ -26,7 +24,7 @@ def attend_splash(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Exact softmax attention; arguments as `attention.attend` has them, `key_length` being None or int32 [batch].
 
-    On a mesh every device runs the kernel on its share of the batch.
+    On a mesh every device runs the kernel on its share of batch and heads.
 
     Args:
       return_lse: also return the log-sum-exp; the result is then not differentiable.
@@ -40,12 +38,13 @@ def attend_splash(
     def local(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array):
         return _attend(query, key, value, lengths, scale, causal, window, return_lse, interpret)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
-    if not mesh.empty and mesh.size > 1:
-        even = axes and query.shape[0] % math.prod(mesh.shape[name] for name in axes) == 0
-        spec = PartitionSpec(axes) if even else PartitionSpec()
-        local = jax.shard_map(local, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
+    axes = open_axes()
+    if axes:
+        (batch,) = batch_spec(query.shape[0]) or (None,)
+        heads = "tensor" if "tensor" in axes and query.shape[2] % axes["tensor"] == 0 else None
+        rows = PartitionSpec(batch, None, heads)
+        specs = {"in_specs": (rows, rows, rows, PartitionSpec(batch)), "out_specs": (rows, rows)}
+        local = jax.shard_map(local, axis_names=set(axes), check_vma=False, **specs)
     output, lse = local(query, key, value, lengths)
     if key_length is not None:
         empty = (key_length == 0)[:, None, None]

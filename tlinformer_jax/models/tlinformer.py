@@ -1,29 +1,22 @@
-"""TLinFormer and TConstFormer: all generation windows of a sequence, teacher-forced, or a sample of them.
+"""TLinFormer and TConstFormer: a window with or without history, and all windows of a sequence, teacher-forced.
 
 Windows are independent of each other given the embeddings, so the loop over them carries nothing. What never changes
 from window to window is computed once outside: the embeddings, and block 0's `compress` projections, which serve as
 history and as generation window alike.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.models.block import (
-    BlockParams,
-    Following,
-    History,
-    Projected,
-    causal_layers,
-    dual_window_block,
-)
+from tlinformer_jax.models.block import causal_layers, dual_window_block
 from tlinformer_jax.models.config import FEW_WINDOWS, ModelConfig
 from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed, sum_with_gradients
+from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.streams import BlockParams, Following, History, Projected
 from tlinformer_jax.models.windows import (
     Place,
     Segment,
@@ -33,10 +26,10 @@ from tlinformer_jax.models.windows import (
     plan_segments,
     window_rows,
 )
+from tlinformer_jax.parallel.split_rows import SplitRows
 
-# What becomes of a window: (what it reads besides, hidden states [batch, W_og, D], the window's rows of what goes along
-# with the sequence) -> float32 []. It must not close over traced values.
-Readout = Callable[[Any, jax.Array, Any], jax.Array]
+# Without history, every layer of it is an ordinary causal one.
+FIRST_WINDOW = Segment(first=0, observed=(0,), observed_width=0, history_rows=0)
 
 
 @flax.struct.dataclass
@@ -83,14 +76,22 @@ class Sequence:
     count: int = flax.struct.field(pytree_node=False)
     segments: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
 
-    def own(self, config: ModelConfig, first: int, count: int, together: int = 1) -> History:
-        """Embeddings and projections of windows' own rows, by `window_rows`."""
-        return jax.tree.map(lambda rows: window_rows(config, rows, first, count, together), self.shared.history)
+    def own(self, config: ModelConfig, run: Segment) -> History | None:
+        """Embeddings and projections of the windows' own rows, by `window_rows`; None where devices share them, who
+        look them up window by window."""
+        history = self.shared.history
+        if history is None or history.split is not None:
+            return None
+        return jax.tree.map(lambda rows: window_rows(config, rows, run.first, run.count, run.together), history)
 
-    def reach(self, rows: int) -> Shared:
-        """What windows share that read the first `rows` of the history; 0 for none."""
-        # Rows that no window of a segment reads are left out, so that their gradients need no sum.
-        history = jax.tree.map(lambda array: array[:, :rows], self.shared.history) if rows else None
+    def reach(self, config: ModelConfig, run: Segment) -> Shared:
+        """What the windows share, with no more of the history than they read."""
+        # So the gradients of the other rows need no sum.
+        rows, history = run.history_rows, self.shared.history
+        if history is not None and history.split is not None:
+            last = (run.first + run.count) * config.generation_window
+            rows = -(-max(rows, last) // history.split.parts)
+        history = jax.tree.map(lambda array: array[:, :rows], history) if rows else None
         return Shared(self.shared.blocks, history, self.shared.readout)
 
 
@@ -110,13 +111,14 @@ def forward_windows(
     """
     batch, length, width = embeddings.shape
     size = config.generation_window
-    sequence = _prepare(blocks, config, embeddings, dropout)
+    sequence = prepare(blocks, config, embeddings, length, dropout)
     remat = rematerialised(config, sequence.count)
-    first = jax.tree.map(lambda rows: rows[0], sequence.own(config, 0, 1))
-    outputs = [_run_once(config, _first_window(config), sequence.reach(0), first, sequence.fixed, 0, remat)]
+    first = jax.tree.map(lambda rows: rows[0], sequence.own(config, FIRST_WINDOW))
+    shared = sequence.reach(config, FIRST_WINDOW)
+    outputs = [_run_once(config, window_branch(config, FIRST_WINDOW), shared, first, sequence.fixed, 0, remat)]
     for segment in sequence.segments:
-        shared, window = sequence.reach(segment.history_rows), _later_window(config, segment)
-        own = sequence.own(config, segment.first, segment.count, segment.together)
+        shared, window = sequence.reach(config, segment), window_branch(config, segment)
+        own = sequence.own(config, segment)
         if segment.count == segment.together:
             own = jax.tree.map(lambda rows: rows[0], own)
             states = _run_once(config, window, shared, own, sequence.fixed, segment.windows[0], remat)[None]
@@ -131,77 +133,6 @@ def forward_windows(
         states = states.reshape(-1, batch, segment.together * size, width)
         outputs.append(jnp.moveaxis(states, 0, 1).reshape(batch, -1, width))
     return jnp.concatenate(outputs, axis=1)[:, :length]
-
-
-def sum_windows(
-    blocks: tuple[BlockParams, ...],
-    config: ModelConfig,
-    embeddings: jax.Array,
-    readout: Readout,
-    readout_shared: Any,
-    rows: Any,
-    dropout: Dropout | None = None,
-    windows: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of `readout` over the windows of a sequence, or over some of them; gradients are made along with it.
-
-    A window's forward and backward pass follow one another, so that of no window anything is kept but its gradient,
-    and nothing is computed twice.
-
-    Args:
-      blocks: parameters, from `prepare_layers`.
-      config: of the model.
-      embeddings: [batch, length, D] in the compute dtype.
-      readout: what is summed.
-      readout_shared: pytree of floating arrays that every readout reads; differentiated.
-      rows: pytree of arrays [batch, length, ...] that go along with the sequence, zeros past its end; not
-        differentiated.
-      dropout: None outside training; each window draws masks of its own.
-      windows: indices of the windows that are wanted, int32 [k]; None for all. Their number does not change the size
-        of the program.
-
-    Returns:
-      float32 []; and each window's share of it, float32 [windows or k], through which no gradient flows (of windows
-      that run together, each group's).
-    """
-    together = None if windows is None else 1
-    sequence = _prepare(blocks, config, embeddings, dropout, readout_shared, together)
-    padding = sequence.count * config.generation_window - embeddings.shape[1]
-    rows = jax.tree.map(lambda array: jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2))), rows)
-
-    def taken(first: int, count: int, together: int) -> Any:
-        return jax.tree.map(lambda array: window_rows(config, array, first, count, together), rows)
-
-    def read(window: Branch) -> Branch:
-        def branch(shared: Shared, own: History, fixed: Fixed, step: tuple[Place, Any]) -> jax.Array:
-            return readout(shared.readout, window(shared, own, fixed, step[0]), step[1])
-
-        return branch
-
-    later = tuple(read(_later_window(config, segment)) for segment in sequence.segments)
-    if windows is not None:
-        # One loop runs through them; each takes the branch of the segment that it lies in.
-        firsts = jnp.asarray([segment.first for segment in sequence.segments], jnp.int32)
-        which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
-        own, some = jax.tree.map(
-            lambda array: jnp.take(array, windows, axis=0),
-            (sequence.own(config, 0, sequence.count), taken(0, sequence.count, 1)),
-        )
-        branches = (read(_first_window(config)), *later)
-        return sum_with_gradients(branches, sequence.shared, own, sequence.fixed, (windows, some), which)
-    first = (jnp.zeros(1, jnp.int32), taken(0, 1, 1))
-    sums = [
-        sum_with_gradients(
-            (read(_first_window(config)),), sequence.reach(0), sequence.own(config, 0, 1), sequence.fixed, first
-        )
-    ]
-    for segment, branch in zip(sequence.segments, later):
-        place = segment.first, segment.count, segment.together
-        steps = jnp.asarray(segment.windows), taken(*place)
-        own = sequence.own(config, *place)
-        sums.append(sum_with_gradients((branch,), sequence.reach(segment.history_rows), own, sequence.fixed, steps))
-    totals, each = zip(*sums)
-    return jnp.sum(jnp.stack(totals)), jnp.concatenate(each)
 
 
 def rematerialised(config: ModelConfig, windows: int) -> bool:
@@ -246,22 +177,35 @@ def later_window(
     return x
 
 
-def _prepare(
+def prepare(
     blocks: tuple[BlockParams, ...],
     config: ModelConfig,
     embeddings: jax.Array,
+    length: int,
     dropout: Dropout | None,
     readout: Any = None,
     together: int | None = None,
+    split: SplitRows | None = None,
 ) -> Sequence:
-    """What is computed once for all windows; `together` as `plan_segments` takes it."""
-    length = embeddings.shape[1]
-    count = num_windows(config, length)
-    segments = plan_segments(config, count, together)
-    padded = padded_length(config, count, segments)
-    embeddings = jnp.pad(embeddings, ((0, 0), (0, padded - length), (0, 0)))
+    """What is computed once for all windows.
+
+    Args:
+      blocks: parameters.
+      config: of the model.
+      embeddings: of a sequence, [batch, length, D]; with `split`, of this device's rows of it.
+      length: of the sequence.
+      dropout: None outside training.
+      readout: what the readout reads, if there is one.
+      together: as `plan_segments` takes it.
+      split: how the sequence's rows are dealt out over devices.
+    """
+    count, parts = num_windows(config, length), split.parts if split else 1
+    segments = plan_segments(config, count, together, parts)
+    padded = padded_length(config, count, segments, parts)
+    embeddings = jnp.pad(embeddings, ((0, 0), (0, padded // parts - embeddings.shape[1]), (0, 0)))
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)
-    history = History(embeddings, Projected.of(blocks[0].compress, embeddings, rope))
+    rows_rope = jax.tree.map(lambda table: split.take(table, axis=0), rope) if split else rope
+    history = History(embeddings, Projected.of(blocks[0].compress, embeddings, rows_rope), split)
     return Sequence(Shared(blocks, history, readout), Fixed(rope, dropout), count, segments)
 
 
@@ -276,27 +220,20 @@ def _run_once(
     return (recomputed(step, config) if remat else step)(shared, own, fixed)
 
 
-def _first_window(config: ModelConfig) -> Branch:
-    """The first window: it has no history, so every layer is an ordinary causal one."""
+def window_branch(config: ModelConfig, run: Segment) -> Branch:
+    """One step of the loop over a segment's windows: a window, or as many as run together; or the first window."""
 
-    def window(shared: Shared, own: History, fixed: Fixed, which: Place) -> jax.Array:
+    def first(shared: Shared, own: History, fixed: Fixed, which: Place) -> jax.Array:
         layers = [layer for block in shared.blocks for layer in block.layers()]
-        return causal_layers(
-            layers, config, own.rows, fixed.rope.rows(0, config.generation_window), fixed.window_dropout(0)
-        )
+        rope = fixed.rope.rows(0, config.generation_window)
+        return causal_layers(layers, config, own.rows, rope, fixed.window_dropout(0))
 
-    return window
-
-
-def _later_window(config: ModelConfig, segment: Segment) -> Branch:
-    """A window of a segment, or as many as the segment's run together."""
-
-    def window(shared: Shared, own: History, fixed: Fixed, windows: Place) -> jax.Array:
+    def later(shared: Shared, own: History, fixed: Fixed, windows: Place) -> jax.Array:
         assert shared.history is not None
-        history = jax.tree.map(lambda array: array[:, : segment.history_rows], shared.history)
-        frame = segment.frame(config, windows)
-        alone = segment.together == 1
-        dropout = fixed.window_dropout(windows if alone else windows[0])
+        rows = run.history_rows // (shared.history.split.parts if shared.history.split else 1)
+        history = jax.tree.map(lambda array: array[:, :rows], shared.history)
+        dropout = fixed.window_dropout(windows if run.together == 1 else windows[0])
+        frame = run.frame(config, windows)
         return later_window(shared.blocks, config, own, history, frame, fixed.rope, dropout)
 
-    return window
+    return later if run.history_rows else first

@@ -43,7 +43,7 @@ class Segment:
       observed: valid rows of the observation window, one number per window.
       observed_width: the largest of `observed`.
       history_rows: rows of history that every window of the segment reads, the valid ones first.
-      history_chunk: rows of it that are restored at a time, a divisor of `history_rows`; 0 for all at once.
+      history_chunk: rows of it that a device restores at a time, a divisor of its part of them; 0 for all at once.
       together: windows that are computed together, as if they were more sequences; divides their number.
     """
 
@@ -88,13 +88,16 @@ def num_windows(config: ModelConfig, length: int) -> int:
     return -(-length // config.generation_window)
 
 
-def plan_segments(config: ModelConfig, windows: int, together: int | None = None) -> tuple[Segment, ...]:
+def plan_segments(
+    config: ModelConfig, windows: int, together: int | None = None, row_parts: int = 1
+) -> tuple[Segment, ...]:
     """Cuts windows 1 .. windows - 1 into runs with static shapes; window 0 has no history.
 
     Args:
       config: of the model; at most `config.history_segments` runs, and one more for what does not fill a group.
       windows: of the sequence.
       together: windows to a group; None takes `config.group_size`.
+      row_parts: devices that the rows of the history are dealt out to, evenly.
     """
     if windows <= 1:
         return ()
@@ -104,12 +107,13 @@ def plan_segments(config: ModelConfig, windows: int, together: int | None = None
     runs = [(part.reshape(-1), together) for part in np.array_split(groups, min(config.history_segments, len(groups)))]
     if alone:
         runs = [(np.arange(1, 1 + alone), alone), *runs]
-    return tuple(_segment(config, part, size, config.history_chunk) for part, size in runs)
+    return tuple(_segment(config, part, size, config.history_chunk, row_parts) for part, size in runs)
 
 
-def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...]) -> int:
-    """Rows to which a sequence is padded so that every slice a window takes lies inside it."""
-    return max([windows * config.generation_window] + [segment.history_rows for segment in segments])
+def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...], row_parts: int = 1) -> int:
+    """Rows to which a sequence is padded: every slice a window takes lies inside it, and `row_parts` divides it."""
+    rows = max([windows * config.generation_window] + [segment.history_rows for segment in segments])
+    return rows + -rows % row_parts
 
 
 def window_rows(config: ModelConfig, array: jax.Array, first: int, count: int, together: int = 1) -> jax.Array:
@@ -123,14 +127,14 @@ def window_rows(config: ModelConfig, array: jax.Array, first: int, count: int, t
     return jnp.moveaxis(rows, 1, 0).reshape(-1, batch * together, size, *array.shape[2:])
 
 
-def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int) -> Segment:
+def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int, row_parts: int) -> Segment:
     lengths = windows * config.generation_window
     observed = np.array([config.observed_rows(int(length)) for length in lengths])
     width = int(max(observed.max(), 1))
     # With the dynamic window a slice of the segment's common width can reach past its own history's end.
     rows = max(int(lengths[-1]), int((lengths - observed).max()) + width)
-    chunk = chunk if chunk < rows else 0
-    rows += -rows % chunk if chunk else 0
+    chunk = chunk if chunk * row_parts < rows else 0
+    rows += -rows % (max(chunk, 1) * row_parts)
     return Segment(int(windows[0]), tuple(map(int, observed)), width, rows, chunk, together)
 
 

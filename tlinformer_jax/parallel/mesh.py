@@ -18,17 +18,24 @@ class MeshConfig:
     Attributes:
       data: splits the batch; parameters are replicated over it.
       fsdp: splits the batch and the parameters.
+      tensor: splits heads and the feed-forward's features.
+      window: splits the generation windows of each sequence in training; parameters are replicated over it.
+      context: splits the rows of the history, in training and in generation; parameters are replicated over it.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    window: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         for name, size in dataclasses.asdict(self).items():
             if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
                 raise ConfigError(f"mesh.{name}", size, "must be an integer >= 1, or -1 for the devices left")
-        if self.data == self.fsdp == -1:
-            raise ConfigError("mesh.fsdp", -1, "only one axis of the mesh may be -1")
+        left = [name for name, size in dataclasses.asdict(self).items() if size == -1]
+        if len(left) > 1:
+            raise ConfigError(f"mesh.{left[1]}", -1, f"only one axis of the mesh may be -1, and mesh.{left[0]} is")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Axis sizes for `num_devices` devices.
@@ -62,12 +69,36 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> "Mes
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def ways(mesh: "Mesh", axes: Sequence[str]) -> int:
+    """Parts that `axes` of a mesh split something into."""
+    return math.prod(mesh.shape[name] for name in axes)
+
+
 def check_batch_divides(batch_size: int, mesh: "Mesh", field: str) -> None:
     """Refuses a batch that the mesh's batch axes cannot split evenly.
 
     Raises:
       ConfigError: naming `field`.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
-        raise ConfigError(field, batch_size, f"must be divisible by {ways} (mesh.data * mesh.fsdp)")
+    parts = ways(mesh, ("data", "fsdp"))
+    if batch_size % parts:
+        raise ConfigError(field, batch_size, f"must be divisible by {parts} (mesh.data * mesh.fsdp)")
+
+
+def check_sequence_axes(mesh: "Mesh", architecture: str, windowed: bool, windows: int) -> None:
+    """Refuses axes that split a sequence where it cannot be split so.
+
+    Args:
+      mesh: the mesh.
+      architecture: its name, for the message.
+      windowed: whether the architecture works by generation windows.
+      windows: of a sequence, that are trained on.
+
+    Raises:
+      ConfigError: naming the axis.
+    """
+    for name in ("window", "context"):
+        if mesh.shape[name] > 1 and not windowed:
+            raise ConfigError(f"mesh.{name}", mesh.shape[name], f"must be 1 for model.architecture = {architecture!r}")
+    if mesh.shape["window"] > windows:
+        raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")

@@ -11,16 +11,17 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.constraints import BATCH_AXES
 
 # The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has
-# (V = 29 * 1733 divides badly, so the embedding is split on the width too).
+# (V = 29 * 1733 divides badly, so the embedding is split on the width too); tensor parallelism splits heads and the
+# feed-forward's features. Over the other axes parameters are copies.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec(None, "fsdp")),
-    (r"qkv_kernel$", PartitionSpec("fsdp")),
-    (r"out_kernel$", PartitionSpec(None, None, "fsdp")),
-    (r"gate_up_kernel$", PartitionSpec("fsdp")),
-    (r"down_kernel$", PartitionSpec(None, "fsdp")),
-    (r"(norm\w*_(scale|bias)|qkv_bias|out_bias)$", PartitionSpec()),
+    (r"qkv_kernel$", PartitionSpec("fsdp", None, "tensor")),
+    (r"qkv_bias$", PartitionSpec(None, "tensor")),
+    (r"out_kernel$", PartitionSpec("tensor", None, "fsdp")),
+    (r"gate_up_kernel$", PartitionSpec("fsdp", None, "tensor")),
+    (r"down_kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(norm\w*_(scale|bias)|out_bias)$", PartitionSpec()),
 )
-BATCH = PartitionSpec(BATCH_AXES)
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -54,9 +55,9 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a batch's arrays: sequences split over the batch axes."""
-    return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> NamedSharding:
+    """Sharding of a batch's arrays: sequences split over `axes`, in training the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -64,16 +65,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a batch this process's devices hold, ascending, int64.
+def process_rows(mesh: Mesh, batch_size: int, axes: tuple[str, ...] = BATCH_AXES) -> np.ndarray:
+    """Which rows of a batch that is split over `axes` this process's devices hold, ascending, int64.
 
     They need not follow each other: a mesh orders devices by their connections, not by their processes.
     """
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    held = batch_sharding(mesh, axes).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held if index is not None]))
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
+def put_batch(batch: Any, mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> Any:
     """Device arrays of the global batch from the rows that `process_rows` names, in their order."""
-    sharding = batch_sharding(mesh)
+    sharding = batch_sharding(mesh, axes)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

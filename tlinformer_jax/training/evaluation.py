@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from tlinformer_jax.analysis.perplexity import perplexity
 from tlinformer_jax.data.batches import Batch
 from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.parallel.constraints import EVALUATION_AXES
 from tlinformer_jax.parallel.sharding import put_batch
 
 
@@ -47,7 +48,7 @@ def evaluate_split(step: Callable[[Any, Any], Any], params: Any, batches: Iterat
     losses: np.ndarray | float = 0.0
     weights: np.ndarray | float = 0.0
     for batch in batches:
-        sums = step(params, put_batch(batch, mesh))
+        sums = step(params, put_batch(batch, mesh, EVALUATION_AXES))
         losses = losses + np.asarray(sums["losses"], np.float64)
         weights = weights + np.asarray(sums["weights"], np.float64)
     return Evaluation(np.asarray(losses), np.asarray(weights))

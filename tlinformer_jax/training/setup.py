@@ -17,7 +17,9 @@ from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel, build_model
-from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
+from tlinformer_jax.models.windows import num_windows
+from tlinformer_jax.parallel.constraints import EVALUATION_AXES
+from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, check_sequence_axes, ways
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
 from tlinformer_jax.parallel.target import platform
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
@@ -99,8 +101,8 @@ class Run:
         if batch_size is None:
             train, trained = self.config.train, self.config.data.sequence_length
             batch_size = max(1, train.evaluation_batch_size * trained // length)
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-min(batch_size, 1 << (samples - 1).bit_length()) // ways) * ways
+        parts = ways(self.mesh, EVALUATION_AXES)
+        return -(-min(batch_size, 1 << (samples - 1).bit_length()) // parts) * parts
 
     @functools.cached_property
     def eval_step(self) -> Any:
@@ -110,7 +112,9 @@ class Run:
           ConfigError: if the attention's kernel is not for this device.
         """
         check_kernel(self.config.model)
-        return jit_eval_step(self.model, self.config.train, self.shardings.params, batch_sharding(self.mesh))
+        return jit_eval_step(
+            self.model, self.config.train, self.shardings.params, batch_sharding(self.mesh, EVALUATION_AXES)
+        )
 
     def evaluate(
         self,
@@ -138,7 +142,9 @@ class Run:
         if length is None:
             length = self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
-        batches = evaluation_batches(stream, length, batch_size, process_rows(self.mesh, batch_size), rest)
+        batches = evaluation_batches(
+            stream, length, batch_size, process_rows(self.mesh, batch_size, EVALUATION_AXES), rest
+        )
         with jax.set_mesh(self.mesh):
             return evaluate_split(self.eval_step, params, watch(batches), self.mesh)
 
@@ -154,6 +160,9 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAI
     if horizon != UNTRAINED:
         field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
         check_batch_divides(config.train.micro_batch_size, mesh, field)
+        model, windows = config.model, num_windows(config.model, config.data.sequence_length)
+        windows = min(windows, config.train.sampled_windows or windows)
+        check_sequence_axes(mesh, model.architecture, model.windowed, windows)
         check_kernel(config.model)
     return Run(config, tokenizer, mesh, build_model(config.model), horizon)
 

@@ -13,13 +13,18 @@ from tlinformer_jax.models.decode_kernel import available
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.windows import num_windows
+from tlinformer_jax.parallel.sequence_split import WHOLE
 from tlinformer_jax.parallel.sharding import replicated
+from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 from tlinformer_jax.training.windows import draw_windows, window_weight
 
 DeviceBatch = dict[str, jax.Array]
+
+# A batch that nobody shares.
+ALONE = Shares()
 
 
 def _count(value: int = 0) -> Any:
@@ -70,7 +75,13 @@ def init_state(rng: jax.Array, model: LanguageModel, config: TrainConfig, horizo
 
 
 def train_step(
-    state: TrainState, batch: DeviceBatch, *, model: LanguageModel, config: TrainConfig, horizon: Horizon
+    state: TrainState,
+    batch: DeviceBatch,
+    *,
+    model: LanguageModel,
+    config: TrainConfig,
+    horizon: Horizon,
+    window_losses: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -82,32 +93,20 @@ def train_step(
       model: of the parameters.
       config: of the run.
       horizon: how long the run is.
+      window_losses: whether to return those.
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
-      clipping), learning_rate, tokens; step and skips of the new state; and window_losses, what `summed_loss` says of
-      each window, summed over the batch. Where loss or gradient are not finite,
+      clipping), learning_rate, tokens; step and skips of the new state; and where asked for window_losses, what
+      `summed_loss` says of each window, summed over the batch. Where loss or gradient are not finite,
       parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
       whole state does, whatever the batch.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
-    dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-
-    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(dropout_key, number)
-        windows = None
-        if config.sampled_windows:
-            length = micro["inputs"].shape[1]
-            windows = draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
-        total, each = summed_loss(params, micro, key, model=model, config=config, windows=windows)
-        return total / divisor, each
-
-    gradient = jax.value_and_grad(micro_loss, has_aux=True)
-    if config.accumulation == 1:
-        (loss, each), grads = gradient(state.params, batch, jnp.int32(0))
-    else:
-        (loss, each), grads = _accumulate(gradient, state.params, batch, config.accumulation)
+    shares = Shares.of(jax.sharding.get_abstract_mesh())
+    gradient = functools.partial(batch_gradient, model=model, config=config, shares=shares, window_losses=window_losses)
+    loss, each, grads = shares.run(gradient, batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": loss * divisor / tokens,
@@ -116,7 +115,7 @@ def train_step(
             learning_rate_schedule(config, horizon)(state.step - state.skips.total), jnp.float32
         ),
         "tokens": tokens,
-        "window_losses": each,
+        **({"window_losses": each} if window_losses else {}),
     }
     good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
     params, opt_state = jax.tree.map(
@@ -126,6 +125,52 @@ def train_step(
     )
     new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips)
     return new, {**metrics, "step": new.step, "skips": skips}
+
+
+def batch_gradient(
+    batch: DeviceBatch,
+    params: Any,
+    divisor: jax.Array,
+    step: jax.Array,
+    *,
+    model: LanguageModel,
+    config: TrainConfig,
+    shares: Shares,
+    window_losses: bool = False,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The loss of a batch with its gradient, summed over micro-batches and over the devices that share it.
+
+    Args:
+      batch: as `train_step` takes it; this device's part.
+      params: parameters.
+      divisor: of the summed loss, float32 [].
+      step: int32 [], with the seed the key of dropout and sampled windows.
+      model: of the parameters.
+      config: of the run.
+      shares: how the batch is shared out.
+      window_losses: whether to sum them, which are as many as a sequence has windows, over the devices.
+
+    Returns:
+      the loss, float32 []; where asked for each window's, as `summed_loss` says, else float32 [0]; the gradient.
+    """
+    dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+
+    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.fold_in(dropout_key, number)
+        windows = None
+        if config.sampled_windows:
+            length = micro["inputs"].shape[1]
+            windows = draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
+        total, each = summed_loss(params, micro, key, model=model, config=config, windows=windows, shares=shares)
+        return total / divisor, each
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    if config.accumulation == 1:
+        (loss, each), grads = gradient(params, batch, jnp.int32(0))
+    else:
+        (loss, each), grads = _accumulate(gradient, params, batch, config.accumulation)
+    loss, grads = shares.add((loss, grads))
+    return loss, shares.add(each) if window_losses else jnp.zeros(0, jnp.float32), grads
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
@@ -167,8 +212,11 @@ def summed_loss(
     model: LanguageModel,
     config: TrainConfig,
     windows: jax.Array | None = None,
+    shares: Shares = ALONE,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
+
+    Where devices share the batch, or its sequences, it is this device's share.
 
     Args:
       params: parameters, as `model.init` names them.
@@ -177,10 +225,10 @@ def summed_loss(
       model: of the parameters.
       config: of the run.
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
+      shares: how the batch is shared out.
 
     Returns:
-      float32 []; and each window's sum, float32 [windows], where all are computed one after the other, else
-      float32 [0].
+      float32 []; and each window's sum, float32 [windows], where one is computed after the other, else float32 [0].
     """
     inputs = batch["inputs"]
     rows = {name: batch[name] for name in ("labels", "weights")}
@@ -189,13 +237,14 @@ def summed_loss(
         return summed_cross_entropy(hidden, embedding, rows["labels"], rows["weights"], config.loss_chunk)
 
     def apply(*arguments: Any, **options: Any) -> Any:
+        options["share"] = shares.number()
         return model.apply({"params": params}, inputs, *arguments, train=True, rngs={"dropout": key}, **options)
 
-    shape = model.config
-    if windows is None and not (shape.windowed and rematerialised(shape, num_windows(shape, inputs.shape[1]))):
+    shape, whole = model.config, windows is None and shares.split == WHOLE
+    if whole and not (shape.windowed and rematerialised(shape, num_windows(shape, inputs.shape[1]))):
         hidden = apply(method=model.hidden_states)
         return readout(hidden, params["embedding"], rows), jnp.zeros(0, jnp.float32)
-    total, each = apply(rows, readout, windows=windows, method=model.sum_over_windows)
+    total, each = apply(rows, readout, windows=windows, split=shares.split, method=model.sum_over_windows)
     if windows is not None:  # other micro-batches draw others
         each = jnp.zeros(0, jnp.float32)
     return total * window_weight(shape, inputs.shape[1], windows), each
@@ -224,14 +273,19 @@ def eval_step(params: Any, batch: DeviceBatch, *, model: LanguageModel, config: 
 
 
 def jit_train_step(
-    model: LanguageModel, config: TrainConfig, horizon: Horizon, state_shardings: Any, batch_sharding: Any
+    model: LanguageModel,
+    config: TrainConfig,
+    horizon: Horizon,
+    state_shardings: Any,
+    batch_sharding: Any,
+    window_losses: bool = False,
 ) -> Any:
     """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused.
 
-    To be called under `jax.set_mesh` of their mesh: kernels that cannot be split over devices ask it.
+    To be called under `jax.set_mesh` of their mesh, which decides how the batch is shared out.
     """
     return jax.jit(
-        functools.partial(train_step, model=model, config=config, horizon=horizon),
+        functools.partial(train_step, model=model, config=config, horizon=horizon, window_losses=window_losses),
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, replicated(batch_sharding.mesh)),
         donate_argnums=0,

@@ -1,0 +1,152 @@
+"""Training over every axis of the mesh: loss, windows' losses and gradients are those of one device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_model import SMALL, golden_scale
+from tlinformer_jax.models import build_model, streams
+from tlinformer_jax.parallel import shares as shares_module
+from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
+from tlinformer_jax.parallel.sequence_split import NO_WINDOW, deal_windows
+from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
+from tlinformer_jax.parallel.shares import Shares
+from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.step import ALONE, batch_gradient
+
+LENGTH = 43  # ten windows of 4 tokens, and one of 3
+MODEL = dataclasses.replace(SMALL, num_heads=4, d_model=32, d_ff=48, history_window=6, remat="window")
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "tensor": {"data": 2, "tensor": 4},
+    "window": {"data": 1, "window": 8},
+    "context": {"data": 1, "context": 8},
+    "data, window, context": {"data": 2, "window": 2, "context": 2},
+    "fsdp, tensor": {"data": 1, "fsdp": 4, "tensor": 2},
+    "fsdp, window, context": {"data": 1, "fsdp": 2, "window": 2, "context": 2},
+}
+QUICK = ("data, window, context",)
+
+
+def batch(rows: int = 8) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, MODEL.vocab_size, (rows, LENGTH + 1)).astype(np.int32)
+    weights = rng.integers(0, 2, (rows, LENGTH)).astype(np.float32)
+    return jax.tree.map(jnp.asarray, {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights})
+
+
+def gradient(model, train, mesh=None):
+    """(loss, windows' losses, gradients) of the batch, on one device or over a mesh."""
+    options = {"model": build_model(model), "config": train, "window_losses": True}
+    params, arguments = golden_scale(model)["params"], (jnp.float32(100), jnp.int32(3))
+    if mesh is None:
+        return jax.jit(functools.partial(batch_gradient, shares=ALONE, **options))(batch(), params, *arguments)
+    mesh = build_mesh(MeshConfig(**mesh))
+    with jax.set_mesh(mesh):
+
+        def spread(batch, params, *rest):
+            shares = Shares.of(jax.sharding.get_abstract_mesh())
+            return shares.run(functools.partial(batch_gradient, shares=shares, **options), batch, params, *rest)
+
+        shardings = batch_sharding(mesh), tree_shardings(params, mesh)
+        placed = jax.device_put((batch(), params), shardings)
+        return jax.jit(spread)(*placed, *arguments)
+
+
+def check(model, mesh, train=TrainConfig()):  # noqa: B008  (frozen)
+    one, many = gradient(model, train), gradient(model, train, mesh)
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+    np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
+    for path, expected in jax.tree_util.tree_leaves_with_path(one[2]):
+        found = functools.reduce(lambda tree, key: tree[key.key], path, many[2])
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-4, err_msg=str(path))
+
+
+@pytest.mark.parametrize("axes", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MESHES])
+def test_loss_and_gradients_are_those_of_one_device(axes):
+    check(MODEL, MESHES[axes])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "mesh"),
+    [
+        ({"history_window": "auto", "history_segments": 1}, {"data": 1, "window": 2, "context": 4}),
+        ({"history_chunk": 2, "num_blocks": 3, "hidden_depth": 0}, {"data": 2, "window": 2, "context": 2}),
+        ({"architecture": "tconstformer", "hidden_depth": 2}, {"data": 1, "window": 4, "context": 2}),
+        ({"generation_window": 3, "history_window": 5, "history_segments": 9}, {"data": 1, "window": 2, "context": 4}),
+        ({"remat": "none"}, {"data": 2, "window": 2, "context": 2}),
+    ],
+)
+def test_other_models_are_split_as_well(changes, mesh):
+    check(dataclasses.replace(MODEL, **changes), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 2, "window": 4}, {"data": 2, "window": 2, "context": 2}])
+def test_sampled_windows_and_micro_batches_are_those_of_one_device(mesh):
+    check(MODEL, mesh, TrainConfig(batch_size=8, accumulation=2, sampled_windows=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "window": 4}, {"data": 2, "fsdp": 4}])
+def test_dropout_does_not_depend_on_the_devices(mesh):
+    check(dataclasses.replace(MODEL, dropout=0.3), mesh, TrainConfig(batch_size=8, accumulation=1))
+
+
+@pytest.mark.slow
+def test_dropout_over_split_rows_keeps_the_mean():
+    model = dataclasses.replace(MODEL, dropout=0.2)
+    train = TrainConfig()
+    losses = [float(gradient(m, train, {"data": 4, "context": 2})[0]) for m in (MODEL, model)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", ["contiguous positions", "count", "gather", "gradients not summed"])
+def test_a_mistake_is_noticed(mutation, monkeypatch):
+    jax.clear_caches()
+    if mutation == "contiguous positions":
+        monkeypatch.setattr(
+            SplitRows, "take", lambda self, rows, axis=1: jnp.split(rows, self.parts, axis=axis)[0], raising=True
+        )
+    elif mutation == "count":
+        monkeypatch.setattr(SplitRows, "count", lambda self, length: length // self.parts)
+    elif mutation == "gather":
+        part = streams.History.part
+        monkeypatch.setattr(streams.History, "part", lambda self, array, start, *rest: part(self, array, 0, *rest))
+    else:
+        monkeypatch.setattr(shares_module.Shares, "add", lambda self, values: values)
+    with pytest.raises(AssertionError):
+        check(MODEL, MESHES["data, window, context"])
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("windows", "parts"), [(64, 8), (64, 2), (1024, 8), (40, 8)])
+def test_windows_are_dealt_evenly(windows, parts):
+    loads = np.zeros(parts)
+    dealt = deal_windows(windows - 1, parts, loads, first=1)
+    taken = dealt[dealt != NO_WINDOW]
+    np.testing.assert_array_equal(np.sort(taken), np.arange(windows - 1))
+    assert loads.max() <= 1.1 * loads.mean()
+
+
+def test_axes_that_split_sequences_are_refused_where_they_cannot(tmp_path):
+    from tlinformer_jax.errors import ConfigError
+    from tlinformer_jax.parallel.mesh import check_sequence_axes
+
+    mesh = build_mesh(MeshConfig(data=1, window=8))
+    with pytest.raises(ConfigError, match=r"mesh.window = 8: must be 1 for model.architecture = 'transformer'"):
+        check_sequence_axes(mesh, "transformer", False, 1)
+    with pytest.raises(ConfigError, match=r"mesh.window = 8: must be at most the 5 windows of a sequence"):
+        check_sequence_axes(mesh, "tlinformer", True, 5)
+    with pytest.raises(ConfigError, match=r"mesh.context = 8: must be 1 for"):
+        check_sequence_axes(build_mesh(MeshConfig(data=1, context=8)), "transformer", False, 1)

@@ -1,0 +1,73 @@
+"""Work on a batch, shared out over a mesh: each device's program is explicit, and what they exchange is one sum.
+
+Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
+gradient. Over `fsdp` and `tensor`, which split parameters, the compiler partitions. So on meshes without these two a
+device runs the program of one device, with the kernels that only such programs can use.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from tlinformer_jax.parallel.constraints import BATCH_AXES
+from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit, SplitWindows
+from tlinformer_jax.parallel.split_rows import SplitRows
+
+PARTITIONED = ("fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How a batch's loss is shared out.
+
+    Attributes:
+      manual: axes of the mesh that are manual; empty where the compiler partitions everything, or there is one device.
+      batch: those of them that split the batch.
+      split: how each sequence is split.
+    """
+
+    manual: tuple[str, ...] = ()
+    batch: tuple[str, ...] = ()
+    split: SequenceSplit = WHOLE
+
+    @classmethod
+    def of(cls, mesh: AbstractMesh) -> "Shares":
+        """Those of a mesh."""
+        sizes = dict(mesh.shape)
+        manual = tuple(name for name, size in sizes.items() if name not in PARTITIONED or size == 1)
+        if all(sizes[name] == 1 for name in manual):
+            return cls()
+        window, context = sizes.get("window", 1), sizes.get("context", 1)
+        split = SequenceSplit(
+            SplitWindows("window", window) if window > 1 else None,
+            SplitRows("context", context) if context > 1 else None,
+        )
+        return cls(manual, tuple(name for name in BATCH_AXES if name in manual and sizes[name] > 1), split)
+
+    def number(self) -> jax.Array | int:
+        """Of this device's part of the batch."""
+        return jax.lax.axis_index(self.batch) if self.batch else 0
+
+    def add(self, values: Any) -> Any:
+        """The sums over the parts of the batch and of its sequences, of a pytree of each device's values."""
+        axes = (*self.batch, *self.split.axes)
+        return jax.lax.psum(values, axes) if axes else values
+
+    def run(self, function: Callable[..., Any], batch: Any, *whole: Any) -> Any:
+        """`function(batch, *whole)` on every device.
+
+        Args:
+          function: of this device's part of the batch and of what all have whole; its results are the same on all.
+          batch: pytree of arrays [batch, ...].
+          whole: pytrees.
+        """
+        if not self.manual:
+            return function(batch, *whole)
+        specs = (PartitionSpec(self.batch or None), *(PartitionSpec() for _ in whole))
+        mapped = jax.shard_map(
+            function, axis_names=set(self.manual), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+        )
+        return mapped(batch, *whole)
