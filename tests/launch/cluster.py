@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 from tests.support.processes import free_port
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "setpriv")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "setpriv")
 # Where Debian puts daemons; it is not in everyone's PATH.
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 # Both lead to this machine, and a node's name is what processes look for each other by.

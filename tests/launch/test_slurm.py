@@ -73,7 +73,8 @@ def test_a_job_whose_time_is_nearly_over_saves_and_goes_on_after_the_queue(clust
     wait_until(cluster, tmp_path, lambda: logged_steps(workdir)[-1] > saved + 2, "further steps")
     # A preemption as SLURM does it: SIGTERM to the steps, and time to end.
     cluster.command("scancel", job)
-    wait_until(cluster, tmp_path, lambda: told(tmp_path).count("stopped after step") == 2, "the second save")
+    wait_until(cluster, tmp_path, lambda: not cluster.command("squeue", "--noheader"), "the end")
+    assert told(tmp_path).count("stopped after step") == 2
     last = saved_steps(workdir)[-1]
     assert last > saved
     assert logged_steps(workdir) == list(range(1, last + 1))
