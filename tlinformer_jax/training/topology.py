@@ -56,6 +56,16 @@ def topology_devices(name: str) -> Sequence[Any]:
 
 
 def check_topology(config: RunConfig, name: str) -> str:
+    """Lines on the model, the memory of a chip, and what each chip exchanges with others in a step.
+
+    Args and errors are those of `compile_for`.
+    """
+    model, compiled = compile_for(config, name)
+    lines = [model, memory_line(compiled.memory_analysis())]
+    return "\n".join([*lines, *collective_lines(collectives(compiled.as_text()))])
+
+
+def compile_for(config: RunConfig, name: str) -> tuple[str, Any]:
     """Compiles a training step for a TPU topology.
 
     Args:
@@ -63,7 +73,7 @@ def check_topology(config: RunConfig, name: str) -> str:
       name: of the topology.
 
     Returns:
-      lines on the model, the memory of a chip, and what each chip exchanges with others in a step.
+      a line on the model and its devices, and the step (`jax.stages.Compiled`).
 
     Raises:
       ConfigError: if the configuration does not fit the devices.
@@ -74,7 +84,7 @@ def check_topology(config: RunConfig, name: str) -> str:
         # No text is read, so the tokenizer that every vocabulary holds stands in for the real one.
         run = build_run(config, ByteTokenizer(), PENDING, devices)
         try:
-            compiled = compiled_step(run)
+            return model_line(run), compiled_step(run)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -82,8 +92,6 @@ def check_topology(config: RunConfig, name: str) -> str:
             raise UserError(
                 f"--topology={name}: a step does not fit a chip's memory ({reason.strip()[:300]})"
             ) from error
-        lines = [model_line(run), memory_line(compiled.memory_analysis())]
-    return "\n".join([*lines, *collective_lines(collectives(compiled.as_text()))])
 
 
 def memory_line(found: Any) -> str:
