@@ -11,9 +11,9 @@ Variants, each with the accelerator that its mesh and memory fit:
     350m   1,024  16 x 64        24      2,048  256 + 256  256 x 2,048 tokens  v5e:4x4
     1b3    2,048  16 x 128       24      8,192  512 + 512  256 x 8,192 tokens  v5e:16x16
 
-The vocabulary is GPT-2's 50,257 entries padded to 50,304, a multiple of 128; no text has the 47 others. Tokens are about
-20 for each parameter. On other machines, change --config.mesh.fsdp and --config.train.accumulation; `--check_compile`
-tells the memory that a step takes, and on TPUs that are not at hand --check --topology does.
+The vocabulary is GPT-2's 50,257 entries padded to 50,304, a multiple of 128; no text has the 47 others. Tokens are
+about 20 for each parameter. On other machines, change --config.mesh.fsdp and --config.train.accumulation;
+--check_compile tells the memory that a step takes, and --check --topology does so for TPUs that are not at hand.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst.
 Result: compiled, not trained.
