@@ -44,6 +44,7 @@ VARIANTS = [
     *(("wt103", variant) for row in ROWS for variant in (row, f"paper-{row}")),
     *(("books", variant) for variant in BOOKS),
     *(("long", variant) for variant in ("64k", "1m")),
+    *(("large", variant) for variant in ("125m", "350m", "1b3")),
 ]
 
 
@@ -89,7 +90,7 @@ def test_model_and_optimiser_are_built_and_have_the_right_size(name, variant):
     )
     state = jax.eval_shape(init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert count == (expected_parameters(config.model) if name == "tiny" else 40_982_544)
+    assert count == (expected_parameters(config.model) if name in ("tiny", "large") else 40_982_544)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.size > 1)
     assert moments == 2 * count
 
@@ -153,10 +154,33 @@ def test_long_sequences(variant, length, sampled):
 
 
 @pytest.mark.parametrize(
+    ("variant", "millions", "devices", "tokens"),
+    [
+        ("125m", 123.6, 8, 524_288),
+        ("125m", 123.6, 1, 524_288),
+        ("350m", 360.0, 16, 524_288),
+        ("1b3", 1336.5, 256, 2_097_152),
+    ],
+)
+def test_large_models_fit_their_accelerators_mesh(variant, millions, devices, tokens):
+    config = load("large", variant)
+    model, train = config.model, config.train
+    assert expected_parameters(model) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert (model.head_dim % 64, model.vocab_size % 128, model.vocab_size) == (0, 0, 50304)
+    assert train.batch_size * config.data.sequence_length == tokens
+    assert 18 < train.steps * tokens / expected_parameters(model) < 22
+    sizes = config.mesh.sizes(devices)
+    assert train.micro_batch_size % (sizes["data"] * sizes["fsdp"]) == 0
+    assert model.d_model % sizes["fsdp"] == 0
+    assert get_config("large") == get_config("large", "125m")
+
+
+@pytest.mark.parametrize(
     ("name", "variant", "message"),
     [
         ("wt103", "nonsense", r"variant = 'nonsense': must be one of base-512, .*, paper-2k-2k-0\.5"),
         ("wt103", "paper-4k-512-0.5", r"variant = 'paper-4k-512-0\.5': must be one of"),
+        ("large", "7b", r"variant = '7b': must be one of 125m, 350m, 1b3"),
         ("long", "2m", r"variant = '2m': must be one of 64k, 1m"),
         ("books", "nonsense", r"variant = 'nonsense': must be base-N or N-T-r"),
         ("books", "paper-512-512-0.5", "must be base-N or N-T-r"),
@@ -300,7 +324,7 @@ def test_our_recipe_sees_the_same_tokens_whatever_the_row():
     totals = {
         math.prod((config.train.steps, config.train.batch_size, config.data.sequence_length))
         for name, variant in VARIANTS
-        if name != "tiny" and variant != "1m" and not variant.startswith("paper-")
+        if name not in ("tiny", "large") and variant != "1m" and not variant.startswith("paper-")
         for config in [load(name, variant)]
     }
     assert totals == {9_080 * 131_072}

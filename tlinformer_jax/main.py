@@ -1,6 +1,7 @@
 """Trains a model: `python -m tlinformer_jax.main --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]`.
 
-With --check instead of --workdir it only says whether and how it would. Several processes run together where SLURM,
+With --check instead of --workdir it only says whether and how it would; with --topology=v5e:16x16 besides, what a step
+takes on TPUs that are not here. Several processes run together where SLURM,
 Open MPI, Kubernetes or a TPU tells of them, or --coordinator_address, --num_processes and --process_id.
 """
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
 CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "With --check: compile the step for TPUs that need not be here, such as v5e:16x16, by libtpu."
+)
 CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "As --check, and compile a step for the memory it takes.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Working directory whose parameters a new run starts from.")
 THEN = flags.DEFINE_list(
@@ -39,6 +43,9 @@ def main() -> None:
     from tlinformer_jax.training.memory import memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
+    if TOPOLOGY.value:
+        _check_topology()
+        return
     cluster = cli.cluster()
     config = run_config(cli.config_values())
     if CHECK.value or CHECK_COMPILE.value:
@@ -63,6 +70,20 @@ def main() -> None:
         list(prepare(config.data, config.model.vocab_size))
     with joined(cluster), memory_advice(config):
         train_and_evaluate(config, workdir, profile, INIT_FROM.value)
+
+
+def _check_topology() -> None:
+    """Prints what the step takes on the TPUs that --topology names; neither data nor tokenizer is looked at."""
+    for flag in (WORKDIR, INIT_FROM, THEN, PROFILE):
+        if flag.value:
+            raise UserError(f"--{flag.name}: not with --topology, which only checks")
+    if not CHECK.value:
+        raise UserError(f"--topology={TOPOLOGY.value}: is for --check")
+    from tlinformer_jax.config import run_config
+    from tlinformer_jax.training.topology import check_topology, without_devices
+
+    without_devices()
+    print(check_topology(run_config(cli.config_values()), TOPOLOGY.value))
 
 
 def _train_and_record(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None) -> None:

@@ -113,7 +113,7 @@ class Gpt2Tokenizer:
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        return self._encoding.decode_bytes([token for token in map(int, tokens) if token != self.end_of_text])
+        return self._encoding.decode_bytes([token for token in map(int, tokens) if token < self.end_of_text])
 
     def safe_cut(self, text: str) -> int:
         return _cut_before_space(text)
@@ -181,10 +181,10 @@ class HuggingFaceTokenizer:
         return np.concatenate([np.array(part.ids, np.int32) for part in encoded])
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        kept = [token for token in map(int, tokens) if token != self.end_of_text]
+        kept = [token for token in map(int, tokens) if token != self.end_of_text and token < self.vocab_size]
         if self._entry_bytes is None:
             return self._tokenizer.decode(kept, skip_special_tokens=False).encode("utf-8")
-        return b"".join(self._entry_bytes[token] for token in kept)
+        return b"".join(self._entry_bytes.get(token, b"") for token in kept)
 
     @functools.cached_property
     def _entry_bytes(self) -> dict[int, bytes] | None:

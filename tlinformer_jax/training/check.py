@@ -62,7 +62,7 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
         if stream is not None:
             run.checked(name, stream)
     horizon = _horizon(config, streams["train"])
-    lines = [_model_line(run), _memory_line(run, compile_step), *_length_lines(config, horizon, streams["train"])]
+    lines = [model_line(run), _memory_line(run, compile_step), *_length_lines(config, horizon, streams["train"])]
     lines += [_split_line(name, stream, config.data.sequence_length) for name, stream in streams.items()]
     if compile_step:
         lines.append(_compiled_line(dataclasses.replace(run, horizon=horizon or PENDING)))
@@ -81,17 +81,23 @@ def state_bytes(run: Run) -> StateBytes:
 
 def step_bytes(run: Run) -> tuple[int, int]:
     """Memory of a compiled training step by device, in bytes: in all, and what of it is temporary."""
+    found = compiled_step(run).memory_analysis()
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
+
+
+def compiled_step(run: Run) -> Any:
+    """A training step, compiled for the run's mesh (`jax.stages.Compiled`)."""
     rows, length = run.config.train.batch_size, run.config.data.sequence_length
     sharding = batch_sharding(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
         for name, dtype in (("inputs", jnp.int32), ("labels", jnp.int32), ("weights", jnp.float32))
     }
+    state, shardings = run.abstract_state, run.shardings  # first: under the mesh, even a key is made on its devices
     with jax.set_mesh(run.mesh):
-        step = jit_train_step(run.model, run.config.train, run.horizon, run.shardings, sharding)
-        found = step.lower(run.abstract_state, batch).compile().memory_analysis()
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
+        step = jit_train_step(run.model, run.config.train, run.horizon, shardings, sharding)
+        return step.lower(state, batch).compile()
 
 
 def _device_bytes(tree: Any, itemsize: int | None = None) -> int:
@@ -118,7 +124,8 @@ def _horizon(config: RunConfig, train: TokenStream | None) -> Horizon | None:
     return Horizon(steps, steps) if steps else None
 
 
-def _model_line(run: Run) -> str:
+def model_line(run: Run) -> str:
+    """Model, parameters and devices of a run."""
     model = run.config.model
     count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
     return (
@@ -130,17 +137,16 @@ def _model_line(run: Run) -> str:
 def _memory_line(run: Run, compile_step: bool) -> str:
     state = state_bytes(run)
     line = (
-        f"memory by device: parameters {_size(state.parameters)}, gradients {_size(state.gradients)}, optimizer state "
-        f"{_size(state.optimizer)}; together {_size(state.total)}"
+        f"memory by device: parameters {size_text(state.parameters)}, gradients {size_text(state.gradients)}, "
+        f"optimizer state {size_text(state.optimizer)}; together {size_text(state.total)}"
     )
     return line if compile_step else f"{line} + activations"
 
 
 def _compiled_line(run: Run) -> str:
     total, temporary = step_bytes(run)
-    return (
-        f"compiled step by device: {_size(total)}, of which {_size(temporary)} are activations, gradients and the like"
-    )
+    rest = f"{size_text(temporary)} are activations, gradients and the like"
+    return f"compiled step by device: {size_text(total)}, of which {rest}"
 
 
 def _length_lines(config: RunConfig, horizon: Horizon | None, train: TokenStream | None) -> list[str]:
@@ -167,5 +173,6 @@ def _split_line(name: str, stream: TokenStream | None, length: int) -> str:
     return f"{name} split: {len(stream.tokens):,} tokens, {num_samples(stream, length):,} samples of {length:,}"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """So many bytes, for a reader."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"

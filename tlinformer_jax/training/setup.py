@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -149,15 +149,24 @@ class Run:
             return evaluate_split(self.eval_step, params, watch(batches), self.mesh)
 
 
-def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED) -> Run:
-    """Builds and cross-checks the fixed parts of a run; `horizon` matters to training only.
+def build_run(
+    config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
+) -> Run:
+    """Builds and cross-checks the fixed parts of a run.
+
+    Args:
+      config: of the run.
+      tokenizer: of its texts.
+      horizon: matters to training only.
+      devices: of the mesh; None for all that JAX has.
 
     Raises:
       ConfigError: if the tokenizer does not fit the vocabulary, or batch or kernel do not fit the devices.
     """
     check_vocab(tokenizer, config.model.vocab_size)
-    mesh = build_mesh(config.mesh)
-    connect(mesh)
+    mesh = build_mesh(config.mesh, devices)
+    if devices is None:
+        connect(mesh)
     if horizon != UNTRAINED:
         field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
         check_batch_divides(config.train.micro_batch_size, mesh, field)

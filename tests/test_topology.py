@@ -1,0 +1,103 @@
+"""--check --topology: the training step, compiled by a TPU's compiler on a machine without a TPU."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.commands import ROOT, check_refusal, command
+from tests.support.optional import need
+from tlinformer_jax.analysis.collectives import Collective, Shape
+from tlinformer_jax.training.topology import collective_lines
+
+SMALL = (
+    "--config=configs/tiny.py",
+    *("--config.model.d_model=128", "--config.model.num_heads=2", "--config.model.num_blocks=1"),
+    *("--config.model.history_window=128", "--config.model.generation_window=128"),
+    *("--config.data.sequence_length=256", "--config.train.batch_size=8"),
+)
+# Counts the kernels of TPUs in the compiled step, after what the command itself prints.
+SCRIPT = """
+import tlinformer_jax.main as main
+from tlinformer_jax import cli
+from tlinformer_jax.training import topology
+
+compile_for = topology.compile_for
+
+def counted(config, name):
+    line, compiled = compile_for(config, name)
+    print("kernels:", compiled.as_text().count("tpu_custom_call"))
+    return line, compiled
+
+topology.compile_for = counted
+cli.run(main.main)
+"""
+
+
+def tpu_python() -> str:
+    """A Python whose environment has libtpu: TLINFORMER_TPU_PYTHON, which .ci/run sets, or this one."""
+    python = os.environ.get("TLINFORMER_TPU_PYTHON", "")
+    if not python:
+        missing = [] if importlib.util.find_spec("libtpu") else ["libtpu"]
+        need(missing, "TLINFORMER_TPU_PYTHON may name the Python of an environment with '.[tpu]'")
+        python = sys.executable
+    return python
+
+
+def check(topology: str, *arguments: str) -> str:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment.pop("XLA_FLAGS", None)
+    line = [tpu_python(), "-c", SCRIPT, "--check", f"--topology={topology}", *SMALL, *arguments]
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_v5e_with_its_kernel_and_one_reduction_of_the_gradient():
+    text = check("v5e:2x2")
+    assert "bfloat16 on 4 x TPU v5 lite" in text
+    assert int(re.search(r"kernels: (\d+)", text)[1]) >= 1, "attention takes splash, a custom call"
+    total = float(re.search(r"; total ([\d.]+) MiB", text)[1])
+    parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", "")) * 4 / 2**20
+    assert 3 * parameters < total < 100 * parameters
+    assert set(re.findall(r"^([a-z-]+): \d", text, re.M)) == {"all-reduce"}
+    largest = float(re.search(r"largest ([\d.]+) MiB", text)[1])
+    assert largest == pytest.approx(parameters, rel=0.05)
+
+
+@pytest.mark.slow
+def test_v6e_with_parameters_split():
+    text = check("v6e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+    assert "4 x TPU v6 lite" in text
+    assert "'fsdp': 4" in text
+    assert re.search(r"^all-gather: ", text, re.M)
+
+
+def test_a_line_for_each_kind():
+    whole, part = (Shape("bf16", (1024, 1024)),), (Shape("bf16", (256, 1024)),)
+    lines = collective_lines(
+        [
+            Collective("all-gather", part, whole, 3, "a"),
+            Collective("all-gather", part, whole, 1, "b", known_trips=False),
+            Collective("all-reduce", part, part, 1, "c"),
+        ]
+    )
+    assert lines == [
+        "all-gather: 4 runs of 2 operations, 8.00 MiB by chip, the largest 2.00 MiB; 1 in loops of unknown length, "
+        "counted once",
+        "all-reduce: 1 runs of 1 operations, 0.50 MiB by chip, the largest 0.50 MiB",
+    ]
+    assert collective_lines([]) == ["collectives: none"]
+
+
+def test_mistakes_are_one_line(tmp_path):
+    refused = command("tlinformer_jax.main", "--topology=v5e:2x2", "--config=configs/tiny.py")
+    check_refusal(refused, "--topology=v5e:2x2: is for --check")
+    line = ("--check", "--topology=v5e:2x2", "--config=configs/tiny.py")
+    check_refusal(command("tlinformer_jax.main", *line, f"--workdir={tmp_path}"), "--workdir: not with --topology")
+    refused = command("tlinformer_jax.main", *line, blocked=("libtpu",))
+    check_refusal(refused, "--topology=v5e:2x2: needs libtpu")
