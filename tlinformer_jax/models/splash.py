@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from tlinformer_jax.parallel.constraints import batch_spec, open_axes
 
@@ -44,7 +44,10 @@ def attend_splash(
         heads = "tensor" if "tensor" in axes and query.shape[2] % axes["tensor"] == 0 else None
         rows = PartitionSpec(batch, None, heads)
         specs = {"in_specs": (rows, rows, rows, PartitionSpec(batch)), "out_specs": (rows, rows)}
-        local = jax.shard_map(local, axis_names=set(axes), check_vma=False, **specs)
+        # Over every axis, those of length 1 too: a kernel is refused where any is left to the compiler.
+        mesh = jax.sharding.get_abstract_mesh()
+        free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+        local = jax.shard_map(local, axis_names=free, check_vma=False, **specs)
     output, lse = local(query, key, value, lengths)
     if key_length is not None:
         empty = (key_length == 0)[:, None, None]
