@@ -29,7 +29,7 @@ compile_for = topology.compile_for
 
 def counted(config, name):
     line, compiled = compile_for(config, name)
-    print("kernels:", compiled.as_text().count("tpu_custom_call"))
+    print("kernels =", compiled.as_text().count("tpu_custom_call"))
     return line, compiled
 
 topology.compile_for = counted
@@ -60,7 +60,7 @@ def check(topology: str, *arguments: str) -> str:
 def test_v5e_with_its_kernel_and_one_reduction_of_the_gradient():
     text = check("v5e:2x2")
     assert "bfloat16 on 4 x TPU v5 lite" in text
-    assert int(re.search(r"kernels: (\d+)", text)[1]) >= 1, "attention takes splash, a custom call"
+    assert int(re.search(r"kernels = (\d+)", text)[1]) >= 1, "attention takes splash, a custom call"
     total = float(re.search(r"; total ([\d.]+) MiB", text)[1])
     parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", "")) * 4 / 2**20
     assert 3 * parameters < total < 100 * parameters

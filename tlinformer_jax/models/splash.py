@@ -43,11 +43,16 @@ def attend_splash(
         (batch,) = batch_spec(query.shape[0]) or (None,)
         heads = "tensor" if "tensor" in axes and query.shape[2] % axes["tensor"] == 0 else None
         rows = PartitionSpec(batch, None, heads)
-        specs = {"in_specs": (rows, rows, rows, PartitionSpec(batch)), "out_specs": (rows, rows)}
         # Over every axis, those of length 1 too: a kernel is refused where any is left to the compiler.
         mesh = jax.sharding.get_abstract_mesh()
         free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-        local = jax.shard_map(local, axis_names=free, check_vma=False, **specs)
+        local = jax.shard_map(
+            local,
+            in_specs=(rows, rows, rows, PartitionSpec(batch)),
+            out_specs=(rows, rows),
+            axis_names=free,
+            check_vma=False,
+        )
     output, lse = local(query, key, value, lengths)
     if key_length is not None:
         empty = (key_length == 0)[:, None, None]
