@@ -6,9 +6,10 @@ does not tell. Nothing is allocated, and no data is read.
 
 import collections
 import importlib.util
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import jax
 
 from tlinformer_jax.analysis.collectives import Collective, collectives
 from tlinformer_jax.config import RunConfig
@@ -20,17 +21,7 @@ from tlinformer_jax.training.memory import is_out_of_memory
 from tlinformer_jax.training.setup import PENDING, build_run
 
 PLATFORM = "tpu"
-
-
-def without_devices() -> None:
-    """Keeps JAX and libtpu from looking for TPUs; to be called before JAX is used."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # libtpu would ask Google's cloud which TPU this machine has, and complain that it has none.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
-    # Its lock is for processes that share TPUs; a compiler can run many times.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+LANES = 128
 
 
 def topology_devices(name: str) -> Sequence[Any]:
@@ -87,13 +78,15 @@ def compile_for(config: RunConfig, name: str) -> tuple[str, Any]:
         run = build_run(config, ByteTokenizer(), PENDING, devices)
         try:
             return model_line(run), compiled_step(run)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = next(line for line in str(error).splitlines() if line.strip())
-            raise UserError(
-                f"--topology={name}: a step does not fit a chip's memory ({reason.strip()[:300]})"
-            ) from error
+        except jax.errors.JaxRuntimeError as error:
+            reason = next(line for line in str(error).splitlines() if line.strip()).strip()[:300]
+            if is_out_of_memory(error):
+                raise UserError(f"--topology={name}: a step does not fit a chip's memory ({reason})") from error
+            advice = ""
+            if run.mesh.shape["fsdp"] > 1 and config.model.vocab_size % LANES:
+                # Seen with libtpu 0.0.42 at a vocabulary of 257.
+                advice = f"model.vocab_size = {config.model.vocab_size}, not a multiple of {LANES}, may be why; "
+            raise UserError(f"--topology={name}: the TPU's compiler fails; {advice}it says: {reason}") from error
 
 
 def memory_line(found: Any) -> str:
