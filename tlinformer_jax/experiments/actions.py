@@ -14,7 +14,10 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
 # What a record keeps of an evaluation; the rest it says of the run itself.
-KEPT = ("length", "batch_size", "tokens", "figures", "by_position", "by_window_position")
+KEPT = (
+    *("length", "batch_size", "tokens", "figures", "by_position", "by_window_position"),
+    *("answers", "accuracy_by_position"),
+)
 
 
 def evaluate(run: "Run", params: Any, length: int | None = None) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def evaluate(run: "Run", params: Any, length: int | None = None) -> dict[str, An
     options = EvaluationOptions(length=length, by_position=True)
     stream = run.split("validation", None if length is None else 1)
     report = evaluate_run(TrainedRun(run, params, run.horizon.steps), stream, options, split="validation")
-    return {name: report[name] for name in KEPT}
+    return {name: report[name] for name in KEPT if name in report}
 
 
 def samples(run: "Run", params: Any) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import jax
 from jax.sharding import Mesh
 
 from tlinformer_jax.config import RunConfig
-from tlinformer_jax.data.batches import Batch, evaluation_batches, num_samples
+from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
 from tlinformer_jax.data.sources import load_split
-from tlinformer_jax.data.streams import TokenStream, check_token_ids
+from tlinformer_jax.data.streams import check_token_ids
+from tlinformer_jax.data.tasks import Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.models.config import ModelConfig
@@ -60,8 +61,8 @@ class Run:
         init = functools.partial(init_state, model=self.model, config=self.config.train, horizon=self.horizon)
         return jax.jit(init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
 
-    def split(self, name: str, length: int | None = None) -> TokenStream:
-        """A split of the corpus, its length checked against the samples' and its ids against the vocabulary.
+    def split(self, name: str, length: int | None = None) -> Split:
+        """A split of the corpus or of the task, its length checked against the samples', its ids by the vocabulary.
 
         Args:
           name: of the split.
@@ -72,8 +73,10 @@ class Run:
         """
         return self.checked(name, load_split(self.config.data, name, self.tokenizer), length)
 
-    def checked(self, name: str, stream: TokenStream, length: int | None = None) -> TokenStream:
+    def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
         """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
+        if isinstance(stream, TaskSplit):
+            return stream  # its ids are the tokenizer's, its lengths were checked when it was made
         if length is None:
             length = self.config.data.sequence_length
         if num_samples(stream, length) < 1:
@@ -114,7 +117,7 @@ class Run:
     def evaluate(
         self,
         params: Any,
-        stream: TokenStream,
+        stream: Split,
         watch: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
         *,
         length: int | None = None,
@@ -137,9 +140,14 @@ class Run:
         if length is None:
             length = self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
-        batches = evaluation_batches(stream, length, batch_size, process_rows(self.mesh, batch_size), rest)
+        rows, model, chance = process_rows(self.mesh, batch_size), self.config.model, None
+        if isinstance(stream, TaskSplit):
+            chance = stream.task.chance
+            batches = answer_batches(stream, length, batch_size, rows, model.generation_window, model.observed_rows)
+        else:
+            batches = evaluation_batches(stream, length, batch_size, rows, rest)
         with jax.set_mesh(self.mesh):
-            return evaluate_split(self.eval_step, params, watch(batches), self.mesh)
+            return evaluate_split(self.eval_step, params, watch(batches), self.mesh, chance)
 
 
 def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED) -> Run:
@@ -155,6 +163,24 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAI
         check_batch_divides(config.train.micro_batch_size, mesh, field)
         check_kernel(config.model)
     return Run(config, tokenizer, mesh, build_model(config.model), horizon)
+
+
+def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
+    """The batches of a run over its training split.
+
+    Raises:
+      DataError: if the split holds no sample.
+    """
+    data, settings = config.data, config.train
+    return TrainingBatches(
+        train,
+        data.sequence_length,
+        settings.batch_size,
+        settings.seed,
+        settings.equal_updates,
+        settings.micro_batch_size,
+        data.stages,
+    )
 
 
 def check_kernel(config: ModelConfig) -> None:
