@@ -24,6 +24,7 @@ from tlinformer_jax.models.config import FEW_WINDOWS, ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed, sum_with_gradients
 from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.selection import choose_rows
 from tlinformer_jax.models.windows import (
     Place,
     Segment,
@@ -234,6 +235,8 @@ def later_window(
       the shape of the window's embeddings.
     """
     x, projected = own.rows, own.projected
+    assert projected.query is not None
+    frame = choose_rows(config, frame, projected.query, history.projected.key)
     for index, block in enumerate(blocks):
         if index:
             projected = Projected.of(block.compress, x, rope.rows(frame.history_length, x.shape[1]))

@@ -50,6 +50,7 @@ NGRAM_VOCABULARY = 512
 IDENTITY = (
     *(f"model.{name}" for name in ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth")),
     *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
+    "model.observed_selection",
     *(f"data.{name}" for name in ("dataset", "tokenizer", "sequence_length", "wikitext_variant", "curriculum")),
     *(f"data.{name}" for name in ("train_examples", "pairs", "passkeys")),
     *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
