@@ -38,6 +38,8 @@ from tlinformer_jax.models.windows import (
 # What becomes of a window: (what it reads besides, hidden states [batch, W_og, D], the window's rows of what goes along
 # with the sequence) -> float32 []. It must not close over traced values.
 Readout = Callable[[Any, jax.Array, Any], jax.Array]
+# Looks at a block's entrance: (index of the block, x under its compress layer, the history, where the window stands).
+Probe = Callable[[int, Projected, History, WindowFrame], None]
 
 
 @flax.struct.dataclass
@@ -218,6 +220,7 @@ def later_window(
     frame: WindowFrame,
     rope: Rope,
     dropout: Dropout | None,
+    probe: Probe | None = None,
 ) -> jax.Array:
     """A window with history, or g windows that run together, through all blocks.
 
@@ -230,6 +233,7 @@ def later_window(
       frame: where the window stands.
       rope: rotations of positions 0, 1, ...
       dropout: None outside training.
+      probe: is shown what enters each block.
 
     Returns:
       the shape of the window's embeddings.
@@ -240,6 +244,8 @@ def later_window(
     for index, block in enumerate(blocks):
         if index:
             projected = Projected.of(block.compress, x, rope.rows(frame.history_length, x.shape[1]))
+        if probe is not None:
+            probe(index, projected, history, frame)
         following = None
         if index + 1 < len(blocks):
             following = Following(blocks[index + 1].compress, "qkv" if index + 2 < len(blocks) else "kv")
