@@ -31,7 +31,9 @@ POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this 
 POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")
 SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of their own; the file's if not given.")
 RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
-THEN = flags.DEFINE_list("then", None, "What to do after each training: evaluate, evaluate@LENGTH, samples.")
+THEN = flags.DEFINE_list(
+    "then", None, "What to do after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
+)
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
 CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train nothing.")
 

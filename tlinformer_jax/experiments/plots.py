@@ -37,12 +37,12 @@ def plot_curves(
     file: pathlib.Path,
     log_x: bool = False,
 ) -> None:
-    """Draws labelled lines (label, x, y)."""
+    """Draws labelled lines (label, x, y); with `log_x`, x stands at its logarithm, and 0 as far before 1 as 2 after."""
     figure, axes = _figure()
     for label, x, y in curves:
         axes.plot(x, y, marker="o", markersize=3, label=label)
     if log_x:
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xlabel(axes_names[0])
     axes.set_ylabel(axes_names[1])
     axes.legend(fontsize=8)
