@@ -148,6 +148,7 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
     """Writes the tables of all jobs that are finished, copies their records, and returns these."""
     from tlinformer_jax.experiments.job import finished_result
     from tlinformer_jax.experiments.results import write_result
+    from tlinformer_jax.experiments.retrieval import retrieval_lines
     from tlinformer_jax.experiments.tables import write_tables
 
     with open(out / ".tables.lock", "a") as lock:  # jobs of an array may come to this together
@@ -157,7 +158,8 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
         if results is not None:
             for result in done:
                 write_result(results / f"{result['name']}.json", result)
-        write_tables(done, out)
+        retrieval = bool(jobs) and jobs[0].study == "retrieval"
+        write_tables(done, out, retrieval_lines(done) if retrieval else None)
     return done
 
 
