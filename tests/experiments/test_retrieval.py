@@ -109,7 +109,7 @@ def test_the_report_shows_what_the_history_contributes(tmp_path):
     lines = written(tmp_path, made_result("ours", 19.0, model=TLIN, then={"history": MEASURED}))
     assert "| 1024-512-0.5 | 0 | +0.5000 | +1.0000 | 0.25, 0.50 |" in lines
     for kind in ("mass", "cuts", "length", "same_tokens"):
-        assert (tmp_path / "figures" / f"results_history_history_{kind}.png").exists()
+        assert (tmp_path / "figures" / f"results_12_history_{kind}.png").exists()
     assert not any("## Retrieval" in line for line in lines)
 
 

@@ -348,7 +348,7 @@ def _histories(results: Sequence[Result], figures: pathlib.Path, files: list[pat
             for part in found["cuts"]
         ]
         lines += [*markdown(columns, rows), ""]
-        for file in plot_history(runs_of, figures, f"results_{name.replace('@', '_')}_"):
+        for file in plot_history(runs_of, figures, f"results_{length}_"):
             lines += _figure(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens", files)
     return ["## What the history contributes", "", CONTRIBUTION, *lines] if lines else []
 

@@ -74,7 +74,8 @@ def observed_rope(frame: WindowFrame, rope: Rope) -> Rope:
     """Rotations of the observation windows' rows, at their true positions."""
     if frame.observed_rows is None:
         return rope.rows(frame.observed_start, frame.observed_width)
-    return jax.tree.map(lambda table: jnp.take(table, frame.observed_rows, axis=0), rope)
+    chosen = frame.observed_rows
+    return jax.tree.map(lambda table: jnp.take(table, chosen, axis=0), rope)
 
 
 def beside(z_rope: Rope, x_rope: Rope) -> Rope:
