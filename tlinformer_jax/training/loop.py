@@ -10,9 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.ngram import witten_bell_bits
-from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import (
     CONFIG_FILE,
     RunConfig,
@@ -37,7 +35,7 @@ from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, param
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.origin import Origin, check_origin, find_origin, initial_params, remember_origin
 from tlinformer_jax.training.profile import StepTrace
-from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
+from tlinformer_jax.training.setup import PENDING, Run, build_run, build_throughput, flops_per_token, training_batches
 from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.windows import trained_tokens
@@ -325,6 +323,8 @@ def steps_while_finite(
                     break
             if around.trace.after(step, metrics) or new:
                 throughput.restart()
+            if new:
+                throughput.flops_per_token = flops_per_token(run, batches.length(step - 1))
             if due(step, config.checkpoint_every, last):
                 with throughput.saving():
                     around.save(state)
@@ -340,16 +340,6 @@ def accurate(config: TrainConfig, figures: Mapping[str, float] | None) -> bool:
     """Whether these figures end the run, see TrainConfig.stop_at_accuracy."""
     least = config.stop_at_accuracy
     return bool(least) and figures is not None and figures["accuracy"] >= least
-
-
-def build_throughput(run: Run) -> Throughput:
-    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
-    model, length = run.config.model, run.config.data.sequence_length
-    peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype.name)
-    sampled = run.config.train.sampled_windows
-    flops = training_flops(model, length, sampled_windows=sampled).model
-    per_token = flops / trained_tokens(model, length, sampled)
-    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
 from tlinformer_jax.data.sources import load_split
@@ -21,8 +23,10 @@ from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
+from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
+from tlinformer_jax.training.windows import trained_tokens
 
 # For runs that do not train, and for those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
@@ -181,6 +185,19 @@ def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
         settings.micro_batch_size,
         data.stages,
     )
+
+
+def build_throughput(run: Run) -> Throughput:
+    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
+    peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
+    per_token = flops_per_token(run, run.config.data.sequence_length)
+    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
+
+
+def flops_per_token(run: Run, length: int) -> float:
+    """Model FLOPs of a trained token in samples of `length` tokens."""
+    model, sampled = run.config.model, run.config.train.sampled_windows
+    return training_flops(model, length, sampled_windows=sampled).model / trained_tokens(model, length, sampled)
 
 
 def check_kernel(config: ModelConfig) -> None:
