@@ -19,6 +19,7 @@ from tlinformer_jax.decoding.cache import (
     stored_rows,
 )
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.cached_attention import KeyValue
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel
@@ -45,7 +46,18 @@ class Decoder:
     """
 
     def __init__(self, model: LanguageModel, variables: dict) -> None:
+        """Takes a model and its variables.
+
+        Raises:
+          ConfigError: for a model whose observation window does not hold the last rows of the history.
+        """
         self.config = model.config
+        if self.config.observed_selection != "recent":
+            raise ConfigError(
+                "model.observed_selection",
+                self.config.observed_selection,
+                "must be 'recent' for generation, whose cache holds those rows; others are for training and evaluation",
+            )
         typed = model.apply(variables, method=model.parameters)
         self.params = jax.jit(decoder_params, static_argnums=1)(typed, self.config)
         self._step = jax.jit(step, static_argnums=1, donate_argnums=2)
