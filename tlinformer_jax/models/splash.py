@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from tlinformer_jax.parallel.constraints import batch_spec, open_axes
 
@@ -43,8 +43,11 @@ def attend_splash(
         (batch,) = batch_spec(query.shape[0]) or (None,)
         heads = "tensor" if "tensor" in axes and query.shape[2] % axes["tensor"] == 0 else None
         rows = PartitionSpec(batch, None, heads)
+        # Over every axis, those of length 1 too: a kernel is refused where any is left to the compiler.
+        mesh = jax.sharding.get_abstract_mesh()
+        free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
         given = (rows, rows, rows, PartitionSpec(batch))
-        local = jax.shard_map(local, axis_names=set(axes), in_specs=given, out_specs=(rows, rows), check_vma=False)
+        local = jax.shard_map(local, axis_names=free, in_specs=given, out_specs=(rows, rows), check_vma=False)
     output, lse = local(query, key, value, lengths)
     if key_length is not None:
         empty = (key_length == 0)[:, None, None]
