@@ -87,9 +87,10 @@ class Session:
         while left > 0:
             limit = min(left, MAX_STEPS)
             self.cache, self.sequences, tokens, _ = jit_run_steps(
+                self.decoder.mesh,
+                self._mode,
                 self.decoder.params,
                 self.config,
-                self._mode,
                 self.cache,
                 self.sequences,
                 self._values,

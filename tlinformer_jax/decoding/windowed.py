@@ -6,6 +6,10 @@ appended, since they are projections of embeddings; everything else on the histo
 rows, so that no more than the cache itself is held. `prefill` builds the same from nothing.
 
 Prefill and slide work on one sequence of the batch: sequences have lengths and window phases of their own.
+
+Where the cache is dealt out over devices (`WindowedCache.split`), these functions run on each of them, inside
+`jax.shard_map`: a device makes and reads its own rows of the history, and the softmaxes over them are merged; of all
+else, the observation window's rows included, every device computes the same.
 """
 
 import dataclasses
@@ -35,6 +39,7 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.token_layer import token_layer
+from tlinformer_jax.parallel.split_rows import SplitRows
 
 
 @flax.struct.dataclass
@@ -48,6 +53,7 @@ class Frame:
       observed: its valid rows, n - h, int32 [].
       words: block 0's projections of every word, where the history is looked up in them.
       width: rows computed for it (static).
+      split: how history rows are dealt out over devices (static); None where this device has all of them.
     """
 
     row: jax.Array
@@ -56,6 +62,29 @@ class Frame:
     observed: jax.Array
     words: WordProjections | None
     width: int = flax.struct.field(pytree_node=False)
+    split: SplitRows | None = flax.struct.field(pytree_node=False)
+
+    @property
+    def held(self) -> jax.Array:
+        """Rows of history that this device has, int32 []."""
+        return self.length if self.split is None else self.split.count(self.length)
+
+    def rope(self, config: ModelConfig, start: jax.Array, size: int) -> Rope:
+        """Rotations of this device's history rows start .. start + size - 1."""
+        if self.split is None:
+            return _rope(config, start, size)
+        return rope_table(self.split.positions(start, size), config.head_dim)
+
+    def ids(self, tokens: jax.Array, start: jax.Array, size: int) -> jax.Array:
+        """Tokens of the same rows, int32 [1, size], out of those of the batch [batch, capacity or more]."""
+        if self.split is None:
+            return jax.lax.dynamic_slice(tokens, (self.row, start), (1, size))
+        parts = self.split.parts
+        return self.split.take(jax.lax.dynamic_slice(tokens, (self.row, start * parts), (1, size * parts)))
+
+    def merged(self, output: jax.Array, lse: jax.Array) -> jax.Array:
+        """Attention to the history of all devices from that to this one's and its log-sum-exp, float32."""
+        return output if self.split is None else self.split.merge(output, lse)
 
 
 def step(
@@ -97,7 +126,10 @@ def _context_of(config: ModelConfig, cache: WindowedCache, layer: int) -> Cached
     """What a layer's x reads beside its own window: the history in `compress`, else the compressed context."""
     block, depth = divmod(layer, config.layers_per_block)
     if depth == 0:
-        return CachedRows(cache.history[block], cache.history_length) if cache.history else None
+        if not cache.history:
+            return None
+        length = cache.history_length if cache.split is None else cache.split.count(cache.history_length)
+        return CachedRows(cache.history[block], length, split=cache.split)
     return CachedRows(cache.context, cache.observed_length, block * (config.hidden_depth + 1) + depth - 1)
 
 
@@ -153,14 +185,28 @@ def slide(
     size = config.generation_window
     before = cache.history_length[row]
     if cache.history:
-        tokens = jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size))
-        rows, rope = embed(params, tokens), _rope(config, before, size)
-        layer = for_writing(params.blocks[0].compress, size, config.attention)
-        first = write_rows(cache.history[0], row, before, layer, rows, rope, config.attention)
+        start, tokens, rope = _appended(config, cache, row, before)
+        layer = for_writing(params.blocks[0].compress, tokens.size, config.attention)
+        first = write_rows(cache.history[0], row, start, layer, embed(params, tokens), rope, config.attention)
         history = (first, *cache.history[1:])
         cache = dataclasses.replace(cache, history=history)
     cache, _ = _rebuild(params, config, cache, _frame(params, config, cache, row, before + size, observed), None)
     return dataclasses.replace(cache, window_length=cache.window_length.at[row].set(0))
+
+
+def _appended(
+    config: ModelConfig, cache: WindowedCache, row: jax.Array, before: jax.Array
+) -> tuple[jax.Array, jax.Array, Rope]:
+    """The rows that a slide after `before` tokens of history appends: where they begin, tokens [1, rows], rotations."""
+    size, split = config.generation_window, cache.split
+    if split is None:
+        return before, jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size)), _rope(config, before, size)
+    # As many on every device. Some have one less to append: it writes again its last old row, or one more that is not
+    # yet valid and is written again by the next slide.
+    count = -(-size // split.parts)
+    start = jnp.minimum(split.count(before), cache.room - count)
+    positions = split.positions(start, count)
+    return start, cache.tokens[row, positions][None], rope_table(positions, config.head_dim)
 
 
 def _frame(
@@ -172,8 +218,8 @@ def _frame(
     observed: jax.Array,
 ) -> Frame:
     width = max(config.observed_rows(cache.capacity), 1)
-    words = project_words(params, config, cache.capacity, chunk_rows(cache.capacity))
-    return Frame(row, length, length - observed, observed, words, width)
+    words = project_words(params, config, cache.room, chunk_rows(cache.room))
+    return Frame(row, length, length - observed, observed, words, width, cache.split)
 
 
 def _rebuild(
@@ -190,7 +236,7 @@ def _rebuild(
     x_rope = _rope(config, frame.length, config.generation_window)
     rows = None  # C of the last block worked on, for the blocks that do not begin at the embeddings
     if config.num_blocks > 2:
-        rows = jnp.zeros((1, cache.capacity, config.d_model), z.dtype)
+        rows = jnp.zeros((1, cache.room, config.d_model), z.dtype)
     observed_rows = z
     # Keys and values of the previous block's restore layer, and queries of its observed rows.
     restored: tuple[jax.Array, ...] | None = None
@@ -273,18 +319,18 @@ def _read_history(
     *,
     from_scratch: bool,
 ) -> tuple[WindowedCache, jax.Array | None, jax.Array]:
-    """Block `index` over the whole history, chunk by chunk: makes and keeps its keys, and attends to them.
+    """Block `index` over the history that this device has, chunk by chunk: makes and keeps its keys, attends to them.
 
     Args:
       readers: queries that read the history, [1, queries, heads, d_h].
-      rows: C of the previous block [1, capacity, D] where it is kept; replaced by this block's.
+      rows: C of the previous block [1, room, D] where it is kept; replaced by this block's.
       restored: keys and values of the previous block's restore layer; None for the first.
       from_scratch: make block 0's keys too; else they are read from the cache.
 
     Returns:
-      the cache, the kept rows, and what the readers attended to, [1, queries, heads, d_h].
+      the cache, the kept rows, and what the readers attended to in all of the history, [1, queries, heads, d_h].
     """
-    size = chunk_rows(cache.capacity)
+    size = chunk_rows(cache.room)
     tokens, kept = cache.tokens, bool(cache.history)
     layer = params.blocks[index].compress
     writer = for_writing(layer, size, config.attention)
@@ -292,29 +338,29 @@ def _read_history(
     def body(start: jax.Array, carry):
         history, rows, parts = carry
         if kept and index == 0 and frame.words is not None:
-            ids = jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size))[0]
-            rope = _rope(config, start, size)
+            ids, rope = frame.ids(tokens, start, size)[0], frame.rope(config, start, size)
             words = frame.words.key_value
             return write_words(history, frame.row, start, words, ids, rope, config.attention), rows, parts
         chunk = _history_rows(params, config, tokens, frame, index, rows, restored, start, size)
-        rope = _rope(config, start, size)
+        rope = frame.rope(config, start, size)
         if rows is not None and 0 < index < config.num_blocks - 1:
             rows = jax.lax.dynamic_update_slice(rows, chunk, (0, start, 0))
         if kept:
             return write_rows(history, frame.row, start, writer, chunk, rope, config.attention), rows, parts
         key, value = project(layer, chunk, rope, "kv")
-        read = attend_parts(readers, key, value, frame.length - start, config.attention_scale, config.attention)
+        read = attend_parts(readers, key, value, frame.held - start, config.attention_scale, config.attention)
         return history, rows, merge_parts(parts, read)
 
     if not kept:
-        _, rows, parts = for_chunks(frame.length, cache.capacity, body, (None, rows, no_parts(readers)))
-        return cache, rows, parts[0].astype(readers.dtype)
+        _, rows, parts = for_chunks(frame.held, cache.room, body, (None, rows, no_parts(readers)))
+        return cache, rows, frame.merged(*parts).astype(readers.dtype)
     history = cache.history[index]
     if from_scratch or index > 0:
-        history, rows, _ = for_chunks(frame.length, cache.capacity, body, (history, rows, None))
+        history, rows, _ = for_chunks(frame.held, cache.room, body, (history, rows, None))
     cache = dataclasses.replace(cache, history=(*cache.history[:index], history, *cache.history[index + 1 :]))
     scale, backend = config.attention_scale, config.attention
-    return cache, rows, attend_history(readers, history, frame.row, frame.length, scale, size, backend)
+    read = attend_history(readers, history, frame.row, frame.held, scale, size, backend)
+    return cache, rows, frame.merged(*read).astype(readers.dtype)
 
 
 def _history_rows(
@@ -328,9 +374,8 @@ def _history_rows(
     start: jax.Array,
     size: int,
 ) -> jax.Array:
-    """C at the entrance of block `index`, rows start .. start + size - 1: [1, size, D]."""
-    rope = _rope(config, start, size)
-    ids = jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size))
+    """C at the entrance of block `index`, this device's rows start .. start + size - 1: [1, size, D]."""
+    rope, ids = frame.rope(config, start, size), frame.ids(tokens, start, size)
     if index <= 1 or rows is None:
         chunk, words = embed(params, ids), frame.words
     else:
