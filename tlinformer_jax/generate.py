@@ -115,7 +115,7 @@ def _options() -> dict[str, Any]:
 def _named_by_flag(error: ConfigError, options: dict[str, Any]) -> UserError:
     """The error under the name that the user has written; of the model's configuration, as it is."""
     name = error.field.split(".")[-1]
-    if name not in options:
+    if name not in options and error.field != "mesh.context":
         return error
     return UserError(f"--{FLAGS_OF_OPTIONS.get(name, name)}={error.value}: {error.allowed}")
 

@@ -47,6 +47,7 @@ def test_every_cell_runs_and_shows_its_figures_and_texts(tmp_path, monkeypatch):
     text = "".join(outputs(notebook, "stdout"))
     assert f"checkout: {ROOT}" in text
     assert "step 40/40" in text
+    assert text.count("nats per byte at step 40") == 2, "of training, and of what is held out"
     assert "bits per byte" in text
     assert "--- The for statement " in text
     assert "miss: slide" in text

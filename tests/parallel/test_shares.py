@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.models import build_model, streams
+from tlinformer_jax.analysis.flops import attention_by_device
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.models import ModelConfig, build_model, streams
 from tlinformer_jax.parallel import shares as shares_module
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sequence_split import NO_WINDOW, deal_windows
@@ -17,10 +19,11 @@ from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
 from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.setup import check_sequences_divide
 from tlinformer_jax.training.step import ALONE, batch_gradient
 
 LENGTH = 43  # ten windows of 4 tokens, and one of 3
-MODEL = dataclasses.replace(SMALL, num_heads=4, d_model=32, d_ff=48, history_window=6, remat="window")
+MODEL = dataclasses.replace(SMALL, num_heads=4, d_ff=32, hidden_depth=0, history_window=6, remat="window")
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"data": 1, "fsdp": 8},
@@ -62,7 +65,8 @@ def gradient(model, train, mesh=None):
 def check(model, mesh, train=TrainConfig()):  # noqa: B008  (frozen)
     one, many = gradient(model, train), gradient(model, train, mesh)
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
-    np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
+    if one[1].size:  # where one device computes windows one after the other
+        np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
     for path, expected in jax.tree_util.tree_leaves_with_path(one[2]):
         found = functools.reduce(lambda tree, key: tree[key.key], path, many[2])
         scale = np.abs(expected).max()
@@ -78,8 +82,8 @@ def test_loss_and_gradients_are_those_of_one_device(axes):
 @pytest.mark.parametrize(
     ("changes", "mesh"),
     [
-        ({"history_window": "auto", "history_segments": 1}, {"data": 1, "window": 2, "context": 4}),
-        ({"history_chunk": 2, "num_blocks": 3, "hidden_depth": 0}, {"data": 2, "window": 2, "context": 2}),
+        ({"history_window": "auto", "history_segments": 1, "hidden_depth": 1}, {"data": 1, "window": 2, "context": 4}),
+        ({"history_chunk": 2, "num_blocks": 3}, {"data": 2, "window": 2, "context": 2}),
         ({"architecture": "tconstformer", "hidden_depth": 2}, {"data": 1, "window": 4, "context": 2}),
         ({"generation_window": 3, "history_window": 5, "history_segments": 9}, {"data": 1, "window": 2, "context": 4}),
         ({"remat": "none"}, {"data": 2, "window": 2, "context": 2}),
@@ -119,7 +123,7 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
             SplitRows, "take", lambda self, rows, axis=1: jnp.split(rows, self.parts, axis=axis)[0], raising=True
         )
     elif mutation == "count":
-        monkeypatch.setattr(SplitRows, "count", lambda self, length: length // self.parts)
+        monkeypatch.setattr(SplitRows, "count", lambda self, length: length // self.parts - 1)
     elif mutation == "gather":
         part = streams.History.part
         monkeypatch.setattr(streams.History, "part", lambda self, array, start, *rest: part(self, array, 0, *rest))
@@ -130,23 +134,28 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("windows", "parts"), [(64, 8), (64, 2), (1024, 8), (40, 8)])
-def test_windows_are_dealt_evenly(windows, parts):
-    loads = np.zeros(parts)
-    dealt = deal_windows(windows - 1, parts, loads, first=1)
-    taken = dealt[dealt != NO_WINDOW]
-    np.testing.assert_array_equal(np.sort(taken), np.arange(windows - 1))
+@pytest.mark.parametrize("parts", [2, 8])
+def test_every_window_is_dealt_once(parts):
+    dealt = deal_windows(21, parts, np.zeros(parts), first=1)
+    np.testing.assert_array_equal(np.sort(dealt[dealt != NO_WINDOW]), np.arange(21))
+
+
+@pytest.mark.parametrize(("length", "parts"), [(65_536, 2), (65_536, 8), (1_048_576, 8), (40_960, 8), (1_048_576, 64)])
+def test_no_device_has_much_more_attention_than_the_mean(length, parts):
+    config = ModelConfig(history_window=1024, generation_window=1024)
+    loads, (whole,) = attention_by_device(config, length, parts), attention_by_device(config, length, 1)
     assert loads.max() <= 1.1 * loads.mean()
+    assert loads.sum() == pytest.approx(whole, rel=0.07), "but for windows computed in vain"
 
 
-def test_axes_that_split_sequences_are_refused_where_they_cannot(tmp_path):
-    from tlinformer_jax.errors import ConfigError
-    from tlinformer_jax.parallel.mesh import check_sequence_axes
-
+def test_axes_that_split_sequences_are_refused_where_they_cannot():
     mesh = build_mesh(MeshConfig(data=1, window=8))
+    baseline = dataclasses.replace(MODEL, architecture="transformer")
     with pytest.raises(ConfigError, match=r"mesh.window = 8: must be 1 for model.architecture = 'transformer'"):
-        check_sequence_axes(mesh, "transformer", False, 1)
-    with pytest.raises(ConfigError, match=r"mesh.window = 8: must be at most the 5 windows of a sequence"):
-        check_sequence_axes(mesh, "tlinformer", True, 5)
+        check_sequences_divide(mesh, baseline, LENGTH, 0)
+    for length, sampled in ((17, 0), (LENGTH, 5)):
+        with pytest.raises(ConfigError, match=r"mesh.window = 8: must be at most the 5 windows of a sequence"):
+            check_sequences_divide(mesh, MODEL, length, sampled)
+    check_sequences_divide(mesh, MODEL, LENGTH, 0)
     with pytest.raises(ConfigError, match=r"mesh.context = 8: must be 1 for"):
-        check_sequence_axes(build_mesh(MeshConfig(data=1, context=8)), "transformer", False, 1)
+        check_sequences_divide(build_mesh(MeshConfig(data=1, context=8)), baseline, LENGTH, 0)

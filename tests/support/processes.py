@@ -29,10 +29,15 @@ def start(module: str, *arguments: str, devices: int = 1) -> subprocess.Popen:
     return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def start_many(count: int, module: str, *arguments: str) -> list[subprocess.Popen]:
+    """Starts a module as processes 0 .. count - 1 of so many, with a device each."""
+    where = f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"
+    return [start(module, *arguments, *where, f"--process_id={number}") for number in range(count)]
+
+
 def start_two(module: str, *arguments: str) -> list[subprocess.Popen]:
     """Starts a module as processes 0 and 1 of two, with a device each."""
-    where = f"--coordinator_address=localhost:{free_port()}"
-    return [start(module, *arguments, where, "--num_processes=2", f"--process_id={number}") for number in range(2)]
+    return start_many(2, module, *arguments)
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.support.commands import command
-from tests.support.processes import SMALL, saved_steps, start, start_two, wait_for
+from tests.support.processes import SMALL, saved_steps, start, start_many, start_two, wait_for
 
 MAIN = "tlinformer_jax.main"
 SPEED = ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")
@@ -15,7 +15,7 @@ SPEED = ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")
 
 def run(*processes) -> list[str]:
     """Waits for processes that must succeed; returns what each wrote on stderr."""
-    told = [process.communicate(timeout=120)[1] for process in processes]
+    told = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), told
     return told
 
@@ -54,6 +54,20 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     assert mine["tokens"] == other["tokens"]
     assert mine["figures"] == pytest.approx(other["figures"], rel=1e-6)
     assert json.loads((tmp_path / "two.json").read_text())["by_length"] == [mine]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [(2, {"window": 2}), (4, {"data": 2, "context": 2}), (4, {"fsdp": 2, "window": 2})],
+)
+def test_a_mesh_over_processes_trains_the_embedded_configuration_as_one_does(processes, mesh, tmp_path):
+    settings = ("--config=configs/tiny.py", "--config.train.steps=4", "--config.train.log_every=1")
+    axes = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
+    run(start(MAIN, *settings, f"--workdir={tmp_path}/one"))
+    run(*start_many(processes, MAIN, *settings, *axes, f"--workdir={tmp_path}/many"))
+    for mine, other in zip(events(tmp_path / "many"), events(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
 
 
 @pytest.mark.slow

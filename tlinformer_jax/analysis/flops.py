@@ -15,18 +15,24 @@ history, the baselines' layers where `remat` says so, as if they saved nothing. 
 the whole rectangle of queries and keys; a fused kernel skips what is masked but computes the scores again in the
 backward pass, so there attention counts 2.5 times its forward products instead of 2, and 3.5 times by the kernel with
 dropout, which computes scores and weights' gradients both for the queries' gradient and for the keys' (the rounding to
-tiles is not counted).
+tiles is not counted). Counted is the program of one device; what devices of the mesh's axes `window` and `context`
+compute each for itself, block 0's projections and the windows' own rows, counts once.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
+
 from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import padded_vocabulary
+from tlinformer_jax.models.tlinformer import FIRST_WINDOW
 from tlinformer_jax.models.transformer import attention_window
+from tlinformer_jax.models.window_sum import deal_runs
 from tlinformer_jax.models.windows import Segment, num_windows, padded_length, plan_segments
+from tlinformer_jax.parallel.sequence_split import SequenceSplit, SplitWindows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +117,27 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     times = {"cudnn": 3.5, "triton": 4.5}.get(kernel, 3.0)
     hardware = 3.0 * once.matrix + times * once.attention + again.total * share + 3.0 * padded_head
     return StepFlops(batch * model, batch * hardware)
+
+
+def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndarray:
+    """Forward FLOPs of attention in the windows that each device of the mesh's axis `window` computes, float64 [parts].
+
+    As by a fused kernel, which skips masked keys, with true heads. By plain products all devices execute the same,
+    because their windows have the same static shapes.
+    """
+    split = SequenceSplit(SplitWindows("window", parts))
+    runs = (FIRST_WINDOW, *plan_segments(config, num_windows(config, length), 1, split))
+    causal = _causal_pairs(config.generation_window)
+    loads = np.zeros(parts)
+    for run, dealt in zip(runs, deal_runs(runs, parts)):
+        if run is FIRST_WINDOW:
+            costs = [_causal_layers(config, config.generation_window, config.d_model, causal).attention]
+        else:
+            shapes = _segment_shapes(config, run, causal, True)
+            costs = [_window(config, shape, config.d_model).attention for shape in shapes]
+        # Where no window is left, a device computes the run's first one in vain.
+        loads += np.asarray(costs)[np.maximum(dealt, 0)].sum(axis=0)
+    return loads
 
 
 def _model_forward(config: ModelConfig, length: int) -> tuple[Forward, Forward]:

@@ -196,10 +196,12 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
     from tlinformer_jax.training.memory import peak_bytes
     from tlinformer_jax.training.optimizer import Horizon
+    from tlinformer_jax.training.setup import check_sequences_divide
     from tlinformer_jax.training.step import init_state, jit_train_step
 
     train, model, mesh = config.train, build_model(config.model), build_mesh(config.mesh)
     check_batch_divides(train.batch_size, mesh, "--batch_tokens / --lengths")
+    check_sequences_divide(mesh, config.model, config.data.sequence_length, train.sampled_windows)
     horizon = Horizon(timing.steps, timing.steps)
 
     def initial(key: jax.Array) -> Any:

@@ -30,6 +30,7 @@ from tlinformer_jax.decoding.spread import (
     split_of,
     widened,
 )
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.cached_attention import KeyValue
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel
@@ -66,9 +67,16 @@ class Decoder:
             None: one device, the one of the variables.
 
         Raises:
-          ConfigError: if the architecture has no history to deal out.
+          ConfigError: for a model whose observation window does not hold the last rows of the history, or that has no
+            history to deal out.
         """
         self.config, self.mesh = model.config, mesh
+        if self.config.observed_selection != "recent":
+            raise ConfigError(
+                "model.observed_selection",
+                self.config.observed_selection,
+                "must be 'recent' for generation, whose cache holds those rows; others are for training and evaluation",
+            )
         self._parts = mesh.shape["context"] if split_of(mesh, self.config) else 1
         typed = model.apply(replicate(dict(variables), mesh), method=model.parameters)
         place = None if mesh is None else NamedSharding(mesh, WHOLE)

@@ -27,15 +27,16 @@ WHOLE = PartitionSpec()
 DEALT_OUT = PartitionSpec(None, None, None, AXIS)
 
 
-def context_mesh(context: int, field: str = "context") -> Mesh | None:
+def context_mesh(context: int) -> Mesh | None:
     """A mesh over the first `context` devices for a history spread over them; None for one device, which needs none.
 
     Raises:
-      ConfigError: naming `field`, if there are not so many.
+      ConfigError: if there are not so many.
     """
     devices = jax.local_devices()
     if not 1 <= context <= len(devices):
-        raise ConfigError(field, context, f"must be from 1 to the {len(devices)} devices of this machine")
+        allowed = f"must be from 1 to {len(devices)}, as many devices as this machine has"
+        raise ConfigError("mesh.context", context, allowed)
     return None if context == 1 else build_mesh(MeshConfig(data=1, context=context), devices[:context])
 
 

@@ -15,13 +15,13 @@ else, the observation window's rows included, every device computes the same.
 import dataclasses
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
+from tlinformer_jax.decoding.frame import Frame, appended, rope_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
-from tlinformer_jax.decoding.words import WordProjections, project_words
+from tlinformer_jax.decoding.words import project_words
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import (
@@ -39,52 +39,6 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.token_layer import token_layer
-from tlinformer_jax.parallel.split_rows import SplitRows
-
-
-@flax.struct.dataclass
-class Frame:
-    """Where the rebuilt sequence stands.
-
-    Attributes:
-      row: the sequence's place in the batch, int32 [].
-      length: n, rows of history, int32 [].
-      start: h, the observation window's first row, int32 [].
-      observed: its valid rows, n - h, int32 [].
-      words: block 0's projections of every word, where the history is looked up in them.
-      width: rows computed for it (static).
-      split: how history rows are dealt out over devices (static); None where this device has all of them.
-    """
-
-    row: jax.Array
-    length: jax.Array
-    start: jax.Array
-    observed: jax.Array
-    words: WordProjections | None
-    width: int = flax.struct.field(pytree_node=False)
-    split: SplitRows | None = flax.struct.field(pytree_node=False)
-
-    @property
-    def held(self) -> jax.Array:
-        """Rows of history that this device has, int32 []."""
-        return self.length if self.split is None else self.split.count(self.length)
-
-    def rope(self, config: ModelConfig, start: jax.Array, size: int) -> Rope:
-        """Rotations of this device's history rows start .. start + size - 1."""
-        if self.split is None:
-            return _rope(config, start, size)
-        return rope_table(self.split.positions(start, size), config.head_dim)
-
-    def ids(self, tokens: jax.Array, start: jax.Array, size: int) -> jax.Array:
-        """Tokens of the same rows, int32 [1, size], out of those of the batch [batch, capacity or more]."""
-        if self.split is None:
-            return jax.lax.dynamic_slice(tokens, (self.row, start), (1, size))
-        parts = self.split.parts
-        return self.split.take(jax.lax.dynamic_slice(tokens, (self.row, start * parts), (1, size * parts)))
-
-    def merged(self, output: jax.Array, lse: jax.Array) -> jax.Array:
-        """Attention to the history of all devices from that to this one's and its log-sum-exp, float32."""
-        return output if self.split is None else self.split.merge(output, lse)
 
 
 def step(
@@ -185,28 +139,13 @@ def slide(
     size = config.generation_window
     before = cache.history_length[row]
     if cache.history:
-        start, tokens, rope = _appended(config, cache, row, before)
+        start, tokens, rope = appended(config, cache, row, before)
         layer = for_writing(params.blocks[0].compress, tokens.size, config.attention)
         first = write_rows(cache.history[0], row, start, layer, embed(params, tokens), rope, config.attention)
         history = (first, *cache.history[1:])
         cache = dataclasses.replace(cache, history=history)
     cache, _ = _rebuild(params, config, cache, _frame(params, config, cache, row, before + size, observed), None)
     return dataclasses.replace(cache, window_length=cache.window_length.at[row].set(0))
-
-
-def _appended(
-    config: ModelConfig, cache: WindowedCache, row: jax.Array, before: jax.Array
-) -> tuple[jax.Array, jax.Array, Rope]:
-    """The rows that a slide after `before` tokens of history appends: where they begin, tokens [1, rows], rotations."""
-    size, split = config.generation_window, cache.split
-    if split is None:
-        return before, jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size)), _rope(config, before, size)
-    # As many on every device. Some have one less to append: it writes again its last old row, or one more that is not
-    # yet valid and is written again by the next slide.
-    count = -(-size // split.parts)
-    start = jnp.minimum(split.count(before), cache.room - count)
-    positions = split.positions(start, count)
-    return start, cache.tokens[row, positions][None], rope_table(positions, config.head_dim)
 
 
 def _frame(
@@ -231,9 +170,9 @@ def _rebuild(
       the cache, and the window's hidden states [1, W_og, D].
     """
     z = embed(params, jax.lax.dynamic_slice(cache.tokens, (frame.row, frame.start), (1, frame.width)))
-    z_rope = _rope(config, frame.start, frame.width)
+    z_rope = rope_of(config, frame.start, frame.width)
     x = None if window_tokens is None else embed(params, window_tokens[None])
-    x_rope = _rope(config, frame.length, config.generation_window)
+    x_rope = rope_of(config, frame.length, config.generation_window)
     rows = None  # C of the last block worked on, for the blocks that do not begin at the embeddings
     if config.num_blocks > 2:
         rows = jnp.zeros((1, cache.room, config.d_model), z.dtype)
@@ -404,10 +343,6 @@ def _restore(
         query, key, value, frame.observed, config.attention_scale, config.head_dim, config.attention
     )
     return update(layer, rows, attended)
-
-
-def _rope(config: ModelConfig, start: jax.Array, length: int) -> Rope:
-    return rope_table(start + jnp.arange(length, dtype=jnp.int32), config.head_dim)
 
 
 def _store_block(

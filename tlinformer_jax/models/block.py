@@ -20,6 +20,7 @@ from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepa
 from tlinformer_jax.models.recompute import recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.row_chunks import map_rows
+from tlinformer_jax.models.selection import beside, choose_rows, observed_part, observed_rope
 from tlinformer_jax.models.streams import BlockParams, Following, History, Projected
 from tlinformer_jax.models.windows import Place, WindowFrame, fold
 
@@ -87,9 +88,9 @@ def dual_window_block(
       x after the block [batch, m, D], and the restored history as the following block reads it, or None.
     """
     x_rope = rope.rows(frame.history_length, x.shape[1])
-    z_rope = rope.rows(frame.observed_start, frame.observed_width)
+    z_rope = observed_rope(frame, rope)
     both = compress(params.compress, config, x, projected, history, frame, rope, _part(dropout, 0))
-    both_rope = jax.tree.map(lambda z_part, x_part: jnp.concatenate([z_part, x_part], axis=-2), z_rope, x_rope)
+    both_rope = beside(z_rope, x_rope)
     both = chain_layers(
         lambda layer, both, part: hidden_layer(layer, config, both, frame, both_rope, part),
         params.hidden,
@@ -128,11 +129,11 @@ def compress(
       both streams side by side [batch, observed_width + m, D].
     """
     width = frame.observed_width
-    z = history.part(history.rows, frame.observed_start, width, x.shape[0])
+    z = observed_part(frame, history, history.rows, x.shape[0])
     if history.projected.query is not None:
-        z_query = history.part(history.projected.query, frame.observed_start, width, x.shape[0])
+        z_query = observed_part(frame, history, history.projected.query, x.shape[0])
     else:
-        (z_query,) = project(params, z, rope.rows(frame.observed_start, width), "q")
+        (z_query,) = project(params, z, observed_rope(frame, rope), "q")
     assert projected.query is not None
     readers = [z_query] if config.architecture == "tconstformer" else [z_query, projected.query]
     shared = _attend_history(config, readers, history, frame, x.shape[0], _part(dropout, SHARED_ATTENTION))
@@ -358,6 +359,8 @@ class DualWindowBlock(nn.Module):
         history = history.astype(x.dtype)
         known = History(history, Projected.of(params.compress, history, rope.rows(0, length)))
         projected = Projected.of(params.compress, x, rope.rows(length, x.shape[1]))
+        assert projected.query is not None
+        frame = choose_rows(config, frame, projected.query, known.projected.key)
         # Nobody follows here: what is projected for that is not read.
         following = Following(params.compress, "kv") if restore else None
         x, restored = dual_window_block(params, config, x, projected, known, frame, rope, following, dropout)

@@ -5,6 +5,7 @@ from window to window is computed once outside: the embeddings, and block 0's `c
 history and as generation window alike.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,6 +17,7 @@ from tlinformer_jax.models.config import FEW_WINDOWS, ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.selection import choose_rows
 from tlinformer_jax.models.streams import BlockParams, Following, History, Projected
 from tlinformer_jax.models.windows import (
     Place,
@@ -26,8 +28,10 @@ from tlinformer_jax.models.windows import (
     plan_segments,
     window_rows,
 )
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
 
+# Looks at a block's entrance: (index of the block, x under its compress layer, the history, where the window stands).
+Probe = Callable[[int, Projected, History, WindowFrame], None]
 # Without history, every layer of it is an ordinary causal one.
 FIRST_WINDOW = Segment(first=0, observed=(0,), observed_width=0, history_rows=0)
 
@@ -148,6 +152,7 @@ def later_window(
     frame: WindowFrame,
     rope: Rope,
     dropout: Dropout | None,
+    probe: Probe | None = None,
 ) -> jax.Array:
     """A window with history, or g windows that run together, through all blocks.
 
@@ -160,14 +165,19 @@ def later_window(
       frame: where the window stands.
       rope: rotations of positions 0, 1, ...
       dropout: None outside training.
+      probe: is shown what enters each block.
 
     Returns:
       the shape of the window's embeddings.
     """
     x, projected = own.rows, own.projected
+    assert projected.query is not None
+    frame = choose_rows(config, frame, projected.query, history.projected.key)
     for index, block in enumerate(blocks):
         if index:
             projected = Projected.of(block.compress, x, rope.rows(frame.history_length, x.shape[1]))
+        if probe is not None:
+            probe(index, projected, history, frame)
         following = None
         if index + 1 < len(blocks):
             following = Following(blocks[index + 1].compress, "qkv" if index + 2 < len(blocks) else "kv")
@@ -185,27 +195,27 @@ def prepare(
     dropout: Dropout | None,
     readout: Any = None,
     together: int | None = None,
-    split: SplitRows | None = None,
+    split: SequenceSplit = WHOLE,
 ) -> Sequence:
     """What is computed once for all windows.
 
     Args:
       blocks: parameters.
       config: of the model.
-      embeddings: of a sequence, [batch, length, D]; with `split`, of this device's rows of it.
+      embeddings: of a sequence, [batch, length, D]; where rows are split, of this device's.
       length: of the sequence.
       dropout: None outside training.
       readout: what the readout reads, if there is one.
       together: as `plan_segments` takes it.
-      split: how the sequence's rows are dealt out over devices.
+      split: how the sequence is split over devices.
     """
-    count, parts = num_windows(config, length), split.parts if split else 1
-    segments = plan_segments(config, count, together, parts)
+    count, parts, rows = num_windows(config, length), split.row_parts, split.rows
+    segments = plan_segments(config, count, together, split)
     padded = padded_length(config, count, segments, parts)
     embeddings = jnp.pad(embeddings, ((0, 0), (0, padded // parts - embeddings.shape[1]), (0, 0)))
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)
-    rows_rope = jax.tree.map(lambda table: split.take(table, axis=0), rope) if split else rope
-    history = History(embeddings, Projected.of(blocks[0].compress, embeddings, rows_rope), split)
+    rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
+    history = History(embeddings, Projected.of(blocks[0].compress, embeddings, rows_rope), rows)
     return Sequence(Shared(blocks, history, readout), Fixed(rope, dropout), count, segments)
 
 

@@ -55,25 +55,22 @@ def sum_windows(
     """
     together = None if windows is None and split == WHOLE else 1
     length = jax.tree.leaves(rows)[0].shape[1]
-    sequence = prepare(blocks, config, embeddings, length, dropout, readout_shared, together, split.rows)
+    sequence = prepare(blocks, config, embeddings, length, dropout, readout_shared, together, split)
     padding = sequence.count * config.generation_window - length
     rows = jax.tree.map(lambda array: jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2))), rows)
     if windows is not None:
         return _sum_sampled(config, sequence, readout, rows, windows, split)
     runs = (FIRST_WINDOW, *sequence.segments)
-    sums = [
-        _sum_run(config, sequence, run, readout, rows, split, dealt) for run, dealt in zip(runs, _deal(runs, split))
-    ]
+    dealt = deal_runs(runs, split.window_parts)
+    sums = [_sum_run(config, sequence, run, readout, rows, split, part) for run, part in zip(runs, dealt)]
     totals, each = zip(*sums)
     return jnp.sum(jnp.stack(totals)), jnp.concatenate(each)
 
 
-def _deal(runs: tuple[Segment, ...], split: SequenceSplit) -> list[np.ndarray | None]:
+def deal_runs(runs: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
     """By `deal_windows`, for each run of windows; from the longest windows to the shortest, which even out the rest."""
-    if split.windows is None:
-        return [None] * len(runs)
-    loads = np.zeros(split.window_parts)
-    return [deal_windows(run.count, split.window_parts, loads, run.first) for run in reversed(runs)][::-1]
+    loads = np.zeros(parts)
+    return [deal_windows(run.count, parts, loads, run.first) for run in reversed(runs)][::-1]
 
 
 def _sum_run(
@@ -83,12 +80,12 @@ def _sum_run(
     readout: Readout,
     rows: Any,
     split: SequenceSplit,
-    dealt: np.ndarray | None,
+    dealt: np.ndarray,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over a run of windows of one static shape, or over those of them that are dealt to this device."""
     taken = jax.tree.map(lambda array: window_rows(config, array, run.first, run.count, run.together), rows)
     own, steps = sequence.own(config, run), jnp.asarray(run.windows)
-    places = None if split.windows is None or dealt is None else split.windows.mine(dealt)
+    places = None if split.windows is None else split.windows.mine(dealt)
     if places is not None:
         own, steps, taken = _take(own, places), _take(steps, places), _take(taken, places, zero=True)
     branch = _read(config, run, readout, split)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
 
 # A position or length: of all windows alike (a number), or one for each of the windows that run together, int32 [g].
 Place = Any
@@ -25,6 +26,8 @@ class WindowFrame:
       observed_width: rows that are computed for it (static), at least `observed_length`; the rows past the
         valid ones belong to the future and are never attended to.
       history_chunk: rows of the history that are restored at a time (static); 0 for all at once.
+      observed_rows: where the observation window does not hold the last rows, those that it holds, by position,
+        int32 [batch * g, observed_width], valid ones first; see `models.selection`. Else None.
     """
 
     history_length: Place
@@ -32,6 +35,7 @@ class WindowFrame:
     observed_length: Place
     observed_width: int = flax.struct.field(pytree_node=False)
     history_chunk: int = flax.struct.field(pytree_node=False, default=0)
+    observed_rows: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,7 @@ def num_windows(config: ModelConfig, length: int) -> int:
 
 
 def plan_segments(
-    config: ModelConfig, windows: int, together: int | None = None, row_parts: int = 1
+    config: ModelConfig, windows: int, together: int | None = None, split: SequenceSplit = WHOLE
 ) -> tuple[Segment, ...]:
     """Cuts windows 1 .. windows - 1 into runs with static shapes; window 0 has no history.
 
@@ -97,17 +101,22 @@ def plan_segments(
       config: of the model; at most `config.history_segments` runs, and one more for what does not fill a group.
       windows: of the sequence.
       together: windows to a group; None takes `config.group_size`.
-      row_parts: devices that the rows of the history are dealt out to, evenly.
+      split: how sequences are split over devices: every run but the first is of whole rounds of windows, and devices
+        hold equally many rows of the history.
     """
     if windows <= 1:
         return ()
     together = min(config.group_size(windows) if together is None else together, windows - 1)
     alone = (windows - 1) % together  # the first ones, whose histories are the shortest
     groups = np.arange(1 + alone, windows).reshape(-1, together)
-    runs = [(part.reshape(-1), together) for part in np.array_split(groups, min(config.history_segments, len(groups)))]
+    missing = -len(groups) % split.window_parts  # in the first round of a split
+    rounds = np.arange((len(groups) + missing) // split.window_parts)
+    parts = np.array_split(rounds, min(config.history_segments, len(rounds)))
+    ends = [(part[-1] + 1) * split.window_parts - missing for part in parts]
+    runs = [(groups[start:end].reshape(-1), together) for start, end in zip([0, *ends], ends)]
     if alone:
         runs = [(np.arange(1, 1 + alone), alone), *runs]
-    return tuple(_segment(config, part, size, config.history_chunk, row_parts) for part, size in runs)
+    return tuple(_segment(config, part, size, config.history_chunk, split.row_parts) for part, size in runs)
 
 
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...], row_parts: int = 1) -> int:

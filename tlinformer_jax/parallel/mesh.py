@@ -1,9 +1,13 @@
 """The device mesh: one named mesh for every machine, from one CPU to a pod."""
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tlinformer_jax.errors import ConfigError
 
@@ -69,6 +73,26 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> "Mes
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def connect(mesh: "Mesh") -> None:
+    """Lets the processes of a mesh connect, group of devices by group; every process calls it.
+
+    On CPUs a group connects when a program first needs it. Of two groups that need not wait for each other, one process
+    may begin with the one and another process with the other, and then both wait in vain.
+    """
+    import jax
+    from jax.sharding import PartitionSpec
+
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    for count in range(1, len(axes) + 1):
+        for names in itertools.combinations(axes, count):
+            add = functools.partial(jax.lax.psum, axis_name=names)
+            everywhere = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+            add = jax.jit(jax.shard_map(add, mesh=mesh, check_vma=False, **everywhere))
+            jax.block_until_ready(add(np.float32(1)))
+
+
 def ways(mesh: "Mesh", axes: Sequence[str]) -> int:
     """Parts that `axes` of a mesh split something into."""
     return math.prod(mesh.shape[name] for name in axes)
@@ -83,22 +107,3 @@ def check_batch_divides(batch_size: int, mesh: "Mesh", field: str) -> None:
     parts = ways(mesh, ("data", "fsdp"))
     if batch_size % parts:
         raise ConfigError(field, batch_size, f"must be divisible by {parts} (mesh.data * mesh.fsdp)")
-
-
-def check_sequence_axes(mesh: "Mesh", architecture: str, windowed: bool, windows: int) -> None:
-    """Refuses axes that split a sequence where it cannot be split so.
-
-    Args:
-      mesh: the mesh.
-      architecture: its name, for the message.
-      windowed: whether the architecture works by generation windows.
-      windows: of a sequence, that are trained on.
-
-    Raises:
-      ConfigError: naming the axis.
-    """
-    for name in ("window", "context"):
-        if mesh.shape[name] > 1 and not windowed:
-            raise ConfigError(f"mesh.{name}", mesh.shape[name], f"must be 1 for model.architecture = {architecture!r}")
-    if mesh.shape["window"] > windows:
-        raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")
