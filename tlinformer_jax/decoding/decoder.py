@@ -77,7 +77,8 @@ class Decoder:
                 self.config.observed_selection,
                 "must be 'recent' for generation, whose cache holds those rows; others are for training and evaluation",
             )
-        self._parts = mesh.shape["context"] if split_of(mesh, self.config) else 1
+        split = split_of(mesh, self.config)
+        self._parts = 1 if split is None else split.parts
         typed = model.apply(replicate(dict(variables), mesh), method=model.parameters)
         place = None if mesh is None else NamedSharding(mesh, WHOLE)
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=place)(typed, self.config)
