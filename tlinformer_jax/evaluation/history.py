@@ -218,10 +218,10 @@ def _probe(
     bins = jnp.searchsorted(edges, n - jnp.arange(key.shape[1]), side="right") - 1
     z_query = history.projected.query
     if z_query is None:
-        z = observed_part(frame, history.rows, folded)
+        z = observed_part(frame, history, history.rows, folded)
         (z_query,) = project(params, z, observed_rope(frame, rope), "q")
     else:
-        z_query = observed_part(frame, z_query, folded)
+        z_query = observed_part(frame, history, z_query, folded)
     assert projected.query is not None
     readers = {"z": (z_query, jnp.arange(z_query.shape[1]) < frame.observed_length)}
     if config.architecture != "tconstformer":

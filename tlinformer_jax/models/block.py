@@ -200,10 +200,11 @@ def restore_context(
     # What is a plain number stays one: kernels are faster where nothing is masked.
     known = None if isinstance(frame.observed_length, jax.Array) else frame.observed_length
     length = frame.history_length
-    if history.split is not None:
-        rope = jax.tree.map(lambda table: history.split.take(table, axis=0), rope)
-        dropout = _part(dropout, history.split.index())
-        length = history.split.count(length)
+    split = history.split
+    if split is not None:
+        rope = Rope(split.take(rope.cos, axis=0), split.take(rope.sin, axis=0))
+        dropout = _part(dropout, split.index())
+        length = split.count(length)
     fixed = (frame.observed_length if known is None else None, rope, dropout)
 
     def some(shared: Any, part: Any, fixed: Any, number: jax.Array | None) -> tuple[jax.Array, Projected]:
@@ -217,10 +218,12 @@ def restore_context(
 
     shared = (params, following, context)
     if not chunk:
-        return History(*some(shared, parts, fixed, None), history.split)
+        rows, projected = some(shared, parts, fixed, None)
+        return History(rows, projected, split)
     # Rows past the history are the future, which no one reads: their chunks are left out.
     filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // chunk)
-    return History(*map_rows(some, shared, parts, fixed, chunk, filled), history.split)
+    rows, projected = map_rows(some, shared, parts, fixed, chunk, filled)
+    return History(rows, projected, split)
 
 
 def _attend_shared(

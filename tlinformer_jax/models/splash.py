@@ -43,8 +43,8 @@ def attend_splash(
         (batch,) = batch_spec(query.shape[0]) or (None,)
         heads = "tensor" if "tensor" in axes and query.shape[2] % axes["tensor"] == 0 else None
         rows = PartitionSpec(batch, None, heads)
-        specs = {"in_specs": (rows, rows, rows, PartitionSpec(batch)), "out_specs": (rows, rows)}
-        local = jax.shard_map(local, axis_names=set(axes), check_vma=False, **specs)
+        given = (rows, rows, rows, PartitionSpec(batch))
+        local = jax.shard_map(local, axis_names=set(axes), in_specs=given, out_specs=(rows, rows), check_vma=False)
     output, lse = local(query, key, value, lengths)
     if key_length is not None:
         empty = (key_length == 0)[:, None, None]
