@@ -1,7 +1,6 @@
 """The history dealt out over the mesh's axis `context`: against the reference, one device, and the compiled traffic."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from tlinformer_jax.parallel.split_rows import SplitRows
 # Windows of sizes that no number of devices divides.
 ODD = dataclasses.replace(SMALL, history_window=7, generation_window=5, hidden_depth=0)
 CASES = {
-    "odd windows": ({"history_window": 7, "generation_window": 5, "hidden_depth": 0}, 8),
+    "odd windows, eight devices": ({"history_window": 7, "generation_window": 5, "hidden_depth": 0}, 8),
     "odd windows, two devices": ({"history_window": 7, "generation_window": 5, "hidden_depth": 0}, 2),
     "one token a window": ({"history_window": 3, "generation_window": 1, "hidden_depth": 1}, 8),
     "paper's block": (SHAPES["paper's block"], 2),
@@ -36,6 +35,8 @@ CASES = {
     "tconstformer": ({"architecture": "tconstformer", "history_window": 7, "generation_window": 5}, 8),
 }
 
+QUICK = "odd windows, two devices"
+
 
 def make_decoder(config: ModelConfig, context: int) -> Decoder:
     variables = params_from_reference(golden.random_weights(config), config)
@@ -44,22 +45,22 @@ def make_decoder(config: ModelConfig, context: int) -> Decoder:
 
 def small_caches(monkeypatch, rows_per_word: int = 4) -> None:
     """Histories of several chunks and rounds on each device, caches that grow from eight rows a device on."""
-    monkeypatch.setattr(cache_module, "CLASS_STEPS", (4, 5, 6.5))
+    monkeypatch.setattr(cache_module, "CLASS_STEPS", (4, 5, 6))
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 8)
-    monkeypatch.setattr(cache_module, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(cache_module, "CHUNK_ROWS", 8)
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
     monkeypatch.setattr(words, "ROWS_PER_WORD", rows_per_word)
 
 
 @pytest.mark.parametrize(
-    "name", [name if name.startswith("odd windows,") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_every_logit_is_the_references(name):
     """Prompts around the window edges and longer than a window, each continued across three slides, in one batch."""
     changes, context = CASES[name]
     config = dataclasses.replace(SMALL, **changes)
     size = config.generation_window
-    prompts = [max(size - 1, 1), size, size + 1, 3 * size + 1]
+    prompts = [size, 3 * size + 1] if name == QUICK else [max(size - 1, 1), size, size + 1, 1, 3 * size + 1]
     assert largest_error(make_decoder(config, context), prompts, 6 * size + 3) < TOLERANCE
 
 
@@ -144,9 +145,8 @@ def test_mutations_are_caught(mutate, monkeypatch, own_traces):  # noqa: F811
         assert largest_error(make_decoder(ODD, 2), [4, 16], 22) < 100 * TOLERANCE
 
 
-@functools.cache
-def traffic(length: int) -> dict[str, tuple[Collective, ...]]:
-    """The collectives of `slide`, `step` and `prefill` on eight devices, with a history of `length` tokens."""
+def traffic(length: int, *names: str) -> dict[str, tuple[Collective, ...]]:
+    """The collectives of functions of the decoder on eight devices, with a history of `length` tokens."""
     config = dataclasses.replace(ODD, history_window=32, generation_window=16, hidden_depth=1)
     decoder = make_decoder(config, 8)
     cache = decoder.init_cache(1, length + 17, length + 17)
@@ -155,27 +155,41 @@ def traffic(length: int) -> dict[str, tuple[Collective, ...]]:
     prompt = jax.ShapeDtypeStruct(cache.tokens.shape[1:], jnp.int32)
     token, active = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (jnp.int32, jnp.bool_))
     start = decoder.params, config, cache
-    lowered = {
-        "slide": decoder._slide.lower(*start, number, number),
-        "step": decoder._step.lower(*start, token, active),
-        "prefill": decoder._prefill.lower(*start, number, prompt, number, number),
+    lower = {
+        "slide": lambda: decoder._slide.lower(*start, number, number),
+        "step": lambda: decoder._step.lower(*start, token, active),
+        "prefill": lambda: decoder._prefill.lower(*start, number, prompt, number, number),
     }
-    return {name: collectives(each.compile().as_text()) for name, each in lowered.items()}
+    return {name: collectives(lower[name]().compile().as_text()) for name in names}
 
 
-def test_what_devices_tell_each_other_does_not_grow_with_the_history():
-    short, long = traffic(4096), traffic(32768)
-    for name in short:
+def same_traffic(*names: str) -> dict[str, tuple[Collective, ...]]:
+    """Checks that collectives have the same shapes at 4,096 and at 32,768 tokens and run once; returns them."""
+    short, long = traffic(4096, *names), traffic(32768, *names)
+    for name in names:
         assert short[name], "the devices must tell each other something"
         assert [dataclasses.replace(one, name="") for one in short[name]] == [
             dataclasses.replace(one, name="") for one in long[name]
         ]
         assert all(one.known_trips and one.trips == 1 for one in long[name])
-    rows, width = 2, 8  # heads, d_h
-    # A hit: each block's history gives one result with its log-sum-exp, in one collective.
-    assert [(one.kind, one.operands[0].bytes) for one in long["step"]] == [("all-gather", 4 * rows * (width + 1))] * 2
-    # A slide: the 32 observed rows' queries of each block; maxima, weights and weighted sums.
-    assert sum(one.total_bytes for one in long["slide"]) == 2 * 4 * 32 * rows * (width + 2)
+    return long
+
+
+HEADS, WIDTH = 2, 8
+
+
+def test_what_devices_tell_each_other_for_a_token_does_not_grow_with_the_history():
+    (found,) = same_traffic("step").values()
+    # Each of two blocks' history gives one result with its log-sum-exp, in one collective.
+    assert [(one.kind, one.operands[0].bytes) for one in found] == [("all-gather", 4 * HEADS * (WIDTH + 1))] * 2
+
+
+@pytest.mark.slow
+def test_what_devices_tell_each_other_for_a_window_does_not_grow_with_the_history():
+    found = same_traffic("slide", "prefill")
+    for name, queries in (("slide", 32), ("prefill", 32 + 16)):  # the observed rows', and the window's
+        # Of each of two blocks maxima, weights and weighted sums.
+        assert sum(one.total_bytes for one in found[name]) == 2 * 4 * queries * HEADS * (WIDTH + 2)
 
 
 @pytest.mark.slow

@@ -45,6 +45,15 @@ def step(
     return layered.step(params, config, cache, tokens, active)
 
 
+def jitted(config: ModelConfig, mesh: Mesh | None) -> tuple[Any, Any, Any]:
+    """`prefill`, `step` and `slide`, each run by all devices of the mesh; their caches are donated."""
+    functions = (windowed.prefill if config.windowed else layered.prefill, step, windowed.slide)
+    prefill, one, slide = (
+        jax.jit(over_devices(function, mesh), static_argnums=1, donate_argnums=2) for function in functions
+    )
+    return prefill, one, slide
+
+
 class Decoder:
     """A model's parameters and its compiled functions; the caches belong to the caller.
 
@@ -82,11 +91,7 @@ class Decoder:
         typed = model.apply(replicate(dict(variables), mesh), method=model.parameters)
         place = None if mesh is None else NamedSharding(mesh, WHOLE)
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=place)(typed, self.config)
-        prefill = windowed.prefill if self.config.windowed else layered.prefill
-        self._step, self._prefill, self._slide = (
-            jax.jit(over_devices(function, mesh), static_argnums=1, donate_argnums=2)
-            for function in (step, prefill, windowed.slide)
-        )
+        self._prefill, self._step, self._slide = jitted(self.config, mesh)
 
     def init_cache(self, batch: int, tokens: int, final: int | None = None) -> Cache:
         """An empty cache for `batch` sequences of up to `tokens` tokens (in the end `final`)."""

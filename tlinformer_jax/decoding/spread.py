@@ -72,9 +72,18 @@ def init_spread_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh
     make = functools.partial(init_cache, config, batch, capacity, split_of(mesh, config))
     if mesh is None:
         return make()
-    specs = cache_specs(jax.eval_shape(make))
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
-    return jax.jit(make, out_shardings=shardings)()
+    shapes = abstract_cache(config, batch, capacity, mesh)
+    return jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
+
+
+def abstract_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> Any:
+    """Shapes of the same, with how they lie on the mesh."""
+    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split_of(mesh, config)))
+    return jax.tree.map(
+        lambda shape, spec: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        cache_specs(shapes),
+    )
 
 
 def over_devices(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
@@ -127,7 +136,3 @@ def empty(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
     if not isinstance(sharding, NamedSharding):
         return jnp.zeros(shape, dtype)
     return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, PartitionSpec)
