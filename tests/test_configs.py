@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from tests.support.commands import check_refusal, command
-from tlinformer_jax import recipes
+from tlinformer_jax import recipes, retrieval_recipes
 from tlinformer_jax.config import SECTIONS, RunConfig, default_config_dict, run_config
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.errors import ConfigError
@@ -45,7 +45,11 @@ VARIANTS = [
     *(("books", variant) for variant in BOOKS),
     *(("long", variant) for variant in ("64k", "1m")),
     *(("large", variant) for variant in ("125m", "350m", "1b3")),
+    *(("recall", variant) for variant in retrieval_recipes.RECALL),
+    *(("copy", variant) for variant in retrieval_recipes.COPY),
+    *(("passkey", variant) for variant in retrieval_recipes.PASSKEY),
 ]
+OF_41M = ("wt103", "books", "long")
 
 
 def get_config(name: str, *variant: str | None):
@@ -79,7 +83,8 @@ def expected_parameters(config: ModelConfig) -> int:
 def test_every_config_file_is_tested():
     """Sweep files are loaded by tests/experiments/test_plan.py."""
     assert {path.stem for path in CONFIGS.glob("[!s]*.py")} == {name for name, _ in VARIANTS}
-    assert {path.stem for path in CONFIGS.glob("s*.py")} == {"sweep_windows", "sweep_architectures"}
+    sweeps = {f"sweep_{name}" for name in ("windows", "architectures", "recall", "copy", "passkey", "selection")}
+    assert {path.stem for path in CONFIGS.glob("s*.py")} == sweeps
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -90,7 +95,7 @@ def test_model_and_optimiser_are_built_and_have_the_right_size(name, variant):
     )
     state = jax.eval_shape(init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert count == (expected_parameters(config.model) if name in ("tiny", "large") else 40_982_544)
+    assert count == (40_982_544 if name in OF_41M else expected_parameters(config.model))
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.size > 1)
     assert moments == 2 * count
 
@@ -124,6 +129,23 @@ def test_table_1_is_covered_and_defaults_are_our_recipe():
     assert set(recipes.TABLE_1) == set(ROWS)
     for name in ("wt103", "books"):
         assert get_config(name) == get_config(name, "512-512-0.5")
+
+
+def test_retrieval_settings_bind_where_they_say_so():
+    for name, setting in retrieval_recipes.RECALL.items():
+        config = load("recall", name)
+        windows = (config.model.history_window, config.model.generation_window)
+        assert name.startswith(f"{config.data.sequence_length}-{config.data.pairs}")
+        assert config.train.steps * config.train.batch_size * config.data.sequence_length <= 200_000_000
+        assert 2 * setting.pairs % setting.generation_window == 0  # no answer stands in its question's window
+        binds = setting.pairs >= 4 * windows[0] and setting.length >= 32 * windows[0]
+        assert binds == name.endswith("tight")
+    for name in retrieval_recipes.COPY:
+        config = load("copy", name)
+        reach = int(config.model.history_window) + config.model.generation_window
+        assert (config.data.sequence_length // 2 > reach) == name.endswith("tight")
+    depths = {name: blocks * (hidden + 2) for name, (_, blocks, hidden) in retrieval_recipes.MODELS.items()}
+    assert all(name.endswith(f"-{depth}") for name, depth in depths.items())
 
 
 @pytest.mark.parametrize(
@@ -214,6 +236,7 @@ OVERRIDES = {
         "d_ff": 64,
         "history_window": "auto",
         "generation_window": 48,
+        "observed_selection": "random",
         "dropout": 0.25,
         "dtype": "float32",
         "param_dtype": "bfloat16",
@@ -254,6 +277,7 @@ OVERRIDES = {
         "keep_best": 3,
         "max_skipped_updates": 4,
         "max_rollbacks": 2,
+        "stop_at_accuracy": 0.9,
     },
     "data": {
         "tokenizer": "some/tokenizer.json",
@@ -270,6 +294,10 @@ OVERRIDES = {
         "cache_dir": "some/cache",
         "full_hash": True,
         "num_workers": 2,
+        "train_examples": 4321,
+        "validation_examples": 123,
+        "pairs": 5,
+        "passkeys": 3,
     },
     "mesh": {"data": 2, "fsdp": 4, "tensor": 3, "window": 5, "context": 6},
 }
@@ -277,8 +305,12 @@ OTHER = {
     ("model", "remat"): {"auto": "window", "none": "window", "window": "none"},
     ("train", "equal_updates"): {True: False, False: True},
     ("train", "decay_mask"): {"all": "matrices", "matrices": "all"},
-    ("data", "dataset"): {"pydoc": "text", "text": "wikitext103", "wikitext103": "pydoc"},
+    ("data", "dataset"): {"pydoc": "passkey", "text": "passkey", "wikitext103": "passkey"},
 }
+
+
+# Fields that others above leave no other value.
+ALONE = {"data": {"curriculum"}}
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "wt103.py:paper-1k-512-0.5", "books.py", "long.py:1m"])
@@ -286,7 +318,7 @@ def test_every_field_can_be_overridden_on_the_command_line(name, tmp_path, monke
     """From any directory, and also where the config file sets another value than the default."""
     monkeypatch.chdir(tmp_path)
     before = from_flags(name).to_dict()
-    assert {section: set(fields) for section, fields in before.items()} == {
+    assert {section: set(fields) - ALONE.get(section, set()) for section, fields in before.items()} == {
         section: set(fields) for section, fields in OVERRIDES.items()
     }
     expected = {
@@ -299,7 +331,13 @@ def test_every_field_can_be_overridden_on_the_command_line(name, tmp_path, monke
     for section, fields in expected.items():
         assert not [field for field, value in fields.items() if before[section][field] == value]
     arguments = [f"{s}.{field}={value}" for s, fields in expected.items() for field, value in fields.items()]
-    assert from_flags(name, *arguments).to_dict() == expected
+    found = from_flags(name, *arguments).to_dict()
+    assert {section: {field: found[section][field] for field in expected[section]} for section in found} == expected
+
+
+def test_a_curriculum_can_be_overridden_on_the_command_line():
+    found = from_flags("passkey.py:tiny", "data.curriculum=128:5,256:6").data
+    assert found.stages == ((128, 5), (256, 6))
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "books.py:4k-1k-0.5"])
@@ -324,7 +362,7 @@ def test_our_recipe_sees_the_same_tokens_whatever_the_row():
     totals = {
         math.prod((config.train.steps, config.train.batch_size, config.data.sequence_length))
         for name, variant in VARIANTS
-        if name not in ("tiny", "large") and variant != "1m" and not variant.startswith("paper-")
+        if name in OF_41M and variant != "1m" and not variant.startswith("paper-")
         for config in [load(name, variant)]
     }
     assert totals == {9_080 * 131_072}

@@ -41,6 +41,15 @@ class RunConfig:
         windows = -(-self.data.sequence_length // self.model.generation_window)
         if sampled > windows:
             raise ConfigError("train.sampled_windows", sampled, f"must be at most the {windows} windows of a sequence")
+        if self.data.curriculum and (sampled or not self.train.equal_updates):
+            field = "sampled_windows = 0" if sampled else "equal_updates = True"
+            raise ConfigError("data.curriculum", self.data.curriculum, f"must be '' without train.{field}")
+        if self.train.stop_at_accuracy and not self.data.is_task:
+            raise ConfigError(
+                "train.stop_at_accuracy",
+                self.train.stop_at_accuracy,
+                f"must be 0 for data.dataset = {self.data.dataset!r}, which has no answers",
+            )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain nested dictionaries, as `run_config` takes them."""

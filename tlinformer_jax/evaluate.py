@@ -128,7 +128,7 @@ def _tell(report: "Report") -> None:
         write_report(report, writable_file(OUT.value))
     if JSON.value:
         kept = ("step", "split", "text_file", "tokens")
-        parts = ("by_position", "by_window_position", "by_length")
+        parts = ("answers", "by_position", "by_window_position", "accuracy_by_position", "by_length")
         chosen = {name: report[name] for name in kept if name in report} | report["figures"]
         print(json.dumps(chosen | {name: report[name] for name in parts if name in report}))
     else:

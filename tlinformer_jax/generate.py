@@ -32,6 +32,7 @@ MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this likely
 REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages tokens seen before.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; sample i has seed + i.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, each of the same prompt.")
+CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be given several times.")
 STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's end of text ends a sample.")
 STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; several come when all are done.")
@@ -62,6 +63,7 @@ def _generate() -> int:
 
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.settings import generation_config
+    from tlinformer_jax.decoding.spread import context_mesh
     from tlinformer_jax.training.memory import advised, generation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
@@ -70,7 +72,7 @@ def _generate() -> int:
             generation_config(options)  # before anything is loaded
             use_compilation_cache()
             compilations = _watch_compilations()
-            generator = Generator.from_workdir(WORKDIR.value, STEP.value)
+            generator = Generator.from_workdir(WORKDIR.value, STEP.value, context_mesh(CONTEXT.value))
             stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
         except ConfigError as error:
             raise _named_by_flag(error, options) from None
@@ -113,7 +115,7 @@ def _options() -> dict[str, Any]:
 def _named_by_flag(error: ConfigError, options: dict[str, Any]) -> UserError:
     """The error under the name that the user has written; of the model's configuration, as it is."""
     name = error.field.split(".")[-1]
-    if name not in options:
+    if name not in options and error.field != "mesh.context":
         return error
     return UserError(f"--{FLAGS_OF_OPTIONS.get(name, name)}={error.value}: {error.allowed}")
 

@@ -29,7 +29,9 @@ TOPOLOGY = flags.DEFINE_string(
 CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "As --check, and compile a step for the memory it takes.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Working directory whose parameters a new run starts from.")
 THEN = flags.DEFINE_list(
-    "then", None, "Write result.json, then do these: evaluate (or evaluate@LENGTH), samples; nothing more if empty."
+    "then",
+    None,
+    "Write result.json, then do these: evaluate, evaluate@LENGTH, samples, history, history@LENGTH; none if empty.",
 )
 cli.define_process_flags()
 PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few training steps, for xprof.")

@@ -31,7 +31,9 @@ POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this 
 POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")
 SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of their own; the file's if not given.")
 RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
-THEN = flags.DEFINE_list("then", None, "What to do after each training: evaluate, evaluate@LENGTH, samples.")
+THEN = flags.DEFINE_list(
+    "then", None, "What to do after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
+)
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
 CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train nothing.")
 
@@ -146,6 +148,7 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
     """Writes the tables of all jobs that are finished, copies their records, and returns these."""
     from tlinformer_jax.experiments.job import finished_result
     from tlinformer_jax.experiments.results import write_result
+    from tlinformer_jax.experiments.retrieval import retrieval_lines
     from tlinformer_jax.experiments.tables import write_tables
 
     with open(out / ".tables.lock", "a") as lock:  # jobs of an array may come to this together
@@ -155,7 +158,8 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
         if results is not None:
             for result in done:
                 write_result(results / f"{result['name']}.json", result)
-        write_tables(done, out)
+        retrieval = bool(jobs) and jobs[0].study == "retrieval"
+        write_tables(done, out, retrieval_lines(done) if retrieval else None)
     return done
 
 

@@ -17,6 +17,12 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+def log_sum_exp(query, key, scale):
+    """float64 [queries, heads] of [queries, heads, d] over [heads, d, rows]."""
+    scores = np.einsum("qhd,hdk->qhk", np.asarray(query, np.float64), np.asarray(key, np.float64)) * scale
+    return np.log(np.exp(scores).sum(-1))
+
+
 def softmax_attention(query, key, value, scale):
     """float64 [queries, heads, d] of [queries, heads, d] over [heads, d, rows]."""
     query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
@@ -29,15 +35,17 @@ def softmax_attention(query, key, value, scale):
 def test_attend_history(queries, width, length):
     key, value = normal(0, 2, 2, width, 768), normal(1, 2, 2, width, 768)
     query = normal(2, queries, 2, width + 4)  # its padding must not count
-    read = history_kernel.attend(query, key, value, jnp.int32(1), jnp.int32(length), 0.3, interpret=True)
+    read, lse = history_kernel.attend(query, key, value, jnp.int32(1), jnp.int32(length), 0.3, interpret=True)
     truth = softmax_attention(query[..., :width], key[1, ..., :length], value[1, ..., :length], 0.3)
     np.testing.assert_allclose(read, truth, atol=2e-5)
+    np.testing.assert_allclose(lse, log_sum_exp(query[..., :width], key[1, ..., :length], 0.3), atol=2e-5)
 
 
 def test_attend_history_without_rows_is_zero():
     key, value = normal(0, 1, 2, 8, 256), normal(1, 1, 2, 8, 256)
-    read = history_kernel.attend(normal(2, 4, 2, 8), key, value, jnp.int32(0), jnp.int32(0), 0.3, interpret=True)
+    read, lse = history_kernel.attend(normal(2, 4, 2, 8), key, value, jnp.int32(0), jnp.int32(0), 0.3, interpret=True)
     assert (np.asarray(read) == 0).all()
+    assert (np.asarray(lse) == -np.inf).all()
 
 
 @pytest.mark.parametrize(("queries", "width", "length"), [(130, 12, 100), (64, 36, 192), (3, 8, 0)])

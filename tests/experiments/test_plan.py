@@ -8,6 +8,7 @@ import pytest
 
 from tlinformer_jax.config import default_config_dict
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.experiments.actions import checked_actions
 from tlinformer_jax.experiments.plan import (
     Sweep,
     check_data,
@@ -192,3 +193,37 @@ def test_the_process_of_a_sweep_needs_no_jax():
         "sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=CONFIGS.parent, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("where", "points", "architectures"),
+    [
+        ("sweep_recall.py", 162, 4),
+        ("sweep_recall.py:512-64-tight", 27, 4),
+        ("sweep_recall.py:seeds", 16, 4),
+        ("sweep_recall.py:tiny", 2, 2),
+        ("sweep_copy.py", 72, 4),
+        ("sweep_passkey.py", 8, 4),
+        ("sweep_passkey.py:tlin", 2, 1),
+        ("sweep_passkey.py:tiny", 2, 2),
+        ("sweep_selection.py", 3, 1),
+        ("sweep_selection.py:recall", 3, 1),
+        ("sweep_selection.py:tiny", 3, 1),
+    ],
+)
+def test_sweeps_of_retrieval(where, points, architectures):
+    sweep = load_sweep(f"{CONFIGS}/{where}")
+    planned = plan_points(sweep)
+    assert len(planned) == len({repr(point.config) for point in planned}) == points
+    assert len({point.config.model.architecture for point in planned}) == architectures
+    assert checked_actions(sweep.then) == tuple(sweep.then)
+    if "selection" not in where:
+        depths = {(p.config.model.architecture, p.config.model.num_layers) for p in planned}
+        assert len({layers for _, layers in depths}) <= 3
+    if sweep.study == "retrieval" and "passkey" not in where:
+        check_data(planned)
+
+
+def test_a_setting_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="variant = '9-9': must be one of 64-4, 128-8"):
+        load_sweep(f"{CONFIGS}/sweep_recall.py:9-9")

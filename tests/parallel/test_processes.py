@@ -82,7 +82,7 @@ def test_a_process_holds_the_rows_of_its_devices(monkeypatch):
                 device: index for device, index in whole.devices_indices_map(shape).items() if device.id in (1, 2, 5, 6)
             }
 
-    monkeypatch.setattr("tlinformer_jax.parallel.sharding.batch_sharding", lambda _: Half())
+    monkeypatch.setattr("tlinformer_jax.parallel.sharding.batch_sharding", lambda *_: Half())
     np.testing.assert_array_equal(process_rows(mesh, 16), [2, 3, 4, 5, 10, 11, 12, 13])
 
 

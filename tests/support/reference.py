@@ -40,35 +40,65 @@ def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.take_along_axis(log_probs, np.asarray(labels)[..., None], -1).mean())
 
 
-def _window(weights: Weights, config, embedded: np.ndarray, n: int, x: np.ndarray) -> np.ndarray:
+def _window(
+    weights: Weights, config, embedded: np.ndarray, n: int, x: np.ndarray, first: int = 0, probe: list | None = None
+) -> np.ndarray:
+    """The window x at n; rows before `first` do not exist. `probe` gets queries, keys and values of blocks' starts."""
     m = len(x)
-    start = max(0, n - _history_window(config, n)) if n else 0
-    context = embedded[:n]
+    context, past = embedded[first:n], np.arange(first, n)
     new = np.arange(n, n + m)
+    rows = _observed_rows(weights, config, context, x)
     for b in range(config.num_blocks):
         block = f"transformer.transformer_layers.{b}."
         layer = _Layer(weights, block + "compress_context_layer.", config)
-        qc, kc, vc = layer.project(context, np.arange(n))
+        qc, kc, vc = layer.project(context, past)
         qx, kx, vx = layer.project(x, new)
-        z = layer.update(context[start:], _attend(qc[start:], kc, vc))
+        if probe is not None:
+            probe.append((qc[rows], qx, kc, vc, kx, vx))
+        z = layer.update(context[rows], _attend(qc[rows], kc, vc))
         seen = _attend(qx, kx, vx, causal=True)
         if config.architecture == "tlinformer":
             seen = seen + _attend(qx, kc, vc)
         x = layer.update(x, seen)
         for j in range(config.hidden_depth):
             layer = _Layer(weights, f"{block}hidden_layers.{j}.", config)
-            qz, kz, vz = layer.project(z, np.arange(start, n))
+            qz, kz, vz = layer.project(z, past[rows])
             qx, kx, vx = layer.project(x, new)
             z, x = (
                 layer.update(z, _attend(qz, kz, vz)),
                 layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz)),
             )
         layer = _Layer(weights, block + "restore_context_shape_layer.", config)
-        _, kz, vz = layer.project(z, np.arange(start, n))
+        _, kz, vz = layer.project(z, past[rows])
         qx, kx, vx = layer.project(x, new)
         context = layer.update(context, _attend(qc, kz, vz))
         x = layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz))
     return x
+
+
+def _observed_rows(weights: Weights, config, context: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Which rows of the context the observation window holds, ascending."""
+    n = len(context)
+    count = min(n, _history_window(config, n)) if n else 0
+    if config.observed_selection == "recent" or count == 0:
+        return np.arange(n - count, n)
+    if config.observed_selection == "random":
+        scores = np.array([_hash(row, n) >> 1 for row in range(n)])
+    else:
+        layer = _Layer(weights, "transformer.transformer_layers.0.compress_context_layer.", config)
+        keys = layer.project(context, np.arange(n))[1]  # only distances matter
+        query = layer.project(x[:1], np.array([n]))[0][0]
+        products = np.einsum("hd,khd->hk", query, keys) / math.sqrt(query.shape[-1])
+        paid = np.exp(products - products.max(-1, keepdims=True))
+        scores = (paid / paid.sum(-1, keepdims=True)).mean(0)
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _hash(row: int, n: int) -> int:
+    word = (row * 0x9E3779B9 + n * 0x85EBCA6B + 1) % 2**32
+    word = (word ^ word >> 16) * 0x7FEB352D % 2**32
+    word = (word ^ word >> 15) * 0x846CA68B % 2**32
+    return word ^ word >> 16
 
 
 def _baseline(weights: Weights, config, x: np.ndarray) -> np.ndarray:

@@ -45,6 +45,7 @@ MAX_QUADRATIC = flags.DEFINE_integer(
     "Longest prompt given to 'transformer'; above, its cache is filled randomly.",
     lower_bound=0,
 )
+CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
 SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.", lower_bound=0, upper_bound=2**32 - 1)
 PROFILE = flags.DEFINE_string("profile", "", "Directory for traces of a hit loop and a slide at the largest length.")
 OUT = flags.DEFINE_string("out", "", "Directory for inference.json, inference.csv and plots; none: print only.")
@@ -67,6 +68,7 @@ def main() -> None:
     _check_names("--parts", PARTS.value, ALL_PARTS)
     base = _base_config()
     configs = [dataclasses.replace(base, architecture=name) for name in dict.fromkeys(ARCHITECTURES.value)]
+    mesh = _mesh(configs)
     out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
     plan = Plan(
@@ -81,7 +83,24 @@ def main() -> None:
     )
     workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value and not RANDOM_WEIGHTS.value else None
     use_compilation_cache()
-    run_benchmark(plan, configs, workdir=workdir, out=out, profile=profile)
+    run_benchmark(plan, configs, workdir=workdir, out=out, profile=profile, mesh=mesh)
+
+
+def _mesh(configs: list[ModelConfig]) -> Any:
+    """Of the devices that the history is spread over, or None.
+
+    Raises:
+      ConfigError: if there are too few, or a model has no history to spread.
+    """
+    from tlinformer_jax.decoding.spread import context_mesh, split_of
+
+    try:
+        mesh = context_mesh(CONTEXT.value)
+        for config in configs:
+            split_of(mesh, config)
+    except ConfigError as error:
+        raise ConfigError("--context", error.value, error.allowed) from None
+    return mesh
 
 
 def _workdir_config() -> ModelConfig:

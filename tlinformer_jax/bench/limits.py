@@ -94,19 +94,20 @@ def against(timing: Timing, work: Work, ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
-def cached_rows(config: ModelConfig, history: float, window: float) -> float:
-    """Cached (key, value) row pairs that one sequence's next token reads, summed over layers.
+def cached_rows(config: ModelConfig, history: float, window: float, devices: int = 1) -> float:
+    """Cached (key, value) row pairs that one sequence's next token reads on a device, summed over layers.
 
     Args:
       config: of the model.
       history: n, tokens before the generation window; of a baseline, tokens so far.
       window: tokens in the generation window; 0 for a baseline. May be a mean, hence a fraction.
+      devices: that the history's rows are dealt out to.
     """
     if config.architecture == "transformer":
         return config.num_layers * (history + window)
     if config.architecture == "sliding_window":
         return config.num_layers * min(history + window, int(config.history_window) + config.generation_window - 1)
-    kept = history if config.architecture == "tlinformer" else 0
+    kept = history / devices if config.architecture == "tlinformer" else 0
     observed = config.observed_rows(int(history))
     return config.num_blocks * (kept + (config.hidden_depth + 1) * observed) + config.num_layers * window
 
@@ -122,9 +123,12 @@ def equation_7(config: ModelConfig, batch: int, length: int) -> int:
     return batch * length * row_bytes(config) * layers
 
 
-def hit_work(config: ModelConfig, weights: Weights, batch: int, history: float, window: float) -> Work:
-    """One token for every sequence of a batch: the weights once, the cache of each. Arguments as `cached_rows`."""
-    rows = batch * cached_rows(config, history, window)
+def hit_work(
+    config: ModelConfig, weights: Weights, batch: int, history: float, window: float, devices: int = 1
+) -> Work:
+    """One token for every sequence of a batch: the weights once, the cache of each; of one device. Arguments as
+    `cached_rows`."""
+    rows = batch * cached_rows(config, history, window, devices)
     return Work(
         bytes=weights.layers + weights.table + rows * row_bytes(config),
         dense=batch * (config.num_layers * _layer_flops(config) + _head_flops(config)),
@@ -133,52 +137,56 @@ def hit_work(config: ModelConfig, weights: Weights, batch: int, history: float, 
     )
 
 
-def slide_work(config: ModelConfig, weights: Weights, history: int) -> Work:
-    """A slide of one sequence to `history` tokens: block 0 reads its rows, the others' are made and written."""
+def slide_work(config: ModelConfig, weights: Weights, history: int, devices: int = 1) -> Work:
+    """A slide of one sequence to `history` tokens: block 0 reads its rows, the others' are made and written; of one of
+    the devices that the history is dealt out to."""
     known = history - config.generation_window if config.architecture == "tlinformer" else 0
-    dense, pairs = _history_work(config, history, known)
-    bytes_moved = weights.layers + cached_rows(config, history, 0) * row_bytes(config)
+    dense, pairs = _history_work(config, history, known, devices)
+    bytes_moved = weights.layers + cached_rows(config, history, 0, devices) * row_bytes(config)
     return Work(bytes_moved, dense, pairs, config.d_model)
 
 
-def prefill_work(config: ModelConfig, weights: Weights, length: int) -> Work:
-    """Keys and values of a prompt of `length` tokens from nothing, and the logits after its last token."""
+def prefill_work(config: ModelConfig, weights: Weights, length: int, devices: int = 1) -> Work:
+    """Keys and values of a prompt of `length` tokens from nothing, and the logits after its last token; of one of the
+    devices that the history is dealt out to."""
     if not config.windowed:
         return _baseline_prefill_work(config, weights, length)
     history = (length - 1) // config.generation_window * config.generation_window
     window, observed = length - history, config.observed_rows(history)
-    dense, pairs = _history_work(config, history, 0)
-    context = (config.hidden_depth + 1) * observed + (history if config.architecture == "tlinformer" else 0)
+    dense, pairs = _history_work(config, history, 0, devices)
+    read = history / devices if config.architecture == "tlinformer" else 0
+    context = (config.hidden_depth + 1) * observed + read
     return Work(
-        bytes=weights.layers + weights.table + cached_rows(config, history, window) * row_bytes(config),
+        bytes=weights.layers + weights.table + cached_rows(config, history, window, devices) * row_bytes(config),
         dense=dense + window * config.num_layers * _layer_flops(config) + _head_flops(config),
         pairs=pairs + config.num_layers * window * (window + 1) // 2 + config.num_blocks * window * context,
         width=config.d_model,
     )
 
 
-def _history_work(config: ModelConfig, history: int, known: int) -> tuple[float, float]:
-    """(dense operations, pairs) of the history side of all blocks.
+def _history_work(config: ModelConfig, history: int, known: int, devices: int) -> tuple[float, float]:
+    """(dense operations, pairs) of the history side of all blocks, on one device.
 
     Args:
       config: of the model.
       history: n.
       known: rows whose keys and values block 0 has in the cache.
+      devices: that the rows are dealt out to.
     """
     square, observed = 2 * config.d_model**2, config.observed_rows(history)
-    each = _layer_flops(config)
+    each, rows, known_rows = _layer_flops(config), history / devices, known / devices
     # Per block: keys and values of all rows; the observed rows through compress, hidden layers and restore's keys.
-    dense = config.num_blocks * (2 * square * history + observed * (each - 2 * square))
-    dense += config.num_blocks * observed * (config.hidden_depth * each + 2 * square) - 2 * square * known
-    pairs = config.num_blocks * observed * (history + config.hidden_depth * observed)
+    dense = config.num_blocks * (2 * square * rows + observed * (each - 2 * square))
+    dense += config.num_blocks * observed * (config.hidden_depth * each + 2 * square) - 2 * square * known_rows
+    pairs = config.num_blocks * observed * (rows + config.hidden_depth * observed)
     # Between blocks every row is restored: its query, and what follows attention.
-    dense += (config.num_blocks - 1) * history * (each - 2 * square)
-    pairs += (config.num_blocks - 1) * history * observed
+    dense += (config.num_blocks - 1) * rows * (each - 2 * square)
+    pairs += (config.num_blocks - 1) * rows * observed
     # Block 0's rows are words: of those, no more need be projected than there are (`decoding.words`).
     if config.num_blocks > 1:
-        dense -= square * max(history - config.vocab_size, 0)
+        dense -= square * max(rows - config.vocab_size, 0)
     if config.architecture == "tlinformer":
-        dense -= 2 * square * max(history - known - config.vocab_size, 0)
+        dense -= 2 * square * max(rows - known_rows - config.vocab_size, 0)
     return dense, pairs
 
 

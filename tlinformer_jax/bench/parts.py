@@ -74,7 +74,7 @@ def prefill(session: Session, weights: Weights, ceilings: Ceilings, budget: floa
     """Prefill alone, of the first sequence."""
     prompt = session.prompts()[0]
     timing = time_calls(lambda: session.prefill_row(0, prompt), budget)
-    work = limits.prefill_work(session.config, weights, session.length)
+    work = limits.prefill_work(session.config, weights, session.length, session.devices)
     return limits.against(timing, work, ceilings)
 
 
@@ -112,10 +112,11 @@ def windows(session: Session, count: int, weights: Weights, ceilings: Ceilings, 
 def _window_work(session: Session, weights: Weights, history: int) -> list[Work]:
     """Work of a generation window after `history` tokens: each of its tokens, and its slide for each sequence."""
     config, size = session.config, session.config.generation_window
-    hits = [limits.hit_work(config, weights, session.batch, history, number) for number in range(size)]
+    devices = session.devices
+    hits = [limits.hit_work(config, weights, session.batch, history, number, devices) for number in range(size)]
     if not config.windowed or history == 0:
         return hits
-    return hits + [limits.slide_work(config, weights, history)] * session.batch
+    return hits + [limits.slide_work(config, weights, history, devices)] * session.batch
 
 
 def sustained(session: Session, weights: Weights, ceilings: Ceilings, budget: float) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def sustained(session: Session, weights: Weights, ceilings: Ceilings, budget: fl
     rewind = functools.partial(session.rewind, history, 0)
     timing = time_calls(lambda: session.loop(size), budget, prepare=rewind, compiled=True).per(size)
     session.check()
-    work = limits.hit_work(session.config, weights, session.batch, history, (size - 1) / 2)
+    work = limits.hit_work(session.config, weights, session.batch, history, (size - 1) / 2, session.devices)
     return limits.against(timing, work, ceilings) | {
         "steps": size,
         "history": history,
@@ -146,7 +147,7 @@ def slide(session: Session, weights: Weights, ceilings: Ceilings, budget: float)
         return session.cache
 
     timing = time_calls(call, budget, prepare=lambda: session.rewind(before, size))
-    work = limits.slide_work(session.config, weights, before + size)
+    work = limits.slide_work(session.config, weights, before + size, session.devices)
     return limits.against(timing, work, ceilings) | {"history_before": before, "history_after": before + size}
 
 
@@ -177,6 +178,6 @@ def longest(session: Session, fill: Callable[[], str]) -> dict[str, Any]:
 
 
 def used_bytes(session: Session) -> int:
-    """Bytes of the valid keys and values in the cache."""
-    rows = limits.cached_rows(session.config, session.history, session.window)
+    """Bytes of the valid keys and values in the cache, on one device."""
+    rows = limits.cached_rows(session.config, session.history, session.window, session.devices)
     return int(session.batch * rows * limits.row_bytes(session.config))

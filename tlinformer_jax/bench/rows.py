@@ -91,6 +91,7 @@ def measure_row(
         "architecture": config.architecture,
         "length": length,
         "batch": batch,
+        "devices": 1 if decoder.mesh is None else decoder.mesh.size,
         "equation_7_bytes": limits.equation_7(config, batch, length),
         "elapsed_seconds": {},
     }
@@ -107,7 +108,9 @@ def measure_row(
             report(row)
         _release(session)
         current = "uncached"
-        if "figure9" in plan.parts and batch == 1 and length <= plan.max_uncached_length:
+        # The forward pass is that of one device.
+        alone = batch == 1 and decoder.mesh is None
+        if "figure9" in plan.parts and alone and length <= plan.max_uncached_length:
             started = time.perf_counter()
             row["uncached"] = parts.uncached(session, plan.seconds)
             row["elapsed_seconds"]["uncached"] = time.perf_counter() - started

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from tlinformer_jax.bench import profiling, rows
 from tlinformer_jax.bench.limits import Ceilings, measure_ceilings
@@ -31,6 +31,7 @@ def run_benchmark(
     workdir: pathlib.Path | None = None,
     out: pathlib.Path | None = None,
     profile: pathlib.Path | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Measures, prints and writes.
 
@@ -40,6 +41,7 @@ def run_benchmark(
       workdir: of a run, for the weights of its architecture; other weights are random.
       out: for the report and the plots; None prints only.
       profile: for traces; None makes none.
+      mesh: of the devices that the history is spread over; None for one device.
 
     Returns:
       what inference.json holds.
@@ -49,6 +51,7 @@ def run_benchmark(
         device_facts()
         | {
             "command": shlex.join(["python", "-m", "tlinformer_jax.bench.inference", *sys.argv[1:]]),
+            "devices": 1 if mesh is None else mesh.size,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "architectures": [config.architecture for config in configs],
             "config": dataclasses.asdict(configs[0]) | {"compute_dtype": configs[0].compute_dtype.name},
@@ -66,7 +69,7 @@ def run_benchmark(
         flush=True,
     )
     for config in configs:
-        decoder, origin = _decoder(config, plan.seed, workdir)
+        decoder, origin = _decoder(config, plan.seed, workdir, mesh)
         report.values["weights"][config.architecture] = origin
         _measure(plan, decoder, ceilings, report, profile)
         del decoder  # its weights would count as the next one's memory
@@ -127,15 +130,17 @@ def _write_plots(values: dict[str, Any], out: pathlib.Path) -> None:
         print(f"no plots: {error}; pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)
 
 
-def _decoder(config: ModelConfig, seed: int, workdir: pathlib.Path | None) -> tuple[Decoder, str]:
+def _decoder(
+    config: ModelConfig, seed: int, workdir: pathlib.Path | None, mesh: Mesh | None = None
+) -> tuple[Decoder, str]:
     """A decoder, and where its weights are from: the working directory's if it is of this architecture."""
     model, tokens = build_model(config), jnp.zeros((1, 1), jnp.int32)
     if workdir is None or load_config(workdir).model.architecture != config.architecture:
-        return Decoder(model, jax.jit(model.init)(jax.random.key(seed), tokens)), f"random, seed {seed}"
+        return Decoder(model, jax.jit(model.init)(jax.random.key(seed), tokens), mesh), f"random, seed {seed}"
     from tlinformer_jax.training.checkpoint import restore_params  # the only use of Orbax here
 
     here = SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
     step, params = restore_params(workdir, abstract)
-    return Decoder(model, {"params": params}), f"{workdir}, step {step}"
+    return Decoder(model, {"params": params}, mesh), f"{workdir}, step {step}"

@@ -12,6 +12,7 @@ from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, hi
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.loop import MAX_STEPS, Sequences, jit_run_steps, jit_sample_next
 from tlinformer_jax.decoding.sampling import SamplingConfig, sequence_keys
+from tlinformer_jax.decoding.spread import replicate
 from tlinformer_jax.models.cached_attention import KeyValue
 
 GREEDY = SamplingConfig()
@@ -39,7 +40,8 @@ class Session:
         self._random = np.random.default_rng(seed)
         tokens = self._random.integers(0, self.config.vocab_size, (batch,), dtype=np.int32)
         active = jnp.ones((batch,), bool)
-        self.sequences = Sequences(jnp.asarray(tokens), sequence_keys(0, batch), active, seen=None)
+        sequences = Sequences(jnp.asarray(tokens), sequence_keys(0, batch), active, seen=None)
+        self.sequences = replicate(sequences, decoder.mesh)
 
     def prompts(self) -> np.ndarray:
         """New random prompts, int32 [batch, length]."""
@@ -67,7 +69,8 @@ class Session:
         self.history, self.window = history, window
 
         def full(value: int) -> jax.Array:
-            return jnp.full((self.batch,), value, jnp.int32)
+            # On the same devices as what it replaces, or the next call would compile again.
+            return replicate(jnp.full((self.batch,), value, jnp.int32), self.decoder.mesh)
 
         if isinstance(self.cache, LayeredCache):
             self.cache = dataclasses.replace(self.cache, length=full(history + window))
@@ -87,9 +90,10 @@ class Session:
         while left > 0:
             limit = min(left, MAX_STEPS)
             self.cache, self.sequences, tokens, _ = jit_run_steps(
+                self.decoder.mesh,
+                self._mode,
                 self.decoder.params,
                 self.config,
-                self._mode,
                 self.cache,
                 self.sequences,
                 self._values,
@@ -99,6 +103,11 @@ class Session:
             left -= limit
         self._advance(steps)
         return tokens
+
+    @property
+    def devices(self) -> int:
+        """Devices that the history is spread over."""
+        return self.decoder.mesh.size if self.decoder.mesh is not None else 1
 
     @property
     def must_slide(self) -> bool:
@@ -142,7 +151,7 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache's arrays, room included."""
+        """Bytes of the cache's arrays, room included; of a device's share where the history is spread over several."""
         return tree_bytes(self.cache)
 
     def _advance(self, tokens: int) -> None:

@@ -4,6 +4,8 @@ Sample i of a stream is tokens[i·N : i·N + N + 1]: N inputs and, shifted by on
 dropped. Every epoch visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function
 of the update's number, so the iterator's whole state is that number. A process that computes only some rows of
 the batch reads only those, of the same global stream. `tlinformer_jax.data.reader` prepares batches ahead.
+
+In the place of a stream may stand a task, whose samples are made (`data.tasks`).
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
@@ -21,17 +24,25 @@ Rows = np.ndarray | slice
 ALL = slice(None)
 
 
-def num_samples(stream: TokenStream, sequence_length: int, rest: bool = False) -> int:
-    """Number of samples of `sequence_length` + 1 tokens that overlap by one; with `rest`, what is left is one more."""
+def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
+    """Number of samples of `sequence_length` + 1 tokens that overlap by one; with `rest`, what is left is one more.
+
+    A task has as many as it has, at every length.
+    """
+    if isinstance(stream, TaskSplit):
+        return stream.count
     labels = max(0, len(stream.tokens) - 1)
     return -(-labels // sequence_length) if rest else labels // sequence_length
 
 
-def take_samples(stream: TokenStream, sequence_length: int, indices: np.ndarray) -> Batch:
+def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Batch:
     """Returns {inputs, labels: int32 [batch, N], weights: float32 [batch, N]} of the samples `indices`.
 
-    A negative index makes a row of padding: token 0 with weight 0. So does what lies past the stream's end.
+    A negative index makes a row of padding: token 0 with weight 0. So does what lies past the stream's end. Of a task
+    the weights are 1 at answers, else 0.
     """
+    if isinstance(stream, TaskSplit):
+        return take_task_samples(stream, sequence_length, indices)[0]
     rows = np.zeros((len(indices), sequence_length + 1), np.int32)
     weights = np.zeros((len(indices), sequence_length), np.float32)
     for row, weight, index in zip(rows, weights, indices, strict=True):
@@ -60,7 +71,7 @@ class TrainingBatches:
     """The endless stream of training batches.
 
     Attributes:
-      stream: tokens of the split.
+      stream: the split.
       sequence_length: N.
       batch_size: sequences an update, all processes together.
       seed: of the order.
@@ -68,19 +79,22 @@ class TrainingBatches:
         way: an epoch's last update holds what is left of the epoch, filled up with rows of weight 0, and rows
         weigh what `paper_gradient_weights` says.
       micro_batch: rows of a micro-batch; read only where `equal_updates` is False, where it must divide the batch.
+      stages: (length, updates) of what comes first, on shorter samples, of which a row of the batch holds as many as
+        have N tokens; only where updates are equal.
     """
 
-    stream: TokenStream
+    stream: Split
     sequence_length: int
     batch_size: int
     seed: int
     equal_updates: bool = True
     micro_batch: int = 1
+    stages: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise DataError(f"a batch of {self.batch_size} sequences: must hold at least 1")
-        if self.samples_per_epoch < 1:
+        if not isinstance(self.stream, TaskSplit) and self.samples_per_epoch < 1:
             raise DataError(
                 f"data.sequence_length = {self.sequence_length}: the training split has only "
                 f"{len(self.stream.tokens)} tokens; it must hold at least one sample of sequence_length + 1"
@@ -93,19 +107,38 @@ class TrainingBatches:
     def updates_for_epochs(self, epochs: int) -> int:
         """The number of updates after which every sample has been seen `epochs` times."""
         if self.equal_updates:
-            return -(-epochs * self.samples_per_epoch // self.batch_size)
+            updates, samples = 0, epochs * self.samples_per_epoch
+            for length, count in self.stages:
+                here = min(count, -(-samples // (self.batch_size * (self.sequence_length // length))))
+                updates, samples = updates + here, samples - here * self.batch_size * (self.sequence_length // length)
+            return updates + max(0, -(-samples // self.batch_size))
         return epochs * -(-self.samples_per_epoch // self.batch_size)
 
     def real_samples(self, step: int) -> int:
         """Rows of update `step` that are not padding, all processes together."""
         return int((self.indices(step) >= 0).sum())
 
+    def length(self, step: int) -> int:
+        """Tokens of a sample of update `step`."""
+        return self._stage(step)[0]
+
+    def _stage(self, step: int) -> tuple[int, int]:
+        """Tokens of a sample of update `step`, and the samples of all updates before it."""
+        before = 0
+        for length, updates in self.stages:
+            size = self.batch_size * (self.sequence_length // length)
+            if step < updates:
+                return length, before + step * size
+            before, step = before + updates * size, step - updates
+        return self.sequence_length, before + step * self.batch_size
+
     def indices(self, step: int) -> np.ndarray:
-        """Sample numbers of update `step` (from 0), int64 [batch_size]; -1 for padding."""
+        """Sample numbers of update `step` (from 0), int64 [batch_size times samples a row]; -1 for padding."""
         count = self.samples_per_epoch
         # Positions in the row of all epochs; the paper's epochs are padded to whole updates.
         length = count if self.equal_updates else self.updates_for_epochs(1) * self.batch_size
-        positions = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        size, first = self._stage(step)
+        positions = first + np.arange(self.batch_size * (self.sequence_length // size), dtype=np.int64)
         epochs, offsets = np.divmod(positions, length)
         chosen = np.full_like(positions, -1)
         for epoch in np.unique(epochs):
@@ -114,9 +147,10 @@ class TrainingBatches:
         return chosen
 
     def batch(self, step: int, rows: Rows = ALL) -> Batch:
-        """Update `step`, of it the given rows, in their order."""
-        indices = self.indices(step)
-        batch = take_samples(self.stream, self.sequence_length, indices[rows])
+        """Update `step`, of it the given rows, in their order; of each row all samples that it holds."""
+        indices, length = self.indices(step), self.length(step)
+        chosen = indices.reshape(self.batch_size, -1)[rows].reshape(-1)
+        batch = take_samples(self.stream, length, chosen)
         if not self.equal_updates:
             weights = paper_gradient_weights(int((indices >= 0).sum()), self.batch_size, self.micro_batch)
             batch["weights"] *= weights[rows, None]

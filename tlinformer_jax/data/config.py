@@ -6,10 +6,12 @@ import pathlib
 
 from tlinformer_jax.errors import ConfigError
 
-DATASETS = ("pydoc", "text", "wikitext103")
+TASKS = ("recall", "copy", "passkey")
+DATASETS = ("pydoc", "text", "wikitext103", *TASKS)
 SPLITS = ("train", "validation", "test")
 DOCUMENT_PER = ("file", "line")
 WIKITEXT_VARIANTS = ("v1", "raw-v1")
+LIMITS = {"passkeys": 100}  # as many as have different names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +19,14 @@ class DataConfig:
     """Text, tokenizer and sample length. Every field is a plain value, so that a flag can override it.
 
     Attributes:
-      dataset: "pydoc" (79 articles that every CPython carries), "text" (your files) or "wikitext103".
-      tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`.
+      dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "wikitext103", or a task whose
+        samples are made: "recall", "copy", "passkey"; see `data.recall`, `data.copying`, `data.passkey`.
+      tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`; "numbers:V", ids 0 .. V - 1 as such,
+        is for "recall" and "copy".
       end_of_text_token: the entry of a `tokenizer.json` that ends a text; "" looks for the usual names.
       sequence_length: N, tokens a sample.
-      train_files: "text": comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst.
+      train_files: "text": comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst. "passkey": the
+        text that keys are hidden in, the same way; "" is that of "pydoc".
       validation_files: the same for the validation split.
       test_files: the same for the test split.
       text_field: "text": the field of a .jsonl line that holds the document.
@@ -33,6 +38,12 @@ class DataConfig:
       full_hash: identify files by a hash of their whole content, not of size, time, head and tail alone, and
         verify a token cache's whole content before use. Slower by one reading of the files.
       num_workers: processes that tokenise; 0 is one for each core. The tokens do not depend on it.
+      train_examples: of a task: different samples of the training split; an epoch takes each once.
+      validation_examples: of a task: samples of the validation split, and of the test split.
+      pairs: "recall": of a key and a value in a sample.
+      passkeys: "passkey": keys hidden in a sample, of which one is asked for.
+      curriculum: "passkey": "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
+        more as keep an update's tokens, and so on; what is left on sequence_length. Evaluations take sequence_length.
     """
 
     dataset: str = "pydoc"
@@ -49,6 +60,11 @@ class DataConfig:
     cache_dir: str = ""
     full_hash: bool = False
     num_workers: int = 0
+    train_examples: int = 100_000
+    validation_examples: int = 3_000
+    pairs: int = 4
+    passkeys: int = 1
+    curriculum: str = ""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -63,6 +79,39 @@ class DataConfig:
             raise ConfigError("data.sequence_length", self.sequence_length, "must be at least 1")
         if self.num_workers < 0:
             raise ConfigError("data.num_workers", self.num_workers, "must be 0 (one a core) or more")
+        for name in ("train_examples", "validation_examples", "pairs", "passkeys"):
+            if not 1 <= getattr(self, name) <= LIMITS.get(name, 2**31 - 1):
+                limits = f"must be from 1 to {LIMITS.get(name, 2**31 - 1)}"
+                raise ConfigError(f"data.{name}", getattr(self, name), limits)
+        if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):
+            raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'recall' and 'copy'")
+        if self.curriculum and self.dataset != "passkey":
+            raise ConfigError("data.curriculum", self.curriculum, "must be '' where data.dataset is not 'passkey'")
+        _ = self.stages
+
+    @property
+    def is_task(self) -> bool:
+        """Whether samples are made, and have answers."""
+        return self.dataset in TASKS
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """`curriculum` as (length, updates) of each stage before the last.
+
+        Raises:
+          ConfigError: if it is none.
+        """
+        allowed = "must be LENGTH:UPDATES,..., lengths that divide data.sequence_length and rise, updates above 0"
+        stages = []
+        for part in self.curriculum.split(",") if self.curriculum else ():
+            length, _, updates = part.strip().partition(":")
+            if not (length.isdecimal() and updates.isdecimal() and int(length) and int(updates)):
+                raise ConfigError("data.curriculum", self.curriculum, allowed)
+            stages.append((int(length), int(updates)))
+        lengths = [length for length, _ in stages]
+        if lengths != sorted(lengths) or any(self.sequence_length % length for length in lengths):
+            raise ConfigError("data.curriculum", self.curriculum, allowed)
+        return tuple(stages)
 
     @property
     def cache_path(self) -> pathlib.Path:

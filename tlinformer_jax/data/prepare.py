@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.sources import available_splits, open_split
 from tlinformer_jax.data.streams import check_token_ids
+from tlinformer_jax.data.tasks import TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import DataError
 
@@ -47,7 +48,19 @@ class SplitReport:
         )
 
 
-def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[SplitReport]:
+@dataclasses.dataclass(frozen=True)
+class TaskReport:
+    """A split of a task: its name, the task's, and the number of samples."""
+
+    split: str
+    dataset: str
+    samples: int
+
+    def __str__(self) -> str:
+        return f"{self.split}: {self.samples:,} samples of {self.dataset!r}, made as they are read"
+
+
+def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[SplitReport | TaskReport]:
     """Prepares every split that `config` has text for; yields each split's report as soon as it is done.
 
     Args:
@@ -66,6 +79,9 @@ def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[Split
     for split in splits:
         opened = open_split(config, split, tokenizer)
         stream = opened.stream
+        if isinstance(stream, TaskSplit):
+            yield TaskReport(split, config.dataset, stream.count)
+            continue
         check_token_ids(stream, tokenizer.vocab_size, split)
         yield SplitReport(
             split, len(stream.tokens), stream.num_documents, stream.num_bytes, max(opened.seconds, 1e-9), opened.found

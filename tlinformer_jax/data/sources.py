@@ -8,10 +8,15 @@ from typing import Any
 
 from tlinformer_jax.data.cache import cached_tokens, file_identity, find_tokens, smallest_dtype
 from tlinformer_jax.data.config import SPLITS, DataConfig
+from tlinformer_jax.data.copying import Copying
+from tlinformer_jax.data.draws import key_of
 from tlinformer_jax.data.files import file_kind, find_files, read_documents
+from tlinformer_jax.data.passkey import Passkey
 from tlinformer_jax.data.pieces import cut_documents, group_pieces
 from tlinformer_jax.data.progress import Progress
+from tlinformer_jax.data.recall import Recall
 from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tasks import Split, Task, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.data.workers import Encoded, encode_groups
 from tlinformer_jax.errors import DataError
@@ -21,15 +26,15 @@ Documents = Iterator[tuple[str, bool]]
 
 @dataclasses.dataclass(frozen=True)
 class OpenedSplit:
-    """A split's tokens and how they came about.
+    """A split and how it came about.
 
     Attributes:
-      stream: the tokens.
+      stream: the tokens; of a task, what makes its samples.
       found: whether they were tokenised by an earlier run.
       seconds: that opening (and tokenising) took.
     """
 
-    stream: TokenStream
+    stream: Split
     found: bool
     seconds: float
 
@@ -57,13 +62,15 @@ def available_splits(config: DataConfig) -> tuple[str, ...]:
     """The splits that `config` gives text of their own for."""
     if config.dataset == "pydoc":
         return ("train", "validation")  # validation also serves as test
-    if config.dataset == "text":
+    if config.is_task and not (config.dataset == "passkey" and config.train_files):
+        return ("train", "validation")
+    if config.dataset in ("text", "passkey"):
         return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
     return SPLITS
 
 
-def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
-    """Returns the tokens of "train", "validation" or "test", with `end_of_text` after every document.
+def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
+    """Returns the tokens of "train", "validation" or "test", with `end_of_text` after every document; or the task.
 
     Tokenises with all cores on the first call; later calls, of any process, map the cached result.
 
@@ -80,6 +87,12 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSp
     if split not in SPLITS:
         raise DataError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     start = time.monotonic()
+    if config.is_task:
+        text = None
+        if config.dataset == "passkey":
+            text = open_split(_haystack(config), split, tokenizer)
+        task = _task(config, split, tokenizer, None if text is None else text.stream)
+        return OpenedSplit(task, text is not None and text.found, time.monotonic() - start)
     if config.dataset == "pydoc":
         from tlinformer_jax.data.pydoc import load_pydoc
 
@@ -96,12 +109,19 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSp
     return OpenedSplit(stream, found, time.monotonic() - start)
 
 
-def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream | None:
-    """The tokens of a split as far as they are at hand without writing anything, else None.
+def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | None:
+    """A split as far as its tokens are at hand without writing anything, else None.
 
     Raises:
       DataError: for files that are not there; the message says which.
     """
+    if config.is_task:
+        text = None
+        if config.dataset == "passkey":
+            text = find_split(_haystack(config), split, tokenizer)
+            if text is None:
+                return None
+        return _task(config, split, tokenizer, text)
     if config.dataset == "pydoc":
         return open_split(config, split, tokenizer).stream  # holds no cache
     if config.dataset == "wikitext103":
@@ -111,6 +131,32 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStr
             return None
     source = _text_source(config, split) if config.dataset == "text" else _wikitext_source(config, split)
     return find_tokens(config.cache_path, _identity(source, config, tokenizer), config.full_hash)
+
+
+def _haystack(config: DataConfig) -> DataConfig:
+    """Where the text of the passkeys comes from."""
+    dataset = "text" if config.train_files else "pydoc"
+    return dataclasses.replace(config, dataset=dataset, curriculum="")
+
+
+def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | None) -> TaskSplit:
+    """The split of a task.
+
+    Raises:
+      UserError: if the samples cannot hold it.
+    """
+    key = key_of(config.dataset, split)
+    task: Task
+    if config.dataset == "recall":
+        task = Recall(key, tokenizer.vocab_size, config.pairs)
+    elif config.dataset == "copy":
+        task = Copying(key, tokenizer.vocab_size)
+    else:
+        assert isinstance(text, TokenStream)
+        task = Passkey(key, text, tokenizer, config.passkeys, in_turn=split != "train")
+    for length, _ in (*config.stages, (config.sequence_length, 0)):
+        task.check(length)
+    return TaskSplit(task, config.train_examples if split == "train" else config.validation_examples)
 
 
 def _identity(source: Source, config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -25,6 +25,7 @@ GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 BYTES_FORMAT = {"tlinformer_jax": "bytes", "version": 1}
+NUMBERS = "numbers:"
 GPT2_FORMAT = {"tlinformer_jax": "gpt2", "version": 1}
 # In this order: the usual names of the entry that ends a text.
 END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
@@ -80,6 +81,39 @@ class ByteTokenizer:
 
     def save(self, directory: pathlib.Path) -> None:
         _write_description(directory, BYTES_FORMAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberTokenizer:
+    """Token ids written as numbers with spaces between, for tasks that have no text; 0 ends a text.
+
+    Attributes:
+      vocab_size: number of ids.
+    """
+
+    vocab_size: int
+    end_of_text: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{NUMBERS}{self.vocab_size}"
+
+    def encode(self, text: str) -> np.ndarray:
+        words = text.split()
+        wrong = [word for word in words if not word.isdecimal() or not 0 < int(word) < self.vocab_size]
+        if wrong:
+            raise DataError(f"tokenizer {self.name}: {wrong[0]!r} must be a number from 1 to {self.vocab_size - 1}")
+        return np.array([int(word) for word in words], np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        return "".join(f"{token} " for token in map(int, tokens) if token != self.end_of_text).encode()
+
+    def safe_cut(self, text: str) -> int:
+        return _cut_before_space(text)
+
+    def save(self, directory: pathlib.Path) -> None:
+        stored = {"tlinformer_jax": "numbers", "version": 1, "vocab_size": self.vocab_size}
+        _write_description(directory, stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +255,7 @@ def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
     """Returns the tokenizer that `config.data.tokenizer` names.
 
     Args:
-      name: "bytes", "gpt2" or the path of a `tokenizer.json`.
+      name: "bytes", "gpt2", "numbers:V" or the path of a `tokenizer.json`.
       end_of_text_token: for a `tokenizer.json`, the entry that ends a text; "" looks for the usual names.
 
     Raises:
@@ -232,6 +266,11 @@ def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
         return ByteTokenizer()
     if name == "gpt2":
         return Gpt2Tokenizer(_installed_gpt2_vocabulary())
+    if name.startswith(NUMBERS):
+        count = name.removeprefix(NUMBERS)
+        if not count.isdecimal() or not 4 <= int(count) < 2**31:
+            raise ConfigError("data.tokenizer", name, "must be numbers:V with V from 4 to 2147483647")
+        return NumberTokenizer(int(count))
     path = pathlib.Path(name).expanduser()
     if not path.is_file():
         raise ConfigError("data.tokenizer", name, "must be 'bytes', 'gpt2' or the path of a tokenizer.json file")
@@ -252,6 +291,8 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
             return ByteTokenizer()
         if kind == "gpt2":
             return Gpt2Tokenizer((directory / GPT2_FILE).read_bytes())
+        if kind == "numbers":
+            return NumberTokenizer(int(stored["vocab_size"]))
         if kind == "huggingface":
             return _read_hugging_face(directory / HUGGING_FACE_FILE, stored["end_of_text_token"])
     except (OSError, ValueError, KeyError) as error:

@@ -17,6 +17,7 @@ _HOMES = {
     "SamplingConfig": "tlinformer_jax.decoding.sampling",
     "Stream": "tlinformer_jax.decoding.stream",
     "cache_bytes": "tlinformer_jax.decoding.accounting",
+    "context_mesh": "tlinformer_jax.decoding.spread",
 }
 __all__ = list(_HOMES)
 

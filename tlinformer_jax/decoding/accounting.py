@@ -116,7 +116,8 @@ class PartBytes:
 
 @dataclasses.dataclass(frozen=True)
 class CacheBytes:
-    """Bytes of a cache, exactly.
+    """Bytes of a cache on one device, exactly; where its history is spread over several, on the first, which never has
+    less than another.
 
     Attributes:
       parts: by name. Of TLinFormer and TConstFormer `history` (keys and values of all history rows; empty for
@@ -124,11 +125,13 @@ class CacheBytes:
         of the baselines `layers`; of all `lengths`.
       paper: for TLinFormer the paper's equation 7, 2 * tokens * D * bytes * layers / (H + 2), the tokens being those
         of all sequences; for the Transformer the same without the divisor; None for the others, whose caches do not
-        grow with the sequence.
+        grow with the sequence. Of all devices together.
+      devices: that the history is spread over; whatever is no history each of them has whole.
     """
 
     parts: dict[str, PartBytes]
     paper: int | None
+    devices: int = 1
 
     @property
     def allocated(self) -> int:
@@ -143,7 +146,8 @@ class CacheBytes:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {part.allocated:,}" for name, part in self.parts.items())
         text = f"{self.allocated:,} bytes ({parts}), of which {self.used:,} are in use"
-        return text if self.paper is None else f"{text}; by the paper's formula {self.paper:,}"
+        spread = "" if self.devices == 1 else f"on each of {self.devices} devices "
+        return spread + text if self.paper is None else f"{spread}{text}; by the paper's formula {self.paper:,}"
 
 
 def cache_bytes(config: ModelConfig, cache: Cache, ledger: CacheLedger) -> CacheBytes:
@@ -167,15 +171,18 @@ def cache_bytes(config: ModelConfig, cache: Cache, ledger: CacheLedger) -> Cache
         return CacheBytes(parts, tokens * config.num_layers * row if grows else None)
     observed = sum(config.observed_rows(int(history)) for history in histories)
     lengths = (cache.history_length, cache.observed_length, cache.window_length)
+    devices = 1 if cache.split is None else cache.split.parts
+    rows = int((-(-histories // devices)).sum())
     parts = {
-        "history": PartBytes(_nbytes(*cache.history), int(histories.sum()) * len(cache.history) * row),
+        "history": PartBytes(_nbytes(*cache.history) // devices, rows * len(cache.history) * row),
         "context": PartBytes(_nbytes(cache.context), observed * config.num_blocks * (config.hidden_depth + 1) * row),
         "window": PartBytes(_nbytes(cache.window), int(windows.sum()) * config.num_layers * row),
         "tokens": PartBytes(_nbytes(cache.tokens), 4 * tokens),
         "lengths": PartBytes(_nbytes(*lengths), 4 * batch * len(lengths)),
     }
     grows = config.architecture == "tlinformer"
-    return CacheBytes(parts, tokens * row * config.num_layers // config.layers_per_block if grows else None)
+    paper = tokens * row * config.num_layers // config.layers_per_block if grows else None
+    return CacheBytes(parts, paper, devices)
 
 
 def cache_bytes_at(config: ModelConfig, tokens: int) -> CacheBytes:

@@ -100,9 +100,10 @@ class Batch:
         self._cache = self._make_room(self._cache)
         steps = min(most, MAX_STEPS, self._room(self._cache.capacity))
         self._cache, self._sequences, tokens, logprobs = jit_run_steps(
+            self._decoder.mesh,
+            self._mode,
             self._decoder.params,
             self._decoder.config,
-            self._mode,
             self._cache,
             self._sequences,
             self._values,

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from tlinformer_jax.models.cached_attention import KeyValue
 from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.target import platform
 
 # Lengths are rounded up to a class: at most 1.3 times the rows needed, three classes an octave.
 CLASS_STEPS = (16, 20, 26)
@@ -39,6 +41,8 @@ class WindowedCache:
       observed_length: valid rows of the compressed context, int32 [batch].
       window_length: tokens in the generation window, int32 [batch].
       capacity: rows of history there is room for (static).
+      split: how the rows of `history` are dealt out over the devices of a mesh (static); inside `jax.shard_map` a
+        device has its share of them, and everything else whole. None where one device has them all.
     """
 
     tokens: jax.Array
@@ -49,6 +53,12 @@ class WindowedCache:
     observed_length: jax.Array
     window_length: jax.Array
     capacity: int = flax.struct.field(pytree_node=False)
+    split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def room(self) -> int:
+        """Rows of history that a device has room for."""
+        return self.capacity if self.split is None else self.capacity // self.split.parts
 
     @property
     def position(self) -> jax.Array:
@@ -90,7 +100,7 @@ def length_class(rows: int) -> int:
         scale *= 2
 
 
-def capacity_for(config: ModelConfig, tokens: int, final: int | None = None) -> int:
+def capacity_for(config: ModelConfig, tokens: int, final: int | None = None, parts: int = 1) -> int:
     """Rows a cache needs for sequences of `tokens` tokens, in the unit that the architecture stores.
 
     Args:
@@ -98,14 +108,15 @@ def capacity_for(config: ModelConfig, tokens: int, final: int | None = None) -> 
       tokens: tokens of the longest sequence.
       final: tokens it will have in the end, where that is known: a cache that is at most one class short of it is
         made for it at once, without the class's slack.
+      parts: devices that the rows are dealt out to; each gets the room that its share needs.
     """
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window - 1
-    rows, last = stored_rows(config, tokens), stored_rows(config, final or tokens)
+    rows, last = (-(-stored_rows(config, length) // parts) for length in (tokens, final or tokens))
     if last * 10 <= rows * 13 and last > CHUNK_ROWS:
         granule = min(4 * CHUNK_ROWS, 1 << (last.bit_length() - 4))  # an eighth of it at most
-        return -(-last // granule) * granule
-    return length_class(rows)
+        return -(-last // granule) * granule * parts
+    return length_class(rows) * parts
 
 
 def stored_rows(config: ModelConfig, tokens: int) -> int:
@@ -151,13 +162,13 @@ def for_chunks(
     return jax.lax.fori_loop(0, -(-length // (each * size)), one_round, carry)
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
-    """An empty cache for `batch` sequences with room for `capacity` rows each."""
+def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows | None = None) -> Cache:
+    """An empty cache for `batch` sequences with room for `capacity` rows each, a multiple of the split's parts."""
     heads, width, dtype = config.num_heads, config.head_dim, config.compute_dtype
 
-    def rows(count: int, *leading: int) -> KeyValue:
+    def rows(count: int, *leading: int, parts: int = 1) -> KeyValue:
         # Zeros, not memory as it comes: a value times a weight of 0 must be 0. Twice, because they are donated.
-        shape = (*leading, batch, heads, width, padded_rows(count))
+        shape = (*leading, batch, heads, width, parts * padded_rows(count // parts))
         return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def lengths() -> jax.Array:
@@ -170,16 +181,17 @@ def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
     return WindowedCache(
         # The slice of an observation window may reach past its valid rows.
         tokens=jnp.zeros((batch, capacity + max(config.generation_window, observed)), jnp.int32),
-        history=tuple(rows(capacity) for _ in range(kept)),
+        history=tuple(rows(capacity, parts=1 if split is None else split.parts) for _ in range(kept)),
         context=rows(observed, config.num_blocks * (config.hidden_depth + 1)),
         window=rows(config.generation_window, config.num_layers),
         history_length=lengths(),
         observed_length=lengths(),
         window_length=lengths(),
         capacity=capacity,
+        split=split,
     )
 
 
 def padded_rows(rows: int) -> int:
     """`rows` rounded up to whole vectors of 128 lanes, on accelerators."""
-    return rows if jax.default_backend() == "cpu" else -(-rows // 128) * 128
+    return rows if platform() == "cpu" else -(-rows // 128) * 128

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from tlinformer_jax.decoding import layered, windowed
 from tlinformer_jax.decoding.cache import (
@@ -19,6 +21,16 @@ from tlinformer_jax.decoding.cache import (
     stored_rows,
 )
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params
+from tlinformer_jax.decoding.spread import (
+    WHOLE,
+    empty,
+    init_spread_cache,
+    over_devices,
+    replicate,
+    split_of,
+    widened,
+)
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.cached_attention import KeyValue
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel
@@ -33,6 +45,15 @@ def step(
     return layered.step(params, config, cache, tokens, active)
 
 
+def jitted(config: ModelConfig, mesh: Mesh | None) -> tuple[Any, Any, Any]:
+    """`prefill`, `step` and `slide`, each run by all devices of the mesh; their caches are donated."""
+    functions = (windowed.prefill if config.windowed else layered.prefill, step, windowed.slide)
+    prefill, one, slide = (
+        jax.jit(over_devices(function, mesh), static_argnums=1, donate_argnums=2) for function in functions
+    )
+    return prefill, one, slide
+
+
 class Decoder:
     """A model's parameters and its compiled functions; the caches belong to the caller.
 
@@ -41,21 +62,40 @@ class Decoder:
 
     Attributes:
       config: of the model.
-      params: in the compute dtype.
+      mesh: of the devices that the history is spread over; None for one device.
+      params: in the compute dtype, on every device of the mesh.
     """
 
-    def __init__(self, model: LanguageModel, variables: dict) -> None:
-        self.config = model.config
-        typed = model.apply(variables, method=model.parameters)
-        self.params = jax.jit(decoder_params, static_argnums=1)(typed, self.config)
-        self._step = jax.jit(step, static_argnums=1, donate_argnums=2)
-        prefill = windowed.prefill if self.config.windowed else layered.prefill
-        self._prefill = jax.jit(prefill, static_argnums=1, donate_argnums=2)
-        self._slide = jax.jit(windowed.slide, static_argnums=1, donate_argnums=2)
+    def __init__(self, model: LanguageModel, variables: Mapping[str, Any], mesh: Mesh | None = None) -> None:
+        """Takes a model, its variables, and the devices to use.
+
+        Args:
+          model: of any architecture.
+          variables: {"params": ...} as `model.init` gives them, wherever they lie.
+          mesh: its axis `context` deals out the rows of the history; along every other axis all devices do the same.
+            None: one device, the one of the variables.
+
+        Raises:
+          ConfigError: for a model whose observation window does not hold the last rows of the history, or that has no
+            history to deal out.
+        """
+        self.config, self.mesh = model.config, mesh
+        if self.config.observed_selection != "recent":
+            raise ConfigError(
+                "model.observed_selection",
+                self.config.observed_selection,
+                "must be 'recent' for generation, whose cache holds those rows; others are for training and evaluation",
+            )
+        split = split_of(mesh, self.config)
+        self._parts = 1 if split is None else split.parts
+        typed = model.apply(replicate(dict(variables), mesh), method=model.parameters)
+        place = None if mesh is None else NamedSharding(mesh, WHOLE)
+        self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=place)(typed, self.config)
+        self._prefill, self._step, self._slide = jitted(self.config, mesh)
 
     def init_cache(self, batch: int, tokens: int, final: int | None = None) -> Cache:
         """An empty cache for `batch` sequences of up to `tokens` tokens (in the end `final`)."""
-        return init_cache(self.config, batch, capacity_for(self.config, tokens, final))
+        return init_spread_cache(self.config, batch, self._capacity_for(tokens, final), self.mesh)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, jax.Array]:
         """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the logits float32 [V]."""
@@ -90,19 +130,23 @@ class Decoder:
         """
         if self.config.architecture == "sliding_window" or stored_rows(self.config, tokens) <= cache.capacity:
             return cache
-        return grow(self.config, cache, capacity_for(self.config, tokens, final))
+        return grow(self.config, cache, self._capacity_for(tokens, final))
+
+    def _capacity_for(self, tokens: int, final: int | None) -> int:
+        return capacity_for(self.config, tokens, final, self._parts)
 
 
 def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
     """The cache's contents in a cache with room for `capacity` rows; `cache` must not be used again."""
-    shapes = jax.eval_shape(functools.partial(init_cache, config, cache.position.shape[0], capacity))
+    split = cache.split if isinstance(cache, WindowedCache) else None
+    shapes = jax.eval_shape(functools.partial(init_cache, config, cache.position.shape[0], capacity, split))
 
     def widen(array: jax.Array, shape: jax.ShapeDtypeStruct, keep: bool = True) -> jax.Array:
         if array.shape == shape.shape:
             return array
-        wide = _copy_into(shape, array) if keep else None
+        wide, place = widened(array, shape.shape) if keep else None, array.sharding
         array.delete()
-        return jnp.zeros(shape.shape, shape.dtype) if wide is None else wide
+        return empty(shape.shape, shape.dtype, place) if wide is None else wide
 
     if isinstance(cache, LayeredCache):
         layers = KeyValue(widen(cache.layers.key, shapes.layers.key), widen(cache.layers.value, shapes.layers.value))
@@ -118,9 +162,3 @@ def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
     return dataclasses.replace(
         cache, tokens=widen(cache.tokens, shapes.tokens), history=history, context=context, capacity=capacity
     )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _copy_into(shape: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
-    """Zeros of a larger shape that begin with `array`."""
-    return jnp.pad(array, [(0, new - old) for new, old in zip(shape.shape, array.shape)])

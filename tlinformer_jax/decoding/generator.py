@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
 from tlinformer_jax.decoding.accounting import warn_of_continuation
@@ -16,6 +17,7 @@ from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.loop import MAX_STEPS
 from tlinformer_jax.decoding.sampling import sequence_keys
 from tlinformer_jax.decoding.settings import STREAM_CHUNK, GenerationConfig, generation_config
+from tlinformer_jax.decoding.spread import split_of
 from tlinformer_jax.decoding.stream import Generation, Stream
 from tlinformer_jax.decoding.text import TextStream
 from tlinformer_jax.errors import ConfigError, UserError
@@ -25,7 +27,7 @@ Prompts = Sequence[str] | Sequence[Sequence[int] | np.ndarray]
 
 
 class Generator:
-    """Generates with a trained model of any architecture, on one device.
+    """Generates with a trained model of any architecture, on one device, or with the history spread over several.
 
     The options of all methods are the fields of `settings.GenerationConfig` and of `sampling.SamplingConfig`, by
     name: max_new_tokens, stop_tokens, stop_strings, logprobs, chunk; temperature, top_k, top_p, min_p,
@@ -37,36 +39,46 @@ class Generator:
     step costs B short calls in generation_window tokens, and B slides, each as long as that of a sequence alone.
 
     Attributes:
-      decoder: the model's parameters, in the compute dtype on the default device, and its compiled functions.
+      decoder: the model's parameters, in the compute dtype on the devices used, and its compiled functions.
       tokenizer: or None.
     """
 
-    def __init__(self, model: LanguageModel, variables: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        variables: Mapping[str, Any],
+        tokenizer: Tokenizer | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
         """Takes a model and its variables.
 
         Args:
           model: of any architecture.
           variables: {"params": ...} as `model.init` gives them.
           tokenizer: needed for prompts that are texts, and for stop strings.
+          mesh: of devices, as `Decoder` takes it (`decoding.context_mesh` makes one); None: the default device.
 
         Raises:
-          ConfigError: if the tokenizer has more ids than the model.
+          ConfigError: if the tokenizer has more ids than the model, or the model has no history to spread.
         """
         if tokenizer is not None:
             check_vocab(tokenizer, model.config.vocab_size)
         # From the host: parameters split over a mesh would spread the cache, and compile everything twice.
-        local = jax.tree.map(jnp.asarray, jax.device_get(dict(variables)))
-        self.decoder = Decoder(model, local)
+        host = jax.device_get(dict(variables))
+        self.decoder = Decoder(model, jax.tree.map(jnp.asarray, host) if mesh is None else host, mesh)
         self.tokenizer = tokenizer
         # Of the call before: prompts, and new tokens as they come.
         self._before: list[tuple[np.ndarray, list[int]]] = []
 
     @classmethod
-    def from_workdir(cls, workdir: str | pathlib.Path, step: int | None = None) -> "Generator":
-        """The newest good checkpoint of a training run, or that of `step`.
+    def from_workdir(
+        cls, workdir: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None
+    ) -> "Generator":
+        """The newest good checkpoint of a training run, or that of `step`; `mesh` as the class takes it.
 
         Raises:
-          UserError: if the directory holds no run, no checkpoint or no tokenizer that fits.
+          UserError: if the directory holds no run, no checkpoint or no tokenizer that fits, or the model has no history
+            to spread.
         """
         from tlinformer_jax.config import load_config
         from tlinformer_jax.training.checkpoint import restore_params
@@ -75,11 +87,12 @@ class Generator:
         config, tokenizer = load_config(workdir), load_tokenizer(workdir)
         check_vocab(tokenizer, config.model.vocab_size)
         model = build_model(config.model)
+        split_of(mesh, config.model)  # before anything is loaded
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
         _, params = restore_params(workdir, abstract, step)
-        return cls(model, {"params": params}, tokenizer)
+        return cls(model, {"params": params}, tokenizer, mesh)
 
     def generate_tokens(self, prompts: Sequence[Sequence[int] | np.ndarray], **options: Any) -> list[list[int]]:
         """The new tokens of each prompt, the stop token included.

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from tlinformer_jax.decoding.cache import Cache
 from tlinformer_jax.decoding.decoder import step
 from tlinformer_jax.decoding.params import DecoderParams
 from tlinformer_jax.decoding.sampling import SamplingMode, SamplingValues, mark_seen, sample
+from tlinformer_jax.decoding.spread import over_devices
 from tlinformer_jax.models.config import ModelConfig
 
 # Tokens that one call can return for each sequence.
@@ -68,24 +71,25 @@ def sample_next(
 def run_steps(
     params: DecoderParams,
     config: ModelConfig,
-    mode: SamplingMode,
     cache: Cache,
     sequences: Sequences,
     values: SamplingValues,
     stop_tokens: jax.Array,
     limit: jax.Array,
+    *,
+    mode: SamplingMode,
 ) -> tuple[Cache, Sequences, jax.Array, jax.Array | None]:
     """Feeds and samples up to `limit` tokens for every active sequence; ends early when none is active.
 
     Args:
       params: of the model.
       config: of the model (static).
-      mode: what kind of sampling (static).
       cache: donated; no active sequence's window may fill up before the last of the steps.
       sequences: donated.
       values: parameters of the sampling.
       stop_tokens: int32 [any number].
       limit: steps, at most MAX_STEPS, int32 [].
+      mode: what kind of sampling (static).
 
     Returns:
       the cache, the sequences, and of each step the tokens int32 [MAX_STEPS, batch] and log-probabilities
@@ -126,5 +130,12 @@ def _one_step(params, config, mode, values, stop_tokens, limit, first, offset, s
     return cache, sequences, tokens, logprobs
 
 
-jit_run_steps = functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=(3, 4))(run_steps)
+def spread_run_steps(
+    mesh: Mesh | None, mode: SamplingMode, params: DecoderParams, config: ModelConfig, cache: Cache, *arrays: Any
+) -> tuple[Cache, Sequences, jax.Array, jax.Array | None]:
+    """`run_steps` on the devices of a mesh (static; None for one device); the other arguments are its own."""
+    return over_devices(functools.partial(run_steps, mode=mode), mesh)(params, config, cache, *arrays)
+
+
+jit_run_steps = functools.partial(jax.jit, static_argnums=(0, 1, 3), donate_argnums=(4, 5))(spread_run_steps)
 jit_sample_next = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(sample_next)

@@ -6,18 +6,22 @@ appended, since they are projections of embeddings; everything else on the histo
 rows, so that no more than the cache itself is held. `prefill` builds the same from nothing.
 
 Prefill and slide work on one sequence of the batch: sequences have lengths and window phases of their own.
+
+Where the cache is dealt out over devices (`WindowedCache.split`), these functions run on each of them, inside
+`jax.shard_map`: a device makes and reads its own rows of the history, and the softmaxes over them are merged; of all
+else, the observation window's rows included, every device computes the same.
 """
 
 import dataclasses
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
+from tlinformer_jax.decoding.frame import Frame, appended, rope_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
-from tlinformer_jax.decoding.words import WordProjections, project_words
+from tlinformer_jax.decoding.words import project_words
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import (
@@ -35,27 +39,6 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.token_layer import token_layer
-
-
-@flax.struct.dataclass
-class Frame:
-    """Where the rebuilt sequence stands.
-
-    Attributes:
-      row: the sequence's place in the batch, int32 [].
-      length: n, rows of history, int32 [].
-      start: h, the observation window's first row, int32 [].
-      observed: its valid rows, n - h, int32 [].
-      words: block 0's projections of every word, where the history is looked up in them.
-      width: rows computed for it (static).
-    """
-
-    row: jax.Array
-    length: jax.Array
-    start: jax.Array
-    observed: jax.Array
-    words: WordProjections | None
-    width: int = flax.struct.field(pytree_node=False)
 
 
 def step(
@@ -97,7 +80,10 @@ def _context_of(config: ModelConfig, cache: WindowedCache, layer: int) -> Cached
     """What a layer's x reads beside its own window: the history in `compress`, else the compressed context."""
     block, depth = divmod(layer, config.layers_per_block)
     if depth == 0:
-        return CachedRows(cache.history[block], cache.history_length) if cache.history else None
+        if not cache.history:
+            return None
+        length = cache.history_length if cache.split is None else cache.split.count(cache.history_length)
+        return CachedRows(cache.history[block], length, split=cache.split)
     return CachedRows(cache.context, cache.observed_length, block * (config.hidden_depth + 1) + depth - 1)
 
 
@@ -153,10 +139,9 @@ def slide(
     size = config.generation_window
     before = cache.history_length[row]
     if cache.history:
-        tokens = jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size))
-        rows, rope = embed(params, tokens), _rope(config, before, size)
-        layer = for_writing(params.blocks[0].compress, size, config.attention)
-        first = write_rows(cache.history[0], row, before, layer, rows, rope, config.attention)
+        start, tokens, rope = appended(config, cache, row, before)
+        layer = for_writing(params.blocks[0].compress, tokens.size, config.attention)
+        first = write_rows(cache.history[0], row, start, layer, embed(params, tokens), rope, config.attention)
         history = (first, *cache.history[1:])
         cache = dataclasses.replace(cache, history=history)
     cache, _ = _rebuild(params, config, cache, _frame(params, config, cache, row, before + size, observed), None)
@@ -172,8 +157,8 @@ def _frame(
     observed: jax.Array,
 ) -> Frame:
     width = max(config.observed_rows(cache.capacity), 1)
-    words = project_words(params, config, cache.capacity, chunk_rows(cache.capacity))
-    return Frame(row, length, length - observed, observed, words, width)
+    words = project_words(params, config, cache.room, chunk_rows(cache.room))
+    return Frame(row, length, length - observed, observed, words, width, cache.split)
 
 
 def _rebuild(
@@ -185,12 +170,12 @@ def _rebuild(
       the cache, and the window's hidden states [1, W_og, D].
     """
     z = embed(params, jax.lax.dynamic_slice(cache.tokens, (frame.row, frame.start), (1, frame.width)))
-    z_rope = _rope(config, frame.start, frame.width)
+    z_rope = rope_of(config, frame.start, frame.width)
     x = None if window_tokens is None else embed(params, window_tokens[None])
-    x_rope = _rope(config, frame.length, config.generation_window)
+    x_rope = rope_of(config, frame.length, config.generation_window)
     rows = None  # C of the last block worked on, for the blocks that do not begin at the embeddings
     if config.num_blocks > 2:
-        rows = jnp.zeros((1, cache.capacity, config.d_model), z.dtype)
+        rows = jnp.zeros((1, cache.room, config.d_model), z.dtype)
     observed_rows = z
     # Keys and values of the previous block's restore layer, and queries of its observed rows.
     restored: tuple[jax.Array, ...] | None = None
@@ -273,18 +258,18 @@ def _read_history(
     *,
     from_scratch: bool,
 ) -> tuple[WindowedCache, jax.Array | None, jax.Array]:
-    """Block `index` over the whole history, chunk by chunk: makes and keeps its keys, and attends to them.
+    """Block `index` over the history that this device has, chunk by chunk: makes and keeps its keys, attends to them.
 
     Args:
       readers: queries that read the history, [1, queries, heads, d_h].
-      rows: C of the previous block [1, capacity, D] where it is kept; replaced by this block's.
+      rows: C of the previous block [1, room, D] where it is kept; replaced by this block's.
       restored: keys and values of the previous block's restore layer; None for the first.
       from_scratch: make block 0's keys too; else they are read from the cache.
 
     Returns:
-      the cache, the kept rows, and what the readers attended to, [1, queries, heads, d_h].
+      the cache, the kept rows, and what the readers attended to in all of the history, [1, queries, heads, d_h].
     """
-    size = chunk_rows(cache.capacity)
+    size = chunk_rows(cache.room)
     tokens, kept = cache.tokens, bool(cache.history)
     layer = params.blocks[index].compress
     writer = for_writing(layer, size, config.attention)
@@ -292,29 +277,29 @@ def _read_history(
     def body(start: jax.Array, carry):
         history, rows, parts = carry
         if kept and index == 0 and frame.words is not None:
-            ids = jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size))[0]
-            rope = _rope(config, start, size)
+            ids, rope = frame.ids(tokens, start, size)[0], frame.rope(config, start, size)
             words = frame.words.key_value
             return write_words(history, frame.row, start, words, ids, rope, config.attention), rows, parts
         chunk = _history_rows(params, config, tokens, frame, index, rows, restored, start, size)
-        rope = _rope(config, start, size)
+        rope = frame.rope(config, start, size)
         if rows is not None and 0 < index < config.num_blocks - 1:
             rows = jax.lax.dynamic_update_slice(rows, chunk, (0, start, 0))
         if kept:
             return write_rows(history, frame.row, start, writer, chunk, rope, config.attention), rows, parts
         key, value = project(layer, chunk, rope, "kv")
-        read = attend_parts(readers, key, value, frame.length - start, config.attention_scale, config.attention)
+        read = attend_parts(readers, key, value, frame.held - start, config.attention_scale, config.attention)
         return history, rows, merge_parts(parts, read)
 
     if not kept:
-        _, rows, parts = for_chunks(frame.length, cache.capacity, body, (None, rows, no_parts(readers)))
-        return cache, rows, parts[0].astype(readers.dtype)
+        _, rows, parts = for_chunks(frame.held, cache.room, body, (None, rows, no_parts(readers)))
+        return cache, rows, frame.merged(*parts).astype(readers.dtype)
     history = cache.history[index]
     if from_scratch or index > 0:
-        history, rows, _ = for_chunks(frame.length, cache.capacity, body, (history, rows, None))
+        history, rows, _ = for_chunks(frame.held, cache.room, body, (history, rows, None))
     cache = dataclasses.replace(cache, history=(*cache.history[:index], history, *cache.history[index + 1 :]))
     scale, backend = config.attention_scale, config.attention
-    return cache, rows, attend_history(readers, history, frame.row, frame.length, scale, size, backend)
+    read = attend_history(readers, history, frame.row, frame.held, scale, size, backend)
+    return cache, rows, frame.merged(*read).astype(readers.dtype)
 
 
 def _history_rows(
@@ -328,9 +313,8 @@ def _history_rows(
     start: jax.Array,
     size: int,
 ) -> jax.Array:
-    """C at the entrance of block `index`, rows start .. start + size - 1: [1, size, D]."""
-    rope = _rope(config, start, size)
-    ids = jax.lax.dynamic_slice(tokens, (frame.row, start), (1, size))
+    """C at the entrance of block `index`, this device's rows start .. start + size - 1: [1, size, D]."""
+    rope, ids = frame.rope(config, start, size), frame.ids(tokens, start, size)
     if index <= 1 or rows is None:
         chunk, words = embed(params, ids), frame.words
     else:
@@ -359,10 +343,6 @@ def _restore(
         query, key, value, frame.observed, config.attention_scale, config.head_dim, config.attention
     )
     return update(layer, rows, attended)
-
-
-def _rope(config: ModelConfig, start: jax.Array, length: int) -> Rope:
-    return rope_table(start + jnp.arange(length, dtype=jnp.int32), config.head_dim)
 
 
 def _store_block(

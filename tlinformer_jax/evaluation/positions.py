@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from tlinformer_jax.training.answers import Answers
 from tlinformer_jax.training.evaluation import Evaluation
 
 BINS = 64
@@ -47,6 +48,17 @@ def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dic
     if length > window:
         columns["later"], columns["later_tokens"] = _means(rows[0][1:].sum(axis=0), rows[1][1:].sum(axis=0), edges)
     return columns
+
+
+def accuracy_by_position(answers: Answers, bins: int = BINS) -> dict[str, list[int]]:
+    """Answers by the position in the sample at which their last token is predicted.
+
+    Returns:
+      edges: as `bin_edges` gives them; right, answers: numbers of each bin.
+    """
+    edges = bin_edges(len(answers.answers), bins)
+    right, count = (np.add.reduceat(sums, edges[:-1]) for sums in (answers.right, answers.answers))
+    return {"edges": edges.tolist(), "right": [int(sums) for sums in right], "answers": [int(sums) for sums in count]}
 
 
 def _means(losses: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> tuple[list[float | None], list[int]]:

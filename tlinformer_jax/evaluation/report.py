@@ -11,12 +11,12 @@ from typing import Any
 import jax
 
 from tlinformer_jax.data.batches import num_samples
-from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.positions import by_position, by_window_position
+from tlinformer_jax.evaluation.positions import accuracy_by_position, by_position, by_window_position
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.files import finite
-from tlinformer_jax.training.evaluation import Evaluation, summary
+from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.memory import advised, evaluation_advice
 
 Report = dict[str, Any]
@@ -63,14 +63,14 @@ class Source:
     """
 
     name: str
-    stream: TokenStream
-    counted: TokenStream
+    stream: Split
+    counted: Split
     whole: bool = False
 
 
 def evaluate_run(
     trained: TrainedRun,
-    stream: TokenStream,
+    stream: Split,
     options: EvaluationOptions = EvaluationOptions(),
     *,
     split: str,
@@ -94,7 +94,8 @@ def evaluate_run(
       command, workdir_config (sections model, train, data), step, split, device, devices, jax; length, batch_size,
       tokens (that were predicted) and figures (see `training.evaluation.summary`). If asked for, by_position,
       by_window_position (see `evaluation.positions`), and by_length, a list of objects with length, batch_size,
-      tokens, figures and the same. Numbers that are not finite are None, so that all of it is JSON.
+      tokens, figures and the same. Of a task also answers (`training.answers.Answers.counts`), and with by_position,
+      accuracy_by_position. Numbers that are not finite are None, so that all of it is JSON.
 
     Raises:
       ConfigError: for a length that leaves no whole sample.
@@ -122,6 +123,7 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
     for name, length in (("length", options.length), *(("lengths", length) for length in options.lengths)):
         may_be_short = source.whole and name == "length"
         if length is not None and not may_be_short and num_samples(source.stream, length) < 1:
+            assert not isinstance(source.stream, TaskSplit)  # which has samples of any length
             most = len(source.stream.tokens) - 1
             raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what {source.name} can fill")
     length = options.length or trained.run.config.data.sequence_length
@@ -133,20 +135,25 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
 
 def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, options: EvaluationOptions) -> Report:
     """Evaluates in samples of `length` tokens; with `rest`, the shorter last one too."""
-    run, labels = trained.run, len(source.stream.tokens) - 1
-    # A short text is padded to a power of two, so that texts of all lengths compile few programs.
-    padded = min(length, 1 << (labels - 1).bit_length()) if rest else length
-    length = min(length, labels) if rest else length
+    run, padded = trained.run, length
+    if rest and not isinstance(source.stream, TaskSplit):
+        labels = len(source.stream.tokens) - 1
+        # A short text is padded to a power of two, so that texts of all lengths compile few programs.
+        padded, length = min(length, 1 << (labels - 1).bit_length()), min(length, labels)
     batch_size = run.evaluation_batch_size(padded, num_samples(source.stream, padded, rest), options.batch_size)
     with advised(lambda: evaluation_advice(batch_size)):
         result = run.evaluate(trained.params, source.stream, length=padded, batch_size=batch_size, rest=rest)
-    result = Evaluation(result.losses[:length], result.weights[:length])
+    result = dataclasses.replace(result, losses=result.losses[:length], weights=result.weights[:length])
     window = run.config.model.generation_window
     figures = summary(result, source.counted, window)
     report: Report = {"length": length, "batch_size": batch_size, "tokens": result.tokens, "figures": figures}
+    if result.answers is not None:
+        report["answers"] = result.answers.counts()
     if options.by_position:
         report["by_position"] = by_position(result)
         report["by_window_position"] = by_window_position(result, window)
+        if result.answers is not None:
+            report["accuracy_by_position"] = accuracy_by_position(result.answers)
     return report
 
 

@@ -16,8 +16,14 @@ LABELS = {
     "bits_per_byte": "bits per byte",
     "loss_first_window": "loss in the first window",
     "loss_later_windows": "loss in later windows",
+    "accuracy": "answers right",
+    "accuracy_own": "  source in the window",
+    "accuracy_observed": "  source in W_oh",
+    "accuracy_history": "  source before W_oh",
+    "chance": "  by guessing",
 }
 MOST_ROWS = 16
+TEXT_COLUMNS, TASK_COLUMNS = ("perplexity", "bits_per_byte"), ("accuracy", "accuracy_history")
 
 
 def lines(report: Report) -> list[str]:
@@ -28,16 +34,18 @@ def lines(report: Report) -> list[str]:
     text += [f"  {LABELS[name]:26} {_number(value)}" for name, value in report["figures"].items()]
     text += _positions(report)
     if "by_length" in report:
+        columns = ("loss", *(TASK_COLUMNS if "answers" in report else TEXT_COLUMNS))
         rows = [
             (
                 f"{part['length']:,}",
                 f"{part['batch_size']:,}",
                 f"{part['tokens']:,}",
-                *(_number(part["figures"].get(name)) for name in ("loss", "perplexity", "bits_per_byte")),
+                *(_number(part["figures"].get(name)) for name in columns),
             )
             for part in report["by_length"]
         ]
-        text += _table(("length", "sequences at a time", "tokens", "loss", "perplexity", "bits per byte"), rows)
+        heads = (name.replace("_", " ") for name in columns)
+        text += _table(("length", "sequences at a time", "tokens", *heads), rows)
     return text
 
 

@@ -65,6 +65,7 @@ def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: 
     tokens = text_source(text, trained.run.tokenizer)
     report = evaluate_source(trained, tokens, EvaluationOptions(length=length))
     figures, counted = report["figures"], tokens.counted
+    assert isinstance(counted, TokenStream)
     return TextFigures(
         tokens=report["tokens"],
         words=counted.num_words or 0,

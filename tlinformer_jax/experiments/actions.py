@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tlinformer_jax.data.tokenizers import NUMBERS
 from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from tlinformer_jax.config import RunConfig
     from tlinformer_jax.training.setup import Run
 
 PROMPTS = ("The ", "It was ", '"I do not ', "In the beginning ")
@@ -14,7 +16,10 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
 # What a record keeps of an evaluation; the rest it says of the run itself.
-KEPT = ("length", "batch_size", "tokens", "figures", "by_position", "by_window_position")
+KEPT = (
+    *("length", "batch_size", "tokens", "figures", "by_position", "by_window_position"),
+    *("answers", "accuracy_by_position"),
+)
 
 
 def evaluate(run: "Run", params: Any, length: int | None = None) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def evaluate(run: "Run", params: Any, length: int | None = None) -> dict[str, An
     options = EvaluationOptions(length=length, by_position=True)
     stream = run.split("validation", None if length is None else 1)
     report = evaluate_run(TrainedRun(run, params, run.horizon.steps), stream, options, split="validation")
-    return {name: report[name] for name in KEPT}
+    return {name: report[name] for name in KEPT if name in report}
 
 
 def samples(run: "Run", params: Any) -> dict[str, Any]:
@@ -41,9 +46,21 @@ def samples(run: "Run", params: Any) -> dict[str, Any]:
     return {"max_new_tokens": SAMPLE_TOKENS, "seed": 0, **SAMPLING, "samples": drawn}
 
 
-ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"evaluate": evaluate, "samples": samples}
+def history(run: "Run", params: Any, length: int | None = None) -> dict[str, Any]:
+    """What the history contributes on the validation split, in samples of `length` tokens (None: as trained).
+
+    See `evaluation.history`.
+    """
+    from tlinformer_jax.evaluation.history import HistoryOptions, measure_history
+    from tlinformer_jax.evaluation.trained import TrainedRun
+
+    stream = run.split("validation", length)
+    return measure_history(TrainedRun(run, params, run.horizon.steps), stream, HistoryOptions(length=length))
+
+
+ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"evaluate": evaluate, "samples": samples, "history": history}
 # Those that take a number, as in evaluate@8192.
-NUMBERED = ("evaluate",)
+NUMBERED = ("evaluate", "history")
 
 
 def run_action(name: str, run: "Run", params: Any) -> dict[str, Any]:
@@ -53,7 +70,7 @@ def run_action(name: str, run: "Run", params: Any) -> dict[str, Any]:
 
 
 def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, ...]:
-    """The names, each once, if all can be done: one of ACTIONS, or evaluate@LENGTH.
+    """The names, each once, if all can be done: one of ACTIONS, or those of NUMBERED as evaluate@LENGTH.
 
     Raises:
       UserError: naming the one that cannot.
@@ -64,3 +81,22 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
             allowed = ", ".join([*ACTIONS, *(f"{kind}@LENGTH" for kind in NUMBERED)])
             raise UserError(f"{where}={','.join(names)}: {name!r} must be one of {allowed}")
     return tuple(dict.fromkeys(names))
+
+
+def check_possible(names: Sequence[str], config: "RunConfig") -> None:
+    """Refuses actions that this run's model or data cannot have, before it is trained.
+
+    Raises:
+      UserError: naming the action, and why.
+    """
+    for name in names:
+        kind, _, number = name.partition("@")
+        if kind == "history":
+            from tlinformer_jax.evaluation.history import check_measurable
+
+            check_measurable(config.model, int(number) if number else config.data.sequence_length)
+        if kind == "samples" and config.data.tokenizer.startswith(NUMBERS):
+            raise UserError(f"samples: data.tokenizer = {config.data.tokenizer!r}: must be one of texts")
+        if kind == "samples" and config.model.observed_selection != "recent":
+            selection = config.model.observed_selection
+            raise UserError(f"samples: model.observed_selection = {selection!r}: must be 'recent' for generation")

@@ -86,7 +86,9 @@ def groups_of(results: Iterable[Result]) -> list[Group]:
         config = run_config(result["config"])
         seedless = dataclasses.replace(essence(config), train=dataclasses.replace(config.train, seed=0))
         label = result.get("point") or label_of(config)
-        found.setdefault((label, repr(seedless), result["tokens"]), []).append((config, result))
+        # Runs that end when they are accurate enough end at different updates.
+        tokens = None if result.get("target") else result["tokens"]
+        found.setdefault((label, repr(seedless), tokens), []).append((config, result))
     return [
         Group(label, pairs[0][0], tuple(sorted((result for _, result in pairs), key=lambda result: result["seed"])))
         for (label, *_), pairs in found.items()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.experiments.actions import checked_actions, run_action
+from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import Job, finished_result
 from tlinformer_jax.experiments.record import record_of
 from tlinformer_jax.experiments.results import RESULT_FILE, write_result
@@ -39,7 +39,7 @@ def run_job(
     Raises:
       UserError: see `train_run`; for an action that does not exist; where result.json is of another configuration.
     """
-    checked_actions(job.then)
+    check_possible(checked_actions(job.then), job.config)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
         done = finished_result(job)
         if done is not None:

@@ -15,7 +15,7 @@ from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import UserError
 
 # What the points of a sweep are compared by, and so which part of the report shows them.
-STUDIES = ("architectures", "windows")
+STUDIES = ("architectures", "windows", "retrieval")
 SEED = "train.seed"
 
 
@@ -29,7 +29,8 @@ class Sweep:
         'train.seed' may be a list here: the point's own seeds.
       seeds: of all other points; a point is trained once with each.
       then: actions of `experiments.actions` after the training of each point.
-      study: 'architectures', compared with Base at the same N, or 'windows', compared by window sizes.
+      study: 'architectures', compared with Base at the same N; 'windows', compared by window sizes; or 'retrieval', by
+        the answers that are right.
     """
 
     base: Mapping[str, Any]

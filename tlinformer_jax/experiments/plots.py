@@ -37,15 +37,51 @@ def plot_curves(
     file: pathlib.Path,
     log_x: bool = False,
 ) -> None:
-    """Draws labelled lines (label, x, y)."""
+    """Draws labelled lines (label, x, y); with `log_x`, x stands at its logarithm, and 0 as far before 1 as 2 after."""
     figure, axes = _figure()
     for label, x, y in curves:
         axes.plot(x, y, marker="o", markersize=3, label=label)
     if log_x:
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xlabel(axes_names[0])
     axes.set_ylabel(axes_names[1])
     axes.legend(fontsize=8)
+    _save(figure, file)
+
+
+def plot_heat_map(
+    lengths: Sequence[str],
+    far: Sequence[Sequence[float | None]],
+    near: Sequence[float | None],
+    title: str,
+    file: pathlib.Path,
+) -> None:
+    """Draws shares of right answers, 0 to 1: a row for each length, the shortest at the bottom.
+
+    Args:
+      lengths: names of the rows.
+      far: by depth, of each row; None is left grey.
+      near: of what lies in the last windows, a column apart.
+      title: of the figure.
+      file: to write.
+    """
+    figure, axes = _figure()
+    axes.grid(visible=False)
+    axes.set_facecolor("lightgrey")
+    nothing = float("nan")
+    depths = len(far[0])
+    rows = [[*row, None, one] for row, one in zip(far, near)]
+    values = [[nothing if cell is None else cell for cell in row] for row in rows]
+    image = axes.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, label="answers right")
+    axes.set_yticks(range(len(lengths)), lengths)
+    axes.set_xticks(
+        [*range(0, depths, 4), depths + 1],
+        [*(f"{place / depths:.0%}" for place in range(0, depths, 4)), "last\nwindows"],
+    )
+    axes.set_xlabel("depth of the source before both windows")
+    axes.set_ylabel("tokens")
+    axes.set_title(title, fontsize=9)
     _save(figure, file)
 
 

@@ -38,11 +38,12 @@ def record_of(job: Job, trained: Trained, wall_seconds: float, attempts: int, pe
       attempts; speed: the median of the logged tokens_per_second and mfu (None where unknown); peak_bytes; cache: bytes
       of one sequence of N tokens, used, allocated, by the paper's formula (None where it has none), and the dtype;
       validation: the last figures; best: the step of the lowest validation loss, and that; history: pairs of step and
-      validation loss; then: empty.
+      validation loss; target: of a run that train.stop_at_accuracy can end, {accuracy, reached, most_steps}, else
+      None: where it was not reached, most_steps have bound it; then: empty.
     """
     config, events = trained.run.config, read_events(job.workdir)
     history = loss_history(events)
-    best = min(history, key=lambda pair: pair[1], default=(trained.run.horizon.steps, None))
+    best = min(history, key=lambda pair: pair[1], default=(trained.step, None))
     device = jax.devices()[0]
     return {
         "format": FORMAT,
@@ -58,8 +59,8 @@ def record_of(job: Job, trained: Trained, wall_seconds: float, attempts: int, pe
         "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
         "config": config.to_dict(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
-        "steps": trained.run.horizon.steps,
-        "tokens": trained.run.horizon.steps * tokens_of_step(config),
+        "steps": trained.step,
+        "tokens": trained.step * tokens_of_step(config),
         "seconds": {"train": train_seconds(events, tokens_of_step(config)), "wall": wall_seconds},
         "attempts": attempts,
         "speed": {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},
@@ -68,8 +69,18 @@ def record_of(job: Job, trained: Trained, wall_seconds: float, attempts: int, pe
         "validation": dict(trained.figures or {}),
         "best": {"step": best[0], "loss": best[1]},
         "history": [list(pair) for pair in history],
+        "target": target(trained),
         "then": {},
     }
+
+
+def target(trained: Trained) -> dict[str, Any] | None:
+    """The accuracy that ends a run, whether it was reached, and the updates that end it otherwise."""
+    least = trained.run.config.train.stop_at_accuracy
+    if not least:
+        return None
+    reached = trained.figures is not None and trained.figures["accuracy"] >= least
+    return {"accuracy": least, "reached": reached, "most_steps": trained.run.horizon.steps}
 
 
 def tokens_of_step(config: RunConfig) -> int:

@@ -23,9 +23,11 @@ from tlinformer_jax.experiments.curves import (
     total_window,
     wall_seconds,
 )
+from tlinformer_jax.experiments.history import plot_history
 from tlinformer_jax.experiments.job import essence
 from tlinformer_jax.experiments.plots import plot_curves, plot_sweep
 from tlinformer_jax.experiments.results import RESULT_FILE, read_result
+from tlinformer_jax.experiments.retrieval import length_lines, retrieval_lines
 from tlinformer_jax.experiments.tables import (
     device,
     duration,
@@ -46,7 +48,16 @@ of several seeds is the mean, ± the sample standard deviation. Speed is the med
 of the whole training with compilation, evaluation and saving. The cache is what one sequence of N tokens takes in
 generation.
 """
-EVALUATION = "evaluate"
+RETRIEVAL = """A table for each setting; a model is shown at the learning rate that found most answers of the validation
+split. An answer's source lies in the generation window of its question, in the W_oh rows before that, or before those,
+where only what was compressed, or attention to all of the history, can tell; models without windows are told apart in
+the same way.
+"""
+CONTRIBUTION = """`tlinformer_jax.evaluation.history` defines what was measured. The loss changes by so much, in nats
+per token, where nothing is left of the history but so many rows before the window, without any training; tokens with
+more are those whose windows have more. The share is that of the history in what the window's tokens read in each block.
+"""
+EVALUATION, HISTORY = "evaluate", "history"
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
@@ -107,7 +118,9 @@ def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list
         lines += [*lowest(groups), *knee_lines(groups), ""]
         for file in plot_sweep(groups, figures, f"results_{sweep}_"):
             lines += _figure(file, file.stem.replace("_", " "), files)
+    lines += _retrieval(of_study(results, "retrieval"), figures, files)
     lines += _positions(results, figures, files)
+    lines += _histories(results, figures, files)
     lines += _samples(results)
     lines += runs(results)
     return lines, files
@@ -308,6 +321,40 @@ def _positions(results: Sequence[Result], figures: pathlib.Path, files: list[pat
         plot_curves(curves, ("position in the sample", "validation loss, nats per token"), file)
         lines += _figure(file, f"Loss by position in samples of {length:,} tokens", files)
     return lines
+
+
+def _retrieval(results: Sequence[Result], figures: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
+    """The section on tasks: a table for each setting, then lengths beyond the trained one."""
+    if not results:
+        return []
+    lines = ["## Retrieval", "", RETRIEVAL, *retrieval_lines(results)]
+    by_length = length_lines(results, figures, lambda file, title: _figure(file, title, files))
+    return lines + (["### By length and depth", "", *by_length] if by_length else [])
+
+
+def _histories(results: Sequence[Result], figures: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
+    """The section on what the history contributes: of each group the run of the first seed that was measured."""
+    lines: list[str] = []
+    for name in sorted({name for result in results for name in result["then"] if name.partition("@")[0] == HISTORY}):
+        groups = sorted(groups_of(result for result in results if name in result["then"]), key=_order)
+        runs_of = [(group.label, group.results[0]["then"][name]) for group in groups]
+        length = runs_of[0][1]["length"]
+        lines += [f"Samples of {length:,} tokens:", ""]
+        columns = ("model", "rows of history left", "change in loss", "of tokens with more", "share by block")
+        rows = [
+            (label, f"{part['distance']:,}", *map(_change, (part["change"], part["affected_change"])), shares)
+            for label, found in runs_of
+            for shares in [", ".join(f"{share:.2f}" for share in found["share"])]
+            for part in found["cuts"]
+        ]
+        lines += [*markdown(columns, rows), ""]
+        for file in plot_history(runs_of, figures, f"results_{length}_"):
+            lines += _figure(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens", files)
+    return ["## What the history contributes", "", CONTRIBUTION, *lines] if lines else []
+
+
+def _change(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"
 
 
 def _mean(parts: Sequence[dict[str, Any]], name: str) -> Mean | None:

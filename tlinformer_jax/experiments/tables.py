@@ -24,6 +24,8 @@ from tlinformer_jax.experiments.curves import (
 )
 from tlinformer_jax.files import write_text
 
+ACCURACIES = ("accuracy", "accuracy_own", "accuracy_observed", "accuracy_history", "chance")
+
 
 def row_of(result: Result) -> dict[str, Any]:
     """A run as one flat row."""
@@ -48,6 +50,9 @@ def row_of(result: Result) -> dict[str, Any]:
         "bits_per_byte": validation.get("bits_per_byte"),
         "loss_first_window": validation.get("loss_first_window"),
         "loss_later_windows": validation.get("loss_later_windows"),
+        "learning_rate": config.train.learning_rate,
+        **{name: validation.get(name) for name in ACCURACIES},
+        "target_reached": (result.get("target") or {}).get("reached"),
         "best_loss": result["best"].get("loss"),
         "tokens_per_second": tokens_per_second(result),
         "mfu": result["speed"].get("mfu"),
@@ -67,6 +72,7 @@ def aggregate(group: Group) -> dict[str, Any]:
         "tokens_per_second": tokens_per_second,
         "cache_bytes": cache_bytes,
         "wall_seconds": wall_seconds,
+        "accuracy": lambda result: result["validation"].get("accuracy"),
     }
     means = {name: group.mean(figure) for name, figure in figures.items()}
     return {"point": group.label, "seeds": group.seeds, "share": observed_share(group.config)} | {
@@ -74,8 +80,13 @@ def aggregate(group: Group) -> dict[str, Any]:
     }
 
 
-def write_tables(results: Sequence[Result], out: pathlib.Path) -> None:
+def write_tables(results: Sequence[Result], out: pathlib.Path, shown: Sequence[str] | None = None) -> None:
     """Writes sweep.csv, sweep.json and sweep.md, each whole.
+
+    Args:
+      results: of the finished points.
+      out: the directory.
+      shown: lines of sweep.md; None for a table by windows.
 
     Raises:
       DataError: if one cannot be written.
@@ -89,7 +100,7 @@ def write_tables(results: Sequence[Result], out: pathlib.Path) -> None:
     texts = {
         "sweep.csv": table.getvalue(),
         "sweep.json": json.dumps(values, indent=1) + "\n",
-        "sweep.md": "\n".join(windows_table(groups) + knee_lines(groups)) + "\n",
+        "sweep.md": "\n".join(windows_table(groups) + knee_lines(groups) if shown is None else shown) + "\n",
     }
     for name, text in texts.items():
         try:

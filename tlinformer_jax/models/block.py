@@ -20,6 +20,7 @@ from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepa
 from tlinformer_jax.models.recompute import recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.row_chunks import map_rows
+from tlinformer_jax.models.selection import beside, choose_rows, observed_part, observed_rope
 from tlinformer_jax.models.streams import BlockParams, Following, History, Projected
 from tlinformer_jax.models.windows import Place, WindowFrame, fold
 
@@ -87,9 +88,9 @@ def dual_window_block(
       x after the block [batch, m, D], and the restored history as the following block reads it, or None.
     """
     x_rope = rope.rows(frame.history_length, x.shape[1])
-    z_rope = rope.rows(frame.observed_start, frame.observed_width)
+    z_rope = observed_rope(frame, rope)
     both = compress(params.compress, config, x, projected, history, frame, rope, _part(dropout, 0))
-    both_rope = jax.tree.map(lambda z_part, x_part: jnp.concatenate([z_part, x_part], axis=-2), z_rope, x_rope)
+    both_rope = beside(z_rope, x_rope)
     both = chain_layers(
         lambda layer, both, part: hidden_layer(layer, config, both, frame, both_rope, part),
         params.hidden,
@@ -128,11 +129,11 @@ def compress(
       both streams side by side [batch, observed_width + m, D].
     """
     width = frame.observed_width
-    z = history.part(history.rows, frame.observed_start, width, x.shape[0])
+    z = observed_part(frame, history, history.rows, x.shape[0])
     if history.projected.query is not None:
-        z_query = history.part(history.projected.query, frame.observed_start, width, x.shape[0])
+        z_query = observed_part(frame, history, history.projected.query, x.shape[0])
     else:
-        (z_query,) = project(params, z, rope.rows(frame.observed_start, width), "q")
+        (z_query,) = project(params, z, observed_rope(frame, rope), "q")
     assert projected.query is not None
     readers = [z_query] if config.architecture == "tconstformer" else [z_query, projected.query]
     shared = _attend_history(config, readers, history, frame, x.shape[0], _part(dropout, SHARED_ATTENTION))
@@ -199,10 +200,11 @@ def restore_context(
     # What is a plain number stays one: kernels are faster where nothing is masked.
     known = None if isinstance(frame.observed_length, jax.Array) else frame.observed_length
     length = frame.history_length
-    if history.split is not None:
-        rope = jax.tree.map(lambda table: history.split.take(table, axis=0), rope)
-        dropout = _part(dropout, history.split.index())
-        length = history.split.count(length)
+    split = history.split
+    if split is not None:
+        rope = Rope(split.take(rope.cos, axis=0), split.take(rope.sin, axis=0))
+        dropout = _part(dropout, split.index())
+        length = split.count(length)
     fixed = (frame.observed_length if known is None else None, rope, dropout)
 
     def some(shared: Any, part: Any, fixed: Any, number: jax.Array | None) -> tuple[jax.Array, Projected]:
@@ -216,10 +218,12 @@ def restore_context(
 
     shared = (params, following, context)
     if not chunk:
-        return History(*some(shared, parts, fixed, None), history.split)
+        rows, projected = some(shared, parts, fixed, None)
+        return History(rows, projected, split)
     # Rows past the history are the future, which no one reads: their chunks are left out.
     filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // chunk)
-    return History(*map_rows(some, shared, parts, fixed, chunk, filled), history.split)
+    rows, projected = map_rows(some, shared, parts, fixed, chunk, filled)
+    return History(rows, projected, split)
 
 
 def _attend_shared(
@@ -358,6 +362,8 @@ class DualWindowBlock(nn.Module):
         history = history.astype(x.dtype)
         known = History(history, Projected.of(params.compress, history, rope.rows(0, length)))
         projected = Projected.of(params.compress, x, rope.rows(length, x.shape[1]))
+        assert projected.query is not None
+        frame = choose_rows(config, frame, projected.query, known.projected.key)
         # Nobody follows here: what is projected for that is not read.
         following = Following(params.compress, "kv") if restore else None
         x, restored = dual_window_block(params, config, x, projected, known, frame, rope, following, dropout)

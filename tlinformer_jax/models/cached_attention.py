@@ -17,6 +17,7 @@ from tlinformer_jax.models import decode_kernel, history_kernel
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import LayerParams, project, unbiased_projections
 from tlinformer_jax.models.rope import Rope, rotate
+from tlinformer_jax.parallel.split_rows import SplitRows
 
 
 @flax.struct.dataclass
@@ -40,15 +41,23 @@ class CachedRows:
       cache: keys and values [batch, heads, d_h, rows], or [layers, batch, heads, d_h, rows].
       length: valid rows of each sequence, int32 [batch].
       layer: which of the layers (static); None for a cache without that axis.
+      split: how the rows are dealt out over devices, each of which has only its own here, inside `jax.shard_map`
+        (static); None where a device has all of them.
     """
 
     cache: KeyValue
     length: jax.Array
     layer: int | None = flax.struct.field(pytree_node=False, default=None)
+    split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
 
     def arrays(self) -> KeyValue:
         """Keys and values of the layer, [batch, heads, d_h, rows]."""
         return self.cache if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.cache)
+
+    def merged(self, output: jax.Array, lse: jax.Array) -> jax.Array:
+        """What the softmax over the rows of all devices gives, float32 [batch, heads, d_h], from that over these and
+        its log-sum-exp [batch, heads]."""
+        return output if self.split is None else self.split.merge_at_once(output, lse)
 
 
 def attend_cached(
@@ -66,9 +75,9 @@ def attend_cached(
     Returns:
       [batch, heads, d_h] in query's dtype.
     """
-    output = _softmax_sum(query, past, own, scale)
+    output, _ = _softmax_sum(query, past, own, scale)
     if context is not None:
-        output = output + _softmax_sum(query, context, None, scale)
+        output = output + context.merged(*_softmax_sum(query, context, None, scale))
     return output.astype(query.dtype)
 
 
@@ -155,7 +164,7 @@ def _write_plainly(cache: KeyValue, row: jax.Array, start: jax.Array, key: jax.A
 
 def attend_history(
     query: jax.Array, cache: KeyValue, row: jax.Array, length: jax.Array, scale: float, chunk: int, backend: str
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Attention of a few queries to all cached rows of one sequence.
 
     Args:
@@ -168,12 +177,13 @@ def attend_history(
       backend: of the attention.
 
     Returns:
-      [1, queries, heads, as wide as the queries], in their dtype; 0 where no row is valid.
+      float32 [1, queries, heads, as wide as the queries], 0 where no row is valid; and the log-sum-exp of the scores,
+      float32 [1, queries, heads].
     """
     width = query.shape[-1]
     if use_kernels(query.dtype, cache.key.shape[2], backend):
-        read = history_kernel.attend(query[0], cache.key, cache.value, row, length, scale)
-        return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]).astype(query.dtype)
+        read, lse = history_kernel.attend(query[0], cache.key, cache.value, row, length, scale)
+        return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]), lse[None]
     shape = (1, *cache.key.shape[1:3], chunk)
 
     def body(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -182,8 +192,7 @@ def attend_history(
         key, value = (_natural_rows(part, width) for part in parts)
         return merge_parts(carry, attend_parts(query, key, value, length - start, scale, backend))
 
-    read, _ = jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
-    return read.astype(query.dtype)
+    return jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
 
 
 def attend_context(
@@ -244,8 +253,11 @@ def write_row(cache: KeyValue, own: KeyValue, row: jax.Array, active: jax.Array)
     return jax.tree.map(write_one if row.size == 1 else write_all, cache, own)
 
 
-def _softmax_sum(query: jax.Array, source: CachedRows, own: KeyValue | None, scale: float) -> jax.Array:
-    """Softmax attention by plain products, float32 [batch, heads, d_h]; 0 where nothing is valid."""
+def _softmax_sum(
+    query: jax.Array, source: CachedRows, own: KeyValue | None, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention by plain products, float32 [batch, heads, d_h], and its log-sum-exp [batch, heads]; 0 and -inf
+    where nothing is valid."""
     cache = source.arrays()
     scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
     valid = jnp.arange(cache.rows) < source.length[:, None, None]
@@ -265,4 +277,6 @@ def _softmax_sum(query: jax.Array, source: CachedRows, own: KeyValue | None, sca
         own_weight = jnp.exp(own_score - top)
         total = total + own_weight
         output = output + own_weight * own.value.astype(jnp.float32)
-    return output / jnp.where(total > 0, total, 1.0)
+    safe = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+    return output / safe, lse[..., 0]

@@ -58,7 +58,7 @@ def num_parts(rows: int, softmaxes: int) -> int:
 
 def attend(
     projected: jax.Array, rope: Rope, sources: Sequence[Source], scale: float, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax attention of one new row per sequence to each of `sources`; its own key belongs to the first.
 
     Args:
@@ -69,22 +69,30 @@ def attend(
       interpret: run on the CPU, for tests.
 
     Returns:
-      what each source's softmax gives, to be added: float32 [sources, batch, heads, d_h]; and the rotated key of the
-      new row, [batch, heads, d_h] in projected's dtype.
+      what each source's softmax gives, to be added: float32 [sources, batch, heads, d_h]; its log-sum-exp, float32
+      [sources, batch, heads], -inf where no row is valid; and the rotated key of the new row, [batch, heads, d_h] in
+      projected's dtype.
     """
     batch, _, heads, _ = projected.shape
     splits = tuple(num_parts(key.shape[-1], batch * heads) for key, *_ in sources)
     sums, tops, totals, own_key = _partial_attention(projected, rope, sources, splits, scale, interpret)
     if max(splits) == 1:  # the kernel has divided already
-        return sums, own_key
-    merged, first = [], 0
+        return sums, _log_sum_exp(tops, totals), own_key
+    merged, lses, first = [], [], 0
     for count in splits:
         part = slice(first, first + count)
         first += count
-        factor = jnp.exp(tops[part] - jnp.max(tops[part], axis=0))
+        top = jnp.max(tops[part], axis=0)
+        factor = jnp.exp(tops[part] - top)
         total = jnp.sum(totals[part] * factor, axis=0)
         merged.append(jnp.sum(sums[part] * factor, axis=0) / jnp.where(total > 0, total, 1.0))
-    return jnp.stack(merged), own_key
+        lses.append(_log_sum_exp(top, total))
+    return jnp.stack(merged), jnp.stack(lses), own_key
+
+
+def _log_sum_exp(top: jax.Array, total: jax.Array) -> jax.Array:
+    """[...] of maxima and sums of weights [..., 1]; -inf where there is no weight."""
+    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
 
 
 def _partial_attention(

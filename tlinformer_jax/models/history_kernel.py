@@ -40,7 +40,7 @@ def attend(
     length: jax.Array,
     scale: float,
     interpret: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of a few queries to the cached rows of one sequence, split over the rows.
 
     Args:
@@ -52,7 +52,8 @@ def attend(
       interpret: run on the CPU, for tests.
 
     Returns:
-      float32 [queries, heads, d_h]; 0 where no row is valid.
+      float32 [queries, heads, d_h], 0 where no row is valid; and the log-sum-exp of the scaled scores, float32
+      [queries, heads], there -inf.
     """
     queries, heads, _ = query.shape
     width, room = key.shape[2:]
@@ -76,10 +77,13 @@ def attend(
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    factor = jnp.exp2(tops - jnp.max(tops, axis=0))
+    top = jnp.max(tops, axis=0)
+    factor = jnp.exp2(tops - top)
     total = jnp.sum(totals * factor, axis=0)
-    merged = jnp.sum(sums * factor[..., None], axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
-    return jnp.swapaxes(merged, 0, 1)
+    safe = jnp.where(total > 0, total, 1.0)
+    merged = jnp.sum(sums * factor[..., None], axis=0) / safe[..., None]
+    lse = jnp.where(total > 0, top / LOG2_E + jnp.log(safe), -jnp.inf)
+    return jnp.swapaxes(merged, 0, 1), jnp.swapaxes(lse, 0, 1)
 
 
 def feature_pieces(width: int) -> tuple[tuple[int, int], ...]:

@@ -46,13 +46,8 @@ def attend_splash(
         # Over every axis, those of length 1 too: a kernel is refused where any is left to the compiler.
         mesh = jax.sharding.get_abstract_mesh()
         free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-        local = jax.shard_map(
-            local,
-            in_specs=(rows, rows, rows, PartitionSpec(batch)),
-            out_specs=(rows, rows),
-            axis_names=free,
-            check_vma=False,
-        )
+        given = (rows, rows, rows, PartitionSpec(batch))
+        local = jax.shard_map(local, axis_names=free, in_specs=given, out_specs=(rows, rows), check_vma=False)
     output, lse = local(query, key, value, lengths)
     if key_length is not None:
         empty = (key_length == 0)[:, None, None]

@@ -5,6 +5,7 @@ from window to window is computed once outside: the embeddings, and block 0's `c
 history and as generation window alike.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,6 +17,7 @@ from tlinformer_jax.models.config import FEW_WINDOWS, ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import Branch, map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.selection import choose_rows
 from tlinformer_jax.models.streams import BlockParams, Following, History, Projected
 from tlinformer_jax.models.windows import (
     Place,
@@ -28,6 +30,8 @@ from tlinformer_jax.models.windows import (
 )
 from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
 
+# Looks at a block's entrance: (index of the block, x under its compress layer, the history, where the window stands).
+Probe = Callable[[int, Projected, History, WindowFrame], None]
 # Without history, every layer of it is an ordinary causal one.
 FIRST_WINDOW = Segment(first=0, observed=(0,), observed_width=0, history_rows=0)
 
@@ -148,6 +152,7 @@ def later_window(
     frame: WindowFrame,
     rope: Rope,
     dropout: Dropout | None,
+    probe: Probe | None = None,
 ) -> jax.Array:
     """A window with history, or g windows that run together, through all blocks.
 
@@ -160,14 +165,19 @@ def later_window(
       frame: where the window stands.
       rope: rotations of positions 0, 1, ...
       dropout: None outside training.
+      probe: is shown what enters each block.
 
     Returns:
       the shape of the window's embeddings.
     """
     x, projected = own.rows, own.projected
+    assert projected.query is not None
+    frame = choose_rows(config, frame, projected.query, history.projected.key)
     for index, block in enumerate(blocks):
         if index:
             projected = Projected.of(block.compress, x, rope.rows(frame.history_length, x.shape[1]))
+        if probe is not None:
+            probe(index, projected, history, frame)
         following = None
         if index + 1 < len(blocks):
             following = Following(blocks[index + 1].compress, "qkv" if index + 2 < len(blocks) else "kv")

@@ -97,7 +97,9 @@ def token_layer(
     sources = [
         (part.cache.key, part.cache.value, part.length, part.layer) for part in (past, context) if part is not None
     ]
-    parts, own_key = decode_kernel.attend(projected, rope, sources, config.attention_scale, interpret)
+    parts, lses, own_key = decode_kernel.attend(projected, rope, sources, config.attention_scale, interpret)
+    if context is not None and context.split is not None:
+        parts = jnp.stack([parts[0], context.merged(parts[1], lses[1])])
     own = KeyValue(own_key, projected[:, 2])
     if fused:
         return _updated(params, x, parts, interpret), own

@@ -26,6 +26,8 @@ class WindowFrame:
       observed_width: rows that are computed for it (static), at least `observed_length`; the rows past the
         valid ones belong to the future and are never attended to.
       history_chunk: rows of the history that are restored at a time (static); 0 for all at once.
+      observed_rows: where the observation window does not hold the last rows, those that it holds, by position,
+        int32 [batch * g, observed_width], valid ones first; see `models.selection`. Else None.
     """
 
     history_length: Place
@@ -33,6 +35,7 @@ class WindowFrame:
     observed_length: Place
     observed_width: int = flax.struct.field(pytree_node=False)
     history_chunk: int = flax.struct.field(pytree_node=False, default=0)
+    observed_rows: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

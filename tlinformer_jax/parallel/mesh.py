@@ -88,9 +88,9 @@ def connect(mesh: "Mesh") -> None:
     for count in range(1, len(axes) + 1):
         for names in itertools.combinations(axes, count):
             add = functools.partial(jax.lax.psum, axis_name=names)
-            everywhere = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
-            add = jax.jit(jax.shard_map(add, mesh=mesh, check_vma=False, **everywhere))
-            jax.block_until_ready(add(np.float32(1)))
+            whole = PartitionSpec()
+            everywhere = jax.shard_map(add, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+            jax.block_until_ready(jax.jit(everywhere)(np.float32(1)))
 
 
 def ways(mesh: "Mesh", axes: Sequence[str]) -> int:

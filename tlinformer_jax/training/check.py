@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config import RunConfig
-from tlinformer_jax.data.batches import TrainingBatches, num_samples
+from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.sources import find_split
-from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.parallel.target import device_kind
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
-from tlinformer_jax.training.setup import PENDING, Run, build_run
+from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
 from tlinformer_jax.training.step import jit_train_step
 from tlinformer_jax.training.windows import trained_tokens
 
@@ -105,21 +105,10 @@ def _device_bytes(tree: Any, itemsize: int | None = None) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize) for leaf in leaves)
 
 
-def _horizon(config: RunConfig, train: TokenStream | None) -> Horizon | None:
+def _horizon(config: RunConfig, train: Split | None) -> Horizon | None:
     """How long the run is; None where only the tokens can tell."""
     if train is not None:
-        data, settings = config.data, config.train
-        return run_horizon(
-            settings,
-            TrainingBatches(
-                train,
-                data.sequence_length,
-                settings.batch_size,
-                settings.seed,
-                settings.equal_updates,
-                settings.micro_batch_size,
-            ),
-        )
+        return run_horizon(config.train, training_batches(config, train))
     steps = config.train.steps
     return Horizon(steps, steps) if steps else None
 
@@ -149,7 +138,7 @@ def _compiled_line(run: Run) -> str:
     return f"compiled step by device: {size_text(total)}, of which {rest}"
 
 
-def _length_lines(config: RunConfig, horizon: Horizon | None, train: TokenStream | None) -> list[str]:
+def _length_lines(config: RunConfig, horizon: Horizon | None, train: Split | None) -> list[str]:
     length, sampled = config.data.sequence_length, config.train.sampled_windows
     predicted = trained_tokens(config.model, length, sampled)
     per_token = training_flops(config.model, length, sampled_windows=sampled).model / predicted
@@ -167,9 +156,11 @@ def _length_lines(config: RunConfig, horizon: Horizon | None, train: TokenStream
     return [*lines, text]
 
 
-def _split_line(name: str, stream: TokenStream | None, length: int) -> str:
+def _split_line(name: str, stream: Split | None, length: int) -> str:
     if stream is None:
         return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax.data.prepare"
+    if isinstance(stream, TaskSplit):
+        return f"{name} split: {stream.count:,} samples of {length:,}, made as they are read"
     return f"{name} split: {len(stream.tokens):,} tokens, {num_samples(stream, length):,} samples of {length:,}"
 
 

@@ -44,6 +44,8 @@ class TrainConfig:
         among the best saves a checkpoint too.
       max_skipped_updates: an update whose loss or gradient is not finite is left out; after more than so many of
         them in a row the run stops. 0 stops at the first.
+      stop_at_accuracy: of tasks: an evaluation on the way that finds at least this share of the answers right ends the
+        run, which is then finished; 0 goes on to the last update.
       max_rollbacks: how often, instead of stopping, it takes up the parameters of the last checkpoint and goes on with
         the batches that follow; above 0, checkpoint_every must be too.
     """
@@ -75,6 +77,7 @@ class TrainConfig:
     keep_best: int = 0
     max_skipped_updates: int = 0
     max_rollbacks: int = 0
+    stop_at_accuracy: float = 0.0
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulation": 1, "loss_chunk": 1, "log_every": 1}
@@ -100,6 +103,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ConfigError(f"train.{name}", value, "must be a finite number >= 0")
+        accuracy = self.stop_at_accuracy
+        if not isinstance(accuracy, int | float) or isinstance(accuracy, bool) or not 0 <= accuracy <= 1:
+            raise ConfigError("train.stop_at_accuracy", accuracy, "must be a number from 0 to 1")
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"train.{name}", getattr(self, name), "must be below 1")

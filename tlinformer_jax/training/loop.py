@@ -8,25 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from tlinformer_jax.analysis.flops import attention_by_device, training_flops
-from tlinformer_jax.analysis.ngram import witten_bell_bits
-from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import (
     CONFIG_FILE,
     RunConfig,
-    differences,
     fingerprint,
-    load_config,
     run_config,
-    save_config,
 )
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
-from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
@@ -37,29 +29,18 @@ from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, param
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.origin import Origin, check_origin, find_origin, initial_params, remember_origin
 from tlinformer_jax.training.profile import StepTrace
-from tlinformer_jax.training.setup import PENDING, Run, build_run
+from tlinformer_jax.training.setup import PENDING, Run, build_run, build_throughput, flops_per_token, training_batches
 from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.windows import trained_tokens
-
-# On the small embedded corpus, vocabularies up to this size (bytes) get an n-gram floor beside the bits per byte.
-NGRAM_VOCABULARY = 512
-
-
-# What makes a run the run it is: a working directory that holds another one is not continued.
-IDENTITY = (
-    *(f"model.{name}" for name in ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth")),
-    *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
-    *(f"data.{name}" for name in ("dataset", "tokenizer", "sequence_length", "wikitext_variant")),
-    *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
-)
+from tlinformer_jax.training.workdir import check_workdir, describe, save_description
 
 
 @dataclasses.dataclass(frozen=True)
 class Surroundings:
     """What the loop evaluates on, writes to and listens to."""
 
-    validation: TokenStream
+    validation: Split
     checkpoints: Checkpoints
     log: MetricsLog
     trace: StepTrace
@@ -79,11 +60,13 @@ class Trained:
       run: its fixed parts.
       params: after the last step that was made.
       figures: of the last evaluation, as `evaluation.summary` names them; None if it was stopped before.
+      step: the last that was made; below the run's length where train.stop_at_accuracy has ended it.
     """
 
     run: Run
     params: Any
     figures: dict[str, float] | None
+    step: int
 
 
 def train_and_evaluate(
@@ -133,14 +116,7 @@ def train_run(
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
     run = build_run(config, tokenizer, PENDING)
     train, validation = run.split("train"), run.split("validation")
-    batches = TrainingBatches(
-        train,
-        config.data.sequence_length,
-        config.train.batch_size,
-        config.train.seed,
-        config.train.equal_updates,
-        config.train.micro_batch_size,
-    )
+    batches = training_batches(config, train)
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
     check_workdir(run, workdir)
     with (
@@ -150,6 +126,8 @@ def train_run(
         jax.set_mesh(run.mesh),
     ):
         state, evaluated = first_state(run, workdir, checkpoints, origin)
+        # Whether the run has ended there is what an evaluation says.
+        evaluated = evaluated and not config.train.stop_at_accuracy
         first, last = int(state.step), run.horizon.steps
         main = jax.process_index() == 0
         if main:
@@ -159,12 +137,15 @@ def train_run(
         # The last step's evaluation is always repeated, for its figures.
         with MetricsLog(workdir, main, first, keep_evaluation=evaluated and first < last) as log:
             around = Surroundings(validation, checkpoints, log, trace, stop)
-            state = train_steps(run, state, batches, around, evaluated)
+            state, figures = train_steps(run, state, batches, around, evaluated)
             around.save(state)
-            figures = None if stop else evaluate_and_record(run, state, around)
+            if figures is not None:
+                checkpoints.record_validation(int(state.step), figures["loss"])
+            elif not stop:
+                figures = evaluate_and_record(run, state, around)
         if figures is None:
             say(f"stopped after step {int(state.step)}, as asked; the same command goes on from there")
-        return Trained(run, state.params, figures)
+        return Trained(run, state.params, figures, int(state.step))
 
 
 def open_checkpoints(config: RunConfig, workdir: pathlib.Path) -> Checkpoints:
@@ -195,64 +176,9 @@ def first_state(
     return state, manifest is not None and manifest.validation_loss is not None
 
 
-def check_workdir(run: Run, workdir: pathlib.Path) -> None:
-    """Makes the working directory, or checks that it holds the same run; tells what else has changed.
-
-    Raises:
-      ConfigError: if it cannot be made, or holds a run of another identity, naming what differs.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("workdir", str(workdir), f"must be a directory that can be written ({error})") from None
-    if not (workdir / CONFIG_FILE).exists():
-        return
-    changed = differences(load_config(workdir), run.config)
-    other = [line for line in changed if line.split(":")[0] in IDENTITY]
-    if other:
-        raise ConfigError("workdir", str(workdir), f"holds a run with another configuration: {'; '.join(other)}")
-    for line in changed:
-        say(f"changed since the last run here: {line}")
-
-
-def save_description(run: Run, workdir: pathlib.Path) -> None:
-    """Writes configuration and tokenizer into the working directory.
-
-    Raises:
-      DataError: if they cannot be written.
-    """
-    try:
-        save_config(run.config, workdir)
-        run.tokenizer.save(workdir)
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: its configuration cannot be written ({error.strerror})") from None
-
-
-def describe(run: Run, train: TokenStream, validation: TokenStream, batches: TrainingBatches) -> None:
-    """Says what is about to be trained, and on what."""
-    config = run.config
-    say(
-        f"{config.model.architecture}, {config.model.num_layers} layers, on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}, {config.model.compute_dtype.name}"
-    )
-    say(
-        f"train {len(train.tokens):,} tokens, {batches.samples_per_epoch:,} samples of {batches.sequence_length}; "
-        f"validation {len(validation.tokens):,} tokens; {run.horizon.steps:,} steps of "
-        f"{config.train.batch_size * config.data.sequence_length:,} tokens"
-    )
-    parts = run.mesh.shape["window"]
-    if parts > 1:
-        loads = attention_by_device(config.model, config.data.sequence_length, parts)
-        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
-    if run.config.data.dataset == "pydoc" and run.tokenizer.vocab_size <= NGRAM_VOCABULARY:
-        bits = witten_bell_bits(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
-        bits *= len(validation.tokens) / validation.num_bytes
-        say(f"to beat: order-2 byte n-gram (Witten-Bell) fitted on the training split: {bits:.3f} bits per byte")
-
-
 def train_steps(
     run: Run, state: TrainState, batches: TrainingBatches, around: Surroundings, evaluated: bool
-) -> TrainState:
+) -> tuple[TrainState, dict[str, float] | None]:
     """Runs the steps that are left, or those until a stop is asked for; rolls back where that is configured.
 
     Args:
@@ -262,6 +188,10 @@ def train_steps(
       around: see there.
       evaluated: whether `state` has been: an evaluation that a kill or a stop has cut off is made up for.
 
+    Returns:
+      the state; the figures of its evaluation where that has ended the run, see TrainConfig.stop_at_accuracy, else
+      None.
+
     Raises:
       DivergedError: when loss or gradient are no longer finite, and no rollback is left.
     """
@@ -269,10 +199,12 @@ def train_steps(
     throughput = build_throughput(run)
     while True:
         if int(state.step) in evaluation_steps(run.config.train, batches, run.horizon.steps) and not evaluated:
-            evaluate_and_record(run, state, around)
-        state = steps_while_finite(run, step_function, state, batches, around, throughput)
+            figures = evaluate_and_record(run, state, around)
+            if accurate(run.config.train, figures):
+                return state, figures
+        state, figures = steps_while_finite(run, step_function, state, batches, around, throughput)
         if not has_diverged(run, state.skips):
-            return state
+            return state, figures
         state, evaluated = roll_back(run, state, batches, around.checkpoints), False
 
 
@@ -283,10 +215,10 @@ def steps_while_finite(
     batches: TrainingBatches,
     around: Surroundings,
     throughput: Throughput,
-) -> TrainState:
-    """Runs the steps that are left, until a stop is asked for or the run has diverged.
+) -> tuple[TrainState, dict[str, float] | None]:
+    """Runs the steps that are left, until a stop is asked for, the run has diverged or is accurate enough.
 
-    Evaluates and saves at the configured rhythm, but not after the last step.
+    Evaluates and saves at the configured rhythm, but not after the last step. Returns what `train_steps` does.
     """
     config, last = run.config.train, run.horizon.steps
     first = int(state.step)
@@ -302,9 +234,9 @@ def steps_while_finite(
             state, metrics = step_function(state, batch)
             throughput.count(tokens)
             pause = step in evaluations or due(step, config.checkpoint_every, last)
-            new = step == first + 1
+            new = step == first + 1 or batches.length(step - 1) != batches.length(step - 2)
             if new:
-                jax.block_until_ready(metrics)  # the first step's time is mostly compilation
+                jax.block_until_ready(metrics)  # the first step's time, at a new length, is mostly compilation
                 say(f"compiled and ran step {step}")
             # Which steps are logged must not depend on where a run was taken up again.
             if step == 1 or step % config.log_every == 0 or step == last or pause:
@@ -315,23 +247,23 @@ def steps_while_finite(
                     break
             if around.trace.after(step, metrics) or new:
                 throughput.restart()
+            if new:
+                throughput.flops_per_token = flops_per_token(run, batches.length(step - 1))
             if due(step, config.checkpoint_every, last):
                 with throughput.saving():
                     around.save(state)
             if step in evaluations:
-                evaluate_and_record(run, state, around)
+                figures = evaluate_and_record(run, state, around)
+                if accurate(config, figures):
+                    return state, figures
                 throughput.restart(keep_saving=True)
-    return state
+    return state, None
 
 
-def build_throughput(run: Run) -> Throughput:
-    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
-    model, length = run.config.model, run.config.data.sequence_length
-    peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype.name)
-    sampled = run.config.train.sampled_windows
-    flops = training_flops(model, length, sampled_windows=sampled).model
-    per_token = flops / trained_tokens(model, length, sampled)
-    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
+def accurate(config: TrainConfig, figures: Mapping[str, float] | None) -> bool:
+    """Whether these figures end the run, see TrainConfig.stop_at_accuracy."""
+    least = config.stop_at_accuracy
+    return bool(least) and figures is not None and figures["accuracy"] >= least
 
 
 def due(step: int, every: int, last: int) -> bool:

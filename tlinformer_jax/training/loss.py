@@ -36,6 +36,25 @@ def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chu
     return _whole(jax.lax.map(losses, parts), hidden.shape[1])
 
 
+def token_losses_and_hits(
+    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """`token_losses`, and whether the label is what greedy decoding would choose, bool [batch, length].
+
+    Of equal logits the first counts as chosen.
+    """
+    table = _table(embedding, hidden.dtype)
+
+    def both(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, targets = part
+        losses, logits, _ = _chunk_losses(rows, table, targets, embedding.shape[0])
+        return losses, jnp.argmax(logits, axis=-1) == targets
+
+    found = jax.lax.map(both, (_chunks(hidden, chunk), _chunks(labels, chunk)))
+    losses, hits = (_whole(array, hidden.shape[1]) for array in found)
+    return losses, hits
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed_cross_entropy(
     hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int

@@ -186,13 +186,13 @@ class Throughput:
 
     Args:
       total_steps: of the run.
-      flops_per_token: model FLOPs, by `analysis.flops`.
+      flops_per_token: model FLOPs, by `analysis.flops`; it may be set anew after a restart.
       peak_flops: of all devices together, FLOP/s; None where it is not known.
     """
 
     def __init__(self, total_steps: int, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
         self._total = total_steps
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self.flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._all_steps, self._all_seconds, self._saved = 0, 0.0, 0.0
         self.restart()
 
@@ -233,7 +233,7 @@ class Throughput:
         """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         self._all_steps, self._all_seconds = self._all_steps + self._steps, self._all_seconds + elapsed
-        speed = self._flops_per_token * self._tokens / elapsed
+        speed = self.flops_per_token * self._tokens / elapsed
         figures = {
             "tokens_per_second": self._tokens / elapsed,
             "tflops": speed / 1e12,

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import RunConfig
-from tlinformer_jax.data.batches import Batch, evaluation_batches, num_samples
+from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
 from tlinformer_jax.data.sources import load_split
-from tlinformer_jax.data.streams import TokenStream, check_token_ids
+from tlinformer_jax.data.streams import check_token_ids
+from tlinformer_jax.data.tasks import Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.models.config import ModelConfig
@@ -23,8 +26,10 @@ from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, connec
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
 from tlinformer_jax.parallel.target import platform
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
+from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
+from tlinformer_jax.training.windows import trained_tokens
 
 # For runs that do not train, and for those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
@@ -63,8 +68,8 @@ class Run:
         init = functools.partial(init_state, model=self.model, config=self.config.train, horizon=self.horizon)
         return jax.jit(init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
 
-    def split(self, name: str, length: int | None = None) -> TokenStream:
-        """A split of the corpus, its length checked against the samples' and its ids against the vocabulary.
+    def split(self, name: str, length: int | None = None) -> Split:
+        """A split of the corpus or of the task, its length checked against the samples', its ids by the vocabulary.
 
         Args:
           name: of the split.
@@ -75,8 +80,10 @@ class Run:
         """
         return self.checked(name, load_split(self.config.data, name, self.tokenizer), length)
 
-    def checked(self, name: str, stream: TokenStream, length: int | None = None) -> TokenStream:
+    def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
         """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
+        if isinstance(stream, TaskSplit):
+            return stream  # its ids are the tokenizer's, its lengths were checked when it was made
         if length is None:
             length = self.config.data.sequence_length
         if num_samples(stream, length) < 1:
@@ -119,7 +126,7 @@ class Run:
     def evaluate(
         self,
         params: Any,
-        stream: TokenStream,
+        stream: Split,
         watch: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
         *,
         length: int | None = None,
@@ -142,11 +149,15 @@ class Run:
         if length is None:
             length = self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
-        batches = evaluation_batches(
-            stream, length, batch_size, process_rows(self.mesh, batch_size, EVALUATION_AXES), rest
-        )
+        rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
+        model, chance = self.config.model, None
+        if isinstance(stream, TaskSplit):
+            chance = stream.task.chance
+            batches = answer_batches(stream, length, batch_size, rows, model.generation_window, model.observed_rows)
+        else:
+            batches = evaluation_batches(stream, length, batch_size, rows, rest)
         with jax.set_mesh(self.mesh):
-            return evaluate_split(self.eval_step, params, watch(batches), self.mesh)
+            return evaluate_split(self.eval_step, params, watch(batches), self.mesh, chance)
 
 
 def build_run(
@@ -185,10 +196,44 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
             raise ConfigError(f"mesh.{name}", mesh.shape[name], allowed)
+    if mesh.shape["context"] > 1 and config.observed_selection != "recent":
+        allowed = f"must be 1 for model.observed_selection = {config.observed_selection!r}"
+        raise ConfigError("mesh.context", mesh.shape["context"], allowed)
     windows = num_windows(config, length)
     windows = min(windows, sampled_windows or windows)
     if mesh.shape["window"] > windows:
         raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")
+
+
+def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
+    """The batches of a run over its training split.
+
+    Raises:
+      DataError: if the split holds no sample.
+    """
+    data, settings = config.data, config.train
+    return TrainingBatches(
+        train,
+        data.sequence_length,
+        settings.batch_size,
+        settings.seed,
+        settings.equal_updates,
+        settings.micro_batch_size,
+        data.stages,
+    )
+
+
+def build_throughput(run: Run) -> Throughput:
+    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
+    peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
+    per_token = flops_per_token(run, run.config.data.sequence_length)
+    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
+
+
+def flops_per_token(run: Run, length: int) -> float:
+    """Model FLOPs of a trained token in samples of `length` tokens."""
+    model, sampled = run.config.model, run.config.train.sampled_windows
+    return training_flops(model, length, sampled_windows=sampled).model / trained_tokens(model, length, sampled)
 
 
 def check_kernel(config: ModelConfig) -> None:

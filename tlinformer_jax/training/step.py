@@ -16,8 +16,9 @@ from tlinformer_jax.models.windows import num_windows
 from tlinformer_jax.parallel.sequence_split import WHOLE
 from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.parallel.shares import Shares
+from tlinformer_jax.training.answers import answer_sums
 from tlinformer_jax.training.config import TrainConfig
-from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
+from tlinformer_jax.training.loss import summed_cross_entropy, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 from tlinformer_jax.training.windows import draw_windows, window_weight
 
@@ -266,10 +267,19 @@ def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> t
 
 
 def eval_step(params: Any, batch: DeviceBatch, *, model: LanguageModel, config: TrainConfig) -> dict[str, jax.Array]:
-    """Sums of a batch by position: losses (nats) and weights, each float32 [N]."""
+    """Sums of a batch by position: losses (nats) and weights, each float32 [N].
+
+    Of a task's batch also what `training.answers.answer_sums` says.
+    """
     hidden: Any = model.apply({"params": params}, batch["inputs"], method=model.hidden_states)
-    losses = token_losses(hidden, params["embedding"], batch["labels"], config.loss_chunk)
-    return {"losses": jnp.sum(losses * batch["weights"], axis=0), "weights": jnp.sum(batch["weights"], axis=0)}
+    answers = {}
+    if "starts" in batch:
+        losses, hits = token_losses_and_hits(hidden, params["embedding"], batch["labels"], config.loss_chunk)
+        answers = answer_sums(hits, batch["starts"], batch["cells"])
+    else:
+        losses = token_losses(hidden, params["embedding"], batch["labels"], config.loss_chunk)
+    weights = batch["weights"]
+    return {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0), **answers}
 
 
 def jit_train_step(

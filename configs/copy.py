@@ -1,0 +1,25 @@
+"""Segment copy from scratch: random symbols, a mark, the same symbols once more; all of the second half are answers.
+
+    python -m tlinformer_jax.main --config=configs/copy.py:256-tight --workdir=/tmp/copy --then=evaluate
+
+16 symbols, N / 2 in a segment. Variants, named after N:
+
+    128         W_oh = W_og = 64: W_oh holds the whole segment
+    256-tight   W_oh = W_og = 32: what is copied stands 129 tokens before, further than both windows together
+    512-tight   W_oh = 32, W_og = 64: 257 tokens before
+
+The model has width 128, 2 blocks, H = 0 (4 layers); configs/sweep_copy.py has the others. A run ends as soon as 99% of
+the validation's answers are right, after 200 M tokens at the latest. Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax import retrieval_recipes
+from tlinformer_jax.config import default_config_dict
+
+
+def get_config(variant: str = "256-tight") -> ConfigDict:
+    """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    config = default_config_dict()
+    retrieval_recipes.set_copy(config, variant)
+    return config

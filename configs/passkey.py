@@ -1,0 +1,26 @@
+"""Passkeys from scratch: four numbers hidden in running text, one of which is asked for at the end.
+
+    python -m tlinformer_jax.main --config=configs/passkey.py --workdir=/tmp/passkey \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz \
+        --then=evaluate@1024,evaluate@8192,evaluate@32768
+
+The text is that of whole books in GPT-2 tokens, and no stretch of a sample's text repeats; the loss is on the answer
+only. W_oh = W_og = 512; samples grow from 256 to 1,024, 4,096 and 8,192 tokens, every update having 65,536. The model
+has width 256, 2 blocks, H = 0 (4 layers). A run ends as soon as 99% of the validation's answers at 8,192 tokens are
+right, after 200 M tokens at the latest.
+
+Variants: 8k (the default), and tiny, which hides one key in the embedded Python reference, minutes on a CPU.
+Needs: what configs/books.py needs. Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax import retrieval_recipes
+from tlinformer_jax.config import default_config_dict
+
+
+def get_config(variant: str = "8k") -> ConfigDict:
+    """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    config = default_config_dict()
+    retrieval_recipes.set_passkey(config, variant)
+    return config

@@ -1,0 +1,26 @@
+"""Multi-query associative recall from scratch: pairs of tokens, then each first one again; its partner is the answer.
+
+    python -m tlinformer_jax.main --config=configs/recall.py:512-64-tight --workdir=/tmp/recall --then=evaluate
+
+Vocabulary 8,192 (4,095 keys, 4,096 values), the loss on the answers only. Variants, named N-pairs:
+
+    64-4, 128-8, 256-16      W_oh and W_og of 8, 16, 32: the pairs fill the first window, W_oh could hold all of them
+    512-64                   W_oh = W_og = 128, likewise
+    512-64-tight             W_oh = 16, W_og = 32: 4 times as many pairs as rows of W_oh, N = 32 W_oh
+    1024-128-tight           W_oh = 32, W_og = 64: likewise
+
+The model has width 128, 2 blocks, H = 0 (4 layers); configs/sweep_recall.py has the others. A run ends as soon as 99%
+of the validation's answers are right, after 200 M tokens at the latest. Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax import retrieval_recipes
+from tlinformer_jax.config import default_config_dict
+
+
+def get_config(variant: str = "512-64-tight") -> ConfigDict:
+    """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    config = default_config_dict()
+    retrieval_recipes.set_recall(config, variant)
+    return config

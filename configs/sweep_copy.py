@@ -1,0 +1,23 @@
+"""Segment copy by architecture at equal depth, one setting that the windows can hold and two that they cannot.
+
+    python -m tlinformer_jax.sweep --sweep=configs/sweep_copy.py:256-tight --out=runs/copy --results=docs/results
+    python -m tlinformer_jax.sweep --sweep=configs/sweep_copy.py --out=runs/copy --results=docs/results
+
+Variants: the settings of configs/copy.py, which states their windows, 24 cells each; all of them (the default, 72).
+Controls, models, learning rates and the end of a cell are those of configs/sweep_recall.py; chance is 1 / 16.
+
+Estimated, not measured: 7 to 21 MFLOP a token forward and backward, so at most 1 to 4 PFLOP a cell, about a minute on
+an H100, and compilation. Result: not yet measured.
+"""
+
+from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.retrieval_recipes import COPY, MODELS, set_copy, sweep_points
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+
+
+def get_sweep(variant: str = "all") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    settings = tuple(COPY) if variant == "all" else (variant,)
+    base, points = sweep_points(set_copy, settings, tuple(MODELS)[1:], LEARNING_RATES)
+    return Sweep(base, points, then=("evaluate",), study="retrieval")

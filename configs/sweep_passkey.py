@@ -1,0 +1,32 @@
+"""Passkeys by architecture: trained to 8,192 tokens, evaluated from 256 to 65,536, for the heat maps of the report.
+
+    python -m tlinformer_jax.sweep --sweep=configs/sweep_passkey.py --out=runs/passkey --results=docs/results \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
+
+Variants: 8k (the default, 8 cells: 4 architectures at 2 learning rates); tlin, its TLinFormers alone; tiny, two cells
+on the embedded Python reference, minutes on a CPU.
+
+The task is that of configs/passkey.py, which states the windows; all models have width 256, 4 heads and 4 layers. 200
+samples a length, 10 at each of 20 depths, whose text is that of books that no training sample has.
+
+Estimated, not measured: 110 to 210 MFLOP a token forward and backward, so at most 22 to 41 PFLOP a cell, which at a
+fifth of an H100's peak in bfloat16 is 2 to 4 minutes; the evaluations, 26 M tokens, another 2.
+
+Result: not yet measured.
+"""
+
+from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.retrieval_recipes import set_passkey, sweep_points
+
+MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
+LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
+
+
+def get_sweep(variant: str = "8k") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    if variant == "tiny":
+        base, points = sweep_points(set_passkey, ("tiny",), MODELS[:2], (3e-3,))
+        return Sweep(base, points, then=("evaluate@256", "evaluate@512", "evaluate@1024"), study="retrieval")
+    settings, models = ("8k", MODELS[:1]) if variant == "tlin" else (variant, MODELS)
+    base, points = sweep_points(set_passkey, (settings,), models, (3e-4, 1e-3))
+    return Sweep(base, points, then=tuple(f"evaluate@{length}" for length in LENGTHS), study="retrieval")

@@ -1,0 +1,53 @@
+"""Recall by architecture at equal depth, four settings of the protocol and two that bind, three learning rates each.
+
+    python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py:512-64-tight --out=runs/recall --results=docs/results
+    python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py --out=runs/recall --results=docs/results
+    python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py:seeds --out=runs/recall_seeds --seeds=0,1,2 \
+        --results=docs/results
+
+Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all of them (the default, 162);
+seeds, the two binding ones at one learning rate, where a verdict is close; tiny, 2 cells of a minute each on a CPU.
+
+Controls are chance (1 / pairs, in the evaluation's figures), attention, TConstFormer and sliding window; TLinFormer
+with B = 2 and H = 0 is compared with 4 layers of attention, H = 1 with 6. attention-2 shows that the harness works: it
+must find 99%. All have width 128 and 2 heads. A cell ends at 99%, after 200 M tokens at the latest: 6,103 updates of
+32,768 tokens; the record says whether that has bound it.
+
+Estimated, not measured: 9 to 33 MFLOP a token forward and backward (`analysis.flops`), so at most 2 to 7 PFLOP a cell,
+which at a twentieth of an H100's peak in bfloat16 is 1 to 2 minutes, and compilation. Cells are so small that several
+share a device: XLA_PYTHON_CLIENT_PREALLOCATE=false with --point=K --points=4, K = 0 .. 3, in four processes.
+
+Result: not yet measured.
+"""
+
+from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.retrieval_recipes import MODELS, RECALL, set_recall, sweep_points
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+TIGHT = ("512-64-tight", "1024-128-tight")
+
+
+def get_sweep(variant: str = "all") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    if variant == "tiny":
+        return _tiny()
+    models, rates = tuple(MODELS), LEARNING_RATES
+    settings = tuple(RECALL) if variant == "all" else (variant,)
+    if variant == "seeds":
+        settings, models, rates = TIGHT, models[1:], (1e-3,)
+    base, points = sweep_points(set_recall, settings, models, rates)
+    return Sweep(base, points, then=("evaluate",), study="retrieval")
+
+
+def _tiny() -> Sweep:
+    """Two pairs among 64 ids: where attention finds them within some 700 updates."""
+    config = default_config_dict()
+    config.model.update(architecture="transformer", vocab_size=64, d_model=64, num_heads=2, d_ff=128)
+    config.model.update(num_blocks=1, hidden_depth=0, history_window=4, generation_window=4, history_segments=1)
+    config.train.update(steps=1500, batch_size=64, warmup_steps=100, schedule="cosine", learning_rate=2e-3)
+    config.train.update(log_every=100, eval_every=100, checkpoint_every=500, weight_decay=0.0, stop_at_accuracy=0.99)
+    config.data.update(dataset="recall", tokenizer="numbers:64", sequence_length=16, pairs=2)
+    config.data.update(train_examples=1500 * 64, validation_examples=500)
+    windows = {"model.architecture": "tlinformer", "train.steps": 200}
+    return Sweep(config, {"16-2_attention-2": {}, "16-2_tlin-2": windows}, then=("evaluate",), study="retrieval")

@@ -1,0 +1,186 @@
+"""Samples of the tasks, read back one by one as a person would, and their way into batches."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+
+from tlinformer_jax.data import draws
+from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.data.passkey import KEY_DIGITS
+from tlinformer_jax.data.pydoc import pydoc_articles
+from tlinformer_jax.data.sources import available_splits, find_split, load_split
+from tlinformer_jax.data.tasks import DEPTHS, TaskSplit, answer_batches
+from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, build_tokenizer, load_tokenizer
+from tlinformer_jax.errors import ConfigError, DataError
+
+RECALL = DataConfig(dataset="recall", tokenizer="numbers:64", sequence_length=48, pairs=6, train_examples=500)
+COPY = DataConfig(dataset="copy", tokenizer="numbers:9", sequence_length=22)
+PASSKEY = DataConfig(dataset="passkey", tokenizer="bytes", sequence_length=640, passkeys=3, validation_examples=50)
+
+
+def split_of(config: DataConfig, name: str = "train") -> TaskSplit:
+    return load_split(config, name, build_tokenizer(config.tokenizer))
+
+
+def test_random_words_are_splitmix64_and_depend_on_their_place_alone():
+    known = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * draws.GOLDEN
+    assert draws._mixed(known).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    words = draws.draw(draws.key_of("a"), np.arange(100), 7)
+    np.testing.assert_array_equal(draws.draw(draws.key_of("a"), np.array([42, 3]), 5), words[[42, 3], :5])
+    assert len(set(words.ravel().tolist())) == 700
+    assert not (words == draws.draw(draws.key_of("b"), np.arange(100), 7)).any()
+
+
+def test_distinct_numbers_in_every_order_equally_often():
+    found = draws.distinct(draws.draw(1, np.arange(24_000), 4), 4)
+    counts = collections.Counter(map(tuple, found.tolist()))
+    assert set(counts) == set(itertools.permutations(range(4), 2))
+    assert max(abs(count - 2000) for count in counts.values()) < 4.5 * 2000**0.5
+    assert sorted(draws.distinct(draws.draw(1, np.arange(1), 20), 10)[0].tolist()) == list(range(10))
+
+
+def test_recall_asks_for_every_pair_once():
+    samples = split_of(RECALL).task.make(np.arange(300), 48)
+    gaps = []
+    for tokens, answers, starts, sources in zip(samples.tokens, samples.answers, samples.starts, samples.sources):
+        pairs = dict(zip(tokens[0:12:2].tolist(), tokens[1:12:2].tolist()))
+        assert len(pairs) == 6
+        assert all(1 <= key < 32 <= value < 64 for key, value in pairs.items())
+        asked = np.flatnonzero(tokens[12:] < 32) + 12
+        assert sorted(tokens[asked].tolist()) == sorted(pairs)
+        np.testing.assert_array_equal(np.flatnonzero(answers), asked)
+        for at in asked:
+            assert tokens[at + 1] == pairs[tokens[at]]
+            assert (starts[at], tokens[sources[at]], tokens[sources[at] - 1]) == (at, tokens[at + 1], tokens[at])
+            gaps.append((at - 12) // 2)
+        assert (starts[~answers] == -1).all()
+    # The power law: small gaps are the likely ones, and all occur.
+    counts = np.bincount(gaps, minlength=18)
+    assert counts[0] > 1.5 * counts[8] > 0
+    assert counts.min() > 0
+
+
+def test_copies_are_what_stood_a_half_before():
+    samples = split_of(COPY).task.make(np.arange(40), 22)
+    for tokens, answers, starts, sources in zip(samples.tokens, samples.answers, samples.starts, samples.sources):
+        assert tokens[11] == 0
+        np.testing.assert_array_equal(tokens[:11], tokens[12:])
+        assert ((tokens[:11] > 0) & (tokens[:11] < 9)).all()
+        np.testing.assert_array_equal(np.flatnonzero(answers), np.arange(11, 22))
+        np.testing.assert_array_equal(starts[11:], np.arange(11, 22))
+        np.testing.assert_array_equal(tokens[sources[11:]], tokens[12:])
+
+
+def test_passkeys_hide_in_text_that_goes_on_around_them():
+    split = split_of(PASSKEY, "validation")
+    samples, text = split.task.make(np.arange(60), 640), b"\0".join(a.encode() for a in pydoc_articles("validation"))
+    for number, (tokens, answers, starts, sources) in enumerate(
+        zip(samples.tokens, samples.answers, samples.starts, samples.sources)
+    ):
+        written = bytes(np.where(tokens == 256, 0, tokens).astype(np.uint8))
+        question = written.rindex(b" What is the pass key of")
+        hidden, asked = written[:question], written[question:]
+        name, answer = asked.split(b"? It is")
+        found = [
+            part
+            for part in hidden.split(b" The pass key of")[1:]
+            if part.startswith(name[len(b" What is the pass key of") :])
+        ]
+        assert len(found) == 1
+        assert found[0].split(b" is", 1)[1].startswith(answer + b".")
+        assert len(answer) == 2 * KEY_DIGITS == answers.sum()
+        assert (starts[-1], (starts >= 0).sum()) == (640 - len(answer), 1)
+        assert written[sources[-1] :].startswith(answer + b".")
+        bare = hidden
+        for part in hidden.split(b" The pass key of")[1:]:
+            sentence = b" The pass key of" + part[: len(b" 4 1 is 7 0 2 9 5.")]
+            bare = bare.replace(sentence, b"", 1)
+        assert bare in text
+        depth = sources[-1] * DEPTHS // 640
+        # The last depths are where the question stands, whose keys lie as late as they can.
+        assert depth == min(number % DEPTHS, (question - 2 * KEY_DIGITS - 1) * DEPTHS // 640)
+    assert len({bytes(tokens[:100].astype(np.uint8)) for tokens in samples.tokens}) > 50
+
+
+@pytest.mark.parametrize("config", [RECALL, COPY, PASSKEY])
+def test_a_sample_is_the_same_in_every_batch_and_training_never_sees_the_validation(config):
+    split = split_of(config)
+    length = config.sequence_length
+    all_at_once, one = split.task.make(np.arange(20), length), split.task.make(np.array([17]), length)
+    np.testing.assert_array_equal(all_at_once.tokens[17], one.tokens[0])
+    held_out = split_of(config, "validation").task.make(np.arange(20), length)
+    assert not {bytes(row) for row in all_at_once.tokens} & {bytes(row) for row in held_out.tokens}
+    batches = TrainingBatches(split, length, 8, seed=3)
+    batch = batches.batch(5)
+    np.testing.assert_array_equal(batch["inputs"], split.task.make(batches.indices(5), length).tokens[:, :-1])
+    np.testing.assert_array_equal(batch["weights"] > 0, split.task.make(batches.indices(5), length).answers)
+    np.testing.assert_array_equal(batches.batch(5, np.array([6, 2]))["labels"], batch["labels"][[6, 2]])
+
+
+def test_regions_are_seen_from_the_window_of_the_answer():
+    split = TaskSplit(split_of(RECALL).task, 5)
+    window, rows, found = 8, 6, []
+    for batch in answer_batches(split, 48, 4, slice(None), window, lambda n: min(n, rows)):
+        found.append(batch)
+        for starts, cells, inputs, labels in zip(batch["starts"], batch["cells"], batch["inputs"], batch["labels"]):
+            assert ((starts >= 0) == (cells >= 0)).all()
+            for at in np.flatnonzero(starts >= 0):
+                source = next(i for i in range(1, 12, 2) if inputs[i] == labels[at] and inputs[i - 1] == inputs[at])
+                begin = at // window * window
+                region = 0 if source >= begin else 1 if source >= begin - rows else 2
+                assert cells[at] == region * DEPTHS + source * DEPTHS // 48
+    assert (found[1]["starts"][1:] == -1).all()  # padding
+    assert {int(cell) // DEPTHS for batch in found for cell in batch["cells"].ravel() if cell >= 0} == {0, 1, 2}
+
+
+def test_a_curriculum_takes_every_sample_once_whatever_their_length():
+    config = DataConfig(
+        dataset="passkey", tokenizer="bytes", sequence_length=1024, curriculum="256:2,512:3", train_examples=64
+    )
+    batches = TrainingBatches(split_of(config), 1024, 4, seed=0, stages=config.stages)
+    shapes = [batches.batch(step)["inputs"].shape for step in range(7)]
+    assert shapes == [(16, 256)] * 2 + [(8, 512)] * 3 + [(4, 1024)] * 2
+    order = np.concatenate([batches.indices(step) for step in range(7)])
+    assert len(order) == 64
+    assert sorted(order.tolist()) == list(range(64))
+    assert [batches.length(step) for step in (0, 1, 2, 4, 5, 99)] == [256, 256, 512, 512, 1024, 1024]
+    assert batches.updates_for_epochs(1) == 7
+    # A process that holds some rows of the batch holds all samples of each.
+    some = batches.batch(3, np.array([2]))["inputs"]
+    np.testing.assert_array_equal(some, batches.batch(3)["inputs"][4:6])
+
+
+def test_splits_and_numbers_as_tokens(tmp_path):
+    assert available_splits(RECALL) == available_splits(PASSKEY) == ("train", "validation")
+    assert find_split(PASSKEY, "validation", ByteTokenizer()).count == 50
+    tokenizer = NumberTokenizer(64)
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path) == tokenizer
+    assert tokenizer.decode(tokenizer.encode("5 63 7")) == b"5 63 7 "
+    with pytest.raises(DataError, match="'64' must be a number from 1 to 63"):
+        tokenizer.encode("5 64")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dataset": "recall", "pairs": 13}, "data.sequence_length = 48: must be at least 4"),
+        ({"dataset": "recall", "pairs": 32}, "data.pairs = 32: must be at most 31"),
+        ({"dataset": "copy", "sequence_length": 7}, "data.sequence_length = 7: must be even"),
+        ({"dataset": "recall", "tokenizer": "numbers:x"}, "data.tokenizer = 'numbers:x': must be numbers:V"),
+        ({"dataset": "text", "tokenizer": "numbers:9"}, "data.tokenizer = 'numbers:9': is for data.dataset"),
+        ({"dataset": "passkey", "tokenizer": "bytes"}, "data.sequence_length = 48: must be at least 1"),
+        ({"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 10**7}, "has only"),
+        ({"dataset": "recall", "curriculum": "8:1"}, "data.curriculum = '8:1': must be ''"),
+        ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "9:1"}, "data.curriculum = '9:1': must be LENGTH"),
+        ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "8"}, "data.curriculum = '8': must be LENGTH"),
+        ({"dataset": "recall", "passkeys": 101}, "data.passkeys = 101: must be from 1 to 100"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(config, message):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        split_of(DataConfig(**{"tokenizer": "numbers:64", "sequence_length": 48, **config}))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,141 @@
+"""What the history contributes, against the NumPy reference with rows taken away, one window after another."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tests.evaluation.runs import LENGTH, MODEL, trained, weights
+from tests.support import reference
+from tlinformer_jax.data.batches import take_samples
+from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.evaluation.history import HistoryOptions, distance_edges, measure_history
+
+DEEP = dataclasses.replace(MODEL, hidden_depth=1, history_window=3)
+OPTIONS = HistoryOptions(samples=3, length=22, distances=(0, 5, 9), batch_size=2)
+
+
+def double(model):
+    return {name: np.asarray(array, np.float64) for name, array in weights(model).items()}
+
+
+def window_costs(model, tokens, labels, start, cut, seen=None):
+    """Nats of a window's tokens with the history cut at `cut` (None: not)."""
+    size = model.generation_window
+    table = double(model)["embedding.weight"]
+    embedded = table[tokens]
+    first = 0 if cut is None else max(0, start - cut)
+    x = reference._window(double(model), model, embedded, start, embedded[start : start + size], first, seen)
+    x = reference._norm(x, double(model)["transformer.norm.weight"], double(model)["transformer.norm.bias"])
+    return [reference.mean_loss(row, label) for row, label in zip(x @ table.T, labels[start : start + size])]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DEEP,
+        *(
+            pytest.param(dataclasses.replace(DEEP, **changes), marks=pytest.mark.slow)
+            for changes in (
+                {"architecture": "tconstformer"},
+                {"history_window": "auto", "num_blocks": 3},
+                {"observed_selection": "top_k"},
+            )
+        ),
+    ],
+)
+def test_losses_with_cuts_and_masses_are_those_of_the_reference(model):
+    run = trained(model)
+    stream = run.run.split("validation")
+    found = json.loads(json.dumps(measure_history(run, stream, OPTIONS)))
+    count = (len(stream.tokens) - 1) // 22
+    batch = take_samples(stream, 22, np.arange(3) * count // 3)
+    starts = list(range(0, 22, 4))
+    assert (found["starts"], found["samples"], found["length"]) == (starts, 3, 22)
+    assert found["tokens"] == [12, 12, 12, 12, 12, 6]
+    for name, cut in (("0", 0), ("5", 5), ("9", 9), ("all", None)):
+        expected = [
+            np.mean([window_costs(model, *pair, start, cut) for pair in zip(batch["inputs"], batch["labels"])])
+            for start in starts
+        ]
+        np.testing.assert_allclose(found["losses"][name], expected, atol=2e-5)
+    losses, tokens = {name: np.array(row) for name, row in found["losses"].items()}, np.array(found["tokens"])
+    for part in found["cuts"]:
+        change = (losses[str(part["distance"])] - losses["all"]) * tokens
+        affected = np.array(starts) > part["distance"]
+        assert part["change"] == pytest.approx(change.sum() / tokens.sum(), abs=1e-6)
+        assert part["affected_change"] == pytest.approx(change[affected].sum() / tokens[affected].sum(), abs=1e-6)
+        assert part["affected_tokens"] == tokens[affected].sum()
+        assert np.abs(change[~affected]).max() < 1e-5
+    assert found["cuts"][0]["affected_change"] != 0
+    late = np.array(starts) >= 9
+    assert found["same_tokens"]["tokens"] == tokens[late].sum()
+    np.testing.assert_allclose(
+        found["same_tokens"]["losses"],
+        [(losses[name] * tokens)[late].sum() / tokens[late].sum() for name in ("0", "5", "9", "all")],
+        atol=1e-6,
+    )
+    check_masses(model, found, batch)
+
+
+def check_masses(model, found, batch):
+    edges = distance_edges(22)
+    scale = np.sqrt(model.head_dim)
+    sums = {(name, block): [np.zeros(len(edges)), 0] for name in "xz" for block in range(model.num_blocks)}
+    shares = np.zeros(model.num_blocks)
+    for tokens, labels in zip(batch["inputs"], batch["labels"]):
+        for start in range(4, 22, 4):
+            seen: list = []
+            window_costs(model, tokens, labels, start, None, seen)
+            for block, (qz, qx, kc, vc, kx, vx) in enumerate(seen):
+                for name, queries in (("z", qz), ("x", qx)):
+                    scores = np.einsum("qhd,khd->hqk", queries, kc) / scale
+                    paid = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+                    for row in range(start):
+                        slot = int(np.log2(start - row))
+                        sums[name, block][0][slot] += paid[:, :, row].mean(0).sum()
+                    sums[name, block][1] += len(queries)
+                layer = reference._Layer(
+                    double(model), f"transformer.transformer_layers.{block}.compress_context_layer.", model
+                )
+                out = layer.get("out_proj.weight").T
+                read, own = reference._attend(qx, kc, vc), reference._attend(qx, kx, vx, causal=True)
+                norms = [np.linalg.norm(part.reshape(len(qx), -1) @ out, axis=-1) for part in (read, own)]
+                shares[block] += (norms[0] / (norms[0] + norms[1])).sum()
+    used = len(found["mass"]["edges"]) - 1
+    for name in "xz":
+        if name == "x" and model.architecture == "tconstformer":
+            assert found["mass"]["x"] == found["share"] == []
+            continue
+        for block in range(model.num_blocks):
+            total, queries = sums[name, block]
+            np.testing.assert_allclose(found["mass"][name][block], total[:used] / queries, atol=1e-5)
+            assert sum(found["mass"][name][block]) == pytest.approx(1, abs=1e-5)
+    if found["share"]:
+        np.testing.assert_allclose(found["share"], shares / sums["x", 0][1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_distances_that_cut_nothing_are_left_out_and_a_step_is_that_of_the_evaluation():
+    run = trained()
+    stream = run.run.split("validation")
+    found = measure_history(run, stream, HistoryOptions(samples=10**6, distances=(0, 8, 11), batch_size=64))
+    assert [part["distance"] for part in found["cuts"]] == [0]
+    losses = np.array(found["losses"]["all"]) @ np.array(found["tokens"]) / sum(found["tokens"])
+    assert found["samples"] == (len(stream.tokens) - 1) // LENGTH
+    assert losses == pytest.approx(run.run.evaluate(run.params, stream).loss, abs=1e-5)
+
+
+def test_what_has_no_history_is_refused():
+    for changes, says in (
+        ({"architecture": "transformer"}, "must have generation windows"),
+        ({"observed_selection": "random"}, "observed_selection = 'random'"),
+    ):
+        run = trained(dataclasses.replace(MODEL, **changes))
+        with pytest.raises(UserError, match=says):
+            measure_history(run, run.run.split("validation"))
+    with pytest.raises(UserError, match="samples of 4 tokens: must be longer"):
+        measure_history(trained(), trained().run.split("validation"), HistoryOptions(length=4))
+    with pytest.raises(ConfigError, match=r"history.distances = \(3, 1\): must rise"):
+        HistoryOptions(distances=(3, 1))

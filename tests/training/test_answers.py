@@ -1,0 +1,179 @@
+"""Answers that are right: counted on the device against a count by hand, in training, and where they end a run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlinformer_jax.config import RunConfig, run_config
+from tlinformer_jax.data.tasks import DEPTHS, REGIONS
+from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
+from tlinformer_jax.evaluation.trained import TrainedRun, load_run
+from tlinformer_jax.experiments.driver import run_job
+from tlinformer_jax.experiments.job import Job
+from tlinformer_jax.training import loop
+from tlinformer_jax.training.answers import CELLS, answer_sums
+from tlinformer_jax.training.setup import build_run
+
+SECTIONS = {
+    "model": {
+        "vocab_size": 12,
+        "d_model": 16,
+        "num_heads": 2,
+        "num_blocks": 1,
+        "hidden_depth": 0,
+        "d_ff": 24,
+        "history_window": 4,
+        "generation_window": 4,
+        "history_segments": 1,
+        "dtype": "float32",
+    },
+    "train": {
+        "steps": 6,
+        "batch_size": 16,
+        "log_every": 2,
+        "eval_every": 2,
+        "warmup_steps": 1,
+        "checkpoint_every": 2,
+        "eval_batch_size": 8,
+        "learning_rate": 1e-2,
+    },
+    "data": {
+        "dataset": "recall",
+        "tokenizer": "numbers:12",
+        "sequence_length": 18,
+        "pairs": 3,
+        "train_examples": 64,
+        "validation_examples": 21,
+    },
+}
+
+
+def changed(**sections) -> RunConfig:
+    return run_config({name: SECTIONS[name] | sections.get(name, {}) for name in SECTIONS})
+
+
+def events(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_answer_is_right_if_all_of_its_tokens_are():
+    hits = np.array([[1, 0, 1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0, 1, 1]], bool)
+    starts = np.array([[-1, -1, 1, -1, 3, -1, -1, 6], [-1, -1, -1, 1, -1, -1, 6, 7]])
+    cells = np.where(starts >= 0, np.arange(16).reshape(2, 8), -1)
+    sums = jax.tree.map(np.asarray, answer_sums(jnp.asarray(hits), jnp.asarray(starts), jnp.asarray(cells)))
+    right, answers = np.zeros(8), np.zeros(8)
+    by_cell = np.zeros((2, CELLS))
+    for row, start in zip(hits, starts):
+        for at in np.flatnonzero(start >= 0):
+            answers[at] += 1
+            right[at] += row[start[at] : at + 1].all()
+    for row, start, cell in zip(hits, starts, cells):
+        for at in np.flatnonzero(start >= 0):
+            by_cell[0, cell[at]] += row[start[at] : at + 1].all()
+            by_cell[1, cell[at]] += 1
+    np.testing.assert_array_equal(sums["right"], right)
+    np.testing.assert_array_equal(sums["answers"], answers)
+    np.testing.assert_array_equal([sums["right_cells"], sums["answer_cells"]], by_cell)
+    assert right.sum() == 5 < answers.sum() == 6
+
+
+def test_accuracy_is_that_of_the_logits():
+    run = build_run(changed(), build_tokenizer("numbers:12"))
+    trained = TrainedRun(run, jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params), 0)
+    split = run.split("validation")
+    samples = split.task.make(np.arange(21), 18)
+    logits = trained.run.model.apply({"params": trained.params}, jnp.asarray(samples.tokens[:, :-1]))
+    chosen = np.argmax(np.asarray(logits), -1)
+    report = evaluate_run(trained, split, EvaluationOptions(by_position=True), split="validation")
+    figures = report["figures"]
+    counts = np.zeros((2, 3, DEPTHS), int)
+    nats, by_end = [], np.zeros(18, int)
+    for tokens, choices, row, ends in zip(samples.tokens, chosen, np.asarray(logits, float), samples.starts):
+        for at in np.flatnonzero(ends >= 0):
+            source = next(i for i in range(1, 6, 2) if tokens[i - 1] == tokens[at])
+            begin = at // 4 * 4
+            region = 0 if source >= begin else 1 if source >= begin - 4 else 2
+            right = choices[at] == tokens[at + 1]
+            counts[:, region, source * DEPTHS // 18] += (right, 1)
+            by_end[at] += right
+            nats.append(np.log(np.exp(row[at]).sum()) - row[at][tokens[at + 1]])
+    assert counts[1].sum() == 63
+    assert figures["accuracy"] == counts[0].sum() / 63
+    assert figures["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert figures["chance"] == 1 / 3
+    for number, region in enumerate(REGIONS):
+        right, total = counts[:, number].sum(-1)
+        assert figures.get(f"accuracy_{region}") == (right / total if total else None)
+    assert report["answers"] == {
+        region: {"right": counts[0, number].tolist(), "answers": counts[1, number].tolist()}
+        for number, region in enumerate(REGIONS)
+    }
+    assert report["accuracy_by_position"]["right"] == by_end.tolist()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch):
+    """Also after an interruption between the evaluation and the save, and bit by bit the same."""
+    config = changed(train={"stop_at_accuracy": 0.01, "steps": 100, "log_every": 100})
+    (tmp_path / "whole").mkdir()
+    result = run_job(Job("whole", config, tmp_path / "whole", "command"))
+    assert (result["steps"], result["tokens"]) == (2, 2 * 16 * 18)
+    assert result["target"] == {"accuracy": 0.01, "reached": True, "most_steps": 100}
+    assert result["validation"]["accuracy"] > 0.01
+    assert [event["step"] for event in events(tmp_path / "whole")] == [1, 2, 2]
+
+    def crash(*_):
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accurate", crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            loop.train_run(config, tmp_path / "parts")
+    for _ in range(2):  # a finished run stays one
+        again = loop.train_run(config, tmp_path / "parts")
+        assert (again.step, again.figures) == (2, result["validation"])
+        assert [event["step"] for event in events(tmp_path / "parts")] == [1, 2, 2]
+    whole = load_run(tmp_path / "whole").params
+    jax.tree.map(np.testing.assert_array_equal, whole, again.params)
+
+
+def test_where_the_cap_binds_the_record_says_so(tmp_path):
+    result = run_job(Job("run", changed(train={"stop_at_accuracy": 1.0}), tmp_path, "command"))
+    assert (result["steps"], result["target"]["reached"], result["target"]["most_steps"]) == (6, False, 6)
+
+
+@pytest.mark.slow
+def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch):
+    data = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 512, "curriculum": "256:3"}
+    config = changed(
+        model={"vocab_size": 257, "architecture": "transformer"},
+        train={"steps": 5, "eval_every": 0, "batch_size": 8, "checkpoint_every": 4},
+        data=data | {"validation_examples": 8},
+    )
+    shapes = []
+    put_batch = loop.put_batch
+
+    def seen(batch, mesh):
+        shapes.append(batch["inputs"].shape)
+        return put_batch(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", seen)
+    loop.train_run(config, tmp_path / "whole")
+    assert shapes == [(16, 256)] * 3 + [(8, 512)] * 2
+
+
+def test_what_has_no_answers_cannot_wait_for_them():
+    with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 0.5: must be 0 for data.dataset = 'pydoc'"):
+        run_config({"train": {"stop_at_accuracy": 0.5}})
+    with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 2: must be a number from 0 to 1"):
+        changed(train={"stop_at_accuracy": 2})
+    with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' without train.equal_updates = True"):
+        changed(
+            train={"equal_updates": False},
+            data={"dataset": "passkey", "tokenizer": "bytes", "curriculum": "256:3", "sequence_length": 512},
+        )

@@ -1,0 +1,75 @@
+"""Multi-query associative recall: pairs of a key and a value, then every key again, to be followed by its value.
+
+    k1 v1 k2 v2 ... kP vP | filler and, in between, each key once more with its value
+
+Keys are different ids of the vocabulary's lower half, values any of the upper half. A query follows after a gap drawn
+by a power law, small gaps being the likely ones, as in the protocol's original code (Zoology's, exponent 0.01). The
+filler is random values, so that nothing but the pairs tells of a key.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from tlinformer_jax.data.draws import below, distinct, draw
+from tlinformer_jax.data.tasks import Samples
+from tlinformer_jax.errors import ConfigError
+
+POWER = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """The task.
+
+    Attributes:
+      key: of the random numbers.
+      vocabulary: ids; 0 is not used.
+      pairs: P.
+    """
+
+    key: int
+    vocabulary: int
+    pairs: int
+
+    def __post_init__(self) -> None:
+        if self.vocabulary // 2 - 1 < self.pairs:
+            raise ConfigError(
+                "data.pairs", self.pairs, f"must be at most {self.vocabulary // 2 - 1}, the keys of the vocabulary"
+            )
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.pairs
+
+    def check(self, length: int) -> None:
+        if length < 4 * self.pairs:
+            raise ConfigError("data.sequence_length", length, f"must be at least 4 * data.pairs = {4 * self.pairs}")
+
+    def make(self, numbers: np.ndarray, length: int) -> Samples:
+        pairs, half, rows = self.pairs, self.vocabulary // 2, np.arange(len(numbers))[:, None]
+        slots = (length - 2 * pairs) // 2
+        words = draw(self.key, numbers, 3 * pairs + slots + length + 1)
+        key_words, value_words, slot_words, filler = np.split(words, np.cumsum([2 * pairs, pairs, slots]), axis=1)
+        keys = 1 + distinct(key_words, half - 1)
+        values = half + below(value_words, self.vocabulary - half)
+        tokens = half + below(filler, self.vocabulary - half)
+        tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+        asked = 2 * pairs + 2 * _weighted_slots(slot_words, pairs)
+        tokens[rows, asked], tokens[rows, asked + 1] = keys, values
+        answers = np.zeros((len(numbers), length), bool)
+        starts, sources = (np.full((len(numbers), length), -1, np.int32) for _ in range(2))
+        answers[rows, asked] = True
+        starts[rows, asked] = asked
+        sources[rows, asked] = 1 + 2 * np.arange(pairs)
+        return Samples(tokens.astype(np.int32), answers, starts, sources)
+
+
+def _weighted_slots(words: np.ndarray, count: int) -> np.ndarray:
+    """`count` different slots of each row, int64 [rows, count]: slot g is drawn with weight (g + 1)^(POWER - 1).
+
+    One after another without replacement, which the smallest of exponential waiting times are.
+    """
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    waiting = -np.log(uniform) * np.arange(1, words.shape[1] + 1) ** (1 - POWER)
+    return np.argsort(waiting, axis=1, kind="stable")[:, :count]

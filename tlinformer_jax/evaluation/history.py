@@ -1,0 +1,315 @@
+"""What the history contributes to a trained model, measured without any training.
+
+Let a window start at position n, and d >= 0.
+
+- *Cut at d*: the window is computed as if its history were rows max(0, n - d) .. n - 1 of the sequence, all other rows
+  removed and all positions kept: the observation window is the last W_oh of those rows, and whatever reads history
+  reads those. At d = 0 there is none, and every layer is an ordinary causal one. At d >= n nothing is cut.
+- *Change at d*: mean loss with the cut less mean loss without, of the same tokens: of all, and of those whose windows
+  have n > d, the only ones that a cut at d can change.
+- *Loss by history*: mean loss of the windows that start at n, nothing cut. Other n are other tokens.
+- *Loss of the same tokens*: of the windows whose history is at least as long as the largest distance, the mean loss
+  with cuts at each distance: what the same tokens gain from a longer history.
+- *Mass*: in the `compress` layer of each block the history is read by two softmaxes over all n of its rows: by the
+  window's tokens ('x', not in TConstFormer) and by the observation window's rows ('z'). Each gives every query weights
+  that sum to 1. The mass of a distance is the mean of those weights, over queries, heads, windows and samples, that lie
+  on rows n - r in its bin; r is the row's position, so distance 1 is the last token before the window. In later blocks
+  a row is what the blocks before have made of it.
+- *Share*: x adds what it reads from the history to what it reads from its own window, by a softmax of its own. The
+  share of a block is the mean over tokens of |O a| / (|O a| + |O b|), with a and b what the two attentions of its
+  `compress` layer return, O the output projection without its bias, and Euclidean norms.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tlinformer_jax.data.batches import num_samples, take_samples
+from tlinformer_jax.data.tasks import Split
+from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.evaluation.trained import TrainedRun
+from tlinformer_jax.models.attention import attend, head_multiple
+from tlinformer_jax.models.block import BlockParams, History, Projected, causal_layers
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.layers import layer_norm, prepare_layers, project
+from tlinformer_jax.models.model import ModelParams
+from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.selection import observed_part, observed_rope
+from tlinformer_jax.models.tlinformer import later_window
+from tlinformer_jax.models.windows import WindowFrame, num_windows
+from tlinformer_jax.training.loss import token_losses
+
+SAMPLES = 64
+READERS = ("x", "z")
+Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryOptions:
+    """What is measured.
+
+    Attributes:
+      samples: at most so many, spread evenly over the split.
+      length: tokens of a sample; None as trained.
+      distances: at which the history is cut, ascending; () for 0 and the powers of 4 from 16 that cut something.
+      batch_size: samples at a time.
+    """
+
+    samples: int = SAMPLES
+    length: int | None = None
+    distances: tuple[int, ...] = ()
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", *(("length",) if self.length is not None else ())):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"history.{name}", getattr(self, name), "must be at least 1")
+        if list(self.distances) != sorted(set(self.distances)) or min(self.distances, default=0) < 0:
+            raise ConfigError("history.distances", self.distances, "must rise from 0 or more")
+
+
+def measure_history(trained: TrainedRun, stream: Split, options: HistoryOptions = HistoryOptions()) -> dict[str, Any]:
+    """Measures what this module defines.
+
+    Returns:
+      JSON: length, samples; starts, the first position of each window; tokens, that count in it; losses: distance ->
+      mean loss of each window with the history cut there, and 'all' -> with nothing cut (None where no token counts);
+      cuts: a list of {distance, loss, change, affected_tokens, affected_change}; same_tokens: {tokens, distances,
+      losses}, 'all' being the last distance as None; mass: {edges, x, z}, the bins edges[i] .. edges[i + 1] - 1 of
+      distances, and for every block the mass of each; share: of every block.
+
+    Raises:
+      UserError: for a model without windows or with 'random' rows, or a sequence that has no history.
+    """
+    config = trained.run.config.model
+    length = options.length or trained.run.config.data.sequence_length
+    check_measurable(config, length)
+    last = (num_windows(config, length) - 1) * config.generation_window
+    distances = options.distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
+    distances = tuple(distance for distance in distances if distance < last)
+    local = jax.tree.map(jnp.asarray, jax.device_get(trained.params))
+    params: Any = trained.run.model.apply({"params": local}, method=trained.run.model.parameters)
+    chunk = trained.run.config.train.loss_chunk
+    whole = jax.jit(functools.partial(_sums, config=config, cut=None, chunk=chunk))
+    parts = {cut: jax.jit(functools.partial(_sums, config=config, cut=cut, chunk=chunk)) for cut in distances}
+    totals: dict[str, dict[str, np.ndarray]] = {}
+    indices = _chosen(num_samples(stream, length), options.samples)
+    for start in range(0, len(indices), options.batch_size):
+        batch = take_samples(stream, length, indices[start : start + options.batch_size])
+        for name, measure in (("all", whole), *((str(cut), part) for cut, part in parts.items())):
+            _add(totals.setdefault(name, {}), measure(params, batch))
+    return _described(config, length, len(indices), distances, totals)
+
+
+def check_measurable(config: ModelConfig, length: int) -> None:
+    """Refuses what has no history that could be measured.
+
+    Raises:
+      UserError: saying why.
+    """
+    if not config.windowed:
+        raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
+    if config.observed_selection == "random":
+        raise UserError("history: model.observed_selection = 'random': its rows go by the whole history's length")
+    if num_windows(config, length) < 2:
+        raise UserError(
+            f"history: samples of {length} tokens: must be longer than model.generation_window = "
+            f"{config.generation_window}"
+        )
+
+
+def _chosen(count: int, wanted: int) -> np.ndarray:
+    """At most `wanted` of `count` samples, spread evenly."""
+    wanted = min(count, wanted)
+    return np.arange(wanted) * count // wanted
+
+
+def _add(totals: dict[str, np.ndarray], sums: Sums) -> None:
+    for name, part in sums.items():
+        totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)
+
+
+def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None, chunk: int) -> Sums:
+    """Sums over a batch: losses and tokens of each window; where nothing is cut, those of `Probed` too."""
+    dtype = config.compute_dtype
+    blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention, config.head_padding))
+    size, length = config.generation_window, batch["inputs"].shape[1]
+    windows = num_windows(config, length)
+    embedded = jnp.take(params.embedding, batch["inputs"], axis=0).astype(dtype)
+    width = max(config.observed_rows(window * size) for window in range(windows))
+    # As many rows past the end as any slice may reach.
+    embedded = jnp.pad(embedded, ((0, 0), (0, windows * size - length + width), (0, 0)))
+    labels, weights = (jnp.pad(batch[name], ((0, 0), (0, windows * size - length))) for name in ("labels", "weights"))
+
+    def one(window: jax.Array) -> Sums:
+        probed: Sums = {}
+        states = _window_states(blocks, config, embedded, window, cut, width, probed, length)
+        hidden = layer_norm(states, params.norm_scale, params.norm_bias)
+        own = [jax.lax.dynamic_slice_in_dim(rows, window * size, size, axis=1) for rows in (labels, weights)]
+        losses = token_losses(hidden, params.embedding, own[0], chunk) * own[1]
+        return {"losses": jnp.sum(losses), "tokens": jnp.sum(own[1])} | probed
+
+    first = _first_states(blocks, config, embedded[:, :size])
+    hidden = layer_norm(first, params.norm_scale, params.norm_bias)
+    losses = jnp.sum(token_losses(hidden, params.embedding, labels[:, :size], chunk) * weights[:, :size])
+    sums = jax.lax.map(one, jnp.arange(1, windows))
+    both = {"losses": losses, "tokens": jnp.sum(weights[:, :size])}
+    return {name: jnp.concatenate([both[name][None], part]) if name in both else part for name, part in sums.items()}
+
+
+def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: jax.Array) -> jax.Array:
+    """A window without history; where it stands does not matter, as rotations are relative."""
+    layers = [layer for block in blocks for layer in block.layers()]
+    return causal_layers(layers, config, x, rope_table(jnp.arange(x.shape[1]), config.head_dim))
+
+
+def _window_states(
+    blocks: tuple[BlockParams, ...],
+    config: ModelConfig,
+    embedded: jax.Array,
+    window: jax.Array,
+    cut: int | None,
+    width: int,
+    probed: Sums,
+    length: int,
+) -> jax.Array:
+    """A window with history, cut at `cut` (None: not at all): [batch, W_og, D]; fills `probed` where it is not cut."""
+    size = config.generation_window
+    begin = window * size
+    x = jax.lax.dynamic_slice_in_dim(embedded, begin, size, axis=1)
+    if cut == 0:
+        return _first_states(blocks, config, x)
+    start = jnp.int32(0) if cut is None else jnp.maximum(begin - cut, 0)
+    rows = embedded.shape[1] if cut is None else cut + width
+    # Rows and rotations are counted from the first row that is left; its position is `start`.
+    history = jax.lax.dynamic_slice_in_dim(embedded, start, rows, axis=1)
+    rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim)
+    lengths = np.arange(embedded.shape[1] + 1)
+    observed = jnp.asarray([config.observed_rows(int(n)) for n in lengths], jnp.int32)[begin - start]
+    frame = WindowFrame(begin - start, begin - start - observed, observed, width)
+    known = History(history, Projected.of(blocks[0].compress, history, rope.rows(0, rows)))
+    own = History(x, Projected.of(blocks[0].compress, x, rope.rows(begin - start, size)))
+    probe = None
+    if cut is None:
+        real = begin + jnp.arange(size) < length
+        probe = functools.partial(_probe, config, blocks, rope, real, probed)
+    return later_window(blocks, config, own, known, frame, rope, None, probe)
+
+
+def _probe(
+    config: ModelConfig,
+    blocks: tuple[BlockParams, ...],
+    rope: Rope,
+    real: jax.Array,
+    probed: Sums,
+    index: int,
+    projected: Projected,
+    history: History,
+    frame: WindowFrame,
+) -> None:
+    """Adds a block's sums to `probed`: mass_x_B and mass_z_B by bin, [bins], queries_x_B and queries_z_B, share_B."""
+    params, folded = blocks[index].compress, projected.key.shape[0]
+    key, value, n = history.projected.key, history.projected.value, frame.history_length
+    edges = distance_edges(key.shape[1])
+    bins = jnp.searchsorted(edges, n - jnp.arange(key.shape[1]), side="right") - 1
+    z_query = history.projected.query
+    if z_query is None:
+        z = observed_part(frame, history, history.rows, folded)
+        (z_query,) = project(params, z, observed_rope(frame, rope), "q")
+    else:
+        z_query = observed_part(frame, history, z_query, folded)
+    assert projected.query is not None
+    readers = {"z": (z_query, jnp.arange(z_query.shape[1]) < frame.observed_length)}
+    if config.architecture != "tconstformer":
+        readers["x"] = (projected.query, real)
+    for name, (query, counts) in readers.items():
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        seen = jnp.arange(key.shape[1]) < n
+        weights = jax.nn.softmax(scores * config.attention_scale, axis=-1, where=seen)
+        paid = jnp.sum(jnp.mean(weights, axis=1) * counts[None, :, None], axis=(0, 1))
+        probed[f"mass_{name}_{index}"] = (
+            jnp.zeros(len(edges)).at[jnp.where(seen, bins, len(edges))].add(paid, mode="drop")
+        )
+        probed[f"queries_{name}_{index}"] = folded * jnp.sum(counts, dtype=jnp.float32)
+        if name == "x":
+            read = jnp.einsum("bhqk,bkhd->bqhd", weights, value.astype(jnp.float32))
+            scale = config.attention_scale
+            own = attend(query, projected.key, projected.value, causal=True, backend="xla", scale=scale)
+            norms = [
+                jnp.linalg.norm(jnp.einsum("bqhd,hdo->bqo", part.astype(jnp.float32), params.out_kernel), axis=-1)
+                for part in (read, own)
+            ]
+            probed[f"share_{index}"] = jnp.sum(norms[0] / (norms[0] + norms[1]) * counts)
+
+
+def distance_edges(rows: int) -> np.ndarray:
+    """Lower edges of the bins of distances 1 .. rows: powers of two."""
+    return 2 ** np.arange(max(1, int(rows).bit_length()))
+
+
+def _described(
+    config: ModelConfig, length: int, samples: int, distances: tuple[int, ...], totals: dict[str, dict[str, np.ndarray]]
+) -> dict[str, Any]:
+    """The sums as `measure_history` returns them."""
+    tokens = totals["all"]["tokens"]
+    starts = np.arange(len(tokens)) * config.generation_window
+    all_losses = totals["all"]["losses"]
+    cuts = []
+    for distance in distances:
+        change = totals[str(distance)]["losses"] - all_losses
+        affected = starts > distance
+        cuts.append(
+            {
+                "distance": distance,
+                "loss": _mean(totals[str(distance)]["losses"], tokens),
+                "change": _mean(change, tokens),
+                "affected_tokens": int(tokens[affected].sum()),
+                "affected_change": _mean(change[affected], tokens[affected]),
+            }
+        )
+    same = starts >= max(distances, default=0)
+    names = [*map(str, distances), "all"]
+    return {
+        "length": length,
+        "samples": samples,
+        "starts": starts.tolist(),
+        "tokens": [int(count) for count in tokens],
+        "losses": {name: [_mean(*pair) for pair in zip(totals[name]["losses"], tokens)] for name in names},
+        "cuts": cuts,
+        "same_tokens": {
+            "tokens": int(tokens[same].sum()),
+            "distances": [*distances, None],
+            "losses": [_mean(totals[name]["losses"][same], tokens[same]) for name in names],
+        },
+        **_masses(config, totals["all"]),
+    }
+
+
+def _masses(config: ModelConfig, sums: dict[str, np.ndarray]) -> dict[str, Any]:
+    """mass and share of `measure_history`."""
+    used = max(1, *(int(np.flatnonzero(part.sum(0)).max()) + 1 for name, part in sums.items() if "mass" in name))
+    mass: dict[str, Any] = {"edges": [2**power for power in range(used + 1)]}
+    for reader in READERS:
+        mass[reader] = [
+            [
+                float(paid / sums[f"queries_{reader}_{block}"].sum())
+                for paid in sums[f"mass_{reader}_{block}"].sum(0)[:used]
+            ]
+            for block in range(config.num_blocks)
+            if f"mass_{reader}_{block}" in sums
+        ]
+    shares = [
+        float(sums[f"share_{block}"].sum() / sums[f"queries_x_{block}"].sum())
+        for block in range(config.num_blocks)
+        if f"share_{block}" in sums
+    ]
+    return {"mass": mass, "share": shares}
+
+
+def _mean(losses: Any, tokens: Any) -> float | None:
+    count = float(np.sum(tokens))
+    return float(np.sum(losses)) / count if count else None
