@@ -63,7 +63,8 @@ def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str,
     def params() -> Any:
         model = build_model(config)
         variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-        return decoder_params(model.apply(variables, method=model.parameters), config)
+        typed: Any = model.apply(variables, method=model.parameters)
+        return decoder_params(typed, config)
 
     shapes = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), jax.eval_shape(params))
     final = length + config.generation_window
