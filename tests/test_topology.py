@@ -77,6 +77,22 @@ def test_v6e_with_parameters_split():
     assert re.search(r"^all-gather: ", text, re.M)
 
 
+@pytest.mark.slow
+def test_the_decoder_at_four_million_tokens_on_four_chips():
+    """The 41M shape; heads of 36 features do not lie along the 128 lanes, which would take 3.5 times the memory."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment.pop("XLA_FLAGS", None)
+    line = [tpu_python(), "-m", "tlinformer_jax.bench.topology", "--topology=v5e:2x2", "--length=4000000"]
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr
+    totals = [float(total) for total in re.findall(r"; total ([\d.]+) GiB", result.stdout)]
+    # Keys and values of a fourth of the history in each of two blocks, 36 features in tiles of 16.
+    cache = 2 * 2 * 1e6 * 12 * 48 * 2 / 2**30
+    assert len(totals) == 3
+    assert all(cache < total < 1.5 * cache for total in totals)
+    assert "all-gather: 2 runs of 2 operations" in result.stdout
+
+
 def test_a_line_for_each_kind():
     whole, part = (Shape("bf16", (1024, 1024)),), (Shape("bf16", (256, 1024)),)
     lines = collective_lines(

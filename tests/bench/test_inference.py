@@ -324,6 +324,10 @@ MISTAKES = {
     "a length that is none": (["--lengths=10,1e6"], "--lengths = '1e6'"),
     "an unknown part": (["--parts=sustained,speed"], "--parts = 'speed'"),
     "an unknown architecture": (["--architectures=mamba"], "--architectures = 'mamba'"),
+    "more devices than there are": (
+        ["--context=2", "--architectures=tlinformer"],
+        "--context = 2: must be from 1 to 1",
+    ),
     "heads that do not divide the width": (["--d_model=30", "--num_heads=4"], "model.num_heads = 4"),
     "a config file, its override and a flag": (
         ["--config=configs/tiny.py", "--config.model.d_model=18", "--num_heads=5"],

@@ -58,6 +58,18 @@ def test_bytes_of_a_hit_are_the_specifications():
     assert limits.hit_work(PAPER, weights, 1, 1024, 1).bytes / 3.02e12 == pytest.approx(0.03e-3, rel=0.1)
 
 
+def test_two_devices_halve_what_grows_with_the_history():
+    history = 1 << 22
+    for work, extra in ((limits.slide_work, 0), (limits.prefill_work, 1)):
+        one, two = (work(PAPER, NONE, history + extra, devices) for devices in (1, 2))
+        # All but the words, which each device projects.
+        assert two.flops == pytest.approx(one.flops / 2, rel=0.02)
+        assert two.bytes == pytest.approx(one.bytes / 2, rel=0.001)
+    one, two = (limits.hit_work(PAPER, NONE, 3, history, 0, devices) for devices in (1, 2))
+    fixed = limits.hit_work(PAPER, NONE, 3, history, 0, devices=1 << 60)
+    assert two.bytes - fixed.bytes == pytest.approx((one.bytes - fixed.bytes) / 2)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cached_rows_are_the_caches_arrays(architecture):
     config = dataclasses.replace(SMALL, architecture=architecture)

@@ -80,12 +80,11 @@ def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_trace
     small_caches(monkeypatch)
     model = build_model(ODD)
     variables = params_from_reference(golden.random_weights(ODD), ODD)
-    prompts = [np.random.default_rng(n).integers(0, ODD.vocab_size, n).tolist() for n in (1, 5, 33)]
+    prompts = [np.random.default_rng(n).integers(0, ODD.vocab_size, n).tolist() for n in (5, 61)]
     found = [
-        Generator(model, variables, mesh=mesh).run(prompts, max_new_tokens=60, logprobs=True)
+        Generator(model, variables, mesh=mesh).run(prompts, max_new_tokens=12, logprobs=True)
         for mesh in (
             None,
-            context_mesh(2),
             context_mesh(8),
             build_mesh(MeshConfig(data=1, tensor=2, fsdp=2, context=2)),
         )

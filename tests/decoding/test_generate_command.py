@@ -254,4 +254,6 @@ def test_workdirs_that_do_not_hold_what_they_need(workdir, tmp_path, capsys):
 
 
 def test_a_mistake_is_one_line_and_status_2():
-    check_refusal(command("tlinformer_jax.generate", "--workdir=/none/there", "--prompt=a"), "workdir /none/there")
+    line = ("tlinformer_jax.generate", "--workdir=/none/there", "--prompt=a")
+    check_refusal(command(*line), "workdir /none/there")
+    check_refusal(command(*line, "--context=2"), "--context=2: must be from 1 to 1")
