@@ -5,7 +5,6 @@ takes on TPUs that are not here. Several processes run together where SLURM,
 Open MPI, Kubernetes or a TPU tells of them, or --coordinator_address, --num_processes and --process_id.
 """
 
-import os
 import pathlib
 import shlex
 import sys
@@ -35,15 +34,6 @@ THEN = flags.DEFINE_list(
 )
 cli.define_process_flags()
 PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few training steps, for xprof.")
-# With libtpu beside it JAX would look for TPUs; libtpu would ask Google's cloud which one this is, complain that there
-# is none, and hold a lock that is for processes that share TPUs, where a compiler can run many times.
-WITHOUT_TPUS = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 def main() -> None:
@@ -91,8 +81,7 @@ def _check_topology() -> None:
             raise UserError(f"--{flag.name}: not with --topology, which only checks")
     if not CHECK.value:
         raise UserError(f"--topology={TOPOLOGY.value}: is for --check")
-    for name, value in WITHOUT_TPUS.items():
-        os.environ.setdefault(name, value)  # before JAX is imported
+    cli.without_tpus()
     from tlinformer_jax.config import run_config
     from tlinformer_jax.training.topology import check_topology
 

@@ -20,12 +20,11 @@ DTYPE = "bfloat16"
 
 def main() -> None:
     """Compiles each of the three and prints what it takes."""
-    from tlinformer_jax.training.memory import is_out_of_memory
-    from tlinformer_jax.training.topology import collective_lines, memory_line, topology_devices, without_devices
-
-    without_devices()
+    cli.without_tpus()
     from tlinformer_jax.analysis.collectives import collectives
     from tlinformer_jax.parallel.target import target
+    from tlinformer_jax.training.memory import is_out_of_memory
+    from tlinformer_jax.training.topology import collective_lines, memory_line, topology_devices
 
     devices = topology_devices(TOPOLOGY.value)
     with target("tpu", devices[0].device_kind):
