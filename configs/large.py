@@ -4,7 +4,7 @@
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
     python -m tlinformer_jax.main --check --topology=v5e:16x16 --config=configs/large.py:1b3
 
-Variants, each with the accelerator that its mesh and memory fit:
+Variants, each with the accelerator that its mesh is meant for:
 
     name   width  heads x width  layers  N      windows    an update           accelerator
     125m   768    12 x 64        12      2,048  256 + 256  256 x 2,048 tokens  one v5e-8 or one H100 (the default)
@@ -16,7 +16,7 @@ about 20 for each parameter. On other machines, change --config.mesh.fsdp and --
 --check_compile tells the memory that a step takes, and --check --topology does so for TPUs that are not at hand.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst.
-Result: compiled, not trained.
+Result: neither trained nor measured; on one chip of 16 GB the memory of a step is not known yet.
 """
 
 from ml_collections import ConfigDict
