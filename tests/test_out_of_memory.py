@@ -119,6 +119,7 @@ def full(*_, **__):
 """
 
 
+@pytest.mark.slow
 def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp_path):
     shrunk = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
     shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")

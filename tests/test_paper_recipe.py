@@ -101,6 +101,7 @@ def test_updates_of_any_number_of_samples(samples, micro):
     np.testing.assert_allclose(rates, expected, rtol=0, atol=A_MILLIONTH)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_papers_micro_batches():
     """13 samples in updates of 8 by micro-batches of 2: the epoch's last update holds 2 + 2 + 1 rows."""
     shrunk = get_config("wt103", "paper-512-512-0.5")

@@ -154,6 +154,7 @@ def test_chunked_loss_never_holds_all_logits(function):
     assert memory(8) < 0.5 * memory(tokens)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing():
     model, batch = build_model(MODEL), random_batch()
     whole = dataclasses.replace(TRAIN, warmup_steps=0)

@@ -45,6 +45,7 @@ def loss_and_gradient(config):
 @pytest.mark.parametrize(
     ("architecture", "segments"), [("tlinformer", 2), pytest.param("tconstformer", 1, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_over_all_subsets_the_mean_loss_and_gradient_are_the_full_ones(architecture, segments):
     """Every subset of k = 2 of n = 5 windows, the last one short; loss and gradients to 1e-6."""
     config = dataclasses.replace(SMALL, architecture=architecture, history_window=5, history_segments=segments)

@@ -106,8 +106,10 @@ def test_prefill_step_and_slide_equal_the_reference(name):
     ("architecture", "rows_per_word"),
     [
         ("tlinformer", 4),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tlinformer", 0), ("tconstformer", 4))),
-        ("transformer", 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("tlinformer", 0), ("tconstformer", 4), ("transformer", 4))
+        ),
     ],
 )
 def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_word, monkeypatch, own_traces):

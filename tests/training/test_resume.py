@@ -86,6 +86,7 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypatch, capfd):
     config = run_config(tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -97,6 +97,7 @@ def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_t
     jax.tree.map(np.testing.assert_array_equal, last_state(config, tmp_path / "parts"), state)
 
 
+@pytest.mark.slow
 def test_when_no_rollback_is_left_it_stops_and_the_first_may_go_to_the_beginning(tmp_path, spoil, capfd):
     config = run_config(tmp_path, **{**SHORT, "log_every": 4}, max_rollbacks=1)
     spoil(1, 4)
