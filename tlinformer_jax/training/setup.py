@@ -175,9 +175,11 @@ def build_run(
       ConfigError: if the tokenizer does not fit the vocabulary, or batch or kernel do not fit the devices.
     """
     check_vocab(tokenizer, config.model.vocab_size)
-    mesh = build_mesh(config.mesh, devices)
     if devices is None:
+        mesh = build_mesh(config.mesh)
         connect(mesh)
+    else:
+        mesh = build_mesh(config.mesh, devices)
     if horizon != UNTRAINED:
         field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
         check_batch_divides(config.train.micro_batch_size, mesh, field)
