@@ -158,7 +158,8 @@ LEAST = {
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
     | dict.fromkeys(("eval_every_epochs", "eval_batch_size", "checkpoint_every", "keep_best"), 0)
     | {"max_skipped_updates": 0, "max_rollbacks": 0},
-    "data": {"sequence_length": 1, "num_workers": 0},
+    "data": {"sequence_length": 1, "num_workers": 0}
+    | dict.fromkeys(("train_examples", "validation_examples", "pairs", "passkeys"), 1),
 }
 CHOICES = {
     "model": {
@@ -169,6 +170,7 @@ CHOICES = {
         "remat": model_config.REMAT,
         "remat_save": ("", *model_config.REMAT_NAMES),
         "history_window": ("auto",),
+        "observed_selection": model_config.SELECTIONS,
     },
     "train": {"schedule": train_config.SCHEDULES, "decay_mask": train_config.DECAY_MASKS},
     "data": {
@@ -181,9 +183,12 @@ SWITCHES = {"model": ("scan_layers",), "train": ("equal_updates",), "data": ("fu
 RATES = {
     "model": {"dropout": 1.0},
     "train": dict.fromkeys(("beta1", "beta2"), 1.0)
+    | {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
     | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf),
 }
-TEXTS = {"data": ("tokenizer", "end_of_text_token", "train_files", "text_field", "manual_dir", "cache_dir")}
+TEXTS = {
+    "data": ("tokenizer", "end_of_text_token", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")
+}
 
 
 def invalid_values() -> dict[str, st.SearchStrategy]:
@@ -207,7 +212,7 @@ def invalid_values() -> dict[str, st.SearchStrategy]:
             found[f"{section}.{name}"] = wrong | st.booleans() | st.text() | never
         for name in TEXTS.get(section, ()):
             found[f"{section}.{name}"] = st.integers() | st.booleans() | never
-    for name in ("data", "fsdp"):
+    for name in ("data", "fsdp", "tensor", "window", "context"):
         found[f"mesh.{name}"] = st.integers(max_value=0).filter(lambda size: size != -1) | fractions | never
     return found
 
