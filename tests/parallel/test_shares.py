@@ -32,7 +32,6 @@ MESHES = {
     "context": {"data": 1, "context": 8},
     "data, window, context": {"data": 2, "window": 2, "context": 2},
     "fsdp, tensor": {"data": 1, "fsdp": 4, "tensor": 2},
-    "fsdp, window, context": {"data": 1, "fsdp": 2, "window": 2, "context": 2},
 }
 QUICK = ("data, window, context",)
 
@@ -94,13 +93,13 @@ def test_other_models_are_split_as_well(changes, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 2, "window": 4}, {"data": 2, "window": 2, "context": 2}])
+@pytest.mark.parametrize("mesh", [{"data": 2, "window": 2, "context": 2}])
 def test_sampled_windows_and_micro_batches_are_those_of_one_device(mesh):
     check(MODEL, mesh, TrainConfig(batch_size=8, accumulation=2, sampled_windows=5))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "window": 4}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("mesh", [{"data": 4, "window": 2}, {"data": 2, "fsdp": 4}])
 def test_dropout_does_not_depend_on_the_devices(mesh):
     check(dataclasses.replace(MODEL, dropout=0.3), mesh, TrainConfig(batch_size=8, accumulation=1))
 
