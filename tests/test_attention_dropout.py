@@ -115,7 +115,7 @@ def test_auto_takes_the_kernel_where_it_can(monkeypatch):
     """On one NVIDIA GPU in half precision, with dropout and without the log-sum-exp."""
     half, dropout = jnp.zeros((1, 2, 1, 40), jnp.bfloat16), Dropout.by_key(jax.random.key(0), 0.1)
     assert attention.choose_backend(half, dropout, False) == "xla"
-    monkeypatch.setattr(dropout_kernel, "available", lambda: True)
+    monkeypatch.setattr(dropout_kernel, "is_nvidia_gpu", lambda: True)
     assert attention.choose_backend(half, dropout, False) == "triton"
     assert attention.choose_backend(half, dropout, True) == "xla"
     assert attention.choose_backend(half, None, False) == "xla"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support import golden, reference
+from tests.test_model import SMALL
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import ConfigError
@@ -15,19 +16,7 @@ from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.step import summed_loss
 
-CONFIG = ModelConfig(
-    vocab_size=31,
-    d_model=16,
-    num_heads=2,
-    num_blocks=2,
-    hidden_depth=1,
-    d_ff=24,
-    history_window=3,
-    generation_window=4,
-    dtype="float32",
-    history_segments=1,
-    observed_selection="random",
-)
+CONFIG = dataclasses.replace(SMALL, history_segments=1, observed_selection="random")
 TOKENS = np.random.default_rng(5).integers(0, 31, (2, 27))
 
 

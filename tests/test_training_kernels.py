@@ -87,7 +87,7 @@ def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
 def test_kernels_run_on_one_device_only(devices, monkeypatch):
     """XLA cannot split them over a mesh, and would compute them as a whole on every device."""
     for module in (norm_kernel, loss_kernel):
-        monkeypatch.setattr(module, "available", lambda: True)
+        monkeypatch.setattr(module, "is_nvidia_gpu", lambda: True)
     with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
         assert loss_kernel.use_kernel() == (devices == 1)
         assert norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.bfloat16)) == (devices == 1)

@@ -7,18 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.decoding.test_exactness import SHAPES, TOLERANCE, largest_error, own_traces  # noqa: F401  (a fixture)
+from tests.decoding.test_exactness import SHAPES, TOLERANCE, largest_error
 from tests.support import golden
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.analysis.collectives import Collective, collectives
 from tlinformer_jax.decoding import CacheLedger, Generator, cache_bytes, context_mesh, words
 from tlinformer_jax.decoding import cache as cache_module
-from tlinformer_jax.decoding import params as params_module
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.models import decode_kernel, history_kernel
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.split_rows import SplitRows
 
@@ -66,7 +64,7 @@ def test_every_logit_is_the_references(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("context", "rows_per_word"), [(8, 0), (3, 4)])
-def test_growing_caches_keep_every_row_in_its_place(context, rows_per_word, monkeypatch, own_traces):  # noqa: F811
+def test_growing_caches_keep_every_row_in_its_place(context, rows_per_word, monkeypatch, own_traces):
     small_caches(monkeypatch, rows_per_word)
     config = dataclasses.replace(ODD, num_blocks=3)
     decoder = make_decoder(config, context)
@@ -75,7 +73,7 @@ def test_growing_caches_keep_every_row_in_its_place(context, rows_per_word, monk
 
 
 @pytest.mark.slow
-def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_traces):  # noqa: F811
+def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_traces):
     """Greedy, by the device loop, across slides and growing caches; prompts of unequal lengths."""
     small_caches(monkeypatch)
     model = build_model(ODD)
@@ -138,7 +136,7 @@ def wrong_count(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutate", [merge_without_weights, contiguous_positions, wrong_count], ids=lambda m: m.__name__)
-def test_mutations_are_caught(mutate, monkeypatch, own_traces):  # noqa: F811
+def test_mutations_are_caught(mutate, monkeypatch, own_traces):
     mutate(monkeypatch)
     with pytest.raises(AssertionError):
         assert largest_error(make_decoder(ODD, 2), [4, 16], 22) < 100 * TOLERANCE
@@ -192,23 +190,12 @@ def test_what_devices_tell_each_other_for_a_window_does_not_grow_with_the_histor
 
 
 @pytest.mark.slow
-def test_the_gpu_kernels_on_each_device(monkeypatch, own_traces):  # noqa: F811
-    """The path that GPUs take, interpreted; a device appends 64 rows a slide, as many as the storing kernel takes."""
-    real, used = decode_kernel.call_kernel, set()
-
-    def interpreted(kernel, grid, outputs, operands, name, interpret, **options):
-        used.add(name)
-        return real(kernel, grid, outputs, operands, name, True, **options)
-
-    for module in (decode_kernel, history_kernel):
-        monkeypatch.setattr(module, "call_kernel", interpreted)
-    monkeypatch.setattr(decode_kernel, "available", lambda: True)
-    monkeypatch.setattr(params_module, "head_multiple", lambda *_: 8)
-    monkeypatch.setattr(cache_module, "padded_rows", lambda rows: -(-rows // 128) * 128)
+def test_the_gpu_kernels_on_each_device(interpreted_kernels):
+    """A device appends 64 rows a slide, as many as the storing kernel takes."""
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
     config = dataclasses.replace(SMALL, history_window=40, generation_window=128, **half)
     assert largest_error(make_decoder(config, 2), [255, 128], 259) < 0.05
-    assert used == {"attend_cached", "dense", "attend_history", "attend_context", "store_history"}
+    assert interpreted_kernels == {"attend_cached", "dense", "attend_history", "attend_context", "store_history"}
 
 
 def test_mistakes_are_named():

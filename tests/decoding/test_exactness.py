@@ -11,12 +11,10 @@ from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.decoding import cache as cache_module
-from tlinformer_jax.decoding import params as params_module
 from tlinformer_jax.decoding import windowed, words
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.models import decode_kernel, history_kernel
 
 TOLERANCE = 2e-5
 
@@ -63,14 +61,6 @@ def largest_error(decoder: Decoder, prompts: list[int], length: int, room: int |
         lengths += active
         np.testing.assert_array_equal(np.asarray(cache.position), lengths)
     return float(max(errors))
-
-
-@pytest.fixture
-def own_traces():
-    """No trace of what the test patches is served to it from before, or from it to a later test."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 SHAPES = {
@@ -125,20 +115,8 @@ def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_word, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "rows_per_word"), [("tlinformer", 4), ("tlinformer", 0), ("transformer", 4)])
-def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_word, monkeypatch, own_traces):
-    """The path that a GPU takes, interpreted: heads and rows padded, keys stored and read by the kernels, in half
-    precision; 64 tokens a window, as many as the storing kernel writes at a time."""
-    real, used = decode_kernel.call_kernel, set()
-
-    def interpreted(kernel, grid, outputs, operands, name, interpret, **options):
-        used.add(name)
-        return real(kernel, grid, outputs, operands, name, True, **options)
-
-    for module in (decode_kernel, history_kernel):
-        monkeypatch.setattr(module, "call_kernel", interpreted)
-    monkeypatch.setattr(decode_kernel, "available", lambda: True)
-    monkeypatch.setattr(params_module, "head_multiple", lambda *_: 8)
-    monkeypatch.setattr(cache_module, "padded_rows", lambda rows: -(-rows // 128) * 128)
+def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_word, monkeypatch, interpreted_kernels):
+    """Keys stored and read by the kernels, in half precision; 64 tokens a window, as many as one of them writes."""
     monkeypatch.setattr(words, "ROWS_PER_WORD", rows_per_word)
     windows = {"history_window": 40, "generation_window": 64}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
@@ -148,7 +126,7 @@ def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_word, monkeypatch
     expected = {"attend_cached", "dense"}
     if architecture == "tlinformer":
         expected |= {"attend_history", "attend_context", "store_history"}
-    assert used == expected
+    assert interpreted_kernels == expected
 
 
 def stale_history(monkeypatch):

@@ -22,6 +22,7 @@ from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.setup import check_sequences_divide
 from tlinformer_jax.training.step import ALONE, batch_gradient
 
+TRAIN = TrainConfig()
 LENGTH = 43  # ten windows of 4 tokens, and one of 3
 MODEL = dataclasses.replace(SMALL, num_heads=4, d_ff=32, hidden_depth=0, history_window=6, remat="window")
 MESHES = {
@@ -61,7 +62,7 @@ def gradient(model, train, mesh=None):
         return jax.jit(spread)(*placed, *arguments)
 
 
-def check(model, mesh, train=TrainConfig()):  # noqa: B008  (frozen)
+def check(model, mesh, train=TRAIN):
     one, many = gradient(model, train), gradient(model, train, mesh)
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     if one[1].size:  # where one device computes windows one after the other
@@ -107,8 +108,7 @@ def test_dropout_does_not_depend_on_the_devices(mesh):
 @pytest.mark.slow
 def test_dropout_over_split_rows_keeps_the_mean():
     model = dataclasses.replace(MODEL, dropout=0.2)
-    train = TrainConfig()
-    losses = [float(gradient(m, train, {"data": 4, "context": 2})[0]) for m in (MODEL, model)]
+    losses = [float(gradient(m, TRAIN, {"data": 4, "context": 2})[0]) for m in (MODEL, model)]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.3)
 

@@ -1,13 +1,14 @@
 """What devices send each other in training, read from the compiled forward and backward pass."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.support.models import SMALL
 from tlinformer_jax.analysis.collectives import collectives
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
@@ -15,18 +16,7 @@ from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.step import batch_gradient
 
-MODEL = ModelConfig(
-    vocab_size=37,
-    d_model=16,
-    num_heads=2,
-    num_blocks=2,
-    hidden_depth=1,
-    d_ff=24,
-    history_window=128,
-    generation_window=256,
-    dtype="float32",
-    remat="window",
-)
+MODEL = dataclasses.replace(SMALL, history_window=128, generation_window=256, history_segments=2, remat="window")
 
 
 def compiled(length, **mesh):

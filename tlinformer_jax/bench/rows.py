@@ -91,7 +91,7 @@ def measure_row(
         "architecture": config.architecture,
         "length": length,
         "batch": batch,
-        "devices": 1 if decoder.mesh is None else decoder.mesh.size,
+        "devices": decoder.devices,
         "equation_7_bytes": limits.equation_7(config, batch, length),
         "elapsed_seconds": {},
     }

@@ -107,7 +107,7 @@ class Session:
     @property
     def devices(self) -> int:
         """Devices that the history is spread over."""
-        return self.decoder.mesh.size if self.decoder.mesh is not None else 1
+        return self.decoder.devices
 
     @property
     def must_slide(self) -> bool:

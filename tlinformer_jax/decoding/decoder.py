@@ -63,6 +63,7 @@ class Decoder:
     Attributes:
       config: of the model.
       mesh: of the devices that the history is spread over; None for one device.
+      devices: that it is spread over.
       params: in the compute dtype, on every device of the mesh.
     """
 
@@ -87,7 +88,7 @@ class Decoder:
                 "must be 'recent' for generation, whose cache holds those rows; others are for training and evaluation",
             )
         split = split_of(mesh, self.config)
-        self._parts = 1 if split is None else split.parts
+        self.devices = 1 if split is None else split.parts
         typed = model.apply(replicate(dict(variables), mesh), method=model.parameters)
         place = None if mesh is None else NamedSharding(mesh, WHOLE)
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=place)(typed, self.config)
@@ -133,7 +134,7 @@ class Decoder:
         return grow(self.config, cache, self._capacity_for(tokens, final))
 
     def _capacity_for(self, tokens: int, final: int | None) -> int:
-        return capacity_for(self.config, tokens, final, self._parts)
+        return capacity_for(self.config, tokens, final, self.devices)
 
 
 def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:

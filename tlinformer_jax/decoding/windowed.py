@@ -23,7 +23,6 @@ from tlinformer_jax.decoding.frame import Frame, appended, rope_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.decoding.words import project_words
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import (
     CachedRows,
     KeyValue,
@@ -38,6 +37,7 @@ from tlinformer_jax.models.cached_attention import (
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.streams import BlockParams
 from tlinformer_jax.models.token_layer import token_layer
 
 

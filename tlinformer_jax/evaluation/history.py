@@ -33,12 +33,13 @@ from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
-from tlinformer_jax.models.block import BlockParams, History, Projected, causal_layers
+from tlinformer_jax.models.block import causal_layers
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import layer_norm, prepare_layers, project
 from tlinformer_jax.models.model import ModelParams
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.selection import observed_part, observed_rope
+from tlinformer_jax.models.streams import BlockParams, History, Projected
 from tlinformer_jax.models.tlinformer import later_window
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.loss import token_losses

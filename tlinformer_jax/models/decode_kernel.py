@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.parallel.constraints import open_axes
-from tlinformer_jax.parallel.target import is_nvidia_gpu
 
 LANES = 128
 # Programs to aim for: a few for each of the 132 multiprocessors of an H100.
@@ -29,11 +28,6 @@ TILE = 4
 
 # Key and value [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer.
 Source = tuple[jax.Array, jax.Array, jax.Array, int | None]
-
-
-def available() -> bool:
-    """Whether the device is an NVIDIA GPU, which Triton compiles for."""
-    return is_nvidia_gpu()
 
 
 def unsplit() -> bool:

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.models.decode_kernel import available, call_kernel, unsplit
+from tlinformer_jax.models.decode_kernel import call_kernel, unsplit
 from tlinformer_jax.models.dropout import kept, threefry
 from tlinformer_jax.models.history_kernel import LEAST_PIECE, LOG2_E
+from tlinformer_jax.parallel.target import is_nvidia_gpu
 
 # Wider heads would not fit a program's registers.
 MOST_WIDTH = 128
@@ -57,7 +58,7 @@ class Options(NamedTuple):
 
 def use_kernel(dtype: Any, width: int) -> bool:
     """Whether the kernels take heads of this dtype and width here."""
-    return dtype in (jnp.bfloat16, jnp.float16) and width <= MOST_WIDTH and available() and unsplit()
+    return dtype in (jnp.bfloat16, jnp.float16) and width <= MOST_WIDTH and is_nvidia_gpu() and unsplit()
 
 
 def attend_with_dropout(

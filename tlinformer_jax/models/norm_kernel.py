@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.models.decode_kernel import available, call_kernel, unsplit
+from tlinformer_jax.models.decode_kernel import call_kernel, unsplit
+from tlinformer_jax.parallel.target import is_nvidia_gpu
 
 # Rows that a program works on at once, its warps, and programs to aim for: four for each of an H100's multiprocessors.
 TILE = 8
@@ -25,7 +26,7 @@ MOST_WIDTH = 2048
 def use_kernel(x: jax.Array) -> bool:
     """Whether the kernel takes rows of this dtype and width here."""
     half = x.dtype in (jnp.bfloat16, jnp.float16)
-    return half and x.shape[-1] <= MOST_WIDTH and available() and unsplit()
+    return half and x.shape[-1] <= MOST_WIDTH and is_nvidia_gpu() and unsplit()
 
 
 def layer_norm_backward(

@@ -57,7 +57,7 @@ def sum_windows(
     length = jax.tree.leaves(rows)[0].shape[1]
     sequence = prepare(blocks, config, embeddings, length, dropout, readout_shared, together, split)
     padding = sequence.count * config.generation_window - length
-    rows = jax.tree.map(lambda array: jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2))), rows)
+    rows = jax.tree.map(lambda array: _padded(array, padding), rows)
     if windows is not None:
         return _sum_sampled(config, sequence, readout, rows, windows, split)
     runs = (FIRST_WINDOW, *sequence.segments)
@@ -109,11 +109,11 @@ def _sum_sampled(
         windows = _take(windows, places)
     firsts = jnp.asarray([segment.first for segment in sequence.segments], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
-    every = Segment(0, (0,) * sequence.count, 0, 0)
+    every = Segment(0, (0,) * sequence.count, 0, 0)  # of it only which windows it has is read
     own = _take(sequence.own(config, every), windows)
     taken = _take(jax.tree.map(lambda array: window_rows(config, array, 0, sequence.count), rows), windows)
     if places is not None:
-        taken = jax.tree.map(lambda array: _masked(array, places), taken)
+        taken = _masked(taken, places)
     branches = tuple(_read(config, run, readout, split) for run in (FIRST_WINDOW, *sequence.segments))
     total, each = sum_with_gradients(branches, sequence.shared, own, sequence.fixed, (windows, taken), which)
     return total, each if places is None else _put(each, places, count)
@@ -131,23 +131,30 @@ def _read(config: ModelConfig, run: Segment, readout: Readout, split: SequenceSp
         own = jax.tree.map(lambda array: history.part(array, place * size, size), history)
         whole = window(shared, own, fixed, place), rows
         padding = -size % share.parts
-        hidden, rows = jax.tree.map(
-            lambda array: share.take(jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))), whole
-        )
+        hidden, rows = jax.tree.map(lambda array: share.take(_padded(array, padding)), whole)
         return readout(shared.readout, hidden, rows)
 
     return branch
 
 
+def _padded(array: jax.Array, count: int) -> jax.Array:
+    """[batch, rows, ...] with `count` rows of zeros after them."""
+    return jnp.pad(array, ((0, 0), (0, count), *((0, 0),) * (array.ndim - 2)))
+
+
 def _take(arrays: Any, places: jax.Array, zero: bool = False) -> Any:
     """Elements at `places` of arrays [count, ...]; for NO_WINDOW any, or zeros."""
     taken = jax.tree.map(lambda array: jnp.take(array, jnp.maximum(places, 0), axis=0), arrays)
-    return jax.tree.map(lambda array: _masked(array, places), taken) if zero else taken
+    return _masked(taken, places) if zero else taken
 
 
-def _masked(array: jax.Array, places: jax.Array) -> jax.Array:
+def _masked(arrays: Any, places: jax.Array) -> Any:
     """Zeros where no window has taken its place."""
-    return jnp.where((places >= 0).reshape(-1, *(1,) * (array.ndim - 1)), array, jnp.zeros_like(array))
+
+    def masked(array: jax.Array) -> jax.Array:
+        return jnp.where((places >= 0).reshape(-1, *(1,) * (array.ndim - 1)), array, jnp.zeros_like(array))
+
+    return jax.tree.map(masked, arrays)
 
 
 def _put(values: jax.Array, places: jax.Array, count: int) -> jax.Array:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.models.decode_kernel import available, call_kernel, unsplit
+from tlinformer_jax.models.decode_kernel import call_kernel, unsplit
+from tlinformer_jax.parallel.target import is_nvidia_gpu
 
 # Columns that a program works on at once, and its warps: one program fills a multiprocessor, so that the rows under
 # way on all 132 of an H100 (0.2 MB each at 50,304 columns) stay in its 50 MB cache between the two readings.
@@ -23,7 +24,7 @@ LOWEST = -1e30
 
 def use_kernel() -> bool:
     """Whether the kernel runs here: on an NVIDIA GPU, where no mesh of several splits the batch."""
-    return available() and unsplit()
+    return is_nvidia_gpu() and unsplit()
 
 
 def loss_and_slope(

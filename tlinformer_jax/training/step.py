@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tlinformer_jax.models.decode_kernel import available
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.windows import num_windows
 from tlinformer_jax.parallel.sequence_split import WHOLE
 from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.parallel.shares import Shares
+from tlinformer_jax.parallel.target import is_nvidia_gpu
 from tlinformer_jax.training.answers import answer_sums
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses, token_losses_and_hits
@@ -308,7 +308,7 @@ def compiler_options() -> dict[str, Any] | None:
 
     On an H100 these were never faster at the shapes of training, and trying them took a third of the compilation.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if available() else None
+    return {"xla_gpu_enable_triton_gemm": False} if is_nvidia_gpu() else None
 
 
 def jit_eval_step(model: LanguageModel, config: TrainConfig, param_shardings: Any, batch_sharding: Any) -> Any:

@@ -1,0 +1,34 @@
+"""What several of the decoder's tests patch: nothing that was traced before or during them is served to another."""
+
+import jax
+import pytest
+
+from tlinformer_jax.decoding import cache as cache_module
+from tlinformer_jax.decoding import params as params_module
+from tlinformer_jax.models import cached_attention, decode_kernel, history_kernel, token_layer
+
+
+@pytest.fixture
+def own_traces():
+    """No trace of what the test patches is served to it from before, or from it to a later test."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def interpreted_kernels(monkeypatch, own_traces):
+    """The path that a GPU takes, its kernels interpreted, heads and rows padded; the names of those that were used."""
+    real, used = decode_kernel.call_kernel, set()
+
+    def interpreted(kernel, grid, outputs, operands, name, interpret, **options):
+        used.add(name)
+        return real(kernel, grid, outputs, operands, name, True, **options)
+
+    for module in (decode_kernel, history_kernel):
+        monkeypatch.setattr(module, "call_kernel", interpreted)
+    for module in (cached_attention, token_layer):
+        monkeypatch.setattr(module, "is_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(params_module, "head_multiple", lambda *_: 8)
+    monkeypatch.setattr(cache_module, "padded_rows", lambda rows: -(-rows // 128) * 128)
+    return used
