@@ -132,7 +132,7 @@ def test_the_dropout_kernel_computes_two_products_more_than_cudnn(monkeypatch):
     """Scores and the weights' gradients once more: as much as a forward pass over the causal pairs."""
     config = ModelConfig(architecture="transformer", dtype="bfloat16")
     monkeypatch.setattr(flops, "fused_kernel", lambda dtype: True)
-    monkeypatch.setattr(flops.dropout_kernel, "available", lambda: True)
+    monkeypatch.setattr(flops.dropout_kernel, "use_kernel", lambda dtype, width: True)
     without, dropped = (training_flops(dataclasses.replace(config, dropout=rate), 512).hardware for rate in (0.0, 0.1))
     assert dropped - without == pytest.approx(config.num_layers * 4 * (512 * 513 / 2) * config.d_model)
 
