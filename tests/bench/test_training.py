@@ -44,6 +44,8 @@ def test_rows_results_and_best_settings(tmp_path):
         assert [int(row["batch"]) for row in csv.DictReader(file)] == [2, 4]
     assert len((tmp_path / "training.md").read_text().splitlines()) == 2 + 1
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert [row["kernels"].startswith("no kernel table") for row in rows] == [True, True]  # a CPU has none
+    assert done.stdout.count("no kernel table") == 2
 
 
 @pytest.mark.slow

@@ -9,6 +9,9 @@ import jax
 
 from tlinformer_jax.bench.session import Session
 
+# Kernels in a table.
+MOST = 15
+
 
 def profile(session: Session, folder: pathlib.Path) -> dict[str, str]:
     """Traces a device loop over a whole generation window, and a slide of the first sequence.
@@ -36,11 +39,11 @@ def profile(session: Session, folder: pathlib.Path) -> dict[str, str]:
     return tables
 
 
-def trace(folder: pathlib.Path, call: Callable[[], Any]) -> str:
+def trace(folder: pathlib.Path, call: Callable[[], Any], most: int = MOST) -> str:
     """Runs `call` under the profiler and waits for what it returns; the trace goes to `folder`.
 
     Returns:
-      a table of the kernels by total device time, or one line that says why there is none.
+      a table of the `most` kernels with the longest total device time, or one line that says why there is none.
     """
     with jax.profiler.trace(str(folder)):
         jax.block_until_ready(call())
@@ -50,7 +53,7 @@ def trace(folder: pathlib.Path, call: Callable[[], Any]) -> str:
         return f"no kernel table: the trace in {folder} cannot be read ({type(error).__name__}: {error})"
     if not kernels:
         return f"no kernel table: the trace in {folder} has no device plane"
-    return kernel_table(kernels)
+    return kernel_table(kernels, most)
 
 
 def device_kernels(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
@@ -81,7 +84,7 @@ def add_up(planes: list[Any]) -> dict[str, tuple[int, float]]:
     return dict(totals)
 
 
-def kernel_table(kernels: dict[str, tuple[int, float]], most: int = 15) -> str:
+def kernel_table(kernels: dict[str, tuple[int, float]], most: int = MOST) -> str:
     """The longest kernels as text: total milliseconds, share, times run, microseconds each, name."""
     whole = sum(duration for _, duration in kernels.values()) or 1.0
     lines = [f"{'total ms':>10} {'share':>6} {'runs':>7} {'us each':>9}  kernel"]

@@ -43,12 +43,16 @@ INIT_SCALE = flags.DEFINE_float("init_scale", 1.0, "Factor of the initial weight
 SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE[,FIELD=VALUE]: fields for all rows.")
 TRY = flags.DEFINE_multi_string("try", [], "FIELD=VALUE[,FIELD=VALUE]: a setting to time; repeatable.")
 WINDOW = flags.DEFINE_integer("window", 0, "history_window and generation_window; 0: as configured.", lower_bound=0)
-PROFILE = flags.DEFINE_string("profile", "", "Directory for an xprof trace of three steps of each row.")
+PROFILE = flags.DEFINE_string(
+    "profile", "", "Directory for an xprof trace of three steps of each row, whose kernels are printed."
+)
 OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
 
 GROUP = 5
 # Windows whose losses are kept.
 FIRST_WINDOWS = 64
+# Kernels in the table of a profile: a step has about 1,300 launches of a hundred.
+TRACED_KERNELS = 60
 COLUMNS = (
     "architecture",
     "length",
@@ -142,7 +146,8 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
       window_losses, in nats per token, and the columns in COLUMNS: batch in sequences; tokens, those that a step
       predicts; tokens_per_second of those;
       step_bytes, what the compiled step needs of the device's memory; peak_bytes, the process's so far (None where
-      unknown); losses in nats; error, None or why there are no figures.
+      unknown); losses in nats; error, None or why there are no figures. With a profile also kernels, the table of the
+      three steps that were traced.
     """
     import jax
 
@@ -191,6 +196,7 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
     """Compiles and runs the training step."""
     import jax
 
+    from tlinformer_jax.bench.profiling import trace
     from tlinformer_jax.models import build_model
     from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
@@ -228,10 +234,14 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
             jax.block_until_ready(state)
             groups.append((time.perf_counter() - started) / max(count, 1))
         if timing.profile:
-            with jax.profiler.trace(timing.profile):
+
+            def three_steps() -> Any:
+                ahead = state
                 for _ in range(3):
-                    state, metrics = compiled(state, batch)
-                jax.block_until_ready(state)
+                    ahead, _ = compiled(ahead, batch)
+                return ahead
+
+            figures["kernels"] = trace(pathlib.Path(timing.profile), three_steps, most=TRACED_KERNELS)
     return figures | {
         "step_seconds": statistics.median(groups[1:]),
         "first_loss": float(outputs[0]["loss"]),
@@ -366,6 +376,8 @@ def _results(plan: Sequence[Job]) -> Iterator[dict[str, Any]]:
     for job in plan:
         row = time_job(job, Timing(STEPS.value, WARMUP.value, INIT_SCALE.value, PROFILE.value))
         print(line(row), flush=True)
+        if "kernels" in row:
+            print(row["kernels"], flush=True)
         yield row
 
 
