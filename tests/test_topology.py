@@ -86,10 +86,10 @@ def test_the_decoder_at_four_million_tokens_on_four_chips():
     result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == 0, result.stderr
     totals = [float(total) for total in re.findall(r"; total ([\d.]+) GiB", result.stdout)]
-    # Keys and values of a fourth of the history in each of two blocks, 36 features in tiles of 16.
-    cache = 2 * 2 * 1e6 * 12 * 48 * 2 / 2**30
+    # Keys and values of a fourth of the history in each of two blocks; compilers put 36 features in tiles of 8 or 16.
+    cache = 2 * 2 * 1e6 * 12 * 36 * 2 / 2**30
     assert len(totals) == 3
-    assert all(cache < total < 1.5 * cache for total in totals)
+    assert all(cache < total < 1.6 * cache for total in totals)
     assert "all-gather: 2 runs of 2 operations" in result.stdout
 
 

@@ -36,7 +36,8 @@ class Session:
         self.history = self.window = 0
         self.cache: Cache = decoder.init_cache(batch, length + room, length + room)
         self._mode, self._values = GREEDY.mode(), GREEDY.values()
-        self._stop = jnp.zeros((0,), jnp.int32)
+        # No token's number: over several devices, an empty array crashes XLA's shardy-xla pass of JAX 0.11.2.
+        self._stop = jnp.full((1,), -1, jnp.int32)
         self._random = np.random.default_rng(seed)
         tokens = self._random.integers(0, self.config.vocab_size, (batch,), dtype=np.int32)
         active = jnp.ones((batch,), bool)

@@ -52,7 +52,7 @@ def sample_next(
     Args:
       mode: what kind of sampling (static).
       values: its parameters.
-      stop_tokens: int32 [any number].
+      stop_tokens: int32 [one or more]; -1 stands for none.
       sequences: of the batch.
       positions: of the tokens to sample, int32 [batch].
       logits: float32 [batch, V].
@@ -87,7 +87,7 @@ def run_steps(
       cache: donated; no active sequence's window may fill up before the last of the steps.
       sequences: donated.
       values: parameters of the sampling.
-      stop_tokens: int32 [any number].
+      stop_tokens: int32 [one or more]; -1 stands for none.
       limit: steps, at most MAX_STEPS, int32 [].
       mode: what kind of sampling (static).
 
