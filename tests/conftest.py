@@ -4,12 +4,14 @@ import importlib.metadata
 import os
 import pathlib
 
+from tests.support.compilation import quick_flags
+
 ON_GPU = os.environ.get("JAX_PLATFORMS", "cpu") not in ("", "cpu")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if not ON_GPU:
-    # Level 0 halves the time LLVM takes; it changes no result that a test could see. A collective waits for devices
-    # that share a few cores with whatever else runs: 40 seconds, the default, were seen to be too few.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # A collective waits for devices that share a few cores with whatever else runs: 40 seconds, the default, were seen
+    # to be too few.
+    flags = f"--xla_force_host_platform_device_count=8 {quick_flags()}"
     if importlib.metadata.version("jax") < "0.12":  # where the flag is known to exist; an unknown one is fatal
         flags += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

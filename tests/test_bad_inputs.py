@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
 from tests.support import bad_files, bad_inputs, refusals
-from tests.support.commands import ROOT, check_refusal, command
+from tests.support.commands import check_refusal, command, run_line
+from tests.support.compilation import quick_flags
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
@@ -18,9 +18,9 @@ pytest.importorskip("zstandard")
 @pytest.fixture(scope="module")
 def results() -> list[refusals.Result]:
     """What all cases did, in a process that forks, which this one must not: it uses JAX."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": quick_flags()}
     line = [sys.executable, "-m", "tests.support.refusals"]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    done = run_line(line, environment)
     assert done.returncode == 0, done.stderr
     return [refusals.Result(**json.loads(text)) for text in done.stdout.splitlines()]
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.commands import ROOT, command, command_line
+from tests.support.commands import ROOT, command, command_line, run_line
 
 # The text comes slowly, so that there is time to interrupt; more groups of it than are encoded without workers.
 SLOWLY = """
@@ -97,7 +97,7 @@ async_checkpointer._background_wait_for_commit_futures = full
     shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
     line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *shrunk)
     line[2] = fault + line[2]
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = run_line(line, environment)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.count("No space left") == 1

@@ -1,11 +1,9 @@
 """Want of memory: one line that names what can be changed, and status 1."""
 
-import subprocess
-
 import jax
 import pytest
 
-from tests.support.commands import ROOT, command, command_line
+from tests.support.commands import command, command_line, run_line
 from tlinformer_jax.config import run_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training.memory import (
@@ -103,7 +101,7 @@ def jit_train_step(*_):
 check.jit_train_step = loop.jit_train_step = jit_train_step
 """
     line[2] = fault + line[2]
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = run_line(line, environment)
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -141,9 +139,7 @@ def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp
     ):
         line, environment = command_line(f"tlinformer_jax.{module}", f"--workdir={tmp_path}", *arguments)
         line[2] = f"{FULL}{fault}\n{line[2]}"
-        result = subprocess.run(
-            line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        result = run_line(line, environment)
         assert result.returncode == 1, result.stderr
         assert "Traceback" not in result.stderr
         last = result.stderr.strip().splitlines()[-1]

@@ -142,7 +142,7 @@ def test_valid_configs_train_and_decode(config, prompt):
 
 
 @pytest.mark.slow
-@settings(12, seconds_each=True)
+@settings(6, seconds_each=True)
 @hypothesis.given(valid_configs(), st.integers(1, 24))
 def test_many_valid_configs_train_and_decode(config, prompt):
     check_valid(config, prompt)

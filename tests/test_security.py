@@ -7,14 +7,13 @@ import os
 import pathlib
 import pickle
 import shutil
-import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
 
 from tests.support import golden, torch_files
-from tests.support.commands import ROOT, command_line
+from tests.support.commands import ROOT, command_line, run_line
 from tlinformer_jax.config import load_config, run_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.training.checkpoint import restore_params
@@ -129,7 +128,7 @@ def test_restoring_uses_no_pickle_and_starts_nothing(workdir, control):
     """With pickle made to raise and the interpreter's own audit of it; `control` shows that the audit would tell."""
     _, environment = command_line("none")
     line = [sys.executable, "-c", WATCHED, str(workdir), *["control"] * control]
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = run_line(line, environment)
     assert result.returncode == 0, result.stderr
     events = result.stdout.splitlines()
     assert events.pop() == "LOADED"

@@ -3,12 +3,11 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 
 import pytest
 
-from tests.support.commands import ROOT, check_refusal, command
+from tests.support.commands import ROOT, check_refusal, command, run_line
 from tests.support.optional import need
 from tlinformer_jax.analysis.collectives import Collective, Shape
 from tlinformer_jax.training.topology import collective_lines
@@ -51,7 +50,7 @@ def check(topology: str, *arguments: str) -> str:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
     line = [tpu_python(), "-c", SCRIPT, "--check", f"--topology={topology}", *SMALL, *arguments]
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    result = run_line(line, environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -83,7 +82,7 @@ def test_the_decoder_at_four_million_tokens_on_four_chips():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
     line = [tpu_python(), "-m", "tlinformer_jax.bench.topology", "--topology=v5e:2x2", "--length=4000000"]
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    result = run_line(line, environment)
     assert result.returncode == 0, result.stderr
     totals = [float(total) for total in re.findall(r"; total ([\d.]+) GiB", result.stdout)]
     # Keys and values of a fourth of the history in each of two blocks; compilers put 36 features in tiles of 8 or 16.

@@ -4,9 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import jax
 import pytest
 
+from tests.support import commands
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.bench import limits, parts, profiling, report, rows, runner
 from tlinformer_jax.bench.rows import Plan
@@ -22,7 +21,7 @@ from tlinformer_jax.bench.timing import tree_bytes
 from tlinformer_jax.config import run_config, save_config
 from tlinformer_jax.decoding.cache import init_cache
 
-ROOT = pathlib.Path(__file__).parents[2]
+command = functools.partial(commands.command, "tlinformer_jax.bench.inference")
 SMALL = ModelConfig(
     vocab_size=37,
     d_model=16,
@@ -364,21 +363,3 @@ def test_the_command_needs_neither_ml_collections_nor_matplotlib(tmp_path):
     refused = command("--config=configs/tiny.py", blocked=("ml_collections",))
     assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
     assert "ml_collections" in refused.stderr
-
-
-def command(*arguments: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Runs the benchmark's module; imports of `blocked` packages fail as if they were not installed."""
-    module = "tlinformer_jax.bench.inference"
-    hide = "".join(f"sys.modules[{name!r}] = None; " for name in blocked)
-    script = f"import sys; {hide}import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )

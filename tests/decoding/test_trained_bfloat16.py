@@ -26,6 +26,7 @@ def trained(workdir: pathlib.Path, architecture: str):
         "--config.train.steps=150",
         "--config.train.eval_every=0",
         f"--workdir={workdir}",
+        many_steps=True,
     )
     assert result.returncode == 0, result.stderr
     config = load_config(workdir)

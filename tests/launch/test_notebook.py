@@ -7,6 +7,7 @@ import os
 import pytest
 
 from tests.support.commands import ROOT
+from tests.support.compilation import quick_flags
 from tests.support.optional import need_modules
 
 NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
@@ -36,12 +37,12 @@ def test_every_cell_runs_and_shows_its_figures_and_texts(tmp_path, monkeypatch):
     values |= {"PROMPT_LENGTHS": "40,80", "NEW_TOKENS": 20}
     monkeypatch.setenv("TLINFORMER_NOTEBOOK", json.dumps(values))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", quick_flags())
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{ROOT}/.jax_cache"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}
     )
     client.execute()  # raises where a cell does
     text = "".join(outputs(notebook, "stdout"))

@@ -27,7 +27,7 @@ def submit(cluster, folder, *line: str) -> str:
     settings = {name: environment[name] for name in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")}
     output = f"--output={folder}/%A-%a.out"
     return cluster.command(
-        "sbatch", "--parsable", output, *line, cwd=ROOT, timeout=300, PYTHON=sys.executable, NPROC="8", **settings
+        "sbatch", "--parsable", output, *line, cwd=ROOT, timeout=1200, PYTHON=sys.executable, NPROC="8", **settings
     )
 
 

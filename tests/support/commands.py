@@ -5,7 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+from tests.support.compilation import quick_flags
+
 ROOT = pathlib.Path(__file__).parents[2]
+# Seconds; against what hangs, on a machine that may be busy with other work.
+TIMEOUT = 1200
 
 
 def command_line(module: str, *arguments: str, blocked: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
@@ -14,17 +18,27 @@ def command_line(module: str, *arguments: str, blocked: tuple[str, ...] = ()) ->
     # Tests that a shell runs in the background would hand down that Ctrl-C is ignored.
     hide += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     script = f"import sys; {hide}import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": quick_flags(), "JAX_PLATFORMS": "cpu"}
     return [sys.executable, "-c", script, *arguments], {
         **environment,
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")),
     }
 
 
-def command(module: str, *arguments: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Runs a module on one CPU device; imports of `blocked` packages fail as if they were not installed."""
+def command(
+    module: str, *arguments: str, blocked: tuple[str, ...] = (), many_steps: bool = False
+) -> subprocess.CompletedProcess:
+    """Runs a module on one CPU device; imports of `blocked` packages fail as if they were not installed.
+
+    With `many_steps` XLA takes the time to make the program fast, which pays for a run of hundreds of them.
+    """
     line, environment = command_line(module, *arguments, blocked=blocked)
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return run_line(line, environment | ({"XLA_FLAGS": ""} if many_steps else {}))
+
+
+def run_line(line: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Runs what `command_line` returned, perhaps changed, in the project's directory."""
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT)
 
 
 def check_refusal(result: subprocess.CompletedProcess, message: str) -> None:

@@ -10,12 +10,13 @@ from tests.support.commands import command
 from tests.support.processes import SMALL, saved_steps, start, start_many, start_two, wait_for
 
 MAIN = "tlinformer_jax.main"
+EMBEDDED = ("--config=configs/tiny.py", "--config.train.steps=3", "--config.train.log_every=1")
 SPEED = ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")
 
 
 def run(*processes) -> list[str]:
     """Waits for processes that must succeed; returns what each wrote on stderr."""
-    told = [process.communicate(timeout=400)[1] for process in processes]
+    told = [process.communicate(timeout=1200)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), told
     return told
 
@@ -41,7 +42,7 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     # Evaluated by two processes, and by one, with the same result.
     asked = ("--json", "--lengths=20")
     (told, _), (silent, _) = [
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         for process in start_two("tlinformer_jax.evaluate", f"--workdir={two}", *asked, f"--out={tmp_path}/two.json")
     ]
     alone = command("tlinformer_jax.evaluate", f"--workdir={two}", *asked)
@@ -56,17 +57,23 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     assert json.loads((tmp_path / "two.json").read_text())["by_length"] == [mine]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The directory of a run by one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    run(start(MAIN, *EMBEDDED, f"--workdir={workdir}"))
+    return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "mesh"),
     [(2, {"window": 2}), (4, {"data": 2, "context": 2}), (4, {"fsdp": 2, "window": 2})],
 )
-def test_a_mesh_over_processes_trains_the_embedded_configuration_as_one_does(processes, mesh, tmp_path):
-    settings = ("--config=configs/tiny.py", "--config.train.steps=4", "--config.train.log_every=1")
+def test_a_mesh_over_processes_trains_the_embedded_configuration_as_one_does(processes, mesh, alone, tmp_path):
     axes = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
-    run(start(MAIN, *settings, f"--workdir={tmp_path}/one"))
-    run(*start_many(processes, MAIN, *settings, *axes, f"--workdir={tmp_path}/many"))
-    for mine, other in zip(events(tmp_path / "many"), events(tmp_path / "one"), strict=True):
+    run(*start_many(processes, MAIN, *EMBEDDED, *axes, f"--workdir={tmp_path}"))
+    for mine, other in zip(events(tmp_path), events(alone), strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
 
 

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from tlinformer_jax.config import RunConfig
     from tlinformer_jax.training.setup import Run
 
-PROMPTS = ("The ", "It was ", '"I do not ', "In the beginning ")
+# None ends in a space: a word's first token holds the space before it.
+PROMPTS = ("The", "It was", '"I do not', "In the beginning")
 SAMPLE_TOKENS = 120
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
