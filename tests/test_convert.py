@@ -90,7 +90,12 @@ def test_golden_weights_generate(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("dtype", "param_dtype"),
-    [(np.float16, "float32"), (ml_dtypes.bfloat16, "float32"), (np.float64, "float32"), (np.float16, "bfloat16")],
+    [
+        (ml_dtypes.bfloat16, "float32"),
+        (np.float64, "float32"),
+        pytest.param(np.float16, "float32", marks=pytest.mark.slow),
+        pytest.param(np.float16, "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_other_dtypes(dtype, param_dtype, tmp_path):
     weights = {name: array.astype(dtype) for name, array in golden.random_weights(SMALL).items()}

@@ -16,7 +16,7 @@ from tlinformer_jax.training.step import summed_loss
 @pytest.mark.parametrize(
     ("chunk", "fields"),
     [
-        (3, {}),  # does not divide the history
+        pytest.param(3, {}, marks=pytest.mark.slow),  # does not divide the history
         pytest.param(4, {"windows_together": 2, "history_window": 9}, marks=pytest.mark.slow),
         pytest.param(5, {"history_window": "auto", "remat": "none"}, marks=pytest.mark.slow),
     ],

@@ -142,6 +142,7 @@ def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole, again.params)
 
 
+@pytest.mark.slow
 def test_where_the_cap_binds_the_record_says_so(tmp_path):
     result = run_job(Job("run", changed(train={"stop_at_accuracy": 1.0}), tmp_path, "command"))
     assert (result["steps"], result["target"]["reached"], result["target"]["most_steps"]) == (6, False, 6)
