@@ -44,4 +44,9 @@ fi
 
 settings=("JAX_PLATFORMS=cuda" "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")
 [[ -z "$gpus" ]] || settings+=("CUDA_VISIBLE_DEVICES=$gpus")
-dry_run="$dry_run" run exec env "${settings[@]}" "$python" -m tlinformer_jax.main --num_processes=1 "${arguments[@]}"
+line=(env "${settings[@]}" "$python" -m tlinformer_jax.main --num_processes=1 "${arguments[@]}")
+if [[ "$dry_run" == true ]]; then
+  dry_run=true run "${line[@]}"
+else
+  exec "${line[@]}"
+fi

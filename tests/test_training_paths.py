@@ -35,7 +35,7 @@ WAYS = {
     "three blocks": {"remat": "window", "num_blocks": 3, "hidden_depth": 0, "history_chunk": 5},
     "tconstformer": {"remat": "window", "architecture": "tconstformer", "history_chunk": 3},
 }
-DEFAULT = ("one after the other",)
+DEFAULT = ("in groups",)
 
 
 def sequences() -> dict[str, jax.Array]:

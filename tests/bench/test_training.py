@@ -6,8 +6,9 @@ import json
 import pytest
 
 from tests.test_entry_points import check_refusal, command
-from tlinformer_jax.bench import training
+from tlinformer_jax.bench import profiling, training
 from tlinformer_jax.bench.training_plots import plot_training
+from tlinformer_jax.errors import ConfigError
 
 TINY = "model.d_model=16,model.num_heads=2,model.num_blocks=1,model.hidden_depth=0,model.d_ff=16,model.vocab_size=64"
 
@@ -83,6 +84,21 @@ def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
     assert row["tokens_per_second"] is None
     assert training.best_rows([row]) == []
     assert "out of memory" in training.line(row)
+
+
+def test_a_row_that_the_devices_cannot_share_is_refused():
+    values = {"model": {"architecture": "transformer"}, "train": {"batch_size": 8}, "mesh": {"data": 4, "window": 2}}
+    with pytest.raises(ConfigError, match=r"mesh\.window = 2: must be 1 for model.architecture = 'transformer'"):
+        training.checked_mesh(training.run_config(values))
+    with pytest.raises(ConfigError, match=r"--batch_tokens / --lengths = 6"):
+        training.checked_mesh(training.run_config({"train": {"batch_size": 6}, "mesh": {"data": 4, "window": 2}}))
+
+
+def test_a_trace_tells_as_many_kernels_as_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(profiling, "device_kernels", lambda _: {f"kernel{n}": (n, n * 1e6) for n in range(1, 21)})
+    lines = profiling.trace(tmp_path, lambda: 0, most=3).splitlines()
+    assert [text.split()[-1] for text in lines[1:-1]] == ["kernel20", "kernel19", "kernel18"]
+    assert lines[-1].split() == ["210.000", "in", "all,", "20", "kernels"]
 
 
 def test_the_best_row_is_the_fastest_of_its_length():

@@ -32,7 +32,7 @@ def shown(script: str, *arguments: str) -> list[str]:
 def test_dry_runs_of_one_box_and_slurm():
     module = f"{sys.executable} -m tlinformer_jax"
     (line,) = shown("gpu.sh", "--gpus=0,2", *TRAIN)
-    assert line.startswith("exec env JAX_PLATFORMS=cuda ")
+    assert line.startswith("env JAX_PLATFORMS=cuda ")
     assert r"CUDA_VISIBLE_DEVICES=0\,2" in line
     assert line.endswith(rf"{module}.main --num_processes=1 --config=configs/tiny.py --workdir=runs/a\ b")
     (line,) = shown("slurm/train.sbatch", *TRAIN)

@@ -51,7 +51,7 @@ OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print onl
 GROUP = 5
 # Windows whose losses are kept.
 FIRST_WINDOWS = 64
-# Kernels in the table of a profile: a step has about 1,300 launches of a hundred.
+# Kernels in the table of a profile, of the 100 to 300 that a step has.
 TRACED_KERNELS = 60
 COLUMNS = (
     "architecture",
@@ -198,16 +198,12 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
 
     from tlinformer_jax.bench.profiling import trace
     from tlinformer_jax.models import build_model
-    from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
     from tlinformer_jax.training.memory import peak_bytes
     from tlinformer_jax.training.optimizer import Horizon
-    from tlinformer_jax.training.setup import check_sequences_divide
     from tlinformer_jax.training.step import init_state, jit_train_step
 
-    train, model, mesh = config.train, build_model(config.model), build_mesh(config.mesh)
-    check_batch_divides(train.batch_size, mesh, "--batch_tokens / --lengths")
-    check_sequences_divide(mesh, config.model, config.data.sequence_length, train.sampled_windows)
+    train, model, mesh = config.train, build_model(config.model), checked_mesh(config)
     horizon = Horizon(timing.steps, timing.steps)
 
     def initial(key: jax.Array) -> Any:
@@ -249,6 +245,21 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         "window_losses": _window_losses(config, outputs[0]["window_losses"]),
     }
+
+
+def checked_mesh(config: RunConfig) -> Any:
+    """The devices of a row (`jax.sharding.Mesh`).
+
+    Raises:
+      ConfigError: if they cannot share out its batch or its sequences.
+    """
+    from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
+    from tlinformer_jax.training.setup import check_sequences_divide
+
+    mesh = build_mesh(config.mesh)
+    check_batch_divides(config.train.batch_size, mesh, "--batch_tokens / --lengths")
+    check_sequences_divide(mesh, config.model, config.data.sequence_length, config.train.sampled_windows)
+    return mesh
 
 
 def _random_batch(config: RunConfig) -> dict[str, Any]:
@@ -387,6 +398,8 @@ def main() -> None:
 
     lengths, sizes = _integers("--lengths", LENGTHS.value), _integers("--batch_tokens", BATCH_TOKENS.value)
     plan = jobs(_base(), TRY.value or [""], lengths, sizes)
+    for job in plan:
+        checked_mesh(job.config)
     folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     jax.config.update("jax_enable_compilation_cache", False)  # its hits would be taken for fast compilations
     device = jax.devices()[0].device_kind
