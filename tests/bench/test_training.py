@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.test_entry_points import check_refusal, command
-from tlinformer_jax.bench import profiling, training
+from tlinformer_jax.bench import profiling, training, training_report
 from tlinformer_jax.bench.training_plots import plot_training
 from tlinformer_jax.errors import ConfigError
 
@@ -82,8 +82,8 @@ def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
     row = training.time_job(training.Job(config, ""), training.Timing(1))
     assert row["error"] == "out of memory"
     assert row["tokens_per_second"] is None
-    assert training.best_rows([row]) == []
-    assert "out of memory" in training.line(row)
+    assert training_report.best_rows([row]) == []
+    assert "out of memory" in training_report.line(row)
 
 
 def test_a_row_that_the_devices_cannot_share_is_refused():
@@ -104,7 +104,7 @@ def test_a_trace_tells_as_many_kernels_as_asked(monkeypatch, tmp_path):
 def test_the_best_row_is_the_fastest_of_its_length():
     row = {"architecture": "tlinformer", "length": 512, "batch": 1}
     rows = [row | {"tokens_per_second": speed, "setting": str(speed)} for speed in (3.0, None, 9.0, 5.0)]
-    assert [best["setting"] for best in training.best_rows(rows)] == ["9.0"]
+    assert [best["setting"] for best in training_report.best_rows(rows)] == ["9.0"]
 
 
 def test_settings_take_numbers_words_none_and_lists_of_names():

@@ -17,8 +17,8 @@ DIR receives training.json (with device, JAX version and command), training.csv,
 architecture and length, and plots where matplotlib is installed.
 """
 
-import csv
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -31,6 +31,7 @@ from typing import Any
 from absl import flags
 
 from tlinformer_jax import cli
+from tlinformer_jax.bench.training_report import COLUMNS, best_rows, line, table, window_differences, write_results
 from tlinformer_jax.config import RunConfig, run_config
 from tlinformer_jax.errors import ConfigError
 
@@ -53,24 +54,6 @@ GROUP = 5
 FIRST_WINDOWS = 64
 # Kernels in the table of a profile, of the 100 to 300 that a step has.
 TRACED_KERNELS = 60
-COLUMNS = (
-    "architecture",
-    "length",
-    "batch",
-    "setting",
-    "tokens_per_second",
-    "mfu",
-    "step_seconds",
-    "compile_seconds",
-    "step_bytes",
-    "model_flops",
-    "hardware_flops",
-    "tokens",
-    "first_loss",
-    "last_loss",
-    "peak_bytes",
-    "error",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,14 +213,8 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
             jax.block_until_ready(state)
             groups.append((time.perf_counter() - started) / max(count, 1))
         if timing.profile:
-
-            def three_steps() -> Any:
-                ahead = state
-                for _ in range(3):
-                    ahead, _ = compiled(ahead, batch)
-                return ahead
-
-            figures["kernels"] = trace(pathlib.Path(timing.profile), three_steps, most=TRACED_KERNELS)
+            steps = functools.partial(_three_steps, compiled, state, batch)
+            figures["kernels"] = trace(pathlib.Path(timing.profile), steps, most=TRACED_KERNELS)
     return figures | {
         "step_seconds": statistics.median(groups[1:]),
         "first_loss": float(outputs[0]["loss"]),
@@ -245,6 +222,13 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         "window_losses": _window_losses(config, outputs[0]["window_losses"]),
     }
+
+
+def _three_steps(compiled: Any, state: Any, batch: Mapping[str, Any]) -> Any:
+    """The state after three more steps; `state` is donated."""
+    for _ in range(3):
+        state, _ = compiled(state, batch)
+    return state
 
 
 def checked_mesh(config: RunConfig) -> Any:
@@ -283,25 +267,6 @@ def _window_losses(config: RunConfig, sums: Any) -> list[float]:
     return [float(value) / (size * config.train.batch_size) for value in sums[:whole]]
 
 
-def window_differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How far the first windows' losses of a model's rows of batch 1 are from its first row's, a line each."""
-    lines: list[str] = []
-    first: dict[tuple[str, str], tuple[int, list[float]]] = {}
-    for row in rows:
-        losses = row.get("window_losses")
-        if not losses or row["batch"] != 1:
-            continue
-        start, truth = first.setdefault((row["architecture"], row["setting"]), (row["length"], losses))
-        if truth is not losses:
-            pairs = list(zip(losses, truth))
-            most = max(abs(value - expected) for value, expected in pairs)
-            lines.append(
-                f"{row['architecture']}: losses of the first {len(pairs)} windows at N = {row['length']:,} and "
-                f"{start:,} differ by at most {most:.1e}; they range from {min(truth):.4f} to {max(truth):.4f}"
-            )
-    return lines
-
-
 def _bytes(compiled: Any) -> int | None:
     """Memory that a compiled program needs: its arguments, results that reuse none of them, temporary values."""
     found = compiled.memory_analysis()
@@ -309,55 +274,6 @@ def _bytes(compiled: Any) -> int | None:
         return None
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return kept + found.temp_size_in_bytes
-
-
-def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The fastest row of every architecture and length, in the order in which they were timed."""
-    best: dict[tuple[str, int], Mapping[str, Any]] = {}
-    for row in rows:
-        place = (row["architecture"], row["length"])
-        if row["tokens_per_second"] and row["tokens_per_second"] > best.get(place, {}).get("tokens_per_second", 0):
-            best[place] = row
-    return list(best.values())
-
-
-def line(row: Mapping[str, Any]) -> str:
-    """A row as it is printed."""
-    head = f"{row['architecture']:14} N {row['length']:>9,}  batch {row['batch']:>4}"
-    setting = f"  [{row['setting']}]" if row["setting"] else ""
-    if row["error"]:
-        return f"{head}  {row['error']}{setting}"
-    mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
-    memory = "" if row["step_bytes"] is None else f"  {row['step_bytes'] / 1e9:.2f} GB"
-    return (
-        f"{head}  {row['tokens_per_second']:>12,.0f} tokens/s{mfu}  step {row['step_seconds'] * 1e3:.2f} ms{memory}  "
-        f"compile {row['compile_seconds']:.1f} s  loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}{setting}"
-    )
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The best rows as a Markdown table."""
-    head = "| architecture | N | batch | tokens/s | MFU | step | memory | compilation | setting |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
-    for row in best_rows(rows):
-        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        memory = "" if row["step_bytes"] is None else f"{row['step_bytes'] / 1e9:.2f} GB"
-        lines.append(
-            f"| {row['architecture']} | {row['length']:,} | {row['batch']} | {row['tokens_per_second']:,.0f} | {mfu} | "
-            f"{row['step_seconds'] * 1e3:.2f} ms | {memory} | {row['compile_seconds']:.1f} s | {row['setting']} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def write_results(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Writes training.json, training.csv and training.md."""
-    rows = report["rows"]
-    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    with open(folder / "training.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "training.md").write_text(table(rows))
 
 
 def _integers(name: str, texts: Sequence[str]) -> list[int]:
