@@ -96,7 +96,7 @@ def test_the_command_ends_with_status_1_and_no_traceback(arguments, tmp_path):
     fault = f"""
 import jax
 from tlinformer_jax.training import check, loop
-def jit_train_step(*_):
+def jit_train_step(*_, **__):
     raise jax.errors.JaxRuntimeError({MESSAGE!r})
 check.jit_train_step = loop.jit_train_step = jit_train_step
 """

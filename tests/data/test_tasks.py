@@ -11,7 +11,7 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.passkey import KEY_DIGITS
 from tlinformer_jax.data.pydoc import pydoc_articles
-from tlinformer_jax.data.sources import available_splits, find_split, load_split
+from tlinformer_jax.data.sources import answer_tokens, available_splits, find_split, load_split
 from tlinformer_jax.data.tasks import DEPTHS, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, build_tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
@@ -118,6 +118,16 @@ def test_a_sample_is_the_same_in_every_batch_and_training_never_sees_the_validat
     np.testing.assert_array_equal(batch["inputs"], split.task.make(batches.indices(5), length).tokens[:, :-1])
     np.testing.assert_array_equal(batch["weights"] > 0, split.task.make(batches.indices(5), length).answers)
     np.testing.assert_array_equal(batches.batch(5, np.array([6, 2]))["labels"], batch["labels"][[6, 2]])
+
+
+@pytest.mark.parametrize("config", [RECALL, COPY, PASSKEY], ids=lambda config: config.dataset)
+def test_as_many_labels_count_as_are_said_to(config):
+    """The loss reads no more of a sample than these."""
+    for length in (config.sequence_length, config.sequence_length + 10):
+        answers = split_of(config).task.make(np.arange(40), length).answers
+        said = answer_tokens(config, build_tokenizer(config.tokenizer), length)
+        assert (answers.sum(axis=1) == said).all()
+    assert answer_tokens(DataConfig(dataset="pydoc"), build_tokenizer("bytes"), 64) is None
 
 
 def test_regions_are_seen_from_the_window_of_the_answer():

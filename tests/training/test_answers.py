@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config import RunConfig, run_config
+from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError
@@ -17,7 +19,8 @@ from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.training import loop
 from tlinformer_jax.training.answers import CELLS, answer_sums
-from tlinformer_jax.training.setup import build_run
+from tlinformer_jax.training.setup import build_run, flops_per_token
+from tlinformer_jax.training.step import summed_loss
 
 SECTIONS = {
     "model": {
@@ -114,6 +117,35 @@ def test_accuracy_is_that_of_the_logits():
         for number, region in enumerate(REGIONS)
     }
     assert report["accuracy_by_position"]["right"] == by_end.tolist()
+
+
+# The whole sequence's readout, of 3 rows in 18; and window by window, of 3 rows in each 4.
+@pytest.mark.parametrize(("remat", "share"), [("none", 0.7), ("window", 0.85)])
+def test_the_head_reads_the_answers_alone_and_loss_and_gradient_are_the_same(remat, share):
+    config = changed(model={"vocab_size": 2048, "remat": remat}, data={"tokenizer": "numbers:2048"})
+    run = build_run(config, build_tokenizer("numbers:2048"))
+    params = jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params)
+    batch = take_samples(run.split("train"), 18, np.array([3, 5, -1]))
+    assert batch["weights"].sum() == 6
+
+    def gradient(answers):
+        def loss(params, batch):
+            key = jax.random.key(0)
+            return summed_loss(params, batch, key, model=run.model, config=config.train, answers=answers)[0]
+
+        return jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
+
+    every, read = gradient(None), gradient(run.answer_tokens)
+    for value, truth in zip(jax.tree.leaves(read(params, batch)), jax.tree.leaves(every(params, batch)), strict=True):
+        assert np.linalg.norm(value - truth) <= 1e-5 * np.linalg.norm(truth)
+    assert read.cost_analysis()["flops"] < share * every.cost_analysis()["flops"]
+
+
+def test_model_flops_count_the_head_at_the_answers_alone():
+    config = changed(model={"vocab_size": 2048}, data={"tokenizer": "numbers:2048"})
+    run = build_run(config, build_tokenizer("numbers:2048"))
+    text = training_flops(config.model, 18).model / 18
+    assert text - flops_per_token(run, 18) == pytest.approx(6 * 2048 * 16 * 15 / 18)
 
 
 @pytest.mark.slow

@@ -80,8 +80,8 @@ def test_a_run_names_the_step_and_the_parameters_and_keeps_its_last_checkpoint(t
     config = run_config(tmp_path, steps=8, log_every=4, eval_every=0, checkpoint_every=2, max_skipped_updates=1)
     whole = loop.jit_train_step
 
-    def poisoned(model, *rest):
-        step = whole(model, *rest)
+    def poisoned(model, *rest, **options):
+        step = whole(model, *rest, **options)
 
         def run(state, batch):
             if int(state.step) == 2:

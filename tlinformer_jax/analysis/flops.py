@@ -86,7 +86,9 @@ class WindowShape:
     causal_pairs: float
 
 
-def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_windows: int = 0) -> StepFlops:
+def training_flops(
+    config: ModelConfig, length: int, batch: int = 1, sampled_windows: int = 0, read: int | None = None
+) -> StepFlops:
     """Operations of a training step's forward and backward passes on this machine's default device.
 
     Args:
@@ -95,6 +97,7 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
       batch: sequences.
       sampled_windows: windows that are trained on, drawn from all with equal probability, so that the expected
         count is given; 0 for all of them.
+      read: tokens of a sequence that the head reads; None for all of them. Hardware FLOPs too count each of them once.
     """
     kernel, dtype = config.attention, config.compute_dtype
     if kernel == "auto" and config.dropout:
@@ -110,7 +113,7 @@ def training_flops(config: ModelConfig, length: int, batch: int = 1, sampled_win
     model_outside, model_inside = _model_forward(config, length)
     together = 1 if share < 1 else None
     outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, together)
-    head = 2.0 * length * share * config.vocab_size * config.d_model
+    head = 2.0 * (length if read is None else read) * share * config.vocab_size * config.d_model
     padded_head = head * padded_vocabulary(config.vocab_size, config.compute_dtype) / config.vocab_size
     model = 3.0 * (model_outside + model_inside * share).total + 3.0 * head
     once = outside + inside * share

@@ -63,6 +63,11 @@ class Phrases:
         return np.concatenate([*pieces, *map(self.spelled, numbers[len(parts) - 1 :])], axis=-1)
 
 
+def answer_tokens(tokenizer: Tokenizer) -> int:
+    """Tokens of a key; raises as `Phrases.of`."""
+    return KEY_DIGITS * Phrases.of(tokenizer).digits.shape[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Passkey:
     """The task.

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+from tlinformer_jax.data import passkey
 from tlinformer_jax.data.cache import cached_tokens, file_identity, find_tokens, smallest_dtype
 from tlinformer_jax.data.config import SPLITS, DataConfig
 from tlinformer_jax.data.copying import Copying
 from tlinformer_jax.data.draws import key_of
 from tlinformer_jax.data.files import file_kind, find_files, read_documents
-from tlinformer_jax.data.passkey import Passkey
 from tlinformer_jax.data.pieces import cut_documents, group_pieces
 from tlinformer_jax.data.progress import Progress
 from tlinformer_jax.data.recall import Recall
@@ -133,6 +133,21 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     return find_tokens(config.cache_path, _identity(source, config, tokenizer), config.full_hash)
 
 
+def answer_tokens(config: DataConfig, tokenizer: Tokenizer, length: int) -> int | None:
+    """How many labels of a sample of `length` tokens count: a task's answers; None where all do.
+
+    Raises:
+      DataError: if the task cannot be written by the tokenizer.
+    """
+    if config.dataset == "recall":
+        return config.pairs
+    if config.dataset == "copy":
+        return length // 2
+    if config.dataset == "passkey":
+        return passkey.answer_tokens(tokenizer)
+    return None
+
+
 def _haystack(config: DataConfig) -> DataConfig:
     """Where the text of the passkeys comes from."""
     dataset = "text" if config.train_files else "pydoc"
@@ -153,7 +168,7 @@ def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | No
         task = Copying(key, tokenizer.vocab_size)
     else:
         assert isinstance(text, TokenStream)
-        task = Passkey(key, text, tokenizer, config.passkeys, in_turn=split != "train")
+        task = passkey.Passkey(key, text, tokenizer, config.passkeys, in_turn=split != "train")
     for length, _ in (*config.stages, (config.sequence_length, 0)):
         task.check(length)
     return TaskSplit(task, config.train_examples if split == "train" else config.validation_examples)

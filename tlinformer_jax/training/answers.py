@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,34 @@ import numpy as np
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS
 
 CELLS = len(REGIONS) * DEPTHS
+
+
+# How many labels of a sample of so many tokens count; None for all.
+AnswerTokens = Callable[[int], int | None]
+
+
+def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
+    """Where a sample's labels count: the head reads these alone, as it would be most of a small model's work.
+
+    Args:
+      weights: float32 [batch, length].
+      most: labels of a sample whose weight is not 0, at most.
+
+    Returns:
+      int32 [batch, most], all places of positive weight and any others; None if there are no more places than these.
+    """
+    return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
+
+
+def at_places(array: jax.Array, places: jax.Array) -> jax.Array:
+    """[batch, most, ...] of [batch, length, ...]."""
+    return jnp.take_along_axis(array, places.reshape(*places.shape, *(1,) * (array.ndim - 2)), axis=1)
+
+
+def put_back(array: jax.Array, places: jax.Array, length: int, rest: Any) -> jax.Array:
+    """The inverse of `at_places`, [batch, length] of [batch, most], with `rest` elsewhere."""
+    rows = jnp.arange(array.shape[0])[:, None]
+    return jnp.full((array.shape[0], length), rest, array.dtype).at[rows, places].set(array)
 
 
 def answer_sums(hits: jax.Array, starts: jax.Array, cells: jax.Array) -> dict[str, jax.Array]:

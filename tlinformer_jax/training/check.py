@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.sources import find_split
@@ -16,7 +15,7 @@ from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.parallel.target import device_kind
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
-from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
+from tlinformer_jax.training.setup import PENDING, Run, build_run, flops_per_token, training_batches
 from tlinformer_jax.training.step import jit_train_step
 from tlinformer_jax.training.windows import trained_tokens
 
@@ -62,7 +61,7 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
         if stream is not None:
             run.checked(name, stream)
     horizon = _horizon(config, streams["train"])
-    lines = [model_line(run), _memory_line(run, compile_step), *_length_lines(config, horizon, streams["train"])]
+    lines = [model_line(run), _memory_line(run, compile_step), *_length_lines(run, horizon, streams["train"])]
     lines += [_split_line(name, stream, config.data.sequence_length) for name, stream in streams.items()]
     if compile_step:
         lines.append(_compiled_line(dataclasses.replace(run, horizon=horizon or PENDING)))
@@ -96,7 +95,7 @@ def compiled_step(run: Run) -> Any:
     }
     state, shardings = run.abstract_state, run.shardings  # first: under the mesh, even a key is made on its devices
     with jax.set_mesh(run.mesh):
-        step = jit_train_step(run.model, run.config.train, run.horizon, shardings, sharding)
+        step = jit_train_step(run.model, run.config.train, run.horizon, shardings, sharding, answers=run.answer_tokens)
         return step.lower(state, batch).compile()
 
 
@@ -138,10 +137,10 @@ def _compiled_line(run: Run) -> str:
     return f"compiled step by device: {size_text(total)}, of which {rest}"
 
 
-def _length_lines(config: RunConfig, horizon: Horizon | None, train: Split | None) -> list[str]:
-    length, sampled = config.data.sequence_length, config.train.sampled_windows
-    predicted = trained_tokens(config.model, length, sampled)
-    per_token = training_flops(config.model, length, sampled_windows=sampled).model / predicted
+def _length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:
+    config, length = run.config, run.config.data.sequence_length
+    predicted = trained_tokens(config.model, length, config.train.sampled_windows)
+    per_token = flops_per_token(run, length)
     step = config.train.batch_size * length
     lines = [f"model FLOPs per trained token, forward and backward: {per_token:,.0f}"]
     if horizon is None:

@@ -195,7 +195,14 @@ def train_steps(
     Raises:
       DivergedError: when loss or gradient are no longer finite, and no rollback is left.
     """
-    step_function = jit_train_step(run.model, run.config.train, run.horizon, run.shardings, batch_sharding(run.mesh))
+    step_function = jit_train_step(
+        run.model,
+        run.config.train,
+        run.horizon,
+        run.shardings,
+        batch_sharding(run.mesh),
+        answers=run.answer_tokens,
+    )
     throughput = build_throughput(run)
     while True:
         if int(state.step) in evaluation_steps(run.config.train, batches, run.horizon.steps) and not evaluated:

@@ -13,7 +13,7 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
-from tlinformer_jax.data.sources import load_split
+from tlinformer_jax.data.sources import answer_tokens, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
@@ -62,6 +62,10 @@ class Run:
     def shardings(self) -> TrainState:
         """Shardings of the train state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def answer_tokens(self, length: int) -> int | None:
+        """How many labels of a sample of `length` tokens count; None for all."""
+        return answer_tokens(self.config.data, self.tokenizer, length)
 
     def initial_state(self) -> TrainState:
         """The state before the first update, born sharded."""
@@ -119,9 +123,8 @@ class Run:
           ConfigError: if the attention's kernel is not for this device.
         """
         check_kernel(self.config.model)
-        return jit_eval_step(
-            self.model, self.config.train, self.shardings.params, batch_sharding(self.mesh, EVALUATION_AXES)
-        )
+        sharding = batch_sharding(self.mesh, EVALUATION_AXES)
+        return jit_eval_step(self.model, self.config.train, self.shardings.params, sharding, self.answer_tokens)
 
     def evaluate(
         self,
@@ -235,7 +238,8 @@ def build_throughput(run: Run) -> Throughput:
 def flops_per_token(run: Run, length: int) -> float:
     """Model FLOPs of a trained token in samples of `length` tokens."""
     model, sampled = run.config.model, run.config.train.sampled_windows
-    return training_flops(model, length, sampled_windows=sampled).model / trained_tokens(model, length, sampled)
+    flops = training_flops(model, length, sampled_windows=sampled, read=run.answer_tokens(length))
+    return flops.model / trained_tokens(model, length, sampled)
 
 
 def check_kernel(config: ModelConfig) -> None:

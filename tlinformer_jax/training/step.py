@@ -16,7 +16,7 @@ from tlinformer_jax.parallel.sequence_split import WHOLE
 from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.target import is_nvidia_gpu
-from tlinformer_jax.training.answers import answer_sums
+from tlinformer_jax.training.answers import AnswerTokens, answer_sums, at_places, put_back, weighted_places
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
@@ -83,6 +83,7 @@ def train_step(
     config: TrainConfig,
     horizon: Horizon,
     window_losses: bool = False,
+    answers: AnswerTokens | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -95,6 +96,7 @@ def train_step(
       config: of the run.
       horizon: how long the run is.
       window_losses: whether to return those.
+      answers: of a task, how many labels of a sample have weights.
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
@@ -106,7 +108,9 @@ def train_step(
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     shares = Shares.of(jax.sharding.get_abstract_mesh())
-    gradient = functools.partial(batch_gradient, model=model, config=config, shares=shares, window_losses=window_losses)
+    gradient = functools.partial(
+        batch_gradient, model=model, config=config, shares=shares, window_losses=window_losses, answers=answers
+    )
     loss, each, grads = shares.run(gradient, batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     metrics = {
@@ -138,6 +142,7 @@ def batch_gradient(
     config: TrainConfig,
     shares: Shares,
     window_losses: bool = False,
+    answers: AnswerTokens | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The loss of a batch with its gradient, summed over micro-batches and over the devices that share it.
 
@@ -150,6 +155,7 @@ def batch_gradient(
       config: of the run.
       shares: how the batch is shared out.
       window_losses: whether to sum them, which are as many as a sequence has windows, over the devices.
+      answers: as `train_step` takes it.
 
     Returns:
       the loss, float32 []; where asked for each window's, as `summed_loss` says, else float32 [0]; the gradient.
@@ -162,7 +168,9 @@ def batch_gradient(
         if config.sampled_windows:
             length = micro["inputs"].shape[1]
             windows = draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
-        total, each = summed_loss(params, micro, key, model=model, config=config, windows=windows, shares=shares)
+        total, each = summed_loss(
+            params, micro, key, model=model, config=config, windows=windows, shares=shares, answers=answers
+        )
         return total / divisor, each
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
@@ -214,6 +222,7 @@ def summed_loss(
     config: TrainConfig,
     windows: jax.Array | None = None,
     shares: Shares = ALONE,
+    answers: AnswerTokens | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
 
@@ -227,14 +236,18 @@ def summed_loss(
       config: of the run.
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
       shares: how the batch is shared out.
+      answers: as `train_step` takes it.
 
     Returns:
       float32 []; and each window's sum, float32 [windows], where one is computed after the other, else float32 [0].
     """
     inputs = batch["inputs"]
     rows = {name: batch[name] for name in ("labels", "weights")}
+    most = None if answers is None else answers(inputs.shape[1])
 
     def readout(hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch) -> jax.Array:
+        if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
+            hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
         return summed_cross_entropy(hidden, embedding, rows["labels"], rows["weights"], config.loss_chunk)
 
     def apply(*arguments: Any, **options: Any) -> Any:
@@ -266,20 +279,33 @@ def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> t
     return jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
 
 
-def eval_step(params: Any, batch: DeviceBatch, *, model: LanguageModel, config: TrainConfig) -> dict[str, jax.Array]:
+def eval_step(
+    params: Any,
+    batch: DeviceBatch,
+    *,
+    model: LanguageModel,
+    config: TrainConfig,
+    answers: AnswerTokens | None = None,
+) -> dict[str, jax.Array]:
     """Sums of a batch by position: losses (nats) and weights, each float32 [N].
 
-    Of a task's batch also what `training.answers.answer_sums` says.
+    Of a task's batch also what `training.answers.answer_sums` says; `answers` are as `train_step` takes them.
     """
     hidden: Any = model.apply({"params": params}, batch["inputs"], method=model.hidden_states)
-    answers = {}
+    labels, weights, sums = batch["labels"], batch["weights"], {}
     if "starts" in batch:
-        losses, hits = token_losses_and_hits(hidden, params["embedding"], batch["labels"], config.loss_chunk)
-        answers = answer_sums(hits, batch["starts"], batch["cells"])
+        length = labels.shape[1]
+        most = None if answers is None else answers(length)
+        places = None if most is None else weighted_places(weights, most)
+        if places is not None:
+            hidden, labels = at_places(hidden, places), at_places(labels, places)
+        losses, hits = token_losses_and_hits(hidden, params["embedding"], labels, config.loss_chunk)
+        if places is not None:
+            losses, hits = put_back(losses, places, length, 0), put_back(hits, places, length, True)
+        sums = answer_sums(hits, batch["starts"], batch["cells"])
     else:
-        losses = token_losses(hidden, params["embedding"], batch["labels"], config.loss_chunk)
-    weights = batch["weights"]
-    return {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0), **answers}
+        losses = token_losses(hidden, params["embedding"], labels, config.loss_chunk)
+    return {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0), **sums}
 
 
 def jit_train_step(
@@ -289,13 +315,16 @@ def jit_train_step(
     state_shardings: Any,
     batch_sharding: Any,
     window_losses: bool = False,
+    answers: AnswerTokens | None = None,
 ) -> Any:
     """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused.
 
     To be called under `jax.set_mesh` of their mesh, which decides how the batch is shared out.
     """
     return jax.jit(
-        functools.partial(train_step, model=model, config=config, horizon=horizon, window_losses=window_losses),
+        functools.partial(
+            train_step, model=model, config=config, horizon=horizon, window_losses=window_losses, answers=answers
+        ),
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, replicated(batch_sharding.mesh)),
         donate_argnums=0,
@@ -311,10 +340,16 @@ def compiler_options() -> dict[str, Any] | None:
     return {"xla_gpu_enable_triton_gemm": False} if is_nvidia_gpu() else None
 
 
-def jit_eval_step(model: LanguageModel, config: TrainConfig, param_shardings: Any, batch_sharding: Any) -> Any:
+def jit_eval_step(
+    model: LanguageModel,
+    config: TrainConfig,
+    param_shardings: Any,
+    batch_sharding: Any,
+    answers: AnswerTokens | None = None,
+) -> Any:
     """`eval_step`, compiled for the shardings of its arguments; every process gets the whole sums."""
     return jax.jit(
-        functools.partial(eval_step, model=model, config=config),
+        functools.partial(eval_step, model=model, config=config, answers=answers),
         in_shardings=(param_shardings, batch_sharding),
         out_shardings=replicated(batch_sharding.mesh),
         compiler_options=compiler_options(),
