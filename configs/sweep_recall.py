@@ -1,12 +1,12 @@
-"""Recall by architecture at equal depth, four settings of the protocol and two that bind, three learning rates each.
+"""Recall by architecture at equal depth, four settings of the protocol and three that bind, at three learning rates.
 
     python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py:512-64-tight --out=runs/recall --results=docs/results
     python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py --out=runs/recall --results=docs/results
     python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py:seeds --out=runs/recall_seeds --seeds=0,1,2 \
         --results=docs/results
 
-Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all of them (the default, 162);
-seeds, the two binding ones at one learning rate, where a verdict is close; tiny, 2 cells of a minute each on a CPU.
+Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all of them (the default, 189);
+seeds, the three binding ones at one learning rate, where a verdict is close; tiny, 2 cells of a minute each on a CPU.
 
 Controls are chance (1 / pairs, in the evaluation's figures), attention, TConstFormer and sliding window; TLinFormer
 with B = 2 and H = 0 is compared with 4 layers of attention, H = 1 with 6. attention-2 shows that the harness works: it
@@ -24,8 +24,8 @@ from tlinformer_jax.config import default_config_dict
 from tlinformer_jax.experiments.plan import Sweep
 from tlinformer_jax.retrieval_recipes import MODELS, RECALL, set_recall, sweep_points
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-TIGHT = ("512-64-tight", "1024-128-tight")
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+TIGHT = ("256-32-tight", "512-64-tight", "1024-128-tight")
 
 
 def get_sweep(variant: str = "all") -> Sweep:
@@ -35,7 +35,7 @@ def get_sweep(variant: str = "all") -> Sweep:
     models, rates = tuple(MODELS), LEARNING_RATES
     settings = tuple(RECALL) if variant == "all" else (variant,)
     if variant == "seeds":
-        settings, models, rates = TIGHT, models[1:], (1e-3,)
+        settings, models, rates = TIGHT, models[1:], (3e-3,)
     base, points = sweep_points(set_recall, settings, models, rates)
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 

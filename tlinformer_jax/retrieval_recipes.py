@@ -39,6 +39,7 @@ RECALL = {
     "256-16": Setting(256, 32, 32, 16),
     "512-64": Setting(512, 128, 128, 64),
     # Binding: 4 times as many pairs as rows of W_oh, 32 times as long.
+    "256-32-tight": Setting(256, 8, 16, 32),
     "512-64-tight": Setting(512, 16, 32, 64),
     "1024-128-tight": Setting(1024, 32, 64, 128),
 }

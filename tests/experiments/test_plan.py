@@ -198,9 +198,9 @@ def test_the_process_of_a_sweep_needs_no_jax():
 @pytest.mark.parametrize(
     ("where", "points", "architectures"),
     [
-        ("sweep_recall.py", 162, 4),
+        ("sweep_recall.py", 189, 4),
         ("sweep_recall.py:512-64-tight", 27, 4),
-        ("sweep_recall.py:seeds", 16, 4),
+        ("sweep_recall.py:seeds", 24, 4),
         ("sweep_recall.py:tiny", 2, 2),
         ("sweep_copy.py", 72, 4),
         ("sweep_passkey.py", 8, 4),
