@@ -24,12 +24,13 @@ TOGETHER = 1024  # tokens of a sample whose windows run together
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes of a task: N, W_oh and W_og; of 'recall' the pairs."""
+    """Sizes of a task: N, W_oh and W_og; of 'recall' the pairs; `DataConfig.curriculum`."""
 
     length: int
     history_window: int
     generation_window: int
     pairs: int = 1
+    curriculum: str = ""
 
 
 RECALL = {
@@ -37,11 +38,11 @@ RECALL = {
     "64-4": Setting(64, 8, 8, 4),
     "128-8": Setting(128, 16, 16, 8),
     "256-16": Setting(256, 32, 32, 16),
-    "512-64": Setting(512, 128, 128, 64),
-    # Binding: 4 times as many pairs as rows of W_oh, 32 times as long.
-    "256-32-tight": Setting(256, 8, 16, 32),
-    "512-64-tight": Setting(512, 16, 32, 64),
-    "1024-128-tight": Setting(1024, 32, 64, 128),
+    "512-64": Setting(512, 128, 128, 64, "64:600,128:600,256:800"),
+    # Binding: 4 times as many pairs as rows of W_oh, 32 times as long; the pairs fill the first window.
+    "256-32-tight": Setting(256, 8, 64, 32, "64:800"),
+    "512-64-tight": Setting(512, 16, 128, 64, "64:600,128:600,256:800"),
+    "1024-128-tight": Setting(1024, 32, 256, 128, "64:600,128:600,256:800,512:800"),
 }
 COPY = {
     "128": Setting(128, 64, 64),  # W_oh holds the whole segment
@@ -49,10 +50,9 @@ COPY = {
     "512-tight": Setting(512, 32, 64),
 }
 PASSKEY = {
-    "8k": Setting(8192, 512, 512),
-    "tiny": Setting(512, 64, 64),  # minutes on a CPU
+    "8k": Setting(8192, 512, 512, curriculum="256:1400,1024:800,4096:450"),
+    "tiny": Setting(512, 64, 64, curriculum="256:20"),  # minutes on a CPU
 }
-CURRICULUM = {"8k": "256:1200,1024:800,4096:500", "tiny": "256:20"}
 
 # Architecture, B, H; B * (H + 2) layers. A block's history of raw embeddings cannot know its predecessors, so B = 2.
 MODELS = {
@@ -105,7 +105,7 @@ def set_passkey(config: "ConfigDict", name: str) -> None:
             validation_files="data/books/valid.jsonl.xz",
         )
         _set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
-    config.data.curriculum = CURRICULUM[name]
+        config.train.eval_every = config.train.steps // 8  # an evaluation reads 1.6 M tokens
 
 
 def set_model(config: "ConfigDict", name: str) -> None:
@@ -160,7 +160,7 @@ def _set_task(
     if setting.length <= TOGETHER:
         config.model.windows_together = windows - 1  # small as they are, one alone would leave a device idle
     set_model(config, "tlin-4")
-    config.data.sequence_length = setting.length
+    config.data.update(sequence_length=setting.length, curriculum=setting.curriculum)
     rows, updates = tokens_per_update // setting.length, TOKENS // tokens_per_update
     config.train.update(
         steps=updates,

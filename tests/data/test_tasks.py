@@ -146,6 +146,18 @@ def test_regions_are_seen_from_the_window_of_the_answer():
     assert {int(cell) // DEPTHS for batch in found for cell in batch["cells"].ravel() if cell >= 0} == {0, 1, 2}
 
 
+def test_recall_of_shorter_samples_asks_for_fewer_pairs_in_proportion():
+    task, tokenizer = split_of(RECALL).task, NumberTokenizer(64)
+    for length, pairs in ((7, 1), (8, 1), (16, 2), (47, 5), (48, 6), (96, 6)):
+        samples = task.make(np.arange(20), length)
+        assert samples.tokens.shape == (20, length + 1)
+        assert (samples.answers.sum(axis=1) == pairs).all()
+        assert (samples.tokens[:, : 2 * pairs : 2] < 32).all()
+        assert (samples.tokens[:, 2 * pairs : -1] < 32).sum() == 20 * pairs  # nothing but the questions
+        assert task.chance(length) == 1 / pairs
+        assert answer_tokens(RECALL, tokenizer, length) == pairs
+
+
 def test_a_curriculum_takes_every_sample_once_whatever_their_length():
     config = DataConfig(
         dataset="passkey", tokenizer="bytes", sequence_length=1024, curriculum="256:2,512:3", train_examples=64
@@ -184,7 +196,11 @@ def test_splits_and_numbers_as_tokens(tmp_path):
         ({"dataset": "text", "tokenizer": "numbers:9"}, "data.tokenizer = 'numbers:9': is for data.dataset"),
         ({"dataset": "passkey", "tokenizer": "bytes"}, "data.sequence_length = 48: must be at least 1"),
         ({"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 10**7}, "has only"),
-        ({"dataset": "recall", "curriculum": "8:1"}, "data.curriculum = '8:1': must be ''"),
+        ({"dataset": "pydoc", "tokenizer": "bytes", "curriculum": "8:1"}, "data.curriculum = '8:1': must be ''"),
+        (
+            {"dataset": "recall", "sequence_length": 16, "curriculum": "2:1"},
+            "data.sequence_length = 2: must be at least 4",
+        ),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "9:1"}, "data.curriculum = '9:1': must be LENGTH"),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "8"}, "data.curriculum = '8': must be LENGTH"),
         ({"dataset": "recall", "passkeys": 101}, "data.passkeys = 101: must be from 1 to 100"),

@@ -69,6 +69,8 @@ def test_the_best_rate_of_each_model_and_all_rates_beside_each_other():
     assert ours in lines
     assert "| answers right by learning rate | 0.001 | 0.003 |" in lines
     assert "| TLinFormer, 4 layers (B = 2, H = 0) | 0.600 ± 0.141 | 0.550 |" in lines
+    grown = [cell({}, 1e-3, 0.5, data=DATA | {"curriculum": "64:10,256:20"})]
+    assert retrieval_lines(grown)[0] == f"{lines[0]}, curriculum 64:10,256:20"
     assert row_of(results[0])["target_reached"] is True
     assert row_of(results[2])["accuracy_history"] == 0.25
 

@@ -40,9 +40,9 @@ class DataConfig:
       num_workers: processes that tokenise; 0 is one for each core. The tokens do not depend on it.
       train_examples: of a task: different samples of the training split; an epoch takes each once.
       validation_examples: of a task: samples of the validation split, and of the test split.
-      pairs: "recall": of a key and a value in a sample.
+      pairs: "recall": of a key and a value in a sample; a shorter one, of a curriculum, has fewer in proportion.
       passkeys: "passkey": keys hidden in a sample, of which one is asked for.
-      curriculum: "passkey": "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
+      curriculum: of a task: "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
         more as keep an update's tokens, and so on; what is left on sequence_length. Evaluations take sequence_length.
     """
 
@@ -85,8 +85,9 @@ class DataConfig:
                 raise ConfigError(f"data.{name}", getattr(self, name), limits)
         if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):
             raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'recall' and 'copy'")
-        if self.curriculum and self.dataset != "passkey":
-            raise ConfigError("data.curriculum", self.curriculum, "must be '' where data.dataset is not 'passkey'")
+        if self.curriculum and not self.is_task:
+            allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
+            raise ConfigError("data.curriculum", self.curriculum, allowed)
         _ = self.stages
 
     @property

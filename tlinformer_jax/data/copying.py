@@ -26,8 +26,7 @@ class Copying:
     key: int
     vocabulary: int
 
-    @property
-    def chance(self) -> float:
+    def chance(self, length: int) -> float:
         return 1 / (self.vocabulary - 1)
 
     def check(self, length: int) -> None:

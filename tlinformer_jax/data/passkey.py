@@ -99,8 +99,7 @@ class Passkey:
         hidden, asked = phrases.joined(phrases.hidden, name, number), phrases.joined(phrases.asked, name, number)
         return len(hidden), len(asked), KEY_DIGITS * phrases.digits.shape[1]
 
-    @property
-    def chance(self) -> float:
+    def chance(self, length: int) -> float:
         return 1 / self.keys if self.keys > 1 else 10.0**-KEY_DIGITS
 
     def check(self, length: int) -> None:

@@ -5,6 +5,8 @@
 Keys are different ids of the vocabulary's lower half, values any of the upper half. A query follows after a gap drawn
 by a power law, small gaps being the likely ones, as in the protocol's original code (Zoology's, exponent 0.01). The
 filler is random values, so that nothing but the pairs tells of a key.
+
+Samples shorter than the configuration's, those of a curriculum, hold fewer pairs in proportion.
 """
 
 import dataclasses
@@ -25,12 +27,14 @@ class Recall:
     Attributes:
       key: of the random numbers.
       vocabulary: ids; 0 is not used.
-      pairs: P.
+      pairs: P of a sample of full length, and of longer ones.
+      full_length: N of those.
     """
 
     key: int
     vocabulary: int
     pairs: int
+    full_length: int
 
     def __post_init__(self) -> None:
         if self.vocabulary // 2 - 1 < self.pairs:
@@ -38,16 +42,17 @@ class Recall:
                 "data.pairs", self.pairs, f"must be at most {self.vocabulary // 2 - 1}, the keys of the vocabulary"
             )
 
-    @property
-    def chance(self) -> float:
-        return 1 / self.pairs
+    def chance(self, length: int) -> float:
+        return 1 / pairs_of(length, self.pairs, self.full_length)
 
     def check(self, length: int) -> None:
-        if length < 4 * self.pairs:
-            raise ConfigError("data.sequence_length", length, f"must be at least 4 * data.pairs = {4 * self.pairs}")
+        pairs = pairs_of(length, self.pairs, self.full_length)
+        if length < 4 * pairs:
+            raise ConfigError("data.sequence_length", length, f"must be at least 4 * data.pairs = {4 * pairs}")
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
-        pairs, half, rows = self.pairs, self.vocabulary // 2, np.arange(len(numbers))[:, None]
+        pairs = pairs_of(length, self.pairs, self.full_length)
+        half, rows = self.vocabulary // 2, np.arange(len(numbers))[:, None]
         slots = (length - 2 * pairs) // 2
         words = draw(self.key, numbers, 3 * pairs + slots + length + 1)
         key_words, value_words, slot_words, filler = np.split(words, np.cumsum([2 * pairs, pairs, slots]), axis=1)
@@ -63,6 +68,11 @@ class Recall:
         starts[rows, asked] = asked
         sources[rows, asked] = 1 + 2 * np.arange(pairs)
         return Samples(tokens.astype(np.int32), answers, starts, sources)
+
+
+def pairs_of(length: int, pairs: int, full_length: int) -> int:
+    """The pairs of a sample of `length` tokens, where one of `full_length` has `pairs`."""
+    return max(1, pairs * min(length, full_length) // full_length)
 
 
 def _weighted_slots(words: np.ndarray, count: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from tlinformer_jax.data.draws import key_of
 from tlinformer_jax.data.files import file_kind, find_files, read_documents
 from tlinformer_jax.data.pieces import cut_documents, group_pieces
 from tlinformer_jax.data.progress import Progress
-from tlinformer_jax.data.recall import Recall
+from tlinformer_jax.data.recall import Recall, pairs_of
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import Split, Task, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
@@ -140,7 +140,7 @@ def answer_tokens(config: DataConfig, tokenizer: Tokenizer, length: int) -> int 
       DataError: if the task cannot be written by the tokenizer.
     """
     if config.dataset == "recall":
-        return config.pairs
+        return pairs_of(length, config.pairs, config.sequence_length)
     if config.dataset == "copy":
         return length // 2
     if config.dataset == "passkey":
@@ -163,7 +163,7 @@ def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | No
     key = key_of(config.dataset, split)
     task: Task
     if config.dataset == "recall":
-        task = Recall(key, tokenizer.vocab_size, config.pairs)
+        task = Recall(key, tokenizer.vocab_size, config.pairs, config.sequence_length)
     elif config.dataset == "copy":
         task = Copying(key, tokenizer.vocab_size)
     else:

@@ -48,9 +48,8 @@ class Samples:
 class Task(Protocol):
     """What makes samples."""
 
-    @property
-    def chance(self) -> float:
-        """The accuracy of a guess by one who knows which answers occur in the sample, but not which is asked for."""
+    def chance(self, length: int) -> float:
+        """The accuracy of a guess by one who knows which answers occur in a sample, but not which is asked for."""
 
     def check(self, length: int) -> None:
         """Refuses samples of `length` tokens where they cannot hold the task.

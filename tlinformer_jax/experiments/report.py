@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.experiments.contribution import contribution_lines
 from tlinformer_jax.experiments.curves import (
     Group,
     Mean,
@@ -23,7 +24,6 @@ from tlinformer_jax.experiments.curves import (
     total_window,
     wall_seconds,
 )
-from tlinformer_jax.experiments.history import plot_history
 from tlinformer_jax.experiments.job import essence
 from tlinformer_jax.experiments.plots import plot_curves, plot_sweep
 from tlinformer_jax.experiments.results import RESULT_FILE, read_result
@@ -51,13 +51,9 @@ generation.
 RETRIEVAL = """A table for each setting; a model is shown at the learning rate that found most answers of the validation
 split. An answer's source lies in the generation window of its question, in the W_oh rows before that, or before those,
 where only what was compressed, or attention to all of the history, can tell; models without windows are told apart in
-the same way.
+the same way. The tables' wall times are no speeds: runs so small may have shared a device.
 """
-CONTRIBUTION = """`tlinformer_jax.evaluation.history` defines what was measured. The loss changes by so much, in nats
-per token, where nothing is left of the history but so many rows before the window, without any training; tokens with
-more are those whose windows have more. The share is that of the history in what the window's tokens read in each block.
-"""
-EVALUATION, HISTORY = "evaluate", "history"
+EVALUATION = "evaluate"
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
@@ -120,7 +116,7 @@ def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list
             lines += _figure(file, file.stem.replace("_", " "), files)
     lines += _retrieval(of_study(results, "retrieval"), figures, files)
     lines += _positions(results, figures, files)
-    lines += _histories(results, figures, files)
+    lines += contribution_lines(results, _order, figures, lambda file, title: _figure(file, title, files))
     lines += _samples(results)
     lines += runs(results)
     return lines, files
@@ -330,31 +326,6 @@ def _retrieval(results: Sequence[Result], figures: pathlib.Path, files: list[pat
     lines = ["## Retrieval", "", RETRIEVAL, *retrieval_lines(results)]
     by_length = length_lines(results, figures, lambda file, title: _figure(file, title, files))
     return lines + (["### By length and depth", "", *by_length] if by_length else [])
-
-
-def _histories(results: Sequence[Result], figures: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
-    """The section on what the history contributes: of each group the run of the first seed that was measured."""
-    lines: list[str] = []
-    for name in sorted({name for result in results for name in result["then"] if name.partition("@")[0] == HISTORY}):
-        groups = sorted(groups_of(result for result in results if name in result["then"]), key=_order)
-        runs_of = [(group.label, group.results[0]["then"][name]) for group in groups]
-        length = runs_of[0][1]["length"]
-        lines += [f"Samples of {length:,} tokens:", ""]
-        columns = ("model", "rows of history left", "change in loss", "of tokens with more", "share by block")
-        rows = [
-            (label, f"{part['distance']:,}", *map(_change, (part["change"], part["affected_change"])), shares)
-            for label, found in runs_of
-            for shares in [", ".join(f"{share:.2f}" for share in found["share"])]
-            for part in found["cuts"]
-        ]
-        lines += [*markdown(columns, rows), ""]
-        for file in plot_history(runs_of, figures, f"results_{length}_"):
-            lines += _figure(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens", files)
-    return ["## What the history contributes", "", CONTRIBUTION, *lines] if lines else []
-
-
-def _change(value: float | None) -> str:
-    return "" if value is None else f"{value:+.4f}"
 
 
 def _mean(parts: Sequence[dict[str, Any]], name: str) -> Mean | None:

@@ -44,11 +44,12 @@ def settings_of(results: Iterable[Result]) -> dict[str, list[Group]]:
 
 
 def setting(group: Group) -> str:
-    """The task of a group, its sizes, W_oh and W_og."""
+    """The task of a group, its sizes, W_oh and W_og, and the lengths it was trained on before."""
     data, model = group.config.data, group.config.model
     sizes = {"recall": f", {data.pairs:,} pairs", "passkey": f", {data.passkeys:,} hidden"}.get(data.dataset, "")
     windows = f"W_oh = {model.history_window}, W_og = {model.generation_window}"
-    return f"{data.dataset}, N = {data.sequence_length:,}{sizes}, {windows}, width {model.d_model}"
+    name = f"{data.dataset}, N = {data.sequence_length:,}{sizes}, {windows}, width {model.d_model}"
+    return f"{name}, curriculum {data.curriculum}" if data.curriculum else name
 
 
 def model_name(group: Group) -> str:

@@ -155,7 +155,7 @@ class Run:
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
         model, chance = self.config.model, None
         if isinstance(stream, TaskSplit):
-            chance = stream.task.chance
+            chance = stream.task.chance(length)
             batches = answer_batches(stream, length, batch_size, rows, model.generation_window, model.observed_rows)
         else:
             batches = evaluation_batches(stream, length, batch_size, rows, rest)
