@@ -9,8 +9,8 @@ points on the embedded Python reference, minutes on a CPU).
 A point is named W_oh-W_og, its windows; those of another depth end in -B-H, blocks and hidden layers, 8 layers in all.
 Points of one W_total = W_oh + W_og make a curve over W_oh / W_total, whose knee the sweep marks.
 
-Needs: what configs/books.py needs. All points see the same text in the same order. Result: docs/results.md, 8 of the
-knee's 10 points (not yet 384-128 and 448-64).
+Needs: what configs/books.py needs. All points see the same text in the same order. Result: docs/results.md, 9 of the
+knee's 10 points (not yet 448-64).
 """
 
 from ml_collections import ConfigDict
