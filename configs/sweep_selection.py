@@ -6,7 +6,7 @@
         --results=docs/results
 
 Variants: books (the default), 41M models at N = 1,024 with W_oh = 128 and W_og = 256, 30 M tokens each; recall, the
-three in the setting 512-64-tight of configs/recall.py (W_oh = 16, W_og = 32) with H = 0; tiny, 30 updates on the
+three in the setting 512-64-tight of configs/recall.py (W_oh = 16, W_og = 128) with H = 0; tiny, 30 updates on the
 embedded Python reference. `models.selection` defines the three.
 
 Estimated, not measured: a book's cell is a point of configs/sweep_windows.py; the choice itself costs one query's

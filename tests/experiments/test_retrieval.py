@@ -107,6 +107,30 @@ def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path):
     assert any("](figures/results_lengths_0_0.png)" in line for line in lines)
 
 
+def asked(right: list[int], answers: list[int]) -> dict:
+    """An evaluation of samples of 512 tokens, whose answers are counted in bins of 32."""
+    bins = {"edges": list(range(0, 513, 32)), "right": right, "answers": answers}
+    return {"evaluate": evaluated(512, {}, (0, 0)) | {"accuracy_by_position": bins}}
+
+
+def test_answers_by_the_position_of_the_question(tmp_path):
+    late = [0] * 4 + [10] * 12
+    results = [
+        cell(TLIN, 1e-3, 0.5, 0, then=asked([0] * 4 + [9, 7, *[5] * 10], late)),
+        cell(TLIN, 1e-3, 0.5, 1, then=asked([0] * 4 + [5, 3, *[5] * 8, 0, 1], late)),
+        cell(TLIN, 3e-3, 0.1, then=asked([0] * 16, late)),
+        cell({}, 1e-3, 0.9, then=asked([0] * 16, [0] * 15 + [10])),
+    ]
+    lines = written(tmp_path, *results)
+    ours = "| TLinFormer, 4 layers (B = 2, H = 0) |  |  | 0.600 | 0.500 | 0.500 | 0.500 | 0.500 | 0.275 |"
+    assert ours in lines
+    start = lines.index("### By position of the question")
+    (columns,) = [line for line in lines[start:] if line.startswith("| questions in |")]
+    assert columns.startswith("| questions in | 0 to 63 | 64 to 127 | ")
+    assert not any(line.startswith("| full attention") for line in lines[start:])  # it asks at the end alone
+    assert (tmp_path / "figures" / "results_questions_0.png").stat().st_size > 1000
+
+
 def test_the_report_shows_what_the_history_contributes(tmp_path):
     lines = written(tmp_path, made_result("ours", 19.0, model=TLIN, then={"history": MEASURED}))
     assert "| 1024-512-0.5 | 0 | +0.5000 | +1.0000 | 0.25, 0.50 |" in lines

@@ -27,7 +27,7 @@ from tlinformer_jax.experiments.curves import (
 from tlinformer_jax.experiments.job import essence
 from tlinformer_jax.experiments.plots import plot_curves, plot_sweep
 from tlinformer_jax.experiments.results import RESULT_FILE, read_result
-from tlinformer_jax.experiments.retrieval import length_lines, retrieval_lines
+from tlinformer_jax.experiments.retrieval import length_lines, question_lines, retrieval_lines
 from tlinformer_jax.experiments.tables import (
     device,
     duration,
@@ -52,6 +52,9 @@ RETRIEVAL = """A table for each setting; a model is shown at the learning rate t
 split. An answer's source lies in the generation window of its question, in the W_oh rows before that, or before those,
 where only what was compressed, or attention to all of the history, can tell; models without windows are told apart in
 the same way. The tables' wall times are no speeds: runs so small may have shared a device.
+"""
+QUESTIONS = """The share of answers that are right, by where in the sample the question stands. In 'recall' all pairs
+come first, so a later question is farther from its answer.
 """
 EVALUATION = "evaluate"
 
@@ -320,11 +323,17 @@ def _positions(results: Sequence[Result], figures: pathlib.Path, files: list[pat
 
 
 def _retrieval(results: Sequence[Result], figures: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
-    """The section on tasks: a table for each setting, then lengths beyond the trained one."""
+    """The section on tasks: a table for each setting, answers by question, then lengths beyond the trained one."""
     if not results:
         return []
+
+    def figure_line(file: pathlib.Path, title: str) -> list[str]:
+        return _figure(file, title, files)
+
     lines = ["## Retrieval", "", RETRIEVAL, *retrieval_lines(results)]
-    by_length = length_lines(results, figures, lambda file, title: _figure(file, title, files))
+    by_question = question_lines(results, figures, figure_line)
+    by_length = length_lines(results, figures, figure_line)
+    lines += ["### By position of the question", "", QUESTIONS, *by_question] if by_question else []
     return lines + (["### By length and depth", "", *by_length] if by_length else [])
 
 

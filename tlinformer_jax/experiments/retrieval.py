@@ -1,4 +1,4 @@
-"""Tables and heat maps of retrieval: what the records of tasks say of answers that are right. Without JAX.
+"""Tables, curves and heat maps of retrieval: what the records of tasks say of answers that are right. Without JAX.
 
 A cell of a table is a model in a setting at the learning rate that found most answers there, of the validation split
 on which it is told: the rates that were tried are named beside it. Where several are equal, the one that took least
@@ -12,11 +12,12 @@ from typing import Any
 
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS
 from tlinformer_jax.experiments.curves import Group, Result, groups_of, mean_of, wall_seconds
-from tlinformer_jax.experiments.plots import plot_heat_map
+from tlinformer_jax.experiments.plots import plot_curves, plot_heat_map
 from tlinformer_jax.experiments.tables import duration, markdown, numbers, with_spread
 
 FORM = "{:.3f}"
 EVALUATION = "evaluate"
+PARTS = 8  # of a sample, in the table of the question's position
 NAMES = {
     "transformer": "full attention",
     "sliding_window": "sliding window",
@@ -161,6 +162,50 @@ def length_lines(
             columns = ("model", "evaluated at", "answers right", "source in window", "source in W_oh", "before W_oh")
             lines = [*lines, f"Trained on {name}:", "", *markdown(columns, rows), ""]
     return lines
+
+
+def question_lines(
+    results: Iterable[Result], figures: pathlib.Path, figure_line: Callable[[pathlib.Path, str], list[str]]
+) -> list[str]:
+    """Answers right by the position of the question, of every model at its best rate where samples ask more than once.
+
+    Args:
+      results, figures, figure_line: as of `length_lines`.
+    """
+    lines: list[str] = []
+    for number, (name, groups) in enumerate(settings_of(results).items()):
+        by_model = {model: _by_question(group) for model, (group, _) in best_of(groups).items()}
+        asked = {model: bins for model, bins in by_model.items() if sum(count > 0 for _, _, count in bins) > PARTS}
+        if not asked:
+            continue
+        length = groups[0].config.data.sequence_length
+        bounds = [length * part // PARTS for part in range(PARTS + 1)]
+        rows = []
+        for model, bins in asked.items():
+            parts = [[one for one in bins if low <= one[0] < high] for low, high in itertools.pairwise(bounds)]
+            counts = [{"right": [one[1] for one in part], "answers": [one[2] for one in part]} for part in parts]
+            rows.append((model, *map(_share, counts)))
+        columns = ["questions in", *(f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds))]
+        lines += [f"{name}:", "", *markdown(columns, rows), ""]
+        curves = [
+            (model, [start for start, _, count in bins if count], [right / count for _, right, count in bins if count])
+            for model, bins in asked.items()
+        ]
+        file = figures / f"results_questions_{number}.png"
+        plot_curves(curves, ("position of the question", "answers right"), file)
+        lines += figure_line(file, f"Answers right by the position of the question: {name}")
+    return lines
+
+
+def _by_question(group: Group) -> list[tuple[int, int, int]]:
+    """(first position, right, answers) of each bin of positions, added up over seeds, at the trained length."""
+    found: dict[int, tuple[int, int]] = {}
+    for result in group.results:
+        part = result["then"].get(EVALUATION, {}).get("accuracy_by_position", {"edges": [], "right": [], "answers": []})
+        for start, right, count in zip(part["edges"], part["right"], part["answers"]):
+            before = found.get(start, (0, 0))
+            found[start] = (before[0] + right, before[1] + count)
+    return [(start, *counts) for start, counts in sorted(found.items())]
 
 
 Counts = dict[str, dict[str, list[int]]]
