@@ -10,8 +10,7 @@ at the last update. base-1k and 1k-512-0.5 are trained with three seeds, the oth
 Variants: all (the default); one of its points, such as sliding-1k-512, with its seeds; or any other row as
 configs/books.py names it, such as 4k-512-0.5.
 
-Needs: what configs/books.py needs. Result: docs/results.md, all 14 runs,
-and 4k-512-0.5 with one seed.
+Needs: what configs/books.py needs. Result: docs/results.md, all 14 runs, and 4k-512-0.5 with one seed.
 """
 
 from typing import Any

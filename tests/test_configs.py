@@ -131,6 +131,25 @@ def test_table_1_is_covered_and_defaults_are_our_recipe():
         assert get_config(name) == get_config(name, "512-512-0.5")
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *(f"recall.py:{name}" for name in retrieval_recipes.RECALL),
+        *(f"copy.py:{name}" for name in retrieval_recipes.COPY),
+        *(f"passkey.py:{name}" for name in retrieval_recipes.PASSKEY),
+    ],
+)
+def test_no_sample_of_a_task_is_seen_twice(variant):
+    config = from_flags(variant)
+    last = (config.data.sequence_length, config.train.steps - sum(count for _, count in config.data.stages))
+    taken = [
+        count * config.train.batch_size * config.data.sequence_length // length
+        for length, count in (*config.data.stages, last)
+    ]
+    assert all(count > 0 for count in taken)
+    assert sum(taken) <= config.data.train_examples
+
+
 def test_retrieval_settings_bind_where_they_say_so():
     for name, setting in retrieval_recipes.RECALL.items():
         config = load("recall", name)
@@ -140,6 +159,7 @@ def test_retrieval_settings_bind_where_they_say_so():
         assert 2 * setting.pairs % setting.generation_window == 0  # no answer stands in its question's window
         binds = setting.pairs >= 4 * windows[0] and setting.length >= 32 * windows[0]
         assert binds == name.endswith("tight")
+        assert 3 * sum(windows) >= 0.75 * setting.length  # what README says of a sliding window's reach
     for name in retrieval_recipes.COPY:
         config = load("copy", name)
         reach = int(config.model.history_window) + config.model.generation_window

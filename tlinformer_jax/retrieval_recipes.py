@@ -1,14 +1,17 @@
 """What the config and sweep files of the retrieval tasks share: settings by name, models of equal depth, the recipe.
 
-A setting binds where neither window can hold what is asked for: more pairs than W_oh has rows, samples far longer than
-W_oh, and answers that stand outside the generation window of their question. Pairs fill whole generation windows, so
-that in every setting of 'recall' all answers stand outside; which of them lie in W_oh, evaluations tell apart.
+A setting binds where neither window of a question can hold what is asked for: more pairs than W_oh has rows, samples
+far longer than W_oh, and answers that stand outside the generation window of their question. Pairs fill whole
+generation windows, so that in every setting of 'recall' all answers stand outside; which of them lie in W_oh,
+evaluations tell apart. No setting is beyond the reach of a sliding window of W_oh + W_og rows, whose layers relay
+answers.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -176,8 +179,7 @@ def _set_task(
         checkpoint_every=updates // 4,
         stop_at_accuracy=STOP_AT,
     )
-    # A stage of a curriculum takes more samples than these; it goes through them in another order then.
-    config.data.train_examples = rows * updates
+    config.data.train_examples = DataConfig(**config.data).samples_before(updates, rows)
 
 
 def _chosen(table: Mapping[str, T], name: str) -> T:

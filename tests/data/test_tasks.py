@@ -170,6 +170,7 @@ def test_a_curriculum_takes_every_sample_once_whatever_their_length():
     assert sorted(order.tolist()) == list(range(64))
     assert [batches.length(step) for step in (0, 1, 2, 4, 5, 99)] == [256, 256, 512, 512, 1024, 1024]
     assert batches.updates_for_epochs(1) == 7
+    assert [config.samples_before(update, 4) for update in (0, 1, 2, 3, 5, 7)] == [0, 16, 32, 40, 56, 64]
     # A process that holds some rows of the batch holds all samples of each.
     some = batches.batch(3, np.array([2]))["inputs"]
     np.testing.assert_array_equal(some, batches.batch(3)["inputs"][4:6])
@@ -189,7 +190,7 @@ def test_splits_and_numbers_as_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"dataset": "recall", "pairs": 13}, "data.sequence_length = 48: must be at least 4"),
+        ({"dataset": "recall", "pairs": 13}, "data.sequence_length = 48: must be at least 52, 4 for"),
         ({"dataset": "recall", "pairs": 32}, "data.pairs = 32: must be at most 31"),
         ({"dataset": "copy", "sequence_length": 7}, "data.sequence_length = 7: must be even"),
         ({"dataset": "recall", "tokenizer": "numbers:x"}, "data.tokenizer = 'numbers:x': must be numbers:V"),
@@ -199,7 +200,7 @@ def test_splits_and_numbers_as_tokens(tmp_path):
         ({"dataset": "pydoc", "tokenizer": "bytes", "curriculum": "8:1"}, "data.curriculum = '8:1': must be ''"),
         (
             {"dataset": "recall", "sequence_length": 16, "curriculum": "2:1"},
-            "data.sequence_length = 2: must be at least 4",
+            "data.curriculum = '2:1': has samples of 2 tokens, and data.sequence_length must be at least 4, 4 for each",
         ),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "9:1"}, "data.curriculum = '9:1': must be LENGTH"),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "8"}, "data.curriculum = '8': must be LENGTH"),

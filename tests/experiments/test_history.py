@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.support.commands import check_refusal, command
+from tests.support.results import MEASURED
 from tlinformer_jax.config import run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import check_possible
@@ -13,17 +14,6 @@ from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.history import history_rows, plot_history, write_csv
 from tlinformer_jax.experiments.job import Job
 
-MEASURED = {
-    "length": 12,
-    "samples": 2,
-    "starts": [0, 4, 8],
-    "tokens": [8, 8, 0],
-    "losses": {"0": [3.0, 3.5, None], "all": [3.0, 2.5, None]},
-    "cuts": [{"distance": 0, "loss": 3.25, "change": 0.5, "affected_tokens": 8, "affected_change": 1.0}],
-    "same_tokens": {"tokens": 16, "distances": [0, None], "losses": [3.25, 2.75]},
-    "mass": {"edges": [1, 2, 4], "x": [[0.25, 0.75], [0.5, 0.5]], "z": [[0.1, 0.9], [0.2, 0.8]]},
-    "share": [0.25, 0.5],
-}
 SECTIONS = {
     "model": {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
     | {"history_window": 8, "generation_window": 8, "history_segments": 1, "dtype": "float32"},

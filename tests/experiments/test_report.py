@@ -15,11 +15,13 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 WINDOWED = {"architecture": "tlinformer", "history_window": 256, "generation_window": 256}
 
 
-def evaluation(length: int, loss: float) -> dict:
+def evaluation(length: int, loss: float, later: bool = True) -> dict:
     return {
         "length": length,
         "figures": {"perplexity": 10 * loss, "loss_first_window": loss, "loss_later_windows": loss - 1},
         "by_position": {"edges": [0, length // 2, length], "loss": [loss, loss - 1], "tokens": [1, 1]},
+        "by_window_position": {"edges": [0, 4, 8], "first": [9.0, 9.0]}
+        | ({"later": [loss + 1, loss]} if later else {}),
     }
 
 
@@ -28,6 +30,7 @@ def architectures() -> list[dict]:
     ours = [made_result(f"ours-seed{seed}", 21.0 + seed, seed, model=WINDOWED) for seed in (0, 1)]
     ours[0]["then"] = {
         "evaluate": evaluation(1024, 3.0),
+        "evaluate@256": evaluation(256, 5.0, later=False),
         "evaluate@8192": evaluation(8192, 4.0),
         "samples": {"temperature": 0.8, "samples": [{"prompt": "The ", "text": "end.\r```\n"}]},
     }
@@ -62,11 +65,13 @@ def test_the_table_the_sentences_and_the_commands(tmp_path):
 def test_positions_lengths_and_samples(tmp_path):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Loss by position")
-    assert lines[start + 4 : start + 6] == [
-        "| 1024-512-0.5 | 1,024 | 1,024 | 30.00 | 3.000 | 2.000 |",
-        "| 1024-512-0.5 | 1,024 | 8,192 | 40.00 | 4.000 | 3.000 |",
+    assert lines[start + 7 : start + 10] == [
+        "| 1024-512-0.5 | 1,024 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
+        "| 1024-512-0.5 | 1,024 | 1,024 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
+        "| 1024-512-0.5 | 1,024 | 8,192 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
     ]
-    for name in ("positions_1024", "positions_8192", "history_3M"):
+    assert not (tmp_path / "figures" / "results_window_positions_256.png").exists()
+    for name in ("positions_256", "positions_1024", "window_positions_1024", "window_positions_8192", "history_3M"):
         assert any(f"](figures/results_{name}.png)" in line for line in lines)
         assert (tmp_path / "figures" / f"results_{name}.png").stat().st_size > 1000
     # Drawn text cannot end its block, and has no control characters.

@@ -12,6 +12,19 @@ BASE = {
     "data": {"dataset": "pydoc", "tokenizer": "bytes", "sequence_length": 1024},
 }
 
+# What the action `history` measures.
+MEASURED = {
+    "length": 12,
+    "samples": 2,
+    "starts": [0, 4, 8],
+    "tokens": [8, 8, 0],
+    "losses": {"0": [3.0, 3.5, None], "all": [3.0, 2.5, None]},
+    "cuts": [{"distance": 0, "loss": 3.25, "change": 0.5, "affected_tokens": 8, "affected_change": 1.0}],
+    "same_tokens": {"tokens": 16, "distances": [0, None], "losses": [3.25, 2.75]},
+    "mass": {"edges": [1, 2, 4], "x": [[0.25, 0.75], [0.5, 0.5]], "z": [[0.1, 0.9], [0.2, 0.8]]},
+    "share": [0.25, 0.5],
+}
+
 
 def made_result(name: str, perplexity: float, seed: int = 0, point: str | None = None, **parts: Any) -> dict[str, Any]:
     """A record; `model`, `train` and `data` in `parts` change fields of BASE, all else is part of the record."""

@@ -201,12 +201,12 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
 
 
 def test_what_has_no_answers_cannot_wait_for_them():
+    grown = {"dataset": "passkey", "tokenizer": "bytes", "curriculum": "256:3", "sequence_length": 512}
     with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 0.5: must be 0 for data.dataset = 'pydoc'"):
         run_config({"train": {"stop_at_accuracy": 0.5}})
     with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 2: must be a number from 0 to 1"):
         changed(train={"stop_at_accuracy": 2})
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' without train.equal_updates = True"):
-        changed(
-            train={"equal_updates": False},
-            data={"dataset": "passkey", "tokenizer": "bytes", "curriculum": "256:3", "sequence_length": 512},
-        )
+        changed(train={"equal_updates": False}, data=grown)
+    with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must end before train.steps = 3, and has 3"):
+        changed(train={"steps": 3}, data=grown)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tlinformer_jax.data.config import stage_at
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
@@ -123,14 +124,7 @@ class TrainingBatches:
         return self._stage(step)[0]
 
     def _stage(self, step: int) -> tuple[int, int]:
-        """Tokens of a sample of update `step`, and the samples of all updates before it."""
-        before = 0
-        for length, updates in self.stages:
-            size = self.batch_size * (self.sequence_length // length)
-            if step < updates:
-                return length, before + step * size
-            before, step = before + updates * size, step - updates
-        return self.sequence_length, before + step * self.batch_size
+        return stage_at(self.stages, self.sequence_length, self.batch_size, step)
 
     def indices(self, step: int) -> np.ndarray:
         """Sample numbers of update `step` (from 0), int64 [batch_size times samples a row]; -1 for padding."""

@@ -40,7 +40,8 @@ class DataConfig:
       num_workers: processes that tokenise; 0 is one for each core. The tokens do not depend on it.
       train_examples: of a task: different samples of the training split; an epoch takes each once.
       validation_examples: of a task: samples of the validation split, and of the test split.
-      pairs: "recall": of a key and a value in a sample; a shorter one, of a curriculum, has fewer in proportion.
+      pairs: "recall": of a key and a value in a sample; a shorter one has fewer in proportion, be it of a curriculum
+        or of an evaluation.
       passkeys: "passkey": keys hidden in a sample, of which one is asked for.
       curriculum: of a task: "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
         more as keep an update's tokens, and so on; what is left on sequence_length. Evaluations take sequence_length.
@@ -114,6 +115,10 @@ class DataConfig:
             raise ConfigError("data.curriculum", self.curriculum, allowed)
         return tuple(stages)
 
+    def samples_before(self, update: int, batch_size: int) -> int:
+        """Samples that the first `update` updates of `batch_size` rows take, those of `stages` included."""
+        return stage_at(self.stages, self.sequence_length, batch_size, update)[1]
+
     @property
     def cache_path(self) -> pathlib.Path:
         """The directory that `cache_dir` stands for."""
@@ -121,6 +126,26 @@ class DataConfig:
             return pathlib.Path(self.cache_dir).expanduser()
         root = os.environ.get("XDG_CACHE_HOME", "")
         return (pathlib.Path(root) if root else pathlib.Path.home() / ".cache") / "tlinformer_jax"
+
+
+def stage_at(
+    stages: tuple[tuple[int, int], ...], sequence_length: int, batch_size: int, update: int
+) -> tuple[int, int]:
+    """Tokens of a sample of update `update` (from 0), and the samples of all updates before it.
+
+    Args:
+      stages: (length, updates) of what comes first, on shorter samples, of which a row has as many as fit.
+      sequence_length: N, of all updates after those.
+      batch_size: rows of N tokens an update.
+      update: which.
+    """
+    before = 0
+    for length, updates in stages:
+        size = batch_size * (sequence_length // length)
+        if update < updates:
+            return length, before + update * size
+        before, update = before + updates * size, update - updates
+    return sequence_length, before + update * batch_size
 
 
 def _check_types(config: DataConfig) -> None:

@@ -48,7 +48,7 @@ class Recall:
     def check(self, length: int) -> None:
         pairs = pairs_of(length, self.pairs, self.full_length)
         if length < 4 * pairs:
-            raise ConfigError("data.sequence_length", length, f"must be at least 4 * data.pairs = {4 * pairs}")
+            raise ConfigError("data.sequence_length", length, f"must be at least {4 * pairs}, 4 for each of its pairs")
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
         pairs = pairs_of(length, self.pairs, self.full_length)

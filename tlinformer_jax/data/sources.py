@@ -19,7 +19,7 @@ from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import Split, Task, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.data.workers import Encoded, encode_groups
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import ConfigError, DataError
 
 Documents = Iterator[tuple[str, bool]]
 
@@ -169,8 +169,13 @@ def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | No
     else:
         assert isinstance(text, TokenStream)
         task = passkey.Passkey(key, text, tokenizer, config.passkeys, in_turn=split != "train")
-    for length, _ in (*config.stages, (config.sequence_length, 0)):
-        task.check(length)
+    task.check(config.sequence_length)
+    for length, _ in config.stages:
+        try:
+            task.check(length)
+        except ConfigError as error:
+            allowed = f"has samples of {length} tokens, and {error.field} {error.allowed}"
+            raise ConfigError("data.curriculum", config.curriculum, allowed) from None
     return TaskSplit(task, config.train_examples if split == "train" else config.validation_examples)
 
 

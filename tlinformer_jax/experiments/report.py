@@ -6,18 +6,16 @@ Every number and every sentence that has one is made from the records; the same 
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.contribution import contribution_lines
 from tlinformer_jax.experiments.curves import (
     Group,
-    Mean,
     Result,
     cache_bytes,
     groups_of,
-    mean_of,
     observed_share,
     perplexity,
     tokens_per_second,
@@ -26,6 +24,7 @@ from tlinformer_jax.experiments.curves import (
 )
 from tlinformer_jax.experiments.job import essence
 from tlinformer_jax.experiments.plots import plot_curves, plot_sweep
+from tlinformer_jax.experiments.positions import position_lines
 from tlinformer_jax.experiments.results import RESULT_FILE, read_result
 from tlinformer_jax.experiments.retrieval import length_lines, question_lines, retrieval_lines
 from tlinformer_jax.experiments.tables import (
@@ -54,9 +53,9 @@ where only what was compressed, or attention to all of the history, can tell; mo
 the same way. The tables' wall times are no speeds: runs so small may have shared a device.
 """
 QUESTIONS = """The share of answers that are right, by where in the sample the question stands. In 'recall' all pairs
-come first, so a later question is farther from its answer.
+come first, so a later question is farther from its answer; and late questions are rare, so that they count little in
+the tables above, and are trained on less.
 """
-EVALUATION = "evaluate"
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
@@ -101,6 +100,10 @@ def read_results(folder: pathlib.Path) -> list[Result]:
 def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list[str], list[pathlib.Path]]:
     """The report's lines, and the figures that were drawn for them into `figures`."""
     lines, files = [HEAD], list[pathlib.Path]()
+
+    def figure_line(file: pathlib.Path, title: str) -> list[str]:
+        return _figure(file, title, files)
+
     compared = sorted(groups_of(of_study(results, "architectures")), key=_order)
     for tokens, budget in itertools.groupby(compared, key=_tokens):
         groups = list(budget)
@@ -117,9 +120,9 @@ def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list
         lines += [*lowest(groups), *knee_lines(groups), ""]
         for file in plot_sweep(groups, figures, f"results_{sweep}_"):
             lines += _figure(file, file.stem.replace("_", " "), files)
-    lines += _retrieval(of_study(results, "retrieval"), figures, files)
-    lines += _positions(results, figures, files)
-    lines += contribution_lines(results, _order, figures, lambda file, title: _figure(file, title, files))
+    lines += _retrieval(of_study(results, "retrieval"), figures, figure_line)
+    lines += position_lines(of_study(results, "architectures"), _order, figures, figure_line)
+    lines += contribution_lines(results, _order, figures, figure_line)
     lines += _samples(results)
     lines += runs(results)
     return lines, files
@@ -285,72 +288,17 @@ def _plot_history(groups: Sequence[Group], file: pathlib.Path) -> pathlib.Path |
     return file
 
 
-def _evaluations(results: Iterable[Result]) -> dict[int, list[tuple[Group, list[dict[str, Any]]]]]:
-    """Length -> the groups that were evaluated at it, each with its evaluations."""
-    found: dict[int, list[tuple[Group, list[dict[str, Any]]]]] = {}
-    for group in sorted(groups_of(of_study(results, "architectures")), key=_order):
-        by_length: dict[int, list[dict[str, Any]]] = {}
-        for result in group.results:
-            for name, part in result["then"].items():
-                if name.partition("@")[0] == EVALUATION and "by_position" in part:
-                    by_length.setdefault(part["length"], []).append(part)
-        for length, parts in by_length.items():
-            found.setdefault(length, []).append((group, parts))
-    return dict(sorted(found.items()))
-
-
-def _positions(results: Sequence[Result], figures: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
-    """The section on the loss by position, where evaluations tell of it."""
-    evaluations = _evaluations(results)
-    if not evaluations:
-        return []
-    lines = ["## Loss by position", ""]
-    columns = ("model", "trained at N", "evaluated at", "perplexity", "loss, first window", "loss, later windows")
-    rows = []
-    for length, members in evaluations.items():
-        for group, parts in members:
-            figures_of = [part["figures"] for part in parts]
-            means = [_mean(figures_of, name) for name in ("perplexity", "loss_first_window", "loss_later_windows")]
-            cells = [with_spread(mean, form) for mean, form in zip(means, ("{:.2f}", "{:.3f}", "{:.3f}"))]
-            rows.append((group.label, f"{group.config.data.sequence_length:,}", f"{length:,}", *cells))
-    lines += [*markdown(columns, rows), ""]
-    for length, members in evaluations.items():
-        file = figures / f"results_positions_{length}.png"
-        curves = [_position_curve(group.label, parts) for group, parts in members]
-        plot_curves(curves, ("position in the sample", "validation loss, nats per token"), file)
-        lines += _figure(file, f"Loss by position in samples of {length:,} tokens", files)
-    return lines
-
-
-def _retrieval(results: Sequence[Result], figures: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
+def _retrieval(
+    results: Sequence[Result], figures: pathlib.Path, figure_line: Callable[[pathlib.Path, str], list[str]]
+) -> list[str]:
     """The section on tasks: a table for each setting, answers by question, then lengths beyond the trained one."""
     if not results:
         return []
-
-    def figure_line(file: pathlib.Path, title: str) -> list[str]:
-        return _figure(file, title, files)
-
     lines = ["## Retrieval", "", RETRIEVAL, *retrieval_lines(results)]
     by_question = question_lines(results, figures, figure_line)
     by_length = length_lines(results, figures, figure_line)
     lines += ["### By position of the question", "", QUESTIONS, *by_question] if by_question else []
     return lines + (["### By length and depth", "", *by_length] if by_length else [])
-
-
-def _mean(parts: Sequence[dict[str, Any]], name: str) -> Mean | None:
-    return mean_of(part.get(name) for part in parts)
-
-
-def _position_curve(label: str, parts: Sequence[dict[str, Any]]) -> tuple[str, list[float], list[float]]:
-    """The mean over seeds of the loss in each bin, at the bins' middles."""
-    edges = parts[0]["by_position"]["edges"]
-    columns = zip(*(part["by_position"]["loss"] for part in parts))
-    points = [
-        ((low + high - 1) / 2, sum(losses) / len(losses))
-        for low, high, losses in zip(edges, edges[1:], columns)
-        if None not in losses
-    ]
-    return label, [x for x, _ in points], [y for _, y in points]
 
 
 def _samples(results: Sequence[Result]) -> list[str]:

@@ -7,6 +7,7 @@ updates.
 
 import itertools
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ NAMES = {
 def accuracy(result: Result) -> Any:
     """The share of answers that are right at the end of the training."""
     return result["validation"].get("accuracy")
+
+
+def _chance(result: Result) -> Any:
+    return result["validation"].get("chance")
 
 
 def updates(result: Result) -> Any:
@@ -98,7 +103,7 @@ def _setting_table(groups: Sequence[Group]) -> list[str]:
                 name,
                 f"{group.config.train.learning_rate:g}",
                 *shares,
-                _mean(group, "chance"),
+                FORM.format(chance.value) if (chance := group.mean(_chance)) else "",
                 with_spread(tokens, "{:.1f} M"),
                 end(group),
                 f"{group.results[0]['parameters']:,}",
@@ -146,16 +151,16 @@ def length_lines(
       figure_line: the lines that show one.
     """
     lines: list[str] = []
-    for number, (name, groups) in enumerate(settings_of(results).items()):
+    for name, groups in settings_of(results).items():
         rows = []
-        for place, (model, (group, _)) in enumerate(best_of(groups).items()):
+        for model, (group, _) in best_of(groups).items():
             by_length = counts_by_length(group)
             if len(by_length) < 2:
                 continue
             for length, regions in by_length.items():
                 shares = [_share(regions[region]) for region in REGIONS]
                 rows.append((model, f"{length:,}", _share(_together(regions, REGIONS)), *shares))
-            file = figures / f"results_lengths_{number}_{place}.png"
+            file = figures / f"results_lengths_{_slug(name)}_{_slug(model)}.png"
             plot_heat_map(*heat_map(by_length), model, file)
             lines += figure_line(file, f"Answers right by length and depth: {model}, {name}")
         if rows:
@@ -167,15 +172,15 @@ def length_lines(
 def question_lines(
     results: Iterable[Result], figures: pathlib.Path, figure_line: Callable[[pathlib.Path, str], list[str]]
 ) -> list[str]:
-    """Answers right by the position of the question, of every model at its best rate where samples ask more than once.
+    """Answers right by the position of the question, of every model at its best rate, where it has several.
 
     Args:
       results, figures, figure_line: as of `length_lines`.
     """
     lines: list[str] = []
-    for number, (name, groups) in enumerate(settings_of(results).items()):
+    for name, groups in settings_of(results).items():
         by_model = {model: _by_question(group) for model, (group, _) in best_of(groups).items()}
-        asked = {model: bins for model, bins in by_model.items() if sum(count > 0 for _, _, count in bins) > PARTS}
+        asked = {model: bins for model, bins in by_model.items() if sum(count > 0 for _, _, count in bins) > 1}
         if not asked:
             continue
         length = groups[0].config.data.sequence_length
@@ -183,15 +188,14 @@ def question_lines(
         rows = []
         for model, bins in asked.items():
             parts = [[one for one in bins if low <= one[0] < high] for low, high in itertools.pairwise(bounds)]
-            counts = [{"right": [one[1] for one in part], "answers": [one[2] for one in part]} for part in parts]
-            rows.append((model, *map(_share, counts)))
+            rows.append((model, *(_told(sum(one[1] for one in part), sum(one[2] for one in part)) for part in parts)))
         columns = ["questions in", *(f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds))]
         lines += [f"{name}:", "", *markdown(columns, rows), ""]
         curves = [
             (model, [start for start, _, count in bins if count], [right / count for _, right, count in bins if count])
             for model, bins in asked.items()
         ]
-        file = figures / f"results_questions_{number}.png"
+        file = figures / f"results_questions_{_slug(name)}.png"
         plot_curves(curves, ("position of the question", "answers right"), file)
         lines += figure_line(file, f"Answers right by the position of the question: {name}")
     return lines
@@ -250,8 +254,16 @@ def _ratio(counts: dict[str, list[int]]) -> float | None:
 
 
 def _share(counts: dict[str, list[int]]) -> str:
-    ratio = _ratio(counts)
-    return "" if ratio is None else FORM.format(ratio)
+    return _told(sum(counts["right"]), sum(counts["answers"]))
+
+
+def _told(right: int, answers: int) -> str:
+    return FORM.format(right / answers) if answers else ""
+
+
+def _slug(name: str) -> str:
+    """A file's name that stays the same whatever else is reported."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def _mean(group: Group, figure: str) -> str:

@@ -149,7 +149,7 @@ def _length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> lis
     text = f"{horizon.steps:,} steps of {step:,} tokens, {horizon.steps * step:,} tokens in all"
     if train is not None:
         samples = num_samples(train, length)
-        text += f", {horizon.steps * config.train.batch_size / samples:.2f} epochs"
+        text += f", {config.data.samples_before(horizon.steps, config.train.batch_size) / samples:.2f} epochs"
     if predicted < length:
         text += f"; of them {horizon.steps * config.train.batch_size * predicted:,} in sampled windows"
     return [*lines, text]
