@@ -30,5 +30,5 @@ def get_sweep(variant: str = "8k") -> Sweep:
         base, points = sweep_points(set_passkey, ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate@256", "evaluate@512", "evaluate@1024"), study="retrieval")
     settings, models = ("8k", MODELS[:1]) if variant == "tlin" else (variant, MODELS)
-    base, points = sweep_points(set_passkey, (settings,), models, (3e-4, 1e-3))
+    base, points = sweep_points(set_passkey, (settings,), models, (3e-4, 1e-3, 3e-3))
     return Sweep(base, points, then=tuple(f"evaluate@{length}" for length in LENGTHS), study="retrieval")

@@ -318,6 +318,7 @@ OVERRIDES = {
         "validation_examples": 123,
         "pairs": 5,
         "passkeys": 3,
+        "questions": 2,
     },
     "mesh": {"data": 2, "fsdp": 4, "tensor": 3, "window": 5, "context": 6},
 }

@@ -127,6 +127,10 @@ def test_segments_cover_every_window_once():
             covered = [segment.first + i for segment in plan for i in range(segment.count)]
             assert covered == list(range(1, windows))
             assert all(segment.history_rows >= covered[-1] * 4 for segment in plan[-1:])
+            for first in (0, 2, 5, 63):
+                later = plan_segments(config, windows, first=first)
+                covered = [segment.first + i for segment in later for i in range(segment.count)]
+                assert covered == list(range(max(first, 1), windows))
     assert num_windows(SMALL, 1) == 1
     assert num_windows(SMALL, 9) == 3
 

@@ -159,7 +159,7 @@ LEAST = {
     | dict.fromkeys(("eval_every_epochs", "eval_batch_size", "checkpoint_every", "keep_best"), 0)
     | {"max_skipped_updates": 0, "max_rollbacks": 0},
     "data": {"sequence_length": 1, "num_workers": 0}
-    | dict.fromkeys(("train_examples", "validation_examples", "pairs", "passkeys"), 1),
+    | dict.fromkeys(("train_examples", "validation_examples", "pairs", "passkeys", "questions"), 1),
 }
 CHOICES = {
     "model": {

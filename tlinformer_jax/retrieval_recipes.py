@@ -46,6 +46,9 @@ RECALL = {
     "256-32-tight": Setting(256, 8, 64, 32, "64:800"),
     "512-64-tight": Setting(512, 16, 128, 64, "64:600,128:600,256:800"),
     "1024-128-tight": Setting(1024, 32, 256, 128, "64:600,128:600,256:800,512:800"),
+    # Two of the protocol's, on shorter samples first. Last, so that the points of sweeps keep their numbers.
+    "128-8-grown": Setting(128, 16, 16, 8, "64:2000"),
+    "256-16-grown": Setting(256, 32, 32, 16, "64:1500,128:1500"),
 }
 COPY = {
     "128": Setting(128, 64, 64),  # W_oh holds the whole segment
@@ -53,7 +56,7 @@ COPY = {
     "512-tight": Setting(512, 32, 64),
 }
 PASSKEY = {
-    "8k": Setting(8192, 512, 512, curriculum="256:1400,1024:800,4096:450"),
+    "8k": Setting(8192, 512, 512, curriculum="256:800,1024:450,2048:500,4096:600"),
     "tiny": Setting(512, 64, 64, curriculum="256:20"),  # minutes on a CPU
 }
 
@@ -79,7 +82,7 @@ def set_recall(config: "ConfigDict", name: str) -> None:
     """
     setting = _chosen(RECALL, name)
     config.data.update(dataset="recall", tokenizer="numbers:8192", pairs=setting.pairs)
-    _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=1e-3)
+    _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
 
 
 def set_copy(config: "ConfigDict", name: str) -> None:
@@ -95,9 +98,9 @@ def set_passkey(config: "ConfigDict", name: str) -> None:
       ConfigError: as `set_recall`.
     """
     setting = _chosen(PASSKEY, name)
-    config.data.update(dataset="passkey", passkeys=4, validation_examples=200)
+    config.data.update(dataset="passkey", passkeys=4, questions=4, validation_examples=200)
     if name == "tiny":
-        config.data.update(tokenizer="bytes", passkeys=1)
+        config.data.update(tokenizer="bytes", passkeys=1, questions=1)
         _set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
         config.train.update(steps=40, warmup_steps=4, eval_every=20, checkpoint_every=20)
         config.data.validation_examples = 20

@@ -1,6 +1,7 @@
 """Samples of the tasks, read back one by one as a person would, and their way into batches."""
 
 import collections
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,8 +12,8 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.passkey import KEY_DIGITS
 from tlinformer_jax.data.pydoc import pydoc_articles
-from tlinformer_jax.data.sources import answer_tokens, available_splits, find_split, load_split
-from tlinformer_jax.data.tasks import DEPTHS, TaskSplit, answer_batches
+from tlinformer_jax.data.sources import answer_places, available_splits, find_split, load_split
+from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, build_tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -105,6 +106,27 @@ def test_passkeys_hide_in_text_that_goes_on_around_them():
     assert len({bytes(tokens[:100].astype(np.uint8)) for tokens in samples.tokens}) > 50
 
 
+def test_a_training_sample_asks_for_several_passkeys_one_after_the_other():
+    config = dataclasses.replace(PASSKEY, sequence_length=400, questions=2)
+    assert split_of(config, "validation").task.questions == 1
+    samples, after = split_of(config).task.make(np.arange(40), 400), []
+    for tokens, answers, starts, sources in zip(samples.tokens, samples.answers, samples.starts, samples.sources):
+        written = bytes(np.where(tokens == 256, 0, tokens).astype(np.uint8))
+        body, *questions = written.split(b" What is the pass key of")
+        keys = dict(part.split(b".")[0].split(b" is") for part in body.split(b" The pass key of")[1:])
+        asked = dict(question.split(b"? It is") for question in questions)
+        assert (len(keys), len(asked)) == (3, 2)
+        assert asked.items() <= keys.items()
+        labels = [bytes(run.astype(np.uint8)) for run in np.split(tokens[1:][answers], 2)]
+        assert labels == list(asked.values())
+        ends = np.flatnonzero(starts >= 0)
+        after.append(sources[ends[0]] < sources[ends[1]])
+        for end, answer in zip(ends, labels):
+            assert bytes(tokens[starts[end] + 1 : end + 2].astype(np.uint8)) == answer
+            assert written[sources[end] :].startswith(answer + b".")
+    assert 5 < sum(after) < 35
+
+
 @pytest.mark.parametrize("config", [RECALL, COPY, PASSKEY])
 def test_a_sample_is_the_same_in_every_batch_and_training_never_sees_the_validation(config):
     split = split_of(config)
@@ -120,14 +142,17 @@ def test_a_sample_is_the_same_in_every_batch_and_training_never_sees_the_validat
     np.testing.assert_array_equal(batches.batch(5, np.array([6, 2]))["labels"], batch["labels"][[6, 2]])
 
 
-@pytest.mark.parametrize("config", [RECALL, COPY, PASSKEY], ids=lambda config: config.dataset)
+@pytest.mark.parametrize(
+    "config", [RECALL, COPY, PASSKEY, dataclasses.replace(PASSKEY, questions=3)], ids=["recall", "copy", "one", "three"]
+)
 def test_as_many_labels_count_as_are_said_to(config):
-    """The loss reads no more of a sample than these."""
+    """The loss reads no more of a sample than these, and no window before the first is run."""
     for length in (config.sequence_length, config.sequence_length + 10):
         answers = split_of(config).task.make(np.arange(40), length).answers
-        said = answer_tokens(config, build_tokenizer(config.tokenizer), length)
-        assert (answers.sum(axis=1) == said).all()
-    assert answer_tokens(DataConfig(dataset="pydoc"), build_tokenizer("bytes"), 64) is None
+        said = answer_places(config, build_tokenizer(config.tokenizer), length)
+        assert (answers.sum(axis=1) == said.most).all()
+        assert said.first <= np.flatnonzero(answers.any(axis=0))[0] <= said.first + 1
+    assert answer_places(DataConfig(dataset="pydoc"), build_tokenizer("bytes"), 64) is None
 
 
 def test_regions_are_seen_from_the_window_of_the_answer():
@@ -155,7 +180,7 @@ def test_recall_of_shorter_samples_asks_for_fewer_pairs_in_proportion():
         assert (samples.tokens[:, : 2 * pairs : 2] < 32).all()
         assert (samples.tokens[:, 2 * pairs : -1] < 32).sum() == 20 * pairs  # nothing but the questions
         assert task.chance(length) == 1 / pairs
-        assert answer_tokens(RECALL, tokenizer, length) == pairs
+        assert answer_places(RECALL, tokenizer, length) == AnswerPlaces(2 * pairs, pairs)
 
 
 def test_a_curriculum_takes_every_sample_once_whatever_their_length():
@@ -205,6 +230,10 @@ def test_splits_and_numbers_as_tokens(tmp_path):
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "9:1"}, "data.curriculum = '9:1': must be LENGTH"),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "8"}, "data.curriculum = '8': must be LENGTH"),
         ({"dataset": "recall", "passkeys": 101}, "data.passkeys = 101: must be from 1 to 100"),
+        (
+            {"dataset": "passkey", "passkeys": 2, "questions": 3},
+            "data.questions = 3: must be at most data.passkeys = 2",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(config, message):

@@ -10,7 +10,7 @@ import pytest
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config import RunConfig, run_config
 from tlinformer_jax.data.batches import take_samples
-from tlinformer_jax.data.tasks import DEPTHS, REGIONS
+from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
@@ -20,7 +20,7 @@ from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.training import loop
 from tlinformer_jax.training.answers import CELLS, answer_sums
 from tlinformer_jax.training.setup import build_run, flops_per_token
-from tlinformer_jax.training.step import summed_loss
+from tlinformer_jax.training.step import eval_step, summed_loss
 
 SECTIONS = {
     "model": {
@@ -119,14 +119,28 @@ def test_accuracy_is_that_of_the_logits():
     assert report["accuracy_by_position"]["right"] == by_end.tolist()
 
 
-# The whole sequence's readout, of 3 rows in 18; and window by window, of 3 rows in each 4.
-@pytest.mark.parametrize(("remat", "share"), [("none", 0.7), ("window", 0.85)])
-def test_the_head_reads_the_answers_alone_and_loss_and_gradient_are_the_same(remat, share):
-    config = changed(model={"vocab_size": 2048, "remat": remat}, data={"tokenizer": "numbers:2048"})
+COPY = {"dataset": "copy", "tokenizer": "numbers:2048"}
+
+
+# The whole sequence's readout, of 3 rows in 18; and window by window, of 3 rows in each 4. Of recall the first window
+# has no answers, of copies the first two; row 9, the first that has one, is the second of its window.
+@pytest.mark.parametrize(
+    ("model", "data", "share"),
+    [
+        ({"remat": "none"}, {}, 0.7),
+        ({"remat": "window"}, {}, 0.85),
+        ({"remat": "none", "windows_together": 2}, COPY, 0.7),
+        ({"remat": "window", "history_segments": 2}, COPY, 0.85),
+        ({"architecture": "transformer"}, COPY, 0.7),
+    ],
+    ids=["recall", "recall, one by one", "copy, two windows at once", "copy, one by one", "copy, attention"],
+)
+def test_what_no_answer_needs_is_left_out_and_loss_and_gradient_are_the_same(model, data, share):
+    config = changed(model={"vocab_size": 2048, **model}, data={"tokenizer": "numbers:2048", **data})
     run = build_run(config, build_tokenizer("numbers:2048"))
     params = jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params)
     batch = take_samples(run.split("train"), 18, np.array([3, 5, -1]))
-    assert batch["weights"].sum() == 6
+    assert batch["weights"].sum() == 2 * run.answers(18).most
 
     def gradient(answers):
         def loss(params, batch):
@@ -135,7 +149,7 @@ def test_the_head_reads_the_answers_alone_and_loss_and_gradient_are_the_same(rem
 
         return jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
 
-    every, read = gradient(None), gradient(run.answer_tokens)
+    every, read = gradient(None), gradient(run.answers)
     for value, truth in zip(jax.tree.leaves(read(params, batch)), jax.tree.leaves(every(params, batch)), strict=True):
         assert np.linalg.norm(value - truth) <= 1e-5 * np.linalg.norm(truth)
     assert read.cost_analysis()["flops"] < share * every.cost_analysis()["flops"]
@@ -144,8 +158,20 @@ def test_the_head_reads_the_answers_alone_and_loss_and_gradient_are_the_same(rem
 def test_model_flops_count_the_head_at_the_answers_alone():
     config = changed(model={"vocab_size": 2048}, data={"tokenizer": "numbers:2048"})
     run = build_run(config, build_tokenizer("numbers:2048"))
-    text = training_flops(config.model, 18).model / 18
+    text = training_flops(config.model, 18, first=6).model / 18
     assert text - flops_per_token(run, 18) == pytest.approx(6 * 2048 * 16 * 15 / 18)
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+def test_an_evaluation_that_leaves_windows_out_finds_the_same(architecture):
+    config = changed(model={"architecture": architecture}, data={"dataset": "copy"})
+    run = build_run(config, build_tokenizer("numbers:12"))
+    split, params = run.split("validation"), jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params)
+    (batch,) = answer_batches(split, 18, 21, slice(None), 4, config.model.observed_rows)
+    sums = [eval_step(params, batch, model=run.model, config=config.train, answers=a) for a in (run.answers, None)]
+    assert 0 < sums[0]["right"].sum() < sums[0]["answers"].sum() == 21 * 9
+    for found, truth in zip(jax.tree.leaves(sums[0]), jax.tree.leaves(sums[1]), strict=True):
+        np.testing.assert_allclose(found, truth, rtol=1e-5)
 
 
 @pytest.mark.slow

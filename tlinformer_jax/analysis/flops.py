@@ -87,7 +87,12 @@ class WindowShape:
 
 
 def training_flops(
-    config: ModelConfig, length: int, batch: int = 1, sampled_windows: int = 0, read: int | None = None
+    config: ModelConfig,
+    length: int,
+    batch: int = 1,
+    sampled_windows: int = 0,
+    read: int | None = None,
+    first: int = 0,
 ) -> StepFlops:
     """Operations of a training step's forward and backward passes on this machine's default device.
 
@@ -98,6 +103,7 @@ def training_flops(
       sampled_windows: windows that are trained on, drawn from all with equal probability, so that the expected
         count is given; 0 for all of them.
       read: tokens of a sequence that the head reads; None for all of them. Hardware FLOPs too count each of them once.
+      first: position of the first of them: windows before it are not run where none are drawn.
     """
     kernel, dtype = config.attention, config.compute_dtype
     if kernel == "auto" and config.dropout:
@@ -110,9 +116,10 @@ def training_flops(
     )
     windows = num_windows(config, length)
     share = min(1.0, sampled_windows / windows) if config.windowed and sampled_windows else 1.0
-    model_outside, model_inside = _model_forward(config, length)
+    skipped = first // config.generation_window if share == 1 else 0
+    model_outside, model_inside = _model_forward(config, length, skipped)
     together = 1 if share < 1 else None
-    outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, together)
+    outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, together, skipped)
     head = 2.0 * (length if read is None else read) * share * config.vocab_size * config.d_model
     padded_head = head * padded_vocabulary(config.vocab_size, config.compute_dtype) / config.vocab_size
     model = 3.0 * (model_outside + model_inside * share).total + 3.0 * head
@@ -143,16 +150,17 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     return loads
 
 
-def _model_forward(config: ModelConfig, length: int) -> tuple[Forward, Forward]:
-    """Model FLOPs of a sequence's forward pass without the head: outside the windows, and in them."""
+def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forward, Forward]:
+    """Model FLOPs of a sequence's forward pass without the head: outside the windows, and in those not skipped."""
     inner = config.d_model
     if not config.windowed:
         return Forward(), _causal_layers(config, length, inner, _causal_pairs(length, attention_window(config)))
     size = config.generation_window
-    first = min(length, size)
-    # Less what the projections of the whole sequence give the first window, too.
-    total = _causal_layers(config, first, inner, _causal_pairs(first)) + _project(config, -first, 3, inner)
-    for start in range(size, length, size):
+    first, total = min(length, size), Forward()
+    if not skipped:
+        # Less what the projections of the whole sequence give the first window, too.
+        total = _causal_layers(config, first, inner, _causal_pairs(first)) + _project(config, -first, 3, inner)
+    for start in range(size * max(skipped, 1), length, size):
         rows, observed = min(size, length - start), config.observed_rows(start)
         shape = WindowShape(rows, start, observed, start, observed, _causal_pairs(rows))
         total = total + _window(config, shape, inner)
@@ -160,7 +168,7 @@ def _model_forward(config: ModelConfig, length: int) -> tuple[Forward, Forward]:
 
 
 def _hardware_forward(
-    config: ModelConfig, length: int, inner: int, fused: bool, together: int | None
+    config: ModelConfig, length: int, inner: int, fused: bool, together: int | None, skipped: int
 ) -> tuple[Forward, Forward, Forward]:
     """The same for hardware FLOPs, and what the backward pass computes again.
 
@@ -171,9 +179,9 @@ def _hardware_forward(
         layers = _causal_layers(config, length, inner, _causal_pairs(length, seen) if fused else length**2)
         return Forward(), layers, layers if config.remat == "window" else Forward()
     windows, size = num_windows(config, length), config.generation_window
-    segments = plan_segments(config, windows, together)
+    segments = plan_segments(config, windows, together, first=skipped)
     causal = _causal_pairs(size) if fused else size**2
-    total, again = _causal_layers(config, size, inner, causal), Forward()
+    total, again = Forward() if skipped else _causal_layers(config, size, inner, causal), Forward()
     for segment in segments:
         for shape in _segment_shapes(config, segment, causal, fused):
             total = total + _window(config, shape, inner)

@@ -42,7 +42,9 @@ class DataConfig:
       validation_examples: of a task: samples of the validation split, and of the test split.
       pairs: "recall": of a key and a value in a sample; a shorter one has fewer in proportion, be it of a curriculum
         or of an evaluation.
-      passkeys: "passkey": keys hidden in a sample, of which one is asked for.
+      passkeys: "passkey": keys hidden in a sample.
+      questions: "passkey": of them, those that a training sample asks for, one after the other; an evaluation's sample
+        asks for one.
       curriculum: of a task: "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
         more as keep an update's tokens, and so on; what is left on sequence_length. Evaluations take sequence_length.
     """
@@ -65,6 +67,7 @@ class DataConfig:
     validation_examples: int = 3_000
     pairs: int = 4
     passkeys: int = 1
+    questions: int = 1
     curriculum: str = ""
 
     def __post_init__(self) -> None:
@@ -80,10 +83,12 @@ class DataConfig:
             raise ConfigError("data.sequence_length", self.sequence_length, "must be at least 1")
         if self.num_workers < 0:
             raise ConfigError("data.num_workers", self.num_workers, "must be 0 (one a core) or more")
-        for name in ("train_examples", "validation_examples", "pairs", "passkeys"):
+        for name in ("train_examples", "validation_examples", "pairs", "passkeys", "questions"):
             if not 1 <= getattr(self, name) <= LIMITS.get(name, 2**31 - 1):
                 limits = f"must be from 1 to {LIMITS.get(name, 2**31 - 1)}"
                 raise ConfigError(f"data.{name}", getattr(self, name), limits)
+        if self.questions > self.passkeys:
+            raise ConfigError("data.questions", self.questions, f"must be at most data.passkeys = {self.passkeys}")
         if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):
             raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'recall' and 'copy'")
         if self.curriculum and not self.is_task:

@@ -1,11 +1,12 @@
-"""Passkey: numbers hidden in running text, one of which is asked for at the end.
+"""Passkey: numbers hidden in running text, which are asked for at the end.
 
     ... text ... The pass key of 4 1 is 7 0 2 9 5. ... text ... What is the pass key of 4 1? It is 7 0 2 9 5
 
 The text is a stretch of the corpus as it stands, so within a sample no word of it repeats that the corpus does not
 repeat. Every digit is encoded by itself with a space before it; names and keys are drawn anew for every sample, names
-being different. The asked key of a sample of the evaluation lies in the part of the text that its number says, in
-turn, so that all DEPTHS are asked for equally often; in training anywhere.
+being different. A sample of the evaluation asks for one key, which lies in the part of the text that the sample's
+number says, in turn, so that all DEPTHS are asked for equally often. In training keys lie anywhere, and several may be
+asked for one after the other, since an answer is all that such a sample teaches.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import numpy as np
 
 from tlinformer_jax.data.draws import below, distinct, draw
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.tasks import DEPTHS, Samples
+from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, Samples
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -63,9 +64,25 @@ class Phrases:
         return np.concatenate([*pieces, *map(self.spelled, numbers[len(parts) - 1 :])], axis=-1)
 
 
-def answer_tokens(tokenizer: Tokenizer) -> int:
-    """Tokens of a key; raises as `Phrases.of`."""
-    return KEY_DIGITS * Phrases.of(tokenizer).digits.shape[1]
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Tokens of a hidden sentence, of a question with its answer, and of the answer."""
+
+    hidden: int
+    asked: int
+    answer: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Sizes":
+        """The sizes as a tokenizer has them; raises as `Phrases.of`."""
+        phrases = Phrases.of(tokenizer)
+        name, number = np.zeros(NAME_DIGITS, np.int64), np.zeros(KEY_DIGITS, np.int64)
+        hidden, asked = (len(phrases.joined(parts, name, number)) for parts in (phrases.hidden, phrases.asked))
+        return cls(hidden, asked, KEY_DIGITS * phrases.digits.shape[1])
+
+    def places(self, length: int, questions: int) -> AnswerPlaces:
+        """Where the answers to so many questions at the end of samples of `length` tokens stand."""
+        return AnswerPlaces(length - (questions - 1) * self.asked - self.answer, questions * self.answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +94,7 @@ class Passkey:
       text: that the keys are hidden in.
       tokenizer: of the text.
       keys: K, numbers hidden in a sample.
+      questions: of them, those that a sample asks for.
       in_turn: whether the asked key's depth goes by the sample's number.
     """
 
@@ -84,6 +102,7 @@ class Passkey:
     text: TokenStream
     tokenizer: Tokenizer
     keys: int
+    questions: int
     in_turn: bool
 
     @functools.cached_property
@@ -92,55 +111,51 @@ class Passkey:
         return Phrases.of(self.tokenizer)
 
     @functools.cached_property
-    def sizes(self) -> tuple[int, int, int]:
-        """Tokens of a hidden sentence, of the question with its answer, and of the answer."""
-        name, number = np.zeros(NAME_DIGITS, np.int64), np.zeros(KEY_DIGITS, np.int64)
-        phrases = self.phrases
-        hidden, asked = phrases.joined(phrases.hidden, name, number), phrases.joined(phrases.asked, name, number)
-        return len(hidden), len(asked), KEY_DIGITS * phrases.digits.shape[1]
+    def sizes(self) -> Sizes:
+        """Of the sentences."""
+        return Sizes.of(self.tokenizer)
 
     def chance(self, length: int) -> float:
         return 1 / self.keys if self.keys > 1 else 10.0**-KEY_DIGITS
 
     def check(self, length: int) -> None:
-        hidden, asked, _ = self.sizes
-        least = (self.keys + 2) * hidden + asked
+        least = (self.keys + 2) * self.sizes.hidden + self.questions * self.sizes.asked
         if length < least:
-            raise ConfigError(
-                "data.sequence_length", length, f"must be at least {least} for data.passkeys = {self.keys}"
-            )
+            fields = f"data.passkeys = {self.keys} and data.questions = {self.questions}"
+            raise ConfigError("data.sequence_length", length, f"must be at least {least} for {fields}")
         if len(self.text.tokens) < length:
             raise DataError(
                 f"data.sequence_length = {length}: the text to hide keys in has only {len(self.text.tokens)} tokens"
             )
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
-        hidden, asked, answer = self.sizes
+        sizes, count = self.sizes, self.questions
         words = draw(self.key, numbers, 5 * self.keys)
         split = np.cumsum([2 * self.keys, self.keys, 1, 1])
         name_words, key_words, text_words, place_words, rest = np.split(words, split, axis=1)
         names = _digits(distinct(name_words, 10**NAME_DIGITS), NAME_DIGITS)
         keys = _digits(below(key_words, 10**KEY_DIGITS), KEY_DIGITS)
         sentences = self.phrases.joined(self.phrases.hidden, names, keys)
-        questions = self.phrases.joined(self.phrases.asked, names[:, 0], keys[:, 0])
-        body = length + 1 - asked
-        text = body - self.keys * hidden
+        questions = self.phrases.joined(self.phrases.asked, names[:, :count], keys[:, :count])
+        body = length + 1 - count * sizes.asked
+        text = body - self.keys * sizes.hidden
         begins = below(text_words[:, 0], len(self.text.tokens) - text + 1)
         offset = len(self.phrases.hidden[0]) + NAME_DIGITS * self.phrases.digits.shape[1] + len(self.phrases.hidden[1])
-        places = self._places(numbers, place_words[:, 0], length, body - hidden, offset)
-        tokens = np.empty((len(numbers), length + 1), np.int32)
-        for row, place, begin, parts, others in zip(tokens, places, begins, sentences, rest):
-            row[:body] = _hide(self.text.tokens[begin : begin + text], parts, int(place), others)
-        tokens[:, body:] = questions
+        firsts = self._places(numbers, place_words[:, 0], length, body - sizes.hidden, offset)
+        tokens, places = np.empty((len(numbers), length + 1), np.int32), np.empty((len(numbers), self.keys), np.int64)
+        for row, place, first, begin, parts, others in zip(tokens, places, firsts, begins, sentences, rest):
+            row[:body], place[:] = _hide(self.text.tokens[begin : begin + text], parts, int(first), others)
+        tokens[:, body:] = questions.reshape(len(numbers), -1)
+        ends = length - 1 - np.arange(count)[::-1] * sizes.asked  # where an answer's last token is predicted
         answers = np.zeros((len(numbers), length), bool)
-        answers[:, -answer:] = True
+        answers[:, (ends[:, None] - np.arange(sizes.answer)).ravel()] = True
         starts, sources = (np.full((len(numbers), length), -1, np.int32) for _ in range(2))
-        starts[:, -1] = length - answer
-        sources[:, -1] = places + offset
+        starts[:, ends] = ends + 1 - sizes.answer
+        sources[:, ends] = places[:, :count] + offset
         return Samples(tokens, answers, starts, sources)
 
     def _places(self, numbers: np.ndarray, words: np.ndarray, length: int, last: int, offset: int) -> np.ndarray:
-        """Where the asked keys' sentences begin, int64 [samples] in 0 .. last; the key stands `offset` later."""
+        """Where the first asked keys' sentences begin, int64 [samples] in 0 .. last; the key stands `offset` later."""
         if not self.in_turn:
             return below(words, last + 1)
         depths = numbers % DEPTHS
@@ -153,7 +168,7 @@ def _digits(values: np.ndarray, count: int) -> np.ndarray:
     return values[..., None] // 10 ** np.arange(count - 1, -1, -1) % 10
 
 
-def _hide(text: np.ndarray, sentences: np.ndarray, place: int, words: np.ndarray) -> np.ndarray:
+def _hide(text: np.ndarray, sentences: np.ndarray, place: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The text with sentences in between: the first begins at `place` of the result, the others anywhere.
 
     Args:
@@ -161,6 +176,9 @@ def _hide(text: np.ndarray, sentences: np.ndarray, place: int, words: np.ndarray
       sentences: [K, tokens].
       place: at most what leaves room for the first sentence.
       words: random, uint64 [2 * (K - 1)].
+
+    Returns:
+      the result, [tokens + K * tokens of a sentence], and where in it each sentence begins, int64 [K].
     """
     others, size = len(sentences) - 1, sentences.shape[1]
     room = len(text) + others * size  # of all that is not the first sentence
@@ -174,6 +192,9 @@ def _hide(text: np.ndarray, sentences: np.ndarray, place: int, words: np.ndarray
             np.sort(head + below(words[others + before :], len(text) - head + 1)),
         ]
     ).astype(np.int64)
-    order = [*sentences[1 : 1 + before], sentences[0], *sentences[1 + before :]]
+    order = np.array([*range(1, 1 + before), 0, *range(1 + before, len(sentences))])
+    places = np.empty(len(sentences), np.int64)
+    places[order] = cuts + size * np.arange(len(sentences))
     parts = np.split(text, cuts)
-    return np.concatenate([parts[0], *(piece for pair in zip(order, parts[1:]) for piece in pair)])
+    pieces = [parts[0], *(piece for pair in zip(sentences[order], parts[1:]) for piece in pair)]
+    return np.concatenate(pieces), places

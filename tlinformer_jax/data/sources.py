@@ -16,7 +16,7 @@ from tlinformer_jax.data.pieces import cut_documents, group_pieces
 from tlinformer_jax.data.progress import Progress
 from tlinformer_jax.data.recall import Recall, pairs_of
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.tasks import Split, Task, TaskSplit
+from tlinformer_jax.data.tasks import AnswerPlaces, Split, Task, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.data.workers import Encoded, encode_groups
 from tlinformer_jax.errors import ConfigError, DataError
@@ -133,18 +133,19 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     return find_tokens(config.cache_path, _identity(source, config, tokenizer), config.full_hash)
 
 
-def answer_tokens(config: DataConfig, tokenizer: Tokenizer, length: int) -> int | None:
-    """How many labels of a sample of `length` tokens count: a task's answers; None where all do.
+def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPlaces | None:
+    """Where the labels of a sample of `length` tokens count, that of a task; None where all do.
 
     Raises:
       DataError: if the task cannot be written by the tokenizer.
     """
     if config.dataset == "recall":
-        return pairs_of(length, config.pairs, config.sequence_length)
+        pairs = pairs_of(length, config.pairs, config.sequence_length)
+        return AnswerPlaces(2 * pairs, pairs)
     if config.dataset == "copy":
-        return length // 2
+        return AnswerPlaces(length // 2, length // 2)
     if config.dataset == "passkey":
-        return passkey.answer_tokens(tokenizer)
+        return passkey.Sizes.of(tokenizer).places(length, config.questions)
     return None
 
 
@@ -168,7 +169,9 @@ def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | No
         task = Copying(key, tokenizer.vocab_size)
     else:
         assert isinstance(text, TokenStream)
-        task = passkey.Passkey(key, text, tokenizer, config.passkeys, in_turn=split != "train")
+        trains = split == "train"
+        questions = config.questions if trains else 1
+        task = passkey.Passkey(key, text, tokenizer, config.passkeys, questions, in_turn=not trains)
     task.check(config.sequence_length)
     for length, _ in config.stages:
         try:

@@ -45,6 +45,19 @@ class Samples:
     sources: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class AnswerPlaces:
+    """Where the labels of a sample count, whatever its number.
+
+    Attributes:
+      first: none before this position.
+      most: no more than so many.
+    """
+
+    first: int
+    most: int
+
+
 class Task(Protocol):
     """What makes samples."""
 

@@ -103,20 +103,24 @@ class LanguageModel(nn.Module):
         train: bool = False,
         inputs_embeds: jax.Array | None = None,
         share: jax.Array | int = 0,
+        start: int = 0,
     ) -> jax.Array:
-        """What the head reads: [batch, length, D] in the compute dtype, after the final LayerNorm.
+        """What the head reads: [batch, length - start, D] in the compute dtype, after the final LayerNorm.
 
         Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk. `share` is the
-        number of the part of the batch that the inputs are, see `Dropout.words`.
+        number of the part of the batch that the inputs are, see `Dropout.words`; `start` the first position that is
+        wanted: generation windows that lie before it are not run.
         """
         config, params = self.config, self.parameters()
         embeddings = self._embed(tokens, inputs_embeds)
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
             return embeddings
         if config.windowed:
-            hidden = forward_windows(self._prepared(params.blocks), config, embeddings, self._dropout(train, share))
+            blocks, (first, rest) = self._prepared(params.blocks), divmod(start, config.generation_window)
+            hidden = forward_windows(blocks, config, embeddings, self._dropout(train, share), first)[:, rest:]
         else:
-            hidden = forward_layers(self._prepared(params.layers), config, embeddings, self._dropout(train, share))
+            layers = self._prepared(params.layers)
+            hidden = forward_layers(layers, config, embeddings, self._dropout(train, share))[:, start:]
         return layer_norm(hidden, params.norm_scale, params.norm_bias)
 
     def sum_over_windows(
@@ -129,6 +133,7 @@ class LanguageModel(nn.Module):
         windows: jax.Array | None = None,
         share: jax.Array | int = 0,
         split: SequenceSplit = WHOLE,
+        start: int = 0,
     ) -> tuple[jax.Array, jax.Array]:
         """The sum of `readout` over all generation windows, of windowed architectures, gradients made along with it.
 
@@ -144,9 +149,10 @@ class LanguageModel(nn.Module):
           windows: only these, int32 [k], ascending; None for all.
           share: number of the part of the batch that `tokens` are, see `Dropout.words`.
           split: how sequences are split over devices, inside `jax.shard_map`; the sum is then this device's.
+          start: of all windows, those that lie before this position are not run; the readout must be 0 there.
 
         Returns:
-          float32 [], and each window's share, float32 [windows or k], through which no gradient flows.
+          float32 [], and the share of each window that is run, float32 [windows or k], through which no gradient flows.
         """
         config, params = self.config, self.parameters()
 
@@ -166,6 +172,7 @@ class LanguageModel(nn.Module):
             self._dropout(train, share),
             windows,
             split,
+            start // config.generation_window,
         )
 
     def _embed(self, tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:

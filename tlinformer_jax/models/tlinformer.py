@@ -72,7 +72,7 @@ class Sequence:
       shared: what windows read.
       fixed: what needs no gradient.
       count: number of windows, the last may reach past the sequence's end.
-      segments: of the windows with history.
+      segments: of the windows with history that are wanted.
     """
 
     shared: Shared
@@ -100,7 +100,11 @@ class Sequence:
 
 
 def forward_windows(
-    blocks: tuple[BlockParams, ...], config: ModelConfig, embeddings: jax.Array, dropout: Dropout | None = None
+    blocks: tuple[BlockParams, ...],
+    config: ModelConfig,
+    embeddings: jax.Array,
+    dropout: Dropout | None = None,
+    first: int = 0,
 ) -> jax.Array:
     """Hidden states of a whole sequence, window by window.
 
@@ -109,17 +113,20 @@ def forward_windows(
       config: of the model.
       embeddings: [batch, length, D] in the compute dtype.
       dropout: None outside training; each window draws masks of its own.
+      first: the first window that is wanted.
 
     Returns:
-      [batch, length, D], before the final LayerNorm.
+      [batch, length - first * W_og, D], before the final LayerNorm.
     """
     batch, length, width = embeddings.shape
     size = config.generation_window
-    sequence = prepare(blocks, config, embeddings, length, dropout)
-    remat = rematerialised(config, sequence.count)
-    first = jax.tree.map(lambda rows: rows[0], sequence.own(config, FIRST_WINDOW))
-    shared = sequence.reach(config, FIRST_WINDOW)
-    outputs = [_run_once(config, window_branch(config, FIRST_WINDOW), shared, first, sequence.fixed, 0, remat)]
+    sequence = prepare(blocks, config, embeddings, length, dropout, first=first)
+    remat = rematerialised(config, sequence.count - first)
+    outputs = []
+    if first == 0:
+        own = jax.tree.map(lambda rows: rows[0], sequence.own(config, FIRST_WINDOW))
+        shared, window = sequence.reach(config, FIRST_WINDOW), window_branch(config, FIRST_WINDOW)
+        outputs.append(_run_once(config, window, shared, own, sequence.fixed, 0, remat))
     for segment in sequence.segments:
         shared, window = sequence.reach(config, segment), window_branch(config, segment)
         own = sequence.own(config, segment)
@@ -136,7 +143,7 @@ def forward_windows(
             )
         states = states.reshape(-1, batch, segment.together * size, width)
         outputs.append(jnp.moveaxis(states, 0, 1).reshape(batch, -1, width))
-    return jnp.concatenate(outputs, axis=1)[:, :length]
+    return jnp.concatenate(outputs, axis=1)[:, : length - first * size]
 
 
 def rematerialised(config: ModelConfig, windows: int) -> bool:
@@ -196,6 +203,7 @@ def prepare(
     readout: Any = None,
     together: int | None = None,
     split: SequenceSplit = WHOLE,
+    first: int = 0,
 ) -> Sequence:
     """What is computed once for all windows.
 
@@ -208,9 +216,10 @@ def prepare(
       readout: what the readout reads, if there is one.
       together: as `plan_segments` takes it.
       split: how the sequence is split over devices.
+      first: the first window that is wanted.
     """
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows
-    segments = plan_segments(config, count, together, split)
+    segments = plan_segments(config, count, together, split, first)
     padded = padded_length(config, count, segments, parts)
     embeddings = jnp.pad(embeddings, ((0, 0), (0, padded // parts - embeddings.shape[1]), (0, 0)))
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)

@@ -30,6 +30,7 @@ def sum_windows(
     dropout: Dropout | None = None,
     windows: jax.Array | None = None,
     split: SequenceSplit = WHOLE,
+    first: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of `readout` over the windows of a sequence, or over some of them, or this device's share of the sum.
 
@@ -48,6 +49,7 @@ def sum_windows(
       windows: indices of the windows that are wanted, int32 [k], ascending; None for all. Their number does not change
         the size of the program.
       split: how the sequence is split over devices; their windows do not run together.
+      first: of all windows, the first that is wanted.
 
     Returns:
       float32 [], of this device; and each window's share of it, float32 [windows or k], through which no gradient
@@ -55,12 +57,12 @@ def sum_windows(
     """
     together = None if windows is None and split == WHOLE else 1
     length = jax.tree.leaves(rows)[0].shape[1]
-    sequence = prepare(blocks, config, embeddings, length, dropout, readout_shared, together, split)
+    sequence = prepare(blocks, config, embeddings, length, dropout, readout_shared, together, split, first)
     padding = sequence.count * config.generation_window - length
     rows = jax.tree.map(lambda array: _padded(array, padding), rows)
     if windows is not None:
         return _sum_sampled(config, sequence, readout, rows, windows, split)
-    runs = (FIRST_WINDOW, *sequence.segments)
+    runs = sequence.segments if first else (FIRST_WINDOW, *sequence.segments)
     dealt = deal_runs(runs, split.window_parts)
     sums = [_sum_run(config, sequence, run, readout, rows, split, part) for run, part in zip(runs, dealt)]
     totals, each = zip(*sums)

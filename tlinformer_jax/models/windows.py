@@ -93,9 +93,9 @@ def num_windows(config: ModelConfig, length: int) -> int:
 
 
 def plan_segments(
-    config: ModelConfig, windows: int, together: int | None = None, split: SequenceSplit = WHOLE
+    config: ModelConfig, windows: int, together: int | None = None, split: SequenceSplit = WHOLE, first: int = 1
 ) -> tuple[Segment, ...]:
-    """Cuts windows 1 .. windows - 1 into runs with static shapes; window 0 has no history.
+    """Cuts windows first .. windows - 1 into runs with static shapes; window 0, which has no history, is none of them.
 
     Args:
       config: of the model; at most `config.history_segments` runs, and one more for what does not fill a group.
@@ -103,19 +103,22 @@ def plan_segments(
       together: windows to a group; None takes `config.group_size`.
       split: how sequences are split over devices: every run but the first is of whole rounds of windows, and devices
         hold equally many rows of the history.
+      first: the first window that is wanted.
     """
-    if windows <= 1:
+    first = max(first, 1)
+    count = windows - first
+    if count < 1:
         return ()
-    together = min(config.group_size(windows) if together is None else together, windows - 1)
-    alone = (windows - 1) % together  # the first ones, whose histories are the shortest
-    groups = np.arange(1 + alone, windows).reshape(-1, together)
+    together = min(config.group_size(count + 1) if together is None else together, count)
+    alone = count % together  # the first ones, whose histories are the shortest
+    groups = np.arange(first + alone, windows).reshape(-1, together)
     missing = -len(groups) % split.window_parts  # in the first round of a split
     rounds = np.arange((len(groups) + missing) // split.window_parts)
     parts = np.array_split(rounds, min(config.history_segments, len(rounds)))
     ends = [(part[-1] + 1) * split.window_parts - missing for part in parts]
     runs = [(groups[start:end].reshape(-1), together) for start, end in zip([0, *ends], ends)]
     if alone:
-        runs = [(np.arange(1, 1 + alone), alone), *runs]
+        runs = [(np.arange(first, first + alone), alone), *runs]
     return tuple(_segment(config, part, size, config.history_chunk, split.row_parts) for part, size in runs)
 
 

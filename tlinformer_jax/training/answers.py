@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.data.tasks import DEPTHS, REGIONS
+from tlinformer_jax.data.tasks import DEPTHS, REGIONS, AnswerPlaces
 
 CELLS = len(REGIONS) * DEPTHS
 
-
-# How many labels of a sample of so many tokens count; None for all.
-AnswerTokens = Callable[[int], int | None]
+# Where the labels of a sample of so many tokens count; None for everywhere.
+AnswersOf = Callable[[int], AnswerPlaces | None]
 
 
 def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:

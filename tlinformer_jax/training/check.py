@@ -95,7 +95,7 @@ def compiled_step(run: Run) -> Any:
     }
     state, shardings = run.abstract_state, run.shardings  # first: under the mesh, even a key is made on its devices
     with jax.set_mesh(run.mesh):
-        step = jit_train_step(run.model, run.config.train, run.horizon, shardings, sharding, answers=run.answer_tokens)
+        step = jit_train_step(run.model, run.config.train, run.horizon, shardings, sharding, answers=run.answers)
         return step.lower(state, batch).compile()
 
 

@@ -201,7 +201,7 @@ def train_steps(
         run.horizon,
         run.shardings,
         batch_sharding(run.mesh),
-        answers=run.answer_tokens,
+        answers=run.answers,
     )
     throughput = build_throughput(run)
     while True:

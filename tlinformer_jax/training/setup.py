@@ -13,9 +13,9 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
-from tlinformer_jax.data.sources import answer_tokens, load_split
+from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
-from tlinformer_jax.data.tasks import Split, TaskSplit, answer_batches
+from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.models.config import ModelConfig
@@ -63,9 +63,9 @@ class Run:
         """Shardings of the train state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
-    def answer_tokens(self, length: int) -> int | None:
-        """How many labels of a sample of `length` tokens count; None for all."""
-        return answer_tokens(self.config.data, self.tokenizer, length)
+    def answers(self, length: int) -> AnswerPlaces | None:
+        """Where the labels of a sample of `length` tokens count; None for everywhere."""
+        return answer_places(self.config.data, self.tokenizer, length)
 
     def initial_state(self) -> TrainState:
         """The state before the first update, born sharded."""
@@ -124,7 +124,7 @@ class Run:
         """
         check_kernel(self.config.model)
         sharding = batch_sharding(self.mesh, EVALUATION_AXES)
-        return jit_eval_step(self.model, self.config.train, self.shardings.params, sharding, self.answer_tokens)
+        return jit_eval_step(self.model, self.config.train, self.shardings.params, sharding, self.answers)
 
     def evaluate(
         self,
@@ -238,7 +238,9 @@ def build_throughput(run: Run) -> Throughput:
 def flops_per_token(run: Run, length: int) -> float:
     """Model FLOPs of a trained token in samples of `length` tokens."""
     model, sampled = run.config.model, run.config.train.sampled_windows
-    flops = training_flops(model, length, sampled_windows=sampled, read=run.answer_tokens(length))
+    places = run.answers(length)
+    read, first = (None, 0) if places is None else (places.most, places.first)
+    flops = training_flops(model, length, sampled_windows=sampled, read=read, first=first)
     return flops.model / trained_tokens(model, length, sampled)
 
 

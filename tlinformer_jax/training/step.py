@@ -16,7 +16,7 @@ from tlinformer_jax.parallel.sequence_split import WHOLE
 from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.target import is_nvidia_gpu
-from tlinformer_jax.training.answers import AnswerTokens, answer_sums, at_places, put_back, weighted_places
+from tlinformer_jax.training.answers import AnswersOf, answer_sums, at_places, put_back, weighted_places
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
@@ -83,7 +83,7 @@ def train_step(
     config: TrainConfig,
     horizon: Horizon,
     window_losses: bool = False,
-    answers: AnswerTokens | None = None,
+    answers: AnswersOf | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -96,7 +96,7 @@ def train_step(
       config: of the run.
       horizon: how long the run is.
       window_losses: whether to return those.
-      answers: of a task, how many labels of a sample have weights.
+      answers: of a task, where the labels of a sample have weights.
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
@@ -142,7 +142,7 @@ def batch_gradient(
     config: TrainConfig,
     shares: Shares,
     window_losses: bool = False,
-    answers: AnswerTokens | None = None,
+    answers: AnswersOf | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The loss of a batch with its gradient, summed over micro-batches and over the devices that share it.
 
@@ -222,7 +222,7 @@ def summed_loss(
     config: TrainConfig,
     windows: jax.Array | None = None,
     shares: Shares = ALONE,
-    answers: AnswerTokens | None = None,
+    answers: AnswersOf | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
 
@@ -243,20 +243,22 @@ def summed_loss(
     """
     inputs = batch["inputs"]
     rows = {name: batch[name] for name in ("labels", "weights")}
-    most = None if answers is None else answers(inputs.shape[1])
+    known = None if answers is None else answers(inputs.shape[1])
+    start = 0 if known is None or windows is not None else known.first
 
     def readout(hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch) -> jax.Array:
-        if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
+        if known is not None and (places := weighted_places(rows["weights"], known.most)) is not None:
             hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
         return summed_cross_entropy(hidden, embedding, rows["labels"], rows["weights"], config.loss_chunk)
 
     def apply(*arguments: Any, **options: Any) -> Any:
-        options["share"] = shares.number()
+        options |= {"share": shares.number(), "start": start}
         return model.apply({"params": params}, inputs, *arguments, train=True, rngs={"dropout": key}, **options)
 
     shape, whole = model.config, windows is None and shares.split == WHOLE
-    if whole and not (shape.windowed and rematerialised(shape, num_windows(shape, inputs.shape[1]))):
-        hidden = apply(method=model.hidden_states)
+    count = num_windows(shape, inputs.shape[1]) - start // shape.generation_window
+    if whole and not (shape.windowed and rematerialised(shape, count)):
+        hidden, rows = apply(method=model.hidden_states), jax.tree.map(lambda array: array[:, start:], rows)
         return readout(hidden, params["embedding"], rows), jnp.zeros(0, jnp.float32)
     total, each = apply(rows, readout, windows=windows, split=shares.split, method=model.sum_over_windows)
     if windows is not None:  # other micro-batches draw others
@@ -285,23 +287,27 @@ def eval_step(
     *,
     model: LanguageModel,
     config: TrainConfig,
-    answers: AnswerTokens | None = None,
+    answers: AnswersOf | None = None,
 ) -> dict[str, jax.Array]:
     """Sums of a batch by position: losses (nats) and weights, each float32 [N].
 
     Of a task's batch also what `training.answers.answer_sums` says; `answers` are as `train_step` takes them.
     """
-    hidden: Any = model.apply({"params": params}, batch["inputs"], method=model.hidden_states)
-    labels, weights, sums = batch["labels"], batch["weights"], {}
+    length = batch["labels"].shape[1]
+    known = None if answers is None else answers(length)
+    start = 0 if known is None else known.first
+    hidden: Any = model.apply({"params": params}, batch["inputs"], start=start, method=model.hidden_states)
+    labels, weights, sums = batch["labels"][:, start:], batch["weights"], {}
     if "starts" in batch:
-        length = labels.shape[1]
-        most = None if answers is None else answers(length)
-        places = None if most is None else weighted_places(weights, most)
+        places = None if known is None else weighted_places(weights[:, start:], known.most)
         if places is not None:
             hidden, labels = at_places(hidden, places), at_places(labels, places)
         losses, hits = token_losses_and_hits(hidden, params["embedding"], labels, config.loss_chunk)
         if places is not None:
-            losses, hits = put_back(losses, places, length, 0), put_back(hits, places, length, True)
+            losses, hits = put_back(losses, places, length - start, 0), put_back(hits, places, length - start, True)
+        losses, hits = (
+            jnp.pad(array, ((0, 0), (start, 0)), constant_values=fill) for array, fill in ((losses, 0), (hits, True))
+        )
         sums = answer_sums(hits, batch["starts"], batch["cells"])
     else:
         losses = token_losses(hidden, params["embedding"], labels, config.loss_chunk)
@@ -315,7 +321,7 @@ def jit_train_step(
     state_shardings: Any,
     batch_sharding: Any,
     window_losses: bool = False,
-    answers: AnswerTokens | None = None,
+    answers: AnswersOf | None = None,
 ) -> Any:
     """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused.
 
@@ -345,7 +351,7 @@ def jit_eval_step(
     config: TrainConfig,
     param_shardings: Any,
     batch_sharding: Any,
-    answers: AnswerTokens | None = None,
+    answers: AnswersOf | None = None,
 ) -> Any:
     """`eval_step`, compiled for the shardings of its arguments; every process gets the whole sums."""
     return jax.jit(

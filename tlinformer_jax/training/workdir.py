@@ -23,7 +23,7 @@ IDENTITY = (
     *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
     "model.observed_selection",
     *(f"data.{name}" for name in ("dataset", "tokenizer", "sequence_length", "wikitext_variant", "curriculum")),
-    *(f"data.{name}" for name in ("train_examples", "pairs", "passkeys")),
+    *(f"data.{name}" for name in ("train_examples", "pairs", "passkeys", "questions")),
     *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
 )
 
