@@ -198,13 +198,13 @@ def test_the_process_of_a_sweep_needs_no_jax():
 @pytest.mark.parametrize(
     ("where", "points", "architectures"),
     [
-        ("sweep_recall.py", 189, 4),
+        ("sweep_recall.py", 243, 4),
         ("sweep_recall.py:512-64-tight", 27, 4),
         ("sweep_recall.py:seeds", 24, 4),
         ("sweep_recall.py:tiny", 2, 2),
         ("sweep_copy.py", 72, 4),
-        ("sweep_passkey.py", 8, 4),
-        ("sweep_passkey.py:tlin", 2, 1),
+        ("sweep_passkey.py", 12, 4),
+        ("sweep_passkey.py:tlin", 3, 1),
         ("sweep_passkey.py:tiny", 2, 2),
         ("sweep_selection.py", 3, 1),
         ("sweep_selection.py:recall", 3, 1),
