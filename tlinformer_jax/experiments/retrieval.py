@@ -42,9 +42,12 @@ def updates(result: Result) -> Any:
 
 
 def settings_of(results: Iterable[Result]) -> dict[str, list[Group]]:
-    """Groups by setting, named in words: the task with its sizes, and the windows."""
+    """Groups by setting, named in words: the task with its sizes, and the windows.
+
+    The same configuration is one group, whichever sweep has trained it.
+    """
     found: dict[str, list[Group]] = {}
-    for group in groups_of(results):
+    for group in groups_of({**result, "point": ""} for result in results):
         found.setdefault(setting(group), []).append(group)
     return dict(sorted(found.items()))
 
