@@ -82,6 +82,14 @@ def test_runs_that_end_at_different_updates_are_one_group():
     assert list(names) == ["TLinFormer, 4 layers (B = 2, H = 0)", "TLinFormer, 4 layers (B = 2, H = 0), top_k rows"]
 
 
+def test_the_same_configuration_of_two_sweeps_is_one_row():
+    results = [cell(TLIN, 1e-3, accuracy, seed) for seed, accuracy in enumerate((0.5, 0.6, 0.7))]
+    again = {**cell(TLIN, 1e-3, 0.8), "name": "recent-rows-seed0", "point": "recent-rows", "sweep": "sweep_selection"}
+    (row,) = [line for line in retrieval_lines([*results, again]) if line.startswith("| TLinFormer")]
+    assert "| 0.650 ± 0.129 |" in row
+    assert row.endswith("| 0, 0, 1, 2 |")
+
+
 def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path):
     then = [
         {

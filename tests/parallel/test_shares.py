@@ -10,6 +10,7 @@ import pytest
 
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.analysis.flops import attention_by_device
+from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
 from tlinformer_jax.parallel import shares as shares_module
@@ -44,12 +45,13 @@ def batch(rows: int = 8) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.asarray, {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights})
 
 
-def gradient(model, train, mesh=None):
+def gradient(model, train, mesh=None, data=None, answers=None):
     """(loss, windows' losses, gradients) of the batch, on one device or over a mesh."""
-    options = {"model": build_model(model), "config": train, "window_losses": True}
+    options = {"model": build_model(model), "config": train, "window_losses": True, "answers": answers}
     params, arguments = golden_scale(model)["params"], (jnp.float32(100), jnp.int32(3))
+    data = batch() if data is None else data
     if mesh is None:
-        return jax.jit(functools.partial(batch_gradient, shares=ALONE, **options))(batch(), params, *arguments)
+        return jax.jit(functools.partial(batch_gradient, shares=ALONE, **options))(data, params, *arguments)
     mesh = build_mesh(MeshConfig(**mesh))
     with jax.set_mesh(mesh):
 
@@ -58,12 +60,15 @@ def gradient(model, train, mesh=None):
             return shares.run(functools.partial(batch_gradient, shares=shares, **options), batch, params, *rest)
 
         shardings = batch_sharding(mesh), tree_shardings(params, mesh)
-        placed = jax.device_put((batch(), params), shardings)
+        placed = jax.device_put((data, params), shardings)
         return jax.jit(spread)(*placed, *arguments)
 
 
 def check(model, mesh, train=TRAIN):
-    one, many = gradient(model, train), gradient(model, train, mesh)
+    agree(gradient(model, train), gradient(model, train, mesh))
+
+
+def agree(one, many):
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     if one[1].size:  # where one device computes windows one after the other
         np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
@@ -97,6 +102,18 @@ def test_other_models_are_split_as_well(changes, mesh):
 @pytest.mark.parametrize("mesh", [{"data": 2, "window": 2, "context": 2}])
 def test_sampled_windows_and_micro_batches_are_those_of_one_device(mesh):
     check(MODEL, mesh, TrainConfig(batch_size=8, accumulation=2, sampled_windows=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [9, 42])  # in the third of eleven windows, and in the last, which one device gets
+@pytest.mark.parametrize("mesh", [{"data": 2, "window": 2, "context": 2}, {"data": 1, "window": 8}])
+def test_windows_before_the_first_answer_are_left_out_on_any_mesh(mesh, first):
+    data = batch()
+    data["weights"] = jnp.where(jnp.arange(LENGTH) < first, 0, 1.0) * jnp.maximum(data["weights"], 0.5)
+    left_out = gradient(MODEL, TRAIN, mesh, data, lambda length: AnswerPlaces(first, length - first))
+    agree(gradient(MODEL, TRAIN, None, data), (left_out[0], np.pad(left_out[1], (first // 4, 0)), left_out[2]))
+    wrong = gradient(MODEL, TRAIN, mesh, batch(), lambda length: AnswerPlaces(first, length))
+    assert abs(wrong[0] / gradient(MODEL, TRAIN, None, batch())[0] - 1) > 0.1
 
 
 @pytest.mark.slow
