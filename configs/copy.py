@@ -9,7 +9,7 @@
     512-tight   W_oh = 32, W_og = 64: 257 tokens before
 
 The model has width 128, 2 blocks, H = 0 (4 layers); configs/sweep_copy.py has the others. A run ends as soon as 99% of
-the validation's answers are right, after 200 M tokens at the latest. Result: not yet measured.
+the validation's answers are right, after 200 M tokens at the latest.
 """
 
 from ml_collections import ConfigDict

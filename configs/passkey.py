@@ -1,13 +1,14 @@
-"""Passkeys from scratch: four numbers hidden in running text, one of which is asked for at the end.
+"""Passkeys from scratch: four numbers hidden in running text, asked for at the end.
 
     python -m tlinformer_jax.main --config=configs/passkey.py --workdir=/tmp/passkey \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz \
         --then=evaluate@1024,evaluate@8192,evaluate@32768
 
 The text is that of whole books in GPT-2 tokens, and no stretch of a sample's text repeats; the loss is on the answer
-only. W_oh = W_og = 512; samples grow from 256 to 1,024, 4,096 and, 401 updates from the end, 8,192 tokens, every update
-having 65,536. The model has width 256, 2 blocks, H = 0 (4 layers). A run ends as soon as 99% of the validation's
-answers at 8,192 tokens are right, after 200 M tokens at the latest.
+only. Training samples ask for all four, evaluations for one. W_oh = W_og = 512; samples grow from 256 to 1,024, 2,048,
+4,096 and, 701 updates from the end, 8,192 tokens, every update having 65,536. The model has width 256, 2 blocks, H = 0
+(4 layers). A run ends as soon as 99% of the validation's answers at 8,192 tokens are right, after 200 M tokens at the
+latest.
 
 Variants: 8k (the default), and tiny, which hides one key in the embedded Python reference, minutes on a CPU.
 Needs: what configs/books.py needs. Result: configs/sweep_passkey.py.

@@ -9,8 +9,9 @@ Variants: books (the default), 41M models at N = 1,024 with W_oh = 128 and W_og 
 three in the setting 512-64-tight of configs/recall.py (W_oh = 16, W_og = 128) with H = 0; tiny, 30 updates on the
 embedded Python reference. `models.selection` defines the three.
 
-Estimated, not measured: a book's cell is a point of configs/sweep_windows.py; the choice itself costs one query's
-attention a window. Result: not yet measured.
+The choice itself costs one query's attention a window. Result: docs/results.md, recall alone, one seed: 0.959 right
+with random rows, 0.951 with the top k, 0.954 with the last, which another run of that seed found at 0.971. Not
+measured: books.
 """
 
 from ml_collections import ConfigDict
