@@ -14,6 +14,7 @@ from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
+from tlinformer_jax.evaluation.text import evaluate_text
 from tlinformer_jax.evaluation.trained import TrainedRun, load_run
 from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
@@ -172,6 +173,31 @@ def test_an_evaluation_that_leaves_windows_out_finds_the_same(architecture):
     assert 0 < sums[0]["right"].sum() < sums[0]["answers"].sum() == 21 * 9
     for found, truth in zip(jax.tree.leaves(sums[0]), jax.tree.leaves(sums[1]), strict=True):
         np.testing.assert_allclose(found, truth, rtol=1e-5)
+
+
+PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400, "validation_examples": 2}
+
+
+def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_questions():
+    data = PASSKEYS | {"passkeys": 20, "questions": 20, "sequence_length": 1800}
+    run = build_run(changed(model={"vocab_size": 257}, data=data), build_tokenizer("bytes"))
+    split, params = run.split("validation"), run.initial_state().params
+    (batch,) = answer_batches(split, 800, 2, slice(None), 4, run.config.model.observed_rows)
+    sums = [eval_step(params, batch, model=run.model, config=run.config.train, answers=a) for a in (run.answers, None)]
+    assert sums[0]["answers"].sum() == 2
+    assert run.answers(800).first == 0
+    for found, truth in zip(jax.tree.leaves(sums[0]), jax.tree.leaves(sums[1]), strict=True):
+        np.testing.assert_allclose(found, truth, rtol=1e-5)
+
+
+def test_a_run_of_a_task_is_evaluated_on_all_of_a_text():
+    run = build_run(changed(model={"vocab_size": 257}, data=PASSKEYS), build_tokenizer("bytes"))
+    trained = TrainedRun(run, run.initial_state().params, 0)
+    text = "The quick brown fox jumps over the lazy dog. " * 40
+    assert run.answers(1400).first > 1300
+    report = evaluate_text(trained, text, EvaluationOptions(by_position=True), text_file="a.txt")
+    assert report["tokens"] == sum(report["by_position"]["tokens"]) == len(text)
+    assert min(report["by_position"]["loss"]) > 1
 
 
 @pytest.mark.slow

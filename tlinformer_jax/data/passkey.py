@@ -81,8 +81,11 @@ class Sizes:
         return cls(hidden, asked, KEY_DIGITS * phrases.digits.shape[1])
 
     def places(self, length: int, questions: int) -> AnswerPlaces:
-        """Where the answers to so many questions at the end of samples of `length` tokens stand."""
-        return AnswerPlaces(length - (questions - 1) * self.asked - self.answer, questions * self.answer)
+        """Where the answers to so many questions, or to fewer, at the end of samples of `length` tokens stand.
+
+        Evaluations ask for one, so that their samples may be shorter than so many questions.
+        """
+        return AnswerPlaces(max(0, length - (questions - 1) * self.asked - self.answer), questions * self.answer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def updates(result: Result) -> Any:
 def settings_of(results: Iterable[Result]) -> dict[str, list[Group]]:
     """Groups by setting, named in words: the task with its sizes, and the windows.
 
-    The same configuration is one group, whichever sweep has trained it.
+    The same configuration is one group, whichever sweep has trained it; a seed that was run again counts as a run.
     """
     found: dict[str, list[Group]] = {}
     for group in groups_of({**result, "point": ""} for result in results):

@@ -52,8 +52,8 @@ def sum_windows(
       first: of all windows, the first that is wanted.
 
     Returns:
-      float32 [], of this device; and each window's share of it, float32 [windows or k], through which no gradient
-      flows (of windows that run together, each group's).
+      float32 [], of this device; and the share of each window that is run, float32 [windows or k], through which no
+      gradient flows (of windows that run together, each group's).
     """
     together = None if windows is None and split == WHOLE else 1
     length = jax.tree.leaves(rows)[0].shape[1]

@@ -154,7 +154,7 @@ def batch_gradient(
       model: of the parameters.
       config: of the run.
       shares: how the batch is shared out.
-      window_losses: whether to sum them, which are as many as a sequence has windows, over the devices.
+      window_losses: whether to sum them, as many as a sequence has windows that are run, over the devices.
       answers: as `train_step` takes it.
 
     Returns:
@@ -239,7 +239,8 @@ def summed_loss(
       answers: as `train_step` takes it.
 
     Returns:
-      float32 []; and each window's sum, float32 [windows], where one is computed after the other, else float32 [0].
+      float32 []; and the sum of each window that is run, float32 [windows], where one is computed after the other, else
+      float32 [0].
     """
     inputs = batch["inputs"]
     rows = {name: batch[name] for name in ("labels", "weights")}
@@ -294,7 +295,8 @@ def eval_step(
     Of a task's batch also what `training.answers.answer_sums` says; `answers` are as `train_step` takes them.
     """
     length = batch["labels"].shape[1]
-    known = None if answers is None else answers(length)
+    # A run of a task can be evaluated on a text as well, all of whose labels count.
+    known = answers(length) if answers is not None and "starts" in batch else None
     start = 0 if known is None else known.first
     hidden: Any = model.apply({"params": params}, batch["inputs"], start=start, method=model.hidden_states)
     labels, weights, sums = batch["labels"][:, start:], batch["weights"], {}
