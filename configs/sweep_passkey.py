@@ -9,10 +9,11 @@ on the embedded Python reference, minutes on a CPU.
 The task is that of configs/passkey.py, which states the windows; all models have width 256, 4 heads and 4 layers. 200
 samples a length, 10 at each of 20 depths, whose text is that of books that no training sample has.
 
-Result: docs/results.md, the four architectures at the learning rate 0.001, one seed, each some 5 minutes on an H200
+Result: docs/results.md, the four architectures at the learning rate 0.001, one seed, each 4 to 5 minutes on an H200
 that it shared with six or seven others. At 8,192 tokens TLinFormer has 0.985 right, attention 0.940, TConstFormer and
-the sliding window none that stands before both windows; at 32,768 TLinFormer 0.255, those of the last 10,000 tokens. At
-0.003, of two thirds of a run without a record, TLinFormer was worse (0.305 after 1,905 updates). Not measured: 0.0003.
+the sliding window none that stands before both windows; at 32,768 TLinFormer 0.255, nearly all of the last 10,000
+tokens. At 0.003, of two thirds of a run without a record, TLinFormer was worse (0.305 after 1,905 updates). Not
+measured: 0.0003.
 """
 
 from tlinformer_jax.experiments.plan import Sweep
