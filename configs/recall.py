@@ -9,7 +9,8 @@ Vocabulary 8,192 (4,095 keys, 4,096 values), the loss on the answers only. Varia
     256-32-tight             W_oh = 8, W_og = 64: 4 times as many pairs as rows of W_oh, N = 32 W_oh
     512-64-tight             W_oh = 16, W_og = 128: likewise
     1024-128-tight           W_oh = 32, W_og = 256: likewise
-    128-8-grown, 256-16-grown    128-8 and 256-16 on shorter samples first
+    128-8-grown              128-8 on shorter samples first
+    256-16-grown             256-16 likewise
 
 The last six start on shorter samples with fewer pairs (`data.curriculum`); without, attention learned nothing in 512-64
 at learning rates of 0.003 and 0.01, and TLinFormer nothing in 256-16. Those of 256-32-tight fill one window, so that no

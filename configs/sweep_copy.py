@@ -6,9 +6,9 @@
 Variants: the settings of configs/copy.py, which states their windows, 24 cells each; all of them (the default, 72).
 Controls, models, learning rates and the end of a cell are those of configs/sweep_recall.py; chance is 1 / 16.
 
-A cell took 13 to 43 s on an H200 that it shared with seven others. Result: docs/results.md, models of 4 layers at the
-learning rate 0.001, one seed: all find 99% but the sliding window in 512-tight, 0.452. Not measured: the models of 6
-layers, other rates.
+A cell took 13 to 43 s on an H200 that it shared with up to seven others. Result: docs/results.md, models of 4 layers at
+the learning rate 0.001, one seed: all find 99% but the sliding window in 512-tight, 0.452. Not measured: the models of
+6 layers, other rates.
 """
 
 from tlinformer_jax.experiments.plan import Sweep

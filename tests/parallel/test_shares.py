@@ -112,6 +112,7 @@ def test_windows_before_the_first_answer_are_left_out_on_any_mesh(mesh, first):
     data["weights"] = jnp.where(jnp.arange(LENGTH) < first, 0, 1.0) * jnp.maximum(data["weights"], 0.5)
     left_out = gradient(MODEL, TRAIN, mesh, data, lambda length: AnswerPlaces(first, length - first))
     agree(gradient(MODEL, TRAIN, None, data), (left_out[0], np.pad(left_out[1], (first // 4, 0)), left_out[2]))
+    # Where labels before it do have weights, those of the windows left out are missed.
     wrong = gradient(MODEL, TRAIN, mesh, batch(), lambda length: AnswerPlaces(first, length))
     assert abs(wrong[0] / gradient(MODEL, TRAIN, None, batch())[0] - 1) > 0.1
 

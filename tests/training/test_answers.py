@@ -163,16 +163,25 @@ def test_model_flops_count_the_head_at_the_answers_alone():
     assert text - flops_per_token(run, 18) == pytest.approx(6 * 2048 * 16 * 15 / 18)
 
 
+def same_sums(run, params, batch):
+    """The evaluation's sums where what no answer needs is left out, compared with those where nothing is."""
+    sums, whole = (
+        eval_step(params, batch, model=run.model, config=run.config.train, answers=answers)
+        for answers in (run.answers, None)
+    )
+    for found, truth in zip(jax.tree.leaves(sums), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(found, truth, rtol=1e-5)
+    return sums
+
+
 @pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
 def test_an_evaluation_that_leaves_windows_out_finds_the_same(architecture):
     config = changed(model={"architecture": architecture}, data={"dataset": "copy"})
     run = build_run(config, build_tokenizer("numbers:12"))
     split, params = run.split("validation"), jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params)
     (batch,) = answer_batches(split, 18, 21, slice(None), 4, config.model.observed_rows)
-    sums = [eval_step(params, batch, model=run.model, config=config.train, answers=a) for a in (run.answers, None)]
-    assert 0 < sums[0]["right"].sum() < sums[0]["answers"].sum() == 21 * 9
-    for found, truth in zip(jax.tree.leaves(sums[0]), jax.tree.leaves(sums[1]), strict=True):
-        np.testing.assert_allclose(found, truth, rtol=1e-5)
+    sums = same_sums(run, params, batch)
+    assert 0 < sums["right"].sum() < sums["answers"].sum() == 21 * 9
 
 
 PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400, "validation_examples": 2}
@@ -183,11 +192,8 @@ def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_q
     run = build_run(changed(model={"vocab_size": 257}, data=data), build_tokenizer("bytes"))
     split, params = run.split("validation"), run.initial_state().params
     (batch,) = answer_batches(split, 800, 2, slice(None), 4, run.config.model.observed_rows)
-    sums = [eval_step(params, batch, model=run.model, config=run.config.train, answers=a) for a in (run.answers, None)]
-    assert sums[0]["answers"].sum() == 2
+    assert same_sums(run, params, batch)["answers"].sum() == 2
     assert run.answers(800).first == 0
-    for found, truth in zip(jax.tree.leaves(sums[0]), jax.tree.leaves(sums[1]), strict=True):
-        np.testing.assert_allclose(found, truth, rtol=1e-5)
 
 
 def test_a_run_of_a_task_is_evaluated_on_all_of_a_text():
