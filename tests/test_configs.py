@@ -358,7 +358,7 @@ def test_every_field_can_be_overridden_on_the_command_line(name, tmp_path, monke
 
 def test_a_curriculum_can_be_overridden_on_the_command_line():
     found = from_flags("passkey.py:tiny", "data.curriculum=128:5,256:6").data
-    assert found.stages == ((128, 5), (256, 6))
+    assert found.stages == ((128, 5, 0), (256, 6, 0))
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "books.py:4k-1k-0.5"])
