@@ -285,7 +285,7 @@ def describe_end(stage: Stage, step: int, competence: Competence | None) -> str:
         return f"{text}, as configured"
     if step in competence.ends.tolist():
         return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
-    return f"{text}, its most: training accuracy has not reached {stage.accuracy:g} over {WINDOW} updates"
+    return f"{text}, the most that it may take"
 
 
 def accurate(config: TrainConfig, figures: Mapping[str, float] | None) -> bool:
