@@ -141,10 +141,10 @@ def test_table_1_is_covered_and_defaults_are_our_recipe():
 )
 def test_no_sample_of_a_task_is_seen_twice(variant):
     config = from_flags(variant)
-    last = (config.data.sequence_length, config.train.steps - sum(count for _, count in config.data.stages))
+    last = (config.data.sequence_length, config.train.steps - sum(stage.updates for stage in config.data.stages))
     taken = [
         count * config.train.batch_size * config.data.sequence_length // length
-        for length, count in (*config.data.stages, last)
+        for length, count, *_ in (*config.data.stages, last)
     ]
     assert all(count > 0 for count in taken)
     assert sum(taken) <= config.data.train_examples
