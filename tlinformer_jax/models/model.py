@@ -127,15 +127,15 @@ class LanguageModel(nn.Module):
         self,
         tokens: jax.Array,
         rows: Any,
-        readout: Callable[[jax.Array, jax.Array, Any], jax.Array],
+        readout: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]],
         *,
         train: bool = False,
         windows: jax.Array | None = None,
         share: jax.Array | int = 0,
         split: SequenceSplit = WHOLE,
         start: int = 0,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The sum of `readout` over all generation windows, of windowed architectures, gradients made along with it.
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The sums of `readout` over all generation windows, of windowed architectures, gradients made along with it.
 
         What a long sequence is trained by: of no window anything is kept but its gradients.
 
@@ -143,8 +143,8 @@ class LanguageModel(nn.Module):
           tokens: as `__call__` takes them.
           rows: pytree of arrays [batch, length, ...] that go along with the tokens, such as labels.
           readout: of the hidden states [batch, rows, D] of rows of a window, as `hidden_states` gives them, of the
-            embedding [V, D], and of the same rows of `rows`; a float32 [], the sum over them. Past the sequence's end
-            `rows` are 0, hidden states are finite, and the readout must be 0.
+            embedding [V, D], and of the same rows of `rows`; two float32 [], sums over them, of which the first is
+            differentiated. Past the sequence's end `rows` are 0, hidden states are finite, and the readout must be 0.
           train: apply dropout.
           windows: only these, int32 [k], ascending; None for all.
           share: number of the part of the batch that `tokens` are, see `Dropout.words`.
@@ -152,11 +152,12 @@ class LanguageModel(nn.Module):
           start: of all windows, those that lie before this position are not run; the readout must be 0 there.
 
         Returns:
-          float32 [], and the share of each window that is run, float32 [windows or k], through which no gradient flows.
+          float32 [] both, and of the first the share of each window that is run, float32 [windows or k]; no gradient
+          flows through the last two.
         """
         config, params = self.config, self.parameters()
 
-        def read(shared: Any, hidden: jax.Array, rows: Any) -> jax.Array:
+        def read(shared: Any, hidden: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
             embedding, scale, bias = shared
             return readout(layer_norm(hidden, scale, bias), embedding, rows)
 

@@ -53,23 +53,23 @@ def sum_with_gradients(
     fixed: Any,
     steps: Any,
     which: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of `branches[which[i]](shared, parts[i], fixed, steps[i])` over every i, and each step's share of it.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums of `branches[which[i]](shared, parts[i], fixed, steps[i])` over every i, and each step's first value.
 
     Steps of different static shapes can take turns; what one of them needs exists while it runs only. Where the sum is
     differentiated, each step's gradient is made along with its value, so that nothing is kept from one step for a later
     backward pass, and nothing is computed twice.
 
     Args:
-      branches: each returns a float32 []; more than one needs `which`.
+      branches: each returns two float32 [], of which the first is differentiated; more than one needs `which`.
       shared, parts, fixed, steps: as `map_recomputed` takes them.
       which: the branch of each step, int32 [steps].
 
     Returns:
-      float32 [], and float32 [steps], through which no gradient flows.
+      float32 []; and float32 [] and float32 [steps], through which no gradient flows.
     """
-    total, each = _sum(branches, shared, parts, fixed, steps, which)
-    return total, jax.lax.stop_gradient(each)
+    (total, beside), each = _sum(branches, shared, parts, fixed, steps, which)
+    return total, jax.lax.stop_gradient(beside), jax.lax.stop_gradient(each)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -101,10 +101,10 @@ _map.defvjp(_map_forward, _map_backward)
 def _sum(branches, shared, parts, fixed, steps, which):
     def body(total, item):
         part, step, index = item
-        value = _switch(index, branches, shared, part, fixed, step)
-        return total + value, value
+        values = _switch(index, branches, shared, part, fixed, step)
+        return jax.tree.map(jnp.add, total, values), values[0]
 
-    return jax.lax.scan(body, jnp.float32(0), (parts, steps, which))
+    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))
 
 
 def _sum_forward(branches, shared, parts, fixed, steps, which):
@@ -112,16 +112,16 @@ def _sum_forward(branches, shared, parts, fixed, steps, which):
 
     def body(carry, item):
         part, step, index = item
-        value, total, part_gradient = _switch(index, pulls, carry[1], shared, part, fixed, step)
-        return (carry[0] + value, total), (value, part_gradient)
+        values, total, part_gradient = _switch(index, pulls, carry[1], shared, part, fixed, step)
+        return (jax.tree.map(jnp.add, carry[0], values), total), (values[0], part_gradient)
 
-    start = jnp.float32(0), wide_zeros(shared)
-    (value, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
-    return (value, each), (rounded(total, shared), part_gradients)
+    start = (jnp.float32(0), jnp.float32(0)), wide_zeros(shared)
+    (values, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
+    return (values, each), (rounded(total, shared), part_gradients)
 
 
 def _sum_backward(branches, gradients, cotangents):
-    slope, _ = cotangents
+    (slope, _), _ = cotangents
     shared, parts = jax.tree.map(lambda array: (array.astype(jnp.float32) * slope).astype(array.dtype), gradients)
     return shared, parts, None, None, None
 
@@ -130,10 +130,10 @@ _sum.defvjp(_sum_forward, _sum_backward)
 
 
 def _add_value_and_gradient(branch, total, shared, part, fixed, step):
-    """A step's value, the running sum of shared's gradient with this step's, and the gradient of the step's part."""
-    value, pull = jax.vjp(lambda shared, part: branch(shared, part, fixed, step), shared, part)
+    """A step's values, the running sum of shared's gradient with this step's, and the gradient of the step's part."""
+    value, pull, beside = jax.vjp(lambda shared, part: branch(shared, part, fixed, step), shared, part, has_aux=True)
     gradient, part_gradient = pull(jnp.ones_like(value))
-    return value, add_wide(total, gradient), part_gradient
+    return (value, beside), add_wide(total, gradient), part_gradient
 
 
 def _switch(index, branches, *operands):

@@ -16,8 +16,9 @@ from tlinformer_jax.models.windows import Place, Segment, window_rows
 from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit, deal_windows
 
 # What becomes of a window: (what it reads besides, hidden states [batch, rows, D], the same rows of what goes along
-# with the sequence) -> float32 [], a sum over the rows. It must not close over traced values.
-Readout = Callable[[Any, jax.Array, Any], jax.Array]
+# with the sequence) -> two float32 [], sums over the rows, of which the first is differentiated. It must not close over
+# traced values.
+Readout = Callable[[Any, jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
 def sum_windows(
@@ -31,8 +32,8 @@ def sum_windows(
     windows: jax.Array | None = None,
     split: SequenceSplit = WHOLE,
     first: int = 0,
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of `readout` over the windows of a sequence, or over some of them, or this device's share of the sum.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums of `readout` over the windows of a sequence, or over some of them, or this device's share of the sums.
 
     A window's forward and backward pass follow one another, so that of no window anything is kept but its gradient,
     and nothing is computed twice.
@@ -52,8 +53,8 @@ def sum_windows(
       first: of all windows, the first that is wanted.
 
     Returns:
-      float32 [], of this device; and the share of each window that is run, float32 [windows or k], through which no
-      gradient flows (of windows that run together, each group's).
+      float32 [] both, of this device, and of the first the share of each window that is run, float32 [windows or k] (of
+      windows that run together, each group's). No gradient flows through the last two.
     """
     together = None if windows is None and split == WHOLE else 1
     length = jax.tree.leaves(rows)[0].shape[1]
@@ -65,8 +66,8 @@ def sum_windows(
     runs = sequence.segments if first else (FIRST_WINDOW, *sequence.segments)
     dealt = deal_runs(runs, split.window_parts)
     sums = [_sum_run(config, sequence, run, readout, rows, split, part) for run, part in zip(runs, dealt)]
-    totals, each = zip(*sums)
-    return jnp.sum(jnp.stack(totals)), jnp.concatenate(each)
+    totals, beside, each = zip(*sums)
+    return jnp.sum(jnp.stack(totals)), jnp.sum(jnp.stack(beside)), jnp.concatenate(each)
 
 
 def deal_runs(runs: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
@@ -83,8 +84,8 @@ def _sum_run(
     rows: Any,
     split: SequenceSplit,
     dealt: np.ndarray,
-) -> tuple[jax.Array, jax.Array]:
-    """The sum over a run of windows of one static shape, or over those of them that are dealt to this device."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums over a run of windows of one static shape, or over those of them that are dealt to this device."""
     taken = jax.tree.map(lambda array: window_rows(config, array, run.first, run.count, run.together), rows)
     own, steps = sequence.own(config, run), jnp.asarray(run.windows)
     places = None if split.windows is None else split.windows.mine(dealt)
@@ -92,8 +93,8 @@ def _sum_run(
         own, steps, taken = _take(own, places), _take(steps, places), _take(taken, places, zero=True)
     branch = _read(config, run, readout, split)
     shared = sequence.reach(config, run)
-    total, each = sum_with_gradients((branch,), shared, own, sequence.fixed, (steps, taken))
-    return total, each if places is None else _put(each, places, run.count)
+    total, beside, each = sum_with_gradients((branch,), shared, own, sequence.fixed, (steps, taken))
+    return total, beside, each if places is None else _put(each, places, run.count)
 
 
 def _sum_sampled(
@@ -103,7 +104,7 @@ def _sum_sampled(
     rows: Any,
     windows: jax.Array,
     split: SequenceSplit,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same over any windows: one loop runs through them; each takes the branch of the segment that it lies in."""
     count, places = windows.shape[0], None
     if split.windows is not None:
@@ -117,15 +118,15 @@ def _sum_sampled(
     if places is not None:
         taken = _masked(taken, places)
     branches = tuple(_read(config, run, readout, split) for run in (FIRST_WINDOW, *sequence.segments))
-    total, each = sum_with_gradients(branches, sequence.shared, own, sequence.fixed, (windows, taken), which)
-    return total, each if places is None else _put(each, places, count)
+    total, beside, each = sum_with_gradients(branches, sequence.shared, own, sequence.fixed, (windows, taken), which)
+    return total, beside, each if places is None else _put(each, places, count)
 
 
 def _read(config: ModelConfig, run: Segment, readout: Readout, split: SequenceSplit) -> Branch:
     """A window and what becomes of it; where rows are split, of this device's rows of the window."""
     window = window_branch(config, run)
 
-    def branch(shared: Shared, own: History | None, fixed: Fixed, step: tuple[Place, Any]) -> jax.Array:
+    def branch(shared: Shared, own: History | None, fixed: Fixed, step: tuple[Place, Any]) -> Any:
         place, rows = step
         if split.rows is None or shared.history is None:
             return readout(shared.readout, window(shared, own, fixed, place), rows)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from tlinformer_jax.data.config import Stage
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.windows import num_windows
@@ -18,7 +19,8 @@ from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.target import is_nvidia_gpu
 from tlinformer_jax.training.answers import AnswersOf, answer_sums, at_places, put_back, weighted_places
 from tlinformer_jax.training.config import TrainConfig
-from tlinformer_jax.training.loss import summed_cross_entropy, token_losses, token_losses_and_hits
+from tlinformer_jax.training.curriculum import Competence, initial_competence, record_accuracy, stage_with_goal
+from tlinformer_jax.training.loss import summed_losses_and_hits, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 from tlinformer_jax.training.windows import draw_windows, window_weight
 
@@ -61,18 +63,35 @@ class TrainState:
       params: parameters, as `model.init` names them.
       opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
       skips: updates that were left out, or undone by a rollback.
+      competence: what ends the stages of a curriculum; None where none ends by competence.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     skips: Skips = flax.struct.field(default_factory=Skips)
+    competence: Competence | None = None
 
 
-def init_state(rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon) -> TrainState:
+class Beside(NamedTuple):
+    """What is summed along with the loss, without a gradient.
+
+    Attributes:
+      window_losses: of each window that is run, float32 [windows], where one is computed after the other, else [0].
+      right: weight of the labels that greedy decoding would choose, float32 [].
+    """
+
+    window_losses: jax.Array
+    right: jax.Array
+
+
+def init_state(
+    rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon, stages: tuple[Stage, ...] = ()
+) -> TrainState:
     """The state before the first update; depends on `rng` and the configurations only."""
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
-    return TrainState(jnp.int32(0), params, build_optimizer(config, horizon).init(params))
+    opt_state = build_optimizer(config, horizon).init(params)
+    return TrainState(jnp.int32(0), params, opt_state, competence=initial_competence(stages))
 
 
 def train_step(
@@ -84,6 +103,7 @@ def train_step(
     horizon: Horizon,
     window_losses: bool = False,
     answers: AnswersOf | None = None,
+    stages: tuple[Stage, ...] = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -97,21 +117,25 @@ def train_step(
       horizon: how long the run is.
       window_losses: whether to return those.
       answers: of a task, where the labels of a sample have weights.
+      stages: of the curriculum.
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
-      clipping), learning_rate, tokens; step and skips of the new state; and where asked for window_losses, what
-      `summed_loss` says of each window, summed over the batch. Where loss or gradient are not finite,
+      clipping), learning_rate, tokens; step and skips of the new state; and where asked for, window_losses, as
+      `Beside` says, summed over the batch. In a stage that ends by competence, accuracy, the share of the answers'
+      tokens that were right, and stage_ends, those of the new state. Where loss or gradient are not finite,
       parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
       whole state does, whatever the batch.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     shares = Shares.of(jax.sharding.get_abstract_mesh())
+    stage = stage_with_goal(stages, batch["inputs"].shape[1])
+    wanted = ("window_losses",) * window_losses + ("right",) * (stage is not None)
     gradient = functools.partial(
-        batch_gradient, model=model, config=config, shares=shares, window_losses=window_losses, answers=answers
+        batch_gradient, model=model, config=config, shares=shares, wanted=wanted, answers=answers
     )
-    loss, each, grads = shares.run(gradient, batch, state.params, divisor, state.step)
+    loss, beside, grads = shares.run(gradient, batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": loss * divisor / tokens,
@@ -120,15 +144,22 @@ def train_step(
             learning_rate_schedule(config, horizon)(state.step - state.skips.total), jnp.float32
         ),
         "tokens": tokens,
-        **({"window_losses": each} if window_losses else {}),
     }
+    if window_losses:
+        metrics["window_losses"] = beside["window_losses"]
     good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
     params, opt_state = jax.tree.map(
         lambda new, old: jax.lax.select(jnp.broadcast_to(good, new.shape), new, old),
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
     )
-    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips)
+    competence = state.competence
+    if stage is not None and competence is not None:
+        metrics["accuracy"] = beside["right"] / tokens
+        recorded = record_accuracy(competence, stage, stages[stage].accuracy, metrics["accuracy"], state.step)
+        competence = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), recorded, competence)
+        metrics["stage_ends"] = competence.ends
+    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips, competence)
     return new, {**metrics, "step": new.step, "skips": skips}
 
 
@@ -141,9 +172,9 @@ def batch_gradient(
     model: LanguageModel,
     config: TrainConfig,
     shares: Shares,
-    window_losses: bool = False,
+    wanted: tuple[str, ...] = (),
     answers: AnswersOf | None = None,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """The loss of a batch with its gradient, summed over micro-batches and over the devices that share it.
 
     Args:
@@ -154,32 +185,32 @@ def batch_gradient(
       model: of the parameters.
       config: of the run.
       shares: how the batch is shared out.
-      window_losses: whether to sum them, as many as a sequence has windows that are run, over the devices.
+      wanted: fields of `Beside` to sum as well.
       answers: as `train_step` takes it.
 
     Returns:
-      the loss, float32 []; where asked for each window's, as `summed_loss` says, else float32 [0]; the gradient.
+      the loss, float32 []; what is wanted besides, by name; the gradient.
     """
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
 
-    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> tuple[jax.Array, Beside]:
         key = jax.random.fold_in(dropout_key, number)
         windows = None
         if config.sampled_windows:
             length = micro["inputs"].shape[1]
             windows = draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
-        total, each = summed_loss(
+        total, beside = summed_loss(
             params, micro, key, model=model, config=config, windows=windows, shares=shares, answers=answers
         )
-        return total / divisor, each
+        return total / divisor, beside
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
     if config.accumulation == 1:
-        (loss, each), grads = gradient(params, batch, jnp.int32(0))
+        (loss, beside), grads = gradient(params, batch, jnp.int32(0))
     else:
-        (loss, each), grads = _accumulate(gradient, params, batch, config.accumulation)
+        (loss, beside), grads = _accumulate(gradient, params, batch, config.accumulation)
     loss, grads = shares.add((loss, grads))
-    return loss, shares.add(each) if window_losses else jnp.zeros(0, jnp.float32), grads
+    return loss, shares.add({name: getattr(beside, name) for name in wanted}), grads
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
@@ -223,7 +254,7 @@ def summed_loss(
     windows: jax.Array | None = None,
     shares: Shares = ALONE,
     answers: AnswersOf | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Beside]:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
 
     Where devices share the batch, or its sequences, it is this device's share.
@@ -239,18 +270,17 @@ def summed_loss(
       answers: as `train_step` takes it.
 
     Returns:
-      float32 []; and the sum of each window that is run, float32 [windows], where one is computed after the other, else
-      float32 [0].
+      float32 [], and what is summed along with it.
     """
     inputs = batch["inputs"]
     rows = {name: batch[name] for name in ("labels", "weights")}
     known = None if answers is None else answers(inputs.shape[1])
     start = 0 if known is None or windows is not None else known.first
 
-    def readout(hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch) -> jax.Array:
+    def readout(hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch) -> tuple[jax.Array, jax.Array]:
         if known is not None and (places := weighted_places(rows["weights"], known.most)) is not None:
             hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
-        return summed_cross_entropy(hidden, embedding, rows["labels"], rows["weights"], config.loss_chunk)
+        return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], config.loss_chunk)
 
     def apply(*arguments: Any, **options: Any) -> Any:
         options |= {"share": shares.number(), "start": start}
@@ -260,14 +290,15 @@ def summed_loss(
     count = num_windows(shape, inputs.shape[1]) - start // shape.generation_window
     if whole and not (shape.windowed and rematerialised(shape, count)):
         hidden, rows = apply(method=model.hidden_states), jax.tree.map(lambda array: array[:, start:], rows)
-        return readout(hidden, params["embedding"], rows), jnp.zeros(0, jnp.float32)
-    total, each = apply(rows, readout, windows=windows, split=shares.split, method=model.sum_over_windows)
+        total, right = readout(hidden, params["embedding"], rows)
+        return total, Beside(jnp.zeros(0, jnp.float32), right)
+    total, right, each = apply(rows, readout, windows=windows, split=shares.split, method=model.sum_over_windows)
     if windows is not None:  # other micro-batches draw others
         each = jnp.zeros(0, jnp.float32)
-    return total * window_weight(shape, inputs.shape[1], windows), each
+    return total * window_weight(shape, inputs.shape[1], windows), Beside(each, right)
 
 
-def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[tuple[jax.Array, Beside], Any]:
     """Sums losses and gradients over `parts` micro-batches, one after the other."""
     # Rows are dealt out in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
@@ -324,6 +355,7 @@ def jit_train_step(
     batch_sharding: Any,
     window_losses: bool = False,
     answers: AnswersOf | None = None,
+    stages: tuple[Stage, ...] = (),
 ) -> Any:
     """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused.
 
@@ -331,7 +363,13 @@ def jit_train_step(
     """
     return jax.jit(
         functools.partial(
-            train_step, model=model, config=config, horizon=horizon, window_losses=window_losses, answers=answers
+            train_step,
+            model=model,
+            config=config,
+            horizon=horizon,
+            window_losses=window_losses,
+            answers=answers,
+            stages=stages,
         ),
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, replicated(batch_sharding.mesh)),
