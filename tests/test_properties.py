@@ -184,7 +184,8 @@ RATES = {
     "model": {"dropout": 1.0},
     "train": dict.fromkeys(("beta1", "beta2"), 1.0)
     | {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
-    | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf),
+    | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf)
+    | {"checkpoint_minutes": math.inf},
 }
 TEXTS = {
     "data": ("tokenizer", "end_of_text_token", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")

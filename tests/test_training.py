@@ -1,6 +1,7 @@
 """Loss, optimiser, train step and the loop, on one and on eight simulated devices."""
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -20,6 +21,7 @@ from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding, parameter_spec, put_batch, tree_shardings
 from tlinformer_jax.training import loss as loss_module
+from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loop import train_and_evaluate
@@ -221,8 +223,26 @@ def test_schedule_warms_up_and_ends_where_it_should():
     schedule = learning_rate_schedule(
         dataclasses.replace(TRAIN, warmup_steps=10, final_learning_rate=0.1), Horizon(110, 110)
     )
-    rates = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
-    np.testing.assert_allclose(rates, [0, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
+    # Updates 1, 5, 10, 60 and 110, the last.
+    rates = [float(schedule(step - 1)) for step in (1, 5, 10, 60, 110)]
+    np.testing.assert_allclose(rates, [1e-3, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
+
+
+def test_a_warm_up_longer_than_the_run_is_said(tmp_path):
+    config = run_config(train={"warmup_steps": 16})
+    assert "16 is more than the run's 4 updates: the learning rate rises to 25% of" in check_run(config)
+    assert "warmup_steps" not in check_run(run_config(train={"warmup_steps": 4}))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_bfloat16_parameters_stay_bfloat16(accumulation):
+    model = build_model(dataclasses.replace(MODEL, param_dtype="bfloat16"))
+    config = dataclasses.replace(TRAIN, accumulation=accumulation)
+    state = jax.eval_shape(lambda: init_state(jax.random.key(0), model, config, HORIZON))
+    step = functools.partial(train_step, model=model, config=config, horizon=HORIZON)
+    new, _ = jax.eval_shape(step, state, random_batch())
+    assert state.params["embedding"].dtype == jnp.bfloat16
+    jax.tree.map(lambda old, new: np.testing.assert_equal(new.dtype, old.dtype), state, new)
 
 
 def test_decay_mask_spares_vectors_only_when_asked():
@@ -246,8 +266,8 @@ def run_config(**changes) -> RunConfig:
     )
 
 
-def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path):
-    """Stopping after two steps and going on gives the parameters of a run that never stopped."""
+def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys):
+    """Stopping after two steps and going on, with checkpoints by the clock, gives the same parameters."""
     config = run_config(train={"eval_batch_size": 512})
     whole = train_and_evaluate(config, tmp_path / "whole")
     assert 0 < whole["loss"] < 10
@@ -256,6 +276,8 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval/loss" in line] == [2, 4]
+    rates = [line["train/learning_rate"] for line in lines if "train/loss" in line]
+    assert (rates[0], rates[-1]) == pytest.approx((1e-2, 1e-3))
     assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second", "train/tflops"} <= set(lines[-2])
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["model"]["d_model"] == 16
@@ -266,7 +288,10 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (part / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     (tmp_path / "whole" / "checkpoints" / "2").rename(part / "checkpoints" / "2")
-    train_and_evaluate(config, part)
+    capsys.readouterr()
+    train_and_evaluate(run_config(train={"eval_batch_size": 512, "checkpoint_minutes": 1e-9}), part)
+    assert "checkpoints: every 2 updates, every 1e-09 minutes or less, at the end\n" in capsys.readouterr().err
+    assert {path.name for path in (part / "checkpoints").iterdir()} == {"3", "4"}
     run = build_run(config, ByteTokenizer())
     step, params = restore_params(tmp_path / "whole", run.abstract_state.params)
     again_step, again = restore_params(part, run.abstract_state.params)

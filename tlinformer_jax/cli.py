@@ -145,15 +145,49 @@ def cluster() -> "Cluster | None":
     return find_cluster(values.coordinator_address, values.num_processes, values.process_id)
 
 
+def define_config_flag(help: str = "Config file; FILE:VARIANT picks a variant.", **settings: Any) -> None:
+    """Defines --config: what the file leaves out has its default, so that every field can be overridden.
+
+    Args:
+      help: of the flag.
+      **settings: for `config_flags.DEFINE_config_file`.
+    """
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, help, lock_config=False, **settings)
+    flag = settings.get("flag_values", flags.FLAGS)["config"]
+    flag.parser = _CompletedConfig(flag.parser)
+
+
+class _CompletedConfig(flags.ArgumentParser):
+    """Reads a config file by `parser`, and adds what it leaves out."""
+
+    def __init__(self, parser: flags.ArgumentParser) -> None:
+        self._parser = parser
+
+    def parse(self, argument: str) -> Any:
+        from ml_collections import ConfigDict
+
+        from tlinformer_jax.config import add_defaults
+
+        config = self._parser.parse(argument)
+        if isinstance(config, ConfigDict):  # `config_values` says what is wrong with anything else
+            add_defaults(config)
+            config.lock()
+        return config
+
+    def flag_type(self) -> str:
+        return str(self._parser.flag_type())
+
+
 def define_optional_config_flag() -> None:
     """Defines --config where it is used, for commands that have a default: a bare machine may lack ml_collections."""
     if not any(argument.lstrip("-").split("=")[0].split(".")[0] == "config" for argument in sys.argv[1:]):
         return
     try:
-        from ml_collections import config_flags
+        define_config_flag()
     except ImportError:
         fail("--config: config files need the package ml_collections, which is not installed")
-    config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
 
 
 def config_given() -> bool:
@@ -223,8 +257,6 @@ def describe(error: Exception, argv: Sequence[str]) -> str:
             missing = _missing_field(match[1])
             if missing is not None:
                 return f"{argument}: no such config field; allowed are {', '.join(missing)}"
-            if match[1].split(".")[-1] in text:
-                return f"{argument}: the config file leaves this field out; add it there, or start from its defaults"
     return f"--config: {text}"
 
 

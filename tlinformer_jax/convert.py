@@ -11,12 +11,11 @@ it appears under its name when it is complete, or not at all.
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import UserError
 
-config_flags.DEFINE_config_file("config", None, "Config file of the weights given by --from.", lock_config=True)
+cli.define_config_flag("Config file of the weights given by --from.")
 FROM = flags.DEFINE_string("from", "", "Weights to read: .pt or .pth of torch.save, or .safetensors.")
 TO = flags.DEFINE_string("to", "", "Weights to write: a new .safetensors file.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of a run: new for --from, read for --to.")

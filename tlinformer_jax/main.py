@@ -11,7 +11,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import config_flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import UserError
@@ -19,7 +18,7 @@ from tlinformer_jax.errors import UserError
 if TYPE_CHECKING:
     from tlinformer_jax.config import RunConfig
 
-config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
+cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
 CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
 TOPOLOGY = flags.DEFINE_string(
@@ -70,12 +69,12 @@ def main() -> None:
     if cluster is not None:
         # First, since joining waits for all processes only so long, and leaves SIGTERM to JAX.
         list(prepare(config.data, config.model.vocab_size))
-    with joined(cluster), memory_advice(config):
+    with joined(cluster):
         train_and_evaluate(config, workdir, profile, INIT_FROM.value)
 
 
 def _check_topology() -> None:
-    """Prints what the step takes on the TPUs that --topology names; neither data nor tokenizer is looked at."""
+    """Prints what the step takes on the TPUs that --topology names; data are not looked at."""
     for flag in (WORKDIR, INIT_FROM, THEN, PROFILE):
         if flag.value:
             raise UserError(f"--{flag.name}: not with --topology, which only checks")

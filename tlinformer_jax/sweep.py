@@ -90,6 +90,7 @@ def define_config_flags() -> None:
     """
     from ml_collections import ConfigDict, config_flags
 
+    from tlinformer_jax.config import add_defaults
     from tlinformer_jax.experiments.plan import load_sweep
 
     if any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):
@@ -106,7 +107,9 @@ def define_config_flags() -> None:
     except UserError as error:
         cli.fail(str(error))
     try:
-        config_flags.DEFINE_config_dict("config", ConfigDict(base), lock_config=True)
+        config = ConfigDict(base)
+        add_defaults(config)
+        config_flags.DEFINE_config_dict("config", config, lock_config=True)
     except Exception as error:  # ml_collections raises what comes, for a field that does not exist
         cli.fail(cli.describe(error, sys.argv))
 

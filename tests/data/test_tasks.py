@@ -100,10 +100,20 @@ def test_passkeys_hide_in_text_that_goes_on_around_them():
             sentence = b" The pass key of" + part[: len(b" 4 1 is 7 0 2 9 5.")]
             bare = bare.replace(sentence, b"", 1)
         assert bare in text
-        depth = sources[-1] * DEPTHS // 640
-        # The last depths are where the question stands, whose keys lie as late as they can.
-        assert depth == min(number % DEPTHS, (question - 2 * KEY_DIGITS - 1) * DEPTHS // 640)
+        # The last depths are where the question stands.
+        possible = (question - 2 * KEY_DIGITS - 1) * DEPTHS // 640 + 1
+        assert possible < DEPTHS
+        assert sources[-1] * DEPTHS // 640 == number % possible
     assert len({bytes(tokens[:100].astype(np.uint8)) for tokens in samples.tokens}) > 50
+
+
+@pytest.mark.parametrize(("length", "possible"), [(256, range(1, 16)), (1024, range(19)), (4096, range(20))])
+def test_every_depth_that_can_hold_a_passkey_is_asked_for_equally_often(length, possible):
+    """Before the first key stand the 26 bytes up to it; after the last its full stop and the question, 48 bytes."""
+    task = split_of(dataclasses.replace(PASSKEY, passkeys=4, sequence_length=length), "validation").task
+    samples = task.make(np.arange(12 * len(possible)), length)
+    depths = samples.sources.max(axis=1) * DEPTHS // length
+    assert collections.Counter(depths.tolist()) == dict.fromkeys(possible, 12)
 
 
 def test_a_training_sample_asks_for_several_passkeys_one_after_the_other():

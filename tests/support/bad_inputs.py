@@ -146,6 +146,7 @@ TRAINING = fields(
     ("train.eval_every=-1", "negative"),
     ("train.eval_batch_size=-1", "negative"),
     ("train.checkpoint_every=-5", "negative"),
+    ("train.checkpoint_minutes=-5", "negative"),
     ("train.keep_checkpoints=0", "zero"),
     ("train.keep_best=-1", "negative"),
     ("train.max_skipped_updates=-1", "negative"),

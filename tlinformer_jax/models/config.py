@@ -33,7 +33,7 @@ class ModelConfig:
         the raw history); 'transformer' (causal attention to everything); 'sliding_window' (causal attention to
         the last history_window + generation_window positions). The last two have
         num_blocks * (hidden_depth + 2) layers, so equal fields mean equal parameters.
-      vocab_size: V.
+      vocab_size: V; a run's configuration takes 'auto' too, and by default: see `config.run_config`.
       d_model: D, the width.
       num_heads: attention heads; d_model / num_heads must be a whole, even number (RoPE rotates pairs).
       num_blocks: B.

@@ -26,6 +26,7 @@ from tlinformer_jax.training.curriculum import LAG, WINDOW, Competence, StagedRe
 from tlinformer_jax.training.divergence import has_diverged, roll_back
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.lock import sole_run
+from tlinformer_jax.training.memory import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.origin import Origin, check_origin, find_origin, initial_params, remember_origin
@@ -33,6 +34,7 @@ from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import PENDING, Run, build_run, build_throughput, flops_per_token, training_batches
 from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
+from tlinformer_jax.training.timer import CheckpointTimer
 from tlinformer_jax.training.windows import trained_tokens
 from tlinformer_jax.training.workdir import check_workdir, describe, save_description
 
@@ -46,11 +48,13 @@ class Surroundings:
     log: MetricsLog
     trace: StepTrace
     stop: StopRequest
+    timer: CheckpointTimer
 
     def save(self, state: TrainState) -> None:
         """Starts saving the state; the figures up to it reach the disk first."""
         self.log.sync()
         self.checkpoints.save(state)
+        self.timer.restart()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +111,7 @@ def train_run(
       ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
         cannot be written.
       DivergedError: when loss or gradient are no longer finite; the last checkpoint stays.
+      OutOfMemoryError: where a device's memory does not suffice, with what would take less.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = pathlib.Path(workdir)
@@ -121,6 +126,7 @@ def train_run(
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
     check_workdir(run, workdir)
     with (
+        memory_advice(config),
         sole_run(workdir),
         StopRequest() as stop,
         open_checkpoints(config, workdir) as checkpoints,
@@ -137,7 +143,8 @@ def train_run(
         trace = StepTrace(pathlib.Path(profile) if profile else None, first, last)
         # The last step's evaluation is always repeated, for its figures.
         with MetricsLog(workdir, main, first, keep_evaluation=evaluated and first < last) as log:
-            around = Surroundings(validation, checkpoints, log, trace, stop)
+            timer = CheckpointTimer(config.train.checkpoint_minutes)
+            around = Surroundings(validation, checkpoints, log, trace, stop, timer)
             state, figures = train_steps(run, state, batches, around, evaluated)
             around.save(state)
             if figures is not None:
@@ -267,7 +274,10 @@ def steps_while_finite(
                 throughput.restart()
             if new:
                 throughput.flops_per_token = flops_per_token(run, batches.length(step - 1))
-            if due(step, config.checkpoint_every, last):
+            late = around.timer.due(metrics) and step != last
+            if late and has_diverged(run, metrics["skips"]):
+                break
+            if late or due(step, config.checkpoint_every, last):
                 with throughput.saving():
                     around.save(state)
             if step in evaluations:

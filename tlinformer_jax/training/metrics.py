@@ -203,7 +203,7 @@ class Throughput:
         """
         self._saved = self._saved if keep_saving else 0.0
         self._since = time.perf_counter() - self._saved
-        self._steps, self._tokens, self._waited = 0, 0, 0.0
+        self._steps, self._tokens, self._waited = 0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -219,7 +219,7 @@ class Throughput:
         yield
         self._saved += time.perf_counter() - started
 
-    def count(self, tokens: int) -> None:
+    def count(self, tokens: float) -> None:
         """Counts one dispatched step of `tokens` tokens."""
         self._steps, self._tokens = self._steps + 1, self._tokens + tokens
 

@@ -299,7 +299,7 @@ def summed_loss(
 
 
 def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[tuple[jax.Array, Beside], Any]:
-    """Sums losses and gradients over `parts` micro-batches, one after the other."""
+    """Sums losses and gradients over `parts` micro-batches in float32; the gradients get the parameters' dtype."""
     # Rows are dealt out in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
@@ -310,7 +310,9 @@ def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> t
     first = jax.tree.map(lambda rows: rows[0], micros)
     sums, _ = jax.eval_shape(gradient, params, first, jnp.int32(0))
     zero = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), (sums, params))
-    return jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
+    total, grads = jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
+    # The optimiser's state has the parameters' dtype, and would otherwise not keep it.
+    return total, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
 
 
 def eval_step(

@@ -11,7 +11,9 @@ from tlinformer_jax.config import CONFIG_FILE, differences, load_config, save_co
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.metrics import say
+from tlinformer_jax.training.optimizer import warmup_note
 from tlinformer_jax.training.setup import Run
 
 # On the small embedded corpus, vocabularies up to this size (bytes) get an n-gram floor beside the bits per byte.
@@ -61,6 +63,13 @@ def save_description(run: Run, workdir: pathlib.Path) -> None:
         raise DataError(f"workdir {workdir}: its configuration cannot be written ({error.strerror})") from None
 
 
+def checkpoint_line(config: TrainConfig) -> str:
+    """When a run saves checkpoints."""
+    every = f"every {config.checkpoint_every:,} updates" if config.checkpoint_every else ""
+    minutes = f"every {config.checkpoint_minutes:g} minutes or less" if config.checkpoint_minutes else ""
+    return f"checkpoints: {', '.join(filter(None, (every, minutes, 'at the end')))}"
+
+
 def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches) -> None:
     """Says what is about to be trained, and on what."""
     config = run.config
@@ -68,6 +77,9 @@ def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches
         f"{config.model.architecture}, {config.model.num_layers} layers, on {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}, {config.model.compute_dtype.name}"
     )
+    say(checkpoint_line(config.train))
+    if note := warmup_note(config.train, run.horizon):
+        say(note)
     steps = f"{run.horizon.steps:,} steps of {config.train.batch_size * config.data.sequence_length:,} tokens"
     if isinstance(train, TaskSplit) or isinstance(validation, TaskSplit):
         say(
