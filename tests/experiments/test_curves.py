@@ -17,6 +17,7 @@ from tlinformer_jax.experiments.curves import (
     observed_share,
     perplexity,
     share_curves,
+    why_no_knee,
 )
 from tlinformer_jax.experiments.plots import plot_sweep
 from tlinformer_jax.experiments.tables import write_tables
@@ -83,8 +84,27 @@ def test_an_automatic_window_counts_as_in_the_last_window():
 SHARES = {64: 30.0, 128: 24.0, 256: 22.0, 384: 21.5, 448: 21.0}
 
 
+def windows_results() -> list[dict]:
+    """Two seeds of each of SHARES."""
+    return [windows_result(size, 512 - size, value, seed) for size, value in SHARES.items() for seed in (0, 1)]
+
+
+def test_no_knee_is_told_of_one_seed_or_without_an_end():
+    def knee_and_reason(results):
+        curve = share_curves(groups_of(results))[512]
+        return knee_of(curve), why_no_knee(curve)
+
+    results = windows_results()
+    assert knee_and_reason(results)[0].label == "128-384"
+    assert knee_and_reason(results[1:]) == (None, "some points have one seed only")
+    again = [results[0], results[0], *results[2:]]
+    assert knee_and_reason(again) == (None, "some points have one seed only")
+    assert knee_and_reason(results[:-2]) == (None, "an end is missing, 0.125 or 0.875")
+    assert knee_and_reason(results[2:]) == (None, "an end is missing, 0.125 or 0.875")
+
+
 def test_curves_are_of_one_total_and_their_knee_is_found():
-    results = [windows_result(history, 512 - history, value) for history, value in SHARES.items()]
+    results = windows_results()
     results += [windows_result(128, 128, 40.0), windows_result("auto", 256, 50.0), made_result("base", 20.0)]
     curves = share_curves(groups_of(results))
     assert {total: [group.label for group in curve] for total, curve in curves.items()} == {
@@ -97,13 +117,13 @@ def test_curves_are_of_one_total_and_their_knee_is_found():
 
 def test_tables_and_plots_of_a_sweep(tmp_path):
     pytest.importorskip("matplotlib")
-    results = [windows_result(history, 512 - history, value) for history, value in SHARES.items()]
-    results.append(windows_result(128, 384, 28.0, seed=1))
+    results = windows_results()
+    results[3] = windows_result(128, 384, 28.0, seed=1)
     write_tables(results, tmp_path)
     rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
-    assert len(rows) == 6
-    assert rows[1]["name"] == "128-384-seed0"
-    assert [float(rows[1][name]) for name in ("perplexity", "share", "cache_bytes")] == [24.0, 0.25, 1_500_000]
+    assert len(rows) == 10
+    assert rows[2]["name"] == "128-384-seed0"
+    assert [float(rows[2][name]) for name in ("perplexity", "share", "cache_bytes")] == [24.0, 0.25, 1_500_000]
     values = json.loads((tmp_path / "sweep.json").read_text())
     assert values["knees"] == {"512": "256-256"}  # with 26 at 128 that is 2.5 below the chord, 256 is 3.5
     assert values["points"][1]["perplexity"] == [26.0, pytest.approx(8**0.5), 2]

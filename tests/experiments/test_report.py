@@ -18,6 +18,7 @@ WINDOWED = {"architecture": "tlinformer", "history_window": 256, "generation_win
 def evaluation(length: int, loss: float, later: bool = True) -> dict:
     return {
         "length": length,
+        "tokens": 40_000,
         "figures": {"perplexity": 10 * loss, "loss_first_window": loss, "loss_later_windows": loss - 1},
         "by_position": {"edges": [0, length // 2, length], "loss": [loss, loss - 1], "tokens": [1, 1]},
         "by_window_position": {"edges": [0, 4, 8], "first": [9.0, 9.0]}
@@ -65,10 +66,10 @@ def test_the_table_the_sentences_and_the_commands(tmp_path):
 def test_positions_lengths_and_samples(tmp_path):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Loss by position")
-    assert lines[start + 7 : start + 10] == [
-        "| 1024-512-0.5 | 1,024 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
-        "| 1024-512-0.5 | 1,024 | 1,024 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
-        "| 1024-512-0.5 | 1,024 | 8,192 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
+    assert lines[start + 8 : start + 11] == [
+        "| 1024-512-0.5 | 1,024 | 256 | 40,000 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
+        "| 1024-512-0.5 | 1,024 | 1,024 | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
+        "| 1024-512-0.5 | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
     ]
     assert not (tmp_path / "figures" / "results_window_positions_256.png").exists()
     for name in ("positions_256", "positions_1024", "window_positions_1024", "window_positions_8192", "history_3M"):
@@ -82,11 +83,13 @@ def test_positions_lengths_and_samples(tmp_path):
 
 def test_windows_with_their_knee(tmp_path):
     shares = {64: 30.0, 128: 24.0, 256: 22.0, 384: 21.5, 448: 21.0}
-    lines = written(tmp_path, *(windows_result(size, 512 - size, value) for size, value in shares.items()))
+    lines = written(
+        tmp_path, *(windows_result(size, 512 - size, value, seed) for size, value in shares.items() for seed in (0, 1))
+    )
     assert "## Windows (sweep_windows), 3.0 M training tokens a point" in lines
-    assert "| 128-384 | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 24.00 | 60,000 | 1.50 | 1:01 | 0 |" in lines
+    assert "| 128-384 | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 24.00 ± 0.00 | 60,000 ± 0 | 1.50 | 1:01 | 0, 1 |" in lines
     knee = "the knee is 128-384, at a share of 0.250."
-    assert "The lowest perplexity, 21.00, is that of 448-64." in lines
+    assert "The lowest perplexity, 21.00 ± 0.00, is that of 448-64." in lines
     assert f"W_total = 512, shares 0.125, 0.250, 0.500, 0.750, 0.875: {knee}" in lines
     assert "![results sweep windows perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
     assert not any("Architectures" in line or "Samples" in line or "position" in line for line in lines)
