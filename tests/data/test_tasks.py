@@ -202,7 +202,9 @@ def test_the_test_samples_of_a_task_are_others_than_the_validation_samples(tmp_p
         (tmp_path / f"{name}.txt").write_text(text * 500)
     hidden = DataConfig(dataset="passkey", sequence_length=512, cache_dir=str(tmp_path / "cache"), **files)
     for config in (RECALL, hidden):
-        validation, test = (load_split(config, split, build_tokenizer(config.tokenizer)) for split in ("validation", "test"))
+        validation, test = (
+            load_split(config, split, build_tokenizer(config.tokenizer)) for split in ("validation", "test")
+        )
         one, other = (split.task.make(np.arange(50), config.sequence_length).tokens for split in (validation, test))
         assert not any((row == one).all(axis=1).any() for row in other)
     assert b"valid" in other[0].astype(np.uint8).tobytes()  # without test files of its own
