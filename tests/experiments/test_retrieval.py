@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.support.commands import ROOT, command
+from tests.support.figures import check_lines
 from tests.support.results import MEASURED, made_result, save
 from tlinformer_jax.experiments.curves import groups_of
 from tlinformer_jax.experiments.report import write_report
-from tlinformer_jax.experiments.retrieval import best_of, counts_by_length, heat_map, retrieval_lines
+from tlinformer_jax.experiments.retrieval import best_of, retrieval_lines
 from tlinformer_jax.experiments.tables import row_of
 
 DATA = {"dataset": "recall", "tokenizer": "numbers:257", "sequence_length": 512, "pairs": 64}
@@ -90,7 +92,7 @@ def test_the_same_configuration_of_two_sweeps_is_one_row():
     assert row.endswith("| 0, 0, 1, 2 |")
 
 
-def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path):
+def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path, drawn):
     then = [
         {
             "evaluate@256": evaluated(256, {0: (3, 4), 7: (1, 4)}, (2, 2)),
@@ -103,18 +105,18 @@ def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path):
     ]
     data = DATA | {"dataset": "passkey", "tokenizer": "bytes"}
     results = [cell(TLIN, 1e-3, 0.5, seed, then=part, data=data) for seed, part in enumerate(then)]
-    names, far, near = heat_map(counts_by_length(groups_of(results)[0]))
-    assert (names, near) == (["256", "8,192"], [1.0, 0.5])
-    assert far[0] == [5 / 8, *[None] * 6, 1 / 8, *[None] * 12]
-    assert far[1] == [5 / 8, *[None] * 19]
     lines = written(tmp_path, *results)
     assert "| TLinFormer, 4 layers (B = 2, H = 0) | 256 | 0.500 |  | 1.000 | 0.375 |" in lines
     assert "| TLinFormer, 4 layers (B = 2, H = 0) | 8,192 | 0.583 |  | 0.500 | 0.625 |" in lines
     (file,) = (tmp_path / "figures").iterdir()
     setting, model = "passkey_n_512_1_hidden_w_oh_16_w_og_32_width_16", "tlinformer_4_layers_b_2_h_0"
     assert file.name == f"results_lengths_{setting}_{model}.png"
-    assert file.stat().st_size > 1000
     assert any(f"](figures/{file.name})" in line for line in lines)
+    # By depth what lies before both windows; after a gap what lies in them.
+    expected = np.full((2, 22), np.nan)
+    expected[0, [0, 7, 21]] = 5 / 8, 1 / 8, 1.0
+    expected[1, [0, 21]] = 5 / 8, 0.5
+    np.testing.assert_array_equal(drawn[file.name][0].image, expected)
 
 
 def asked(right: list[int], answers: list[int]) -> dict:
@@ -123,7 +125,7 @@ def asked(right: list[int], answers: list[int]) -> dict:
     return {"evaluate": evaluated(512, {}, (0, 0)) | {"accuracy_by_position": bins}}
 
 
-def test_answers_by_the_position_of_the_question(tmp_path):
+def test_answers_by_the_position_of_the_question(tmp_path, drawn):
     late = [0] * 4 + [10] * 12
     results = [
         cell(TLIN, 1e-3, 0.5, 0, then=asked([0] * 4 + [9, 7, *[5] * 10], late)),
@@ -138,15 +140,21 @@ def test_answers_by_the_position_of_the_question(tmp_path):
     (columns,) = [line for line in lines[start:] if line.startswith("| questions in |")]
     assert columns.startswith("| questions in | 0 to 63 | 64 to 127 | ")
     assert not any(line.startswith("| full attention") for line in lines[start:])  # it asks at the end alone
-    file = tmp_path / "figures" / "results_questions_recall_n_512_64_pairs_w_oh_16_w_og_32_width_16.png"
-    assert file.stat().st_size > 1000
+    (panel,) = drawn["results_questions_recall_n_512_64_pairs_w_oh_16_w_og_32_width_16.png"]
+    # Both seeds' answers in bins of 32 tokens; none is asked in the first four.
+    shares = [14 / 20, 10 / 20, *[10 / 20] * 8, 5 / 20, 6 / 20]
+    ours = [(128 + 32 * number, share) for number, share in enumerate(shares)]
+    check_lines(panel.lines, {"TLinFormer, 4 layers (B = 2, H = 0)": ours})
 
 
-def test_the_report_shows_what_the_history_contributes(tmp_path):
+def test_the_report_shows_what_the_history_contributes(tmp_path, drawn):
     lines = written(tmp_path, made_result("ours", 19.0, model=TLIN, then={"history": MEASURED}))
     assert "| 1024-512-0.5 | 0 | +0.5000 | +1.0000 | 0.25, 0.50 |" in lines
     for kind in ("mass", "cuts", "length", "same_tokens"):
         assert (tmp_path / "figures" / f"results_12_history_{kind}.png").exists()
+        (panel,) = drawn[f"results_12_history_{kind}.png"]
+        assert all(label.startswith("1024-512-0.5") and points for label, points in panel.lines.items())
+        assert panel.lines
     assert not any("## Retrieval" in line for line in lines)
 
 
