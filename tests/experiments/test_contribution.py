@@ -13,7 +13,7 @@ OWN = Mean(19.5, 0.5, 2)
 TOLD = MEASURED | {"cuts": CUTS, "starts": [0, 4, 8, 12], "losses": {"all": [3.0, 2.5, 2.375, None]}}
 
 
-def test_the_sliding_window_of_the_same_windows_and_tokens_is_named_and_no_other(tmp_path):
+def test_the_sliding_window_of_the_same_windows_and_tokens_is_named_and_no_other(tmp_path, drawn):
     ours, same = {"architecture": "tlinformer"}, {"architecture": "sliding_window"}
     other = {"architecture": "sliding_window", "generation_window": 4}
     results = [
@@ -28,6 +28,11 @@ def test_the_sliding_window_of_the_same_windows_and_tokens_is_named_and_no_other
     assert lines[0] == "## What the history contributes"
     assert "| ours | 4 | +0.7500 | +1.5000 | 0.25, 0.50 |" in lines
     assert "results_12_history_cuts.png" in lines
+    (cuts,) = drawn["results_12_history_cuts.png"]
+    assert cuts.lines == {
+        "ours, all tokens": [(0, 0.5), (4, 0.75)],
+        "ours, tokens with more history": [(0, 1.0), (4, 1.5)],
+    }
     (text,) = [line for line in lines if line.startswith("ours: ")]
     assert "same, of the same windows, " in text
     assert "19.25 against 19.50" in text

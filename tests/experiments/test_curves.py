@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests.support.figures import check_lines
 from tests.support.results import made_result, windows_result
 from tlinformer_jax.config import run_config
 from tlinformer_jax.experiments.curves import (
@@ -115,8 +116,7 @@ def test_curves_are_of_one_total_and_their_knee_is_found():
     assert knee_of(curves[512]).label == "128-384"
 
 
-def test_tables_and_plots_of_a_sweep(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_tables_and_plots_of_a_sweep(tmp_path, drawn):
     results = windows_results()
     results[3] = windows_result(128, 384, 28.0, seed=1)
     write_tables(results, tmp_path)
@@ -133,4 +133,19 @@ def test_tables_and_plots_of_a_sweep(tmp_path):
     )
     files = plot_sweep(groups_of(results), tmp_path)
     assert [file.name for file in files] == ["perplexity_speed.png", "perplexity_cache.png", "perplexity_share.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert [file.name for file in files] == list(drawn)
+    (speed,), (cache,), (share,) = drawn.values()
+    # The means over seeds: 26 at 128, with 8**0.5 on each side.
+    means = [30.0, 26.0, 22.0, 21.5, 21.0]
+    spreads = [0, 8**0.5, 0, 0, 0]
+    assert speed.points == [(60_000.0, mean) for mean in means]
+    assert cache.points == [(1.5, mean) for mean in means]  # MB
+    for panel in (speed, cache):
+        assert list(panel.notes) == ["64-448", "128-384", "256-256", "384-128", "448-64"]
+        assert list(panel.notes.values()) == panel.points
+        assert panel.spreads == pytest.approx(spreads)
+    check_lines(
+        {"W_total = 512": share.lines["W_total = 512"]},
+        {"W_total = 512": list(zip([0.125, 0.25, 0.5, 0.75, 0.875], means))},
+    )
+    assert share.spreads[:5] == pytest.approx(spreads)

@@ -2,8 +2,10 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
+from tests.support.figures import check_lines
 from tests.support.results import made_result, save, windows_result
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.curves import groups_of
@@ -63,7 +65,7 @@ def test_the_table_the_sentences_and_the_commands(tmp_path):
     assert "python -m tlinformer_jax.main --then=" in lines
 
 
-def test_positions_lengths_and_samples(tmp_path):
+def test_positions_lengths_and_samples(tmp_path, drawn):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Loss by position")
     assert lines[start + 8 : start + 11] == [
@@ -72,16 +74,26 @@ def test_positions_lengths_and_samples(tmp_path):
         "| 1024-512-0.5 | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
     ]
     assert not (tmp_path / "figures" / "results_window_positions_256.png").exists()
-    for name in ("positions_256", "positions_1024", "window_positions_1024", "window_positions_8192", "history_3M"):
+    ours = "1024-512-0.5"
+    while_training = [(1.5, 4.0), (3.0, 3.0)]  # millions of tokens
+    for name, curves in {
+        "positions_256": {ours: [(63.5, 5.0), (191.5, 4.0)]},
+        "positions_1024": {ours: [(255.5, 3.0), (767.5, 2.0)]},
+        "window_positions_1024": {ours: [(1.5, 4.0), (5.5, 3.0)]},
+        "window_positions_8192": {ours: [(1.5, 5.0), (5.5, 4.0)]},
+        "history_3M": {"base-1024": while_training, ours: while_training},
+    }.items():
         assert any(f"](figures/results_{name}.png)" in line for line in lines)
-        assert (tmp_path / "figures" / f"results_{name}.png").stat().st_size > 1000
+        assert (tmp_path / "figures" / f"results_{name}.png").exists()
+        (panel,) = drawn[f"results_{name}.png"]
+        check_lines(panel.lines, curves)
     # Drawn text cannot end its block, and has no control characters.
     at = lines.index("````text")
     assert lines[at + 1 : at + 4] == ["The |end.\\r```", "", "````"]
     assert "Drawn with temperature 0.8. The prompt is what stands before the bar." in lines
 
 
-def test_windows_with_their_knee(tmp_path):
+def test_windows_with_their_knee(tmp_path, drawn):
     shares = {64: 30.0, 128: 24.0, 256: 22.0, 384: 21.5, 448: 21.0}
     lines = written(
         tmp_path, *(windows_result(size, 512 - size, value, seed) for size, value in shares.items() for seed in (0, 1))
@@ -92,6 +104,8 @@ def test_windows_with_their_knee(tmp_path):
     assert "The lowest perplexity, 21.00 ± 0.00, is that of 448-64." in lines
     assert f"W_total = 512, shares 0.125, 0.250, 0.500, 0.750, 0.875: {knee}" in lines
     assert "![results sweep windows perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
+    (panel,) = drawn["results_sweep_windows_perplexity_share.png"]
+    assert panel.lines["W_total = 512"] == [(size / 512, value) for size, value in shares.items()]
     assert not any("Architectures" in line or "Samples" in line or "position" in line for line in lines)
 
 
@@ -113,10 +127,12 @@ def test_a_better_model_is_called_better(tmp_path):
     assert f"- 1024-512-0.5 (tlinformer) is 2.5% better than base-1024: {sentence}" in lines
 
 
-def test_the_same_records_give_the_same_document(tmp_path):
+def test_the_same_records_give_the_same_document(tmp_path, drawn):
     first, again = written(tmp_path / "a", *architectures()), written(tmp_path / "b", *architectures()[::-1])
     assert first == again
     figures = sorted(path.name for path in (tmp_path / "a" / "figures").iterdir())
+    assert figures == sorted(drawn)
+    assert all(panel.points for panels in drawn.values() for panel in panels)
     for name in figures:
         assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
 
@@ -140,9 +156,11 @@ def test_what_is_no_record_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not (DOCS / "results").is_dir(), reason="no results are committed yet")
-def test_the_committed_report_is_that_of_the_committed_records(tmp_path):
+def test_the_committed_report_is_that_of_the_committed_records(tmp_path, drawn):
     """Mend it by `python -m tlinformer_jax.report --results=docs/results --out=docs/results.md`."""
     write_report(DOCS / "results", tmp_path / "results.md")
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
     for path in (tmp_path / "figures").iterdir():
         assert (DOCS / "figures" / path.name).exists()
+        panel = drawn[path.name][0]
+        assert panel.points or np.isfinite(panel.image).any(), f"{path.name} shows nothing"

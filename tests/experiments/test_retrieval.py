@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.support.commands import ROOT, command
@@ -10,9 +11,7 @@ from tlinformer_jax.experiments.curves import groups_of
 from tlinformer_jax.experiments.report import write_report
 from tlinformer_jax.experiments.retrieval import (
     FOUND,
-    counts_by_length,
     exact_interval,
-    heat_map,
     model_name,
     retrieval_lines,
     settings_of,
@@ -125,24 +124,24 @@ def test_a_seed_that_another_sweep_has_run_too_is_listed_but_not_counted():
     ]
 
 
-def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path):
+def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path, drawn):
     then = {
         "evaluate@256": evaluated(256, {0: (3, 4), 7: (1, 4)}, (2, 2)),
         "evaluate@8192": evaluated(8192, {0: (1, 4)}, (1, 2)),
     }
     data = DATA | {"dataset": "passkey", "tokenizer": "bytes"}
     result = cell(TLIN, 1e-3, 0.5, then=then, data=data)
-    names, far, near = heat_map(counts_by_length(result))
-    assert (names, near) == (["256", "8,192"], [1.0, 0.5])
-    assert far[0] == [3 / 4, *[None] * 6, 1 / 4, *[None] * 12]
-    assert far[1] == [1 / 4, *[None] * 19]
     lines = written(tmp_path, result)
     assert "| TLinFormer, 4 layers (B = 2, H = 0) | 0.001 | 0 | 256 | 0.600 |  | 1.000 | 0.500 |" in lines
     assert "| TLinFormer, 4 layers (B = 2, H = 0) | 0.001 | 0 | 8,192 | 0.333 |  | 0.500 | 0.250 |" in lines
     (file,) = (tmp_path / "figures").iterdir()
     assert file.name == "results_lengths_tlinformer_0_001_seed0.png"
-    assert file.stat().st_size > 1000
     assert any(f"](figures/{file.name})" in line for line in lines)
+    # By depth what lies before both windows; after a gap what lies in them.
+    expected = np.full((2, 22), np.nan)
+    expected[0, [0, 7, 21]] = 3 / 4, 1 / 4, 1.0
+    expected[1, [0, 21]] = 1 / 4, 0.5
+    np.testing.assert_array_equal(drawn[file.name][0].image, expected)
 
 
 def asked(right: list[int], answers: list[int]) -> dict:
@@ -174,11 +173,14 @@ def test_answers_by_the_position_of_the_question(tmp_path):
     assert not any(line.startswith("| full attention") for line in lines[start:])  # it asks at the end alone
 
 
-def test_the_report_shows_what_the_history_contributes(tmp_path):
+def test_the_report_shows_what_the_history_contributes(tmp_path, drawn):
     lines = written(tmp_path, made_result("ours", 19.0, model=TLIN, then={"history": MEASURED}))
     assert "| 1024-512-0.5 | 0 | +0.5000 | +1.0000 | 0.25, 0.50 |" in lines
     for kind in ("mass", "cuts", "length", "same_tokens"):
         assert (tmp_path / "figures" / f"results_12_history_{kind}.png").exists()
+        (panel,) = drawn[f"results_12_history_{kind}.png"]
+        assert all(label.startswith("1024-512-0.5") and points for label, points in panel.lines.items())
+        assert panel.lines
     assert not any("## Retrieval" in line for line in lines)
 
 
