@@ -46,19 +46,16 @@ def written(folder: pathlib.Path, *results: dict) -> list[str]:
     return (folder / "results.md").read_text().splitlines()
 
 
-def test_the_table_the_sentences_and_the_commands(tmp_path):
+def test_the_table_and_the_commands(tmp_path):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Architectures, 3.0 M training tokens")
     cells = "| 60,000 | 25.0% | 1:01 | 2.5 | 1.50 | 2 x Abacus |"
-    assert lines[start + 2 : start + 9] == [
+    assert lines[start + 2 : start + 7] == [
         "| model | architecture | N | seeds | perplexity | against Base | bits per byte | tokens/s | MFU "
         "| wall time | peak memory, GB | cache, MB | device |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         f"| base-1024 | transformer | 1,024 | 0, 1, 2 | 21.00 ± 1.00 |  | 1.500 ± 0.000 {cells}",
         f"| 1024-512-0.5 | tlinformer | 1,024 | 0, 1 | 21.50 ± 0.71 | +2.4% | 1.500 ± 0.000 {cells}",
-        "",
-        "- 1024-512-0.5 (tlinformer) is 2.4% worse than base-1024: perplexity 21.50 ± 0.71 against 21.00 ± 1.00 "
-        "(2 seeds against 3).",
         "",
     ]
     assert "| ours-seed1 | 2 x Abacus | 1.2.3 | 1,234 | 100 | 3,000,000 | 1 | pydoc | bytes |" in lines
@@ -101,7 +98,6 @@ def test_windows_with_their_knee(tmp_path, drawn):
     assert "## Windows (sweep_windows), 3.0 M training tokens a point" in lines
     assert "| 128-384 | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 24.00 ± 0.00 | 60,000 ± 0 | 1.50 | 1:01 | 0, 1 |" in lines
     knee = "the knee is 128-384, at a share of 0.250."
-    assert "The lowest perplexity, 21.00 ± 0.00, is that of 448-64." in lines
     assert f"W_total = 512, shares 0.125, 0.250, 0.500, 0.750, 0.875: {knee}" in lines
     assert "![results sweep windows perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
     (panel,) = drawn["results_sweep_windows_perplexity_share.png"]
@@ -109,7 +105,7 @@ def test_windows_with_their_knee(tmp_path, drawn):
     assert not any("Architectures" in line or "Samples" in line or "position" in line for line in lines)
 
 
-def test_what_is_better_is_called_so_and_only_like_is_compared_with_like():
+def test_only_like_is_compared_with_like():
     base, better = made_result("base", 20.0), made_result("better", 19.0, model=WINDOWED)
     others = [
         made_result("tokens", 19.0, model=WINDOWED, tokens=1),
@@ -119,12 +115,6 @@ def test_what_is_better_is_called_so_and_only_like_is_compared_with_like():
     groups = groups_of([base, better, *others])
     assert base_of(groups[1], groups) is groups[0]
     assert [base_of(group, groups) for group in groups[2:]] == [None] * 3
-
-
-def test_a_better_model_is_called_better(tmp_path):
-    lines = written(tmp_path, made_result("base", 20.0), made_result("ours", 19.5, model=WINDOWED))
-    sentence = "perplexity 19.50 against 20.00 (1 seed against 1)."
-    assert f"- 1024-512-0.5 (tlinformer) is 2.5% better than base-1024: {sentence}" in lines
 
 
 def test_the_same_records_give_the_same_document(tmp_path, drawn):

@@ -1,6 +1,6 @@
 """The report: a directory of records of runs as one Markdown document with figures. Without JAX.
 
-Every number and every sentence that has one is made from the records; the same records give the same text.
+Every number is made from the records; the same records give the same text. It has no conclusions: people write those.
 """
 
 import itertools
@@ -113,7 +113,7 @@ def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list
     for tokens, budget in itertools.groupby(compared, key=_tokens):
         groups = list(budget)
         lines += [f"## Architectures, {millions(tokens)} training tokens", "", *architecture_table(groups)]
-        lines += ["", *differences(groups)]
+        lines += [""]
         file = figures / f"results_history_{tokens // 10**6}M.png"
         lines += _figure(_plot_history(groups, file), "Validation loss while training", files)
     windows = of_study(results, "windows")
@@ -122,7 +122,7 @@ def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list
         groups.sort(key=_window_order)
         budgets = ", ".join(map(millions, sorted({_tokens(group) for group in groups})))
         lines += [f"## Windows ({sweep}), {budgets} training tokens a point", "", *windows_table(groups)]
-        lines += [*lowest(groups), *knee_lines(groups), ""]
+        lines += [*knee_lines(groups), ""]
         for file in plot_sweep(groups, figures, f"results_{sweep}_"):
             lines += _figure(file, file.stem.replace("_", " "), files)
     lines += _retrieval(of_study(results, "retrieval"), figures, figure_line)
@@ -184,38 +184,6 @@ def percent(group: Group, base: Group) -> float | None:
     """By how many percent the mean perplexity is above that of the base; None where one is not known."""
     ours, theirs = group.mean(perplexity), base.mean(perplexity)
     return None if ours is None or theirs is None else (ours.value / theirs.value - 1) * 100
-
-
-def differences(groups: Sequence[Group]) -> list[str]:
-    """A sentence for each model that has a base to be compared with."""
-    lines = []
-    for group in groups:
-        base = base_of(group, groups)
-        change = None if base is None or base is group else percent(group, base)
-        if base is None or change is None:
-            continue
-        size = f"{abs(change):.1f}%"
-        how = "as good as" if size == "0.0%" else f"{size} {'worse' if change > 0 else 'better'} than"
-        lines.append(
-            f"- {group.label} ({group.config.model.architecture}) is {how} {base.label}: "
-            f"perplexity {with_spread(group.mean(perplexity), '{:.2f}')} against "
-            f"{with_spread(base.mean(perplexity), '{:.2f}')} ({seeds(group)} against {len(base.results)})."
-        )
-    return [*lines, ""] if lines else []
-
-
-def lowest(groups: Sequence[Group]) -> list[str]:
-    """A sentence on the point of the lowest mean perplexity."""
-    known = [(mean.value, group) for group in groups if (mean := group.mean(perplexity)) is not None]
-    if not known:
-        return []
-    _, best = min(known, key=lambda pair: pair[0])
-    return ["", f"The lowest perplexity, {with_spread(best.mean(perplexity), '{:.2f}')}, is that of {best.label}."]
-
-
-def seeds(group: Group) -> str:
-    """'1 seed', '3 seeds'."""
-    return f"{len(group.results)} seed{'' if len(group.results) == 1 else 's'}"
 
 
 def millions(tokens: int) -> str:
