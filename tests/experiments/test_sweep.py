@@ -109,7 +109,8 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert f"continuing from step 4 in {out}/first-seed0" in one.stderr
     result = read_result(out / "first-seed0" / "result.json")
     trained, longer = result["then"]["evaluate"], result["then"]["evaluate@64"]
-    assert trained["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-6)
+    assert trained["tokens"] == longer["tokens"]  # all but the first; training's own evaluation leaves out a rest
+    assert trained["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=2e-3)
     assert (trained["length"], longer["length"]) == (32, 64)
     assert longer["by_position"]["edges"] == list(range(65))
     means, tokens = longer["by_position"]["loss"], longer["by_position"]["tokens"]

@@ -65,9 +65,16 @@ def _levels(train: np.ndarray, test: np.ndarray, vocab_size: int, context: int) 
     for size in range(context + 2):
         # Both hold the numbers of the n-grams of `size` tokens; the one at i is what token i + size (test: i) follows.
         pairs = ends[:-1] * vocab_size + train[size:]
-        keys, first, numbers, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
+        # What np.unique gives, several times faster.
+        order = np.argsort(pairs)
+        ordered = pairs[order]
+        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+        keys, counts = ordered[starts], np.diff(starts, append=len(pairs))
+        numbers = np.empty_like(order)
+        numbers[order] = np.repeat(np.arange(len(keys)), counts)
         if level is not None:
-            yield dataclasses.replace(level, preceded=np.bincount(ends[1:][first], minlength=len(level.counts)))
+            suffixes = ends[1:][order[starts]]
+            yield dataclasses.replace(level, preceded=np.bincount(suffixes, minlength=len(level.counts)))
         asked = test_ends[:-1] * vocab_size + test
         place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
         found = np.where((test_ends[:-1] >= 0) & (keys[place] == asked), place, -1)
