@@ -153,7 +153,7 @@ def test_the_training_command_records_a_run_and_the_report_reads_it(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["name"] == "run"
     assert result["command"].startswith("python -m tlinformer_jax.main --config=configs/tiny.py")
-    assert result["then"]["evaluate"]["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-6)
+    assert result["then"]["evaluate"]["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=2e-3)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "run.json").write_bytes((tmp_path / "run" / "result.json").read_bytes())
     written = command("tlinformer_jax.report", f"--results={tmp_path}/results", f"--out={tmp_path}/results.md")
