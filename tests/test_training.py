@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.support import golden
-from tlinformer_jax.analysis.ngram import witten_bell_bits
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
@@ -336,27 +335,6 @@ def test_jitted_step_donates_and_counts(tmp_path):
     assert int(new.step) == 1
     assert float(metrics["tokens"]) == 8 * 14 - 11
     assert state.params["embedding"].is_deleted()
-
-
-def test_ngram_floor_equals_a_plain_dictionary_model():
-    rng = np.random.default_rng(0)
-    train, test = rng.integers(0, 4, 300), rng.integers(0, 5, 80)
-
-    def probability(context, token):
-        lower = probability(context[1:], token) if context else None
-        base = 1 / 5 if not context else lower
-        follow = [
-            int(train[i + len(context)])
-            for i in range(len(train) - len(context))
-            if tuple(train[i : i + len(context)]) == context
-        ]
-        if not follow:
-            return base
-        kinds = len(set(follow))
-        return (follow.count(token) + kinds * base) / (len(follow) + kinds)
-
-    bits = [-math.log2(probability((int(a), int(b)), int(c))) for a, b, c in zip(test, test[1:], test[2:])]
-    assert math.isclose(witten_bell_bits(train, test, 5), float(np.mean(bits)), rel_tol=1e-9)
 
 
 def test_throughput_reports_model_flops_and_their_share_of_the_peak():

@@ -22,7 +22,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to evaluate on.")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to evaluate on instead of a split.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
-LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sample; as trained if not given.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", None, "Evaluate all tokens in samples of this length.", lower_bound=1)
 LENGTHS = flags.DEFINE_list("lengths", [], "Evaluate all tokens once more in samples of each of these lengths.")
 BY_POSITION = flags.DEFINE_bool("by_position", False, "Tell the loss by position in the sample and in the window.")
 BATCH_SIZE = flags.DEFINE_integer(

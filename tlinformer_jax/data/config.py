@@ -45,7 +45,7 @@ class DataConfig:
       train_files: "text": comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst. "passkey": the
         text that keys are hidden in, the same way; "" is that of "pydoc".
       validation_files: the same for the validation split.
-      test_files: the same for the test split.
+      test_files: the same for the test split. "passkey": "" hides its test samples' keys in the validation text.
       text_field: "text": the field of a .jsonl line that holds the document.
       document_per: "text": a .txt holds one document a "file", or one a "line" (blank lines are skipped).
       wikitext_variant: "v1" (with <unk>, the paper's) or "raw-v1".

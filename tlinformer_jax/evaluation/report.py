@@ -28,7 +28,7 @@ class EvaluationOptions:
     """What is asked of an evaluation.
 
     Attributes:
-      length: tokens of a sample; None for the trained data.sequence_length.
+      length: tokens of a sample, all tokens being evaluated; None for whole samples of data.sequence_length.
       lengths: lengths at which all tokens are evaluated once more, each.
       by_position: whether losses by position in the sample and in the window are told, too.
       batch_size: sequences at a time, at every length; None for as many as have the tokens of the configured batch.
@@ -78,10 +78,11 @@ def evaluate_run(
 ) -> Report:
     """Evaluates parameters on a split.
 
-    The figures are over the split's whole samples, as training's own evaluations are: the first token is not
-    predicted, and what follows the last whole sample is left out. Those of each of `options.lengths` are over every
-    token but the first, in samples of that length from the split's start, the last one shorter: so all lengths share
-    the same tokens, and what differs is how much of the text before it each token sees.
+    Without `options.length` the figures are over the split's whole samples, as training's own evaluations are: the
+    first token is not predicted, and what follows the last whole sample is left out. Those of `options.length` and of
+    each of `options.lengths` are over every token but the first, in samples of that length from the split's start, the
+    last one shorter: so all lengths share the same tokens, and what differs is how much of the text before it each
+    token sees.
 
     Args:
       trained: the run; right after training, `TrainedRun(run, state.params, step)`.
@@ -127,7 +128,8 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
             most = len(source.stream.tokens) - 1
             raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what {source.name} can fill")
     length = options.length or trained.run.config.data.sequence_length
-    report = _at_length(trained, source, length, source.whole, options)
+    every = source.whole or options.length is not None
+    report = _at_length(trained, source, length, every, options)
     if options.lengths:
         report["by_length"] = [_at_length(trained, source, size, True, options) for size in options.lengths]
     return report

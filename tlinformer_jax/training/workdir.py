@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from tlinformer_jax.analysis.flops import attention_by_device
-from tlinformer_jax.analysis.ngram import witten_bell_bits
+from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config import CONFIG_FILE, differences, load_config, save_config
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
@@ -15,9 +15,6 @@ from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.optimizer import warmup_note
 from tlinformer_jax.training.setup import Run
-
-# On the small embedded corpus, vocabularies up to this size (bytes) get an n-gram floor beside the bits per byte.
-NGRAM_VOCABULARY = 512
 
 # What makes a run the run it is: a working directory that holds another one is not continued.
 IDENTITY = (
@@ -95,7 +92,7 @@ def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches
     if parts > 1:
         loads = attention_by_device(config.model, config.data.sequence_length, parts)
         say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
-    if run.config.data.dataset == "pydoc" and run.tokenizer.vocab_size <= NGRAM_VOCABULARY:
-        bits = witten_bell_bits(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
+    if config.data.dataset == "pydoc" and run.tokenizer.vocab_size <= BYTE_VOCABULARY:
+        bits, context = byte_floor(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
         bits *= len(validation.tokens) / validation.num_bytes
-        say(f"to beat: order-2 byte n-gram (Witten-Bell) fitted on the training split: {bits:.3f} bits per byte")
+        say(f"to beat: {bits:.3f} bits per byte, those of the best n-gram ({context} bytes of context, Kneser-Ney)")
