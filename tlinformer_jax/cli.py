@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
-from tlinformer_jax.errors import UserError
+from tlinformer_jax.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
@@ -110,17 +110,17 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
 
 
 def text_of_file(path: str, flag: str) -> str:
-    """The whole text of the UTF-8 file that `flag` names.
+    """The text of the UTF-8 file that `flag` names, read as training text is.
 
     Raises:
       UserError: if it cannot be read, is not UTF-8 or is empty.
     """
+    from tlinformer_jax.data.files import read_text
+
     try:
-        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{flag}={path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag}={path}: must be UTF-8 text; byte {error.start} is not") from None
+        text = read_text(pathlib.Path(path).expanduser())
+    except DataError as error:
+        raise UserError(f"{flag}={error}") from None
     if not text:
         raise UserError(f"{flag}={path}: must hold some text; it is empty")
     return text
