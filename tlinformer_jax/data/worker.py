@@ -22,7 +22,7 @@ from tlinformer_jax.errors import DataError
 
 def main(directory: str, dtype: str) -> None:
     """Serves until stdin ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # both may reach a whole group of processes
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they may reach a whole group of processes
         signal.signal(number, signal.SIG_IGN)  # the parent's to handle, which then ends this one
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
