@@ -1,7 +1,8 @@
 """From tokens to text that can be shown at once: no broken characters, no beginnings of stop strings."""
 
 import codecs
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 from tlinformer_jax.data.tokenizers import Tokenizer
 
@@ -23,13 +24,13 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
-        self._context = self._known(prompt)[-CONTEXT:]
+        self._context = list(itertools.islice(self._known(reversed(prompt)), CONTEXT))[::-1]
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """Takes new tokens; returns text that may be shown. With stop strings, push tokens one by one."""
-        known = self._known(tokens)
+        known = list(self._known(tokens))
         before = len(self._tokenizer.decode(self._context))
         new = self._tokenizer.decode(self._context + known)[before:]
         self._context = (self._context + known)[-CONTEXT:]
@@ -40,10 +41,10 @@ class TextStream:
         text, self._held = self._held, ""
         return text
 
-    def _known(self, tokens: Sequence[int]) -> list[int]:
+    def _known(self, tokens: Iterable[int]) -> Iterator[int]:
         """The tokens that have a text: a model's vocabulary may be padded to more than the tokenizer's."""
         size, end = self._tokenizer.vocab_size, self._tokenizer.end_of_text
-        return [int(token) for token in tokens if token < size and token != end]
+        return (int(token) for token in tokens if token < size and token != end)
 
     def _show(self, text: str) -> str:
         text = self._held + text
