@@ -3,6 +3,7 @@
 Imports nothing heavy: every command calls `settle` before it does anything else.
 """
 
+import errno
 import io
 import os
 import sys
@@ -27,8 +28,10 @@ SWITCHES = dict.fromkeys(("1", "t", "y", "yes", "on"), "true") | dict.fromkeys(
 )
 
 
-class PatientFile(io.FileIO):
-    """A file for messages: what cannot be written is dropped, so that no message ends what it tells of.
+class PatientStream(io.TextIOWrapper):
+    """A stream for messages: what cannot be written is dropped, so that no message ends what it tells of.
+
+    The layer of text, not that of bytes: a signal that raises there would make the buffer write twice.
 
     Attributes:
       lost: whether a write has failed, such as to a pipe whose reader has gone away.
@@ -36,12 +39,25 @@ class PatientFile(io.FileIO):
 
     lost = False
 
-    def write(self, data: Any) -> int:
+    def write(self, text: str) -> int:
         try:
-            return super().write(data)
-        except OSError:
-            self.lost = True
-            return len(memoryview(data).cast("B"))
+            return super().write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        self.lost = True
+        if error.errno in (errno.EPIPE, errno.EIO):  # for good: a pipe without a reader, a terminal that is gone
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
 
 
 def settle() -> None:
@@ -61,7 +77,7 @@ def settle() -> None:
 
 def reader_is_gone() -> bool:
     """Whether something written to stdout was lost."""
-    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", False)
+    return getattr(sys.stdout, "lost", False)
 
 
 def describe_failure(error: BaseException) -> str | None:
@@ -92,12 +108,11 @@ def _missing_device(asked: str) -> str | None:
     return None
 
 
-def _patient(stream: Any) -> io.TextIOWrapper:
+def _patient(stream: Any) -> PatientStream:
     stream.flush()
-    raw = PatientFile(stream.fileno(), "wb", closefd=False)
-    buffered = io.BufferedWriter(raw)
+    raw = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 (open until the process ends)
     by_line = stream.line_buffering or stream.write_through  # the latter with `python -u`
-    return io.TextIOWrapper(buffered, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
+    return PatientStream(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
 
 
 def _leave_out_settings() -> None:
