@@ -62,6 +62,14 @@ def test_a_command_goes_on_when_its_reader_goes_away(tmp_path):
     assert (tmp_path / "file").read_text() == "done"
 
 
+def test_a_command_goes_on_when_the_disk_below_its_log_is_full(tmp_path):
+    line = [sys.executable, "-c", TALKS, "full", str(tmp_path / "file")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=full, stderr=full, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == "done"
+
+
 def test_closed_streams_are_not_taken_for_the_next_file(tmp_path):
     line = [sys.executable, "-c", TALKS, "closed", str(tmp_path / "file")]
     done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *line], cwd=ROOT, check=False)
