@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
-from tlinformer_jax.errors import UserError
+from tlinformer_jax import environment
+from tlinformer_jax.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
@@ -33,12 +34,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
     A `UserError` becomes one line on stderr and its status (2, but 1 for want of memory); so do flags and config files
-    that cannot be parsed. SIGTERM and Ctrl-C, where `main` does not take them itself, end it with status 143 and 130,
-    as a shell reports them, after whatever was half-written has been removed.
+    that cannot be parsed. SIGTERM, SIGHUP and Ctrl-C, where `main` does not take them itself, end it with status 143,
+    129 and 130, as a shell reports them, after whatever was half-written has been removed.
     """
 
     def guarded(_: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signal.SIGHUP, _terminate)
         sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
@@ -48,11 +51,17 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
         except UserError as error:
             fail(str(error), error.status)
-        except _Terminated:
-            fail("ended by SIGTERM", 128 + signal.SIGTERM)
+        except _Terminated as ended:
+            fail(f"ended by {ended}", 128 + ended.number)
         except KeyboardInterrupt:
             fail("interrupted", 128 + signal.SIGINT)
+        except Exception as error:
+            told = environment.describe_failure(error)
+            if told is None:
+                raise
+            fail(told, 1 if isinstance(error, FloatingPointError) else 2)
 
+    environment.settle()
     app.run(guarded, flags_parser=_parse_flags)
     raise AssertionError("app.run returns through sys.exit")
 
@@ -63,22 +72,26 @@ def _is_told_here_alone(record: Any) -> bool:
 
 
 class _Terminated(BaseException):
-    """SIGTERM has come; no Exception, so that nobody takes it for a failure of what was under way."""
+    """SIGTERM or SIGHUP has come; no Exception, so that nobody takes it for a failure of what was under way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def _terminate(number: int, _: Any) -> None:
     signal.signal(number, signal.SIG_IGN)  # what is under way is cleared up undisturbed
-    raise _Terminated
+    raise _Terminated(number)
 
 
 def _send_again(lost: Any) -> None:
     """Sends a signal again whose exception came where Python drops it, such as in JAX's callback of the collector."""
-    number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(lost.exc_type)
+    number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else getattr(lost.exc_value, "number", None)
     if number is None:
         if str(lost.exc_value) != "Event loop is closed":  # the end of Orbax's tasks after a failed save
             sys.__unraisablehook__(lost)
         return
-    if number == signal.SIGTERM:
+    if number != signal.SIGINT:
         signal.signal(number, _terminate)
     # Later, since here it would be dropped as well.
     threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
@@ -110,17 +123,17 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
 
 
 def text_of_file(path: str, flag: str) -> str:
-    """The whole text of the UTF-8 file that `flag` names.
+    """The text of the UTF-8 file that `flag` names, read as training text is.
 
     Raises:
       UserError: if it cannot be read, is not UTF-8 or is empty.
     """
+    from tlinformer_jax.data.files import read_text
+
     try:
-        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{flag}={path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag}={path}: must be UTF-8 text; byte {error.start} is not") from None
+        text = read_text(pathlib.Path(path).expanduser())
+    except DataError as error:
+        raise UserError(f"{flag}={error}") from None
     if not text:
         raise UserError(f"{flag}={path}: must hold some text; it is empty")
     return text

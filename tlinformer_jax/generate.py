@@ -5,14 +5,13 @@ it: what there was until then has been printed, the figures follow, and the stat
 """
 
 import json
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from tlinformer_jax import cli
+from tlinformer_jax import cli, environment
 from tlinformer_jax.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -126,29 +125,26 @@ def _print_samples(stream: "Stream") -> bool:
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     interrupted = False
     try:
-        try:
-            for piece in stream:
-                if live:
-                    print(piece.text, end="", flush=True)
-        except KeyboardInterrupt:
-            interrupted = True
-            rest = stream.stop()
+        for piece in stream:
             if live:
-                print("".join(piece.text for piece in rest), end="")
-        for number, sample in enumerate(stream.generations):
-            if JSON.value:
-                print(json.dumps(_as_json(number, sample)))
-            elif live:
-                print()
-            else:
-                print(sample.text if NUM_SAMPLES.value == 1 else f"--- sample {number}\n{sample.text}")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        stream.stop()
-        # What is still buffered goes nowhere, or the interpreter would complain of it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return interrupted
+                print(piece.text, end="", flush=True)
+            if environment.reader_is_gone():
+                stream.stop()
+                return True
+    except KeyboardInterrupt:
+        interrupted = True
+        rest = stream.stop()
+        if live:
+            print("".join(piece.text for piece in rest), end="")
+    for number, sample in enumerate(stream.generations):
+        if JSON.value:
+            print(json.dumps(_as_json(number, sample)))
+        elif live:
+            print()
+        else:
+            print(sample.text if NUM_SAMPLES.value == 1 else f"--- sample {number}\n{sample.text}")
+    sys.stdout.flush()
+    return interrupted or environment.reader_is_gone()
 
 
 def _as_json(number: int, sample: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 
+from tlinformer_jax.cli import text_of_file
 from tlinformer_jax.data.files import find_files, read_documents
 from tlinformer_jax.errors import DataError
 
@@ -52,6 +53,15 @@ def test_a_text_file_is_one_document_or_one_a_line(tmp_path, ending):
     assert documents(path) == [text]
     lines = ["First line.", "Second: é字😀", " leading and trailing ", TEXTS[2]]
     assert documents(path, document_per="line") == lines
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_every_reader_of_text_drops_a_byte_order_mark(tmp_path, ending):
+    """Training files, --text_file and --prompt_file give the same text for a file with a mark and without."""
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        path = tmp_path / f"{name}.txt{ending}"
+        path.write_bytes(COMPRESS[ending](mark + "The é.\n\ufeffx".encode()))
+        assert documents(path) == [text_of_file(str(path), "--text_file")] == ["The é.\n\ufeffx"]
 
 
 def test_the_field_of_a_json_line_can_be_chosen(tmp_path):

@@ -17,9 +17,9 @@ import pytest
 
 from tlinformer_jax.data import cache, workers
 from tlinformer_jax.data.config import DataConfig
-from tlinformer_jax.data.pieces import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces
+from tlinformer_jax.data.pieces import ASCII_SPACE, Counts, Piece, cut_documents, encode_pieces, group_pieces
 from tlinformer_jax.data.sources import load_split, open_split
-from tlinformer_jax.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
+from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer, build_tokenizer
 from tlinformer_jax.errors import DataError
 
 BYTES = ByteTokenizer()
@@ -428,3 +428,24 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         assert child.returncode == 0
     assert peaks[1] < 1.15 * peaks[0]
     assert peaks[1] < 700e6
+
+
+class PanicException(BaseException):
+    """As the libraries in Rust name theirs."""
+
+
+@pytest.mark.parametrize("error", [ValueError("stack size"), PanicException("stack size")])
+def test_a_document_that_a_library_cannot_take_is_named(tmp_path, monkeypatch, error):
+    def fail(self, text):
+        raise error
+
+    (tmp_path / "a.jsonl").write_text('{"text": "A table of 5"}\n')
+    monkeypatch.setattr(ByteTokenizer, "encode", fail)
+    with pytest.raises(DataError, match=r"bytes: .* 12 characters of a document from 'A table of 5' on \(stack size\)"):
+        load_split(config_for(tmp_path), "train", BYTES)
+
+
+def test_what_is_wrong_with_a_document_is_told_by_a_worker_too(tmp_path):
+    groups = ([Piece("1 2 3" if number < 30 else "1 word", "", ends=True)] for number in range(40))
+    with pytest.raises(DataError, match="'word' must be a number"):
+        list(workers.encode_groups(groups, NumberTokenizer(10), np.dtype(np.uint8), 2, tmp_path))

@@ -257,7 +257,7 @@ EVALUATION = [
             ("a text that is not there", "none.txt", "cannot be read (No such file"),
             ("a folder as text", "folder.txt", "cannot be read (Is a directory)"),
             ("an empty text to evaluate", "empty.txt", "must hold some text"),
-            ("a text to evaluate that is not UTF-8", "binary.txt", "must be UTF-8 text"),
+            ("a text to evaluate that is not UTF-8", "binary.txt", "not valid UTF-8"),
         )
     ),
     Case("a text and a split", "evaluate", ("--text_file={d}/short.txt", "--split=train"), "--split, --text_file"),
@@ -290,7 +290,7 @@ GENERATION = [
             ("a prompt file that is not there", "none.txt", "cannot be read (No such file"),
             ("a folder as prompt file", "folder.txt", "cannot be read (Is a directory)"),
             ("an empty prompt file", "empty.txt", "must hold some text"),
-            ("a prompt file that is not UTF-8", "binary.txt", "must be UTF-8 text"),
+            ("a prompt file that is not UTF-8", "binary.txt", "not valid UTF-8"),
         )
     ),
     Case("a negative number of tokens", "generate", ("--max_new_tokens=-1",), "--max_new_tokens=-1"),

@@ -149,11 +149,18 @@ class DataConfig:
 
     @property
     def cache_path(self) -> pathlib.Path:
-        """The directory that `cache_dir` stands for."""
-        if self.cache_dir:
-            return pathlib.Path(self.cache_dir).expanduser()
-        root = os.environ.get("XDG_CACHE_HOME", "")
-        return (pathlib.Path(root) if root else pathlib.Path.home() / ".cache") / "tlinformer_jax"
+        """The directory that `cache_dir` stands for.
+
+        Raises:
+          ConfigError: if that is below a home directory that this user has not.
+        """
+        root = self.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
+        path = pathlib.Path(os.path.expanduser(root))
+        if path.parts[:1] == ("~",):
+            raise ConfigError(
+                "data.cache_dir", self.cache_dir, "must name a directory: this user has no home directory"
+            )
+        return path
 
 
 def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:

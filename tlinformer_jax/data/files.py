@@ -75,6 +75,15 @@ def read_documents(
     return _whole_document(path, blocks)
 
 
+def read_text(path: pathlib.Path) -> str:
+    """The text of a file of any name, read as a .txt file that is one document.
+
+    Raises:
+      DataError: for a file that cannot be read, is truncated or is not UTF-8.
+    """
+    return "".join(text for text, _ in _whole_document(path, without_mark(read_blocks(path, lambda count: None))))
+
+
 def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
     """Yields the file's content, decompressed by its ending.
 

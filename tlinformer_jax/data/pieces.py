@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.errors import DataError, UserError
 
 PIECE_CHARACTERS = 1 << 17  # a piece's size, and that of the group of pieces that one task holds
 ASCII_SPACE = " \t\n\r\x0b\x0c"
@@ -99,16 +100,31 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype
 
     Returns:
       The tokens, `dtype` [length], and the counts of the text.
+
+    Raises:
+      DataError: for a document that the tokenizer cannot take.
     """
     end = np.array([tokenizer.end_of_text], dtype)
     parts, total = [np.empty(0, dtype)], Counts()
     for piece in pieces:
         if piece.text:
-            parts.append(tokenizer.encode(piece.text).astype(dtype))
+            parts.append(_encode(piece.text, tokenizer).astype(dtype))
         if piece.ends:
             parts.append(end)
         total += _count(piece)
     return np.concatenate(parts), total
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    try:
+        return tokenizer.encode(text)
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
+        told = f"tokenizer {tokenizer.name}: it cannot encode the {len(text):,} characters of a document from"
+        raise DataError(f"{told} {text[:40]!r} on ({error})") from None
 
 
 def _count(piece: Piece) -> Counts:

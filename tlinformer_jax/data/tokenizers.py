@@ -11,7 +11,7 @@ import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,9 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 BYTES_FORMAT = {"tlinformer_jax": "bytes", "version": 1}
 NUMBERS = "numbers:"
 GPT2_FORMAT = {"tlinformer_jax": "gpt2", "version": 1}
+# A byte from 128 to 255 is decoded as a private character, and that as Python's surrogate for the byte.
+FIRST_STAND_IN = 0x10F000
+STAND_INS = {FIRST_STAND_IN + byte: 0xDC00 + byte for byte in range(128, 256)}
 # In this order: the usual names of the entry that ends a text.
 END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 
@@ -50,7 +53,11 @@ class Tokenizer(Protocol):
         """Returns the ids of `text`, int32 [length]. Never emits `end_of_text`."""
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing."""
+        """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
+
+        More tokens add bytes: decode(tokens) is the beginning of decode(tokens + more). What they add depends on no
+        more than the last few of `tokens`.
+        """
 
     def safe_cut(self, text: str) -> int:
         """Returns the largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more).
@@ -144,7 +151,8 @@ class Gpt2Tokenizer:
         return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _around_long_spaces(text)]
+        return np.concatenate(parts).astype(np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         return self._encoding.decode_bytes([token for token in map(int, tokens) if token < self.end_of_text])
@@ -216,22 +224,38 @@ class HuggingFaceTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         kept = [token for token in map(int, tokens) if token != self.end_of_text and token < self.vocab_size]
-        if self._entry_bytes is None:
+        if not self._spellings:
             return self._tokenizer.decode(kept, skip_special_tokens=False).encode("utf-8")
-        return b"".join(self._entry_bytes.get(token, b"") for token in kept)
+        text = self._tokenizer.decoder.decode([self._spellings[token] for token in kept if token in self._spellings])
+        return text.translate(STAND_INS).encode("utf-8", "surrogateescape")
 
     @functools.cached_property
-    def _entry_bytes(self) -> dict[int, bytes] | None:
-        """The bytes of each entry of a byte-level vocabulary, of which a token can be a part of a character."""
+    def _spellings(self) -> dict[int, str]:
+        """What the decoder is given for each entry, with a character that stands for each byte beyond ASCII.
+
+        The library makes U+FFFD of bytes that are no whole character, and of all bytes beside them. Empty for a
+        decoder that knows no bytes.
+        """
         settings = json.loads(self.definition)
-        if (settings.get("decoder") or {}).get("type") != "ByteLevel":
-            return None
-        to_byte = _printable_bytes()
+        kinds = _kinds(settings.get("decoder") or {})
+        if not kinds & {"ByteLevel", "ByteFallback"}:
+            return {}
+        to_byte = _printable_bytes() if "ByteLevel" in kinds else {}
         literal = {token["content"] for token in settings.get("added_tokens") or []}
-        return {
-            number: text.encode("utf-8") if text in literal else bytes(to_byte[c] for c in text if c in to_byte)
-            for text, number in self._tokenizer.get_vocab(with_added_tokens=True).items()
-        }
+
+        def spell(text: str) -> str:
+            if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+                data = bytes([int(text[3:5], 16)])
+            elif to_byte and text not in literal and all(c in to_byte for c in text):
+                data = bytes(to_byte[c] for c in text)
+            elif to_byte:
+                data = text.encode("utf-8")
+            else:
+                return text
+            return "".join(chr(byte if byte < 128 else FIRST_STAND_IN + byte) for byte in data)
+
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        return {number: spell(text) for text, number in vocabulary.items()}
 
     @functools.cached_property
     def _cuts_at_spaces(self) -> bool:
@@ -343,6 +367,29 @@ def _gpt2_ranks(vocabulary: bytes) -> dict[bytes, int]:
     to_byte = _printable_bytes()
     entries = json.loads(vocabulary).items()
     return {bytes(to_byte[c] for c in text): number for text, number in entries if text != GPT2_END_OF_TEXT}
+
+
+def _kinds(decoder: dict[str, Any]) -> set[str]:
+    """The types of a decoder and of the steps that it consists of."""
+    return {decoder.get("type", "")}.union(*map(_kinds, decoder.get("decoders") or []))
+
+
+# As Rust's \s, which knows the separators U+001C .. U+001F as visible.
+_LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
+
+
+def _around_long_spaces(text: str) -> Iterator[str]:
+    """Cuts a text around long runs of white space, on which tiktoken's regular expressions fail.
+
+    GPT-2's pattern takes such a run as one word: all of it at a text's end, elsewhere all but its last character.
+    """
+    start = 0
+    for run in _LONG_SPACE.finditer(text):
+        end = run.end() - (run.end() < len(text))
+        yield text[start : run.start()]
+        yield text[run.start() : end]
+        start = end
+    yield text[start:]
 
 
 _BEFORE_SPACE = re.compile(r"\S(?=[ \n])")

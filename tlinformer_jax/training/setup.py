@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +34,7 @@ from tlinformer_jax.training.windows import trained_tokens
 # For runs that do not train, and for those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
 PENDING = Horizon(steps=0, decay_end=1)
-COMPILATION_CACHE = pathlib.Path("~/.cache/tlinformer_jax/xla")
+COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +256,8 @@ def check_kernel(config: ModelConfig) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs of the entry points, unless the user has chosen a place."""
+    """Keeps compiled programs between runs of the entry points, unless the user has chosen a place or has no home."""
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
-        jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE.expanduser()))
+        place = os.path.expanduser(COMPILATION_CACHE)
+        if os.path.isabs(place):
+            jax.config.update("jax_compilation_cache_dir", place)
