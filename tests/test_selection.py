@@ -1,6 +1,7 @@
 """Rows of the observation window: chosen as the NumPy reference chooses them, however windows are computed."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def test_random_rows_are_spread_over_the_history_and_differ_by_window():
     shares = np.concatenate([rows / length for rows, length in zip(chosen[9:], lengths[9:])])
     counts = np.histogram(shares, 5, (0, 1))[0]
     assert counts.min() > len(shares) / 5 / 2
-    pairs = list(zip(chosen[9:], chosen[10:]))
+    pairs = list(itertools.pairwise(chosen[9:]))
     assert sum(len(np.intersect1d(one, other)) for one, other in pairs) < len(pairs)
 
 
