@@ -306,7 +306,8 @@ def test_vocabulary_and_batch_are_checked_against_tokenizer_and_devices(tmp_path
 
 
 def test_a_diverged_run_stops_with_a_message(tmp_path):
-    config = run_config(train={"learning_rate": 1e30, "steps": 4, "warmup_steps": 0, "eval_every": 0})
+    small = {"architecture": "transformer", "num_blocks": 1}
+    config = run_config(model=small, train={"learning_rate": 1e30, "steps": 4, "warmup_steps": 0, "eval_every": 0})
     with pytest.raises(ValueError, match="at step"):
         train_and_evaluate(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
