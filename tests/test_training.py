@@ -290,7 +290,8 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path):
 
 
 def test_another_model_in_the_workdir_is_refused(tmp_path):
-    config = run_config(train={"eval_batch_size": 512, "eval_every": 0, "checkpoint_every": 0, "steps": 1})
+    train = {"eval_batch_size": 512, "eval_every": 0, "checkpoint_every": 0, "steps": 1}
+    config = run_config(model={"architecture": "transformer", "num_blocks": 1}, train=train)
     train_and_evaluate(config, tmp_path)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_depth=1))
     with pytest.raises(ValueError, match=r"model\.hidden_depth: 0 -> 1"):
