@@ -315,11 +315,13 @@ def _clear(folder: pathlib.Path) -> None:
     """Makes the folder of the checkpoints, or removes from it what a killed run has left half-done.
 
     Raises:
-      OSError: if it is a link, cannot be written, or something half-done stays.
+      OSError: if it is a link, cannot be written, has a path that Orbax cannot take, or something half-done stays.
     """
     own_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    with plain_path(folder):
+        pass  # it has one, or training need not begin
     for path in folder.iterdir():
         if SAVING in path.suffixes or path.name.endswith(DELETING):
             if path.is_symlink() or not path.is_dir():
