@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags, logging
 
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.files import local_path
+from tlinformer_jax.files import local_path, path_fault
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
@@ -194,6 +194,10 @@ def _why_unreadable(path: str) -> str:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    for argument in argv[1:]:
+        match = re.match(r"--?(config|sweep)=(.*)", argument, re.DOTALL)
+        if match and (fault := path_fault(match[2])):
+            fail(f"--{match[1]} = {match[2]!r}: {fault}")
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what is refused in one line below
     try:
         rest = flags.FLAGS(list(argv))
