@@ -244,7 +244,7 @@ def test_folders_that_are_not_called_as_a_step_is_written_are_passed_over(name, 
     shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / name)
     (workdir / "checkpoints" / "٣").mkdir()
     assert_params(workdir, 2)
-    assert f"/{name}: is not called as its step is written; it is not used" in capfd.readouterr().err
+    assert f"/{name}: has no valid step number as its name; it is not used" in capfd.readouterr().err
 
 
 def test_the_layout_of_versions_that_were_never_released_is_no_checkpoint(sound, tmp_path, capfd):

@@ -263,7 +263,7 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: in
             step = NONE_GOOD
         passed_over = [name for name in others if int(name) >= step]
         for name in passed_over[:1]:
-            more = f", nor are {len(passed_over) - 1} others" if passed_over[1:] else ""
+            more = f" (and {len(passed_over) - 1} more)" if passed_over[1:] else ""
             say(f"checkpoint {folder / name}: {others[name]}; it is not used{more}")
         if set_aside and step >= 0:
             for number in damaged:
@@ -343,7 +343,7 @@ def _listing(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
                 elif not entry.is_dir(follow_symlinks=False):
                     others[entry.name] = "is no folder"
                 elif not STEP.fullmatch(entry.name) or int(entry.name) > LAST_STEP:
-                    others[entry.name] = "is not called as its step is written"
+                    others[entry.name] = "has no valid step number as its name"
                 else:
                     steps.append(int(entry.name))
     except OSError as error:
