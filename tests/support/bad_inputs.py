@@ -270,7 +270,7 @@ PATHS = [
     Case("records into a bucket", "sweep", ("--results=gs://bucket/records",), BUCKET),
     Case("a report on a bucket", "report", ("--results=gs://bucket/records",), BUCKET),
     Case("a report into a bucket", "report", ("--out=gs://bucket/report.md",), BUCKET),
-    Case("a line break in a path", "main", ("--workdir={d}/a\nb",), "a\\nb': must hold printable characters"),
+    Case("a tabulator in a path", "main", ("--workdir={d}/a\tb",), "a\\tb': must hold printable characters"),
     Case("the home of nobody", "main", ("--workdir=~nobody-of-this-name/run",), "cannot be resolved"),
     Case("a link as its lock", "main", (_workdir("lock_link"),), ".lock cannot be written (it is a link)"),
     Case(
