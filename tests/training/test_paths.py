@@ -93,6 +93,7 @@ def test_paths_are_absolute_and_know_the_home_directory(monkeypatch, tmp_path):
     assert PLAIN.fullmatch("/a/gs/b.c-d_e")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's tasks, after its errors
 def test_what_cannot_be_read_back_never_becomes_a_checkpoint(tmp_path, monkeypatch):
     write(tmp_path, 1)
     finish = ocp.AsyncCheckpointer.wait_until_finished
@@ -289,6 +290,7 @@ def test_a_folder_that_cannot_be_read_or_written_is_told_in_a_line(sound, tmp_pa
     assert "2: cannot be set aside (Permission denied)" in capfd.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's tasks, after its errors
 def test_what_agrees_with_a_manifest_and_is_no_checkpoint_is_an_error_of_one_line(sound, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(sound, workdir)
