@@ -15,6 +15,7 @@ from absl import app, flags, logging
 
 from tlinformer_jax import environment
 from tlinformer_jax.errors import DataError, UserError
+from tlinformer_jax.files import local_path, path_fault
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
@@ -104,14 +105,14 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
-    """Creates the directory that `flag` names if needed.
+    """Creates the directory that `flag` names if needed; its absolute path.
 
     Raises:
       UserError: if it cannot be created or written.
     """
     if not path:
         raise UserError(f"{flag}: must name a directory")
-    workdir = pathlib.Path(path).expanduser()
+    workdir = local_path(path, flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
@@ -131,7 +132,7 @@ def text_of_file(path: str, flag: str) -> str:
     from tlinformer_jax.data.files import read_text
 
     try:
-        text = read_text(pathlib.Path(path).expanduser())
+        text = read_text(local_path(path, flag))
     except DataError as error:
         raise UserError(f"{flag}={error}") from None
     if not text:
@@ -240,6 +241,10 @@ def _why_unreadable(path: str) -> str:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    for argument in argv[1:]:
+        match = re.match(r"--?(config|sweep)=(.*)", argument, re.DOTALL)
+        if match and (fault := path_fault(match[2])):
+            fail(f"--{match[1]} = {match[2]!r}: {fault}")
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what is refused in one line below
     try:
         rest = flags.FLAGS(list(argv))

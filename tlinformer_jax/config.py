@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import read_own, write_text
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.config import TrainConfig
@@ -136,9 +137,7 @@ def field_names() -> dict[str, set[str]]:
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the configuration into a working directory."""
-    draft = workdir / f"{CONFIG_FILE}.draft"
-    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    draft.replace(workdir / CONFIG_FILE)
+    write_text(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:
@@ -149,7 +148,7 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
     """
     path = workdir / CONFIG_FILE
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_own(path))
         if not isinstance(values, dict):
             raise ValueError("it holds no sections")
     except (FileNotFoundError, NotADirectoryError) as error:

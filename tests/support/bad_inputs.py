@@ -250,6 +250,44 @@ WORKDIRS = [
     Case("to evaluate a file for checkpoints", "evaluate", (_workdir("checkpoints_file"),), "holds no checkpoint"),
 ]
 
+BUCKET = "must be a local path; to use a bucket, mount it"
+PATHS = [
+    Case("a bucket as working directory", "main", ("--workdir=gs://bucket/run",), BUCKET),
+    Case("another bucket", "main", ("--workdir=s3://bucket/run",), BUCKET),
+    Case("to start from a bucket", "main", ("--init_from=gs://bucket/run",), BUCKET),
+    Case("a trace into a bucket", "main", ("--profile=gs://bucket/trace",), BUCKET),
+    Case("a config file in a bucket", "main", ("--config=gs://bucket/small.py",), BUCKET),
+    Case("text in a bucket", "main", ("--config.data.train_files=gs://bucket/*.txt",), BUCKET),
+    Case("a tokenizer at an address", "main", ("--config.data.tokenizer=https://host/tokenizer.json",), BUCKET),
+    Case("a cache in a bucket", "main", ("--config.data.cache_dir=s3://bucket/cache",), BUCKET),
+    Case("to evaluate a bucket", "evaluate", ("--workdir=gs://bucket/run",), BUCKET),
+    Case("a text in a bucket", "evaluate", ("--text_file=gs://bucket/a.txt",), BUCKET),
+    Case("a result into a bucket", "evaluate", ("--out=gs://bucket/x.json",), BUCKET),
+    Case("to generate from a bucket", "generate", ("--workdir=s3://bucket/run",), BUCKET),
+    Case("a prompt in a bucket", "generate", (_workdir("run"), "--prompt_file=s3://bucket/a.txt"), BUCKET, usual=False),
+    Case("weights in a bucket", "convert", ("--from=gs://bucket/a.pt",), BUCKET),
+    Case("weights into a bucket", "convert", (_workdir("run"), "--to=gs://b/a.safetensors"), BUCKET, usual=False),
+    Case("a sweep into a bucket", "sweep", ("--out=gs://bucket/sweep",), BUCKET),
+    Case("records into a bucket", "sweep", ("--results=gs://bucket/records",), BUCKET),
+    Case("a report on a bucket", "report", ("--results=gs://bucket/records",), BUCKET),
+    Case("a report into a bucket", "report", ("--out=gs://bucket/report.md",), BUCKET),
+    Case("a tabulator in a path", "main", ("--workdir={d}/a\tb",), "a\\tb': must hold printable characters"),
+    Case("the home of nobody", "main", ("--workdir=~nobody-of-this-name/run",), "cannot be resolved"),
+    Case("a link as its lock", "main", (_workdir("lock_link"),), ".lock cannot be written (it is a link)"),
+    Case(
+        "a link as its metrics", "main", (_workdir("metrics_link"),), "metrics.jsonl cannot be written (it is a link)"
+    ),
+    Case("a link as its TensorBoard folder", "main", (_workdir("tensorboard_link"),), "tensorboard cannot be written"),
+    Case("a link as its checkpoints", "main", (_workdir("checkpoints_link"),), "checkpoints cannot be written"),
+    Case("a link as its configuration", "main", (_workdir("config_link"),), "no readable config.json (it is a link)"),
+    Case("to evaluate a pipe as configuration", "evaluate", (_workdir("config_pipe"),), "it is no regular file"),
+    Case("to evaluate a link as tokenizer", "evaluate", (_workdir("tokenizer_link"),), "it is a link"),
+    Case("to evaluate checkpoints behind a link", "evaluate", (_workdir("checkpoints_link"),), "checkpoints is a link"),
+    Case("to evaluate checkpoints that are links", "evaluate", (_workdir("steps_link"),), "none of its checkpoints"),
+    Case("to evaluate a wrongly named checkpoint", "evaluate", (_workdir("step_zero"),), "none of its checkpoints"),
+    Case("to evaluate an old layout", "evaluate", (_workdir("old_layout"),), "none of its checkpoints can be used"),
+]
+
 EVALUATION = [
     *(
         Case(what, "evaluate", (f"--text_file={{d}}/{name}",), says)
@@ -398,6 +436,7 @@ GROUPS = {
     "Fields of training and of the mesh": TRAINING,
     "Data": DATA,
     "Working directories and checkpoints": WORKDIRS,
+    "Paths, buckets and links": PATHS,
     "Texts and options of evaluation": EVALUATION,
     "Prompts and options of generation": GENERATION,
     "Weights to convert": CONVERSION,

@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.files import path_fault
 
 TASKS = ("recall", "copy", "passkey")
 DATASETS = ("pydoc", "text", "wikitext103", *TASKS)
@@ -114,6 +115,10 @@ class DataConfig:
             allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
             raise ConfigError("data.curriculum", self.curriculum, allowed)
         _ = self.stages
+        for name in ("train_files", "validation_files", "test_files", "tokenizer", "cache_dir", "manual_dir"):
+            for part in getattr(self, name).split(","):
+                if fault := path_fault(part.strip()):
+                    raise ConfigError(f"data.{name}", getattr(self, name), fault)
 
     @property
     def is_task(self) -> bool:

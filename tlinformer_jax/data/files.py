@@ -7,6 +7,7 @@ text are skipped. Whatever is wrong with a file is a `DataError` that names the 
 import codecs
 import glob
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,7 +32,9 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
         path = pathlib.Path(pattern).expanduser()
         matches = (
-            [path] if path.is_file() else [pathlib.Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+            [path]
+            if path.is_file()
+            else [pathlib.Path(name) for name in sorted(glob.glob(_glob(path), recursive=True))]
         )
         matches = [match for match in matches if not match.is_dir()]
         if not matches:
@@ -45,6 +48,14 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
     if not found:
         raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files for this split")
     return list(found)
+
+
+def _glob(pattern: pathlib.Path) -> str:
+    """The pattern for `glob`; folders that exist under the very name they are given by are no wildcards."""
+    for folder in pattern.parents:
+        if os.path.isdir(folder):
+            return os.path.join(glob.escape(str(folder)), pattern.relative_to(folder))
+    return str(pattern)
 
 
 def file_kind(path: pathlib.Path) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import open_own, read_own, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -161,7 +162,7 @@ class Gpt2Tokenizer:
         return _cut_before_space(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        (directory / GPT2_FILE).write_bytes(self.vocabulary)
+        write_text(directory / GPT2_FILE, self.vocabulary.decode("utf-8"))
         _write_description(directory, GPT2_FORMAT)
 
 
@@ -270,7 +271,7 @@ class HuggingFaceTokenizer:
         return _cut_before_space(text) if self._cuts_at_spaces else 0
 
     def save(self, directory: pathlib.Path) -> None:
-        (directory / HUGGING_FACE_FILE).write_text(self.definition, encoding="utf-8")
+        write_text(directory / HUGGING_FACE_FILE, self.definition)
         stored = {"tlinformer_jax": "huggingface", "version": 1, "end_of_text_token": self.end_of_text_token}
         _write_description(directory, stored)
 
@@ -309,7 +310,10 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """
     path = directory / TOKENIZER_FILE
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(read_own(path))
+        for copy in (directory / GPT2_FILE, directory / HUGGING_FACE_FILE):
+            if copy.exists():
+                open_own(copy, "rb").close()  # no link, no pipe
         kind = stored.get("tlinformer_jax") if isinstance(stored, dict) and stored.get("version") == 1 else None
         if kind == "bytes":
             return ByteTokenizer()
@@ -338,7 +342,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _write_description(directory: pathlib.Path, stored: dict[str, Any]) -> None:
-    (directory / TOKENIZER_FILE).write_text(json.dumps(stored) + "\n")
+    write_text(directory / TOKENIZER_FILE, json.dumps(stored) + "\n")
 
 
 def _installed_gpt2_vocabulary() -> bytes:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tlinformer_jax.config import load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
+from tlinformer_jax.files import local_path
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.setup import Run, build_run
@@ -32,7 +33,7 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None) -> TrainedRun
     Raises:
       UserError: if the directory holds no run, no checkpoint or no tokenizer that fits.
     """
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = local_path(workdir, "workdir")
     # Any machine will do, whatever mesh the training had.
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
     run = build_run(config, load_tokenizer(workdir))

@@ -19,6 +19,7 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.config import Stage
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.files import local_path
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
@@ -114,7 +115,7 @@ def train_run(
       OutOfMemoryError: where a device's memory does not suffice, with what would take less.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(workdir, "workdir")
     begun = (workdir / CONFIG_FILE).exists()
     origin = find_origin(workdir, init_from, begun)
     if origin is not None and not begun:
@@ -140,7 +141,7 @@ def train_run(
         if main:
             save_description(run, workdir)
         describe(run, train, validation, batches)
-        trace = StepTrace(pathlib.Path(profile) if profile else None, first, last)
+        trace = StepTrace(local_path(profile, "profile") if profile else None, first, last)
         # The last step's evaluation is always repeated, for its figures.
         with MetricsLog(workdir, main, first, keep_evaluation=evaluated and first < last) as log:
             timer = CheckpointTimer(config.train.checkpoint_minutes)
@@ -181,7 +182,7 @@ def first_state(
         return state, False
     state, manifest = restored
     say(f"continuing from step {int(state.step)} in {workdir}")
-    return state, manifest is not None and manifest.validation_loss is not None
+    return state, manifest.validation_loss is not None
 
 
 def train_steps(
