@@ -228,7 +228,7 @@ def test_a_cache_of_another_version_is_refused_and_kept(tmp_path):
     (directory,) = caches(tmp_path)
     meta = json.loads((directory / cache.META_FILE).read_text())
     (directory / cache.META_FILE).write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(DataError, match=r"made by another version .format 99, this one reads 1") as caught:
+    with pytest.raises(DataError, match=r"made by another version .format 99, this one reads 2") as caught:
         load_split(config_for(tmp_path), "train", BYTES)
     assert "\n" not in str(caught.value)
     assert (directory / cache.TOKENS_FILE).exists()

@@ -1,8 +1,11 @@
 """What to read and how: the `data` section of a run's configuration."""
 
 import dataclasses
+import glob
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from tlinformer_jax.errors import ConfigError
 
@@ -11,12 +14,16 @@ DATASETS = ("pydoc", "text", "wikitext103", *TASKS)
 SPLITS = ("train", "validation", "test")
 DOCUMENT_PER = ("file", "line")
 WIKITEXT_VARIANTS = ("v1", "raw-v1")
+TOKENIZERS = ("bytes", "gpt2")  # those that are no files
+FILES = ("train_files", "validation_files", "test_files")
 LIMITS = {"passkeys": 100, "questions": 100}  # as many keys as have different names
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Text, tokenizer and sample length. Every field is a plain value, so that a flag can override it.
+
+    Paths are made absolute, so that a stored configuration means the same files from any directory.
 
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "wikitext103", or a task whose
@@ -72,6 +79,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        for name, value in absolute_paths(vars(self), pathlib.Path()).items():
+            object.__setattr__(self, name, value)
         _check_choice("data.dataset", self.dataset, DATASETS)
         _check_choice("data.document_per", self.document_per, DOCUMENT_PER)
         _check_choice("data.wikitext_variant", self.wikitext_variant, WIKITEXT_VARIANTS)
@@ -133,6 +142,39 @@ class DataConfig:
         return (pathlib.Path(root) if root else pathlib.Path.home() / ".cache") / "tlinformer_jax"
 
 
+def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, Any]:
+    """Fields of the data section with their paths made absolute; what is no path stays as it is.
+
+    Args:
+      values: field -> value.
+      base: the directory that relative paths start from, itself relative to the current one.
+
+    Raises:
+      ConfigError: naming the field, where a path cannot be made absolute.
+    """
+    changed = dict(values)
+    for name in (*FILES, "tokenizer", "manual_dir", "cache_dir"):
+        value = values.get(name)
+        if not isinstance(value, str) or not value or (name == "tokenizer" and _is_no_file(value)):
+            continue
+        try:
+            here = os.path.abspath(base)
+        except FileNotFoundError:
+            raise ConfigError(f"data.{name}", value, "must be absolute: the current directory is gone") from None
+        if name not in FILES:
+            changed[name] = os.path.join(here, os.path.expanduser(value))
+            continue
+        patterns = [os.path.expanduser(part.strip()) for part in value.split(",") if part.strip()]
+        if "," in here and not all(map(os.path.isabs, patterns)):
+            raise ConfigError(f"data.{name}", value, f"must be absolute: {here} holds a comma, which separates files")
+        changed[name] = ",".join(os.path.join(glob.escape(here), pattern) for pattern in patterns)
+    return changed
+
+
+def _is_no_file(tokenizer: str) -> bool:
+    return tokenizer in TOKENIZERS or tokenizer.startswith("numbers:")
+
+
 def stage_at(
     stages: tuple[tuple[int, int], ...], sequence_length: int, batch_size: int, update: int
 ) -> tuple[int, int]:
@@ -158,6 +200,16 @@ def _check_types(config: DataConfig) -> None:
         value = getattr(config, field.name)
         if type(value) is not field.type:
             raise ConfigError(f"data.{field.name}", value, f"must be of type {getattr(field.type, '__name__', '')}")
+        if isinstance(value, str) and not _is_sound(value):
+            raise ConfigError(f"data.{field.name}", value, "must hold no NUL and no half of a surrogate pair")
+
+
+def _is_sound(text: str) -> bool:
+    """Whether the operating system could take the text as a path."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

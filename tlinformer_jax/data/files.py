@@ -6,7 +6,9 @@ text are skipped. Whatever is wrong with a file is a `DataError` that names the 
 
 import codecs
 import glob
+import itertools
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,7 +17,10 @@ from typing import Any
 from tlinformer_jax.errors import DataError
 
 COMPRESSED = (".gz", ".xz", ".zst")
-BLOCK = 32 * 1024  # compressed bytes a read; bounds what one step of decompression can yield
+BLOCK = 32 * 1024  # bytes a read
+STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 MB of them
+MOST_ENTRIES = 100_000  # files and folders that a stranger's pattern may look through
+LARGEST_LINE = 1 << 28  # bytes; a line is held in memory several times
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 TextPiece = tuple[str, bool]
@@ -33,7 +38,7 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
         matches = (
             [path] if path.is_file() else [pathlib.Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         )
-        matches = [match for match in matches if not match.is_dir()]
+        matches = [match for match in matches if match.is_file()]  # a pipe would be waited for
         if not matches:
             raise DataError(f"{field}: no file matches {pattern!r} (in {pathlib.Path.cwd()})")
         for match in matches:
@@ -45,6 +50,27 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
     if not found:
         raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files for this split")
     return list(found)
+
+
+def check_patterns(patterns: str, field: str) -> None:
+    """Refuses globs that would walk large parts of a disk: whoever wrote them may not be the one who reads.
+
+    Raises:
+      DataError: naming `field`.
+    """
+    for pattern in map(str.strip, patterns.split(",")):
+        folder = pathlib.Path(pattern).parent
+        if not glob.has_magic(str(folder)) or pathlib.Path(pattern).is_file():
+            continue
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), folder.parts)
+        entries = 0
+        for _, folders, files in os.walk(pathlib.Path(*fixed)):
+            entries += len(folders) + len(files)
+            if entries > MOST_ENTRIES:
+                raise DataError(
+                    f"{field}: {pattern!r} would search more than {MOST_ENTRIES:,} files and folders; "
+                    "name the folders, or evaluate one text as --text_file"
+                )
 
 
 def file_kind(path: pathlib.Path) -> str | None:
@@ -99,7 +125,7 @@ def _decompressed(raw: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
     new_machine, failure = _decompressor(path)
     machine = new_machine()
     try:
-        for data in raw:
+        for data in (block[start : start + STEP] for block in raw for start in range(0, len(block), STEP)):
             while data:
                 if machine.eof:
                     data = data.lstrip(b"\0")  # padding between the members of a concatenated file
@@ -141,16 +167,24 @@ def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
-def read_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields the lines of a file, each with its newline; the last may lack one. Only b"\\n" ends a line."""
+def read_lines(blocks: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
+    """Yields the lines of a file, each with its newline; the last may lack one. Only b"\\n" ends a line.
+
+    Raises:
+      DataError: for a line of more than LARGEST_LINE bytes, which is not read to its end.
+    """
     parts: list[bytes] = []
+    size = 0
     for block in blocks:
         *ended, rest = block.split(b"\n")
         for line in ended:
             yield b"".join((*parts, line, b"\n"))
-            parts = []
+            parts, size = [], 0
         if rest:
             parts.append(rest)
+            size += len(rest)
+            if size > LARGEST_LINE:
+                raise DataError(f"{path}: holds a line of more than {LARGEST_LINE:,} bytes; cut it into several")
     if parts:
         yield b"".join(parts)
 
@@ -172,7 +206,7 @@ def _not_utf8(path: pathlib.Path | str, number: int, error: UnicodeDecodeError) 
 
 
 def _json_documents(path: pathlib.Path, blocks: Iterator[bytes], field: str) -> Iterator[TextPiece]:
-    for number, line in enumerate(read_lines(blocks), 1):
+    for number, line in enumerate(read_lines(blocks, path), 1):
         text = decode_line(line, path, number)
         if text.isspace():
             continue
@@ -200,7 +234,7 @@ def _json_text(line: str, field: str, where: str) -> str:
 
 
 def _line_documents(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[TextPiece]:
-    for number, line in enumerate(read_lines(blocks), 1):
+    for number, line in enumerate(read_lines(blocks, path), 1):
         text = decode_line(line, path, number).rstrip("\r\n")
         if text and not text.isspace():
             yield text, True

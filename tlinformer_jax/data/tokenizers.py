@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import read_json, read_small, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -59,7 +60,7 @@ class Tokenizer(Protocol):
         """
 
     def save(self, directory: pathlib.Path) -> None:
-        """Writes what `load_tokenizer(directory)` needs."""
+        """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE appears last, when the rest is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +247,7 @@ class HuggingFaceTokenizer:
         return _cut_before_space(text) if self._cuts_at_spaces else 0
 
     def save(self, directory: pathlib.Path) -> None:
-        (directory / HUGGING_FACE_FILE).write_text(self.definition, encoding="utf-8")
+        write_text(directory / HUGGING_FACE_FILE, self.definition)
         stored = {"tlinformer_jax": "huggingface", "version": 1, "end_of_text_token": self.end_of_text_token}
         _write_description(directory, stored)
 
@@ -268,7 +269,7 @@ def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
         return Gpt2Tokenizer(_installed_gpt2_vocabulary())
     if name.startswith(NUMBERS):
         count = name.removeprefix(NUMBERS)
-        if not count.isdecimal() or not 4 <= int(count) < 2**31:
+        if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31:
             raise ConfigError("data.tokenizer", name, "must be numbers:V with V from 4 to 2147483647")
         return NumberTokenizer(int(count))
     path = pathlib.Path(name).expanduser()
@@ -285,17 +286,17 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """
     path = directory / TOKENIZER_FILE
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         kind = stored.get("tlinformer_jax") if isinstance(stored, dict) and stored.get("version") == 1 else None
         if kind == "bytes":
             return ByteTokenizer()
         if kind == "gpt2":
-            return Gpt2Tokenizer((directory / GPT2_FILE).read_bytes())
+            return Gpt2Tokenizer(read_small(directory / GPT2_FILE))
         if kind == "numbers":
             return NumberTokenizer(int(stored["vocab_size"]))
         if kind == "huggingface":
             return _read_hugging_face(directory / HUGGING_FACE_FILE, stored["end_of_text_token"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, (ConfigError, DataError)):
             raise
         raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None
@@ -314,7 +315,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _write_description(directory: pathlib.Path, stored: dict[str, Any]) -> None:
-    (directory / TOKENIZER_FILE).write_text(json.dumps(stored) + "\n")
+    write_text(directory / TOKENIZER_FILE, json.dumps(stored) + "\n")
 
 
 def _installed_gpt2_vocabulary() -> bytes:
@@ -365,8 +366,8 @@ def _cut_before_space(text: str) -> int:
 
 def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
     try:
-        definition = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        definition = read_small(path).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
     names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
     try:

@@ -229,7 +229,7 @@ def _dtype_name(field: str, value: Any) -> str:
 
     try:
         return jnp.dtype(value).name
-    except TypeError:
+    except (TypeError, ValueError):
         raise ConfigError(field, value, f"must be one of {', '.join(COMPUTE_DTYPES)}") from None
 
 

@@ -28,10 +28,12 @@ import tlinformer_jax
 from tlinformer_jax.config import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import sync_folder
+from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, verify, write_manifest
 from tlinformer_jax.training.memory import copy_on_devices
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.step import Skips, TrainState
+from tlinformer_jax.training.stored import check_shapes, stored_shapes
 
 FOLDER = "checkpoints"
 STATE, OLD_STATE = "state", "default"
@@ -297,6 +299,41 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
     return found.step, _read(found.state, {"params": abstract_params})["params"]
 
 
+def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
+    """Refuses a model of more or larger arrays than the checkpoints hold, before any of them is built.
+
+    Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
+
+    Args:
+      workdir: a working directory.
+      model: that its configuration describes.
+      step: of the checkpoint that is to be read; None for the newest good one.
+
+    Raises:
+      DataError: naming the field, or why no checkpoint can be used.
+    """
+    folder = workdir / FOLDER
+    steps = [step] if step is not None else _steps(folder) if folder.is_dir() else []
+    shapes = None
+    for number in steps:
+        with contextlib.suppress(DataError):
+            shapes = stored_shapes(folder / str(number) / STATE)
+            break
+    if shapes is None:
+        restore_params(workdir, {}, step)  # tells why there is none
+        return
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    most = {"hidden_depth": len(shapes), "num_blocks": len(shapes) // model.layers_per_block}
+    most |= dict.fromkeys(("vocab_size", "d_model", "d_ff"), largest)
+    for name, limit in most.items():
+        value = getattr(model, name)
+        if value is not None and value > limit:
+            raise DataError(
+                f"workdir {workdir}: model.{name} = {value} in its {CONFIG_FILE} does not fit its checkpoints, which "
+                f"hold {len(shapes):,} parameters of at most {largest:,} rows or columns"
+            )
+
+
 def _tell_changed_config(workdir: pathlib.Path, found: Found) -> None:
     """Says so where the directory's configuration is not the one that the checkpoint was written with."""
     written = found.manifest.config_sha256 if found.manifest else ""
@@ -359,6 +396,7 @@ def _fields(state: TrainState) -> dict[str, Any]:
 
 def _read(folder: pathlib.Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays of a checkpoint that `tree` names, each by its leaf's shape, dtype and sharding."""
+    check_shapes(folder, tree.get("params", {}))
     how = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), dict(tree))
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(

@@ -95,7 +95,7 @@ def train_run(
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
-      workdir: receives config.json, the tokenizer, metrics.jsonl, TensorBoard events and checkpoints.
+      workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
       init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
 
@@ -115,10 +115,11 @@ def train_run(
         check_origin(origin, config)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
     run = build_run(config, tokenizer, PENDING)
-    train, validation = run.split("train"), run.split("validation")
+    splits = {name: run.split(name) for name in ("train", "validation")}
+    train, validation = splits["train"], splits["validation"]
     batches = training_batches(config, train)
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
-    check_workdir(run, workdir)
+    check_workdir(run, splits, workdir)
     with (
         sole_run(workdir),
         StopRequest() as stop,
@@ -131,7 +132,7 @@ def train_run(
         first, last = int(state.step), run.horizon.steps
         main = jax.process_index() == 0
         if main:
-            save_description(run, workdir)
+            save_description(run, splits, workdir)
         describe(run, train, validation, batches)
         trace = StepTrace(pathlib.Path(profile) if profile else None, first, last)
         # The last step's evaluation is always repeated, for its figures.
