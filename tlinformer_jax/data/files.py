@@ -40,7 +40,7 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
         )
         matches = [match for match in matches if match.is_file()]  # a pipe would be waited for
         if not matches:
-            raise DataError(f"{field}: no file matches {pattern!r} (in {pathlib.Path.cwd()})")
+            raise DataError(f"{field}: no file matches {pattern!r}")
         for match in matches:
             if file_kind(match) is None:
                 raise DataError(

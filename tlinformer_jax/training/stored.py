@@ -1,12 +1,13 @@
 """The shapes of a checkpoint's parameters, from its own description, and whether a model has the same."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import read_json
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -17,17 +18,13 @@ def stored_shapes(state: pathlib.Path) -> Shapes:
     Raises:
       DataError: if the description cannot be read.
     """
-    path = state / "_METADATA"
     try:
-        entries = read_json(path)["tree_metadata"].values()
-        keys = [[part["key"] for part in entry["key_metadata"]] for entry in entries]
-        return {
-            "/".join(names[1:]): tuple(map(int, entry["value_metadata"]["write_shape"]))
-            for names, entry in zip(keys, entries)
-            if names[0] == "params"
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error!r})") from None
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            params = checkpointer.metadata(state.absolute()).item_metadata.tree["params"]
+        return {name: tuple(map(int, leaf.shape)) for name, leaf in _named(params)}
+    except Exception as error:  # of many kinds, for files that are missing, damaged or somebody else's
+        reason = str(error).strip().splitlines()
+        raise DataError(f"{state}: its arrays cannot be told ({reason[0] if reason else type(error).__name__})") from None
 
 
 def check_shapes(state: pathlib.Path, params: Any) -> None:
@@ -41,10 +38,14 @@ def check_shapes(state: pathlib.Path, params: Any) -> None:
       DataError: naming the first that differs.
     """
     there = stored_shapes(state)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = "/".join(str(key.key) for key in path)
+    for name, leaf in _named(params):
         if there.get(name) != leaf.shape:
             found = list(there[name]) if name in there else "missing"
             raise DataError(
                 f"checkpoint {state.parent}: parameter {name} is {found}, and {list(leaf.shape)} by the configuration"
             )
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield "/".join(str(key.key) for key in path), leaf
