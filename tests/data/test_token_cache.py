@@ -15,10 +15,10 @@ import time
 import numpy as np
 import pytest
 
-from tlinformer_jax.data import cache, workers
+from tlinformer_jax.data import cache, files, workers
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.pieces import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces
-from tlinformer_jax.data.sources import load_split, open_split
+from tlinformer_jax.data.sources import load_split, load_stored_split, open_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
 from tlinformer_jax.errors import DataError
 
@@ -198,9 +198,9 @@ def test_a_change_between_the_ends_needs_the_full_hash(tmp_path):
     assert not open_split(config_for(tmp_path, full_hash=True, **settings), "train", BYTES).found
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no meta", "half meta", "no tokens"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no meta", "half meta", "digit", "deep meta", "no tokens"])
 def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, capsys, damage):
-    write_corpus(tmp_path / "a.jsonl", documents=2)
+    texts = write_corpus(tmp_path / "a.jsonl", documents=2)
     expected = np.array(load_split(config_for(tmp_path), "train", BYTES).tokens)
     (directory,) = caches(tmp_path)
     tokens, meta = directory / cache.TOKENS_FILE, directory / cache.META_FILE
@@ -212,12 +212,18 @@ def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, capsys, damage):
         tokens.write_bytes(data)
     elif damage == "half meta":
         meta.write_text(meta.read_text()[:100])
+    elif damage == "digit":  # of what bits per byte are divided by
+        count = json.loads(meta.read_text())["counts"]["num_bytes"]
+        meta.write_text(meta.read_text().replace(f'"num_bytes": {count}', f'"num_bytes": {count + 1000}'))
+    elif damage == "deep meta":
+        meta.write_text("[" * 100_000)
     else:
         (meta if damage == "no meta" else tokens).unlink()
     opened = open_split(config_for(tmp_path), "train", BYTES)
     assert not opened.found
     assert "damaged token cache" in capsys.readouterr().err
     np.testing.assert_array_equal(opened.stream.tokens, expected)
+    assert opened.stream.num_bytes == sum(len(text.encode()) for text in texts)
     assert open_split(config_for(tmp_path), "train", BYTES).found
     assert caches(tmp_path) == [directory]
 
@@ -428,3 +434,32 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         assert child.returncode == 0
     assert peaks[1] < 1.15 * peaks[0]
     assert peaks[1] < 700e6
+
+
+def test_a_stored_configuration_is_read_without_writing_outside_this_users_cache(tmp_path, monkeypatch):
+    own, elsewhere = tmp_path / "own", tmp_path / "elsewhere"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own))
+    write_corpus(tmp_path / "a.jsonl", documents=2)
+    config = config_for(tmp_path, cache_dir=str(elsewhere))
+    expected = np.array(load_stored_split(config, "train", BYTES).tokens)
+    assert (own / "tlinformer_jax" / "tokens").is_dir()
+    assert not elsewhere.exists()
+    # What training has left there is read where it lies.
+    load_split(config, "train", BYTES)
+    before = sorted(elsewhere.rglob("*"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    np.testing.assert_array_equal(load_stored_split(config, "train", BYTES).tokens, expected)
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_patterns_of_a_stored_configuration_search_no_disks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_ENTRIES", 10)
+    write_corpus(tmp_path / "a.jsonl", documents=1)
+    for number in range(11):
+        (tmp_path / f"{number}.other").touch()
+    for pattern in ("**/*.jsonl", "*/../a.jsonl"):
+        config = config_for(tmp_path, train_files=str(tmp_path / pattern))
+        with pytest.raises(DataError, match=r"data\.train_files: '.*' would search more than 10 files and folders"):
+            load_stored_split(config, "train", BYTES)
+    assert not (tmp_path / "cache").exists()
+    load_stored_split(config_for(tmp_path), "train", BYTES)  # one folder is no search

@@ -88,8 +88,9 @@ class DataConfig:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
-        if self.sequence_length < 1:
-            raise ConfigError("data.sequence_length", self.sequence_length, "must be at least 1")
+        if not 1 <= self.sequence_length < 2**31:
+            allowed = f"must be from 1 to {2**31 - 1}: positions are int32"
+            raise ConfigError("data.sequence_length", self.sequence_length, allowed)
         if self.num_workers < 0:
             raise ConfigError("data.num_workers", self.num_workers, "must be 0 (one a core) or more")
         for name in ("train_examples", "validation_examples", "pairs", "passkeys", "questions"):

@@ -24,7 +24,9 @@ def stored_shapes(state: pathlib.Path) -> Shapes:
         return {name: tuple(map(int, leaf.shape)) for name, leaf in _named(params)}
     except Exception as error:  # of many kinds, for files that are missing, damaged or somebody else's
         reason = str(error).strip().splitlines()
-        raise DataError(f"{state}: its arrays cannot be told ({reason[0] if reason else type(error).__name__})") from None
+        raise DataError(
+            f"{state}: its arrays cannot be told ({reason[0] if reason else type(error).__name__})"
+        ) from None
 
 
 def check_shapes(state: pathlib.Path, params: Any) -> None:
