@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags, logging
 
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path, path_fault
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
@@ -91,14 +92,14 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
-    """Creates the directory that `flag` names if needed.
+    """Creates the directory that `flag` names if needed; its absolute path.
 
     Raises:
       UserError: if it cannot be created or written.
     """
     if not path:
         raise UserError(f"{flag}: must name a directory")
-    workdir = pathlib.Path(path).expanduser()
+    workdir = local_path(path, flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
@@ -116,7 +117,7 @@ def text_of_file(path: str, flag: str) -> str:
       UserError: if it cannot be read, is not UTF-8 or is empty.
     """
     try:
-        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8")
+        text = local_path(path, flag).read_bytes().decode("utf-8")
     except OSError as error:
         raise UserError(f"{flag}={path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -193,6 +194,10 @@ def _why_unreadable(path: str) -> str:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    for argument in argv[1:]:
+        match = re.match(r"--?(config|sweep)=(.*)", argument, re.DOTALL)
+        if match and (fault := path_fault(match[2])):
+            fail(f"--{match[1]} = {match[2]!r}: {fault}")
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what is refused in one line below
     try:
         rest = flags.FLAGS(list(argv))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlinformer_jax.data.config import DataConfig, absolute_paths
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import read_json
+from tlinformer_jax.files import read_json, write_text
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.config import TrainConfig
@@ -96,9 +96,7 @@ def field_names() -> dict[str, set[str]]:
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the configuration into a working directory."""
-    draft = workdir / f"{CONFIG_FILE}.draft"
-    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    draft.replace(workdir / CONFIG_FILE)
+    write_text(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:

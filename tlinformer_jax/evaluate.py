@@ -13,6 +13,7 @@ from absl import flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.evaluation.report import EvaluationOptions, Report
@@ -44,7 +45,7 @@ def main() -> None:
     options = _options()
     text = _text()
     cluster = cli.cluster()
-    workdir = pathlib.Path(WORKDIR.value).expanduser()
+    workdir = local_path(WORKDIR.value, "--workdir")
     batch_size = BATCH_SIZE.value or load_config(workdir).train.evaluation_batch_size
     use_compilation_cache()
     if cluster is not None:

@@ -14,6 +14,7 @@ from absl import flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.decoding.stream import Call, Statistics, Stream
@@ -60,6 +61,7 @@ def _generate() -> int:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: must be an integer >= 1")
     if not WORKDIR.value:
         raise UserError("--workdir: must name the directory of a run")
+    workdir = local_path(WORKDIR.value, "--workdir")
 
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.settings import generation_config
@@ -72,7 +74,7 @@ def _generate() -> int:
             generation_config(options)  # before anything is loaded
             use_compilation_cache()
             compilations = _watch_compilations()
-            generator = Generator.from_workdir(WORKDIR.value, STEP.value, context_mesh(CONTEXT.value))
+            generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
             stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
         except ConfigError as error:
             raise _named_by_flag(error, options) from None

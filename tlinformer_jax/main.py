@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.config import RunConfig
@@ -55,10 +56,13 @@ def main() -> None:
         from tlinformer_jax.training.origin import Origin, check_origin
 
         if INIT_FROM.value is not None:
-            check_origin(Origin(pathlib.Path(INIT_FROM.value).expanduser().absolute()), config)
+            check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
         with memory_advice(config):
             print(check_run(config, CHECK_COMPILE.value))
         return
+    for flag in (INIT_FROM, PROFILE):
+        if flag.value:
+            local_path(flag.value, f"--{flag.name}")  # before anything is made
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
@@ -93,7 +97,6 @@ def _train_and_record(config: "RunConfig", workdir: pathlib.Path, profile: pathl
     from tlinformer_jax.experiments.driver import run_job
     from tlinformer_jax.experiments.job import Job
 
-    workdir = workdir.absolute()
     command = shlex.join(["python", "-m", "tlinformer_jax.main", *sys.argv[1:]])
     run_job(Job(workdir.name, config, workdir, command, tuple(THEN.value or ())), profile, INIT_FROM.value)
 

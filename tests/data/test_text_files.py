@@ -142,6 +142,22 @@ def test_a_character_cut_by_the_end_of_the_file_is_refused(tmp_path):
         documents(path)
 
 
+def test_a_folder_whose_name_holds_wildcards_is_taken_by_its_name(tmp_path):
+    for name in ("lr[0.1]", "lr0", "a*", "ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x[1].txt").write_text("x")
+    for patterns, found in (
+        ("lr[0.1]/x[1].txt", "lr[0.1]"),
+        ("lr[0.1]/*.txt", "lr[0.1]"),
+        ("a*/*.txt", "a*"),
+        ("l*0/**", "lr0"),
+    ):
+        assert find_files(f"{tmp_path}/{patterns}", "data.train_files") == [tmp_path / found / "x[1].txt"]
+    for pattern in ("/", ".", "/none/[*"):
+        with pytest.raises(DataError, match="no file matches"):
+            find_files(pattern, "data.train_files")
+
+
 def test_globs_find_each_file_once_and_sorted(tmp_path, monkeypatch):
     for name in ("b.txt", "a.txt", "c.jsonl.xz", "deep/d.txt.gz", "x[1].txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,13 +1,13 @@
 """What to read and how: the `data` section of a run's configuration."""
 
 import dataclasses
-import glob
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.files import path_fault
 
 TASKS = ("recall", "copy", "passkey")
 DATASETS = ("pydoc", "text", "wikitext103", *TASKS)
@@ -16,6 +16,7 @@ DOCUMENT_PER = ("file", "line")
 WIKITEXT_VARIANTS = ("v1", "raw-v1")
 TOKENIZERS = ("bytes", "gpt2")  # those that are no files
 FILES = ("train_files", "validation_files", "test_files")
+PATHS = (*FILES, "tokenizer", "manual_dir", "cache_dir")
 LIMITS = {"passkeys": 100, "questions": 100}  # as many keys as have different names
 
 
@@ -79,6 +80,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        for name in PATHS:
+            for part in getattr(self, name).split(","):
+                if fault := path_fault(part.strip()):
+                    raise ConfigError(f"data.{name}", getattr(self, name), fault)
         for name, value in absolute_paths(vars(self), pathlib.Path()).items():
             object.__setattr__(self, name, value)
         _check_choice("data.dataset", self.dataset, DATASETS)
@@ -144,7 +149,7 @@ class DataConfig:
 
 
 def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, Any]:
-    """Fields of the data section with their paths made absolute; what is no path stays as it is.
+    """Fields of the data section with their paths made absolute; what cannot be a path stays as it is.
 
     Args:
       values: field -> value.
@@ -154,10 +159,12 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
       ConfigError: naming the field, where a path cannot be made absolute.
     """
     changed = dict(values)
-    for name in (*FILES, "tokenizer", "manual_dir", "cache_dir"):
+    for name in PATHS:
         value = values.get(name)
         if not isinstance(value, str) or not value or (name == "tokenizer" and _is_no_file(value)):
             continue
+        if any(path_fault(part.strip()) for part in value.split(",")):
+            continue  # it is refused as it was given
         try:
             here = os.path.abspath(base)
         except FileNotFoundError:
@@ -168,7 +175,7 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
         patterns = [os.path.expanduser(part.strip()) for part in value.split(",") if part.strip()]
         if "," in here and not all(map(os.path.isabs, patterns)):
             raise ConfigError(f"data.{name}", value, f"must be absolute: {here} holds a comma, which separates files")
-        changed[name] = ",".join(os.path.join(glob.escape(here), pattern) for pattern in patterns)
+        changed[name] = ",".join(os.path.join(here, pattern) for pattern in patterns)
     return changed
 
 
@@ -201,16 +208,6 @@ def _check_types(config: DataConfig) -> None:
         value = getattr(config, field.name)
         if type(value) is not field.type:
             raise ConfigError(f"data.{field.name}", value, f"must be of type {getattr(field.type, '__name__', '')}")
-        if isinstance(value, str) and not _is_sound(value):
-            raise ConfigError(f"data.{field.name}", value, "must hold no NUL and no half of a surrogate pair")
-
-
-def _is_sound(text: str) -> bool:
-    """Whether the operating system could take the text as a path."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

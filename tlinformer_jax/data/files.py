@@ -6,7 +6,6 @@ text are skipped. Whatever is wrong with a file is a `DataError` that names the 
 
 import codecs
 import glob
-import itertools
 import json
 import os
 import pathlib
@@ -34,9 +33,11 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
     """
     found: dict[pathlib.Path, None] = {}
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
-        path = pathlib.Path(pattern).expanduser()
+        path = pathlib.Path(pattern).expanduser().absolute()
         matches = (
-            [path] if path.is_file() else [pathlib.Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+            [path]
+            if path.is_file()
+            else [pathlib.Path(name) for name in sorted(glob.glob(_glob(path), recursive=True))]
         )
         matches = [match for match in matches if match.is_file()]  # a pipe would be waited for
         if not matches:
@@ -58,19 +59,29 @@ def check_patterns(patterns: str, field: str) -> None:
     Raises:
       DataError: naming `field`.
     """
-    for pattern in map(str.strip, patterns.split(",")):
-        folder = pathlib.Path(pattern).parent
-        if not glob.has_magic(str(folder)) or pathlib.Path(pattern).is_file():
+    for pattern in map(pathlib.Path, filter(None, map(str.strip, patterns.split(",")))):
+        folder = _existing_folder(pattern)
+        if not glob.has_magic(str(pattern.parent.relative_to(folder))) or pattern.is_file():
             continue
-        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), folder.parts)
         entries = 0
-        for _, folders, files in os.walk(pathlib.Path(*fixed)):
+        for _, folders, files in os.walk(folder):
             entries += len(folders) + len(files)
             if entries > MOST_ENTRIES:
                 raise DataError(
-                    f"{field}: {pattern!r} would search more than {MOST_ENTRIES:,} files and folders; "
+                    f"{field}: '{pattern}' would search more than {MOST_ENTRIES:,} files and folders; "
                     "name the folders, or evaluate one text as --text_file"
                 )
+
+
+def _glob(pattern: pathlib.Path) -> str:
+    """The pattern for `glob`; folders that exist under the very name they are given by are no wildcards."""
+    folder = _existing_folder(pattern)
+    return os.path.join(glob.escape(str(folder)), pattern.relative_to(folder))
+
+
+def _existing_folder(pattern: pathlib.Path) -> pathlib.Path:
+    """The deepest folder of a path that exists."""
+    return next(filter(os.path.isdir, pattern.absolute().parents), pathlib.Path("/"))
 
 
 def file_kind(path: pathlib.Path) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import read_json, read_small, write_text
+from tlinformer_jax.files import open_own, read_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -154,7 +154,7 @@ class Gpt2Tokenizer:
         return _cut_before_space(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        (directory / GPT2_FILE).write_bytes(self.vocabulary)
+        write_text(directory / GPT2_FILE, self.vocabulary.decode("utf-8"))
         _write_description(directory, GPT2_FORMAT)
 
 
@@ -287,11 +287,14 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     path = directory / TOKENIZER_FILE
     try:
         stored = read_json(path)
+        for copy in (directory / GPT2_FILE, directory / HUGGING_FACE_FILE):
+            if copy.exists():
+                open_own(copy, "rb").close()  # no link, no pipe
         kind = stored.get("tlinformer_jax") if isinstance(stored, dict) and stored.get("version") == 1 else None
         if kind == "bytes":
             return ByteTokenizer()
         if kind == "gpt2":
-            return Gpt2Tokenizer(read_small(directory / GPT2_FILE))
+            return Gpt2Tokenizer((directory / GPT2_FILE).read_bytes())
         if kind == "numbers":
             return NumberTokenizer(int(stored["vocab_size"]))
         if kind == "huggingface":
@@ -366,8 +369,8 @@ def _cut_before_space(text: str) -> int:
 
 def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
     try:
-        definition = read_small(path).decode("utf-8")
-    except (OSError, ValueError) as error:
+        definition = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
     names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
     try:

@@ -21,6 +21,7 @@ from tlinformer_jax.decoding.spread import split_of
 from tlinformer_jax.decoding.stream import Generation, Stream
 from tlinformer_jax.decoding.text import TextStream
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.files import local_path
 from tlinformer_jax.models.model import LanguageModel, build_model
 
 Prompts = Sequence[str] | Sequence[Sequence[int] | np.ndarray]
@@ -83,7 +84,7 @@ class Generator:
         from tlinformer_jax.config import load_config
         from tlinformer_jax.training.checkpoint import check_size, restore_params
 
-        workdir = pathlib.Path(workdir).expanduser()
+        workdir = local_path(workdir, "workdir")
         config, tokenizer = load_config(workdir), load_tokenizer(workdir)
         check_vocab(tokenizer, config.model.vocab_size)
         check_size(workdir, config.model, step)

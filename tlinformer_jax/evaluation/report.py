@@ -15,7 +15,7 @@ from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.positions import accuracy_by_position, by_position, by_window_position
 from tlinformer_jax.evaluation.trained import TrainedRun
-from tlinformer_jax.files import finite
+from tlinformer_jax.files import finite, local_path
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.memory import advised, evaluation_advice
 
@@ -163,7 +163,7 @@ def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
     Raises:
       UserError: else.
     """
-    target = pathlib.Path(path).expanduser()
+    target = local_path(path, flag)
     try:
         if target.is_dir():
             raise UserError(f"{flag}={path}: must be a file, not a directory")

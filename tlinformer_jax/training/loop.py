@@ -19,6 +19,7 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.reader import prefetched
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.files import local_path
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
@@ -108,7 +109,7 @@ def train_run(
       DivergedError: when loss or gradient are no longer finite; the last checkpoint stays.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(workdir, "workdir")
     begun = (workdir / CONFIG_FILE).exists()
     origin = find_origin(workdir, init_from, begun)
     if origin is not None and not begun:
@@ -134,7 +135,7 @@ def train_run(
         if main:
             save_description(run, splits, workdir)
         describe(run, train, validation, batches)
-        trace = StepTrace(pathlib.Path(profile) if profile else None, first, last)
+        trace = StepTrace(local_path(profile, "profile") if profile else None, first, last)
         # The last step's evaluation is always repeated, for its figures.
         with MetricsLog(workdir, main, first, keep_evaluation=evaluated and first < last) as log:
             around = Surroundings(validation, checkpoints, log, trace, stop)
@@ -174,7 +175,7 @@ def first_state(
         return state, False
     state, manifest = restored
     say(f"continuing from step {int(state.step)} in {workdir}")
-    return state, manifest is not None and manifest.validation_loss is not None
+    return state, manifest.validation_loss is not None
 
 
 def train_steps(

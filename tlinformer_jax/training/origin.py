@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tlinformer_jax.config import RunConfig, differences, load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import read_json, write_text
+from tlinformer_jax.files import local_path, read_json, write_text
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.checkpoint import check_size, restore_params
 from tlinformer_jax.training.metrics import say
@@ -54,7 +54,7 @@ def find_origin(workdir: pathlib.Path, asked: str | pathlib.Path | None, begun: 
     there = _remembered(workdir)
     if asked is None:
         return there
-    origin = Origin(pathlib.Path(asked).expanduser().absolute())
+    origin = Origin(local_path(asked, "init_from"))
     if origin.workdir == workdir.absolute():
         raise ConfigError("init_from", str(asked), "must be another directory than workdir")
     if there is not None and there.workdir != origin.workdir:
@@ -125,7 +125,7 @@ def _remembered(workdir: pathlib.Path) -> Origin | None:
         return None
     try:
         values = read_json(path)
-        return Origin(pathlib.Path(values["workdir"]), int(values["step"]))
+        return Origin(local_path(values["workdir"], "init_from"), int(values["step"]))
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{path}: cannot be read, or is damaged; it names the run that this one started from") from None
 
