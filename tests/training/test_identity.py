@@ -14,7 +14,7 @@ from tlinformer_jax.data.tokenizers import HUGGING_FACE_FILE, build_tokenizer, l
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.training.loop import PENDING, train_and_evaluate
 from tlinformer_jax.training.setup import build_run
-from tlinformer_jax.training.workdir import TEXTS_FILE, check_workdir, save_description
+from tlinformer_jax.training.workdir import TEXTS_FILE, check_tokenizer, check_workdir, save_description
 
 
 def write_tokenizer(path: pathlib.Path, words: str) -> None:
@@ -31,6 +31,7 @@ def with_data(config, **changes):
 def begin(config, workdir: pathlib.Path) -> None:
     """What a training does with its directory before the first step."""
     run = build_run(config, build_tokenizer(config.data.tokenizer), PENDING)
+    check_tokenizer(run.tokenizer, config.data.tokenizer, workdir)
     splits = {name: run.split(name) for name in ("train", "validation")}
     check_workdir(run, splits, workdir)
     save_description(run, splits, workdir)

@@ -96,6 +96,10 @@ def test_a_configuration_that_is_a_trap_gets_a_line(workdir, text, message):
 
 
 def test_files_that_would_never_end_are_not_waited_for(workdir):
+    (description,) = workdir.rglob("_METADATA")
+    description.unlink()
+    os.mkfifo(description)
+    check_refused(workdir, "none of its checkpoints can be used")
     (workdir / "config.json").unlink()
     os.mkfifo(workdir / "config.json")
     check_refused(workdir, r"no readable config\.json \(it is no regular file\)")

@@ -14,11 +14,14 @@ STATE = "state"  # Orbax's folder in that of a checkpoint
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of the parameters in a checkpoint.
+    """Path -> shape of the parameters in a checkpoint that has not been verified.
 
     Raises:
       DataError: if they cannot be told.
     """
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
     try:
         stored = _stored(folder)
     except Exception as error:  # of many kinds, for files that are missing, damaged or somebody else's

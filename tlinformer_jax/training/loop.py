@@ -34,7 +34,7 @@ from tlinformer_jax.training.setup import PENDING, Run, build_run, build_through
 from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.windows import trained_tokens
-from tlinformer_jax.training.workdir import check_workdir, describe, save_description
+from tlinformer_jax.training.workdir import check_tokenizer, check_workdir, describe, save_description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,7 @@ def train_run(
     if origin is not None and not begun:
         check_origin(origin, config)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
+    check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
     run = build_run(config, tokenizer, PENDING)
     splits = {name: run.split(name) for name in ("train", "validation")}
     train, validation = splits["train"], splits["validation"]

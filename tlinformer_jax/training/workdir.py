@@ -12,7 +12,7 @@ from tlinformer_jax.analysis.ngram import witten_bell_bits
 from tlinformer_jax.config import CONFIG_FILE, differences, load_config, save_config
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
-from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
+from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import read_json, write_text
 from tlinformer_jax.training.metrics import say
@@ -45,10 +45,7 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("workdir", str(workdir), f"must be a directory that can be written ({error})") from None
-    begun = (workdir / CONFIG_FILE).exists()
-    if begun or (workdir / TOKENIZER_FILE).exists():
-        _check_tokenizer(run, workdir)
-    if not begun:
+    if not (workdir / CONFIG_FILE).exists():
         return
     changed = differences(load_config(workdir), run.config)
     other = [line for line in changed if line.split(":")[0] in IDENTITY]
@@ -59,13 +56,24 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
     tell_changed_texts(splits, workdir)
 
 
-def _check_tokenizer(run: Run, workdir: pathlib.Path) -> None:
+def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> None:
+    """Refuses another tokenizer than that of the run in the working directory, if there is one.
+
+    Args:
+      tokenizer: that the run is to go on with.
+      name: by which the configuration calls it.
+      workdir: of the run.
+
+    Raises:
+      ConfigError: for another one.
+      DataError: if the directory's cannot be read.
+    """
+    if not any((workdir / file).exists() for file in (CONFIG_FILE, TOKENIZER_FILE)):
+        return
     there = load_tokenizer(workdir).name
-    if there != run.tokenizer.name:
-        allowed = (
-            f"must be the tokenizer of the run in {workdir}, {there!r}; its content is that of {run.tokenizer.name!r}"
-        )
-        raise ConfigError("data.tokenizer", run.config.data.tokenizer, allowed)
+    if there != tokenizer.name:
+        allowed = f"must be the tokenizer of the run in {workdir}, {there!r}; its content is that of {tokenizer.name!r}"
+        raise ConfigError("data.tokenizer", name, allowed)
 
 
 def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
@@ -103,7 +111,7 @@ def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Pat
       DataError: if they cannot be written.
     """
     try:
-        if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_workdir`
+        if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
             run.tokenizer.save(workdir)
         write_text(workdir / TEXTS_FILE, json.dumps(_texts(splits), indent=1) + "\n")
         save_config(run.config, workdir)
