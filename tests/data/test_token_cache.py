@@ -1,6 +1,7 @@
 """Text to cached tokens: counts, determinism, and what a kill, a full disk or a second process leave behind."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.data import cache, files, workers
+from tlinformer_jax.data import pieces as pieces_module
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.pieces import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces
 from tlinformer_jax.data.sources import load_split, load_stored_split, open_split
@@ -108,6 +110,13 @@ def test_a_long_document_is_cut_and_an_uncuttable_one_is_whole():
     assert max(len(piece.text) for piece in pieces) <= 100
     pieces = list(cut_documents([("word " * 1000, True)], lambda text: 0, 100))
     assert [len(piece.text) for piece in pieces] == [5000]
+
+
+def test_an_endless_document_that_cannot_be_cut_is_not_held_whole(monkeypatch):
+    monkeypatch.setattr(pieces_module, "LARGEST_UNCUT", 1000)
+    endless = (("word ", False) for _ in itertools.count())
+    with pytest.raises(DataError, match=r"the document with 'word word .*' has more than 1,000 characters without"):
+        list(cut_documents(endless, lambda text: 0, 100))
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
