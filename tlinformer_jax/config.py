@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.data.config import DataConfig, absolute_paths
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import read_own, write_text
+from tlinformer_jax.files import read_json, write_text
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.config import TrainConfig
@@ -143,12 +143,15 @@ def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
 def load_config(workdir: pathlib.Path) -> RunConfig:
     """Reads the configuration of a working directory.
 
+    Paths in it that are relative, as a person may have written them, start from the directory itself: a file of the
+    same name elsewhere is never read in the place of the run's.
+
     Raises:
       DataError: if there is none, or one that is damaged or does not fit this version.
     """
     path = workdir / CONFIG_FILE
     try:
-        values = json.loads(read_own(path))
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it holds no sections")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -158,6 +161,8 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({why})") from None
     try:
+        if isinstance(values.get("data"), dict):
+            values["data"] = absolute_paths(values["data"], workdir)
         return run_config(values)
     except ConfigError as error:
         raise DataError(f"workdir {workdir}: its {CONFIG_FILE} does not fit this version: {error}") from None

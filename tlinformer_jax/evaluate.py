@@ -104,6 +104,7 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
     from tlinformer_jax.evaluation.report import evaluate_run, writable_file
     from tlinformer_jax.evaluation.text import evaluate_text
     from tlinformer_jax.evaluation.trained import load_run
+    from tlinformer_jax.training.workdir import tell_changed_texts
 
     if OUT.value is not None and jax.process_index() == 0:
         writable_file(OUT.value)  # before the work, not after it
@@ -113,6 +114,7 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
         return evaluate_text(trained, text, options, text_file=TEXT_FILE.value or "", command=command)
     # A length of one's own is checked under its own name, by `evaluate_run`.
     stream = trained.run.split(SPLIT.value, None if options.length is None else 1)
+    tell_changed_texts({SPLIT.value: stream}, workdir)
     return evaluate_run(trained, stream, options, split=SPLIT.value, command=command)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -101,6 +103,24 @@ def read_own(path: pathlib.Path, most: int = MOST_BYTES) -> str:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return data.decode("utf-8")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The JSON in such a file.
+
+    Raises:
+      OSError: if it cannot be opened, or is too large.
+      ValueError: if it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_own(path))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with `sha256`, the hash of all of them as JSON: a change of any of them shows."""
+    return values | {"sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 
 def own_folder(path: pathlib.Path) -> None:

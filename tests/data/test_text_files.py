@@ -9,6 +9,7 @@ import pathlib
 import pytest
 
 from tlinformer_jax.cli import text_of_file
+from tlinformer_jax.data import files
 from tlinformer_jax.data.files import find_files, read_documents
 from tlinformer_jax.errors import DataError
 
@@ -211,3 +212,18 @@ def test_an_unreadable_file_is_refused(tmp_path):
 def test_a_file_that_vanished_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"cannot be read .No such file"):
         documents(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_an_endless_line_is_read_in_bounded_steps_and_not_to_its_end(tmp_path, monkeypatch, kind, ending):
+    monkeypatch.setattr(files, "LARGEST_LINE", 1 << 20)
+    path = tmp_path / f"a.{kind}{ending}"
+    path.write_bytes(COMPRESS[ending](b'{"text": "' + b"a" * (1 << 26)))
+    largest, reads = 0, []
+    for block in files.read_blocks(path, reads.append):
+        largest = max(largest, len(block))
+    assert largest <= 1 << 25
+    message = rf"a\.{kind}\{ending}: holds a line of more than 1,048,576 bytes; cut it into several"
+    with pytest.raises(DataError, match=message):
+        list(read_documents(path, "text", "line", reads.append))

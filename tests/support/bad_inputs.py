@@ -221,6 +221,13 @@ WORKDIRS = [
     Case("a working directory that cannot be written", "main", ("--workdir=/proc/run",), "--workdir=/proc/run"),
     Case("one that holds another model", "main", (_workdir("other_model"),), "model.d_model: 32 -> 16"),
     Case("another seed than the run's", "main", (_workdir("run"), "--config.train.seed=1"), "train.seed: 0 -> 1"),
+    Case(
+        "another tokenizer than the run's",
+        "main",
+        (_workdir("run"), "--config.data.tokenizer={d}/words.json"),
+        "data.tokenizer = '{d}/words.json': must be the tokenizer of the run in",
+    ),
+    Case("its record of the texts is damaged", "main", (_workdir("texts_deep"),), "texts.json: cannot be read"),
     Case("one that another run trains into", "main", (_workdir("held"),), "another run is training into it"),
     Case("its configuration cut off", "main", (_workdir("config_cut"),), "no readable config.json"),
     Case("its configuration of another version", "main", (_workdir("config_future"),), "model.width"),
@@ -232,6 +239,23 @@ WORKDIRS = [
     Case("a folder as its metrics", "main", (_workdir("metrics_folder"),), "metrics.jsonl"),
     Case("a file as its TensorBoard folder", "main", (_workdir("tensorboard_file"),), "tensorboard"),
     Case("a folder as its lock", "main", (_workdir("lock_folder"),), ".lock"),
+    *(
+        Case(what, command, (_workdir(name),), says)
+        for what, name, says in (
+            ("its configuration is nested without end", "config_deep", "nested too deeply"),
+            (
+                "its configuration has a million blocks",
+                "config_blocks",
+                "model.num_blocks = 1000000 in its config.json",
+            ),
+            ("its configuration has other widths", "config_d_ff", "down_kernel has shape (24, 16) instead of (16, 16)"),
+            ("its configuration has an endless window", "config_window", "model.generation_window = 1000000000"),
+            ("a NUL in a path of its configuration", "config_nul", "data.validation_files = "),
+            ("half a character in a path of its configuration", "config_half", "data.validation_files = "),
+        )
+        for command in ("evaluate", "generate")
+    ),
+    Case("its configuration would search the disk", "evaluate", (_workdir("config_walk"),), "would search more than"),
     Case("to evaluate nothing named", "evaluate", (), "--workdir: must name", usual=False),
     Case("to evaluate what is not there", "evaluate", (_workdir("none"),), "no readable config.json"),
     Case("to evaluate a file", "evaluate", (_workdir("binary.txt"),), "no readable config.json"),

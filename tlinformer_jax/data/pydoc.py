@@ -5,6 +5,7 @@ of others, form one group, and a group is never divided: so no run of SHINGLE wo
 """
 
 import functools
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,10 +61,12 @@ def stream_of(documents: Sequence[str], tokenizer: Tokenizer) -> TokenStream:
     end = np.array([tokenizer.end_of_text], np.int32)
     pieces = [part for text in documents for part in (tokenizer.encode(text), end)]
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    tokens = np.concatenate(pieces).astype(dtype)
     return TokenStream(
-        tokens=np.concatenate(pieces).astype(dtype),
+        tokens=tokens,
         num_bytes=sum(len(text.encode("utf-8")) for text in documents),
         num_documents=len(documents),
         num_words=sum(len(text.split()) for text in documents),
         num_lines=sum(text.count("\n") for text in documents),
+        sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
     )

@@ -11,7 +11,7 @@ from tlinformer_jax.data.cache import cached_tokens, file_identity, find_tokens,
 from tlinformer_jax.data.config import SPLITS, DataConfig
 from tlinformer_jax.data.copying import Copying
 from tlinformer_jax.data.draws import key_of
-from tlinformer_jax.data.files import file_kind, find_files, read_documents
+from tlinformer_jax.data.files import check_patterns, file_kind, find_files, read_documents
 from tlinformer_jax.data.pieces import cut_documents, group_pieces
 from tlinformer_jax.data.progress import Progress
 from tlinformer_jax.data.recall import Recall, pairs_of
@@ -76,6 +76,19 @@ def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
       ConfigError: for a missing package.
     """
     return open_split(config, split, tokenizer).stream
+
+
+def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
+    """`load_split` for a configuration that somebody else may have written: writes in this user's own cache only.
+
+    What the configuration's cache holds is read all the same. Takes and raises what `load_split` does.
+    """
+    if config.dataset in ("text", "passkey"):
+        check_patterns(getattr(config, f"{split}_files", ""), f"data.{split}_files")
+    found = find_split(config, split, tokenizer)
+    if found is not None:
+        return found
+    return load_split(dataclasses.replace(config, cache_dir=""), split, tokenizer)
 
 
 def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSplit:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import open_own, read_own, write_text
+from tlinformer_jax.files import open_own, read_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -67,7 +67,7 @@ class Tokenizer(Protocol):
         """
 
     def save(self, directory: pathlib.Path) -> None:
-        """Writes what `load_tokenizer(directory)` needs."""
+        """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE appears last, when the rest is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +293,7 @@ def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
         return Gpt2Tokenizer(_installed_gpt2_vocabulary())
     if name.startswith(NUMBERS):
         count = name.removeprefix(NUMBERS)
-        if not count.isdecimal() or not 4 <= int(count) < 2**31:
+        if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31:
             raise ConfigError("data.tokenizer", name, "must be numbers:V with V from 4 to 2147483647")
         return NumberTokenizer(int(count))
     path = pathlib.Path(name).expanduser()
@@ -310,7 +310,7 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """
     path = directory / TOKENIZER_FILE
     try:
-        stored = json.loads(read_own(path))
+        stored = read_json(path)
         for copy in (directory / GPT2_FILE, directory / HUGGING_FACE_FILE):
             if copy.exists():
                 open_own(copy, "rb").close()  # no link, no pipe
@@ -323,7 +323,7 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
             return NumberTokenizer(int(stored["vocab_size"]))
         if kind == "huggingface":
             return _read_hugging_face(directory / HUGGING_FACE_FILE, stored["end_of_text_token"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, (ConfigError, DataError)):
             raise
         raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None

@@ -13,6 +13,22 @@ from tlinformer_jax.files import plain_path
 STATE = "state"  # Orbax's folder in that of a checkpoint
 
 
+def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path -> shape of the parameters in a checkpoint that has not been verified.
+
+    Raises:
+      DataError: if they cannot be told.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
+    try:
+        stored = _stored(folder)
+    except Exception as error:  # of many kinds, for files that are missing, damaged or somebody else's
+        raise DataError(f"checkpoint {folder}: its arrays cannot be told ({first_line(error)})") from None
+    return {path: leaf.shape for path, leaf in stored.items() if path[0] == "params" and hasattr(leaf, "shape")}
+
+
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
     """The first array of `tree` that a checkpoint lacks, or in which it differs, in words; None if there is none.
 
@@ -24,9 +40,7 @@ def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str]
     Raises:
       Exception: whatever Orbax and TensorStore raise where they cannot open an array.
     """
-    handler = ocp.PyTreeCheckpointHandler()
-    with plain_path(folder) as plain:
-        stored = ocp.tree.to_flat_dict(handler.metadata(plain / STATE).tree)
+    stored = _stored(folder)
     for path, leaf in ocp.tree.to_flat_dict(tree).items():
         if path not in stored:
             return f"array {'/'.join(path)} is missing"
@@ -35,6 +49,12 @@ def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str]
             if found != expected:
                 return f"array {'/'.join(path)} has {name} {found} instead of {expected}"
     return None
+
+
+def _stored(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
+    """Path -> what Orbax tells of each array."""
+    with plain_path(folder) as plain:
+        return ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(plain / STATE).tree)
 
 
 def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ import tlinformer_jax
 from tlinformer_jax.config import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import own_folder, plain_path, sync_folder
-from tlinformer_jax.training.arrays import STATE, first_line, misfit, read_arrays
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.training.arrays import STATE, first_line, misfit, read_arrays, stored_shapes
 from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, verify, write_manifest
 from tlinformer_jax.training.memory import copy_on_devices
 from tlinformer_jax.training.metrics import say
@@ -309,6 +310,41 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
     if (workdir / CONFIG_FILE).exists() and found.config_sha256 not in ("", fingerprint(load_config(workdir))):
         say(f"checkpoint {here}: {CONFIG_FILE} has changed since it was written")
     return found.step, read_arrays(here, {"params": abstract_params})["params"]
+
+
+def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
+    """Refuses a model of more or larger arrays than the checkpoints hold, before any of them is built.
+
+    Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
+
+    Args:
+      workdir: a working directory.
+      model: that its configuration describes.
+      step: of the checkpoint that is to be read; None for the newest good one.
+
+    Raises:
+      DataError: naming the field, or why no checkpoint can be used.
+    """
+    folder = (workdir / FOLDER).absolute()
+    steps = _listing(folder)[0] if os.path.isdir(folder) and not folder.is_symlink() else []
+    shapes = None
+    for number in [number for number in steps if step in (None, number)]:
+        with contextlib.suppress(DataError):
+            shapes = stored_shapes(folder / str(number))
+            break
+    if shapes is None:
+        restore_params(workdir, {}, step)  # tells why there is none
+        return
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    most = {"hidden_depth": len(shapes), "num_blocks": len(shapes) // model.layers_per_block}
+    most |= dict.fromkeys(("vocab_size", "d_model", "d_ff"), largest)
+    for name, limit in most.items():
+        value = getattr(model, name)
+        if value is not None and value > limit:
+            raise DataError(
+                f"workdir {workdir}: model.{name} = {value} in its {CONFIG_FILE} does not fit its checkpoints, which "
+                f"hold {len(shapes):,} parameters of at most {largest:,} rows or columns"
+            )
 
 
 def _clear(folder: pathlib.Path) -> None:

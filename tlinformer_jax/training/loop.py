@@ -37,7 +37,7 @@ from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.timer import CheckpointTimer
 from tlinformer_jax.training.windows import trained_tokens
-from tlinformer_jax.training.workdir import check_workdir, describe, save_description
+from tlinformer_jax.training.workdir import check_tokenizer, check_workdir, describe, save_description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def train_run(
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
-      workdir: receives config.json, the tokenizer, metrics.jsonl, TensorBoard events and checkpoints.
+      workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
       init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
 
@@ -121,11 +121,13 @@ def train_run(
     if origin is not None and not begun:
         check_origin(origin, config)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
+    check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
     run = build_run(config, tokenizer, PENDING)
-    train, validation = run.split("train"), run.split("validation")
+    splits = {name: run.split(name) for name in ("train", "validation")}
+    train, validation = splits["train"], splits["validation"]
     batches = training_batches(config, train)
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
-    check_workdir(run, workdir)
+    check_workdir(run, splits, workdir)
     with (
         memory_advice(config),
         sole_run(workdir),
@@ -139,7 +141,7 @@ def train_run(
         first, last = int(state.step), run.horizon.steps
         main = jax.process_index() == 0
         if main:
-            save_description(run, workdir)
+            save_description(run, splits, workdir)
         describe(run, train, validation, batches)
         trace = StepTrace(local_path(profile, "profile") if profile else None, first, last)
         # The last step's evaluation is always repeated, for its figures.

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from tlinformer_jax.config import RunConfig, differences, load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import local_path, read_own, write_text
+from tlinformer_jax.files import local_path, read_json, write_text
 from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.checkpoint import check_size, restore_params
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.setup import Run
 
@@ -74,6 +74,7 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
       ConfigError: naming the first parameter that differs, and the fields that make it so.
     """
     other = load_config(origin.workdir)
+    check_size(origin.workdir, other.model, origin.step)
     there, here = _shapes(other), _shapes(config)
     for name in [*here, *there]:
         if there.get(name) == here.get(name):
@@ -123,9 +124,9 @@ def _remembered(workdir: pathlib.Path) -> Origin | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(read_own(path))
+        values = read_json(path)
         return Origin(local_path(values["workdir"], "init_from"), int(values["step"]))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{path}: cannot be read, or is damaged; it names the run that this one started from") from None
 
 

@@ -13,6 +13,7 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
+from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
@@ -39,13 +40,14 @@ COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The fixed parts of a run."""
+    """The fixed parts of a run; `load_split` reads its splits."""
 
     config: RunConfig
     tokenizer: Tokenizer
     mesh: Mesh
     model: LanguageModel
     horizon: Horizon
+    load_split: Callable[[DataConfig, str, Tokenizer], Split] = load_split
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -83,7 +85,7 @@ class Run:
         Raises:
           DataError: if it holds no whole sample, or an id outside the vocabulary.
         """
-        return self.checked(name, load_split(self.config.data, name, self.tokenizer), length)
+        return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
         """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
