@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import jax
@@ -11,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.support import golden, reference, torch_files
+from tests.support import golden, reference
 from tests.support.commands import check_refusal, command
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config import load_config, run_config
@@ -81,8 +80,10 @@ def test_golden_weights_there_and_back(name, tmp_path):
 def test_golden_weights_generate(name, tmp_path):
     truth = golden.load(name)
     tokenizer = word_tokenizer(tmp_path / "words.json", truth.config.vocab_size)
-    torch_files.save(tmp_path / "published.pt", torch_files.tensors(truth.params))
-    weights_to_workdir(tmp_path / "published.pt", run_of(truth.config, tokenizer=str(tokenizer)), tmp_path / "run")
+    safetensors.save_file(truth.params, tmp_path / "published.safetensors")
+    weights_to_workdir(
+        tmp_path / "published.safetensors", run_of(truth.config, tokenizer=str(tokenizer)), tmp_path / "run"
+    )
     prompt, continuation = np.split(truth.greedy, [truth.prompt_length], axis=1)
     found = Generator.from_workdir(tmp_path / "run").generate_tokens(prompt, max_new_tokens=continuation.shape[1])
     assert found == continuation.tolist()
@@ -100,16 +101,13 @@ def test_golden_weights_generate(name, tmp_path):
 def test_other_dtypes(dtype, param_dtype, tmp_path):
     weights = {name: array.astype(dtype) for name, array in golden.random_weights(SMALL).items()}
     config = run_of(dataclasses.replace(SMALL, param_dtype=param_dtype))
-    torch_files.save(tmp_path / "published.pt", torch_files.tensors(weights))
     safetensors.save_file(weights, tmp_path / "published.safetensors")
-    for suffix in (".pt", ".safetensors"):
-        workdir = tmp_path / f"run{suffix}"
-        weights_to_workdir(tmp_path / f"published{suffix}", config, workdir)
-        truth = {name: array.astype(np.float32).astype(param_dtype) for name, array in weights.items()}
-        workdir_to_weights(workdir, tmp_path / f"again{suffix}.safetensors")
-        again = safetensors.load_file(tmp_path / f"again{suffix}.safetensors")
-        for name, array in truth.items():
-            np.testing.assert_array_equal(again[name], array.astype(np.float32), err_msg=name)
+    weights_to_workdir(tmp_path / "published.safetensors", config, tmp_path / "run")
+    truth = {name: array.astype(np.float32).astype(param_dtype) for name, array in weights.items()}
+    workdir_to_weights(tmp_path / "run", tmp_path / "again.safetensors")
+    again = safetensors.load_file(tmp_path / "again.safetensors")
+    for name, array in truth.items():
+        np.testing.assert_array_equal(again[name], array.astype(np.float32), err_msg=name)
 
 
 def write_config(path: pathlib.Path, model: ModelConfig, data: dict) -> pathlib.Path:
@@ -124,13 +122,13 @@ def write_config(path: pathlib.Path, model: ModelConfig, data: dict) -> pathlib.
 def test_the_commands(tmp_path):
     """Converted, evaluated (against the NumPy reference), generated from, trained on, and converted back."""
     weights = golden.random_weights(SMALL)
-    torch_files.save(tmp_path / "published.pt", {"step": 5, "model": torch_files.tensors(weights)})
+    safetensors.save_file(weights, tmp_path / "published.safetensors")
     (tmp_path / "text.txt").write_text(TEXT)
     text = str(tmp_path / "text.txt")
     data = {"dataset": "text", "train_files": text, "validation_files": text, "sequence_length": 32}
     config = write_config(tmp_path / "config.py", SMALL, data | {"cache_dir": str(tmp_path / "cache")})
     workdir, file = f"--workdir={tmp_path}/run", f"{tmp_path}/again.safetensors"
-    made = command("tlinformer_jax.convert", f"--from={tmp_path}/published.pt", f"--config={config}", workdir)
+    made = command("tlinformer_jax.convert", f"--from={tmp_path}/published.safetensors", f"--config={config}", workdir)
     assert made.returncode == 0, made.stderr
     assert f"{sum(array.size for name, array in weights.items() if 'lm_head' not in name):,} parameters" in made.stdout
 
@@ -179,68 +177,60 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_weights_that_do_not_fit(name, tmp_path):
     changes, message = FAULTS[name]
-    torch_files.save(tmp_path / "x.pt", torch_files.tensors(faulty(golden.random_weights(SMALL), **changes)))
+    safetensors.save_file(faulty(golden.random_weights(SMALL), **changes), tmp_path / "x.safetensors")
     with pytest.raises(DataError) as caught:
-        weights_to_workdir(tmp_path / "x.pt", run_of(SMALL), tmp_path / "new" / "run")
+        weights_to_workdir(tmp_path / "x.safetensors", run_of(SMALL), tmp_path / "new" / "run")
     assert message in str(caught.value)
-    assert str(tmp_path / "x.pt") in str(caught.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.pt"]
+    assert str(tmp_path / "x.safetensors") in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors"]
 
 
 def test_all_faults_are_in_one_message(tmp_path):
     changes = {NORM: None, QKV: np.zeros((2, 2), np.float32), "surplus": np.zeros(1, np.float32)}
-    torch_files.save(tmp_path / "x.pt", torch_files.tensors(faulty(golden.random_weights(SMALL), **changes)))
+    safetensors.save_file(faulty(golden.random_weights(SMALL), **changes), tmp_path / "x.safetensors")
     with pytest.raises(DataError, match="3 faults"):
-        weights_to_workdir(tmp_path / "x.pt", run_of(SMALL), tmp_path / "run")
+        weights_to_workdir(tmp_path / "x.safetensors", run_of(SMALL), tmp_path / "run")
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
-    torch_files.save(tmp_path / "x.pt", torch_files.tensors(golden.random_weights(SMALL)))
+    safetensors.save_file(golden.random_weights(SMALL), tmp_path / "x.safetensors")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tlinformer_jax.training.conversion.save_config", full)
     with pytest.raises(DataError, match="No space left"):
-        weights_to_workdir(tmp_path / "x.pt", run_of(SMALL), tmp_path / "run")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.pt"]
+        weights_to_workdir(tmp_path / "x.safetensors", run_of(SMALL), tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors"]
 
 
 def test_an_empty_directory_is_taken_and_a_full_one_left_alone(tmp_path):
-    torch_files.save(tmp_path / "x.pt", torch_files.tensors(golden.random_weights(SMALL)))
+    safetensors.save_file(golden.random_weights(SMALL), tmp_path / "x.safetensors")
     (tmp_path / "run").mkdir()
-    weights_to_workdir(tmp_path / "x.pt", run_of(SMALL), tmp_path / "run")
+    weights_to_workdir(tmp_path / "x.safetensors", run_of(SMALL), tmp_path / "run")
     before = (tmp_path / "run" / "config.json").stat().st_mtime_ns
     with pytest.raises(DataError, match="new or an empty directory"):
-        weights_to_workdir(tmp_path / "x.pt", run_of(SMALL), tmp_path / "run")
+        weights_to_workdir(tmp_path / "x.safetensors", run_of(SMALL), tmp_path / "run")
     assert (tmp_path / "run" / "config.json").stat().st_mtime_ns == before
     params = params_from_reference(golden.random_weights(SMALL), SMALL)["params"]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, restored(tmp_path / "run"), params))
 
 
-class Malicious:
-    def __init__(self, line):
-        self.line = line
-
-    def __reduce__(self):
-        return os.system, (self.line,)
-
-
 def test_mistakes_get_one_line_and_status_2(tmp_path):
     config = write_config(tmp_path / "config.py", SMALL, {"sequence_length": 32})
-    marker = tmp_path / "executed"
-    torch_files.save(tmp_path / "evil.pt", {"model": Malicious(f"touch {marker}")})
-    torch_files.save(tmp_path / "x.pt", torch_files.tensors(faulty(golden.random_weights(SMALL), **{NORM: None})))
+    safetensors.save_file(faulty(golden.random_weights(SMALL), **{NORM: None}), tmp_path / "x.safetensors")
     workdir = f"--workdir={tmp_path}/run"
     for arguments, message in (
         ([workdir], "give one of them"),
-        ([workdir, f"--from={tmp_path}/x.pt"], "--config: must name"),
-        ([workdir, f"--from={tmp_path}/x.pt", f"--config={config}"], f"1 faults): missing {NORM}"),
-        ([workdir, f"--from={tmp_path}/evil.pt", f"--config={config}"], "refers to 'posix.system'"),
-        ([workdir, f"--from={tmp_path}/x.pt", f"--config={config}", "--config.model.vocab_size=256"], "vocab_size"),
+        ([workdir, f"--from={tmp_path}/x.safetensors"], "--config: must name"),
+        ([workdir, f"--from={tmp_path}/x.safetensors", f"--config={config}"], f"1 faults): missing {NORM}"),
+        (
+            [workdir, f"--from={tmp_path}/x.safetensors", f"--config={config}", "--config.model.vocab_size=256"],
+            "vocab_size",
+        ),
         ([workdir, f"--to={tmp_path}/y.safetensors", f"--config={config}"], "must be left out"),
         ([workdir, f"--to={tmp_path}/y.pt"], "must end in .safetensors"),
         ([workdir, f"--to={tmp_path}/y.safetensors"], "no readable config.json"),
     ):
         check_refusal(command("tlinformer_jax.convert", *arguments), message)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py", "evil.pt", "x.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py", "x.safetensors"]

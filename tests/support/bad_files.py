@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.support import golden, torch_files
+from tests.support import golden
+from tlinformer_jax.interop.files import write_safetensors
 from tlinformer_jax.models.config import ModelConfig
 
 MODEL = ModelConfig(
@@ -134,11 +135,6 @@ CHANGES: dict[str, Callable[[pathlib.Path], None]] = {
 }
 
 
-class _Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
 def write_files(folder: pathlib.Path) -> None:
     """Fills the folder with all that the cases read, but for the working directories."""
     _write_configs(folder)
@@ -216,14 +212,12 @@ def _write_weights(folder: pathlib.Path) -> None:
     norm = "transformer.norm.bias"
 
     def save(name: str, values: dict) -> None:
-        torch_files.save(folder / f"{name}.pt", torch_files.tensors(values))
+        write_safetensors(folder / f"{name}.safetensors", values)
 
     save("sound", weights)
     save("missing", {name: array for name, array in weights.items() if name != norm})
     save("shape", weights | {norm: np.zeros(3, np.float32)})
     save("infinite", weights | {norm: np.full(16, np.inf, np.float32)})
-    torch_files.save(folder / "evil.pt", {"model": _Malicious()})
-    data = (folder / "sound.pt").read_bytes()
-    (folder / "cut.pt").write_bytes(data[: len(data) // 2])
-    for suffix in ("pt", "safetensors"):
-        (folder / f"nonsense.{suffix}").write_bytes(json.dumps("nonsense").encode() * 9)
+    data = (folder / "sound.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    (folder / "nonsense.safetensors").write_bytes(json.dumps("nonsense").encode() * 9)

@@ -374,22 +374,40 @@ GENERATION = [
 
 CONVERSION = [
     Case("neither weights nor a file to write", "convert", (), "--from, --to: give one"),
-    Case("both", "convert", ("--from={d}/sound.pt", "--to={d}/x.safetensors"), "--from, --to: give one"),
-    Case("weights without a config", "convert", ("--from={d}/sound.pt", _workdir("new")), "--config", usual=False),
-    Case("weights that are not there", "convert", ("--from={d}/none.pt",), "none.pt"),
+    Case("both", "convert", ("--from={d}/sound.safetensors", "--to={d}/x.safetensors"), "--from, --to: give one"),
+    Case(
+        "weights without a config",
+        "convert",
+        ("--from={d}/sound.safetensors", _workdir("new")),
+        "--config",
+        usual=False,
+    ),
+    Case("weights that are not there", "convert", ("--from={d}/none.safetensors",), "none.safetensors"),
     Case("weights of an unknown kind", "convert", ("--from={d}/table.csv",), "table.csv"),
     Case("a folder as weights", "convert", ("--from={d}/run",), "must end in .safetensors, .pt or .pth"),
-    Case("a .pt that is none", "convert", ("--from={d}/nonsense.pt",), "nonsense.pt"),
-    Case("a .pt that is cut off", "convert", ("--from={d}/cut.pt",), "cut.pt"),
-    Case("a .pt that would run a command", "convert", ("--from={d}/evil.pt",), "posix.system"),
-    Case("a .pt without a weight", "convert", ("--from={d}/missing.pt",), "missing transformer.norm.bias"),
-    Case("a .pt with a weight of another shape", "convert", ("--from={d}/shape.pt",), "has shape"),
-    Case("a .pt with a weight that is not finite", "convert", ("--from={d}/infinite.pt",), "no finite"),
     Case("a .safetensors that is none", "convert", ("--from={d}/nonsense.safetensors",), "nonsense.safetensors"),
-    Case("weights of another model", "convert", ("--from={d}/sound.pt", "--config.model.d_ff=32"), "has shape"),
-    Case("weights into a full directory", "convert", ("--from={d}/sound.pt", _workdir("run")), "must be a new"),
-    Case("weights into a file", "convert", ("--from={d}/sound.pt", _workdir("binary.txt")), "must be a new"),
-    Case("weights into no place", "convert", ("--from={d}/sound.pt", "--workdir=/proc/run"), "workdir /proc/run"),
+    Case("a .safetensors that is cut off", "convert", ("--from={d}/cut.safetensors",), "cut.safetensors"),
+    Case(
+        "a .safetensors without a weight",
+        "convert",
+        ("--from={d}/missing.safetensors",),
+        "missing transformer.norm.bias",
+    ),
+    Case("a .safetensors with a weight of another shape", "convert", ("--from={d}/shape.safetensors",), "has shape"),
+    Case(
+        "a .safetensors with a weight that is not finite", "convert", ("--from={d}/infinite.safetensors",), "no finite"
+    ),
+    Case("a .safetensors that is none", "convert", ("--from={d}/nonsense.safetensors",), "nonsense.safetensors"),
+    Case(
+        "weights of another model", "convert", ("--from={d}/sound.safetensors", "--config.model.d_ff=32"), "has shape"
+    ),
+    Case(
+        "weights into a full directory", "convert", ("--from={d}/sound.safetensors", _workdir("run")), "must be a new"
+    ),
+    Case("weights into a file", "convert", ("--from={d}/sound.safetensors", _workdir("binary.txt")), "must be a new"),
+    Case(
+        "weights into no place", "convert", ("--from={d}/sound.safetensors", "--workdir=/proc/run"), "workdir /proc/run"
+    ),
     *(
         Case(what, "convert", (_workdir(name), f"--to={{d}}/{to}"), says, usual=False)
         for what, name, to, says in (

@@ -1,9 +1,8 @@
-"""Files of weights, by name of each array: `.pt` of `torch.save` (read only) and `.safetensors`.
+"""Files of weights, by name of each array: `.safetensors`, and `.pt` of `torch.save` (read only).
 
-Reading executes nothing of a file: `.pt` is taken apart by `torch_pickle`, safetensors has nothing to execute.
+Neither executes anything of a file: safetensors has nothing to execute, and `torch.load` gets `weights_only=True`.
 """
 
-import importlib
 import os
 import pathlib
 import zipfile
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.interop.torch_pickle import Storage, Tensor, read_structure, view
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pt", ".pth")
@@ -27,7 +25,7 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
 
     Raises:
       DataError: if the file cannot be read, is damaged, or holds anything but tensors; the message says which.
-      ConfigError: if the package safetensors is missing.
+      ConfigError: if the package that reads such files is missing.
     """
     if path.suffix not in (SAFETENSORS, *TORCH):
         raise DataError(f"{path}: must end in {SAFETENSORS}, {' or '.join(TORCH)}")
@@ -68,11 +66,11 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
 
 def _safetensors() -> Any:
     try:
-        return importlib.import_module("safetensors.numpy")
+        import safetensors.numpy
     except ImportError:
-        raise ConfigError(
-            "weights", SAFETENSORS, "needs the package safetensors: pip install 'tlinformer-jax[convert]'"
-        ) from None
+        needed = "needs the package safetensors: pip install 'tlinformer-jax[convert]'"
+        raise ConfigError("weights", SAFETENSORS, needed) from None
+    return safetensors.numpy
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -86,63 +84,47 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The state_dict of a file of `torch.save` (PyTorch 1.6 or later: a zip archive, whose checksums are verified)."""
+    try:
+        import torch
+    except ImportError:
+        needed = "needs the package torch: pip install 'tlinformer-jax[torch]', or save it as .safetensors"
+        raise ConfigError("weights", path.suffix, needed) from None
     try:
         with zipfile.ZipFile(path) as archive:
-            return _read_archive(archive, path)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise DataError(f"{path}: record {damaged} is damaged (its checksum is wrong)")
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except zipfile.BadZipFile as error:
         raise DataError(f"{path}: not a sound zip archive, as torch.save writes since version 1.6 ({error})") from None
+    except Exception as error:  # a damaged file can raise anything
+        why = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise DataError(
+            f"{path}: torch.load(weights_only=True) refuses it ({ascii(why.strip())[1:-1][:200]})"
+        ) from None
+    return {name: _as_numpy(tensor) for name, tensor in _state_dict(loaded, torch.Tensor, path).items()}
 
 
-def _read_archive(archive: zipfile.ZipFile, path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of the archive's state_dict; a record that is not one of them is not read."""
-    names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(names) != 1:
-        raise DataError(f"{path}: must hold one data.pkl, as torch.save writes; it holds {len(names)}")
-    folder = names[0].removesuffix("data.pkl")
-    if f"{folder}byteorder" in archive.namelist() and _record(archive, f"{folder}byteorder", path) != b"little":
-        raise DataError(f"{path}: its byte order must be little")
-    tensors = _state_dict(read_structure(_record(archive, names[0], path), str(path)), path)
-    storages: dict[Storage, np.ndarray] = {}
-    for tensor in tensors.values():
-        if tensor.storage not in storages:
-            storages[tensor.storage] = _storage(archive, f"{folder}data/{tensor.storage.key}", tensor.storage, path)
-    try:
-        return {name: view(tensor, storages[tensor.storage]) for name, tensor in tensors.items()}
-    except (ValueError, OverflowError) as error:
-        raise DataError(f"{path}: a tensor has a shape that no array can have ({error})") from None
-
-
-def _storage(archive: zipfile.ZipFile, name: str, storage: Storage, path: pathlib.Path) -> np.ndarray:
-    """A storage's elements, [elements]; the zip's checksum of them is verified."""
+def _as_numpy(tensor: Any) -> np.ndarray:
     import ml_dtypes
+    import torch
 
-    dtype = np.dtype(ml_dtypes.bfloat16 if storage.dtype == "bfloat16" else storage.dtype)
-    data = _record(archive, name, path)
-    if len(data) != storage.elements * dtype.itemsize:
-        raise DataError(f"{path}: record {name} has {len(data)} bytes, must have {storage.elements} x {dtype.itemsize}")
-    return np.frombuffer(data, dtype)
-
-
-def _record(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> bytes:
-    """A record's bytes; torch.save compresses none, so that none can be larger than the file."""
-    try:
-        record = archive.getinfo(name)
-    except KeyError:
-        raise DataError(f"{path}: record {name} is missing") from None
-    if record.compress_type != zipfile.ZIP_STORED or record.file_size > path.stat().st_size:
-        raise DataError(f"{path}: record {name} is compressed; torch.save compresses none")
-    return archive.read(record)
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:  # NumPy has no such dtype of its own
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
-def _state_dict(structure: Any, path: pathlib.Path) -> dict[str, Tensor]:
+def _state_dict(loaded: Any, kind: type, path: pathlib.Path) -> dict[str, Any]:
     """The names and tensors of a model: the whole structure, or what it keeps under one of MODEL_KEYS."""
-    if isinstance(structure, dict):
-        found = next((structure[key] for key in MODEL_KEYS if isinstance(structure.get(key), dict)), structure)
-        if found and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+    held = f"a {type(loaded).__name__}"
+    if isinstance(loaded, dict):
+        found = next((loaded[key] for key in MODEL_KEYS if isinstance(loaded.get(key), dict)), loaded)
+        if found and all(isinstance(name, str) and isinstance(value, kind) for name, value in found.items()):
             return found
         held = ", ".join(ascii(name) for name in list(found)[:8]) or "nothing"
-    else:
-        held = f"a {type(structure).__name__}"
-    raise DataError(
-        f"{path}: must hold a state_dict (names and tensors), or one under {', '.join(MODEL_KEYS)}; it holds {held}"
-    )
+    keys = ", ".join(MODEL_KEYS)
+    raise DataError(f"{path}: must hold a state_dict (names and tensors), or one under {keys}; it holds {held}")
