@@ -18,8 +18,7 @@ Result: not yet measured.
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax import recipes
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict, recipes
 
 
 def get_config(variant: str = "512-512-0.5") -> ConfigDict:

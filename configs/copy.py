@@ -14,8 +14,8 @@ the validation's answers are right, after 200 M tokens at the latest.
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax import retrieval_recipes
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.experiments import recipes as retrieval_recipes
 
 
 def get_config(variant: str = "256-tight") -> ConfigDict:

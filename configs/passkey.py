@@ -16,8 +16,8 @@ Needs: what configs/books.py needs. Result: configs/sweep_passkey.py.
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax import retrieval_recipes
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.experiments import recipes as retrieval_recipes
 
 
 def get_config(variant: str = "8k") -> ConfigDict:

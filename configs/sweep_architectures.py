@@ -1,6 +1,6 @@
 """Base, TLinFormer, TConstFormer and sliding window at N = 512 and N = 1,024, on books in GPT-2 tokens.
 
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_architectures.py --out=runs/architectures \
+    python -m tlinformer_jax sweep --sweep=configs/sweep_architectures.py --out=runs/architectures \
         --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
@@ -17,8 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax import recipes
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict, recipes
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
 
 TOKENS = 100_000_000

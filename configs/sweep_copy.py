@@ -1,7 +1,7 @@
 """Segment copy by architecture at equal depth, one setting that the windows can hold and two that they cannot.
 
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_copy.py:256-tight --out=runs/copy --results=docs/results
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_copy.py --out=runs/copy --results=docs/results
+    python -m tlinformer_jax sweep --sweep=configs/sweep_copy.py:256-tight --out=runs/copy --results=docs/results
+    python -m tlinformer_jax sweep --sweep=configs/sweep_copy.py --out=runs/copy --results=docs/results
 
 Variants: the settings of configs/copy.py, which states their windows, 24 cells each; all of them (the default, 72).
 Controls, models, learning rates and the end of a cell are those of configs/sweep_recall.py; chance is 1 / 16.
@@ -12,7 +12,7 @@ the learning rate 0.001, one seed: all find 99% but the sliding window in 512-ti
 """
 
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.retrieval_recipes import COPY, MODELS, set_copy, sweep_points
+from tlinformer_jax.experiments.recipes import COPY, MODELS, set_copy, sweep_points
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 

@@ -1,6 +1,6 @@
 """Passkeys by architecture: trained to 8,192 tokens, evaluated from 256 to 65,536, for the heat maps of the report.
 
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_passkey.py --out=runs/passkey --results=docs/results \
+    python -m tlinformer_jax sweep --sweep=configs/sweep_passkey.py --out=runs/passkey --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
 Variants: 8k (the default, 12 cells: 4 architectures at 3 learning rates); tlin, its TLinFormers alone; tiny, two cells
@@ -17,7 +17,7 @@ measured: 0.0003.
 """
 
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.retrieval_recipes import set_passkey, sweep_points
+from tlinformer_jax.experiments.recipes import set_passkey, sweep_points
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)

@@ -1,8 +1,8 @@
 """Recall by architecture at equal depth, four settings of the protocol and three that bind, at three learning rates.
 
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py:512-64-tight --out=runs/recall --results=docs/results
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py --out=runs/recall --results=docs/results
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_recall.py:seeds --out=runs/recall_seeds --seeds=0,1,2 \
+    python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py:512-64-tight --out=runs/recall --results=docs/results
+    python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py --out=runs/recall --results=docs/results
+    python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py:seeds --out=runs/recall_seeds --seeds=0,1,2 \
         --results=docs/results
 
 Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all nine (the default, 243);
@@ -25,9 +25,9 @@ Not measured: the models of 6 layers, other rates, further seeds in 1024-128-tig
 samples of 128 and 256.
 """
 
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.retrieval_recipes import MODELS, RECALL, set_recall, sweep_points
+from tlinformer_jax.experiments.recipes import MODELS, RECALL, set_recall, sweep_points
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TIGHT = ("256-32-tight", "512-64-tight", "1024-128-tight")

@@ -1,8 +1,8 @@
 """Which rows the observation window holds: the last ones, random ones, or those attended to most.
 
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_selection.py --out=runs/selection --results=docs/results \
+    python -m tlinformer_jax sweep --sweep=configs/sweep_selection.py --out=runs/selection --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_selection.py:recall --out=runs/selection_recall \
+    python -m tlinformer_jax sweep --sweep=configs/sweep_selection.py:recall --out=runs/selection_recall \
         --results=docs/results
 
 Variants: books (the default), 41M models at N = 1,024 with W_oh = 128 and W_og = 256, 30 M tokens each; recall, the
@@ -16,12 +16,11 @@ measured: books.
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax import recipes
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.model import SELECTIONS
+from tlinformer_jax.config.run import default_config_dict, recipes
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.models.config import SELECTIONS
-from tlinformer_jax.retrieval_recipes import set_recall
+from tlinformer_jax.experiments.recipes import set_recall
 
 TOKENS = 30_000_000
 

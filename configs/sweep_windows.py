@@ -1,6 +1,6 @@
 """Window sizes and depth of the 41M TLinFormer at N = 1,024, on books in GPT-2 tokens, 30 M tokens a point.
 
-    python -m tlinformer_jax.sweep --sweep=configs/sweep_windows.py --out=runs/windows \
+    python -m tlinformer_jax sweep --sweep=configs/sweep_windows.py --out=runs/windows \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
 Variants: full (the default, 23 points), knee (the 10 points that show the knee, for little time) and tiny (four
@@ -16,8 +16,7 @@ knee's 10 points (not yet 448-64).
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax import recipes
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict, recipes
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
 

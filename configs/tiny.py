@@ -1,7 +1,7 @@
 """The embedded default: bytes of the Python language reference that every CPython carries; no download.
 
     python -m tlinformer_jax.main --config=configs/tiny.py --workdir=/tmp/tiny
-    python -m tlinformer_jax.evaluate --workdir=/tmp/tiny
+    python -m tlinformer_jax evaluate --workdir=/tmp/tiny
 
 Windows are so small that three quarters of the positions have history. In the two minutes that it takes the model does
 not beat byte n-grams (2.401 against 1.989 bits per byte): it shows that everything works.
@@ -9,7 +9,7 @@ not beat byte n-grams (2.401 against 1.989 bits per byte): it shows that everyth
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@
 
 Variants: base-512, 512-512-0.382, 512-512-0.5 (the default), 512-512-0.618, base-1k, 1k-512-0.5, 1k-1k-0.5, base-2k,
 2k-512-0.5 and 2k-2k-0.5 under our recipe, where any two may be compared; each also with `paper-` before it, as the
-paper trained it, where only rows of one N may be, and dropout is not equal. `tlinformer_jax/recipes.py` tells both.
+paper trained it, where only rows of one N may be, and dropout is not equal (`tlinformer_jax/config/recipes.py`).
 
 Needs: `pip install "tlinformer-jax[data]"`; 190 MB of download, or its zip or parquet files in a directory that
 --config.data.manual_dir=DIR names; one accelerator. Where our recipe's 131,072 tokens at once are too many for its
@@ -16,8 +16,7 @@ Result: not yet measured.
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax import recipes
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict, recipes
 from tlinformer_jax.errors import ConfigError
 
 VARIANTS = (*recipes.TABLE_1, *(f"paper-{row}" for row in recipes.TABLE_1))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlinformer_jax.bench import attention as bench
+from benchmarks import attention as bench
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.dropout import Dropout

@@ -78,6 +78,6 @@ def test_forked_commands_say_what_typed_ones_do(results, tmp_path):
     for what in ("config file that raises", "a .gz that is cut off", "a field that does not exist"):
         (case,) = (case for cases in bad_inputs.GROUPS.values() for case in cases if case.what == what)
         (result,) = (result for result in results if result.what == what)
-        typed = command(f"tlinformer_jax.{case.command}", *case.argv(str(tmp_path)))
+        typed = command(case.command, *case.argv(str(tmp_path)))
         check_refusal(typed, case.says)
         assert typed.stderr.replace(str(tmp_path), "DIR") == result.err

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from tests.support.commands import ROOT, check_refusal, command
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import UserError

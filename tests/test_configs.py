@@ -12,14 +12,15 @@ import pytest
 from absl import flags
 
 from tests.support.commands import check_refusal, command
-from tlinformer_jax import cli, recipes, retrieval_recipes
-from tlinformer_jax.config import SECTIONS, RunConfig, default_config_dict, run_config, save_config
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.commands import cli
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, recipes, run_config, save_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.experiments import recipes as retrieval_recipes
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import init_state
 

@@ -1,4 +1,4 @@
-"""python -m tlinformer_jax.convert: published weights to a working directory and back."""
+"""python -m tlinformer_jax convert: published weights to a working directory and back."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import pytest
 from tests.support import golden, reference
 from tests.support.commands import check_refusal, command
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.config import load_config, run_config
+from tlinformer_jax.config.run import load_config, run_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.errors import DataError
@@ -128,22 +128,22 @@ def test_the_commands(tmp_path):
     data = {"dataset": "text", "train_files": text, "validation_files": text, "sequence_length": 32}
     config = write_config(tmp_path / "config.py", SMALL, data | {"cache_dir": str(tmp_path / "cache")})
     workdir, file = f"--workdir={tmp_path}/run", f"{tmp_path}/again.safetensors"
-    made = command("tlinformer_jax.convert", f"--from={tmp_path}/published.safetensors", f"--config={config}", workdir)
+    made = command("convert", f"--from={tmp_path}/published.safetensors", f"--config={config}", workdir)
     assert made.returncode == 0, made.stderr
     assert f"{sum(array.size for name, array in weights.items() if 'lm_head' not in name):,} parameters" in made.stdout
 
-    evaluated = command("tlinformer_jax.evaluate", workdir, "--json")
+    evaluated = command("evaluate", workdir, "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     tokens = np.append(np.frombuffer(TEXT.encode(), np.uint8).astype(int), 256)
     rows = np.stack([tokens[start : start + 33] for start in range(0, len(tokens) - 32, 32)])
     truth = reference.mean_loss(reference.logits(weights, SMALL, rows[:, :-1]), rows[:, 1:])
     assert abs(json.loads(evaluated.stdout)["loss"] - truth) < 1e-4
 
-    generated = command("tlinformer_jax.generate", workdir, "--prompt=The quick", "--max_new_tokens=3", "--json")
+    generated = command("generate", workdir, "--prompt=The quick", "--max_new_tokens=3", "--json")
     assert generated.returncode == 0, generated.stderr
     assert len(json.loads(generated.stdout)["tokens"]) >= 1
 
-    back = command("tlinformer_jax.convert", workdir, f"--to={file}")
+    back = command("convert", workdir, f"--to={file}")
     assert back.returncode == 0, back.stderr
     again = safetensors.load_file(file)
     assert {name: array.tobytes() for name, array in again.items()} == {
@@ -232,5 +232,5 @@ def test_mistakes_get_one_line_and_status_2(tmp_path):
         ([workdir, f"--to={tmp_path}/y.pt"], "must end in .safetensors"),
         ([workdir, f"--to={tmp_path}/y.safetensors"], "no readable config.json"),
     ):
-        check_refusal(command("tlinformer_jax.convert", *arguments), message)
+        check_refusal(command("convert", *arguments), message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py", "x.safetensors"]

@@ -29,7 +29,7 @@ def test_training_and_evaluation_without_tensorflow_tfds_clu_or_grain(tmp_path):
     assert re.search(r"to beat: [12]\.\d{3} bits per byte, .* \([56] bytes of context, Kneser-Ney\)", trained.stderr)
     assert "left" in trained.stderr
     asked = ("--json", "--by_position", "--lengths=64,128", f"--out={tmp_path}/out.json")
-    evaluated = command("tlinformer_jax.evaluate", f"--workdir={tmp_path}", *asked, blocked=blocked)
+    evaluated = command("evaluate", f"--workdir={tmp_path}", *asked, blocked=blocked)
     assert evaluated.returncode == 0, evaluated.stderr
     figures = json.loads(evaluated.stdout)
     logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -37,14 +37,14 @@ def test_training_and_evaluation_without_tensorflow_tfds_clu_or_grain(tmp_path):
     assert abs(figures["loss"] - logged["eval/loss"]) < 1e-4
     assert {"perplexity", "bits_per_byte", "loss_first_window", "loss_later_windows"} <= set(figures)
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written["command"] == ["tlinformer_jax.evaluate", f"--workdir={tmp_path}", *asked]
+    assert written["command"] == ["evaluate", f"--workdir={tmp_path}", *asked]
     assert (written["step"], written["split"], written["figures"]["loss"]) == (2, "validation", figures["loss"])
     assert [(part["length"], part["batch_size"]) for part in written["by_length"]] == [(64, 16), (128, 8)]
     for name in ("by_position", "by_window_position", "by_length"):
         assert written[name] == figures[name]
     # A text instead of a split, and lines instead of JSON.
     (tmp_path / "text.txt").write_text("The for statement.\n")
-    text = command("tlinformer_jax.evaluate", f"--workdir={tmp_path}", f"--text_file={tmp_path}/text.txt")
+    text = command("evaluate", f"--workdir={tmp_path}", f"--text_file={tmp_path}/text.txt")
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith(f"tlinformer, step 2, {tmp_path}/text.txt, 19 tokens\n  loss, nats per token ")
 
@@ -89,7 +89,7 @@ def test_unwritable_workdir(tmp_path):
 
 
 def test_evaluating_nothing(tmp_path):
-    check_refusal(command("tlinformer_jax.evaluate", f"--workdir={tmp_path}/none"), "train into it first")
+    check_refusal(command("evaluate", f"--workdir={tmp_path}/none"), "train into it first")
 
 
 def test_readme_shows_what_the_command_prints():

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import pytest
 
 from tests.support.commands import ROOT, command_line
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.environment import describe_failure, settle
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.training.setup import use_compilation_cache
 
 TALKS = """
 import os, sys
-from tlinformer_jax import cli
+from tlinformer_jax.commands import cli
 path, way = sys.argv.pop(), sys.argv.pop()
 def main():
     print("first", file=sys.stderr, flush=True)
@@ -34,7 +34,7 @@ cli.run(main)
 """
 
 ASKS = """
-from tlinformer_jax import cli
+from tlinformer_jax.commands import cli
 def main():
     import jax
     import jax.numpy as jnp

@@ -26,7 +26,7 @@ sources.group_pieces = slowly
 # Python drops what is raised in a finalizer.
 FINALIZER = """
 import time
-from tlinformer_jax import cli
+from tlinformer_jax.commands import cli
 class Slow:
     def __del__(self):
         print("ready", flush=True)
@@ -55,7 +55,7 @@ def test_a_signal_is_not_lost_in_a_finalizer(number, status):
     ("module", "number", "status", "message"),
     [
         ("tlinformer_jax.main", signal.SIGTERM, 143, "error: ended by SIGTERM"),
-        ("tlinformer_jax.data.prepare", signal.SIGINT, 130, "error: interrupted"),
+        ("prepare", signal.SIGINT, 130, "error: interrupted"),
     ],
 )
 def test_an_interrupted_tokenisation_leaves_nothing_and_can_be_repeated(module, number, status, message, tmp_path):
@@ -79,7 +79,7 @@ def test_an_interrupted_tokenisation_leaves_nothing_and_can_be_repeated(module, 
     assert (process.returncode, told.strip()) == (status, message)
     assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
     assert not list((tmp_path / "run").iterdir()) if module.endswith("main") else True
-    again = command("tlinformer_jax.data.prepare", *prepare)
+    again = command("prepare", *prepare)
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith(f"train: {text.stat().st_size + 1:,} tokens, 1 documents")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.test_model import SMALL, golden_scale
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.step import summed_loss
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
+from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.models.config import ARCHITECTURES
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import prepare_layers
 from tlinformer_jax.models.rope import rotary_angles

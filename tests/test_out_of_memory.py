@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from tests.support.commands import command, command_line, run_line
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import loop
 from tlinformer_jax.training.memory import (
@@ -147,7 +147,7 @@ def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp
             "a smaller --num_samples (now 3), a shorter prompt, a smaller --max_new_tokens (now 256)",
         ),
     ):
-        line, environment = command_line(f"tlinformer_jax.{module}", f"--workdir={tmp_path}", *arguments)
+        line, environment = command_line(module, f"--workdir={tmp_path}", *arguments)
         line[2] = f"{FULL}{fault}\n{line[2]}"
         result = run_line(line, environment)
         assert result.returncode == 1, result.stderr

@@ -18,14 +18,14 @@ import pytest
 
 from tests.support import golden
 from tests.test_configs import get_config, load
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.data.wikitext103 import facts
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import build_model
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loop import evaluation_steps, train_and_evaluate
 from tlinformer_jax.training.optimizer import build_optimizer, learning_rate_schedule, run_horizon
 from tlinformer_jax.training.step import TrainState, train_step

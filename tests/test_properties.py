@@ -13,14 +13,14 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.config import SECTIONS, RunConfig, run_config
-from tlinformer_jax.data import config as data_config
+from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
+from tlinformer_jax.config.run import data as data_config
+from tlinformer_jax.config.run import model as model_config
+from tlinformer_jax.config.run import train as train_config
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.models import config as model_config
-from tlinformer_jax.training import config as train_config
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import init_state, train_step
 

@@ -11,10 +11,10 @@ import pytest
 from tests.support import golden, reference
 from tests.test_model import SMALL
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.step import summed_loss
 
 CONFIG = dataclasses.replace(SMALL, history_segments=1, observed_selection="random")

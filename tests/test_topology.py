@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.commands import ROOT, check_refusal, command, run_line
 from tests.support.optional import need
-from tlinformer_jax.analysis.collectives import Collective, Shape
-from tlinformer_jax.training.topology import collective_lines
+from tools.collectives import Collective, Shape
+from tools.training_topology import collective_lines
 
 SMALL = (
     "--config=configs/tiny.py",
@@ -21,8 +21,8 @@ SMALL = (
 # Counts the kernels of TPUs in the compiled step, after what the command itself prints.
 SCRIPT = """
 import tlinformer_jax.main as main
-from tlinformer_jax import cli
-from tlinformer_jax.training import topology
+from tlinformer_jax.commands import cli
+from tools import training_topology as topology
 
 compile_for = topology.compile_for
 
@@ -81,7 +81,7 @@ def test_the_decoder_at_four_million_tokens_on_four_chips():
     """The 41M shape; heads of 36 features do not lie along the 128 lanes, which would take 3.5 times the memory."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
-    line = [tpu_python(), "-m", "tlinformer_jax.bench.topology", "--topology=v5e:2x2", "--length=4000000"]
+    line = [tpu_python(), "-m", "tools.decoder_topology", "--topology=v5e:2x2", "--length=4000000"]
     result = run_line(line, environment)
     assert result.returncode == 0, result.stderr
     totals = [float(total) for total in re.findall(r"; total ([\d.]+) GiB", result.stdout)]

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from tests.support import golden
-from tlinformer_jax.config import RunConfig
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.model import ARCHITECTURES
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.models.config import ARCHITECTURES
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding, parameter_spec, put_batch, tree_shardings
 from tlinformer_jax.training import loss as loss_module
 from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import restore_params
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.metrics import Throughput

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from tests.test_model import SMALL, golden_scale
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import DualWindowBlock, block, build_model, recompute, tlinformer
 from tlinformer_jax.models.layers import layer_norm
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.step import summed_loss
 
 LENGTH = 23  # five windows of 4 tokens, and one of 3

@@ -10,12 +10,12 @@ import pytest
 
 from tests.test_model import SMALL as THREE_LAYERS
 from tests.test_model import count_equations, golden_scale
-from tlinformer_jax.config import RunConfig
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import build_model
 from tlinformer_jax.models.recompute import map_recomputed
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, summed_loss, train_step
 from tlinformer_jax.training.windows import draw_windows, trained_tokens

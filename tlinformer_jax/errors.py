@@ -1,6 +1,6 @@
 """Errors that a user can cause and can mend: one line each, never a traceback.
 
-Entry points (`tlinformer_jax.cli`) print a `UserError` on stderr and exit with its status, 2. Library callers
+Entry points (`tlinformer_jax.commands.cli`) print a `UserError` on stderr and exit with its status, 2. Library callers
 get an ordinary exception; it is also a `ValueError`.
 """
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from tlinformer_jax import cli
+from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
-    from tlinformer_jax.config import RunConfig
+    from tlinformer_jax.config.run import RunConfig
 
 cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
@@ -38,8 +38,8 @@ PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few tra
 
 def main() -> None:
     """Checks the whole configuration, then trains, unless only the check was asked for."""
-    from tlinformer_jax.config import run_config
-    from tlinformer_jax.data.prepare import prepare
+    from tlinformer_jax.commands.prepare import prepare
+    from tlinformer_jax.config.run import run_config
     from tlinformer_jax.parallel.processes import joined
     from tlinformer_jax.training.loop import train_and_evaluate
     from tlinformer_jax.training.memory import memory_advice
@@ -85,8 +85,8 @@ def _check_topology() -> None:
     if not CHECK.value:
         raise UserError(f"--topology={TOPOLOGY.value}: is for --check")
     cli.without_tpus()
-    from tlinformer_jax.config import run_config
-    from tlinformer_jax.training.topology import check_topology
+    from tlinformer_jax.config.run import run_config
+    from tools.training_topology import check_topology
 
     print(check_topology(run_config(cli.config_values()), TOPOLOGY.value))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tlinformer_jax.analysis.collectives import Shape, collectives
+from tools.collectives import Shape, collectives
 
 ROWS = PartitionSpec("d")
 

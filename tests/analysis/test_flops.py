@@ -11,8 +11,8 @@ from tests.support import golden, reference
 from tlinformer_jax.analysis import flops
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.peaks import peak_flops, utilisation
+from tlinformer_jax.config.model import ARCHITECTURES, REMAT_NAMES
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.models.config import ARCHITECTURES, REMAT_NAMES
 from tlinformer_jax.training.loss import summed_cross_entropy
 
 # Wide enough that elementwise operations, which XLA counts and we do not, are a small part.

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.errors import ConfigError
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tlinformer_jax.data.config import DataConfig
-from tlinformer_jax.data.prepare import prepare
+from tlinformer_jax.commands.prepare import prepare
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.errors import ConfigError, DataError
 
 

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import draws
 from tlinformer_jax.data.batches import TrainingBatches
-from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.passkey import KEY_DIGITS
 from tlinformer_jax.data.pydoc import pydoc_articles
 from tlinformer_jax.data.sources import answer_places, available_splits, find_split, load_split

@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-from tlinformer_jax.cli import text_of_file
+from tlinformer_jax.commands.cli import text_of_file
 from tlinformer_jax.data import files
 from tlinformer_jax.data.files import find_files, read_documents
 from tlinformer_jax.errors import DataError

@@ -16,9 +16,9 @@ import time
 import numpy as np
 import pytest
 
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import cache, files, workers
 from tlinformer_jax.data import pieces as pieces_module
-from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.pieces import ASCII_SPACE, Counts, Piece, cut_documents, encode_pieces, group_pieces
 from tlinformer_jax.data.sources import load_split, load_stored_split, open_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer, build_tokenizer
@@ -306,7 +306,7 @@ def _run_child(tmp_path: pathlib.Path, before: str = "", **changes) -> subproces
     """A process that opens the training split and prints "TOKENS FOUND"."""
     code = f"""
         {before}
-        from tlinformer_jax.data.config import DataConfig
+        from tlinformer_jax.config.data import DataConfig
         from tlinformer_jax.data.sources import open_split
         from tlinformer_jax.data.streams import check_token_ids
         from tlinformer_jax.data.tokenizers import build_tokenizer

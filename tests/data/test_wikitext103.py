@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.sources import load_split, open_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer, build_tokenizer
 from tlinformer_jax.data.wikitext103 import facts as known

@@ -11,7 +11,6 @@ from tests.decoding.test_exactness import SHAPES, TOLERANCE, compared, largest_e
 from tests.support import golden
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.analysis.collectives import Collective, collectives
 from tlinformer_jax.decoding import CacheLedger, Generator, cache_bytes, context_mesh, words
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding.decoder import Decoder
@@ -19,6 +18,7 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.split_rows import SplitRows
+from tools.collectives import Collective, collectives
 
 # Windows of sizes that no number of devices divides.
 ODD = dataclasses.replace(SMALL, history_window=7, generation_window=5, hidden_depth=0)

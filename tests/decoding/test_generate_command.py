@@ -14,9 +14,11 @@ from absl.testing import flagsaver
 
 from tests.support import golden
 from tests.support.commands import ROOT, check_refusal, command, command_line
-from tlinformer_jax import ModelConfig, generate
-from tlinformer_jax.config import RunConfig, load_config, save_config
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax import ModelConfig
+from tlinformer_jax.commands import generate
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.run import RunConfig, load_config, save_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.decoding.batch import Batch
@@ -25,7 +27,6 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.checkpoint import Checkpoints
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.step import TrainState
 
 MODEL = ModelConfig(
@@ -78,7 +79,7 @@ DRAW = ("--max_new_tokens=40", "--temperature=1")
 
 
 def test_text_goes_to_stdout_and_figures_to_stderr(workdir, expected):
-    result = command("tlinformer_jax.generate", f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW)
+    result = command("generate", f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == expected[0].text.splitlines()
     assert result.stdout.endswith("\n")
@@ -150,7 +151,7 @@ def test_every_option_reaches_the_generator(workdir, monkeypatch, capsys):
 
 def test_ctrl_c_prints_what_there_is_and_the_figures(workdir):
     arguments = (f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=100000000", "--nostop_at_end")
-    line, environment = command_line("tlinformer_jax.generate", *arguments, "--temperature=1")
+    line, environment = command_line("generate", *arguments, "--temperature=1")
     process = subprocess.Popen(
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     )
@@ -188,7 +189,11 @@ def test_interrupted_text_is_shown_to_its_end(workdir, expected, monkeypatch, ca
 
 def test_a_reader_that_goes_away_ends_it_quietly(workdir):
     line, environment = command_line(
-        "tlinformer_jax.generate", f"--workdir={workdir}", "--prompt=x", "--max_new_tokens=100000000", "--nostop_at_end"
+        "generate",
+        f"--workdir={workdir}",
+        "--prompt=x",
+        "--max_new_tokens=100000000",
+        "--nostop_at_end",
     )
     with subprocess.Popen(
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -254,6 +259,6 @@ def test_workdirs_that_do_not_hold_what_they_need(workdir, tmp_path, capsys):
 
 
 def test_a_mistake_is_one_line_and_status_2():
-    line = ("tlinformer_jax.generate", "--workdir=/none/there", "--prompt=a")
+    line = ("generate", "--workdir=/none/there", "--prompt=a")
     check_refusal(command(*line), "workdir /none/there")
     check_refusal(command(*line, "--context=2"), "--context=2: must be from 1 to 1")

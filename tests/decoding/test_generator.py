@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import golden, models, reference
 from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.decoding import CacheLedger, CacheWarning, Generation, Generator, cache_bytes
 from tlinformer_jax.decoding import batch as batch_module
@@ -19,7 +20,6 @@ from tlinformer_jax.decoding.loop import jit_run_steps
 from tlinformer_jax.decoding.sampling import SamplingConfig, sample, seen_tokens, sequence_keys
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.models.config import ARCHITECTURES
 
 SMALL = dataclasses.replace(models.SMALL, hidden_depth=0)
 TEXT = dataclasses.replace(SMALL, vocab_size=260, num_blocks=1)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.commands import command
 from tlinformer_jax import build_model
-from tlinformer_jax.config import load_config
+from tlinformer_jax.config.run import load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder

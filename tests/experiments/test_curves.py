@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.figures import check_lines
 from tests.support.results import made_result, windows_result
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.experiments.curves import (
     Mean,
     groups_of,

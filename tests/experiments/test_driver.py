@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.decoding.accounting import CacheLedger, cache_bytes, cache_bytes_at
 from tlinformer_jax.decoding.cache import capacity_for, init_cache
 from tlinformer_jax.errors import UserError

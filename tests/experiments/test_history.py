@@ -8,7 +8,7 @@ import pytest
 from tests.support.commands import check_refusal, command
 from tests.support.figures import check_lines
 from tests.support.results import MEASURED
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import check_possible
 from tlinformer_jax.experiments.driver import run_job
@@ -75,9 +75,7 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     workdir.mkdir()
     result = run_job(Job("run", run_config(SECTIONS), workdir, "command", ("history",)))
     measured = result["then"]["history"]
-    asked = command(
-        "tlinformer_jax.analysis.history", f"--workdir={workdir}", f"--out={tmp_path}/out", "--batch_size=4"
-    )
+    asked = command("history", f"--workdir={workdir}", f"--out={tmp_path}/out", "--batch_size=4")
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.startswith("| rows of history left | loss | change |")
     written = json.loads((tmp_path / "out" / "history.json").read_text())
@@ -87,5 +85,5 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     kinds = ("mass", "cuts", "length", "same_tokens")
     assert {f"history_{kind}.{ending}" for kind in kinds for ending in ("csv", "png")} <= names
-    wrong = command("tlinformer_jax.analysis.history", f"--workdir={workdir}", "--distances=4,x")
+    wrong = command("history", f"--workdir={workdir}", "--distances=4,x")
     check_refusal(wrong, "--distances=4,x: must be integers of 0 or more with commas between")

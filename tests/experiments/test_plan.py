@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import checked_actions
 from tlinformer_jax.experiments.plan import (
@@ -102,7 +102,7 @@ def test_overrides_between_are_what_leads_from_one_to_the_other():
     assert overrides_between(before, after) == {"model.history_window": 8, "train.steps": 3}
 
 
-HEAD = "from tlinformer_jax.config import default_config_dict\nfrom tlinformer_jax.experiments.plan import Sweep\n"
+HEAD = "from tlinformer_jax.config.run import default_config_dict\nfrom tlinformer_jax.experiments.plan import Sweep\n"
 FILES = {
     "x = 3": "must be a Python file with a function get_sweep; it has none",
     "def get_sweep(": "line 1: ",

@@ -147,7 +147,7 @@ def test_what_is_no_record_is_named(tmp_path):
 
 @pytest.mark.skipif(not (DOCS / "results").is_dir(), reason="no results are committed yet")
 def test_the_committed_report_is_that_of_the_committed_records(tmp_path, drawn):
-    """Mend it by `python -m tlinformer_jax.report --results=docs/results --out=docs/results.md`."""
+    """Mend it by `python -m tlinformer_jax report --results=docs/results --out=docs/results.md`."""
     write_report(DOCS / "results", tmp_path / "results.md")
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
     for path in (tmp_path / "figures").iterdir():

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.support.results import made_result
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments import runner
 from tlinformer_jax.experiments.job import Job, finished_result

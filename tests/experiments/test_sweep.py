@@ -18,7 +18,7 @@ from tlinformer_jax.experiments.actions import PROMPTS, SAMPLE_TOKENS, SAMPLING
 from tlinformer_jax.experiments.results import read_result
 
 SWEEP = """
-from tlinformer_jax.config import default_config_dict
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.plan import Sweep
 
 
@@ -70,7 +70,7 @@ def times(folder: pathlib.Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     out = tmp_path / "out"
-    line, environment = command_line("tlinformer_jax.sweep", *sweep)
+    line, environment = command_line("sweep", *sweep)
     with subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: saved_steps(out / "long-seed0"))
         training = holder(out / "long-seed0")
@@ -81,7 +81,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     saved = max(saved_steps(out / "long-seed0"))
     finished = times(out / "first-seed0")
 
-    done = command("tlinformer_jax.sweep", *sweep)
+    done = command("sweep", *sweep)
     assert done.returncode == 1, done.stderr
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: 1 of 4 points failed: wrong-seed0 (status 2: ")
@@ -103,7 +103,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert {path.name for path in out.glob("*.png")} >= {"perplexity_speed.png", "perplexity_share.png"}
 
     # A job of an array, with another action: what is trained is not trained again.
-    one = command("tlinformer_jax.sweep", *sweep, "--then=evaluate,evaluate@64,samples", "--point=0", "--retries=0")
+    one = command("sweep", *sweep, "--then=evaluate,evaluate@64,samples", "--point=0", "--retries=0")
     assert one.returncode == 0, one.stderr
     assert "point 1 of 1, first-seed0: starting" in one.stderr
     assert f"continuing from step 4 in {out}/first-seed0" in one.stderr
@@ -125,12 +125,12 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
 @pytest.mark.slow
 def test_a_training_that_dies_is_tried_again_and_two_sweeps_do_not_share_a_point(sweep, tmp_path):
     workdir = tmp_path / "out" / "long-seed0"
-    line, environment = command_line("tlinformer_jax.sweep", *sweep, "--point=1")
+    line, environment = command_line("sweep", *sweep, "--point=1")
     with subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: saved_steps(workdir))
         training = holder(workdir)
         os.kill(training, signal.SIGSTOP)  # it keeps the directory as long as the second one looks
-        second = command("tlinformer_jax.sweep", *sweep, "--point=1", "--then=")
+        second = command("sweep", *sweep, "--point=1", "--then=")
         os.kill(training, signal.SIGKILL)
         said = process.stderr.read()
     assert process.returncode == 0, said
@@ -156,7 +156,7 @@ def test_the_training_command_records_a_run_and_the_report_reads_it(tmp_path):
     assert result["then"]["evaluate"]["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=2e-3)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "run.json").write_bytes((tmp_path / "run" / "result.json").read_bytes())
-    written = command("tlinformer_jax.report", f"--results={tmp_path}/results", f"--out={tmp_path}/results.md")
+    written = command("report", f"--results={tmp_path}/results", f"--out={tmp_path}/results.md")
     assert written.returncode == 0, written.stderr
     text = (tmp_path / "results.md").read_text()
     assert f"| {result['validation']['perplexity']:.2f} |" in text

@@ -67,7 +67,7 @@ def test_the_commands_refuse_them_with_one_line(tmp_path):
     trained = command("tlinformer_jax.main", "--config=configs/tiny.py", f"--workdir={tmp_path}/run", *wrong)
     check_refusal(trained, "--coordinator_address: missing; give")
     assert not (tmp_path / "run").exists()
-    check_refusal(command("tlinformer_jax.evaluate", f"--workdir={tmp_path}", *wrong), "--coordinator_address: missing")
+    check_refusal(command("evaluate", f"--workdir={tmp_path}", *wrong), "--coordinator_address: missing")
 
 
 def test_a_process_holds_the_rows_of_its_devices(monkeypatch):

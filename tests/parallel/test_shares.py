@@ -11,6 +11,7 @@ import pytest
 
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.analysis.flops import attention_by_device
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
@@ -20,7 +21,6 @@ from tlinformer_jax.parallel.sequence_split import NO_WINDOW, deal_windows
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
 from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.split_rows import SplitRows
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.setup import check_sequences_divide
 from tlinformer_jax.training.step import ALONE, batch_gradient
 

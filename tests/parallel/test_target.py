@@ -5,8 +5,8 @@ import threading
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import choose_backend, head_multiple
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.parallel.target import device_kind, platform, target
 from tlinformer_jax.training.step import compiler_options
 

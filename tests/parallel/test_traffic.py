@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from tests.support.models import SMALL
-from tlinformer_jax.analysis.collectives import collectives
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
 from tlinformer_jax.parallel.shares import Shares
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.step import batch_gradient
+from tools.collectives import collectives
 
 MODEL = dataclasses.replace(SMALL, history_window=128, generation_window=256, history_segments=2, remat="window")
 

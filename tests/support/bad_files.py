@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.support import golden
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.interop.files import write_safetensors
-from tlinformer_jax.models.config import ModelConfig
 
 MODEL = ModelConfig(
     vocab_size=257,
@@ -155,7 +155,7 @@ def _write_configs(folder: pathlib.Path) -> None:
     changed = {field.name: getattr(MODEL, field.name) for field in dataclasses.fields(MODEL)}
     values = {"model": changed, "train": {"steps": 4, "batch_size": 4, "checkpoint_every": 2}, "data": data}
     head = (
-        "from tlinformer_jax.config import default_config_dict\n\n\ndef get_config():\n"
+        "from tlinformer_jax.config.run import default_config_dict\n\n\ndef get_config():\n"
         f"    values = default_config_dict()\n    for name, fields in {values!r}.items():\n"
         "        values[name].update(fields)\n"
     )

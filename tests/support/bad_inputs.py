@@ -8,8 +8,8 @@ import dataclasses
 
 # What every command gets that is not said to go without.
 USUAL = {
-    "main": ("--config={d}/small.py", "--workdir={d}/new"),
-    "data.prepare": ("--config={d}/small.py",),
+    "train": ("--config={d}/small.py", "--workdir={d}/new"),
+    "prepare": ("--config={d}/small.py",),
     "evaluate": ("--workdir={d}/run",),
     "generate": ("--workdir={d}/run", "--prompt=a"),
     "convert": ("--config={d}/small.py", "--workdir={d}/new"),
@@ -24,7 +24,7 @@ class Case:
 
     Attributes:
       what: is wrong.
-      command: the module, without the package's name.
+      command: of `python -m tlinformer_jax`.
       arguments: beside the usual ones; one of the same flag stands in the place of the usual one.
       says: what the line must hold.
       usual: whether the usual arguments are given.
@@ -47,36 +47,36 @@ class Case:
 def fields(*rows: tuple[str, str]) -> list[Case]:
     """Cases of one wrong field each: 'section.field=value', and what the line must say beside the field's name."""
     return [
-        Case(f"{setting.split('=')[0]}: {says}", "main", (f"--config.{setting}",), setting.split("=")[0])
+        Case(f"{setting.split('=')[0]}: {says}", "train", (f"--config.{setting}",), setting.split("=")[0])
         for setting, says in rows
     ]
 
 
 FLAGS = [
-    Case("no config", "main", (), "--config: must name a config file", usual=False),
-    Case("no working directory", "main", ("--workdir=",), "--workdir: must name a directory"),
-    Case("unknown flag", "main", ("--wrokdir=x",), "wrokdir"),
-    Case("an argument that is no flag", "main", ("small.py",), "small.py: unexpected argument"),
-    Case("a switch with a value that is none", "main", ("--check=maybe",), "check"),
-    Case("missing config file", "main", ("--config={d}/none.py",), "none.py"),
-    Case("a folder as config file", "main", ("--config={d}",), "--config="),
-    Case("config file that is no Python", "main", ("--config={d}/syntax.py",), "syntax.py"),
-    Case("config file that is no text", "main", ("--config={d}/binary.txt",), "--config"),
-    Case("config file that raises", "main", ("--config={d}/raises.py",), "no luck"),
-    Case("config file without get_config", "main", ("--config={d}/empty.py",), "empty.py: must be a Python"),
-    Case("get_config that returns nothing", "main", ("--config={d}/nothing.py",), "--config"),
-    Case("get_config that returns a number", "main", ("--config={d}/number.py",), "--config"),
-    Case("config file with an unknown section", "main", ("--config={d}/section.py",), "modle"),
-    Case("config file with an unknown field", "main", ("--config={d}/field.py",), "model.widnow"),
-    Case("config file whose section is a number", "main", ("--config={d}/flat.py",), "model = 3"),
-    Case("config file with a wrong type", "main", ("--config={d}/type.py",), "model.d_model = '16'"),
-    Case("unknown variant", "main", ("--config=configs/wt103.py:huge",), "variant = 'huge'"),
-    Case("unknown section", "main", ("--config.modle.d_model=8",), "modle"),
-    Case("unknown field", "main", ("--config.model.widnow=8",), "widnow"),
-    Case("text for an integer", "main", ("--config.model.num_heads=many",), "num_heads"),
-    Case("fraction for an integer", "main", ("--config.train.steps=1.5",), "steps"),
-    Case("text for a switch", "main", ("--config.model.scan_layers=perhaps",), "scan_layers"),
-    Case("trace into a file", "main", ("--profile={d}/binary.txt",), "--profile"),
+    Case("no config", "train", (), "--config: must name a config file", usual=False),
+    Case("no working directory", "train", ("--workdir=",), "--workdir: must name a directory"),
+    Case("unknown flag", "train", ("--wrokdir=x",), "wrokdir"),
+    Case("an argument that is no flag", "train", ("small.py",), "small.py: unexpected argument"),
+    Case("a switch with a value that is none", "train", ("--check=maybe",), "check"),
+    Case("missing config file", "train", ("--config={d}/none.py",), "none.py"),
+    Case("a folder as config file", "train", ("--config={d}",), "--config="),
+    Case("config file that is no Python", "train", ("--config={d}/syntax.py",), "syntax.py"),
+    Case("config file that is no text", "train", ("--config={d}/binary.txt",), "--config"),
+    Case("config file that raises", "train", ("--config={d}/raises.py",), "no luck"),
+    Case("config file without get_config", "train", ("--config={d}/empty.py",), "empty.py: must be a Python"),
+    Case("get_config that returns nothing", "train", ("--config={d}/nothing.py",), "--config"),
+    Case("get_config that returns a number", "train", ("--config={d}/number.py",), "--config"),
+    Case("config file with an unknown section", "train", ("--config={d}/section.py",), "modle"),
+    Case("config file with an unknown field", "train", ("--config={d}/field.py",), "model.widnow"),
+    Case("config file whose section is a number", "train", ("--config={d}/flat.py",), "model = 3"),
+    Case("config file with a wrong type", "train", ("--config={d}/type.py",), "model.d_model = '16'"),
+    Case("unknown variant", "train", ("--config=configs/wt103.py:huge",), "variant = 'huge'"),
+    Case("unknown section", "train", ("--config.modle.d_model=8",), "modle"),
+    Case("unknown field", "train", ("--config.model.widnow=8",), "widnow"),
+    Case("text for an integer", "train", ("--config.model.num_heads=many",), "num_heads"),
+    Case("fraction for an integer", "train", ("--config.train.steps=1.5",), "steps"),
+    Case("text for a switch", "train", ("--config.model.scan_layers=perhaps",), "scan_layers"),
+    Case("trace into a file", "train", ("--profile={d}/binary.txt",), "--profile"),
 ]
 
 MODELS = fields(
@@ -106,14 +106,14 @@ MODELS = fields(
 MODELS += [
     Case(
         "a kernel without dropout",
-        "main",
+        "train",
         ("--config.model.attention=cudnn", "--config.model.dropout=0.1"),
         "model.attention = 'cudnn'",
     ),
-    Case("a GPU's kernel on the CPU", "main", ("--config.model.attention=cudnn",), "model.attention"),
+    Case("a GPU's kernel on the CPU", "train", ("--config.model.attention=cudnn",), "model.attention"),
     Case(
         "a sliding window without a size",
-        "main",
+        "train",
         ("--config.model.architecture=sliding_window", "--config.model.history_window=auto"),
         "model.history_window = 'auto'",
     ),
@@ -153,15 +153,15 @@ TRAINING = fields(
     ("mesh.data=0", "zero"),
 )
 TRAINING += [
-    Case("a mesh of more devices than there are", "main", ("--config.mesh.data=3",), "must multiply to the 1 devices"),
-    Case("two axes that take what is left", "main", ("--config.mesh.fsdp=-1",), "mesh.fsdp = -1"),
+    Case("a mesh of more devices than there are", "train", ("--config.mesh.data=3",), "must multiply to the 1 devices"),
+    Case("two axes that take what is left", "train", ("--config.mesh.fsdp=-1",), "mesh.fsdp = -1"),
     Case(
         "sampled windows without windows",
-        "main",
+        "train",
         ("--config.train.sampled_windows=1", "--config.model.architecture=transformer"),
         "train.sampled_windows = 1",
     ),
-    Case("--check finds it too", "main", ("--check", "--config.mesh.data=3"), "must multiply to the 1 devices"),
+    Case("--check finds it too", "train", ("--check", "--config.mesh.data=3"), "must multiply to the 1 devices"),
 ]
 
 TRAIN, VALIDATION = "--config.data.train_files=", "--config.data.validation_files="
@@ -176,38 +176,38 @@ DATA = fields(
     ("data.num_workers=-1", "negative"),
 )
 DATA += [
-    Case("a tokenizer that is no JSON", "main", ("--config.data.tokenizer={d}/bad.jsonl",), "bad.jsonl"),
-    Case("a tokenizer's file that is another JSON", "main", ("--config.data.tokenizer={d}/other.json",), "other.json"),
+    Case("a tokenizer that is no JSON", "train", ("--config.data.tokenizer={d}/bad.jsonl",), "bad.jsonl"),
+    Case("a tokenizer's file that is another JSON", "train", ("--config.data.tokenizer={d}/other.json",), "other.json"),
     Case(
         "an end of text that is no entry",
-        "main",
+        "train",
         ("--config.data.tokenizer={d}/words.json", "--config.data.end_of_text_token=stop"),
         "data.end_of_text_token = 'stop'",
     ),
-    Case("text of an unknown kind", "main", (TRAIN + "{d}/table.csv",), "table.csv"),
-    Case("a folder with a text's name", "main", (TRAIN + "{d}/folder.txt",), "folder.txt"),
-    Case("text that is not UTF-8", "main", (TRAIN + "{d}/binary.txt",), "binary.txt, line 2"),
-    Case("an empty text", "main", (TRAIN + "{d}/empty.txt",), "no text at all in {d}/empty.txt"),
-    Case("a JSON line that is none", "main", (TRAIN + "{d}/bad.jsonl",), "bad.jsonl, line 2"),
-    Case("a JSON line without the field", "main", (TRAIN + "{d}/field.jsonl",), "field.jsonl, line 1"),
-    Case("a JSON line whose text is a number", "main", (TRAIN + "{d}/number.jsonl",), "must be a string"),
-    Case("half a character in a JSON line", "main", (TRAIN + "{d}/half.jsonl",), "half a surrogate pair"),
-    Case("a .gz that is cut off", "main", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
-    Case("a .gz that is damaged", "main", (TRAIN + "{d}/damaged.txt.gz",), "damaged .gz data"),
-    Case("a .xz that is none", "main", (TRAIN + "{d}/none.txt.xz",), "damaged .xz data"),
-    Case("a .zst that is none", "main", (TRAIN + "{d}/none.txt.zst",), "damaged .zst data"),
-    Case("too short a validation split", "main", (VALIDATION + "{d}/short.txt",), "validation split has only"),
-    Case("a cache in a file", "main", ("--config.data.cache_dir={d}/binary.txt",), "data.cache_dir"),
-    Case("a cache where nothing can be written", "main", ("--config.data.cache_dir=/proc/cache",), "data.cache_dir"),
+    Case("text of an unknown kind", "train", (TRAIN + "{d}/table.csv",), "table.csv"),
+    Case("a folder with a text's name", "train", (TRAIN + "{d}/folder.txt",), "folder.txt"),
+    Case("text that is not UTF-8", "train", (TRAIN + "{d}/binary.txt",), "binary.txt, line 2"),
+    Case("an empty text", "train", (TRAIN + "{d}/empty.txt",), "no text at all in {d}/empty.txt"),
+    Case("a JSON line that is none", "train", (TRAIN + "{d}/bad.jsonl",), "bad.jsonl, line 2"),
+    Case("a JSON line without the field", "train", (TRAIN + "{d}/field.jsonl",), "field.jsonl, line 1"),
+    Case("a JSON line whose text is a number", "train", (TRAIN + "{d}/number.jsonl",), "must be a string"),
+    Case("half a character in a JSON line", "train", (TRAIN + "{d}/half.jsonl",), "half a surrogate pair"),
+    Case("a .gz that is cut off", "train", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
+    Case("a .gz that is damaged", "train", (TRAIN + "{d}/damaged.txt.gz",), "damaged .gz data"),
+    Case("a .xz that is none", "train", (TRAIN + "{d}/none.txt.xz",), "damaged .xz data"),
+    Case("a .zst that is none", "train", (TRAIN + "{d}/none.txt.zst",), "damaged .zst data"),
+    Case("too short a validation split", "train", (VALIDATION + "{d}/short.txt",), "validation split has only"),
+    Case("a cache in a file", "train", ("--config.data.cache_dir={d}/binary.txt",), "data.cache_dir"),
+    Case("a cache where nothing can be written", "train", ("--config.data.cache_dir=/proc/cache",), "data.cache_dir"),
     Case(
         "WikiText where there is none",
-        "main",
+        "train",
         ("--config.data.dataset=wikitext103", "--config.data.manual_dir={d}/none"),
         "data.manual_dir",
     ),
-    Case("to prepare a damaged text", "data.prepare", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
-    Case("to prepare for too small a model", "data.prepare", ("--config.model.vocab_size=9",), "model.vocab_size = 9"),
-    Case("to prepare without a config", "data.prepare", (), "--config", usual=False),
+    Case("to prepare a damaged text", "prepare", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
+    Case("to prepare for too small a model", "prepare", ("--config.model.vocab_size=9",), "model.vocab_size = 9"),
+    Case("to prepare without a config", "prepare", (), "--config", usual=False),
 ]
 
 
@@ -216,29 +216,29 @@ def _workdir(name: str) -> str:
 
 
 WORKDIRS = [
-    Case("a file as working directory", "main", (_workdir("binary.txt"),), "--workdir"),
-    Case("a working directory below a file", "main", (_workdir("binary.txt/run"),), "--workdir"),
-    Case("a working directory that cannot be written", "main", ("--workdir=/proc/run",), "--workdir=/proc/run"),
-    Case("one that holds another model", "main", (_workdir("other_model"),), "model.d_model: 32 -> 16"),
-    Case("another seed than the run's", "main", (_workdir("run"), "--config.train.seed=1"), "train.seed: 0 -> 1"),
+    Case("a file as working directory", "train", (_workdir("binary.txt"),), "--workdir"),
+    Case("a working directory below a file", "train", (_workdir("binary.txt/run"),), "--workdir"),
+    Case("a working directory that cannot be written", "train", ("--workdir=/proc/run",), "--workdir=/proc/run"),
+    Case("one that holds another model", "train", (_workdir("other_model"),), "model.d_model: 32 -> 16"),
+    Case("another seed than the run's", "train", (_workdir("run"), "--config.train.seed=1"), "train.seed: 0 -> 1"),
     Case(
         "another tokenizer than the run's",
-        "main",
+        "train",
         (_workdir("run"), "--config.data.tokenizer={d}/words.json"),
         "data.tokenizer = '{d}/words.json': must be the tokenizer of the run in",
     ),
-    Case("its record of the texts is damaged", "main", (_workdir("texts_deep"),), "texts.json: cannot be read"),
-    Case("one that another run trains into", "main", (_workdir("held"),), "another run is training into it"),
-    Case("its configuration cut off", "main", (_workdir("config_cut"),), "no readable config.json"),
-    Case("its configuration of another version", "main", (_workdir("config_future"),), "model.width"),
-    Case("its configuration is no text", "main", (_workdir("config_binary"),), "no readable config.json"),
-    Case("a folder as its configuration", "main", (_workdir("config_folder"),), "no readable config.json"),
-    Case("its configuration is a list", "main", (_workdir("config_list"),), "config.json"),
-    Case("all its checkpoints damaged", "main", (_workdir("all_damaged"),), "none of its checkpoints can be used"),
-    Case("a file as its checkpoints", "main", (_workdir("checkpoints_file"),), "checkpoints"),
-    Case("a folder as its metrics", "main", (_workdir("metrics_folder"),), "metrics.jsonl"),
-    Case("a file as its TensorBoard folder", "main", (_workdir("tensorboard_file"),), "tensorboard"),
-    Case("a folder as its lock", "main", (_workdir("lock_folder"),), ".lock"),
+    Case("its record of the texts is damaged", "train", (_workdir("texts_deep"),), "texts.json: cannot be read"),
+    Case("one that another run trains into", "train", (_workdir("held"),), "another run is training into it"),
+    Case("its configuration cut off", "train", (_workdir("config_cut"),), "no readable config.json"),
+    Case("its configuration of another version", "train", (_workdir("config_future"),), "model.width"),
+    Case("its configuration is no text", "train", (_workdir("config_binary"),), "no readable config.json"),
+    Case("a folder as its configuration", "train", (_workdir("config_folder"),), "no readable config.json"),
+    Case("its configuration is a list", "train", (_workdir("config_list"),), "config.json"),
+    Case("all its checkpoints damaged", "train", (_workdir("all_damaged"),), "none of its checkpoints can be used"),
+    Case("a file as its checkpoints", "train", (_workdir("checkpoints_file"),), "checkpoints"),
+    Case("a folder as its metrics", "train", (_workdir("metrics_folder"),), "metrics.jsonl"),
+    Case("a file as its TensorBoard folder", "train", (_workdir("tensorboard_file"),), "tensorboard"),
+    Case("a folder as its lock", "train", (_workdir("lock_folder"),), ".lock"),
     *(
         Case(what, command, (_workdir(name),), says)
         for what, name, says in (
@@ -276,14 +276,14 @@ WORKDIRS = [
 
 BUCKET = "must be a local path; to use a bucket, mount it"
 PATHS = [
-    Case("a bucket as working directory", "main", ("--workdir=gs://bucket/run",), BUCKET),
-    Case("another bucket", "main", ("--workdir=s3://bucket/run",), BUCKET),
-    Case("to start from a bucket", "main", ("--init_from=gs://bucket/run",), BUCKET),
-    Case("a trace into a bucket", "main", ("--profile=gs://bucket/trace",), BUCKET),
-    Case("a config file in a bucket", "main", ("--config=gs://bucket/small.py",), BUCKET),
-    Case("text in a bucket", "main", ("--config.data.train_files=gs://bucket/*.txt",), BUCKET),
-    Case("a tokenizer at an address", "main", ("--config.data.tokenizer=https://host/tokenizer.json",), BUCKET),
-    Case("a cache in a bucket", "main", ("--config.data.cache_dir=s3://bucket/cache",), BUCKET),
+    Case("a bucket as working directory", "train", ("--workdir=gs://bucket/run",), BUCKET),
+    Case("another bucket", "train", ("--workdir=s3://bucket/run",), BUCKET),
+    Case("to start from a bucket", "train", ("--init_from=gs://bucket/run",), BUCKET),
+    Case("a trace into a bucket", "train", ("--profile=gs://bucket/trace",), BUCKET),
+    Case("a config file in a bucket", "train", ("--config=gs://bucket/small.py",), BUCKET),
+    Case("text in a bucket", "train", ("--config.data.train_files=gs://bucket/*.txt",), BUCKET),
+    Case("a tokenizer at an address", "train", ("--config.data.tokenizer=https://host/tokenizer.json",), BUCKET),
+    Case("a cache in a bucket", "train", ("--config.data.cache_dir=s3://bucket/cache",), BUCKET),
     Case("to evaluate a bucket", "evaluate", ("--workdir=gs://bucket/run",), BUCKET),
     Case("a text in a bucket", "evaluate", ("--text_file=gs://bucket/a.txt",), BUCKET),
     Case("a result into a bucket", "evaluate", ("--out=gs://bucket/x.json",), BUCKET),
@@ -295,15 +295,15 @@ PATHS = [
     Case("records into a bucket", "sweep", ("--results=gs://bucket/records",), BUCKET),
     Case("a report on a bucket", "report", ("--results=gs://bucket/records",), BUCKET),
     Case("a report into a bucket", "report", ("--out=gs://bucket/report.md",), BUCKET),
-    Case("a tabulator in a path", "main", ("--workdir={d}/a\tb",), "a\\tb': must hold printable characters"),
-    Case("the home of nobody", "main", ("--workdir=~nobody-of-this-name/run",), "cannot be resolved"),
-    Case("a link as its lock", "main", (_workdir("lock_link"),), ".lock cannot be written (it is a link)"),
+    Case("a tabulator in a path", "train", ("--workdir={d}/a\tb",), "a\\tb': must hold printable characters"),
+    Case("the home of nobody", "train", ("--workdir=~nobody-of-this-name/run",), "cannot be resolved"),
+    Case("a link as its lock", "train", (_workdir("lock_link"),), ".lock cannot be written (it is a link)"),
     Case(
-        "a link as its metrics", "main", (_workdir("metrics_link"),), "metrics.jsonl cannot be written (it is a link)"
+        "a link as its metrics", "train", (_workdir("metrics_link"),), "metrics.jsonl cannot be written (it is a link)"
     ),
-    Case("a link as its TensorBoard folder", "main", (_workdir("tensorboard_link"),), "tensorboard cannot be written"),
-    Case("a link as its checkpoints", "main", (_workdir("checkpoints_link"),), "checkpoints cannot be written"),
-    Case("a link as its configuration", "main", (_workdir("config_link"),), "no readable config.json (it is a link)"),
+    Case("a link as its TensorBoard folder", "train", (_workdir("tensorboard_link"),), "tensorboard cannot be written"),
+    Case("a link as its checkpoints", "train", (_workdir("checkpoints_link"),), "checkpoints cannot be written"),
+    Case("a link as its configuration", "train", (_workdir("config_link"),), "no readable config.json (it is a link)"),
     Case("to evaluate a pipe as configuration", "evaluate", (_workdir("config_pipe"),), "it is no regular file"),
     Case("to evaluate a link as tokenizer", "evaluate", (_workdir("tokenizer_link"),), "it is a link"),
     Case("to evaluate checkpoints behind a link", "evaluate", (_workdir("checkpoints_link"),), "checkpoints is a link"),
@@ -421,22 +421,22 @@ CONVERSION = [
 ]
 
 BENCHMARKS = [
-    Case("lengths that are no numbers", "bench.inference", ("--lengths=1k",), "--lengths = '1k'"),
-    Case("a batch of none", "bench.inference", ("--lengths=8x0",), "--lengths = '8x0'"),
-    Case("an unknown part", "bench.inference", ("--parts=all",), "--parts = 'all'"),
-    Case("an unknown architecture", "bench.inference", ("--architectures=rnn",), "--architectures = 'rnn'"),
-    Case("an endless measurement", "bench.inference", ("--seconds=inf",), "--seconds"),
-    Case("no window", "bench.inference", ("--window=0",), "window"),
-    Case("weights of nothing", "bench.inference", (_workdir("none"),), "no readable config.json"),
-    Case("lengths that are none", "bench.training", ("--lengths=0",), "--lengths = '0'"),
-    Case("no steps", "bench.training", ("--steps=0",), "steps"),
-    Case("a field that does not exist", "bench.training", ("--set=model.depth=3",), "model.depth=3"),
-    Case("a setting that is none", "bench.training", ("--try=faster",), "faster"),
-    Case("a setting that is not allowed", "bench.training", ("--try=model.num_heads=5",), "model.num_heads = 5"),
-    Case("results into a file", "bench.training", ("--out={d}/binary.txt",), "--out"),
-    Case("no trials", "bench.faults", ("--trials=0",), "trials"),
-    Case("an unknown signal", "bench.faults", ("--signal=hup",), "signal"),
-    Case("reports into a file", "bench.faults", ("--out={d}/binary.txt",), "--out"),
+    Case("lengths that are no numbers", "benchmarks.inference", ("--lengths=1k",), "--lengths = '1k'"),
+    Case("a batch of none", "benchmarks.inference", ("--lengths=8x0",), "--lengths = '8x0'"),
+    Case("an unknown part", "benchmarks.inference", ("--parts=all",), "--parts = 'all'"),
+    Case("an unknown architecture", "benchmarks.inference", ("--architectures=rnn",), "--architectures = 'rnn'"),
+    Case("an endless measurement", "benchmarks.inference", ("--seconds=inf",), "--seconds"),
+    Case("no window", "benchmarks.inference", ("--window=0",), "window"),
+    Case("weights of nothing", "benchmarks.inference", (_workdir("none"),), "no readable config.json"),
+    Case("lengths that are none", "benchmarks.training", ("--lengths=0",), "--lengths = '0'"),
+    Case("no steps", "benchmarks.training", ("--steps=0",), "steps"),
+    Case("a field that does not exist", "benchmarks.training", ("--set=model.depth=3",), "model.depth=3"),
+    Case("a setting that is none", "benchmarks.training", ("--try=faster",), "faster"),
+    Case("a setting that is not allowed", "benchmarks.training", ("--try=model.num_heads=5",), "model.num_heads = 5"),
+    Case("results into a file", "benchmarks.training", ("--out={d}/binary.txt",), "--out"),
+    Case("no trials", "tools.faults", ("--trials=0",), "trials"),
+    Case("an unknown signal", "tools.faults", ("--signal=hup",), "signal"),
+    Case("reports into a file", "tools.faults", ("--out={d}/binary.txt",), "--out"),
 ]
 
 SWEEPS = [
@@ -462,7 +462,7 @@ SWEEPS = [
     Case("more jobs than points", "sweep", ("--point=0", "--points=3"), "--points=3: must be 1 .. 2"),
     Case("jobs without a number", "sweep", ("--points=2",), "--points: needs --point"),
     Case("an unknown action", "sweep", ("--then=dance",), "'dance' must be"),
-    Case("an unknown action after training", "main", ("--then=dance",), "'dance' must be"),
+    Case("an unknown action after training", "train", ("--then=dance",), "'dance' must be"),
     Case("a sweep into no place", "sweep", ("--out=",), "--out: must name a directory"),
     Case("a sweep into a file", "sweep", ("--out={d}/binary.txt",), "--out="),
     Case("records into a file", "sweep", ("--results={d}/binary.txt",), "--results="),

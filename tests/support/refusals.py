@@ -57,7 +57,7 @@ def run_all() -> list[Result]:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="bad-inputs-"))
     try:
         bad_files.write_files(folder)
-        status, _, err = forked("main", [f"--config={folder}/small.py", f"--workdir={folder}/run"], folder)
+        status, _, err = forked("train", [f"--config={folder}/small.py", f"--workdir={folder}/run"], folder)
         assert status == 0, err
         for name, change in bad_files.CHANGES.items():
             shutil.copytree(folder / "run", folder / name)
@@ -75,7 +75,7 @@ def run_case(group, case, folder: pathlib.Path) -> Result:
     after = contents(folder)
     shutil.rmtree(folder / "new", ignore_errors=True)  # so that no case meets what another has left
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    shown = [f"tlinformer_jax.{case.command}", *(case.arguments if case.usual else case.argv("{d}"))]
+    shown = [case.command, *(case.arguments if case.usual else case.argv("{d}"))]
     command = " ".join(json.dumps(part) if " " in part else part for part in shown)
     says = case.says.replace("{d}", "DIR")
     shown_err = err.replace(str(folder), "DIR").replace(f"{ROOT}/", "").replace(str(ROOT), "CHECKOUT")
@@ -84,7 +84,7 @@ def run_case(group, case, folder: pathlib.Path) -> Result:
 
 
 def forked(command: str, arguments: list[str], folder: pathlib.Path) -> tuple[int, str, str]:
-    """Status, stdout and stderr of `python -m tlinformer_jax.COMMAND ARGUMENTS`."""
+    """Status, stdout and stderr of `python -m tlinformer_jax COMMAND ARGUMENTS`."""
     outputs = [folder / ".out", folder / ".err"]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -95,8 +95,8 @@ def forked(command: str, arguments: list[str], folder: pathlib.Path) -> tuple[in
             for number, path in enumerate(outputs, 1):
                 os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
             os.chdir(ROOT)
-            module = f"tlinformer_jax.{command}"
-            sys.argv = [module, *arguments]
+            module = command if "." in command else "tlinformer_jax"  # a benchmark or tool, or a command of ours
+            sys.argv = [module, *([] if "." in command else [command]), *arguments]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
             status = 0
         except SystemExit as ended:
@@ -171,7 +171,6 @@ def _import_what_commands_import() -> None:
     import ml_collections.config_flags  # noqa: F401
     from jax._src import xla_bridge
 
-    import tlinformer_jax.bench.runner
     import tlinformer_jax.decoding.generator
     import tlinformer_jax.evaluation.text
     import tlinformer_jax.experiments.driver

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
 
 BASE = {
     "model": {"architecture": "transformer", "vocab_size": 257, "d_model": 16, "num_heads": 2, "d_ff": 32},

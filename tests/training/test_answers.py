@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config import RunConfig, run_config
+from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
 from tlinformer_jax.data.tokenizers import build_tokenizer

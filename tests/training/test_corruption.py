@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.training.test_resume import run_config
-from tlinformer_jax.config import CONFIG_FILE, load_config
+from tlinformer_jax.config.run import CONFIG_FILE, load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.training import checkpoint as checkpoint_module

@@ -10,8 +10,8 @@ import pytest
 
 from tests.training.test_answers import changed
 from tests.training.test_resume import events
+from tlinformer_jax.config.data import DataConfig, Stage
 from tlinformer_jax.data.batches import TrainingBatches
-from tlinformer_jax.data.config import DataConfig, Stage
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError

@@ -9,10 +9,10 @@ import pytest
 
 from tests.support import bad_files
 from tests.support.commands import check_refusal, command
-from tlinformer_jax.bench.fault_check import final_state, log_difference, logged, state_difference
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training.lock import LOCK_FILE, sole_run
 from tlinformer_jax.training.metrics import MetricsLog, TensorBoardXWriter
+from tools.fault_check import final_state, log_difference, logged, state_difference
 
 
 @contextlib.contextmanager
@@ -102,6 +102,6 @@ def test_a_run_on_a_full_disk_goes_on_where_it_was_once_there_is_room(tmp_path, 
 
     assert mounted(small_disk, "remount,ro")
     check_refusal(command(*train, f"--workdir={run}"), f"--workdir={run}: must be a directory that can be written")
-    evaluated = command("tlinformer_jax.evaluate", f"--workdir={run}")
+    evaluated = command("evaluate", f"--workdir={run}")
     assert evaluated.returncode == 0, evaluated.stderr
     assert mounted(small_disk, "remount,rw")

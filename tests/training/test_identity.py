@@ -8,8 +8,8 @@ import pathlib
 import pytest
 
 from tests.training.test_resume import run_config
-from tlinformer_jax.config import load_config, save_config
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.run import load_config, save_config
 from tlinformer_jax.data.tokenizers import HUGGING_FACE_FILE, build_tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.training.loop import PENDING, train_and_evaluate

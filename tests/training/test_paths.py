@@ -15,8 +15,8 @@ import pytest
 
 from tests.training.test_checkpoint import abstract, assert_params, state_of, write
 from tests.training.test_checkpoint import sound as sound  # a fixture
-from tlinformer_jax.config import CONFIG_FILE, load_config
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.run import CONFIG_FILE, load_config
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, ByteTokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError, UserError
 from tlinformer_jax.files import PLAIN, local_path, write_text

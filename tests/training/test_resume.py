@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from tlinformer_jax.config import RunConfig
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.models import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training import loop, setup
 from tlinformer_jax.training.checkpoint import restore_params
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loop import train_and_evaluate
 
 SPEED = {f"train/{name}" for name in ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")}

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tests.training.test_resume import events, run_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import build_mesh
 from tlinformer_jax.training import loop, setup
 from tlinformer_jax.training.checkpoint import Checkpoints
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.divergence import DivergedError
 from tlinformer_jax.training.loop import train_and_evaluate
 

@@ -121,5 +121,5 @@ def test_a_terminated_training_command_saves_and_exits_0_and_its_directory_takes
     assert f"stopped after step {saved}, as asked" in rest[-1]
     steps = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, saved + 1))
-    evaluated = command("tlinformer_jax.evaluate", f"--workdir={tmp_path}", "--json")
+    evaluated = command("evaluate", f"--workdir={tmp_path}", "--json")
     assert json.loads(evaluated.stdout)["step"] == saved, evaluated.stderr

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.training.test_resume import run_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training import loop
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.divergence import DivergedError
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.optimizer import Horizon

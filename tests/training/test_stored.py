@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from tests.support import golden, torch_files
-from tlinformer_jax.config import load_config, run_config
+from tlinformer_jax.config.run import load_config, run_config
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.evaluation.trained import load_run

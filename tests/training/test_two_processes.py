@@ -44,9 +44,9 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     asked = ("--json", "--lengths=20")
     (told, _), (silent, _) = [
         process.communicate(timeout=600)
-        for process in start_two("tlinformer_jax.evaluate", f"--workdir={two}", *asked, f"--out={tmp_path}/two.json")
+        for process in start_two("evaluate", f"--workdir={two}", *asked, f"--out={tmp_path}/two.json")
     ]
-    alone = command("tlinformer_jax.evaluate", f"--workdir={two}", *asked)
+    alone = command("evaluate", f"--workdir={two}", *asked)
     assert "loss" not in silent, "process 0 alone prints"
     # Before it stands a line of the CPU's collectives.
     mine, other = json.loads(told.splitlines()[-1]), json.loads(alone.stdout)

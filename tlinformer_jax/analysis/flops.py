@@ -24,9 +24,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import padded_vocabulary
 from tlinformer_jax.models.tlinformer import FIRST_WINDOW
 from tlinformer_jax.models.transformer import attention_window

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tlinformer_jax.data.config import Stage, stage_at
+from tlinformer_jax.config.data import Stage, stage_at
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError

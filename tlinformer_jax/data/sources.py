@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+from tlinformer_jax.config.data import SPLITS, DataConfig
 from tlinformer_jax.data import passkey
 from tlinformer_jax.data.cache import cached_tokens, file_identity, find_tokens, smallest_dtype
-from tlinformer_jax.data.config import SPLITS, DataConfig
 from tlinformer_jax.data.copying import Copying
 from tlinformer_jax.data.draws import key_of
 from tlinformer_jax.data.files import check_patterns, file_kind, find_files, read_documents

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import Cache, LayeredCache, capacity_for, history_of, init_cache
 from tlinformer_jax.models.cached_attention import KeyValue
-from tlinformer_jax.models.config import ModelConfig
 
 
 class CacheWarning(UserWarning):

@@ -11,8 +11,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.cached_attention import KeyValue
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.parallel.target import platform
 

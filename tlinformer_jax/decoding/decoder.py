@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding import layered, windowed
 from tlinformer_jax.decoding.cache import (
     Cache,
@@ -32,7 +33,6 @@ from tlinformer_jax.decoding.spread import (
 )
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.cached_attention import KeyValue
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel
 
 

@@ -4,9 +4,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache
 from tlinformer_jax.decoding.words import WordProjections
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.parallel.split_rows import SplitRows
 

@@ -81,7 +81,7 @@ class Generator:
           UserError: if the directory holds no run, no checkpoint or no tokenizer that fits, or the model has no history
             to spread.
         """
-        from tlinformer_jax.config import load_config
+        from tlinformer_jax.config.run import load_config
         from tlinformer_jax.training.checkpoint import check_size, restore_params
 
         workdir = local_path(workdir, "workdir")

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import LayeredCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.attention import attend_chunk, fused_kernel
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, lane_rows, write_row
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.token_layer import token_layer

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import Cache
 from tlinformer_jax.decoding.decoder import step
 from tlinformer_jax.decoding.params import DecoderParams
 from tlinformer_jax.decoding.sampling import SamplingMode, SamplingValues, mark_seen, sample
 from tlinformer_jax.decoding.spread import over_devices
-from tlinformer_jax.models.config import ModelConfig
 
 # Tokens that one call can return for each sequence.
 MAX_STEPS = 256

@@ -4,8 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import head_multiple
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import ModelParams, output_logits
 from tlinformer_jax.models.streams import BlockParams

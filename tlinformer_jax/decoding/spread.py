@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import Cache, WindowedCache, init_cache
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.split_rows import SplitRows
 

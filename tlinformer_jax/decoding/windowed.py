@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.frame import Frame, appended, rope_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
@@ -34,7 +35,6 @@ from tlinformer_jax.models.cached_attention import (
     write_rows,
     write_words,
 )
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import BlockParams

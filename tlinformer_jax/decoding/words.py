@@ -8,9 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.params import DecoderParams
 from tlinformer_jax.models.cached_attention import for_writing
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import projections
 from tlinformer_jax.models.rope import Rope, rotate
 

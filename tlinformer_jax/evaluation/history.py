@@ -28,13 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import causal_layers
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import layer_norm, prepare_layers, project
 from tlinformer_jax.models.model import ModelParams
 from tlinformer_jax.models.rope import Rope, rope_table

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from tlinformer_jax.config import load_config
+from tlinformer_jax.config.run import load_config
 from tlinformer_jax.data.sources import load_stored_split
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.files import local_path

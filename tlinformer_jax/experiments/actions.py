@@ -7,7 +7,7 @@ from tlinformer_jax.data.tokenizers import NUMBERS
 from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from tlinformer_jax.config import RunConfig
+    from tlinformer_jax.config.run import RunConfig
     from tlinformer_jax.training.setup import Run
 
 # None ends in a space: a word's first token holds the space before it.

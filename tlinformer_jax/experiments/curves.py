@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from tlinformer_jax.config import RunConfig, run_config
+from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.experiments.job import essence
 
 Result = Mapping[str, Any]

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from tlinformer_jax.config import RunConfig, differences, run_config
+from tlinformer_jax.config.run import RunConfig, differences, run_config
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.experiments.results import RESULT_FILE, read_result
 from tlinformer_jax.parallel.mesh import MeshConfig

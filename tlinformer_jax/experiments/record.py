@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import tlinformer_jax
-from tlinformer_jax.config import RunConfig
+from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.decoding.accounting import cache_bytes_at
 from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.experiments.results import FORMAT

@@ -41,7 +41,7 @@ from tlinformer_jax.files import write_text
 
 HEAD = """# Results
 
-Written by `python -m tlinformer_jax.report --results=DIR --out=FILE` from the records of runs (`result.json`) in DIR;
+Written by `python -m tlinformer_jax report --results=DIR --out=FILE` from the records of runs (`result.json`) in DIR;
 nothing here is typed by hand. Perplexities are those of the validation split, per token, after the last step. A figure
 of several seeds is the mean, ± the sample standard deviation. Speed is the median of the logged steps, wall time that
 of the whole training with compilation, evaluation and saving. The cache is what one sequence of N tokens takes in

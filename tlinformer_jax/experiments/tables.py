@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tlinformer_jax.config import run_config
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.curves import (
     Group,

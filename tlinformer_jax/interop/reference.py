@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.models.config import ModelConfig
 
 EMBEDDING, HEAD = "embedding.weight", "transformer.lm_head.weight"
 FINAL_NORM = {"norm_scale": "transformer.norm.weight", "norm_bias": "transformer.norm.bias"}

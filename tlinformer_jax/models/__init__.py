@@ -9,7 +9,7 @@ from typing import Any
 _HOMES = {
     "DualWindowBlock": "tlinformer_jax.models.block",
     "LanguageModel": "tlinformer_jax.models.model",
-    "ModelConfig": "tlinformer_jax.models.config",
+    "ModelConfig": "tlinformer_jax.config.model",
     "ModelParams": "tlinformer_jax.models.model",
     "build_model": "tlinformer_jax.models.model",
 }

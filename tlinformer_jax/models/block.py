@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import attend, head_multiple
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, project, update
 from tlinformer_jax.models.recompute import recomputed

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models import norm_kernel
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 

@@ -8,10 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import head_multiple
 from tlinformer_jax.models.block import DualWindowBlock
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.streams import BlockParams

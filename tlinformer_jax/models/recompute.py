@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.config.model import ModelConfig
 
 
 def recomputed(function: Callable[..., Any], config: ModelConfig, in_loop: bool = False) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.streams import History
 from tlinformer_jax.models.windows import Place, WindowFrame

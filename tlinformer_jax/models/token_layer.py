@@ -7,9 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models import decode_kernel
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, attend_cached
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LAYER_NORM_EPSILON, LayerParams, project, projections, update
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.parallel.target import is_nvidia_gpu

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.block import causal_layers
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import LayerParams
 from tlinformer_jax.models.rope import rope_table

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import Branch, sum_with_gradients
 from tlinformer_jax.models.streams import BlockParams, History

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
 
 # A position or length: of all windows alike (a number), or one for each of the windows that run together, int32 [g].

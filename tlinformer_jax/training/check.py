@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config import RunConfig
+from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tasks import Split, TaskSplit
@@ -146,7 +146,7 @@ def _length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> lis
     step = config.train.batch_size * length
     lines = [f"model FLOPs per trained token, forward and backward: {per_token:,.0f}"]
     if horizon is None:
-        known = "known when the text is tokenised: python -m tlinformer_jax.data.prepare"
+        known = "known when the text is tokenised: python -m tlinformer_jax prepare"
         return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number is {known}"]
     text = f"{horizon.steps:,} steps of {step:,} tokens, {horizon.steps * step:,} tokens in all"
     if train is not None:
@@ -159,7 +159,7 @@ def _length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> lis
 
 def _split_line(name: str, stream: Split | None, length: int) -> str:
     if stream is None:
-        return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax.data.prepare"
+        return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax prepare"
     if isinstance(stream, TaskSplit):
         return f"{name} split: {stream.count:,} samples of {length:,}, made as they are read"
     return f"{name} split: {len(stream.tokens):,} tokens, {num_samples(stream, length):,} samples of {length:,}"

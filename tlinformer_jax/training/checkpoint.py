@@ -27,10 +27,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 import tlinformer_jax
-from tlinformer_jax.config import CONFIG_FILE, fingerprint, load_config
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import own_folder, plain_path, sync_folder
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.training.arrays import STATE, first_line, misfit, read_arrays, stored_shapes
 from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, verify, write_manifest
 from tlinformer_jax.training.memory import copy_on_devices

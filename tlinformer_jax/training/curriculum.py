@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tlinformer_jax.config.data import Stage
 from tlinformer_jax.data.batches import Batch, Rows, TrainingBatches
-from tlinformer_jax.data.config import Stage
 from tlinformer_jax.data.reader import prefetched
 
 WINDOW = 20  # updates whose mean accuracy decides

@@ -9,20 +9,20 @@ from typing import Any
 
 import jax
 
-from tlinformer_jax.config import (
+from tlinformer_jax.config.data import Stage
+from tlinformer_jax.config.run import (
     CONFIG_FILE,
     RunConfig,
     fingerprint,
     run_config,
 )
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
-from tlinformer_jax.data.config import Stage
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.files import local_path
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.curriculum import LAG, WINDOW, Competence, StagedReader, batches_from
 from tlinformer_jax.training.divergence import has_diverged, roll_back
 from tlinformer_jax.training.evaluation import summary

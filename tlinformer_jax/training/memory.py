@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from tlinformer_jax.config import RunConfig
+from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.windows import num_windows

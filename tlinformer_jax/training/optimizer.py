@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
-from tlinformer_jax.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

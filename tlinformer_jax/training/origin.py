@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config import RunConfig, differences, load_config
+from tlinformer_jax.config.run import RunConfig, differences, load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import local_path, read_json, write_text

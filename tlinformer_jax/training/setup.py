@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.peaks import peak_flops
-from tlinformer_jax.config import RunConfig
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
-from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows
 from tlinformer_jax.parallel.constraints import EVALUATION_AXES

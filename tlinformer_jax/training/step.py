@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tlinformer_jax.data.config import Stage
+from tlinformer_jax.config.data import Stage
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.models.windows import num_windows
@@ -18,7 +19,6 @@ from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.target import is_nvidia_gpu
 from tlinformer_jax.training.answers import AnswersOf, answer_sums, at_places, put_back, weighted_places
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.curriculum import Competence, initial_competence, record_accuracy, stage_with_goal
 from tlinformer_jax.training.loss import summed_losses_and_hits, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule

@@ -8,7 +8,7 @@ block 0's projections and k windows. All sequences of a micro-batch take the sam
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.windows import num_windows
 
 

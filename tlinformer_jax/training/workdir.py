@@ -9,13 +9,13 @@ import numpy as np
 
 from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
-from tlinformer_jax.config import CONFIG_FILE, differences, load_config, save_config
+from tlinformer_jax.config.run import CONFIG_FILE, differences, load_config, save_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import read_json, write_text
-from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.optimizer import warmup_note
 from tlinformer_jax.training.setup import Run

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.cache import exclusive
-from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.wikitext103 import rows
 from tlinformer_jax.data.wikitext103.facts import VARIANTS, WIKI_SPLITS, Facts
 from tlinformer_jax.errors import DataError

@@ -1,0 +1,1 @@
+"""Speed, memory and limits, as commands; outside the wheel."""

@@ -1,0 +1,245 @@
+"""Attention backends against exact ones: `python -m benchmarks.attention --check`, and their speed.
+
+Every backend that this machine has is compared, in the dtype that it takes, with float32 attention by plain products:
+outputs, log-sum-exp and gradients, on the shapes of the model: heads of 36 features, causal windows, key lengths. The
+error is the norm of the difference over the norm of the exact result. With --check the command ends with status 1 if
+one is above its tolerance. Times are of a jitted call on the training shapes, median of `repeats`, waited for.
+
+Dropout on the weights has a kernel of its own on NVIDIA GPUs ('dropout'): it is compared with plain products with the
+same mask, and timed beside XLA's dropout ('dropout xla'). `--backends`, `--shapes` choose what is done; `--tiles` tries
+tiles of that kernel: queries, keys, warps and stages of its three parts, as in
+`--backends=dropout --time --tiles=128,64,8,2/64,64,4,3/64,64,4,2`.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from tlinformer_jax.commands import cli
+
+CHECK = flags.DEFINE_bool("check", False, "Compare with exact attention; status 1 if an error is too large.")
+TIME = flags.DEFINE_bool("time", False, "Time forward, and forward with backward, on the shapes of training.")
+BACKENDS = flags.DEFINE_list("backends", [], "Backends to check or time, of those that there are; none: all.")
+SHAPES = flags.DEFINE_string("shapes", "", "Check or time the shapes whose name has this in it.")
+TILES = flags.DEFINE_multi_string("tiles", [], "Tiles of the dropout kernel to time beside its own.")
+REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
+
+RATE = 0.1
+# Norm of the difference over norm: float32 by another order of sums, and half precision.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+
+# queries, keys, options of attend; batch 2, 12 heads of 36.
+CHECKS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "all keys": (512, 256, {}),
+    "one query": (1, 300, {}),
+    "causal": (256, 256, {"causal": True}),
+    "odd lengths": (63, 77, {}),
+    "causal, odd length": (77, 77, {"causal": True}),
+    "causal, local window": (300, 300, {"causal": True, "window": 64}),
+    "key lengths": (192, 512, {"key_length": (511, 64)}),
+    "a row without keys": (64, 128, {"key_length": (0, 128)}),
+}
+# batch, queries, keys, causal: a layer of the 41M shape at N = 512 with 64 sequences, and at N = 8192 with 4.
+TIMES = {
+    "N = 512: window": (64, 256, 256, True),
+    "N = 512: both streams": (64, 512, 256, False),
+    "N = 512: baseline": (64, 512, 512, True),
+    "N = 8192: compress": (4, 512, 8192, False),
+    "N = 8192: restore": (4, 8192, 256, False),
+}
+
+
+def backends(wanted: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Backends and dtypes that this machine has, of the `wanted` ones if any are named."""
+    import jax
+    import jax.numpy as jnp
+
+    from tlinformer_jax.models.attention import fused_kernel
+
+    found = [("xla", "float32"), ("xla", "bfloat16")]
+    if fused_kernel(jnp.dtype("bfloat16")):
+        found += [("cudnn", "bfloat16"), ("cudnn", "float16")]
+        found += [("dropout", "bfloat16"), ("dropout", "float16"), ("dropout xla", "bfloat16")]
+    found += [("splash", "bfloat16")] if jax.default_backend() == "tpu" else []
+    return [pair for pair in found if not wanted or pair[0] in wanted]
+
+
+def check(backend: str, dtype: str, name: str) -> dict[str, float]:
+    """Errors of one backend on one of CHECKS: of the output, the log-sum-exp (none of it with dropout) and the three
+    gradients."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    queries, keys, options = CHECKS[name]
+    options = {key: jnp.array(value) if key == "key_length" else value for key, value in options.items()}
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal((2, n, 12, 36)), dtype) for n in (queries, keys, keys)]
+    mixing = jnp.asarray(rng.standard_normal((2, queries, 12, 36)), jnp.float32)
+
+    def outcome(arrays: list[jax.Array], attention: Callable[..., tuple[jax.Array, ...]]) -> dict[str, np.ndarray]:
+        def total(*arrays: jax.Array) -> jax.Array:
+            return (attention(*arrays, gradient=True)[0].astype(jnp.float32) * mixing).sum()
+
+        found = dict(zip(("output", "lse"), jax.jit(lambda *a: attention(*a, gradient=False))(*arrays)))
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
+        found |= dict(zip(("d query", "d key", "d value"), gradients))
+        return {name: np.asarray(part, np.float64) for name, part in found.items()}
+
+    with jax.default_matmul_precision("highest"):
+        exact = outcome([array.astype(jnp.float32) for array in arrays], _exactly(backend, options))
+        found = outcome(arrays, _by(backend, options))
+    errors = {}
+    for part, truth in exact.items():
+        value, seen = found[part], np.isfinite(truth)
+        # Where there is no key the log-sum-exp is -inf, and must be that exactly.
+        same = np.array_equal(np.isfinite(value), seen)
+        errors[part] = (
+            float(np.linalg.norm(value[seen] - truth[seen]) / np.linalg.norm(truth[seen])) if same else np.inf
+        )
+    return errors
+
+
+def _by(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """The output of attention by a backend, and the log-sum-exp if it can, and is not to be differentiated."""
+    import jax
+
+    from tlinformer_jax.models.attention import attend
+    from tlinformer_jax.models.dropout import Dropout
+
+    def attention(*arrays: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
+        if backend == "dropout":
+            return (attend(*arrays, backend="triton", dropout=Dropout.by_key(jax.random.key(0), RATE), **options),)
+        if gradient:
+            return (attend(*arrays, backend=backend, **options),)
+        return attend(*arrays, backend=backend, return_lse=True, **options)
+
+    return attention
+
+
+def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """What `_by` is compared with: plain products, with the kernel's mask if it is that with dropout."""
+    import jax
+    import jax.numpy as jnp
+
+    from tlinformer_jax.models.attention import visible
+    from tlinformer_jax.models.dropout import Dropout, dropout_mask
+
+    if backend != "dropout":
+        return _by("xla", options)
+
+    def attention(query: jax.Array, key: jax.Array, value: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
+        (batch, queries, heads, width), keys = query.shape, key.shape[1]
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / width**0.5
+        seen = visible(queries, keys, options.get("causal", False), options.get("window"), options.get("key_length"))
+        powers = jnp.exp(scores) if seen is None else jnp.where(seen, jnp.exp(scores), 0.0)
+        total = powers.sum(-1, keepdims=True)
+        keep = dropout_mask(Dropout.by_key(jax.random.key(0), RATE).words, batch, heads, queries, keys, RATE)
+        weights = jnp.where(keep, powers / jnp.where(total > 0, total, 1.0) / (1 - RATE), 0.0)
+        return (jnp.einsum("bhqk,bkhd->bqhd", weights, value),)
+
+    return attention
+
+
+def checked(pairs: Sequence[tuple[str, str]], shapes: str = "") -> Iterator[tuple[str, bool]]:
+    """A line for every one of `backends()` and shape with `shapes` in its name, and whether its errors are small."""
+    for backend, dtype in pairs:
+        # XLA's own dropout draws another mask.
+        for name in () if backend == "dropout xla" else CHECKS:
+            if shapes not in name:
+                continue
+            errors = check(backend, dtype, name)
+            good = all(error <= TOLERANCE[dtype] for error in errors.values())
+            parts = "  ".join(f"{part} {error:.1e}" for part, error in errors.items())
+            yield f"{'ok  ' if good else 'FAIL'}  {backend:11} {dtype:9} {name:22} {parts}", good
+
+
+def seconds(function: Callable[..., Any], *arrays: Any) -> float:
+    """Median time of a call."""
+    import jax
+
+    jax.block_until_ready(function(*arrays))
+    times = []
+    for _ in range(REPEATS.value):
+        started = time.perf_counter()
+        jax.block_until_ready(function(*arrays))
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def timed(pairs: Sequence[tuple[str, str]], shapes: str = "", tiles: Sequence[str] = ()) -> Iterator[str]:
+    """A line for every one of `backends()` in half precision, head padding, shape of TIMES with `shapes` in its name,
+    and for the dropout kernel its tiles and `tiles`."""
+    import jax
+    import jax.numpy as jnp
+
+    for name, (batch, queries, keys, causal) in TIMES.items():
+        for backend, dtype in pairs:
+            if dtype != "bfloat16" or shapes not in name:
+                continue
+            for width, tried in _variants(backend, tiles):
+                arrays = [jnp.ones((batch, n, 12, width), dtype) for n in (queries, keys, keys)]
+                forward = _timed_attention(backend, causal, tried)
+
+                def total(*arrays: jax.Array, forward: Any = forward) -> jax.Array:
+                    return forward(*arrays).astype(jnp.float32).sum()
+
+                once = seconds(jax.jit(forward), *arrays)
+                both = seconds(jax.jit(jax.grad(total, argnums=(0, 1, 2))), *arrays)
+                yield (
+                    f"{name:24} {backend:11} heads of {width}{' tiles ' + tried if tried else ''}: forward "
+                    f"{once * 1e3:.3f} ms, with backward {both * 1e3:.3f} ms"
+                )
+
+
+def _variants(backend: str, tiles: Sequence[str]) -> list[tuple[int, str]]:
+    """Widths of heads, and tiles of the dropout kernel ('' for its own), to time a backend with."""
+    if backend == "dropout":
+        return [(40, ""), *((40, tried) for tried in tiles)]
+    return [(36, "")] if backend in ("xla", "dropout xla") else [(40, ""), (48, ""), (64, "")]
+
+
+def _timed_attention(backend: str, causal: bool, tiles: str) -> Callable[..., Any]:
+    """Attention as `timed` calls it."""
+    import jax
+
+    from tlinformer_jax.models.attention import attend
+    from tlinformer_jax.models.dropout import Dropout
+    from tlinformer_jax.models.dropout_kernel import Tile, Tiles, attend_with_dropout
+
+    if not tiles:
+        dropout = Dropout.by_key(jax.random.key(0), RATE) if backend.startswith("dropout") else None
+        chosen = {"dropout": "triton", "dropout xla": "xla"}.get(backend, backend)
+        return lambda *arrays: attend(*arrays, causal=causal, backend=chosen, scale=1 / 6, dropout=dropout)
+    chosen_tiles = Tiles(*(Tile(*map(int, part.split(","))) for part in tiles.split("/")))
+    words = Dropout.by_key(jax.random.key(0), RATE).words
+
+    def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attend_with_dropout(query, key, value, 1 / 6, causal, None, None, words, RATE, tiles=chosen_tiles)
+
+    return attention
+
+
+def main() -> None:
+    """Checks, or times, or both."""
+    import jax
+
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
+    failures, pairs = 0, backends(BACKENDS.value)
+    if CHECK.value or not TIME.value:
+        for line, good in checked(pairs, SHAPES.value):
+            print(line, flush=True)
+            failures += not good
+    if TIME.value:
+        for line in timed(pairs, SHAPES.value, TILES.value):
+            print(line, flush=True)
+    if CHECK.value and failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,247 @@
+"""How fast generation could be: work that cannot be avoided, against what the device was measured to do.
+
+A limit is the larger of two times: bytes that must move over the measured bandwidth (of a sum or of a copy, whichever
+moves more), and floating-point operations over the measured matrix rate. Only products with weights and attended
+pairs are counted.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import Timing, time_calls, tree_bytes
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.decoding.params import DecoderParams
+
+# Back to back in one timed call, so that the device does not wait for the host between them.
+REPEATED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the device was measured to do.
+
+    Attributes:
+      copy_bytes_per_second: of a large elementwise operation, bytes read plus bytes written.
+      read_bytes_per_second: of a large sum.
+      matmul_flops_per_second: of a square matrix product in the compute dtype.
+      matmul_size: rows of that product.
+    """
+
+    copy_bytes_per_second: float
+    read_bytes_per_second: float
+    matmul_flops_per_second: float
+    matmul_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Work that cannot be avoided.
+
+    Attributes:
+      bytes: read or written in the device's memory.
+      dense: floating-point operations of products with weights.
+      pairs: attended (query, key) pairs, summed over layers, each of 4 * d_model operations.
+      width: d_model.
+    """
+
+    bytes: float
+    dense: float
+    pairs: float
+    width: int
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations."""
+        return self.dense + 4 * self.width * self.pairs
+
+    def seconds(self, ceilings: Ceilings) -> tuple[float, str]:
+        """The limit in seconds, and which of 'bytes' and 'flops' sets it."""
+        by_bytes = self.bytes / max(ceilings.read_bytes_per_second, ceilings.copy_bytes_per_second)
+        by_flops = self.flops / ceilings.matmul_flops_per_second
+        return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Bytes of the weights that one pass reads.
+
+    Attributes:
+      layers: of all layers.
+      table: of the embedding, which is also the head, and the last LayerNorm.
+    """
+
+    layers: int
+    table: int
+
+
+def weights_of(params: DecoderParams) -> Weights:
+    """Bytes that one token reads of a decoder's parameters."""
+    return Weights(tree_bytes(params.layers), tree_bytes((params.embedding, params.norm_scale, params.norm_bias)))
+
+
+def against(timing: Timing, work: Work, ceilings: Ceilings) -> dict[str, Any]:
+    """The timing's figures beside its limit; `multiple` is the median over the limit."""
+    limit, by = work.seconds(ceilings)
+    return timing.figures() | {
+        "limit_seconds": limit,
+        "limited_by": by,
+        "limit_bytes": work.bytes,
+        "limit_flops": work.flops,
+        "multiple": timing.median / limit,
+    }
+
+
+def cached_rows(config: ModelConfig, history: float, window: float, devices: int = 1) -> float:
+    """Cached (key, value) row pairs that one sequence's next token reads on a device, summed over layers.
+
+    Args:
+      config: of the model.
+      history: n, tokens before the generation window; of a baseline, tokens so far.
+      window: tokens in the generation window; 0 for a baseline. May be a mean, hence a fraction.
+      devices: that the history's rows are dealt out to.
+    """
+    if config.architecture == "transformer":
+        return config.num_layers * (history + window)
+    if config.architecture == "sliding_window":
+        return config.num_layers * min(history + window, int(config.history_window) + config.generation_window - 1)
+    kept = history / devices if config.architecture == "tlinformer" else 0
+    observed = config.observed_rows(int(history))
+    return config.num_blocks * (kept + (config.hidden_depth + 1) * observed) + config.num_layers * window
+
+
+def row_bytes(config: ModelConfig) -> int:
+    """Bytes of one row's key and value under one layer."""
+    return 2 * config.d_model * config.compute_dtype.itemsize
+
+
+def equation_7(config: ModelConfig, batch: int, length: int) -> int:
+    """The cache's bytes by the paper's equation 7, which leaves the windows out; of a baseline, of all layers."""
+    layers = config.num_blocks if config.windowed else config.num_layers
+    return batch * length * row_bytes(config) * layers
+
+
+def hit_work(
+    config: ModelConfig, weights: Weights, batch: int, history: float, window: float, devices: int = 1
+) -> Work:
+    """One token for every sequence of a batch: the weights once, the cache of each; of one device. Arguments as
+    `cached_rows`."""
+    rows = batch * cached_rows(config, history, window, devices)
+    return Work(
+        bytes=weights.layers + weights.table + rows * row_bytes(config),
+        dense=batch * (config.num_layers * _layer_flops(config) + _head_flops(config)),
+        pairs=rows + batch * config.num_layers,  # and each token its own key
+        width=config.d_model,
+    )
+
+
+def slide_work(config: ModelConfig, weights: Weights, history: int, devices: int = 1) -> Work:
+    """A slide of one sequence to `history` tokens: block 0 reads its rows, the others' are made and written; of one of
+    the devices that the history is dealt out to."""
+    known = history - config.generation_window if config.architecture == "tlinformer" else 0
+    dense, pairs = _history_work(config, history, known, devices)
+    bytes_moved = weights.layers + cached_rows(config, history, 0, devices) * row_bytes(config)
+    return Work(bytes_moved, dense, pairs, config.d_model)
+
+
+def prefill_work(config: ModelConfig, weights: Weights, length: int, devices: int = 1) -> Work:
+    """Keys and values of a prompt of `length` tokens from nothing, and the logits after its last token; of one of the
+    devices that the history is dealt out to."""
+    if not config.windowed:
+        return _baseline_prefill_work(config, weights, length)
+    history = (length - 1) // config.generation_window * config.generation_window
+    window, observed = length - history, config.observed_rows(history)
+    dense, pairs = _history_work(config, history, 0, devices)
+    read = history / devices if config.architecture == "tlinformer" else 0
+    context = (config.hidden_depth + 1) * observed + read
+    return Work(
+        bytes=weights.layers + weights.table + cached_rows(config, history, window, devices) * row_bytes(config),
+        dense=dense + window * config.num_layers * _layer_flops(config) + _head_flops(config),
+        pairs=pairs + config.num_layers * window * (window + 1) // 2 + config.num_blocks * window * context,
+        width=config.d_model,
+    )
+
+
+def _history_work(config: ModelConfig, history: int, known: int, devices: int) -> tuple[float, float]:
+    """(dense operations, pairs) of the history side of all blocks, on one device.
+
+    Args:
+      config: of the model.
+      history: n.
+      known: rows whose keys and values block 0 has in the cache.
+      devices: that the rows are dealt out to.
+    """
+    square, observed = 2 * config.d_model**2, config.observed_rows(history)
+    each, rows, known_rows = _layer_flops(config), history / devices, known / devices
+    # Per block: keys and values of all rows; the observed rows through compress, hidden layers and restore's keys.
+    dense = config.num_blocks * (2 * square * rows + observed * (each - 2 * square))
+    dense += config.num_blocks * observed * (config.hidden_depth * each + 2 * square) - 2 * square * known_rows
+    pairs = config.num_blocks * observed * (rows + config.hidden_depth * observed)
+    # Between blocks every row is restored: its query, and what follows attention.
+    dense += (config.num_blocks - 1) * rows * (each - 2 * square)
+    pairs += (config.num_blocks - 1) * rows * observed
+    # Block 0's rows are words: of those, no more need be projected than there are (`decoding.words`).
+    if config.num_blocks > 1:
+        dense -= square * max(rows - config.vocab_size, 0)
+    if config.architecture == "tlinformer":
+        dense -= 2 * square * max(rows - known_rows - config.vocab_size, 0)
+    return dense, pairs
+
+
+def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int) -> Work:
+    full = config.num_layers - 1  # of the last layer only keys and values are needed, and the last row
+    reach = length
+    if config.architecture == "sliding_window":
+        reach = min(length, int(config.history_window) + config.generation_window)
+    pairs = reach * (reach + 1) // 2 + (length - reach) * reach
+    each, square = _layer_flops(config), 2 * config.d_model**2
+    return Work(
+        bytes=weights.layers + weights.table + cached_rows(config, length, 0) * row_bytes(config),
+        dense=length * (full * each + 2 * square) + each - 2 * square + _head_flops(config),
+        pairs=full * pairs + reach,
+        width=config.d_model,
+    )
+
+
+def _layer_flops(config: ModelConfig) -> int:
+    """Of one row's products with a layer's four matrices; a product with a D x D matrix is 2 * D**2."""
+    return 8 * config.d_model**2 + 6 * config.d_model * config.feed_forward_dim
+
+
+def _head_flops(config: ModelConfig) -> int:
+    return 2 * config.d_model * config.vocab_size
+
+
+def measure_ceilings(budget: float) -> Ceilings:
+    """Measures the device, at most `budget` seconds for each of three figures.
+
+    The buffers are small beside a long cache, so that they do not decide the process's peak memory.
+    """
+    accelerator = jax.default_backend() != "cpu"
+    count, size = (1 << 28, 8192) if accelerator else (1 << 24, 512)
+    dtype = jnp.bfloat16 if accelerator else jnp.float32
+    rows = jnp.arange(count // 1024, dtype=jnp.float32)
+    array = jax.jit(lambda rows: (rows[:, None] % 61 + jnp.arange(1024) % 7).astype(dtype))(rows)
+    copying = _time_copies(array, budget)
+    summing = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+    reading = time_calls(lambda: [summing(array) for _ in range(REPEATED)], budget).per(REPEATED).best
+    left, right = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in range(2))
+    product = jax.jit(lambda left, right: left @ right)
+    multiplying = time_calls(lambda: [product(left, right) for _ in range(REPEATED)][-1], budget).per(REPEATED).best
+    return Ceilings(2 * array.nbytes / copying, array.nbytes / reading, 2 * size**3 / multiplying, size)
+
+
+def _time_copies(array: jax.Array, budget: float) -> float:
+    """Seconds of one pass that reads and writes as many bytes as `array` has."""
+    negate = jax.jit(lambda x: -x, donate_argnums=0)
+    state = jnp.copy(array)
+
+    def call() -> jax.Array:
+        nonlocal state
+        for _ in range(REPEATED):
+            state = negate(state)
+        return state
+
+    return time_calls(call, budget).per(REPEATED).best

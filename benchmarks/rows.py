@@ -1,0 +1,224 @@
+"""One row of the inference benchmark: all parts at one length, on one cache, with what memory they took."""
+
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from benchmarks import limits, parts
+from benchmarks.limits import Ceilings
+from benchmarks.session import Session
+from benchmarks.timing import live_bytes, tree_bytes
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.training.memory import peak_bytes
+
+# In the order in which they are measured.
+PARTS = ("figure9", "prefill", "windows", "sustained", "slide", "longest")
+WINDOWED_ONLY = ("slide",)
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to measure, and for how long.
+
+    Attributes:
+      lengths: (N, tokens of a prompt; sequences), in the order in which they are measured: growing, because the
+        device's peak memory is that of the whole process.
+      longest: prompt lengths of the part 'longest', ascending.
+      parts: names out of PARTS.
+      windows: generation windows of the part 'windows'.
+      seconds: budget of each measurement, compilation apart.
+      max_uncached_length: longest prompt for which a token without a cache is timed.
+      max_quadratic_prefill: longest prompt that architecture 'transformer' is given, whose prefill costs the square
+        of it; above, its cache is filled with random rows, and Figure 9's protocol and 'prefill' are left out.
+      seed: of prompts.
+    """
+
+    lengths: tuple[tuple[int, int], ...]
+    longest: tuple[int, ...]
+    parts: tuple[str, ...]
+    windows: int
+    seconds: float
+    max_uncached_length: int
+    max_quadratic_prefill: int
+    seed: int
+
+
+class Memory:
+    """The peak of the device's memory, which only ever rises while a process runs."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._before, self._weights = peak_bytes(), tree_bytes(decoder.params)
+
+    def figures(self) -> Row:
+        """Bytes so far; `exact` says whether the peak was reached since this object was made, else it is a bound."""
+        peak = peak_bytes()
+        source = "memory_stats" if peak is not None else "live_arrays"
+        value = live_bytes() if peak is None else peak
+        return {
+            "source": source,
+            "peak_bytes": value,
+            "weights_bytes": self._weights,
+            "peak_above_weights_bytes": value - self._weights,
+            "exact": peak is not None and peak > (self._before or 0),
+        }
+
+
+def measure_row(
+    plan: Plan, decoder: Decoder, length: int, batch: int, ceilings: Ceilings, report: Callable[[Row], None]
+) -> Row:
+    """Measures the plan's parts at one length.
+
+    Args:
+      plan: what to measure.
+      decoder: with the model's parameters.
+      length: N, tokens of a prompt.
+      batch: sequences.
+      ceilings: of the device.
+      report: called with the row after each part.
+
+    Returns:
+      the row; if the device's memory did not suffice, with what was measured until then and 'error'.
+    """
+    config = decoder.config
+    row: Row = {
+        "architecture": config.architecture,
+        "length": length,
+        "batch": batch,
+        "devices": decoder.devices,
+        "equation_7_bytes": limits.equation_7(config, batch, length),
+        "elapsed_seconds": {},
+    }
+    memory = Memory(decoder)
+    current = "cache"
+    try:
+        session = new_session(plan, decoder, length, batch)
+        row |= {"cache_bytes": session.cache_bytes, "capacity": session.cache.capacity}
+        for current in _parts_of(plan, session):
+            started = time.perf_counter()
+            _measure_part(current, plan, session, row, ceilings)
+            row["memory"] = memory.figures()
+            row["elapsed_seconds"][current] = time.perf_counter() - started
+            report(row)
+        _release(session)
+        current = "uncached"
+        # The forward pass is that of one device.
+        alone = batch == 1 and decoder.mesh is None
+        if "figure9" in plan.parts and alone and length <= plan.max_uncached_length:
+            started = time.perf_counter()
+            row["uncached"] = parts.uncached(session, plan.seconds)
+            row["elapsed_seconds"]["uncached"] = time.perf_counter() - started
+            report(row)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        row["error"] = _out_of_memory(error, current)
+        report(row)
+    session = None  # type: ignore[assignment]
+    gc.collect()
+    return row
+
+
+def measure_longest(plan: Plan, decoder: Decoder, report: Callable[[Row], None]) -> list[Row]:
+    """Tries prompts of growing length until one does not fit, each with a whole generation window after it.
+
+    Args:
+      plan: says what to try.
+      decoder: with the model's parameters.
+      report: called with each try.
+
+    Returns:
+      one row a try; the last may say fits: False.
+    """
+    rows = []
+    for length in plan.longest:
+        row: Row = {"architecture": decoder.config.architecture, "length": length}
+        memory = Memory(decoder)
+        try:
+            session = Session(decoder, 1, length, decoder.config.generation_window, plan.seed)
+            row |= parts.longest(session, functools.partial(fill, plan, session))
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            row |= {"fits": False, "error": _out_of_memory(error, "longest")}
+        row["memory"] = memory.figures()
+        session = None  # type: ignore[assignment]
+        gc.collect()
+        rows.append(row)
+        report(row)
+        if not row["fits"]:
+            break
+    return rows
+
+
+def _parts_of(plan: Plan, session: Session) -> list[str]:
+    """The parts that this row can have, in order."""
+    names = [name for name in PARTS if name in plan.parts and name != "longest"]
+    if not session.config.windowed:
+        names = [name for name in names if name not in WINDOWED_ONLY]
+    if session.batch > 1:
+        names = [name for name in names if name != "figure9"]
+    if not can_prefill(plan, session):
+        names = [name for name in names if name not in ("figure9", "prefill")]
+    return names
+
+
+def new_session(plan: Plan, decoder: Decoder, length: int, batch: int) -> Session:
+    """A session with room for all parts."""
+    return Session(decoder, batch, length, (plan.windows + 2) * decoder.config.generation_window, plan.seed)
+
+
+def fill(plan: Plan, session: Session) -> str:
+    """Gives the session's sequences their prompts; returns 'prefill', or 'random' where that is not affordable."""
+    if can_prefill(plan, session):
+        jax.block_until_ready(session.fill(session.prompts()))
+        return "prefill"
+    session.fill_randomly(plan.seed)
+    return "random"
+
+
+def enter_window(session: Session) -> None:
+    """Brings a session that was just filled to the beginning of the generation window that holds position N."""
+    if session.must_slide:
+        session.slide()
+    session.rewind(session.history, 0)
+
+
+def can_prefill(plan: Plan, session: Session) -> bool:
+    """Whether a prompt of the session's length is affordable."""
+    return session.config.architecture != "transformer" or session.length <= plan.max_quadratic_prefill
+
+
+def _measure_part(name: str, plan: Plan, session: Session, row: Row, ceilings: Ceilings) -> None:
+    """Measures one part into the row, its session brought to where the part begins."""
+    weights, budget = limits.weights_of(session.decoder.params), plan.seconds
+    if name == "figure9":
+        row[name] = parts.figure9(session, budget)
+        return
+    if name == "prefill":
+        row[name] = parts.prefill(session, weights, ceilings, budget)
+        return
+    row["filled"] = fill(plan, session)
+    if name == "windows":
+        row[name] = parts.windows(session, plan.windows, weights, ceilings, budget)
+        return
+    enter_window(session)
+    row["used_bytes"] = parts.used_bytes(session)
+    row[name] = getattr(parts, name)(session, weights, ceilings, budget)
+
+
+def _release(session: Session) -> None:
+    """Gives the cache's memory back."""
+    for array in jax.tree.leaves(session.cache):
+        array.delete()
+
+
+def _out_of_memory(error: Exception, part: str) -> str:
+    """One line about a failure for want of memory, the host's or the device's; any other failure goes on."""
+    text = str(error)
+    device = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    if not device and not isinstance(error, MemoryError):
+        raise error
+    return f"out of memory in part {part!r}: {text.splitlines()[0][:200]}"

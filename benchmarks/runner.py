@@ -1,0 +1,146 @@
+"""A whole run of the inference benchmark: every architecture, one after another, at every length."""
+
+import dataclasses
+import gc
+import pathlib
+import shlex
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from benchmarks import profiling, rows
+from benchmarks.limits import Ceilings, measure_ceilings
+from benchmarks.plots import write_plots
+from benchmarks.report import Report, add_cache_ratios, longest_line, table
+from benchmarks.rows import Plan
+from benchmarks.timing import device_facts
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.run import load_config
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.models.model import build_model
+
+
+def run_benchmark(
+    plan: Plan,
+    configs: list[ModelConfig],
+    *,
+    workdir: pathlib.Path | None = None,
+    out: pathlib.Path | None = None,
+    profile: pathlib.Path | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Measures, prints and writes.
+
+    Args:
+      plan: what to measure.
+      configs: of the models, one after another; equal but for the architecture.
+      workdir: of a run, for the weights of its architecture; other weights are random.
+      out: for the report and the plots; None prints only.
+      profile: for traces; None makes none.
+      mesh: of the devices that the history is spread over; None for one device.
+
+    Returns:
+      what inference.json holds.
+    """
+    report = Report(
+        out,
+        device_facts()
+        | {
+            "command": shlex.join(["python", "-m", "benchmarks.inference", *sys.argv[1:]]),
+            "devices": 1 if mesh is None else mesh.size,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "architectures": [config.architecture for config in configs],
+            "config": dataclasses.asdict(configs[0]) | {"compute_dtype": configs[0].compute_dtype.name},
+            "plan": dataclasses.asdict(plan),
+            "weights": {},
+            "ceilings": None,
+        },
+    )
+    ceilings = measure_ceilings(plan.seconds)
+    report.values["ceilings"] = dataclasses.asdict(ceilings)
+    print(
+        f"{report.values['device']}: copy {ceilings.copy_bytes_per_second / 1e12:.3g} TB/s, "
+        f"read {ceilings.read_bytes_per_second / 1e12:.3g} TB/s, matrix product of {ceilings.matmul_size} "
+        f"{ceilings.matmul_flops_per_second / 1e12:.4g} TFLOP/s",
+        flush=True,
+    )
+    for config in configs:
+        decoder, origin = _decoder(config, plan.seed, workdir, mesh)
+        report.values["weights"][config.architecture] = origin
+        _measure(plan, decoder, ceilings, report, profile)
+        del decoder  # its weights would count as the next one's memory
+        gc.collect()
+    report.finish()
+    print(table(report.values), flush=True)
+    if out is not None:
+        _write_plots(report.values, out)
+    return report.values
+
+
+def _measure(
+    plan: Plan,
+    decoder: Decoder,
+    ceilings: Ceilings,
+    report: Report,
+    profile: pathlib.Path | None,
+) -> None:
+    """Measures one architecture."""
+
+    def put(row: dict[str, Any]) -> None:
+        add_cache_ratios(row)
+        report.put("rows", row)
+        print(_progress(row), flush=True)
+
+    def put_longest(row: dict[str, Any]) -> None:
+        report.put("longest", row)
+        print(longest_line(row), flush=True)
+
+    if set(plan.parts) - {"longest"}:
+        for length, batch in plan.lengths:
+            rows.measure_row(plan, decoder, length, batch, ceilings, put)
+    if profile is not None:
+        session = rows.new_session(plan, decoder, *plan.lengths[-1])
+        rows.fill(plan, session)
+        rows.enter_window(session)
+        for name, kernels in profiling.profile(session, profile / decoder.config.architecture).items():
+            print(f"{decoder.config.architecture}, {name} at N {session.length:,}\n{kernels}", flush=True)
+        del session
+        gc.collect()
+    if "longest" in plan.parts:
+        rows.measure_longest(plan, decoder, put_longest)
+
+
+def _progress(row: dict[str, Any]) -> str:
+    """A line for the row's newest part."""
+    place = f"{row['architecture']}, N {row['length']:,}, batch {row['batch']}"
+    if "error" in row:
+        return f"{place}: {row['error']}"
+    part, seconds = list(row["elapsed_seconds"].items())[-1]
+    return f"{place}: {part} took {seconds:.1f} s"
+
+
+def _write_plots(values: dict[str, Any], out: pathlib.Path) -> None:
+    try:
+        write_plots(values, out)
+    except ImportError as error:
+        print(f"no plots: {error}; pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)
+
+
+def _decoder(
+    config: ModelConfig, seed: int, workdir: pathlib.Path | None, mesh: Mesh | None = None
+) -> tuple[Decoder, str]:
+    """A decoder, and where its weights are from: the working directory's if it is of this architecture."""
+    model, tokens = build_model(config), jnp.zeros((1, 1), jnp.int32)
+    if workdir is None or load_config(workdir).model.architecture != config.architecture:
+        return Decoder(model, jax.jit(model.init)(jax.random.key(seed), tokens), mesh), f"random, seed {seed}"
+    from tlinformer_jax.training.checkpoint import restore_params  # the only use of Orbax here
+
+    here = SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+    step, params = restore_params(workdir, abstract)
+    return Decoder(model, {"params": params}, mesh), f"{workdir}, step {step}"

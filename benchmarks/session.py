@@ -1,0 +1,188 @@
+"""One cache of equal sequences and what the benchmark does to it; the only mutable thing of the benchmark."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import tree_bytes
+from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, history_of
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.loop import MAX_STEPS, Sequences, jit_run_steps, jit_sample_next
+from tlinformer_jax.decoding.sampling import SamplingConfig, sequence_keys
+from tlinformer_jax.decoding.spread import replicate
+from tlinformer_jax.models.cached_attention import KeyValue
+
+GREEDY = SamplingConfig()
+
+
+class Session:
+    """A batch of sequences of one length, all in the same phase, generated greedily.
+
+    Attributes:
+      decoder: with the model's parameters.
+      batch: sequences.
+      length: N, tokens of each prompt.
+      cache: as it is now; with room for the prompt and `room` tokens more.
+      history: n of every sequence; of a baseline, tokens so far.
+      window: tokens in every generation window; 0 for a baseline.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int, length: int, room: int, seed: int) -> None:
+        self.decoder, self.batch, self.length = decoder, batch, length
+        self.config = decoder.config
+        self.history = self.window = 0
+        self.cache: Cache = decoder.init_cache(batch, length + room, length + room)
+        self._mode, self._values = GREEDY.mode(), GREEDY.values()
+        # No token's number: over several devices, an empty array crashes XLA's shardy-xla pass of JAX 0.11.2.
+        self._stop = jnp.full((1,), -1, jnp.int32)
+        self._random = np.random.default_rng(seed)
+        tokens = self._random.integers(0, self.config.vocab_size, (batch,), dtype=np.int32)
+        active = jnp.ones((batch,), bool)
+        sequences = Sequences(jnp.asarray(tokens), sequence_keys(0, batch), active, seen=None)
+        self.sequences = replicate(sequences, decoder.mesh)
+
+    def prompts(self) -> np.ndarray:
+        """New random prompts, int32 [batch, length]."""
+        return self._random.integers(0, self.config.vocab_size, (self.batch, self.length), dtype=np.int32)
+
+    def prefill_row(self, row: int, prompt: np.ndarray) -> jax.Array:
+        """Fills one sequence from its prompt [length]; returns logits float32 [V]."""
+        self.cache, logits = self.decoder.prefill(self.cache, row, prompt)
+        return logits
+
+    def fill(self, prompts: np.ndarray) -> jax.Array:
+        """Fills every sequence and samples each one's next token, int32 [batch]."""
+        logits = jnp.stack([self.prefill_row(row, prompt) for row, prompt in enumerate(prompts)])
+        self._set_phase(self.length)
+        return self._sample(logits)  # which replaces every sequence's last token
+
+    def fill_randomly(self, seed: int) -> None:
+        """Gives a baseline's cache random rows as if it held a prompt: what a token costs does not depend on them."""
+        assert isinstance(self.cache, LayeredCache)
+        self.cache = _random_rows(self.cache, jax.random.key(seed))
+        self.rewind(self.length, 0)
+
+    def rewind(self, history: int, window: int) -> None:
+        """Says that `history` and `window` tokens are valid; of what was cached, no row is touched."""
+        self.history, self.window = history, window
+
+        def full(value: int) -> jax.Array:
+            # On the same devices as what it replaces, or the next call would compile again.
+            return replicate(jnp.full((self.batch,), value, jnp.int32), self.decoder.mesh)
+
+        if isinstance(self.cache, LayeredCache):
+            self.cache = dataclasses.replace(self.cache, length=full(history + window))
+        else:
+            self.cache = dataclasses.replace(self.cache, history_length=full(history), window_length=full(window))
+        jax.block_until_ready(self.cache.position)
+
+    def step(self) -> jax.Array:
+        """Feeds the last token to every sequence and samples the next, int32 [batch], by one dispatched step."""
+        self.cache, logits = self.decoder.step(self.cache, self.sequences.token, self.sequences.active)
+        self._advance(1)
+        return self._sample(logits)
+
+    def loop(self, steps: int) -> jax.Array:
+        """The same `steps` times in the device loop, without a slide; returns the last call's tokens."""
+        left, tokens = steps, self.sequences.token
+        while left > 0:
+            limit = min(left, MAX_STEPS)
+            self.cache, self.sequences, tokens, _ = jit_run_steps(
+                self.decoder.mesh,
+                self._mode,
+                self.decoder.params,
+                self.config,
+                self.cache,
+                self.sequences,
+                self._values,
+                self._stop,
+                np.int32(limit),
+            )
+            left -= limit
+        self._advance(steps)
+        return tokens
+
+    @property
+    def devices(self) -> int:
+        """Devices that the history is spread over."""
+        return self.decoder.devices
+
+    @property
+    def must_slide(self) -> bool:
+        """Whether the generation windows are full."""
+        return self.config.windowed and self.window == self.config.generation_window
+
+    def slide_row(self, row: int) -> None:
+        """Slides the full window of one sequence; `slide` does so for all and keeps count."""
+        assert isinstance(self.cache, WindowedCache)
+        self.cache = self.decoder.slide(self.cache, row, self.history + self.config.generation_window)
+
+    def slide(self) -> None:
+        """Slides the full windows of all sequences."""
+        for row in range(self.batch):
+            self.slide_row(row)
+        self.history, self.window = self.history + self.window, 0
+
+    def generate(self, tokens: int) -> jax.Array:
+        """Generates `tokens` tokens for every sequence as the generator does: device loops, slides between them.
+
+        Returns:
+          the last loop's tokens.
+        """
+        left, last = tokens, self.sequences.token
+        while left > 0:
+            if self.must_slide:
+                self.slide()
+            room = self.config.generation_window - self.window if self.config.windowed else MAX_STEPS
+            last = self.loop(min(left, room))
+            left -= min(left, room)
+        return last
+
+    def check(self) -> None:
+        """Refuses to go on from a loop that has stopped.
+
+        Raises:
+          FloatingPointError: if a sequence has ended, which here only logits that are not finite can cause.
+        """
+        if not bool(np.all(np.asarray(self.sequences.active))):
+            raise FloatingPointError(f"{self.config.architecture}: logits are not finite at {self.length:,} tokens")
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache's arrays, room included; of a device's share where the history is spread over several."""
+        return tree_bytes(self.cache)
+
+    def _advance(self, tokens: int) -> None:
+        if self.config.windowed:
+            self.window += tokens
+        else:
+            self.history += tokens
+
+    def _set_phase(self, length: int) -> None:
+        self.history = history_of(self.config, length) if self.config.windowed else length
+        self.window = length - self.history
+
+    def _sample(self, logits: jax.Array) -> jax.Array:
+        self.sequences, token, _ = jit_sample_next(
+            self._mode, self._values, self._stop, self.sequences, self.cache.position, logits
+        )
+        return token
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _random_rows(cache: LayeredCache, key: jax.Array) -> LayeredCache:
+    """Normal numbers in every row, one layer at a time, so that no more than one layer exists twice."""
+
+    def fill(array: jax.Array, key: jax.Array) -> jax.Array:
+        def body(layer: jax.Array, array: jax.Array) -> jax.Array:
+            rows = jax.random.normal(jax.random.fold_in(key, layer), array.shape[1:], array.dtype)
+            return jax.lax.dynamic_update_index_in_dim(array, rows, layer, 0)
+
+        return jax.lax.fori_loop(0, array.shape[0], body, array)
+
+    keys = jax.random.split(key)
+    layers = cache.layers
+    return dataclasses.replace(cache, layers=KeyValue(fill(layers.key, keys[0]), fill(layers.value, keys[1])))

@@ -1,0 +1,346 @@
+"""Training speed: `python -m benchmarks.training --lengths=512,8192 --batch_tokens=32768,65536 --out=DIR`.
+
+Times whole training steps (forward, backward, AdamW) on random tokens, by default of the 41M shape with dropout 0. Each
+architecture, length, setting (`--try`) and batch (`--batch_tokens`) is a row; what does not fit the memory is a row
+that says so. Steps are dispatched as a training loop does and waited for in groups; a step's time is the median over
+the groups. Compilation is timed apart, without the persistent cache.
+
+    --config=FILE                     another base configuration; its sections `model` and `train` are taken
+    --set=model.d_model=512           a field for all rows
+    --try=model.windows_together=4,model.history_segments=2    one more setting to time, beside what is set
+
+Where a step computes windows one after the other, a row keeps the mean losses of the first 64 windows at the first
+step. Rows of batch 1 begin with the same tokens, whatever their length, so these must agree; the last line says how far
+they do. --init_scale=3 makes the initial weights that many times as large, so that they could disagree.
+
+DIR receives training.json (with device, JAX version and command), training.csv, training.md with the best row of every
+architecture and length, and plots where matplotlib is installed.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from benchmarks.training_report import COLUMNS, best_rows, line, table, window_differences, write_results
+from tlinformer_jax.commands import cli
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.run import RunConfig, run_config
+from tlinformer_jax.errors import ConfigError
+
+ARCHITECTURES = flags.DEFINE_list("architectures", ["tlinformer", "transformer"], "Architectures to time.")
+LENGTHS = flags.DEFINE_list("lengths", ["512"], "Sequence lengths in tokens.")
+BATCH_TOKENS = flags.DEFINE_list("batch_tokens", ["32768"], "Tokens of a step, each of which is tried.")
+STEPS = flags.DEFINE_integer("steps", 50, "Timed steps.", lower_bound=1)
+WARMUP = flags.DEFINE_integer("warmup_steps", 3, "Steps before those that are timed.", lower_bound=0)
+INIT_SCALE = flags.DEFINE_float("init_scale", 1.0, "Factor of the initial weights.", lower_bound=0.0)
+SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE[,FIELD=VALUE]: fields for all rows.")
+TRY = flags.DEFINE_multi_string("try", [], "FIELD=VALUE[,FIELD=VALUE]: a setting to time; repeatable.")
+WINDOW = flags.DEFINE_integer("window", 0, "history_window and generation_window; 0: as configured.", lower_bound=0)
+PROFILE = flags.DEFINE_string(
+    "profile", "", "Directory for an xprof trace of three steps of each row, whose kernels are printed."
+)
+OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
+
+GROUP = 5
+# Windows whose losses are kept.
+FIRST_WINDOWS = 64
+# Kernels in the table of a profile, of the 100 to 300 that a step has.
+TRACED_KERNELS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One row: a configuration whose data.sequence_length and train.batch_size are those of the row."""
+
+    config: RunConfig
+    setting: str
+
+
+def overrides(text: str) -> dict[tuple[str, str], Any]:
+    """The fields that 'section.field=value,section.field=value' names; a name without a value goes on the one before.
+
+    Raises:
+      ConfigError: if a part names no field.
+    """
+    from tlinformer_jax.config.run import field_names
+
+    known, fields, last = field_names(), {}, None
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        section, _, field = name.partition(".")
+        if equals and field in known.get(section, ()):
+            last = (section, field)
+            fields[last] = _value(value)
+        elif not equals and last is not None:  # a value with a comma, as remat_save has
+            fields[last] = f"{fields[last]},{part}"
+        else:
+            raise ConfigError("--set or --try", part, "must be section.field=value of a configuration's field")
+    return fields
+
+
+def _value(text: str) -> Any:
+    """A field's value as its text says it: JSON where it is that, Python's True, False and None, else a word."""
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        return text
+
+
+def jobs(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int], sizes: Sequence[int]) -> list[Job]:
+    """All rows, checked before the first is timed.
+
+    Raises:
+      ConfigError: for a configuration that is not allowed.
+    """
+    made: dict[Job, None] = {}
+    for architecture, length, setting, tokens in itertools.product(ARCHITECTURES.value, lengths, settings, sizes):
+        values = {section: dict(fields) for section, fields in base.items()}
+        values["model"]["architecture"] = architecture
+        values["data"]["sequence_length"] = length
+        values["train"] |= {"batch_size": max(1, tokens // length), "accumulation": 1}
+        for (section, field), value in overrides(setting).items():
+            values[section][field] = value
+        made[Job(run_config(values), setting)] = None
+    return list(made)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How rows are timed: `steps` after `warmup` others, initial weights times `init_scale`, traced to `profile`."""
+
+    steps: int
+    warmup: int = 3
+    init_scale: float = 1.0
+    profile: str = ""
+
+
+def time_job(job: Job, timing: Timing) -> dict[str, Any]:
+    """Times one row.
+
+    Returns:
+      window_losses, in nats per token, and the columns in COLUMNS: batch in sequences; tokens, those that a step
+      predicts; tokens_per_second of those;
+      step_bytes, what the compiled step needs of the device's memory; peak_bytes, the process's so far (None where
+      unknown); losses in nats; error, None or why there are no figures. With a profile also kernels, the table of the
+      three steps that were traced.
+    """
+    import jax
+
+    from tlinformer_jax.training.memory import is_out_of_memory
+
+    config = job.config
+    row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+        "architecture": config.model.architecture,
+        "length": config.data.sequence_length,
+        "batch": config.train.batch_size,
+        "setting": job.setting,
+    }
+    row |= _counted(config)
+    try:
+        row |= _timed(config, timing)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        row["error"] = "out of memory"
+        return row
+    row["tokens_per_second"] = row["tokens"] / row["step_seconds"]
+    row["mfu"] = _mfu(config, row["model_flops"] / row["step_seconds"])
+    return row
+
+
+def _counted(config: RunConfig) -> dict[str, Any]:
+    """What is known before anything runs."""
+    from tlinformer_jax.analysis.flops import training_flops
+    from tlinformer_jax.training.windows import trained_tokens
+
+    length, sampled = config.data.sequence_length, config.train.sampled_windows
+    flops = training_flops(config.model, length, config.train.batch_size, sampled)
+    tokens = round(config.train.batch_size * trained_tokens(config.model, length, sampled))
+    return {"model_flops": flops.model, "hardware_flops": flops.hardware, "tokens": tokens}
+
+
+def _mfu(config: RunConfig, speed: float) -> float | None:
+    import jax
+
+    from tlinformer_jax.analysis.peaks import utilisation
+
+    return utilisation(speed, jax.device_count(), jax.devices()[0].device_kind, config.model.compute_dtype.name)
+
+
+def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
+    """Compiles and runs the training step."""
+    import jax
+
+    from benchmarks.profiling import trace
+    from tlinformer_jax.models import build_model
+    from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
+    from tlinformer_jax.training.memory import peak_bytes
+    from tlinformer_jax.training.optimizer import Horizon
+    from tlinformer_jax.training.step import init_state, jit_train_step
+
+    train, model, mesh = config.train, build_model(config.model), checked_mesh(config)
+    horizon = Horizon(timing.steps, timing.steps)
+
+    def initial(key: jax.Array) -> Any:
+        state = init_state(key, model, train, horizon)
+        scales = jax.tree.map(lambda array: timing.init_scale if array.ndim > 1 else 1.0, state.params)
+        return dataclasses.replace(state, params=jax.tree.map(jax.numpy.multiply, state.params, scales))
+
+    with jax.set_mesh(mesh):
+        shardings = tree_shardings(jax.eval_shape(initial, jax.random.key(0)), mesh)
+        state = jax.jit(initial, out_shardings=shardings)(jax.random.key(0))
+        batch = put_batch(_random_batch(config), mesh)
+        lowered = jit_train_step(model, train, horizon, shardings, batch_sharding(mesh), window_losses=True).lower(
+            state, batch
+        )
+        started = time.perf_counter()
+        compiled = lowered.compile()
+        figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}
+        outputs, groups = [], []
+        for count in (timing.warmup, *(min(GROUP, timing.steps),) * max(1, timing.steps // GROUP)):
+            started = time.perf_counter()
+            for _ in range(count):
+                state, metrics = compiled(state, batch)
+                outputs.append(metrics)
+            jax.block_until_ready(state)
+            groups.append((time.perf_counter() - started) / max(count, 1))
+        if timing.profile:
+            steps = functools.partial(_three_steps, compiled, state, batch)
+            figures["kernels"] = trace(pathlib.Path(timing.profile), steps, most=TRACED_KERNELS)
+    return figures | {
+        "step_seconds": statistics.median(groups[1:]),
+        "first_loss": float(outputs[0]["loss"]),
+        "last_loss": float(outputs[-1]["loss"]),
+        "peak_bytes": peak_bytes(),
+        "window_losses": _window_losses(config, outputs[0]["window_losses"]),
+    }
+
+
+def _three_steps(compiled: Any, state: Any, batch: Mapping[str, Any]) -> Any:
+    """The state after three more steps; `state` is donated."""
+    for _ in range(3):
+        state, _ = compiled(state, batch)
+    return state
+
+
+def checked_mesh(config: RunConfig) -> Any:
+    """The devices of a row (`jax.sharding.Mesh`).
+
+    Raises:
+      ConfigError: if they cannot share out its batch or its sequences.
+    """
+    from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
+    from tlinformer_jax.training.setup import check_sequences_divide
+
+    mesh = build_mesh(config.mesh)
+    check_batch_divides(config.train.batch_size, mesh, "--batch_tokens / --lengths")
+    check_sequences_divide(mesh, config.model, config.data.sequence_length, config.train.sampled_windows)
+    return mesh
+
+
+def _random_batch(config: RunConfig) -> dict[str, Any]:
+    """Random tokens, the same for every length as far as they go if the batch is of one sequence."""
+    import numpy as np
+
+    size = (config.train.batch_size, config.data.sequence_length + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, dtype=np.int32)
+    weights = np.ones(tokens[:, 1:].shape, np.float32)
+    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
+
+
+def _window_losses(config: RunConfig, sums: Any) -> list[float]:
+    """Mean losses of the first windows; empty where the step has none of each window."""
+    from tlinformer_jax.models.windows import num_windows
+
+    size = config.model.generation_window
+    if len(sums) != num_windows(config.model, config.data.sequence_length):
+        return []
+    whole = min(FIRST_WINDOWS, config.data.sequence_length // size)
+    return [float(value) / (size * config.train.batch_size) for value in sums[:whole]]
+
+
+def _bytes(compiled: Any) -> int | None:
+    """Memory that a compiled program needs: its arguments, results that reuse none of them, temporary values."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return kept + found.temp_size_in_bytes
+
+
+def _integers(name: str, texts: Sequence[str]) -> list[int]:
+    try:
+        values = [int(text) for text in texts]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise ConfigError(name, ",".join(texts), "must be integers >= 1, separated by commas")
+    return values
+
+
+def _base() -> dict[str, dict[str, Any]]:
+    """The fields that all rows start from."""
+    values = (
+        cli.config_values().to_dict()
+        if cli.config_given()
+        else run_config({"model": dataclasses.asdict(ModelConfig())}).to_dict()
+    )
+    base = {name: dict(values.get(name, {})) for name in ("model", "train", "mesh", "data")}
+    base["data"] = {}  # random tokens
+    if WINDOW.value:
+        base["model"] |= {"history_window": WINDOW.value, "generation_window": WINDOW.value}
+    for text in SET.value:
+        for (section, field), value in overrides(text).items():
+            base[section][field] = value
+    return base
+
+
+def _results(plan: Sequence[Job]) -> Iterator[dict[str, Any]]:
+    for job in plan:
+        row = time_job(job, Timing(STEPS.value, WARMUP.value, INIT_SCALE.value, PROFILE.value))
+        print(line(row), flush=True)
+        if "kernels" in row:
+            print(row["kernels"], flush=True)
+        yield row
+
+
+def main() -> None:
+    """Times every row and writes the results after each."""
+    import jax
+
+    lengths, sizes = _integers("--lengths", LENGTHS.value), _integers("--batch_tokens", BATCH_TOKENS.value)
+    plan = jobs(_base(), TRY.value or [""], lengths, sizes)
+    for job in plan:
+        checked_mesh(job.config)
+    folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
+    jax.config.update("jax_enable_compilation_cache", False)  # its hits would be taken for fast compilations
+    device = jax.devices()[0].device_kind
+    print(f"{jax.device_count()} x {device}, JAX {jax.__version__}", flush=True)
+    command = ["python -m benchmarks.training", *sys.argv[1:]]
+    report = {"device": device, "devices": jax.device_count(), "jax": jax.__version__, "command": " ".join(command)}
+    rows: list[dict[str, Any]] = []
+    for row in _results(plan):
+        rows.append(row)
+        if folder is not None:
+            write_results(folder, report | {"rows": rows})
+    print(table(rows), flush=True)
+    for text in window_differences(rows):
+        print(text, flush=True)
+    if folder is not None:
+        from benchmarks.training_plots import plot_training
+
+        plot_training(best_rows(rows), f"{report['devices']} x {device}", folder)
+
+
+if __name__ == "__main__":
+    cli.define_optional_config_flag()
+    cli.run(main)

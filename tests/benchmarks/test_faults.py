@@ -1,0 +1,178 @@
+"""The fault trials notice what they are for: a step lost or doubled, a bit that differs, a wrong moment of a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.support.commands import command, command_line, run_line
+from tools import fault_runs
+from tools.fault_check import log_difference, state_difference
+from tools.fault_runs import Blow, Outcome, Process, fault_config
+from tools.fault_trials import Trial, draw_blows, process_problem
+
+EVENTS = [{"step": step, "train/loss": 1 / step, "train/learning_rate": 0.1} for step in (1, 2, 3)]
+EVENTS.insert(2, {"step": 2, "eval/loss": 0.5})
+
+DIFFERENCES = {
+    "none": (lambda events: None, None),
+    "doubled": (lambda events: events.append(events[-1]), "step 3 is logged 2 times"),
+    "missing": (lambda events: events.pop(0), "step 1 is not logged"),
+    "no evaluation": (lambda events: events.pop(2), "step 2: "),
+    "last bit": (lambda events: events[3].update({"train/loss": np.nextafter(1 / 3, 1)}), "step 3: train/loss "),
+    "one more": (lambda events: events.append({"step": 3, "eval/loss": 1}), "5 events instead of 4"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_log_that_differs_in_anything_is_told(name):
+    change, message = DIFFERENCES[name]
+    other = [dict(event) for event in EVENTS]
+    change(other)
+    found = log_difference(EVENTS, other)
+    assert found is None if message is None else found.startswith(message)
+
+
+def test_a_state_that_differs_in_a_bit_is_told():
+    whole = {"a": np.array([0.0, np.nan], np.float32), "b": np.int32(1)}
+    assert state_difference(whole, {name: array.copy() for name, array in whole.items()}) is None
+    assert state_difference(whole, whole | {"a": np.array([-0.0, np.nan], np.float32)}) == "a differs"
+    assert state_difference(whole, whole | {"b": np.int64(1)}) == "b differs"
+    assert state_difference(whole, {"b": whole["b"]}) == "other arrays: ['a']"
+
+
+# What a training process does, as seen from outside: a number of seconds to sleep, a folder or a line of its log.
+STORY = """
+import pathlib, sys, time
+for part in sys.argv[1:]:
+    if part.replace(".", "").isdecimal():
+        time.sleep(float(part))
+    elif part.startswith("-"):
+        pathlib.Path(part[1:]).rmdir()
+    elif "/" in part and " " not in part:
+        pathlib.Path(part).mkdir(parents=True)
+    else:
+        print(part, flush=True)
+"""
+START = [
+    "cache/tokens/a.tmp-x",
+    "0.4",
+    "-cache/tokens/a.tmp-x",
+    "0.4",
+    "compiled and ran step 1",
+    "step 1/9  loss",
+    "0.4",
+]
+SAVED = ["run/checkpoints/2.saving", "step 2/9  loss", "0.4", "-run/checkpoints/2.saving"]
+REST = ["step 8/9  loss", "0.5", "evaluation at step 8: x", "step 9/9  loss", "0.5", "evaluation at step 9: x", "0.5"]
+MOMENTS = {
+    "before all": (Blow("anywhere", 1, 0), "start", False, None),
+    "first tokens": (Blow("tokenisation", 1, 0.01), "tokenisation", False, None),
+    "first step": (Blow("step", 1, 0.01), "step", False, 1),
+    "second step": (Blow("step", 2, 0.01), "step", True, 2),
+    "save": (Blow("saving", 1, 0.01), "step", True, 2),
+    "evaluation": (Blow("evaluation", 1, 0.05), "evaluation", False, 8),
+    "last evaluation": (Blow("step", 4, 0.1), "evaluation", False, 9),
+    "end": (Blow("step", 4, 0.75), "end", False, 9),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_a_kill_comes_at_its_moment_and_the_phase_is_told(name, tmp_path, monkeypatch):
+    def started(config, workdir, log):
+        line = [sys.executable, "-S", "-c", STORY, "0.4", *START, *SAVED, *REST]
+        return subprocess.Popen(line, cwd=workdir.parent, stdout=log).pid
+
+    monkeypatch.setattr(fault_runs, "_fork", started)
+    (tmp_path / "run" / "checkpoints" / "1.saving").mkdir(parents=True)  # an earlier process has left this
+    blow, phase, saving, step = MOMENTS[name]
+    process = Process(fault_config(tmp_path, tmp_path / "cache"), tmp_path, 0)
+    outcome = process.wait(blow)
+    assert (outcome.status, outcome.phase, outcome.last_step) == (-signal.SIGKILL, phase, step)
+    assert outcome.saving == saving
+
+
+def outcome(status, blow="step", phase="step", resumed=None, last_step=None, noticed=False, finished=False):
+    sent = None if blow is None else Blow(blow, 1, 0)
+    return Outcome(status, sent, phase, False, resumed, last_step, noticed, finished, 0.1)
+
+
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+ENDED = outcome(0, None, "end", finished=True)
+ENDINGS = {
+    "killed": (KILL, [outcome(-9), ENDED], None),
+    "killed at its end": (KILL, [outcome(0, phase="end", finished=True), ENDED], None),
+    "hung": (KILL, [outcome(-9), outcome(None, None)], "process 1 did not end"),
+    "failed": (KILL, [outcome(-9), outcome(2, None)], "process 1 ended with status 2 instead of 0"),
+    "failed before the kill": (KILL, [outcome(1), ENDED], "process 0 ended with status 1 instead of -9"),
+    "stopped": (TERM, [outcome(0, last_step=4, noticed=True), outcome(0, None, resumed=4)], None),
+    "lost a step": (TERM, [outcome(0, last_step=4, noticed=True), outcome(0, None, resumed=3)], "process 0 stopped"),
+    "not answered": (TERM, [outcome(-15), ENDED], "process 0 did not answer SIGTERM"),
+    "nothing to save": (TERM, [outcome(-15, phase="tokenisation"), ENDED], None),
+    "answered and failed": (TERM, [outcome(1, noticed=True), ENDED], "process 0 ended with status 1 instead of 0"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_how_processes_may_end(name):
+    number, outcomes, message = ENDINGS[name]
+    found = process_problem(outcomes, number)
+    assert found is None if message is None else found.startswith(message)
+
+
+def test_steps_done_again_are_counted_from_the_furthest_that_was_logged():
+    outcomes = (
+        outcome(-9, last_step=17),
+        outcome(-9, phase="start"),
+        outcome(-9, resumed=10, last_step=12),
+        outcome(-9, resumed=10, last_step=None),
+        outcome(0, None, resumed=10, last_step=60),
+    )
+    assert Trial(0, outcomes, None).repeated_steps == [7, 7]
+
+
+def test_moments_are_those_of_the_seed():
+    aims = fault_runs.AIMS
+    durations = fault_runs.Durations(dict.fromkeys(aims, 0.5), dict.fromkeys(aims, 9))
+
+    def drawn(seed):
+        return [draw_blows(np.random.default_rng([seed, trial]), trial, durations) for trial in range(50)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    blows = [blow for trial in drawn(1) for blow in trial]
+    assert {blow.aim for blow in blows} == set(aims)
+    assert all(1 <= blow.occurrence <= 9 and 0 <= blow.delay < 0.5 for blow in blows)
+
+
+@pytest.mark.slow
+def test_killed_and_terminated_runs_lose_nothing(tmp_path):
+    for name, trials in (("kill", 2), ("term", 1)):
+        result = command("tools.faults", f"--trials={trials}", f"--signal={name}", f"--out={tmp_path}")
+        assert result.returncode == 0, result.stdout + result.stderr
+        values = json.loads((tmp_path / f"faults_{name}.json").read_text())
+        assert (values["trials"], values["survived"], values["lost"]) == (trials, trials, [])
+        assert values["signals"] >= trials // 2
+    assert sorted(os.listdir(tmp_path)) == ["faults_kill.json", "faults_term.json"]
+
+
+BREAKS = {
+    "the data begins anew": "from tlinformer_jax.training import loop; read = loop.prefetched; "
+    "loop.prefetched = lambda batches, first, *rest: read(batches, 0, *rest)",
+    "the log keeps lost steps": "from tlinformer_jax.training import metrics; metrics.cut_back = lambda *_: None",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_resume_that_is_broken_on_purpose_is_caught(name, tmp_path):
+    line, environment = command_line("tools.faults", "--trials=2", f"--out={tmp_path}")
+    line[2] = f"{BREAKS[name]}\n{line[2]}"
+    result = run_line(line, environment)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "LOST trial" in result.stdout
+    lost = json.loads((tmp_path / "faults_kill.json").read_text())["lost"]
+    assert [entry["problem"][:5] for entry in lost] == ["step "] * len(lost)

@@ -1,0 +1,373 @@
+"""The inference benchmark as a whole: its report, plots, what a killed or starved run leaves, its flags."""
+
+import csv
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from benchmarks import limits, parts, profiling, report, rows, runner
+from benchmarks.plots import write_plots
+from benchmarks.rows import Plan
+from benchmarks.session import Session
+from benchmarks.timing import tree_bytes
+from tests.support import commands
+from tests.support.figures import check_lines
+from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config.run import run_config, save_config
+from tlinformer_jax.decoding.cache import init_cache
+
+command = functools.partial(commands.command, "benchmarks.inference")
+SMALL = ModelConfig(
+    vocab_size=37,
+    d_model=16,
+    num_heads=2,
+    num_blocks=1,
+    hidden_depth=0,
+    d_ff=24,
+    history_window=6,
+    generation_window=8,
+    dtype="float32",
+    attention="xla",
+)
+CONFIGS = [dataclasses.replace(SMALL, architecture=name) for name in ("tlinformer", "transformer")]
+PLAN = Plan(
+    lengths=((10, 1), (16, 1)),
+    longest=(20,),
+    parts=rows.PARTS,
+    windows=2,
+    seconds=0.02,
+    max_uncached_length=10,
+    max_quadratic_prefill=12,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[pathlib.Path, dict[str, Any]]:
+    """A whole run at toy lengths: its folder, and inference.json."""
+    folder = tmp_path_factory.mktemp("inference")
+    runner.run_benchmark(PLAN, CONFIGS, out=folder, profile=folder / "traces")
+    return folder, read(folder)
+
+
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """The report; refuses NaN and infinities, which are no JSON."""
+    return json.loads((folder / "inference.json").read_bytes().decode("ascii"), parse_constant=pytest.fail)
+
+
+def row_of(values: dict[str, Any], architecture: str, length: int) -> dict[str, Any]:
+    return next(row for row in values["rows"] if (row["architecture"], row["length"]) == (architecture, length))
+
+
+def test_the_report_says_what_ran_where(finished):
+    _, values = finished
+    assert values["complete"] is True
+    assert values["device"] == jax.devices()[0].device_kind
+    assert values["jax"] == jax.__version__
+    assert values["config"]["d_model"] == 16
+    assert values["plan"]["lengths"] == [[10, 1], [16, 1]]
+    assert values["ceilings"]["copy_bytes_per_second"] > 0
+    assert values["weights"] == {"tlinformer": "random, seed 0", "transformer": "random, seed 0"}
+    assert [(row["architecture"], row["length"], row["batch"]) for row in values["rows"]] == [
+        (name, *place) for name in ("tlinformer", "transformer") for place in PLAN.lengths
+    ]
+    assert all("error" not in row for row in values["rows"])
+
+
+def test_cache_bytes_are_the_arrays_and_equation_7(finished):
+    _, values = finished
+    for row in values["rows"]:
+        config = dataclasses.replace(SMALL, architecture=row["architecture"])
+        arrays = init_cache(config, row["batch"], row["capacity"])
+        assert row["cache_bytes"] == tree_bytes(arrays)
+        layers = 1 if config.windowed else 2
+        assert row["equation_7_bytes"] == 2 * row["batch"] * row["length"] * 16 * 4 * layers
+        # N = 10 stands in the window after 8 tokens, N = 16 at the beginning of the one after 16.
+        history = row["length"] // 8 * 8 if config.windowed else row["length"]
+        context = 6 if config.windowed else 0  # W_oh rows under `restore`
+        assert row["used_bytes"] == row["batch"] * 2 * 16 * 4 * (layers * history + context)
+    protocol = row_of(values, "tlinformer", 10)["figure9"]
+    grown = [after - before for before, after in zip(protocol["token_used_bytes"], protocol["token_used_bytes"][1:])]
+    assert grown == [2 * 2 * 16 * 4] * 5  # a row under each of two layers
+    assert set(protocol["token_cache_bytes"]) == {row_of(values, "tlinformer", 10)["cache_bytes"]}
+
+
+def test_every_row_has_its_parts_and_no_others(finished):
+    _, values = finished
+    found = {(row["architecture"], row["length"]): set(row["elapsed_seconds"]) for row in values["rows"]}
+    common = {"windows", "sustained"}
+    assert found == {
+        ("tlinformer", 10): common | {"figure9", "prefill", "slide", "uncached"},
+        ("tlinformer", 16): common | {"figure9", "prefill", "slide"},  # above max_uncached_length
+        ("transformer", 10): common | {"figure9", "prefill", "uncached"},
+        ("transformer", 16): common,  # above max_quadratic_prefill
+    }
+    batch: Any = SimpleNamespace(config=SMALL, batch=2, length=10)
+    assert rows._parts_of(PLAN, batch) == ["prefill", "windows", "sustained", "slide"]  # Figure 9 is of one sequence
+    assert [row["filled"] for row in values["rows"]] == ["prefill", "prefill", "prefill", "random"]
+
+
+def test_figures_agree_with_each_other(finished):
+    _, values = finished
+    ceilings = limits.Ceilings(**values["ceilings"])
+    for row in values["rows"]:
+        for part in ("prefill", "sustained", "slide"):
+            if part not in row:
+                continue
+            figures = row[part]
+            by_bytes = figures["limit_bytes"] / max(ceilings.read_bytes_per_second, ceilings.copy_bytes_per_second)
+            by_flops = figures["limit_flops"] / ceilings.matmul_flops_per_second
+            assert figures["limit_seconds"] == pytest.approx(max(by_bytes, by_flops))
+            assert figures["multiple"] == pytest.approx(figures["seconds"] / figures["limit_seconds"])
+            assert 0 < figures["best_seconds"] <= figures["seconds"]
+        sustained, windows = row["sustained"], row["windows"]
+        assert sustained["tokens_per_second"] == pytest.approx(row["batch"] / sustained["seconds"])
+        assert (sustained["steps"], sustained["history"]) == (
+            8,
+            row["length"] // 8 * 8 if "slide" in row else row["length"],
+        )
+        assert windows["tokens"] == 2 * 8 * row["batch"]
+        assert windows["slides"] == (2 if "slide" in row else 0)
+        assert windows["tokens_per_second"] == pytest.approx(windows["tokens"] / windows["seconds"])
+        assert windows["seconds"] >= windows["limit_seconds"]
+        assert row["memory"]["source"] == "live_arrays"  # the CPU counts no memory
+        assert row["memory"]["peak_above_weights_bytes"] >= row["cache_bytes"]
+        assert row["memory"]["exact"] is False
+    slid = row_of(values, "tlinformer", 16)["slide"]
+    assert (slid["history_before"], slid["history_after"]) == (16, 24)
+
+
+def test_figure_9s_tokens_and_ratios(finished):
+    _, values = finished
+    model, baseline = (row_of(values, name, 10) for name in ("tlinformer", "transformer"))
+    for row in (model, baseline):
+        protocol = row["figure9"]
+        assert len(protocol["token_seconds"]) == 6
+        assert protocol["miss_seconds"] == protocol["token_seconds"][0]
+        assert protocol["hit_seconds"] == protocol["token_seconds"][2]
+        assert protocol["hit_token"] == 3
+        without = row["uncached"]["seconds"]
+        assert protocol["uncached_over_hit"] == pytest.approx(without / protocol["hit_seconds"])
+        assert protocol["uncached_over_miss"] == pytest.approx(without / protocol["miss_seconds"])
+    ratio = next(ratio for ratio in values["ratios"] if ratio["length"] == 10)
+    assert ratio["miss"] == pytest.approx(baseline["figure9"]["miss_seconds"] / model["figure9"]["miss_seconds"])
+    assert ratio["hit_sustained"] == pytest.approx(baseline["sustained"]["seconds"] / model["sustained"]["seconds"])
+    other = next(ratio for ratio in values["ratios"] if ratio["length"] == 16)
+    assert set(other) == {"length", "batch", "hit_sustained", "windows"}  # of what both have
+
+
+def test_the_hit_is_a_token_that_did_not_slide():
+    """A prompt that leaves one free row in its window: the third token slides, so the fourth is the hit."""
+    decoder, _ = runner._decoder(SMALL, 0, None)
+    found = parts.figure9(Session(decoder, 1, 15, 16, 0), 0.01)
+    assert found["token_slid"] == [False, False, True, False, False, False]
+    assert found["hit_token"] == 4
+    assert found["hit_seconds"] == found["token_seconds"][3]
+
+
+def test_the_longest_prompt(finished):
+    _, values = finished
+    assert [(row["architecture"], row["length"], row["fits"]) for row in values["longest"]] == [
+        ("tlinformer", 20, True),
+        ("transformer", 20, True),
+    ]
+    assert [row["filled"] for row in values["longest"]] == ["prefill", "random"]
+    assert values["longest"][0]["tokens"] == 28
+
+
+def test_csv_and_table_hold_the_rows(finished):
+    folder, values = finished
+    lines = list(csv.DictReader((folder / "inference.csv").open()))
+    assert [line["architecture"] for line in lines] == [row["architecture"] for row in values["rows"]]
+    assert float(lines[0]["sustained.seconds"]) == values["rows"][0]["sustained"]["seconds"]
+    assert lines[3]["prefill.seconds"] == ""
+    text = report.table(values)
+    assert f"{values['rows'][0]['sustained']['multiple']:.2f}x" in text
+    assert "transformer / tlinformer, N 10, batch 1: miss" in text
+
+
+def test_panels_show_the_figures_of_the_report(finished, tmp_path, drawn):
+    """Each curve has a point for every row that has its figure; the run has written the same pictures."""
+    folder, values = finished
+    files = write_plots(values, tmp_path)
+    assert [file.name for file in files] == list(drawn) == ["figure9.png", "multiples.png"]
+    assert all((folder / file.name).read_bytes() == file.read_bytes() for file in files)
+
+    def curve(architecture: str, part: str, name: str, unit: float = 1.0) -> list[tuple[float, float]]:
+        rows = [row for row in values["rows"] if row["architecture"] == architecture]
+        return [(row["length"], row[part][name] * unit) for row in rows if name in row.get(part, {})]
+
+    panels, (multiples,) = drawn.values()
+    assert [panel.title[:3] for panel in panels] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
+    for panel, name in ((panels[0], "transformer"), (panels[1], "tlinformer")):
+        check_lines(panel.lines, {kind: curve(name, "figure9", f"{kind}_seconds", 1e3) for kind in ("miss", "hit")})
+    for panel, name in ((panels[2], "transformer"), (panels[3], "tlinformer")):
+        check_lines(panel.lines, {kind: curve(name, "figure9", f"uncached_over_{kind}") for kind in ("miss", "hit")})
+    assert [len(panels[1].lines[kind]) for kind in ("miss", "hit")] == [2, 2]
+    memory = {(row["architecture"], row["length"]): row["cache_bytes"] * 1e-9 for row in values["rows"]}
+    formula = {(row["architecture"], row["length"]): row["equation_7_bytes"] * 1e-9 for row in values["rows"]}
+    names = ("tlinformer", "transformer")
+    cache = {name: [(length, memory[name, length]) for length in (10, 16)] for name in names}
+    cache |= {f"{name}, equation 7": [(length, formula[name, length]) for length in (10, 16)] for name in names}
+    check_lines(panels[4].lines, cache)
+    short, long = values["ratios"]
+    sustained = [(10, short["hit_sustained"]), (16, long["hit_sustained"])]
+    check_lines(
+        panels[5].lines, {"miss": [(10, short["miss"])], "hit": [(10, short["hit"])], "hit_sustained": sustained}
+    )
+    parts = {"hit sustained": "sustained", "slide": "slide", "prefill": "prefill"}
+    expected = {f"{name}, {label}": curve(name, part, "multiple") for name in names for label, part in parts.items()}
+    check_lines(multiples.lines, {label: points for label, points in expected.items() if points})
+    assert len(multiples.lines) == 5  # the baseline has no slide
+
+
+def test_without_matplotlib_one_line_says_so(finished, tmp_path, monkeypatch, capsys):
+    _, values = finished
+    for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    runner._write_plots(values, tmp_path)
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traces_are_written(finished):
+    folder, _ = finished
+    for name in ("tlinformer/hit", "tlinformer/slide", "transformer/hit"):
+        assert list((folder / "traces" / name).glob("**/*.xplane.pb"))
+        assert profiling.device_kernels(folder / "traces" / name) == {}  # no device plane on the CPU
+
+
+def test_kernels_are_added_up_by_name():
+    def line(name: str, *events: tuple[str, float]) -> SimpleNamespace:
+        return SimpleNamespace(name=name, events=[SimpleNamespace(name=kind, duration_ns=ns) for kind, ns in events])
+
+    gpu = SimpleNamespace(
+        lines=[line("Stream #1", ("attend", 3e6), ("dense", 1e6), ("attend", 3e6)), line("XLA Modules", ("jit", 9e6))]
+    )
+    tpu = SimpleNamespace(lines=[line("Steps", ("0", 5e6)), line("XLA Ops", ("dense", 2e6))])
+    found = profiling.add_up([gpu, tpu])
+    assert found == {"attend": (2, 6e6), "dense": (2, 3e6)}
+    text = profiling.kernel_table(found).splitlines()
+    assert text[1].split() == ["6.000", "66.7%", "2", "3000.00", "attend"]
+
+
+def test_a_killed_run_keeps_what_it_measured(tmp_path, monkeypatch):
+    calls = []
+
+    def slide(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parts, "slide", slide)
+    plan = dataclasses.replace(PLAN, parts=("sustained", "slide"), lengths=((10, 1),))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_benchmark(plan, CONFIGS[:1], out=tmp_path)
+    assert len(calls) == 1
+    values = read(tmp_path)
+    assert values["complete"] is False
+    assert values["rows"][0]["sustained"]["seconds"] > 0
+    assert "slide" not in values["rows"][0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inference.csv", "inference.json"]
+
+
+def test_too_little_memory_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
+    decode, made = Session.__init__, []
+
+    def starved(session: Session, decoder: Any, batch: int, length: int, *rest: Any) -> None:
+        made.append(length)
+        if length in (12, 30):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        decode(session, decoder, batch, length, *rest)
+
+    monkeypatch.setattr(Session, "__init__", starved)
+    plan = dataclasses.replace(PLAN, parts=("sustained", "longest"), lengths=((12, 1), (10, 1)), longest=(20, 30, 40))
+    values = runner.run_benchmark(plan, CONFIGS[:1], out=tmp_path)
+    assert values == read(tmp_path) | {"plan": values["plan"]}
+    assert values["complete"] is True
+    assert values["rows"][0]["error"].startswith("out of memory in part 'cache': RESOURCE_EXHAUSTED")
+    assert values["rows"][1]["sustained"]["seconds"] > 0
+    assert [(row["length"], row["fits"]) for row in values["longest"]] == [(20, True), (30, False)]
+    assert made == [12, 10, 20, 30]
+    assert "out of memory" in report.table(values)
+
+
+def test_other_failures_are_not_taken_for_want_of_memory(monkeypatch):
+    def broken(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: the kernel is wrong")
+
+    monkeypatch.setattr(Session, "__init__", broken)
+    decoder, _ = runner._decoder(SMALL, 0, None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        rows.measure_row(PLAN, decoder, 10, 1, limits.Ceilings(1.0, 1.0, 1.0, 1), lambda row: None)
+
+
+def test_weights_of_a_working_directory(tmp_path):
+    from tlinformer_jax.config.train import TrainConfig
+    from tlinformer_jax.training.checkpoint import Checkpoints
+    from tlinformer_jax.training.optimizer import Horizon
+    from tlinformer_jax.training.step import init_state
+
+    values = {"model": dataclasses.asdict(SMALL), "data": {"dataset": "pydoc", "tokenizer": "bytes"}}
+    save_config(run_config(values), tmp_path)
+    init = functools.partial(init_state, model=build_model(SMALL), config=TrainConfig(), horizon=Horizon(1, 1))
+    state = jax.jit(init)(jax.random.key(7))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state)
+    decoder, origin = runner._decoder(SMALL, 0, tmp_path)
+    assert origin == f"{tmp_path}, step 0"
+    assert (decoder.params.embedding == state.params["embedding"]).all()
+    _, origin = runner._decoder(CONFIGS[1], 0, tmp_path)
+    assert origin == "random, seed 0"
+
+
+MISTAKES = {
+    "a length that is none": (["--lengths=10,1e6"], "--lengths = '1e6'"),
+    "an unknown part": (["--parts=sustained,speed"], "--parts = 'speed'"),
+    "an unknown architecture": (["--architectures=mamba"], "--architectures = 'mamba'"),
+    "more devices than there are": (
+        ["--context=2", "--architectures=tlinformer"],
+        "--context = 2: must be from 1 to 1",
+    ),
+    "heads that do not divide the width": (["--d_model=30", "--num_heads=4"], "model.num_heads = 4"),
+    "a config file, its override and a flag": (
+        ["--config=configs/tiny.py", "--config.model.d_model=18", "--num_heads=5"],
+        "model.num_heads = 5: must divide model.d_model = 18",
+    ),
+    "a missing config file": (["--config=configs/none.py"], "configs/none.py"),
+    "a directory that cannot be written": (["--out=/proc/none"], "--out=/proc/none"),
+    "two configurations": (["--config=configs/tiny.py", "--workdir=runs"], "--config: not together with --workdir"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_get_one_line_and_status_2(name):
+    arguments, message = MISTAKES[name]
+    result = command(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_the_command_needs_neither_ml_collections_nor_matplotlib(tmp_path):
+    """And a config file without ml_collections is a mistake like any other."""
+    small = ["--d_model=16", "--num_heads=2", "--num_blocks=1", "--vocab_size=37", "--window=8"]
+    small += ["--lengths=9x2", "--parts=sustained", "--seconds=0.01", "--architectures=tlinformer", f"--out={tmp_path}"]
+    blocked = ("ml_collections", "matplotlib", "tensorflow", "clu", "grain", "orbax", "tensorboardX")
+    result = command(*small, blocked=blocked)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.strip().startswith("no plots: ")
+    assert "sustained took" in result.stdout
+    values = read(tmp_path)
+    assert values["config"]["generation_window"] == values["config"]["history_window"] == 8
+    assert (values["rows"][0]["length"], values["rows"][0]["batch"]) == (9, 2)
+    assert "--lengths=9x2" in values["command"]
+    refused = command("--config=configs/tiny.py", blocked=("ml_collections",))
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
+    assert "ml_collections" in refused.stderr

@@ -1,0 +1,180 @@
+"""The limits' formulas: against the specification's figures, the products that the decoder makes, and its arrays."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import limits
+from benchmarks.limits import Weights
+from benchmarks.timing import tree_bytes
+from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config.model import ARCHITECTURES
+from tlinformer_jax.decoding import layered, windowed
+from tlinformer_jax.decoding.cache import init_cache
+from tlinformer_jax.decoding.decoder import step
+from tlinformer_jax.decoding.params import decoder_params
+
+PAPER = ModelConfig(dtype="bfloat16")
+ROWS = 1024  # one chunk of history, all of it valid: what a loop's body is traced for is what runs
+SMALL = ModelConfig(
+    vocab_size=50,
+    d_model=24,
+    num_heads=2,
+    num_blocks=3,
+    hidden_depth=2,
+    d_ff=40,
+    history_window=8,
+    generation_window=16,
+    dtype="float32",
+    attention="xla",
+)
+NONE = Weights(0, 0)
+
+
+def test_operations_per_history_token_are_the_specifications():
+    """The specification projects every row of block 0: its queries at a slide, keys and values too at a prefill."""
+    history = 1_000_001 - 1_000_001 % 256
+    slide, prefill = (
+        work(PAPER, NONE, history + extra).flops for work, extra in ((limits.slide_work, 0), (limits.prefill_work, 1))
+    )
+    looked_up = 2 * PAPER.d_model**2 * (history - PAPER.vocab_size)
+    assert (slide + looked_up) / 1e6 == pytest.approx(6.1e6, rel=0.01)
+    assert (prefill + 3 * looked_up) / 1e6 == pytest.approx(6.9e6, rel=0.01)
+
+
+def test_bytes_of_a_hit_are_the_specifications():
+    baseline = dataclasses.replace(PAPER, architecture="transformer")
+    million = 10**6
+    assert limits.hit_work(PAPER, NONE, 1, million, 0).bytes == pytest.approx(3.46e9, rel=0.002)
+    assert limits.hit_work(baseline, NONE, 1, million, 0).bytes == pytest.approx(13.8e9, rel=0.002)
+    assert limits.equation_7(PAPER, 2, million) == 2 * 2 * million * 432 * 2 * 8 // 4
+    # The anchors' limit at 1,025 tokens is 0.03 ms at 3.02 TB/s: the weights.
+    weights = limits.weights_of(jax.eval_shape(lambda: params_of(PAPER)))
+    assert limits.hit_work(PAPER, weights, 1, 1024, 1).bytes / 3.02e12 == pytest.approx(0.03e-3, rel=0.1)
+
+
+def test_two_devices_halve_what_grows_with_the_history():
+    history = 1 << 22
+    for work, extra in ((limits.slide_work, 0), (limits.prefill_work, 1)):
+        one, two = (work(PAPER, NONE, history + extra, devices) for devices in (1, 2))
+        # All but the words, which each device projects.
+        assert two.flops == pytest.approx(one.flops / 2, rel=0.02)
+        assert two.bytes == pytest.approx(one.bytes / 2, rel=0.001)
+    one, two = (limits.hit_work(PAPER, NONE, 3, history, 0, devices) for devices in (1, 2))
+    fixed = limits.hit_work(PAPER, NONE, 3, history, 0, devices=1 << 60)
+    assert two.bytes - fixed.bytes == pytest.approx((one.bytes - fixed.bytes) / 2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cached_rows_are_the_caches_arrays(architecture):
+    config = dataclasses.replace(SMALL, architecture=architecture)
+    room = 8 + 16 - 1 if architecture == "sliding_window" else ROWS
+    arrays = [array for array in jax.tree.leaves(init_cache(config, 1, room)) if array.dtype == jnp.float32]
+    window = 16 if config.windowed else 0
+    assert limits.cached_rows(config, room, window) * limits.row_bytes(config) == tree_bytes(arrays)
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer"])
+def test_operations_of_prefill_and_slide_are_those_of_the_decoder(architecture):
+    config = dataclasses.replace(SMALL, architecture=architecture)
+    params, cache = abstract(config, 1)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    prompt = jax.ShapeDtypeStruct(cache.tokens.shape[1:], jnp.int32)
+    filling = jax.make_jaxpr(windowed.prefill, static_argnums=1)(params, config, cache, number, prompt, number, number)
+    sliding = jax.make_jaxpr(windowed.slide, static_argnums=1)(params, config, cache, number, number)
+    # The decoder restores the 8 observed rows once more (2% of the work at most), and of causal attention on the CPU
+    # it computes the square.
+    work = limits.prefill_work(config, NONE, ROWS + 16)
+    compare(filling, dataclasses.replace(work, pairs=work.pairs + config.num_layers * 16 * 15 // 2), rel=0.02)
+    compare(sliding, limits.slide_work(config, NONE, ROWS), rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_operations_of_a_hit_are_those_of_the_decoder(architecture):
+    config, batch = dataclasses.replace(SMALL, architecture=architecture), 3
+    params, cache = abstract(config, batch)
+    tokens, active = (jax.ShapeDtypeStruct((batch,), dtype) for dtype in (jnp.int32, jnp.bool_))
+    traced = jax.make_jaxpr(step, static_argnums=1)(params, config, cache, tokens, active)
+    work = limits.hit_work(config, NONE, batch, cache.capacity, 16 if config.windowed else 0)
+    # A token's product with its own key is no matrix product, and so not found.
+    compare(traced, dataclasses.replace(work, pairs=work.pairs - batch * config.num_layers), rel=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "sliding_window"])
+def test_operations_of_a_baselines_prefill(architecture):
+    config, length = dataclasses.replace(SMALL, architecture=architecture), 40
+    reach = {"transformer": length, "sliding_window": 8 + 16}[architecture]
+    seen = [sum(0 <= query - key < reach for key in range(length)) for query in range(length)]
+    work = limits.prefill_work(config, NONE, length)
+    assert work.pairs == (config.num_layers - 1) * sum(seen) + seen[-1]
+    params, cache = abstract(config, 1)
+    number, prompt = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((length,), jnp.int32)
+    traced = jax.make_jaxpr(layered.prefill, static_argnums=1)(params, config, cache, number, prompt, number)
+    # The decoder runs the last layer on all rows; of all but the last only keys and values are needed.
+    spared = (length - 1) * (4 * 24**2 + 6 * 24 * 40)
+    assert dot_flops(traced.jaxpr)[0] == work.dense + spared
+
+
+def test_the_limit_is_the_larger_of_bytes_and_operations():
+    for copy, read in ((1e12, 2e12), (2e12, 1e12)):
+        ceilings = limits.Ceilings(copy, read, 1e14, 8)
+        assert limits.Work(4e12, 1e14, 0, 4).seconds(ceilings) == (2.0, "bytes")
+        assert limits.Work(1e12, 3e14, 1e14 / 16, 4).seconds(ceilings) == (4.0, "flops")
+
+
+def test_measured_ceilings_are_possible():
+    found = limits.measure_ceilings(0.01)
+    for rate in (found.copy_bytes_per_second, found.read_bytes_per_second):
+        assert 1e8 < rate < 1e13
+    assert 1e8 < found.matmul_flops_per_second < 1e16
+
+
+def params_of(config: ModelConfig) -> Any:
+    model = build_model(config)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return decoder_params(model.apply(variables, method=model.parameters), config)
+
+
+def abstract(config: ModelConfig, batch: int) -> tuple[Any, Any]:
+    """Shapes of the decoder's parameters and of a cache of ROWS rows."""
+    room = 8 + 16 - 1 if config.architecture == "sliding_window" else ROWS
+    return jax.eval_shape(lambda: (params_of(config), init_cache(config, batch, room)))
+
+
+def compare(traced: Any, work: limits.Work, rel: float) -> None:
+    dense, attention = dot_flops(traced.jaxpr)
+    assert dense == pytest.approx(work.dense, rel=rel)
+    assert attention == pytest.approx(4 * work.width * work.pairs, rel=rel)
+
+
+def dot_flops(jaxpr: Any) -> tuple[int, int]:
+    """Operations of all matrix products of a jaxpr, loop bodies once: (with weights, of attention).
+
+    Attention's products have batch dimensions, the heads; products with weights have none.
+    """
+    dense = attention = 0
+    for equation in equations(jaxpr):
+        if equation.primitive.name != "dot_general":
+            continue
+        (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+        inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        flops = 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        if batched:
+            attention += flops
+        else:
+            dense += flops
+    return dense, attention
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

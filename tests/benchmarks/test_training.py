@@ -1,0 +1,151 @@
+"""The training benchmark as a user runs it, on a tiny shape."""
+
+import csv
+import json
+
+import pytest
+
+from benchmarks import profiling, training, training_report
+from benchmarks.training_plots import plot_training
+from tests.support.figures import check_lines
+from tests.test_entry_points import check_refusal, command
+from tlinformer_jax.errors import ConfigError
+
+TINY = "model.d_model=16,model.num_heads=2,model.num_blocks=1,model.hidden_depth=0,model.d_ff=16,model.vocab_size=64"
+
+
+def test_rows_results_and_best_settings(tmp_path):
+    done = command(
+        "benchmarks.training",
+        f"--set={TINY}",
+        "--window=4",
+        "--lengths=8",
+        "--architectures=transformer",
+        "--batch_tokens=16,32",
+        "--try=train.loss_chunk=8",
+        "--steps=5",
+        f"--out={tmp_path}",
+        f"--profile={tmp_path}/trace",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "training.json").read_text())
+    assert report["device"] == "cpu"
+    assert {"jax", "command", "devices"} < set(report)
+    assert "--lengths=8" in report["command"]
+    rows = report["rows"]
+    assert [(row["architecture"], row["length"], row["batch"]) for row in rows] == [
+        ("transformer", 8, tokens // 8) for tokens in (16, 32)
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
+        assert row["setting"] == "train.loss_chunk=8"
+        assert row["model_flops"] > 0
+        assert row["step_bytes"] > 0
+        assert row["error"] is None
+    with open(tmp_path / "training.csv", newline="") as file:
+        assert [int(row["batch"]) for row in csv.DictReader(file)] == [2, 4]
+    assert len((tmp_path / "training.md").read_text().splitlines()) == 2 + 1
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert [row["kernels"].startswith("no kernel table") for row in rows] == [True, True]  # a CPU has none
+    assert done.stdout.count("no kernel table") == 2
+
+
+@pytest.mark.slow
+def test_the_first_windows_of_a_longer_sequence_have_the_losses_they_have_in_a_shorter_one(tmp_path):
+    done = command(
+        "benchmarks.training",
+        f"--set={TINY},model.num_blocks=2,train.batch_size=1",
+        "--window=4",
+        "--lengths=64,128",
+        "--architectures=tlinformer",
+        "--batch_tokens=1",
+        "--steps=1",
+        "--warmup_steps=0",
+        "--init_scale=8",
+        f"--out={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    short, long = (row["window_losses"] for row in json.loads((tmp_path / "training.json").read_text())["rows"])
+    assert (len(short), len(long)) == (16, 32)
+    assert long[:16] == pytest.approx(short, abs=1e-5)
+    assert max(short) - min(short) > 0.1, "the windows must differ for this to say something"
+    assert "losses of the first 16 windows at N = 128 and 64 differ by at most" in done.stdout
+
+
+def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
+    import jax
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(training, "_timed", exhausted)
+    config = training.run_config({"model": {"vocab_size": 64, "d_model": 16, "num_heads": 2}})
+    row = training.time_job(training.Job(config, ""), training.Timing(1))
+    assert row["error"] == "out of memory"
+    assert row["tokens_per_second"] is None
+    assert training_report.best_rows([row]) == []
+    assert "out of memory" in training_report.line(row)
+
+
+def test_a_row_that_the_devices_cannot_share_is_refused():
+    values = {"model": {"architecture": "transformer"}, "train": {"batch_size": 8}, "mesh": {"data": 4, "window": 2}}
+    with pytest.raises(ConfigError, match=r"mesh\.window = 2: must be 1 for model.architecture = 'transformer'"):
+        training.checked_mesh(training.run_config(values))
+    with pytest.raises(ConfigError, match=r"--batch_tokens / --lengths = 6"):
+        training.checked_mesh(training.run_config({"train": {"batch_size": 6}, "mesh": {"data": 4, "window": 2}}))
+
+
+def test_a_trace_tells_as_many_kernels_as_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(profiling, "device_kernels", lambda _: {f"kernel{n}": (n, n * 1e6) for n in range(1, 21)})
+    lines = profiling.trace(tmp_path, lambda: 0, most=3).splitlines()
+    assert [text.split()[-1] for text in lines[1:-1]] == ["kernel20", "kernel19", "kernel18"]
+    assert lines[-1].split() == ["210.000", "in", "all,", "20", "kernels"]
+
+
+def test_the_best_row_is_the_fastest_of_its_length():
+    row = {"architecture": "tlinformer", "length": 512, "batch": 1}
+    rows = [row | {"tokens_per_second": speed, "setting": str(speed)} for speed in (3.0, None, 9.0, 5.0)]
+    assert [best["setting"] for best in training_report.best_rows(rows)] == ["9.0"]
+
+
+def test_settings_take_numbers_words_none_and_lists_of_names():
+    fields = training.overrides(
+        "model.d_ff=None,model.remat_save=gate_up,attended,train.loss_chunk=4096,model.scan_layers=False"
+    )
+    assert fields == {
+        ("model", "d_ff"): None,
+        ("model", "remat_save"): "gate_up,attended",
+        ("train", "loss_chunk"): 4096,
+        ("model", "scan_layers"): False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths=many"], "--lengths = 'many': must be integers >= 1"),
+        (["--batch_tokens=0"], "--batch_tokens = '0': must be integers >= 1"),
+        (["--try=model.width=3"], "'model.width=3': must be section.field=value"),
+        (["--architectures=mamba"], "model.architecture = 'mamba': must be one of"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message):
+    check_refusal(command("benchmarks.training", *arguments), message)
+
+
+def test_plots_have_a_line_for_every_architecture(tmp_path, drawn):
+    rows = [
+        {"architecture": name, "length": length, "tokens_per_second": speed, "step_bytes": memory}
+        for name, length, speed, memory in (
+            ("tlinformer", 1024, 3e5, 4e9),
+            ("tlinformer", 512, 5e5, 2e9),
+            ("transformer", 512, 7e5, 1e9),
+            ("transformer", 1024, None, 8e9),
+        )
+    ]
+    files = plot_training(rows, "1 x test", tmp_path)
+    assert [file.name for file in files] == list(drawn) == ["training_speed.png", "training_memory.png"]
+    assert all(file.exists() for file in files)
+    (speed,), (memory,) = drawn.values()
+    check_lines(speed.lines, {"tlinformer": [(512, 5e5), (1024, 3e5)], "transformer": [(512, 7e5)]})
+    check_lines(memory.lines, {"tlinformer": [(512, 2), (1024, 4)], "transformer": [(512, 1), (1024, 8)]})  # GB

@@ -1,0 +1,41 @@
+"""`python -m tlinformer_jax COMMAND [flags]`, which the console script `tlinformer` calls too."""
+
+import importlib
+import sys
+from typing import NoReturn
+
+_HOMES = {
+    "train": "tlinformer_jax.main",
+    "evaluate": "tlinformer_jax.commands.evaluate",
+    "generate": "tlinformer_jax.commands.generate",
+    "prepare": "tlinformer_jax.commands.prepare",
+    "convert": "tlinformer_jax.commands.convert",
+    "sweep": "tlinformer_jax.commands.sweep",
+    "report": "tlinformer_jax.commands.report",
+    "history": "tlinformer_jax.commands.history",
+    "cost": "tlinformer_jax.commands.cost",
+    "floor": "tlinformer_jax.commands.floor",
+    "point": "tlinformer_jax.commands.point",  # a sweep starts it
+}
+
+
+def run() -> NoReturn:
+    """Runs the command that the first argument names; its own `--help` says what it takes."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(f"usage: tlinformer COMMAND [flags]; COMMAND is one of {', '.join(_HOMES)}")
+        sys.exit(0)
+    if name not in _HOMES:
+        print(f"error: {name}: must be one of {', '.join(_HOMES)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"tlinformer {name}", *sys.argv[2:]]
+    command = importlib.import_module(_HOMES[name])
+    from tlinformer_jax.commands import cli
+
+    if hasattr(command, "define_flags"):  # where the flags depend on the command line
+        command.define_flags()
+    cli.run(command.main)
+
+
+if __name__ == "__main__":
+    run()

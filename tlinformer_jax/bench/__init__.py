@@ -1,1 +1,0 @@
-"""Benchmarks, as commands: each prints a table and can write JSON that names the device."""

@@ -1,0 +1,327 @@
+"""What all entry points share: flags by absl, user errors as one line and exit status 2."""
+
+import logging as std_logging
+import os
+import pathlib
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from absl import app, flags, logging
+
+from tlinformer_jax import environment
+from tlinformer_jax.errors import DataError, UserError
+from tlinformer_jax.files import local_path, path_fault
+
+if TYPE_CHECKING:
+    from tlinformer_jax.parallel.processes import Cluster
+
+# With libtpu beside it JAX would look for TPUs; libtpu would ask Google's cloud which one this is, complain that there
+# is none, and hold a lock that is for processes that share TPUs, where a compiler can run many times.
+WITHOUT_TPUS = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "none",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Parses the flags, runs `main()`, exits.
+
+    A `UserError` becomes one line on stderr and its status (2, but 1 for want of memory); so do flags and config files
+    that cannot be parsed. SIGTERM, SIGHUP and Ctrl-C, where `main` does not take them itself, end it with status 143,
+    129 and 130, as a shell reports them, after whatever was half-written has been removed.
+    """
+
+    def guarded(_: Sequence[str]) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signal.SIGHUP, _terminate)
+        sys.unraisablehook = _send_again
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
+            logging.get_absl_logger().addFilter(_is_told_here_alone)
+        std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # as Orbax's tracebacks: told in one line
+        try:
+            main()
+        except UserError as error:
+            fail(str(error), error.status)
+        except _Terminated as ended:
+            fail(f"ended by {ended}", 128 + ended.number)
+        except KeyboardInterrupt:
+            fail("interrupted", 128 + signal.SIGINT)
+        except Exception as error:
+            told = environment.describe_failure(error)
+            if told is None:
+                raise
+            fail(told, 1 if isinstance(error, FloatingPointError) else 2)
+
+    environment.settle()
+    app.run(guarded, flags_parser=_parse_flags)
+    raise AssertionError("app.run returns through sys.exit")
+
+
+def _is_told_here_alone(record: Any) -> bool:
+    """False for the tracebacks that Orbax logs of errors that it raises too: those become one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP has come; no Exception, so that nobody takes it for a failure of what was under way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def _terminate(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is under way is cleared up undisturbed
+    raise _Terminated(number)
+
+
+def _send_again(lost: Any) -> None:
+    """Sends a signal again whose exception came where Python drops it, such as in JAX's callback of the collector."""
+    number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else getattr(lost.exc_value, "number", None)
+    if number is None:
+        if str(lost.exc_value) != "Event loop is closed":  # the end of Orbax's tasks after a failed save
+            sys.__unraisablehook__(lost)
+        return
+    if number != signal.SIGINT:
+        signal.signal(number, _terminate)
+    # Later, since here it would be dropped as well.
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Prints `message` on stderr and exits with `status`."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
+    """Creates the directory that `flag` names if needed; its absolute path.
+
+    Raises:
+      UserError: if it cannot be created or written.
+    """
+    if not path:
+        raise UserError(f"{flag}: must name a directory")
+    workdir = local_path(path, flag)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag}={path}: must be a directory that can be written ({error.strerror})") from None
+    return workdir
+
+
+def text_of_file(path: str, flag: str) -> str:
+    """The text of the UTF-8 file that `flag` names, read as training text is.
+
+    Raises:
+      UserError: if it cannot be read, is not UTF-8 or is empty.
+    """
+    from tlinformer_jax.data.files import read_text
+
+    try:
+        text = read_text(local_path(path, flag))
+    except DataError as error:
+        raise UserError(f"{flag}={error}") from None
+    if not text:
+        raise UserError(f"{flag}={path}: must hold some text; it is empty")
+    return text
+
+
+def define_process_flags() -> None:
+    """Defines the flags by which several processes are told of each other, where nothing else tells them."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT on which process 0 of several listens.")
+    flags.DEFINE_integer("num_processes", None, "Processes that run together; 1 alone ignores what is detected.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+
+
+def cluster() -> "Cluster | None":
+    """The processes that the flags of `define_process_flags`, or the surroundings, tell of.
+
+    Raises:
+      UserError: for flags that are missing or not allowed.
+    """
+    from tlinformer_jax.parallel.processes import find_cluster
+
+    values = flags.FLAGS
+    return find_cluster(values.coordinator_address, values.num_processes, values.process_id)
+
+
+def define_config_flag(help: str = "Config file; FILE:VARIANT picks a variant.", **settings: Any) -> None:
+    """Defines --config: what the file leaves out has its default, so that every field can be overridden.
+
+    Args:
+      help: of the flag.
+      **settings: for `config_flags.DEFINE_config_file`.
+    """
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, help, lock_config=False, **settings)
+    flag = settings.get("flag_values", flags.FLAGS)["config"]
+    flag.parser = _CompletedConfig(flag.parser)
+
+
+class _CompletedConfig(flags.ArgumentParser):
+    """Reads a config file by `parser`, and adds what it leaves out."""
+
+    def __init__(self, parser: flags.ArgumentParser) -> None:
+        self._parser = parser
+
+    def parse(self, argument: str) -> Any:
+        from ml_collections import ConfigDict
+
+        from tlinformer_jax.config.run import add_defaults
+
+        config = self._parser.parse(argument)
+        if isinstance(config, ConfigDict):  # `config_values` says what is wrong with anything else
+            add_defaults(config)
+            config.lock()
+        return config
+
+    def flag_type(self) -> str:
+        return str(self._parser.flag_type())
+
+
+def define_optional_config_flag() -> None:
+    """Defines --config where it is used, for commands that have a default: a bare machine may lack ml_collections."""
+    if not any(argument.lstrip("-").split("=")[0].split(".")[0] == "config" for argument in sys.argv[1:]):
+        return
+    try:
+        define_config_flag()
+    except ImportError:
+        fail("--config: config files need the package ml_collections, which is not installed")
+
+
+def config_given() -> bool:
+    """Whether the flag --config was defined and given."""
+    return "config" in flags.FLAGS and flags.FLAGS.config is not None
+
+
+def config_values() -> Any:
+    """The loaded config of the flag --config, a `DEFINE_config_file`.
+
+    Raises:
+      UserError: if the flag is missing or its file could not be loaded.
+    """
+    from ml_collections import config_flags
+
+    config, flag = flags.FLAGS.config, flags.FLAGS["config"]
+    if config is None and not flag.present:
+        raise UserError("--config: must name a config file, such as configs/tiny.py")
+    path = config_flags.get_config_filename(flag)
+    try:
+        if not hasattr(config, "items"):
+            raise UserError(
+                f"--config={path}: get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
+            )
+    except OSError as error:  # config_flags hands out its failure to load at the first access
+        raise UserError(f"--config={path}: {_why_unreadable(path)}") from error
+    return config
+
+
+def _why_unreadable(path: str) -> str:
+    """Why a config file could not be loaded."""
+    try:
+        pathlib.Path(path.split(":", 1)[0]).read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); must be a Python file with a function get_config"
+    return "cannot be loaded; it reads a file that is not there"
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    for argument in argv[1:]:
+        match = re.match(r"--?(config|sweep)=(.*)", argument, re.DOTALL)
+        if match and (fault := path_fault(match[2])):
+            fail(f"--{match[1]} = {match[2]!r}: {fault}")
+    logging.set_verbosity(logging.ERROR)  # config_flags warns of what is refused in one line below
+    try:
+        rest = flags.FLAGS(list(argv))
+    except flags.Error as error:
+        fail(_plain(_first_line(_user_error(error) or error)))
+    except Exception as error:
+        # config_flags lets through what a config file raises, and errors of its own for fields that do not exist.
+        fail(describe(error, argv))
+    if len(rest) > 1:
+        fail(f"{rest[1]}: unexpected argument; flags are written --name=value")
+    return rest
+
+
+def describe(error: Exception, argv: Sequence[str]) -> str:
+    """One line for an exception that config_flags let through, naming the override it is about."""
+    if isinstance(error, SyntaxError):
+        return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
+    if not isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"--config: {type(error).__name__} in {last.filename}, line {last.lineno}: {_first_line(error)}"
+    text = _first_line(error)
+    if isinstance(error, AttributeError) and "'get_config'" in text:
+        (path,) = [argument.split("=", 1)[1] for argument in argv if re.match(r"--?config=", argument)][-1:] or ["..."]
+        return f"--config={path}: must be a Python file with a function get_config; it has none"
+    for argument in argv:
+        match = re.match(r"--?config\.([\w.]+)", argument)
+        if match and isinstance(error, AttributeError | KeyError):
+            missing = _missing_field(match[1])
+            if missing is not None:
+                return f"{argument}: no such config field; allowed are {', '.join(missing)}"
+    return f"--config: {text}"
+
+
+# What absl and Python say of a flag's value, and what it means.
+PLAIN = {
+    r"\('Non-boolean argument to boolean flag', .*\)$": "must be true or false",
+    r"invalid literal for int\(\) with base \d+: .*$": "must be an integer",
+    r"could not convert string to float: .*$": "must be a number",
+}
+
+
+def _plain(text: str) -> str:
+    """The message in words that need no knowledge of Python."""
+    for pattern, words in PLAIN.items():
+        text = re.sub(pattern, words, text)
+    return text
+
+
+def _missing_field(name: str) -> list[str] | None:
+    """The fields that `name` ('model.width') could have meant, where no configuration has it; else None."""
+    from tlinformer_jax.config.run import field_names
+
+    sections = field_names()
+    section, _, field = name.partition(".")
+    if section not in sections:
+        return sorted(sections)
+    return None if field in sections[section] else sorted(f"{section}.{known}" for known in sections[section])
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The `UserError` of a config file that led to `error`: absl and config_flags wrap it in errors of their own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    """The telling line of an exception: of a wrapped traceback the last one, else the first."""
+    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if any("Traceback" in line for line in lines) else lines[0]
+
+
+def without_tpus() -> None:
+    """Lets libtpu compile for TPUs that are not here; to be called before JAX is imported."""
+    for name, value in WITHOUT_TPUS.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,199 @@
+"""Generates text: `python -m tlinformer_jax generate --workdir=DIR --prompt=TEXT | --prompt_file=FILE [...]`.
+
+The continuation goes to stdout as it comes, the figures to stderr. Ctrl-C, or a reader of stdout that goes away, ends
+it: what there was until then has been printed, the figures follow, and the status is 130.
+"""
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from tlinformer_jax import environment
+from tlinformer_jax.commands import cli
+from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.files import local_path
+
+if TYPE_CHECKING:
+    from tlinformer_jax.decoding.stream import Call, Statistics, Stream
+
+WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
+PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
+PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "UTF-8 file whose whole text is continued, its last line end too."
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens of a sample.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token, 1 draws as the model says.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens that hold this mass only.")
+MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this likely relative to the likeliest only.")
+REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages tokens seen before.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; sample i has seed + i.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, each of the same prompt.")
+CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
+STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be given several times.")
+STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's end of text ends a sample.")
+STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; several come when all are done.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
+
+INTERRUPTED = 130
+# What an option of the library is called here, where that differs.
+FLAGS_OF_OPTIONS = {"stop_strings": "stop"}
+
+
+def main() -> None:
+    """Restores a checkpoint's parameters, continues the prompt, prints text and figures."""
+    try:
+        status = _generate()
+    except KeyboardInterrupt:  # before there was any text
+        status = INTERRUPTED
+    if status:
+        sys.exit(status)
+
+
+def _generate() -> int:
+    """Does it all; returns the exit status."""
+    prompt, options = _prompt(), _options()
+    if NUM_SAMPLES.value < 1:
+        raise UserError(f"--num_samples={NUM_SAMPLES.value}: must be an integer >= 1")
+    if not WORKDIR.value:
+        raise UserError("--workdir: must name the directory of a run")
+    workdir = local_path(WORKDIR.value, "--workdir")
+
+    from tlinformer_jax.decoding.generator import Generator
+    from tlinformer_jax.decoding.settings import generation_config
+    from tlinformer_jax.decoding.spread import context_mesh
+    from tlinformer_jax.training.memory import advised, generation_advice
+    from tlinformer_jax.training.setup import use_compilation_cache
+
+    with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):
+        try:
+            generation_config(options)  # before anything is loaded
+            use_compilation_cache()
+            compilations = _watch_compilations()
+            generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
+            stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
+        except ConfigError as error:
+            raise _named_by_flag(error, options) from None
+        interrupted = _print_samples(stream)
+    _print_figures(stream.statistics, compilations)
+    return INTERRUPTED if interrupted else 0
+
+
+def _prompt() -> str:
+    """The text to continue.
+
+    Raises:
+      UserError: if there is none, or it cannot be read.
+    """
+    if (PROMPT.value is None) == (PROMPT_FILE.value is None):
+        raise UserError("--prompt, --prompt_file: give one of the two")
+    if PROMPT.value is not None:
+        if not PROMPT.value:
+            raise UserError("--prompt: must hold some text; it is empty")
+        return PROMPT.value
+    return cli.text_of_file(PROMPT_FILE.value or "", "--prompt_file")
+
+
+def _options() -> dict[str, Any]:
+    """The generator's options."""
+    return {
+        "max_new_tokens": MAX_NEW_TOKENS.value,
+        "temperature": TEMPERATURE.value,
+        "top_k": TOP_K.value,
+        "top_p": TOP_P.value,
+        "min_p": MIN_P.value,
+        "repetition_penalty": REPETITION_PENALTY.value,
+        "seed": SEED.value,
+        "stop_strings": STOP.value,
+        "stop_tokens": None if STOP_AT_END.value else (),
+        "logprobs": JSON.value,
+    }
+
+
+def _named_by_flag(error: ConfigError, options: dict[str, Any]) -> UserError:
+    """The error under the name that the user has written; of the model's configuration, as it is."""
+    name = error.field.split(".")[-1]
+    if name not in options and error.field != "mesh.context":
+        return error
+    return UserError(f"--{FLAGS_OF_OPTIONS.get(name, name)}={error.value}: {error.allowed}")
+
+
+def _print_samples(stream: "Stream") -> bool:
+    """Prints the samples as the flags ask for; returns whether it was interrupted."""
+    live = STREAM.value and NUM_SAMPLES.value == 1 and not JSON.value
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    interrupted = False
+    try:
+        for piece in stream:
+            if live:
+                print(piece.text, end="", flush=True)
+            if environment.reader_is_gone():
+                stream.stop()
+                return True
+    except KeyboardInterrupt:
+        interrupted = True
+        rest = stream.stop()
+        if live:
+            print("".join(piece.text for piece in rest), end="")
+    for number, sample in enumerate(stream.generations):
+        if JSON.value:
+            print(json.dumps(_as_json(number, sample)))
+        elif live:
+            print()
+        else:
+            print(sample.text if NUM_SAMPLES.value == 1 else f"--- sample {number}\n{sample.text}")
+    sys.stdout.flush()
+    return interrupted or environment.reader_is_gone()
+
+
+def _as_json(number: int, sample: Any) -> dict[str, Any]:
+    return {
+        "sample": number,
+        "seed": (SEED.value + number) % 2**32,
+        "text": sample.text,
+        "finish_reason": sample.finish_reason,
+        "tokens": sample.tokens,
+        "logprobs": sample.logprobs,
+        "hits": sample.hits,
+        "misses": sample.misses,
+    }
+
+
+def _print_figures(statistics: "Statistics", compilations: list[float]) -> None:
+    """Prints on stderr what it took."""
+    if statistics.prefill is None:
+        return
+    calls = [statistics.prefill, *statistics.decode]
+    tokens, seconds = sum(call.tokens for call in calls), sum(call.seconds for call in calls)
+    lines = [
+        f"{tokens:,} tokens in {seconds:.2f} s, prefill and compilation included: {tokens / seconds:,.1f} tokens/s"
+    ]
+    compiled = [call for call in statistics.decode if not _within(call, compilations)]
+    if compiled:
+        rate = sum(call.tokens for call in compiled) / sum(call.seconds for call in compiled)
+        lines.append(f"{rate:,.1f} tokens/s once compiled, slides included")
+    lines.append(f"{statistics.hits:,} cache hits, {statistics.misses:,} misses")
+    lines.append(f"cache: {statistics.cache}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _watch_compilations() -> list[float]:
+    """A list that every compilation from now on adds its end to, in seconds of time.perf_counter."""
+    import jax
+
+    ends: list[float] = []
+
+    def note(event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile"):
+            ends.append(time.perf_counter())
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return ends
+
+
+def _within(call: "Call", moments: list[float]) -> bool:
+    return any(call.start <= moment <= call.start + call.seconds for moment in moments)

@@ -1,0 +1,86 @@
+"""What the history contributes to a trained model: `python -m tlinformer_jax history --workdir=DIR`.
+
+Attention to the history by distance, the change in loss where history beyond a distance is cut, and the loss by the
+length of the history; `tlinformer_jax.evaluation.history` defines each. Nothing is trained. --out=DIR gets
+history.json, a CSV file and a figure of each. After a training the same is `--then=history`.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from tlinformer_jax.commands import cli
+from tlinformer_jax.errors import ConfigError, UserError
+
+WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
+OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and figures; made if it is missing.")
+SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to measure on.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
+SAMPLES = flags.DEFINE_integer("samples", 64, "Samples, spread evenly over the split.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sample; as trained if not given.", lower_bound=1)
+DISTANCES = flags.DEFINE_list("distances", [], "Where to cut; 0 and powers of 4 from 16 if not given.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Samples at a time.", lower_bound=1)
+
+
+def main() -> None:
+    """Measures, prints a table of the cuts, and writes what --out asks for."""
+    from tlinformer_jax.evaluation.history import HistoryOptions, measure_history
+    from tlinformer_jax.evaluation.report import describe
+    from tlinformer_jax.evaluation.trained import load_run
+    from tlinformer_jax.training.memory import advised, evaluation_advice
+    from tlinformer_jax.training.setup import use_compilation_cache
+
+    if not WORKDIR.value:
+        raise UserError("--workdir: must name the directory of a run")
+    out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
+    try:
+        distances = tuple(sorted({int(text) for text in DISTANCES.value}))
+        options = HistoryOptions(SAMPLES.value, LENGTH.value, distances, BATCH_SIZE.value)
+    except (ValueError, ConfigError):
+        given = ",".join(DISTANCES.value)
+        raise UserError(f"--distances={given}: must be integers of 0 or more with commas between") from None
+    use_compilation_cache()
+    trained = load_run(WORKDIR.value, STEP.value)
+    stream = trained.run.split(SPLIT.value, LENGTH.value)
+    with advised(lambda: evaluation_advice(options.batch_size)):
+        measured = measure_history(trained, stream, options)
+    print("\n".join(lines(measured)))
+    if out is not None:
+        command = ["tlinformer_jax history", *sys.argv[1:]]
+        _write(describe(trained, command) | {"split": SPLIT.value} | measured, out)
+
+
+def lines(measured: dict[str, Any]) -> list[str]:
+    """The cuts and shares to read."""
+    from tlinformer_jax.experiments.tables import markdown
+
+    rows = [
+        (f"{part['distance']:,}", *(number(part[name]) for name in ("loss", "change", "affected_change")))
+        for part in measured["cuts"]
+    ]
+    text = markdown(("rows of history left", "loss", "change", "change of tokens with more"), rows)
+    shares = ", ".join(f"{share:.3f}" for share in measured["share"])
+    return [*text, f"share of the history in what x reads, by block: {shares or 'x does not read it'}"]
+
+
+def number(value: float | None) -> str:
+    """A loss or a change of one; '-' where no token counts."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _write(report: dict[str, Any], out: pathlib.Path) -> None:
+    """Writes history.json, the CSV files, and the figures where matplotlib is installed."""
+    from tlinformer_jax.evaluation.report import write_report
+    from tlinformer_jax.experiments.history import plot_history, write_csv
+    from tlinformer_jax.files import finite
+
+    write_report(finite(report), out / "history.json")
+    try:
+        write_csv(report, out)
+        plot_history([("", report)], out)
+    except ImportError as error:
+        print(f"no figures: {error}; pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,30 @@
+"""Writes the report of many runs: `python -m tlinformer_jax report --results=DIR --out=docs/results.md`.
+
+DIR holds the record of each run, NAME.json: what `tlinformer_jax sweep --results=DIR` puts there, or a copy of the
+result.json that `tlinformer_jax.main --then=...` leaves. Figures go into the folder `figures` beside the document.
+"""
+
+from absl import flags
+
+from tlinformer_jax.commands import cli
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path
+
+RESULTS = flags.DEFINE_string("results", "", "Directory of the records.")
+OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
+
+
+def main() -> None:
+    """Reads all records, writes document and figures."""
+    from tlinformer_jax.experiments.report import write_report
+
+    if not RESULTS.value:
+        raise UserError("--results: must name a directory of records")
+    if not OUT.value:
+        raise UserError("--out: must name a Markdown file")
+    folder, out = local_path(RESULTS.value, "--results"), local_path(OUT.value, "--out")
+    try:
+        files = write_report(folder, out)
+    except ImportError as error:
+        raise UserError(f"the report needs matplotlib ({error}): pip install 'tlinformer-jax[bench]'") from None
+    print(f"{out}, {len(files)} figures in {out.parent / 'figures'}")

@@ -1,0 +1,179 @@
+"""Trains the points of a sweep: `python -m tlinformer_jax sweep --sweep=FILE[:VARIANT] --out=DIR`.
+
+Each point gets a folder of DIR and a process of its own. Points that are finished are skipped, those that were
+interrupted go on from their checkpoints: after a kill, the same command does the rest. After each point DIR gets
+sweep.csv, sweep.json and sweep.md of all that are finished, and plots at the end. The status is 1 if a point has
+failed. In a job array, --point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N every N-th.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import pathlib
+import re
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from tlinformer_jax.commands import cli
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path, open_own
+
+if TYPE_CHECKING:
+    from tlinformer_jax.experiments.job import Job
+    from tlinformer_jax.experiments.plan import Sweep
+
+SWEEP = flags.DEFINE_string("sweep", "", "Sweep file; FILE:VARIANT picks a variant.")
+OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working directory for each point, tables, plots.")
+POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this job, from 0.")
+POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")
+SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of their own; the file's if not given.")
+RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
+THEN = flags.DEFINE_list(
+    "then", None, "What to do after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
+)
+RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
+CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train nothing.")
+
+
+def main() -> None:
+    """Checks all points, trains those that are not finished, writes the tables."""
+    from tlinformer_jax.experiments.actions import checked_actions
+    from tlinformer_jax.experiments.job import Job
+    from tlinformer_jax.experiments.plan import check_data, chosen_points, load_sweep, plan_points
+    from tlinformer_jax.experiments.runner import run_jobs
+
+    sweep = load_sweep(SWEEP.value)
+    if SEEDS.value is not None:
+        sweep = dataclasses.replace(sweep, seeds=_seeds(SEEDS.value))
+    then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
+    points = plan_points(sweep, _base(sweep))
+    chosen = chosen_points(points, POINT.value, POINTS.value)
+    check_data(chosen)
+    if CHECK.value:
+        print("\n".join(f"{number} {point.name} {point.overrides}" for number, point in enumerate(points)))
+        return
+    if RESULTS.value:
+        local_path(RESULTS.value, "--results")  # before anything is made
+    out = cli.writable_workdir(OUT.value, "--out")
+    results = cli.writable_workdir(RESULTS.value, "--results") if RESULTS.value else None
+    command = shlex.join(["python", "-m", "tlinformer_jax", "sweep", *sys.argv[1:]])
+    stem = pathlib.Path(SWEEP.value.partition(":")[0]).stem
+    jobs = {
+        point.name: Job(
+            name=point.name,
+            config=point.config,
+            workdir=out / point.name,
+            command=command,
+            then=then,
+            study=sweep.study,
+            sweep=stem,
+            point=point.point,
+            overrides=point.overrides,
+        )
+        for point in points
+    }
+    write = functools.partial(_write, list(jobs.values()), out, results)
+    failures = run_jobs([jobs[point.name] for point in chosen], RETRIES.value, finished=write)
+    done = write()
+    print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
+    _plot(done, out)
+    if failures:
+        reasons = "; ".join(f"{failure.name} ({failure.reason})" for failure in failures)
+        cli.fail(f"{len(failures)} of {len(chosen)} points failed: {reasons}", 1)
+
+
+def define_flags() -> None:
+    """Defines --config.FIELD=VALUE, which change the base of the sweep that the command line names.
+
+    Before the flags are parsed, since the fields are the sweep's.
+    """
+    from ml_collections import ConfigDict, config_flags
+
+    from tlinformer_jax.config.run import add_defaults
+    from tlinformer_jax.experiments.plan import load_sweep
+
+    if any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):
+        cli.fail("--config: the configuration is the sweep's own; --config.SECTION.FIELD=VALUE changes its fields")
+    if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
+        return
+    named = ""
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+        found = re.match(r"--?sweep(=(?P<value>.*))?$", argument, re.DOTALL)
+        if found:
+            named = following if found["value"] is None else found["value"]
+    try:
+        base = load_sweep(named).base
+    except UserError as error:
+        cli.fail(str(error))
+    try:
+        config = ConfigDict(base)
+        add_defaults(config)
+        config_flags.DEFINE_config_dict("config", config, lock_config=True)
+    except Exception as error:  # ml_collections raises what comes, for a field that does not exist
+        cli.fail(cli.describe(error, sys.argv))
+
+
+def _base(sweep: "Sweep") -> Any:
+    """The base with the command line's changes.
+
+    Raises:
+      UserError: for a change of a field that points set themselves, and of the seed.
+    """
+    if "config" not in flags.FLAGS:
+        return None
+    from ml_collections import config_flags
+
+    from tlinformer_jax.experiments.plan import SEED
+
+    for field in config_flags.get_override_values(flags.FLAGS["config"]):
+        if field == SEED:
+            raise UserError(f"--config.{field}: a sweep has several seeds; --seeds changes them")
+        for name, overrides in sweep.points.items():
+            if field in overrides:
+                raise UserError(f"--config.{field}: point {name} sets this field itself")
+    return flags.FLAGS.config
+
+
+def _seeds(texts: list[str]) -> tuple[int, ...]:
+    """The seeds of the flag.
+
+    Raises:
+      UserError: if one is no integer.
+    """
+    try:
+        return tuple(int(text) for text in texts)
+    except ValueError:
+        raise UserError(f"--seeds={','.join(texts)}: must be integers, separated by commas") from None
+
+
+def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -> list[dict[str, Any]]:
+    """Writes the tables of all jobs that are finished, copies their records, and returns these."""
+    from tlinformer_jax.experiments.job import finished_result
+    from tlinformer_jax.experiments.results import write_result
+    from tlinformer_jax.experiments.retrieval import retrieval_lines
+    from tlinformer_jax.experiments.tables import write_tables
+
+    with open_own(out / ".tables.lock", "a") as lock:  # jobs of an array may come to this together
+        with contextlib.suppress(OSError):  # on a file system without locks they take the risk
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        done = [result for result in map(finished_result, jobs) if result is not None]
+        if results is not None:
+            for result in done:
+                write_result(results / f"{result['name']}.json", result)
+        retrieval = bool(jobs) and jobs[0].study == "retrieval"
+        write_tables(done, out, retrieval_lines(done) if retrieval else None)
+    return done
+
+
+def _plot(done: list[dict[str, Any]], out: pathlib.Path) -> None:
+    from tlinformer_jax.experiments.curves import groups_of
+    from tlinformer_jax.experiments.plots import plot_sweep
+
+    try:
+        plot_sweep(groups_of(done), out)
+    except ImportError as error:
+        print(f"no plots: {error}; pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)

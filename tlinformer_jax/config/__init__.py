@@ -1,0 +1,1 @@
+"""What a run is told: one frozen, validated dataclass for each section."""

@@ -1,0 +1,203 @@
+"""A run's whole configuration, from a config file or a working directory, checked as one.
+
+Config files are Python files whose `get_config()` returns a `ml_collections.ConfigDict` with the sections
+`model`, `train`, `data` and `mesh`; each section's fields are those of one frozen dataclass.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tlinformer_jax.config.data import DataConfig, absolute_paths
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.train import TrainConfig
+from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import read_json, write_text
+from tlinformer_jax.parallel.mesh import MeshConfig
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+CONFIG_FILE = "config.json"
+AUTO = "auto"
+# What the default of model.vocab_size is padded to a multiple of: the lanes of a TPU, and what GPUs' products like.
+VOCABULARY_MULTIPLE = 128
+# The model of a configuration without the section `model`: small enough for the default corpus, and for any computer.
+SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    mesh: MeshConfig
+
+    def __post_init__(self) -> None:
+        sampled = self.train.sampled_windows
+        if sampled and not self.model.windowed:
+            raise ConfigError(
+                "train.sampled_windows", sampled, f"must be 0 for model.architecture = {self.model.architecture!r}"
+            )
+        windows = -(-self.data.sequence_length // self.model.generation_window)
+        if sampled > windows:
+            raise ConfigError("train.sampled_windows", sampled, f"must be at most the {windows} windows of a sequence")
+        if self.data.curriculum and (sampled or not self.train.equal_updates):
+            field = "sampled_windows = 0" if sampled else "equal_updates = True"
+            raise ConfigError("data.curriculum", self.data.curriculum, f"must be '' without train.{field}")
+        before = sum(stage.updates for stage in self.data.stages)
+        if before and 0 < self.train.steps <= before:
+            allowed = f"must end before train.steps = {self.train.steps}, and has {before} updates"
+            raise ConfigError("data.curriculum", self.data.curriculum, allowed)
+        if not self.train.steps and any(stage.accuracy for stage in self.data.stages):
+            allowed = "must have no @ACCURACY where train.steps is 0: the updates of an epoch would not be known"
+            raise ConfigError("data.curriculum", self.data.curriculum, allowed)
+        if self.train.stop_at_accuracy and not self.data.is_task:
+            raise ConfigError(
+                "train.stop_at_accuracy",
+                self.train.stop_at_accuracy,
+                f"must be 0 for data.dataset = {self.data.dataset!r}, which has no answers",
+            )
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain nested dictionaries, as `run_config` takes them."""
+        return dataclasses.asdict(self)
+
+
+SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration that nested mappings (a ConfigDict, parsed JSON) describe.
+
+    What they leave out has the default of its dataclass, but for `model`: left out as a whole it is SMALL_MODEL, and
+    `vocab_size` is "auto", the number of the tokenizer's entries rounded up to a multiple of VOCABULARY_MULTIPLE.
+
+    Raises:
+      ConfigError: for a section or field that does not exist, and for every value that is not allowed.
+      DataError: for a file that is no tokenizer, where the vocabulary's size is to be found.
+    """
+    for name in values:
+        if name not in SECTIONS:
+            raise ConfigError(name, "...", f"no such section; there are {', '.join(SECTIONS)}")
+    sections = {name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items() if name != "model"}
+    return RunConfig(model=_section("model", ModelConfig, _model_fields(values, sections["data"])), **sections)
+
+
+def default_config_dict() -> "ConfigDict":
+    """Every field of every section with its default: what a config file starts from and a flag can override."""
+    from ml_collections import ConfigDict, FieldReference  # here, because only config files need it
+
+    def default(field: Any) -> Any:
+        # A ConfigDict takes values of the default's type only; fields of several types must take any of them.
+        return field.default if isinstance(field.type, type) else FieldReference(field.default, field_type=object)
+
+    config = ConfigDict(
+        {name: {field.name: default(field) for field in dataclasses.fields(kind)} for name, kind in SECTIONS.items()}
+    )
+    config.model.vocab_size = FieldReference(AUTO, field_type=object)
+    return config
+
+
+def add_defaults(config: "ConfigDict") -> None:
+    """Adds to a config file's values those that it leaves out, as `run_config` takes them.
+
+    A field whose value is not of its default's type becomes one that takes any: `run_config` says what is not allowed.
+    """
+    from ml_collections import FieldReference
+
+    whole = default_config_dict()
+    if not config.get("model"):
+        whole.model.update(SMALL_MODEL)
+    with config.unlocked():
+        for name, defaults in whole.items():
+            section = config.get(name)
+            if section is None:
+                config[name] = defaults
+            elif hasattr(section, "items"):
+                for field, default in defaults.items(preserve_field_references=True):
+                    if field not in section:
+                        section[field] = default
+                    elif section.get_type(field) != defaults.get_type(field):
+                        value = section[field]
+                        del section[field]
+                        section[field] = FieldReference(value, field_type=object)
+
+
+def field_names() -> dict[str, set[str]]:
+    """The fields of every section."""
+    return {name: {field.name for field in dataclasses.fields(kind)} for name, kind in SECTIONS.items()}
+
+
+def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Writes the configuration into a working directory."""
+    write_text(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load_config(workdir: pathlib.Path) -> RunConfig:
+    """Reads the configuration of a working directory.
+
+    Paths in it that are relative, as a person may have written them, start from the directory itself: a file of the
+    same name elsewhere is never read in the place of the run's.
+
+    Raises:
+      DataError: if there is none, or one that is damaged or does not fit this version.
+    """
+    path = workdir / CONFIG_FILE
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no sections")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = f"no readable {CONFIG_FILE} ({error.strerror}); train into it first"
+        raise DataError(f"workdir {workdir}: {reason}") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({why})") from None
+    try:
+        if isinstance(values.get("data"), dict):
+            values["data"] = absolute_paths(values["data"], workdir)
+        return run_config(values)
+    except ConfigError as error:
+        raise DataError(f"workdir {workdir}: its {CONFIG_FILE} does not fit this version: {error}") from None
+
+
+def fingerprint(config: RunConfig) -> str:
+    """SHA-256, in hexadecimal, of the configuration's fields and values; equal for equal configurations only."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Fields in which two configurations differ, as 'section.field: old -> new'."""
+    before, after = old.to_dict(), new.to_dict()
+    return [
+        f"{section}.{name}: {before[section][name]!r} -> {value!r}"
+        for section, fields in after.items()
+        for name, value in fields.items()
+        if before[section][name] != value
+    ]
+
+
+def _model_fields(values: Mapping[str, Any], data: DataConfig) -> Any:
+    """The fields of the section `model`, its size of the vocabulary found."""
+    fields = values.get("model") or SMALL_MODEL
+    if not hasattr(fields, "items") or fields.get("vocab_size", AUTO) != AUTO:
+        return fields
+    entries = build_tokenizer(data.tokenizer, data.end_of_text_token).vocab_size
+    return {**dict(fields.items()), "vocab_size": entries + -entries % VOCABULARY_MULTIPLE}
+
+
+def _section(name: str, kind: Any, values: Any) -> Any:
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise ConfigError(name, values, "must be a section of fields")
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{name}.{key}", value, f"no such field; there are {', '.join(sorted(fields))}")
+    return kind(**dict(values.items()))

@@ -1,0 +1,191 @@
+"""What the config and sweep files of the retrieval tasks share: settings by name, models of equal depth, the recipe.
+
+A setting binds where neither window of a question can hold what is asked for: more pairs than W_oh has rows, samples
+far longer than W_oh, and answers that stand outside the generation window of their question. Pairs fill whole
+generation windows, so that in every setting of 'recall' all answers stand outside; which of them lie in W_oh,
+evaluations tell apart. No setting is beyond the reach of a sliding window of W_oh + W_og rows, whose layers relay
+answers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+T = TypeVar("T")
+
+TOKENS = 200_000_000  # at most, of a cell
+STOP_AT = 0.99
+EVALUATIONS = 24
+TOGETHER = 1024  # tokens of a sample whose windows run together
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Sizes of a task: N, W_oh and W_og; of 'recall' the pairs; `DataConfig.curriculum`."""
+
+    length: int
+    history_window: int
+    generation_window: int
+    pairs: int = 1
+    curriculum: str = ""
+
+
+RECALL = {
+    # The protocol's own (length, pairs); the pairs fill the first window, W_oh could hold all of them.
+    "64-4": Setting(64, 8, 8, 4),
+    "128-8": Setting(128, 16, 16, 8),
+    "256-16": Setting(256, 32, 32, 16),
+    "512-64": Setting(512, 128, 128, 64, "64:600,128:600,256:800"),
+    # Binding: 4 times as many pairs as rows of W_oh, 32 times as long; the pairs fill the first window.
+    "256-32-tight": Setting(256, 8, 64, 32, "64:3000@0.8,128:2000@0.8"),
+    "512-64-tight": Setting(512, 16, 128, 64, "64:600,128:600,256:800"),
+    "1024-128-tight": Setting(1024, 32, 256, 128, "64:600,128:600,256:800,512:800"),
+    # Two of the protocol's, on shorter samples first. Last, so that the points of sweeps keep their numbers.
+    "128-8-grown": Setting(128, 16, 16, 8, "64:2000"),
+    "256-16-grown": Setting(256, 32, 32, 16, "64:1500,128:1500"),
+}
+COPY = {
+    "128": Setting(128, 64, 64),  # W_oh holds the whole segment
+    "256-tight": Setting(256, 32, 32),  # half of the segment is more than both windows
+    "512-tight": Setting(512, 32, 64),
+}
+PASSKEY = {
+    "8k": Setting(8192, 512, 512, curriculum="256:800,1024:450,2048:500,4096:600"),
+    "tiny": Setting(512, 64, 64, curriculum="256:20"),  # minutes on a CPU
+}
+
+# Architecture, B, H; B * (H + 2) layers. A block's history of raw embeddings cannot know its predecessors, so B = 2.
+MODELS = {
+    "attention-2": ("transformer", 1, 0),  # shows that the harness works
+    "attention-4": ("transformer", 2, 0),
+    "attention-6": ("transformer", 2, 1),
+    "tlin-4": ("tlinformer", 2, 0),
+    "tlin-6": ("tlinformer", 2, 1),
+    "tconst-4": ("tconstformer", 2, 0),
+    "tconst-6": ("tconstformer", 2, 1),
+    "sliding-4": ("sliding_window", 2, 0),
+    "sliding-6": ("sliding_window", 2, 1),
+}
+
+
+def set_recall(config: "ConfigDict", name: str) -> None:
+    """Sets multi-query associative recall, vocabulary 8,192, in the setting `name`.
+
+    Raises:
+      ConfigError: if there is none of that name.
+    """
+    setting = _chosen(RECALL, name)
+    config.data.update(dataset="recall", tokenizer="numbers:8192", pairs=setting.pairs)
+    _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
+
+
+def set_copy(config: "ConfigDict", name: str) -> None:
+    """Sets segment copy of 16 symbols in the setting `name`; raises as `set_recall`."""
+    config.data.update(dataset="copy", tokenizer="numbers:17")
+    _set_task(config, _chosen(COPY, name), vocab_size=17, width=128, tokens_per_update=32_768, learning_rate=1e-3)
+
+
+def set_passkey(config: "ConfigDict", name: str) -> None:
+    """Sets passkeys, 4 in a sample, among books in GPT-2 tokens ('tiny': among the Python reference, in bytes).
+
+    Raises:
+      ConfigError: as `set_recall`.
+    """
+    setting = _chosen(PASSKEY, name)
+    config.data.update(dataset="passkey", passkeys=4, questions=4, validation_examples=200)
+    if name == "tiny":
+        config.data.update(tokenizer="bytes", passkeys=1, questions=1)
+        _set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
+        config.train.update(steps=40, warmup_steps=4, eval_every=20, checkpoint_every=20)
+        config.data.validation_examples = 20
+    else:
+        config.data.update(
+            tokenizer="gpt2",
+            train_files="data/books/train-*.jsonl.xz",
+            validation_files="data/books/valid.jsonl.xz",
+        )
+        _set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
+        config.train.eval_every = config.train.steps // 8  # an evaluation reads 1.6 M tokens
+
+
+def set_model(config: "ConfigDict", name: str) -> None:
+    """Sets architecture and depth to those of MODELS.
+
+    Raises:
+      ConfigError: if there is none of that name.
+    """
+    architecture, blocks, hidden = _chosen(MODELS, name)
+    config.model.update(architecture=architecture, num_blocks=blocks, hidden_depth=hidden)
+
+
+def sweep_points(
+    set_task: "Callable[[ConfigDict, str], None]",
+    settings: Sequence[str],
+    models: Sequence[str],
+    learning_rates: Sequence[float],
+) -> "tuple[ConfigDict, dict[str, dict[str, Any]]]":
+    """The base of a sweep, and a point for every setting, model and learning rate, named SETTING_MODEL_lrRATE."""
+    from tlinformer_jax.config.run import default_config_dict
+    from tlinformer_jax.experiments.plan import overrides_between
+
+    def configured(setting: str, model: str) -> "ConfigDict":
+        config = default_config_dict()
+        set_task(config, setting)
+        set_model(config, model)
+        return config
+
+    base, points = configured(settings[0], models[0]), {}
+    for setting in settings:
+        for model in models:
+            changed = overrides_between(base, configured(setting, model))
+            for rate in learning_rates:
+                points[f"{setting}_{model}_lr{rate:g}"] = changed | {"train.learning_rate": rate}
+    return base, points
+
+
+def _set_task(
+    config: "ConfigDict", setting: Setting, vocab_size: int, width: int, tokens_per_update: int, learning_rate: float
+) -> None:
+    """Windows, a small model, and the recipe: AdamW without weight decay, a tenth to warm up, cosine; never twice the
+    same sample."""
+    config.model.update(
+        vocab_size=vocab_size,
+        d_model=width,
+        num_heads=max(1, width // 64),
+        history_window=setting.history_window,
+        generation_window=setting.generation_window,
+        dropout=0.0,
+    )
+    windows = -(-setting.length // setting.generation_window)
+    if setting.length <= TOGETHER:
+        config.model.windows_together = windows - 1  # small as they are, one alone would leave a device idle
+    set_model(config, "tlin-4")
+    config.data.update(sequence_length=setting.length, curriculum=setting.curriculum)
+    rows, updates = tokens_per_update // setting.length, TOKENS // tokens_per_update
+    config.train.update(
+        steps=updates,
+        batch_size=rows,
+        learning_rate=learning_rate,
+        warmup_steps=updates // 10,
+        schedule="cosine",
+        final_learning_rate=0.1,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        log_every=50,
+        eval_every=updates // EVALUATIONS,
+        checkpoint_every=updates // 4,
+        stop_at_accuracy=STOP_AT,
+    )
+    config.data.train_examples = DataConfig(**config.data).samples_before(updates, rows)
+
+
+def _chosen(table: Mapping[str, T], name: str) -> T:
+    if name not in table:
+        raise ConfigError("variant", name, f"must be one of {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,81 @@
+"""The decoder compiled for TPUs that are not here: `python -m tools.decoder_topology --topology=v5e:2x2`.
+
+`prefill`, `step` and `slide` of the 41M shape, its history of --length tokens spread over all chips of the topology, go
+through libtpu's compiler; the memory of a chip and what the chips exchange are printed. Nothing is allocated or run.
+"""
+
+import functools
+from typing import Any
+
+from absl import flags
+
+from tlinformer_jax.commands import cli
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.errors import UserError
+
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU generation and its grid of chips.")
+LENGTH = flags.DEFINE_integer("length", 4_000_000, "Tokens of the sequence.", lower_bound=1, upper_bound=2**31 - 1)
+DTYPE = "bfloat16"
+
+
+def main() -> None:
+    """Compiles each of the three and prints what it takes."""
+    cli.without_tpus()
+    from tlinformer_jax.parallel.target import target
+    from tlinformer_jax.training.memory import is_out_of_memory
+    from tools.collectives import collectives
+    from tools.training_topology import collective_lines, memory_line, topology_devices
+
+    devices = topology_devices(TOPOLOGY.value)
+    with target("tpu", devices[0].device_kind):
+        for name, lowered in lowered_decoder(ModelConfig(dtype=DTYPE), devices, LENGTH.value).items():
+            try:
+                compiled = lowered.compile()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"--topology={TOPOLOGY.value}: {name} does not fit a chip's memory ({str(error)[:300]})"
+                ) from error
+            print(f"{name}, {LENGTH.value:,} tokens on {len(devices)} x {devices[0].device_kind}")
+            print(
+                "\n".join([memory_line(compiled.memory_analysis()), *collective_lines(collectives(compiled.as_text()))])
+            )
+
+
+def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str, Any]:
+    """The decoder's functions for one sequence, its history spread over the devices (`jax.stages.Lowered` by name)."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from tlinformer_jax.decoding.cache import capacity_for
+    from tlinformer_jax.decoding.decoder import jitted
+    from tlinformer_jax.decoding.params import decoder_params
+    from tlinformer_jax.decoding.spread import WHOLE, abstract_cache
+    from tlinformer_jax.models.model import build_model
+    from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
+
+    mesh = build_mesh(MeshConfig(data=1, context=len(devices)), devices)
+    whole = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, WHOLE))
+
+    def params() -> Any:
+        model = build_model(config)
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        typed: Any = model.apply(variables, method=model.parameters)
+        return decoder_params(typed, config)
+
+    shapes = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), jax.eval_shape(params))
+    final = length + config.generation_window
+    cache = abstract_cache(config, 1, capacity_for(config, length, final, len(devices)), mesh)
+    number, start = whole((), jnp.int32), (shapes, config, cache)
+    prefill, step, slide = jitted(config, mesh)
+    return {
+        "prefill": prefill.lower(*start, number, whole(cache.tokens.shape[1:], jnp.int32), number, number),
+        "step": step.lower(*start, whole((1,), jnp.int32), whole((1,), jnp.bool_)),
+        "slide": slide.lower(*start, number, number),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

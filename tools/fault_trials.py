@@ -1,0 +1,153 @@
+"""The trials of `bench.faults`: an uninterrupted run, then runs that are killed at seeded random moments."""
+
+import dataclasses
+import itertools
+import pathlib
+import shutil
+import signal
+import sys
+
+import numpy as np
+
+from tools.fault_check import damaged, final_state, log_difference, logged, state_difference
+from tools.fault_runs import AIMS, Blow, Durations, Outcome, Process, fault_config, write_texts
+
+# How many signals a trial gets, and how often.
+SIGNALS, ODDS = (1, 2, 3), (0.5, 0.3, 0.2)
+# The part of a run in which signals come, counted in time or in phases.
+LATEST = 0.8
+# What SIGTERM may end without an answer, because there is nothing to save yet.
+UNANSWERED = ("start", "tokenisation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A run that was killed, and resumed until its end.
+
+    Attributes:
+      number: from 0.
+      outcomes: of its processes, in their order; the last was let run.
+      problem: what is wrong with it; None if it is the uninterrupted run bit for bit.
+    """
+
+    number: int
+    outcomes: tuple[Outcome, ...]
+    problem: str | None
+
+    @property
+    def repeated_steps(self) -> list[int]:
+        """By process that came as far as a step after a signal: how many that had been logged it did again."""
+        done = 0
+        repeated: list[int] = []
+        for before, after in itertools.pairwise(self.outcomes):
+            done = max(done, before.last_step or 0)
+            if after.last_step is not None:
+                repeated.append(max(0, done - (after.resumed or 0)))
+        return repeated
+
+
+def run_trials(root: pathlib.Path, count: int, seed: int, number: int) -> list[Trial]:
+    """Two uninterrupted runs, in root/whole and root/again, then `count` trials in root/0, root/1, ...
+
+    Logs are compared as soon as a trial is done, final states not yet: that takes JAX, which a process that forks
+    others must not use.
+
+    Args:
+      root: an empty directory.
+      count: trials.
+      seed: of the moments.
+      number: the signal.
+
+    Returns:
+      the second uninterrupted run, as trial -1, and the trials.
+
+    Raises:
+      RuntimeError: if a run fails that nobody has disturbed.
+    """
+    write_texts(root)
+    undisturbed(root, root / "whole")
+    durations = undisturbed(root, root / "again")
+    say("undisturbed: " + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in durations.seconds.items()))
+    again = Trial(-1, (), log_difference(logged(root / "whole" / "run"), logged(root / "again" / "run")))
+    return [again, *(run_trial(root, trial, durations, seed, number) for trial in range(count))]
+
+
+def undisturbed(root: pathlib.Path, folder: pathlib.Path) -> Durations:
+    """Runs in `folder` to the end, and tells how long it took."""
+    folder.mkdir()
+    process = Process(fault_config(root, folder / "cache"), folder, 0)
+    status = process.wait().status
+    if status != 0:
+        raise RuntimeError(f"the uninterrupted run ended with status {status}:\n{process.text}")
+    return process.durations()
+
+
+def run_trial(root: pathlib.Path, trial: int, durations: Durations, seed: int, number: int) -> Trial:
+    """One run, killed as its seed says and resumed until it ends; its log compared with root/whole's."""
+    folder = root / f"{trial}"
+    folder.mkdir()
+    config = fault_config(root, folder / "cache")
+    outcomes: list[Outcome] = []
+    for blow in draw_blows(np.random.default_rng([seed, trial]), trial, durations):
+        outcomes.append(Process(config, folder, len(outcomes)).wait(blow, number))
+        if outcomes[-1].blow is None:  # it ended before the moment came
+            break
+    if not outcomes or outcomes[-1].blow is not None:
+        outcomes.append(Process(config, folder, len(outcomes)).wait())
+    problem = process_problem(outcomes, number)
+    if problem is None:
+        workdir = folder / "run"
+        problem = damaged(workdir) or log_difference(logged(root / "whole" / "run"), logged(workdir))
+    say(f"trial {trial}: {', '.join(map(str, outcomes))}; {problem or 'log equal'}")
+    return Trial(trial, tuple(outcomes), problem)
+
+
+def draw_blows(rng: np.random.Generator, trial: int, durations: Durations) -> list[Blow]:
+    """The signals of a trial. The first is aimed at each of AIMS in turn, the others at any."""
+    count = int(rng.choice(SIGNALS, p=ODDS))
+    aims = [AIMS[trial % len(AIMS)], *rng.choice(AIMS, count - 1)]
+    return [
+        Blow(
+            str(aim),
+            # Shared among the signals, so that the later ones find something left to do; and no run is at its end by
+            # then, unless this machine has become faster.
+            1 + int(rng.integers(max(1, int(LATEST * durations.counts[aim]) // count))),
+            float(rng.uniform(0, (LATEST if aim == "anywhere" else 1) * durations.seconds[aim])),
+        )
+        for aim in aims
+    ]
+
+
+def process_problem(outcomes: list[Outcome], number: int) -> str | None:
+    """What is wrong with how a trial's processes ended, None if nothing is."""
+    for place, outcome in enumerate(outcomes):
+        if outcome.status is None:
+            return f"process {place} did not end"
+        wanted = 0 if outcome.blow is None or outcome.noticed else -number
+        if outcome.status != wanted and not (outcome.finished and outcome.status == 0):
+            return f"process {place} ended with status {outcome.status} instead of {wanted} ({outcome})"
+        answered = outcome.noticed or outcome.finished or outcome.phase in UNANSWERED
+        if number == signal.SIGTERM and outcome.status != 0 and not answered:
+            return f"process {place} did not answer SIGTERM ({outcome})"
+        later = [after.resumed for after in outcomes[place + 1 :] if after.resumed is not None]
+        if outcome.noticed and later and later[0] != (outcome.last_step or outcome.resumed or 0):
+            return f"process {place} stopped after step {outcome.last_step}, the next went on from {later[0]}"
+    return None
+
+
+def compare_states(root: pathlib.Path, trials: list[Trial]) -> list[Trial]:
+    """The trials, each compared with root/whole in every array of its final checkpoint; removes what is in order."""
+    whole = final_state(root / "whole" / "run")
+    compared = []
+    for trial in trials:
+        folder = root / ("again" if trial.number < 0 else f"{trial.number}")
+        problem = trial.problem or state_difference(whole, final_state(folder / "run"))
+        if problem is None:
+            shutil.rmtree(folder)
+        compared.append(dataclasses.replace(trial, problem=problem))
+    return compared
+
+
+def say(message: str) -> None:
+    """Prints a line of progress on stderr."""
+    print(message, file=sys.stderr, flush=True)
