@@ -7,7 +7,6 @@ over a generation window with its share of a slide (`bench.limits`). Nothing is 
 
 from absl import flags
 
-from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import UserError
 

@@ -8,8 +8,6 @@ import os
 import sys
 import threading
 
-from tlinformer_jax.commands import cli
-
 STOPPED = 3
 
 

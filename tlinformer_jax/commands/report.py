@@ -6,7 +6,6 @@ result.json that `tlinformer_jax.main --then=...` leaves. Figures go into the fo
 
 from absl import flags
 
-from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path
 
