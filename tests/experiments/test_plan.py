@@ -188,7 +188,7 @@ def test_the_architectures_are_compared_on_equal_terms():
 def test_the_process_of_a_sweep_needs_no_jax():
     """Or it would hold the device that its points need."""
     script = (
-        "import sys; from tlinformer_jax.experiments import actions, plan, plots, report, runner; "
+        "import sys; from tlinformer_jax.experiments import actions, job, plan, report; "
         f"plan.check_data(plan.plan_points(plan.load_sweep('{CONFIGS}/sweep_windows.py:tiny'))); "
         "sys.exit('jax' in sys.modules)"
     )

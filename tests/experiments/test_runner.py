@@ -13,10 +13,8 @@ import pytest
 from tests.support.results import made_result
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.experiments import runner
-from tlinformer_jax.experiments.job import Job, finished_result
-from tlinformer_jax.experiments.results import write_result
-from tlinformer_jax.experiments.runner import Failure, run_jobs
+from tlinformer_jax.experiments import job as jobs_module
+from tlinformer_jax.experiments.job import Failure, Job, finished_result, run_jobs, write_result
 
 # Counts its calls in the working directory, then does what is asked for at this one.
 PROGRAM = """
@@ -43,7 +41,7 @@ elif does == "mistake":
 
 @pytest.fixture(autouse=True)
 def program(monkeypatch):
-    monkeypatch.setattr(runner, "COMMAND", (sys.executable, "-c", PROGRAM))
+    monkeypatch.setattr(jobs_module, "COMMAND", (sys.executable, "-c", PROGRAM))
 
 
 def job(folder: pathlib.Path, name: str, *does: str, then: tuple[str, ...] = ()) -> Job:
@@ -117,7 +115,7 @@ def test_a_job_survives_being_written_down(tmp_path):
 
 def test_the_process_ends_when_its_starter_is_gone():
     """As after a kill -9 of the sweep: stdin ends, and nobody waits for it."""
-    script = "import time; from tlinformer_jax.experiments import point; point._end_with_starter(); time.sleep(60)"
+    script = "import time; from tlinformer_jax.commands import point; point._end_with_starter(); time.sleep(60)"
     started = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
         with pytest.raises(subprocess.TimeoutExpired):
@@ -140,12 +138,12 @@ signal.signal(signal.SIGTERM, stop)
 print("ready", file=sys.stderr, flush=True)
 time.sleep(60)
 """
-    monkeypatch.setattr(runner, "COMMAND", (sys.executable, "-c", waits))
+    monkeypatch.setattr(jobs_module, "COMMAND", (sys.executable, "-c", waits))
 
     def interrupt(line, log):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(runner, "_pass_on", interrupt)
+    monkeypatch.setattr(jobs_module, "_pass_on", interrupt)
     # A shell that starts the tests in the background has it ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

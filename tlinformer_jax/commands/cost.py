@@ -45,7 +45,7 @@ def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
 
 def main() -> None:
     """Prints both tables."""
-    from tlinformer_jax.experiments.tables import markdown
+    from tlinformer_jax.files import markdown
 
     given = ",".join(LENGTHS.value)
     if not all(text.isdecimal() and 1 <= int(text) < 2**31 for text in LENGTHS.value):

@@ -15,15 +15,17 @@ OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
 
 def main() -> None:
     """Reads all records, writes document and figures."""
-    from tlinformer_jax.experiments.report import write_report
-
     if not RESULTS.value:
         raise UserError("--results: must name a directory of records")
     if not OUT.value:
         raise UserError("--out: must name a Markdown file")
     folder, out = local_path(RESULTS.value, "--results"), local_path(OUT.value, "--out")
     try:
-        files = write_report(folder, out)
+        from tlinformer_jax.experiments.report import write_report
+
+        write_report(folder, out)
     except ImportError as error:
-        raise UserError(f"the report needs matplotlib ({error}): pip install 'tlinformer-jax[bench]'") from None
-    print(f"{out}, {len(files)} figures in {out.parent / 'figures'}")
+        raise UserError(
+            f"the report needs pandas and matplotlib ({error}): pip install 'tlinformer-jax[report]'"
+        ) from None
+    print(f"{out}, figures in {out.parent / 'figures'}")
