@@ -168,7 +168,9 @@ def windows(point) -> tuple[int, int]:
 
 def test_the_architectures_are_compared_on_equal_terms():
     points = plan_points(load_sweep(f"{CONFIGS}/sweep_architectures.py"))
-    seeds = {name: [point.seed for point in points if point.point == name] for name in ("base-1k", "1k-512-0.5")}
+    seeds = {
+        name: [point.config.train.seed for point in points if point.point == name] for name in ("base-1k", "1k-512-0.5")
+    }
     assert seeds == {"base-1k": [0, 1, 2], "1k-512-0.5": [0, 1, 2]}
     for length in (512, 1024):
         there = {p.config.model.architecture for p in points if p.config.data.sequence_length == length}

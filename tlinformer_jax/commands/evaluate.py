@@ -122,8 +122,7 @@ def _tell(report: "Report") -> None:
     """Prints the report, and writes it where --out says."""
     import jax
 
-    from tlinformer_jax.evaluation.report import writable_file, write_report
-    from tlinformer_jax.evaluation.tables import lines
+    from tlinformer_jax.evaluation.report import lines, writable_file, write_report
 
     if jax.process_index() != 0:
         return

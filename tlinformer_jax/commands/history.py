@@ -77,9 +77,9 @@ def _write(report: dict[str, Any], out: pathlib.Path) -> None:
 
     write_report(finite(report), out / "history.json")
     try:
-        from tlinformer_jax.experiments.figures import history_frames, plot_history
+        from tlinformer_jax.experiments.figures import history_tables, plot_history
 
-        for name, table in history_frames(report).items():
+        for name, table in history_tables(report).items():
             table.to_csv(out / f"{name}.csv", index=False)
         plot_history([("", report)], out)
     except ImportError as error:

@@ -8,8 +8,6 @@ import os
 import sys
 import threading
 
-STOPPED = 3
-
 
 def main() -> None:
     """Runs the job of the first line of stdin."""
@@ -17,7 +15,7 @@ def main() -> None:
     threading.Thread(target=_end_with_starter, daemon=True).start()
 
     from tlinformer_jax.experiments.driver import run_job
-    from tlinformer_jax.experiments.job import Job
+    from tlinformer_jax.experiments.job import STOPPED, Job
     from tlinformer_jax.training.setup import use_compilation_cache
 
     use_compilation_cache()

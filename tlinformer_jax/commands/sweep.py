@@ -85,7 +85,7 @@ def main() -> None:
     if done:
         _plot(done, out)
     if failures:
-        reasons = "; ".join(f"{failure.name} ({failure.reason})" for failure in failures)
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in failures.items())
         cli.fail(f"{len(failures)} of {len(chosen)} points failed: {reasons}", 1)
 
 

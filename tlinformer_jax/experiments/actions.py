@@ -66,11 +66,7 @@ def run_action(name: str, run: "Run", params: Any) -> dict[str, Any]:
 
 
 def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, ...]:
-    """The names, each once.
-
-    Raises:
-      UserError: for one that is not in ACTIONS, nor in NUMBERED with @LENGTH.
-    """
+    """The names, each once; UserError for one that is not in ACTIONS, nor in NUMBERED with @LENGTH."""
     for name in names:
         kind, at, number = name.partition("@")
         if kind not in ACTIONS or (at and (kind not in NUMBERED or not number.isdecimal() or int(number) < 1)):
@@ -80,19 +76,15 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
 
 
 def check_possible(names: Sequence[str], config: "RunConfig") -> None:
-    """Checks before the training that its model and data allow the actions.
-
-    Raises:
-      UserError: naming the action and the reason.
-    """
+    """Checks before the training that its model and data allow the actions, else raises UserError."""
+    tokenizer, selection = config.data.tokenizer, config.model.observed_selection
     for name in names:
         kind, _, number = name.partition("@")
         if kind == "history":
             from tlinformer_jax.evaluation.history import check_measurable
 
             check_measurable(config.model, int(number) if number else config.data.sequence_length)
-        if kind == "samples" and config.data.tokenizer.startswith(NUMBERS):
-            raise UserError(f"samples: data.tokenizer = {config.data.tokenizer!r}: must be one of texts")
-        if kind == "samples" and config.model.observed_selection != "recent":
-            selection = config.model.observed_selection
+        if kind == "samples" and tokenizer.startswith(NUMBERS):
+            raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")
+        if kind == "samples" and selection != "recent":
             raise UserError(f"samples: model.observed_selection = {selection!r}: must be 'recent' for generation")

@@ -34,16 +34,9 @@ def run_job(
 ) -> Record | None:
     """Trains a job or continues it, then carries out its actions; result.json is rewritten after each part.
 
-    Args:
-      job: its working directory exists; a finished job is left as it is.
-      profile: see `train_run`.
-      init_from: see `train_run`.
-
-    Returns:
-      the record; None if a signal stopped the training.
-
-    Raises:
-      UserError: see `train_run`; for an action that does not exist, or a result.json of another configuration.
+    A finished job is left as it is. `profile` and `init_from`, and what is raised, are those of `train_run`; an action
+    that does not exist and a result.json of another configuration are refused too. Returns the record; None if a signal
+    stopped the training.
     """
     check_possible(checked_actions(job.then), job.config)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
@@ -70,21 +63,11 @@ def run_job(
 
 
 def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
-    """The record of a finished run, before its actions.
+    """The record of a finished run, before its actions; `peak` is the most memory in bytes, None if not known.
 
-    Args:
-      job: the run's.
-      trained: its end, not stopped by a signal.
-      peak: most bytes in use on the first device; None where that is not known.
-
-    Returns:
-      format; name, study, sweep, point, overrides, seed, command; version, jax; device (kind, platform, count);
-      config, by section; parameters; steps; tokens trained on; seconds: `train`, of all steps at the logged speeds,
-      without compilation and evaluation (None if none was logged), and `wall`, of all attempts with everything;
-      attempts; speed: median of the logged tokens_per_second and mfu; peak_bytes; cache: bytes of one sequence of N
-      tokens, used, allocated, by the paper's formula, and the dtype; validation: the last figures; best: lowest
-      validation loss and its step; history: pairs of step and validation loss; target: with train.stop_at_accuracy,
-      {accuracy, reached, most_steps}, else None; then: empty.
+    seconds.train is that of all steps at the logged speeds, seconds.wall that of all attempts with compilation,
+    evaluation and saving. speed is the median of what was logged. cache counts bytes of one sequence of N tokens in
+    generation. history pairs steps and validation losses. target is None without train.stop_at_accuracy.
     """
     config = trained.run.config
     lines = (job.workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
@@ -92,6 +75,10 @@ def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
     history = [(event["step"], event["eval/loss"]) for event in events if event.get("eval/loss") is not None]
     best = min(history, key=lambda pair: pair[1], default=(trained.step, None))
     device, attempts = jax.devices()[0], read_attempts(job.workdir)
+    cache, dtype = cache_bytes_at(config.model, config.data.sequence_length), config.model.compute_dtype.name
+    least, figures = config.train.stop_at_accuracy, dict(trained.figures or {})
+    reached = figures.get("accuracy", 0) >= least
+    target = {"accuracy": least, "reached": reached, "most_steps": trained.run.horizon.steps}
     return {
         "format": FORMAT,
         "name": job.name,
@@ -112,11 +99,11 @@ def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
         "attempts": attempts["count"],
         "speed": {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},
         "peak_bytes": peak,
-        "cache": _cache(config),
-        "validation": dict(trained.figures or {}),
+        "cache": {"used": cache.used, "allocated": cache.allocated, "paper": cache.paper, "dtype": dtype},
+        "validation": figures,
         "best": {"step": best[0], "loss": best[1]},
         "history": [list(pair) for pair in history],
-        "target": _target(trained),
+        "target": target if least else None,
         "then": {},
     }
 
@@ -148,22 +135,6 @@ def train_seconds(events: Events, tokens: float) -> float | None:
         (event["step"] - start) * tokens / (event.get("train/tokens_per_second") or middle)
         for start, event in zip(starts, logged)
     )
-
-
-def _cache(config: RunConfig) -> dict[str, Any]:
-    """Bytes of one sequence of N tokens in generation, in the compute dtype of this device."""
-    found = cache_bytes_at(config.model, config.data.sequence_length)
-    parts = {"used": found.used, "allocated": found.allocated, "paper": found.paper}
-    return parts | {"dtype": config.model.compute_dtype.name}
-
-
-def _target(trained: Trained) -> dict[str, Any] | None:
-    """The accuracy at which training stops, whether it was reached, and the most updates it had."""
-    least = trained.run.config.train.stop_at_accuracy
-    if not least:
-        return None
-    reached = trained.figures is not None and trained.figures["accuracy"] >= least
-    return {"accuracy": least, "reached": reached, "most_steps": trained.run.horizon.steps}
 
 
 @contextlib.contextmanager

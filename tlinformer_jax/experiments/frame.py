@@ -81,7 +81,7 @@ def _derived(record: Record) -> dict[str, Any]:
     evaluation = record["then"].get("evaluate", {})
     tested = evaluation.get("split") == "test"
     figures = evaluation["figures"] if tested else record["validation"]
-    chance = chance_by_elimination(data["pairs"]) if data["dataset"] == "recall" else record["validation"].get("chance")
+    chance = chance_by_elimination(_items(data)) if data["dataset"] == "recall" else record["validation"].get("chance")
     return {
         "device": f"{record['device'].get('count')} x {record['device'].get('kind')}",
         "label": label,
@@ -122,11 +122,18 @@ def _label(model: Mapping[str, Any], length: int, share: float | None) -> str:
     return f"{PREFIXES[model['architecture']]}{length}{windows}{shape}"
 
 
+def _items(data: Mapping[str, Any]) -> int:
+    """The pairs or passkeys of a sample, under the name that they have or had."""
+    old = "pairs" if data["dataset"] == "recall" else "passkeys"
+    return int(data[old] if old in data else data["items"])
+
+
 def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """The task, its sizes, both windows, and the lengths it was trained on first."""
-    sizes = {"recall": f", {data['pairs']:,} pairs", "passkey": f", {data['passkeys']:,} hidden"}
+    kind = {"recall": "pairs", "passkey": "hidden"}.get(data["dataset"])
+    items = f", {_items(data):,} {kind}" if kind else ""
     windows = f"W_oh = {model['history_window']}, W_og = {model['generation_window']}, width {model['d_model']}"
-    name = f"{data['dataset']}, N = {data['sequence_length']:,}{sizes.get(data['dataset'], '')}, {windows}"
+    name = f"{data['dataset']}, N = {data['sequence_length']:,}{items}, {windows}"
     return name + (f", curriculum {data['curriculum']}" if data["curriculum"] else "")
 
 
@@ -151,6 +158,12 @@ def told(form: str) -> Callable[[pd.Series], str]:
 def mean(form: str, unit: float = 1.0) -> Callable[[pd.Series], str]:
     """Aggregates a group's figures to their mean alone; '' of none."""
     return lambda values: "" if values.isna().all() else form.format(values.mean() * unit)
+
+
+def duration(seconds: pd.Series) -> str:
+    """Aggregates seconds to their mean as m:ss; '' of none."""
+    minutes, rest = divmod(seconds.mean().round(), 60)
+    return "" if seconds.isna().all() else f"{minutes:.0f}:{rest:02.0f}"
 
 
 def joined(values: pd.Series) -> str:

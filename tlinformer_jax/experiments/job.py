@@ -4,6 +4,7 @@ Each job of a sweep gets a process of its own: a crash, a kill by the system or 
 run and not the sweep, and the peak of a device's memory is counted by process. Starting one takes a few seconds.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -11,10 +12,9 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from tlinformer_jax.commands.point import STOPPED
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.files import finite, open_own, write_text
@@ -37,6 +37,7 @@ PLACES = ("manual_dir", "cache_dir", "full_hash", "num_workers")
 FILES = ("train_files", "validation_files", "test_files")
 COMMAND = (sys.executable, "-m", "tlinformer_jax", "point")
 LOG_FILE = "log.txt"
+STOPPED = 3  # exit status of a job's process that a signal has stopped
 MISTAKE = 2  # exit status for a user's mistake, which a second attempt would repeat
 
 
@@ -78,20 +79,8 @@ class Job:
         return cls(**values | {"then": tuple(values["then"])})
 
 
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """A job that did not finish: its name and the reason."""
-
-    name: str
-    reason: str
-
-
 def write_result(path: pathlib.Path, result: Record) -> None:
-    """Writes a record, a line for each part; numbers that are not finite become null.
-
-    Raises:
-      DataError: if it cannot be written; then nothing is.
-    """
+    """Writes a record, whole or not at all (DataError); numbers that are not finite become null."""
     try:
         parts = [f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in finite(result).items()]
         write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
@@ -100,11 +89,7 @@ def write_result(path: pathlib.Path, result: Record) -> None:
 
 
 def read_result(path: pathlib.Path) -> Record:
-    """Reads a record.
-
-    Raises:
-      DataError: if it cannot be read, or is not a record.
-    """
+    """Reads a record; DataError for what cannot be read or is not one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -127,10 +112,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def essence(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that decide a run's figures, by 'section.field'.
-
-    Without devices and the places of the text; of the text's files only the names are kept.
-    """
+    """The fields that decide a run's figures, by 'section.field'; of the text's files only the names."""
     sections = completed(config)
     for name in FILES:
         paths = str(sections["data"][name]).split(",")
@@ -157,18 +139,15 @@ def finished_result(job: Job) -> Record | None:
     except DataError:
         return None  # it is written again
     found, wanted = essence(result["config"]), essence(job.config.to_dict())
-    changed = [
-        f"{name}: {found.get(name)!r} -> {wanted.get(name)!r}"
-        for name in found | wanted
-        if found.get(name) != wanted.get(name)
-    ]
-    if changed:
-        raise UserError(f"{path}: is of another configuration ({'; '.join(changed)}); take another directory")
+    different = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    if different:
+        changed = "; ".join(f"{name}: {found.get(name)!r} -> {wanted.get(name)!r}" for name in different)
+        raise UserError(f"{path}: is of another configuration ({changed}); take another directory")
     return result if set(job.then) <= set(result["then"]) else None
 
 
-def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] = lambda: None) -> list[Failure]:
-    """Runs the jobs that are not finished, one after another.
+def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] = lambda: None) -> dict[str, str]:
+    """Runs the jobs that are not finished, one after another, each in a process of its own.
 
     Args:
       jobs: in the order in which they run.
@@ -176,40 +155,31 @@ def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] =
       finished: called after each job that was run and has finished.
 
     Returns:
-      the jobs whose last attempt failed.
+      name -> why the last attempt failed, of the jobs that did not finish.
 
     Raises:
       UserError: before any runs, if a directory holds the result of another configuration.
     """
     done = [finished_result(job) is not None for job in jobs]
-    failures = []
+    failures: dict[str, str] = {}
     for number, (job, is_done) in enumerate(zip(jobs, done), 1):
         title = f"point {number} of {len(jobs)}, {job.name}"
         if is_done:
             print(f"{title}: finished before", file=sys.stderr, flush=True)
             continue
-        reason = _reason_of_failure(job, title, retries)
-        if reason is None:
-            finished()
-        else:
-            failures.append(Failure(job.name, reason))
+        for attempt in range(1, retries + 2):
+            what = "starting" if attempt == 1 else f"attempt {attempt} of {retries + 1}"
+            print(f"{title}: {what}", file=sys.stderr, flush=True)
+            status, last_line = run_in_process(job)
+            if status == 0 and finished_result(job) is not None:
+                failures.pop(job.name, None)
+                finished()
+                break
+            failures[job.name] = describe_end(status, last_line)
+            print(f"{title}: failed, {failures[job.name]}", file=sys.stderr, flush=True)
+            if status == MISTAKE:
+                break
     return failures
-
-
-def _reason_of_failure(job: Job, title: str, retries: int) -> str | None:
-    """Tries a job; returns why its last attempt failed, None if it finished."""
-    reason = ""
-    for attempt in range(1, retries + 2):
-        what = "starting" if attempt == 1 else f"attempt {attempt} of {retries + 1}"
-        print(f"{title}: {what}", file=sys.stderr, flush=True)
-        status, last_line = run_in_process(job)
-        if status == 0 and finished_result(job) is not None:
-            return None
-        reason = describe_end(status, last_line)
-        print(f"{title}: failed, {reason}", file=sys.stderr, flush=True)
-        if status == MISTAKE:
-            break
-    return reason
 
 
 def run_in_process(job: Job) -> tuple[int, str]:
@@ -220,15 +190,15 @@ def run_in_process(job: Job) -> tuple[int, str]:
     Returns:
       the exit status, negative for a signal, and the last line of stderr.
     """
-    last_line = ""
+    lines: collections.deque[str] = collections.deque([""], maxlen=1)
     try:
         job.workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{job.workdir}: must be a directory that can be written ({error.strerror})") from None
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipe = subprocess.PIPE
     with (
         open_own(job.workdir / LOG_FILE, "a") as log,
-        subprocess.Popen(COMMAND, encoding="utf-8", errors="replace", **pipes) as process,
+        subprocess.Popen(COMMAND, stdin=pipe, stderr=pipe, encoding="utf-8", errors="replace") as process,
     ):
         assert process.stdin is not None
         assert process.stderr is not None
@@ -236,15 +206,12 @@ def run_in_process(job: Job) -> tuple[int, str]:
             with contextlib.suppress(BrokenPipeError):  # it has already ended, and its stderr says why
                 process.stdin.write(job.to_json() + "\n")
                 process.stdin.flush()  # stays open: `point` ends when this pipe closes
-            for line in process.stderr:
-                _pass_on(line, log)
-                last_line = line.strip() or last_line
+            lines.extend(_passed_on(process.stderr, log))
         except BaseException:
             process.send_signal(signal.SIGTERM)
-            for line in process.stderr:
-                _pass_on(line, log)
+            lines.extend(_passed_on(process.stderr, log))
             raise
-    return process.returncode, last_line
+    return process.returncode, lines[0]
 
 
 def describe_end(status: int, last_line: str) -> str:
@@ -256,7 +223,11 @@ def describe_end(status: int, last_line: str) -> str:
     return f"status {status}: {last_line.removeprefix('error: ')}" if last_line else f"status {status}"
 
 
-def _pass_on(line: str, log: TextIO) -> None:
-    for stream in (sys.stderr, log):
-        stream.write(line)
-        stream.flush()
+def _passed_on(lines: Iterable[str], log: TextIO) -> Iterator[str]:
+    """Writes each line to stderr and the log; yields those that are not blank."""
+    for line in lines:
+        for stream in (sys.stderr, log):
+            stream.write(line)
+            stream.flush()
+        if line.strip():
+            yield line.strip()

@@ -6,7 +6,7 @@ The same records give the same text. Conclusions are written by people, elsewher
 import itertools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from tlinformer_jax.experiments.frame import (
     N,
     counted,
     curves_of,
+    duration,
     frame_of,
     joined,
     knee_of,
@@ -67,14 +68,6 @@ that where only so many rows before the window are left of the history, without 
 a history cut so short, so that a change is not the worth of the rows. Tokens with more are those whose windows have
 more history. The share is that of the history in what the window's tokens read in each block.
 """
-
-
-def duration(seconds: pd.Series) -> str:
-    """Aggregates seconds to their mean as m:ss; '' of none."""
-    minutes, rest = divmod(seconds.mean().round(), 60)
-    return "" if seconds.isna().all() else f"{minutes:.0f}:{rest:02.0f}"
-
-
 FOUND = 0.9  # a run with a larger share of right answers has found them
 PARTS = 8  # of a sample, in the table by position of the question
 RUN = ["model", "learning rate", "seed"]
@@ -232,15 +225,15 @@ def question_lines(frame: pd.DataFrame) -> list[str]:
     lines: list[str] = []
     for setting, part in _by_setting(frame):
         bounds = [part[N].iloc[0] * number // PARTS for number in range(PARTS + 1)]
+        heads = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
         rows = []
-        for _, run in part.iterrows():
-            bins = run["then"].get("evaluate", {}).get("accuracy_by_position", {"answers": []})
-            if np.count_nonzero(bins["answers"]) > 1:
+        for run, evaluation in _done(part, "evaluate", "accuracy_by_position"):
+            bins = evaluation["accuracy_by_position"]
+            if evaluation["length"] == run[N] and np.count_nonzero(bins["answers"]) > 1:
                 place = np.searchsorted(bounds, bins["edges"][:-1], side="right") - 1
                 shares = _shares(pd.DataFrame(bins | {"edges": place}), "edges").reindex(range(PARTS))
                 rows.append([*run[RUN], *shares.map(FORM, na_action="ignore")])
         if rows:
-            heads = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
             lines += [f"{setting}:", "", *table_of(pd.DataFrame(rows, columns=[*RUN, *heads])), ""]
     return ["### By position of the question", "", QUESTIONS, *lines] if lines else []
 
@@ -250,19 +243,28 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     lines: list[str] = []
     for setting, part in _by_setting(frame):
         rows, drawn = [], []
-        for _, run in part.iterrows():
-            counts = _counts(run["then"])
+        for name, evaluations in itertools.groupby(_done(part, "evaluate", "answers"), lambda pair: pair[0]["name"]):
+            counts = pd.DataFrame(
+                [
+                    (run, evaluation["length"], region, depth, right, answers)
+                    for run, evaluation in evaluations
+                    for region, found in evaluation["answers"].items()
+                    for depth, (right, answers) in enumerate(zip(found["right"], found["answers"]))
+                ],
+                columns=["run", "length", "region", "depth", "right", "answers"],
+            )
             if counts["length"].nunique() < 2:
                 continue
             regions = _shares(counts, ["length", "region"]).unstack()[list(REGIONS)]
             regions.insert(0, "all", _shares(counts, "length"))
+            run = counts["run"].iloc[0]
             for length, shares in regions.map(FORM, na_action="ignore").iterrows():
                 rows.append([*run[RUN], f"{length:,}", *shares])
             far = counts["region"] == "history"
             depths = _shares(counts[far], ["length", "depth"]).unstack()
             depths["near"] = _shares(counts[~far], "length")
             label = f"{run['model']}, {run['learning rate']}, seed {run['seed']}"
-            file = figures / f"results_lengths_{re.sub('[^a-z0-9]+', '_', run['name'].lower())}.png"
+            file = figures / f"results_lengths_{re.sub('[^a-z0-9]+', '_', name.lower())}.png"
             plot_heat_map(depths, label, file)
             drawn += shown(file, f"Answers right by length and depth: {label}")
         if rows:
@@ -274,13 +276,11 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Loss by position in the sample and in later windows, at every length that was evaluated."""
     rows = []
-    for _, run in frame[~frame["again"]].iterrows():
-        for name, part in run["then"].items():
-            if name.partition("@")[0] == "evaluate" and "by_position" in part:
-                window = part["by_window_position"]
-                later = {"start": window["later"][0], "start_tokens": window["edges"][1]} if "later" in window else {}
-                sizes = {"length": part["length"], "evaluated": part["tokens"]}
-                rows.append({**run, **part["figures"], **sizes, **later, "bins": part["by_position"], "window": window})
+    for run, part in _done(frame[~frame["again"]], "evaluate", "by_position"):
+        window = part["by_window_position"]
+        later = {"start": window["later"][0], "start_tokens": window["edges"][1]} if "later" in window else {}
+        sizes = {"length": part["length"], "evaluated": part["tokens"]}
+        rows.append({**run, **part["figures"], **sizes, **later, "bins": part["by_position"], "window": window})
     if not rows:
         return []
     wanted = [column for column, _ in POSITION_COLUMNS.values()]
@@ -302,28 +302,19 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """What the history contributes; of each group the run of the first seed that was measured."""
     lines: list[str] = []
-    for name in sorted({name for then in frame["then"] for name in then if name.partition("@")[0] == "history"}):
-        runs = frame[[name in then for then in frame["then"]]].drop_duplicates("group")
-        measured = {label: then[name] for label, then in zip(runs["label"], runs["then"])}
+    measured: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {}
+    for run, part in _done(frame, "history", "cuts"):
+        measured.setdefault(part["length"], {}).setdefault(run["group"], (f"{run['label']}, ", part))
+    for length, runs in sorted(measured.items()):
         rows = [
-            (
-                label,
-                cut["distance"],
-                cut["change"],
-                cut["affected_change"],
-                ", ".join(map("{:.2f}".format, part["share"])),
-            )
-            for label, part in measured.items()
+            (label[:-2], cut["distance"], *map(_change, (cut["change"], cut["affected_change"])), shares)
+            for label, part in runs.values()
+            for shares in [", ".join(map("{:.2f}".format, part["share"]))]
             for cut in part["cuts"]
         ]
-        heads = ("model", "rows of history left", "change in loss", "of tokens with more", "share by block")
-        table = pd.DataFrame(rows, columns=heads)
-        for change in heads[2:4]:
-            table[change] = table[change].map("{:+.4f}".format, na_action="ignore")
-        length = next(iter(measured.values()))["length"]
-        lines += [f"Samples of {length:,} tokens:", "", *table_of(table), ""]
-        curves = [(f"{label}, ", part) for label, part in measured.items()]
-        for file in plot_history(curves, figures, f"results_{length}_"):
+        heads = ["model", "rows of history left", "change in loss", "of tokens with more", "share by block"]
+        lines += [f"Samples of {length:,} tokens:", "", *table_of(pd.DataFrame(rows, columns=heads)), ""]
+        for file in plot_history([*runs.values()], figures, f"results_{length}_"):
             lines += shown(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens")
     return ["## What the history contributes", "", HISTORY, *lines] if lines else []
 
@@ -331,11 +322,13 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 def sample_lines(frame: pd.DataFrame) -> list[str]:
     """Generated texts; of each group the run of the first seed."""
     lines: list[str] = []
-    runs = frame[["samples" in then for then in frame["then"]]].drop_duplicates("group")
-    for name, then in zip(runs["name"], runs["then"]):
-        options = ", ".join(f"{option} {value}" for option, value in then["samples"].items() if option != "samples")
+    runs: dict[str, tuple[str, dict[str, Any]]] = {}
+    for run, part in _done(frame, "samples", "samples"):
+        runs.setdefault(run["group"], (run["name"], part))
+    for name, part in runs.values():
+        options = ", ".join(f"{option} {value}" for option, value in part.items() if option != "samples")
         lines += [f"### {name}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
-        for sample in then["samples"]["samples"]:
+        for sample in part["samples"]:
             lines += fenced(f"{sample['prompt']}|{sample['text']}")
     return ["## Samples", "", *lines] if lines else []
 
@@ -371,16 +364,16 @@ def _by_setting(frame: pd.DataFrame) -> Any:
     return frame.assign(**{"learning rate": frame[rate].map("{:g}".format), "seed": seeds}).groupby("setting")
 
 
-def _counts(then: dict[str, Any]) -> pd.DataFrame:
-    """Right answers and answers of all evaluations of a run, by length, region and depth."""
-    rows = [
-        (part["length"], region, depth, right, answers)
-        for name, part in then.items()
-        if name.partition("@")[0] == "evaluate" and "answers" in part
-        for region, counts in part["answers"].items()
-        for depth, (right, answers) in enumerate(zip(counts["right"], counts["answers"]))
-    ]
-    return pd.DataFrame(rows, columns=["length", "region", "depth", "right", "answers"])
+def _done(frame: pd.DataFrame, action: str, part: str) -> Iterator[tuple[pd.Series, dict[str, Any]]]:
+    """Each run with what an action gave, such as 'evaluate' and 'evaluate@8192', where that has `part`."""
+    for _, run in frame.iterrows():
+        for name, found in run["then"].items():
+            if name.partition("@")[0] == action and part in found:
+                yield run, found
+
+
+def _change(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"
 
 
 def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
