@@ -24,7 +24,7 @@ def training_cost(config: ModelConfig, length: int) -> float:
     """Model FLOPs of a trained token in sequences of `length` tokens."""
     from tlinformer_jax.analysis.flops import training_flops
 
-    return training_flops(config, length).model / length
+    return training_flops(config, length) / length
 
 
 def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
