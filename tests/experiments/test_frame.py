@@ -63,18 +63,18 @@ def test_records_of_other_versions_have_defaults_for_what_they_lack_and_keep_wha
     assert seeds_of(older, newer) == [[0], [1]]
 
 
-def test_labels_say_architecture_and_lengths():
-    def label(**model):
-        return frame_of([made_result("x", 1.0, model=model)])["label"].item()
+def test_a_run_has_its_points_name_or_its_own():
+    frame = frame_of([made_result("mine-seed3", 1.0, 3), windows_result(8, 8, 1.0)])
+    assert sorted(frame["label"]) == ["8-8", "mine"]
 
-    windows = {"history_window": 196, "generation_window": 316}
-    assert label(architecture="transformer", num_blocks=2, hidden_depth=2) == "base-1024"
-    ours = windows | {"architecture": "tlinformer"}
-    assert label(**ours) == "1024-512-0.383"
-    assert label(**ours, num_blocks=4, hidden_depth=0) == "1024-512-0.383-B4-H0"
-    assert label(**windows | {"architecture": "tconstformer"}) == "tconst-1024-512-0.383"
-    assert label(**windows | {"architecture": "sliding_window"}) == "sliding-1024-512-0.383"
-    assert label(architecture="tlinformer", history_window="auto", generation_window=256) == "1024-auto-256"
+
+def test_a_run_of_two_sweeps_counts_once_and_each_study_has_its_own():
+    first, again = windows_result(64, 448, 30.0), windows_result(64, 448, 40.0)
+    again |= {"name": "other-seed0", "point": "other"}
+    elsewhere = windows_result(64, 448, 50.0) | {"study": "architectures"}
+    frame = frame_of([first, again, elsewhere])
+    assert list(frame.sort_index()["again"]) == [False, True, False]
+    assert sorted(points_of(frame)[PERPLEXITY]) == [30.0, 50.0]
 
 
 def test_an_automatic_window_counts_as_in_the_last_window():

@@ -54,8 +54,8 @@ def test_the_table_and_the_commands(tmp_path):
         "| model | architecture | N | W_oh + W_og | W_oh / W_total | B x (H + 2) | seeds | perplexity | against Base "
         "| bits per byte | tokens/s | MFU | wall time | peak memory, GB | cache, MB | device |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| base-1024 | transformer | 1,024 |  |  | 2 x 4 | 0, 1, 2 | 21.00 ± 1.00 |  | 1.500 ± 0.000 {cells}",
-        f"| 1024-512-0.5 | tlinformer | 1,024 | 256 + 256 | 0.500 | 2 x 4 | 0, 1 | 21.50 ± 0.71 | +2.4% "
+        f"| base-1k | transformer | 1,024 |  |  | 2 x 4 | 0, 1, 2 | 21.00 ± 1.00 |  | 1.500 ± 0.000 {cells}",
+        f"| ours | tlinformer | 1,024 | 256 + 256 | 0.500 | 2 x 4 | 0, 1 | 21.50 ± 0.71 | +2.4% "
         f"| 1.500 ± 0.000 {cells}",
         "",
     ]
@@ -67,19 +67,19 @@ def test_positions_lengths_and_samples(tmp_path, drawn):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Loss by position")
     assert lines[start + 8 : start + 11] == [
-        "| 1024-512-0.5 | 1,024 | 256 | 40,000 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
-        "| 1024-512-0.5 | 1,024 | 1,024 | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
-        "| 1024-512-0.5 | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
+        "| ours | 1,024 | 256 | 40,000 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
+        "| ours | 1,024 | 1,024 | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
+        "| ours | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
     ]
     assert not (tmp_path / "figures" / "results_window_positions_256.png").exists()
-    ours = "1024-512-0.5"
+    ours = "ours"
     while_training = [(1.5, 4.0), (3.0, 3.0)]  # millions of tokens
     for name, curves in {
         "positions_256": {ours: [(63.5, 5.0), (191.5, 4.0)]},
         "positions_1024": {ours: [(255.5, 3.0), (767.5, 2.0)]},
         "window_positions_1024": {ours: [(1.5, 4.0), (5.5, 3.0)]},
         "window_positions_8192": {ours: [(1.5, 5.0), (5.5, 4.0)]},
-        "history_3M": {"base-1024": while_training, ours: while_training},
+        "history_3M": {"base-1k": while_training, ours: while_training},
     }.items():
         assert any(f"](figures/results_{name}.png)" in line for line in lines)
         assert (tmp_path / "figures" / f"results_{name}.png").exists()

@@ -32,7 +32,6 @@ NAMES = {
     "tlinformer": "TLinFormer",
     "tconstformer": "TConstFormer",
 }
-PREFIXES = {"transformer": "base-", "sliding_window": "sliding-", "tlinformer": "", "tconstformer": "tconst-"}
 ENDS = (0.125, 0.875)  # shares of W_oh that a curve must reach before its chord can show a knee
 
 
@@ -63,7 +62,7 @@ def frame_of(records: Sequence[Record]) -> pd.DataFrame:
 def _derived(record: Record) -> dict[str, Any]:
     """Columns that are made of several parts of a record.
 
-    label: the point's name in its sweep, else by architecture and lengths; ours: not the Transformer; setting and
+    label: the point's name in its sweep, else the run's; ours: not the Transformer; setting and
     model: the task and the model in words; total: W_oh + W_og; share: W_oh / total; chance: of a guess among the
     answers of a sample that are not used yet; reported.*: shares of right answers on the split `split`; group: equal
     for runs that differ in their seeds only; base: equal for a model and the Transformer it is compared with.
@@ -72,9 +71,8 @@ def _derived(record: Record) -> dict[str, Any]:
     model, data = config["model"], config["data"]
     fields.pop("train.seed")
     total, share = _windows(model, data["sequence_length"])
-    label = record.get("point") or _label(model, data["sequence_length"], share)
-    # Tasks are grouped whatever sweep has run them; a run that stops at an accuracy stops at any update.
-    name, tokens = None if record["study"] == "retrieval" else label, None if record.get("target") else record["tokens"]
+    # Runs are grouped whatever sweep has trained them; one that stops at an accuracy stops at any update.
+    tokens = None if record.get("target") else record["tokens"]
     shape = [model[field] for field in ("vocab_size", "d_model", "num_heads", "d_ff", "dropout")]
     text = {field: value for field, value in fields.items() if field.startswith("data.")}
     layers = model["num_blocks"] * (model["hidden_depth"] + 2)
@@ -84,7 +82,7 @@ def _derived(record: Record) -> dict[str, Any]:
     chance = chance_by_elimination(_items(data)) if data["dataset"] == "recall" else record["validation"].get("chance")
     return {
         "device": f"{record['device'].get('count')} x {record['device'].get('kind')}",
-        "label": label,
+        "label": record.get("point") or record["name"].removesuffix(f"-seed{record['seed']}"),
         "ours": model["architecture"] != "transformer",
         "setting": _setting(model, data),
         "model": _model_name(model, layers),
@@ -95,7 +93,7 @@ def _derived(record: Record) -> dict[str, Any]:
         "chance": chance,
         "split": "test" if tested else "validation",
         **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
-        "group": json.dumps([name, tokens, fields], sort_keys=True),
+        "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
         "base": json.dumps([record["tokens"], text, shape, layers], sort_keys=True),
         "then": record["then"],
     }
@@ -110,16 +108,6 @@ def _windows(model: Mapping[str, Any], length: int) -> tuple[int | None, float |
         return rows + size, rows / (rows + size)
     rows = ModelConfig(history_window="auto").observed_rows((length - 1) // size * size)
     return None, rows / (rows + size)
-
-
-def _label(model: Mapping[str, Any], length: int, share: float | None) -> str:
-    """base-1024, 1024-512-0.5 (N, W_total and W_oh / W_total of TLinFormer), tconst-1024-512-0.5, ..."""
-    rows, size, blocks, hidden = (
-        model[name] for name in ("history_window", "generation_window", "num_blocks", "hidden_depth")
-    )
-    windows = "" if share is None else f"-auto-{size}" if rows == "auto" else f"-{rows + size}-{share:.3g}"
-    shape = "" if (blocks, hidden) == (2, 2) else f"-B{blocks}-H{hidden}"
-    return f"{PREFIXES[model['architecture']]}{length}{windows}{shape}"
 
 
 def _items(data: Mapping[str, Any]) -> int:
