@@ -43,18 +43,10 @@ MISTAKE = 2  # exit status for a user's mistake, which a second attempt would re
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run to train.
+    """A run to train in `workdir`, which also gets its record, result.json.
 
-    Attributes:
-      name: of the run.
-      config: of the run.
-      workdir: its working directory, which also gets its record, result.json.
-      command: as a user types it.
-      then: actions of `experiments.actions` after the training.
-      study: see `plan.Sweep`.
-      sweep: name of the sweep's file, or None.
-      point: name of the point, the same for all seeds, or None.
-      overrides: of the point.
+    `command` is as a user types it; `then` names actions of `experiments.actions` after the training; study, point and
+    overrides are those of `plan`; `sweep` is the name of the sweep's file.
     """
 
     name: str
@@ -126,11 +118,7 @@ def essence(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_result(job: Job) -> Record | None:
-    """The record of a job that was trained and has all of its actions; else None.
-
-    Raises:
-      UserError: if the directory holds the record of another configuration.
-    """
+    """The record of a job that was trained and has all of its actions, else None; UserError for that of another one."""
     path = job.workdir / RESULT_FILE
     if not path.exists():
         return None
@@ -149,10 +137,8 @@ def finished_result(job: Job) -> Record | None:
 def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] = lambda: None) -> dict[str, str]:
     """Runs the jobs that are not finished, one after another, each in a process of its own.
 
-    Args:
-      jobs: in the order in which they run.
-      retries: attempts after the first one that fails; a user's mistake is not tried again.
-      finished: called after each job that was run and has finished.
+    A job that fails is tried again `retries` times, unless the mistake is the user's; `finished` is called after each
+    that finishes.
 
     Returns:
       name -> why the last attempt failed, of the jobs that did not finish.
@@ -183,12 +169,10 @@ def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] =
 
 
 def run_in_process(job: Job) -> tuple[int, str]:
-    """Runs a job in a new process; its stderr is passed on and kept in log.txt of the working directory.
+    """Runs a job in a new process; returns its exit status, negative for a signal, and the last line of its stderr.
 
-    If this process is interrupted, the other one gets SIGTERM first, on which a training saves itself.
-
-    Returns:
-      the exit status, negative for a signal, and the last line of stderr.
+    Its stderr is passed on and kept in log.txt of the working directory. If this process is interrupted, the other one
+    gets SIGTERM first, on which a training saves itself.
     """
     lines: collections.deque[str] = collections.deque([""], maxlen=1)
     try:

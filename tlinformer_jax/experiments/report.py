@@ -39,35 +39,9 @@ from tlinformer_jax.experiments.frame import (
 from tlinformer_jax.experiments.job import Record
 from tlinformer_jax.files import write_text
 
-HEAD = """# Results
-
-Written by `python -m tlinformer_jax report --results=DIR --out=FILE` from the records of runs (`result.json`) in DIR.
-Perplexities are those of the validation split, per token, after the last step. A figure of several seeds is the mean ±
-the sample standard deviation. Speed is the median of the logged steps; wall time is that of the whole training, with
-compilation, evaluation and saving. The cache is that of one sequence of N tokens in generation.
-"""
-RETRIEVAL = """Two tables for each setting. The first counts the runs with more than 0.9 of the answers right, one for
-each seed, with the Clopper-Pearson interval at 95%. The second lists every run; a seed that was run again is listed but
-not counted. Where the split is 'validation', the same samples stopped the run, so that a share just above the wanted
-accuracy is a little too high. Chance is that of a guess among the answers of the sample that are not used yet.
-
-An answer's source is in the generation window of its question, in the W_oh rows before that, or before those. There
-TConstFormer has only what was compressed; the window of TLinFormer, and full attention, read the source itself, and a
-sliding window must relay it from layer to layer.
-"""
-QUESTIONS = """The share of right answers by the position of the question in the sample. In 'recall' all pairs come
-first, so that a later question is farther from its answer. Late questions are rare: they count little in the shares
-above, and are trained on less.
-"""
-POSITIONS = """Later windows of W_og tokens are all but the first; for models without windows, the same positions.
-Losses of first windows compare only where W_og is the same. The cost of sliding shows at the start of later windows,
-where a token has nothing of its own window before it.
-"""
-HISTORY = """`tlinformer_jax.evaluation.history` defines the measurements. The change in loss, in nats per token, is
-that where only so many rows before the window are left of the history, without any training: the weights have not seen
-a history cut so short, so that a change is not the worth of the rows. Tokens with more are those whose windows have
-more history. The share is that of the history in what the window's tokens read in each block.
-"""
+# Heading -> heading and definitions, of the sections that have some; fixed text, whatever the records.
+TEXT = pathlib.Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+SECTIONS = {part.partition("\n")[0]: [*part.splitlines(), ""] for part in re.split(r"\n(?=##+ )", TEXT.strip())}
 FOUND = 0.9  # a run with a larger share of right answers has found them
 PARTS = 8  # of a sample, in the table by position of the question
 RUN = ["model", "learning rate", "seed"]
@@ -144,7 +118,7 @@ def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
 
 def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """The report of a frame of `frame_of`; draws its figures into a directory."""
-    lines, studies = [HEAD], dict(iter(frame.groupby("study")))
+    lines, studies = [*SECTIONS["# Results"]], dict(iter(frame.groupby("study")))
     if "architectures" in studies:
         for tokens, part in studies["architectures"].groupby("tokens"):
             lines += [f"## Architectures, {tokens / 1e6:,.1f} M training tokens", "", *group_lines(part), ""]
@@ -157,7 +131,7 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             for file in plot_sweep(part, figures, f"results_{sweep}_"):
                 lines += shown(file, file.stem.replace("_", " "))
     if "retrieval" in studies:
-        lines += ["## Retrieval", "", RETRIEVAL, *retrieval_lines(studies["retrieval"])]
+        lines += [*SECTIONS["## Retrieval"], *retrieval_lines(studies["retrieval"])]
         lines += question_lines(studies["retrieval"]) + length_lines(studies["retrieval"], figures)
     if "architectures" in studies:
         lines += position_lines(studies["architectures"], figures)
@@ -235,7 +209,7 @@ def question_lines(frame: pd.DataFrame) -> list[str]:
                 rows.append([*run[RUN], *shares.map(FORM, na_action="ignore")])
         if rows:
             lines += [f"{setting}:", "", *table_of(pd.DataFrame(rows, columns=[*RUN, *heads])), ""]
-    return ["### By position of the question", "", QUESTIONS, *lines] if lines else []
+    return [*SECTIONS["### By position of the question"], *lines] if lines else []
 
 
 def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
@@ -270,7 +244,7 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
         if rows:
             table = pd.DataFrame(rows, columns=[*RUN, "evaluated at", *SHARES])
             lines += [f"Trained on {setting}:", "", *table_of(table), "", *drawn]
-    return ["### By length and depth", "", *lines] if lines else []
+    return [*SECTIONS["### By length and depth"], *lines] if lines else []
 
 
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
@@ -286,7 +260,7 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     wanted = [column for column, _ in POSITION_COLUMNS.values()]
     parts = pd.DataFrame(rows).reindex(columns=[*dict.fromkeys(["group", "bins", "window", *wanted])])
     table = parts.sort_values("length", kind="stable").groupby(["length", "group"], sort=False).agg(**POSITION_COLUMNS)
-    lines = ["## Loss by position", "", POSITIONS, *table_of(table), ""]
+    lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
     for length, members in parts.groupby("length"):
         file = figures / f"results_positions_{length}.png"
         plot_lines(_binned(members, "bins", "loss"), ("position in the sample", LOSS), file)
@@ -316,7 +290,7 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
         lines += [f"Samples of {length:,} tokens:", "", *table_of(pd.DataFrame(rows, columns=heads)), ""]
         for file in plot_history([*runs.values()], figures, f"results_{length}_"):
             lines += shown(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens")
-    return ["## What the history contributes", "", HISTORY, *lines] if lines else []
+    return [*SECTIONS["## What the history contributes"], *lines] if lines else []
 
 
 def sample_lines(frame: pd.DataFrame) -> list[str]:
