@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.models import DualWindowBlock, block, build_model, recompute, tlinformer
+from tlinformer_jax.models import DualWindowBlock, build_model, streams, windows
 from tlinformer_jax.models.layers import layer_norm
+from tlinformer_jax.training import window_loss
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.step import summed_loss
 
@@ -97,19 +98,19 @@ def test_every_way_gives_what_the_plain_loop_gives(way):
 
 def too_few_chunks(monkeypatch):
     """The last chunk of a history is left out."""
-    real = block.map_rows
-    monkeypatch.setattr(block, "map_rows", lambda *args: real(*args[:-1], args[-1] - 1))
+    real = streams.map_rows
+    monkeypatch.setattr(streams, "map_rows", lambda *args: real(*args[:-1], args[-1] - 1))
 
 
 def forgotten_windows(monkeypatch):
     """Gradients of what windows share are those of the last window only."""
-    monkeypatch.setattr(recompute, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
+    monkeypatch.setattr(window_loss, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
 
 
 def first_windows_rows(monkeypatch):
     """Every window has the rows of the window before it."""
-    real = tlinformer.window_rows
-    monkeypatch.setattr(tlinformer, "window_rows", lambda c, a, first, *rest: real(c, a, max(first - 1, 0), *rest))
+    real = windows.window_rows
+    monkeypatch.setattr(windows, "window_rows", lambda c, a, first, *rest: real(c, a, max(first - 1, 0), *rest))
 
 
 @pytest.mark.slow

@@ -151,7 +151,8 @@ def test_recomputed_loop_sums_shared_gradients_in_float32():
     weight, steps = jnp.ones((3,), jnp.bfloat16), jnp.arange(1024)
     parts = jnp.arange(1024.0)[:, None] * jnp.ones(3)
 
-    def branch(shared, part, fixed, step):
+    def branch(shared, fixed, item):
+        part, step = item
         return shared * fixed * jnp.where(step >= 0, 1, 0) + part.astype(shared.dtype) * 0 + part * 2
 
     def total(weight, parts):

@@ -57,7 +57,9 @@ def gradient(model, train, mesh=None, data=None, answers=None):
 
         def spread(batch, params, *rest):
             shares = Shares.of(jax.sharding.get_abstract_mesh())
-            return shares.run(functools.partial(batch_gradient, shares=shares, **options), batch, params, *rest)
+            return shares.over_devices(functools.partial(batch_gradient, shares=shares, **options))(
+                batch, params, *rest
+            )
 
         shardings = batch_sharding(mesh), tree_shardings(params, mesh)
         placed = jax.device_put((data, params), shardings)

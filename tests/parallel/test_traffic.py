@@ -37,7 +37,7 @@ def compiled(length, **mesh):
         def spread(batch, params, divisor, step):
             shares = Shares.of(jax.sharding.get_abstract_mesh())
             function = functools.partial(batch_gradient, model=model, config=TrainConfig(), shares=shares)
-            loss, _, gradient = shares.run(function, batch, params, divisor, step)
+            loss, _, gradient = shares.over_devices(function)(batch, params, divisor, step)
             return loss, gradient
 
         program = jax.jit(spread).lower(rows, params, jnp.float32(1), jnp.int32(0)).compile()

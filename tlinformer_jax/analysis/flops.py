@@ -28,10 +28,15 @@ from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.model import padded_vocabulary
-from tlinformer_jax.models.tlinformer import FIRST_WINDOW
 from tlinformer_jax.models.transformer import attention_window
-from tlinformer_jax.models.window_sum import deal_runs
-from tlinformer_jax.models.windows import Segment, num_windows, padded_length, plan_segments
+from tlinformer_jax.models.windows import (
+    FIRST_WINDOW,
+    Segment,
+    deal_runs,
+    num_windows,
+    padded_length,
+    plan_segments,
+)
 from tlinformer_jax.parallel.sequence_split import SequenceSplit, SplitWindows
 
 
@@ -181,7 +186,9 @@ def _hardware_forward(
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, together, first=skipped)
     causal = _causal_pairs(size) if fused else size**2
-    total, again = Forward() if skipped else _causal_layers(config, size, inner, causal), Forward()
+    total, again = Forward(), Forward()
+    if not skipped:
+        total = _causal_layers(config, size, inner, causal) + _project(config, -size, 3, inner)
     for segment in segments:
         for shape in _segment_shapes(config, segment, causal, fused):
             total = total + _window(config, shape, inner)

@@ -4,6 +4,7 @@
 (causal, local window, number of valid keys) and never by a mask tensor: kernels can skip what is not seen.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -66,6 +67,9 @@ def attend(
     if key_length is not None:
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if query.shape[1] == 0 or key.shape[1] == 0:  # no window yet, or no history
+        output, lse = jnp.zeros_like(query), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+        return (output, lse) if return_lse else output
     chosen = choose_backend(query, dropout, return_lse) if backend == "auto" else backend
     if chosen == "xla":
         if dropout is None:
@@ -147,14 +151,8 @@ def attend_parts(
     output, lse = attend(
         queries, parted_key, parted_value, key_length=lengths, backend="cudnn", return_lse=True, scale=scale
     )
-    top = jnp.max(lse, axis=0, keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weights = jnp.exp(lse - top)
-    total = jnp.sum(weights, axis=0, keepdims=True)
-    merged = jnp.sum(output.astype(jnp.float32) * weights[..., None], axis=0, keepdims=True)
-    seen = total > 0
-    safe = jnp.where(seen, total, 1.0)
-    return merged / safe[..., None], jnp.where(seen, jnp.log(safe) + top, -jnp.inf)
+    output, lse = merge_softmaxes(output.astype(jnp.float32), lse, axis=0)
+    return output[None], lse[None]
 
 
 def attend_chunk(
@@ -215,20 +213,34 @@ def no_parts(query: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
 
 
-def merge_parts(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Exact attention to the union of two disjoint sets of keys from the attention to each.
+def merge_softmaxes(output: jax.Array, lse: jax.Array, axis: int | str) -> tuple[jax.Array, jax.Array]:
+    """Exact attention to the union of disjoint sets of keys, from the attention to each of them.
 
     Args:
-      first: float32 [batch, queries, heads, d_h] and its log-sum-exp [batch, queries, heads].
-      second: the same.
+      output: float32 [..., d_h].
+      lse: log-sum-exp of the scaled scores, float32 [...]; -inf where there is no valid key.
+      axis: what counts the sets: an axis of lse, or a manual axis of the mesh by its name.
 
     Returns:
-      the same for the union; 0 and -inf where neither saw a key.
+      the same without that axis, on every device; 0 and -inf where no set has a valid key.
     """
-    lse = jnp.logaddexp(first[1], second[1])
-    base = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    shares = [part * jnp.exp(part_lse - base)[..., None] for part, part_lse in (first, second)]
-    return shares[0] + shares[1], lse
+    if isinstance(axis, str):
+        most, total = functools.partial(jax.lax.pmax, axis_name=axis), functools.partial(jax.lax.psum, axis_name=axis)
+    else:
+        most, total = functools.partial(jnp.max, axis=axis), functools.partial(jnp.sum, axis=axis)
+    top = most(jax.lax.stop_gradient(lse))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(lse - top)
+    sum_ = total(weights)
+    seen = sum_ > 0
+    sum_ = jnp.where(seen, sum_, 1.0)
+    return total(output * weights[..., None]) / sum_[..., None], jnp.where(seen, jnp.log(sum_) + top, -jnp.inf)
+
+
+def merge_parts(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """`merge_softmaxes` of two (output, log-sum-exp) pairs."""
+    output, lse = jax.tree.map(lambda *arrays: jnp.stack(arrays), first, second)
+    return merge_softmaxes(output, lse, axis=0)
 
 
 def visible(
@@ -301,8 +313,8 @@ def _attend_with_dropout(
     if chunk >= queries:
         return _attend_xla(query, key, value, scale, causal, window, key_length, dropout)
 
-    def some(shared: Any, query: jax.Array, fixed: Any, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        (key, value), (key_length, dropout) = shared, fixed
+    def some(shared: Any, fixed: Any, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (key, value), (key_length, dropout), (query, number) = shared, fixed, item
         return _attend_xla(query, key, value, scale, causal, window, key_length, dropout, number * chunk)
 
     padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))

@@ -13,29 +13,77 @@ compress layer has no such attention; its rows are chosen by the same formula al
 earlier row comes first. The choice has no gradient.
 """
 
-import dataclasses
-
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.layers import LayerParams
 from tlinformer_jax.models.rope import Rope
-from tlinformer_jax.models.streams import History
-from tlinformer_jax.models.windows import Place, WindowFrame
+from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.windows import PerWindow, WindowFrame
 
 
-def choose_rows(config: ModelConfig, frame: WindowFrame, query: jax.Array, key: jax.Array) -> WindowFrame:
-    """The frame with the rows of its observation window chosen, where they are not the last ones.
+@flax.struct.dataclass
+class PlacedWindow:
+    """Generation windows with all that their blocks ask of where they stand.
+
+    Attributes:
+      frame: n, h and lengths.
+      chosen: where the observation windows do not hold the last rows, those that they hold, int32
+        [batch * g, observed_width], valid ones first. Else None.
+      z_rope: rotations of the observation windows' rows, at their true positions.
+      x_rope: of the generation windows' rows.
+      rope: of both side by side.
+    """
+
+    frame: WindowFrame
+    chosen: jax.Array | None
+    z_rope: Rope
+    x_rope: Rope
+    rope: Rope
+
+
+def place_window(config: ModelConfig, frame: WindowFrame, C: History, x: Stream) -> PlacedWindow:
+    """Chooses the observation windows' rows, and gives all rows their rotations.
 
     Args:
       config: of the model.
       frame: of a window, or of g windows that run together.
-      query: of the windows' tokens under block 0's `compress` layer, [batch * g, m, heads, d_h].
-      key: of the history under the same, [batch, rows, heads, d_h].
+      C: the history under block 0's `compress` layer, [batch, rows, ...].
+      x: the windows' tokens under the same, [batch * g, m, ...].
     """
-    if config.observed_selection == "recent":
-        return frame
+    assert C.rope is not None
+    x_rope = C.rope.rows(frame.history_length, x.rows.shape[1])
+    if config.observed_selection == "recent" or not frame.observed_width:
+        chosen, z_rope = None, C.rope.rows(frame.observed_start, frame.observed_width)
+    else:
+        rows = chosen = _chosen_rows(config, frame, x.Q, C.K)
+        z_rope = jax.tree.map(lambda table: jnp.take(table, rows, axis=0), C.rope)
+    return PlacedWindow(frame, chosen, z_rope, x_rope, _beside(z_rope, x_rope))
+
+
+def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch: int) -> Stream:
+    """z = C[h:] with its queries under `compress`: [batch, observed_width, ...]; `batch` is that of the windows."""
+    z = _observed(window, C, C.rows, batch)
+    if C.Q is None:
+        return Stream.of(layer, z, window.z_rope, "q")
+    return Stream(z, _observed(window, C, C.Q, batch))
+
+
+def _observed(window: PlacedWindow, C: History, array: jax.Array, batch: int) -> jax.Array:
+    """The observation windows' rows of one of the history's arrays; only its last rows where devices share them."""
+    frame = window.frame
+    if window.chosen is None:
+        return C.slice(array, frame.observed_start, frame.observed_width, batch)
+    chosen = window.chosen.reshape(array.shape[0], -1)
+    taken = jnp.take_along_axis(array, chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 2)), axis=1)
+    return taken.reshape(batch, frame.observed_width, *array.shape[2:])
+
+
+def _chosen_rows(config: ModelConfig, frame: WindowFrame, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Rows of the observation windows, int32 [batch * g, observed_width], valid ones first."""
     batch, rows = key.shape[:2]
     lengths = _as_row(frame.history_length)
     if config.observed_selection == "random":
@@ -51,36 +99,11 @@ def choose_rows(config: ModelConfig, frame: WindowFrame, query: jax.Array, key: 
     # Rows past the valid ones come last; nobody attends to them.
     valid = jnp.arange(frame.observed_width) < _as_row(frame.observed_length)
     chosen = jnp.minimum(jnp.sort(jnp.where(valid, chosen, rows), axis=-1), rows - 1)
-    folded = query.shape[0]
-    chosen = jnp.broadcast_to(chosen, (batch, folded // batch, frame.observed_width)).reshape(folded, -1)
-    return dataclasses.replace(frame, observed_rows=chosen)
+    together = query.shape[0]
+    return jnp.broadcast_to(chosen, (batch, together // batch, frame.observed_width)).reshape(together, -1)
 
 
-def observed_part(frame: WindowFrame, history: History, array: jax.Array, folded: int) -> jax.Array:
-    """The observation windows' rows of the history: [folded, observed_width, ...].
-
-    Args:
-      frame: of g windows.
-      history: that they read; only its last rows can be taken where devices share them.
-      array: one of its arrays, [batch, rows, ...], which they share, or [batch * g, rows, ...].
-      folded: batch * g.
-    """
-    if frame.observed_rows is None:
-        return history.part(array, frame.observed_start, frame.observed_width, folded)
-    chosen = frame.observed_rows.reshape(array.shape[0], -1)
-    taken = jnp.take_along_axis(array, chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 2)), axis=1)
-    return taken.reshape(folded, frame.observed_width, *array.shape[2:])
-
-
-def observed_rope(frame: WindowFrame, rope: Rope) -> Rope:
-    """Rotations of the observation windows' rows, at their true positions."""
-    if frame.observed_rows is None:
-        return rope.rows(frame.observed_start, frame.observed_width)
-    chosen = frame.observed_rows
-    return jax.tree.map(lambda table: jnp.take(table, chosen, axis=0), rope)
-
-
-def beside(z_rope: Rope, x_rope: Rope) -> Rope:
+def _beside(z_rope: Rope, x_rope: Rope) -> Rope:
     """Rotations of the observation windows' rows, then of the generation windows'."""
 
     def join(z_part: jax.Array, x_part: jax.Array) -> jax.Array:
@@ -101,6 +124,6 @@ def position_hash(rows: jax.Array, lengths: jax.Array) -> jax.Array:
     return words ^ (words >> 16)
 
 
-def _as_row(place: Place) -> jax.Array:
+def _as_row(place: PerWindow) -> jax.Array:
     """A number for each of g windows, int32 [g, 1]."""
     return jnp.reshape(jnp.asarray(place, jnp.int32), (-1, 1))

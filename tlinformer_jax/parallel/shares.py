@@ -56,18 +56,21 @@ class Shares:
         axes = (*self.batch, *self.split.axes)
         return jax.lax.psum(values, axes) if axes else values
 
-    def run(self, function: Callable[..., Any], batch: Any, *whole: Any) -> Any:
-        """`function(batch, *whole)` on every device.
+    def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(batch, *whole)`, run by every device.
 
         Args:
-          function: of this device's part of the batch and of what all have whole; its results are the same on all.
-          batch: pytree of arrays [batch, ...].
-          whole: pytrees.
+          function: of this device's part of the batch, a pytree of arrays [batch, ...], and of what all have whole; its
+            results are the same on all.
         """
         if not self.manual:
-            return function(batch, *whole)
-        specs = (PartitionSpec(self.batch or None), *(PartitionSpec() for _ in whole))
-        mapped = jax.shard_map(
-            function, axis_names=set(self.manual), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
-        )
-        return mapped(batch, *whole)
+            return function
+
+        def spread(batch: Any, *whole: Any) -> Any:
+            specs = (PartitionSpec(self.batch or None), *(PartitionSpec() for _ in whole))
+            mapped = jax.shard_map(
+                function, axis_names=set(self.manual), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+            )
+            return mapped(batch, *whole)
+
+        return spread

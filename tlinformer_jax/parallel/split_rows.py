@@ -64,42 +64,6 @@ class SplitRows:
         whole = jax.lax.all_gather(part, self.axis, axis=2).reshape(rows.shape[0], -1, *rows.shape[2:])
         return jax.lax.dynamic_slice_in_dim(whole, start - first * self.parts, length, axis=1)
 
-    def merge(self, output: jax.Array, lse: jax.Array) -> jax.Array:
-        """Exact attention to the keys of all devices, from each device's attention to its own; on every device.
-
-        Args:
-          output: float32 [batch, queries, heads, d_h].
-          lse: log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where there is no valid key.
-
-        Returns:
-          float32 [batch, queries, heads, d_h]; 0 where no device has a valid key.
-        """
-        top = jax.lax.pmax(jax.lax.stop_gradient(lse), self.axis)
-        weight = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0.0))
-        total = jax.lax.psum(weight, self.axis)
-        output = jax.lax.psum(output * weight[..., None], self.axis)
-        return output / jnp.where(total > 0, total, 1.0)[..., None]
-
-    def merge_at_once(self, output: jax.Array, lse: jax.Array) -> jax.Array:
-        """`merge` by a single collective, in which every device gets the others' whole results.
-
-        For the few queries of a generated token: a collective's latency costs more than bytes in the number of devices.
-
-        Args:
-          output: float32 [..., d_h].
-          lse: float32 [...].
-
-        Returns:
-          float32 [..., d_h].
-        """
-        gathered = jax.lax.all_gather(jnp.concatenate([output, lse[..., None]], axis=-1), self.axis)
-        outputs, lses = gathered[..., :-1], gathered[..., -1]
-        top = jnp.max(lses, axis=0)
-        weights = jnp.exp(lses - jnp.where(jnp.isfinite(top), top, 0.0))
-        total = jnp.sum(weights, axis=0)
-        merged = jnp.sum(outputs * weights[..., None], axis=0)
-        return merged / jnp.where(total > 0, total, 1.0)[..., None]
-
     def index(self) -> jax.Array:
         """Of this device on the axis, int32 []."""
         return jax.lax.axis_index(self.axis)

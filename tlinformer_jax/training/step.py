@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tlinformer_jax.models.model import LanguageModel
-from tlinformer_jax.models.tlinformer import rematerialised
-from tlinformer_jax.models.windows import num_windows
+from tlinformer_jax.models.config import ModelConfig
+from tlinformer_jax.models.dropout import Dropout
+from tlinformer_jax.models.layers import layer_norm
+from tlinformer_jax.models.model import LanguageModel, ModelParams, embed, hidden_states, prepare_params
+from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.tlinformer import place_in_run, prepare_sequence, rematerialised, window_states
+from tlinformer_jax.models.windows import Segment, num_windows
 from tlinformer_jax.parallel.sequence_split import WHOLE
 from tlinformer_jax.parallel.sharding import replicated
 from tlinformer_jax.parallel.shares import Shares
@@ -20,6 +24,7 @@ from tlinformer_jax.training.answers import AnswersOf, answer_sums, at_places, p
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
+from tlinformer_jax.training.window_loss import pad_rows, sum_with_gradients, window_loops
 from tlinformer_jax.training.windows import draw_windows, window_weight
 
 DeviceBatch = dict[str, jax.Array]
@@ -111,7 +116,7 @@ def train_step(
     gradient = functools.partial(
         batch_gradient, model=model, config=config, shares=shares, window_losses=window_losses, answers=answers
     )
-    loss, each, grads = shares.run(gradient, batch, state.params, divisor, state.step)
+    loss, each, grads = shares.over_devices(gradient)(batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": loss * divisor / tokens,
@@ -162,22 +167,22 @@ def batch_gradient(
     """
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
 
-    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draws(number: jax.Array | int) -> tuple[jax.Array, jax.Array | None]:
+        """Of a micro-batch: the dropout's key, and the windows that are trained on."""
         key = jax.random.fold_in(dropout_key, number)
-        windows = None
-        if config.sampled_windows:
-            length = micro["inputs"].shape[1]
-            windows = draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
-        total, each = summed_loss(
-            params, micro, key, model=model, config=config, windows=windows, shares=shares, answers=answers
-        )
-        return total / divisor, each
+        if not config.sampled_windows:
+            return key, None
+        length = batch["inputs"].shape[1]
+        return key, draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
 
-    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    loss_of = functools.partial(
+        summed_loss, model=model, config=config, shares=shares, answers=answers, divisor=divisor
+    )
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulation == 1:
-        (loss, each), grads = gradient(params, batch, jnp.int32(0))
+        (loss, each), grads = gradient(params, batch, *draws(0))
     else:
-        (loss, each), grads = _accumulate(gradient, params, batch, config.accumulation)
+        (loss, each), grads = _accumulate(gradient, draws, params, batch, config.accumulation)
     loss, grads = shares.add((loss, grads))
     return loss, shares.add(each) if window_losses else jnp.zeros(0, jnp.float32), grads
 
@@ -217,67 +222,124 @@ def summed_loss(
     params: Any,
     batch: DeviceBatch,
     key: jax.Array,
+    windows: jax.Array | None = None,
     *,
     model: LanguageModel,
     config: TrainConfig,
-    windows: jax.Array | None = None,
     shares: Shares = ALONE,
     answers: AnswersOf | None = None,
+    divisor: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
 
-    Where devices share the batch, or its sequences, it is this device's share.
+    The hidden states of a whole sequence, and one cross-entropy; or, for a long sequence, those of a window and its
+    cross-entropy, window after window. Where devices share the batch, or its sequences, it is this device's share.
 
     Args:
       params: parameters, as `model.init` names them.
       batch: as `train_step` takes it.
       key: of the dropout.
+      windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
       model: of the parameters.
       config: of the run.
-      windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
       shares: how the batch is shared out.
       answers: as `train_step` takes it.
+      divisor: of the sum.
 
     Returns:
-      float32 []; and the sum of each window that is run, float32 [windows], where one is computed after the other, else
-      float32 [0].
+      float32 []; and the sum of each window that is run, float32 [windows], where one is computed after the other, not
+      divided, else float32 [0].
     """
-    inputs = batch["inputs"]
+    shape, inputs, split = model.config, batch["inputs"], shares.split
     rows = {name: batch[name] for name in ("labels", "weights")}
-    known = None if answers is None else answers(inputs.shape[1])
-    start = 0 if known is None or windows is not None else known.first
+    length = inputs.shape[1]
+    known = None if answers is None else answers(length)
+    most, start = (None, 0) if known is None else (known.most, known.first if windows is None else 0)
+    typed = prepare_params(model.apply({"params": params}, method=model.parameters), shape)  # type: ignore[arg-type]
+    dropout = Dropout.by_key(key, shape.dropout, shares.number()) if shape.dropout else None
+    first = start // shape.generation_window
+    one_by_one = shape.windowed and rematerialised(shape, num_windows(shape, length) - first)
+    if windows is None and split == WHOLE and not one_by_one:
+        hidden = hidden_states(typed, shape, embed(typed.embedding, shape, inputs), dropout, start)
+        rows = jax.tree.map(lambda array: array[:, start:], rows)
+        return weighted_loss(hidden, typed.embedding, rows, most, config.loss_chunk) / divisor, jnp.zeros(0)
+    if split.rows is not None:
+        inputs = split.rows.take(pad_rows(inputs, -length % split.row_parts))
+    together = None if windows is None and split == WHOLE else 1
+    embeddings = embed(typed.embedding, shape, inputs)
+    sequence = prepare_sequence(typed.blocks, shape, embeddings, length, dropout, together, split, first)
+    total, found = jnp.float32(0), []
+    for loop in window_loops(shape, sequence, rows, split, windows):
+        branches = tuple(functools.partial(window_loss, shape, config, run, most) for run in loop.runs)
+        shared, steps = (typed, loop.history), (loop.indices, loop.rows)
+        loss, each = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
+        total += loss
+        found.append(loop.gathered(each))
+    each = jnp.concatenate(found) if windows is None else jnp.zeros(0)  # other micro-batches draw other windows
+    return total * window_weight(shape, length, windows) / divisor, each
 
-    def readout(hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch) -> jax.Array:
-        if known is not None and (places := weighted_places(rows["weights"], known.most)) is not None:
-            hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
-        return summed_cross_entropy(hidden, embedding, rows["labels"], rows["weights"], config.loss_chunk)
 
-    def apply(*arguments: Any, **options: Any) -> Any:
-        options |= {"share": shares.number(), "start": start}
-        return model.apply({"params": params}, inputs, *arguments, train=True, rngs={"dropout": key}, **options)
+def window_loss(
+    shape: ModelConfig,
+    config: TrainConfig,
+    run: Segment,
+    most: int | None,
+    fixed: Any,
+    step: tuple[jax.Array, DeviceBatch],
+    shared: tuple[ModelParams, History],
+    x: Stream | None,
+) -> jax.Array:
+    """The weighted loss of a generation window, or of those that run together, as `sum_with_gradients` takes it.
 
-    shape, whole = model.config, windows is None and shares.split == WHOLE
-    count = num_windows(shape, inputs.shape[1]) - start // shape.generation_window
-    if whole and not (shape.windowed and rematerialised(shape, count)):
-        hidden, rows = apply(method=model.hidden_states), jax.tree.map(lambda array: array[:, start:], rows)
-        return readout(hidden, params["embedding"], rows), jnp.zeros(0, jnp.float32)
-    total, each = apply(rows, readout, windows=windows, split=shares.split, method=model.sum_over_windows)
-    if windows is not None:  # other micro-batches draw others
-        each = jnp.zeros(0, jnp.float32)
-    return total * window_weight(shape, inputs.shape[1], windows), each
+    Args:
+      shape: of the model.
+      config: of the run.
+      run: of windows, whose static shapes it has.
+      most: see `weighted_loss`.
+      fixed: that of the sequence.
+      step: (the window's index, its labels and weights).
+      shared: (parameters from `prepare_params`, the history).
+      x: the window's own rows, None where devices share them.
+
+    Returns:
+      float32 []; where rows are split over devices, of this device's rows of the window.
+    """
+    (params, history), (index, rows) = shared, step
+    size, split = shape.generation_window, history.split
+    if split is not None:
+        whole = Stream(history.rows, history.Q, history.K, history.V)
+        x = jax.tree.map(lambda array: history.slice(array, index * size, size), whole)
+    assert x is not None
+    C, frame, dropout = place_in_run(shape, run, history, fixed, index)
+    states = window_states(params.blocks, shape, C, x, frame, dropout)
+    if split is not None:
+        states, rows = jax.tree.map(lambda array: split.take(pad_rows(array, -size % split.parts)), (states, rows))
+    hidden = layer_norm(states, params.norm_scale, params.norm_bias)
+    return weighted_loss(hidden, params.embedding, rows, most, config.loss_chunk)
 
 
-def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def weighted_loss(
+    hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, chunk: int
+) -> jax.Array:
+    """The sum of weights * cross-entropy, float32 []; of tasks, where at most `most` rows have weights, of those."""
+    if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
+        hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
+    return summed_cross_entropy(hidden, embedding, rows["labels"], rows["weights"], chunk)
+
+
+def _accumulate(
+    gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
     """Sums losses and gradients over `parts` micro-batches, one after the other."""
     # Rows are dealt out in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
     def body(total: Any, part: tuple[DeviceBatch, jax.Array]) -> tuple[Any, None]:
         micro, number = part
-        return jax.tree.map(jnp.add, total, gradient(params, micro, number)), None
+        return jax.tree.map(jnp.add, total, gradient(params, micro, *draws(number))), None
 
     first = jax.tree.map(lambda rows: rows[0], micros)
-    sums, _ = jax.eval_shape(gradient, params, first, jnp.int32(0))
+    sums, _ = jax.eval_shape(gradient, params, first, *draws(0))
     zero = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), (sums, params))
     return jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
 
