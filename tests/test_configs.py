@@ -141,10 +141,10 @@ def test_table_1_is_covered_and_defaults_are_our_recipe():
 )
 def test_no_sample_of_a_task_is_seen_twice(variant):
     config = from_flags(variant)
-    last = (config.data.sequence_length, config.train.steps - sum(count for _, count in config.data.stages))
+    last = (config.data.sequence_length, config.train.steps - sum(stage.updates for stage in config.data.stages))
     taken = [
         count * config.train.batch_size * config.data.sequence_length // length
-        for length, count in (*config.data.stages, last)
+        for length, count, *_ in (*config.data.stages, last)
     ]
     assert all(count > 0 for count in taken)
     assert sum(taken) <= config.data.train_examples
@@ -358,7 +358,7 @@ def test_every_field_can_be_overridden_on_the_command_line(name, tmp_path, monke
 
 def test_a_curriculum_can_be_overridden_on_the_command_line():
     found = from_flags("passkey.py:tiny", "data.curriculum=128:5,256:6").data
-    assert found.stages == ((128, 5), (256, 6))
+    assert found.stages == ((128, 5, 0), (256, 6, 0))
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "books.py:4k-1k-0.5"])

@@ -53,8 +53,8 @@ def trained(config):
     def loss(params):
         return summed_loss(params, batch, jax.random.key(0), model=model, config=TrainConfig())
 
-    (total, each), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden_scale(config)["params"])
-    return total, each, gradient
+    (total, beside), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden_scale(config)["params"])
+    return total, beside.window_losses, gradient
 
 
 def looped(config):

@@ -44,9 +44,12 @@ class RunConfig:
         if self.data.curriculum and (sampled or not self.train.equal_updates):
             field = "sampled_windows = 0" if sampled else "equal_updates = True"
             raise ConfigError("data.curriculum", self.data.curriculum, f"must be '' without train.{field}")
-        before = sum(updates for _, updates in self.data.stages)
+        before = sum(stage.updates for stage in self.data.stages)
         if before and 0 < self.train.steps <= before:
             allowed = f"must end before train.steps = {self.train.steps}, and has {before} updates"
+            raise ConfigError("data.curriculum", self.data.curriculum, allowed)
+        if not self.train.steps and any(stage.accuracy for stage in self.data.stages):
+            allowed = "must have no @ACCURACY where train.steps is 0: the updates of an epoch would not be known"
             raise ConfigError("data.curriculum", self.data.curriculum, allowed)
         if self.train.stop_at_accuracy and not self.data.is_task:
             raise ConfigError(

@@ -142,17 +142,22 @@ def test_what_no_answer_needs_is_left_out_and_loss_and_gradient_are_the_same(mod
     params = jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params)
     batch = take_samples(run.split("train"), 18, np.array([3, 5, -1]))
     assert batch["weights"].sum() == 2 * run.answers(18).most
+    chosen = np.argmax(run.model.apply({"params": params}, batch["inputs"]), -1)
+    batch["labels"] = np.where(np.arange(3)[:, None] == 0, chosen, batch["labels"])  # one sample's answers are right
 
     def gradient(answers):
         def loss(params, batch):
             key = jax.random.key(0)
-            return summed_loss(params, batch, key, model=run.model, config=config.train, answers=answers)[0]
+            return summed_loss(params, batch, key, model=run.model, config=config.train, answers=answers)
 
-        return jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
+        return jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch).compile()
 
     every, read = gradient(None), gradient(run.answers)
-    for value, truth in zip(jax.tree.leaves(read(params, batch)), jax.tree.leaves(every(params, batch)), strict=True):
+    ((loss, beside), found), ((true_loss, same), truths) = read(params, batch), every(params, batch)
+    for value, truth in zip(jax.tree.leaves((loss, found)), jax.tree.leaves((true_loss, truths)), strict=True):
         assert np.linalg.norm(value - truth) <= 1e-5 * np.linalg.norm(truth)
+    # Right answers are counted along: those whose label has the greatest logit.
+    assert beside.right == same.right == ((chosen == batch["labels"]) * batch["weights"]).sum() >= run.answers(18).most
     assert read.cost_analysis()["flops"] < share * every.cost_analysis()["flops"]
 
 

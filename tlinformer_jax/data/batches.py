@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tlinformer_jax.data.config import stage_at
+from tlinformer_jax.data.config import Stage, stage_at
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
@@ -80,8 +80,8 @@ class TrainingBatches:
         way: an epoch's last update holds what is left of the epoch, filled up with rows of weight 0, and rows
         weigh what `paper_gradient_weights` says.
       micro_batch: rows of a micro-batch; read only where `equal_updates` is False, where it must divide the batch.
-      stages: (length, updates) of what comes first, on shorter samples, of which a row of the batch holds as many as
-        have N tokens; only where updates are equal.
+      stages: what comes first, on shorter samples, of which a row of the batch holds as many as have N tokens; only
+        where updates are equal. Each takes all its updates here.
     """
 
     stream: Split
@@ -90,7 +90,7 @@ class TrainingBatches:
     seed: int
     equal_updates: bool = True
     micro_batch: int = 1
-    stages: tuple[tuple[int, int], ...] = ()
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -109,7 +109,7 @@ class TrainingBatches:
         """The number of updates after which every sample has been seen `epochs` times."""
         if self.equal_updates:
             updates, samples = 0, epochs * self.samples_per_epoch
-            for length, count in self.stages:
+            for length, count, _ in self.stages:
                 here = min(count, -(-samples // (self.batch_size * (self.sequence_length // length))))
                 updates, samples = updates + here, samples - here * self.batch_size * (self.sequence_length // length)
             return updates + max(0, -(-samples // self.batch_size))

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import pathlib
+import re
+from typing import NamedTuple
 
 from tlinformer_jax.errors import ConfigError
 
@@ -12,6 +14,21 @@ SPLITS = ("train", "validation", "test")
 DOCUMENT_PER = ("file", "line")
 WIKITEXT_VARIANTS = ("v1", "raw-v1")
 LIMITS = {"passkeys": 100, "questions": 100}  # as many keys as have different names
+STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
+
+
+class Stage(NamedTuple):
+    """Updates of a curriculum on samples of one length.
+
+    Attributes:
+      length: tokens of a sample.
+      updates: that it takes, or takes at most.
+      accuracy: of the answers in training, at which it ends before; 0 where it always takes all its updates.
+    """
+
+    length: int
+    updates: int
+    accuracy: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +63,9 @@ class DataConfig:
       questions: "passkey": of them, those that a training sample asks for, one after the other; an evaluation's sample
         asks for one.
       curriculum: of a task: "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
-        more as keep an update's tokens, and so on; what is left on sequence_length. Evaluations take sequence_length.
+        more as keep an update's tokens, and so on; what is left on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as
+        soon as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest;
+        see `training.curriculum`. Evaluations take sequence_length.
     """
 
     dataset: str = "pydoc"
@@ -102,26 +121,30 @@ class DataConfig:
         return self.dataset in TASKS
 
     @property
-    def stages(self) -> tuple[tuple[int, int], ...]:
-        """`curriculum` as (length, updates) of each stage before the last.
+    def stages(self) -> tuple[Stage, ...]:
+        """`curriculum`: each stage before the last.
 
         Raises:
           ConfigError: if it is none.
         """
-        allowed = "must be LENGTH:UPDATES,..., lengths that divide data.sequence_length and rise, updates above 0"
+        allowed = (
+            "must be LENGTH:UPDATES or LENGTH:UPDATES@ACCURACY, separated by commas: lengths that divide "
+            "data.sequence_length and rise, updates above 0, accuracies above 0 and at most 1"
+        )
         stages = []
         for part in self.curriculum.split(",") if self.curriculum else ():
-            length, _, updates = part.strip().partition(":")
-            if not (length.isdecimal() and updates.isdecimal() and int(length) and int(updates)):
+            match = STAGE.fullmatch(part.strip())
+            stage = Stage(int(match[1]), int(match[2]), float(match[3] or 0)) if match else Stage(0, 0)
+            if not (match and stage.length and stage.updates and (match[3] is None or 0 < stage.accuracy <= 1)):
                 raise ConfigError("data.curriculum", self.curriculum, allowed)
-            stages.append((int(length), int(updates)))
-        lengths = [length for length, _ in stages]
-        if lengths != sorted(lengths) or any(self.sequence_length % length for length in lengths):
+            stages.append(stage)
+        lengths = [stage.length for stage in stages]
+        if lengths != sorted(set(lengths)) or any(self.sequence_length % length for length in lengths):
             raise ConfigError("data.curriculum", self.curriculum, allowed)
         return tuple(stages)
 
     def samples_before(self, update: int, batch_size: int) -> int:
-        """Samples that the first `update` updates of `batch_size` rows take, those of `stages` included."""
+        """Samples that the first `update` updates of `batch_size` rows take, those of `stages` included, at most."""
         return stage_at(self.stages, self.sequence_length, batch_size, update)[1]
 
     @property
@@ -133,19 +156,17 @@ class DataConfig:
         return (pathlib.Path(root) if root else pathlib.Path.home() / ".cache") / "tlinformer_jax"
 
 
-def stage_at(
-    stages: tuple[tuple[int, int], ...], sequence_length: int, batch_size: int, update: int
-) -> tuple[int, int]:
+def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:
     """Tokens of a sample of update `update` (from 0), and the samples of all updates before it.
 
     Args:
-      stages: (length, updates) of what comes first, on shorter samples, of which a row has as many as fit.
+      stages: what comes first, on shorter samples, of which a row has as many as fit; each takes all its updates.
       sequence_length: N, of all updates after those.
       batch_size: rows of N tokens an update.
       update: which.
     """
     before = 0
-    for length, updates in stages:
+    for length, updates, _ in stages:
         size = batch_size * (sequence_length // length)
         if update < updates:
             return length, before + update * size

@@ -173,7 +173,7 @@ def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | No
         questions = config.questions if trains else 1
         task = passkey.Passkey(key, text, tokenizer, config.passkeys, questions, in_turn=not trains)
     task.check(config.sequence_length)
-    for length, _ in config.stages:
+    for length, *_ in config.stages:
         try:
             task.check(length)
         except ConfigError as error:

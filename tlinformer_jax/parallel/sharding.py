@@ -21,6 +21,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"gate_up_kernel$", PartitionSpec("fsdp", None, "tensor")),
     (r"down_kernel$", PartitionSpec("tensor", "fsdp")),
     (r"(norm\w*_(scale|bias)|out_bias)$", PartitionSpec()),
+    (r"^competence/", PartitionSpec()),
 )
 
 

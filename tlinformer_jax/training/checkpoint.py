@@ -353,8 +353,9 @@ def _is_old(path: pathlib.Path) -> bool:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The state as a plain mapping, the form in which it is saved."""
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """The state as a plain mapping, the form in which it is saved; without what the run does not have."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _read(folder: pathlib.Path, tree: Mapping[str, Any]) -> dict[str, Any]:

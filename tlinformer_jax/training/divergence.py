@@ -85,4 +85,5 @@ def roll_back(run: Run, state: TrainState, batches: TrainingBatches, checkpoints
         return jax.device_put(jnp.int32(value), state.step.sharding)
 
     skips = dataclasses.replace(state.skips, in_a_row=number(0), total=number(left_out), rollbacks=number(done + 1))
-    return dataclasses.replace(older, step=state.step, skips=skips)
+    # Of the stages of a curriculum what was decided stays: the batches so far were those.
+    return dataclasses.replace(older, step=state.step, skips=skips, competence=state.competence)

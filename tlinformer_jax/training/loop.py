@@ -16,12 +16,13 @@ from tlinformer_jax.config import (
     run_config,
 )
 from tlinformer_jax.data.batches import TrainingBatches
-from tlinformer_jax.data.reader import prefetched
+from tlinformer_jax.data.config import Stage
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
+from tlinformer_jax.training.curriculum import LAG, WINDOW, Competence, StagedReader, batches_from
 from tlinformer_jax.training.divergence import has_diverged, roll_back
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.lock import sole_run
@@ -202,17 +203,20 @@ def train_steps(
         run.shardings,
         batch_sharding(run.mesh),
         answers=run.answers,
+        stages=run.config.data.stages,
     )
     throughput = build_throughput(run)
     while True:
-        if int(state.step) in evaluation_steps(run.config.train, batches, run.horizon.steps) and not evaluated:
+        known = batches_from(batches, state.competence)
+        if int(state.step) in evaluation_steps(run.config.train, known, run.horizon.steps) and not evaluated:
             figures = evaluate_and_record(run, state, around)
             if accurate(run.config.train, figures):
                 return state, figures
         state, figures = steps_while_finite(run, step_function, state, batches, around, throughput)
         if not has_diverged(run, state.skips):
             return state, figures
-        state, evaluated = roll_back(run, state, batches, around.checkpoints), False
+        known = batches_from(batches, state.competence)
+        state, evaluated = roll_back(run, state, known, around.checkpoints), False
 
 
 def steps_while_finite(
@@ -229,10 +233,11 @@ def steps_while_finite(
     """
     config, last = run.config.train, run.horizon.steps
     first = int(state.step)
-    evaluations = evaluation_steps(config, batches, last)
     tokens = config.batch_size * trained_tokens(run.config.model, batches.sequence_length, config.sampled_windows)
     throughput.restart()
-    with prefetched(batches, first, process_rows(run.mesh, config.batch_size)) as reader:
+    with StagedReader(batches, state.competence, first, process_rows(run.mesh, config.batch_size)) as reader:
+        batches = reader.batches
+        evaluations = evaluation_steps(config, batches, last)
         for step in range(first + 1, last + 1):
             if around.stop.poll():
                 break
@@ -240,7 +245,11 @@ def steps_while_finite(
                 batch = put_batch(next(reader), run.mesh)
             state, metrics = step_function(state, batch)
             throughput.count(tokens)
-            pause = step in evaluations or due(step, config.checkpoint_every, last)
+            if reader.after(metrics):
+                batches = reader.batches
+                evaluations = evaluation_steps(config, batches, last)
+            ended = reader.ended()
+            pause = step in evaluations or due(step, config.checkpoint_every, last) or ended is not None
             new = step == first + 1 or batches.length(step - 1) != batches.length(step - 2)
             if new:
                 jax.block_until_ready(metrics)  # the first step's time, at a new length, is mostly compilation
@@ -252,6 +261,8 @@ def steps_while_finite(
                     log_step(run, step, metrics, {} if new else throughput.report(step), around.log)
                 if has_diverged(run, metrics["skips"]):
                     break
+                if ended is not None:
+                    say(describe_end(ended, step, state.competence))
             if around.trace.after(step, metrics) or new:
                 throughput.restart()
             if new:
@@ -265,6 +276,16 @@ def steps_while_finite(
                     return state, figures
                 throughput.restart(keep_saving=True)
     return state, None
+
+
+def describe_end(stage: Stage, step: int, competence: Competence | None) -> str:
+    """Which stage of the curriculum ended after update `step`, and why."""
+    text = f"step {step}: the stage on samples of {stage.length} tokens ends after {stage.updates:,} updates"
+    if not stage.accuracy or competence is None:
+        return f"{text}, as configured"
+    if step in competence.ends.tolist():
+        return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
+    return f"{text}, the most that it may take"
 
 
 def accurate(config: TrainConfig, figures: Mapping[str, float] | None) -> bool:
@@ -288,9 +309,12 @@ def evaluation_steps(config: TrainConfig, batches: TrainingBatches, last: int) -
 
 def log_step(run: Run, step: int, metrics: Mapping[str, Any], speed: Mapping[str, float], log: MetricsLog) -> None:
     """Writes and prints the figures of one step; `speed` is what `Throughput.report` returns, or empty."""
-    values = {f"train/{name}": float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")}
+    names = ("loss", "grad_norm", "learning_rate", *(["accuracy"] if "accuracy" in metrics else []))
+    values = {f"train/{name}": float(metrics[name]) for name in names}
     line = f"step {step}/{run.horizon.steps}  loss {values['train/loss']:.4f}"
     line += f"  grad norm {values['train/grad_norm']:.3f}"
+    if "accuracy" in metrics:
+        line += f"  accuracy {values['train/accuracy']:.3f}"
     skipped = int(metrics["skips"].total)
     if skipped:
         values["train/skipped_updates"] = skipped

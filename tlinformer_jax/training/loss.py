@@ -55,11 +55,20 @@ def token_losses_and_hits(
     return losses, hits
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed_cross_entropy(
     hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
 ) -> jax.Array:
-    """Sum of weights * cross-entropy in nats; for training.
+    """The first of what `summed_losses_and_hits` returns."""
+    return summed_losses_and_hits(hidden, embedding, labels, weights, chunk)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def summed_losses_and_hits(
+    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of weights * cross-entropy in nats, and the weight of the labels that greedy decoding would choose.
+
+    For training; the second has no gradient, and costs nothing where it is not read.
 
     Its gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is
     rounded to hidden's dtype before it is multiplied, as the logits' own product was. The embedding's gradient is
@@ -73,9 +82,10 @@ def summed_cross_entropy(
       chunk: tokens whose logits are held at a time.
 
     Returns:
-      float32 [].
+      float32 [] both.
     """
-    return jnp.sum(token_losses(hidden, embedding, labels, chunk) * weights)
+    losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
+    return jnp.sum(losses * weights), jnp.sum(hits * weights)
 
 
 def _forward(hidden, embedding, labels, weights, chunk):
@@ -83,39 +93,45 @@ def _forward(hidden, embedding, labels, weights, chunk):
 
     def body(table_gradient, part):
         rows, targets, weight = part
-        losses, slope = _chunk_slope(rows, table, targets, weight, embedding.shape[0])
+        losses, hits, slope = _chunk_slope(rows, table, targets, weight, embedding.shape[0])
         table_gradient += jnp.einsum("bcv,bcd->vd", slope, rows, preferred_element_type=jnp.float32)
-        return table_gradient, (losses, jnp.einsum("bcv,vd->bcd", slope, table))
+        return table_gradient, (losses, hits, jnp.einsum("bcv,vd->bcd", slope, table))
 
     zero = jnp.zeros(table.shape, jnp.float32)
     parts = (_chunks(hidden, chunk), _chunks(labels, chunk), _chunks(weights, chunk))
-    table_gradient, (losses, hidden_gradient) = jax.lax.scan(body, zero, parts)
-    losses, hidden_gradient = (_whole(array, hidden.shape[1]) for array in (losses, hidden_gradient))
+    table_gradient, outputs = jax.lax.scan(body, zero, parts)
+    losses, hits, hidden_gradient = (_whole(array, hidden.shape[1]) for array in outputs)
     gradients = (hidden_gradient, table_gradient[: embedding.shape[0]].astype(embedding.dtype), losses)
-    return jnp.sum(losses * weights), gradients
+    return (jnp.sum(losses * weights), jnp.sum(hits * weights)), gradients
 
 
-def _backward(chunk, gradients, cotangent):
+def _backward(chunk, gradients, cotangents):
+    cotangent, _ = cotangents
     hidden, embedding, weights = ((array.astype(jnp.float32) * cotangent).astype(array.dtype) for array in gradients)
     return hidden, embedding, None, weights
 
 
-summed_cross_entropy.defvjp(_forward, _backward)
+summed_losses_and_hits.defvjp(_forward, _backward)
 
 
 def _chunk_slope(
     rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Losses [batch, c], and the gradient of their weighted sum by the logits in rows' dtype, [batch, c, padded V]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses and hits [batch, c], and the gradient of the losses' weighted sum by the logits.
+
+    That one is in rows' dtype, [batch, c, padded V].
+    """
     if loss_kernel.use_kernel() and rows.dtype != jnp.float32:
         logits = output_logits(rows, table).reshape(-1, table.shape[0])
         losses, slope = loss_kernel.loss_and_slope(
             logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype
         )
-        return losses.reshape(targets.shape), slope.reshape(*targets.shape, -1)
+        hits = jnp.argmax(logits[:, :vocab_size], axis=-1) == targets.reshape(-1)
+        return losses.reshape(targets.shape), hits.reshape(targets.shape), slope.reshape(*targets.shape, -1)
     losses, logits, norm = _chunk_losses(rows, table, targets, vocab_size)
     chosen = jnp.arange(table.shape[0]) == targets[..., None]
-    return losses, ((jnp.exp(logits - norm[..., None]) - chosen) * weights[..., None]).astype(rows.dtype)
+    slope = ((jnp.exp(logits - norm[..., None]) - chosen) * weights[..., None]).astype(rows.dtype)
+    return losses, jnp.argmax(logits, axis=-1) == targets, slope
 
 
 def _chunk_losses(

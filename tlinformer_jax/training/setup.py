@@ -50,8 +50,7 @@ class Run:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
-        init = functools.partial(init_state, model=self.model, config=self.config.train, horizon=self.horizon)
-        shapes = jax.eval_shape(init, jax.random.key(0))
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -69,8 +68,10 @@ class Run:
 
     def initial_state(self) -> TrainState:
         """The state before the first update, born sharded."""
-        init = functools.partial(init_state, model=self.model, config=self.config.train, horizon=self.horizon)
-        return jax.jit(init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
+        return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
+
+    def _init(self, rng: jax.Array) -> TrainState:
+        return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
         """A split of the corpus or of the task, its length checked against the samples', its ids by the vocabulary.

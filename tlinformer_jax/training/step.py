@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from tlinformer_jax.data.config import Stage
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import layer_norm
@@ -22,7 +23,8 @@ from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.target import is_nvidia_gpu
 from tlinformer_jax.training.answers import AnswersOf, answer_sums, at_places, put_back, weighted_places
 from tlinformer_jax.training.config import TrainConfig
-from tlinformer_jax.training.loss import summed_cross_entropy, token_losses, token_losses_and_hits
+from tlinformer_jax.training.curriculum import Competence, initial_competence, record_accuracy, stage_with_goal
+from tlinformer_jax.training.loss import summed_losses_and_hits, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 from tlinformer_jax.training.window_loss import pad_rows, sum_with_gradients, window_loops
 from tlinformer_jax.training.windows import draw_windows, window_weight
@@ -66,18 +68,35 @@ class TrainState:
       params: parameters, as `model.init` names them.
       opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
       skips: updates that were left out, or undone by a rollback.
+      competence: what ends the stages of a curriculum; None where none ends by competence.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     skips: Skips = flax.struct.field(default_factory=Skips)
+    competence: Competence | None = None
 
 
-def init_state(rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon) -> TrainState:
+class LossAux(NamedTuple):
+    """What is summed along with the loss, without a gradient.
+
+    Attributes:
+      window_losses: of each window that is run, float32 [windows], where one is computed after the other, else [0].
+      right: weight of the labels that greedy decoding would choose, float32 [].
+    """
+
+    window_losses: jax.Array
+    right: jax.Array
+
+
+def init_state(
+    rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon, stages: tuple[Stage, ...] = ()
+) -> TrainState:
     """The state before the first update; depends on `rng` and the configurations only."""
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
-    return TrainState(jnp.int32(0), params, build_optimizer(config, horizon).init(params))
+    opt_state = build_optimizer(config, horizon).init(params)
+    return TrainState(jnp.int32(0), params, opt_state, competence=initial_competence(stages))
 
 
 def train_step(
@@ -89,6 +108,7 @@ def train_step(
     horizon: Horizon,
     window_losses: bool = False,
     answers: AnswersOf | None = None,
+    stages: tuple[Stage, ...] = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -102,21 +122,25 @@ def train_step(
       horizon: how long the run is.
       window_losses: whether to return those.
       answers: of a task, where the labels of a sample have weights.
+      stages: of the curriculum.
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
-      clipping), learning_rate, tokens; step and skips of the new state; and where asked for window_losses, what
-      `summed_loss` says of each window, summed over the batch. Where loss or gradient are not finite,
+      clipping), learning_rate, tokens; step and skips of the new state; and where asked for, window_losses, as
+      `LossAux` says, summed over the batch. In a stage that ends by competence, accuracy, the share of the answers'
+      tokens that were right, and stage_ends, those of the new state. Where loss or gradient are not finite,
       parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
       whole state does, whatever the batch.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     shares = Shares.of(jax.sharding.get_abstract_mesh())
+    stage = stage_with_goal(stages, batch["inputs"].shape[1])
+    wanted = ("window_losses",) * window_losses + ("right",) * (stage is not None)
     gradient = functools.partial(
-        batch_gradient, model=model, config=config, shares=shares, window_losses=window_losses, answers=answers
+        batch_gradient, model=model, config=config, shares=shares, wanted=wanted, answers=answers
     )
-    loss, each, grads = shares.over_devices(gradient)(batch, state.params, divisor, state.step)
+    loss, aux, grads = shares.over_devices(gradient)(batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": loss * divisor / tokens,
@@ -125,15 +149,22 @@ def train_step(
             learning_rate_schedule(config, horizon)(state.step - state.skips.total), jnp.float32
         ),
         "tokens": tokens,
-        **({"window_losses": each} if window_losses else {}),
     }
+    if window_losses:
+        metrics["window_losses"] = aux["window_losses"]
     good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
     params, opt_state = jax.tree.map(
         lambda new, old: jax.lax.select(jnp.broadcast_to(good, new.shape), new, old),
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
     )
-    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips)
+    competence = state.competence
+    if stage is not None and competence is not None:
+        metrics["accuracy"] = aux["right"] / tokens
+        recorded = record_accuracy(competence, stage, stages[stage].accuracy, metrics["accuracy"], state.step)
+        competence = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), recorded, competence)
+        metrics["stage_ends"] = competence.ends
+    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips, competence)
     return new, {**metrics, "step": new.step, "skips": skips}
 
 
@@ -146,9 +177,9 @@ def batch_gradient(
     model: LanguageModel,
     config: TrainConfig,
     shares: Shares,
-    window_losses: bool = False,
+    wanted: tuple[str, ...] = (),
     answers: AnswersOf | None = None,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """The loss of a batch with its gradient, summed over micro-batches and over the devices that share it.
 
     Args:
@@ -159,11 +190,11 @@ def batch_gradient(
       model: of the parameters.
       config: of the run.
       shares: how the batch is shared out.
-      window_losses: whether to sum them, as many as a sequence has windows that are run, over the devices.
+      wanted: fields of `LossAux` to sum as well.
       answers: as `train_step` takes it.
 
     Returns:
-      the loss, float32 []; where asked for each window's, as `summed_loss` says, else float32 [0]; the gradient.
+      the loss, float32 []; what is wanted besides, by name; the gradient.
     """
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
 
@@ -180,11 +211,11 @@ def batch_gradient(
     )
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulation == 1:
-        (loss, each), grads = gradient(params, batch, *draws(0))
+        (loss, aux), grads = gradient(params, batch, *draws(0))
     else:
-        (loss, each), grads = _accumulate(gradient, draws, params, batch, config.accumulation)
+        (loss, aux), grads = _accumulate(gradient, draws, params, batch, config.accumulation)
     loss, grads = shares.add((loss, grads))
-    return loss, shares.add(each) if window_losses else jnp.zeros(0, jnp.float32), grads
+    return loss, shares.add({name: getattr(aux, name) for name in wanted}), grads
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
@@ -229,7 +260,7 @@ def summed_loss(
     shares: Shares = ALONE,
     answers: AnswersOf | None = None,
     divisor: jax.Array | float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, LossAux]:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
 
     The hidden states of a whole sequence, and one cross-entropy; or, for a long sequence, those of a window and its
@@ -247,8 +278,7 @@ def summed_loss(
       divisor: of the sum.
 
     Returns:
-      float32 []; and the sum of each window that is run, float32 [windows], where one is computed after the other, not
-      divided, else float32 [0].
+      float32 [], and what is summed along with it.
     """
     shape, inputs, split = model.config, batch["inputs"], shares.split
     rows = {name: batch[name] for name in ("labels", "weights")}
@@ -262,21 +292,23 @@ def summed_loss(
     if windows is None and split == WHOLE and not one_by_one:
         hidden = hidden_states(typed, shape, embed(typed.embedding, shape, inputs), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
-        return weighted_loss(hidden, typed.embedding, rows, most, config.loss_chunk) / divisor, jnp.zeros(0)
+        total, right = weighted_loss(hidden, typed.embedding, rows, most, config.loss_chunk)
+        return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
     if split.rows is not None:
         inputs = split.rows.take(pad_rows(inputs, -length % split.row_parts))
     together = None if windows is None and split == WHOLE else 1
     embeddings = embed(typed.embedding, shape, inputs)
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, dropout, together, split, first)
-    total, found = jnp.float32(0), []
+    total, right, found = jnp.float32(0), jnp.float32(0), []
     for loop in window_loops(shape, sequence, rows, split, windows):
         branches = tuple(functools.partial(window_loss, shape, config, run, most) for run in loop.runs)
         shared, steps = (typed, loop.history), (loop.indices, loop.rows)
-        loss, each = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
-        total += loss
+        (loss, hits), each = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
+        total, right = total + loss, right + hits
         found.append(loop.gathered(each))
-    each = jnp.concatenate(found) if windows is None else jnp.zeros(0)  # other micro-batches draw other windows
-    return total * window_weight(shape, length, windows) / divisor, each
+    # Other micro-batches draw other windows.
+    each = jnp.concatenate(found) if windows is None else jnp.zeros(0, jnp.float32)
+    return total * window_weight(shape, length, windows) / divisor, LossAux(each, right)
 
 
 def window_loss(
@@ -288,8 +320,8 @@ def window_loss(
     step: tuple[jax.Array, DeviceBatch],
     shared: tuple[ModelParams, History],
     x: Stream | None,
-) -> jax.Array:
-    """The weighted loss of a generation window, or of those that run together, as `sum_with_gradients` takes it.
+) -> tuple[jax.Array, jax.Array]:
+    """`weighted_loss` of a generation window, or of those that run together, as `sum_with_gradients` takes it.
 
     Args:
       shape: of the model.
@@ -302,7 +334,7 @@ def window_loss(
       x: the window's own rows, None where devices share them.
 
     Returns:
-      float32 []; where rows are split over devices, of this device's rows of the window.
+      float32 [] both; where rows are split over devices, of this device's rows of the window.
     """
     (params, history), (index, rows) = shared, step
     size, split = shape.generation_window, history.split
@@ -320,16 +352,16 @@ def window_loss(
 
 def weighted_loss(
     hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, chunk: int
-) -> jax.Array:
-    """The sum of weights * cross-entropy, float32 []; of tasks, where at most `most` rows have weights, of those."""
+) -> tuple[jax.Array, jax.Array]:
+    """`summed_losses_and_hits`; of tasks, where at most `most` rows of a sample have weights, of those rows alone."""
     if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
         hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
-    return summed_cross_entropy(hidden, embedding, rows["labels"], rows["weights"], chunk)
+    return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], chunk)
 
 
 def _accumulate(
     gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
+) -> tuple[tuple[jax.Array, LossAux], Any]:
     """Sums losses and gradients over `parts` micro-batches, one after the other."""
     # Rows are dealt out in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
@@ -386,6 +418,7 @@ def jit_train_step(
     batch_sharding: Any,
     window_losses: bool = False,
     answers: AnswersOf | None = None,
+    stages: tuple[Stage, ...] = (),
 ) -> Any:
     """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused.
 
@@ -393,7 +426,13 @@ def jit_train_step(
     """
     return jax.jit(
         functools.partial(
-            train_step, model=model, config=config, horizon=horizon, window_losses=window_losses, answers=answers
+            train_step,
+            model=model,
+            config=config,
+            horizon=horizon,
+            window_losses=window_losses,
+            answers=answers,
+            stages=stages,
         ),
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, replicated(batch_sharding.mesh)),

@@ -17,7 +17,7 @@ from tlinformer_jax.models.tlinformer import PreparedSequence
 from tlinformer_jax.models.windows import Segment, deal_runs
 from tlinformer_jax.parallel.sequence_split import SequenceSplit, deal_windows
 
-WindowLoss = Callable[[Any, Any, Any, Any], Float[Array, ""]]
+WindowLoss = Callable[[Any, Any, Any, Any], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -28,7 +28,7 @@ def sum_with_gradients(
     fixed: Any,
     steps: Any,
     which: Int[Array, " steps"] | None,
-) -> tuple[Float[Array, ""], Float[Array, " steps"]]:
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Float[Array, " steps"]]:
     """The sum of the windows' losses, and each window's, such that differentiation keeps nothing of any window.
 
     Why this is not simply differentiated. A window reads all of the history before it, so what its backward pass
@@ -59,7 +59,8 @@ def sum_with_gradients(
     needs exists while it runs only. That is how sampled windows, each with a history of its own length, share a loop.
 
     Args:
-      branches: window_loss(fixed, step, shared, part) -> float32 []; must not close over traced values.
+      branches: window_loss(fixed, step, shared, part) -> two float32 [], the loss, and what is summed along with it
+        and has no gradient; must not close over traced values.
       shared: pytree of floating arrays that every window reads; differentiated.
       parts: pytree of floating arrays [steps, ...] (or empty), a slice for each window; differentiated.
       fixed: pytree that every window reads; not differentiated.
@@ -67,40 +68,40 @@ def sum_with_gradients(
       which: the branch of each window; None with a single branch.
 
     Returns:
-      the sum; and each window's loss, through which no gradient flows.
+      both sums; and each window's loss, float32 [steps]. Gradients flow through the sum of losses alone.
     """
 
-    def body(total: Array, item: Any) -> tuple[Array, Array]:
+    def body(sums: Any, item: Any) -> tuple[Any, Array]:
         part, step, index = item
         run = branches[0] if index is None else functools.partial(jax.lax.switch, index, branches)
-        value = run(fixed, step, shared, part)
-        return total + value, value
+        values = run(fixed, step, shared, part)
+        return jax.tree.map(jnp.add, sums, values), values[0]
 
-    return jax.lax.scan(body, jnp.float32(0), (parts, steps, which))
+    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))
 
 
 def _forward(branches, shared, parts, fixed, steps, which):
-    start = jnp.float32(0), wide_zeros(shared)
+    start = (jnp.float32(0), jnp.float32(0)), wide_zeros(shared)
     choices = [functools.partial(_add_loss_and_gradient, branch, shared, fixed) for branch in branches]
 
     def chosen(carry, item):
         return jax.lax.switch(item[2], choices, carry, item)
 
     body = choices[0] if which is None else chosen
-    (loss, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
-    return (loss, each), (rounded(total, shared), part_gradients)
+    (sums, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
+    return (sums, each), (rounded(total, shared), part_gradients)
 
 
 def _add_loss_and_gradient(branch, shared, fixed, carry, item):
     """One window: its loss and its gradient, added to the sums of those before it."""
-    (loss, total), (part, step, _) = carry, item
-    value, pull = jax.vjp(functools.partial(branch, fixed, step), shared, part)
-    gradient, part_gradient = pull(jnp.ones_like(value))
-    return (loss + value, add_wide(total, gradient)), (value, part_gradient)
+    (sums, total), (part, step, _) = carry, item
+    loss, pull, aux = jax.vjp(functools.partial(branch, fixed, step), shared, part, has_aux=True)
+    gradient, part_gradient = pull(jnp.ones_like(loss))
+    return (jax.tree.map(jnp.add, sums, (loss, aux)), add_wide(total, gradient)), (loss, part_gradient)
 
 
 def _backward(branches, gradients, cotangents):
-    slope, _ = cotangents
+    (slope, _), _ = cotangents
     shared, parts = jax.tree.map(lambda array: (array.astype(jnp.float32) * slope).astype(array.dtype), gradients)
     return shared, parts, None, None, None
 
