@@ -12,8 +12,8 @@ from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.models import DualWindowBlock, build_model, streams, windows
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.training import window_loss
+from tlinformer_jax.training.batch_loss import summed_loss
 from tlinformer_jax.training.config import TrainConfig
-from tlinformer_jax.training.step import summed_loss
 
 LENGTH = 23  # five windows of 4 tokens, and one of 3
 # What each case changes: the default way of a long sequence is `remat`.

@@ -15,9 +15,10 @@ from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.models import build_model
 from tlinformer_jax.models.recompute import map_recomputed
 from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.training.batch_loss import summed_loss
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import TrainState, init_state, summed_loss, train_step
+from tlinformer_jax.training.step import TrainState, init_state, train_step
 from tlinformer_jax.training.windows import draw_windows
 
 # Compress and restore only, and one history segment: compilation is what these tests cost.

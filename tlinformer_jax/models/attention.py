@@ -4,7 +4,6 @@
 (causal, local window, number of valid keys) and never by a mask tensor: kernels can skip what is not seen.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.dropout import Dropout
+from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.recompute import map_recomputed
 from tlinformer_jax.parallel.target import is_nvidia_gpu, platform
 
@@ -211,30 +211,6 @@ def attend_chunk(
 def no_parts(query: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What attention of `query` to no key at all gives, as `merge_parts` takes it."""
     return jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-
-
-def merge_softmaxes(output: jax.Array, lse: jax.Array, axis: int | str) -> tuple[jax.Array, jax.Array]:
-    """Exact attention to the union of disjoint sets of keys, from the attention to each of them.
-
-    Args:
-      output: float32 [..., d_h].
-      lse: log-sum-exp of the scaled scores, float32 [...]; -inf where there is no valid key.
-      axis: what counts the sets: an axis of lse, or a manual axis of the mesh by its name.
-
-    Returns:
-      the same without that axis, on every device; 0 and -inf where no set has a valid key.
-    """
-    if isinstance(axis, str):
-        most, total = functools.partial(jax.lax.pmax, axis_name=axis), functools.partial(jax.lax.psum, axis_name=axis)
-    else:
-        most, total = functools.partial(jnp.max, axis=axis), functools.partial(jnp.sum, axis=axis)
-    top = most(jax.lax.stop_gradient(lse))
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weights = jnp.exp(lse - top)
-    sum_ = total(weights)
-    seen = sum_ > 0
-    sum_ = jnp.where(seen, sum_, 1.0)
-    return total(output * weights[..., None]) / sum_[..., None], jnp.where(seen, jnp.log(sum_) + top, -jnp.inf)
 
 
 def merge_parts(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from tlinformer_jax.models import history_kernel
-from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, merge_softmaxes, no_parts
+from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import LayerParams, project, unbiased_projections
+from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.rope import Rope, rotate
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.parallel.target import is_nvidia_gpu

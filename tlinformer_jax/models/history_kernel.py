@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from tlinformer_jax.models.decode_kernel import call_kernel
+from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.rope import Rope
 
 # Queries and rows that a program of `attend` multiplies at once, its warps, and the loads it keeps under way.
@@ -77,12 +78,7 @@ def attend(
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    top = jnp.max(tops, axis=0)
-    factor = jnp.exp2(tops - top)
-    total = jnp.sum(totals * factor, axis=0)
-    safe = jnp.where(total > 0, total, 1.0)
-    merged = jnp.sum(sums * factor[..., None], axis=0) / safe[..., None]
-    lse = jnp.where(total > 0, top / LOG2_E + jnp.log(safe), -jnp.inf)
+    merged, lse = merge_softmaxes(sums, tops / LOG2_E, 0, totals)
     return jnp.swapaxes(merged, 0, 1), jnp.swapaxes(lse, 0, 1)
 
 

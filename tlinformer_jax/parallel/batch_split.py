@@ -1,4 +1,4 @@
-"""Work on a batch, shared out over a mesh: each device's program is explicit, and what they exchange is one sum.
+"""A batch split over a mesh: each device's program is explicit, and what they exchange is one sum.
 
 Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
 gradient. Over `fsdp` and `tensor`, which split parameters, the compiler partitions. So on meshes without these two a
@@ -20,22 +20,22 @@ PARTITIONED = ("fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
-    """How a batch's loss is shared out.
+class BatchSplit:
+    """How a batch is split.
 
     Attributes:
       manual: axes of the mesh that are manual; empty where the compiler partitions everything, or there is one device.
       batch: those of them that split the batch.
-      split: how each sequence is split.
+      sequence: how each sequence is split.
     """
 
     manual: tuple[str, ...] = ()
     batch: tuple[str, ...] = ()
-    split: SequenceSplit = WHOLE
+    sequence: SequenceSplit = WHOLE
 
     @classmethod
-    def of(cls, mesh: AbstractMesh) -> "Shares":
-        """Those of a mesh."""
+    def of(cls, mesh: AbstractMesh) -> "BatchSplit":
+        """That over a mesh."""
         sizes = dict(mesh.shape)
         manual = tuple(name for name, size in sizes.items() if name not in PARTITIONED or size == 1)
         if all(sizes[name] == 1 for name in manual):
@@ -47,13 +47,13 @@ class Shares:
         )
         return cls(manual, tuple(name for name in BATCH_AXES if name in manual and sizes[name] > 1), split)
 
-    def number(self) -> jax.Array | int:
+    def shard_index(self) -> jax.Array | int:
         """Of this device's part of the batch."""
         return jax.lax.axis_index(self.batch) if self.batch else 0
 
-    def add(self, values: Any) -> Any:
+    def psum(self, values: Any) -> Any:
         """The sums over the parts of the batch and of its sequences, of a pytree of each device's values."""
-        axes = (*self.batch, *self.split.axes)
+        axes = (*self.batch, *self.sequence.axes)
         return jax.lax.psum(values, axes) if axes else values
 
     def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,3 +74,7 @@ class Shares:
             return mapped(batch, *whole)
 
         return spread
+
+
+# On one device.
+UNSPLIT = BatchSplit()

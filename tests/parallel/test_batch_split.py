@@ -13,15 +13,15 @@ from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
-from tlinformer_jax.parallel import shares as shares_module
+from tlinformer_jax.parallel import batch_split
+from tlinformer_jax.parallel.batch_split import BatchSplit
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sequence_split import NO_WINDOW, deal_windows
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
-from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.setup import check_sequences_divide
-from tlinformer_jax.training.step import ALONE, batch_gradient
+from tlinformer_jax.training.step import UNSPLIT, batch_gradient
 
 TRAIN = TrainConfig()
 LENGTH = 43  # ten windows of 4 tokens, and one of 3
@@ -51,15 +51,13 @@ def gradient(model, train, mesh=None, data=None, answers=None):
     params, arguments = golden_scale(model)["params"], (jnp.float32(100), jnp.int32(3))
     data = batch() if data is None else data
     if mesh is None:
-        return jax.jit(functools.partial(batch_gradient, shares=ALONE, **options))(data, params, *arguments)
+        return jax.jit(functools.partial(batch_gradient, split=UNSPLIT, **options))(data, params, *arguments)
     mesh = build_mesh(MeshConfig(**mesh))
     with jax.set_mesh(mesh):
 
         def spread(batch, params, *rest):
-            shares = Shares.of(jax.sharding.get_abstract_mesh())
-            return shares.over_devices(functools.partial(batch_gradient, shares=shares, **options))(
-                batch, params, *rest
-            )
+            split = BatchSplit.of(jax.sharding.get_abstract_mesh())
+            return split.over_devices(functools.partial(batch_gradient, split=split, **options))(batch, params, *rest)
 
         shardings = batch_sharding(mesh), tree_shardings(params, mesh)
         placed = jax.device_put((data, params), shardings)
@@ -148,7 +146,7 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
         part = streams.History.part
         monkeypatch.setattr(streams.History, "part", lambda self, array, start, *rest: part(self, array, 0, *rest))
     else:
-        monkeypatch.setattr(shares_module.Shares, "add", lambda self, values: values)
+        monkeypatch.setattr(batch_split.BatchSplit, "psum", lambda self, values: values)
     with pytest.raises(AssertionError):
         check(MODEL, MESHES["data, window, context"])
     jax.clear_caches()
