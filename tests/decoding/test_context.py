@@ -1,4 +1,4 @@
-"""The history dealt out over the mesh's axis `context`: against the reference, one device, and the compiled traffic."""
+"""The history split over the mesh's axis `context`: against the reference, one device, and the compiled traffic."""
 
 import dataclasses
 

@@ -16,7 +16,7 @@ from tlinformer_jax.models import ModelConfig, build_model, streams
 from tlinformer_jax.parallel import batch_split
 from tlinformer_jax.parallel.batch_split import BatchSplit
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.parallel.sequence_split import NO_WINDOW, deal_windows
+from tlinformer_jax.parallel.sequence_split import NO_WINDOW, assign_windows
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.training.config import TrainConfig
@@ -154,8 +154,8 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
 
 @pytest.mark.parametrize("parts", [2, 8])
 def test_every_window_is_dealt_once(parts):
-    dealt = deal_windows(21, parts, np.zeros(parts), first=1)
-    np.testing.assert_array_equal(np.sort(dealt[dealt != NO_WINDOW]), np.arange(21))
+    assigned = assign_windows(21, parts, np.zeros(parts), first=1)
+    np.testing.assert_array_equal(np.sort(assigned[assigned != NO_WINDOW]), np.arange(21))
 
 
 @pytest.mark.parametrize(("length", "parts"), [(65_536, 2), (65_536, 8), (1_048_576, 8), (40_960, 8), (1_048_576, 64)])

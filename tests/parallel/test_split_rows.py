@@ -1,4 +1,4 @@
-"""Rows dealt out over an axis of the mesh: what each device holds, and what comes of them together."""
+"""Rows split over an axis of the mesh: what each device holds, and what comes of them together."""
 
 import functools
 

@@ -32,7 +32,7 @@ from tlinformer_jax.models.transformer import attention_window
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
     Segment,
-    deal_runs,
+    assign_runs,
     num_windows,
     padded_length,
     plan_segments,
@@ -144,14 +144,14 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     runs = (FIRST_WINDOW, *plan_segments(config, num_windows(config, length), 1, split))
     causal = _causal_pairs(config.generation_window)
     loads = np.zeros(parts)
-    for run, dealt in zip(runs, deal_runs(runs, parts)):
+    for run, assigned in zip(runs, assign_runs(runs, parts)):
         if run is FIRST_WINDOW:
             costs = [_causal_layers(config, config.generation_window, config.d_model, causal).attention]
         else:
             shapes = _segment_shapes(config, run, causal, True)
             costs = [_window(config, shape, config.d_model).attention for shape in shapes]
         # Where no window is left, a device computes the run's first one in vain.
-        loads += np.asarray(costs)[np.maximum(dealt, 0)].sum(axis=0)
+        loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
     return loads
 
 

@@ -38,8 +38,7 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import ModelParams
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.selection import PlacedWindow, observed_stream, place_window
-from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.loss import token_losses

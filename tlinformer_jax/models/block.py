@@ -34,8 +34,18 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, update
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.selection import PlacedWindow, observed_stream, place_window
-from tlinformer_jax.models.streams import History, Stream, apart, attention_options, beside, project_both, side_by_side
+from tlinformer_jax.models.streams import (
+    History,
+    PlacedWindow,
+    Stream,
+    apart,
+    attention_options,
+    beside,
+    observed_stream,
+    place_window,
+    project_both,
+    side_by_side,
+)
 from tlinformer_jax.models.windows import WindowFrame
 
 # Parts of a layer that draw dropout masks of their own.

@@ -20,8 +20,7 @@ from tlinformer_jax.models.config import FEW_WINDOWS, ModelConfig
 from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.recompute import map_recomputed, recomputed
 from tlinformer_jax.models.rope import Rope, rope_table
-from tlinformer_jax.models.selection import place_window
-from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.streams import History, Stream, place_window
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
     PerWindow,

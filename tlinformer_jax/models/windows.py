@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit, deal_windows
+from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit, assign_windows
 
 # A position or length: one for all windows (a number), or one for each of the windows that run together, int32 [g].
 PerWindow = Any
@@ -125,10 +125,10 @@ def plan_segments(
     return tuple(_segment(config, part, size, config.history_chunk, split.row_parts) for part, size in runs)
 
 
-def deal_runs(runs: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
-    """By `deal_windows`, for each run of windows; from the longest windows to the shortest, which even out the rest."""
+def assign_runs(runs: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
+    """By `assign_windows`, for each run of windows; longest windows first, as short ones even out."""
     loads = np.zeros(parts)
-    return [deal_windows(run.count, parts, loads, run.first) for run in reversed(runs)][::-1]
+    return [assign_windows(run.count, parts, loads, run.first) for run in reversed(runs)][::-1]
 
 
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...], row_parts: int = 1) -> int:

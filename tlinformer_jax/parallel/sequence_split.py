@@ -13,20 +13,20 @@ import numpy as np
 
 from tlinformer_jax.parallel.split_rows import SplitRows
 
-# Marks a place of `deal_windows` that no window takes.
+# Marks a place of `assign_windows` that no window takes.
 NO_WINDOW = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitWindows:
-    """Windows dealt out over an axis of the mesh, manual where this is used; `parts` is its size."""
+    """Windows split over an axis of the mesh, manual where this is used; `parts` is its size."""
 
     axis: str
     parts: int
 
-    def mine(self, dealt: np.ndarray) -> jax.Array:
+    def mine(self, assigned: np.ndarray) -> jax.Array:
         """This device's column of [rounds, parts], int32 [rounds]."""
-        return jnp.asarray(dealt, jnp.int32)[:, jax.lax.axis_index(self.axis)]
+        return jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index(self.axis)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ class SequenceSplit:
 
     @property
     def window_parts(self) -> int:
-        """Devices that windows are dealt out to."""
+        """Devices that windows are split over."""
         return self.windows.parts if self.windows else 1
 
     @property
     def row_parts(self) -> int:
-        """Devices that rows are dealt out to."""
+        """Devices that rows are split over."""
         return self.rows.parts if self.rows else 1
 
     @property
@@ -55,7 +55,7 @@ class SequenceSplit:
 WHOLE = SequenceSplit()
 
 
-def deal_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
+def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
     """Deals windows out in rounds of `parts` neighbours, whose shapes are alike.
 
     Of a round, whoever has least so far gets the longest window: its cost grows with its index.
@@ -70,14 +70,14 @@ def deal_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> n
       places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.
     """
     rounds = -(-count // parts)
-    dealt = np.full((rounds, parts), NO_WINDOW, np.int32)
+    assigned = np.full((rounds, parts), NO_WINDOW, np.int32)
     places = np.arange(rounds * parts, dtype=np.int32) - (rounds * parts - count)
     for number in reversed(range(rounds)):
         for place in reversed(places[number * parts : (number + 1) * parts]):
             if place < 0:
                 break
-            free = np.flatnonzero(dealt[number] == NO_WINDOW)
+            free = np.flatnonzero(assigned[number] == NO_WINDOW)
             device = free[np.argmin(loads[free])]
-            dealt[number, device] = place
+            assigned[number, device] = place
             loads[device] += first + place + 1
-    return dealt
+    return assigned

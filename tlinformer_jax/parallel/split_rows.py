@@ -1,4 +1,4 @@
-"""Rows of a sequence dealt out over an axis of the mesh, as functions that run inside `jax.shard_map`.
+"""Rows of a sequence split over an axis of the mesh, as functions that run inside `jax.shard_map`.
 
 Row r lies on device r mod c, at place r div c: whatever length a history has, all devices hold equally much of it, and
 what is appended lies at the end everywhere. Attention does not ask for the order of keys, so each device attends to its
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class SplitRows:
-    """How rows are dealt out.
+    """How rows are split.
 
     Attributes:
       axis: of the mesh, manual where this is used.
@@ -43,8 +43,8 @@ class SplitRows:
           [batch, length / c, ...].
         """
         shape = rows.shape[:axis], rows.shape[axis + 1 :]
-        dealt = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
-        return jax.lax.dynamic_index_in_dim(dealt, self.index(), axis + 1, keepdims=False)
+        parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
+        return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
 
     def gather(self, rows: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
         """Rows start .. start + length - 1 of the sequence, on every device.

@@ -227,7 +227,7 @@ def _accumulate(
     gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int
 ) -> tuple[tuple[jax.Array, LossAux], Any]:
     """Sums losses and gradients over `parts` micro-batches, one after the other."""
-    # Rows are dealt out in turn, so that each micro-batch stays split over all devices.
+    # Micro-batches take rows in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
     def body(total: Any, part: tuple[DeviceBatch, jax.Array]) -> tuple[Any, None]:

@@ -14,8 +14,8 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence
-from tlinformer_jax.models.windows import Segment, deal_runs
-from tlinformer_jax.parallel.sequence_split import SequenceSplit, deal_windows
+from tlinformer_jax.models.windows import Segment, assign_runs
+from tlinformer_jax.parallel.sequence_split import SequenceSplit, assign_windows
 
 WindowLoss = Callable[[Any, Any, Any, Any], tuple[Float[Array, ""], Float[Array, ""]]]
 
@@ -158,10 +158,10 @@ def window_loops(
     if windows is not None:
         yield _sampled_loop(config, sequence, rows, split, windows)
         return
-    for run, dealt in zip(sequence.runs, deal_runs(sequence.runs, split.window_parts)):
+    for run, assigned in zip(sequence.runs, assign_runs(sequence.runs, split.window_parts)):
         own, indices = sequence.windows(config, run), jnp.asarray(run.windows)
         taken = run.rows(config, rows)
-        places = None if split.windows is None else split.windows.mine(dealt)
+        places = None if split.windows is None else split.windows.mine(assigned)
         if places is not None:
             own, indices, taken = _take(own, places), _take(indices, places), _masked(_take(taken, places), places)
         yield WindowLoop(sequence.reach(config, run), own, indices, taken, None, places, (run,), run.count)
@@ -173,7 +173,7 @@ def _sampled_loop(
     """One loop through any windows; each takes the branch of the run that it lies in."""
     count, places = windows.shape[0], None
     if split.windows is not None:
-        places = split.windows.mine(deal_windows(count, split.window_parts, np.zeros(split.window_parts)))
+        places = split.windows.mine(assign_windows(count, split.window_parts, np.zeros(split.window_parts)))
         windows = _take(windows, places)
     firsts = jnp.asarray([run.first for run in sequence.runs[1:]], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
