@@ -19,7 +19,7 @@ from tlinformer_jax.training.batch_loss import summed_loss
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, train_step
-from tlinformer_jax.training.windows import draw_windows
+from tlinformer_jax.training.window_loss import draw_windows
 
 # Compress and restore only, and one history segment: compilation is what these tests cost.
 SMALL = dataclasses.replace(THREE_LAYERS, hidden_depth=0, history_segments=1)

@@ -14,14 +14,13 @@ from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
 from tlinformer_jax.parallel import batch_split
-from tlinformer_jax.parallel.batch_split import BatchSplit
+from tlinformer_jax.parallel.batch_split import NO_WINDOW, UNSPLIT, BatchSplit, assign_windows
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.parallel.sequence_split import NO_WINDOW, assign_windows
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.setup import check_sequences_divide
-from tlinformer_jax.training.step import UNSPLIT, batch_gradient
+from tlinformer_jax.training.step import batch_gradient
 
 TRAIN = TrainConfig()
 LENGTH = 43  # ten windows of 4 tokens, and one of 3
@@ -143,8 +142,8 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
     elif mutation == "count":
         monkeypatch.setattr(SplitRows, "count", lambda self, length: length // self.parts - 1)
     elif mutation == "gather":
-        part = streams.History.part
-        monkeypatch.setattr(streams.History, "part", lambda self, array, start, *rest: part(self, array, 0, *rest))
+        real = streams.History.slice
+        monkeypatch.setattr(streams.History, "slice", lambda self, array, start, *rest: real(self, array, 0, *rest))
     else:
         monkeypatch.setattr(batch_split.BatchSplit, "psum", lambda self, values: values)
     with pytest.raises(AssertionError):

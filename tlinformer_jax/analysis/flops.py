@@ -37,7 +37,7 @@ from tlinformer_jax.models.windows import (
     padded_length,
     plan_segments,
 )
-from tlinformer_jax.parallel.sequence_split import SequenceSplit, SplitWindows
+from tlinformer_jax.parallel.batch_split import SequenceSplit, SplitWindows
 
 
 @dataclasses.dataclass(frozen=True)

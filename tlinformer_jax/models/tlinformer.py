@@ -30,7 +30,7 @@ from tlinformer_jax.models.windows import (
     padded_length,
     plan_segments,
 )
-from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
+from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit
 
 
 def window_states(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.models.config import ModelConfig
-from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit, assign_windows
+from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit, assign_windows
 
 # A position or length: one for all windows (a number), or one for each of the windows that run together, int32 [g].
 PerWindow = Any
@@ -93,6 +93,11 @@ FIRST_WINDOW = Segment(first=0, observed=(0,), observed_width=0, history_rows=0)
 def num_windows(config: ModelConfig, length: int) -> int:
     """Generation windows of a sequence of `length` tokens; the last may be shorter."""
     return -(-length // config.generation_window)
+
+
+def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> int:
+    """Tokens of a sequence that a step predicts: all, or at most those of the sampled windows."""
+    return min(length, sampled_windows * config.generation_window) if sampled_windows else length
 
 
 def plan_segments(

@@ -13,13 +13,11 @@ from tlinformer_jax.models.model import LanguageModel, ModelParams, embed, hidde
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import place_in_run, prepare_sequence, rematerialised, window_states
 from tlinformer_jax.models.windows import Segment, num_windows
-from tlinformer_jax.parallel.batch_split import UNSPLIT, BatchSplit
-from tlinformer_jax.parallel.sequence_split import WHOLE
+from tlinformer_jax.parallel.batch_split import UNSPLIT, WHOLE, BatchSplit
 from tlinformer_jax.training.answers import AnswersOf, at_places, weighted_places
 from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.loss import summed_losses_and_hits
-from tlinformer_jax.training.window_loss import pad_rows, sum_with_gradients, window_loops
-from tlinformer_jax.training.windows import window_weight
+from tlinformer_jax.training.window_loss import pad_rows, sum_with_gradients, window_loops, window_weight
 
 DeviceBatch = dict[str, jax.Array]
 

@@ -19,6 +19,7 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.config import Stage
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.config import TrainConfig
@@ -33,7 +34,6 @@ from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import PENDING, Run, build_run, build_throughput, flops_per_token, training_batches
 from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
-from tlinformer_jax.training.windows import trained_tokens
 from tlinformer_jax.training.workdir import check_workdir, describe, save_description
 
 

@@ -20,7 +20,7 @@ from tlinformer_jax.training.config import TrainConfig
 from tlinformer_jax.training.curriculum import Competence, initial_competence, record_accuracy, stage_with_goal
 from tlinformer_jax.training.loss import token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
-from tlinformer_jax.training.windows import draw_windows
+from tlinformer_jax.training.window_loss import draw_windows
 
 
 def _count(value: int = 0) -> Any:

@@ -1,4 +1,10 @@
-"""The loss of a long sequence, window after window, each window's gradient made together with its loss."""
+"""The loss of a long sequence, window after window, each window's gradient made together with its loss.
+
+Window sampling: a training step on k of a sequence's n windows. Windows are independent given the embeddings, so the
+gradient of k of them, drawn without replacement with equal probabilities and weighted by n / k, is right in
+expectation; a step on a very long sequence then costs its embeddings, block 0's projections and k windows. All
+sequences of a micro-batch take the same windows.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,8 +20,8 @@ from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence
-from tlinformer_jax.models.windows import Segment, assign_runs
-from tlinformer_jax.parallel.sequence_split import SequenceSplit, assign_windows
+from tlinformer_jax.models.windows import Segment, assign_runs, num_windows
+from tlinformer_jax.parallel.batch_split import SequenceSplit, assign_windows
 
 WindowLoss = Callable[[Any, Any, Any, Any], tuple[Float[Array, ""], Float[Array, ""]]]
 
@@ -107,6 +113,22 @@ def _backward(branches, gradients, cotangents):
 
 
 sum_with_gradients.defvjp(_forward, _backward)
+
+
+def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -> jax.Array | None:
+    """`count` different windows of a sequence of `length` tokens, int32 [count]; None if those are all.
+
+    They are sorted, so that a loop through them goes from short histories to long ones.
+    """
+    windows = num_windows(config, length)
+    if count == 0 or count >= windows:
+        return None
+    return jnp.sort(jax.random.permutation(key, windows)[:count]).astype(jnp.int32)
+
+
+def window_weight(config: ModelConfig, length: int, windows: jax.Array | None) -> float:
+    """n / k, by which the sampled windows' losses count."""
+    return 1.0 if windows is None else num_windows(config, length) / windows.shape[0]
 
 
 @flax.struct.dataclass
