@@ -8,7 +8,7 @@
 Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all nine (the default, 243);
 seeds, the three binding ones at one learning rate, where a verdict is close; tiny, 2 cells of a minute each on a CPU.
 
-Controls are chance (1 / pairs, in the evaluation's figures), attention, TConstFormer and sliding window; TLinFormer
+Controls are chance (H_P / P of P pairs, in the figures), attention, TConstFormer and sliding window; TLinFormer
 with B = 2 and H = 0 is compared with 4 layers of attention, H = 1 with 6. attention-2 shows that the harness works: it
 must find 99% in the protocol's settings. All have width 128 and 2 heads. A cell ends at 99%, after 200 M tokens at the
 latest: 6,103 updates of 32,768 tokens; the record says whether that has bound it.

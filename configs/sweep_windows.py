@@ -7,7 +7,8 @@ Variants: full (the default, 23 points), knee (the 10 points that show the knee,
 points on the embedded Python reference, minutes on a CPU).
 
 A point is named W_oh-W_og, its windows; those of another depth end in -B-H, blocks and hidden layers, 8 layers in all.
-Points of one W_total = W_oh + W_og make a curve over W_oh / W_total, whose knee the sweep marks.
+Points of one W_total = W_oh + W_og make a curve over W_oh / W_total, whose knee the sweep marks where every point has
+two seeds or more (--seeds=0,1,2) and neither end is missing.
 
 Needs: what configs/books.py needs. All points see the same text in the same order. Result: docs/results.md, 9 of the
 knee's 10 points (not yet 448-64).

@@ -3,7 +3,8 @@
     python -m tlinformer_jax.main --config=configs/tiny.py --workdir=/tmp/tiny
     python -m tlinformer_jax.evaluate --workdir=/tmp/tiny
 
-Windows are so small that three quarters of the positions have history.
+Windows are so small that three quarters of the positions have history. In the two minutes that it takes the model does
+not beat byte n-grams (2.401 against 1.989 bits per byte): it shows that everything works.
 """
 
 from ml_collections import ConfigDict

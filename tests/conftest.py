@@ -20,8 +20,17 @@ if not ON_GPU:
     os.environ.setdefault("NPROC", "16")
 
 import jax  # noqa: E402  (reads the environment set above)
+import pytest  # noqa: E402
+
+from tests.support import figures  # noqa: E402
 
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> dict[str, list[figures.Panel]]:
+    """File name -> what each panel of a saved figure shows."""
+    return figures.recorded(monkeypatch)

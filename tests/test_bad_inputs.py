@@ -47,7 +47,7 @@ def faults(result: refusals.Result) -> list[str]:
 def test_what_is_looked_for_would_be_found():
     sound = refusals.Result("group", "what", "command", "field", 2, "", "error: field = 3: must be 4\n", [])
     assert faults(sound) == []
-    assert len(bad_inputs.GROUPS) == 10
+    assert len(bad_inputs.GROUPS) == 11
     for name, value in {
         "status": 1,
         "err": "error: field\nTraceback\n",

@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 import importlib.util
+import json
 import math
 import pathlib
 
 import jax
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from tests.support.commands import check_refusal, command
-from tlinformer_jax import recipes, retrieval_recipes
-from tlinformer_jax.config import SECTIONS, RunConfig, default_config_dict, run_config
+from tlinformer_jax import cli, recipes, retrieval_recipes
+from tlinformer_jax.config import SECTIONS, RunConfig, default_config_dict, run_config, save_config
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model
@@ -52,9 +52,10 @@ VARIANTS = [
 OF_41M = ("wt103", "books", "long")
 
 
-def get_config(name: str, *variant: str | None):
-    """Calls `get_config` of configs/NAME.py, loaded by its path."""
-    spec = importlib.util.spec_from_file_location(f"config_{name}", CONFIGS / f"{name}.py")
+def get_config(name: str | pathlib.Path, *variant: str | None):
+    """Calls `get_config` of configs/NAME.py, or of the file that a path names."""
+    path = name if isinstance(name, pathlib.Path) else CONFIGS / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*(text for text in variant if text is not None))
@@ -64,11 +65,11 @@ def load(name: str, *variant: str | None) -> RunConfig:
     return run_config(get_config(name, *variant))
 
 
-def from_flags(name: str, *arguments: str) -> RunConfig:
+def from_flags(name: str | pathlib.Path, *arguments: str) -> RunConfig:
     """The configuration that a command line makes."""
     values = flags.FlagValues()
     argv = ["main", f"--config={CONFIGS / name}", *(f"--config.{argument}" for argument in arguments)]
-    config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=values, sys_argv=argv)
+    cli.define_config_flag(flag_values=values, sys_argv=argv)
     values(argv)
     return run_config(values.config)
 
@@ -293,6 +294,7 @@ OVERRIDES = {
         "eval_every_epochs": 2,
         "eval_batch_size": 16,
         "checkpoint_every": 9,
+        "checkpoint_minutes": 2.5,
         "keep_checkpoints": 5,
         "keep_best": 3,
         "max_skipped_updates": 4,
@@ -300,18 +302,18 @@ OVERRIDES = {
         "stop_at_accuracy": 0.9,
     },
     "data": {
-        "tokenizer": "some/tokenizer.json",
+        "tokenizer": "/some/tokenizer.json",
         "dataset": None,  # another one
         "end_of_text_token": "</s>",
         "sequence_length": 640,
-        "train_files": "a/*.txt,b/*.jsonl.gz",
-        "validation_files": "c.txt",
-        "test_files": "d.txt",
+        "train_files": "/a/*.txt,/b/*.jsonl.gz",
+        "validation_files": "/c.txt",
+        "test_files": "/d.txt",
         "text_field": "body",
         "document_per": "line",
         "wikitext_variant": "raw-v1",
-        "manual_dir": "some/dir",
-        "cache_dir": "some/cache",
+        "manual_dir": "/some/dir",
+        "cache_dir": "/some/cache",
         "full_hash": True,
         "num_workers": 2,
         "train_examples": 4321,
@@ -370,8 +372,48 @@ def test_history_window_and_d_ff_take_all_their_types(name):
     assert from_flags(name, "model.d_ff=None").model.d_ff is None
 
 
+README_TEMPLATE = """
+from ml_collections import ConfigDict
+def get_config():
+    return ConfigDict({"train": {"steps": 7, "learning_rate": 1}, "data": {"sequence_length": 64}, "model": MODEL})
+"""
+
+
+@pytest.mark.parametrize("model", ['{"d_model": 32, "num_heads": 4, "history_window": 8}', "{}"])
+def test_what_a_config_file_leaves_out_can_be_overridden(model, tmp_path):
+    """Whole sections, fields, and with every type that the field takes."""
+    path = tmp_path / "mine.py"
+    path.write_text(README_TEMPLATE.replace("MODEL", model))
+    plain = from_flags(path)
+    assert plain == run_config(get_config(path))
+    changes = ("mesh.data=2", "train.learning_rate=0.5", "model.history_window=auto", "train.batch_size=3")
+    found = from_flags(path, *changes)
+    assert (found.mesh.data, found.train.batch_size, found.train.steps) == (2, 3, 7)
+    assert (found.train.learning_rate, found.model.history_window) == (0.5, "auto")
+    assert found.model == dataclasses.replace(plain.model, history_window="auto")
+
+
+def test_the_vocabulary_is_the_tokenizers_padded_unless_it_is_given(tmp_path):
+    sizes = {"bytes": 384, "gpt2": 50304}
+    for tokenizer, size in sizes.items():
+        found = run_config({"data": {"tokenizer": tokenizer}, "model": {"d_model": 24}})
+        assert found.model.vocab_size == size
+        save_config(found, tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["vocab_size"] == size
+    assert run_config({"model": {"vocab_size": 300}}).model.vocab_size == 300
+    assert from_flags("wt103.py").model.vocab_size == 50257
+    assert from_flags("wt103.py", "model.vocab_size=auto").model.vocab_size == 50304
+
+
+def test_an_empty_configuration_is_small():
+    model = build_model(run_config({}).model)
+    params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), "int32"))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 1e6
+
+
 def test_every_field_is_in_every_config_with_the_defaults_of_the_dataclasses():
-    assert run_config(default_config_dict()) == RunConfig(ModelConfig(), TrainConfig(), DataConfig(), MeshConfig())
+    defaults = RunConfig(ModelConfig(vocab_size=384), TrainConfig(), DataConfig(), MeshConfig())
+    assert run_config(default_config_dict()) == defaults
     for name, variant in VARIANTS:
         config = get_config(name, variant)
         assert set(config) == set(SECTIONS)

@@ -38,7 +38,7 @@ cli.run(main)
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_is_not_lost_in_a_finalizer(number, status):
     script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)" + FINALIZER
     with subprocess.Popen(

@@ -6,6 +6,7 @@ import pytest
 from tests.support.commands import command, command_line, run_line
 from tlinformer_jax.config import run_config
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.training import loop
 from tlinformer_jax.training.memory import (
     OutOfMemoryError,
     evaluation_advice,
@@ -87,6 +88,15 @@ def test_advice_for_evaluation_and_generation_names_flags_that_can_still_be_lowe
 def test_other_errors_go_on(message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=message[:12]), memory_advice(run_of()):
         raise jax.errors.JaxRuntimeError(message)
+
+
+def test_from_python_too(tmp_path, monkeypatch):
+    def first_state(*_):
+        raise jax.errors.JaxRuntimeError(MESSAGE)
+
+    monkeypatch.setattr(loop, "first_state", first_state)
+    with pytest.raises(OutOfMemoryError, match=r"train\.batch_size"):
+        loop.train_and_evaluate({}, tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [["--check_compile"], ["--workdir"]])

@@ -55,16 +55,23 @@ def windows(draw, architecture: str) -> dict:
 
 
 @st.composite
-def valid_configs(draw) -> RunConfig:
-    """A small model and a step of training over it."""
-    architecture = draw(st.sampled_from(model_config.ARCHITECTURES))
+def valid_configs(draw, architecture: str | None = None, blocks: int = 1, windows_of: int = 0) -> RunConfig:
+    """A small model and a step of training over it.
+
+    Args:
+      draw: of Hypothesis.
+      architecture: of the model; None for any.
+      blocks: the fewest that it has.
+      windows_of: generation windows that a sequence has at least; 0 for any length.
+    """
+    architecture = architecture or draw(st.sampled_from(model_config.ARCHITECTURES))
     heads, width = draw(st.sampled_from([(1, 16), (2, 8), (4, 4), (3, 4)]))
     model = {
         "architecture": architecture,
         "vocab_size": VOCABULARY,
         "d_model": heads * width,
         "num_heads": heads,
-        "num_blocks": draw(st.integers(1, 2)),
+        "num_blocks": draw(st.integers(blocks, 2)),
         "hidden_depth": draw(st.integers(0, 2)),
         "d_ff": draw(st.sampled_from([8, 12])),
         "dropout": draw(st.sampled_from([0.0, 0.3])),
@@ -78,7 +85,8 @@ def valid_configs(draw) -> RunConfig:
         "remat_save": draw(st.sampled_from(["", "gate_up", "projected,attended"])),
         **draw(windows(architecture)),
     }
-    length = draw(st.integers(1, 24))
+    least = (windows_of - 1) * model["generation_window"] + 1 if windows_of else 1
+    length = draw(st.integers(least, max(24, least + 2)))
     number = -(-length // model["generation_window"])
     sampled = draw(st.integers(0, min(number, 2))) if architecture in model_config.WINDOWED else 0
     train = {
@@ -135,17 +143,36 @@ def check_valid(config: RunConfig, prompt: int) -> None:
     check_decoding(config.model, length, min(prompt, length))
 
 
-@settings(1, seconds_each=True)
-@hypothesis.given(valid_configs(), st.integers(1, 24))
-def test_valid_configs_train_and_decode(config, prompt):
-    check_valid(config, prompt)
+# One of each architecture, of two blocks and four windows, the last of them short; and a prompt.
+STRATUM = {"vocab_size": VOCABULARY, "d_model": 8, "num_heads": 2, "num_blocks": 2, "hidden_depth": 0, "d_ff": 8}
+STRATUM |= {"dtype": "float32", "attention": "xla", "history_segments": 1, "generation_window": 3}
+STRATA = {
+    "tlinformer": ({"history_window": 4, "dropout": 0.1, "remat": "window"}, 4),
+    "tconstformer": ({"history_window": 2, "remat": "none"}, 3),
+    "transformer": ({"scan_layers": True, "dropout": 0.1}, 2),
+    "sliding_window": ({"history_window": 2, "scan_layers": True}, 5),
+}
+
+
+@pytest.mark.parametrize("architecture", model_config.ARCHITECTURES)
+def test_valid_configs_train_and_decode(architecture):
+    changes, prompt = STRATA[architecture]
+    model, train = STRATUM | {"architecture": architecture} | changes, {"batch_size": 4, "warmup_steps": 0}
+    check_valid(run_config({"model": model, "train": train, "data": {"sequence_length": 10}}), prompt)
 
 
 @pytest.mark.slow
-@settings(6, seconds_each=True)
-@hypothesis.given(valid_configs(), st.integers(1, 24))
-def test_many_valid_configs_train_and_decode(config, prompt):
-    check_valid(config, prompt)
+@pytest.mark.parametrize("architecture", model_config.ARCHITECTURES)
+def test_many_valid_configs_train_and_decode(architecture):
+    """Of at least two blocks and three windows, with prompts of one window or two, so that decoding crosses edges."""
+
+    @settings(2, seconds_each=True)
+    @hypothesis.given(valid_configs(architecture, blocks=2, windows_of=3), st.data())
+    def check(config, data):
+        assert config.data.sequence_length > 2 * config.model.generation_window
+        check_valid(config, data.draw(st.integers(1, 2 * config.model.generation_window)))
+
+    check()
 
 
 # Values that a field never takes, whatever it is.
@@ -184,7 +211,8 @@ RATES = {
     "model": {"dropout": 1.0},
     "train": dict.fromkeys(("beta1", "beta2"), 1.0)
     | {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
-    | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf),
+    | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf)
+    | {"checkpoint_minutes": math.inf},
 }
 TEXTS = {
     "data": ("tokenizer", "end_of_text_token", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")

@@ -1,6 +1,7 @@
 """Rows of the observation window: chosen as the NumPy reference chooses them, however windows are computed."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +59,37 @@ def test_logits_are_those_of_the_chosen_rows(selection, way):
         assert np.abs(expected - others)[:, 8:].max() > 0.01
 
 
+def chosen_rows(config: ModelConfig, windows: int) -> list[np.ndarray]:
+    """Rows of the observation window of each generation window after the first.
+
+    They are those that the logits depend on, in a model whose `compress` layer has values of zero, so that a
+    compressed row tells of nothing but the row it was.
+    """
+    weights = golden.random_weights(config)
+    for name in ("weight", "bias"):
+        values = weights[f"transformer.transformer_layers.0.compress_context_layer.qkv_proj.{name}"]
+        values[2 * config.d_model :] = 0
+    variables, model, size = params_from_reference(weights, config), build_model(config), config.generation_window
+    embeddings = np.random.default_rng(0).standard_normal((1, windows * size, config.d_model)).astype(np.float32)
+
+    @jax.jit
+    def influence(position):
+        gradient = jax.grad(lambda inputs: model.apply(variables, inputs_embeds=inputs)[0, position, 0])(embeddings)
+        return jnp.abs(gradient[0]).max(-1)
+
+    return [np.flatnonzero(influence(number * size)[: number * size]) for number in range(1, windows)]
+
+
 def test_random_rows_are_spread_over_the_history_and_differ_by_window():
-    chosen = [reference._observed_rows({}, CONFIG, np.zeros((n, 1)), np.zeros((1, 1))) for n in range(40, 4000, 40)]
-    assert all(len(set(rows.tolist())) == 3 for rows in chosen)
-    shares = np.concatenate([rows / n for rows, n in zip(chosen, range(40, 4000, 40))])
+    config = dataclasses.replace(CONFIG, num_blocks=1, hidden_depth=0)
+    chosen = chosen_rows(config, 48)
+    assert [len(rows) for rows in chosen] == [3] * 47
+    lengths = config.generation_window * np.arange(1, 48)
+    shares = np.concatenate([rows / length for rows, length in zip(chosen[9:], lengths[9:])])
     counts = np.histogram(shares, 5, (0, 1))[0]
     assert counts.min() > len(shares) / 5 / 2
+    pairs = list(itertools.pairwise(chosen[9:]))
+    assert sum(len(np.intersect1d(one, other)) for one, other in pairs) < len(pairs)
 
 
 @pytest.mark.slow

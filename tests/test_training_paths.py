@@ -77,23 +77,28 @@ def looped(config):
     return total, each, gradient
 
 
-def check(way: str) -> None:
+def errors(way: str) -> tuple[float, float, float]:
+    """How far training is from the plain loop: in the loss per token; in each window's loss, relative, where it has
+    them; in the gradient of the array where that is farthest, its norm over the truth's."""
     config = dataclasses.replace(SMALL, **WAYS[way])
     (loss, each, gradient), (truth, true_each, true_gradient) = trained(config), looped(config)
     count = float(sequences()["weights"].sum())
-    assert abs(float(loss - truth)) / count < 1e-5
     if each.shape == true_each.shape:
-        np.testing.assert_allclose(each, true_each, rtol=1e-5)
+        of_windows = float(jnp.abs(each / true_each - 1).max())
     else:
-        assert each.size in (0, 4)  # all at once; or the first window, one alone, two pairs
-    for value, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(true_gradient), strict=True):
-        assert float(jnp.linalg.norm(value - expected)) <= 1e-4 * float(jnp.linalg.norm(expected)) + 1e-12
+        of_windows = 0.0 if each.size in (0, 4) else np.inf  # all at once; or the first window, one alone, two pairs
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(true_gradient), strict=True)
+    norms = [(float(jnp.linalg.norm(value - expected)), float(jnp.linalg.norm(expected))) for value, expected in pairs]
+    return abs(float(loss - truth)) / count, of_windows, max(error / (norm + 1e-8) for error, norm in norms)
 
 
 @pytest.mark.parametrize("way", [way if way in DEFAULT else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_every_way_gives_what_the_plain_loop_gives(way):
-    """Loss per token to 1e-5, gradients to 1e-4 of each array's norm."""
-    check(way)
+    """Loss per token and windows' losses to 1e-5, gradients to 1e-4 of each array's norm."""
+    loss, of_windows, gradient = errors(way)
+    assert loss < 1e-5
+    assert of_windows < 1e-5
+    assert gradient < 1e-4
 
 
 def too_few_chunks(monkeypatch):
@@ -119,5 +124,4 @@ def test_mutations_are_caught(mutate, monkeypatch, request):
     mutate(monkeypatch)
     request.addfinalizer(jax.clear_caches)
     jax.clear_caches()
-    with pytest.raises(AssertionError):
-        check("one after the other")
+    assert errors("one after the other")[2] > 0.01, "a hundred times what is allowed"

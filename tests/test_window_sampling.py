@@ -14,6 +14,7 @@ from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.models import build_model
 from tlinformer_jax.models.recompute import map_recomputed
+from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.batch_loss import summed_loss
 from tlinformer_jax.training.config import TrainConfig
@@ -61,6 +62,14 @@ def test_over_all_subsets_the_mean_loss_and_gradient_are_the_full_ones(architect
     mean = jax.tree.map(lambda *arrays: np.mean(np.asarray(arrays, np.float64), axis=0), *(g for _, g in sampled))
     for value, truth in zip(jax.tree.leaves(mean), jax.tree.leaves(gradient), strict=True):
         assert np.linalg.norm(value - truth) <= 1e-6 * max(1.0, np.linalg.norm(truth))
+
+
+def test_trained_tokens_are_the_mean_over_all_subsets_of_windows():
+    sizes = [4, 4, 4, 4, 2]
+    for count in range(1, 6):
+        mean = np.mean([sum(subset) for subset in itertools.combinations(sizes, count)])
+        assert trained_tokens(SMALL, LENGTH, count) == pytest.approx(mean)
+    assert trained_tokens(SMALL, LENGTH, 0) == LENGTH
 
 
 def test_windows_are_drawn_without_replacement_and_evenly():

@@ -1,4 +1,4 @@
-"""TLinFormer in JAX and Flax: exact, linear-cost attention to a compressed history.
+"""TLinFormer in JAX and Flax: exact softmax attention to all of the history, with a small cache.
 
     from tlinformer_jax import ModelConfig, build_model
 

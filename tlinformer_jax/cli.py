@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
-from tlinformer_jax.errors import UserError
+from tlinformer_jax import environment
+from tlinformer_jax.errors import DataError, UserError
+from tlinformer_jax.files import local_path, path_fault
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
@@ -33,12 +35,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
     A `UserError` becomes one line on stderr and its status (2, but 1 for want of memory); so do flags and config files
-    that cannot be parsed. SIGTERM and Ctrl-C, where `main` does not take them itself, end it with status 143 and 130,
-    as a shell reports them, after whatever was half-written has been removed.
+    that cannot be parsed. SIGTERM, SIGHUP and Ctrl-C, where `main` does not take them itself, end it with status 143,
+    129 and 130, as a shell reports them, after whatever was half-written has been removed.
     """
 
     def guarded(_: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signal.SIGHUP, _terminate)
         sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
@@ -48,11 +52,17 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
         except UserError as error:
             fail(str(error), error.status)
-        except _Terminated:
-            fail("ended by SIGTERM", 128 + signal.SIGTERM)
+        except _Terminated as ended:
+            fail(f"ended by {ended}", 128 + ended.number)
         except KeyboardInterrupt:
             fail("interrupted", 128 + signal.SIGINT)
+        except Exception as error:
+            told = environment.describe_failure(error)
+            if told is None:
+                raise
+            fail(told, 1 if isinstance(error, FloatingPointError) else 2)
 
+    environment.settle()
     app.run(guarded, flags_parser=_parse_flags)
     raise AssertionError("app.run returns through sys.exit")
 
@@ -63,22 +73,26 @@ def _is_told_here_alone(record: Any) -> bool:
 
 
 class _Terminated(BaseException):
-    """SIGTERM has come; no Exception, so that nobody takes it for a failure of what was under way."""
+    """SIGTERM or SIGHUP has come; no Exception, so that nobody takes it for a failure of what was under way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def _terminate(number: int, _: Any) -> None:
     signal.signal(number, signal.SIG_IGN)  # what is under way is cleared up undisturbed
-    raise _Terminated
+    raise _Terminated(number)
 
 
 def _send_again(lost: Any) -> None:
     """Sends a signal again whose exception came where Python drops it, such as in JAX's callback of the collector."""
-    number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(lost.exc_type)
+    number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else getattr(lost.exc_value, "number", None)
     if number is None:
         if str(lost.exc_value) != "Event loop is closed":  # the end of Orbax's tasks after a failed save
             sys.__unraisablehook__(lost)
         return
-    if number == signal.SIGTERM:
+    if number != signal.SIGINT:
         signal.signal(number, _terminate)
     # Later, since here it would be dropped as well.
     threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
@@ -91,14 +105,14 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
-    """Creates the directory that `flag` names if needed.
+    """Creates the directory that `flag` names if needed; its absolute path.
 
     Raises:
       UserError: if it cannot be created or written.
     """
     if not path:
         raise UserError(f"{flag}: must name a directory")
-    workdir = pathlib.Path(path).expanduser()
+    workdir = local_path(path, flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
@@ -110,17 +124,17 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
 
 
 def text_of_file(path: str, flag: str) -> str:
-    """The whole text of the UTF-8 file that `flag` names.
+    """The text of the UTF-8 file that `flag` names, read as training text is.
 
     Raises:
       UserError: if it cannot be read, is not UTF-8 or is empty.
     """
+    from tlinformer_jax.data.files import read_text
+
     try:
-        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{flag}={path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag}={path}: must be UTF-8 text; byte {error.start} is not") from None
+        text = read_text(local_path(path, flag))
+    except DataError as error:
+        raise UserError(f"{flag}={error}") from None
     if not text:
         raise UserError(f"{flag}={path}: must hold some text; it is empty")
     return text
@@ -145,15 +159,49 @@ def cluster() -> "Cluster | None":
     return find_cluster(values.coordinator_address, values.num_processes, values.process_id)
 
 
+def define_config_flag(help: str = "Config file; FILE:VARIANT picks a variant.", **settings: Any) -> None:
+    """Defines --config: what the file leaves out has its default, so that every field can be overridden.
+
+    Args:
+      help: of the flag.
+      **settings: for `config_flags.DEFINE_config_file`.
+    """
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, help, lock_config=False, **settings)
+    flag = settings.get("flag_values", flags.FLAGS)["config"]
+    flag.parser = _CompletedConfig(flag.parser)
+
+
+class _CompletedConfig(flags.ArgumentParser):
+    """Reads a config file by `parser`, and adds what it leaves out."""
+
+    def __init__(self, parser: flags.ArgumentParser) -> None:
+        self._parser = parser
+
+    def parse(self, argument: str) -> Any:
+        from ml_collections import ConfigDict
+
+        from tlinformer_jax.config import add_defaults
+
+        config = self._parser.parse(argument)
+        if isinstance(config, ConfigDict):  # `config_values` says what is wrong with anything else
+            add_defaults(config)
+            config.lock()
+        return config
+
+    def flag_type(self) -> str:
+        return str(self._parser.flag_type())
+
+
 def define_optional_config_flag() -> None:
     """Defines --config where it is used, for commands that have a default: a bare machine may lack ml_collections."""
     if not any(argument.lstrip("-").split("=")[0].split(".")[0] == "config" for argument in sys.argv[1:]):
         return
     try:
-        from ml_collections import config_flags
+        define_config_flag()
     except ImportError:
         fail("--config: config files need the package ml_collections, which is not installed")
-    config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
 
 
 def config_given() -> bool:
@@ -193,6 +241,10 @@ def _why_unreadable(path: str) -> str:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    for argument in argv[1:]:
+        match = re.match(r"--?(config|sweep)=(.*)", argument, re.DOTALL)
+        if match and (fault := path_fault(match[2])):
+            fail(f"--{match[1]} = {match[2]!r}: {fault}")
     logging.set_verbosity(logging.ERROR)  # config_flags warns of what is refused in one line below
     try:
         rest = flags.FLAGS(list(argv))
@@ -223,8 +275,6 @@ def describe(error: Exception, argv: Sequence[str]) -> str:
             missing = _missing_field(match[1])
             if missing is not None:
                 return f"{argument}: no such config field; allowed are {', '.join(missing)}"
-            if match[1].split(".")[-1] in text:
-                return f"{argument}: the config file leaves this field out; add it there, or start from its defaults"
     return f"--config: {text}"
 
 

@@ -11,8 +11,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tlinformer_jax.data.config import DataConfig
+from tlinformer_jax.data.config import DataConfig, absolute_paths
+from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import read_json, write_text
 from tlinformer_jax.models.config import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.config import TrainConfig
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 CONFIG_FILE = "config.json"
+AUTO = "auto"
+# What the default of model.vocab_size is padded to a multiple of: the lanes of a TPU, and what GPUs' products like.
+VOCABULARY_MULTIPLE = 128
+# The model of a configuration without the section `model`: small enough for the default corpus, and for any computer.
+SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +76,18 @@ SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fiel
 def run_config(values: Mapping[str, Any]) -> RunConfig:
     """The configuration that nested mappings (a ConfigDict, parsed JSON) describe.
 
+    What they leave out has the default of its dataclass, but for `model`: left out as a whole it is SMALL_MODEL, and
+    `vocab_size` is "auto", the number of the tokenizer's entries rounded up to a multiple of VOCABULARY_MULTIPLE.
+
     Raises:
       ConfigError: for a section or field that does not exist, and for every value that is not allowed.
+      DataError: for a file that is no tokenizer, where the vocabulary's size is to be found.
     """
     for name in values:
         if name not in SECTIONS:
             raise ConfigError(name, "...", f"no such section; there are {', '.join(SECTIONS)}")
-    return RunConfig(**{name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items()})
+    sections = {name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items() if name != "model"}
+    return RunConfig(model=_section("model", ModelConfig, _model_fields(values, sections["data"])), **sections)
 
 
 def default_config_dict() -> "ConfigDict":
@@ -86,9 +98,36 @@ def default_config_dict() -> "ConfigDict":
         # A ConfigDict takes values of the default's type only; fields of several types must take any of them.
         return field.default if isinstance(field.type, type) else FieldReference(field.default, field_type=object)
 
-    return ConfigDict(
+    config = ConfigDict(
         {name: {field.name: default(field) for field in dataclasses.fields(kind)} for name, kind in SECTIONS.items()}
     )
+    config.model.vocab_size = FieldReference(AUTO, field_type=object)
+    return config
+
+
+def add_defaults(config: "ConfigDict") -> None:
+    """Adds to a config file's values those that it leaves out, as `run_config` takes them.
+
+    A field whose value is not of its default's type becomes one that takes any: `run_config` says what is not allowed.
+    """
+    from ml_collections import FieldReference
+
+    whole = default_config_dict()
+    if not config.get("model"):
+        whole.model.update(SMALL_MODEL)
+    with config.unlocked():
+        for name, defaults in whole.items():
+            section = config.get(name)
+            if section is None:
+                config[name] = defaults
+            elif hasattr(section, "items"):
+                for field, default in defaults.items(preserve_field_references=True):
+                    if field not in section:
+                        section[field] = default
+                    elif section.get_type(field) != defaults.get_type(field):
+                        value = section[field]
+                        del section[field]
+                        section[field] = FieldReference(value, field_type=object)
 
 
 def field_names() -> dict[str, set[str]]:
@@ -98,20 +137,21 @@ def field_names() -> dict[str, set[str]]:
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the configuration into a working directory."""
-    draft = workdir / f"{CONFIG_FILE}.draft"
-    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    draft.replace(workdir / CONFIG_FILE)
+    write_text(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:
     """Reads the configuration of a working directory.
+
+    Paths in it that are relative, as a person may have written them, start from the directory itself: a file of the
+    same name elsewhere is never read in the place of the run's.
 
     Raises:
       DataError: if there is none, or one that is damaged or does not fit this version.
     """
     path = workdir / CONFIG_FILE
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it holds no sections")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -121,6 +161,8 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({why})") from None
     try:
+        if isinstance(values.get("data"), dict):
+            values["data"] = absolute_paths(values["data"], workdir)
         return run_config(values)
     except ConfigError as error:
         raise DataError(f"workdir {workdir}: its {CONFIG_FILE} does not fit this version: {error}") from None
@@ -140,6 +182,15 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for name, value in fields.items()
         if before[section][name] != value
     ]
+
+
+def _model_fields(values: Mapping[str, Any], data: DataConfig) -> Any:
+    """The fields of the section `model`, its size of the vocabulary found."""
+    fields = values.get("model") or SMALL_MODEL
+    if not hasattr(fields, "items") or fields.get("vocab_size", AUTO) != AUTO:
+        return fields
+    entries = build_tokenizer(data.tokenizer, data.end_of_text_token).vocab_size
+    return {**dict(fields.items()), "vocab_size": entries + -entries % VOCABULARY_MULTIPLE}
 
 
 def _section(name: str, kind: Any, values: Any) -> Any:

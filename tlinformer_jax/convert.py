@@ -8,15 +8,13 @@ and the text that `evaluate` reads. Nothing of the weights' file is ever execute
 it appears under its name when it is complete, or not at all.
 """
 
-import pathlib
-
 from absl import flags
-from ml_collections import config_flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path
 
-config_flags.DEFINE_config_file("config", None, "Config file of the weights given by --from.", lock_config=True)
+cli.define_config_flag("Config file of the weights given by --from.")
 FROM = flags.DEFINE_string("from", "", "Weights to read: .pt or .pth of torch.save, or .safetensors.")
 TO = flags.DEFINE_string("to", "", "Weights to write: a new .safetensors file.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of a run: new for --from, read for --to.")
@@ -28,16 +26,16 @@ def main() -> None:
         raise UserError("--from, --to: give one of them: the weights to read, or the file to write")
     if not WORKDIR.value:
         raise UserError("--workdir: must name a directory")
-    workdir = pathlib.Path(WORKDIR.value).expanduser()
+    workdir = local_path(WORKDIR.value, "--workdir")
     from tlinformer_jax.config import run_config
     from tlinformer_jax.training.conversion import weights_to_workdir, workdir_to_weights
 
     if FROM.value:
-        print(weights_to_workdir(pathlib.Path(FROM.value).expanduser(), run_config(cli.config_values()), workdir))
+        print(weights_to_workdir(local_path(FROM.value, "--from"), run_config(cli.config_values()), workdir))
     elif cli.config_given():
         raise UserError("--config: must be left out with --to; the working directory has its own configuration")
     else:
-        print(workdir_to_weights(workdir, pathlib.Path(TO.value).expanduser()))
+        print(workdir_to_weights(workdir, local_path(TO.value, "--to")))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from absl import flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.evaluation.report import EvaluationOptions, Report
@@ -22,7 +23,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to evaluate on.")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to evaluate on instead of a split.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
-LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sample; as trained if not given.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", None, "Evaluate all tokens in samples of this length.", lower_bound=1)
 LENGTHS = flags.DEFINE_list("lengths", [], "Evaluate all tokens once more in samples of each of these lengths.")
 BY_POSITION = flags.DEFINE_bool("by_position", False, "Tell the loss by position in the sample and in the window.")
 BATCH_SIZE = flags.DEFINE_integer(
@@ -44,7 +45,7 @@ def main() -> None:
     options = _options()
     text = _text()
     cluster = cli.cluster()
-    workdir = pathlib.Path(WORKDIR.value).expanduser()
+    workdir = local_path(WORKDIR.value, "--workdir")
     batch_size = BATCH_SIZE.value or load_config(workdir).train.evaluation_batch_size
     use_compilation_cache()
     if cluster is not None:
@@ -103,6 +104,7 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
     from tlinformer_jax.evaluation.report import evaluate_run, writable_file
     from tlinformer_jax.evaluation.text import evaluate_text
     from tlinformer_jax.evaluation.trained import load_run
+    from tlinformer_jax.training.workdir import tell_changed_texts
 
     if OUT.value is not None and jax.process_index() == 0:
         writable_file(OUT.value)  # before the work, not after it
@@ -112,6 +114,7 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
         return evaluate_text(trained, text, options, text_file=TEXT_FILE.value or "", command=command)
     # A length of one's own is checked under its own name, by `evaluate_run`.
     stream = trained.run.split(SPLIT.value, None if options.length is None else 1)
+    tell_changed_texts({SPLIT.value: stream}, workdir)
     return evaluate_run(trained, stream, options, split=SPLIT.value, command=command)
 
 

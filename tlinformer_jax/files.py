@@ -1,15 +1,144 @@
-"""Files that are whole or not there, and values that JSON can hold."""
+"""Files: paths that a user gives, files written whole or not at all, files that are read or written through no link."""
 
+import contextlib
+import errno
+import hashlib
+import json
 import math
 import os
 import pathlib
+import re
+import stat
+from collections.abc import Iterator
 from typing import Any
+
+from tlinformer_jax.errors import UserError
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+# Paths that Orbax and what it stands on take as they are: no wildcard, nothing that stands for a bucket.
+PLAIN = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,:+=@ -]+")
+OPEN_FILES = pathlib.Path("/proc/self/fd")
+MOST_BYTES = 2**26  # of a description: config.json, a manifest
+
+
+def path_fault(text: str) -> str | None:
+    """What a path must be that this one is not; None for a path that can be used."""
+    if URL.match(text):
+        return "must be a local path; to use a bucket, mount it (gcsfuse, mountpoint-s3) and give the path of the mount"
+    if not text.isprintable():
+        return "must hold printable characters only"
+    return None
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
+    """The absolute path that a user gave as `name` (a flag or a field); `~` is the home directory.
+
+    Raises:
+      UserError: for an empty path, a URL, control characters, and where `~` or the current directory is not there.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise UserError(f"{name}: must be a path; it is empty")
+    fault = path_fault(text)
+    try:
+        if fault is None:
+            return pathlib.Path(text).expanduser().absolute()
+    except (RuntimeError, OSError) as error:
+        fault = f"cannot be resolved ({getattr(error, 'strerror', None) or error})"
+    raise UserError(f"{name} = {text!r}: {fault}")
+
+
+@contextlib.contextmanager
+def plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to an existing folder that holds no character with a meaning for Orbax, TensorStore or glob.
+
+    That is the folder's own path, or else the one by which Linux shows an open folder of this process.
+
+    Raises:
+      OSError: if the folder cannot be opened, or the system shows no open folders.
+    """
+    if PLAIN.fullmatch(str(folder)):
+        yield folder
+        return
+    if not OPEN_FILES.is_dir():
+        raise OSError(errno.EINVAL, "its path may hold letters, digits, spaces and /.,:+=@_- only on this system")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield OPEN_FILES / str(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_own(path: pathlib.Path, mode: str = "r", buffering: int = -1) -> Any:
+    """Opens a regular file of a working directory: follows no link, waits for no pipe. Text is UTF-8.
+
+    Raises:
+      OSError: as `open` does; also for a link and for what is no regular file.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        try:
+            descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(errno.ELOOP, "it is a link", name) from None
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no regular file", name)
+        return descriptor
+
+    return open(path, mode, buffering, encoding=None if "b" in mode else "utf-8", opener=opener)
+
+
+def read_own(path: pathlib.Path, most: int = MOST_BYTES) -> str:
+    """The text of a regular file of a working directory, read as `open_own` opens it.
+
+    Raises:
+      OSError: if it cannot be opened, or holds more than `most` bytes.
+      UnicodeDecodeError: if it is not UTF-8.
+    """
+    with open_own(path, "rb") as file:
+        data: bytes = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return data.decode("utf-8")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The JSON in such a file.
+
+    Raises:
+      OSError: if it cannot be opened, or is too large.
+      ValueError: if it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_own(path))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with `sha256`, the hash of all of them as JSON: a change of any of them shows."""
+    return values | {"sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+
+
+def own_folder(path: pathlib.Path) -> None:
+    """Makes a folder of a working directory, with its parents, if it is missing.
+
+    Raises:
+      OSError: if it cannot be made, or is a link.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(path))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all; it is on the disk when this returns."""
+    """Writes a file whole or not at all; it is on the disk when this returns. A link of its name is replaced."""
     draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
+    draft.unlink(missing_ok=True)  # left by a kill, or a link to some other file
+    with open(draft, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -5,15 +5,15 @@ it: what there was until then has been printed, the figures follow, and the stat
 """
 
 import json
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from tlinformer_jax import cli
+from tlinformer_jax import cli, environment
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.decoding.stream import Call, Statistics, Stream
@@ -60,6 +60,7 @@ def _generate() -> int:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: must be an integer >= 1")
     if not WORKDIR.value:
         raise UserError("--workdir: must name the directory of a run")
+    workdir = local_path(WORKDIR.value, "--workdir")
 
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.settings import generation_config
@@ -72,7 +73,7 @@ def _generate() -> int:
             generation_config(options)  # before anything is loaded
             use_compilation_cache()
             compilations = _watch_compilations()
-            generator = Generator.from_workdir(WORKDIR.value, STEP.value, context_mesh(CONTEXT.value))
+            generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
             stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
         except ConfigError as error:
             raise _named_by_flag(error, options) from None
@@ -126,29 +127,26 @@ def _print_samples(stream: "Stream") -> bool:
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     interrupted = False
     try:
-        try:
-            for piece in stream:
-                if live:
-                    print(piece.text, end="", flush=True)
-        except KeyboardInterrupt:
-            interrupted = True
-            rest = stream.stop()
+        for piece in stream:
             if live:
-                print("".join(piece.text for piece in rest), end="")
-        for number, sample in enumerate(stream.generations):
-            if JSON.value:
-                print(json.dumps(_as_json(number, sample)))
-            elif live:
-                print()
-            else:
-                print(sample.text if NUM_SAMPLES.value == 1 else f"--- sample {number}\n{sample.text}")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        stream.stop()
-        # What is still buffered goes nowhere, or the interpreter would complain of it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return interrupted
+                print(piece.text, end="", flush=True)
+            if environment.reader_is_gone():
+                stream.stop()
+                return True
+    except KeyboardInterrupt:
+        interrupted = True
+        rest = stream.stop()
+        if live:
+            print("".join(piece.text for piece in rest), end="")
+    for number, sample in enumerate(stream.generations):
+        if JSON.value:
+            print(json.dumps(_as_json(number, sample)))
+        elif live:
+            print()
+        else:
+            print(sample.text if NUM_SAMPLES.value == 1 else f"--- sample {number}\n{sample.text}")
+    sys.stdout.flush()
+    return interrupted or environment.reader_is_gone()
 
 
 def _as_json(number: int, sample: Any) -> dict[str, Any]:

@@ -11,15 +11,15 @@ import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import config_flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.config import RunConfig
 
-config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
+cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
 CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
 TOPOLOGY = flags.DEFINE_string(
@@ -55,10 +55,13 @@ def main() -> None:
         from tlinformer_jax.training.origin import Origin, check_origin
 
         if INIT_FROM.value is not None:
-            check_origin(Origin(pathlib.Path(INIT_FROM.value).expanduser().absolute()), config)
+            check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
         with memory_advice(config):
             print(check_run(config, CHECK_COMPILE.value))
         return
+    for flag in (INIT_FROM, PROFILE):
+        if flag.value:
+            local_path(flag.value, f"--{flag.name}")  # before anything is made
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
@@ -70,12 +73,12 @@ def main() -> None:
     if cluster is not None:
         # First, since joining waits for all processes only so long, and leaves SIGTERM to JAX.
         list(prepare(config.data, config.model.vocab_size))
-    with joined(cluster), memory_advice(config):
+    with joined(cluster):
         train_and_evaluate(config, workdir, profile, INIT_FROM.value)
 
 
 def _check_topology() -> None:
-    """Prints what the step takes on the TPUs that --topology names; neither data nor tokenizer is looked at."""
+    """Prints what the step takes on the TPUs that --topology names; data are not looked at."""
     for flag in (WORKDIR, INIT_FROM, THEN, PROFILE):
         if flag.value:
             raise UserError(f"--{flag.name}: not with --topology, which only checks")
@@ -93,7 +96,6 @@ def _train_and_record(config: "RunConfig", workdir: pathlib.Path, profile: pathl
     from tlinformer_jax.experiments.driver import run_job
     from tlinformer_jax.experiments.job import Job
 
-    workdir = workdir.absolute()
     command = shlex.join(["python", "-m", "tlinformer_jax.main", *sys.argv[1:]])
     run_job(Job(workdir.name, config, workdir, command, tuple(THEN.value or ())), profile, INIT_FROM.value)
 

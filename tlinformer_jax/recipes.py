@@ -36,11 +36,12 @@ UPDATES = 9_080
 
 
 def set_row(config: "ConfigDict", row: str) -> None:
-    """Sets architecture, windows and sequence length; the rest of the model is the 41M default.
+    """Sets architecture, vocabulary, windows and sequence length; the rest of the model is the 41M default.
 
     Raises:
       ConfigError: if `row` does not name one.
     """
+    config.model.vocab_size = 50257  # GPT-2's, not padded, as in the paper
     if base := re.fullmatch(r"base-(\d+k?)", row):
         config.model.architecture = "transformer"
         config.data.sequence_length = _length(row, base[1])

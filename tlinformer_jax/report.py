@@ -4,12 +4,11 @@ DIR holds the record of each run, NAME.json: what `tlinformer_jax.sweep --result
 result.json that `tlinformer_jax.main --then=...` leaves. Figures go into the folder `figures` beside the document.
 """
 
-import pathlib
-
 from absl import flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path
 
 RESULTS = flags.DEFINE_string("results", "", "Directory of the records.")
 OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
@@ -23,7 +22,7 @@ def main() -> None:
         raise UserError("--results: must name a directory of records")
     if not OUT.value:
         raise UserError("--out: must name a Markdown file")
-    folder, out = pathlib.Path(RESULTS.value).expanduser(), pathlib.Path(OUT.value).expanduser()
+    folder, out = local_path(RESULTS.value, "--results"), local_path(OUT.value, "--out")
     try:
         files = write_report(folder, out)
     except ImportError as error:

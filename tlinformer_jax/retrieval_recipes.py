@@ -43,7 +43,7 @@ RECALL = {
     "256-16": Setting(256, 32, 32, 16),
     "512-64": Setting(512, 128, 128, 64, "64:600,128:600,256:800"),
     # Binding: 4 times as many pairs as rows of W_oh, 32 times as long; the pairs fill the first window.
-    "256-32-tight": Setting(256, 8, 64, 32, "64:3000@0.8"),
+    "256-32-tight": Setting(256, 8, 64, 32, "64:3000@0.8,128:2000@0.8"),
     "512-64-tight": Setting(512, 16, 128, 64, "64:600,128:600,256:800"),
     "1024-128-tight": Setting(1024, 32, 256, 128, "64:600,128:600,256:800,512:800"),
     # Two of the protocol's, on shorter samples first. Last, so that the points of sweeps keep their numbers.

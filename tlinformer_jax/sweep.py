@@ -20,6 +20,7 @@ from absl import flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path, open_own
 
 if TYPE_CHECKING:
     from tlinformer_jax.experiments.job import Job
@@ -55,7 +56,9 @@ def main() -> None:
     if CHECK.value:
         print("\n".join(f"{number} {point.name} {point.overrides}" for number, point in enumerate(points)))
         return
-    out = cli.writable_workdir(OUT.value, "--out").absolute()
+    if RESULTS.value:
+        local_path(RESULTS.value, "--results")  # before anything is made
+    out = cli.writable_workdir(OUT.value, "--out")
     results = cli.writable_workdir(RESULTS.value, "--results") if RESULTS.value else None
     command = shlex.join(["python", "-m", "tlinformer_jax.sweep", *sys.argv[1:]])
     stem = pathlib.Path(SWEEP.value.partition(":")[0]).stem
@@ -90,6 +93,7 @@ def define_config_flags() -> None:
     """
     from ml_collections import ConfigDict, config_flags
 
+    from tlinformer_jax.config import add_defaults
     from tlinformer_jax.experiments.plan import load_sweep
 
     if any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):
@@ -106,7 +110,9 @@ def define_config_flags() -> None:
     except UserError as error:
         cli.fail(str(error))
     try:
-        config_flags.DEFINE_config_dict("config", ConfigDict(base), lock_config=True)
+        config = ConfigDict(base)
+        add_defaults(config)
+        config_flags.DEFINE_config_dict("config", config, lock_config=True)
     except Exception as error:  # ml_collections raises what comes, for a field that does not exist
         cli.fail(cli.describe(error, sys.argv))
 
@@ -151,7 +157,7 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
     from tlinformer_jax.experiments.retrieval import retrieval_lines
     from tlinformer_jax.experiments.tables import write_tables
 
-    with open(out / ".tables.lock", "a") as lock:  # jobs of an array may come to this together
+    with open_own(out / ".tables.lock", "a") as lock:  # jobs of an array may come to this together
         with contextlib.suppress(OSError):  # on a file system without locks they take the risk
             fcntl.flock(lock, fcntl.LOCK_EX)
         done = [result for result in map(finished_result, jobs) if result is not None]

@@ -13,8 +13,10 @@ import jax
 import pytest
 
 from tests.support import commands
+from tests.support.figures import check_lines
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.bench import limits, parts, profiling, report, rows, runner
+from tlinformer_jax.bench.plots import write_plots
 from tlinformer_jax.bench.rows import Plan
 from tlinformer_jax.bench.session import Session
 from tlinformer_jax.bench.timing import tree_bytes
@@ -45,7 +47,6 @@ PLAN = Plan(
     max_quadratic_prefill=12,
     seed=0,
 )
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
@@ -192,32 +193,39 @@ def test_csv_and_table_hold_the_rows(finished):
     assert "transformer / tlinformer, N 10, batch 1: miss" in text
 
 
-def test_plots_are_pictures(finished):
-    pytest.importorskip("matplotlib")
-    folder, _ = finished
-    for name in ("figure9.png", "multiples.png"):
-        content = (folder / name).read_bytes()
-        assert content.startswith(PNG)
-        assert len(content) > 10_000
+def test_panels_show_the_figures_of_the_report(finished, tmp_path, drawn):
+    """Each curve has a point for every row that has its figure; the run has written the same pictures."""
+    folder, values = finished
+    files = write_plots(values, tmp_path)
+    assert [file.name for file in files] == list(drawn) == ["figure9.png", "multiples.png"]
+    assert all((folder / file.name).read_bytes() == file.read_bytes() for file in files)
 
+    def curve(architecture: str, part: str, name: str, unit: float = 1.0) -> list[tuple[float, float]]:
+        rows = [row for row in values["rows"] if row["architecture"] == architecture]
+        return [(row["length"], row[part][name] * unit) for row in rows if name in row.get(part, {})]
 
-def test_panels_show_the_figures(finished):
-    from tlinformer_jax.bench import plots
-
-    _, values = finished
-    panels = plots._panels(values["rows"])
-    model = row_of(values, "tlinformer", 10)
-    longer = row_of(values, "tlinformer", 16)
-    assert [title[:3] for title, *_ in panels] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
-    assert panels[1][2] == [
-        ("miss", [10, 16], [row["figure9"]["miss_seconds"] * 1e3 for row in (model, longer)]),
-        ("hit", [10, 16], [row["figure9"]["hit_seconds"] * 1e3 for row in (model, longer)]),
-    ]
-    assert panels[4][2][0] == ("tlinformer", [10, 16], [model["cache_bytes"] * 1e-9] * 2)
-    assert panels[5][2][1] == ("hit", [10], [values["ratios"][0]["hit"]])
-    assert ("tlinformer, slide", [10, 16], [row["slide"]["multiple"] for row in (model, longer)]) in plots._multiples(
-        values["rows"]
+    panels, (multiples,) = drawn.values()
+    assert [panel.title[:3] for panel in panels] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
+    for panel, name in ((panels[0], "transformer"), (panels[1], "tlinformer")):
+        check_lines(panel.lines, {kind: curve(name, "figure9", f"{kind}_seconds", 1e3) for kind in ("miss", "hit")})
+    for panel, name in ((panels[2], "transformer"), (panels[3], "tlinformer")):
+        check_lines(panel.lines, {kind: curve(name, "figure9", f"uncached_over_{kind}") for kind in ("miss", "hit")})
+    assert [len(panels[1].lines[kind]) for kind in ("miss", "hit")] == [2, 2]
+    memory = {(row["architecture"], row["length"]): row["cache_bytes"] * 1e-9 for row in values["rows"]}
+    formula = {(row["architecture"], row["length"]): row["equation_7_bytes"] * 1e-9 for row in values["rows"]}
+    names = ("tlinformer", "transformer")
+    cache = {name: [(length, memory[name, length]) for length in (10, 16)] for name in names}
+    cache |= {f"{name}, equation 7": [(length, formula[name, length]) for length in (10, 16)] for name in names}
+    check_lines(panels[4].lines, cache)
+    short, long = values["ratios"]
+    sustained = [(10, short["hit_sustained"]), (16, long["hit_sustained"])]
+    check_lines(
+        panels[5].lines, {"miss": [(10, short["miss"])], "hit": [(10, short["hit"])], "hit_sustained": sustained}
     )
+    parts = {"hit sustained": "sustained", "slide": "slide", "prefill": "prefill"}
+    expected = {f"{name}, {label}": curve(name, part, "multiple") for name in names for label, part in parts.items()}
+    check_lines(multiples.lines, {label: points for label, points in expected.items() if points})
+    assert len(multiples.lines) == 5  # the baseline has no slide
 
 
 def test_without_matplotlib_one_line_says_so(finished, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests.support.figures import check_lines
 from tests.test_entry_points import check_refusal, command
 from tlinformer_jax.bench import profiling, training, training_report
 from tlinformer_jax.bench.training_plots import plot_training
@@ -132,13 +133,19 @@ def test_mistakes_end_in_one_line(arguments, message):
     check_refusal(command("tlinformer_jax.bench.training", *arguments), message)
 
 
-def test_plots_have_a_line_for_every_architecture(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_plots_have_a_line_for_every_architecture(tmp_path, drawn):
     rows = [
-        {"architecture": name, "length": length, "tokens_per_second": 1e5, "step_bytes": 1e9}
-        for name in ("tlinformer", "transformer")
-        for length in (512, 1024)
+        {"architecture": name, "length": length, "tokens_per_second": speed, "step_bytes": memory}
+        for name, length, speed, memory in (
+            ("tlinformer", 1024, 3e5, 4e9),
+            ("tlinformer", 512, 5e5, 2e9),
+            ("transformer", 512, 7e5, 1e9),
+            ("transformer", 1024, None, 8e9),
+        )
     ]
     files = plot_training(rows, "1 x test", tmp_path)
-    assert {file.name for file in files} == {"training_speed.png", "training_memory.png"}
-    assert all(file.stat().st_size > 1000 for file in files)
+    assert [file.name for file in files] == list(drawn) == ["training_speed.png", "training_memory.png"]
+    assert all(file.exists() for file in files)
+    (speed,), (memory,) = drawn.values()
+    check_lines(speed.lines, {"tlinformer": [(512, 5e5), (1024, 3e5)], "transformer": [(512, 7e5)]})
+    check_lines(memory.lines, {"tlinformer": [(512, 2), (1024, 4)], "transformer": [(512, 1), (1024, 8)]})  # GB

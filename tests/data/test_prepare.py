@@ -29,9 +29,9 @@ def test_every_split_that_has_text_is_reported_and_found_again(tmp_path):
 
 
 def test_the_default_needs_nothing_but_python():
-    train, validation = prepare(DataConfig())
-    assert train.num_documents + validation.num_documents > 70
-    assert train.num_bytes > 5 * validation.num_bytes > 0
+    train, validation, test = prepare(DataConfig())
+    assert train.num_documents + validation.num_documents + test.num_documents > 70
+    assert train.num_bytes > 5 * (validation.num_bytes + test.num_bytes) > 0
 
 
 def test_a_model_that_is_too_small_for_the_tokenizer_is_refused_at_once():
@@ -51,4 +51,4 @@ def test_the_end_of_text_entry_is_passed_on(tmp_path):
     tokenizers.Tokenizer(model).save(str(path))
     with pytest.raises(ConfigError, match=r"data\.end_of_text_token = '': must name an entry"):
         list(prepare(DataConfig(tokenizer=str(path))))
-    assert len(list(prepare(DataConfig(tokenizer=str(path), end_of_text_token="stop")))) == 2
+    assert len(list(prepare(DataConfig(tokenizer=str(path), end_of_text_token="stop")))) == 3

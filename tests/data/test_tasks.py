@@ -100,10 +100,20 @@ def test_passkeys_hide_in_text_that_goes_on_around_them():
             sentence = b" The pass key of" + part[: len(b" 4 1 is 7 0 2 9 5.")]
             bare = bare.replace(sentence, b"", 1)
         assert bare in text
-        depth = sources[-1] * DEPTHS // 640
-        # The last depths are where the question stands, whose keys lie as late as they can.
-        assert depth == min(number % DEPTHS, (question - 2 * KEY_DIGITS - 1) * DEPTHS // 640)
+        # The last depths are where the question stands.
+        possible = (question - 2 * KEY_DIGITS - 1) * DEPTHS // 640 + 1
+        assert possible < DEPTHS
+        assert sources[-1] * DEPTHS // 640 == number % possible
     assert len({bytes(tokens[:100].astype(np.uint8)) for tokens in samples.tokens}) > 50
+
+
+@pytest.mark.parametrize(("length", "possible"), [(256, range(1, 16)), (1024, range(19)), (4096, range(20))])
+def test_every_depth_that_can_hold_a_passkey_is_asked_for_equally_often(length, possible):
+    """Before the first key stand the 26 bytes up to it; after the last its full stop and the question, 48 bytes."""
+    task = split_of(dataclasses.replace(PASSKEY, passkeys=4, sequence_length=length), "validation").task
+    samples = task.make(np.arange(12 * len(possible)), length)
+    depths = samples.sources.max(axis=1) * DEPTHS // length
+    assert collections.Counter(depths.tolist()) == dict.fromkeys(possible, 12)
 
 
 def test_a_training_sample_asks_for_several_passkeys_one_after_the_other():
@@ -179,8 +189,35 @@ def test_recall_of_shorter_samples_asks_for_fewer_pairs_in_proportion():
         assert (samples.answers.sum(axis=1) == pairs).all()
         assert (samples.tokens[:, : 2 * pairs : 2] < 32).all()
         assert (samples.tokens[:, 2 * pairs : -1] < 32).sum() == 20 * pairs  # nothing but the questions
-        assert task.chance(length) == 1 / pairs
+        assert task.chance(length) == pytest.approx(sum(1 / left for left in range(1, pairs + 1)) / pairs)
         assert answer_places(RECALL, tokenizer, length) == AnswerPlaces(2 * pairs, pairs)
+
+
+def test_chance_is_what_guessing_among_the_unused_values_gets_right():
+    """A guesser who knows the sample's values, told after every question which one it was, against the formula."""
+    task = split_of(dataclasses.replace(RECALL, tokenizer="numbers:8192")).task  # two keys rarely have the same value
+    samples = task.make(np.arange(20_000), 48)
+    rng, right = np.random.default_rng(0), 0
+    for tokens, ends in zip(samples.tokens, samples.starts):
+        left = tokens[1:12:2].tolist()
+        for at in np.flatnonzero(ends >= 0):
+            right += left[rng.integers(len(left))] == tokens[at + 1]
+            left.remove(tokens[at + 1])
+    assert right / 120_000 == pytest.approx(task.chance(48), abs=0.005)
+
+
+def test_the_test_samples_of_a_task_are_others_than_the_validation_samples(tmp_path):
+    files = {"train_files": str(tmp_path / "a.txt"), "validation_files": str(tmp_path / "b.txt")}
+    for name, text in (("a", "train "), ("b", "valid ")):
+        (tmp_path / f"{name}.txt").write_text(text * 500)
+    hidden = DataConfig(dataset="passkey", sequence_length=512, cache_dir=str(tmp_path / "cache"), **files)
+    for config in (RECALL, hidden):
+        validation, test = (
+            load_split(config, split, build_tokenizer(config.tokenizer)) for split in ("validation", "test")
+        )
+        one, other = (split.task.make(np.arange(50), config.sequence_length).tokens for split in (validation, test))
+        assert not any((row == one).all(axis=1).any() for row in other)
+    assert b"valid" in other[0].astype(np.uint8).tobytes()  # without test files of its own
 
 
 def test_a_curriculum_takes_every_sample_once_whatever_their_length():
@@ -202,7 +239,7 @@ def test_a_curriculum_takes_every_sample_once_whatever_their_length():
 
 
 def test_splits_and_numbers_as_tokens(tmp_path):
-    assert available_splits(RECALL) == available_splits(PASSKEY) == ("train", "validation")
+    assert available_splits(RECALL) == available_splits(PASSKEY) == ("train", "validation", "test")
     assert find_split(PASSKEY, "validation", ByteTokenizer()).count == 50
     tokenizer = NumberTokenizer(64)
     tokenizer.save(tmp_path)

@@ -8,6 +8,8 @@ import pathlib
 
 import pytest
 
+from tlinformer_jax.cli import text_of_file
+from tlinformer_jax.data import files
 from tlinformer_jax.data.files import find_files, read_documents
 from tlinformer_jax.errors import DataError
 
@@ -52,6 +54,15 @@ def test_a_text_file_is_one_document_or_one_a_line(tmp_path, ending):
     assert documents(path) == [text]
     lines = ["First line.", "Second: é字😀", " leading and trailing ", TEXTS[2]]
     assert documents(path, document_per="line") == lines
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_every_reader_of_text_drops_a_byte_order_mark(tmp_path, ending):
+    """Training files, --text_file and --prompt_file give the same text for a file with a mark and without."""
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        path = tmp_path / f"{name}.txt{ending}"
+        path.write_bytes(COMPRESS[ending](mark + "The é.\n\ufeffx".encode()))
+        assert documents(path) == [text_of_file(str(path), "--text_file")] == ["The é.\n\ufeffx"]
 
 
 def test_the_field_of_a_json_line_can_be_chosen(tmp_path):
@@ -141,6 +152,22 @@ def test_a_character_cut_by_the_end_of_the_file_is_refused(tmp_path):
         documents(path)
 
 
+def test_a_folder_whose_name_holds_wildcards_is_taken_by_its_name(tmp_path):
+    for name in ("lr[0.1]", "lr0", "a*", "ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x[1].txt").write_text("x")
+    for patterns, found in (
+        ("lr[0.1]/x[1].txt", "lr[0.1]"),
+        ("lr[0.1]/*.txt", "lr[0.1]"),
+        ("a*/*.txt", "a*"),
+        ("l*0/**", "lr0"),
+    ):
+        assert find_files(f"{tmp_path}/{patterns}", "data.train_files") == [tmp_path / found / "x[1].txt"]
+    for pattern in ("/", ".", "/none/[*"):
+        with pytest.raises(DataError, match="no file matches"):
+            find_files(pattern, "data.train_files")
+
+
 def test_globs_find_each_file_once_and_sorted(tmp_path, monkeypatch):
     for name in ("b.txt", "a.txt", "c.jsonl.xz", "deep/d.txt.gz", "x[1].txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -185,3 +212,18 @@ def test_an_unreadable_file_is_refused(tmp_path):
 def test_a_file_that_vanished_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"cannot be read .No such file"):
         documents(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_an_endless_line_is_read_in_bounded_steps_and_not_to_its_end(tmp_path, monkeypatch, kind, ending):
+    monkeypatch.setattr(files, "LARGEST_LINE", 1 << 20)
+    path = tmp_path / f"a.{kind}{ending}"
+    path.write_bytes(COMPRESS[ending](b'{"text": "' + b"a" * (1 << 26)))
+    largest, reads = 0, []
+    for block in files.read_blocks(path, reads.append):
+        largest = max(largest, len(block))
+    assert largest <= 1 << 25
+    message = rf"a\.{kind}\{ending}: holds a line of more than 1,048,576 bytes; cut it into several"
+    with pytest.raises(DataError, match=message):
+        list(read_documents(path, "text", "line", reads.append))

@@ -102,6 +102,19 @@ def _reference(cache=[]):  # noqa: B006  built once
     return cache[0]
 
 
+@pytest.mark.parametrize("space", [" ", "\n\u2028"])
+def test_a_run_of_a_million_spaces_is_encoded_as_a_short_one_is(gpt2, space):
+    """OpenAI's pattern takes all of a run but its last character, which may begin the next word."""
+
+    def joined(run):
+        return [token for part in ("A.", run[:-1], run[-1:] + "Its end") for token in gpt2.encode(part).tolist()]
+
+    assert gpt2.encode("A." + space * 40 + "Its end").tolist() == joined(space * 40)
+    assert gpt2.encode("A." + space * 1_100_000 + "Its end").tolist() == joined(space * 1_100_000)
+    last = gpt2.encode("A." + space * 1_100_000).tolist()
+    assert last == gpt2.encode("A.").tolist() + gpt2.encode(space * 1_100_000).tolist()
+
+
 def test_special_tokens_inside_text_are_text(tokenizer):
     text = "a <|endoftext|> b <|other|><|endoftext|>"
     ids = tokenizer.encode(text)

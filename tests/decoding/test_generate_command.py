@@ -208,7 +208,7 @@ MISTAKES = {
     "no prompt file": (["--prompt_file=/none/there"], "--prompt_file=/none/there: cannot be read (No such file"),
     "a folder": (["--prompt_file=/tmp"], "--prompt_file=/tmp: cannot be read (Is a directory)"),
     "empty prompt file": (["--prompt_file={empty}"], "empty.txt: must hold some text; it is empty"),
-    "no text in the file": (["--prompt_file={binary}"], "binary.txt: must be UTF-8 text; byte 2 is not"),
+    "no text in the file": (["--prompt_file={binary}"], "binary.txt, line 1: not valid UTF-8 (byte 0xff"),
     "broken prompt": (["--prompt=a\udcff"], "must be text; it holds parts of characters"),
     "negative count": (["--prompt=a", "--max_new_tokens=-1"], "--max_new_tokens=-1: must be an integer >= 0"),
     "negative temperature": (["--prompt=a", "--temperature=-1"], "--temperature=-1.0: must be 0 (greedy) or"),

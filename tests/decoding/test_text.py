@@ -1,11 +1,16 @@
 """Text as its tokens come: whole characters only, nothing of a stop string, the same however it is cut."""
 
+import codecs
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlinformer_jax.data.tokenizers import ByteTokenizer, build_tokenizer
 from tlinformer_jax.decoding.text import TextStream
+
+tokenizers = pytest.importorskip("tokenizers")
+decoders, normalizers, pre_tokenizers = tokenizers.decoders, tokenizers.normalizers, tokenizers.pre_tokenizers
 
 BYTES = ByteTokenizer()
 MIXED = "naïve 字面 😀👩‍👧 end"
@@ -80,35 +85,117 @@ def test_text_does_not_depend_on_how_tokens_are_grouped(data, cut):
     assert grouped == "".join(pushed(TextStream(BYTES, []), data))
 
 
-class Fallback:
-    """Bytes as tokens, decoded to strings as SentencePiece's byte fallback does: halves of a character are U+FFFD."""
+LETTERS = {"<unk>": 0, "</s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+for letter in "\u2581abcdefghijklmnopqrstuvwxyz.,'":
+    LETTERS[letter] = len(LETTERS)
 
-    vocab_size = 256
 
-    def decode(self, tokens):
-        return bytes(tokens).decode("utf-8", "replace").encode()
+def byte_fallback(decoder, normalizer) -> "tokenizers.Tokenizer":
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(LETTERS, [], unk_token="<unk>", byte_fallback=True))
+    built.normalizer, built.decoder = normalizer, decoder
+    return built
+
+
+def llama():
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    first = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    return byte_fallback(decoders.Sequence(steps), normalizers.Sequence(first))
+
+
+def gemma():
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    return byte_fallback(decoders.Sequence(steps), normalizers.Replace(" ", "\u2581"))
+
+
+def byte_level():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(["</s>", *alphabet])}
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    return built
+
+
+def of_letters(decoder):
+    letters = [
+        "[UNK]",
+        "</s>",
+        *"ab.'",
+        *(f"##{letter}" for letter in "ab.'"),
+        "b</w>",
+        "\u2581",
+        "\u2581a",
+        "<pad>",
+        "|",
+    ]
+    built = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(letters)}, "[UNK]"))
+    if decoder is not None:
+        built.decoder = decoder
+    return built
+
+
+KINDS = {
+    "llama": llama,
+    "gemma": gemma,
+    "byte level": byte_level,
+    "word pieces": lambda: of_letters(decoders.WordPiece()),
+    "word ends": lambda: of_letters(decoders.BPEDecoder()),
+    "metaspace": lambda: of_letters(decoders.Metaspace()),
+    "CTC": lambda: of_letters(decoders.CTC()),
+    "no decoder": lambda: of_letters(None),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def library_and_ours(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("kind") / "tokenizer.json"
+    built = KINDS[request.param]()
+    built.save(str(path))
+    return tokenizers.Tokenizer.from_file(str(path)), build_tokenizer(str(path))
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_text_that_is_streamed_is_that_of_the_whole(library_and_ours, data):
+    """Whatever tokens a model draws, of every kind of decoder; where they are text, the library's own decoding."""
+    library, ours = library_and_ours
+    prompt, tokens = (data.draw(st.lists(st.integers(0, ours.vocab_size), max_size=25)) for _ in range(2))
+    whole, before = ours.decode(prompt + tokens), ours.decode(prompt)
+    assert whole.startswith(before)
+    stream = TextStream(ours, prompt)
+    shown = "".join([stream.push([token]) for token in tokens]) + stream.finish()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    assert shown == decoder.decode(whole[len(before) :])
+    known = [token for token in prompt + tokens if token < ours.vocab_size and token != ours.end_of_text]
+    text = library.decode(known, skip_special_tokens=False)
+    assert "\ufffd" in text or text.encode() == whole
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "byte level"])
+@settings(max_examples=50, deadline=None)
+@given(
+    prompt=st.text(alphabet="ab字🙂 ", min_size=1, max_size=6),
+    text=st.text(alphabet="ab€字🙂 ", max_size=12),
+    data=st.data(),
+)
+def test_characters_of_several_byte_tokens_come_whole_and_stop_strings_are_found(
+    name, tmp_path_factory, prompt, text, data
+):
+    path = tmp_path_factory.getbasetemp() / f"{name}.json"
+    if not path.exists():
+        KINDS[name]().save(str(path))
+    tokenizer = build_tokenizer(str(path))
+    first = tokenizer.encode(prompt).tolist()
+    tokens = tokenizer.encode(prompt + text).tolist()[len(first) :]
+    stop = data.draw(st.sampled_from(["字", "🙂a", "never"]))
+    assert "".join(pushed(TextStream(tokenizer, first, [stop]), tokens)) == text.split(stop)[0]
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="ab€字🙂", max_size=30), size=st.integers(1, 20))
-def test_whole_characters_whatever_the_tokenizer_and_the_size_of_the_pieces(text, size):
+def test_whole_characters_whatever_the_size_of_the_pieces(text, size):
     data = text.encode()
-    for tokenizer in (BYTES, Fallback()):
-        stream = TextStream(tokenizer, [])
-        pieces = [stream.push(data[start : start + size]) for start in range(0, len(data), size)]
-        assert "".join(pieces) + stream.finish() == text
-        assert "\ufffd" not in "".join(pieces)
-
-
-def test_tokenizers_that_treat_the_first_token_in_their_own_way():
-    class Spaced:
-        """Puts a space before every word but a text's first; shows halves of a character as U+FFFD."""
-
-        vocab_size = 10
-        words = ("one", "two", "é1", "é2")
-
-        def decode(self, tokens):
-            words = " ".join(self.words[token] for token in tokens)
-            return words.replace("é1 é2", "é").replace("é1", "\ufffd").encode()
-
-    assert pushed(TextStream(Spaced(), [0]), [1, 2, 3, 0]) == [" two", "", " é", " one", ""]
+    stream = TextStream(BYTES, [])
+    pieces = [stream.push(data[start : start + size]) for start in range(0, len(data), size)]
+    assert "".join(pieces) + stream.finish() == text
+    assert "\ufffd" not in "".join(pieces)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests.support.figures import check_lines
 from tests.support.results import made_result, windows_result
 from tlinformer_jax.config import run_config
 from tlinformer_jax.experiments.curves import (
@@ -17,6 +18,7 @@ from tlinformer_jax.experiments.curves import (
     observed_share,
     perplexity,
     share_curves,
+    why_no_knee,
 )
 from tlinformer_jax.experiments.plots import plot_sweep
 from tlinformer_jax.experiments.tables import write_tables
@@ -83,8 +85,27 @@ def test_an_automatic_window_counts_as_in_the_last_window():
 SHARES = {64: 30.0, 128: 24.0, 256: 22.0, 384: 21.5, 448: 21.0}
 
 
+def windows_results() -> list[dict]:
+    """Two seeds of each of SHARES."""
+    return [windows_result(size, 512 - size, value, seed) for size, value in SHARES.items() for seed in (0, 1)]
+
+
+def test_no_knee_is_told_of_one_seed_or_without_an_end():
+    def knee_and_reason(results):
+        curve = share_curves(groups_of(results))[512]
+        return knee_of(curve), why_no_knee(curve)
+
+    results = windows_results()
+    assert knee_and_reason(results)[0].label == "128-384"
+    assert knee_and_reason(results[1:]) == (None, "some points have one seed only")
+    again = [results[0], results[0], *results[2:]]
+    assert knee_and_reason(again) == (None, "some points have one seed only")
+    assert knee_and_reason(results[:-2]) == (None, "an end is missing, 0.125 or 0.875")
+    assert knee_and_reason(results[2:]) == (None, "an end is missing, 0.125 or 0.875")
+
+
 def test_curves_are_of_one_total_and_their_knee_is_found():
-    results = [windows_result(history, 512 - history, value) for history, value in SHARES.items()]
+    results = windows_results()
     results += [windows_result(128, 128, 40.0), windows_result("auto", 256, 50.0), made_result("base", 20.0)]
     curves = share_curves(groups_of(results))
     assert {total: [group.label for group in curve] for total, curve in curves.items()} == {
@@ -95,15 +116,14 @@ def test_curves_are_of_one_total_and_their_knee_is_found():
     assert knee_of(curves[512]).label == "128-384"
 
 
-def test_tables_and_plots_of_a_sweep(tmp_path):
-    pytest.importorskip("matplotlib")
-    results = [windows_result(history, 512 - history, value) for history, value in SHARES.items()]
-    results.append(windows_result(128, 384, 28.0, seed=1))
+def test_tables_and_plots_of_a_sweep(tmp_path, drawn):
+    results = windows_results()
+    results[3] = windows_result(128, 384, 28.0, seed=1)
     write_tables(results, tmp_path)
     rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
-    assert len(rows) == 6
-    assert rows[1]["name"] == "128-384-seed0"
-    assert [float(rows[1][name]) for name in ("perplexity", "share", "cache_bytes")] == [24.0, 0.25, 1_500_000]
+    assert len(rows) == 10
+    assert rows[2]["name"] == "128-384-seed0"
+    assert [float(rows[2][name]) for name in ("perplexity", "share", "cache_bytes")] == [24.0, 0.25, 1_500_000]
     values = json.loads((tmp_path / "sweep.json").read_text())
     assert values["knees"] == {"512": "256-256"}  # with 26 at 128 that is 2.5 below the chord, 256 is 3.5
     assert values["points"][1]["perplexity"] == [26.0, pytest.approx(8**0.5), 2]
@@ -113,4 +133,19 @@ def test_tables_and_plots_of_a_sweep(tmp_path):
     )
     files = plot_sweep(groups_of(results), tmp_path)
     assert [file.name for file in files] == ["perplexity_speed.png", "perplexity_cache.png", "perplexity_share.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert [file.name for file in files] == list(drawn)
+    (speed,), (cache,), (share,) = drawn.values()
+    # The means over seeds: 26 at 128, with 8**0.5 on each side.
+    means = [30.0, 26.0, 22.0, 21.5, 21.0]
+    spreads = [0, 8**0.5, 0, 0, 0]
+    assert speed.points == [(60_000.0, mean) for mean in means]
+    assert cache.points == [(1.5, mean) for mean in means]  # MB
+    for panel in (speed, cache):
+        assert list(panel.notes) == ["64-448", "128-384", "256-256", "384-128", "448-64"]
+        assert list(panel.notes.values()) == panel.points
+        assert panel.spreads == pytest.approx(spreads)
+    check_lines(
+        {"W_total = 512": share.lines["W_total = 512"]},
+        {"W_total = 512": list(zip([0.125, 0.25, 0.5, 0.75, 0.875], means))},
+    )
+    assert share.spreads[:5] == pytest.approx(spreads)

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.support.commands import check_refusal, command
+from tests.support.figures import check_lines
 from tests.support.results import MEASURED
 from tlinformer_jax.config import run_config
 from tlinformer_jax.errors import UserError
@@ -22,7 +23,7 @@ SECTIONS = {
 }
 
 
-def test_tables_and_figures(tmp_path):
+def test_tables_and_figures(tmp_path, drawn):
     rows = history_rows(MEASURED)
     assert rows["history_mass"][1] == {"reader": "x", "block": 0, "from_distance": 2, "to_distance": 3, "mass": 0.75}
     assert rows["history_length"][1] == {"history": 4, "tokens": 8, "loss": 2.5}
@@ -33,8 +34,24 @@ def test_tables_and_figures(tmp_path):
         expected = [{key: "" if cell is None else str(cell) for key, cell in row.items()} for row in rows[file.stem]]
         assert found == expected
     figures = plot_history([("one", MEASURED), ("two", MEASURED)], tmp_path, "results_")
-    assert len(figures) == 4
-    assert all(file.stat().st_size > 1000 for file in figures)
+    assert [file.name for file in figures] == list(drawn)
+    assert [file.name for file in figures] == [
+        f"results_history_{kind}.png" for kind in ("mass", "cuts", "length", "same_tokens")
+    ]
+    masses = {"x, block 0": [(1, 0.25), (2, 0.75)], "x, block 1": [(1, 0.5), (2, 0.5)]}
+    masses |= {"z, block 0": [(1, 0.1), (2, 0.9)], "z, block 1": [(1, 0.2), (2, 0.8)]}
+    for (panel,), curves in zip(
+        drawn.values(),
+        [
+            masses,
+            {"all tokens": [(0, 0.5)], "tokens with more history": [(0, 1.0)]},
+            {"": [(0, 3.0), (4, 2.5)]},  # the last length has no loss
+            {"": [(0, 3.25), (8, 2.75)]},  # all of the history stands at the longest
+        ],
+        strict=True,
+    ):
+        labels = [(run, label) for run in ("one", "two") for label in curves]
+        check_lines(panel.lines, {", ".join(filter(None, (run, label))): curves[label] for run, label in labels})
 
 
 def test_what_a_run_cannot_have_is_refused_before_it_is_trained():

@@ -71,7 +71,7 @@ def test_a_bad_point_is_named(overrides, says):
 
 def test_text_that_is_not_there_and_too_small_a_vocabulary_are_found_before_any_run():
     missing = {"data.dataset": "text", "data.train_files": "none/*.txt", "data.validation_files": "none/*.txt"}
-    with pytest.raises(UserError, match=r"point bad-seed0: data.train_files: no file matches 'none/\*.txt'"):
+    with pytest.raises(UserError, match=r"point bad-seed0: data.train_files: no file matches '/.*/none/\*.txt'"):
         check_data(plan_points(sweep({"good": {}, "bad": missing})))
     with pytest.raises(UserError, match=r"point bad-seed0: model.vocab_size = 100"):
         check_data(plan_points(sweep({"good": {}, "bad": {"model.vocab_size": 100}})))

@@ -2,8 +2,10 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
+from tests.support.figures import check_lines
 from tests.support.results import made_result, save, windows_result
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.curves import groups_of
@@ -18,6 +20,7 @@ WINDOWED = {"architecture": "tlinformer", "history_window": 256, "generation_win
 def evaluation(length: int, loss: float, later: bool = True) -> dict:
     return {
         "length": length,
+        "tokens": 40_000,
         "figures": {"perplexity": 10 * loss, "loss_first_window": loss, "loss_later_windows": loss - 1},
         "by_position": {"edges": [0, length // 2, length], "loss": [loss, loss - 1], "tokens": [1, 1]},
         "by_window_position": {"edges": [0, 4, 8], "first": [9.0, 9.0]}
@@ -43,56 +46,66 @@ def written(folder: pathlib.Path, *results: dict) -> list[str]:
     return (folder / "results.md").read_text().splitlines()
 
 
-def test_the_table_the_sentences_and_the_commands(tmp_path):
+def test_the_table_and_the_commands(tmp_path):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Architectures, 3.0 M training tokens")
     cells = "| 60,000 | 25.0% | 1:01 | 2.5 | 1.50 | 2 x Abacus |"
-    assert lines[start + 2 : start + 9] == [
+    assert lines[start + 2 : start + 7] == [
         "| model | architecture | N | seeds | perplexity | against Base | bits per byte | tokens/s | MFU "
         "| wall time | peak memory, GB | cache, MB | device |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         f"| base-1024 | transformer | 1,024 | 0, 1, 2 | 21.00 ± 1.00 |  | 1.500 ± 0.000 {cells}",
         f"| 1024-512-0.5 | tlinformer | 1,024 | 0, 1 | 21.50 ± 0.71 | +2.4% | 1.500 ± 0.000 {cells}",
         "",
-        "- 1024-512-0.5 (tlinformer) is 2.4% worse than base-1024: perplexity 21.50 ± 0.71 against 21.00 ± 1.00 "
-        "(2 seeds against 3).",
-        "",
     ]
     assert "| ours-seed1 | 2 x Abacus | 1.2.3 | 1,234 | 100 | 3,000,000 | 1 | pydoc | bytes |" in lines
     assert "python -m tlinformer_jax.main --then=" in lines
 
 
-def test_positions_lengths_and_samples(tmp_path):
+def test_positions_lengths_and_samples(tmp_path, drawn):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Loss by position")
-    assert lines[start + 7 : start + 10] == [
-        "| 1024-512-0.5 | 1,024 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
-        "| 1024-512-0.5 | 1,024 | 1,024 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
-        "| 1024-512-0.5 | 1,024 | 8,192 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
+    assert lines[start + 8 : start + 11] == [
+        "| 1024-512-0.5 | 1,024 | 256 | 40,000 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
+        "| 1024-512-0.5 | 1,024 | 1,024 | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
+        "| 1024-512-0.5 | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
     ]
     assert not (tmp_path / "figures" / "results_window_positions_256.png").exists()
-    for name in ("positions_256", "positions_1024", "window_positions_1024", "window_positions_8192", "history_3M"):
+    ours = "1024-512-0.5"
+    while_training = [(1.5, 4.0), (3.0, 3.0)]  # millions of tokens
+    for name, curves in {
+        "positions_256": {ours: [(63.5, 5.0), (191.5, 4.0)]},
+        "positions_1024": {ours: [(255.5, 3.0), (767.5, 2.0)]},
+        "window_positions_1024": {ours: [(1.5, 4.0), (5.5, 3.0)]},
+        "window_positions_8192": {ours: [(1.5, 5.0), (5.5, 4.0)]},
+        "history_3M": {"base-1024": while_training, ours: while_training},
+    }.items():
         assert any(f"](figures/results_{name}.png)" in line for line in lines)
-        assert (tmp_path / "figures" / f"results_{name}.png").stat().st_size > 1000
+        assert (tmp_path / "figures" / f"results_{name}.png").exists()
+        (panel,) = drawn[f"results_{name}.png"]
+        check_lines(panel.lines, curves)
     # Drawn text cannot end its block, and has no control characters.
     at = lines.index("````text")
     assert lines[at + 1 : at + 4] == ["The |end.\\r```", "", "````"]
     assert "Drawn with temperature 0.8. The prompt is what stands before the bar." in lines
 
 
-def test_windows_with_their_knee(tmp_path):
+def test_windows_with_their_knee(tmp_path, drawn):
     shares = {64: 30.0, 128: 24.0, 256: 22.0, 384: 21.5, 448: 21.0}
-    lines = written(tmp_path, *(windows_result(size, 512 - size, value) for size, value in shares.items()))
+    lines = written(
+        tmp_path, *(windows_result(size, 512 - size, value, seed) for size, value in shares.items() for seed in (0, 1))
+    )
     assert "## Windows (sweep_windows), 3.0 M training tokens a point" in lines
-    assert "| 128-384 | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 24.00 | 60,000 | 1.50 | 1:01 | 0 |" in lines
+    assert "| 128-384 | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 24.00 ± 0.00 | 60,000 ± 0 | 1.50 | 1:01 | 0, 1 |" in lines
     knee = "the knee is 128-384, at a share of 0.250."
-    assert "The lowest perplexity, 21.00, is that of 448-64." in lines
     assert f"W_total = 512, shares 0.125, 0.250, 0.500, 0.750, 0.875: {knee}" in lines
     assert "![results sweep windows perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
+    (panel,) = drawn["results_sweep_windows_perplexity_share.png"]
+    assert panel.lines["W_total = 512"] == [(size / 512, value) for size, value in shares.items()]
     assert not any("Architectures" in line or "Samples" in line or "position" in line for line in lines)
 
 
-def test_what_is_better_is_called_so_and_only_like_is_compared_with_like():
+def test_only_like_is_compared_with_like():
     base, better = made_result("base", 20.0), made_result("better", 19.0, model=WINDOWED)
     others = [
         made_result("tokens", 19.0, model=WINDOWED, tokens=1),
@@ -104,16 +117,12 @@ def test_what_is_better_is_called_so_and_only_like_is_compared_with_like():
     assert [base_of(group, groups) for group in groups[2:]] == [None] * 3
 
 
-def test_a_better_model_is_called_better(tmp_path):
-    lines = written(tmp_path, made_result("base", 20.0), made_result("ours", 19.5, model=WINDOWED))
-    sentence = "perplexity 19.50 against 20.00 (1 seed against 1)."
-    assert f"- 1024-512-0.5 (tlinformer) is 2.5% better than base-1024: {sentence}" in lines
-
-
-def test_the_same_records_give_the_same_document(tmp_path):
+def test_the_same_records_give_the_same_document(tmp_path, drawn):
     first, again = written(tmp_path / "a", *architectures()), written(tmp_path / "b", *architectures()[::-1])
     assert first == again
     figures = sorted(path.name for path in (tmp_path / "a" / "figures").iterdir())
+    assert figures == sorted(drawn)
+    assert all(panel.points for panels in drawn.values() for panel in panels)
     for name in figures:
         assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
 
@@ -137,9 +146,11 @@ def test_what_is_no_record_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not (DOCS / "results").is_dir(), reason="no results are committed yet")
-def test_the_committed_report_is_that_of_the_committed_records(tmp_path):
+def test_the_committed_report_is_that_of_the_committed_records(tmp_path, drawn):
     """Mend it by `python -m tlinformer_jax.report --results=docs/results --out=docs/results.md`."""
     write_report(DOCS / "results", tmp_path / "results.md")
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
     for path in (tmp_path / "figures").iterdir():
         assert (DOCS / "figures" / path.name).exists()
+        panel = drawn[path.name][0]
+        assert panel.points or np.isfinite(panel.image).any(), f"{path.name} shows nothing"

@@ -2,13 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.support.commands import ROOT, command
 from tests.support.results import MEASURED, made_result, save
 from tlinformer_jax.experiments.curves import groups_of
 from tlinformer_jax.experiments.report import write_report
-from tlinformer_jax.experiments.retrieval import best_of, counts_by_length, heat_map, retrieval_lines
+from tlinformer_jax.experiments.retrieval import (
+    FOUND,
+    exact_interval,
+    model_name,
+    retrieval_lines,
+    settings_of,
+)
 from tlinformer_jax.experiments.tables import row_of
 
 DATA = {"dataset": "recall", "tokenizer": "numbers:257", "sequence_length": 512, "pairs": 64}
@@ -51,70 +58,90 @@ def written(folder, *results):
     return (folder / "results.md").read_text().splitlines()
 
 
-def test_the_best_rate_of_each_model_and_all_rates_beside_each_other():
+def test_runs_are_counted_and_listed_and_their_shares_never_averaged():
     results = [
         cell({}, 1e-3, 0.992, reached=True, steps=40),
-        cell({}, 3e-3, 0.992, reached=True, steps=20),
-        cell(TLIN, 1e-3, 0.5, 0),
-        cell(TLIN, 1e-3, 0.7, 1),
-        cell(TLIN, 3e-3, 0.55),
+        *(cell(TLIN, 1e-3, accuracy, seed) for seed, accuracy in enumerate((0.991, 0.974, 0.551))),
+        cell(TLIN, 3e-3, 0.9),
     ]
     lines = retrieval_lines(results)
     assert lines[0] == "### recall, N = 512, 64 pairs, W_oh = 16, W_og = 32, width 16"
-    base = "| full attention, 4 layers | 0.003 | 0.992 |  |  | 0.496 | 0.016 | 0.6 M | 99% reached | 1,234 | 1:01 | 0 |"
-    ours = "| TLinFormer, 4 layers (B = 2, H = 0) | 0.001 | 0.600 ± 0.141 |  |  | 0.300 ± 0.071 | 0.016 | "
-    ours += "3.0 M ± 0.0 M | all updates: 99% not reached | 1,234 | 1:01 | 0, 1 |"
-    assert base in lines
-    assert ours in lines
-    assert "| answers right by learning rate | 0.001 | 0.003 |" in lines
-    assert "| TLinFormer, 4 layers (B = 2, H = 0) | 0.600 ± 0.141 | 0.550 |" in lines
+    # Clopper and Pearson: of 2 in 3, the p with P(X >= 2) = 0.025 and P(X <= 2) = 0.025; of 0 in 1, 1 - 0.025.
+    low, high = exact_interval(2, 3)
+    assert 3 * low**2 * (1 - low) + low**3 == pytest.approx(0.025)
+    assert 1 - high**3 == pytest.approx(0.025)
+    assert exact_interval(0, 1) == (0, pytest.approx(0.975))
+    # H_64 / 64 = 0.0741.
+    ours, theirs = "TLinFormer, 4 layers (B = 2, H = 0)", "full attention, 4 layers"
+    assert lines[2:7] == [
+        f"| model | learning rate | runs above {FOUND} | 95% interval | chance | parameters |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| {ours} | 0.001 | 2 of 3 | 0.09 to 0.99 | 0.074 | 1,234 |",
+        f"| {ours} | 0.003 | 0 of 1 | 0.00 to 0.97 | 0.074 | 1,234 |",
+        f"| {theirs} | 0.001 | 1 of 1 | 0.03 to 1.00 | 0.074 | 1,234 |",
+    ]
+    assert lines[10:15] == [
+        f"| {ours} | 0.001 | 0 | 0.991 |  |  | 0.495 | validation | 3.0 M | all updates |",
+        f"| {ours} | 0.001 | 1 | 0.974 |  |  | 0.487 | validation | 3.0 M | all updates |",
+        f"| {ours} | 0.001 | 2 | 0.551 |  |  | 0.276 | validation | 3.0 M | all updates |",
+        f"| {ours} | 0.003 | 0 | 0.900 |  |  | 0.450 | validation | 3.0 M | all updates |",
+        f"| {theirs} | 0.001 | 0 | 0.992 |  |  | 0.496 | validation | 1.2 M | 99% reached |",
+    ]
+    assert not any("±" in line for line in lines)
     grown = [cell({}, 1e-3, 0.5, data=DATA | {"curriculum": "64:10,256:20"})]
     assert retrieval_lines(grown)[0] == f"{lines[0]}, curriculum 64:10,256:20"
     assert row_of(results[0])["target_reached"] is True
-    assert row_of(results[2])["accuracy_history"] == 0.25
+    assert row_of(results[2])["accuracy_history"] == 0.487
+
+
+def test_what_is_reported_is_the_test_split_where_a_record_has_it():
+    test = {"figures": {"accuracy": 0.85, "accuracy_history": 0.8}, "split": "test", "length": 512}
+    result = cell(TLIN, 1e-3, 0.95, reached=True, then={"evaluate": test})
+    lines = retrieval_lines([result])
+    assert any("| 0.001 | 0 of 1 |" in line for line in lines)
+    assert any("| 0 | 0.850 |  |  | 0.800 | test | " in line for line in lines)
 
 
 def test_runs_that_end_at_different_updates_are_one_group():
     results = [cell({}, 1e-3, 0.991, seed, reached=True, steps=10 + seed) for seed in range(3)]
     assert [group.seeds for group in groups_of(results)] == [[0, 1, 2]]
-    chosen = {"model": {"observed_selection": "top_k"}}
-    names = best_of(groups_of([cell(TLIN | chosen["model"], 1e-3, 0.5), cell(TLIN, 1e-3, 0.5)]))
-    assert list(names) == ["TLinFormer, 4 layers (B = 2, H = 0)", "TLinFormer, 4 layers (B = 2, H = 0), top_k rows"]
+    chosen = cell(TLIN | {"observed_selection": "top_k"}, 1e-3, 0.5)
+    (groups,) = settings_of([chosen, cell(TLIN, 1e-3, 0.5)]).values()
+    names = [model_name(group) for group in groups]
+    assert names == ["TLinFormer, 4 layers (B = 2, H = 0)", "TLinFormer, 4 layers (B = 2, H = 0), top_k rows"]
 
 
-def test_the_same_configuration_of_two_sweeps_is_one_row():
-    results = [cell(TLIN, 1e-3, accuracy, seed) for seed, accuracy in enumerate((0.5, 0.6, 0.7))]
-    again = {**cell(TLIN, 1e-3, 0.8), "name": "recent-rows-seed0", "point": "recent-rows", "sweep": "sweep_selection"}
-    (row,) = [line for line in retrieval_lines([*results, again]) if line.startswith("| TLinFormer")]
-    assert "| 0.650 ± 0.129 |" in row
-    assert row.endswith("| 0, 0, 1, 2 |")
-
-
-def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path):
-    then = [
-        {
-            "evaluate@256": evaluated(256, {0: (3, 4), 7: (1, 4)}, (2, 2)),
-            "evaluate@8192": evaluated(8192, {0: (1, 4)}, (1, 2)),
-        },
-        {
-            "evaluate@256": evaluated(256, {0: (2, 4), 7: (0, 4)}, (2, 2)),
-            "evaluate@8192": evaluated(8192, {0: (4, 4)}, (1, 2)),
-        },
+def test_a_seed_that_another_sweep_has_run_too_is_listed_but_not_counted():
+    results = [cell(TLIN, 1e-3, accuracy, seed) for seed, accuracy in enumerate((0.5, 0.6, 0.95))]
+    again = {**cell(TLIN, 1e-3, 0.99), "name": "recent-rows-seed0", "point": "recent-rows", "sweep": "sweep_selection"}
+    lines = [line for line in retrieval_lines([*results, again]) if line.startswith("| TLinFormer")]
+    assert "| 1 of 3 |" in lines[0]
+    assert [line.split(" | ")[2:4] for line in lines[1:]] == [
+        ["0", "0.500"],
+        ["0, again", "0.990"],
+        ["1", "0.600"],
+        ["2", "0.950"],
     ]
+
+
+def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path, drawn):
+    then = {
+        "evaluate@256": evaluated(256, {0: (3, 4), 7: (1, 4)}, (2, 2)),
+        "evaluate@8192": evaluated(8192, {0: (1, 4)}, (1, 2)),
+    }
     data = DATA | {"dataset": "passkey", "tokenizer": "bytes"}
-    results = [cell(TLIN, 1e-3, 0.5, seed, then=part, data=data) for seed, part in enumerate(then)]
-    names, far, near = heat_map(counts_by_length(groups_of(results)[0]))
-    assert (names, near) == (["256", "8,192"], [1.0, 0.5])
-    assert far[0] == [5 / 8, *[None] * 6, 1 / 8, *[None] * 12]
-    assert far[1] == [5 / 8, *[None] * 19]
-    lines = written(tmp_path, *results)
-    assert "| TLinFormer, 4 layers (B = 2, H = 0) | 256 | 0.500 |  | 1.000 | 0.375 |" in lines
-    assert "| TLinFormer, 4 layers (B = 2, H = 0) | 8,192 | 0.583 |  | 0.500 | 0.625 |" in lines
+    result = cell(TLIN, 1e-3, 0.5, then=then, data=data)
+    lines = written(tmp_path, result)
+    assert "| TLinFormer, 4 layers (B = 2, H = 0) | 0.001 | 0 | 256 | 0.600 |  | 1.000 | 0.500 |" in lines
+    assert "| TLinFormer, 4 layers (B = 2, H = 0) | 0.001 | 0 | 8,192 | 0.333 |  | 0.500 | 0.250 |" in lines
     (file,) = (tmp_path / "figures").iterdir()
-    setting, model = "passkey_n_512_1_hidden_w_oh_16_w_og_32_width_16", "tlinformer_4_layers_b_2_h_0"
-    assert file.name == f"results_lengths_{setting}_{model}.png"
-    assert file.stat().st_size > 1000
+    assert file.name == "results_lengths_tlinformer_0_001_seed0.png"
     assert any(f"](figures/{file.name})" in line for line in lines)
+    # By depth what lies before both windows; after a gap what lies in them.
+    expected = np.full((2, 22), np.nan)
+    expected[0, [0, 7, 21]] = 3 / 4, 1 / 4, 1.0
+    expected[1, [0, 21]] = 1 / 4, 0.5
+    np.testing.assert_array_equal(drawn[file.name][0].image, expected)
 
 
 def asked(right: list[int], answers: list[int]) -> dict:
@@ -132,21 +159,28 @@ def test_answers_by_the_position_of_the_question(tmp_path):
         cell({}, 1e-3, 0.9, then=asked([0] * 16, [0] * 15 + [10])),
     ]
     lines = written(tmp_path, *results)
-    ours = "| TLinFormer, 4 layers (B = 2, H = 0) |  |  | 0.600 | 0.500 | 0.500 | 0.500 | 0.500 | 0.275 |"
-    assert ours in lines
     start = lines.index("### By position of the question")
-    (columns,) = [line for line in lines[start:] if line.startswith("| questions in |")]
-    assert columns.startswith("| questions in | 0 to 63 | 64 to 127 | ")
+    (columns,) = [line for line in lines[start:] if line.startswith("| model | learning rate | seed | 0 to 63 |")]
+    assert columns.endswith(
+        " | 64 to 127 | 128 to 191 | 192 to 255 | 256 to 319 | 320 to 383 | 384 to 447 | 448 to 511 |"
+    )
+    shares = [line.split(" | ", 3)[1:] for line in lines[start:] if line.startswith("| TLinFormer")]
+    assert shares == [
+        ["0.001", "0", " |  | 0.800 | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 |"],
+        ["0.001", "1", " |  | 0.400 | 0.500 | 0.500 | 0.500 | 0.500 | 0.050 |"],
+        ["0.003", "0", " |  | 0.000 | 0.000 | 0.000 | 0.000 | 0.000 | 0.000 |"],
+    ]
     assert not any(line.startswith("| full attention") for line in lines[start:])  # it asks at the end alone
-    file = tmp_path / "figures" / "results_questions_recall_n_512_64_pairs_w_oh_16_w_og_32_width_16.png"
-    assert file.stat().st_size > 1000
 
 
-def test_the_report_shows_what_the_history_contributes(tmp_path):
+def test_the_report_shows_what_the_history_contributes(tmp_path, drawn):
     lines = written(tmp_path, made_result("ours", 19.0, model=TLIN, then={"history": MEASURED}))
     assert "| 1024-512-0.5 | 0 | +0.5000 | +1.0000 | 0.25, 0.50 |" in lines
     for kind in ("mass", "cuts", "length", "same_tokens"):
         assert (tmp_path / "figures" / f"results_12_history_{kind}.png").exists()
+        (panel,) = drawn[f"results_12_history_{kind}.png"]
+        assert all(label.startswith("1024-512-0.5") and points for label, points in panel.lines.items())
+        assert panel.lines
     assert not any("## Retrieval" in line for line in lines)
 
 
@@ -160,12 +194,13 @@ def test_attention_finds_pairs_and_the_report_says_so(tmp_path):
     assert result["target"]["reached"]
     assert result["steps"] < result["target"]["most_steps"]
     assert result["validation"]["accuracy"] >= 0.99
-    assert result["then"]["evaluate"]["figures"]["accuracy"] == pytest.approx(
-        result["validation"]["accuracy"], abs=2e-3
-    )
+    tested = result["then"]["evaluate"]
+    assert tested["split"] == "test"
+    assert tested["figures"]["accuracy"] == pytest.approx(result["validation"]["accuracy"], abs=0.02)
+    assert tested["figures"]["loss"] != result["validation"]["loss"]
     other = json.loads((tmp_path / "records" / "16-2_tlin-2-seed0.json").read_text())
     assert (other["steps"], other["target"]["reached"]) == (200, False)
-    assert "| full attention, 2 layers | 0.002 | " in done.stdout
+    assert "| full attention, 2 layers | 0.002 | 1 of 1 | " in done.stdout
     assert "| 99% reached |" in done.stdout
     write_report(tmp_path / "records", tmp_path / "results.md")
     assert "99% reached" in (tmp_path / "results.md").read_text()

@@ -109,7 +109,8 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert f"continuing from step 4 in {out}/first-seed0" in one.stderr
     result = read_result(out / "first-seed0" / "result.json")
     trained, longer = result["then"]["evaluate"], result["then"]["evaluate@64"]
-    assert trained["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-6)
+    assert trained["tokens"] == longer["tokens"]  # all but the first; training's own evaluation leaves out a rest
+    assert trained["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=2e-3)
     assert (trained["length"], longer["length"]) == (32, 64)
     assert longer["by_position"]["edges"] == list(range(65))
     means, tokens = longer["by_position"]["loss"], longer["by_position"]["tokens"]
@@ -152,7 +153,7 @@ def test_the_training_command_records_a_run_and_the_report_reads_it(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["name"] == "run"
     assert result["command"].startswith("python -m tlinformer_jax.main --config=configs/tiny.py")
-    assert result["then"]["evaluate"]["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-6)
+    assert result["then"]["evaluate"]["figures"]["loss"] == pytest.approx(result["validation"]["loss"], rel=2e-3)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "run.json").write_bytes((tmp_path / "run" / "result.json").read_bytes())
     written = command("tlinformer_jax.report", f"--results={tmp_path}/results", f"--out={tmp_path}/results.md")

@@ -55,13 +55,60 @@ def _in_place(name: str, folder: bool = False) -> Callable[[pathlib.Path], None]
     return change
 
 
+def _behind_link(name: str) -> Callable[[pathlib.Path], None]:
+    """Moves what has that name beside its working directory, and puts a link to it in its place."""
+
+    def change(path: pathlib.Path) -> None:
+        there, moved = path / name, path.with_name(f"{path.name}_moved")
+        if not there.exists():
+            there.touch()
+        there.rename(moved)
+        there.symlink_to(moved)
+
+    return change
+
+
+def _pipe_as_config(path: pathlib.Path) -> None:
+    (path / "config.json").unlink()
+    os.mkfifo(path / "config.json")
+
+
+def _steps_as_links(path: pathlib.Path) -> None:
+    for step in list((path / "checkpoints").iterdir()):
+        moved = path / f"moved-{step.name}"
+        step.rename(moved)
+        step.symlink_to(moved)
+
+
+def _rename_steps(prefix: str) -> Callable[[pathlib.Path], None]:
+    def change(path: pathlib.Path) -> None:
+        for step in list((path / "checkpoints").iterdir()):
+            step.rename(step.with_name(f"{prefix}{step.name}"))
+
+    return change
+
+
+def _old_layout(path: pathlib.Path) -> None:
+    for step in (path / "checkpoints").iterdir():
+        (step / "state").rename(step / "default")
+        (step / "manifest.json").unlink()
+
+
 CHANGES: dict[str, Callable[[pathlib.Path], None]] = {
     "other_model": lambda path: _replace_field(path, '"d_model": 16', '"d_model": 32'),
     "config_cut": lambda path: os.truncate(path / "config.json", 100),
     "config_future": lambda path: _replace_field(path, '"d_model"', '"width"'),
     "config_binary": _in_place("config.json"),
     "config_folder": _in_place("config.json", folder=True),
+    "config_deep": lambda path: (path / "config.json").write_text("[" * 100_000),
+    "config_blocks": lambda path: _replace_field(path, '"num_blocks": 1,', '"num_blocks": 1000000,'),
+    "config_d_ff": lambda path: _replace_field(path, '"d_ff": 24', '"d_ff": 16'),
+    "config_window": lambda path: _replace_field(path, '"generation_window": 8', '"generation_window": 1000000000'),
+    "config_walk": lambda path: _replace_field(path, str(path.parent / "validation.txt"), "/**/*.txt"),
     "config_list": lambda path: (path / "config.json").write_text("[1, 2]"),
+    "config_nul": lambda path: _replace_field(path, "validation.txt", "a\\u0000b"),
+    "config_half": lambda path: _replace_field(path, "validation.txt", "a\\ud800"),
+    "texts_deep": lambda path: (path / "texts.json").write_text("[" * 100_000),
     "tokenizer_binary": _in_place("tokenizer.json"),
     "tokenizer_list": lambda path: (path / "tokenizer.json").write_text("[1, 2]"),
     "tokenizer_gone": lambda path: (path / "tokenizer.json").unlink(),
@@ -72,6 +119,16 @@ CHANGES: dict[str, Callable[[pathlib.Path], None]] = {
     "metrics_folder": _in_place("metrics.jsonl", folder=True),
     "tensorboard_file": _in_place("tensorboard"),
     "lock_folder": _in_place(".lock", folder=True),
+    "lock_link": _behind_link(".lock"),
+    "metrics_link": _behind_link("metrics.jsonl"),
+    "tensorboard_link": _behind_link("tensorboard"),
+    "checkpoints_link": _behind_link("checkpoints"),
+    "config_link": _behind_link("config.json"),
+    "tokenizer_link": _behind_link("tokenizer.json"),
+    "config_pipe": _pipe_as_config,
+    "steps_link": _steps_as_links,
+    "step_zero": _rename_steps("0"),
+    "old_layout": _old_layout,
     "held": lambda path: None,  # its lock is held while the cases run
     "no_text": lambda path: _replace_field(path, "validation.txt", "moved.txt"),
 }

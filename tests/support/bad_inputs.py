@@ -146,6 +146,7 @@ TRAINING = fields(
     ("train.eval_every=-1", "negative"),
     ("train.eval_batch_size=-1", "negative"),
     ("train.checkpoint_every=-5", "negative"),
+    ("train.checkpoint_minutes=-5", "negative"),
     ("train.keep_checkpoints=0", "zero"),
     ("train.keep_best=-1", "negative"),
     ("train.max_skipped_updates=-1", "negative"),
@@ -220,6 +221,13 @@ WORKDIRS = [
     Case("a working directory that cannot be written", "main", ("--workdir=/proc/run",), "--workdir=/proc/run"),
     Case("one that holds another model", "main", (_workdir("other_model"),), "model.d_model: 32 -> 16"),
     Case("another seed than the run's", "main", (_workdir("run"), "--config.train.seed=1"), "train.seed: 0 -> 1"),
+    Case(
+        "another tokenizer than the run's",
+        "main",
+        (_workdir("run"), "--config.data.tokenizer={d}/words.json"),
+        "data.tokenizer = '{d}/words.json': must be the tokenizer of the run in",
+    ),
+    Case("its record of the texts is damaged", "main", (_workdir("texts_deep"),), "texts.json: cannot be read"),
     Case("one that another run trains into", "main", (_workdir("held"),), "another run is training into it"),
     Case("its configuration cut off", "main", (_workdir("config_cut"),), "no readable config.json"),
     Case("its configuration of another version", "main", (_workdir("config_future"),), "model.width"),
@@ -231,6 +239,23 @@ WORKDIRS = [
     Case("a folder as its metrics", "main", (_workdir("metrics_folder"),), "metrics.jsonl"),
     Case("a file as its TensorBoard folder", "main", (_workdir("tensorboard_file"),), "tensorboard"),
     Case("a folder as its lock", "main", (_workdir("lock_folder"),), ".lock"),
+    *(
+        Case(what, command, (_workdir(name),), says)
+        for what, name, says in (
+            ("its configuration is nested without end", "config_deep", "nested too deeply"),
+            (
+                "its configuration has a million blocks",
+                "config_blocks",
+                "model.num_blocks = 1000000 in its config.json",
+            ),
+            ("its configuration has other widths", "config_d_ff", "down_kernel has shape (24, 16) instead of (16, 16)"),
+            ("its configuration has an endless window", "config_window", "model.generation_window = 1000000000"),
+            ("a NUL in a path of its configuration", "config_nul", "data.validation_files = "),
+            ("half a character in a path of its configuration", "config_half", "data.validation_files = "),
+        )
+        for command in ("evaluate", "generate")
+    ),
+    Case("its configuration would search the disk", "evaluate", (_workdir("config_walk"),), "would search more than"),
     Case("to evaluate nothing named", "evaluate", (), "--workdir: must name", usual=False),
     Case("to evaluate what is not there", "evaluate", (_workdir("none"),), "no readable config.json"),
     Case("to evaluate a file", "evaluate", (_workdir("binary.txt"),), "no readable config.json"),
@@ -249,6 +274,44 @@ WORKDIRS = [
     Case("to evaluate a file for checkpoints", "evaluate", (_workdir("checkpoints_file"),), "holds no checkpoint"),
 ]
 
+BUCKET = "must be a local path; to use a bucket, mount it"
+PATHS = [
+    Case("a bucket as working directory", "main", ("--workdir=gs://bucket/run",), BUCKET),
+    Case("another bucket", "main", ("--workdir=s3://bucket/run",), BUCKET),
+    Case("to start from a bucket", "main", ("--init_from=gs://bucket/run",), BUCKET),
+    Case("a trace into a bucket", "main", ("--profile=gs://bucket/trace",), BUCKET),
+    Case("a config file in a bucket", "main", ("--config=gs://bucket/small.py",), BUCKET),
+    Case("text in a bucket", "main", ("--config.data.train_files=gs://bucket/*.txt",), BUCKET),
+    Case("a tokenizer at an address", "main", ("--config.data.tokenizer=https://host/tokenizer.json",), BUCKET),
+    Case("a cache in a bucket", "main", ("--config.data.cache_dir=s3://bucket/cache",), BUCKET),
+    Case("to evaluate a bucket", "evaluate", ("--workdir=gs://bucket/run",), BUCKET),
+    Case("a text in a bucket", "evaluate", ("--text_file=gs://bucket/a.txt",), BUCKET),
+    Case("a result into a bucket", "evaluate", ("--out=gs://bucket/x.json",), BUCKET),
+    Case("to generate from a bucket", "generate", ("--workdir=s3://bucket/run",), BUCKET),
+    Case("a prompt in a bucket", "generate", (_workdir("run"), "--prompt_file=s3://bucket/a.txt"), BUCKET, usual=False),
+    Case("weights in a bucket", "convert", ("--from=gs://bucket/a.pt",), BUCKET),
+    Case("weights into a bucket", "convert", (_workdir("run"), "--to=gs://b/a.safetensors"), BUCKET, usual=False),
+    Case("a sweep into a bucket", "sweep", ("--out=gs://bucket/sweep",), BUCKET),
+    Case("records into a bucket", "sweep", ("--results=gs://bucket/records",), BUCKET),
+    Case("a report on a bucket", "report", ("--results=gs://bucket/records",), BUCKET),
+    Case("a report into a bucket", "report", ("--out=gs://bucket/report.md",), BUCKET),
+    Case("a tabulator in a path", "main", ("--workdir={d}/a\tb",), "a\\tb': must hold printable characters"),
+    Case("the home of nobody", "main", ("--workdir=~nobody-of-this-name/run",), "cannot be resolved"),
+    Case("a link as its lock", "main", (_workdir("lock_link"),), ".lock cannot be written (it is a link)"),
+    Case(
+        "a link as its metrics", "main", (_workdir("metrics_link"),), "metrics.jsonl cannot be written (it is a link)"
+    ),
+    Case("a link as its TensorBoard folder", "main", (_workdir("tensorboard_link"),), "tensorboard cannot be written"),
+    Case("a link as its checkpoints", "main", (_workdir("checkpoints_link"),), "checkpoints cannot be written"),
+    Case("a link as its configuration", "main", (_workdir("config_link"),), "no readable config.json (it is a link)"),
+    Case("to evaluate a pipe as configuration", "evaluate", (_workdir("config_pipe"),), "it is no regular file"),
+    Case("to evaluate a link as tokenizer", "evaluate", (_workdir("tokenizer_link"),), "it is a link"),
+    Case("to evaluate checkpoints behind a link", "evaluate", (_workdir("checkpoints_link"),), "checkpoints is a link"),
+    Case("to evaluate checkpoints that are links", "evaluate", (_workdir("steps_link"),), "none of its checkpoints"),
+    Case("to evaluate a wrongly named checkpoint", "evaluate", (_workdir("step_zero"),), "none of its checkpoints"),
+    Case("to evaluate an old layout", "evaluate", (_workdir("old_layout"),), "none of its checkpoints can be used"),
+]
+
 EVALUATION = [
     *(
         Case(what, "evaluate", (f"--text_file={{d}}/{name}",), says)
@@ -256,7 +319,7 @@ EVALUATION = [
             ("a text that is not there", "none.txt", "cannot be read (No such file"),
             ("a folder as text", "folder.txt", "cannot be read (Is a directory)"),
             ("an empty text to evaluate", "empty.txt", "must hold some text"),
-            ("a text to evaluate that is not UTF-8", "binary.txt", "must be UTF-8 text"),
+            ("a text to evaluate that is not UTF-8", "binary.txt", "not valid UTF-8"),
         )
     ),
     Case("a text and a split", "evaluate", ("--text_file={d}/short.txt", "--split=train"), "--split, --text_file"),
@@ -289,7 +352,7 @@ GENERATION = [
             ("a prompt file that is not there", "none.txt", "cannot be read (No such file"),
             ("a folder as prompt file", "folder.txt", "cannot be read (Is a directory)"),
             ("an empty prompt file", "empty.txt", "must hold some text"),
-            ("a prompt file that is not UTF-8", "binary.txt", "must be UTF-8 text"),
+            ("a prompt file that is not UTF-8", "binary.txt", "not valid UTF-8"),
         )
     ),
     Case("a negative number of tokens", "generate", ("--max_new_tokens=-1",), "--max_new_tokens=-1"),
@@ -397,6 +460,7 @@ GROUPS = {
     "Fields of training and of the mesh": TRAINING,
     "Data": DATA,
     "Working directories and checkpoints": WORKDIRS,
+    "Paths, buckets and links": PATHS,
     "Texts and options of evaluation": EVALUATION,
     "Prompts and options of generation": GENERATION,
     "Weights to convert": CONVERSION,

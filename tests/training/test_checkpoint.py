@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from tlinformer_jax.errors import DataError
@@ -226,18 +225,3 @@ def test_older_ones_go_only_when_enough_newer_ones_are_known_to_be_good(tmp_path
             checkpoints.save(state_of(step))
             checkpoints.record_validation(step, 1.0)
             assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names.split()
-
-
-def test_checkpoints_from_before_the_manifest_are_used_with_a_word(tmp_path, capfd):
-    state = state_of(5)
-    old = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        manager.save(5, args=ocp.args.StandardSave(old))
-    assert_params(tmp_path, 5)
-    assert "cannot be verified" in capfd.readouterr().err
-    with Checkpoints(tmp_path, 1) as checkpoints:
-        restored, manifest = checkpoints.restore(abstract(state_of(0)))
-        assert manifest is None
-        jax.tree.map(np.testing.assert_array_equal, restored, state.replace(skips=Skips()))
-        checkpoints.save(state_of(6))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]

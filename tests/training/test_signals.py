@@ -54,14 +54,16 @@ def test_one_interrupt_asks_and_a_second_ends_at_once():
 
 
 def test_handlers_are_put_back_and_other_threads_left_alone():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with StopRequest() as stop:
-        assert list(stop.watch([1, 2])) == [1, 2]
-        signal.raise_signal(signal.SIGTERM)
-        assert stop
-        with pytest.raises(Stopped):
-            list(stop.watch([1, 2]))
-    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        with StopRequest() as stop:
+            assert list(stop.watch([1, 2])) == [1, 2]
+            signal.raise_signal(number)
+            assert stop
+            with pytest.raises(Stopped):
+                list(stop.watch([1, 2]))
+        assert before == [signal.getsignal(number) for number in numbers]
 
     def elsewhere():
         with StopRequest() as stop:
@@ -72,6 +74,26 @@ def test_handlers_are_put_back_and_other_threads_left_alone():
     thread.start()
     thread.join()
     assert outcome == [False]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stop_is_answered_though_nobody_reads_it():
+    with waiting("once") as process:
+        process.stderr.close()
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+        assert process.stdout.read() == "ended True\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.slow

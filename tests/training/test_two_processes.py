@@ -30,6 +30,7 @@ def events(workdir) -> list[dict[str, float]]:
 def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     steps = ("--config.train.steps=6", "--config.train.checkpoint_every=3", "--config.train.keep_best=1")
+    steps += ("--config.train.checkpoint_minutes=1e-9", "--config.train.keep_checkpoints=9")  # also after every step
     steps += ("--config.mesh.data=1", "--config.mesh.fsdp=2")  # each saves parameters that the other does not hold
     run(start(MAIN, *SMALL, *steps, f"--workdir={one}", devices=2))
     told = run(*start_two(MAIN, *SMALL, *steps, f"--workdir={two}"))
@@ -38,7 +39,7 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     assert len(events(one)) == len(events(two)) == 7
     for mine, other in zip(events(one), events(two), strict=True):
         assert mine == pytest.approx(other, rel=1e-6)
-    assert saved_steps(two) == [3, 6]
+    assert saved_steps(one) == saved_steps(two) == [1, 2, 3, 4, 5, 6]
     # Evaluated by two processes, and by one, with the same result.
     asked = ("--json", "--lengths=20")
     (told, _), (silent, _) = [

@@ -11,12 +11,12 @@ without `restore`, and of its history only the keys, the values and the observat
 **Hardware FLOPs** are what training gives the device: heads padded to what the attention kernel wants, the vocabulary
 as the loss pads it, the last window and the masked history of each segment of windows at full length or by whole
 chunks, the first window's own projections, and once more what is computed again in the backward pass: the chunks of a
-history, the baselines' layers where `remat` says so, as if they saved nothing. Attention by XLA's plain products counts
-the whole rectangle of queries and keys; a fused kernel skips what is masked but computes the scores again in the
-backward pass, so there attention counts 2.5 times its forward products instead of 2, and 3.5 times by the kernel with
-dropout, which computes scores and weights' gradients both for the queries' gradient and for the keys' (the rounding to
-tiles is not counted). Counted is the program of one device; what devices of the mesh's axes `window` and `context`
-compute each for itself, block 0's projections and the windows' own rows, counts once.
+history, and the baselines' layers where `remat` says so, less their last product and what `remat_save` keeps. Attention
+by XLA's plain products counts the whole rectangle of queries and keys; a fused kernel skips what is masked but computes
+the scores again in the backward pass, so there attention counts 2.5 times its forward products instead of 2, and 3.5
+times by the kernel with dropout, which computes scores and weights' gradients both for the queries' gradient and for
+the keys' (the rounding to tiles is not counted). Counted is the program of one device; what devices of the mesh's axes
+`window` and `context` compute each for itself, block 0's projections and the windows' own rows, counts once.
 """
 
 import dataclasses
@@ -182,7 +182,8 @@ def _hardware_forward(
     if not config.windowed:
         seen = attention_window(config)
         layers = _causal_layers(config, length, inner, _causal_pairs(length, seen) if fused else length**2)
-        return Forward(), layers, layers if config.remat == "window" else Forward()
+        again = _computed_again(config, layers, length, inner, fused) if config.remat == "window" else Forward()
+        return Forward(), layers, again
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, together, first=skipped)
     causal = _causal_pairs(size) if fused else size**2
@@ -193,7 +194,22 @@ def _hardware_forward(
         for shape in _segment_shapes(config, segment, causal, fused):
             total = total + _window(config, shape, inner)
             again = again + (_restored(config, shape, inner) if segment.history_chunk else Forward())
-    return _project(config, padded_length(config, windows, segments), 3, inner), total, again
+    # Without history nobody reads the projections of the whole sequence, and they are not computed.
+    outside = _project(config, padded_length(config, windows, segments), 3, inner) if segments else Forward()
+    return outside, total, again
+
+
+def _computed_again(config: ModelConfig, layers: Forward, rows: int, inner: int, fused: bool) -> Forward:
+    """What the backward pass computes again of a baseline's layers, whose forward pass is `layers`."""
+    product = Forward(matrix=2.0 * rows * config.d_model * config.feed_forward_dim * config.num_layers)
+    again = layers + product * -1  # only the next layer reads the last product, and its input is kept
+    if "gate_up" in config.saved_names:
+        again = again + product * -2
+    if "projected" in config.saved_names:
+        again = again + _project(config, rows, 3, inner) * -config.num_layers
+    if "attended" in config.saved_names and not fused:
+        again = again + Forward(attention=-layers.attention / 2)  # the scores are needed all the same
+    return again
 
 
 def _segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:

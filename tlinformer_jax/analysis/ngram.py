@@ -1,48 +1,108 @@
-"""An order-2 token n-gram with Witten-Bell smoothing: the floor that a trained model must beat."""
+"""N-grams: the floor that a trained model must beat. `analysis.floor` is the command.
+
+The smoothing is interpolated Kneser-Ney with a discount each for counts of 1, 2, and more (Chen and Goodman, 1998).
+"""
+
+import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
+BYTES = 6  # of context at most, where tokens are bytes
+BYTE_VOCABULARY = 512  # tokens of a vocabulary up to this size count as bytes
 
-def witten_bell_bits(train: np.ndarray, test: np.ndarray, vocab_size: int) -> float:
-    """Mean bits per token of `test` under a model of two preceding tokens, fitted on `train`.
 
-    P(c | ab) interpolates the trigram count with P(c | b), that with P(c), and that with the uniform law; each
-    level's own weight is n / (n + t) for a context seen n times with t different successors (Witten-Bell).
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """The n-grams of one length.
+
+    Attributes:
+      contexts: of each n-gram of training, the number of its context, int64 [n-grams], rising.
+      counts: how often each was seen, int64 [n-grams].
+      preceded: how many different tokens were seen before each, int64 [n-grams].
+      asked: of each token to predict, the number of its n-gram, -1 where training has none, int64 [tokens].
+      asked_contexts: the same of its context.
+    """
+
+    contexts: np.ndarray
+    counts: np.ndarray
+    preceded: np.ndarray
+    asked: np.ndarray
+    asked_contexts: np.ndarray
+
+
+def kneser_ney_bits(train: np.ndarray, test: np.ndarray, vocab_size: int, context: int) -> list[float]:
+    """N-gram models with 0, 1, ... `context` tokens of context, fitted on `train`.
+
+    A token is predicted from less where it has less context than the model sees, or one that training has not.
 
     Args:
-      train: token ids [length], below vocab_size.
-      test: token ids [length]; the first two are context only.
-      vocab_size: number of ids; at most 2 million, so that three of them fit in a 64-bit key.
+      train: token ids [length], below vocab_size, more than context + 1.
+      test: token ids [length], at least 2.
+      vocab_size: number of ids.
+      context: of the largest model.
 
     Returns:
-      bits per token.
+      the mean bits per token of each, over all tokens of `test` but the first.
     """
-    train, test = train.astype(np.int64), test.astype(np.int64)
-    probability = np.full(len(test) - 2, 1.0 / vocab_size)
-    for order in range(3):
-        seen, asked = _contexts(train, order, vocab_size), _contexts(test, order, vocab_size)[2 - order :]
-        follow = train[order:]
-        grams, gram_counts = np.unique(seen * vocab_size + follow, return_counts=True)
-        heads, totals = np.unique(seen, return_counts=True)
-        kinds = np.bincount(np.searchsorted(heads, grams // vocab_size), minlength=len(heads))
-        count = _lookup(grams, gram_counts, asked * vocab_size + test[2:])
-        total, kind = _lookup(heads, totals, asked), _lookup(heads, kinds, asked)
-        known = total > 0
-        mixed = (count + kind * probability) / np.maximum(total + kind, 1)
-        probability = np.where(known, mixed, probability)
-    return float(-np.log2(probability).mean())
+    bits = []
+    lower = np.full(len(test) - 1, 1.0 / vocab_size)
+    for level in _levels(train.astype(np.int64), test.astype(np.int64), vocab_size, context):
+        # The longest n-grams weigh by how often they were seen, shorter ones by how many tokens came before them.
+        bits.append(float(-np.log2(_mixed(level, level.counts, lower)).mean()))
+        lower = _mixed(level, level.preceded, lower)
+    return bits
 
 
-def _contexts(tokens: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
-    """For each token from index `order` on, its `order` predecessors as one number."""
-    length = len(tokens) - order
-    key = np.zeros(length, np.int64)
-    for offset in range(order):
-        key = key * vocab_size + tokens[offset : offset + length]
-    return key
+def _levels(train: np.ndarray, test: np.ndarray, vocab_size: int, context: int) -> Iterator[_Level]:
+    """The n-grams with 0, 1, ... `context` tokens of context.
+
+    An n-gram's number is its place among the sorted pairs of its context's number and its last token, so that any
+    length fits 64 bits.
+    """
+    ends, test_ends = np.zeros(len(train) + 1, np.int64), np.zeros(len(test) + 1, np.int64)
+    level = None
+    for size in range(context + 2):
+        # Both hold the numbers of the n-grams of `size` tokens; the one at i is what token i + size (test: i) follows.
+        pairs = ends[:-1] * vocab_size + train[size:]
+        # What np.unique gives, several times faster.
+        order = np.argsort(pairs)
+        ordered = pairs[order]
+        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+        keys, counts = ordered[starts], np.diff(starts, append=len(pairs))
+        numbers = np.empty_like(order)
+        numbers[order] = np.repeat(np.arange(len(keys)), counts)
+        if level is not None:
+            suffixes = ends[1:][order[starts]]
+            yield dataclasses.replace(level, preceded=np.bincount(suffixes, minlength=len(level.counts)))
+        asked = test_ends[:-1] * vocab_size + test
+        place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+        found = np.where((test_ends[:-1] >= 0) & (keys[place] == asked), place, -1)
+        level = _Level(keys // vocab_size, counts, counts, found[1:], test_ends[1:-1])
+        ends, test_ends = numbers, np.append(-1, found)
 
 
-def _lookup(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """values of `asked` among the sorted `keys`, 0 where absent."""
-    place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-    return np.where(keys[place] == asked, values[place], 0)
+def _mixed(level: _Level, counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """Probabilities of the tokens asked for, by n-grams that weigh `counts`; `lower` has one token less of context."""
+    taken = _discounts(counts)[np.minimum(counts, 3)]
+    total, left = np.bincount(level.contexts, counts), np.bincount(level.contexts, taken)
+    place = np.where(level.asked_contexts < len(total), level.asked_contexts, -1)
+    known = (place >= 0) & (total[place] > 0)
+    own = np.where(level.asked >= 0, (counts - taken)[level.asked], 0.0)
+    return np.where(known, (own + left[place] * lower) / np.maximum(total[place], 1), lower)
+
+
+def _discounts(counts: np.ndarray) -> np.ndarray:
+    """What is taken from a count of 0, 1, 2, and 3 or more, float64 [4]; half where there is too little to estimate."""
+    seen = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].astype(np.float64)
+    if not seen.all():
+        return np.array([0.0, 0.5, 0.5, 0.5])
+    times = np.arange(1, 4)
+    taken = times - (times + 1) * seen[0] / (seen[0] + 2 * seen[1]) * seen[1:] / seen[:-1]
+    return np.append(0.0, np.clip(taken, 0.01, times - 0.01))
+
+
+def byte_floor(train: np.ndarray, test: np.ndarray, vocab_size: int) -> tuple[float, int]:
+    """Bits per token of the best model with 1 to BYTES tokens of context, and that number."""
+    bits = kneser_ney_bits(train, test, vocab_size, BYTES)[1:]
+    return min((value, size) for size, value in enumerate(bits, 1))

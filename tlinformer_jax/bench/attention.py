@@ -206,7 +206,6 @@ def _variants(backend: str, tiles: Sequence[str]) -> list[tuple[int, str]]:
 def _timed_attention(backend: str, causal: bool, tiles: str) -> Callable[..., Any]:
     """Attention as `timed` calls it."""
     import jax
-    import jax.numpy as jnp
 
     from tlinformer_jax.models.attention import attend
     from tlinformer_jax.models.dropout import Dropout
@@ -217,7 +216,7 @@ def _timed_attention(backend: str, causal: bool, tiles: str) -> Callable[..., An
         chosen = {"dropout": "triton", "dropout xla": "xla"}.get(backend, backend)
         return lambda *arrays: attend(*arrays, causal=causal, backend=chosen, scale=1 / 6, dropout=dropout)
     chosen_tiles = Tiles(*(Tile(*map(int, part.split(","))) for part in tiles.split("/")))
-    words = jnp.zeros(2, jnp.uint32)
+    words = Dropout.by_key(jax.random.key(0), RATE).words
 
     def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return attend_with_dropout(query, key, value, 1 / 6, causal, None, None, words, RATE, tiles=chosen_tiles)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tlinformer_jax.training.arrays import STATE
 from tlinformer_jax.training.checkpoint import DAMAGED, FOLDER, newest_good
 from tlinformer_jax.training.metrics import METRICS_FILE
 
@@ -49,7 +50,7 @@ def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     assert found is not None, "a run that ended has saved"
     with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the machine is the one that has written it
-        tree = checkpointer.restore(found.state)
+        tree = checkpointer.restore(workdir.absolute() / FOLDER / str(found.step) / STATE)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -8,13 +8,13 @@ without one the model is the 41M shape, as the shape flags change it.
 
 import dataclasses
 import math
-import pathlib
 from typing import Any
 
 from absl import flags
 
 from tlinformer_jax import cli
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.files import local_path
 from tlinformer_jax.models.config import ARCHITECTURES as ALL_ARCHITECTURES
 from tlinformer_jax.models.config import ModelConfig
 
@@ -81,7 +81,7 @@ def main() -> None:
         max_quadratic_prefill=MAX_QUADRATIC.value,
         seed=SEED.value,
     )
-    workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value and not RANDOM_WEIGHTS.value else None
+    workdir = local_path(WORKDIR.value, "--workdir") if WORKDIR.value and not RANDOM_WEIGHTS.value else None
     use_compilation_cache()
     run_benchmark(plan, configs, workdir=workdir, out=out, profile=profile, mesh=mesh)
 
@@ -106,7 +106,7 @@ def _mesh(configs: list[ModelConfig]) -> Any:
 def _workdir_config() -> ModelConfig:
     from tlinformer_jax.config import load_config
 
-    return load_config(pathlib.Path(WORKDIR.value).expanduser()).model
+    return load_config(local_path(WORKDIR.value, "--workdir")).model
 
 
 def _base_config() -> ModelConfig:

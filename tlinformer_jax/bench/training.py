@@ -34,6 +34,7 @@ from tlinformer_jax import cli
 from tlinformer_jax.bench.training_report import COLUMNS, best_rows, line, table, window_differences, write_results
 from tlinformer_jax.config import RunConfig, run_config
 from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.models.config import ModelConfig
 
 ARCHITECTURES = flags.DEFINE_list("architectures", ["tlinformer", "transformer"], "Architectures to time.")
 LENGTHS = flags.DEFINE_list("lengths", ["512"], "Sequence lengths in tokens.")
@@ -163,7 +164,7 @@ def _counted(config: RunConfig) -> dict[str, Any]:
 
     length, sampled = config.data.sequence_length, config.train.sampled_windows
     flops = training_flops(config.model, length, config.train.batch_size, sampled)
-    tokens = config.train.batch_size * trained_tokens(config.model, length, sampled)
+    tokens = round(config.train.batch_size * trained_tokens(config.model, length, sampled))
     return {"model_flops": flops.model, "hardware_flops": flops.hardware, "tokens": tokens}
 
 
@@ -288,7 +289,11 @@ def _integers(name: str, texts: Sequence[str]) -> list[int]:
 
 def _base() -> dict[str, dict[str, Any]]:
     """The fields that all rows start from."""
-    values = cli.config_values().to_dict() if cli.config_given() else run_config({}).to_dict()
+    values = (
+        cli.config_values().to_dict()
+        if cli.config_given()
+        else run_config({"model": dataclasses.asdict(ModelConfig())}).to_dict()
+    )
     base = {name: dict(values.get(name, {})) for name in ("model", "train", "mesh", "data")}
     base["data"] = {}  # random tokens
     if WINDOW.value:

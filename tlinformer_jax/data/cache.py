@@ -1,6 +1,6 @@
 """The token cache: streams tokenised once, kept in a directory each, memory-mapped afterwards.
 
-    CACHE_DIR/tokens/<key>/meta.json    what it was made from, counts, size and hashes of tokens.bin
+    CACHE_DIR/tokens/<key>/meta.json    what it was made from, counts, size and hashes of tokens.bin, and its own hash
     CACHE_DIR/tokens/<key>/tokens.bin   the ids, in the smallest unsigned type that fits the vocabulary
     CACHE_DIR/tokens/<key>.lock         held while the cache is being made
     CACHE_DIR/tokens/<key>.tmp-*        one being made, or left by a run that was killed
@@ -30,8 +30,9 @@ from tlinformer_jax.data.pieces import Counts
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.workers import Encoded
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.files import read_json, sealed
 
-FORMAT = 1
+FORMAT = 2
 META_FILE = "meta.json"
 TOKENS_FILE = "tokens.bin"
 ENDS = 1 << 20  # bytes hashed at a file's head and at its tail
@@ -140,7 +141,7 @@ def _open_sound(directory: pathlib.Path, verify: bool) -> TokenStream | None:
 
 def _open(directory: pathlib.Path, verify: bool) -> TokenStream:
     try:
-        meta = json.loads((directory / META_FILE).read_text())
+        meta = read_json(directory / META_FILE)
         version = meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{META_FILE}: {error}") from None
@@ -149,6 +150,8 @@ def _open(directory: pathlib.Path, verify: bool) -> TokenStream:
             f"{directory}: made by another version (format {version!r}, this one reads {FORMAT}); "
             "delete it or set data.cache_dir to another place"
         )
+    if sealed({name: value for name, value in meta.items() if name != "sha256"}) != meta:
+        raise Damaged(f"{META_FILE}: its content is not what its own hash says")
     path = directory / TOKENS_FILE
     try:
         found = file_identity(path, verify)
@@ -158,7 +161,7 @@ def _open(directory: pathlib.Path, verify: bool) -> TokenStream:
         if name in found and found[name] != meta["tokens"][name]:
             raise Damaged(f"{TOKENS_FILE}: {name} is {found[name]}, not {meta['tokens'][name]}")
     tokens = np.memmap(path, np.dtype(meta["dtype"]), mode="r")
-    return TokenStream(tokens, **meta["counts"])
+    return TokenStream(tokens, **meta["counts"], sha256=meta["tokens"]["sha256"])
 
 
 def _make(final: pathlib.Path, identity: dict[str, Any], dtype: np.dtype, encode: Encode) -> None:
@@ -178,7 +181,7 @@ def _make(final: pathlib.Path, identity: dict[str, Any], dtype: np.dtype, encode
             "counts": dataclasses.asdict(counts),
             "tokens": {name: tokens[name] for name in ("size", "ends", "sha256")},
         }
-        _write_synced(temporary / META_FILE, [json.dumps(meta, indent=1).encode() + b"\n"])
+        _write_synced(temporary / META_FILE, [json.dumps(sealed(meta), indent=1).encode() + b"\n"])
         _sync_directory(temporary)
         _rename(temporary, final)
     finally:

@@ -4,15 +4,20 @@ import dataclasses
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.files import path_fault
 
 TASKS = ("recall", "copy", "passkey")
 DATASETS = ("pydoc", "text", "wikitext103", *TASKS)
 SPLITS = ("train", "validation", "test")
 DOCUMENT_PER = ("file", "line")
 WIKITEXT_VARIANTS = ("v1", "raw-v1")
+TOKENIZERS = ("bytes", "gpt2")  # those that are no files
+FILES = ("train_files", "validation_files", "test_files")
+PATHS = (*FILES, "tokenizer", "manual_dir", "cache_dir")
 LIMITS = {"passkeys": 100, "questions": 100}  # as many keys as have different names
 STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
@@ -35,6 +40,8 @@ class Stage(NamedTuple):
 class DataConfig:
     """Text, tokenizer and sample length. Every field is a plain value, so that a flag can override it.
 
+    Paths are made absolute, so that a stored configuration means the same files from any directory.
+
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "wikitext103", or a task whose
         samples are made: "recall", "copy", "passkey"; see `data.recall`, `data.copying`, `data.passkey`.
@@ -45,7 +52,7 @@ class DataConfig:
       train_files: "text": comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst. "passkey": the
         text that keys are hidden in, the same way; "" is that of "pydoc".
       validation_files: the same for the validation split.
-      test_files: the same for the test split.
+      test_files: the same for the test split. "passkey": "" hides its test samples' keys in the validation text.
       text_field: "text": the field of a .jsonl line that holds the document.
       document_per: "text": a .txt holds one document a "file", or one a "line" (blank lines are skipped).
       wikitext_variant: "v1" (with <unk>, the paper's) or "raw-v1".
@@ -91,6 +98,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        for name in PATHS:
+            for part in getattr(self, name).split(","):
+                if fault := path_fault(part.strip()):
+                    raise ConfigError(f"data.{name}", getattr(self, name), fault)
+        for name, value in absolute_paths(vars(self), pathlib.Path()).items():
+            object.__setattr__(self, name, value)
         _check_choice("data.dataset", self.dataset, DATASETS)
         _check_choice("data.document_per", self.document_per, DOCUMENT_PER)
         _check_choice("data.wikitext_variant", self.wikitext_variant, WIKITEXT_VARIANTS)
@@ -98,8 +111,9 @@ class DataConfig:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
-        if self.sequence_length < 1:
-            raise ConfigError("data.sequence_length", self.sequence_length, "must be at least 1")
+        if not 1 <= self.sequence_length < 2**31:
+            allowed = f"must be from 1 to {2**31 - 1}: positions are int32"
+            raise ConfigError("data.sequence_length", self.sequence_length, allowed)
         if self.num_workers < 0:
             raise ConfigError("data.num_workers", self.num_workers, "must be 0 (one a core) or more")
         for name in ("train_examples", "validation_examples", "pairs", "passkeys", "questions"):
@@ -149,11 +163,53 @@ class DataConfig:
 
     @property
     def cache_path(self) -> pathlib.Path:
-        """The directory that `cache_dir` stands for."""
-        if self.cache_dir:
-            return pathlib.Path(self.cache_dir).expanduser()
-        root = os.environ.get("XDG_CACHE_HOME", "")
-        return (pathlib.Path(root) if root else pathlib.Path.home() / ".cache") / "tlinformer_jax"
+        """The directory that `cache_dir` stands for.
+
+        Raises:
+          ConfigError: if that is below a home directory that this user has not.
+        """
+        root = self.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
+        path = pathlib.Path(os.path.expanduser(root))
+        if path.parts[:1] == ("~",):
+            raise ConfigError(
+                "data.cache_dir", self.cache_dir, "must name a directory: this user has no home directory"
+            )
+        return path
+
+
+def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, Any]:
+    """Fields of the data section with their paths made absolute; what cannot be a path stays as it is.
+
+    Args:
+      values: field -> value.
+      base: the directory that relative paths start from, itself relative to the current one.
+
+    Raises:
+      ConfigError: naming the field, where a path cannot be made absolute.
+    """
+    changed = dict(values)
+    for name in PATHS:
+        value = values.get(name)
+        if not isinstance(value, str) or not value or (name == "tokenizer" and _is_no_file(value)):
+            continue
+        if any(path_fault(part.strip()) for part in value.split(",")):
+            continue  # it is refused as it was given
+        try:
+            here = os.path.abspath(base)
+        except FileNotFoundError:
+            raise ConfigError(f"data.{name}", value, "must be absolute: the current directory is gone") from None
+        if name not in FILES:
+            changed[name] = os.path.join(here, os.path.expanduser(value))
+            continue
+        patterns = [os.path.expanduser(part.strip()) for part in value.split(",") if part.strip()]
+        if "," in here and not all(map(os.path.isabs, patterns)):
+            raise ConfigError(f"data.{name}", value, f"must be absolute: {here} holds a comma, which separates files")
+        changed[name] = ",".join(os.path.join(here, pattern) for pattern in patterns)
+    return changed
+
+
+def _is_no_file(tokenizer: str) -> bool:
+    return tokenizer in TOKENIZERS or tokenizer.startswith("numbers:")
 
 
 def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ text are skipped. Whatever is wrong with a file is a `DataError` that names the 
 import codecs
 import glob
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,7 +16,10 @@ from typing import Any
 from tlinformer_jax.errors import DataError
 
 COMPRESSED = (".gz", ".xz", ".zst")
-BLOCK = 32 * 1024  # compressed bytes a read; bounds what one step of decompression can yield
+BLOCK = 32 * 1024  # bytes a read
+STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 MB of them
+MOST_ENTRIES = 100_000  # files and folders that a stranger's pattern may look through
+LARGEST_LINE = 1 << 28  # bytes; a line is held in memory several times
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 TextPiece = tuple[str, bool]
@@ -29,13 +33,15 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
     """
     found: dict[pathlib.Path, None] = {}
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
-        path = pathlib.Path(pattern).expanduser()
+        path = pathlib.Path(pattern).expanduser().absolute()
         matches = (
-            [path] if path.is_file() else [pathlib.Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+            [path]
+            if path.is_file()
+            else [pathlib.Path(name) for name in sorted(glob.glob(_glob(path), recursive=True))]
         )
-        matches = [match for match in matches if not match.is_dir()]
+        matches = [match for match in matches if match.is_file()]  # a pipe would be waited for
         if not matches:
-            raise DataError(f"{field}: no file matches {pattern!r} (in {pathlib.Path.cwd()})")
+            raise DataError(f"{field}: no file matches {pattern!r}")
         for match in matches:
             if file_kind(match) is None:
                 raise DataError(
@@ -45,6 +51,37 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
     if not found:
         raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files for this split")
     return list(found)
+
+
+def check_patterns(patterns: str, field: str) -> None:
+    """Refuses globs that would walk large parts of a disk: whoever wrote them may not be the one who reads.
+
+    Raises:
+      DataError: naming `field`.
+    """
+    for pattern in map(pathlib.Path, filter(None, map(str.strip, patterns.split(",")))):
+        folder = _existing_folder(pattern)
+        if not glob.has_magic(str(pattern.parent.relative_to(folder))) or pattern.is_file():
+            continue
+        entries = 0
+        for _, folders, files in os.walk(folder):
+            entries += len(folders) + len(files)
+            if entries > MOST_ENTRIES:
+                raise DataError(
+                    f"{field}: '{pattern}' would search more than {MOST_ENTRIES:,} files and folders; "
+                    "name the folders, or evaluate one text as --text_file"
+                )
+
+
+def _glob(pattern: pathlib.Path) -> str:
+    """The pattern for `glob`; folders that exist under the very name they are given by are no wildcards."""
+    folder = _existing_folder(pattern)
+    return os.path.join(glob.escape(str(folder)), pattern.relative_to(folder))
+
+
+def _existing_folder(pattern: pathlib.Path) -> pathlib.Path:
+    """The deepest folder of a path that exists."""
+    return next(filter(os.path.isdir, pattern.absolute().parents), pathlib.Path("/"))
 
 
 def file_kind(path: pathlib.Path) -> str | None:
@@ -75,6 +112,15 @@ def read_documents(
     return _whole_document(path, blocks)
 
 
+def read_text(path: pathlib.Path) -> str:
+    """The text of a file of any name, read as a .txt file that is one document.
+
+    Raises:
+      DataError: for a file that cannot be read, is truncated or is not UTF-8.
+    """
+    return "".join(text for text, _ in _whole_document(path, without_mark(read_blocks(path, lambda count: None))))
+
+
 def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
     """Yields the file's content, decompressed by its ending.
 
@@ -99,7 +145,7 @@ def _decompressed(raw: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
     new_machine, failure = _decompressor(path)
     machine = new_machine()
     try:
-        for data in raw:
+        for data in (block[start : start + STEP] for block in raw for start in range(0, len(block), STEP)):
             while data:
                 if machine.eof:
                     data = data.lstrip(b"\0")  # padding between the members of a concatenated file
@@ -141,16 +187,24 @@ def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
-def read_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields the lines of a file, each with its newline; the last may lack one. Only b"\\n" ends a line."""
+def read_lines(blocks: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
+    """Yields the lines of a file, each with its newline; the last may lack one. Only b"\\n" ends a line.
+
+    Raises:
+      DataError: for a line of more than LARGEST_LINE bytes, which is not read to its end.
+    """
     parts: list[bytes] = []
+    size = 0
     for block in blocks:
         *ended, rest = block.split(b"\n")
         for line in ended:
             yield b"".join((*parts, line, b"\n"))
-            parts = []
+            parts, size = [], 0
         if rest:
             parts.append(rest)
+            size += len(rest)
+            if size > LARGEST_LINE:
+                raise DataError(f"{path}: holds a line of more than {LARGEST_LINE:,} bytes; cut it into several")
     if parts:
         yield b"".join(parts)
 
@@ -172,7 +226,7 @@ def _not_utf8(path: pathlib.Path | str, number: int, error: UnicodeDecodeError) 
 
 
 def _json_documents(path: pathlib.Path, blocks: Iterator[bytes], field: str) -> Iterator[TextPiece]:
-    for number, line in enumerate(read_lines(blocks), 1):
+    for number, line in enumerate(read_lines(blocks, path), 1):
         text = decode_line(line, path, number)
         if text.isspace():
             continue
@@ -200,7 +254,7 @@ def _json_text(line: str, field: str, where: str) -> str:
 
 
 def _line_documents(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[TextPiece]:
-    for number, line in enumerate(read_lines(blocks), 1):
+    for number, line in enumerate(read_lines(blocks, path), 1):
         text = decode_line(line, path, number).rstrip("\r\n")
         if text and not text.isspace():
             yield text, True

@@ -4,9 +4,10 @@
 
 The text is a stretch of the corpus as it stands, so within a sample no word of it repeats that the corpus does not
 repeat. Every digit is encoded by itself with a space before it; names and keys are drawn anew for every sample, names
-being different. A sample of the evaluation asks for one key, which lies in the part of the text that the sample's
-number says, in turn, so that all DEPTHS are asked for equally often. In training keys lie anywhere, and several may be
-asked for one after the other, since an answer is all that such a sample teaches.
+being different. A sample of the evaluation asks for one key, whose depth follows from the sample's number, in turn, so
+that all depths at which a key can lie are asked for equally often; in short samples the question takes up the last
+ones. In training keys lie anywhere, and several may be asked for one after the other, since an answer is all that such
+a sample teaches.
 """
 
 import dataclasses
@@ -161,9 +162,10 @@ class Passkey:
         """Where the first asked keys' sentences begin, int64 [samples] in 0 .. last; the key stands `offset` later."""
         if not self.in_turn:
             return below(words, last + 1)
-        depths = numbers % DEPTHS
-        lowest, highest = (np.clip(-(-part * length // DEPTHS) - offset, 0, last) for part in (depths, depths + 1))
-        return np.minimum(lowest + below(words, np.maximum(highest - lowest, 1)), last)
+        first = offset * DEPTHS // length
+        depths = first + numbers % ((last + offset) * DEPTHS // length + 1 - first)
+        lowest, end = (np.clip(-(-part * length // DEPTHS) - offset, 0, last + 1) for part in (depths, depths + 1))
+        return lowest + below(words, end - lowest)
 
 
 def _digits(values: np.ndarray, count: int) -> np.ndarray:

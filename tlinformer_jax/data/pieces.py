@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.errors import DataError, UserError
 
 PIECE_CHARACTERS = 1 << 17  # a piece's size, and that of the group of pieces that one task holds
+LARGEST_UNCUT = 1 << 28  # characters that may be held in memory because nothing says where to cut them
 ASCII_SPACE = " \t\n\r\x0b\x0c"
 
 
@@ -59,7 +61,10 @@ def cut_documents(
 ) -> Iterator[Piece]:
     """Cuts a stream of `(text, ends)` into pieces of about `size` characters, where `safe_cut` finds a place.
 
-    A document without such a place stays whole, however long.
+    A document without such a place stays whole.
+
+    Raises:
+      DataError: for one of more than LARGEST_UNCUT characters without such a place, which is not read to its end.
     """
     rest, previous = "", ""
     try_at = size  # after a failure the next try waits until the rest has doubled, so that the work stays linear
@@ -75,6 +80,9 @@ def cut_documents(
             start, window = start + cut, size
             previous = rest[start - 1]
         rest, try_at = rest[start:], window
+        if len(rest) > LARGEST_UNCUT:
+            told = f"has more than {LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
+            raise DataError(f"the document with {rest[:40]!r} {told}; split it into several")
         if ends:
             yield Piece(rest, previous, ends=True)
             rest, previous, try_at = "", "", size
@@ -99,16 +107,31 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype
 
     Returns:
       The tokens, `dtype` [length], and the counts of the text.
+
+    Raises:
+      DataError: for a document that the tokenizer cannot take.
     """
     end = np.array([tokenizer.end_of_text], dtype)
     parts, total = [np.empty(0, dtype)], Counts()
     for piece in pieces:
         if piece.text:
-            parts.append(tokenizer.encode(piece.text).astype(dtype))
+            parts.append(_encode(piece.text, tokenizer).astype(dtype))
         if piece.ends:
             parts.append(end)
         total += _count(piece)
     return np.concatenate(parts), total
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    try:
+        return tokenizer.encode(text)
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
+        told = f"tokenizer {tokenizer.name}: it cannot encode the {len(text):,} characters of a document from"
+        raise DataError(f"{told} {text[:40]!r} on ({error})") from None
 
 
 def _count(piece: Piece) -> Counts:

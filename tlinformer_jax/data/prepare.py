@@ -100,9 +100,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from ml_collections import config_flags
+    from tlinformer_jax.cli import define_config_flag, run
 
-    from tlinformer_jax.cli import run
-
-    config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
+    define_config_flag()
     run(main)

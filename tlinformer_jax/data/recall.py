@@ -43,7 +43,7 @@ class Recall:
             )
 
     def chance(self, length: int) -> float:
-        return 1 / pairs_of(length, self.pairs, self.full_length)
+        return chance_by_elimination(pairs_of(length, self.pairs, self.full_length))
 
     def check(self, length: int) -> None:
         pairs = pairs_of(length, self.pairs, self.full_length)
@@ -68,6 +68,11 @@ class Recall:
         starts[rows, asked] = asked
         sources[rows, asked] = 1 + 2 * np.arange(pairs)
         return Samples(tokens.astype(np.int32), answers, starts, sources)
+
+
+def chance_by_elimination(pairs: int) -> float:
+    """The share that a guess among the values not yet used gets right, H_P / P: each key is asked for once."""
+    return sum(1 / left for left in range(1, pairs + 1)) / pairs
 
 
 def pairs_of(length: int, pairs: int, full_length: int) -> int:

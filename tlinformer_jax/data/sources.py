@@ -11,7 +11,7 @@ from tlinformer_jax.data.cache import cached_tokens, file_identity, find_tokens,
 from tlinformer_jax.data.config import SPLITS, DataConfig
 from tlinformer_jax.data.copying import Copying
 from tlinformer_jax.data.draws import key_of
-from tlinformer_jax.data.files import file_kind, find_files, read_documents
+from tlinformer_jax.data.files import check_patterns, file_kind, find_files, read_documents
 from tlinformer_jax.data.pieces import cut_documents, group_pieces
 from tlinformer_jax.data.progress import Progress
 from tlinformer_jax.data.recall import Recall, pairs_of
@@ -60,11 +60,7 @@ class Source:
 
 def available_splits(config: DataConfig) -> tuple[str, ...]:
     """The splits that `config` gives text of their own for."""
-    if config.dataset == "pydoc":
-        return ("train", "validation")  # validation also serves as test
-    if config.is_task and not (config.dataset == "passkey" and config.train_files):
-        return ("train", "validation")
-    if config.dataset in ("text", "passkey"):
+    if config.dataset == "text" or (config.dataset == "passkey" and config.train_files):
         return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
     return SPLITS
 
@@ -82,6 +78,19 @@ def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
     return open_split(config, split, tokenizer).stream
 
 
+def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
+    """`load_split` for a configuration that somebody else may have written: writes in this user's own cache only.
+
+    What the configuration's cache holds is read all the same. Takes and raises what `load_split` does.
+    """
+    if config.dataset in ("text", "passkey"):
+        check_patterns(getattr(config, f"{split}_files", ""), f"data.{split}_files")
+    found = find_split(config, split, tokenizer)
+    if found is not None:
+        return found
+    return load_split(dataclasses.replace(config, cache_dir=""), split, tokenizer)
+
+
 def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSplit:
     """`load_split`, with what `prepare` reports."""
     if split not in SPLITS:
@@ -90,7 +99,7 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSp
     if config.is_task:
         text = None
         if config.dataset == "passkey":
-            text = open_split(_haystack(config), split, tokenizer)
+            text = open_split(_haystack(config), _haystack_split(config, split), tokenizer)
         task = _task(config, split, tokenizer, None if text is None else text.stream)
         return OpenedSplit(task, text is not None and text.found, time.monotonic() - start)
     if config.dataset == "pydoc":
@@ -118,7 +127,7 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     if config.is_task:
         text = None
         if config.dataset == "passkey":
-            text = find_split(_haystack(config), split, tokenizer)
+            text = find_split(_haystack(config), _haystack_split(config, split), tokenizer)
             if text is None:
                 return None
         return _task(config, split, tokenizer, text)
@@ -153,6 +162,11 @@ def _haystack(config: DataConfig) -> DataConfig:
     """Where the text of the passkeys comes from."""
     dataset = "text" if config.train_files else "pydoc"
     return dataclasses.replace(config, dataset=dataset, curriculum="")
+
+
+def _haystack_split(config: DataConfig, split: str) -> str:
+    """The split of that text: without test files, test samples hide other keys in the text of the validation."""
+    return "validation" if split == "test" and config.train_files and not config.test_files else split
 
 
 def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | None) -> TaskSplit:

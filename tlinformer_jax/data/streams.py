@@ -20,6 +20,7 @@ class TokenStream:
       num_documents: documents joined in the stream.
       num_words: whitespace-separated words of the text, end-of-line marks not counted; None if not counted.
       num_lines: lines (rows) of the text; None if not counted.
+      sha256: of the split's tokens, in hexadecimal: what tells one text from another; "" if not taken.
     """
 
     tokens: np.ndarray
@@ -27,6 +28,7 @@ class TokenStream:
     num_documents: int
     num_words: int | None = None
     num_lines: int | None = None
+    sha256: str = ""
 
 
 def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:

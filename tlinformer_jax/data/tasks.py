@@ -8,7 +8,8 @@ seen from the generation window in which the answer begins to be predicted, make
 
     own       in the same generation window,
     observed  in the last W_oh rows before that window, which the observation window holds,
-    history   before those: only what was compressed, or attention to all of the history, can tell.
+    history   before those: TConstFormer has only the compressed history to tell it from; TLinFormer's window and full
+              attention read it themselves; a sliding window needs layers that relay it.
 
 Models without windows are measured by the same regions, those of the configuration's window fields.
 """
@@ -62,7 +63,7 @@ class Task(Protocol):
     """What makes samples."""
 
     def chance(self, length: int) -> float:
-        """The accuracy of a guess by one who knows which answers occur in a sample, but not which is asked for."""
+        """The accuracy of a guess by one who knows which answers occur in a sample, and which were asked for before."""
 
     def check(self, length: int) -> None:
         """Refuses samples of `length` tokens where they cannot hold the task.

@@ -11,12 +11,13 @@ import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import open_own, read_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -27,6 +28,9 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 BYTES_FORMAT = {"tlinformer_jax": "bytes", "version": 1}
 NUMBERS = "numbers:"
 GPT2_FORMAT = {"tlinformer_jax": "gpt2", "version": 1}
+# A byte from 128 to 255 is decoded as a private character, and that as Python's surrogate for the byte.
+FIRST_STAND_IN = 0x10F000
+STAND_INS = {FIRST_STAND_IN + byte: 0xDC00 + byte for byte in range(128, 256)}
 # In this order: the usual names of the entry that ends a text.
 END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 
@@ -50,7 +54,11 @@ class Tokenizer(Protocol):
         """Returns the ids of `text`, int32 [length]. Never emits `end_of_text`."""
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing."""
+        """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
+
+        More tokens add bytes: decode(tokens) is the beginning of decode(tokens + more). What they add depends on no
+        more than the last few of `tokens`.
+        """
 
     def safe_cut(self, text: str) -> int:
         """Returns the largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more).
@@ -59,7 +67,7 @@ class Tokenizer(Protocol):
         """
 
     def save(self, directory: pathlib.Path) -> None:
-        """Writes what `load_tokenizer(directory)` needs."""
+        """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE appears last, when the rest is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +152,8 @@ class Gpt2Tokenizer:
         return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _around_long_spaces(text)]
+        return np.concatenate(parts).astype(np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         return self._encoding.decode_bytes([token for token in map(int, tokens) if token < self.end_of_text])
@@ -153,7 +162,7 @@ class Gpt2Tokenizer:
         return _cut_before_space(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        (directory / GPT2_FILE).write_bytes(self.vocabulary)
+        write_text(directory / GPT2_FILE, self.vocabulary.decode("utf-8"))
         _write_description(directory, GPT2_FORMAT)
 
 
@@ -216,22 +225,38 @@ class HuggingFaceTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         kept = [token for token in map(int, tokens) if token != self.end_of_text and token < self.vocab_size]
-        if self._entry_bytes is None:
+        if not self._spellings:
             return self._tokenizer.decode(kept, skip_special_tokens=False).encode("utf-8")
-        return b"".join(self._entry_bytes.get(token, b"") for token in kept)
+        text = self._tokenizer.decoder.decode([self._spellings[token] for token in kept if token in self._spellings])
+        return text.translate(STAND_INS).encode("utf-8", "surrogateescape")
 
     @functools.cached_property
-    def _entry_bytes(self) -> dict[int, bytes] | None:
-        """The bytes of each entry of a byte-level vocabulary, of which a token can be a part of a character."""
+    def _spellings(self) -> dict[int, str]:
+        """What the decoder is given for each entry, with a character that stands for each byte beyond ASCII.
+
+        The library makes U+FFFD of bytes that are no whole character, and of all bytes beside them. Empty for a
+        decoder that knows no bytes.
+        """
         settings = json.loads(self.definition)
-        if (settings.get("decoder") or {}).get("type") != "ByteLevel":
-            return None
-        to_byte = _printable_bytes()
+        kinds = _kinds(settings.get("decoder") or {})
+        if not kinds & {"ByteLevel", "ByteFallback"}:
+            return {}
+        to_byte = _printable_bytes() if "ByteLevel" in kinds else {}
         literal = {token["content"] for token in settings.get("added_tokens") or []}
-        return {
-            number: text.encode("utf-8") if text in literal else bytes(to_byte[c] for c in text if c in to_byte)
-            for text, number in self._tokenizer.get_vocab(with_added_tokens=True).items()
-        }
+
+        def spell(text: str) -> str:
+            if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+                data = bytes([int(text[3:5], 16)])
+            elif to_byte and text not in literal and all(c in to_byte for c in text):
+                data = bytes(to_byte[c] for c in text)
+            elif to_byte:
+                data = text.encode("utf-8")
+            else:
+                return text
+            return "".join(chr(byte if byte < 128 else FIRST_STAND_IN + byte) for byte in data)
+
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        return {number: spell(text) for text, number in vocabulary.items()}
 
     @functools.cached_property
     def _cuts_at_spaces(self) -> bool:
@@ -246,7 +271,7 @@ class HuggingFaceTokenizer:
         return _cut_before_space(text) if self._cuts_at_spaces else 0
 
     def save(self, directory: pathlib.Path) -> None:
-        (directory / HUGGING_FACE_FILE).write_text(self.definition, encoding="utf-8")
+        write_text(directory / HUGGING_FACE_FILE, self.definition)
         stored = {"tlinformer_jax": "huggingface", "version": 1, "end_of_text_token": self.end_of_text_token}
         _write_description(directory, stored)
 
@@ -268,7 +293,7 @@ def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
         return Gpt2Tokenizer(_installed_gpt2_vocabulary())
     if name.startswith(NUMBERS):
         count = name.removeprefix(NUMBERS)
-        if not count.isdecimal() or not 4 <= int(count) < 2**31:
+        if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31:
             raise ConfigError("data.tokenizer", name, "must be numbers:V with V from 4 to 2147483647")
         return NumberTokenizer(int(count))
     path = pathlib.Path(name).expanduser()
@@ -285,7 +310,10 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """
     path = directory / TOKENIZER_FILE
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
+        for copy in (directory / GPT2_FILE, directory / HUGGING_FACE_FILE):
+            if copy.exists():
+                open_own(copy, "rb").close()  # no link, no pipe
         kind = stored.get("tlinformer_jax") if isinstance(stored, dict) and stored.get("version") == 1 else None
         if kind == "bytes":
             return ByteTokenizer()
@@ -295,7 +323,7 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
             return NumberTokenizer(int(stored["vocab_size"]))
         if kind == "huggingface":
             return _read_hugging_face(directory / HUGGING_FACE_FILE, stored["end_of_text_token"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, (ConfigError, DataError)):
             raise
         raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None
@@ -314,7 +342,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _write_description(directory: pathlib.Path, stored: dict[str, Any]) -> None:
-    (directory / TOKENIZER_FILE).write_text(json.dumps(stored) + "\n")
+    write_text(directory / TOKENIZER_FILE, json.dumps(stored) + "\n")
 
 
 def _installed_gpt2_vocabulary() -> bytes:
@@ -343,6 +371,29 @@ def _gpt2_ranks(vocabulary: bytes) -> dict[bytes, int]:
     to_byte = _printable_bytes()
     entries = json.loads(vocabulary).items()
     return {bytes(to_byte[c] for c in text): number for text, number in entries if text != GPT2_END_OF_TEXT}
+
+
+def _kinds(decoder: dict[str, Any]) -> set[str]:
+    """The types of a decoder and of the steps that it consists of."""
+    return {decoder.get("type", "")}.union(*map(_kinds, decoder.get("decoders") or []))
+
+
+# As Rust's \s, which knows the separators U+001C .. U+001F as visible.
+_LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
+
+
+def _around_long_spaces(text: str) -> Iterator[str]:
+    """Cuts a text around long runs of white space, on which tiktoken's regular expressions fail.
+
+    GPT-2's pattern takes such a run as one word: all of it at a text's end, elsewhere all but its last character.
+    """
+    start = 0
+    for run in _LONG_SPACE.finditer(text):
+        end = run.end() - (run.end() < len(text))
+        yield text[start : run.start()]
+        yield text[run.start() : end]
+        start = end
+    yield text[start:]
 
 
 _BEFORE_SPACE = re.compile(r"\S(?=[ \n])")

@@ -43,7 +43,7 @@ def encode_groups(
       scratch: a directory for the tokenizer's files.
 
     Raises:
-      DataError: if a worker dies.
+      DataError: if a worker dies, or a document cannot be encoded.
     """
     num_workers = num_workers or available_cores()
     groups = iter(groups)
@@ -98,12 +98,16 @@ def _ask(worker: Worker, group: list[Piece]) -> Encoded:
     try:
         pickle.dump(group, worker.stdin, protocol=5)
         worker.stdin.flush()
-        return pickle.load(worker.stdout)
+        answer = pickle.load(worker.stdout)
     except (OSError, EOFError, pickle.UnpicklingError):
+        longest = max((piece.text for piece in group), key=len)
         raise DataError(
             f"a tokenising process ended with status {worker.wait()} (-9: killed, most often for want of memory; "
-            "data.num_workers sets how many run)"
+            f"data.num_workers sets how many run); it had {len(longest):,} characters from {longest[:40]!r} on"
         ) from None
+    if isinstance(answer, str):
+        raise DataError(answer)
+    return answer
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from tlinformer_jax.decoding.spread import split_of
 from tlinformer_jax.decoding.stream import Generation, Stream
 from tlinformer_jax.decoding.text import TextStream
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.files import local_path
 from tlinformer_jax.models.model import LanguageModel, build_model
 
 Prompts = Sequence[str] | Sequence[Sequence[int] | np.ndarray]
@@ -81,11 +82,12 @@ class Generator:
             to spread.
         """
         from tlinformer_jax.config import load_config
-        from tlinformer_jax.training.checkpoint import restore_params
+        from tlinformer_jax.training.checkpoint import check_size, restore_params
 
-        workdir = pathlib.Path(workdir).expanduser()
+        workdir = local_path(workdir, "workdir")
         config, tokenizer = load_config(workdir), load_tokenizer(workdir)
         check_vocab(tokenizer, config.model.vocab_size)
+        check_size(workdir, config.model, step)
         model = build_model(config.model)
         split_of(mesh, config.model)  # before anything is loaded
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -1,15 +1,13 @@
 """From tokens to text that can be shown at once: no broken characters, no beginnings of stop strings."""
 
 import codecs
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 from tlinformer_jax.data.tokenizers import Tokenizer
 
 # Tokens before the new ones that are decoded with them: some tokenizers treat a text's first token in its own way.
 CONTEXT = 8
-# Decoders of strings show an unfinished character as U+FFFD; after so many tokens it is taken for one.
-MOST_HELD = 8
-REPLACEMENT = "\ufffd".encode()
 
 
 class TextStream:
@@ -26,42 +24,27 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
-        self._context = self._known(prompt[-CONTEXT:])
-        self._pending: list[int] = []
+        self._context = list(itertools.islice(self._known(reversed(prompt)), CONTEXT))[::-1]
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """Takes new tokens; returns text that may be shown. With stop strings, push tokens one by one."""
-        return "".join(self._push_one(token) for token in self._known(tokens))
-
-    def _push_one(self, token: int) -> str:
-        # One by one, because only the end of the text tells whether a character is still unfinished.
-        self._pending.append(token)
-        new = self._new_bytes()
-        if new.endswith(REPLACEMENT) and len(self._pending) <= MOST_HELD:
-            return ""
-        return self._show(self._settle(new))
+        known = list(self._known(tokens))
+        before = len(self._tokenizer.decode(self._context))
+        new = self._tokenizer.decode(self._context + known)[before:]
+        self._context = (self._context + known)[-CONTEXT:]
+        return self._show(self._characters.decode(new))
 
     def finish(self) -> str:
         """What was held back; an incomplete last character is left out."""
-        text = self._show(self._settle(self._new_bytes()))
-        text, self._held = text + self._held, ""
+        text, self._held = self._held, ""
         return text
 
-    def _known(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens that the tokenizer knows: a model's vocabulary may be padded to more."""
-        return [int(token) for token in tokens if token < self._tokenizer.vocab_size]
-
-    def _new_bytes(self) -> bytes:
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
-
-    def _settle(self, new: bytes) -> str:
-        """The characters that `new`, the bytes of the pending tokens, completes."""
-        self._context = (self._context + self._pending)[-CONTEXT:]
-        self._pending = []
-        return self._characters.decode(new)
+    def _known(self, tokens: Iterable[int]) -> Iterator[int]:
+        """The tokens that have a text: a model's vocabulary may be padded to more than the tokenizer's."""
+        size, end = self._tokenizer.vocab_size, self._tokenizer.end_of_text
+        return (int(token) for token in tokens if token < size and token != end)
 
     def _show(self, text: str) -> str:
         text = self._held + text

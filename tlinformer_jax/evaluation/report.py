@@ -15,7 +15,7 @@ from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.positions import accuracy_by_position, by_position, by_window_position
 from tlinformer_jax.evaluation.trained import TrainedRun
-from tlinformer_jax.files import finite
+from tlinformer_jax.files import finite, local_path
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.memory import advised, evaluation_advice
 
@@ -28,7 +28,7 @@ class EvaluationOptions:
     """What is asked of an evaluation.
 
     Attributes:
-      length: tokens of a sample; None for the trained data.sequence_length.
+      length: tokens of a sample, all tokens being evaluated; None for whole samples of data.sequence_length.
       lengths: lengths at which all tokens are evaluated once more, each.
       by_position: whether losses by position in the sample and in the window are told, too.
       batch_size: sequences at a time, at every length; None for as many as have the tokens of the configured batch.
@@ -78,10 +78,11 @@ def evaluate_run(
 ) -> Report:
     """Evaluates parameters on a split.
 
-    The figures are over the split's whole samples, as training's own evaluations are: the first token is not
-    predicted, and what follows the last whole sample is left out. Those of each of `options.lengths` are over every
-    token but the first, in samples of that length from the split's start, the last one shorter: so all lengths share
-    the same tokens, and what differs is how much of the text before it each token sees.
+    Without `options.length` the figures are over the split's whole samples, as training's own evaluations are: the
+    first token is not predicted, and what follows the last whole sample is left out. Those of `options.length` and of
+    each of `options.lengths` are over every token but the first, in samples of that length from the split's start, the
+    last one shorter: so all lengths share the same tokens, and what differs is how much of the text before it each
+    token sees.
 
     Args:
       trained: the run; right after training, `TrainedRun(run, state.params, step)`.
@@ -127,7 +128,8 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
             most = len(source.stream.tokens) - 1
             raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what {source.name} can fill")
     length = options.length or trained.run.config.data.sequence_length
-    report = _at_length(trained, source, length, source.whole, options)
+    every = source.whole or options.length is not None
+    report = _at_length(trained, source, length, every, options)
     if options.lengths:
         report["by_length"] = [_at_length(trained, source, size, True, options) for size in options.lengths]
     return report
@@ -163,7 +165,7 @@ def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
     Raises:
       UserError: else.
     """
-    target = pathlib.Path(path).expanduser()
+    target = local_path(path, flag)
     try:
         if target.is_dir():
             raise UserError(f"{flag}={path}: must be a file, not a directory")

@@ -5,9 +5,11 @@ import pathlib
 from typing import Any
 
 from tlinformer_jax.config import load_config
+from tlinformer_jax.data.sources import load_stored_split
 from tlinformer_jax.data.tokenizers import load_tokenizer
+from tlinformer_jax.files import local_path
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.checkpoint import check_size, restore_params
 from tlinformer_jax.training.setup import Run, build_run
 
 
@@ -32,9 +34,10 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None) -> TrainedRun
     Raises:
       UserError: if the directory holds no run, no checkpoint or no tokenizer that fits.
     """
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = local_path(workdir, "workdir")
     # Any machine will do, whatever mesh the training had.
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
-    run = build_run(config, load_tokenizer(workdir))
+    check_size(workdir, config.model, step)
+    run = dataclasses.replace(build_run(config, load_tokenizer(workdir)), load_split=load_stored_split)
     step, params = restore_params(workdir, run.abstract_state.params, step)
     return TrainedRun(run, params, step)

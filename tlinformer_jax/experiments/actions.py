@@ -18,22 +18,25 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 # What a record keeps of an evaluation; the rest it says of the run itself.
 KEPT = (
-    *("length", "batch_size", "tokens", "figures", "by_position", "by_window_position"),
+    *("split", "length", "batch_size", "tokens", "figures", "by_position", "by_window_position"),
     *("answers", "accuracy_by_position"),
 )
 
 
 def evaluate(run: "Run", params: Any, length: int | None = None) -> dict[str, Any]:
-    """The validation split in samples of `length` tokens (None: as trained): figures, losses by position.
+    """Figures and losses by position in samples of `length` tokens (None: as trained).
 
-    See `evaluation.report.evaluate_run`.
+    Of a text: all tokens of the validation split but the first, the same at every length. Of a task: its test split,
+    since validation may have stopped the run. See `evaluation.report.evaluate_run`.
     """
     from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
     from tlinformer_jax.evaluation.trained import TrainedRun
 
-    options = EvaluationOptions(length=length, by_position=True)
-    stream = run.split("validation", None if length is None else 1)
-    report = evaluate_run(TrainedRun(run, params, run.horizon.steps), stream, options, split="validation")
+    data = run.config.data
+    split = "test" if data.is_task else "validation"
+    options = EvaluationOptions(length=length or data.sequence_length, by_position=True)
+    stream = run.split(split, None if length is None else 1)
+    report = evaluate_run(TrainedRun(run, params, run.horizon.steps), stream, options, split=split)
     return {name: report[name] for name in KEPT if name in report}
 
 

@@ -10,6 +10,7 @@ from tlinformer_jax.config import RunConfig, run_config
 from tlinformer_jax.experiments.job import essence
 
 Result = Mapping[str, Any]
+ENDS = (0.125, 0.875)  # shares that a curve must reach before the chord between its ends can show a knee
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +179,16 @@ def share_curves(groups: Sequence[Group]) -> dict[int, list[Group]]:
 
 
 def knee_of(curve: Sequence[Group]) -> Group | None:
-    """The knee of a curve of `share_curves`."""
-    points = []
-    for group in curve:
-        mean = group.mean(perplexity)
-        assert mean is not None
-        points.append((observed_share(group.config) or 0.0, mean.value))
-    found = knee(points)
+    """The knee of a curve of `share_curves`; None where there is none, or `why_no_knee` says why none can be told."""
+    points = [(observed_share(group.config) or 0.0, mean.value) for group in curve if (mean := group.mean(perplexity))]
+    found = None if why_no_knee(curve) else knee(points)
     return None if found is None else curve[found]
+
+
+def why_no_knee(curve: Sequence[Group]) -> str | None:
+    """Why a curve of `share_curves` cannot show a knee: a point of one seed, or an end that is missing."""
+    shares = [observed_share(group.config) or 0.0 for group in curve]
+    reasons = ["some points have one seed only"] if any(len(set(group.seeds)) < 2 for group in curve) else []
+    if min(shares) > ENDS[0] or max(shares) < ENDS[1]:
+        reasons.append(f"an end is missing, {ENDS[0]} or {ENDS[1]}")
+    return " and ".join(reasons) or None

@@ -13,6 +13,7 @@ from tlinformer_jax.config import RunConfig, run_config
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path
 
 # What the points of a sweep are compared by, and so which part of the report shows them.
 STUDIES = ("architectures", "windows", "retrieval")
@@ -70,7 +71,7 @@ def load_sweep(where: str) -> Sweep:
     if not where:
         raise UserError("--sweep: must name a sweep file, such as configs/sweep_windows.py")
     try:
-        get_sweep = getattr(_module(pathlib.Path(path).expanduser()), "get_sweep", None)
+        get_sweep = getattr(_module(local_path(path, "--sweep")), "get_sweep", None)
         if not callable(get_sweep):
             raise UserError(f"{what}: must be a Python file with a function get_sweep; it has none")
         sweep = get_sweep(variant) if variant else get_sweep()

@@ -8,11 +8,21 @@ from tlinformer_jax.experiments.curves import Group, Mean, Result, groups_of, me
 from tlinformer_jax.experiments.plots import plot_curves
 from tlinformer_jax.experiments.tables import markdown, with_spread
 
-DEFINITIONS = """Later windows are all but the first; of models without windows, the same positions. What sliding
-costs shows at their starts, where a token has nothing of its own window behind it.
+DEFINITIONS = """Later windows of W_og tokens are all but the first; of models without windows, the same positions.
+Losses of first windows compare only where W_og is the same. What sliding costs shows at the starts of later windows,
+where a token has nothing of its own window behind it.
 """
 EVALUATION = "evaluate"
-COLUMNS = ("model", "trained at N", "evaluated at", "perplexity", "loss, first window", "loss, later windows")
+COLUMNS = (
+    "model",
+    "trained at N",
+    "evaluated at",
+    "tokens",
+    "W_og",
+    "perplexity",
+    "loss, first window",
+    "loss, later windows",
+)
 LOSS = "validation loss, nats per token"
 
 Evaluation = dict[str, Any]
@@ -44,8 +54,13 @@ def position_lines(
             figures_of = [part["figures"] for part in parts]
             means = [_mean(figures_of, name) for name in ("perplexity", "loss_first_window", "loss_later_windows")]
             cells = [with_spread(mean, form) for mean, form in zip(means, ("{:.2f}", "{:.3f}", "{:.3f}"))]
-            trained = f"{group.config.data.sequence_length:,}"
-            rows.append((group.label, trained, f"{length:,}", *cells, *_starts(parts)))
+            sizes = (
+                group.config.data.sequence_length,
+                length,
+                parts[0]["tokens"],
+                group.config.model.generation_window,
+            )
+            rows.append((group.label, *(f"{size:,}" for size in sizes), *cells, *_starts(parts)))
     columns = (*COLUMNS, "loss, start of later windows", "tokens of the start")
     lines = ["## Loss by position", "", DEFINITIONS, *markdown(columns, rows), ""]
     for length, members in evaluations.items():

@@ -60,7 +60,7 @@ def record_of(job: Job, trained: Trained, wall_seconds: float, attempts: int, pe
         "config": config.to_dict(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
         "steps": trained.step,
-        "tokens": trained.step * tokens_of_step(config),
+        "tokens": round(trained.step * tokens_of_step(config)),
         "seconds": {"train": train_seconds(events, tokens_of_step(config)), "wall": wall_seconds},
         "attempts": attempts,
         "speed": {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},
@@ -83,8 +83,8 @@ def target(trained: Trained) -> dict[str, Any] | None:
     return {"accuracy": least, "reached": reached, "most_steps": trained.run.horizon.steps}
 
 
-def tokens_of_step(config: RunConfig) -> int:
-    """Tokens that a whole update is trained on."""
+def tokens_of_step(config: RunConfig) -> float:
+    """Tokens that a whole update is trained on; the expected number where windows are sampled."""
     train = config.train
     return train.batch_size * trained_tokens(config.model, config.data.sequence_length, train.sampled_windows)
 
@@ -113,7 +113,7 @@ def median(events: Events, name: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def train_seconds(events: Events, tokens: int) -> float | None:
+def train_seconds(events: Events, tokens: float) -> float | None:
     """Time of all logged steps of `tokens` tokens, each at the speed that was logged next.
 
     The first step, and the first after an interruption, have no speed of their own because they compile: they count

@@ -1,23 +1,25 @@
-"""Tables, curves and heat maps of retrieval: what the records of tasks say of answers that are right. Without JAX.
+"""What the records of tasks say of the answers that are right: tables and heat maps. Without JAX.
 
-A cell of a table is a model in a setting at the learning rate that found most answers there, of the validation split
-on which it is told: the rates that were tried are named beside it. Where several are equal, the one that took least
-updates.
+A model finds the answers or misses them, by the seed, so runs are counted and listed and their shares never averaged.
 """
 
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tlinformer_jax.data.tasks import DEPTHS, REGIONS
-from tlinformer_jax.experiments.curves import Group, Result, groups_of, mean_of, wall_seconds
-from tlinformer_jax.experiments.plots import plot_curves, plot_heat_map
-from tlinformer_jax.experiments.tables import duration, markdown, numbers, with_spread
+from scipy.stats import binomtest
+
+from tlinformer_jax.data.recall import chance_by_elimination
+from tlinformer_jax.data.tasks import REGIONS
+from tlinformer_jax.experiments.curves import Group, Result, groups_of
+from tlinformer_jax.experiments.plots import plot_heat_map
+from tlinformer_jax.experiments.tables import markdown
 
 FORM = "{:.3f}"
 EVALUATION = "evaluate"
+FOUND = 0.9  # a run with more of its answers right counts as one that found them
 PARTS = 8  # of a sample, in the table of the question's position
 NAMES = {
     "transformer": "full attention",
@@ -27,28 +29,51 @@ NAMES = {
 }
 
 
-def accuracy(result: Result) -> Any:
-    """The share of answers that are right at the end of the training."""
-    return result["validation"].get("accuracy")
+def reported(result: Result) -> tuple[Mapping[str, Any], str]:
+    """The figures of a run at the length it was trained on, and their split.
+
+    Those of the test split where the record has them: validation has stopped the run.
+    """
+    evaluation = result["then"].get(EVALUATION, {})
+    if evaluation.get("split") == "test":
+        return evaluation["figures"], "test"
+    return result["validation"], "validation"
 
 
-def _chance(result: Result) -> Any:
-    return result["validation"].get("chance")
+def found_of(group: Group) -> tuple[int, int]:
+    """Of how many seeds more than FOUND of the answers are right, and how many seeds there are.
+
+    A seed that was run again counts once, as its first record says.
+    """
+    shares = [reported(result)[0].get("accuracy") for result in _first_of_each_seed(group)]
+    known = [share for share in shares if share is not None]
+    return sum(share > FOUND for share in known), len(known)
 
 
-def updates(result: Result) -> Any:
-    """That were made."""
-    return result["steps"]
+def exact_interval(found: int, runs: int) -> tuple[float, float]:
+    """The Clopper-Pearson interval, at 95%, of the share of runs that find the answers."""
+    interval = binomtest(found, runs).proportion_ci(0.95, "exact")
+    return float(interval.low), float(interval.high)
+
+
+def chance_of(group: Group) -> float | None:
+    """The share of answers that a guess gets right, by one who knows which occur in the sample, and which are used."""
+    if group.config.data.dataset == "recall":
+        return chance_by_elimination(group.config.data.pairs)
+    chance: float | None = group.results[0]["validation"].get("chance")
+    return chance
 
 
 def settings_of(results: Iterable[Result]) -> dict[str, list[Group]]:
     """Groups by setting, named in words: the task with its sizes, and the windows.
 
-    The same configuration is one group, whichever sweep has trained it; a seed that was run again counts as a run.
+    The same configuration is one group, whichever sweep has trained it.
     """
     found: dict[str, list[Group]] = {}
     for group in groups_of({**result, "point": ""} for result in results):
         found.setdefault(setting(group), []).append(group)
+    for members in found.values():
+        members.sort(key=lambda group: (model_name(group), group.config.train.learning_rate))
     return dict(sorted(found.items()))
 
 
@@ -70,83 +95,74 @@ def model_name(group: Group) -> str:
     return name if model.observed_selection == "recent" else f"{name}, {model.observed_selection} rows"
 
 
-def best_of(groups: Iterable[Group]) -> dict[str, tuple[Group, list[Group]]]:
-    """By model: the group of the best learning rate, and all of the model's groups by rate."""
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        found.setdefault(model_name(group), []).append(group)
-
-    def worth(group: Group) -> tuple[float, float]:
-        right, steps = group.mean(accuracy), group.mean(updates)
-        return (-1.0 if right is None else right.value, -(steps.value if steps else 0.0))
-
-    return {
-        name: (max(members, key=worth), sorted(members, key=lambda group: group.config.train.learning_rate))
-        for name, members in sorted(found.items())
-    }
-
-
 def retrieval_lines(results: Iterable[Result]) -> list[str]:
-    """A table for each setting: every model at its best learning rate, and all rates beside each other."""
+    """Two tables for each setting: how many runs found the answers, by model and learning rate; and every run."""
     lines: list[str] = []
     for name, groups in settings_of(results).items():
-        lines += [f"### {name}", "", *_setting_table(groups), "", *_rates_table(groups)]
+        lines += [f"### {name}", "", *_found_table(groups), "", *_runs_table(groups), ""]
     return lines
 
 
-def _setting_table(groups: Sequence[Group]) -> list[str]:
-    columns = ["model", "learning rate", "answers right", *(f"source in {name}" for name in ("window", "W_oh"))]
-    columns += ["source before W_oh", "chance", "tokens", "end", "parameters", "wall time", "seeds"]
+def _found_table(groups: Sequence[Group]) -> list[str]:
+    columns = ["model", "learning rate", f"runs above {FOUND}", "95% interval", "chance", "parameters"]
     rows = []
-    for name, (group, _) in best_of(groups).items():
-        shares = [_mean(group, figure) for figure in ("accuracy", *(f"accuracy_{region}" for region in REGIONS))]
-        tokens = mean_of(result["tokens"] / 1e6 for result in group.results)
+    for group in groups:
+        found, runs = found_of(group)
+        chance = chance_of(group)
         rows.append(
             (
-                name,
-                f"{group.config.train.learning_rate:g}",
-                *shares,
-                FORM.format(chance.value) if (chance := group.mean(_chance)) else "",
-                with_spread(tokens, "{:.1f} M"),
-                end(group),
+                *_model_and_rate(group),
+                f"{found} of {runs}",
+                "{:.2f} to {:.2f}".format(*exact_interval(found, runs)) if runs else "",
+                "" if chance is None else FORM.format(chance),
                 f"{group.results[0]['parameters']:,}",
-                duration(group.mean(wall_seconds)),
-                numbers(group.seeds),
             )
         )
     return markdown(columns, rows)
 
 
-def end(group: Group) -> str:
-    """What ended the runs: the accuracy that was wanted, or the updates they had."""
-    targets = [result.get("target") for result in group.results]
-    wanted = next((target["accuracy"] for target in targets if target), None)
-    if wanted is None:
-        return "all updates"
-    reached = sum(bool(target and target["reached"]) for target in targets)
-    if reached == len(targets):
-        return f"{wanted:.0%} reached"
-    return f"all updates: {wanted:.0%} not reached" + (
-        f" by {len(targets) - reached} of {len(targets)}" if reached else ""
-    )
-
-
-def _rates_table(groups: Sequence[Group]) -> list[str]:
-    """Answers right by learning rate; nothing where only one was tried."""
-    rates = sorted({group.config.train.learning_rate for group in groups})
-    if len(rates) < 2:
-        return []
+def _runs_table(groups: Sequence[Group]) -> list[str]:
+    columns = ["model", "learning rate", "seed", "answers right", "source in window", "in W_oh", "before W_oh"]
+    columns += ["split", "tokens", "end"]
     rows = []
-    for name, (_, members) in best_of(groups).items():
-        by_rate = {group.config.train.learning_rate: with_spread(group.mean(accuracy), FORM) for group in members}
-        rows.append((name, *(by_rate.get(rate, "") for rate in rates)))
-    return [*markdown(["answers right by learning rate", *(f"{rate:g}" for rate in rates)], rows), ""]
+    for group, result in _runs(groups):
+        figures, split = reported(result)
+        names = ("accuracy", *(f"accuracy_{region}" for region in REGIONS))
+        shares = ["" if figures.get(name) is None else FORM.format(figures[name]) for name in names]
+        rows.append((*_labels(group, result), *shares, split, f"{result['tokens'] / 1e6:.1f} M", end(result)))
+    return markdown(columns, rows)
+
+
+def end(result: Result) -> str:
+    """What ended a run: the validation accuracy that was wanted, or the updates it had."""
+    target = result.get("target")
+    if not target:
+        return "all updates"
+    return f"{target['accuracy']:.0%} reached" if target["reached"] else "all updates"
+
+
+def _runs(groups: Iterable[Group]) -> Iterator[tuple[Group, Result]]:
+    return ((group, result) for group in groups for result in group.results)
+
+
+def _first_of_each_seed(group: Group) -> list[Result]:
+    return list({result["seed"]: result for result in reversed(group.results)}.values())
+
+
+def _model_and_rate(group: Group) -> tuple[str, str]:
+    return model_name(group), f"{group.config.train.learning_rate:g}"
+
+
+def _labels(group: Group, result: Result) -> tuple[str, str, str]:
+    """Model, learning rate and seed of a run; a seed that was run before is not counted again."""
+    again = all(result is not first for first in _first_of_each_seed(group))
+    return (*_model_and_rate(group), f"{result['seed']}, again" if again else str(result["seed"]))
 
 
 def length_lines(
     results: Iterable[Result], figures: pathlib.Path, figure_line: Callable[[pathlib.Path, str], list[str]]
 ) -> list[str]:
-    """Answers right by length and depth, of every model at its best rate that was evaluated at several lengths.
+    """Answers right by length and depth, of every run that was evaluated at several lengths.
 
     Args:
       results: of tasks.
@@ -156,82 +172,61 @@ def length_lines(
     lines: list[str] = []
     for name, groups in settings_of(results).items():
         rows = []
-        for model, (group, _) in best_of(groups).items():
-            by_length = counts_by_length(group)
+        for group, result in _runs(groups):
+            by_length = counts_by_length(result)
             if len(by_length) < 2:
                 continue
+            labels = _labels(group, result)
             for length, regions in by_length.items():
                 shares = [_share(regions[region]) for region in REGIONS]
-                rows.append((model, f"{length:,}", _share(_together(regions, REGIONS)), *shares))
-            file = figures / f"results_lengths_{_slug(name)}_{_slug(model)}.png"
-            plot_heat_map(*heat_map(by_length), model, file)
-            lines += figure_line(file, f"Answers right by length and depth: {model}, {name}")
+                rows.append((*labels, f"{length:,}", _share(_together(regions, REGIONS)), *shares))
+            label = f"{labels[0]}, {labels[1]}, seed {labels[2]}"
+            file = figures / f"results_lengths_{_slug(result['name'])}.png"
+            plot_heat_map(*heat_map(by_length), label, file)
+            lines += figure_line(file, f"Answers right by length and depth: {label}, {name}")
         if rows:
-            columns = ("model", "evaluated at", "answers right", "source in window", "source in W_oh", "before W_oh")
+            columns = ["model", "learning rate", "seed", "evaluated at", "answers right", "source in window"]
+            columns += ["source in W_oh", "before W_oh"]
             lines = [*lines, f"Trained on {name}:", "", *markdown(columns, rows), ""]
     return lines
 
 
-def question_lines(
-    results: Iterable[Result], figures: pathlib.Path, figure_line: Callable[[pathlib.Path, str], list[str]]
-) -> list[str]:
-    """Answers right by the position of the question, of every model at its best rate, where it has several.
-
-    Args:
-      results, figures, figure_line: as of `length_lines`.
-    """
+def question_lines(results: Iterable[Result]) -> list[str]:
+    """Answers right by the position of the question, of every run whose questions stand at several."""
     lines: list[str] = []
     for name, groups in settings_of(results).items():
-        by_model = {model: _by_question(group) for model, (group, _) in best_of(groups).items()}
-        asked = {model: bins for model, bins in by_model.items() if sum(count > 0 for _, _, count in bins) > 1}
-        if not asked:
-            continue
         length = groups[0].config.data.sequence_length
         bounds = [length * part // PARTS for part in range(PARTS + 1)]
         rows = []
-        for model, bins in asked.items():
+        for group, result in _runs(groups):
+            bins = _by_question(result)
+            if sum(count > 0 for _, _, count in bins) < 2:
+                continue
             parts = [[one for one in bins if low <= one[0] < high] for low, high in itertools.pairwise(bounds)]
-            rows.append((model, *(_told(sum(one[1] for one in part), sum(one[2] for one in part)) for part in parts)))
-        columns = ["questions in", *(f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds))]
-        lines += [f"{name}:", "", *markdown(columns, rows), ""]
-        curves = [
-            (model, [start for start, _, count in bins if count], [right / count for _, right, count in bins if count])
-            for model, bins in asked.items()
-        ]
-        file = figures / f"results_questions_{_slug(name)}.png"
-        plot_curves(curves, ("position of the question", "answers right"), file)
-        lines += figure_line(file, f"Answers right by the position of the question: {name}")
+            shares = [_told(sum(one[1] for one in part), sum(one[2] for one in part)) for part in parts]
+            rows.append((*_labels(group, result), *shares))
+        if rows:
+            questions = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
+            lines += [f"{name}:", "", *markdown(["model", "learning rate", "seed", *questions], rows), ""]
     return lines
 
 
-def _by_question(group: Group) -> list[tuple[int, int, int]]:
-    """(first position, right, answers) of each bin of positions, added up over seeds, at the trained length."""
-    found: dict[int, tuple[int, int]] = {}
-    for result in group.results:
-        part = result["then"].get(EVALUATION, {}).get("accuracy_by_position", {"edges": [], "right": [], "answers": []})
-        for start, right, count in zip(part["edges"], part["right"], part["answers"]):
-            before = found.get(start, (0, 0))
-            found[start] = (before[0] + right, before[1] + count)
-    return [(start, *counts) for start, counts in sorted(found.items())]
+def _by_question(result: Result) -> list[tuple[int, int, int]]:
+    """(first position, right, answers) of each bin of positions, at the trained length."""
+    part = result["then"].get(EVALUATION, {}).get("accuracy_by_position", {"edges": [], "right": [], "answers": []})
+    return list(zip(part["edges"], part["right"], part["answers"]))
 
 
 Counts = dict[str, dict[str, list[int]]]
 
 
-def counts_by_length(group: Group) -> dict[int, Counts]:
-    """Length -> region -> {right, answers} by depth, added up over seeds, of all evaluations of the group."""
-    found: dict[int, Counts] = {}
-    for result in group.results:
-        seen = set()
-        for name, part in result["then"].items():
-            if name.partition("@")[0] != EVALUATION or "answers" not in part or part["length"] in seen:
-                continue
-            seen.add(part["length"])
-            place = found.setdefault(
-                part["length"], {region: {"right": [0] * DEPTHS, "answers": [0] * DEPTHS} for region in REGIONS}
-            )
-            for region, kind in itertools.product(REGIONS, ("right", "answers")):
-                place[region][kind] = [a + b for a, b in zip(place[region][kind], part["answers"][region][kind])]
+def counts_by_length(result: Result) -> dict[int, Counts]:
+    """Length -> region -> {right, answers} by depth, of all evaluations of a run."""
+    found = {
+        part["length"]: part["answers"]
+        for name, part in result["then"].items()
+        if name.partition("@")[0] == EVALUATION and "answers" in part
+    }
     return dict(sorted(found.items()))
 
 
@@ -267,7 +262,3 @@ def _told(right: int, answers: int) -> str:
 def _slug(name: str) -> str:
     """A file's name that stays the same whatever else is reported."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def _mean(group: Group, figure: str) -> str:
-    return with_spread(group.mean(lambda result: result["validation"].get(figure)), FORM)

@@ -16,6 +16,7 @@ from typing import TextIO
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.job import Job, finished_result
 from tlinformer_jax.experiments.point import STOPPED
+from tlinformer_jax.files import open_own
 
 COMMAND = (sys.executable, "-m", "tlinformer_jax.experiments.point")
 LOG_FILE = "log.txt"
@@ -86,7 +87,7 @@ def run_in_process(job: Job) -> tuple[int, str]:
     last_line = ""
     log_file = _made(job.workdir) / LOG_FILE
     with (
-        open(log_file, "a", encoding="utf-8") as log,
+        open_own(log_file, "a") as log,
         subprocess.Popen(
             COMMAND, stdin=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
         ) as process,

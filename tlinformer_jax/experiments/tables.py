@@ -21,6 +21,7 @@ from tlinformer_jax.experiments.curves import (
     share_curves,
     tokens_per_second,
     wall_seconds,
+    why_no_knee,
 )
 from tlinformer_jax.files import write_text
 
@@ -72,7 +73,6 @@ def aggregate(group: Group) -> dict[str, Any]:
         "tokens_per_second": tokens_per_second,
         "cache_bytes": cache_bytes,
         "wall_seconds": wall_seconds,
-        "accuracy": lambda result: result["validation"].get("accuracy"),
     }
     means = {name: group.mean(figure) for name, figure in figures.items()}
     return {"point": group.label, "seeds": group.seeds, "share": observed_share(group.config)} | {
@@ -144,13 +144,13 @@ def knee_lines(groups: Sequence[Group]) -> list[str]:
     """A sentence for each W_total that has a curve."""
     lines = []
     for total, curve in share_curves(groups).items():
-        found = knee_of(curve)
         labels = ", ".join(f"{observed_share(group.config):.3f}" for group in curve)
-        if found is None:
-            lines.append(f"W_total = {total:,}, shares {labels}: no point lies below the chord; there is no knee.")
+        found, reason = knee_of(curve), why_no_knee(curve)
+        if found is not None:
+            told = f"the knee is {found.label}, at a share of {observed_share(found.config):.3f}"
         else:
-            share = observed_share(found.config)
-            lines.append(f"W_total = {total:,}, shares {labels}: the knee is {found.label}, at a share of {share:.3f}.")
+            told = f"no knee is told: {reason}" if reason else "no point lies below the chord; there is no knee"
+        lines.append(f"W_total = {total:,}, shares {labels}: {told}.")
     return ["", *lines] if lines else []
 
 

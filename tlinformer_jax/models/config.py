@@ -18,6 +18,8 @@ REMAT = ("auto", "none", "window")
 # attention returned; the feed-forward's two inner products. Widest first, `gate_up` has 2 F features of a row.
 REMAT_NAMES = ("gate_up", "projected", "attended")
 
+# Evaluation and caches have room for a whole window, so that one without a bound would take any memory.
+LONGEST_WINDOW = 1 << 20
 # A sequence of at most so many windows is differentiated as a whole (on accelerators its windows run together), unless
 # told otherwise; of a longer one each window's gradients are made along with its loss, since what differentiation keeps
 # grows with the square of the sequence.
@@ -33,7 +35,7 @@ class ModelConfig:
         the raw history); 'transformer' (causal attention to everything); 'sliding_window' (causal attention to
         the last history_window + generation_window positions). The last two have
         num_blocks * (hidden_depth + 2) layers, so equal fields mean equal parameters.
-      vocab_size: V.
+      vocab_size: V; a run's configuration takes 'auto' too, and by default: see `config.run_config`.
       d_model: D, the width.
       num_heads: attention heads; d_model / num_heads must be a whole, even number (RoPE rotates pairs).
       num_blocks: B.
@@ -118,6 +120,8 @@ class ModelConfig:
             _check_int(self, name, 1)
         if self.vocab_size > 2**31 - 1:
             raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
+        if self.generation_window > LONGEST_WINDOW:
+            raise ConfigError("model.generation_window", self.generation_window, f"must be at most {LONGEST_WINDOW:,}")
         _check_int(self, "history_segments", 1)
         for name in ("windows_together", "history_window"):
             _check_int_or_auto(self, name, 1)
@@ -229,7 +233,7 @@ def _dtype_name(field: str, value: Any) -> str:
 
     try:
         return jnp.dtype(value).name
-    except TypeError:
+    except (TypeError, ValueError):
         raise ConfigError(field, value, f"must be one of {', '.join(COMPUTE_DTYPES)}") from None
 
 

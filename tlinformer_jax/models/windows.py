@@ -95,9 +95,13 @@ def num_windows(config: ModelConfig, length: int) -> int:
     return -(-length // config.generation_window)
 
 
-def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> int:
-    """Tokens of a sequence that a step predicts: all, or at most those of the sampled windows."""
-    return min(length, sampled_windows * config.generation_window) if sampled_windows else length
+def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> float:
+    """Tokens of a sequence that a step predicts: all, or the expected number of those of the sampled windows.
+
+    The last window may be shorter than the others.
+    """
+    windows = num_windows(config, length)
+    return length * sampled_windows / windows if 0 < sampled_windows < windows else float(length)
 
 
 def plan_segments(

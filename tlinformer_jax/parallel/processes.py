@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tlinformer_jax.environment import describe_failure
 from tlinformer_jax.errors import UserError
 
 # Seconds. Processes start, tokenise and read their files at different speeds, so joining is patient.
@@ -34,7 +35,6 @@ LOST_SIGNS = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|heartbeat|coordination|unavailable:", re.I
 )
 INTERRUPTED = 130
-TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,9 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
     except BaseException as error:
         sys.stdout.flush()  # the end below would drop what is buffered
         status = _last_words(error)
-        if jax.process_index() == 0:
-            time.sleep(LEAVES_LAST)
+        with contextlib.suppress(Exception):  # there may be no device to ask
+            if jax.process_index() == 0:
+                time.sleep(LEAVES_LAST)
         os._exit(status)
 
 
@@ -210,7 +211,8 @@ def _say_at_abort(message: str) -> None:
     """
 
     def handle(_: int) -> None:
-        os.write(2, f"error: {message}\n".encode())
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(2, f"error: {message}\n".encode())
         os._exit(1)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
@@ -232,9 +234,12 @@ def _last_words(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if not isinstance(error, Exception):  # what `cli` raises at SIGTERM
-        print("error: ended by SIGTERM", file=sys.stderr, flush=True)
-        return TERMINATED
+    if not isinstance(error, Exception):  # what `cli` raises at SIGTERM and SIGHUP
+        print(f"error: ended by {error}", file=sys.stderr, flush=True)
+        return getattr(error, "number", signal.SIGTERM) + 128
+    if told := describe_failure(error):
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        return 2
     traceback.print_exception(error)
     sys.stderr.flush()
     return 1

@@ -15,7 +15,7 @@ from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.parallel.target import device_kind
-from tlinformer_jax.training.optimizer import Horizon, run_horizon
+from tlinformer_jax.training.optimizer import Horizon, run_horizon, warmup_note
 from tlinformer_jax.training.setup import PENDING, Run, build_run, flops_per_token, training_batches
 from tlinformer_jax.training.step import jit_train_step
 
@@ -63,6 +63,8 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
     horizon = _horizon(config, streams["train"])
     lines = [model_line(run), _memory_line(run, compile_step), *_length_lines(run, horizon, streams["train"])]
     lines += [_split_line(name, stream, config.data.sequence_length) for name, stream in streams.items()]
+    if horizon and (note := warmup_note(config.train, horizon)):
+        lines.append(note)
     if compile_step:
         lines.append(_compiled_line(dataclasses.replace(run, horizon=horizon or PENDING)))
     return "\n".join(lines)
@@ -151,7 +153,7 @@ def _length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> lis
         samples = num_samples(train, length)
         text += f", {config.data.samples_before(horizon.steps, config.train.batch_size) / samples:.2f} epochs"
     if predicted < length:
-        text += f"; of them {horizon.steps * config.train.batch_size * predicted:,} in sampled windows"
+        text += f"; of them {horizon.steps * config.train.batch_size * predicted:,.0f} in sampled windows"
     return [*lines, text]
 
 

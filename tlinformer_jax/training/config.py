@@ -25,9 +25,10 @@ class TrainConfig:
         micro-batch, their losses weighted up; 0 takes all. It bounds what a step on a very long sequence costs.
       seed: of the parameters, the data's order, dropout and the sampled windows.
       learning_rate: its peak.
-      warmup_steps: updates over which it rises from 0.
+      warmup_steps: updates over which it rises in equal steps; the last of them has the peak.
       schedule: after the warm-up 'constant'; 'cosine' to final_learning_rate at the last step; or 'paper', a
-        cosine whose length counts micro-batches while its argument counts updates, so that it hardly falls.
+        cosine whose length counts micro-batches while its argument counts updates, so that it hardly falls; there
+        the first update has rate 0. Updates that are skipped do not count.
       final_learning_rate: where the cosine ends, as a fraction of the peak.
       beta1: AdamW; beta2: AdamW; epsilon: AdamW.
       weight_decay: AdamW, decoupled.
@@ -38,7 +39,8 @@ class TrainConfig:
       eval_every: updates between evaluations; 0 evaluates at the end only.
       eval_every_epochs: epochs between evaluations, besides those of eval_every; 0 for none.
       eval_batch_size: sequences a batch of evaluation; 0 takes a micro-batch's.
-      checkpoint_every: updates between checkpoints; 0 saves at the end only.
+      checkpoint_every: updates between checkpoints; 0 leaves them to checkpoint_minutes.
+      checkpoint_minutes: a checkpoint is also saved when the last one is nearly so many minutes old; 0 for none.
       keep_checkpoints: how many of the latest are kept.
       keep_best: how many of those with the lowest validation loss are kept besides; above 0, an evaluation that is
         among the best saves a checkpoint too.
@@ -73,6 +75,7 @@ class TrainConfig:
     eval_every_epochs: int = 0
     eval_batch_size: int = 0
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
     keep_best: int = 0
     max_skipped_updates: int = 0
@@ -99,7 +102,8 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}", value, f"must be an integer >= {minimum}")
         if self.seed > LARGEST_SEED:
             raise ConfigError("train.seed", self.seed, f"must be at most {LARGEST_SEED}")
-        for name in ("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm", "beta1", "beta2"):
+        numbers = ("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm", "beta1", "beta2")
+        for name in (*numbers, "checkpoint_minutes"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ConfigError(f"train.{name}", value, "must be a finite number >= 0")

@@ -18,7 +18,7 @@ from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
 from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
 from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import Checkpoints, restore_params
+from tlinformer_jax.training.checkpoint import Checkpoints, check_size, restore_params
 from tlinformer_jax.training.setup import build_run
 
 
@@ -68,6 +68,7 @@ def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
     if target.suffix != SAFETENSORS:
         raise UserError(f"--to={target}: must end in {SAFETENSORS}")
     config = load_config(workdir).model
+    check_size(workdir, config)
     shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)

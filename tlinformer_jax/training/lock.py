@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.files import open_own
 from tlinformer_jax.training.metrics import say
 
 LOCK_FILE = ".lock"
@@ -35,7 +36,7 @@ def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
         return
     path = workdir / name
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
+        file = open_own(path, "a+")
     except OSError as error:
         raise DataError(f"workdir {workdir}: {name} cannot be written ({error.strerror})") from None
     with file:

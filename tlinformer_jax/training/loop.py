@@ -19,6 +19,7 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.config import Stage
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.files import local_path
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
@@ -27,6 +28,7 @@ from tlinformer_jax.training.curriculum import LAG, WINDOW, Competence, StagedRe
 from tlinformer_jax.training.divergence import has_diverged, roll_back
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.lock import sole_run
+from tlinformer_jax.training.memory import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, clock, parameter_overview, say
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.origin import Origin, check_origin, find_origin, initial_params, remember_origin
@@ -34,7 +36,8 @@ from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import PENDING, Run, build_run, build_throughput, flops_per_token, training_batches
 from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
-from tlinformer_jax.training.workdir import check_workdir, describe, save_description
+from tlinformer_jax.training.timer import CheckpointTimer
+from tlinformer_jax.training.workdir import check_tokenizer, check_workdir, describe, save_description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Surroundings:
     log: MetricsLog
     trace: StepTrace
     stop: StopRequest
+    timer: CheckpointTimer
 
     def save(self, state: TrainState) -> None:
         """Starts saving the state; the figures up to it reach the disk first."""
         self.log.sync()
         self.checkpoints.save(state)
+        self.timer.restart()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,7 @@ def train_run(
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
-      workdir: receives config.json, the tokenizer, metrics.jsonl, TensorBoard events and checkpoints.
+      workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
       init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
 
@@ -107,20 +112,24 @@ def train_run(
       ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
         cannot be written.
       DivergedError: when loss or gradient are no longer finite; the last checkpoint stays.
+      OutOfMemoryError: where a device's memory does not suffice, with what would take less.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(workdir, "workdir")
     begun = (workdir / CONFIG_FILE).exists()
     origin = find_origin(workdir, init_from, begun)
     if origin is not None and not begun:
         check_origin(origin, config)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
+    check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
     run = build_run(config, tokenizer, PENDING)
-    train, validation = run.split("train"), run.split("validation")
+    splits = {name: run.split(name) for name in ("train", "validation")}
+    train, validation = splits["train"], splits["validation"]
     batches = training_batches(config, train)
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
-    check_workdir(run, workdir)
+    check_workdir(run, splits, workdir)
     with (
+        memory_advice(config),
         sole_run(workdir),
         StopRequest() as stop,
         open_checkpoints(config, workdir) as checkpoints,
@@ -132,12 +141,13 @@ def train_run(
         first, last = int(state.step), run.horizon.steps
         main = jax.process_index() == 0
         if main:
-            save_description(run, workdir)
+            save_description(run, splits, workdir)
         describe(run, train, validation, batches)
-        trace = StepTrace(pathlib.Path(profile) if profile else None, first, last)
+        trace = StepTrace(local_path(profile, "profile") if profile else None, first, last)
         # The last step's evaluation is always repeated, for its figures.
         with MetricsLog(workdir, main, first, keep_evaluation=evaluated and first < last) as log:
-            around = Surroundings(validation, checkpoints, log, trace, stop)
+            timer = CheckpointTimer(config.train.checkpoint_minutes)
+            around = Surroundings(validation, checkpoints, log, trace, stop, timer)
             state, figures = train_steps(run, state, batches, around, evaluated)
             around.save(state)
             if figures is not None:
@@ -174,7 +184,7 @@ def first_state(
         return state, False
     state, manifest = restored
     say(f"continuing from step {int(state.step)} in {workdir}")
-    return state, manifest is not None and manifest.validation_loss is not None
+    return state, manifest.validation_loss is not None
 
 
 def train_steps(
@@ -267,7 +277,10 @@ def steps_while_finite(
                 throughput.restart()
             if new:
                 throughput.flops_per_token = flops_per_token(run, batches.length(step - 1))
-            if due(step, config.checkpoint_every, last):
+            late = around.timer.due(metrics) and step != last
+            if late and has_diverged(run, metrics["skips"]):
+                break
+            if late or due(step, config.checkpoint_every, last):
                 with throughput.saving():
                     around.save(state)
             if step in evaluations:

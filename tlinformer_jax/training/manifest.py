@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import write_text
+from tlinformer_jax.files import open_own, read_own, write_text
 
 MANIFEST_FILE = "manifest.json"
 
@@ -42,7 +42,7 @@ def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
     """Sizes and hashes of all files below `folder`, each brought to the disk before it is read."""
     found = {}
     for path in _files(folder):
-        with open(folder / path, "rb") as file:
+        with open_own(folder / path, "rb") as file:
             os.fsync(file.fileno())
             found[path] = (os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
     return found
@@ -61,7 +61,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_own(path)
     except OSError as error:
         raise DataError(f"checkpoint {folder}: has no readable {MANIFEST_FILE} ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -73,7 +73,9 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
             raise ValueError(text)
         files = {name: (int(size), str(digest)) for name, (size, digest) in values.pop("files").items()}
         manifest = Manifest(files=files, **values)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        if not isinstance(manifest.step, int) or not isinstance(manifest.validation_loss, float | None):
+            raise TypeError(values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged") from None
     if folder.name != str(manifest.step):
         raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is of step {manifest.step}")
@@ -94,7 +96,7 @@ def verify(folder: pathlib.Path) -> Manifest:
         if path not in present:
             raise DataError(f"checkpoint {folder}: file {path} is missing")
         try:
-            with open(folder / path, "rb") as file:
+            with open_own(folder / path, "rb") as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != size:
                     raise DataError(f"checkpoint {folder}: file {path} has {found:,} bytes instead of {size:,}")

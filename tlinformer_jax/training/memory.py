@@ -38,7 +38,7 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
     """Turns a device's want of memory, compiling or computing, into an `OutOfMemoryError` that ends in `advice`."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
+    except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
         # A ValueError it is where the host fetches what could not be computed.
         if isinstance(error, UserError) or not is_out_of_memory(error):
             raise
@@ -48,6 +48,8 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of the runtime is about a device's main memory."""
+    if isinstance(error, MemoryError):
+        return True
     text = str(error).lower()
     # A kernel that wants more of a core's shared memory than there is fails under the same name.
     return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.files import open_own, own_folder, write_text
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -41,7 +42,6 @@ class TensorBoardXWriter:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        folder.mkdir(parents=True, exist_ok=True)
         self._file = EventsWriter(str(folder / "events"))
         start = SessionLog(status=SessionLog.START)
         self._file.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
@@ -82,6 +82,8 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
     """
     if not path.exists():
         return
+    with open_own(path, "rb") as file:
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
 
     def stays(line: str) -> bool | None:
         try:
@@ -91,17 +93,11 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
         except (ValueError, TypeError, KeyError):
             return None
 
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     verdicts = [stays(line) for line in lines]
     kept = [line for line, verdict in zip(lines, verdicts) if verdict]
     if damaged := verdicts[:-1].count(None):
         say(f"{path}: {damaged} damaged lines are dropped")
-    draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 class MetricsLog:
@@ -122,14 +118,15 @@ class MetricsLog:
     ) -> None:
         self._active, self._workdir = active, workdir
         if active:
-            with self._writing(METRICS_FILE), open(workdir / METRICS_FILE, "ab"):
+            with self._writing(METRICS_FILE), open_own(workdir / METRICS_FILE, "ab"):
                 pass  # before anything else is touched
             with self._writing(TENSORBOARD_FOLDER):
+                own_folder(workdir / TENSORBOARD_FOLDER)
                 self._board = tensorboard_writer(workdir / TENSORBOARD_FOLDER, step)
             with self._writing(METRICS_FILE):
                 cut_back(workdir / METRICS_FILE, step, keep_evaluation)
                 # Held open for the whole run and closed by close(); unbuffered, so that a full disk is told once.
-                self._file = open(workdir / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115 (see above)
+                self._file = open_own(workdir / METRICS_FILE, "ab", buffering=0)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -203,7 +200,7 @@ class Throughput:
         """
         self._saved = self._saved if keep_saving else 0.0
         self._since = time.perf_counter() - self._saved
-        self._steps, self._tokens, self._waited = 0, 0, 0.0
+        self._steps, self._tokens, self._waited = 0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -219,7 +216,7 @@ class Throughput:
         yield
         self._saved += time.perf_counter() - started
 
-    def count(self, tokens: int) -> None:
+    def count(self, tokens: float) -> None:
         """Counts one dispatched step of `tokens` tokens."""
         self._steps, self._tokens = self._steps + 1, self._tokens + tokens
 

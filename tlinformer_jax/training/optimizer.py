@@ -32,19 +32,31 @@ def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
 
 
 def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
-    """Learning rate of update u = 0, 1, ...: a linear warm-up from 0, then the configured course."""
-    if config.schedule == "paper":
-        course = optax.cosine_decay_schedule(config.learning_rate, max(1, horizon.decay_end - config.warmup_steps))
-    elif config.schedule == "cosine":
-        course = optax.cosine_decay_schedule(
-            config.learning_rate, max(1, horizon.decay_end - config.warmup_steps), config.final_learning_rate
-        )
-    else:
+    """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured course.
+
+    The warm-up reaches the peak at its last update, and a cosine its end at the run's last; both one update later
+    where the schedule is the paper's, whose first update has rate 0.
+    """
+    final = 0.0 if config.schedule == "paper" else config.final_learning_rate
+    if config.schedule == "constant":
         course = optax.constant_schedule(config.learning_rate)
-    if config.warmup_steps == 0:
-        return course
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.join_schedules([warmup, course], [config.warmup_steps])
+    else:
+        decay = max(1, horizon.decay_end - config.warmup_steps)
+        course = optax.cosine_decay_schedule(config.learning_rate, decay, final)
+    if config.warmup_steps:
+        warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        course = optax.join_schedules([warmup, course], [config.warmup_steps])
+    return course if config.schedule == "paper" else lambda update: course(update + 1)
+
+
+def warmup_note(config: TrainConfig, horizon: Horizon) -> str | None:
+    """What to tell a user whose warm-up is longer than the run; None where it is not."""
+    if config.warmup_steps <= horizon.steps:
+        return None
+    return (
+        f"note: train.warmup_steps = {config.warmup_steps} is more than the run's {horizon.steps} updates: "
+        f"the learning rate rises to {horizon.steps / config.warmup_steps:.0%} of train.learning_rate at most"
+    )
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from tlinformer_jax.config import RunConfig, differences, load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import write_text
+from tlinformer_jax.files import local_path, read_json, write_text
 from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.checkpoint import check_size, restore_params
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.setup import Run
 
@@ -54,7 +54,7 @@ def find_origin(workdir: pathlib.Path, asked: str | pathlib.Path | None, begun: 
     there = _remembered(workdir)
     if asked is None:
         return there
-    origin = Origin(pathlib.Path(asked).expanduser().absolute())
+    origin = Origin(local_path(asked, "init_from"))
     if origin.workdir == workdir.absolute():
         raise ConfigError("init_from", str(asked), "must be another directory than workdir")
     if there is not None and there.workdir != origin.workdir:
@@ -74,6 +74,7 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
       ConfigError: naming the first parameter that differs, and the fields that make it so.
     """
     other = load_config(origin.workdir)
+    check_size(origin.workdir, other.model, origin.step)
     there, here = _shapes(other), _shapes(config)
     for name in [*here, *there]:
         if there.get(name) == here.get(name):
@@ -123,8 +124,8 @@ def _remembered(workdir: pathlib.Path) -> Origin | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Origin(pathlib.Path(values["workdir"]), int(values["step"]))
+        values = read_json(path)
+        return Origin(local_path(values["workdir"], "init_from"), int(values["step"]))
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{path}: cannot be read, or is damaged; it names the run that this one started from") from None
 

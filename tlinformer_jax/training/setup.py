@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +13,7 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config import RunConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
+from tlinformer_jax.data.config import DataConfig
 from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
@@ -33,18 +34,19 @@ from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
 # For runs that do not train, and for those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
 PENDING = Horizon(steps=0, decay_end=1)
-COMPILATION_CACHE = pathlib.Path("~/.cache/tlinformer_jax/xla")
+COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The fixed parts of a run."""
+    """The fixed parts of a run; `load_split` reads its splits."""
 
     config: RunConfig
     tokenizer: Tokenizer
     mesh: Mesh
     model: LanguageModel
     horizon: Horizon
+    load_split: Callable[[DataConfig, str, Tokenizer], Split] = load_split
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -82,7 +84,7 @@ class Run:
         Raises:
           DataError: if it holds no whole sample, or an id outside the vocabulary.
         """
-        return self.checked(name, load_split(self.config.data, name, self.tokenizer), length)
+        return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
         """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
@@ -255,6 +257,8 @@ def check_kernel(config: ModelConfig) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs of the entry points, unless the user has chosen a place."""
+    """Keeps compiled programs between runs of the entry points, unless the user has chosen a place or has no home."""
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
-        jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE.expanduser()))
+        place = os.path.expanduser(COMPILATION_CACHE)
+        if os.path.isabs(place):
+            jax.config.update("jax_compilation_cache_dir", place)

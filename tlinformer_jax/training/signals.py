@@ -1,5 +1,6 @@
-"""A stop on request: SIGTERM, or SIGINT (Ctrl-C) once, let the running step end and the run save itself."""
+"""A stop on request: SIGTERM, SIGHUP, or SIGINT (Ctrl-C) once, let the running step end and the run save itself."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -20,13 +21,15 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notices SIGTERM and SIGINT while it is used as a context manager; a second SIGINT ends the process at once.
+    """Notices SIGTERM, SIGHUP and SIGINT while used as a context manager; a second SIGINT ends the process at once.
+
+    SIGHUP is left alone where it is ignored, as under nohup.
 
     Python runs a signal's handler only between two of its own instructions, after a compilation, say. So a thread
     listens too: it answers the user, and it is what a second SIGINT ends the process by.
 
     Where `jax.distributed` is initialised, SIGTERM belongs to JAX, which tells the other processes of it; all of them
-    then stop at the same call of `poll`, and must therefore make the same calls. SIGINT is passed on as SIGTERM.
+    then stop at the same call of `poll`, and must therefore make the same calls. The others are passed on as SIGTERM.
 
     Outside the main thread, where Python takes no signals, only what JAX notices counts.
     """
@@ -46,7 +49,12 @@ class StopRequest:
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
-        for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
+        numbers = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+        if self._together:
+            numbers.discard(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.discard(signal.SIGHUP)
+        for number in numbers:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -91,13 +99,19 @@ class StopRequest:
                 self._answer(number)
 
     def _answer(self, number: int) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT):
+        if number not in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             return
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
-            os.write(2, b"stopped at once; what was not saved is lost\n")
+            _tell("stopped at once; what was not saved is lost")
             os._exit(INTERRUPTED)
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the other processes
         again = "; once more stops at once" if number == signal.SIGINT else ""
-        os.write(2, f"{signal.Signals(number).name}: saving after the running step{again}\n".encode())
+        _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
+
+
+def _tell(message: str) -> None:
+    """Writes a line to stderr past Python's own buffers, which another thread may hold locked."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{message}\n".encode())

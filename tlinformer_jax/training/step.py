@@ -226,7 +226,7 @@ def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[j
 def _accumulate(
     gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int
 ) -> tuple[tuple[jax.Array, LossAux], Any]:
-    """Sums losses and gradients over `parts` micro-batches, one after the other."""
+    """Sums losses and gradients over `parts` micro-batches, in float32; the gradients get the parameters' dtype."""
     # Micro-batches take rows in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
@@ -237,7 +237,9 @@ def _accumulate(
     first = jax.tree.map(lambda rows: rows[0], micros)
     sums, _ = jax.eval_shape(gradient, params, first, *draws(0))
     zero = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), (sums, params))
-    return jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
+    total, grads = jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
+    # The optimiser's state has the parameters' dtype, and would otherwise not keep it.
+    return total, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
 
 
 def eval_step(

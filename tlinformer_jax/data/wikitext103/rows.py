@@ -41,7 +41,7 @@ def zip_rows(path: pathlib.Path, facts: Facts, split: str) -> Iterator[str]:
     member = facts.member.format(WIKI_SPLITS[split])
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            for number, line in enumerate(read_lines(_blocks(file)), 1):
+            for number, line in enumerate(read_lines(_blocks(file), path), 1):
                 yield _row(decode_line(line, f"{path}: {member}", number))
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DataError(f"{path}: {member} cannot be read ({error})") from None

@@ -1,0 +1,115 @@
+"""A config.json that does not describe its checkpoint, or is a trap, gets one line before anything is built."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import pytest
+
+from tests.support import golden, torch_files
+from tlinformer_jax.config import load_config, run_config
+from tlinformer_jax.decoding.generator import Generator
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.evaluation.trained import load_run
+from tlinformer_jax.training.conversion import weights_to_workdir, workdir_to_weights
+from tlinformer_jax.training.origin import Origin, check_origin
+
+pytest.importorskip("safetensors")
+MODEL = {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
+DATA = {"dataset": "text", "train_files": "/none/t.txt", "validation_files": "/none/t.txt"}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("stored")
+    config = run_config({"model": MODEL | {"history_window": 8, "generation_window": 8}, "data": DATA})
+    torch_files.save(folder / "x.pt", torch_files.tensors(golden.random_weights(config.model)))
+    weights_to_workdir(folder / "x.pt", config, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def workdir(sound, tmp_path) -> pathlib.Path:
+    return shutil.copytree(sound, tmp_path / "run")
+
+
+def change(workdir: pathlib.Path, section: str, **fields) -> None:
+    values = json.loads((workdir / "config.json").read_text())
+    values[section] |= fields
+    (workdir / "config.json").write_text(json.dumps(values))
+
+
+def check_refused(workdir: pathlib.Path, message: str) -> None:
+    """By everything that loads a working directory."""
+    here = run_config({"model": MODEL | {"history_window": 8, "generation_window": 8}, "data": DATA})
+    for load in (
+        load_run,
+        Generator.from_workdir,
+        lambda path: workdir_to_weights(path, path.parent / "x.safetensors"),
+        lambda path: check_origin(Origin(path), here),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            load(workdir)
+        assert "\n" not in str(caught.value)
+
+
+SIZES = {"num_blocks": 10**6, "hidden_depth": 10**6, "vocab_size": 10**9, "d_model": 10**12, "d_ff": 10**15}
+
+
+@pytest.mark.parametrize("field", SIZES)
+def test_sizes_past_the_stored_ones_are_refused_before_a_model_is_built(workdir, monkeypatch, field):
+    change(workdir, "model", **{field: SIZES[field]})
+    monkeypatch.setattr(jax, "eval_shape", lambda *_: pytest.fail("a model is built"))
+    check_refused(workdir, rf"model\.{field} = {SIZES[field]} in its config\.json does not fit its checkpoints")
+    for path in workdir.rglob("_METADATA"):
+        os.truncate(path, 9)
+    check_refused(workdir, "none of its checkpoints can be used")
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"d_ff": 16}, r"down_kernel has shape \(24, 16\) instead of \(16, 16\)"),
+    ({"num_heads": 1}, r"out_kernel has shape \(2, 8, 16\) instead of \(1, 16, 16\)"),
+    ({"architecture": "transformer"}, r"layers_0/\w+ is missing"),
+])  # fmt: skip
+def test_parameters_of_other_shapes_are_named(workdir, fields, message):
+    change(workdir, "model", **fields)
+    for load in (load_run, Generator.from_workdir):
+        with pytest.raises(DataError, match=rf"^checkpoint .*checkpoints/0: array params/.*{message}"):
+            load(workdir)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[" * 100_000, r"no readable config\.json \(nested too deeply\)"),
+    ('{"data": ' + '{"a": ' * 100_000, r"no readable config\.json \(nested too deeply\)"),
+    ('{"data": {"train_files": "a\\u0000b"}}', r"data\.train_files = .*a\\x00b': must hold printable characters"),
+    ('{"data": {"cache_dir": "\\ud800"}}', r"data\.cache_dir = .*\\ud800': must hold printable characters"),
+    ('{"data": {"sequence_length": 1e99}}', r"data\.sequence_length = 1e\+99: must be of type int"),
+    ('{"data": {"sequence_length": 10000000000}}', r"data\.sequence_length = 10000000000: must be from 1 to"),
+    ('{"model": {"generation_window": 1000000000}}', r"generation_window = 1000000000: must be at most 1,048,576"),
+    ('{"model": {"dtype": {"names": 1}}}', r"model\.dtype = \{'names': 1\}: must be one of"),
+])  # fmt: skip
+def test_a_configuration_that_is_a_trap_gets_a_line(workdir, text, message):
+    (workdir / "config.json").write_text(text)
+    check_refused(workdir, message)
+
+
+def test_files_that_would_never_end_are_not_waited_for(workdir):
+    (description,) = workdir.rglob("_METADATA")
+    description.unlink()
+    os.mkfifo(description)
+    check_refused(workdir, "none of its checkpoints can be used")
+    (workdir / "config.json").unlink()
+    os.mkfifo(workdir / "config.json")
+    check_refused(workdir, r"no readable config\.json \(it is no regular file\)")
+
+
+def test_a_split_is_tokenised_in_this_users_cache_only(workdir, tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("some text " * 99)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    change(workdir, "data", validation_files=str(tmp_path / "t.txt"), cache_dir=str(tmp_path / "theirs"))
+    run = load_run(workdir).run
+    assert len(run.split("validation").tokens) == 991
+    assert load_config(workdir).data.cache_path == tmp_path / "theirs"
+    assert not (tmp_path / "theirs").exists()

@@ -1,0 +1,69 @@
+"""What a token costs by the length of the text, by counting: `python -m tlinformer_jax.analysis.cost`.
+
+Two tables in Markdown for models of the 41M shape. Training: model FLOPs of a forward and backward pass for each token
+of a sequence (`analysis.flops`). Generation, for each token after so many: FLOPs, and bytes read in bfloat16, the mean
+over a generation window with its share of a slide (`bench.limits`). Nothing is measured, and no device is needed.
+"""
+
+from absl import flags
+
+from tlinformer_jax import cli
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.models.config import ModelConfig
+
+LENGTHS = flags.DEFINE_list("lengths", ["1024", "8192", "65536", "1048576"], "Lengths of the text, in tokens.")
+MODELS = {
+    "Transformer": ModelConfig(architecture="transformer", dtype="bfloat16"),
+    "TLinFormer 256/256": ModelConfig(dtype="bfloat16"),
+    "TLinFormer 1024/1024": ModelConfig(history_window=1024, generation_window=1024, dtype="bfloat16"),
+    "TConstFormer 256/256": ModelConfig(architecture="tconstformer", dtype="bfloat16"),
+    "sliding window 256 + 256": ModelConfig(architecture="sliding_window", dtype="bfloat16"),
+}
+
+
+def training_cost(config: ModelConfig, length: int) -> float:
+    """Model FLOPs of a trained token in sequences of `length` tokens."""
+    from tlinformer_jax.analysis.flops import training_flops
+
+    return training_flops(config, length).model / length
+
+
+def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
+    """FLOPs, and bytes that are read, of a token that is generated after `length` others."""
+    from tlinformer_jax.bench.limits import Weights, hit_work, slide_work
+
+    table = config.vocab_size * config.d_model
+    layer = 4 * config.d_model**2 + 3 * config.d_model * config.feed_forward_dim
+    size = config.compute_dtype.itemsize
+    weights = Weights(config.num_layers * layer * size, table * size)
+    if not config.windowed:
+        work = hit_work(config, weights, 1, length, 0)
+        return work.flops, work.bytes
+    window = config.generation_window
+    hit, slide = hit_work(config, weights, 1, length, (window - 1) / 2), slide_work(config, weights, length)
+    return hit.flops + slide.flops / window, hit.bytes + slide.bytes / window
+
+
+def main() -> None:
+    """Prints both tables."""
+    from tlinformer_jax.experiments.tables import markdown
+
+    given = ",".join(LENGTHS.value)
+    if not all(text.isdecimal() and 1 <= int(text) < 2**31 for text in LENGTHS.value):
+        raise UserError(f"--lengths={given}: must be integers from 1 to 2147483647 with commas between")
+    lengths = [int(text) for text in LENGTHS.value]
+    columns = [f"{length:,}" for length in lengths]
+    trained = [
+        (name, *(f"{training_cost(config, length) / 1e6:,.0f}" for length in lengths))
+        for name, config in MODELS.items()
+    ]
+    generated = []
+    for name, config in MODELS.items():
+        costs = [generation_cost(config, length) for length in lengths]
+        generated.append((name, *(f"{flops / 1e6:,.0f} / {read / 1e6:,.0f}" for flops, read in costs)))
+    print("\n".join(markdown(["training, MFLOP a token", *columns], trained)))
+    print("\n".join(["", *markdown(["generation, MFLOP / MB read a token", *columns], generated)]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,48 @@
+"""The n-gram floor of a text: `python -m tlinformer_jax.analysis.floor --config=configs/books.py --config.data...`.
+
+Prints how well n-grams that are fitted on the training split predict the validation split (--split=test: the test
+split), for each number of tokens of context up to --context (3: 4-grams). The configuration names text and tokenizer;
+nothing is trained.
+"""
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from tlinformer_jax import cli
+from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, BYTES, kneser_ney_bits
+from tlinformer_jax.errors import UserError
+
+config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
+SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "Split to predict.")
+CONTEXT = flags.DEFINE_integer("context", None, f"Most tokens of context; {BYTES} of bytes, else 3.", lower_bound=0)
+
+
+def main() -> None:
+    """Prints a line for each number of tokens of context."""
+    from tlinformer_jax.config import run_config
+    from tlinformer_jax.data.sources import load_split
+    from tlinformer_jax.data.streams import TokenStream
+    from tlinformer_jax.data.tokenizers import build_tokenizer
+
+    config = run_config(cli.config_values()).data
+    if config.is_task:
+        raise UserError(f"data.dataset = {config.dataset!r}: must be a text for n-grams")
+    tokenizer = build_tokenizer(config.tokenizer, config.end_of_text_token)
+    train, test = (load_split(config, split, tokenizer) for split in ("train", SPLIT.value))
+    assert isinstance(train, TokenStream)
+    assert isinstance(test, TokenStream)
+    context = CONTEXT.value
+    if context is None:
+        context = BYTES if tokenizer.vocab_size <= BYTE_VOCABULARY else 3
+    for name, stream in (("train", train), (SPLIT.value, test)):
+        if len(stream.tokens) < context + 2:
+            raise UserError(f"--context={context}: must be at most {len(stream.tokens) - 2}, what the {name} split has")
+    bits = kneser_ney_bits(np.asarray(train.tokens), np.asarray(test.tokens), tokenizer.vocab_size, context)
+    for size, value in enumerate(bits):
+        per_byte = value * len(test.tokens) / test.num_bytes
+        print(f"{size} tokens of context: perplexity {2**value:.2f} per token, {per_byte:.3f} bits per byte")
+
+
+if __name__ == "__main__":
+    cli.run(main)
