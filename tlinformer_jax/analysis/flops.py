@@ -194,9 +194,7 @@ def _hardware_forward(
         for shape in _segment_shapes(config, segment, causal, fused):
             total = total + _window(config, shape, inner)
             again = again + (_restored(config, shape, inner) if segment.history_chunk else Forward())
-    # Without history nobody reads the projections of the whole sequence, and they are not computed.
-    outside = _project(config, padded_length(config, windows, segments), 3, inner) if segments else Forward()
-    return outside, total, again
+    return _project(config, padded_length(config, windows, segments), 3, inner), total, again
 
 
 def _computed_again(config: ModelConfig, layers: Forward, rows: int, inner: int, fused: bool) -> Forward:

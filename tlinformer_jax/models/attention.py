@@ -53,7 +53,7 @@ def attend(
       return_lse: also return the log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where
         there is no valid key. It lets partial attentions over disjoint keys be merged exactly.
       scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
-      never_empty: the caller's word that `key_length` is never 0, which saves a pass over the output.
+      never_empty: `key_length` is never 0; knowing it saves a pass over the output.
 
     Returns:
       [batch, queries, heads, d_h] in query's dtype, or (that, log-sum-exp).

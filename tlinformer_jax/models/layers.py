@@ -91,7 +91,7 @@ def chain_layers(
       function: one layer, as `jax.lax.scan` takes it; keeps x's shapes.
       layers: parameters of each.
       x: pytree of what runs through them.
-      dropout: folded with the layer's place in the chain.
+      dropout: of the chain; each layer draws masks of its own.
       scan: compile one layer and loop over the stacked parameters, instead of compiling each.
     """
     items = [(layer, part_of(dropout, depth)) for depth, layer in enumerate(layers)]
