@@ -92,6 +92,7 @@ def test_kernels_run_on_one_device_only(devices, monkeypatch):
         assert loss_kernel.use_kernel() == (devices == 1)
         assert norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.bfloat16)) == (devices == 1)
         assert not norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.float32))
+        assert not norm_kernel.use_kernel(jnp.zeros((0, 8), jnp.bfloat16))  # a first window's history
 
 
 def test_rows_past_the_count_are_not_computed():

@@ -68,7 +68,10 @@ class ReadableHistory(Protocol):
 def compress(
     layer: LayerParams, config: ModelConfig, C: ReadableHistory, z: Stream, x: Stream, dropout: Dropout | None = None
 ) -> tuple[Rows, Rows]:
-    """z = update(C[h:], attend(Qc[h:], Kc, Vc));  x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc)).
+    """The first layer, which compresses the history.
+
+        z = update(C[h:], attend(Qc[h:], Kc, Vc))
+        x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
 
     TConstFormer's x does not read C.
 
@@ -96,7 +99,10 @@ def compress(
 def hidden(
     layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None = None
 ) -> tuple[Rows, Rows]:
-    """z' = update(z, attend(Qz, Kz, Vz));  x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz)).
+    """A layer between the first and the last.
+
+        z' = update(z, attend(Qz, Kz, Vz))
+        x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
 
     Args and returns as of `compress`; z too has keys and values.
     """
@@ -116,7 +122,10 @@ def restore(
     later: Sequence["BlockParams"] = (),
     dropout: Dropout | None = None,
 ) -> tuple[Any, Rows]:
-    """C' = update(C, attend(Qc, Kz, Vz));  x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz)).
+    """The last layer, which gives the history back its length.
+
+        C' = update(C, attend(Qc, Kz, Vz))
+        x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
 
     Args:
       layer: parameters.
@@ -150,7 +159,7 @@ def restore_rows(
     fixed: Any,
     attend: Callable[..., Array] = attend,
 ) -> Rows:
-    """C' = update(C, attend(Qc, Kz, Vz)) for any rows of C: they do not read each other.
+    """C' = update(C, attend(Qc, Kz, Vz)), for any rows of C: they do not read each other.
 
     Args:
       config: of the model.
