@@ -21,7 +21,7 @@ are rows like any others.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -50,9 +50,13 @@ from tlinformer_jax.models.windows import WindowFrame
 
 # Parts of a layer that draw dropout masks of their own.
 SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
-Rows = Float[Array, "batch rows D"]
+# Rows of z, of x, and of C.
+Zs = Float[Array, "batch width D"]
+Xs = Float[Array, "batch m D"]
+Cs = Float[Array, "batch n D"]
 
 
+@runtime_checkable
 class ReadableHistory(Protocol):
     """C as the equations need it; see `streams.History`."""
 
@@ -67,7 +71,7 @@ class ReadableHistory(Protocol):
 
 def compress(
     layer: LayerParams, config: ModelConfig, C: ReadableHistory, z: Stream, x: Stream, dropout: Dropout | None = None
-) -> tuple[Rows, Rows]:
+) -> tuple[Zs, Xs]:
     """The first layer, which compresses the history.
 
         z = update(C[h:], attend(Qc[h:], Kc, Vc))
@@ -98,7 +102,7 @@ def compress(
 
 def hidden(
     layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None = None
-) -> tuple[Rows, Rows]:
+) -> tuple[Zs, Xs]:
     """A layer between the first and the last.
 
         z' = update(z, attend(Qz, Kz, Vz))
@@ -121,7 +125,7 @@ def restore(
     x: Stream,
     later: Sequence["BlockParams"] = (),
     dropout: Dropout | None = None,
-) -> tuple[Any, Rows]:
+) -> tuple[Any, Xs]:
     """The last layer, which gives the history back its length.
 
         C' = update(C, attend(Qc, Kz, Vz))
@@ -153,12 +157,12 @@ def restore(
 def restore_rows(
     config: ModelConfig,
     never_empty: bool,
-    C: Rows,
+    C: Cs,
     Qc: Array,
     shared: Any,
     fixed: Any,
     attend: Callable[..., Array] = attend,
-) -> Rows:
+) -> Cs:
     """C' = update(C, attend(Qc, Kz, Vz)), for any rows of C: they do not read each other.
 
     Args:
@@ -176,8 +180,8 @@ def restore_rows(
 
 
 def _update(
-    layer: LayerParams, rows: tuple[Rows, Rows], attended: tuple[Array, Array], dropout: Dropout | None
-) -> tuple[Rows, Rows]:
+    layer: LayerParams, rows: tuple[Zs, Xs], attended: tuple[Array, Array], dropout: Dropout | None
+) -> tuple[Zs, Xs]:
     """(update(z, ...), update(x, ...)), side by side."""
     return side_by_side(
         lambda rows, attended: update(layer, rows, attended, part_of(dropout, FEED_FORWARD)), rows, attended
@@ -205,7 +209,7 @@ def dual_window_block(
     window: PlacedWindow,
     later: Sequence[BlockParams] = (),
     dropout: Dropout | None = None,
-) -> tuple[History | None, Rows]:
+) -> tuple[History | None, Xs]:
     """One block for one generation window, or for g windows that run together.
 
     Args:
@@ -224,7 +228,7 @@ def dual_window_block(
     valid, never_empty = window.frame.observed_length, config.always_observes
     rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
 
-    def hidden_layer(rows: tuple[Rows, Rows], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
+    def hidden_layer(rows: tuple[Zs, Xs], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
         layer, dropout = item
         z, x = project_both(layer, *rows, window.rope, valid, never_empty)
         return hidden(layer, config, z, x, dropout), None

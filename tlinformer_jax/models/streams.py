@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
@@ -20,6 +20,8 @@ from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.selection import chosen_rows
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.split_rows import SplitRows
+
+AnyStream = TypeVar("AnyStream", bound="Stream")
 
 
 @flax.struct.dataclass
@@ -43,14 +45,14 @@ class Stream:
 
     @classmethod
     def of(
-        cls,
+        cls: type[AnyStream],
         layer: LayerParams,
         rows: Float[Array, "b n D"],
         rope: Rope,
         parts: str = "qkv",
         length: PerWindow = None,
         never_empty: bool = False,
-    ) -> Self:
+    ) -> AnyStream:
         """The rows, projected to `parts` (see `layers.project`)."""
         projected: dict[str, Any] = dict(zip(parts.upper(), project(layer, rows, rope, parts)))
         return cls(rows=rows, length=length, never_empty=never_empty, **projected)
