@@ -1,8 +1,7 @@
 """Hardware FLOPs of a training step: what its program executes on a device; `analysis.flops` counts model FLOPs.
 
 Beyond these: heads padded to what the attention kernel wants, the vocabulary as the loss pads it, the last window and
-the masked history of each segment of windows at full length or by whole chunks, the first window's own projections, and
-once more what the backward pass computes again: the chunks of a history, and the baselines' layers where `remat` says
+the masked history of each segment of windows at full length or by whole chunks, and once more what the backward pass computes again: the chunks of a history, and the baselines' layers where `remat` says
 so, less their last product and what `remat_save` keeps. Attention by XLA's plain products counts the whole rectangle of
 queries and keys. A fused kernel skips what is masked but computes the scores again in the backward pass: attention
 counts 2.5 times its forward products instead of 2, and 3.5 times by the kernel with dropout, which computes scores and
@@ -77,14 +76,14 @@ def _hardware_forward(
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, together, first=skipped)
     causal = causal_pairs(size) if fused else size**2
-    total, again = Forward() if skipped else causal_layers(config, size, inner, causal), Forward()
+    total, again = Forward(), Forward()
+    if not skipped:
+        total = causal_layers(config, size, inner, causal) + project(config, -size, 3, inner)
     for segment in segments:
         for shape in segment_shapes(config, segment, causal, fused):
             total = total + window(config, shape, inner)
             again = again + (restored(config, shape, inner) if segment.history_chunk else Forward())
-    # Without history nobody reads the projections of the whole sequence, and they are not computed.
-    outside = project(config, padded_length(config, windows, segments), 3, inner) if segments else Forward()
-    return outside, total, again
+    return project(config, padded_length(config, windows, segments), 3, inner), total, again
 
 
 def _computed_again(config: ModelConfig, layers: Forward, rows: int, inner: int, fused: bool) -> Forward:

@@ -14,11 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.tlinformer import FIRST_WINDOW
 from tlinformer_jax.models.transformer import attention_window
-from tlinformer_jax.models.window_sum import deal_runs
-from tlinformer_jax.models.windows import Segment, num_windows, plan_segments
-from tlinformer_jax.parallel.sequence_split import SequenceSplit, SplitWindows
+from tlinformer_jax.models.windows import FIRST_WINDOW, Segment, assign_runs, num_windows, plan_segments
+from tlinformer_jax.parallel.batch_split import SequenceSplit, SplitWindows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +103,14 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     runs = (FIRST_WINDOW, *plan_segments(config, num_windows(config, length), 1, split))
     causal = causal_pairs(config.generation_window)
     loads = np.zeros(parts)
-    for run, dealt in zip(runs, deal_runs(runs, parts)):
+    for run, assigned in zip(runs, assign_runs(runs, parts)):
         if run is FIRST_WINDOW:
             costs = [causal_layers(config, config.generation_window, config.d_model, causal).attention]
         else:
             shapes = segment_shapes(config, run, causal, True)
             costs = [window(config, shape, config.d_model).attention for shape in shapes]
         # Where no window is left, a device computes the run's first one in vain.
-        loads += np.asarray(costs)[np.maximum(dealt, 0)].sum(axis=0)
+        loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
     return loads
 
 
