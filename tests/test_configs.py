@@ -13,8 +13,8 @@ from absl import flags
 
 from tests.support.commands import check_refusal, command
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config import recipes
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, run_config, save_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
@@ -86,7 +86,7 @@ def expected_parameters(config: ModelConfig) -> int:
 def test_every_config_file_is_tested():
     """Sweep files are loaded by tests/experiments/test_plan.py."""
     assert {path.stem for path in CONFIGS.glob("[!s]*.py")} == {name for name, _ in VARIANTS}
-    sweeps = {f"sweep_{name}" for name in ("windows", "architectures", "recall", "copy", "passkey", "selection")}
+    sweeps = {f"sweep_{name}" for name in ("windows", "architectures", "recall", "copy", "passkey")}
     assert {path.stem for path in CONFIGS.glob("s*.py")} == sweeps
 
 
@@ -259,7 +259,6 @@ OVERRIDES = {
         "d_ff": 64,
         "history_window": "auto",
         "generation_window": 48,
-        "observed_selection": "random",
         "dropout": 0.25,
         "dtype": "float32",
         "param_dtype": "bfloat16",

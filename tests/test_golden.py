@@ -129,9 +129,9 @@ def shift_observed_positions(monkeypatch):
     """z is rotated as if it began at position 0."""
     real = tlinformer.place_window
 
-    def mutated(config, frame, C, x):
-        first = C.rope.rows(0, frame.observed_width)
-        window = real(config, frame, C, x)
+    def mutated(frame, rope, rows):
+        first = rope.rows(0, frame.observed_width)
+        window = real(frame, rope, rows)
         rope = jax.tree.map(lambda z, x: jnp.concatenate([z, x], axis=-2), first, window.x_rope)
         return dataclasses.replace(window, z_rope=first, rope=rope)
 

@@ -197,7 +197,6 @@ CHOICES = {
         "remat": model_config.REMAT,
         "remat_save": ("", *model_config.REMAT_NAMES),
         "history_window": ("auto",),
-        "observed_selection": model_config.SELECTIONS,
     },
     "train": {"schedule": train_config.SCHEDULES, "decay_mask": train_config.DECAY_MASKS},
     "data": {

@@ -82,9 +82,6 @@ def test_what_a_run_cannot_have_is_refused_before_it_is_trained():
         check_possible(("evaluate", "history"), base)
     with pytest.raises(UserError, match="history: samples of 8 tokens"):
         check_possible(("history@8",), run_config(SECTIONS))
-    chosen = run_config(SECTIONS | {"model": SECTIONS["model"] | {"observed_selection": "top_k"}})
-    with pytest.raises(UserError, match=r"samples: .*observed_selection = 'top_k'"):
-        check_possible(("samples",), chosen)
     task = SECTIONS["data"] | {"dataset": "copy", "tokenizer": "numbers:9"}
     with pytest.raises(UserError, match=r"samples: .*tokenizer = 'numbers:9'"):
         check_possible(("samples",), run_config(SECTIONS | {"data": task}))

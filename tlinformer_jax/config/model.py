@@ -12,7 +12,6 @@ WINDOWED = ("tlinformer", "tconstformer")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
-SELECTIONS = ("recent", "random", "top_k")
 REMAT = ("auto", "none", "window")
 # Intermediate values of a layer that rematerialisation can keep: queries, keys and values before rotation; what
 # attention returned; the feed-forward's two inner products. Widest first, `gate_up` has 2 F features of a row.
@@ -44,9 +43,6 @@ class ModelConfig:
       history_window: W_oh, rows of the compressed context; 'auto' lets it grow with the history n as
         8 * floor((12 * ln(n) + 7) / 8).
       generation_window: W_og, tokens that are predicted together.
-      observed_selection: which W_oh rows of the history the compressed context is made of: 'recent', the last ones, as
-        in the paper; 'random', by a hash of positions; 'top_k', those that the generation window's first token attends
-        to most; see `models.selection`. Cached generation knows 'recent' only.
       dropout: rate on attention weights and on the feed-forward's output, in training only.
       dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU; with float16 there is
         no loss scaling, so it is for evaluation. Softmax, rotary
@@ -87,7 +83,6 @@ class ModelConfig:
     d_ff: int | None = None
     history_window: int | str = 256
     generation_window: int = 256
-    observed_selection: str = "recent"
     dropout: float = 0.0
     dtype: str = "auto"
     param_dtype: str = "float32"
@@ -109,13 +104,6 @@ class ModelConfig:
         _check_choice(self, "param_dtype", PARAM_DTYPES)
         _check_choice(self, "attention", ATTENTION_BACKENDS)
         _check_choice(self, "remat", REMAT)
-        _check_choice(self, "observed_selection", SELECTIONS)
-        if self.observed_selection != "recent" and not self.windowed:
-            raise ConfigError(
-                "model.observed_selection",
-                self.observed_selection,
-                f"must be 'recent' for architecture {self.architecture!r}, which has no observation window",
-            )
         for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"):
             _check_int(self, name, 1)
         if self.vocab_size > 2**31 - 1:

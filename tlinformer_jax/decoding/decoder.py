@@ -31,7 +31,6 @@ from tlinformer_jax.decoding.spread import (
     split_of,
     widened,
 )
-from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.cached_attention import KeyValue
 from tlinformer_jax.models.model import LanguageModel
 
@@ -77,16 +76,9 @@ class Decoder:
             None: one device, the one of the variables.
 
         Raises:
-          ConfigError: for a model whose observation window does not hold the last rows of the history, or that has no
-            history to split.
+          ConfigError: for a mesh that splits the history of a model that has none.
         """
         self.config, self.mesh = model.config, mesh
-        if self.config.observed_selection != "recent":
-            raise ConfigError(
-                "model.observed_selection",
-                self.config.observed_selection,
-                "must be 'recent' for generation, whose cache holds those rows; others are for training and evaluation",
-            )
         split = split_of(mesh, self.config)
         self.devices = 1 if split is None else split.parts
         typed = model.apply(replicate(dict(variables), mesh), method=model.parameters)

@@ -104,8 +104,6 @@ def check_measurable(config: ModelConfig, length: int) -> None:
     """Raises a UserError for a model without windows or with 'random' rows, and for samples without history."""
     if not config.windowed:
         raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
-    if config.observed_selection == "random":
-        raise UserError("history: model.observed_selection = 'random': its rows go by the whole history's length")
     if num_windows(config, length) < 2:
         raise UserError(
             f"history: samples of {length} tokens: must be longer than model.generation_window = "
@@ -178,7 +176,7 @@ def _window_states(
     if cut is not None:
         return window_states(blocks, config, C, own, frame)
     real = begin + jnp.arange(size) < length
-    placed = place_window(config, frame, C, own)
+    placed = place_window(frame, rope, size)
     for index, block in enumerate(blocks):
         probed |= _probe(config, block.compress, index, C, own, placed, real)
         later = blocks[index + 1 :]

@@ -295,7 +295,7 @@ class DualWindowBlock(nn.Module):
         width = max(observed, min(length, 1))
         C = History.whole(params.compress, rows, rope)
         window = Stream.of(params.compress, x, rope.rows(length, x.shape[1]))
-        placed = place_window(config, WindowFrame(length, length - width, observed, width), C, window)
+        placed = place_window(WindowFrame(length, length - width, observed, width), rope, x.shape[1])
         # Nobody follows here: what is projected for that is not read.
         later = (params,) if restore and history is not None else ()
         restored, x = dual_window_block(params, config, C, window, placed, later, dropout)

@@ -54,7 +54,8 @@ def window_states(
     Returns:
       [batch, m, D], before the final LayerNorm.
     """
-    window, history = place_window(config, frame, C, x), C
+    assert C.rope is not None
+    window, history = place_window(frame, C.rope, x.rows.shape[1]), C
     for index, block in enumerate(blocks):
         later = blocks[index + 1 :]
         restored, rows = dual_window_block(block, config, history, x, window, later, part_of(dropout, index))

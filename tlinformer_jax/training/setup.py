@@ -203,9 +203,6 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
             raise ConfigError(f"mesh.{name}", mesh.shape[name], allowed)
-    if mesh.shape["context"] > 1 and config.observed_selection != "recent":
-        allowed = f"must be 1 for model.observed_selection = {config.observed_selection!r}"
-        raise ConfigError("mesh.context", mesh.shape["context"], allowed)
     windows = num_windows(config, length)
     windows = min(windows, sampled_windows or windows)
     if mesh.shape["window"] > windows:
