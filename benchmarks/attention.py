@@ -207,9 +207,9 @@ def _timed_attention(backend: str, causal: bool, tiles: str) -> Callable[..., An
     """Attention as `timed` calls it."""
     import jax
 
+    from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
     from tlinformer_jax.models.attention import attend
     from tlinformer_jax.models.dropout import Dropout
-    from tlinformer_jax.models.dropout_kernel import Tile, Tiles, attend_with_dropout
 
     if not tiles:
         dropout = Dropout.by_key(jax.random.key(0), RATE) if backend.startswith("dropout") else None

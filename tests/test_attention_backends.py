@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks import attention as bench
+from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.splash import attend_splash
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding
 

@@ -110,13 +110,13 @@ def test_the_best_row_is_the_fastest_of_its_length():
 
 def test_settings_take_numbers_words_none_and_lists_of_names():
     fields = training.overrides(
-        "model.d_ff=None,model.remat_save=gate_up,attended,train.loss_chunk=4096,model.scan_layers=False"
+        "model.d_ff=None,data.train_files=a.txt,b.txt,train.loss_chunk=4096,train.equal_updates=False"
     )
     assert fields == {
         ("model", "d_ff"): None,
-        ("model", "remat_save"): "gate_up,attended",
+        ("data", "train_files"): "a.txt,b.txt",
         ("train", "loss_chunk"): 4096,
-        ("model", "scan_layers"): False,
+        ("train", "equal_updates"): False,
     }
 
 

@@ -18,7 +18,7 @@ from tlinformer_jax.experiments.report import history_lines
 
 SECTIONS = {
     "model": {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
-    | {"history_window": 8, "generation_window": 8, "history_segments": 1, "dtype": "float32"},
+    | {"history_window": 8, "generation_window": 8, "dtype": "float32"},
     "train": {"steps": 2, "batch_size": 8, "warmup_steps": 1},
     "data": {"dataset": "pydoc", "tokenizer": "bytes", "sequence_length": 32},
 }

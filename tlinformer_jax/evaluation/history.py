@@ -114,7 +114,7 @@ def check_measurable(config: ModelConfig, length: int) -> None:
 def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None, chunk: int) -> Sums:
     """Sums over a batch: losses and tokens of each window; where nothing is cut, those of `Probed` too."""
     dtype = config.compute_dtype
-    blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention, config.head_padding))
+    blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
     size, length = config.generation_window, batch["inputs"].shape[1]
     windows = num_windows(config, length)
     embedded = jnp.take(params.embedding, batch["inputs"], axis=0).astype(dtype)

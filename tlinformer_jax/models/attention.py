@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.models import dropout_kernel
+from tlinformer_jax.kernels import dropout as dropout_kernel
+from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.merge import merge_softmaxes
-from tlinformer_jax.models.recompute import map_recomputed
+from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.parallel.target import is_nvidia_gpu, platform
 
 # Keys of one part where attention to many keys is split; a power of two.
@@ -84,7 +84,7 @@ def attend(
             query, key, value, scale, causal, window, key_length, dropout.words, dropout.rate
         )
     if chosen == "splash" and dropout is None:
-        from tlinformer_jax.models.splash import attend_splash
+        from tlinformer_jax.kernels.splash import attend_splash
 
         interpret = platform() != "tpu"
         result = attend_splash(query, key, value, scale, causal, window, key_length, return_lse, interpret)
@@ -96,9 +96,9 @@ def attend(
     raise ValueError(f"attend: unknown backend {backend!r}")
 
 
-def head_multiple(dtype: Any, backend: str, padding: int = 8) -> int:
-    """Features that heads are padded to a multiple of, see `layers.prepare_layers`: `padding` for cuDNN, else 1."""
-    return padding if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
+def head_multiple(dtype: Any, backend: str) -> int:
+    """Features that heads are padded to a multiple of, see `layers.prepare_layers`: 8 for cuDNN, else 1."""
+    return 8 if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
 
 
 def choose_backend(query: jax.Array, dropout: Dropout | None, return_lse: bool) -> str:
@@ -294,9 +294,8 @@ def _attend_with_dropout(
         return _attend_xla(query, key, value, scale, causal, window, key_length, dropout, number * chunk)
 
     padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
-    parts = jnp.moveaxis(padded.reshape(batch, -1, chunk, *query.shape[2:]), 1, 0)
-    found = map_recomputed(some, (key, value), parts, (key_length, dropout), jnp.arange(parts.shape[0]))
-    output, lse = (jnp.moveaxis(array, 0, 1).reshape(batch, -1, *array.shape[3:])[:, :queries] for array in found)
+    found = map_rows(some, chunk, (key, value), padded, (key_length, dropout), padded.shape[1] // chunk)
+    output, lse = (array[:, :queries] for array in found)
     return output, lse
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.layers import LayerParams, project
-from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.models.model import output_logits, padded_vocabulary
-from tlinformer_jax.training import loss_kernel
 
 
 def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:

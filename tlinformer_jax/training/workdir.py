@@ -16,6 +16,8 @@ from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import read_json, write_text
+from tlinformer_jax.kernels import common as kernels
+from tlinformer_jax.models.windows import num_windows
 from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.optimizer import warmup_note
 from tlinformer_jax.training.setup import Run
@@ -131,6 +133,9 @@ def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches
         f"{config.model.architecture}, {config.model.num_layers} layers, on {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}, {config.model.compute_dtype.name}"
     )
+    model, length = config.model, config.data.sequence_length
+    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, length))}")
+    say(kernels.serving())
     say(checkpoint_line(config.train))
     if note := warmup_note(config.train, run.horizon):
         say(note)

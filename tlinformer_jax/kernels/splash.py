@@ -1,4 +1,7 @@
-"""Attention by splash attention, the TPU kernel that is shipped with JAX."""
+"""Attention by splash attention, the TPU kernel that is shipped with JAX.
+
+Plain twin: `models.attention._attend_xla`. Not measured: no TPU was at hand.
+"""
 
 import jax
 import jax.numpy as jnp
