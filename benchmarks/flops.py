@@ -1,12 +1,13 @@
 """Hardware FLOPs of a training step: what its program executes on a device; `analysis.flops` counts model FLOPs.
 
 Beyond these: heads padded to what the attention kernel wants, the vocabulary as the loss pads it, the last window and
-the masked history of each segment of windows at full length or by whole chunks, and once more what the backward pass computes again: the chunks of a history, and the baselines' layers where `remat` says
-so, less their last product and what `remat_save` keeps. Attention by XLA's plain products counts the whole rectangle of
-queries and keys. A fused kernel skips what is masked but computes the scores again in the backward pass: attention
-counts 2.5 times its forward products instead of 2, and 3.5 times by the kernel with dropout, which computes scores and
-weights' gradients for the queries' gradient and again for the keys' (rounding to tiles is not counted). What devices of
-the axes `window` and `context` compute each for itself, block 0's projections and the windows' own rows, counts once.
+the masked history of each segment of windows at full length or by whole chunks, and once more what the backward pass
+computes again: the chunks of a history, and the baselines' layers where `remat` says so, less their last product and
+what `remat_save` keeps. Attention by XLA's plain products counts the whole rectangle of queries and keys. A fused
+kernel skips what is masked but computes the scores again in the backward pass: attention counts 2.5 times its forward
+products instead of 2, and 3.5 times by the kernel with dropout, which computes scores and weights' gradients for the
+queries' gradient and again for the keys' (rounding to tiles is not counted). What devices of the axes `window` and
+`context` compute each for itself, block 0's projections and the windows' own rows, counts once.
 """
 
 from tlinformer_jax.analysis.flops import (
