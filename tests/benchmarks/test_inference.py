@@ -16,11 +16,11 @@ from benchmarks import limits, parts, profiling, report, rows, runner
 from benchmarks.plots import write_plots
 from benchmarks.rows import Plan
 from benchmarks.session import Session
-from benchmarks.timing import tree_bytes
 from tests.support import commands
 from tests.support.figures import check_lines
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.run import run_config, save_config
+from tlinformer_jax.decoding.accounting import tree_bytes
 from tlinformer_jax.decoding.cache import init_cache
 
 command = functools.partial(commands.command, "benchmarks.inference")
