@@ -18,16 +18,19 @@ class CacheWarning(UserWarning):
     """A cache is rebuilt although the one of the call before could have been continued."""
 
 
-def warn_of_continuation(config: ModelConfig, before: Sequence[np.ndarray], prompts: Sequence[np.ndarray]) -> None:
-    """Warns if a prompt repeats a sequence of the call before, prompt and continuation, and adds less than a window."""
+def warn_of_continuation(
+    config: ModelConfig, before: Sequence[tuple[np.ndarray, list[int]]], prompts: Sequence[np.ndarray]
+) -> None:
+    """Warns if a prompt repeats a sequence of the call before, prompt and new tokens, and adds less than a window."""
     size = config.generation_window
     for row, prompt in enumerate(prompts if config.windowed else ()):
-        for old in before:
-            added = len(prompt) - len(old)
-            if 0 <= added < size and np.array_equal(prompt[: len(old)], old):
+        for old, new in before:
+            length = len(old) + len(new)
+            added = len(prompt) - length
+            if 0 <= added < size and np.array_equal(prompt[:length], np.concatenate([old, np.array(new, int)])):
                 warnings.warn(
                     f"prompt {row} misses its cache more often than once in model.generation_window = {size} tokens: "
-                    f"it repeats the {len(old)} tokens that the call before ended with and adds {added}, and its cache "
+                    f"it repeats the {length} tokens that the call before ended with and adds {added}, and its cache "
                     "is rebuilt from nothing; ask for more tokens in one call and take them as they come, by stream()",
                     CacheWarning,
                     stacklevel=4,

@@ -59,25 +59,16 @@ def jitted(config: ModelConfig, mesh: Mesh | None) -> tuple[Any, Any, Any]:
 
 
 class Decoder:
-    """A model's parameters and its compiled functions; the caches belong to the caller.
+    """A model's parameters, in the compute dtype on every device of the mesh, and its compiled functions.
 
-    `prefill`, `step` and `slide` donate the cache they are given: use the one they return. The caller keeps lengths and
-    window phases (`CacheLedger`), because the host decides when to slide.
-
-    Attributes:
-      config: of the model.
-      mesh: of the devices that the history is split over; None for one device.
-      devices: how many that are.
-      params: in the compute dtype, on every device of the mesh.
+    `prefill`, `step` and `slide` donate the cache they are given: use the one they return. The caller keeps the lengths
+    of the sequences, and so knows when to slide.
     """
 
     def __init__(self, model: LanguageModel, variables: Mapping[str, Any], mesh: Mesh | None = None) -> None:
-        """Takes a model, its variables, and the devices to use.
+        """Takes a model of any architecture and its variables, {"params": ...}.
 
-        Args:
-          model: of any architecture.
-          variables: {"params": ...} as `model.init` gives them, on any device.
-          mesh: its axis `context` splits the rows of the history; other axes hold copies. None: the variables' device.
+        The mesh's axis `context` splits the rows of the history; other axes hold copies. None: the variables' device.
 
         Raises:
           ConfigError: for a model whose observation window is not the last rows of the history, or, with several

@@ -37,10 +37,6 @@ class Generator:
     Prompts of any lengths are generated together, and each gets the tokens that it would get alone (exactly in float32
     on the CPU; elsewhere as far as rounding changes no choice). A full window slides alone while the other sequences
     wait: see `stream`.
-
-    Attributes:
-      decoder: parameters in the compute dtype on the devices used, and compiled functions.
-      tokenizer: or None.
     """
 
     def __init__(
@@ -50,13 +46,9 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        """Takes a model and its variables.
+        """Takes a model of any architecture, its variables {"params": ...}, and a tokenizer for texts and stop strings.
 
-        Args:
-          model: of any architecture.
-          variables: {"params": ...} as `model.init` gives them.
-          tokenizer: for prompts that are texts, and for stop strings.
-          mesh: of several devices, made by `decoding.context_mesh`; None: the default device.
+        Several devices come as a mesh made by `decoding.context_mesh`.
 
         Raises:
           ConfigError: if the tokenizer has more ids than the model, or the model has no history to split.
@@ -67,7 +59,8 @@ class Generator:
         host = jax.device_get(dict(variables))
         self.decoder = Decoder(model, jax.tree.map(jnp.asarray, host) if mesh is None else host, mesh)
         self.tokenizer = tokenizer
-        self._before: Stream | None = None  # of the call before
+        # Of the call before: prompts, and new tokens as they come.
+        self._before: list[tuple[np.ndarray, list[int]]] = []
 
     @classmethod
     def from_workdir(
@@ -94,11 +87,7 @@ class Generator:
         return cls(model, {"params": params}, tokenizer, mesh)
 
     def generate_tokens(self, prompts: Sequence[Sequence[int] | np.ndarray], **options: Any) -> list[list[int]]:
-        """The new tokens of each prompt, the stop token included.
-
-        Args:
-          prompts: lists of token ids, of any lengths >= 1.
-          options: see the class.
+        """The new tokens of each prompt (one or more token ids), the stop token included; the class lists the options.
 
         Raises:
           UserError: for prompts and options that are not allowed, and for logits that are not finite.
@@ -145,9 +134,8 @@ class Generator:
         if self.tokenizer is not None and (show_text or config.stop_strings):
             texts = [TextStream(self.tokenizer, prompt.tolist(), config.stop_strings) for prompt in tokens]
         stream = Stream(self.decoder, tokens, config, texts)
-        if self._before is not None:
-            warn_of_continuation(self.decoder.config, self._before.sequences, tokens)
-        self._before = stream
+        warn_of_continuation(self.decoder.config, self._before, tokens)
+        self._before = list(zip(tokens, stream.new_tokens))
         return stream
 
     def _tokens_of(self, number: int, prompt: Any) -> np.ndarray:

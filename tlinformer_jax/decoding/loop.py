@@ -51,14 +51,7 @@ def sample_next(
     positions: Int[Array, " batch"],
     logits: Float[Array, "batch V"],
 ) -> tuple[Sequences, Int[Array, " batch"], Float[Array, " batch"] | None]:
-    """Samples the token after `logits` for every active sequence; a stop token ends its sequence.
-
-    Args:
-      sampler: the settings.
-      stop_tokens: at least one; -1 is none.
-      sequences: of the batch.
-      positions: of the tokens to sample.
-      logits: of the next token.
+    """Samples tokens at `positions` for all active sequences; a stop token (-1 is none) ends its sequence.
 
     Returns:
       the sequences; the tokens, -1 for inactive sequences and for logits that are not finite, which end their
@@ -82,14 +75,8 @@ def run_steps(
 ) -> tuple[Cache, Sequences, Tokens, LogProbs]:
     """Feeds and samples up to `limit` tokens for every active sequence; ends early when none is active.
 
-    Args:
-      params: of the model.
-      config: of the model (static).
-      cache: donated; no active sequence's window may fill up before the last step.
-      sequences: donated.
-      sampler: the settings.
-      stop_tokens: at least one; -1 is none.
-      limit: steps, at most MAX_STEPS.
+    No active sequence's window may fill up before the last step. `limit` is at most MAX_STEPS, `stop_tokens` has at
+    least one element (-1 is none).
 
     Returns:
       the cache, the sequences, and for each of MAX_STEPS steps tokens and log-probabilities (or None); -1 and 0 where
@@ -132,7 +119,7 @@ def run_steps(
 def jit_run_steps(
     mesh: Mesh | None, params: DecoderParams, config: ModelConfig, cache: Cache, *arrays: Any
 ) -> tuple[Cache, Sequences, Tokens, LogProbs]:
-    """`run_steps` on the devices of a mesh (None for one device); the other arguments are those of `run_steps`."""
+    """`run_steps` on the devices of a mesh (None for one device); cache and sequences are donated."""
     return over_devices(run_steps, mesh)(params, config, cache, *arrays)
 
 

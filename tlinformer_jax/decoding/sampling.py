@@ -13,8 +13,8 @@ Among equal logits lower token ids win. The largest logit is always kept.
 """
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -112,14 +112,14 @@ def sample(
     Noise belongs to token ids, not to ranks: rounding that swaps two unlikely tokens changes no other draw.
 
     Args:
-      logits: -inf for tokens that must not be chosen.
-      keys: as `sequence_keys` makes them, the same at every step.
-      positions: of the chosen tokens; they make the draws of one sequence differ.
-      seen: tokens that the repetition penalty applies to; read only if that is on.
+      logits: float32; -inf for tokens that must not be chosen.
+      keys: from `sequence_keys`, the same at every step.
+      positions: of the chosen tokens, which make the draws of one sequence differ.
+      seen: tokens that the repetition penalty applies to; None without it.
       sampler: the settings.
 
     Returns:
-      tokens, int32; NO_TOKEN (-1) where a row has no distribution: NaN, +inf, or nothing but -inf.
+      tokens, int32; NO_TOKEN (-1) for rows with NaN, +inf, or nothing but -inf.
       log-probabilities in nats under the softmax of `logits` as given; NaN for NO_TOKEN. None unless asked for.
     """
     scores = penalised(logits, seen, sampler)
@@ -185,12 +185,7 @@ def _draw(key: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " 
 
 
 def sequence_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
-    """One random key per sequence.
-
-    Args:
-      seed: one seed per sequence; or one number, and sequence i gets seed + i (modulo 2^32), so that it can be drawn
-        again alone.
-      batch: number of sequences.
+    """One random key per sequence, from one seed each or, for sequence i, from seed + i (modulo 2^32).
 
     Raises:
       ConfigError: for a seed that is not an integer from 0 to 2^32 - 1, or a list that is not `batch` long.
@@ -206,11 +201,11 @@ def sequence_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
 
 def _seeds(seed: int | Sequence[int]) -> list[int] | None:
     """The checked seeds of a list; None for one number."""
-    many = isinstance(seed, list | tuple | np.ndarray)
-    for one in seed if many else [seed]:
+    seeds = list(seed) if isinstance(seed, list | tuple | np.ndarray) else None
+    for one in [seed] if seeds is None else seeds:
         if not is_integer(one, 0, _SEEDS - 1):
             raise ConfigError("sampling.seed", one, f"must be an integer from 0 to {_SEEDS - 1}")
-    return list(seed) if many else None
+    return seeds
 
 
 def seen_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
@@ -228,11 +223,12 @@ def mark_seen(seen: Bool[Array, "B V"], tokens: Int[Array, " B"], active: Bool[A
     return seen.at[jnp.arange(seen.shape[0]), columns].set(True, mode="drop")
 
 
-def is_number(value: object, least: float, most: float) -> bool:
+def is_number(value: Any, least: float, most: float) -> bool:
     """Whether it is a number in that range, NumPy's included; bool and NaN are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(least <= value <= most)
+    numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return numeric and bool(least <= value <= most)
 
 
-def is_integer(value: object, least: int, most: float = float("inf")) -> bool:
+def is_integer(value: Any, least: int, most: float = float("inf")) -> bool:
     """Whether it is an integer in that range, NumPy's included; bool is not."""
-    return isinstance(value, numbers.Integral) and is_number(value, least, most)
+    return isinstance(value, int | np.integer) and is_number(value, least, most)

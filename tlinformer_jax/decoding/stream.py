@@ -107,7 +107,7 @@ class Generation:
 
     Attributes:
       tokens: all that were drawn, the stop token and those of the stop string included.
-      logprobs: of each token, in nats, under the model's own distribution; None unless asked for.
+      logprobs: of these, or None; see `GenerationConfig`.
       text: of the tokens before the stop token or stop string; "" without a tokenizer. An incomplete last character
         is left out; bytes that are not UTF-8 become U+FFFD.
       finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted', or None while it continues.
@@ -167,14 +167,7 @@ class Stream(Iterator[Piece]):
         config: GenerationConfig,
         texts: Sequence[TextStream | None],
     ) -> None:
-        """Prepares a generation; the first `next` starts it.
-
-        Args:
-          decoder: of the model.
-          prompts: ids in the vocabulary, each int [length >= 1].
-          config: with stop_tokens and chunk, not None.
-          texts: one for each sequence.
-        """
+        """Prepares a generation; the first `next` starts it. `config` has stop_tokens and chunk that are not None."""
         assert config.stop_tokens is not None
         self._decoder, self._config = decoder, config
         self._keys = sequence_keys(config.seed, len(prompts))
@@ -214,9 +207,9 @@ class Stream(Iterator[Piece]):
         return pieces
 
     @property
-    def sequences(self) -> list[np.ndarray]:
-        """Prompt and continuation so far of each sequence, int32 [length]."""
-        return [np.concatenate([one.prompt, np.array(one.tokens, np.int32)]) for one in self._sequences]
+    def new_tokens(self) -> list[list[int]]:
+        """The tokens of each sequence; the lists grow while it continues."""
+        return [sequence.tokens for sequence in self._sequences]
 
     @property
     def generations(self) -> list[Generation]:
@@ -295,15 +288,14 @@ class Stream(Iterator[Piece]):
     def _advance(self, cache: Cache) -> tuple[np.ndarray, np.ndarray | None]:
         """Feeds the tokens drawn last and draws more, until a window is full or the chunk is done.
 
-        Returns:
-          tokens, int [steps, batch], -1 where nothing was drawn; their log-probabilities, or None.
+        Returns tokens, int [steps, batch], -1 where nothing was drawn, and their log-probabilities or None.
         """
         assert self._state is not None
         assert self._config.chunk is not None
         cache, room = self._make_room(cache)
         steps = min(self._config.chunk, self._config.max_new_tokens - self._drawn, room)
         # Only the host knows of sequences that a stop string has ended.
-        state = dataclasses.replace(self._state, active=self._active)
+        state = dataclasses.replace(self._state, active=jnp.asarray(self._active))
         self._cache, self._state, tokens, logprobs = jit_run_steps(
             self._decoder.mesh,
             self._decoder.params,
@@ -320,11 +312,7 @@ class Stream(Iterator[Piece]):
         return drawn, None if logprobs is None else np.asarray(logprobs)[:steps]
 
     def _make_room(self, cache: Cache) -> tuple[Cache, int]:
-        """Slides full windows of active sequences and grows the cache, so that all can be fed a token.
-
-        Returns:
-          the cache, and how many tokens each active sequence can be fed.
-        """
+        """Slides full windows of active sequences and grows the cache; says how many tokens each can then be fed."""
         decoder, config = self._decoder, self._decoder.config
         lengths = [(row, one.length) for row, one in enumerate(self._sequences) if one.finish_reason is None]
         size, longest = config.generation_window, max(length for _, length in lengths)
