@@ -216,7 +216,7 @@ def _release(session: Session) -> None:
 
 
 def _out_of_memory(error: Exception, part: str) -> str:
-    """One line about a failure for want of memory, the host's or the device's; any other failure goes on."""
+    """One line about a lack of memory, the host's or the device's; any other failure is raised again."""
     text = str(error)
     device = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
     if not device and not isinstance(error, MemoryError):

@@ -51,7 +51,7 @@ def time_calls(
       budget: seconds for all counted calls. At least `least` are made unless they take four times the budget.
       prepare: done, and waited for, before each call, and not timed.
       least: calls.
-      compiled: the caller has seen to it that nothing is left to compile; so the first call counts.
+      compiled: nothing is left to compile, so the first call counts.
     """
     if not compiled:
         _timed(call, prepare)
