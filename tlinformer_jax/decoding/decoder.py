@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding import layered, windowed
+from tlinformer_jax.decoding import layered, spread, windowed
 from tlinformer_jax.decoding.cache import (
     Cache,
     LayeredCache,
@@ -23,15 +23,6 @@ from tlinformer_jax.decoding.cache import (
     stored_rows,
 )
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params
-from tlinformer_jax.decoding.spread import (
-    WHOLE,
-    empty,
-    init_spread_cache,
-    over_devices,
-    replicate,
-    split_of,
-    widened,
-)
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.model import LanguageModel
 
@@ -53,7 +44,7 @@ def jitted(config: ModelConfig, mesh: Mesh | None) -> tuple[Any, Any, Any]:
     """`prefill`, `step` and `slide`, each run on all devices of the mesh; their caches are donated."""
     functions = (windowed.prefill if config.windowed else layered.prefill, step, windowed.slide)
     prefill, one, slide = (
-        jax.jit(over_devices(function, mesh), static_argnums=1, donate_argnums=2) for function in functions
+        jax.jit(spread.over_devices(function, mesh), static_argnums=1, donate_argnums=2) for function in functions
     )
     return prefill, one, slide
 
@@ -81,16 +72,16 @@ class Decoder:
                 self.config.observed_selection,
                 "must be 'recent' for generation, whose cache holds those rows; others are for training and evaluation",
             )
-        split = split_of(mesh, self.config)
+        split = spread.split_of(mesh, self.config)
         self.devices = 1 if split is None else split.parts
-        typed = model.apply(replicate(dict(variables), mesh), method=model.parameters)
-        sharding = None if mesh is None else NamedSharding(mesh, WHOLE)
+        typed = model.apply(spread.replicate(dict(variables), mesh), method=model.parameters)
+        sharding = None if mesh is None else NamedSharding(mesh, spread.WHOLE)
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
         self._prefill, self._step, self._slide = jitted(self.config, mesh)
 
     def init_cache(self, batch: int, tokens: int, final: int | None = None) -> Cache:
         """An empty cache for `batch` sequences of up to `tokens` tokens, in the end `final` if that is known."""
-        return init_spread_cache(self.config, batch, self._capacity_for(tokens, final), self.mesh)
+        return spread.init_spread_cache(self.config, batch, self._capacity_for(tokens, final), self.mesh)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
         """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the next token's logits."""
@@ -138,14 +129,14 @@ def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
     def copied(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
         if array.shape == shape.shape:
             return array
-        wide = widened(array, shape.shape)
+        wide = spread.widened(array, shape.shape)
         array.delete()
         return wide
 
     def dropped(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = array.sharding
         array.delete()
-        return empty(shape.shape, shape.dtype, sharding)
+        return spread.empty(shape.shape, shape.dtype, sharding)
 
     if isinstance(cache, LayeredCache):
         return dataclasses.replace(cache, layers=jax.tree.map(copied, cache.layers, shapes.layers), capacity=capacity)

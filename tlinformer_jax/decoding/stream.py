@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.decoding.accounting import CacheBytes, cache_bytes
-from tlinformer_jax.decoding.cache import Cache, WindowedCache, history_of
+from tlinformer_jax.decoding.cache import Cache, WindowedCache
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.loop import MAX_STEPS, Sequences, jit_run_steps, jit_sample_next
 from tlinformer_jax.decoding.sampling import SamplingConfig, is_integer, seen_tokens, sequence_keys
@@ -101,15 +101,13 @@ class Piece:
     finish_reason: str | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Generation:
-    """What a sequence has got so far.
+    """What a sequence has got so far; it grows while the stream continues, and may be ahead of the pieces yielded.
 
     Attributes:
       tokens: all that were drawn, the stop token and those of the stop string included.
       logprobs: of these, or None; see `GenerationConfig`.
-      text: of the tokens before the stop token or stop string; "" without a tokenizer. An incomplete last character
-        is left out; bytes that are not UTF-8 become U+FFFD.
       finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted', or None while it continues.
       hits: tokens fed to the cache; after a stop string the device may have fed a few too many.
       misses: times the whole history was processed: the prefill, and each slide of the window.
@@ -117,10 +115,18 @@ class Generation:
 
     tokens: list[int]
     logprobs: list[float] | None
-    text: str
     finish_reason: str | None
-    hits: int
-    misses: int
+    hits: int = 0
+    misses: int = 0
+    _texts: list[str] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def text(self) -> str:
+        """Of the tokens before the stop token or stop string; "" without a tokenizer.
+
+        An incomplete last character is left out; bytes that are not UTF-8 become U+FFFD.
+        """
+        return "".join(self._texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,30 +138,13 @@ class Call:
     tokens: int
 
 
-@dataclasses.dataclass
-class _Sequence:
-    """State of one sequence on the host; `text` is None if no text is wanted, `fed` counts tokens given to `step`."""
-
-    prompt: np.ndarray
-    text: TextStream | None
-    finish_reason: str | None
-    fed: int = 0
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    shown: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return len(self.prompt) + self.fed
-
-
 class Stream(Iterator[Piece]):
     """Yields pieces as they come, until all sequences have ended.
 
     A `KeyboardInterrupt` passes through: then call `stop`, and read `generations` for what there is.
 
     Attributes:
+      generations: what each sequence has got so far.
       calls: device calls so far. The first is the prefill, which also draws the first token of each sequence; the
         others include slides. Compilation, where a call needed it, is in its time.
     """
@@ -175,8 +164,9 @@ class Stream(Iterator[Piece]):
         # Padded to a power of two with an id that no token has, so that few lengths are compiled for.
         padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
         self._stop_array = np.array([*self._stops, *[-1] * padding], np.int32)
+        self._prompts, self._texts = prompts, texts
         done = LENGTH if config.max_new_tokens == 0 else None
-        self._sequences = [_Sequence(prompt, text, done) for prompt, text in zip(prompts, texts)]
+        self.generations = [Generation([], [] if config.logprobs else None, done) for _ in prompts]
         self._longest = max((len(prompt) for prompt in prompts), default=0)
         self._final = self._longest + config.max_new_tokens
         self._drawn = 0  # tokens of every sequence that continues
@@ -199,53 +189,28 @@ class Stream(Iterator[Piece]):
         """Ends all sequences; returns pieces not yet yielded and, as pieces, text that was held back."""
         pieces = list(self._pieces)
         self._pieces.clear()
-        for index, sequence in enumerate(self._sequences):
-            if sequence.finish_reason is None:
-                rest = _finish(sequence, INTERRUPTED)
-                pieces.append(Piece(index, [], [] if self._config.logprobs else None, rest, INTERRUPTED))
+        for row in np.flatnonzero(self._active).tolist():
+            rest = self._finish(row, INTERRUPTED)
+            pieces.append(Piece(row, [], [] if self._config.logprobs else None, rest, INTERRUPTED))
         self._release()
         return pieces
-
-    @property
-    def new_tokens(self) -> list[list[int]]:
-        """The tokens of each sequence; the lists grow while it continues."""
-        return [sequence.tokens for sequence in self._sequences]
-
-    @property
-    def generations(self) -> list[Generation]:
-        """What each sequence has got so far; it may be ahead of the pieces yielded."""
-        return [
-            Generation(
-                tokens=list(sequence.tokens),
-                logprobs=list(sequence.logprobs) if self._config.logprobs else None,
-                text="".join(sequence.shown),
-                finish_reason=sequence.finish_reason,
-                hits=sequence.fed,
-                misses=self._misses(sequence),
-            )
-            for sequence in self._sequences
-        ]
 
     @property
     def cache_bytes(self) -> CacheBytes:
         """Bytes of the cache, now or before it was freed; no parts if nothing was generated."""
         if self._cache is not None:
-            lengths = [sequence.length for sequence in self._sequences]
-            self._bytes = cache_bytes(self._decoder.config, self._cache, lengths)
+            self._bytes = cache_bytes(self._decoder.config, self._cache, self._lengths)
         return self._bytes
 
-    def _misses(self, sequence: _Sequence) -> int:
-        """The prefill, and the slides of the window."""
-        if not self.calls:
-            return 0
-        config = self._decoder.config
-        slid = history_of(config, sequence.length) - history_of(config, len(sequence.prompt))
-        return 1 + slid // config.generation_window if config.windowed else 1
+    @property
+    def _lengths(self) -> list[int]:
+        """Tokens of each sequence in the cache."""
+        return [len(prompt) + generation.hits for prompt, generation in zip(self._prompts, self.generations)]
 
     @property
     def _active(self) -> np.ndarray:
         """Which sequences continue, bool [batch]."""
-        return np.array([sequence.finish_reason is None for sequence in self._sequences], bool)
+        return np.array([generation.finish_reason is None for generation in self.generations], bool)
 
     def _release(self) -> None:
         """Frees the cache."""
@@ -269,16 +234,17 @@ class Stream(Iterator[Piece]):
 
     def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Prefills the prompts one after another and draws each one's first token; returns as `_advance`."""
-        decoder, prompts = self._decoder, [sequence.prompt for sequence in self._sequences]
+        decoder, prompts = self._decoder, self._prompts
         cache, logits = decoder.init_cache(len(prompts), self._longest, self._final), []
         for row, prompt in enumerate(prompts):
             cache, of_row = decoder.prefill(cache, row, prompt)
             logits.append(of_row)
+            self.generations[row].misses += 1
         seen = None
         if self._sampler.repetition_penalty is not None:
             seen = jnp.asarray(seen_tokens(prompts, decoder.config.vocab_size))
         state = Sequences(jnp.zeros(len(prompts), jnp.int32), self._keys, jnp.ones(len(prompts), bool), seen)
-        positions = np.array([len(prompt) for prompt in prompts], np.int32)
+        positions = np.array(self._lengths, np.int32)
         self._state, tokens, logprobs = jit_sample_next(
             self._sampler, self._stop_array, state, positions, jnp.stack(logits)
         )
@@ -307,34 +273,35 @@ class Stream(Iterator[Piece]):
             np.int32(steps),
         )
         drawn = np.asarray(tokens)[:steps]
-        for sequence, count in zip(self._sequences, (drawn >= 0).sum(0).tolist()):
-            sequence.fed += count
+        for generation, count in zip(self.generations, (drawn >= 0).sum(0).tolist()):
+            generation.hits += count
         return drawn, None if logprobs is None else np.asarray(logprobs)[:steps]
 
     def _make_room(self, cache: Cache) -> tuple[Cache, int]:
         """Slides full windows of active sequences and grows the cache; says how many tokens each can then be fed."""
         decoder, config = self._decoder, self._decoder.config
-        lengths = [(row, one.length) for row, one in enumerate(self._sequences) if one.finish_reason is None]
-        size, longest = config.generation_window, max(length for _, length in lengths)
+        everyone = self._lengths
+        lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
+        size, longest = config.generation_window, max(lengths.values())
         if config.architecture == "sliding_window":
             return cache, MAX_STEPS
         if not config.windowed:
             cache = decoder.grow(cache, longest + 1, self._final)
             return cache, cache.capacity - longest
-        for row, length in lengths:
+        for row, length in lengths.items():
             if length % size == 0:
                 # Directly before the slide, which rebuilds what growing drops.
                 grown = decoder.grow(cache, length + 1, self._final)
                 assert isinstance(grown, WindowedCache)
                 cache = decoder.slide(grown, row, length)
-        return cache, min(size - length % size for _, length in lengths)
+                self.generations[row].misses += 1
+        return cache, min(size - length % size for length in lengths.values())
 
     def _check_finite(self, row: int, tokens: list[int], steps: int) -> None:
         """Refuses to continue a sequence that drew fewer tokens than `steps` without a stop token."""
         if len(tokens) == steps or (tokens and tokens[-1] in self._stops):
             return
-        sequence = self._sequences[row]
-        position = len(sequence.prompt) + len(sequence.tokens) + len(tokens)
+        position = len(self._prompts[row]) + len(self.generations[row].tokens) + len(tokens)
         raise UserError(
             f"sequence {row}: the model's logits are not finite at position {position}, so no token can be chosen; its "
             f"parameters may be damaged, or too large for model.dtype = {self._decoder.config.compute_dtype}"
@@ -342,40 +309,41 @@ class Stream(Iterator[Piece]):
 
     def _take(self, row: int, tokens: list[int], logprobs: list[float] | None) -> Piece:
         """Adds to a sequence what it has drawn, up to where it stops."""
-        sequence, reason = self._sequences[row], None
+        generation, stream, reason = self.generations[row], self._texts[row], None
         at_stop_token = tokens[-1] in self._stops
-        text, count = self._read(sequence, tokens[:-1] if at_stop_token else tokens)
-        if sequence.text is not None and sequence.text.stopped:
+        text, count = self._read(stream, tokens[:-1] if at_stop_token else tokens)
+        if stream is not None and stream.stopped:
             reason, tokens = STOP_STRING, tokens[:count]
         elif at_stop_token:
             reason = STOP_TOKEN
         elif self._drawn >= self._config.max_new_tokens:
             reason = LENGTH
-        logprobs = None if logprobs is None else logprobs[: len(tokens)]
-        sequence.tokens += tokens
-        sequence.logprobs += logprobs or []
-        sequence.shown.append(text)
+        generation.tokens += tokens
+        if logprobs is not None and generation.logprobs is not None:
+            logprobs = logprobs[: len(tokens)]
+            generation.logprobs += logprobs
+        generation._texts.append(text)
         if reason is not None:
-            text += _finish(sequence, reason)
+            text += self._finish(row, reason)
         return Piece(row, tokens, logprobs, text, reason)
 
-    def _read(self, sequence: _Sequence, tokens: list[int]) -> tuple[str, int]:
+    def _read(self, stream: TextStream | None, tokens: list[int]) -> tuple[str, int]:
         """Text of new tokens up to a stop string, and how many tokens that took."""
-        if sequence.text is None:
+        if stream is None:
             return "", len(tokens)
         if not self._config.stop_strings:
-            return sequence.text.push(tokens), len(tokens)
+            return stream.push(tokens), len(tokens)
         text = ""
         for count, token in enumerate(tokens, 1):
-            text += sequence.text.push([token])
-            if sequence.text.stopped:
+            text += stream.push([token])
+            if stream.stopped:
                 return text, count
         return text, len(tokens)
 
-
-def _finish(sequence: _Sequence, reason: str) -> str:
-    """Ends a sequence; returns the text that was held back."""
-    rest = sequence.text.finish() if sequence.text is not None and not sequence.text.stopped else ""
-    sequence.shown.append(rest)
-    sequence.finish_reason = reason
-    return rest
+    def _finish(self, row: int, reason: str) -> str:
+        """Ends a sequence; returns the text that was held back."""
+        stream, generation = self._texts[row], self.generations[row]
+        rest = stream.finish() if stream is not None and not stream.stopped else ""
+        generation._texts.append(rest)
+        generation.finish_reason = reason
+        return rest
