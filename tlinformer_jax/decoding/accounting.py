@@ -96,9 +96,12 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
 
     if isinstance(cache, LayeredCache):
         held = sum(min(length, cache.capacity) for length in lengths)
-        layers, counts = part(cache.layers, held * config.num_layers * row), part(cache.length, 4 * batch)
-        paper = tokens * config.num_layers * row if config.architecture == "transformer" else None
-        return CacheBytes({"layers": layers, "lengths": counts}, paper)
+        parts = {
+            "layers": part(cache.layers, held * config.num_layers * row),
+            "lengths": part(cache.length, 4 * batch),
+        }
+        paper = tokens * config.num_layers * row
+        return CacheBytes(parts, paper if config.architecture == "transformer" else None)
     histories = [history_of(config, length) for length in lengths]
     observed = sum(config.observed_rows(history) for history in histories)
     devices = 1 if cache.split is None else cache.split.parts
@@ -111,8 +114,8 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
         "tokens": part(cache.tokens, 4 * tokens),
         "lengths": part(numbers, 4 * batch * len(numbers)),
     }
-    grows = config.architecture == "tlinformer"
-    return CacheBytes(parts, tokens * row * config.num_layers // config.layers_per_block if grows else None, devices)
+    paper = tokens * row * config.num_layers // config.layers_per_block
+    return CacheBytes(parts, paper if config.architecture == "tlinformer" else None, devices)
 
 
 def cache_bytes_at(config: ModelConfig, tokens: int) -> CacheBytes:

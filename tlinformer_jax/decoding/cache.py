@@ -175,7 +175,8 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows 
     if not config.windowed:
         return LayeredCache(rows(capacity, config.num_layers), lengths(), capacity)
     observed = max(config.observed_rows(capacity), 1)
-    parts, kept = 1 if split is None else split.parts, config.num_blocks if config.architecture == "tlinformer" else 0
+    parts = 1 if split is None else split.parts
+    kept = config.num_blocks if config.architecture == "tlinformer" else 0
     return WindowedCache(
         # The slice of an observation window may reach past its valid rows.
         tokens=jnp.zeros((batch, capacity + max(config.generation_window, observed)), jnp.int32),

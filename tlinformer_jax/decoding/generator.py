@@ -135,7 +135,7 @@ class Generator:
             texts = [TextStream(self.tokenizer, prompt.tolist(), config.stop_strings) for prompt in tokens]
         stream = Stream(self.decoder, tokens, config, texts)
         warn_of_continuation(self.decoder.config, self._before, tokens)
-        self._before = [(prompt, generation.tokens) for prompt, generation in zip(tokens, stream.generations)]
+        self._before = [(prompt, new.tokens) for prompt, new in zip(tokens, stream.generations)]
         return stream
 
     def _tokens_of(self, number: int, prompt: Any) -> np.ndarray:

@@ -94,9 +94,13 @@ class SamplingConfig:
         penalty = unless(1, self.repetition_penalty)
         if self.temperature == 0:
             return Sampler(repetition_penalty=penalty, logprobs=logprobs)
-        top_k = None if self.top_k is None else int(self.top_k)
         return Sampler(
-            jnp.float32(self.temperature), unless(1, self.top_p), unless(0, self.min_p), penalty, top_k, logprobs
+            temperature=jnp.float32(self.temperature),
+            top_p=unless(1, self.top_p),
+            min_p=unless(0, self.min_p),
+            repetition_penalty=penalty,
+            top_k=None if self.top_k is None else int(self.top_k),
+            logprobs=logprobs,
         )
 
 
@@ -148,14 +152,18 @@ def penalised(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, samp
 def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
     """Logits after temperature, top_k, top_p and min_p: the largest of a row is 0, dropped tokens are -inf."""
     assert sampler.temperature is not None
-    peak, size = jnp.max(logits, axis=-1, keepdims=True), logits.shape[-1]
+    size = logits.shape[-1]
+    peak = jnp.max(logits, axis=-1, keepdims=True)
     # Shifted before the division, a low temperature can overflow to -inf only, which is right.
     scaled = (logits - jnp.where(jnp.isfinite(peak), peak, 0.0)) / sampler.temperature
-    top_k, kept = min(sampler.top_k or size, size), scaled
+    top_k = min(sampler.top_k or size, size)
+    kept = scaled
     if sampler.top_p is not None or top_k < size:
         # One sorted array serves both: top_p applies to what top_k has kept.
         ordered = jax.lax.top_k(scaled, top_k)[0] if sampler.top_k is not None else -jnp.sort(-scaled, axis=-1)
-        count = jnp.full_like(peak, top_k, jnp.int32) if sampler.top_p is None else _nucleus(ordered, sampler.top_p)
+        count = jnp.full_like(peak, top_k, jnp.int32)
+        if sampler.top_p is not None:
+            count = _nucleus(ordered, sampler.top_p)
         kept = jnp.where(_largest(scaled, ordered, count), kept, -jnp.inf)
     if sampler.min_p is not None:
         kept = jnp.where(jnp.exp(scaled) >= sampler.min_p, kept, -jnp.inf)

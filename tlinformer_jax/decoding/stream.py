@@ -160,7 +160,8 @@ class Stream(Iterator[Piece]):
         assert config.stop_tokens is not None
         self._decoder, self._config = decoder, config
         self._keys = sequence_keys(config.seed, len(prompts))
-        self._sampler, self._stops = config.sampler(bool(config.logprobs)), sorted(set(config.stop_tokens))
+        self._sampler = config.sampler(bool(config.logprobs))
+        self._stops = sorted(set(config.stop_tokens))
         # Padded to a power of two with an id that no token has, so that few lengths are compiled for.
         padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
         self._stop_array = np.array([*self._stops, *[-1] * padding], np.int32)
