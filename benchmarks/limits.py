@@ -183,7 +183,7 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
     # Between blocks every row is restored: its query, and what follows attention.
     dense += (config.num_blocks - 1) * rows * (each - 2 * square)
     pairs += (config.num_blocks - 1) * rows * observed
-    # Block 0's rows are embeddings of tokens: at most as many need projection as the vocabulary has.
+    # Block 0 projects tokens: no more rows than the vocabulary has (`decoding.vocabulary`).
     if config.num_blocks > 1:
         dense -= square * max(rows - config.vocab_size, 0)
     if config.architecture == "tlinformer":
