@@ -48,7 +48,7 @@ MAX_QUADRATIC = flags.DEFINE_integer(
 CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
 SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.", lower_bound=0, upper_bound=2**32 - 1)
 PROFILE = flags.DEFINE_string("profile", "", "Directory for traces of a hit loop and a slide at the largest length.")
-OUT = flags.DEFINE_string("out", "", "Directory for inference.json, inference.csv and plots; none: print only.")
+OUT = flags.DEFINE_string("out", "", "Directory for inference.json and plots; none: print only.")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
-    from tlinformer_jax.decoding.stream import Call, Statistics, Stream
+    from tlinformer_jax.decoding.stream import Call, Stream
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
@@ -64,8 +64,8 @@ def _generate() -> int:
     workdir = local_path(WORKDIR.value, "--workdir")
 
     from tlinformer_jax.decoding.generator import Generator
-    from tlinformer_jax.decoding.settings import generation_config
     from tlinformer_jax.decoding.spread import context_mesh
+    from tlinformer_jax.decoding.stream import generation_config
     from tlinformer_jax.training.memory import advised, generation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
@@ -79,7 +79,7 @@ def _generate() -> int:
         except ConfigError as error:
             raise _named_by_flag(error, options) from None
         interrupted = _print_samples(stream)
-    _print_figures(stream.statistics, compilations)
+    _print_figures(stream, compilations)
     return INTERRUPTED if interrupted else 0
 
 
@@ -163,21 +163,23 @@ def _as_json(number: int, sample: Any) -> dict[str, Any]:
     }
 
 
-def _print_figures(statistics: "Statistics", compilations: list[float]) -> None:
+def _print_figures(stream: "Stream", compilations: list[float]) -> None:
     """Prints on stderr what it took."""
-    if statistics.prefill is None:
+    calls = stream.calls
+    if not calls:
         return
-    calls = [statistics.prefill, *statistics.decode]
     tokens, seconds = sum(call.tokens for call in calls), sum(call.seconds for call in calls)
     lines = [
         f"{tokens:,} tokens in {seconds:.2f} s, prefill and compilation included: {tokens / seconds:,.1f} tokens/s"
     ]
-    compiled = [call for call in statistics.decode if not _within(call, compilations)]
+    compiled = [call for call in calls[1:] if not _within(call, compilations)]
     if compiled:
         rate = sum(call.tokens for call in compiled) / sum(call.seconds for call in compiled)
         lines.append(f"{rate:,.1f} tokens/s once compiled, slides included")
-    lines.append(f"{statistics.hits:,} cache hits, {statistics.misses:,} misses")
-    lines.append(f"cache: {statistics.cache}")
+    samples = stream.generations
+    hits, misses = sum(sample.hits for sample in samples), sum(sample.misses for sample in samples)
+    lines.append(f"{hits:,} cache hits, {misses:,} misses")
+    lines.append(f"cache: {stream.cache_bytes}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
