@@ -1,4 +1,4 @@
-"""A small training run in a process of its own, watched from outside and killed: what `bench.faults` tries.
+"""A small training run in a process of its own, watched from outside and killed: what `tools.faults` tries.
 
 What a run was doing when it died is told by what it left: its log, a half-made token cache, a half-made checkpoint.
 A run is a fork of a process that has imported JAX but never used it; that saves the second that the imports take.

@@ -1,4 +1,4 @@
-"""The trials of `bench.faults`: an uninterrupted run, then runs that are killed at seeded random moments."""
+"""The trials of `tools.faults`: an uninterrupted run, then runs that are killed at seeded random moments."""
 
 import dataclasses
 import itertools

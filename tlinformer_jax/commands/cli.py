@@ -20,16 +20,6 @@ from tlinformer_jax.files import local_path, path_fault
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
 
-# With libtpu beside it JAX would look for TPUs; libtpu would ask Google's cloud which one this is, complain that there
-# is none, and hold a lock that is for processes that share TPUs, where a compiler can run many times.
-WITHOUT_TPUS = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
@@ -319,9 +309,3 @@ def _first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return lines[-1] if any("Traceback" in line for line in lines) else lines[0]
-
-
-def without_tpus() -> None:
-    """Lets libtpu compile for TPUs that are not here; to be called before JAX is imported."""
-    for name, value in WITHOUT_TPUS.items():
-        os.environ.setdefault(name, value)
