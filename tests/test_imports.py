@@ -11,7 +11,7 @@ from tests.support.commands import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Of distributions whose module has another name.
 MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
-# TFDS finds this class by importing the module; nothing else of the package does.
+# A TFDS builder, which is imported only where it is run.
 BUILDER = "tlinformer_jax/data/wikitext103/builder.py"
 
 
