@@ -53,9 +53,9 @@ def main() -> None:
         with memory_advice(config):
             print(check_run(config, CHECK_COMPILE.value))
         return
-    for flag in (INIT_FROM, PROFILE):
+    for flag in (INIT_FROM, PROFILE):  # before anything is made
         if flag.value:
-            local_path(flag.value, f"--{flag.name}")  # before anything is made
+            local_path(flag.value, f"--{flag.name}")
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None

@@ -94,6 +94,38 @@ def fail(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:
+    """Defines --workdir and --step, for commands that read a run."""
+    step = "Step of the checkpoint; the newest good one if not given."
+    return (
+        flags.DEFINE_string("workdir", "", "Working directory of a run."),
+        flags.DEFINE_integer("step", None, step, lower_bound=0),
+    )
+
+
+def given_path(flag: flags.FlagHolder[str], what: str) -> pathlib.Path:
+    """The path that a flag holds.
+
+    Raises:
+      UserError: if it is empty ("must name `what`") or no path.
+    """
+    if not flag.value:
+        raise UserError(f"--{flag.name}: must name {what}")
+    return local_path(flag.value, f"--{flag.name}")
+
+
+def integers(flag: flags.FlagHolder[Any]) -> tuple[int, ...]:
+    """The numbers of a flag that is a list.
+
+    Raises:
+      UserError: if one is no integer.
+    """
+    try:
+        return tuple(int(text) for text in flag.value)
+    except ValueError:
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: must be integers with commas between") from None
+
+
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
     """Creates the directory that `flag` names if needed; its absolute path.
 
@@ -182,16 +214,6 @@ class _CompletedConfig(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return str(self._parser.flag_type())
-
-
-def define_optional_config_flag() -> None:
-    """Defines --config where it is used, for commands that have a default: a bare machine may lack ml_collections."""
-    if not any(argument.lstrip("-").split("=")[0].split(".")[0] == "config" for argument in sys.argv[1:]):
-        return
-    try:
-        define_config_flag()
-    except ImportError:
-        fail("--config: config files need the package ml_collections, which is not installed")
 
 
 def config_given() -> bool:

@@ -13,16 +13,14 @@ from absl import flags
 
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.evaluation.report import EvaluationOptions, Report
 
 cli.define_process_flags()
-WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
+WORKDIR, STEP = cli.run_flags()
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to evaluate on.")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to evaluate on instead of a split.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
 LENGTH = flags.DEFINE_integer("length", None, "Evaluate all tokens in samples of this length.", lower_bound=1)
 LENGTHS = flags.DEFINE_list("lengths", [], "Evaluate all tokens once more in samples of each of these lengths.")
 BY_POSITION = flags.DEFINE_bool("by_position", False, "Tell the loss by position in the sample and in the window.")
@@ -40,12 +38,10 @@ def main() -> None:
     from tlinformer_jax.training.memory import advised, evaluation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    if not WORKDIR.value:
-        raise UserError("--workdir: must name the directory of a run")
+    workdir = cli.given_path(WORKDIR, "the directory of a run")
     options = _options()
     text = _text()
     cluster = cli.cluster()
-    workdir = local_path(WORKDIR.value, "--workdir")
     batch_size = BATCH_SIZE.value or load_config(workdir).train.evaluation_batch_size
     use_compilation_cache()
     if cluster is not None:
@@ -62,17 +58,10 @@ def main() -> None:
 
 
 def _options() -> "EvaluationOptions":
-    """What the flags ask for.
-
-    Raises:
-      UserError: for lengths that are none.
-    """
+    """What the flags ask for."""
     from tlinformer_jax.evaluation.report import EvaluationOptions
 
-    try:
-        lengths = tuple(dict.fromkeys(int(text) for text in LENGTHS.value))
-    except ValueError:
-        raise UserError(f"--lengths={','.join(LENGTHS.value)}: must be integers with commas between") from None
+    lengths = tuple(dict.fromkeys(cli.integers(LENGTHS)))
     try:
         return EvaluationOptions(LENGTH.value, lengths, BY_POSITION.value, BATCH_SIZE.value)
     except ConfigError as error:

@@ -14,13 +14,11 @@ from absl import flags
 from tlinformer_jax import environment
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.decoding.stream import Call, Statistics, Stream
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
+WORKDIR, STEP = cli.run_flags()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file whose whole text is continued, its last line end too."
@@ -59,9 +57,7 @@ def _generate() -> int:
     prompt, options = _prompt(), _options()
     if NUM_SAMPLES.value < 1:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: must be an integer >= 1")
-    if not WORKDIR.value:
-        raise UserError("--workdir: must name the directory of a run")
-    workdir = local_path(WORKDIR.value, "--workdir")
+    workdir = cli.given_path(WORKDIR, "the directory of a run")
 
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.settings import generation_config
