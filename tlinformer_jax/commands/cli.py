@@ -123,7 +123,7 @@ def integers(flag: flags.FlagHolder[Any]) -> tuple[int, ...]:
     try:
         return tuple(int(text) for text in flag.value)
     except ValueError:
-        raise UserError(f"--{flag.name}={','.join(flag.value)}: must be integers with commas between") from None
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: must be integers, separated by commas") from None
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
