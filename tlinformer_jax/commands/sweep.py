@@ -101,10 +101,10 @@ def define_flags() -> None:
     if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
         return
     named = ""
-    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+    for argument, value in zip(sys.argv[1:], [*sys.argv[2:], ""]):
         found = re.match(r"--?sweep(=(?P<value>.*))?$", argument, re.DOTALL)
         if found:
-            named = following if found["value"] is None else found["value"]
+            named = value if found["value"] is None else found["value"]
     try:
         base = load_sweep(named).base
     except UserError as error:
