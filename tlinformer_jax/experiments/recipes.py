@@ -1,10 +1,9 @@
 """What the config and sweep files of the retrieval tasks share: settings by name, models of equal depth, the recipe.
 
-A setting binds where neither window of a question can hold what is asked for: more pairs than W_oh has rows, samples
-far longer than W_oh, and answers that stand outside the generation window of their question. Pairs fill whole
-generation windows, so that in every setting of 'recall' all answers stand outside; which of them lie in W_oh,
-evaluations tell apart. No setting is beyond the reach of a sliding window of W_oh + W_og rows, whose layers relay
-answers.
+In a "tight" setting neither window of a question can hold all that is asked for: there are more pairs than W_oh has
+rows. Pairs fill whole generation windows, so in 'recall' no answer stands in the generation window of its question;
+evaluations tell whether it stands in W_oh. A sliding window of W_oh + W_og rows can reach every answer, since its
+layers relay them.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.recipes import set_books
 from tlinformer_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,16 +37,16 @@ class Setting:
 
 
 RECALL = {
-    # The protocol's own (length, pairs); the pairs fill the first window, W_oh could hold all of them.
+    # The protocol's own (length, pairs); W_oh could hold all pairs.
     "64-4": Setting(64, 8, 8, 4),
     "128-8": Setting(128, 16, 16, 8),
     "256-16": Setting(256, 32, 32, 16),
     "512-64": Setting(512, 128, 128, 64, "64:600,128:600,256:800"),
-    # Binding: 4 times as many pairs as rows of W_oh, 32 times as long; the pairs fill the first window.
+    # 4 times as many pairs as rows of W_oh, 32 times as long.
     "256-32-tight": Setting(256, 8, 64, 32, "64:3000@0.8,128:2000@0.8"),
     "512-64-tight": Setting(512, 16, 128, 64, "64:600,128:600,256:800"),
     "1024-128-tight": Setting(1024, 32, 256, 128, "64:600,128:600,256:800,512:800"),
-    # Two of the protocol's, on shorter samples first. Last, so that the points of sweeps keep their numbers.
+    # Two of the protocol's, on shorter samples first. At the end, so that sweeps keep the numbers of their points.
     "128-8-grown": Setting(128, 16, 16, 8, "64:2000"),
     "256-16-grown": Setting(256, 32, 32, 16, "64:1500,128:1500"),
 }
@@ -60,7 +60,7 @@ PASSKEY = {
     "tiny": Setting(512, 64, 64, curriculum="256:20"),  # minutes on a CPU
 }
 
-# Architecture, B, H; B * (H + 2) layers. A block's history of raw embeddings cannot know its predecessors, so B = 2.
+# Architecture, B, H; B * (H + 2) layers. B = 2, since the first block's history is raw embeddings.
 MODELS = {
     "attention-2": ("transformer", 1, 0),  # shows that the harness works
     "attention-4": ("transformer", 2, 0),
@@ -105,11 +105,8 @@ def set_passkey(config: "ConfigDict", name: str) -> None:
         config.train.update(steps=40, warmup_steps=4, eval_every=20, checkpoint_every=20)
         config.data.validation_examples = 20
     else:
-        config.data.update(
-            tokenizer="gpt2",
-            train_files="data/books/train-*.jsonl.xz",
-            validation_files="data/books/valid.jsonl.xz",
-        )
+        set_books(config)
+        config.data.dataset = "passkey"
         _set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
         config.train.eval_every = config.train.steps // 8  # an evaluation reads 1.6 M tokens
 
@@ -152,8 +149,7 @@ def sweep_points(
 def _set_task(
     config: "ConfigDict", setting: Setting, vocab_size: int, width: int, tokens_per_update: int, learning_rate: float
 ) -> None:
-    """Windows, a small model, and the recipe: AdamW without weight decay, a tenth to warm up, cosine; never twice the
-    same sample."""
+    """Windows, a small model, and the recipe: AdamW without weight decay, warm-up, cosine; no sample comes twice."""
     config.model.update(
         vocab_size=vocab_size,
         d_model=width,
@@ -164,7 +160,7 @@ def _set_task(
     )
     windows = -(-setting.length // setting.generation_window)
     if setting.length <= TOGETHER:
-        config.model.windows_together = windows - 1  # small as they are, one alone would leave a device idle
+        config.model.windows_together = windows - 1  # one alone is too small to keep a device busy
     set_model(config, "tlin-4")
     config.data.update(sequence_length=setting.length, curriculum=setting.curriculum)
     rows, updates = tokens_per_update // setting.length, TOKENS // tokens_per_update
