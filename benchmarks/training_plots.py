@@ -1,4 +1,4 @@
-"""Plots of `benchmarks.training`: speed and memory against the sequence length."""
+"""Plots of `bench.training`: speed and memory against the sequence length."""
 
 import importlib.util
 import pathlib

@@ -1,4 +1,4 @@
-"""Rows of `benchmarks.training` as text: lines, the table of the best, JSON and CSV."""
+"""Rows of `bench.training` as text: lines, the table of the best, JSON and CSV."""
 
 import csv
 import json

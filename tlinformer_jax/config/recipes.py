@@ -70,9 +70,9 @@ def set_books(config: "ConfigDict") -> None:
 
 
 def set_paper_recipe(config: "ConfigDict", row: str) -> None:
-    """Sets row `row` of Table 1 as the paper trains it:
+    """Sets row `row` of Table 1 as the paper trains it, its quirks included.
 
-    - Dropout is 0.2, but 0.1 for TLinFormer 512-512-0.5: an advantage for that row.
+    - Dropout is 0.2, but 0.1 for TLinFormer 512-512-0.5: that row has an advantage.
     - The cosine's length counts micro-batches while its argument counts updates (`schedule = 'paper'`): the rate ends
       above 97% of its peak.
     - An epoch's last update holds what is left of the epoch, its gradient still divided by the full number of
@@ -130,7 +130,10 @@ def set_own_recipe(config: "ConfigDict", row: str) -> None:
 
 
 def set_tokens(config: "ConfigDict", tokens: int) -> None:
-    """Shortens our recipe to `tokens` tokens, rounded up to updates. A tenth warms up; ten evaluations, checkpoints."""
+    """Shortens our recipe to the updates that see at least `tokens` tokens: a tenth of them warms up.
+
+    Evaluated ten times on the way; a checkpoint each time.
+    """
     updates = -(-tokens // TOKENS_PER_UPDATE)
     tenth = max(1, updates // 10)
     config.train.update(steps=updates, warmup_steps=tenth, eval_every=tenth, checkpoint_every=tenth)

@@ -1,9 +1,8 @@
 """What the config and sweep files of the retrieval tasks share: settings by name, models of equal depth, the recipe.
 
-In a "tight" setting neither window of a question can hold all that is asked for: there are more pairs than W_oh has
-rows. Pairs fill whole generation windows, so in 'recall' no answer stands in the generation window of its question;
-evaluations tell whether it stands in W_oh. A sliding window of W_oh + W_og rows can reach every answer, since its
-layers relay them.
+A 'tight' setting has more pairs than W_oh has rows and samples far longer than W_oh. Pairs fill whole generation
+windows, so that in 'recall' no answer is in the generation window of its question; evaluations tell apart which of them
+are in W_oh. A sliding window of W_oh + W_og rows reaches all answers in every setting, since its layers relay them.
 """
 
 import dataclasses
@@ -37,16 +36,16 @@ class Setting:
 
 
 RECALL = {
-    # The protocol's own (length, pairs); W_oh could hold all pairs.
+    # The protocol's own (length, pairs); the pairs fill the first window, W_oh could hold all of them.
     "64-4": Setting(64, 8, 8, 4),
     "128-8": Setting(128, 16, 16, 8),
     "256-16": Setting(256, 32, 32, 16),
     "512-64": Setting(512, 128, 128, 64, "64:600,128:600,256:800"),
-    # 4 times as many pairs as rows of W_oh, 32 times as long.
+    # Binding: 4 times as many pairs as rows of W_oh, 32 times as long; the pairs fill the first window.
     "256-32-tight": Setting(256, 8, 64, 32, "64:3000@0.8,128:2000@0.8"),
     "512-64-tight": Setting(512, 16, 128, 64, "64:600,128:600,256:800"),
     "1024-128-tight": Setting(1024, 32, 256, 128, "64:600,128:600,256:800,512:800"),
-    # Two of the protocol's, on shorter samples first. At the end, so that sweeps keep the numbers of their points.
+    # Two of the protocol's, on shorter samples first. Last, so that the points of sweeps keep their numbers.
     "128-8-grown": Setting(128, 16, 16, 8, "64:2000"),
     "256-16-grown": Setting(256, 32, 32, 16, "64:1500,128:1500"),
 }
@@ -60,7 +59,7 @@ PASSKEY = {
     "tiny": Setting(512, 64, 64, curriculum="256:20"),  # minutes on a CPU
 }
 
-# Architecture, B, H; B * (H + 2) layers. B = 2, since the first block's history is raw embeddings.
+# Architecture, B, H; B * (H + 2) layers. A block's history of raw embeddings cannot know its predecessors, so B = 2.
 MODELS = {
     "attention-2": ("transformer", 1, 0),  # shows that the harness works
     "attention-4": ("transformer", 2, 0),
@@ -75,28 +74,20 @@ MODELS = {
 
 
 def set_recall(config: "ConfigDict", name: str) -> None:
-    """Sets multi-query associative recall, vocabulary 8,192, in the setting `name`.
-
-    Raises:
-      ConfigError: if there is none of that name.
-    """
+    """Sets multi-query associative recall, vocabulary 8,192, in the setting `name`, else raises ConfigError."""
     setting = _chosen(RECALL, name)
     config.data.update(dataset="recall", tokenizer="numbers:8192", pairs=setting.pairs)
     _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
 
 
 def set_copy(config: "ConfigDict", name: str) -> None:
-    """Sets segment copy of 16 symbols in the setting `name`; raises as `set_recall`."""
+    """Sets segment copy of 16 symbols in the setting `name`, else raises ConfigError."""
     config.data.update(dataset="copy", tokenizer="numbers:17")
     _set_task(config, _chosen(COPY, name), vocab_size=17, width=128, tokens_per_update=32_768, learning_rate=1e-3)
 
 
 def set_passkey(config: "ConfigDict", name: str) -> None:
-    """Sets passkeys, 4 in a sample, among books in GPT-2 tokens ('tiny': among the Python reference, in bytes).
-
-    Raises:
-      ConfigError: as `set_recall`.
-    """
+    """Sets passkeys, 4 in a sample, among books in GPT-2 tokens ('tiny': among the Python reference, in bytes)."""
     setting = _chosen(PASSKEY, name)
     config.data.update(dataset="passkey", passkeys=4, questions=4, validation_examples=200)
     if name == "tiny":
@@ -112,11 +103,7 @@ def set_passkey(config: "ConfigDict", name: str) -> None:
 
 
 def set_model(config: "ConfigDict", name: str) -> None:
-    """Sets architecture and depth to those of MODELS.
-
-    Raises:
-      ConfigError: if there is none of that name.
-    """
+    """Sets architecture and depth to those of MODELS, else raises ConfigError."""
     architecture, blocks, hidden = _chosen(MODELS, name)
     config.model.update(architecture=architecture, num_blocks=blocks, hidden_depth=hidden)
 
@@ -149,7 +136,8 @@ def sweep_points(
 def _set_task(
     config: "ConfigDict", setting: Setting, vocab_size: int, width: int, tokens_per_update: int, learning_rate: float
 ) -> None:
-    """Windows, a small model, and the recipe: AdamW without weight decay, warm-up, cosine; no sample comes twice."""
+    """Windows, a small model, and the recipe: AdamW without weight decay, a tenth to warm up, cosine; never twice the
+    same sample."""
     config.model.update(
         vocab_size=vocab_size,
         d_model=width,
@@ -160,7 +148,7 @@ def _set_task(
     )
     windows = -(-setting.length // setting.generation_window)
     if setting.length <= TOGETHER:
-        config.model.windows_together = windows - 1  # one alone is too small to keep a device busy
+        config.model.windows_together = windows - 1  # small as they are, one alone would leave a device idle
     set_model(config, "tlin-4")
     config.data.update(sequence_length=setting.length, curriculum=setting.curriculum)
     rows, updates = tokens_per_update // setting.length, TOKENS // tokens_per_update
