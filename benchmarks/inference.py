@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import flags
 
+from benchmarks.flags import define_config_flag
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
 from tlinformer_jax.config.model import ModelConfig
@@ -159,5 +160,5 @@ def _check_names(flag: str, names: list[str], allowed: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    cli.define_optional_config_flag()
+    define_config_flag()
     cli.run(main)

@@ -30,6 +30,7 @@ from typing import Any
 
 from absl import flags
 
+from benchmarks.flags import define_config_flag
 from benchmarks.training_report import COLUMNS, best_rows, line, plot_training, table, window_differences, write_results
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
@@ -340,5 +341,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.define_optional_config_flag()
+    define_config_flag()
     cli.run(main)
