@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.recipes import set_books
 from tlinformer_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,11 +96,8 @@ def set_passkey(config: "ConfigDict", name: str) -> None:
         config.train.update(steps=40, warmup_steps=4, eval_every=20, checkpoint_every=20)
         config.data.validation_examples = 20
     else:
-        config.data.update(
-            tokenizer="gpt2",
-            train_files="data/books/train-*.jsonl.xz",
-            validation_files="data/books/valid.jsonl.xz",
-        )
+        set_books(config)
+        config.data.dataset = "passkey"
         _set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
         config.train.eval_every = config.train.steps // 8  # an evaluation reads 1.6 M tokens
 
