@@ -2,15 +2,18 @@
 
 Sample i of a stream is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels; the remainder is
 dropped. Every epoch visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function
-of the update's number, so the iterator's whole state is that number. A process that computes only some rows of
-the batch reads only those, of the same global stream. `tlinformer_jax.data.reader` prepares batches ahead.
+of the update's number, so that number is the whole state of the data pipeline. A process that computes only some rows
+of the batch reads only those, of the same global stream.
 
-In the place of a stream may stand a task, whose samples are made (`data.tasks`).
+A split may also be a task, whose samples are generated (`data.tasks`).
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -26,9 +29,9 @@ ALL = slice(None)
 
 
 def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
-    """Number of samples of `sequence_length` + 1 tokens that overlap by one; with `rest`, what is left is one more.
+    """Number of samples of `sequence_length` + 1 tokens that overlap by one; `rest` counts a last, shorter one too.
 
-    A task has as many as it has, at every length.
+    A task has the same number of samples at every length.
     """
     if isinstance(stream, TaskSplit):
         return stream.count
@@ -39,8 +42,8 @@ def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
 def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Batch:
     """Returns {inputs, labels: int32 [batch, N], weights: float32 [batch, N]} of the samples `indices`.
 
-    A negative index makes a row of padding: token 0 with weight 0. So does what lies past the stream's end. Of a task
-    the weights are 1 at answers, else 0.
+    A negative index gives a row of padding: token 0 with weight 0; so do positions past the stream's end. The weights
+    of a task are 1 at answers, else 0.
     """
     if isinstance(stream, TaskSplit):
         return take_task_samples(stream, sequence_length, indices)[0]
@@ -76,12 +79,12 @@ class TrainingBatches:
       sequence_length: N.
       batch_size: sequences an update, all processes together.
       seed: of the order.
-      equal_updates: True: epochs follow each other without a gap, so every update is full. False, the paper's
-        way: an epoch's last update holds what is left of the epoch, filled up with rows of weight 0, and rows
-        weigh what `paper_gradient_weights` says.
-      micro_batch: rows of a micro-batch; read only where `equal_updates` is False, where it must divide the batch.
-      stages: what comes first, on shorter samples, of which a row of the batch holds as many as have N tokens; only
-        where updates are equal. Each takes all its updates here.
+      equal_updates: True: epochs follow each other without a gap, so every update is full. False, as in the paper: an
+        epoch's last update holds what is left of the epoch, padded with rows of weight 0, and rows are weighted by
+        `paper_gradient_weights`.
+      micro_batch: rows of a micro-batch; only read if `equal_updates` is False, and then it must divide the batch.
+      stages: the first updates, on shorter samples, of which a row of the batch holds as many as have N tokens; only
+        if updates are equal. Each takes all its updates here.
     """
 
     stream: Split
@@ -197,3 +200,21 @@ def evaluation_batches(
         indices = np.arange(start, start + batch_size)
         indices[indices >= count] = -1
         yield take_samples(stream, sequence_length, indices[rows])
+
+
+def prefetched(
+    batches: TrainingBatches, start_step: int = 0, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4
+) -> Generator[Batch, None, None]:
+    """Yields the batches, or rows of them, from update `start_step` on; `num_threads` threads keep `ahead` ready.
+
+    Closing the generator ends the threads.
+    """
+    executor = ThreadPoolExecutor(num_threads, thread_name_prefix="batches")
+    pending: collections.deque[Future[Batch]] = collections.deque()
+    try:
+        for step in itertools.count(start_step):
+            pending.append(executor.submit(batches.batch, step, rows))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -1,28 +1,37 @@
 """Text files: globs, decompression and documents, read in bounded memory.
 
 A document arrives as one or more `(text, ends)` pairs: `ends` is True for its last piece. Documents without any
-text are skipped. Whatever is wrong with a file is a `DataError` that names the file, and the line where one is.
+text are skipped. Whatever is wrong with a file is a `DataError` that names the file, and the line if there is one.
 """
 
 import codecs
+import datetime
 import glob
 import json
 import os
 import pathlib
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from tlinformer_jax.errors import DataError
 
 COMPRESSED = (".gz", ".xz", ".zst")
 BLOCK = 32 * 1024  # bytes a read
 STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 MB of them
-MOST_ENTRIES = 100_000  # files and folders that a stranger's pattern may look through
+MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
 LARGEST_LINE = 1 << 28  # bytes; a line is held in memory several times
-BYTE_ORDER_MARK = codecs.BOM_UTF8
+TERMINAL_INTERVAL, LOG_INTERVAL = 0.5, 15.0  # seconds between reports of progress
 
 TextPiece = tuple[str, bool]
+
+
+class SupportsRead(Protocol):
+    """An open binary file, a member of an archive, an answer of a server."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 def find_files(patterns: str, field: str) -> list[pathlib.Path]:
@@ -34,19 +43,14 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
     found: dict[pathlib.Path, None] = {}
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
         path = pathlib.Path(pattern).expanduser().absolute()
-        matches = (
-            [path]
-            if path.is_file()
-            else [pathlib.Path(name) for name in sorted(glob.glob(_glob(path), recursive=True))]
-        )
-        matches = [match for match in matches if match.is_file()]  # a pipe would be waited for
+        names = [path] if path.is_file() else sorted(glob.glob(_glob(path), recursive=True))
+        matches = [match for match in map(pathlib.Path, names) if match.is_file()]  # reading a pipe would block
         if not matches:
             raise DataError(f"{field}: no file matches {pattern!r}")
         for match in matches:
             if file_kind(match) is None:
-                raise DataError(
-                    f"{field}: {match} is not read; files end in .txt or .jsonl, or those with .gz, .xz, .zst"
-                )
+                allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst"
+                raise DataError(f"{field}: {match} is not read; {allowed}")
             found[match.resolve()] = None
     if not found:
         raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files for this split")
@@ -54,7 +58,7 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
 
 
 def check_patterns(patterns: str, field: str) -> None:
-    """Refuses globs that would walk large parts of a disk: whoever wrote them may not be the one who reads.
+    """Refuses globs that would search large parts of a disk, for configurations that somebody else may have written.
 
     Raises:
       DataError: naming `field`.
@@ -74,7 +78,7 @@ def check_patterns(patterns: str, field: str) -> None:
 
 
 def _glob(pattern: pathlib.Path) -> str:
-    """The pattern for `glob`; folders that exist under the very name they are given by are no wildcards."""
+    """The pattern for `glob`; the name of a folder that exists is no wildcard."""
     folder = _existing_folder(pattern)
     return os.path.join(glob.escape(str(folder)), pattern.relative_to(folder))
 
@@ -91,25 +95,23 @@ def file_kind(path: pathlib.Path) -> str | None:
 
 
 def read_documents(
-    path: pathlib.Path, text_field: str, document_per: str, on_read: Callable[[int], None]
+    path: pathlib.Path, dataset: str, text_field: str, on_read: Callable[[int], None]
 ) -> Iterator[TextPiece]:
     """Yields the documents of one .txt or .jsonl file.
 
     Args:
       path: the file.
+      dataset: "lines" if every line of a .txt is a document.
       text_field: the field of a .jsonl line that holds the document.
-      document_per: whether a .txt holds one document a "file" or a "line".
-      on_read: is told the number of (compressed) bytes that each read took.
+      on_read: called with the number of (compressed) bytes of each read.
 
     Raises:
       DataError: for a file that cannot be read, is truncated, is not UTF-8, or a line without the field.
     """
-    blocks = without_mark(read_blocks(path, on_read))
+    blocks = _without_mark(read_blocks(path, on_read))
     if file_kind(path) == "jsonl":
         return _json_documents(path, blocks, text_field)
-    if document_per == "line":
-        return _line_documents(path, blocks)
-    return _whole_document(path, blocks)
+    return (_line_documents if dataset == "lines" else _whole_document)(path, blocks)
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -118,7 +120,7 @@ def read_text(path: pathlib.Path) -> str:
     Raises:
       DataError: for a file that cannot be read, is truncated or is not UTF-8.
     """
-    return "".join(text for text, _ in _whole_document(path, without_mark(read_blocks(path, lambda count: None))))
+    return "".join(text for text, _ in _whole_document(path, _without_mark(read_blocks(path, lambda count: None))))
 
 
 def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
@@ -129,13 +131,14 @@ def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[
     """
     try:
         with path.open("rb") as file:
-            raw = _raw_blocks(file, on_read)
+            raw = file_blocks(file, on_read)
             yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _raw_blocks(file: Any, on_read: Callable[[int], None]) -> Iterator[bytes]:
+def file_blocks(file: SupportsRead, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    """Yields the rest of an open file, and calls `on_read` with the bytes of each read."""
     while block := file.read(BLOCK):
         on_read(len(block))
         yield block
@@ -176,14 +179,35 @@ def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
 
 
-def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
+def progress(label: str, total: int) -> Callable[[int], None]:
+    """A function to call with bytes read of `total`: it prints share done, speed and time left to stderr at times."""
+    live, done, start = sys.stderr.isatty(), 0, time.monotonic()
+    interval = TERMINAL_INTERVAL if live else LOG_INTERVAL
+    due = start + interval
+
+    def advance(count: int) -> None:
+        nonlocal done, due
+        done, now = done + count, time.monotonic()
+        ended = live and done >= total and due > start + interval
+        if now >= due or ended:
+            due, speed = now + interval, max(1, done) / max(now - start, 1e-9)
+            line = f"{label}: {100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, "
+            line += f"{datetime.timedelta(seconds=round(max(0, total - done) / speed))} left"
+            print(
+                f"\r{line}\033[K" if live else line, end="" if live and not ended else "\n", file=sys.stderr, flush=True
+            )
+
+    return advance
+
+
+def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Drops a UTF-8 byte order mark from the start of a file."""
     head = b""
     for block in blocks:
         head += block
-        if len(head) >= len(BYTE_ORDER_MARK):
+        if len(head) >= len(codecs.BOM_UTF8):
             break
-    yield head.removeprefix(BYTE_ORDER_MARK)
+    yield head.removeprefix(codecs.BOM_UTF8)
     yield from blocks
 
 

@@ -39,7 +39,7 @@ class Recall:
     def __post_init__(self) -> None:
         if self.vocabulary // 2 - 1 < self.pairs:
             raise ConfigError(
-                "data.pairs", self.pairs, f"must be at most {self.vocabulary // 2 - 1}, the keys of the vocabulary"
+                "data.items", self.pairs, f"must be at most {self.vocabulary // 2 - 1}, the keys of the vocabulary"
             )
 
     def chance(self, length: int) -> float:

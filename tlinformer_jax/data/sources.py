@@ -1,36 +1,31 @@
-"""From a `DataConfig` to the token stream of a split: the one entry point of training and evaluation."""
+"""From a `DataConfig` to a split's token stream or task: the one entry point of training and evaluation."""
 
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
 
-from tlinformer_jax.config.data import SPLITS, DataConfig
-from tlinformer_jax.data import passkey
-from tlinformer_jax.data.cache import cached_tokens, file_identity, find_tokens, smallest_dtype
+from tlinformer_jax.config.data import SPLITS, TEXT_FILES, DataConfig
+from tlinformer_jax.data import passkey, wikitext103
+from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.copying import Copying
 from tlinformer_jax.data.draws import key_of
-from tlinformer_jax.data.files import check_patterns, file_kind, find_files, read_documents
-from tlinformer_jax.data.pieces import cut_documents, group_pieces
-from tlinformer_jax.data.progress import Progress
+from tlinformer_jax.data.encoding import Counts, Encoded, encode_documents
+from tlinformer_jax.data.files import TextPiece, check_patterns, file_kind, find_files, progress, read_documents
+from tlinformer_jax.data.pydoc import load_pydoc
 from tlinformer_jax.data.recall import Recall, pairs_of
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, Task, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.data.workers import Encoded, encode_groups
 from tlinformer_jax.errors import ConfigError, DataError
-
-Documents = Iterator[tuple[str, bool]]
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenedSplit:
-    """A split and how it came about.
+    """A split and how it was opened.
 
     Attributes:
-      stream: the tokens; of a task, what makes its samples.
-      found: whether they were tokenised by an earlier run.
+      stream: the tokens, or the task.
+      found: whether an earlier run had tokenised it.
       seconds: that opening (and tokenising) took.
     """
 
@@ -41,26 +36,24 @@ class OpenedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The files of one split and how to read them.
+    """The text of one split.
 
     Attributes:
-      label: names the split in messages.
-      files: that the documents come from.
-      options: what else the tokens depend on, as JSON.
-      documents: yields `(text, ends)`, and tells the bytes that each read took.
-      row_per_line: whether each document is one line, an empty one too.
+      identity: all that the text depends on, as JSON.
+      documents: yields it.
+      check: refuses it by the counts of the whole, with a DataError.
+      row_per_document: whether each document is one line, an empty one too.
     """
 
-    label: str
-    files: list[pathlib.Path]
-    options: dict[str, Any]
-    documents: Callable[[Callable[[int], None]], Documents]
-    row_per_line: bool = False
+    identity: Callable[[], Identity]
+    documents: Callable[[], Iterator[TextPiece]]
+    check: Callable[[Counts], None]
+    row_per_document: bool
 
 
 def available_splits(config: DataConfig) -> tuple[str, ...]:
     """The splits that `config` gives text of their own for."""
-    if config.dataset == "text" or (config.dataset == "passkey" and config.train_files):
+    if config.dataset in TEXT_FILES or (config.dataset == "passkey" and config.train_files):
         return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
     return SPLITS
 
@@ -81,9 +74,9 @@ def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
 def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
     """`load_split` for a configuration that somebody else may have written: writes in this user's own cache only.
 
-    What the configuration's cache holds is read all the same. Takes and raises what `load_split` does.
+    Tokens in the configuration's own cache are read all the same. Takes and raises what `load_split` does.
     """
-    if config.dataset in ("text", "passkey"):
+    if config.dataset in (*TEXT_FILES, "passkey"):
         check_patterns(getattr(config, f"{split}_files", ""), f"data.{split}_files")
     found = find_split(config, split, tokenizer)
     if found is not None:
@@ -96,60 +89,33 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSp
     if split not in SPLITS:
         raise DataError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     start = time.monotonic()
+    stream, found = _open_text(config, split, tokenizer) if _has_text(config) else (None, False)
     if config.is_task:
-        text = None
-        if config.dataset == "passkey":
-            text = open_split(_haystack(config), _haystack_split(config, split), tokenizer)
-        task = _task(config, split, tokenizer, None if text is None else text.stream)
-        return OpenedSplit(task, text is not None and text.found, time.monotonic() - start)
-    if config.dataset == "pydoc":
-        from tlinformer_jax.data.pydoc import load_pydoc
-
-        return OpenedSplit(load_pydoc(split, tokenizer), False, time.monotonic() - start)
-    source = _text_source(config, split) if config.dataset == "text" else _wikitext_source(config, split)
-    identity = _identity(source, config, tokenizer)
-
-    def encode(scratch: pathlib.Path) -> Generator[Encoded, None, None]:
-        yield from _encode(source, tokenizer, config.num_workers, scratch)
-        if _identity(source, config, tokenizer) != identity:
-            raise DataError(f"{source.label}: a file changed while it was read; prepare again when it is complete")
-
-    stream, found = cached_tokens(config.cache_path, identity, tokenizer.vocab_size, encode, verify=config.full_hash)
+        return OpenedSplit(_task(config, split, tokenizer, stream), found, time.monotonic() - start)
+    assert stream is not None
     return OpenedSplit(stream, found, time.monotonic() - start)
 
 
 def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | None:
-    """A split as far as its tokens are at hand without writing anything, else None.
+    """A split if its tokens are at hand without writing anything, else None.
 
     Raises:
       DataError: for files that are not there; the message says which.
     """
-    if config.is_task:
-        text = None
-        if config.dataset == "passkey":
-            text = find_split(_haystack(config), _haystack_split(config, split), tokenizer)
-            if text is None:
-                return None
-        return _task(config, split, tokenizer, text)
-    if config.dataset == "pydoc":
-        return open_split(config, split, tokenizer).stream  # holds no cache
-    if config.dataset == "wikitext103":
-        from tlinformer_jax.data.wikitext103 import prepared
-
-        if not prepared.is_prepared(config):
-            return None
-    source = _text_source(config, split) if config.dataset == "text" else _wikitext_source(config, split)
-    return find_tokens(config.cache_path, _identity(source, config, tokenizer), config.full_hash)
+    stream = _find_text(config, split, tokenizer) if _has_text(config) else None
+    if config.is_task and (stream is not None or not _has_text(config)):
+        return _task(config, split, tokenizer, stream)
+    return stream
 
 
 def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPlaces | None:
-    """Where the labels of a sample of `length` tokens count, that of a task; None where all do.
+    """Where the labels of a task's sample of `length` tokens count; None for text, where all do.
 
     Raises:
-      DataError: if the task cannot be written by the tokenizer.
+      DataError: if the tokenizer cannot encode the task.
     """
     if config.dataset == "recall":
-        pairs = pairs_of(length, config.pairs, config.sequence_length)
+        pairs = pairs_of(length, config.items, config.sequence_length)
         return AnswerPlaces(2 * pairs, pairs)
     if config.dataset == "copy":
         return AnswerPlaces(length // 2, length // 2)
@@ -158,34 +124,105 @@ def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> Answ
     return None
 
 
-def _haystack(config: DataConfig) -> DataConfig:
-    """Where the text of the passkeys comes from."""
-    dataset = "text" if config.train_files else "pydoc"
-    return dataclasses.replace(config, dataset=dataset, curriculum="")
+def _has_text(config: DataConfig) -> bool:
+    return not config.is_task or config.dataset == "passkey"
 
 
-def _haystack_split(config: DataConfig, split: str) -> str:
-    """The split of that text: without test files, test samples hide other keys in the text of the validation."""
-    return "validation" if split == "test" and config.train_files and not config.test_files else split
+def _open_text(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[TokenStream, bool]:
+    source = _source(config, split)
+    if source is None:
+        return load_pydoc(split, tokenizer), False
+    identity = _identity(source, tokenizer)
+
+    def encode() -> Generator[Encoded, None, None]:
+        total = Counts()
+        for tokens, counts in encode_documents(source.documents(), tokenizer):
+            if source.row_per_document:
+                counts = dataclasses.replace(counts, num_lines=counts.num_documents)
+            total += counts
+            yield tokens, counts
+        source.check(total)
+        if _identity(source, tokenizer) != identity:
+            raise DataError(f"{split}: a file changed while it was read; prepare again when it is complete")
+
+    return cached_tokens(config.cache_path, identity, encode)
 
 
-def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | None) -> TaskSplit:
+def _find_text(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream | None:
+    source = _source(config, split)
+    if source is None:
+        return load_pydoc(split, tokenizer)
+    stream = find_tokens(config.cache_path, _identity(source, tokenizer))
+    if stream is None and config.dataset in wikitext103.VARIANTS:
+        wikitext103.check_manual_dir(config)
+    return stream
+
+
+def _identity(source: Source, tokenizer: Tokenizer) -> Identity:
+    return {"tokenizer": tokenizer.name} | source.identity()
+
+
+def _source(config: DataConfig, split: str) -> Source | None:
+    """Where a split's text comes from; None for the embedded corpus.
+
+    Raises:
+      DataError: for files that are not there.
+    """
+    if config.dataset in wikitext103.VARIANTS:
+        return _wikitext_source(config, split)
+    if config.dataset in TEXT_FILES:
+        return _files_source(config, split)
+    if config.dataset == "passkey" and config.train_files:
+        # Without test files, test samples hide other keys in the text of the validation.
+        return _files_source(config, split if split != "test" or config.test_files else "validation")
+    return None
+
+
+def _files_source(config: DataConfig, split: str) -> Source:
+    files = find_files(getattr(config, f"{split}_files"), f"data.{split}_files")
+    dataset = "lines" if config.dataset == "lines" else "text"
+    kinds = {file_kind(path) for path in files}
+    options = {"jsonl": {"text_field": config.text_field}, "txt": {"document": dataset}}
+    used = {name: value for kind in kinds if kind for name, value in options[kind].items()}
+
+    def documents() -> Iterator[TextPiece]:
+        advance = progress(f"tokenising {split}", sum(path.stat().st_size for path in files))
+        for path in files:
+            yield from read_documents(path, dataset, config.text_field, advance)
+
+    def check(counts: Counts) -> None:
+        if not counts.num_documents:
+            raise DataError(f"{split}: there is no text at all in {', '.join(map(str, files))}")
+
+    return Source(lambda: used | {"files": [file_identity(path) for path in files]}, documents, check, False)
+
+
+def _wikitext_source(config: DataConfig, split: str) -> Source:
+    # Zip and parquet files hold the same published text, so the tokens are found without either.
+    identity = {"dataset": config.dataset, "split": split, "sha256": wikitext103.VARIANTS[config.dataset].sha256}
+
+    def documents() -> Iterator[TextPiece]:
+        return ((row, True) for row in wikitext103.read_rows(config, split))
+
+    return Source(lambda: identity, documents, lambda counts: wikitext103.check_counts(counts, config, split), True)
+
+
+def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: TokenStream | None) -> TaskSplit:
     """The split of a task.
 
     Raises:
       UserError: if the samples cannot hold it.
     """
-    key = key_of(config.dataset, split)
+    key, trains = key_of(config.dataset, split), split == "train"
     task: Task
     if config.dataset == "recall":
-        task = Recall(key, tokenizer.vocab_size, config.pairs, config.sequence_length)
+        task = Recall(key, tokenizer.vocab_size, config.items, config.sequence_length)
     elif config.dataset == "copy":
         task = Copying(key, tokenizer.vocab_size)
     else:
-        assert isinstance(text, TokenStream)
-        trains = split == "train"
+        assert text is not None
         questions = config.questions if trains else 1
-        task = passkey.Passkey(key, text, tokenizer, config.passkeys, questions, in_turn=not trains)
+        task = passkey.Passkey(key, text, tokenizer, config.items, questions, in_turn=not trains)
     task.check(config.sequence_length)
     for length, *_ in config.stages:
         try:
@@ -193,57 +230,4 @@ def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: Split | No
         except ConfigError as error:
             allowed = f"has samples of {length} tokens, and {error.field} {error.allowed}"
             raise ConfigError("data.curriculum", config.curriculum, allowed) from None
-    return TaskSplit(task, config.train_examples if split == "train" else config.validation_examples)
-
-
-def _identity(source: Source, config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that the tokens of a source depend on, as JSON."""
-    return {
-        "tokenizer": tokenizer.name,
-        "options": source.options,
-        "files": [file_identity(path, config.full_hash) for path in source.files],
-    }
-
-
-def _encode(
-    source: Source, tokenizer: Tokenizer, num_workers: int, scratch: pathlib.Path
-) -> Generator[Encoded, None, None]:
-    progress = Progress(f"tokenising {source.label}", sum(path.stat().st_size for path in source.files))
-    groups = group_pieces(cut_documents(source.documents(progress.advance), tokenizer.safe_cut))
-    dtype = smallest_dtype(tokenizer.vocab_size)
-    found = False
-    for tokens, counts in encode_groups(groups, tokenizer, dtype, num_workers, scratch):
-        found = found or len(tokens) > 0
-        yield tokens, dataclasses.replace(counts, num_lines=counts.num_documents) if source.row_per_line else counts
-    progress.finish()
-    if not found:
-        names = ", ".join(map(str, source.files))
-        raise DataError(f"{source.label}: there is no text at all in {names}")
-
-
-def _text_source(config: DataConfig, split: str) -> Source:
-    field = f"data.{split}_files"
-    files = find_files(getattr(config, f"{split}_files"), field)
-    kinds = {file_kind(path) for path in files}
-    options = {"document": "text"}
-    if "jsonl" in kinds:
-        options["text_field"] = config.text_field
-    if "txt" in kinds:
-        options["document_per"] = config.document_per
-
-    def documents(on_read: Callable[[int], None]) -> Documents:
-        for path in files:
-            yield from read_documents(path, config.text_field, config.document_per, on_read)
-
-    return Source(split, files, options, documents)
-
-
-def _wikitext_source(config: DataConfig, split: str) -> Source:
-    from tlinformer_jax.data.wikitext103 import prepared
-
-    files = prepared.prepared_files(config, split)
-
-    def documents(on_read: Callable[[int], None]) -> Documents:
-        return ((row, True) for row in prepared.read_rows(config, split, on_read))
-
-    return Source(f"wikitext103 {config.wikitext_variant} {split}", files, {"document": "row"}, documents, True)
+    return TaskSplit(task, config.examples if trains else config.validation_examples)

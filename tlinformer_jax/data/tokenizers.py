@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back.
 
-Every tokenizer is a small value with the same members, and can write itself into a working directory
-(`save`) and be read back from it (`load_tokenizer`), so that a trained model never depends on outside files.
+Every tokenizer can be saved in a working directory and loaded from it, so that a trained model never depends on other
+files.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tlinformer_jax.config.data import split_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import open_own, read_json, write_text
 
@@ -25,18 +26,16 @@ GPT2_FILE = "encoder.json"
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-BYTES_FORMAT = {"tlinformer_jax": "bytes", "version": 1}
 NUMBERS = "numbers:"
-GPT2_FORMAT = {"tlinformer_jax": "gpt2", "version": 1}
 # A byte from 128 to 255 is decoded as a private character, and that as Python's surrogate for the byte.
 FIRST_STAND_IN = 0x10F000
 STAND_INS = {FIRST_STAND_IN + byte: 0xDC00 + byte for byte in range(128, 256)}
-# In this order: the usual names of the entry that ends a text.
+# The usual names of the entry that ends a text, tried in this order.
 END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline and generation ask of a tokenizer."""
+    """What data pipeline and generation need of a tokenizer."""
 
     @property
     def name(self) -> str:
@@ -56,18 +55,17 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> bytes:
         """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
 
-        More tokens add bytes: decode(tokens) is the beginning of decode(tokens + more). What they add depends on no
-        more than the last few of `tokens`.
+        decode(tokens) is the beginning of decode(tokens + more); what `more` adds depends on the last few of `tokens`.
         """
 
     def safe_cut(self, text: str) -> int:
         """Returns the largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more).
 
-        It must hold for every `more`, so a long document can be encoded in pieces; 0 where no cut is known.
+        It must hold for every `more`; 0 if no such place is known.
         """
 
     def save(self, directory: pathlib.Path) -> None:
-        """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE appears last, when the rest is there."""
+        """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE comes last, when the rest is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +86,7 @@ class ByteTokenizer:
         return len(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        _write_description(directory, BYTES_FORMAT)
+        _write_description(directory, "bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +118,7 @@ class NumberTokenizer:
         return _cut_before_space(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        stored = {"tlinformer_jax": "numbers", "version": 1, "vocab_size": self.vocab_size}
-        _write_description(directory, stored)
+        _write_description(directory, "numbers", vocab_size=self.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +160,7 @@ class Gpt2Tokenizer:
 
     def save(self, directory: pathlib.Path) -> None:
         write_text(directory / GPT2_FILE, self.vocabulary.decode("utf-8"))
-        _write_description(directory, GPT2_FORMAT)
+        _write_description(directory, "gpt2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +229,9 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> dict[int, str]:
-        """What the decoder is given for each entry, with a character that stands for each byte beyond ASCII.
+        """The text that the decoder gets for each entry, in which a private character stands for each byte above 127.
 
-        The library makes U+FFFD of bytes that are no whole character, and of all bytes beside them. Empty for a
-        decoder that knows no bytes.
+        The library itself turns parts of characters into U+FFFD. Empty for a decoder without bytes.
         """
         settings = json.loads(self.definition)
         kinds = _kinds(settings.get("decoder") or {})
@@ -260,7 +256,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _cuts_at_spaces(self) -> bool:
-        """Whether this is GPT-2's way of splitting words: the one for which a cut before a space is proven."""
+        """Whether words are split as in GPT-2, for which a cut before a space is proven safe."""
         settings = json.loads(self.definition)
         split = settings.get("pre_tokenizer") or {}
         plain = split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
@@ -272,16 +268,11 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: pathlib.Path) -> None:
         write_text(directory / HUGGING_FACE_FILE, self.definition)
-        stored = {"tlinformer_jax": "huggingface", "version": 1, "end_of_text_token": self.end_of_text_token}
-        _write_description(directory, stored)
+        _write_description(directory, "huggingface", end_of_text_token=self.end_of_text_token)
 
 
-def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
+def build_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer that `config.data.tokenizer` names.
-
-    Args:
-      name: "bytes", "gpt2", "numbers:V" or the path of a `tokenizer.json`.
-      end_of_text_token: for a `tokenizer.json`, the entry that ends a text; "" looks for the usual names.
 
     Raises:
       ConfigError: for a name that is not known, a missing package, an entry that the vocabulary lacks.
@@ -296,7 +287,8 @@ def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
         if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31:
             raise ConfigError("data.tokenizer", name, "must be numbers:V with V from 4 to 2147483647")
         return NumberTokenizer(int(count))
-    path = pathlib.Path(name).expanduser()
+    spelled, end_of_text_token = split_tokenizer(name)
+    path = pathlib.Path(spelled).expanduser()
     if not path.is_file():
         raise ConfigError("data.tokenizer", name, "must be 'bytes', 'gpt2' or the path of a tokenizer.json file")
     return _read_hugging_face(path, end_of_text_token)
@@ -341,8 +333,8 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise ConfigError("model.vocab_size", vocab_size, allowed)
 
 
-def _write_description(directory: pathlib.Path, stored: dict[str, Any]) -> None:
-    write_text(directory / TOKENIZER_FILE, json.dumps(stored) + "\n")
+def _write_description(directory: pathlib.Path, kind: str, **values: str | int) -> None:
+    write_text(directory / TOKENIZER_FILE, json.dumps({"tlinformer_jax": kind, "version": 1, **values}) + "\n")
 
 
 def _installed_gpt2_vocabulary() -> bytes:
@@ -428,6 +420,6 @@ def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFac
         raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
     known = [name for name in names if name in vocabulary]
     if not known:
-        allowed = f"must name an entry of {path} that ends a text; it has none of {', '.join(names)}"
-        raise ConfigError("data.end_of_text_token", end_of_text_token, allowed)
+        allowed = f"must name the entry that ends a text, as {path}:ENTRY; the file has none of {', '.join(names)}"
+        raise ConfigError("data.tokenizer", f"{path}:{end_of_text_token}", allowed)
     return HuggingFaceTokenizer(definition, known[0])

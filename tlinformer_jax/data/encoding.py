@@ -1,19 +1,25 @@
-"""Documents cut into pieces of bounded size and encoded: the unit of work of a tokenising process.
+"""Documents to tokens, on all cores and in bounded memory: cut into pieces, encode the pieces in threads.
 
-Imports nothing heavy: every tokenising process imports this module.
+The tokenizers' libraries let other threads run while they encode, so threads keep all cores busy.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from tlinformer_jax.data.streams import smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, UserError
 
-PIECE_CHARACTERS = 1 << 17  # a piece's size, and that of the group of pieces that one task holds
-LARGEST_UNCUT = 1 << 28  # characters that may be held in memory because nothing says where to cut them
+PIECE_CHARACTERS = 1 << 17  # of a piece, and of the group of pieces that a thread takes at once
+LARGEST_UNCUT = 1 << 28  # characters of a document that are held in memory when it has no place to cut
 ASCII_SPACE = " \t\n\r\x0b\x0c"
+
+Encoded = tuple[np.ndarray, "Counts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What is counted of a text.
+    """Sizes of a text.
 
     Attributes:
       num_bytes: UTF-8 bytes.
@@ -48,12 +54,35 @@ class Counts:
     num_lines: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.num_bytes + other.num_bytes,
-            self.num_documents + other.num_documents,
-            self.num_words + other.num_words,
-            self.num_lines + other.num_lines,
-        )
+        return Counts(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Generator[Encoded, None, None]:
+    """Yields the tokens of a stream of `(text, ends)` in order, with `end_of_text` after every document, and counts.
+
+    One thread a core encodes; no more is read ahead than keeps the threads busy.
+
+    Raises:
+      DataError: if a document cannot be cut or encoded.
+    """
+    groups = group_pieces(cut_documents(documents, tokenizer.safe_cut))
+    dtype, threads = smallest_dtype(tokenizer.vocab_size), available_cores()
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
+    pending: collections.deque[Future[Encoded]] = collections.deque()
+    try:
+        for group in groups:
+            pending.append(executor.submit(encode_pieces, group, tokenizer, dtype))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def cut_documents(
@@ -89,12 +118,12 @@ def cut_documents(
 
 
 def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Iterator[list[Piece]]:
-    """Groups pieces in order until a group holds `size` characters (or as many pieces as that)."""
+    """Groups pieces in order until a group holds `size` characters; an empty piece counts too."""
     group: list[Piece] = []
     weight = 0
     for piece in pieces:
         group.append(piece)
-        weight += len(piece.text) + 64  # an empty row costs too
+        weight += len(piece.text) + 64
         if weight >= size:
             yield group
             group, weight = [], 0
@@ -102,7 +131,7 @@ def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Itera
         yield group
 
 
-def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> tuple[np.ndarray, Counts]:
+def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
     """Encodes pieces, with `end_of_text` after every document.
 
     Returns:
