@@ -214,7 +214,10 @@ def test_an_end_of_text_that_the_vocabulary_lacks_is_refused(byte_level_file):
         ours.build_tokenizer(f"{byte_level_file}:</s>")
 
 
-@pytest.mark.parametrize("content", [None, "[]", '{"tlinformer_jax": "gpt3", "version": 1}', "nonsense"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "[]", '{"tlinformer_jax": "gpt3"}', '{"tlinformer_jax": "numbers:x"}', '{"tlinformer_jax": 1}', "nonsense"],
+)
 def test_a_working_directory_without_a_tokenizer_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / ours.TOKENIZER_FILE).write_text(content)

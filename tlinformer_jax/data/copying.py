@@ -1,15 +1,15 @@
-"""Segment copy: random symbols, a mark, then the same symbols once more; all of the second half are answers.
+"""Segment copy: random symbols, a mark, then the same symbols once more. The second half are the answers.
 
     a1 a2 ... aS 0 a1 a2 ... aS        S = N // 2
 
-Each is to be found S + 1 tokens before, so that where S exceeds both windows none can be read from them.
+Each answer stood S + 1 tokens before: where S exceeds both windows, none can be read from them.
 """
 
 import dataclasses
 
 import numpy as np
 
-from tlinformer_jax.data.draws import below, draw
+from tlinformer_jax.data.draws import below, random_bits
 from tlinformer_jax.data.tasks import Samples
 from tlinformer_jax.errors import ConfigError
 
@@ -35,7 +35,7 @@ class Copying:
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
         size = length // 2
-        symbols = 1 + below(draw(self.key, numbers, size), self.vocabulary - 1)
+        symbols = 1 + below(random_bits(self.key, numbers, size), self.vocabulary - 1)
         tokens = np.concatenate([symbols, np.zeros((len(numbers), 1), np.int64), symbols], axis=1)
         answers = np.zeros((len(numbers), length), bool)
         answers[:, size:] = True

@@ -14,7 +14,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import IO, Any
 
 from tlinformer_jax.errors import DataError
 
@@ -23,15 +23,9 @@ BLOCK = 32 * 1024  # bytes a read
 STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 MB of them
 MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
 LARGEST_LINE = 1 << 28  # bytes; a line is held in memory several times
-TERMINAL_INTERVAL, LOG_INTERVAL = 0.5, 15.0  # seconds between reports of progress
+REPORT_EVERY = 10.0  # seconds between two lines of progress
 
 TextPiece = tuple[str, bool]
-
-
-class SupportsRead(Protocol):
-    """An open binary file, a member of an archive, an answer of a server."""
-
-    def read(self, size: int, /) -> bytes: ...
 
 
 def find_files(patterns: str, field: str) -> list[pathlib.Path]:
@@ -137,7 +131,7 @@ def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def file_blocks(file: SupportsRead, on_read: Callable[[int], None]) -> Iterator[bytes]:
+def file_blocks(file: IO[bytes], on_read: Callable[[int], None]) -> Iterator[bytes]:
     """Yields the rest of an open file, and calls `on_read` with the bytes of each read."""
     while block := file.read(BLOCK):
         on_read(len(block))
@@ -180,22 +174,18 @@ def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception
 
 
 def progress(label: str, total: int) -> Callable[[int], None]:
-    """A function to call with bytes read of `total`: it prints share done, speed and time left to stderr at times."""
-    live, done, start = sys.stderr.isatty(), 0, time.monotonic()
-    interval = TERMINAL_INTERVAL if live else LOG_INTERVAL
-    due = start + interval
+    """A function to call with bytes read of `total`: now and then it prints share done, speed and time left."""
+    done, start = 0, time.monotonic()
+    due = start + REPORT_EVERY
 
     def advance(count: int) -> None:
         nonlocal done, due
         done, now = done + count, time.monotonic()
-        ended = live and done >= total and due > start + interval
-        if now >= due or ended:
-            due, speed = now + interval, max(1, done) / max(now - start, 1e-9)
-            line = f"{label}: {100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, "
-            line += f"{datetime.timedelta(seconds=round(max(0, total - done) / speed))} left"
-            print(
-                f"\r{line}\033[K" if live else line, end="" if live and not ended else "\n", file=sys.stderr, flush=True
-            )
+        if now >= due:
+            due, speed = now + REPORT_EVERY, max(1, done) / (now - start)
+            left = datetime.timedelta(seconds=round(max(0, total - done) / speed))
+            told = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
+            print(f"{label}: {told}", file=sys.stderr, flush=True)
 
     return advance
 

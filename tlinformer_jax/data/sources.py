@@ -88,10 +88,14 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSp
     """`load_split`, with what `prepare` reports."""
     if split not in SPLITS:
         raise DataError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-    start = time.monotonic()
-    stream, found = _open_text(config, split, tokenizer) if _has_text(config) else (None, False)
-    if config.is_task:
-        return OpenedSplit(_task(config, split, tokenizer, stream), found, time.monotonic() - start)
+    start, found = time.monotonic(), False
+
+    def open_text(source: Source, identity: Identity) -> TokenStream:
+        nonlocal found
+        stream, found = cached_tokens(config.cache_path, identity, lambda: _encoded(source, identity, tokenizer))
+        return stream
+
+    stream = _split(config, split, tokenizer, open_text)
     assert stream is not None
     return OpenedSplit(stream, found, time.monotonic() - start)
 
@@ -102,10 +106,10 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     Raises:
       DataError: for files that are not there; the message says which.
     """
-    stream = _find_text(config, split, tokenizer) if _has_text(config) else None
-    if config.is_task and (stream is not None or not _has_text(config)):
-        return _task(config, split, tokenizer, stream)
-    return stream
+    found = _split(config, split, tokenizer, lambda _, identity: find_tokens(config.cache_path, identity))
+    if found is None and config.dataset in wikitext103.VARIANTS:
+        wikitext103.check_manual_dir(config)
+    return found
 
 
 def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPlaces | None:
@@ -124,42 +128,33 @@ def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> Answ
     return None
 
 
-def _has_text(config: DataConfig) -> bool:
-    return not config.is_task or config.dataset == "passkey"
-
-
-def _open_text(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[TokenStream, bool]:
-    source = _source(config, split)
-    if source is None:
-        return load_pydoc(split, tokenizer), False
-    identity = _identity(source, tokenizer)
-
-    def encode() -> Generator[Encoded, None, None]:
-        total = Counts()
-        for tokens, counts in encode_documents(source.documents(), tokenizer):
-            if source.row_per_document:
-                counts = dataclasses.replace(counts, num_lines=counts.num_documents)
-            total += counts
-            yield tokens, counts
-        source.check(total)
-        if _identity(source, tokenizer) != identity:
-            raise DataError(f"{split}: a file changed while it was read; prepare again when it is complete")
-
-    return cached_tokens(config.cache_path, identity, encode)
-
-
-def _find_text(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream | None:
-    source = _source(config, split)
-    if source is None:
-        return load_pydoc(split, tokenizer)
-    stream = find_tokens(config.cache_path, _identity(source, tokenizer))
-    if stream is None and config.dataset in wikitext103.VARIANTS:
-        wikitext103.check_manual_dir(config)
-    return stream
+def _split(
+    config: DataConfig, split: str, tokenizer: Tokenizer, get: Callable[[Source, Identity], TokenStream | None]
+) -> Split | None:
+    """A split whose text, if it comes from files, is what `get` makes of them; None if that is None."""
+    text = None
+    if not config.is_task or config.dataset == "passkey":
+        source = _source(config, split)
+        text = get(source, _identity(source, tokenizer)) if source else load_pydoc(split, tokenizer)
+        if text is None:
+            return None
+    return _task(config, split, tokenizer, text) if config.is_task else text
 
 
 def _identity(source: Source, tokenizer: Tokenizer) -> Identity:
     return {"tokenizer": tokenizer.name} | source.identity()
+
+
+def _encoded(source: Source, identity: Identity, tokenizer: Tokenizer) -> Generator[Encoded, None, None]:
+    total = Counts()
+    for tokens, counts in encode_documents(source.documents(), tokenizer):
+        if source.row_per_document:
+            counts = dataclasses.replace(counts, num_lines=counts.num_documents)
+        total += counts
+        yield tokens, counts
+    source.check(total)
+    if _identity(source, tokenizer) != identity:
+        raise DataError("a file of the text changed while it was read; prepare again when it is complete")
 
 
 def _source(config: DataConfig, split: str) -> Source | None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tlinformer_jax.config.data import split_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import open_own, read_json, write_text
+from tlinformer_jax.files import read_json, read_own, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -86,7 +86,7 @@ class ByteTokenizer:
         return len(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        _write_description(directory, "bytes")
+        _write_name(directory, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class NumberTokenizer:
         return _cut_before_space(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        _write_description(directory, "numbers", vocab_size=self.vocab_size)
+        _write_name(directory, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,9 @@ class Gpt2Tokenizer:
             import tiktoken
         except ImportError:
             raise ConfigError("data.tokenizer", self.name, "needs tiktoken: pip install tiktoken") from None
-        ranks = _gpt2_ranks(self.vocabulary)
+        to_byte, entries = _printable_bytes(), json.loads(self.vocabulary)
+        del entries[GPT2_END_OF_TEXT]
+        ranks = {bytes(to_byte[c] for c in text): number for text, number in entries.items()}
         # No special tokens: "<|endoftext|>" inside a text is six ordinary tokens.
         return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
@@ -160,12 +162,12 @@ class Gpt2Tokenizer:
 
     def save(self, directory: pathlib.Path) -> None:
         write_text(directory / GPT2_FILE, self.vocabulary.decode("utf-8"))
-        _write_description(directory, "gpt2")
+        _write_name(directory, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTokenizer:
-    """Any `tokenizer.json`, through the `tokenizers` library.
+    """Any `tokenizer.json`, through the library `tokenizers`.
 
     Attributes:
       definition: the file's text.
@@ -268,7 +270,7 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: pathlib.Path) -> None:
         write_text(directory / HUGGING_FACE_FILE, self.definition)
-        _write_description(directory, "huggingface", end_of_text_token=self.end_of_text_token)
+        _write_name(directory, f"{HUGGING_FACE_FILE}:{self.end_of_text_token}")
 
 
 def build_tokenizer(name: str) -> Tokenizer:
@@ -291,7 +293,10 @@ def build_tokenizer(name: str) -> Tokenizer:
     path = pathlib.Path(spelled).expanduser()
     if not path.is_file():
         raise ConfigError("data.tokenizer", name, "must be 'bytes', 'gpt2' or the path of a tokenizer.json file")
-    return _read_hugging_face(path, end_of_text_token)
+    try:
+        return _hugging_face(path.read_text(encoding="utf-8"), path, end_of_text_token)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
@@ -302,22 +307,19 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """
     path = directory / TOKENIZER_FILE
     try:
-        stored = read_json(path)
-        for copy in (directory / GPT2_FILE, directory / HUGGING_FACE_FILE):
-            if copy.exists():
-                open_own(copy, "rb").close()  # no link, no pipe
-        kind = stored.get("tlinformer_jax") if isinstance(stored, dict) and stored.get("version") == 1 else None
-        if kind == "bytes":
+        name = read_json(path)["tlinformer_jax"]
+        if name == "bytes":
             return ByteTokenizer()
-        if kind == "gpt2":
-            return Gpt2Tokenizer((directory / GPT2_FILE).read_bytes())
-        if kind == "numbers":
-            return NumberTokenizer(int(stored["vocab_size"]))
-        if kind == "huggingface":
-            return _read_hugging_face(directory / HUGGING_FACE_FILE, stored["end_of_text_token"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, (ConfigError, DataError)):
-            raise
+        if name.startswith(NUMBERS):
+            return NumberTokenizer(int(name.removeprefix(NUMBERS)))
+        if name == "gpt2":
+            return Gpt2Tokenizer(read_own(directory / GPT2_FILE).encode())
+        if name.startswith(f"{HUGGING_FACE_FILE}:"):
+            file = directory / HUGGING_FACE_FILE
+            return _hugging_face(read_own(file), file, name.removeprefix(f"{HUGGING_FACE_FILE}:"))
+    except (ConfigError, DataError):
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None
     raise DataError(f"{path}: unknown tokenizer format")
 
@@ -333,8 +335,8 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise ConfigError("model.vocab_size", vocab_size, allowed)
 
 
-def _write_description(directory: pathlib.Path, kind: str, **values: str | int) -> None:
-    write_text(directory / TOKENIZER_FILE, json.dumps({"tlinformer_jax": kind, "version": 1, **values}) + "\n")
+def _write_name(directory: pathlib.Path, name: str) -> None:
+    write_text(directory / TOKENIZER_FILE, json.dumps({"tlinformer_jax": name}) + "\n")
 
 
 def _installed_gpt2_vocabulary() -> bytes:
@@ -352,17 +354,10 @@ def _installed_gpt2_vocabulary() -> bytes:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """The printable character that spells each byte in a byte-level vocabulary, to that byte."""
+    """Printable character -> the byte that it stands for in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _gpt2_ranks(vocabulary: bytes) -> dict[bytes, int]:
-    """Maps each entry's bytes to its id."""
-    to_byte = _printable_bytes()
-    entries = json.loads(vocabulary).items()
-    return {bytes(to_byte[c] for c in text): number for text, number in entries if text != GPT2_END_OF_TEXT}
 
 
 def _kinds(decoder: dict[str, Any]) -> set[str]:
@@ -406,11 +401,8 @@ def _cut_before_space(text: str) -> int:
     return 0
 
 
-def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
-    try:
-        definition = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
+def _hugging_face(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json` at `path`; an empty name of the end looks for the usual ones."""
     names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
     try:
         vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
