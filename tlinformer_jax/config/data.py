@@ -22,12 +22,9 @@ STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
 
 class Stage(NamedTuple):
-    """Updates of a curriculum on samples of one length.
+    """At most `updates` updates of a curriculum on samples of `length` tokens.
 
-    Attributes:
-      length: tokens of a sample.
-      updates: how many the stage takes at most.
-      accuracy: training accuracy that ends the stage early; 0 if it always takes all its updates.
+    Training at `accuracy` ends the stage before; if it is 0, the stage takes all its updates.
     """
 
     length: int
@@ -166,11 +163,7 @@ class DataConfig:
 
 
 def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, Any]:
-    """Fields of the data section with their paths made absolute; what cannot be a path stays as it is.
-
-    Args:
-      values: field -> value.
-      base: the directory that relative paths start from, itself relative to the current one.
+    """Fields of the data section with relative paths made absolute from `base`; what cannot be a path stays as it is.
 
     Raises:
       ConfigError: naming the field, where a path cannot be made absolute.
@@ -205,11 +198,7 @@ def split_tokenizer(name: str) -> tuple[str, str]:
 def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:
     """Tokens of a sample of update `update` (from 0), and the samples of all updates before it.
 
-    Args:
-      stages: on shorter samples, of which a row holds as many as fit; each is counted with all its updates.
-      sequence_length: N, of all updates after the stages.
-      batch_size: rows of N tokens an update.
-      update: which.
+    Each of `stages` counts with all its updates; a row of `sequence_length` tokens holds as many samples as fit.
     """
     before = 0
     for length, updates, _ in stages:

@@ -96,8 +96,6 @@ class TrainingBatches:
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise DataError(f"a batch of {self.batch_size} sequences: must hold at least 1")
         if not isinstance(self.stream, TaskSplit) and self.samples_per_epoch < 1:
             raise DataError(
                 f"data.sequence_length = {self.sequence_length}: the training split has only "
@@ -117,10 +115,6 @@ class TrainingBatches:
                 updates, samples = updates + here, samples - here * self.batch_size * (self.sequence_length // length)
             return updates + max(0, -(-samples // self.batch_size))
         return epochs * -(-self.samples_per_epoch // self.batch_size)
-
-    def real_samples(self, step: int) -> int:
-        """Rows of update `step` that are not padding, all processes together."""
-        return int((self.indices(step) >= 0).sum())
 
     def length(self, step: int) -> int:
         """Tokens of a sample of update `step`."""
@@ -144,7 +138,7 @@ class TrainingBatches:
         return chosen
 
     def batch(self, step: int, rows: Rows = ALL) -> Batch:
-        """Update `step`, of it the given rows, in their order; of each row all samples that it holds."""
+        """The given rows of update `step`, in their order; of each row all samples that it holds."""
         indices, length = self.indices(step), self.length(step)
         chosen = indices.reshape(self.batch_size, -1)[rows].reshape(-1)
         batch = take_samples(self.stream, length, chosen)
@@ -155,22 +149,17 @@ class TrainingBatches:
 
 
 def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int) -> np.ndarray:
-    """What each row of an update counts in the paper's gradient, float32 [batch_size].
+    """The weight of each row of an update in the paper's gradient, float32 [batch_size].
 
-    The paper adds up the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, also at
-    an epoch's end where fewer are left, of which the last may be short: its rows then count more each, the missing
-    ones nothing. The gradient is the mean over all `batch_size` rows of (this weight x the row's mean loss).
+    The paper adds up the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, also at an
+    epoch's end, where fewer micro-batches are left and the last may be short: its rows then count more each. The
+    gradient is the mean over all `batch_size` rows of (this weight x the row's mean loss).
 
     Args:
       real_samples: rows that are not padding; they come first.
       batch_size: rows of a full update.
-      micro_batch: m; must divide `batch_size`.
-
-    Raises:
-      DataError: if it does not.
+      micro_batch: m, which divides `batch_size`.
     """
-    if batch_size % micro_batch:
-        raise DataError(f"a micro-batch of {micro_batch} sequences: must divide the batch of {batch_size}")
     weights = np.zeros(batch_size, np.float32)
     short = real_samples % micro_batch
     weights[:real_samples] = 1.0
@@ -182,10 +171,10 @@ def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int)
 def evaluation_batches(
     stream: TokenStream, sequence_length: int, batch_size: int, rows: Rows = ALL, rest: bool = False
 ) -> Iterator[Batch]:
-    """Yields every sample of a split once, in order; the last batch is filled with rows of weight 0.
+    """Yields the given rows of every batch of a split, samples once and in order; the last batch is padded.
 
-    Of each batch only the given rows. With `rest`, the tokens after the last whole sample come too, filled up with
-    tokens of weight 0, so that every token but the first is predicted once.
+    With `rest`, the tokens after the last whole sample come too, padded, so that every token but the first is
+    predicted once.
 
     Raises:
       DataError: if the split is shorter than one sample, or with `rest`, than two tokens.

@@ -31,7 +31,7 @@ from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import read_json, sealed, sync_folder, write_text
 
-FORMAT = 2
+FORMAT = 3  # part of every cache's key, so that other formats are never opened
 META_FILE = "meta.json"
 TOKENS_FILE = "tokens.bin"
 ENDS = 1 << 20  # bytes hashed at a file's head and at its tail
@@ -74,7 +74,7 @@ def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tup
       The stream, memory-mapped, and whether the cache was found.
 
     Raises:
-      DataError: if the cache was made by another version or cannot be written, or from `encode`.
+      DataError: if the cache cannot be written, or from `encode`.
     """
     final = _directory(root, identity)
     if stream := find_tokens(root, identity):
@@ -87,19 +87,13 @@ def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tup
             _remove_abandoned(final.parent, final.name if locked else None)
             _make(final, identity, encode)
     except OSError as error:
-        place = error.filename or final
-        raise DataError(
-            f"{place}: the token cache cannot be written ({error.strerror or error}); see data.cache_dir"
-        ) from None
+        why = f"the token cache cannot be written ({error.strerror or error}); see data.cache_dir"
+        raise DataError(f"{error.filename or final}: {why}") from None
     return _open(final), False
 
 
 def find_tokens(root: pathlib.Path, identity: Identity) -> TokenStream | None:
-    """The stream of a cache that `cached_tokens` has made; None if there is none or it is damaged. Writes nothing.
-
-    Raises:
-      DataError: if the cache was made by another version.
-    """
+    """The stream of a cache that `cached_tokens` has made; None if there is none or it is damaged. Writes nothing."""
     return _open_sound(_directory(root, identity))
 
 
@@ -137,20 +131,11 @@ def _open_sound(directory: pathlib.Path) -> TokenStream | None:
 def _open(directory: pathlib.Path) -> TokenStream:
     try:
         meta = read_json(directory / META_FILE)
-        version = meta["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{META_FILE}: {error}") from None
-    if version != FORMAT:
-        raise DataError(
-            f"{directory}: made by another version (format {version!r}, this one reads {FORMAT}); "
-            "delete it or set data.cache_dir to another place"
-        )
-    if sealed({name: value for name, value in meta.items() if name != "sha256"}) != meta:
-        raise Damaged(f"{META_FILE}: its content is not what its own hash says")
-    path = directory / TOKENS_FILE
-    try:
+        if sealed({name: value for name, value in meta.items() if name != "sha256"}) != meta:
+            raise Damaged(f"{META_FILE}: its content is not what its own hash says")
+        path = directory / TOKENS_FILE
         found = file_identity(path)
-    except DataError as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise Damaged(str(error)) from None
     for name in ("size", "ends"):
         if found[name] != meta["tokens"][name]:
@@ -175,7 +160,6 @@ def _make(final: pathlib.Path, identity: Identity, encode: Encode) -> None:
             os.fsync(file.fileno())
         written = file_identity(path)
         meta = {
-            "format": FORMAT,
             "identity": identity,
             "dtype": dtype,
             "counts": dataclasses.asdict(counts),

@@ -24,12 +24,9 @@ Encoded = tuple[np.ndarray, "Counts"]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a document, so cut that the parts' tokens joined are the document's.
+    """A part of a document, cut so that the tokens of its parts are those of the document.
 
-    Attributes:
-      text: the part.
-      previous: the character before it in its document, "" at the start.
-      ends: whether the document ends here.
+    `previous` is the character before it in its document, "" at the start; `ends` says whether the document ends here.
     """
 
     text: str
@@ -96,7 +93,7 @@ def cut_documents(
       DataError: for one of more than LARGEST_UNCUT characters without such a place, which is not read to its end.
     """
     rest, previous = "", ""
-    try_at = size  # after a failure the next try waits until the rest has doubled, so that the work stays linear
+    try_at = size  # doubled after a failure, so that the work stays linear
     for text, ends in documents:
         rest += text
         start, window = 0, try_at
@@ -110,8 +107,8 @@ def cut_documents(
             previous = rest[start - 1]
         rest, try_at = rest[start:], window
         if len(rest) > LARGEST_UNCUT:
-            told = f"has more than {LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
-            raise DataError(f"the document with {rest[:40]!r} {told}; split it into several")
+            told = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
+            raise DataError(f"the document with {rest[:40]!r} has more than {told}; split it into several")
         if ends:
             yield Piece(rest, previous, ends=True)
             rest, previous, try_at = "", "", size
@@ -132,10 +129,7 @@ def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Itera
 
 
 def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
-    """Encodes pieces, with `end_of_text` after every document.
-
-    Returns:
-      The tokens, `dtype` [length], and the counts of the text.
+    """The tokens of pieces, `dtype` [length], with `end_of_text` after every document, and the counts of the text.
 
     Raises:
       DataError: for a document that the tokenizer cannot take.
@@ -168,6 +162,5 @@ def _count(piece: Piece) -> Counts:
     inside = piece.text and piece.previous and piece.text[0] not in ASCII_SPACE and piece.previous not in ASCII_SPACE
     last = (piece.previous + piece.text)[-1:]
     unended = piece.ends and last not in ("", "\n")
-    return Counts(
-        len(encoded), int(piece.ends), len(encoded.split()) - bool(inside), encoded.count(b"\n") + int(unended)
-    )
+    words, lines = len(encoded.split()) - bool(inside), encoded.count(b"\n") + int(unended)
+    return Counts(len(encoded), int(piece.ends), words, lines)

