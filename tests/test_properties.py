@@ -13,10 +13,10 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config import data as data_config
+from tlinformer_jax.config import model as model_config
+from tlinformer_jax.config import train as train_config
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
-from tlinformer_jax.config.run import data as data_config
-from tlinformer_jax.config.run import model as model_config
-from tlinformer_jax.config.run import train as train_config
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError

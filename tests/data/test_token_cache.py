@@ -170,7 +170,7 @@ def test_what_the_tokens_depend_on_makes_another_cache(tmp_path):
         return open_split(config, "train", tokenizer).found
 
     assert is_found(config)
-    assert is_found(config_for(tmp_path, dataset="lines"))  # does not change a .jsonl's tokens
+    assert not is_found(config_for(tmp_path, dataset="lines"))
     assert not is_found(config_for(tmp_path, text_field="body"))
     assert not is_found(config, ByteTokenizer(name="other bytes"))
     status = path.stat()

@@ -100,11 +100,7 @@ def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: O
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text of a file of any name, read as a .txt file that is one document.
-
-    Raises:
-      DataError: for a file that cannot be read, is truncated or is not UTF-8.
-    """
+    """The text of a file of any name, read as a .txt file that is one document; raises as `read_documents`."""
     return "".join(text for text, _ in _whole_document(path, _without_mark(read_blocks(path, lambda count: None))))
 
 

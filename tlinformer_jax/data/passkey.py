@@ -90,11 +90,10 @@ class Passkey:
 
     Attributes:
       key: of the random numbers.
-      text: that the keys are hidden in.
-      tokenizer: of the text.
+      text: that the keys are hidden in, as `tokenizer` encodes it.
       keys: K, numbers hidden in a sample.
-      questions: of them, those that a sample asks for.
-      in_turn: whether the asked key's depth goes by the sample's number.
+      questions: how many of them a sample asks for.
+      in_turn: whether the depth of the first asked key follows from the sample's number.
     """
 
     key: int

@@ -7,14 +7,13 @@ from collections.abc import Callable, Generator, Iterator
 from tlinformer_jax.config.data import SPLITS, TEXT_FILES, DataConfig
 from tlinformer_jax.data import passkey, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
-from tlinformer_jax.data.copying import Copying
 from tlinformer_jax.data.draws import key_of
 from tlinformer_jax.data.encoding import Counts, Encoded, encode_documents
-from tlinformer_jax.data.files import TextPiece, check_patterns, file_kind, find_files, progress, read_documents
+from tlinformer_jax.data.files import TextPiece, check_patterns, find_files, progress, read_documents
 from tlinformer_jax.data.pydoc import load_pydoc
 from tlinformer_jax.data.recall import Recall, pairs_of
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.tasks import AnswerPlaces, Split, Task, TaskSplit
+from tlinformer_jax.data.tasks import AnswerPlaces, Copying, Split, Task, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -30,13 +29,9 @@ class OpenedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The text of one split.
+    """The text of one split: all that it depends on, as JSON; its documents; a check of the counts of the whole.
 
-    Attributes:
-      identity: all that the text depends on, as JSON.
-      documents: yields it.
-      check: refuses it by the counts of the whole, with a DataError.
-      row_per_document: whether each document is one line, an empty one too.
+    `row_per_document` says that each document is one line, an empty one too.
     """
 
     identity: Callable[[], Identity]
@@ -160,21 +155,21 @@ def _source(config: DataConfig, split: str) -> Source | None:
 
 def _files_source(config: DataConfig, split: str) -> Source:
     files = find_files(getattr(config, f"{split}_files"), f"data.{split}_files")
-    dataset = "lines" if config.dataset == "lines" else "text"
-    kinds = {file_kind(path) for path in files}
-    options = {"jsonl": {"text_field": config.text_field}, "txt": {"document": dataset}}
-    used = {name: value for kind in kinds if kind for name, value in options[kind].items()}
+
+    def identity() -> Identity:
+        options = {"lines": config.dataset == "lines", "text_field": config.text_field}
+        return options | {"files": [file_identity(path) for path in files]}
 
     def documents() -> Iterator[TextPiece]:
         advance = progress(f"tokenising {split}", sum(path.stat().st_size for path in files))
         for path in files:
-            yield from read_documents(path, dataset, config.text_field, advance)
+            yield from read_documents(path, config.dataset, config.text_field, advance)
 
     def check(counts: Counts) -> None:
         if not counts.num_documents:
             raise DataError(f"{split}: there is no text at all in {', '.join(map(str, files))}")
 
-    return Source(lambda: used | {"files": [file_identity(path) for path in files]}, documents, check, False)
+    return Source(identity, documents, check, False)
 
 
 def _wikitext_source(config: DataConfig, split: str) -> Source:

@@ -20,7 +20,9 @@ from typing import Protocol
 
 import numpy as np
 
+from tlinformer_jax.data.draws import below, random_bits
 from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.errors import ConfigError
 
 REGIONS = ("own", "observed", "history")
 DEPTHS = 20  # equal parts of a sample by which answers are counted: depth 0 is the sample's start
@@ -69,6 +71,41 @@ class Task(Protocol):
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
         """The samples with these numbers, int64 [samples] >= 0, of `length` + 1 tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Copying:
+    """Segment copy: random symbols, a mark, then the same symbols once more. The second half are the answers.
+
+        a1 a2 ... aS 0 a1 a2 ... aS        S = N // 2
+
+    Each answer stood S + 1 tokens before: where S exceeds both windows, none can be read from them.
+
+    Attributes:
+      key: of the random numbers.
+      vocabulary: number of ids: 0 is the mark, the others are symbols.
+    """
+
+    key: int
+    vocabulary: int
+
+    def chance(self, length: int) -> float:
+        return 1 / (self.vocabulary - 1)
+
+    def check(self, length: int) -> None:
+        if length < 2 or length % 2:
+            raise ConfigError("data.sequence_length", length, "must be even, two halves, for data.dataset = 'copy'")
+
+    def make(self, numbers: np.ndarray, length: int) -> Samples:
+        size = length // 2
+        symbols = 1 + below(random_bits(self.key, numbers, size), self.vocabulary - 1)
+        tokens = np.concatenate([symbols, np.zeros((len(numbers), 1), np.int64), symbols], axis=1)
+        answers = np.zeros((len(numbers), length), bool)
+        answers[:, size:] = True
+        position = np.broadcast_to(np.arange(length, dtype=np.int32), answers.shape)
+        return Samples(
+            tokens.astype(np.int32), answers, np.where(answers, position, -1), np.where(answers, position - size, -1)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS
 
 
 class Tokenizer(Protocol):
-    """What data pipeline and generation need of a tokenizer."""
+    """What the data pipeline and generation need of a tokenizer."""
 
     @property
     def name(self) -> str:
@@ -210,7 +210,7 @@ class HuggingFaceTokenizer:
 
     def _encode_parts(self, parts: list[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        return np.concatenate([np.array(part.ids, np.int32) for part in encoded])
+        return np.array([number for part in encoded for number in part.ids], np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         kept = [token for token in map(int, tokens) if token != self.end_of_text and token < self.vocab_size]
@@ -315,11 +315,7 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuses a model whose vocabulary is smaller than the tokenizer's.
-
-    Raises:
-      ConfigError: naming `model.vocab_size`.
-    """
+    """Refuses a `model.vocab_size` smaller than the tokenizer's, with a ConfigError."""
     if vocab_size < tokenizer.vocab_size:
         allowed = f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {tokenizer.name!r}"
         raise ConfigError("model.vocab_size", vocab_size, allowed)
@@ -351,7 +347,7 @@ def _kinds(decoder: dict[str, Any]) -> set[str]:
     return {decoder.get("type", "")}.union(*map(_kinds, decoder.get("decoders") or []))
 
 
-# As Rust's \s, which knows the separators U+001C .. U+001F as visible.
+# As Rust's \s, for which the separators U+001C .. U+001F are visible.
 _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
 
 

@@ -2,10 +2,9 @@
 
 A row is a line with its leading space and its newline (" = Title = \\n"); a blank line is the empty string.
 
-Hashes: Hugging Face `datasets`' dataset_infos.json. Rows are lines, blank ones included. Words are those between
-ASCII white space, without an end-of-line mark: the published counts (103,227,021, 217,646 and 245,569) have one a
-line. The raw files spell out what the others write as <unk>, word for word. Their word counts are not published, so
-theirs may differ by a thousandth, which still tells any cut or foreign file.
+Hashes: Hugging Face `datasets`' dataset_infos.json. Words are counted without an end-of-line mark; the published counts
+(103,227,021, 217,646 and 245,569) have one a line. The raw files spell out what the others write as <unk>. Their word
+counts are not published and may differ by a thousandth, which still reveals any cut or foreign file.
 """
 
 import dataclasses
