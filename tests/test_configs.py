@@ -157,7 +157,7 @@ def test_retrieval_settings_bind_where_they_say_so():
     for name, setting in retrieval_recipes.RECALL.items():
         config = load("recall", name)
         windows = (config.model.history_window, config.model.generation_window)
-        assert name.startswith(f"{config.data.sequence_length}-{config.data.items}")
+        assert name.startswith(f"{config.data.sequence_length}-{config.data.num_items}")
         assert config.train.steps * config.train.batch_size * config.data.sequence_length <= 200_000_000
         assert 2 * setting.pairs % setting.generation_window == 0  # no answer stands in its question's window
         binds = setting.pairs >= 4 * windows[0] and setting.length >= 32 * windows[0]
@@ -314,7 +314,7 @@ OVERRIDES = {
         "manual_dir": "/some/dir",
         "cache_dir": "/some/cache",
         "examples": 4321,
-        "items": 5,
+        "num_items": 5,
         "questions": 2,
     },
     "mesh": {"data": 2, "fsdp": 4, "tensor": 3, "window": 5, "context": 6},

@@ -185,7 +185,7 @@ LEAST = {
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
     | dict.fromkeys(("eval_every_epochs", "eval_batch_size", "checkpoint_every", "keep_best"), 0)
     | {"max_skipped_updates": 0, "max_rollbacks": 0},
-    "data": dict.fromkeys(("sequence_length", "examples", "items", "questions"), 1),
+    "data": dict.fromkeys(("sequence_length", "examples", "num_items", "questions"), 1),
 }
 CHOICES = {
     "model": {

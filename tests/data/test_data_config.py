@@ -18,7 +18,7 @@ from tlinformer_jax.errors import ConfigError
         ("sequence_length", True),
         ("text_field", ""),
         ("dataset", "wikitext103-v1"),
-        ("items", 0),
+        ("num_items", 0),
         ("examples", True),
         ("train_files", None),
     ],

@@ -172,7 +172,7 @@ DATA = fields(
     ("data.sequence_length=100000", "longer than the text"),
     ("data.train_files=none/*.txt", "no file"),
     ("data.validation_files=", "none given"),
-    ("data.items=0", "zero"),
+    ("data.num_items=0", "zero"),
     ("data.text_field=", "no name"),
 )
 DATA += [

@@ -50,7 +50,7 @@ SECTIONS = {
         "dataset": "recall",
         "tokenizer": "numbers:12",
         "sequence_length": 18,
-        "items": 3,
+        "num_items": 3,
         "examples": 210,
     },
 }
@@ -188,11 +188,11 @@ def test_an_evaluation_that_leaves_windows_out_finds_the_same(architecture):
     assert 0 < sums["right"].sum() < sums["answers"].sum() == 21 * 9
 
 
-PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400, "items": 1, "examples": 20}
+PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400, "num_items": 1, "examples": 20}
 
 
 def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_questions():
-    data = PASSKEYS | {"items": 20, "questions": 20, "sequence_length": 1800}
+    data = PASSKEYS | {"num_items": 20, "questions": 20, "sequence_length": 1800}
     run = build_run(changed(model={"vocab_size": 257}, data=data), build_tokenizer("bytes"))
     split, params = run.split("validation"), run.initial_state().params
     (batch,) = answer_batches(split, 800, 2, slice(None), 4, run.config.model.observed_rows)

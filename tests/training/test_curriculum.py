@@ -30,7 +30,7 @@ def simulated(step: int, competence):
         dataset="recall",
         tokenizer="numbers:64",
         sequence_length=32,
-        items=8,
+        num_items=8,
         examples=2000,
         curriculum=CURRICULUM,
     )

@@ -55,7 +55,7 @@ class DataConfig:
       manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip.
       cache_dir: where downloads and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
       examples: [tasks] different samples of the training split; an epoch takes each once.
-      items: [recall] pairs of a key and a value in a sample of N tokens, fewer in proportion in a shorter one.
+      num_items: [recall] pairs of a key and a value in a sample of N tokens, fewer in proportion in a shorter one.
         [passkey] keys hidden in a sample.
       questions: [passkey] keys that a training sample asks for, one after the other; evaluation asks for one.
       curriculum: [tasks] "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
@@ -74,7 +74,7 @@ class DataConfig:
     manual_dir: str = ""
     cache_dir: str = ""
     examples: int = 100_000
-    items: int = 4
+    num_items: int = 4
     questions: int = 1
     curriculum: str = ""
 
@@ -100,11 +100,11 @@ class DataConfig:
             allowed = f"must be from 1 to {2**31 - 1}: positions are int32"
             raise ConfigError("data.sequence_length", self.sequence_length, allowed)
         most_items = MOST_PASSKEYS if self.dataset == "passkey" else 2**31 - 1
-        for name, most in (("examples", 2**31 - 1), ("items", most_items), ("questions", MOST_PASSKEYS)):
+        for name, most in (("examples", 2**31 - 1), ("num_items", most_items), ("questions", MOST_PASSKEYS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(f"data.{name}", getattr(self, name), f"must be from 1 to {most}")
-        if self.dataset == "passkey" and self.questions > self.items:
-            raise ConfigError("data.questions", self.questions, f"must be at most data.items = {self.items}")
+        if self.dataset == "passkey" and self.questions > self.num_items:
+            raise ConfigError("data.questions", self.questions, f"must be at most data.num_items = {self.num_items}")
         if self.curriculum and not self.is_task:
             allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
             raise ConfigError("data.curriculum", self.curriculum, allowed)

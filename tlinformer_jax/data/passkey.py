@@ -117,7 +117,7 @@ class Passkey:
     def check(self, length: int) -> None:
         least = (self.keys + 2) * self.sizes.hidden + self.questions * self.sizes.asked
         if length < least:
-            fields = f"data.items = {self.keys} and data.questions = {self.questions}"
+            fields = f"data.num_items = {self.keys} and data.questions = {self.questions}"
             raise ConfigError("data.sequence_length", length, f"must be at least {least} for {fields}")
         if len(self.text.tokens) < length:
             allowed = f"the text to hide keys in has only {len(self.text.tokens)} tokens"

@@ -37,7 +37,7 @@ class Recall:
     def __post_init__(self) -> None:
         if self.vocabulary // 2 - 1 < self.pairs:
             allowed = f"must be at most {self.vocabulary // 2 - 1}, the keys of the vocabulary"
-            raise ConfigError("data.items", self.pairs, allowed)
+            raise ConfigError("data.num_items", self.pairs, allowed)
 
     def chance(self, length: int) -> float:
         return chance_by_elimination(pairs_of(length, self.pairs, self.full_length))

@@ -103,7 +103,7 @@ def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> Answ
       DataError: if the tokenizer cannot encode the task.
     """
     if config.dataset == "recall":
-        pairs = pairs_of(length, config.items, config.sequence_length)
+        pairs = pairs_of(length, config.num_items, config.sequence_length)
         return AnswerPlaces(2 * pairs, pairs)
     if config.dataset == "copy":
         return AnswerPlaces(length // 2, length // 2)
@@ -187,13 +187,13 @@ def _task(config: DataConfig, split: str, tokenizer: Tokenizer, text: TokenStrea
     key, trains = key_of(config.dataset, split), split == "train"
     task: Task
     if config.dataset == "recall":
-        task = Recall(key, tokenizer.vocab_size, config.items, config.sequence_length)
+        task = Recall(key, tokenizer.vocab_size, config.num_items, config.sequence_length)
     elif config.dataset == "copy":
         task = Copying(key, tokenizer.vocab_size)
     else:
         assert text is not None
         questions = config.questions if trains else 1
-        task = passkey.Passkey(key, text, tokenizer, config.items, questions, in_turn=not trains)
+        task = passkey.Passkey(key, text, tokenizer, config.num_items, questions, in_turn=not trains)
     task.check(config.sequence_length)
     for length, *_ in config.stages:
         try:

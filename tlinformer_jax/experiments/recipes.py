@@ -81,7 +81,7 @@ def set_recall(config: "ConfigDict", name: str) -> None:
       ConfigError: if there is none of that name.
     """
     setting = _chosen(RECALL, name)
-    config.data.update(dataset="recall", tokenizer="numbers:8192", items=setting.pairs)
+    config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=setting.pairs)
     _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
 
 
@@ -98,9 +98,9 @@ def set_passkey(config: "ConfigDict", name: str) -> None:
       ConfigError: as `set_recall`.
     """
     setting = _chosen(PASSKEY, name)
-    config.data.update(dataset="passkey", items=4, questions=4)
+    config.data.update(dataset="passkey", num_items=4, questions=4)
     if name == "tiny":
-        config.data.update(tokenizer="bytes", items=1, questions=1)
+        config.data.update(tokenizer="bytes", num_items=1, questions=1)
         _set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
         config.train.update(steps=40, warmup_steps=4, eval_every=20, checkpoint_every=20)
         config.data.examples = DataConfig(**config.data).samples_before(40, config.train.batch_size)

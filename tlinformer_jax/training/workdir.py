@@ -28,7 +28,7 @@ IDENTITY = (
     *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
     "model.observed_selection",
     *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
-    *(f"data.{name}" for name in ("examples", "items", "questions")),
+    *(f"data.{name}" for name in ("examples", "num_items", "questions")),
     *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
 )
 
