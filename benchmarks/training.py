@@ -160,7 +160,7 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
 def _counted(config: RunConfig) -> dict[str, Any]:
     """What is known before anything runs."""
     from tlinformer_jax.analysis.flops import training_flops
-    from tlinformer_jax.training.windows import trained_tokens
+    from tlinformer_jax.models.windows import trained_tokens
 
     length, sampled = config.data.sequence_length, config.train.sampled_windows
     flops = training_flops(config.model, length, config.train.batch_size, sampled)

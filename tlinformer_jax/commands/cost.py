@@ -10,7 +10,7 @@ from absl import flags
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import UserError
 
-LENGTHS = flags.DEFINE_list("lengths", ["1024", "8192", "65536", "1048576"], "Lengths of the text, in tokens.")
+LENGTHS = flags.DEFINE_list("at", ["1024", "8192", "65536", "1048576"], "Lengths of the text, in tokens.")
 MODELS = {
     "Transformer": ModelConfig(architecture="transformer", dtype="bfloat16"),
     "TLinFormer 256/256": ModelConfig(dtype="bfloat16"),
@@ -49,7 +49,7 @@ def main() -> None:
 
     given = ",".join(LENGTHS.value)
     if not all(text.isdecimal() and 1 <= int(text) < 2**31 for text in LENGTHS.value):
-        raise UserError(f"--lengths={given}: must be integers from 1 to 2147483647 with commas between")
+        raise UserError(f"--at={given}: must be integers from 1 to 2147483647 with commas between")
     lengths = [int(text) for text in LENGTHS.value]
     columns = [f"{length:,}" for length in lengths]
     trained = [

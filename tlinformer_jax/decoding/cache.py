@@ -41,7 +41,7 @@ class WindowedCache:
       observed_length: valid rows of the compressed context, int32 [batch].
       window_length: tokens in the generation window, int32 [batch].
       capacity: rows of history there is room for (static).
-      split: how the rows of `history` are dealt out over the devices of a mesh (static); inside `jax.shard_map` a
+      split: how the rows of `history` are split over the devices of a mesh (static); inside `jax.shard_map` a
         device has its share of them, and everything else whole. None where one device has them all.
     """
 
@@ -108,7 +108,7 @@ def capacity_for(config: ModelConfig, tokens: int, final: int | None = None, par
       tokens: tokens of the longest sequence.
       final: tokens it will have in the end, where that is known: a cache that is at most one class short of it is
         made for it at once, without the class's slack.
-      parts: devices that the rows are dealt out to; each gets the room that its share needs.
+      parts: devices that the rows are split over; each gets the room that its share needs.
     """
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window - 1

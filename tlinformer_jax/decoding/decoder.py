@@ -73,12 +73,12 @@ class Decoder:
         Args:
           model: of any architecture.
           variables: {"params": ...} as `model.init` gives them, wherever they lie.
-          mesh: its axis `context` deals out the rows of the history; along every other axis all devices do the same.
+          mesh: its axis `context` splits the rows of the history; along every other axis all devices do the same.
             None: one device, the one of the variables.
 
         Raises:
           ConfigError: for a model whose observation window does not hold the last rows of the history, or that has no
-            history to deal out.
+            history to split.
         """
         self.config, self.mesh = model.config, mesh
         if self.config.observed_selection != "recent":

@@ -21,6 +21,7 @@ from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.files import local_path
+from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.checkpoint import Checkpoints
 from tlinformer_jax.training.curriculum import LAG, WINDOW, Competence, StagedReader, batches_from
@@ -36,7 +37,6 @@ from tlinformer_jax.training.setup import PENDING, Run, build_run, build_through
 from tlinformer_jax.training.signals import Stopped, StopRequest
 from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.timer import CheckpointTimer
-from tlinformer_jax.training.windows import trained_tokens
 from tlinformer_jax.training.workdir import check_tokenizer, check_workdir, describe, save_description
 
 
