@@ -67,8 +67,6 @@ def essence(config: RunConfig) -> RunConfig:
         test_files=names(config.data.test_files),
         manual_dir="",
         cache_dir="",
-        full_hash=False,
-        num_workers=0,
     )
     return dataclasses.replace(config, data=data, mesh=MeshConfig())
 
