@@ -13,8 +13,9 @@ from absl import flags
 
 from tests.support.commands import check_refusal, command
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config import recipes
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, recipes, run_config, save_config
+from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, run_config, save_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
@@ -110,7 +111,7 @@ def test_rows_are_those_of_table_1(row, prefix):
     assert (config.model.architecture, config.data.sequence_length) == (architecture, length)
     if windows:
         assert (config.model.history_window, config.model.generation_window) == windows
-    assert (config.data.dataset, config.data.wikitext_variant, config.data.tokenizer) == ("wikitext103", "v1", "gpt2")
+    assert (config.data.dataset, config.data.tokenizer) == ("wikitext103", "gpt2")
     shape = config.model
     assert (shape.vocab_size, shape.d_model, shape.num_heads) == (50257, 432, 12)
     assert (shape.num_layers, shape.num_blocks, shape.hidden_depth) == (8, 2, 2)
@@ -149,14 +150,14 @@ def test_no_sample_of_a_task_is_seen_twice(variant):
         for length, count, *_ in (*config.data.stages, last)
     ]
     assert all(count > 0 for count in taken)
-    assert sum(taken) <= config.data.train_examples
+    assert sum(taken) <= config.data.examples
 
 
 def test_retrieval_settings_bind_where_they_say_so():
     for name, setting in retrieval_recipes.RECALL.items():
         config = load("recall", name)
         windows = (config.model.history_window, config.model.generation_window)
-        assert name.startswith(f"{config.data.sequence_length}-{config.data.pairs}")
+        assert name.startswith(f"{config.data.sequence_length}-{config.data.num_items}")
         assert config.train.steps * config.train.batch_size * config.data.sequence_length <= 200_000_000
         assert 2 * setting.pairs % setting.generation_window == 0  # no answer stands in its question's window
         binds = setting.pairs >= 4 * windows[0] and setting.length >= 32 * windows[0]
@@ -303,24 +304,17 @@ OVERRIDES = {
         "stop_at_accuracy": 0.9,
     },
     "data": {
-        "tokenizer": "/some/tokenizer.json",
+        "tokenizer": "/some/tokenizer.json:</s>",
         "dataset": None,  # another one
-        "end_of_text_token": "</s>",
         "sequence_length": 640,
         "train_files": "/a/*.txt,/b/*.jsonl.gz",
         "validation_files": "/c.txt",
         "test_files": "/d.txt",
         "text_field": "body",
-        "document_per": "line",
-        "wikitext_variant": "raw-v1",
         "manual_dir": "/some/dir",
         "cache_dir": "/some/cache",
-        "full_hash": True,
-        "num_workers": 2,
-        "train_examples": 4321,
-        "validation_examples": 123,
-        "pairs": 5,
-        "passkeys": 3,
+        "examples": 4321,
+        "num_items": 5,
         "questions": 2,
     },
     "mesh": {"data": 2, "fsdp": 4, "tensor": 3, "window": 5, "context": 6},

@@ -19,8 +19,8 @@ SHRUNK = [
 ]
 
 
-def test_training_and_evaluation_without_tensorflow_tfds_clu_or_grain(tmp_path):
-    blocked = ("tensorflow", "tensorflow_datasets", "clu", "grain")
+def test_training_and_evaluation_without_tensorflow_and_clu(tmp_path):
+    blocked = ("tensorflow", "tensorflow_datasets", "clu")
     arguments = [f"--workdir={tmp_path}", f"--profile={tmp_path}/trace"]
     trained = command("tlinformer_jax.main", *TINY, *SHRUNK, *arguments, blocked=blocked)
     assert trained.returncode == 0, trained.stderr

@@ -13,10 +13,10 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config import data as data_config
+from tlinformer_jax.config import model as model_config
+from tlinformer_jax.config import train as train_config
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
-from tlinformer_jax.config.run import data as data_config
-from tlinformer_jax.config.run import model as model_config
-from tlinformer_jax.config.run import train as train_config
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
@@ -185,8 +185,7 @@ LEAST = {
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
     | dict.fromkeys(("eval_every_epochs", "eval_batch_size", "checkpoint_every", "keep_best"), 0)
     | {"max_skipped_updates": 0, "max_rollbacks": 0},
-    "data": {"sequence_length": 1, "num_workers": 0}
-    | dict.fromkeys(("train_examples", "validation_examples", "pairs", "passkeys", "questions"), 1),
+    "data": dict.fromkeys(("sequence_length", "examples", "num_items", "questions"), 1),
 }
 CHOICES = {
     "model": {
@@ -200,13 +199,9 @@ CHOICES = {
         "observed_selection": model_config.SELECTIONS,
     },
     "train": {"schedule": train_config.SCHEDULES, "decay_mask": train_config.DECAY_MASKS},
-    "data": {
-        "dataset": data_config.DATASETS,
-        "document_per": data_config.DOCUMENT_PER,
-        "wikitext_variant": data_config.WIKITEXT_VARIANTS,
-    },
+    "data": {"dataset": data_config.DATASETS},
 }
-SWITCHES = {"model": ("scan_layers",), "train": ("equal_updates",), "data": ("full_hash",)}
+SWITCHES = {"model": ("scan_layers",), "train": ("equal_updates",)}
 RATES = {
     "model": {"dropout": 1.0},
     "train": dict.fromkeys(("beta1", "beta2"), 1.0)
@@ -214,9 +209,7 @@ RATES = {
     | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf)
     | {"checkpoint_minutes": math.inf},
 }
-TEXTS = {
-    "data": ("tokenizer", "end_of_text_token", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")
-}
+TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}
 
 
 def invalid_values() -> dict[str, st.SearchStrategy]:

@@ -78,7 +78,6 @@ def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
                 "train_files": str(texts / "train.jsonl"),
                 "validation_files": str(texts / "validation.jsonl"),
                 "cache_dir": str(cache),
-                "num_workers": 1,
             },
         }
     )

@@ -27,7 +27,7 @@ def main() -> None:
     config = run_config(cli.config_values()).data
     if config.is_task:
         raise UserError(f"data.dataset = {config.dataset!r}: must be a text for n-grams")
-    tokenizer = build_tokenizer(config.tokenizer, config.end_of_text_token)
+    tokenizer = build_tokenizer(config.tokenizer)
     train, test = (load_split(config, split, tokenizer) for split in ("train", SPLIT.value))
     assert isinstance(train, TokenStream)
     assert isinstance(test, TokenStream)

@@ -52,6 +52,6 @@ def test_the_end_of_text_entry_is_passed_on(tmp_path):
     path = tmp_path / "tokenizer.json"
     model = tokenizers.models.WordLevel({"stop": 0, "a": 1, "?": 2}, unk_token="?")
     tokenizers.Tokenizer(model).save(str(path))
-    with pytest.raises(ConfigError, match=r"data\.end_of_text_token = '': must name an entry"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = '.*json:': must name the entry that ends a text"):
         list(prepare(DataConfig(tokenizer=str(path))))
-    assert len(list(prepare(DataConfig(tokenizer=str(path), end_of_text_token="stop")))) == 3
+    assert len(list(prepare(DataConfig(tokenizer=f"{path}:stop")))) == 3

@@ -172,8 +172,8 @@ DATA = fields(
     ("data.sequence_length=100000", "longer than the text"),
     ("data.train_files=none/*.txt", "no file"),
     ("data.validation_files=", "none given"),
-    ("data.document_per=page", "unknown word"),
-    ("data.num_workers=-1", "negative"),
+    ("data.num_items=0", "zero"),
+    ("data.text_field=", "no name"),
 )
 DATA += [
     Case("a tokenizer that is no JSON", "train", ("--config.data.tokenizer={d}/bad.jsonl",), "bad.jsonl"),
@@ -181,8 +181,8 @@ DATA += [
     Case(
         "an end of text that is no entry",
         "train",
-        ("--config.data.tokenizer={d}/words.json", "--config.data.end_of_text_token=stop"),
-        "data.end_of_text_token = 'stop'",
+        ("--config.data.tokenizer={d}/words.json:stop",),
+        "data.tokenizer = '{d}/words.json:stop'",
     ),
     Case("text of an unknown kind", "train", (TRAIN + "{d}/table.csv",), "table.csv"),
     Case("a folder with a text's name", "train", (TRAIN + "{d}/folder.txt",), "folder.txt"),

@@ -51,9 +51,8 @@ SECTIONS = {
         "dataset": "recall",
         "tokenizer": "numbers:12",
         "sequence_length": 18,
-        "pairs": 3,
-        "train_examples": 64,
-        "validation_examples": 21,
+        "num_items": 3,
+        "examples": 210,
     },
 }
 
@@ -190,11 +189,11 @@ def test_an_evaluation_that_leaves_windows_out_finds_the_same(architecture):
     assert 0 < sums["right"].sum() < sums["answers"].sum() == 21 * 9
 
 
-PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400, "validation_examples": 2}
+PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400, "num_items": 1, "examples": 20}
 
 
 def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_questions():
-    data = PASSKEYS | {"passkeys": 20, "questions": 20, "sequence_length": 1800}
+    data = PASSKEYS | {"num_items": 20, "questions": 20, "sequence_length": 1800}
     run = build_run(changed(model={"vocab_size": 257}, data=data), build_tokenizer("bytes"))
     split, params = run.split("validation"), run.initial_state().params
     (batch,) = answer_batches(split, 800, 2, slice(None), 4, run.config.model.observed_rows)
@@ -250,7 +249,7 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
     config = changed(
         model={"vocab_size": 257, "architecture": "transformer"},
         train={"steps": 5, "eval_every": 0, "batch_size": 8, "checkpoint_every": 4},
-        data=data | {"validation_examples": 8},
+        data=data | {"examples": 80},
     )
     shapes = []
     put_batch = loop.put_batch

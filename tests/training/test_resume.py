@@ -62,7 +62,6 @@ def run_config(folder: pathlib.Path, **train) -> RunConfig:
             train_files=str(folder / "train.txt"),
             validation_files=str(folder / "validation.txt"),
             cache_dir=str(folder / "cache"),
-            num_workers=1,
         ),
         mesh=MeshConfig(),
     )

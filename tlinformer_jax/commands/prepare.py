@@ -26,7 +26,7 @@ def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
     Raises:
       UserError: for whatever is wrong with the configuration, the files, the cache or the download.
     """
-    tokenizer = build_tokenizer(config.tokenizer, config.end_of_text_token)
+    tokenizer = build_tokenizer(config.tokenizer)
     if vocab_size is not None:
         check_vocab(tokenizer, vocab_size)
     splits = available_splits(config)

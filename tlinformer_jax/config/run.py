@@ -189,7 +189,7 @@ def _model_fields(values: Mapping[str, Any], data: DataConfig) -> Any:
     fields = values.get("model") or SMALL_MODEL
     if not hasattr(fields, "items") or fields.get("vocab_size", AUTO) != AUTO:
         return fields
-    entries = build_tokenizer(data.tokenizer, data.end_of_text_token).vocab_size
+    entries = build_tokenizer(data.tokenizer).vocab_size
     return {**dict(fields.items()), "vocab_size": entries + -entries % VOCABULARY_MULTIPLE}
 
 

@@ -54,7 +54,7 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
       ConfigError, DataError: what training would raise before its first step; of text that has not been tokenised
         only the files are looked for.
     """
-    tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
+    tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
     streams = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
     for name, stream in streams.items():

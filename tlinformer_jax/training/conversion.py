@@ -39,7 +39,7 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
     """
     workdir = workdir.absolute()
     _check_new(workdir)
-    run = build_run(config, build_tokenizer(config.data.tokenizer, config.data.end_of_text_token))
+    run = build_run(config, build_tokenizer(config.data.tokenizer))
     arrays = read_weights(source)
     try:
         params = params_from_reference(arrays, config.model)["params"]

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.data import Stage
-from tlinformer_jax.data.batches import Batch, Rows, TrainingBatches
-from tlinformer_jax.data.reader import prefetched
+from tlinformer_jax.data.batches import Batch, Rows, TrainingBatches, prefetched
 
 WINDOW = 20  # updates whose mean accuracy decides
 LAG = 4  # updates that are still made on the old samples after those

@@ -120,7 +120,7 @@ def train_run(
     origin = find_origin(workdir, init_from, begun)
     if origin is not None and not begun:
         check_origin(origin, config)
-    tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
+    tokenizer = build_tokenizer(config.data.tokenizer)
     check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
     run = build_run(config, tokenizer, PENDING)
     splits = {name: run.split(name) for name in ("train", "validation")}

@@ -27,8 +27,8 @@ IDENTITY = (
     *(f"model.{name}" for name in ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth")),
     *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
     "model.observed_selection",
-    *(f"data.{name}" for name in ("dataset", "sequence_length", "wikitext_variant", "curriculum")),
-    *(f"data.{name}" for name in ("train_examples", "pairs", "passkeys", "questions")),
+    *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
+    *(f"data.{name}" for name in ("examples", "num_items", "questions")),
     *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
 )
 
