@@ -23,7 +23,8 @@ history in one segment, as configured here; of the others the memory is not know
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.run import default_config_dict, recipes
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 
 # Four layers a block.

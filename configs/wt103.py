@@ -16,7 +16,8 @@ Result: not yet measured.
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.run import default_config_dict, recipes
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 
 VARIANTS = (*recipes.TABLE_1, *(f"paper-{row}" for row in recipes.TABLE_1))

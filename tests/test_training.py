@@ -24,11 +24,11 @@ from tlinformer_jax.parallel.sharding import batch_sharding, parameter_spec, put
 from tlinformer_jax.training import loss as loss_module
 from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.hooks import StepTrace
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
-from tlinformer_jax.training.profile import StepTrace
 from tlinformer_jax.training.setup import build_run
 from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
 
@@ -259,10 +259,10 @@ def test_bfloat16_parameters_stay_bfloat16(accumulation):
     jax.tree.map(lambda old, new: np.testing.assert_equal(new.dtype, old.dtype), state, new)
 
 
-def test_decay_mask_spares_vectors_only_when_asked():
+def test_decay_spares_vectors_but_for_the_papers_schedule():
     params = golden_state().params
-    everything = decay_mask(dataclasses.replace(TRAIN, decay_mask="all"), params)
-    matrices = decay_mask(dataclasses.replace(TRAIN, decay_mask="matrices"), params)
+    everything = decay_mask(dataclasses.replace(TRAIN, schedule="paper", epochs=1), params)
+    matrices = decay_mask(TRAIN, params)
     assert all(jax.tree.leaves(everything))
     layer = matrices["blocks_0"]["restore"]
     assert layer["qkv_kernel"]
@@ -282,7 +282,7 @@ def run_config(**changes) -> RunConfig:
 
 def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys):
     """Stopping after two steps and going on, with checkpoints by the clock, gives the same parameters."""
-    config = run_config(train={"eval_batch_size": 512})
+    config = run_config()
     whole = train_and_evaluate(config, tmp_path / "whole")
     assert 0 < whole["loss"] < 10
     assert math.isclose(whole["perplexity"], math.exp(whole["loss"]), rel_tol=1e-6)
@@ -303,8 +303,8 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys)
         (part / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     (tmp_path / "whole" / "checkpoints" / "2").rename(part / "checkpoints" / "2")
     capsys.readouterr()
-    train_and_evaluate(run_config(train={"eval_batch_size": 512, "checkpoint_minutes": 1e-9}), part)
-    assert "checkpoints: every 2 updates, every 1e-09 minutes or less, at the end\n" in capsys.readouterr().err
+    train_and_evaluate(run_config(train={"checkpoint_every": "0.001s"}), part)
+    assert "checkpoints: every 0.001s or less, at the end\n" in capsys.readouterr().err
     assert {path.name for path in (part / "checkpoints").iterdir()} == {"3", "4"}
     run = build_run(config, ByteTokenizer())
     step, params = restore_params(tmp_path / "whole", run.abstract_state.params)
@@ -314,7 +314,7 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys)
 
 
 def test_another_model_in_the_workdir_is_refused(tmp_path):
-    train = {"eval_batch_size": 512, "eval_every": 0, "checkpoint_every": 0, "steps": 1}
+    train = {"eval_every": 0, "checkpoint_every": 0, "steps": 1}
     config = run_config(model={"architecture": "transformer", "num_blocks": 1}, train=train)
     train_and_evaluate(config, tmp_path)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_depth=1))

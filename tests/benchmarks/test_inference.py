@@ -310,8 +310,8 @@ def test_other_failures_are_not_taken_for_want_of_memory(monkeypatch):
 
 def test_weights_of_a_working_directory(tmp_path):
     from tlinformer_jax.config.train import TrainConfig
-    from tlinformer_jax.training.checkpoint import Checkpoints
     from tlinformer_jax.training.optimizer import Horizon
+    from tlinformer_jax.training.saving import Checkpoints
     from tlinformer_jax.training.step import init_state
 
     values = {"model": dataclasses.asdict(SMALL), "data": {"dataset": "pydoc", "tokenizer": "bytes"}}

@@ -15,9 +15,17 @@ from tlinformer_jax.config.run import CONFIG_FILE, load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.training import checkpoint as checkpoint_module
-from tlinformer_jax.training.checkpoint import Checkpoints, restore_params
+from tlinformer_jax.training.checkpoint import (
+    MANIFEST_FILE,
+    Manifest,
+    hash_files,
+    read_manifest,
+    restore_params,
+    verify,
+    write_manifest,
+)
 from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.manifest import MANIFEST_FILE, Manifest, hash_files, read_manifest, verify, write_manifest
+from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import build_run
 
 

@@ -10,8 +10,8 @@ import pytest
 from tests.support import bad_files
 from tests.support.commands import check_refusal, command
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.training.lock import LOCK_FILE, sole_run
 from tlinformer_jax.training.metrics import MetricsLog, TensorBoardXWriter
+from tlinformer_jax.training.workdir import LOCK_FILE, sole_run
 from tools.fault_check import final_state, log_difference, logged, state_difference
 
 

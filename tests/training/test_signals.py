@@ -9,11 +9,11 @@ import threading
 import pytest
 
 from tests.support.commands import ROOT, check_refusal, command, command_line
-from tlinformer_jax.training.signals import Stopped, StopRequest
+from tlinformer_jax.training.hooks import Stopped, StopRequest
 
 WAIT = """
 import hashlib, signal, sys, time
-from tlinformer_jax.training.signals import StopRequest
+from tlinformer_jax.training.hooks import StopRequest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with StopRequest() as stop:
     print("ready", flush=True)

@@ -46,7 +46,9 @@ def main() -> None:
     text = _text()
     cluster = cli.cluster()
     workdir = local_path(WORKDIR.value, "--workdir")
-    batch_size = BATCH_SIZE.value or load_config(workdir).train.evaluation_batch_size
+    config = load_config(workdir)
+    length = config.data.sequence_length
+    batch_size = BATCH_SIZE.value or config.train.evaluation_batch_size(length, length)
     use_compilation_cache()
     if cluster is not None:
         import jax

@@ -49,8 +49,8 @@ class RunConfig:
         if sampled > windows:
             raise ConfigError("train.sampled_windows", sampled, f"must be at most the {windows} windows of a sequence")
         if self.data.curriculum and (sampled or not self.train.equal_updates):
-            field = "sampled_windows = 0" if sampled else "equal_updates = True"
-            raise ConfigError("data.curriculum", self.data.curriculum, f"must be '' without train.{field}")
+            field = f"train.sampled_windows = {sampled}" if sampled else "train.schedule = 'paper'"
+            raise ConfigError("data.curriculum", self.data.curriculum, f"must be '' for {field}")
         before = sum(stage.updates for stage in self.data.stages)
         if before and 0 < self.train.steps <= before:
             allowed = f"must end before train.steps = {self.train.steps}, and has {before} updates"
@@ -88,6 +88,19 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(name, "...", f"no such section; there are {', '.join(SECTIONS)}")
     sections = {name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items() if name != "model"}
     return RunConfig(model=_section("model", ModelConfig, _model_fields(values, sections["data"])), **sections)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with what depends on the machine made explicit, so that equal ones are equal programs.
+
+    Called once, before anything is compiled. Resolved so far: the axis of the mesh that takes the devices left.
+
+    Raises:
+      ConfigError: if the mesh does not fit the devices.
+    """
+    import jax  # here, because a configuration is read before anything needs devices
+
+    return dataclasses.replace(config, mesh=MeshConfig(**config.mesh.sizes(jax.device_count())))
 
 
 def default_config_dict() -> "ConfigDict":

@@ -77,6 +77,16 @@ def stages_ended(stages: tuple[Stage, ...], ends: np.ndarray) -> tuple[Stage, ..
     return tuple(found)
 
 
+def describe_end(stage: Stage, step: int, competence: Competence | None) -> str:
+    """Which stage of the curriculum ended after update `step`, and why."""
+    text = f"step {step}: the stage on samples of {stage.length} tokens ends after {stage.updates:,} updates"
+    if not stage.accuracy or competence is None:
+        return f"{text}, as configured"
+    if step in competence.ends.tolist():
+        return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
+    return f"{text}, the most that it may take"
+
+
 def batches_from(batches: TrainingBatches, competence: Competence | None) -> TrainingBatches:
     """`batches`, its stages as long as the state of the run says."""
     if competence is None:

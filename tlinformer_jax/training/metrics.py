@@ -244,6 +244,29 @@ class Throughput:
         return figures
 
 
+def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+    """Writes and prints the figures of a step of `last`; `speed` is what `Throughput.report` returns, or empty."""
+    names = ("loss", "grad_norm", "learning_rate", *(["accuracy"] if "accuracy" in metrics else []))
+    values = {f"train/{name}": float(metrics[name]) for name in names}
+    line = f"step {step}/{last}  loss {values['train/loss']:.4f}"
+    line += f"  grad norm {values['train/grad_norm']:.3f}"
+    if "accuracy" in metrics:
+        line += f"  accuracy {values['train/accuracy']:.3f}"
+    for name, count, text in (
+        ("skipped_updates", metrics["skips"].total, "skipped"),
+        ("rollbacks", metrics["skips"].rollbacks, "rolled back"),
+    ):
+        if int(count):
+            values[f"train/{name}"] = int(count)
+            line += f"  {int(count)} {text}"
+    if speed:
+        values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
+        used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
+        line += f"  {speed['tokens_per_second']:,.0f} tokens/s{used}  {clock(speed['eta'])} left"
+    log.write(step, values)
+    say(line)
+
+
 def say(message: str) -> None:
     """Prints a line of progress on stderr, in the first process only."""
     import jax
