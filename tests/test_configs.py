@@ -15,7 +15,15 @@ from tests.support.commands import check_refusal, command
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config import recipes
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, run_config, save_config
+from tlinformer_jax.config.run import (
+    SECTIONS,
+    RunConfig,
+    default_config_dict,
+    fingerprint,
+    resolve,
+    run_config,
+    save_config,
+)
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
@@ -361,6 +369,29 @@ def test_history_window_and_d_ff_take_all_their_types(name):
     assert from_flags(name, "model.d_ff=8").model.d_ff == 8
     assert from_flags(name).model.d_ff is None
     assert from_flags(name, "model.d_ff=None").model.d_ff is None
+
+
+def test_what_depends_on_the_machine_is_made_explicit():
+    """On the tests' eight devices; equal configurations are equal afterwards, and explicit ones stay as they are."""
+    left, given = run_config({"mesh": {"fsdp": 2}}), run_config({"mesh": {"data": 4, "fsdp": 2}})
+    assert left != given
+    assert resolve(left) == resolve(given) == given
+    assert fingerprint(resolve(left)) == fingerprint(given)
+    with pytest.raises(ConfigError, match=r"must divide the 8 devices"):
+        resolve(run_config({"mesh": {"fsdp": 3}}))
+
+
+@pytest.mark.parametrize(
+    ("value", "updates", "seconds"),
+    [("0", 0, 0), ("7", 7, 0), ("10min", 0, 600), ("30s", 0, 30), ("1.5h", 0, 5400)],
+)
+def test_checkpoints_are_counted_in_updates_or_in_time(value, updates, seconds):
+    train = from_flags("tiny.py", f"train.checkpoint_every={value}").train
+    assert (train.checkpoint_steps, train.checkpoint_seconds) == (updates, seconds)
+    for wrong in ("10", "-1s", "10days", "0min", "min"):
+        with pytest.raises(ConfigError, match=r"train\.checkpoint_every = .*: must be an integer >= 0, or a time"):
+            TrainConfig(checkpoint_every=wrong)
+    assert from_flags("tiny.py", "train.eval_every=epoch").train.eval_every == "epoch"
 
 
 README_TEMPLATE = """

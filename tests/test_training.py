@@ -294,7 +294,9 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys)
     assert (rates[0], rates[-1]) == pytest.approx((1e-2, 1e-3))
     assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second", "train/tflops"} <= set(lines[-2])
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
-    assert json.loads((tmp_path / "whole" / "config.json").read_text())["model"]["d_model"] == 16
+    written = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (written["model"]["d_model"], written["mesh"]["data"]) == (16, 8)
+    assert "resolved for this machine: mesh.data: -1 -> 8\n" in capsys.readouterr().err
 
     # The same files that the run left after step 2.
     part = tmp_path / "part"

@@ -27,7 +27,7 @@ LENGTH = flags.DEFINE_integer("length", None, "Evaluate all tokens in samples of
 LENGTHS = flags.DEFINE_list("lengths", [], "Evaluate all tokens once more in samples of each of these lengths.")
 BY_POSITION = flags.DEFINE_bool("by_position", False, "Tell the loss by position in the sample and in the window.")
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Sequences at a time; if not given, as many tokens as in training.", lower_bound=1
+    "batch_size", None, "Sequences at a time; if not given, as in the evaluations of training.", lower_bound=1
 )
 JSON = flags.DEFINE_bool("json", False, "Print the figures as one JSON object.")
 OUT = flags.DEFINE_string("out", None, "File to write the whole result to as JSON.")

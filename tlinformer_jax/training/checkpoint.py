@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import open_own, plain_path, read_own, write_text
+from tlinformer_jax.files import open_own, plain_path, read_own, sealed, write_text
 from tlinformer_jax.training.metrics import say
 
 FOLDER = "checkpoints"
@@ -42,12 +42,12 @@ class Manifest:
     """What a checkpoint holds.
 
     Attributes:
-      step: updates done; the batches are a function of it, so it is the data's position too.
-      files: path within the checkpoint -> (bytes, SHA-256 in hexadecimal); the manifest itself is left out.
+      step: updates done; also the position in the data, since batches are a function of it.
+      files: path within the checkpoint -> (bytes, SHA-256 in hexadecimal), without the manifest.
       code_version: of this package.
-      config_sha256: of the run's configuration, as `config.fingerprint` takes it; empty where none was given.
+      config_sha256: `config.run.fingerprint` of the run's configuration; empty where none was given.
       validation_loss: nats per token, if the step has been evaluated.
-      after_skip: whether the last update was skipped, as not finite; no rollback ends there.
+      after_skip: whether the last update was skipped as not finite; no rollback ends there.
     """
 
     step: int
@@ -128,27 +128,25 @@ def verify(folder: pathlib.Path) -> Manifest:
 
 
 def _files_below(folder: pathlib.Path) -> list[str]:
-    """Everything below `folder` that is no directory, as paths within it, without the manifest and its draft."""
+    """The paths of all files and links below `folder`, without the manifest and its draft."""
     own = (MANIFEST_FILE, f"{MANIFEST_FILE}.draft")
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for name in (path.relative_to(folder).as_posix() for path in paths) if name not in own)
 
 
 def _render(values: dict[str, Any]) -> str:
-    """The manifest's text: the values, and the hash of all of them."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**values, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+    return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
 
 
 def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: int = 0) -> Manifest | None:
     """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
-    Process 0 looks, all others are told. Those that fail are named on stderr, and so is what only has the name of one.
+    Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name.
 
     Args:
       folder: `checkpoints` of a working directory.
-      set_aside: rename those that fail to STEP.damaged; for the run that trains here only.
-      regular_every: above 0, look among the regular checkpoints of this distance only.
+      set_aside: rename those that fail to STEP.damaged; only for the run that trains here.
+      regular_every: above 0, consider only the regular checkpoints, at multiples of it.
 
     Raises:
       DataError: if there are checkpoints, but none that can be used.
@@ -177,9 +175,9 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: in
 
 
 def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
-    """Parameters alone of the newest checkpoint that passes its verification, as (step, params).
+    """The parameters of the newest checkpoint that passes its verification, as (step, params); writes nothing.
 
-    Nothing is written; newer ones that are damaged are named on stderr, and a configuration that has changed since.
+    Newer damaged ones are named on stderr, and so is a configuration that has changed since.
 
     Args:
       workdir: a working directory.
@@ -195,6 +193,7 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
         raise DataError(f"workdir {workdir}: {FOLDER} is a link, which is not followed")
     if not os.path.isdir(folder):
         raise DataError(f"workdir {workdir}: holds no checkpoint; train into it first")
+    found: Manifest | None
     if step is not None:
         steps, _ = list_steps(folder)
         if step not in steps:
@@ -202,7 +201,7 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
             raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}; there are {there}")
         if not is_usable(folder / str(step)):
             raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
-        found: Manifest | None = read_manifest(folder / str(step))
+        found = read_manifest(folder / str(step))
     else:
         found = newest_good(folder)
     if found is None:
@@ -214,17 +213,12 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
 
 
 def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
-    """Refuses a model of more or larger arrays than the checkpoints hold, before any of them is built.
+    """Refuses a model of more or larger arrays than the checkpoints hold, before it is built.
 
     Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
 
-    Args:
-      workdir: a working directory.
-      model: that its configuration describes.
-      step: of the checkpoint that is to be read; None for the newest good one.
-
     Raises:
-      DataError: naming the field, or why no checkpoint can be used.
+      DataError: naming the field, or why no checkpoint (of `step`, if given) can be used.
     """
     folder = (workdir / FOLDER).absolute()
     steps = list_steps(folder)[0] if os.path.isdir(folder) and not folder.is_symlink() else []
@@ -249,7 +243,7 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
 
 
 def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
-    """The steps that have a folder, and what else is called by a number with what is wrong with it; newest first."""
+    """The steps that have a folder; and other numeric names -> what is wrong with them. Both newest first."""
     steps, others = [], {}
     try:
         with os.scandir(folder) as entries:
@@ -271,7 +265,7 @@ def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
 
 
 def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
-    """The multiples of `every` among the steps, the newest first; without those that were saved amid bad updates."""
+    """The multiples of `every` among the steps, newest first; without those saved right after a skipped update."""
     found = []
     for step in list_steps(folder)[0]:
         if step % every == 0:
@@ -291,7 +285,7 @@ def is_usable(path: pathlib.Path) -> bool:
 
 
 def set_aside_damaged(path: pathlib.Path) -> None:
-    """Renames what has the name of a checkpoint and is none that can be used, so that its step can be saved anew."""
+    """Renames an unusable checkpoint, so that its step can be saved again."""
     number = sum(other.name.startswith(f"{path.name}{DAMAGED}") for other in path.parent.iterdir())
     place = path.with_name(f"{path.name}{DAMAGED}{f'-{number}' if number else ''}")
     try:
@@ -303,33 +297,33 @@ def set_aside_damaged(path: pathlib.Path) -> None:
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of the parameters in a checkpoint that has not been verified.
+    """Path -> shape of the parameters in a checkpoint that has not been verified, without reading them.
 
     Raises:
-      DataError: if they cannot be told.
+      DataError: if they cannot be found out.
     """
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
     try:
-        stored = _stored(folder)
-    except Exception as error:  # of many kinds, for files that are missing, damaged or somebody else's
+        stored = _stored_arrays(folder)
+    except Exception as error:  # of many types, for missing, damaged or foreign files
         raise DataError(f"checkpoint {folder}: its arrays cannot be told ({first_line(error)})") from None
     return {path: leaf.shape for path, leaf in stored.items() if path[0] == "params" and hasattr(leaf, "shape")}
 
 
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """The first array of `tree` that a checkpoint lacks, or in which it differs, in words; None if there is none.
+    """Names the first array of `tree` that a checkpoint lacks or that differs there; None if all fit.
 
     Args:
-      folder: of the checkpoint.
-      tree: of arrays or jax.ShapeDtypeStruct; the checkpoint may hold more.
+      folder: of the checkpoint; it may hold more arrays.
+      tree: of arrays or jax.ShapeDtypeStruct.
       attributes: of the arrays that are compared.
 
     Raises:
       Exception: whatever Orbax and TensorStore raise where they cannot open an array.
     """
-    stored = _stored(folder)
+    stored = _stored_arrays(folder)
     for path, leaf in ocp.tree.to_flat_dict(tree).items():
         if path not in stored:
             return f"array {'/'.join(path)} is missing"
@@ -340,18 +334,14 @@ def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str]
     return None
 
 
-def _stored(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
-    """Path -> what Orbax tells of each array."""
+def _stored_arrays(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
+    """Path -> Orbax's metadata of each array."""
     with plain_path(folder) as plain:
         return ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(plain / STATE).tree)
 
 
 def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint that `tree` names, in the dtype that is stored.
-
-    Args:
-      folder: of the checkpoint.
-      tree: of jax.ShapeDtypeStruct with shardings.
+    """The arrays of a checkpoint that `tree` names (jax.ShapeDtypeStruct with shardings), in the stored dtype.
 
     Raises:
       DataError: if one is missing, has another shape, or cannot be read.
@@ -363,12 +353,12 @@ def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
             with plain_path(folder) as plain, ocp.PyTreeCheckpointer() as checkpointer:
                 args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
                 return checkpointer.restore(plain / STATE, args=args)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # of Orbax, whatever it finds amiss
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # any of Orbax's
         fault = f"cannot be read ({first_line(error)})"
     raise DataError(f"checkpoint {folder}: {fault}")
 
 
 def first_line(error: Exception) -> str:
-    """What to say of an error of a library: the first line of its message, cut where that is endless."""
+    """The first line of a library's error message, cut to 200 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -118,11 +118,7 @@ class StopRequest:
 
 
 class CheckpointTimer:
-    """Says when the last checkpoint is nearly `seconds` old. Process 0 decides by its clock and tells the others.
-
-    Args:
-      seconds: between two checkpoints, at most; 0 for never.
-    """
+    """Says when the last checkpoint is nearly `seconds` old (0: never). Process 0 decides and tells the others."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -134,7 +130,7 @@ class CheckpointTimer:
         self._saved = self._looked = time.monotonic()
 
     def due(self, result: object) -> bool:
-        """Whether to save now; all processes must call it once after every step, with what the step returned."""
+        """Whether to save now; all processes call it once after every step, with what the step returned."""
         if not self._seconds:
             return False
         self._left -= 1

@@ -55,7 +55,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def peak_bytes() -> int | None:
-    """Most bytes in use on the first device since the process began; None where it does not count them."""
+    """Peak bytes in use on the first device since the process began; None where it does not count them."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -77,12 +77,12 @@ def copy_on_devices(tree: Any) -> Any:
 
 
 def evaluation_advice(batch_size: int) -> str:
-    """What saves memory in an evaluation of so many sequences at a time."""
+    """What saves memory in an evaluation of `batch_size` sequences at a time."""
     return f"{_smaller('batch_size', batch_size)}{MORE}"
 
 
 def generation_advice(num_samples: int, max_new_tokens: int) -> str:
-    """What saves memory in a generation of so many samples and so many tokens each."""
+    """What saves memory in a generation of `num_samples` times `max_new_tokens` tokens."""
     return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
 
 

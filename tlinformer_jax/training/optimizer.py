@@ -14,12 +14,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """How long a run is, once its data is known.
-
-    Attributes:
-      steps: updates in all.
-      decay_end: the update at which a cosine would end.
-    """
+    """How long a run is, once its data is known: updates in all, and the update at which a cosine would end."""
 
     steps: int
     decay_end: int

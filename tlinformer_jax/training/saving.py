@@ -52,30 +52,23 @@ class Checkpoints:
     """The checkpoints of a working directory, for the one run that trains into it.
 
     Saving is asynchronous: a thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint
-    appear and deletes those no longer wanted, never before there are `keep` newer ones that this run has written or
-    verified.
-    What is written is a copy of the state on its devices, so that training goes on while it is read from there; where
-    the devices' memory may not suffice for that, or processes have to agree, training waits for the reading. Use as a
-    context manager: leaving it waits for the save under way.
+    appear and deletes older ones, never before there are `keep` newer ones that this run has written or verified. The
+    thread reads a copy of the state on its devices, while training goes on; where memory may not suffice for a copy,
+    or with several processes, training waits for the reading. Leaving the context waits for the save under way.
 
     Args:
       workdir: the working directory.
       keep: how many of the latest are kept.
       keep_best: how many of those with the lowest validation loss are kept besides.
       config_sha256: of the run's configuration, for the manifests.
-      regular_every: steps between regular checkpoints, of which the last is kept whatever else is; 0 for none.
+      regular_every: steps between regular checkpoints, the last of which is always kept; 0 for none.
 
     Raises:
       DataError: by every method where a save has failed (disk full, say), naming it; older checkpoints stay.
     """
 
     def __init__(
-        self,
-        workdir: pathlib.Path,
-        keep: int,
-        keep_best: int = 0,
-        config_sha256: str = "",
-        regular_every: int = 0,
+        self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "", regular_every: int = 0
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
@@ -90,13 +83,13 @@ class Checkpoints:
                 raise DataError(f"workdir {workdir}: {FOLDER} cannot be written ({error.strerror})") from None
         timeout = TIMEOUT if jax.process_count() == 1 else TIMEOUT_DISTRIBUTED
         self._orbax = ocp.AsyncCheckpointer(
-            # Compressing float32 saves a tenth of the bytes, and takes the processors from what feeds the devices.
+            # Compressing float32 saves a tenth of the bytes, and takes CPU time from the input pipeline.
             ocp.PyTreeCheckpointHandler(use_compression=False),
-            # Folders that are made in the background are waited for by the wall clock too, and never for long.
+            # Orbax waits only briefly for folders that are made in the background.
             async_options=ocp.options.AsyncOptions(timeout_secs=timeout, create_directories_asynchronously=False),
         )
         self._opened = contextlib.ExitStack()
-        self._plain: pathlib.Path | None = None  # the folder as Orbax is given it, from the first save on
+        self._plain: pathlib.Path | None = None  # the folder's path for Orbax, from the first save on
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
 
@@ -105,27 +98,25 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         try:
-            self._settle()
+            self._wait()
         except DataError as error:
             if kind is None:
                 raise
-            say(f"error: {error}")  # beside the error that is under way
+            say(f"error: {error}")  # the error under way goes on
         finally:
             self._thread.shutdown()
             self._orbax.close()
             self._opened.close()
 
     def save(self, state: TrainState, overlap: bool = True) -> None:
-        """Starts saving `state` under its step, if that is not saved; its arrays may be donated on return.
+        """Starts saving `state` under its step, if that is not saved yet; its arrays may be donated on return.
 
-        Args:
-          state: what is saved.
-          overlap: read it while training goes on, from a copy; before the first step it is not known what that takes.
+        With `overlap` a copy is read while training goes on; before the first step its memory is not known.
         """
         step = int(state.step)
         if step == self._latest:
             return
-        self._settle()
+        self._wait()
         draft, after_skip = self._folder / f"{step}{SAVING}", int(state.skips.in_a_row) > 0
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _fields(state))
         copy = copy_on_devices(state) if overlap and jax.process_count() == 1 else None
@@ -135,18 +126,16 @@ class Checkpoints:
         self._pending = self._thread.submit(self._finish, draft, shapes, after_skip, copy)
 
     def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
-        """The newest good state with its manifest; None if none was ever saved.
-
-        Newer ones that are damaged are named on stderr and set aside.
+        """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
 
         Args:
-          state: abstract (jax.ShapeDtypeStruct) leaves whose shardings say where each goes.
-          regular: look among the regular ones only: those that are there whenever the run was interrupted.
+          state: abstract (jax.ShapeDtypeStruct) leaves with shardings.
+          regular: consider only the regular ones, which exist whenever the run was interrupted.
 
         Raises:
           DataError: if there are checkpoints, but none that can be used.
         """
-        self._settle()
+        self._wait()
         found = newest_good(self._folder, set_aside=True, regular_every=self._regular_every if regular else 0)
         if found is None:
             return None
@@ -156,7 +145,7 @@ class Checkpoints:
 
     def record_validation(self, step: int, loss: float) -> None:
         """Adds the validation loss to the manifest of `step`, if it is saved; deletes what is no longer wanted."""
-        self._settle()
+        self._wait()
         folder = self._folder / str(step)
         if self._main and step in self._good and folder.is_dir():
             write_manifest(folder, dataclasses.replace(read_manifest(folder), validation_loss=loss))
@@ -166,12 +155,12 @@ class Checkpoints:
         """Whether a checkpoint with this validation loss would be one of those that `keep_best` keeps."""
         if self._keep_best == 0:
             return False
-        self._settle()
+        self._wait()
         best = sorted(self._validation_losses().values())[: self._keep_best]
         among = len(best) < self._keep_best or loss < best[-1]
         return bool(multihost_utils.broadcast_one_to_all(np.bool_(among)))
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         """Waits for the save under way."""
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -189,7 +178,7 @@ class Checkpoints:
             raise _failure(draft, error) from error
 
     def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
-        """What is done in the background; `state` is what is still to be written, if anything is."""
+        """The part of a save that runs in the thread; `state` is given where it is still to be written."""
         if state is not None:
             self._write(draft, state)
         try:
@@ -217,11 +206,11 @@ class Checkpoints:
         kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
         if self._regular_every:
             regular = regular_steps(self._folder, self._regular_every)
-            # The last on disk and, since that one may be damaged, the last that is known to be good.
+            # The last on disk and, since that may be damaged, the last known to be good.
             kept += regular[:1] + [step for step in regular if step in self._good][:1]
         for step in list_steps(self._folder)[0]:
             if step < latest[0] and step not in kept:
-                # Renamed first, so that a half-deleted folder is never taken for a damaged checkpoint.
+                # Renamed first, or a half-deleted folder would look like a damaged checkpoint.
                 gone = (self._folder / str(step)).rename(self._folder / f"{step}{DELETING}")
                 shutil.rmtree(gone, ignore_errors=True)
                 self._good.discard(step)
@@ -240,10 +229,10 @@ class Checkpoints:
 
 
 def _clear(folder: pathlib.Path) -> None:
-    """Makes the folder of the checkpoints, or removes from it what a killed run has left half-done.
+    """Makes the folder of the checkpoints, or removes what a killed run has left in it half-done.
 
     Raises:
-      OSError: if it is a link, cannot be written, has a path that Orbax cannot take, or something half-done stays.
+      OSError: if it is a link, cannot be written, has no path that Orbax can take, or something half-done stays.
     """
     own_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -259,11 +248,11 @@ def _clear(folder: pathlib.Path) -> None:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The state as a plain mapping, the form in which it is saved; without what the run does not have."""
+    """The state as the mapping in which it is saved, without fields that are None."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _failure(draft: pathlib.Path, error: Exception) -> DataError:
-    """What to say of a save that did not succeed."""
+    """The error of a save that has failed."""
     return DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})")
