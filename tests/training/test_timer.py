@@ -1,22 +1,11 @@
 """Checkpoints by wall time: often enough, rarely looked for, agreed on by all processes, and of no effect on a run."""
 
-import dataclasses
-import json
-
-import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from tests.test_training import run_config
-from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.training import hooks
-from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.hooks import LOOKS, CheckpointTimer
-from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.setup import build_run
-
-SPEED = {f"train/{name}" for name in ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")}
 
 
 @pytest.fixture
@@ -62,21 +51,3 @@ def test_process_0_decides(clock, monkeypatch):
     clock[0][0] += 1e6
     assert [due.due(step) for step in range(5)] == [False] * 5
     assert len(asked) == 3, "at the first, third and fifth step"
-
-
-@pytest.mark.slow
-def test_saving_by_time_changes_nothing_else(tmp_path):
-    """At every step, against never: the same parameters and the same log."""
-    config = run_config(train={"keep_checkpoints": 9, "log_every": 3})
-    runs = {}
-    for name, every in (("never", 0), ("always", "0.001s")):
-        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every=every))
-        train_and_evaluate(changed, tmp_path / name)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        events = [{key: value for key, value in json.loads(line).items() if key not in SPEED} for line in lines]
-        params = restore_params(tmp_path / name, build_run(changed, ByteTokenizer()).abstract_state.params)[1]
-        steps = sorted(int(path.name) for path in (tmp_path / name / "checkpoints").iterdir())
-        runs[name] = events, params, steps
-    assert (runs["never"][2], runs["always"][2]) == ([4], [1, 2, 3, 4])
-    assert runs["never"][0] == runs["always"][0]
-    jax.tree.map(np.testing.assert_array_equal, runs["never"][1], runs["always"][1])

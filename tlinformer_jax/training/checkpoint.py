@@ -141,12 +141,9 @@ def _render(values: dict[str, Any]) -> str:
 def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: int = 0) -> Manifest | None:
     """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
-    Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name.
-
-    Args:
-      folder: `checkpoints` of a working directory.
-      set_aside: rename those that fail to STEP.damaged; only for the run that trains here.
-      regular_every: above 0, consider only the regular checkpoints, at multiples of it.
+    Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name;
+    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged. With `regular_every` only regular
+    checkpoints, at multiples of it, are considered.
 
     Raises:
       DataError: if there are checkpoints, but none that can be used.
@@ -177,12 +174,8 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: in
 def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
     """The parameters of the newest checkpoint that passes its verification, as (step, params); writes nothing.
 
-    Newer damaged ones are named on stderr, and so is a configuration that has changed since.
-
-    Args:
-      workdir: a working directory.
-      abstract_params: jax.ShapeDtypeStruct leaves with shardings.
-      step: take the checkpoint of this step and no other.
+    Newer damaged ones are named on stderr, and so is a configuration that has changed since. With `step` that
+    checkpoint is read and no other. `abstract_params` has jax.ShapeDtypeStruct leaves with shardings.
 
     Raises:
       DataError: if the directory holds no checkpoint that can be used, or not the one that was asked for, or one whose
@@ -313,12 +306,7 @@ def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]
 
 
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """Names the first array of `tree` that a checkpoint lacks or that differs there; None if all fit.
-
-    Args:
-      folder: of the checkpoint; it may hold more arrays.
-      tree: of arrays or jax.ShapeDtypeStruct.
-      attributes: of the arrays that are compared.
+    """Names the first array of `tree` that a checkpoint lacks, or that differs there in an attribute; None if all fit.
 
     Raises:
       Exception: whatever Orbax and TensorStore raise where they cannot open an array.

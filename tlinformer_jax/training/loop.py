@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config.run import CONFIG_FILE, RunConfig, differences, fingerprint, resolve, run_config
+from tlinformer_jax.config.run import RunConfig, differences, fingerprint, resolve, run_config
 from tlinformer_jax.config.train import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.tasks import Split
@@ -39,7 +39,6 @@ from tlinformer_jax.training.step import Skips, TrainState, jit_train_step
 from tlinformer_jax.training.windows import trained_tokens
 from tlinformer_jax.training.workdir import (
     Origin,
-    check_origin,
     check_tokenizer,
     check_workdir,
     find_origin,
@@ -56,13 +55,9 @@ class DivergedError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What training has come to.
+    """The result of a training: its fixed parts, and the parameters after its last step.
 
-    Attributes:
-      run: its fixed parts.
-      params: after the last step.
-      figures: of the last evaluation, as `evaluation.summary` names them; None if the run was stopped before.
-      step: the last one made; below the run's length where train.stop_at_accuracy has ended it.
+    The figures are the last evaluation's, as `evaluation.summary` names them; None if the run was stopped before.
     """
 
     run: Run
@@ -106,7 +101,7 @@ def train_run(
     # ---- Everything is checked before anything is written
     asked = config if isinstance(config, RunConfig) else run_config(config)
     config, workdir = resolve(asked), local_path(workdir, "workdir")
-    origin = checked_origin(config, workdir, init_from)
+    origin = find_origin(config, workdir, init_from)
     run, splits, batches = prepare(config, workdir)
     train = config.train
     regular = train.checkpoint_steps if train.max_rollbacks else 0
@@ -144,15 +139,6 @@ def train_run(
         if figures is None:
             say(f"stopped after step {int(state.step)}, as asked; the same command goes on from there")
         return Trained(run, state.params, figures, int(state.step))
-
-
-def checked_origin(config: RunConfig, workdir: pathlib.Path, init_from: str | pathlib.Path | None) -> Origin | None:
-    """Where the run's first parameters come from, checked where they are still to be read; None for random ones."""
-    begun = (workdir / CONFIG_FILE).exists()
-    origin = find_origin(workdir, init_from, begun)
-    if origin is not None and not begun:
-        check_origin(origin, config)
-    return origin
 
 
 def prepare(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, dict[str, Split], TrainingBatches]:

@@ -105,13 +105,10 @@ class Run:
         return stream
 
     def evaluation_batch_size(self, length: int, samples: int, batch_size: int | None = None) -> int:
-        """Sequences of a batch of evaluation, rounded up to what the mesh splits evenly.
+        """Sequences of a batch of evaluation: `batch_size`, or what `TrainConfig.evaluation_batch_size` says.
 
-        Args:
-          length: tokens of a sample.
-          samples: in the split; where they do not fill a batch, it is cut to the next power of two, so that texts of
-            many sizes compile few shapes.
-          batch_size: asked for; None for as many tokens as `TrainConfig.evaluation_batch_size` says.
+        Rounded up to what the mesh splits evenly. A batch that the split's samples do not fill is cut to the next power
+        of two, so that texts of many sizes compile few shapes.
         """
         if batch_size is None:
             batch_size = self.config.train.evaluation_batch_size(self.config.data.sequence_length, length)
@@ -139,15 +136,10 @@ class Run:
         batch_size: int | None = None,
         rest: bool = False,
     ) -> Evaluation:
-        """Evaluates the parameters on a split.
+        """Evaluates the parameters on a split in samples of `length` (None: data.sequence_length).
 
-        Args:
-          params: of the model, on the mesh.
-          stream: the split.
-          watch: passes its batches on, and may raise to give up.
-          length: tokens of a sample; None for data.sequence_length.
-          batch_size: sequences at a time; see `evaluation_batch_size`.
-          rest: whether the tokens after the last whole sample count too.
+        `watch` passes the batches on, and may raise to give up; `batch_size` as in `evaluation_batch_size`; with `rest`
+        the tokens after the last whole sample count too.
 
         Raises:
           DataError: if the split is too short; see `evaluation_batches`.
@@ -169,13 +161,7 @@ class Run:
 def build_run(
     config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds and cross-checks the fixed parts of a run.
-
-    Args:
-      config: of the run.
-      tokenizer: of its texts.
-      horizon: matters to training only.
-      devices: of the mesh; None for all that JAX has.
+    """Builds and cross-checks the fixed parts of a run; the horizon matters to training only.
 
     Raises:
       ConfigError: if the tokenizer does not fit the vocabulary, or batch or kernel do not fit the devices.
@@ -214,21 +200,10 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
 
 
 def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
-    """The batches of a run over its training split.
-
-    Raises:
-      DataError: if the split holds no sample.
-    """
-    data, settings = config.data, config.train
-    return TrainingBatches(
-        train,
-        data.sequence_length,
-        settings.batch_size,
-        settings.seed,
-        settings.equal_updates,
-        settings.micro_batch_size,
-        data.stages,
-    )
+    """The batches of a run over its training split."""
+    data, how = config.data, config.train
+    sizes = data.sequence_length, how.batch_size
+    return TrainingBatches(train, *sizes, how.seed, how.equal_updates, how.micro_batch_size, data.stages)
 
 
 def build_throughput(run: Run) -> Throughput:

@@ -53,12 +53,8 @@ IDENTITY = (
 def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Holds the lock of the working directory; process 0 does so for all processes of a run.
 
-    The system releases it when the process ends, however that happens. The file names the holder's process and host;
-    it stays, but only the lock on it counts, so the file of a killed run is no obstacle.
-
-    Args:
-      workdir: the working directory.
-      name: of the file; another one where more than the training is locked.
+    The system releases it when the process ends, however that happens. The file `name` says which process and host
+    hold it; it stays, but only the lock on it counts, so the file of a killed run is no obstacle.
 
     Raises:
       DataError: if another run holds it, or the file cannot be written.
@@ -119,12 +115,7 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> None:
-    """Refuses another tokenizer than that of the run in the working directory, if there is one.
-
-    Args:
-      tokenizer: the run is to go on with.
-      name: of it in the configuration.
-      workdir: of the run.
+    """Refuses another tokenizer (`name` in the configuration) than that of a run in the working directory.
 
     Raises:
       ConfigError: for another one.
@@ -186,29 +177,27 @@ def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Pat
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a run's first parameters come from.
-
-    Attributes:
-      workdir: of the other run, absolute.
-      step: of its checkpoint; None for the newest good one.
-    """
+    """Where a run's first parameters come from: another run's directory and a step, None for the newest good one."""
 
     workdir: pathlib.Path
     step: int | None = None
 
 
-def find_origin(workdir: pathlib.Path, asked: str | pathlib.Path | None, begun: bool) -> Origin | None:
-    """The origin that a working directory remembers, or the one asked for; None for a run from scratch.
-
-    Args:
-      workdir: of the run.
-      asked: --init_from, or None.
-      begun: whether `workdir` holds a run already.
+def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.Path | None) -> Origin | None:
+    """The origin that a working directory remembers, or the one asked for by --init_from; None for random parameters.
 
     Raises:
-      ConfigError: if the directory holds a run of another origin than the one asked for.
-      DataError: if what it remembers cannot be read.
+      ConfigError: if the directory holds a run of another origin than the one asked for, or its parameters do not fit.
+      DataError: if what it remembers, or the other run, cannot be read.
     """
+    begun = (workdir / CONFIG_FILE).exists()
+    origin = _asked_or_remembered(workdir, asked, begun)
+    if origin is not None and not begun:
+        check_origin(origin, config)
+    return origin
+
+
+def _asked_or_remembered(workdir: pathlib.Path, asked: str | pathlib.Path | None, begun: bool) -> Origin | None:
     there = _remembered_origin(workdir)
     if asked is None:
         return there
