@@ -18,8 +18,8 @@ from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.interop.conversion import weights_to_workdir, workdir_to_weights
 from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.conversion import weights_to_workdir, workdir_to_weights
 from tlinformer_jax.training.setup import build_run
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -198,7 +198,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tlinformer_jax.interop.conversion.save_config", full)
+    monkeypatch.setattr("tlinformer_jax.training.conversion.save_config", full)
     with pytest.raises(DataError, match="No space left"):
         weights_to_workdir(tmp_path / "x.safetensors", run_of(SMALL), tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors"]

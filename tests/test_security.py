@@ -16,9 +16,9 @@ from tests.support import golden
 from tests.support.commands import ROOT, command_line, run_line
 from tlinformer_jax.config.run import load_config, run_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
-from tlinformer_jax.interop.conversion import weights_to_workdir
 from tlinformer_jax.interop.files import write_safetensors
 from tlinformer_jax.training.checkpoint import restore_params
+from tlinformer_jax.training.conversion import weights_to_workdir
 from tlinformer_jax.training.setup import build_run
 
 PACKAGE = ROOT / "tlinformer_jax"

@@ -175,8 +175,8 @@ def _import_what_commands_import() -> None:
     import tlinformer_jax.evaluation.text
     import tlinformer_jax.experiments.driver
     import tlinformer_jax.experiments.report
-    import tlinformer_jax.interop.conversion
     import tlinformer_jax.training.check
+    import tlinformer_jax.training.conversion
     import tlinformer_jax.training.loop  # noqa: F401
 
     assert not xla_bridge._backends, "a process that has used JAX must not be forked"

@@ -28,7 +28,7 @@ def main() -> None:
         raise UserError("--workdir: must name a directory")
     workdir = local_path(WORKDIR.value, "--workdir")
     from tlinformer_jax.config.run import run_config
-    from tlinformer_jax.interop.conversion import weights_to_workdir, workdir_to_weights
+    from tlinformer_jax.training.conversion import weights_to_workdir, workdir_to_weights
 
     if FROM.value:
         print(weights_to_workdir(local_path(FROM.value, "--from"), run_config(cli.config_values()), workdir))

@@ -44,7 +44,7 @@ class Skips:
       first_nonfinite: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
         was not finite; -1 if it was the loss alone.
       nonfinite: the number of such leaves.
-      rollbacks: how often the run went back to older parameters; see `training.divergence`.
+      rollbacks: how often the run went back to older parameters; see `loop.Trainer.roll_back`.
     """
 
     in_a_row: jax.Array = _count()
