@@ -145,7 +145,7 @@ TRAINING = fields(
     ("train.keep_checkpoints=0", "zero"),
     ("train.keep_best=-1", "negative"),
     ("train.max_skipped_updates=-1", "negative"),
-    ("train.max_rollbacks=1", "rollbacks without checkpoints by updates"),
+    ("train.max_rollbacks=-1", "negative"),
     ("mesh.data=0", "zero"),
 )
 TRAINING += [
