@@ -37,6 +37,9 @@ LAST_STEP = 2**31 - 1
 NO_CHECKPOINT, NO_GOOD_CHECKPOINT = -1, -2
 
 
+# ---- The manifest
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a checkpoint holds.
@@ -136,6 +139,9 @@ def _files_below(folder: pathlib.Path) -> list[str]:
 
 def _render(values: dict[str, Any]) -> str:
     return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
+
+
+# ---- Which checkpoints there are, and which are good
 
 
 def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: int = 0) -> Manifest | None:
@@ -287,6 +293,9 @@ def set_aside_damaged(path: pathlib.Path) -> None:
         say(f"checkpoint {path}: cannot be set aside ({error.strerror})")
     else:
         say(f"checkpoint {path}: set aside as {place.name}")
+
+
+# ---- The arrays, as Orbax stores them
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
