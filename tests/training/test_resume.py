@@ -88,6 +88,7 @@ def terminate() -> None:
 
 @pytest.mark.slow
 def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("tlinformer_jax.config.train.EVALUATION_TOKENS", 1)  # an evaluation has several batches
     config = run_config(tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     figures = train_and_evaluate(config, whole)
