@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.timing import Timing, time_calls, tree_bytes
+from benchmarks.timing import Timing, time_calls
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.decoding.accounting import tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
 
 # Back to back in one timed call, so that the device does not wait for the host between them.
@@ -101,7 +102,7 @@ def cached_rows(config: ModelConfig, history: float, window: float, devices: int
       config: of the model.
       history: n, tokens before the generation window; of a baseline, tokens so far.
       window: tokens in the generation window; 0 for a baseline. May be a mean, hence a fraction.
-      devices: that the history's rows are dealt out to.
+      devices: that the history's rows are split over.
     """
     if config.architecture == "transformer":
         return config.num_layers * (history + window)
@@ -139,7 +140,7 @@ def hit_work(
 
 def slide_work(config: ModelConfig, weights: Weights, history: int, devices: int = 1) -> Work:
     """A slide of one sequence to `history` tokens: block 0 reads its rows, the others' are made and written; of one of
-    the devices that the history is dealt out to."""
+    the devices that the history is split over."""
     known = history - config.generation_window if config.architecture == "tlinformer" else 0
     dense, pairs = _history_work(config, history, known, devices)
     bytes_moved = weights.layers + cached_rows(config, history, 0, devices) * row_bytes(config)
@@ -148,7 +149,7 @@ def slide_work(config: ModelConfig, weights: Weights, history: int, devices: int
 
 def prefill_work(config: ModelConfig, weights: Weights, length: int, devices: int = 1) -> Work:
     """Keys and values of a prompt of `length` tokens from nothing, and the logits after its last token; of one of the
-    devices that the history is dealt out to."""
+    devices that the history is split over."""
     if not config.windowed:
         return _baseline_prefill_work(config, weights, length)
     history = (length - 1) // config.generation_window * config.generation_window
@@ -171,7 +172,7 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
       config: of the model.
       history: n.
       known: rows whose keys and values block 0 has in the cache.
-      devices: that the rows are dealt out to.
+      devices: that the rows are split over.
     """
     square, observed = 2 * config.d_model**2, config.observed_rows(history)
     each, rows, known_rows = _layer_flops(config), history / devices, known / devices
@@ -182,7 +183,7 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
     # Between blocks every row is restored: its query, and what follows attention.
     dense += (config.num_blocks - 1) * rows * (each - 2 * square)
     pairs += (config.num_blocks - 1) * rows * observed
-    # Block 0's rows are words: of those, no more need be projected than there are (`decoding.words`).
+    # Block 0 projects tokens: no more rows than the vocabulary has (`decoding.vocabulary`).
     if config.num_blocks > 1:
         dense -= square * max(rows - config.vocab_size, 0)
     if config.architecture == "tlinformer":

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
-from tlinformer_jax.models.block import causal_layers
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import History, Projected
-from tlinformer_jax.models.tlinformer import later_window
+from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.transformer import forward_layers
 from tlinformer_jax.models.windows import WindowFrame
 
@@ -36,20 +35,12 @@ def uncached_logits(params: DecoderParams, config: ModelConfig, tokens: jax.Arra
     size, history = config.generation_window, history_of(config, length)
     rows = embed(params, jnp.pad(tokens, (0, history + size - length))[None])
     rope = rope_table(jnp.arange(history + size, dtype=jnp.int32), config.head_dim)
-    if history == 0:
-        layers = [layer for block in params.blocks for layer in block.layers()]
-        return logits_of(params, causal_layers(layers, config, rows, rope)[0, length - 1])
-    observed = config.observed_rows(history)
-    projected = Projected.of(params.blocks[0].compress, rows, rope)
-    hidden = later_window(
-        params.blocks,
-        config,
-        History(rows[:, history:], projected.rows(history, size)),
-        History(rows[:, :history], projected.rows(0, history)),
-        WindowFrame(jnp.int32(history), jnp.int32(history - observed), jnp.int32(observed), max(observed, 1)),
-        rope,
-        None,
-    )
+    first, observed = params.blocks[0].compress, config.observed_rows(history)
+    width = max(observed, min(history, 1))
+    C = History.whole(first, rows[:, :history], rope)
+    window = Stream.of(first, rows[:, history:], rope.rows(history, size))
+    frame = WindowFrame(history, history - width, observed, width)
+    hidden = window_states(params.blocks, config, C, window, frame)
     return logits_of(params, hidden[0, length - history - 1])
 
 

@@ -98,7 +98,7 @@ def test_compiled_step_holds_more_than_the_state(tmp_path):
 MISTAKES = {
     "files": ({"data": {"validation_files": "none/*.txt"}}, "data.validation_files: no file matches"),
     "tokenizer": ({"model": {"vocab_size": 256}}, "model.vocab_size = 256"),
-    "no tokenizer": ({"data": {"tokenizer": "none.json"}}, "none.json': must be 'bytes', 'gpt2' or the path"),
+    "no tokenizer": ({"data": {"tokenizer": "/none.json"}}, "data.tokenizer = '/none.json'"),
     "batch": ({"train": {"batch_size": 12}}, "train.batch_size = 12: must be divisible by 8"),
     "mesh": ({"mesh": {"data": 3}}, "must multiply to the 8 devices"),
     "fsdp": ({"model": {"d_model": 12}, "mesh": {"data": 1, "fsdp": 8}}, "mesh.fsdp = 8"),

@@ -10,7 +10,7 @@ import pytest
 from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.interop import params_from_reference, params_to_reference
-from tlinformer_jax.models import block as block_module
+from tlinformer_jax.models import block, streams, tlinformer
 
 needs_golden = pytest.mark.skipif(not golden.available(), reason=f"no golden files in {golden.FOLDER}")
 LOGITS_TOLERANCE = 2e-5 if jax.default_backend() == "cpu" else 5e-5
@@ -109,44 +109,40 @@ def test_random_shapes_equal_reference(shape):
 
 
 def drop_history(monkeypatch):
-    """x and z no longer see the history."""
-    real = block_module._attend_shared
-    monkeypatch.setattr(block_module, "_attend_shared", lambda *args: jnp.zeros_like(real(*args)))
+    """x and z no longer see the history, nor each other."""
+    real = block.attend
+
+    def without(query, key, value, *, causal=False, **options):
+        attended = real(query, key, value, causal=causal, **options)
+        return attended if causal else jnp.zeros_like(attended)
+
+    for module in (block, streams):
+        monkeypatch.setattr(module, "attend", without)
 
 
 def skip_restore(monkeypatch):
     """The next block reads the history it had before."""
-
-    def skipped(params, config, history, context, frame, rope, following, dropout):
-        rows, parts = history.rows, following.parts
-        projected = block_module.Projected.of(following.compress, rows, rope.rows(0, rows.shape[1]), parts)
-        return block_module.History(rows, projected)
-
-    monkeypatch.setattr(block_module, "restore_context", skipped)
+    monkeypatch.setattr(block, "restore_rows", lambda config, never_empty, C, *rest: C)
 
 
 def shift_observed_positions(monkeypatch):
     """z is rotated as if it began at position 0."""
-    real = block_module.dual_window_block
+    real = tlinformer.place_window
 
-    def mutated(params, config, x, projected, history, frame, rope, *rest):
-        class Shifted:
-            def rows(self, start, length):
-                return rope.rows(jnp.int32(0) if start is frame.observed_start else start, length)
+    def mutated(config, frame, C, x):
+        first = C.rope.rows(0, frame.observed_width)
+        window = real(config, frame, C, x)
+        rope = jax.tree.map(lambda z, x: jnp.concatenate([z, x], axis=-2), first, window.x_rope)
+        return dataclasses.replace(window, z_rope=first, rope=rope)
 
-        return real(params, config, x, projected, history, frame, Shifted(), *rest)
-
-    monkeypatch.setattr("tlinformer_jax.models.tlinformer.dual_window_block", mutated)
+    monkeypatch.setattr(tlinformer, "place_window", mutated)
 
 
 def read_future_rows(monkeypatch):
     """Rows past the history's end are attended to."""
-    real = block_module._attend_shared
-    monkeypatch.setattr(
-        block_module,
-        "_attend_shared",
-        lambda config, queries, key, value, length, dropout: real(config, queries, key, value, key.shape[1], dropout),
-    )
+    for module in (block, streams):
+        real = module.attend
+        monkeypatch.setattr(module, "attend", lambda *args, key_length=None, real=real, **rest: real(*args, **rest))
 
 
 @pytest.mark.parametrize("mutate", [drop_history, skip_restore, shift_observed_positions, read_future_rows])

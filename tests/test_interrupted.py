@@ -40,7 +40,9 @@ cli.run(main)
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_is_not_lost_in_a_finalizer(number, status):
-    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)" + FINALIZER
+    # nohup, which may run the tests, ignores SIGHUP.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "signal.signal(signal.SIGHUP, signal.SIG_DFL)" + FINALIZER
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -10,7 +10,7 @@ import pytest
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.training.step import summed_loss
+from tlinformer_jax.training.batch_loss import summed_loss
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ NARROW = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def small_chunks_of_logits(monkeypatch):
-    monkeypatch.setattr("tlinformer_jax.training.step.LOSS_CHUNK", 512)
+    monkeypatch.setattr("tlinformer_jax.training.batch_loss.LOSS_CHUNK", 512)
 
 
 def temporary_bytes(config: ModelConfig, length: int, sampled: int = 0) -> int:

@@ -140,7 +140,7 @@ def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp
         ),
         (
             "generate",
-            "from tlinformer_jax.decoding import generator; generator.Batch = full",
+            "from tlinformer_jax.decoding import generator; generator.Stream = full",
             ("--prompt=a", "--num_samples=3"),
             "a smaller --num_samples (now 3), a shorter prompt, a smaller --max_new_tokens (now 256)",
         ),

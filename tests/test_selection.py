@@ -15,7 +15,7 @@ from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.training.step import summed_loss
+from tlinformer_jax.training.batch_loss import summed_loss
 
 CONFIG = dataclasses.replace(SMALL, history_segments=1, observed_selection="random")
 TOKENS = np.random.default_rng(5).integers(0, 31, (2, 27))

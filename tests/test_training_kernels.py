@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.models import layers, norm_kernel
-from tlinformer_jax.models.row_chunks import map_rows
+from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.training import loss, loss_kernel
 
 
@@ -92,21 +92,23 @@ def test_kernels_run_on_one_device_only(devices, monkeypatch):
         assert loss_kernel.use_kernel() == (devices == 1)
         assert norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.bfloat16)) == (devices == 1)
         assert not norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.float32))
+        assert not norm_kernel.use_kernel(jnp.zeros((0, 8), jnp.bfloat16))  # a first window's history
 
 
 def test_rows_past_the_count_are_not_computed():
     """Two of four chunks of two rows; the others' rows are not even finite."""
     weight, rows = jnp.float32(3), jnp.array([[1.0, 2, 3, 4, jnp.nan, jnp.nan, jnp.nan, jnp.nan]])
 
-    def branch(weight, part, offset, number):
+    def branch(weight, offset, item):
+        part, number = item
         return weight * part**2 + number * offset
 
     def outputs(weight, rows):
-        return map_rows(branch, weight, rows, jnp.float32(10), 2, jnp.int32(2))
+        return map_rows(branch, 2, weight, rows, jnp.float32(10), jnp.int32(2))
 
     found, pull = jax.vjp(outputs, weight, rows)
     np.testing.assert_array_equal(found, [[3, 12, 37, 58, 0, 0, 0, 0]])
     weight_gradient, row_gradients = pull(jnp.ones((1, 8)))
     assert float(weight_gradient) == 30
     np.testing.assert_array_equal(row_gradients, [[6, 12, 18, 24, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(map_rows(branch, weight, rows, jnp.float32(10), 2, jnp.int32(9))[:, :4], found[:, :4])
+    np.testing.assert_array_equal(map_rows(branch, 2, weight, rows, jnp.float32(10), jnp.int32(9))[:, :4], found[:, :4])

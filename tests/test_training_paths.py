@@ -1,6 +1,8 @@
 """The ways in which training computes a sequence's windows, against a plain loop over them."""
 
 import dataclasses
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,11 @@ import pytest
 
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.models import DualWindowBlock, block, build_model, recompute, tlinformer
+from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, streams, transformer, windows
 from tlinformer_jax.models.layers import layer_norm
-from tlinformer_jax.training.step import summed_loss
+from tlinformer_jax.training import step, window_loss
+from tlinformer_jax.training.batch_loss import summed_loss
+from tlinformer_jax.training.optimizer import Horizon
 
 LENGTH = 23  # five windows of 4 tokens, and one of 3
 # What each case changes: the default way of a long sequence is `remat`.
@@ -102,19 +106,19 @@ def test_every_way_gives_what_the_plain_loop_gives(way):
 
 def too_few_chunks(monkeypatch):
     """The last chunk of a history is left out."""
-    real = block.map_rows
-    monkeypatch.setattr(block, "map_rows", lambda *args: real(*args[:-1], args[-1] - 1))
+    real = streams.map_rows
+    monkeypatch.setattr(streams, "map_rows", lambda *args: real(*args[:-1], args[-1] - 1))
 
 
 def forgotten_windows(monkeypatch):
     """Gradients of what windows share are those of the last window only."""
-    monkeypatch.setattr(recompute, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
+    monkeypatch.setattr(window_loss, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
 
 
 def first_windows_rows(monkeypatch):
     """Every window has the rows of the window before it."""
-    real = tlinformer.window_rows
-    monkeypatch.setattr(tlinformer, "window_rows", lambda c, a, first, *rest: real(c, a, max(first - 1, 0), *rest))
+    real = windows.window_rows
+    monkeypatch.setattr(windows, "window_rows", lambda c, a, first, *rest: real(c, a, max(first - 1, 0), *rest))
 
 
 @pytest.mark.slow
@@ -124,3 +128,35 @@ def test_mutations_are_caught(mutate, monkeypatch, request):
     request.addfinalizer(jax.clear_caches)
     jax.clear_caches()
     assert errors("one after the other")[2] > 0.01, "a hundred times what is allowed"
+
+
+PACKAGE = str(pathlib.Path(step.__file__).parents[1])
+
+
+@pytest.mark.parametrize(
+    ("length", "changes"),
+    [(LENGTH, {"remat": "none"}), (40, {"remat": "window"}), (8, {"architecture": "transformer"})],
+)
+def test_the_way_from_the_step_to_the_attention_is_short(length, changes, monkeypatch):
+    """At most 12 frames of the package, `train_step` and `attend` included."""
+    config, train, horizon = dataclasses.replace(SMALL, hidden_depth=2, **changes), TrainConfig(), Horizon(9, 9)
+    model, real, depths = build_model(config), attention.attend, []
+
+    def counted(*arrays, **options):
+        frame, depth = sys._getframe(1), 2
+        while frame.f_code is not step.train_step.__code__:
+            depth += frame.f_code.co_filename.startswith(PACKAGE)
+            frame = frame.f_back
+        depths.append(depth)
+        return real(*arrays, **options)
+
+    for module in (block, streams, transformer):
+        monkeypatch.setattr(module, "attend", counted)
+    state = jax.eval_shape(lambda key: step.init_state(key, model, train, horizon), jax.random.key(0))
+    rows = {
+        name: jax.ShapeDtypeStruct((2, length), dtype)
+        for name, dtype in (("inputs", jnp.int32), ("labels", jnp.int32), ("weights", jnp.float32))
+    }
+    jax.eval_shape(lambda *given: step.train_step(*given, model=model, config=train, horizon=horizon), state, rows)
+    assert depths
+    assert max(depths) <= 12

@@ -15,10 +15,12 @@ from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import build_model
 from tlinformer_jax.models.recompute import map_recomputed
+from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.training.batch_loss import summed_loss
 from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import TrainState, init_state, summed_loss, train_step
-from tlinformer_jax.training.windows import draw_windows, trained_tokens
+from tlinformer_jax.training.step import TrainState, init_state, train_step
+from tlinformer_jax.training.window_loss import draw_windows
 
 # Compress and restore only, and one history segment: compilation is what these tests cost.
 SMALL = dataclasses.replace(THREE_LAYERS, hidden_depth=0, history_segments=1)
@@ -159,7 +161,8 @@ def test_recomputed_loop_sums_shared_gradients_in_float32():
     weight, steps = jnp.ones((3,), jnp.bfloat16), jnp.arange(1024)
     parts = jnp.arange(1024.0)[:, None] * jnp.ones(3)
 
-    def branch(shared, part, fixed, step):
+    def branch(shared, fixed, item):
+        part, step = item
         return shared * fixed * jnp.where(step >= 0, 1, 0) + part.astype(shared.dtype) * 0 + part * 2
 
     def total(weight, parts):

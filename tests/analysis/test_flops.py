@@ -40,7 +40,7 @@ WIDE = ModelConfig(
         ("tlinformer", 160, 0, {"history_window": 80, "num_blocks": 2, "hidden_depth": 0}),
         ("tlinformer", 192, 130, {"num_blocks": 2}),  # its first two windows are not run
         ("tconstformer", 128, 0, {"num_blocks": 1}),
-        ("tlinformer", 64, 0, {}),  # one window: nobody reads the projections of the whole sequence
+        ("tlinformer", 64, 0, {}),  # one window
         ("transformer", 192, 0, {}),
         ("transformer", 192, 0, {"remat": "window"}),
         *(("transformer", 192, 0, {"remat": "window", "remat_save": name}) for name in REMAT_NAMES),

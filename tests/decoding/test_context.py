@@ -1,4 +1,4 @@
-"""The history dealt out over the mesh's axis `context`: against the reference, one device, and the compiled traffic."""
+"""The history split over the mesh's axis `context`: against the reference, one device, and the compiled traffic."""
 
 import dataclasses
 
@@ -11,11 +11,12 @@ from tests.decoding.test_exactness import SHAPES, TOLERANCE, compared, largest_e
 from tests.support import golden
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.decoding import CacheLedger, Generator, cache_bytes, context_mesh, words
+from tlinformer_jax.decoding import Generator, cache_bytes, context_mesh, history, vocabulary
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.models import cached_attention
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tools.collectives import Collective, collectives
@@ -41,13 +42,13 @@ def make_decoder(config: ModelConfig, context: int) -> Decoder:
     return Decoder(build_model(config), variables, context_mesh(context))
 
 
-def small_caches(monkeypatch, rows_per_word: int = 4) -> None:
+def small_caches(monkeypatch, rows_per_token: int = 4) -> None:
     """Histories of several chunks and rounds on each device, caches that grow from eight rows a device on."""
     monkeypatch.setattr(cache_module, "CLASS_STEPS", (4, 5, 6))
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 8)
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 8)
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
-    monkeypatch.setattr(words, "ROWS_PER_WORD", rows_per_word)
+    monkeypatch.setattr(vocabulary, "ROWS_PER_TOKEN", rows_per_token)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +64,9 @@ def test_every_logit_is_the_references(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("context", "rows_per_word"), [(8, 0), (3, 4)])
-def test_growing_caches_keep_every_row_in_its_place(context, rows_per_word, monkeypatch, own_traces):
-    small_caches(monkeypatch, rows_per_word)
+@pytest.mark.parametrize(("context", "rows_per_token"), [(8, 0), (3, 4)])
+def test_growing_caches_keep_every_row_in_its_place(context, rows_per_token, monkeypatch, own_traces):
+    small_caches(monkeypatch, rows_per_token)
     config = dataclasses.replace(ODD, num_blocks=3)
     decoder = make_decoder(config, context)
     assert decoder.init_cache(2, 21).capacity < 96
@@ -95,9 +96,8 @@ def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_trace
 
 
 def test_the_history_is_spread_from_its_birth_and_the_rest_is_whole():
-    decoder, ledger = make_decoder(ODD, 8), CacheLedger(ODD, 1)
+    decoder = make_decoder(ODD, 8)
     cache = decoder.init_cache(1, 9000)
-    ledger.prefilled(0, 9000)
     for _ in range(2):
         assert cache.capacity % 8 == 0
         for array in jax.tree.leaves(cache.history):
@@ -108,7 +108,7 @@ def test_the_history_is_spread_from_its_birth_and_the_rest_is_whole():
         places = [leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)]
         assert len(set(places)) == len(places)
         cache = decoder.grow(cache, cache.capacity + 100)
-    sizes = cache_bytes(ODD, cache, ledger)
+    sizes = cache_bytes(ODD, cache, [9000])
     assert sizes.devices == 8
     assert sizes.allocated == sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(cache))
     rows = -(-8995 // 8)  # of the device that has most
@@ -118,8 +118,12 @@ def test_the_history_is_spread_from_its_birth_and_the_rest_is_whole():
 
 def merge_without_weights(monkeypatch):
     """Every device's result counts alike."""
-    for name in ("merge", "merge_at_once"):
-        monkeypatch.setattr(SplitRows, name, lambda self, output, lse: jax.lax.pmean(output, self.axis))
+
+    def mean(output, lse, axis):
+        return (jax.lax.pmean(output, axis) if isinstance(axis, str) else output.mean(axis)), lse
+
+    for module in (history, cached_attention):
+        monkeypatch.setattr(module, "merge_softmaxes", mean)
 
 
 def contiguous_positions(monkeypatch):

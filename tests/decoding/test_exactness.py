@@ -11,7 +11,7 @@ from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.decoding import cache as cache_module
-from tlinformer_jax.decoding import windowed, words
+from tlinformer_jax.decoding import vocabulary, windowed
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.interop import params_from_reference
@@ -102,7 +102,7 @@ def test_prefill_step_and_slide_equal_the_reference(name):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "rows_per_word"),
+    ("architecture", "rows_per_token"),
     [
         ("tlinformer", 4),
         *(
@@ -111,22 +111,22 @@ def test_prefill_step_and_slide_equal_the_reference(name):
         ),
     ],
 )
-def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_word, monkeypatch, own_traces):
+def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, monkeypatch, own_traces):
     """Histories of several chunks and rounds, caches that grow class by class from the smallest; block 0's rows
-    projected, or looked up by word."""
+    projected, or looked up by token."""
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
-    monkeypatch.setattr(words, "ROWS_PER_WORD", rows_per_word)
+    monkeypatch.setattr(vocabulary, "ROWS_PER_TOKEN", rows_per_token)
     config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=3, hidden_depth=0, history_window=5)
     assert largest_error(make_decoder(config), [21, 2], 46, room=21) < TOLERANCE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "rows_per_word"), [("tlinformer", 4), ("tlinformer", 0), ("transformer", 4)])
-def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_word, monkeypatch, interpreted_kernels):
+@pytest.mark.parametrize(("architecture", "rows_per_token"), [("tlinformer", 4), ("tlinformer", 0), ("transformer", 4)])
+def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_token, monkeypatch, interpreted_kernels):
     """Keys stored and read by the kernels, in half precision; 64 tokens a window, as many as one of them writes."""
-    monkeypatch.setattr(words, "ROWS_PER_WORD", rows_per_word)
+    monkeypatch.setattr(vocabulary, "ROWS_PER_TOKEN", rows_per_token)
     windows = {"history_window": 40, "generation_window": 64}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
     config = dataclasses.replace(SMALL, architecture=architecture, **windows, **half)
@@ -142,9 +142,9 @@ def stale_history(monkeypatch):
     """A slide appends the window to block 0's history but does not rebuild the later blocks'."""
     real = windowed._rebuild
 
-    def mutated(params, config, cache, frame, window_tokens):
-        new, x = real(params, config, cache, frame, window_tokens)
-        if window_tokens is None:
+    def mutated(params, config, cache, row, length, observed, window_tokens):
+        new, x = real(params, config, cache, row, length, observed, window_tokens)
+        if window_tokens.size == 0:
             new = dataclasses.replace(new, history=(new.history[0], *cache.history[1:]))
         return new, x
 
@@ -155,9 +155,9 @@ def stale_context(monkeypatch):
     """A slide keeps the compressed context of the history before it."""
     real = windowed._rebuild
 
-    def mutated(params, config, cache, frame, window_tokens):
-        new, x = real(params, config, cache, frame, window_tokens)
-        return (dataclasses.replace(new, context=cache.context) if window_tokens is None else new), x
+    def mutated(params, config, cache, row, length, observed, window_tokens):
+        new, x = real(params, config, cache, row, length, observed, window_tokens)
+        return (dataclasses.replace(new, context=cache.context) if window_tokens.size == 0 else new), x
 
     monkeypatch.setattr(windowed, "_rebuild", mutated)
 

@@ -1,4 +1,4 @@
-"""Rows dealt out over an axis of the mesh: what each device holds, and what comes of them together."""
+"""Rows split over an axis of the mesh: what each device holds, and what comes of them together."""
 
 import functools
 
@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.split_rows import SplitRows
 
@@ -49,20 +50,6 @@ def test_any_rows_can_be_gathered(length):
             np.testing.assert_array_equal(found, rows[:, start : start + length])
 
 
-@pytest.mark.parametrize("valid", [0, 2, 24])
-def test_merged_at_once(valid):
-    keys = jax.random.split(jax.random.key(1), 3)
-    query, key, value = (jax.random.normal(key, (2, rows, 3, 8)) for key, rows in zip(keys, (1, 24, 24), strict=True))
-
-    def parted(query, key, value):
-        options = {"key_length": SPLIT.count(valid), "backend": "xla", "return_lse": True}
-        return SPLIT.merge_at_once(*attend(query, SPLIT.take(key), SPLIT.take(value), **options))
-
-    expected = attend(query, key, value, key_length=valid, backend="xla")
-    for found in on_devices(parted)(query, key, value):
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
 @pytest.mark.parametrize("valid", [0, 2, 13, 24])
 def test_merged_attention_and_its_gradient_are_those_of_one_device(valid):
     keys = jax.random.split(jax.random.key(0), 4)
@@ -72,7 +59,7 @@ def test_merged_attention_and_its_gradient_are_those_of_one_device(valid):
 
     def parted(query, key, value):
         options = {"key_length": SPLIT.count(valid), "backend": "xla", "return_lse": True}
-        return SPLIT.merge(*attend(query, SPLIT.take(key), SPLIT.take(value), **options))
+        return merge_softmaxes(*attend(query, SPLIT.take(key), SPLIT.take(value), **options), SPLIT.axis)[0]
 
     def loss(function, *arrays):
         return jnp.sum(function(*arrays) * slope)

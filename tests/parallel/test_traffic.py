@@ -10,9 +10,9 @@ import pytest
 from tests.support.models import SMALL
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import build_model
+from tlinformer_jax.parallel.batch_split import BatchSplit
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
-from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.training.step import batch_gradient
 from tools.collectives import collectives
 
@@ -35,9 +35,9 @@ def compiled(length, **mesh):
     with jax.set_mesh(mesh):
 
         def spread(batch, params, divisor, step):
-            shares = Shares.of(jax.sharding.get_abstract_mesh())
-            function = functools.partial(batch_gradient, model=model, config=TrainConfig(), shares=shares)
-            loss, _, gradient = shares.run(function, batch, params, divisor, step)
+            split = BatchSplit.of(jax.sharding.get_abstract_mesh())
+            function = functools.partial(batch_gradient, model=model, config=TrainConfig(), split=split)
+            loss, _, gradient = split.over_devices(function)(batch, params, divisor, step)
             return loss, gradient
 
         program = jax.jit(spread).lower(rows, params, jnp.float32(1), jnp.int32(0)).compile()

@@ -20,8 +20,9 @@ from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.training import loop
 from tlinformer_jax.training.answers import CELLS, answer_sums
+from tlinformer_jax.training.batch_loss import summed_loss
 from tlinformer_jax.training.setup import build_run, flops_per_token
-from tlinformer_jax.training.step import eval_step, summed_loss
+from tlinformer_jax.training.step import eval_step
 
 SECTIONS = {
     "model": {

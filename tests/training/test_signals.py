@@ -15,6 +15,7 @@ WAIT = """
 import hashlib, signal, sys, time
 from tlinformer_jax.training.hooks import StopRequest
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which may run the tests, ignores it
 with StopRequest() as stop:
     print("ready", flush=True)
     if sys.argv[1] == "twice":
@@ -55,6 +56,7 @@ def test_one_interrupt_asks_and_a_second_ends_at_once():
 
 def test_handlers_are_put_back_and_other_threads_left_alone():
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which may run the tests, ignores it
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
         with StopRequest() as stop:

@@ -28,11 +28,16 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.model import padded_vocabulary
-from tlinformer_jax.models.tlinformer import FIRST_WINDOW
 from tlinformer_jax.models.transformer import attention_window
-from tlinformer_jax.models.window_sum import deal_runs
-from tlinformer_jax.models.windows import Segment, num_windows, padded_length, plan_segments
-from tlinformer_jax.parallel.sequence_split import SequenceSplit, SplitWindows
+from tlinformer_jax.models.windows import (
+    FIRST_WINDOW,
+    Segment,
+    assign_runs,
+    num_windows,
+    padded_length,
+    plan_segments,
+)
+from tlinformer_jax.parallel.batch_split import SequenceSplit, SplitWindows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +144,14 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     runs = (FIRST_WINDOW, *plan_segments(config, num_windows(config, length), 1, split))
     causal = _causal_pairs(config.generation_window)
     loads = np.zeros(parts)
-    for run, dealt in zip(runs, deal_runs(runs, parts)):
+    for run, assigned in zip(runs, assign_runs(runs, parts)):
         if run is FIRST_WINDOW:
             costs = [_causal_layers(config, config.generation_window, config.d_model, causal).attention]
         else:
             shapes = _segment_shapes(config, run, causal, True)
             costs = [_window(config, shape, config.d_model).attention for shape in shapes]
         # Where no window is left, a device computes the run's first one in vain.
-        loads += np.asarray(costs)[np.maximum(dealt, 0)].sum(axis=0)
+        loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
     return loads
 
 
@@ -182,14 +187,14 @@ def _hardware_forward(
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, together, first=skipped)
     causal = _causal_pairs(size) if fused else size**2
-    total, again = Forward() if skipped else _causal_layers(config, size, inner, causal), Forward()
+    total, again = Forward(), Forward()
+    if not skipped:
+        total = _causal_layers(config, size, inner, causal) + _project(config, -size, 3, inner)
     for segment in segments:
         for shape in _segment_shapes(config, segment, causal, fused):
             total = total + _window(config, shape, inner)
             again = again + (_restored(config, shape, inner) if segment.history_chunk else Forward())
-    # Without history nobody reads the projections of the whole sequence, and they are not computed.
-    outside = _project(config, padded_length(config, windows, segments), 3, inner) if segments else Forward()
-    return outside, total, again
+    return _project(config, padded_length(config, windows, segments), 3, inner), total, again
 
 
 def _computed_again(config: ModelConfig, layers: Forward, rows: int, inner: int, fused: bool) -> Forward:

@@ -1,6 +1,6 @@
 """Generation over the devices of a mesh: how a cache lies on them, and what runs its functions there.
 
-The rows of TLinFormer's history are dealt out over the mesh's axis `context`; every device has everything else whole
+The rows of TLinFormer's history are split over the mesh's axis `context`; every device has everything else whole
 and computes the same of it. Each device runs the program of one, kernels included, on its share of the cache
 (`jax.shard_map`, all axes manual), and talks to the others only where a softmax over the history ends. The mesh's
 other axes hold copies.
@@ -24,7 +24,7 @@ from tlinformer_jax.parallel.split_rows import SplitRows
 AXIS = "context"
 WHOLE = PartitionSpec()
 # Of keys and values [batch, heads, d_h, rows].
-DEALT_OUT = PartitionSpec(None, None, None, AXIS)
+SPLIT_ROWS = PartitionSpec(None, None, None, AXIS)
 
 
 def context_mesh(context: int) -> Mesh | None:
@@ -41,10 +41,10 @@ def context_mesh(context: int) -> Mesh | None:
 
 
 def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
-    """How a mesh deals out the history's rows; None if it does not.
+    """How a mesh splits the history's rows; None if it does not.
 
     Raises:
-      ConfigError: if the architecture has no history that could be dealt out.
+      ConfigError: if the architecture has no history that could be split.
     """
     if mesh is None or mesh.shape[AXIS] == 1:
         return None
@@ -63,7 +63,7 @@ def cache_specs(cache: Cache) -> Any:
     """A cache whose arrays are replaced by how they lie on a mesh."""
     specs: Any = jax.tree.map(lambda _: WHOLE, cache)
     if isinstance(cache, WindowedCache):
-        specs = dataclasses.replace(specs, history=jax.tree.map(lambda _: DEALT_OUT, cache.history))
+        specs = dataclasses.replace(specs, history=jax.tree.map(lambda _: SPLIT_ROWS, cache.history))
     return specs
 
 
@@ -114,7 +114,7 @@ def over_devices(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..
 def widened(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Zeros of a larger shape that begin with `array`, and lie as it does.
 
-    What is dealt out is widened on each device, so that its rows stay where they are.
+    What is split is widened on each device, so that its rows stay where they are.
     """
     sharding = array.sharding
     return _widened(array, shape, sharding if isinstance(sharding, NamedSharding) else None)

@@ -34,13 +34,12 @@ from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
-from tlinformer_jax.models.block import causal_layers
-from tlinformer_jax.models.layers import layer_norm, prepare_layers, project
+from tlinformer_jax.models.block import BlockParams, dual_window_block
+from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import ModelParams
-from tlinformer_jax.models.rope import Rope, rope_table
-from tlinformer_jax.models.selection import observed_part, observed_rope
-from tlinformer_jax.models.streams import BlockParams, History, Projected
-from tlinformer_jax.models.tlinformer import later_window
+from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
+from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses
 
@@ -163,8 +162,10 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
 
 def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: jax.Array) -> jax.Array:
     """A window without history; where it stands does not matter, as rotations are relative."""
-    layers = [layer for block in blocks for layer in block.layers()]
-    return causal_layers(layers, config, x, rope_table(jnp.arange(x.shape[1]), config.head_dim))
+    rope = rope_table(jnp.arange(x.shape[1]), config.head_dim)
+    no_rows = History.whole(blocks[0].compress, x[:, :0], rope)
+    window = Stream.of(blocks[0].compress, x, rope)
+    return window_states(blocks, config, no_rows, window, WindowFrame(0, 0, 0, 0))
 
 
 def _window_states(
@@ -190,42 +191,41 @@ def _window_states(
     rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim)
     lengths = np.arange(embedded.shape[1] + 1)
     observed = jnp.asarray([config.observed_rows(int(n)) for n in lengths], jnp.int32)[begin - start]
+    C = History.whole(blocks[0].compress, history, rope, begin - start)
+    own = Stream.of(blocks[0].compress, x, rope.rows(begin - start, size))
     frame = WindowFrame(begin - start, begin - start - observed, observed, width)
-    known = History(history, Projected.of(blocks[0].compress, history, rope.rows(0, rows)))
-    own = History(x, Projected.of(blocks[0].compress, x, rope.rows(begin - start, size)))
-    probe = None
-    if cut is None:
-        real = begin + jnp.arange(size) < length
-        probe = functools.partial(_probe, config, blocks, rope, real, probed)
-    return later_window(blocks, config, own, known, frame, rope, None, probe)
+    if cut is not None:
+        return window_states(blocks, config, C, own, frame)
+    real = begin + jnp.arange(size) < length
+    placed = place_window(config, frame, C, own)
+    for index, block in enumerate(blocks):
+        probed |= _probe(config, block.compress, index, C, own, placed, real)
+        later = blocks[index + 1 :]
+        restored, states = dual_window_block(block, config, C, own, placed, later)
+        if restored is not None:
+            C, own = restored, Stream.of(later[0].compress, states, placed.x_rope)
+    return states
 
 
 def _probe(
     config: ModelConfig,
-    blocks: tuple[BlockParams, ...],
-    rope: Rope,
-    real: jax.Array,
-    probed: Sums,
+    layer: LayerParams,
     index: int,
-    projected: Projected,
-    history: History,
-    frame: WindowFrame,
-) -> None:
-    """Adds a block's sums to `probed`: mass_x_B and mass_z_B by bin, [bins], queries_x_B and queries_z_B, share_B."""
-    params, folded = blocks[index].compress, projected.key.shape[0]
-    key, value, n = history.projected.key, history.projected.value, frame.history_length
+    C: History,
+    x: Stream,
+    placed: PlacedWindow,
+    real: jax.Array,
+) -> Sums:
+    """Sums of block `index`, whose compress layer reads C: mass_x_B and mass_z_B by bin, [bins], queries_x_B and
+    queries_z_B, share_B."""
+    probed: Sums = {}
+    together, key, n = x.K.shape[0], C.K, placed.frame.history_length
     edges = distance_edges(key.shape[1])
     bins = jnp.searchsorted(edges, n - jnp.arange(key.shape[1]), side="right") - 1
-    z_query = history.projected.query
-    if z_query is None:
-        z = observed_part(frame, history, history.rows, folded)
-        (z_query,) = project(params, z, observed_rope(frame, rope), "q")
-    else:
-        z_query = observed_part(frame, history, z_query, folded)
-    assert projected.query is not None
-    readers = {"z": (z_query, jnp.arange(z_query.shape[1]) < frame.observed_length)}
+    z = observed_stream(layer, C, placed, together)
+    readers = {"z": (z.Q, jnp.arange(z.Q.shape[1]) < placed.frame.observed_length)}
     if config.architecture != "tconstformer":
-        readers["x"] = (projected.query, real)
+        readers["x"] = (x.Q, real)
     for name, (query, counts) in readers.items():
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         seen = jnp.arange(key.shape[1]) < n
@@ -234,16 +234,17 @@ def _probe(
         probed[f"mass_{name}_{index}"] = (
             jnp.zeros(len(edges)).at[jnp.where(seen, bins, len(edges))].add(paid, mode="drop")
         )
-        probed[f"queries_{name}_{index}"] = folded * jnp.sum(counts, dtype=jnp.float32)
+        probed[f"queries_{name}_{index}"] = together * jnp.sum(counts, dtype=jnp.float32)
         if name == "x":
-            read = jnp.einsum("bhqk,bkhd->bqhd", weights, value.astype(jnp.float32))
+            read = jnp.einsum("bhqk,bkhd->bqhd", weights, C.V.astype(jnp.float32))
             scale = config.attention_scale
-            own = attend(query, projected.key, projected.value, causal=True, backend="xla", scale=scale)
+            own = attend(query, x.K, x.V, causal=True, backend="xla", scale=scale)
             norms = [
-                jnp.linalg.norm(jnp.einsum("bqhd,hdo->bqo", part.astype(jnp.float32), params.out_kernel), axis=-1)
+                jnp.linalg.norm(jnp.einsum("bqhd,hdo->bqo", part.astype(jnp.float32), layer.out_kernel), axis=-1)
                 for part in (read, own)
             ]
             probed[f"share_{index}"] = jnp.sum(norms[0] / (norms[0] + norms[1]) * counts)
+    return probed
 
 
 def distance_edges(rows: int) -> np.ndarray:

@@ -14,9 +14,9 @@ from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.decoding.accounting import cache_bytes_at
 from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.experiments.results import FORMAT
+from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.training.loop import Trained
 from tlinformer_jax.training.metrics import METRICS_FILE
-from tlinformer_jax.training.windows import trained_tokens
 
 Events = Sequence[dict[str, Any]]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from tlinformer_jax.models import dropout_kernel
 from tlinformer_jax.models.dropout import Dropout
+from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.recompute import map_recomputed
 from tlinformer_jax.parallel.target import is_nvidia_gpu, platform
 
@@ -52,7 +53,7 @@ def attend(
       return_lse: also return the log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where
         there is no valid key. It lets partial attentions over disjoint keys be merged exactly.
       scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
-      never_empty: the caller's word that `key_length` is never 0, which saves a pass over the output.
+      never_empty: `key_length` is never 0; knowing it saves a pass over the output.
 
     Returns:
       [batch, queries, heads, d_h] in query's dtype, or (that, log-sum-exp).
@@ -66,6 +67,9 @@ def attend(
     if key_length is not None:
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if query.shape[1] == 0 or key.shape[1] == 0:  # no window yet, or no history
+        output, lse = jnp.zeros_like(query), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+        return (output, lse) if return_lse else output
     chosen = choose_backend(query, dropout, return_lse) if backend == "auto" else backend
     if chosen == "xla":
         if dropout is None:
@@ -147,14 +151,8 @@ def attend_parts(
     output, lse = attend(
         queries, parted_key, parted_value, key_length=lengths, backend="cudnn", return_lse=True, scale=scale
     )
-    top = jnp.max(lse, axis=0, keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weights = jnp.exp(lse - top)
-    total = jnp.sum(weights, axis=0, keepdims=True)
-    merged = jnp.sum(output.astype(jnp.float32) * weights[..., None], axis=0, keepdims=True)
-    seen = total > 0
-    safe = jnp.where(seen, total, 1.0)
-    return merged / safe[..., None], jnp.where(seen, jnp.log(safe) + top, -jnp.inf)
+    output, lse = merge_softmaxes(output.astype(jnp.float32), lse, axis=0)
+    return output[None], lse[None]
 
 
 def attend_chunk(
@@ -216,19 +214,9 @@ def no_parts(query: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def merge_parts(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Exact attention to the union of two disjoint sets of keys from the attention to each.
-
-    Args:
-      first: float32 [batch, queries, heads, d_h] and its log-sum-exp [batch, queries, heads].
-      second: the same.
-
-    Returns:
-      the same for the union; 0 and -inf where neither saw a key.
-    """
-    lse = jnp.logaddexp(first[1], second[1])
-    base = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    shares = [part * jnp.exp(part_lse - base)[..., None] for part, part_lse in (first, second)]
-    return shares[0] + shares[1], lse
+    """`merge_softmaxes` of two (output, log-sum-exp) pairs."""
+    output, lse = jax.tree.map(lambda *arrays: jnp.stack(arrays), first, second)
+    return merge_softmaxes(output, lse, axis=0)
 
 
 def visible(
@@ -301,8 +289,8 @@ def _attend_with_dropout(
     if chunk >= queries:
         return _attend_xla(query, key, value, scale, causal, window, key_length, dropout)
 
-    def some(shared: Any, query: jax.Array, fixed: Any, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        (key, value), (key_length, dropout) = shared, fixed
+    def some(shared: Any, fixed: Any, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (key, value), (key_length, dropout), (query, number) = shared, fixed, item
         return _attend_xla(query, key, value, scale, causal, window, key_length, dropout, number * chunk)
 
     padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))

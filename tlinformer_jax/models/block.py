@@ -1,307 +1,242 @@
-"""The dual-window block: compress, hidden layers, restore (specification, "One generation window").
+"""The paper's block, section 3: a generation window x and a compressed history z, layer by layer.
 
-Two streams run through a block: x, the generation window, and the history C, which the block compresses to the
-observation window's rows z and restores at its end. In every layer both streams read the same keys and values,
-so they go through one attention call and, where they stand side by side, one feed-forward call.
+    compress:  z  = update(C[h:], attend(Qc[h:], Kc, Vc))
+               x  = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
+    hidden:    z' = update(z, attend(Qz, Kz, Vz))
+               x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+    restore:   C' = update(C, attend(Qc, Kz, Vz))
+               x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+
+C is the history, of n rows; z the observation window, which `compress` makes of the last rows of C, from row h on; x
+the generation window. Q, K and V are a stream's projections under the layer (`Stream.of`), and `update` is the rest of
+the layer, row by row (`layers.update`). Without history C and z have no rows, and attention to no keys is 0.
+
+Training, evaluation, `prefill` and `slide` all call the three functions below. They differ in how C is kept, which is
+C's own matter: `read` is attend(Q, Kc, Vc), and `restore` maps the last equation over the rows of C
+(`streams.History`: all rows at once, in chunks, or split over devices; `decoding.history`: beside a KV cache).
+
+Where z and x read the same keys they share one attention call, and one call of `update`: rows that lie side by side
+are rows like any others.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import attend, head_multiple
-from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, project, update
-from tlinformer_jax.models.recompute import recomputed
-from tlinformer_jax.models.rope import Rope, rope_table
-from tlinformer_jax.models.row_chunks import map_rows
-from tlinformer_jax.models.selection import beside, choose_rows, observed_part, observed_rope
-from tlinformer_jax.models.streams import BlockParams, Following, History, Projected
-from tlinformer_jax.models.windows import Place, WindowFrame, fold
+from tlinformer_jax.models.dropout import Dropout, part_of
+from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, update
+from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.streams import (
+    History,
+    PlacedWindow,
+    Stream,
+    apart,
+    attention_options,
+    beside,
+    observed_stream,
+    place_window,
+    project_both,
+    side_by_side,
+)
+from tlinformer_jax.models.windows import WindowFrame
 
 # Parts of a layer that draw dropout masks of their own.
 SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
+# Rows of z, of x, and of C.
+Zs = Float[Array, "batch width D"]
+Xs = Float[Array, "batch m D"]
+Cs = Float[Array, "batch n D"]
 
 
-def causal_layers(
-    layers: Sequence[LayerParams],
-    config: ModelConfig,
-    x: jax.Array,
-    rope: Rope,
-    dropout: Dropout | None = None,
-    window: int | None = None,
-    remat: bool = False,
-) -> jax.Array:
-    """Ordinary pre-norm causal layers: the baselines', and all layers of a window without history.
+@runtime_checkable
+class ReadableHistory(Protocol):
+    """C as the equations need it; see `streams.History`."""
+
+    def read(self, query: Array, config: ModelConfig, dropout: Dropout | None) -> Array:
+        """attend(Q, Kc, Vc)."""
+
+    def restore(
+        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+    ) -> Any:
+        """C' of every row by `restore_rows`, ready for the layer that reads it next."""
+
+
+def compress(
+    layer: LayerParams, config: ModelConfig, C: ReadableHistory, z: Stream, x: Stream, dropout: Dropout | None = None
+) -> tuple[Zs, Xs]:
+    """The first layer, which compresses the history.
+
+        z = update(C[h:], attend(Qc[h:], Kc, Vc))
+        x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
+
+    TConstFormer's x does not read C.
 
     Args:
-      layers: parameters of each, from `prepare_layers`.
+      layer: parameters.
       config: of the model.
-      x: [batch, length, D].
-      rope: rotations of x's positions.
+      C: the history, with keys and values.
+      z: rows h .. n - 1 of C, with queries.
+      x: the generation window, with queries, keys and values.
       dropout: None outside training.
-      window: attend to the last `window` positions only.
-      remat: compute each layer again in the backward pass.
 
     Returns:
-      [batch, length, D].
+      z and x.
     """
+    x_attends = attend(x.Q, x.K, x.V, causal=True, **attention_options(config, part_of(dropout, CAUSAL_ATTENTION)))
+    if config.architecture == "tconstformer":
+        z_attends = C.read(z.Q, config, part_of(dropout, SHARED_ATTENTION))
+    else:
+        both = C.read(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION))
+        z_attends, x_reads = apart(both, z.Q.shape[1])
+        x_attends += x_reads
+    return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
 
-    def layer(params: LayerParams, x: jax.Array, dropout: Dropout | None) -> jax.Array:
-        attended = _attend_causal(config, Projected.of(params, x, rope), dropout, window)
-        return update(params, x, attended, _part(dropout, FEED_FORWARD))
 
-    scan = config.scans_layers
-    return chain_layers(recomputed(layer, config, in_loop=scan) if remat else layer, layers, x, dropout, scan)
+def hidden(
+    layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None = None
+) -> tuple[Zs, Xs]:
+    """A layer between the first and the last.
+
+        z' = update(z, attend(Qz, Kz, Vz))
+        x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+
+    Args and returns as of `compress`; z too has keys and values.
+    """
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
+    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z.K, z.length, z.never_empty)
+    z_attends, x_reads = apart(attend(beside(z.Q, x.Q), z.K, z.V, **shared), z.Q.shape[1])
+    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + x_reads
+    return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
+
+
+def restore(
+    layer: LayerParams,
+    config: ModelConfig,
+    C: ReadableHistory,
+    z: Stream,
+    x: Stream,
+    later: Sequence["BlockParams"] = (),
+    dropout: Dropout | None = None,
+) -> tuple[Any, Xs]:
+    """The last layer, which gives the history back its length.
+
+        C' = update(C, attend(Qc, Kz, Vz))
+        x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+
+    Args:
+      layer: parameters.
+      config: of the model.
+      C: the history, with its queries under the block's `compress`.
+      z: with keys and values.
+      x: with queries, keys and values.
+      later: the blocks that follow; without any there is no C'.
+      dropout: None outside training.
+
+    Returns:
+      C' as the next block reads it, or None; and x.
+    """
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
+    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z.K, z.length, z.never_empty)
+    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + attend(x.Q, z.K, z.V, **shared)
+    x_rows = update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
+    if not later:
+        return None, x_rows
+    parts = "qkv" if len(later) > 1 else "kv"  # the last block asks nothing of C but what z asks
+    restore_some = functools.partial(restore_rows, config, z.never_empty)
+    return C.restore(restore_some, (layer, z.K, z.V), (z.length, dropout), later[0].compress, parts), x_rows
+
+
+def restore_rows(
+    config: ModelConfig,
+    never_empty: bool,
+    C: Cs,
+    Qc: Array,
+    shared: Any,
+    fixed: Any,
+    attend: Callable[..., Array] = attend,
+) -> Cs:
+    """C' = update(C, attend(Qc, Kz, Vz)), for any rows of C: they do not read each other.
+
+    Args:
+      config: of the model.
+      never_empty: that of z.
+      C: rows.
+      Qc: their queries under the block's `compress`.
+      shared: (the layer, Kz, Vz).
+      fixed: (valid rows of z, dropout).
+      attend: `attention.attend`, or what else computes it.
+    """
+    (layer, Kz, Vz), (length, dropout) = shared, fixed
+    options = attention_options(config, part_of(dropout, CONTEXT_ATTENTION), Kz, length, never_empty)
+    return update(layer, C, attend(Qc, Kz, Vz, **options), part_of(dropout, CONTEXT_FEED_FORWARD))
+
+
+def _update(
+    layer: LayerParams, rows: tuple[Zs, Xs], attended: tuple[Array, Array], dropout: Dropout | None
+) -> tuple[Zs, Xs]:
+    """(update(z, ...), update(x, ...)), side by side."""
+    return side_by_side(
+        lambda rows, attended: update(layer, rows, attended, part_of(dropout, FEED_FORWARD)), rows, attended
+    )
+
+
+@flax.struct.dataclass
+class BlockParams:
+    """Parameters of one block."""
+
+    compress: LayerParams
+    hidden: tuple[LayerParams, ...]
+    restore: LayerParams
+
+    def layers(self) -> tuple[LayerParams, ...]:
+        """All layers of the block in order."""
+        return (self.compress, *self.hidden, self.restore)
 
 
 def dual_window_block(
     params: BlockParams,
     config: ModelConfig,
-    x: jax.Array,
-    projected: Projected,
-    history: History,
-    frame: WindowFrame,
-    rope: Rope,
-    following: Following | None = None,
+    C: History,
+    x: Stream,
+    window: PlacedWindow,
+    later: Sequence[BlockParams] = (),
     dropout: Dropout | None = None,
-) -> tuple[jax.Array, History | None]:
-    """One block for one generation window with history, or for g windows that run together.
+) -> tuple[History | None, Xs]:
+    """One block for one generation window, or for g windows that run together.
 
     Args:
       params: of the block, from `prepare_layers`.
       config: of the model.
-      x: the generation window, [batch, m, D]; of g windows, [batch * g, m, D].
-      projected: of x under the `compress` layer.
-      history: the history stream, its rows starting at position 0.
-      frame: where the window stands.
-      rope: rotations of positions 0, 1, ... up to the window's end at least.
-      following: who reads the restored history; None leaves it out, as after the last block.
+      C: the history, from position 0 on, projected by `compress`.
+      x: the generation window [batch, m, D], of g windows [batch * g, m, D], projected by `compress`.
+      window: where it stands.
+      later: the blocks that follow.
       dropout: None outside training.
 
     Returns:
-      x after the block [batch, m, D], and the restored history as the following block reads it, or None.
+      C as the following block reads it, None without one; and the rows of x.
     """
-    x_rope = rope.rows(frame.history_length, x.shape[1])
-    z_rope = observed_rope(frame, rope)
-    both = compress(params.compress, config, x, projected, history, frame, rope, _part(dropout, 0))
-    both_rope = beside(z_rope, x_rope)
-    both = chain_layers(
-        lambda layer, both, part: hidden_layer(layer, config, both, frame, both_rope, part),
-        params.hidden,
-        both,
-        _part(dropout, 1),
-        config.scans_layers,
-    )
-    z, x = both[:, : frame.observed_width], both[:, frame.observed_width :]
+    z = observed_stream(params.compress, C, window, x.rows.shape[0])
+    valid, never_empty = window.frame.observed_length, config.always_observes
+    rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
 
-    last = _part(dropout, 2)
-    z_key, z_value = project(params.restore, z, z_rope, "kv")
-    projected = Projected.of(params.restore, x, x_rope)
-    assert projected.query is not None
-    attended = _attend_causal(config, projected, last) + _attend_shared(
-        config, [projected.query], z_key, z_value, frame.observed_length, _part(last, SHARED_ATTENTION)
-    )
-    x = update(params.restore, x, attended, _part(last, FEED_FORWARD))
-    if following is None:
-        return x, None
-    return x, restore_context(params.restore, config, history, (z_key, z_value), frame, rope, following, last)
+    def hidden_layer(rows: tuple[Zs, Xs], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
+        layer, dropout = item
+        z, x = project_both(layer, *rows, window.rope, valid, never_empty)
+        return hidden(layer, config, z, x, dropout), None
 
-
-def compress(
-    params: LayerParams,
-    config: ModelConfig,
-    x: jax.Array,
-    projected: Projected,
-    history: History,
-    frame: WindowFrame,
-    rope: Rope,
-    dropout: Dropout | None,
-) -> jax.Array:
-    """The compress layer: the observation window's rows, and x, read the whole history.
-
-    Returns:
-      both streams side by side [batch, observed_width + m, D].
-    """
-    width = frame.observed_width
-    z = observed_part(frame, history, history.rows, x.shape[0])
-    if history.projected.query is not None:
-        z_query = observed_part(frame, history, history.projected.query, x.shape[0])
-    else:
-        (z_query,) = project(params, z, observed_rope(frame, rope), "q")
-    assert projected.query is not None
-    readers = [z_query] if config.architecture == "tconstformer" else [z_query, projected.query]
-    shared = _attend_history(config, readers, history, frame, x.shape[0], _part(dropout, SHARED_ATTENTION))
-    causal = _attend_causal(config, projected, dropout)
-    x_attended = causal if config.architecture == "tconstformer" else causal + shared[:, width:]
-    attended = jnp.concatenate([shared[:, :width], x_attended], axis=1)
-    return update(params, jnp.concatenate([z, x], axis=1), attended, _part(dropout, FEED_FORWARD))
-
-
-def hidden_layer(
-    params: LayerParams,
-    config: ModelConfig,
-    both: jax.Array,
-    frame: WindowFrame,
-    rope: Rope,
-    dropout: Dropout | None,
-) -> jax.Array:
-    """A hidden layer over both streams side by side [batch, observed_width + m, D]: z reads z; x reads z and x."""
-    width = frame.observed_width
-    projected = Projected.of(params, both, rope)
-    assert projected.query is not None
-    z_part = projected.rows(0, width)
-    x_part = projected.rows(width, both.shape[1] - width)
-    shared = _attend_shared(
-        config,
-        [projected.query],
-        z_part.key,
-        z_part.value,
-        frame.observed_length,
-        _part(dropout, SHARED_ATTENTION),
-    )
-    causal = _attend_causal(config, x_part, dropout)
-    attended = jnp.concatenate([shared[:, :width], shared[:, width:] + causal], axis=1)
-    return update(params, both, attended, _part(dropout, FEED_FORWARD))
-
-
-def restore_context(
-    params: LayerParams,
-    config: ModelConfig,
-    history: History,
-    context: tuple[jax.Array, jax.Array],
-    frame: WindowFrame,
-    rope: Rope,
-    following: Following,
-    dropout: Dropout | None,
-) -> History:
-    """The restore layer for the history: every row C reads the compressed context, and what the next block needs of it.
-
-    Rows are independent of each other, so they can be computed in chunks of `frame.history_chunk`.
-
-    Args:
-      params: the restore layer's.
-      config: of the model.
-      history: C, with its queries under the block's `compress` layer.
-      context: keys and values of the compressed context, each [batch, observed_width, heads, d_h].
-      frame: where the window stands.
-      rope: rotations of positions 0, 1, ...
-      following: who reads the result.
-      dropout: None outside training.
-    """
-    folded, chunk = context[0].shape[0], frame.history_chunk
-    assert history.projected.query is not None
-    parts = fold(history.rows, folded), fold(history.projected.query, folded)
-    # What is a plain number stays one: kernels are faster where nothing is masked.
-    known = None if isinstance(frame.observed_length, jax.Array) else frame.observed_length
-    length = frame.history_length
-    split = history.split
-    if split is not None:
-        rope = Rope(split.take(rope.cos, axis=0), split.take(rope.sin, axis=0))
-        dropout = _part(dropout, split.index())
-        length = split.count(length)
-    fixed = (frame.observed_length if known is None else None, rope, dropout)
-
-    def some(shared: Any, part: Any, fixed: Any, number: jax.Array | None) -> tuple[jax.Array, Projected]:
-        (params, following, (key, value)), (rows, query), (observed, rope, dropout) = shared, part, fixed
-        dropout = dropout if number is None else _part(dropout, number)
-        valid = observed if known is None else known
-        attended = _attend_shared(config, [query], key, value, valid, _part(dropout, CONTEXT_ATTENTION))
-        restored = update(params, rows, attended, _part(dropout, CONTEXT_FEED_FORWARD))
-        positions = rope.rows(0 if number is None else number * chunk, rows.shape[1])
-        return restored, Projected.of(following.compress, restored, positions, following.parts)
-
-    shared = (params, following, context)
-    if not chunk:
-        rows, projected = some(shared, parts, fixed, None)
-        return History(rows, projected, split)
-    # Rows past the history are the future, which no one reads: their chunks are left out.
-    filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // chunk)
-    rows, projected = map_rows(some, shared, parts, fixed, chunk, filled)
-    return History(rows, projected, split)
-
-
-def _attend_shared(
-    config: ModelConfig,
-    queries: Sequence[jax.Array],
-    key: jax.Array,
-    value: jax.Array,
-    key_length: Place,
-    dropout: Dropout | None,
-) -> jax.Array:
-    """Non-causal attention of all `queries`, side by side, to the first `key_length` of the same keys."""
-    query = queries[0] if len(queries) == 1 else jnp.concatenate(queries, axis=1)
-    if not isinstance(key_length, jax.Array) and np.all(np.asarray(key_length) == key.shape[1]):
-        valid = None  # kernels are faster where nothing is masked
-    elif np.ndim(key_length):
-        valid = jnp.tile(jnp.asarray(key_length, jnp.int32), query.shape[0] // len(key_length))
-    else:
-        valid = key_length
-    return attend(
-        query,
-        key,
-        value,
-        key_length=valid,
-        dropout=dropout,
-        backend=config.attention,
-        scale=config.attention_scale,
-        never_empty=config.always_observes,
-    )
-
-
-def _attend_history(
-    config: ModelConfig,
-    queries: Sequence[jax.Array],
-    history: History,
-    frame: WindowFrame,
-    folded: int,
-    dropout: Dropout | None,
-) -> jax.Array:
-    """Non-causal attention of all `queries`, side by side, to the whole history; `folded` is the batch of x."""
-    key, value, split = history.projected.key, history.projected.value, history.split
-    if split is None:
-        key, value = fold(key, folded), fold(value, folded)
-        return _attend_shared(config, queries, key, value, frame.history_length, dropout)
-    # Each device reads its own rows. Only XLA's attention has a log-sum-exp that can be differentiated.
-    query = jnp.concatenate(queries, axis=1)
-    output, lse = attend(
-        query,
-        key,
-        value,
-        key_length=split.count(frame.history_length),
-        dropout=_part(dropout, split.index()),
-        backend="xla",
-        return_lse=True,
-        scale=config.attention_scale,
-    )
-    return split.merge(output.astype(jnp.float32), lse).astype(query.dtype)
-
-
-def _attend_causal(
-    config: ModelConfig, projected: Projected, dropout: Dropout | None, window: int | None = None
-) -> jax.Array:
-    """Causal attention of rows to themselves."""
-    assert projected.query is not None
-    return attend(
-        projected.query,
-        projected.key,
-        projected.value,
-        causal=True,
-        window=window,
-        dropout=_part(dropout, CAUSAL_ATTENTION),
-        backend=config.attention,
-        scale=config.attention_scale,
-    )
-
-
-def _part(dropout: Dropout | None, number: jax.Array | int) -> Dropout | None:
-    """An independent dropout for part `number`, or None."""
-    return None if dropout is None else dropout.fold_in(number)
+    z_rows, x_rows = chain_layers(hidden_layer, params.hidden, rows, part_of(dropout, 1), config.scans_layers)
+    z = Stream.of(params.restore, z_rows, window.z_rope, "kv", valid, never_empty)
+    x = Stream.of(params.restore, x_rows, window.x_rope)
+    return restore(params.restore, config, C, z, x, later, part_of(dropout, 2))
 
 
 class DualWindowBlock(nn.Module):
@@ -354,17 +289,14 @@ class DualWindowBlock(nn.Module):
         x = x.astype(config.compute_dtype)
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         length = 0 if history is None else history.shape[1]
+        rows = x[:, :0] if history is None else history.astype(x.dtype)
         rope = rope_table(jnp.arange(length + x.shape[1]), config.head_dim)
-        if history is None or length == 0:
-            return causal_layers(params.layers(), config, x, rope, dropout), history if restore else None
         observed = config.observed_rows(length)
-        frame = WindowFrame(length, length - max(observed, 1), observed, max(observed, 1))
-        history = history.astype(x.dtype)
-        known = History(history, Projected.of(params.compress, history, rope.rows(0, length)))
-        projected = Projected.of(params.compress, x, rope.rows(length, x.shape[1]))
-        assert projected.query is not None
-        frame = choose_rows(config, frame, projected.query, known.projected.key)
+        width = max(observed, min(length, 1))
+        C = History.whole(params.compress, rows, rope)
+        window = Stream.of(params.compress, x, rope.rows(length, x.shape[1]))
+        placed = place_window(config, WindowFrame(length, length - width, observed, width), C, window)
         # Nobody follows here: what is projected for that is not read.
-        following = Following(params.compress, "kv") if restore else None
-        x, restored = dual_window_block(params, config, x, projected, known, frame, rope, following, dropout)
+        later = (params,) if restore and history is not None else ()
+        restored, x = dual_window_block(params, config, C, window, placed, later, dropout)
         return x, None if restored is None else restored.rows

@@ -16,6 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from tlinformer_jax.models import history_kernel
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import LayerParams, project, unbiased_projections
+from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.rope import Rope, rotate
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.parallel.target import is_nvidia_gpu
@@ -42,7 +43,7 @@ class CachedRows:
       cache: keys and values [batch, heads, d_h, rows], or [layers, batch, heads, d_h, rows].
       length: valid rows of each sequence, int32 [batch].
       layer: which of the layers (static); None for a cache without that axis.
-      split: how the rows are dealt out over devices, each of which has only its own here, inside `jax.shard_map`
+      split: how the rows are split over devices, each of which has only its own here, inside `jax.shard_map`
         (static); None where a device has all of them.
     """
 
@@ -58,7 +59,11 @@ class CachedRows:
     def merged(self, output: jax.Array, lse: jax.Array) -> jax.Array:
         """What the softmax over the rows of all devices gives, float32 [batch, heads, d_h], from that over these and
         its log-sum-exp [batch, heads]."""
-        return output if self.split is None else self.split.merge_at_once(output, lse)
+        if self.split is None:
+            return output
+        # By one collective: for the few queries of a token its latency costs more than bytes in the number of devices.
+        both = jax.lax.all_gather(jnp.concatenate([output, lse[..., None]], axis=-1), self.split.axis)
+        return merge_softmaxes(both[..., :-1], both[..., -1], axis=0)[0]
 
 
 def attend_cached(
@@ -132,8 +137,8 @@ def write_rows(
     return _write_plainly(cache, row, start, *project(layer, rows, rope, "kv"))
 
 
-def write_words(
-    cache: KeyValue, row: jax.Array, start: jax.Array, words: jax.Array, tokens: jax.Array, rope: Rope, backend: str
+def write_tokens(
+    cache: KeyValue, row: jax.Array, start: jax.Array, table: jax.Array, tokens: jax.Array, rope: Rope, backend: str
 ) -> KeyValue:
     """`write_rows` of keys and values that depend on the token alone, looked up.
 
@@ -141,16 +146,17 @@ def write_words(
       cache: [batch, heads, d_h, room].
       row: the sequence's place in the batch, int32 [].
       start: where the first row goes, int32 [].
-      words: keys and values of every word by a layer from `for_writing`, not rotated, [V, 2, heads, d_h or more].
+      table: keys and values of the whole vocabulary by a layer from `for_writing`, not rotated,
+        [V, 2, heads, d_h or more].
       tokens: int32 [rows].
       rope: rotations of the rows.
       backend: as `for_writing` had it.
     """
     if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], tokens.size, backend):
-        no_bias = jnp.zeros(words.shape[1:], words.dtype)
-        stored = history_kernel.store(cache.key, cache.value, words, no_bias, rope, row, start, tokens)
+        no_bias = jnp.zeros(table.shape[1:], table.dtype)
+        stored = history_kernel.store(cache.key, cache.value, table, no_bias, rope, row, start, tokens)
         return KeyValue(*stored)
-    key, value = jnp.moveaxis(jnp.take(words, tokens, axis=0, mode="clip")[None], 2, 0)
+    key, value = jnp.moveaxis(jnp.take(table, tokens, axis=0, mode="clip")[None], 2, 0)
     return _write_plainly(cache, row, start, rotate(key, rope), value)
 
 
@@ -197,26 +203,25 @@ def attend_history(
 
 
 def attend_context(
-    query: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array, scale: float, head_dim: int, backend: str
+    query: jax.Array, key: jax.Array, value: jax.Array, *, head_dim: int, key_length: jax.Array, **options: Any
 ) -> jax.Array:
-    """Attention of many queries to the few rows of a compressed context; not differentiable.
+    """`attend` of many queries to the few rows of a compressed context; not differentiable, and without dropout.
 
     Args:
       query: [1, queries, heads, d_h or more].
       key: [1, rows, heads, d_h or more]; value: the same.
-      length: valid rows, int32 [].
-      scale: of the scores.
       head_dim: d_h.
-      backend: of the attention.
+      key_length: valid rows, int32 [].
+      options: as `attend` takes them.
 
     Returns:
       as `query`; 0 where no row is valid.
     """
-    if use_kernels(query.dtype, head_dim, backend):
+    if use_kernels(query.dtype, head_dim, options["backend"]):
         padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
         key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
-        return history_kernel.attend_few(query[0], key, value, length, scale)[None]
-    return attend(query, key, value, key_length=length, backend=backend, scale=scale)
+        return history_kernel.attend_few(query[0], key, value, key_length, options["scale"])[None]
+    return attend(query, key, value, key_length=key_length, **options)
 
 
 def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.parallel.constraints import open_axes
 
@@ -76,11 +77,9 @@ def attend(
     for count in splits:
         part = slice(first, first + count)
         first += count
-        top = jnp.max(tops[part], axis=0)
-        factor = jnp.exp(tops[part] - top)
-        total = jnp.sum(totals[part] * factor, axis=0)
-        merged.append(jnp.sum(sums[part] * factor, axis=0) / jnp.where(total > 0, total, 1.0))
-        lses.append(_log_sum_exp(top, total))
+        output, lse = merge_softmaxes(sums[part], tops[part][..., 0], 0, totals[part][..., 0])
+        merged.append(output)
+        lses.append(lse)
     return jnp.stack(merged), jnp.stack(lses), own_key
 
 

@@ -33,9 +33,9 @@ class Dropout:
     rate: float = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def by_key(cls, key: jax.Array, rate: float, share: jax.Array | int = 0) -> "Dropout":
-        """The dropout that a key of `jax.random` draws, which is then for nothing else; `share` of the batch."""
-        return cls(jnp.append(jax.random.bits(key, (2,), jnp.uint32), jnp.asarray(share).astype(jnp.uint32)), rate)
+    def by_key(cls, key: jax.Array, rate: float, shard: jax.Array | int = 0) -> "Dropout":
+        """The dropout that a key of `jax.random` draws, which is then for nothing else; `shard` of the batch."""
+        return cls(jnp.append(jax.random.bits(key, (2,), jnp.uint32), jnp.asarray(shard).astype(jnp.uint32)), rate)
 
     def fold_in(self, number: jax.Array | int) -> "Dropout":
         """An independent dropout for part `number`."""
@@ -50,6 +50,11 @@ class Dropout:
         `first_row` is the number of the first of the rows, where x is a part of them.
         """
         return _drop(x, self.words, first_row, self.rate)
+
+
+def part_of(dropout: Dropout | None, number: jax.Array | int) -> Dropout | None:
+    """An independent dropout for part `number`, or None."""
+    return None if dropout is None else dropout.fold_in(number)
 
 
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)

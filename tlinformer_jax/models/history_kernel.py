@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from tlinformer_jax.models.decode_kernel import call_kernel
+from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.rope import Rope
 
 # Queries and rows that a program of `attend` multiplies at once, its warps, and the loads it keeps under way.
@@ -77,12 +78,7 @@ def attend(
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    top = jnp.max(tops, axis=0)
-    factor = jnp.exp2(tops - top)
-    total = jnp.sum(totals * factor, axis=0)
-    safe = jnp.where(total > 0, total, 1.0)
-    merged = jnp.sum(sums * factor[..., None], axis=0) / safe[..., None]
-    lse = jnp.where(total > 0, top / LOG2_E + jnp.log(safe), -jnp.inf)
+    merged, lse = merge_softmaxes(sums, tops / LOG2_E, 0, totals)
     return jnp.swapaxes(merged, 0, 1), jnp.swapaxes(lse, 0, 1)
 
 
@@ -247,13 +243,13 @@ def store(
     Args:
       key: the cache's, [batch, heads, d_h, room], with room for the rows; value: likewise.
       projected: keys and values, neither rotated nor biased, [rows, 2, heads, width >= d_h], their features as
-        `halves_apart` puts them; as many rows as a multiple of STORE_TILE. With `tokens`, of the words: [V, ...].
+        `halves_apart` puts them; as many rows as a multiple of STORE_TILE. With `tokens`, of the vocabulary: [V, ...].
       bias: of keys and values, [2, heads, width], likewise.
       rope: rotations of the rows, [rows, d_h / 2].
       row: the sequence's place in the batch, int32 [].
       start: where the first of them goes, int32 [].
       tokens: the row of `projected` that each row to write takes, int32 [rows], as many as a multiple of STORE_TILE and
-        clipped to the words there are; None: they are in order.
+        clipped to the vocabulary; None: they are in order.
       interpret: run on the CPU, for tests.
 
     Returns:
@@ -264,7 +260,7 @@ def store(
     pairs, spread = key.shape[2] // 2, projected.shape[3] // 2
     cos, sin = (jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in (rope.cos, rope.sin))
     return call_kernel(
-        functools.partial(_store_kernel, half=pairs, spread=spread, words=projected.shape[0]),
+        functools.partial(_store_kernel, half=pairs, spread=spread, vocab_size=projected.shape[0]),
         (rows // STORE_TILE, projected.shape[2]),
         [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (key, value)],
         [key, value, projected, bias, cos, sin, place, *(() if tokens is None else (tokens,))],
@@ -294,7 +290,7 @@ def halves_apart(array: jax.Array, head_dim: int) -> jax.Array:
 
 
 def _store_kernel(
-    _, __, projected_ref, bias_ref, cos_ref, sin_ref, place_ref, *refs, half: int, spread: int, words: int
+    _, __, projected_ref, bias_ref, cos_ref, sin_ref, place_ref, *refs, half: int, spread: int, vocab_size: int
 ) -> None:
     """A tile of the rows, for one head, in halves: a feature's partner in the rotation lies in the other half."""
     *tokens_refs, key_ref, value_ref = refs
@@ -303,7 +299,7 @@ def _store_kernel(
     numbers = tile * STORE_TILE + _iota(STORE_TILE)
     there = (pairs < spread)[None, :]
     # Past the history the ids may be anything.
-    sources = jnp.clip(_load(tokens_refs[0].at[numbers], None), 0, words - 1) if tokens_refs else numbers
+    sources = jnp.clip(_load(tokens_refs[0].at[numbers], None), 0, vocab_size - 1) if tokens_refs else numbers
 
     def load(part: int, first: int) -> jax.Array:
         rows = _load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models import norm_kernel
-from tlinformer_jax.models.dropout import Dropout
+from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
 LAYER_NORM_EPSILON = 1e-5
@@ -79,32 +79,27 @@ class Layer(nn.Module):
 
 
 def chain_layers(
-    function: Callable[[LayerParams, jax.Array, Dropout | None], jax.Array],
+    function: Callable[[Any, tuple[LayerParams, Dropout | None]], tuple[Any, None]],
     layers: Sequence[LayerParams],
-    x: jax.Array,
+    x: Any,
     dropout: Dropout | None,
     scan: bool,
-) -> jax.Array:
-    """Feeds x through equal layers: `function(layer, x, dropout of the layer)` for each, in order.
+) -> Any:
+    """Feeds x through equal layers: `x, _ = function(x, (layer, dropout of the layer))` for each, in order.
 
     Args:
-      function: one layer; keeps x's shape.
+      function: one layer, as `jax.lax.scan` takes it; keeps x's shapes.
       layers: parameters of each.
-      x: what runs through them.
-      dropout: folded with the layer's place in the chain.
+      x: pytree of what runs through them.
+      dropout: of the chain; each layer draws masks of its own.
       scan: compile one layer and loop over the stacked parameters, instead of compiling each.
     """
-
-    def apply(x: jax.Array, layer: LayerParams, depth: jax.Array | int) -> jax.Array:
-        return function(layer, x, None if dropout is None else dropout.fold_in(depth))
-
-    if not scan or len(layers) < 2:
-        for depth, layer in enumerate(layers):
-            x = apply(x, layer, depth)
-        return x
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
-    depths = jnp.arange(len(layers))
-    return jax.lax.scan(lambda x, layer: (apply(x, *layer), None), x, (stacked, depths))[0]
+    items = [(layer, part_of(dropout, depth)) for depth, layer in enumerate(layers)]
+    if scan and len(layers) > 1:
+        return jax.lax.scan(function, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *items))[0]
+    for item in items:
+        x, _ = function(x, item)
+    return x
 
 
 def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:

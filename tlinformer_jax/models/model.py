@@ -1,25 +1,23 @@
 """The language model: tied embedding, one of four architectures, final LayerNorm, head."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import head_multiple
-from tlinformer_jax.models.block import DualWindowBlock
+from tlinformer_jax.models.block import BlockParams, DualWindowBlock
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, layer_norm, prepare_layers
-from tlinformer_jax.models.streams import BlockParams
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.models.transformer import forward_layers
-from tlinformer_jax.models.window_sum import sum_windows
 from tlinformer_jax.parallel.constraints import constrain_batch
-from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
 
 # In half precision the vocabulary is padded to a multiple of this inside the product. Rows of 50257 values do not
 # begin at addresses that the matrix units' loads are aligned to; XLA would pad each product's logits by a copy.
@@ -102,104 +100,69 @@ class LanguageModel(nn.Module):
         *,
         train: bool = False,
         inputs_embeds: jax.Array | None = None,
-        share: jax.Array | int = 0,
         start: int = 0,
     ) -> jax.Array:
-        """What the head reads: [batch, length - start, D] in the compute dtype, after the final LayerNorm.
+        """What the head reads of positions start, ...: [batch, length - start, D], by `hidden_states`.
 
-        Takes and raises what `__call__` does; the loss multiplies it with the embedding chunk by chunk. `share` is the
-        number of the part of the batch that the inputs are, see `Dropout.words`; `start` the first position that is
-        wanted: generation windows that lie before it are not run.
+        Takes and raises what `__call__` does.
         """
-        config, params = self.config, self.parameters()
-        embeddings = self._embed(tokens, inputs_embeds)
-        if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
-            return embeddings
-        if config.windowed:
-            blocks, (first, rest) = self._prepared(params.blocks), divmod(start, config.generation_window)
-            hidden = forward_windows(blocks, config, embeddings, self._dropout(train, share), first)[:, rest:]
-        else:
-            layers = self._prepared(params.layers)
-            hidden = forward_layers(layers, config, embeddings, self._dropout(train, share))[:, start:]
-        return layer_norm(hidden, params.norm_scale, params.norm_bias)
-
-    def sum_over_windows(
-        self,
-        tokens: jax.Array,
-        rows: Any,
-        readout: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]],
-        *,
-        train: bool = False,
-        windows: jax.Array | None = None,
-        share: jax.Array | int = 0,
-        split: SequenceSplit = WHOLE,
-        start: int = 0,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The sums of `readout` over all generation windows, of windowed architectures, gradients made along with it.
-
-        What a long sequence is trained by: of no window anything is kept but its gradients.
-
-        Args:
-          tokens: as `__call__` takes them.
-          rows: pytree of arrays [batch, length, ...] that go along with the tokens, such as labels.
-          readout: of the hidden states [batch, rows, D] of rows of a window, as `hidden_states` gives them, of the
-            embedding [V, D], and of the same rows of `rows`; two float32 [], sums over them, of which the first is
-            differentiated. Past the sequence's end `rows` are 0, hidden states are finite, and the readout must be 0.
-          train: apply dropout.
-          windows: only these, int32 [k], ascending; None for all.
-          share: number of the part of the batch that `tokens` are, see `Dropout.words`.
-          split: how sequences are split over devices, inside `jax.shard_map`; the sum is then this device's.
-          start: of all windows, those that lie before this position are not run; the readout must be 0 there.
-
-        Returns:
-          float32 [] both, and of the first the share of each window that is run, float32 [windows or k]; no gradient
-          flows through the last two.
-        """
-        config, params = self.config, self.parameters()
-
-        def read(shared: Any, hidden: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
-            embedding, scale, bias = shared
-            return readout(layer_norm(hidden, scale, bias), embedding, rows)
-
-        if split.rows is not None:
-            tokens = split.rows.take(jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % split.row_parts))))
-        return sum_windows(
-            self._prepared(params.blocks),
-            config,
-            self._embed(tokens, None),
-            read,
-            (params.embedding, params.norm_scale, params.norm_bias),
-            rows,
-            self._dropout(train, share),
-            windows,
-            split,
-            start // config.generation_window,
-        )
-
-    def _embed(self, tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
-        """The checked inputs as embeddings [batch, length, D] in the compute dtype."""
         config = self.config
         check_inputs(config, tokens, inputs_embeds)
         if inputs_embeds is None:
             assert tokens is not None  # check_inputs
-            # jnp.take fills rows past the table with NaN but counts negative ids from its end: move those past it.
-            # So a wrong id is never silently taken for another.
-            inputs_embeds = jnp.take(self.embedding, jnp.where(tokens < 0, config.vocab_size, tokens), axis=0)
-        return constrain_batch(inputs_embeds.astype(config.compute_dtype))
-
-    def _prepared(self, layers: Any) -> Any:
-        config = self.config
-        multiple = head_multiple(config.compute_dtype, config.attention, config.head_padding)
-        return prepare_layers(layers, config.compute_dtype, multiple)
-
-    def _dropout(self, train: bool, share: jax.Array | int) -> Dropout | None:
-        config = self.config
-        return Dropout.by_key(self.make_rng("dropout"), config.dropout, share) if train and config.dropout else None
+            inputs_embeds = embed(self.embedding, config, tokens)
+        inputs_embeds = constrain_batch(inputs_embeds.astype(config.compute_dtype))
+        if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
+            self.parameters()
+            return inputs_embeds
+        dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        return hidden_states(prepare_params(self.parameters(), config), config, inputs_embeds, dropout, start)
 
 
 def build_model(config: ModelConfig) -> LanguageModel:
     """Returns the model that `config` describes."""
     return LanguageModel(config)
+
+
+def prepare_params(params: ModelParams, config: ModelConfig) -> ModelParams:
+    """Blocks and layers as the forward pass takes them, by `prepare_layers`; once for all windows."""
+    multiple = head_multiple(config.compute_dtype, config.attention, config.head_padding)
+    blocks, layers = prepare_layers((params.blocks, params.layers), config.compute_dtype, multiple)
+    return dataclasses.replace(params, blocks=blocks, layers=layers)
+
+
+def embed(
+    embedding: Float[Array, "V D"], config: ModelConfig, tokens: Int[Array, "batch length"]
+) -> Float[Array, "batch length D"]:
+    """Embeddings in the compute dtype; NaN for ids outside the vocabulary."""
+    # jnp.take fills rows past the table with NaN but counts negative ids from its end: move those past it.
+    # So a wrong id is never silently taken for another.
+    rows = jnp.take(embedding, jnp.where(tokens < 0, config.vocab_size, tokens), axis=0)
+    return constrain_batch(rows.astype(config.compute_dtype))
+
+
+def hidden_states(
+    params: ModelParams,
+    config: ModelConfig,
+    embeddings: Float[Array, "batch length D"],
+    dropout: Dropout | None = None,
+    start: int = 0,
+) -> Float[Array, "batch rest D"]:
+    """What the head reads, in the compute dtype, after the final LayerNorm; the loss multiplies it with the embedding.
+
+    Args:
+      params: from `prepare_params`.
+      config: of the model.
+      embeddings: of a whole sequence, in the compute dtype.
+      dropout: None outside training.
+      start: the first position that is wanted: generation windows that lie before it are not run.
+    """
+    if config.windowed:
+        first, rest = divmod(start, config.generation_window)
+        hidden = forward_windows(params.blocks, config, embeddings, dropout, first)[:, rest:]
+    else:
+        hidden = forward_layers(params.layers, config, embeddings, dropout)[:, start:]
+    return layer_norm(hidden, params.norm_scale, params.norm_bias)
 
 
 def output_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:

@@ -24,9 +24,9 @@ MOST_WIDTH = 2048
 
 
 def use_kernel(x: jax.Array) -> bool:
-    """Whether the kernel takes rows of this dtype and width here."""
+    """Whether the kernel takes rows of this dtype and width here; there must be some."""
     half = x.dtype in (jnp.bfloat16, jnp.float16)
-    return half and x.shape[-1] <= MOST_WIDTH and is_nvidia_gpu() and unsplit()
+    return half and x.size > 0 and x.shape[-1] <= MOST_WIDTH and is_nvidia_gpu() and unsplit()
 
 
 def layer_norm_backward(

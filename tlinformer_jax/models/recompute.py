@@ -27,12 +27,12 @@ def recomputed(function: Callable[..., Any], config: ModelConfig, in_loop: bool 
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
 
 
-# One step: (shared, part, fixed, step) -> output. It must not close over traced values.
-Branch = Callable[[Any, Any, Any, Any], Any]
+# One step: (shared, fixed, (part, step)) -> output. It must not close over traced values.
+Branch = Callable[[Any, Any, tuple[Any, Any]], Any]
 
 
 def map_recomputed(branch: Branch, shared: Any, parts: Any, fixed: Any, steps: Any) -> Any:
-    """Outputs of `branch(shared, parts[i], fixed, steps[i])` for every i, stacked along a new first axis.
+    """Outputs of `branch(shared, fixed, (parts[i], steps[i]))` for every i, stacked along a new first axis.
 
     Each step is computed again in the backward pass.
 
@@ -46,35 +46,9 @@ def map_recomputed(branch: Branch, shared: Any, parts: Any, fixed: Any, steps: A
     return _map(branch, shared, parts, fixed, steps)
 
 
-def sum_with_gradients(
-    branches: tuple[Branch, ...],
-    shared: Any,
-    parts: Any,
-    fixed: Any,
-    steps: Any,
-    which: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sums of `branches[which[i]](shared, parts[i], fixed, steps[i])` over every i, and each step's first value.
-
-    Steps of different static shapes can take turns; what one of them needs exists while it runs only. Where the sum is
-    differentiated, each step's gradient is made along with its value, so that nothing is kept from one step for a later
-    backward pass, and nothing is computed twice.
-
-    Args:
-      branches: each returns two float32 [], of which the first is differentiated; more than one needs `which`.
-      shared, parts, fixed, steps: as `map_recomputed` takes them.
-      which: the branch of each step, int32 [steps].
-
-    Returns:
-      float32 []; and float32 [] and float32 [steps], through which no gradient flows.
-    """
-    (total, beside), each = _sum(branches, shared, parts, fixed, steps, which)
-    return total, jax.lax.stop_gradient(beside), jax.lax.stop_gradient(each)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _map(branch, shared, parts, fixed, steps):
-    return jax.lax.scan(lambda _, item: (None, branch(shared, item[0], fixed, item[1])), None, (parts, steps))[1]
+    return jax.lax.scan(lambda _, item: (None, branch(shared, fixed, item)), None, (parts, steps))[1]
 
 
 def _map_forward(branch, *inputs):
@@ -86,7 +60,7 @@ def _map_backward(branch, inputs, cotangents):
 
     def body(total, item):
         part, step, cotangent = item
-        _, pull = jax.vjp(lambda shared, part: branch(shared, part, fixed, step), shared, part)
+        _, pull = jax.vjp(lambda shared, part: branch(shared, fixed, (part, step)), shared, part)
         gradient, part_gradient = pull(cotangent)
         return add_wide(total, gradient), part_gradient
 
@@ -95,49 +69,6 @@ def _map_backward(branch, inputs, cotangents):
 
 
 _map.defvjp(_map_forward, _map_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum(branches, shared, parts, fixed, steps, which):
-    def body(total, item):
-        part, step, index = item
-        values = _switch(index, branches, shared, part, fixed, step)
-        return jax.tree.map(jnp.add, total, values), values[0]
-
-    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))
-
-
-def _sum_forward(branches, shared, parts, fixed, steps, which):
-    pulls = tuple(functools.partial(_add_value_and_gradient, branch) for branch in branches)
-
-    def body(carry, item):
-        part, step, index = item
-        values, total, part_gradient = _switch(index, pulls, carry[1], shared, part, fixed, step)
-        return (jax.tree.map(jnp.add, carry[0], values), total), (values[0], part_gradient)
-
-    start = (jnp.float32(0), jnp.float32(0)), wide_zeros(shared)
-    (values, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
-    return (values, each), (rounded(total, shared), part_gradients)
-
-
-def _sum_backward(branches, gradients, cotangents):
-    (slope, _), _ = cotangents
-    shared, parts = jax.tree.map(lambda array: (array.astype(jnp.float32) * slope).astype(array.dtype), gradients)
-    return shared, parts, None, None, None
-
-
-_sum.defvjp(_sum_forward, _sum_backward)
-
-
-def _add_value_and_gradient(branch, total, shared, part, fixed, step):
-    """A step's values, the running sum of shared's gradient with this step's, and the gradient of the step's part."""
-    value, pull, beside = jax.vjp(lambda shared, part: branch(shared, part, fixed, step), shared, part, has_aux=True)
-    gradient, part_gradient = pull(jnp.ones_like(value))
-    return (value, beside), add_wide(total, gradient), part_gradient
-
-
-def _switch(index, branches, *operands):
-    return branches[0](*operands) if len(branches) == 1 else jax.lax.switch(index, branches, *operands)
 
 
 def wide_zeros(shared: Any) -> Any:
@@ -153,3 +84,67 @@ def add_wide(total: Any, gradient: Any) -> Any:
 def rounded(total: Any, shared: Any) -> Any:
     """The sum of gradients in the dtypes of what they are gradients of."""
     return jax.tree.map(lambda sum_, array: sum_.astype(array.dtype), total, shared)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def map_rows(branch: Branch, chunk: int, shared: Any, rows: Any, fixed: Any, count: jax.Array) -> Any:
+    """Outputs of `branch(shared, fixed, (chunk of rows, number))` for the first `count` chunks, side by side.
+
+    How many chunks there are is known at run time only, and rows past them cost nothing: `jax.lax.scan` would take
+    every chunk, and a `jax.lax.while_loop` has no gradient. Here the backward pass goes through as many chunks as the
+    forward pass did and computes each again, so that its intermediate values never exist for all rows.
+
+    Args:
+      branch: one step; returns a pytree of arrays [batch, chunk, ...].
+      chunk: rows of a step; divides length.
+      shared: pytree of floating arrays that every step reads; differentiated, gradients summed in float32.
+      rows: pytree of floating arrays [batch, length, ...]; differentiated.
+      fixed: pytree that every step reads; not differentiated.
+      count: int32 []; more than length / chunk counts as that.
+
+    Returns:
+      arrays [batch, length, ...]; rows of chunks that are left out are 0, and so are their gradients.
+    """
+
+    def body(number, outputs):
+        return _put(outputs, branch(shared, fixed, (_take(rows, number, chunk), number)), number * chunk)
+
+    shapes = jax.eval_shape(lambda: branch(shared, fixed, (_take(rows, 0, chunk), jnp.int32(0))))
+    outputs = jax.tree.map(lambda s: jnp.zeros((s.shape[0], _length(rows), *s.shape[2:]), s.dtype), shapes)
+    return jax.lax.fori_loop(0, jnp.minimum(count, _length(rows) // chunk), body, outputs)
+
+
+def _rows_forward(branch, chunk, *inputs):
+    return map_rows(branch, chunk, *inputs), inputs
+
+
+def _rows_backward(branch, chunk, inputs, cotangents):
+    shared, rows, fixed, count = inputs
+
+    def body(number, state):
+        total, row_gradients = state
+        part, slope = _take((rows, cotangents), number, chunk)
+        _, pull = jax.vjp(lambda shared, part: branch(shared, fixed, (part, number)), shared, part)
+        gradient, part_gradient = pull(slope)
+        return add_wide(total, gradient), _put(row_gradients, part_gradient, number * chunk)
+
+    zero = wide_zeros(shared), jax.tree.map(jnp.zeros_like, rows)
+    total, row_gradients = jax.lax.fori_loop(0, jnp.minimum(count, _length(rows) // chunk), body, zero)
+    return rounded(total, shared), row_gradients, None, None
+
+
+map_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _length(rows: Any) -> int:
+    return jax.tree.leaves(rows)[0].shape[1]
+
+
+def _take(arrays: Any, number: jax.Array | int, chunk: int) -> Any:
+    return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, number * chunk, chunk, axis=1), arrays)
+
+
+def _put(arrays: Any, parts: Any, start: jax.Array) -> Any:
+    return jax.tree.map(
+        lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=1), arrays, parts
+    )

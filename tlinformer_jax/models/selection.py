@@ -13,20 +13,16 @@ compress layer has no such attention; its rows are chosen by the same formula al
 earlier row comes first. The choice has no gradient.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.rope import Rope
-from tlinformer_jax.models.streams import History
-from tlinformer_jax.models.windows import Place, WindowFrame
+from tlinformer_jax.models.windows import PerWindow, WindowFrame
 
 
-def choose_rows(config: ModelConfig, frame: WindowFrame, query: jax.Array, key: jax.Array) -> WindowFrame:
-    """The frame with the rows of its observation window chosen, where they are not the last ones.
+def chosen_rows(config: ModelConfig, frame: WindowFrame, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Rows of the observation windows, int32 [batch * g, observed_width], valid ones first.
 
     Args:
       config: of the model.
@@ -34,8 +30,6 @@ def choose_rows(config: ModelConfig, frame: WindowFrame, query: jax.Array, key: 
       query: of the windows' tokens under block 0's `compress` layer, [batch * g, m, heads, d_h].
       key: of the history under the same, [batch, rows, heads, d_h].
     """
-    if config.observed_selection == "recent":
-        return frame
     batch, rows = key.shape[:2]
     lengths = _as_row(frame.history_length)
     if config.observed_selection == "random":
@@ -51,46 +45,8 @@ def choose_rows(config: ModelConfig, frame: WindowFrame, query: jax.Array, key: 
     # Rows past the valid ones come last; nobody attends to them.
     valid = jnp.arange(frame.observed_width) < _as_row(frame.observed_length)
     chosen = jnp.minimum(jnp.sort(jnp.where(valid, chosen, rows), axis=-1), rows - 1)
-    folded = query.shape[0]
-    chosen = jnp.broadcast_to(chosen, (batch, folded // batch, frame.observed_width)).reshape(folded, -1)
-    return dataclasses.replace(frame, observed_rows=chosen)
-
-
-def observed_part(frame: WindowFrame, history: History, array: jax.Array, folded: int) -> jax.Array:
-    """The observation windows' rows of the history: [folded, observed_width, ...].
-
-    Args:
-      frame: of g windows.
-      history: that they read; only its last rows can be taken where devices share them.
-      array: one of its arrays, [batch, rows, ...], which they share, or [batch * g, rows, ...].
-      folded: batch * g.
-    """
-    if frame.observed_rows is None:
-        return history.part(array, frame.observed_start, frame.observed_width, folded)
-    chosen = frame.observed_rows.reshape(array.shape[0], -1)
-    taken = jnp.take_along_axis(array, chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 2)), axis=1)
-    return taken.reshape(folded, frame.observed_width, *array.shape[2:])
-
-
-def observed_rope(frame: WindowFrame, rope: Rope) -> Rope:
-    """Rotations of the observation windows' rows, at their true positions."""
-    if frame.observed_rows is None:
-        return rope.rows(frame.observed_start, frame.observed_width)
-    chosen = frame.observed_rows
-    return jax.tree.map(lambda table: jnp.take(table, chosen, axis=0), rope)
-
-
-def beside(z_rope: Rope, x_rope: Rope) -> Rope:
-    """Rotations of the observation windows' rows, then of the generation windows'."""
-
-    def join(z_part: jax.Array, x_part: jax.Array) -> jax.Array:
-        if z_part.ndim > x_part.ndim:
-            x_part = x_part[None]
-        if x_part.shape[0] != z_part.shape[0] and z_part.ndim == 3:  # rows of each sequence, windows of all alike
-            x_part = jnp.tile(x_part, (z_part.shape[0] // x_part.shape[0], 1, 1))
-        return jnp.concatenate([z_part, x_part], axis=-2)
-
-    return jax.tree.map(join, z_rope, x_rope)
+    together = query.shape[0]
+    return jnp.broadcast_to(chosen, (batch, together // batch, frame.observed_width)).reshape(together, -1)
 
 
 def position_hash(rows: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -101,6 +57,6 @@ def position_hash(rows: jax.Array, lengths: jax.Array) -> jax.Array:
     return words ^ (words >> 16)
 
 
-def _as_row(place: Place) -> jax.Array:
+def _as_row(place: PerWindow) -> jax.Array:
     """A number for each of g windows, int32 [g, 1]."""
     return jnp.reshape(jnp.asarray(place, jnp.int32), (-1, 1))

@@ -1,79 +1,282 @@
-"""What runs through a dual-window block besides the generation window: the history stream and projections of rows."""
+"""The two streams of a block: z or C on the history side, x in the generation window; and how they lie side by side."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.layers import LayerParams, project
+from tlinformer_jax.models.merge import merge_softmaxes
+from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope
-from tlinformer_jax.models.windows import Place, slice_rows
+from tlinformer_jax.models.selection import chosen_rows
+from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.split_rows import SplitRows
 
-
-@flax.struct.dataclass
-class BlockParams:
-    """Parameters of one block."""
-
-    compress: LayerParams
-    hidden: tuple[LayerParams, ...]
-    restore: LayerParams
-
-    def layers(self) -> tuple[LayerParams, ...]:
-        """All layers of the block in order."""
-        return (self.compress, *self.hidden, self.restore)
+AnyStream = TypeVar("AnyStream", bound="Stream")
 
 
 @flax.struct.dataclass
-class Projected:
-    """Queries, keys and values of the same rows under one layer, each [batch, rows, heads, d_h], q and k rotated.
+class Stream:
+    """Rows, and their queries, keys and values under the layer that they are about to enter.
 
-    The queries are None where nobody reads them.
+    Attributes:
+      rows: of the residual stream, [batch, rows, D].
+      Q, K, V: [batch, rows, heads, d_h], Q and K rotated; None where no one reads them.
+      length: how many of the rows are valid, the first ones; None for all.
+      never_empty: whether `length` is known never to be 0 where it is not known (static), which saves attention a pass
+        over its output.
     """
 
-    query: jax.Array | None
-    key: jax.Array
-    value: jax.Array
+    rows: Any
+    Q: Any = None
+    K: Any = None
+    V: Any = None
+    length: PerWindow = None
+    never_empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def of(cls, params: LayerParams, rows: jax.Array, rope: Rope, parts: str = "qkv") -> "Projected":
-        """`layers.project` of rows, 'qkv' or 'kv'."""
-        return cls(*((None,) if parts == "kv" else ()), *project(params, rows, rope, parts))
+    def of(
+        cls: type[AnyStream],
+        layer: LayerParams,
+        rows: Float[Array, "b n D"],
+        rope: Rope,
+        parts: str = "qkv",
+        length: PerWindow = None,
+        never_empty: bool = False,
+    ) -> AnyStream:
+        """The rows, projected to `parts` (see `layers.project`)."""
+        projected: dict[str, Any] = dict(zip(parts.upper(), project(layer, rows, rope, parts)))
+        return cls(rows=rows, length=length, never_empty=never_empty, **projected)
 
-    def rows(self, start: Place, length: int, folded: int | None = None) -> "Projected":
-        """Rows start .. start + length - 1, by `slice_rows`."""
-        return jax.tree.map(lambda array: slice_rows(array, start, length, folded), self)
+
+def project_both(
+    layer: LayerParams,
+    z_rows: Float[Array, "b width D"],
+    x_rows: Float[Array, "b m D"],
+    rope: Rope,
+    length: PerWindow,
+    never_empty: bool = False,
+) -> tuple[Stream, Stream]:
+    """`Stream.of` z and of x by one product; `rope` has the rotations of both, side by side, `length` is that of z."""
+    z_parts, x_parts = side_by_side(lambda rows: project(layer, rows, rope), (z_rows, x_rows))
+    return Stream(z_rows, *z_parts, length, never_empty), Stream(x_rows, *x_parts)  # type: ignore[call-arg]
 
 
 @flax.struct.dataclass
-class History:
-    """The history stream at a block's entrance.
+class History(Stream):
+    """C at the entrance of a block, whole: how training and uncached evaluation read and restore it.
+
+    Rows past `length` are the future, which no one reads. Windows that run together may share one history: its arrays
+    then have the batch of the sequences, and the windows' have that times the number of windows.
 
     Attributes:
-      rows: C, [batch, rows, D]; rows past the frame's history_length are the future and never attended to. Where g
-        windows run together, either [batch, ...], which they share, or [batch * g, ...].
-      projected: of C under the block's `compress` layer; with queries where the block restores the history.
-      split: how rows are dealt out over devices, each of which holds only its own; None where each holds all.
+      rope: rotations of positions 0, 1, ...
+      split: how rows are split over devices, each of which holds only its own; None where each holds all.
+      chunk: rows that are restored at a time; 0 for all at once.
     """
 
-    rows: jax.Array
-    projected: Projected
+    rope: Rope | None = None
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
+    chunk: int = flax.struct.field(pytree_node=False, default=0)
 
-    def part(self, array: jax.Array, start: Place, length: int, folded: int | None = None) -> jax.Array:
-        """Rows start .. start + length - 1 of the sequence, of one of these arrays, on every device; `folded` as in
-        `slice_rows`."""
+    @classmethod
+    def whole(cls, layer: LayerParams, rows: Float[Array, "b n D"], rope: Rope, length: PerWindow = None) -> "History":
+        """The first `length` of the rows (None: all), projected; `rope` has their positions' rotations and others'."""
+        valid = rows.shape[1] if length is None else length
+        projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]))
+        return dataclasses.replace(projected, length=valid, rope=rope)
+
+    def slice(self, array: Array, start: PerWindow, length: int, batch: int | None = None) -> Array:
+        """Rows start .. start + length - 1 of one of these arrays, on every device; `batch` as in `slice_rows`."""
         if self.split is None:
-            return slice_rows(array, start, length, folded)
+            return slice_rows(array, start, length, batch)
         return self.split.gather(array, start, length)
 
+    def read(
+        self, query: Float[Array, "b m h k"], config: ModelConfig, dropout: Dropout | None
+    ) -> Float[Array, "b m h k"]:
+        """attend(Q, Kc, Vc): every query reads all valid rows."""
+        if self.split is None:
+            key, value = (repeat_for_windows(array, query.shape[0]) for array in (self.K, self.V))
+            return attend(query, key, value, **attention_options(config, dropout, key, self.length, self.never_empty))
+        # Each device reads its own rows. Only XLA's attention has a log-sum-exp that can be differentiated.
+        output, lse = attend(
+            query,
+            self.K,
+            self.V,
+            key_length=self.split.count(self.length),
+            dropout=part_of(dropout, self.split.index()),
+            backend="xla",
+            return_lse=True,
+            scale=config.attention_scale,
+        )
+        return merge_softmaxes(output.astype(jnp.float32), lse, self.split.axis)[0].astype(query.dtype)
+
+    def restore(
+        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+    ) -> "History":
+        """C', projected by the layer that reads it next.
+
+        Args:
+          restore_rows: C' = restore_rows(C, Q, shared, fixed), for any rows of C; it must not close over traced values.
+          shared: pytree of what all rows read, differentiated.
+          fixed: (valid rows of z, dropout), not differentiated.
+          next_layer: the following block's `compress`.
+          parts: what that reads of the history: 'qkv' where it restores it in its turn, else 'kv'.
+        """
+        batch = shared[-1].shape[0]
+        rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
+        rope, length, (valid, dropout) = self.rope, self.length, fixed
+        assert rope is not None
+        if self.split is not None:
+            rope = Rope(self.split.take(rope.cos, axis=0), self.split.take(rope.sin, axis=0))
+            dropout = part_of(dropout, self.split.index())
+            length = self.split.count(length)
+        if not self.chunk:
+            restored = restore_rows(*rows, shared, (valid, dropout))
+            projected = project(next_layer, restored, rope.rows(0, restored.shape[1]), parts)
+        else:
+            # What is a plain number stays one: kernels are faster where nothing is masked.
+            known = None if isinstance(valid, jax.Array) else valid
+
+            def restore_chunk(shared: Any, fixed: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
+                (shared, next_layer), (valid, rope, dropout), (part, number) = shared, fixed, item
+                restored = restore_rows(*part, shared, (valid if known is None else known, part_of(dropout, number)))
+                return restored, *project(next_layer, restored, rope.rows(number * self.chunk, self.chunk), parts)
+
+            fixed = (valid if known is None else None, rope, dropout)
+            filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
+            restored, *projected = map_rows(restore_chunk, self.chunk, (shared, next_layer), rows, fixed, filled)
+        arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
+        return dataclasses.replace(self, **arrays)
+
 
 @flax.struct.dataclass
-class Following:
-    """The block that reads the restored history.
+class PlacedWindow:
+    """Generation windows with all that their blocks ask of where they stand.
 
     Attributes:
-      compress: its first layer.
-      parts: what that projects of all rows: 'qkv' where it restores them in its turn, else 'kv'.
+      frame: n, h and lengths.
+      chosen: where the observation windows do not hold the last rows, those that they hold, int32
+        [batch * g, observed_width], valid ones first. Else None.
+      z_rope: rotations of the observation windows' rows, at their true positions.
+      x_rope: of the generation windows' rows.
+      rope: of both side by side.
     """
 
-    compress: LayerParams
-    parts: str = flax.struct.field(pytree_node=False)
+    frame: WindowFrame
+    chosen: jax.Array | None
+    z_rope: Rope
+    x_rope: Rope
+    rope: Rope
+
+
+def place_window(config: ModelConfig, frame: WindowFrame, C: History, x: Stream) -> PlacedWindow:
+    """Chooses the observation windows' rows, and gives all rows their rotations.
+
+    Args:
+      config: of the model.
+      frame: of a window, or of g windows that run together.
+      C: the history under block 0's `compress` layer, [batch, rows, ...].
+      x: the windows' tokens under the same, [batch * g, m, ...].
+    """
+    assert C.rope is not None
+    x_rope = C.rope.rows(frame.history_length, x.rows.shape[1])
+    if config.observed_selection == "recent" or not frame.observed_width:
+        chosen, z_rope = None, C.rope.rows(frame.observed_start, frame.observed_width)
+    else:
+        rows = chosen = chosen_rows(config, frame, x.Q, C.K)
+        z_rope = jax.tree.map(lambda table: jnp.take(table, rows, axis=0), C.rope)
+    return PlacedWindow(frame, chosen, z_rope, x_rope, _ropes_beside(z_rope, x_rope))
+
+
+def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch: int) -> Stream:
+    """z = C[h:] with its queries under `compress`: [batch, observed_width, ...]; `batch` is that of the windows."""
+    z = _observed(window, C, C.rows, batch)
+    if C.Q is None:
+        return Stream.of(layer, z, window.z_rope, "q")
+    return Stream(z, _observed(window, C, C.Q, batch))
+
+
+def _observed(window: PlacedWindow, C: History, array: jax.Array, batch: int) -> jax.Array:
+    """The observation windows' rows of one of the history's arrays; only its last rows where devices share them."""
+    frame = window.frame
+    if window.chosen is None:
+        return C.slice(array, frame.observed_start, frame.observed_width, batch)
+    chosen = window.chosen.reshape(array.shape[0], -1)
+    taken = jnp.take_along_axis(array, chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 2)), axis=1)
+    return taken.reshape(batch, frame.observed_width, *array.shape[2:])
+
+
+def _ropes_beside(z_rope: Rope, x_rope: Rope) -> Rope:
+    """Rotations of the observation windows' rows, then of the generation windows'."""
+
+    def join(z_part: jax.Array, x_part: jax.Array) -> jax.Array:
+        if z_part.ndim > x_part.ndim:
+            x_part = x_part[None]
+        if x_part.shape[0] != z_part.shape[0] and z_part.ndim == 3:  # rows of each sequence, windows of all alike
+            x_part = jnp.tile(x_part, (z_part.shape[0] // x_part.shape[0], 1, 1))
+        return jnp.concatenate([z_part, x_part], axis=-2)
+
+    return jax.tree.map(join, z_rope, x_rope)
+
+
+def attention_options(
+    config: ModelConfig,
+    dropout: Dropout | None,
+    key: Array | None = None,
+    length: PerWindow = None,
+    never_empty: bool = False,
+) -> dict[str, Any]:
+    """Options for `attend`: backend and scale, and that the first `length` of the keys are valid; None for all."""
+    if (
+        key is None
+        or length is None
+        or (not isinstance(length, jax.Array) and np.all(np.asarray(length) == key.shape[1]))
+    ):
+        valid = None  # kernels are faster where nothing is masked
+    elif np.ndim(length):
+        valid = jnp.tile(jnp.asarray(length, jnp.int32), key.shape[0] // len(length))
+    else:
+        valid = length
+    return {
+        "key_length": valid,
+        "dropout": dropout,
+        "backend": config.attention,
+        "scale": config.attention_scale,
+        "never_empty": never_empty,
+    }
+
+
+def beside(z: Array, x: Array) -> Array:
+    """Rows of both streams side by side, [batch, rows of z + rows of x, ...]."""
+    return jnp.concatenate([z, x], axis=1)
+
+
+def apart(both: Array, width: int) -> tuple[Array, Array]:
+    """The inverse of `beside`; `width` is the rows of z."""
+    z, x = jax.lax.split(both, (width, both.shape[1] - width), axis=1)
+    return z, x
+
+
+def side_by_side(function: Callable[..., Any], *pairs: tuple[Array, Array]) -> tuple[Any, Any]:
+    """(function(z ...), function(x ...)) by one call, for a function that works row by row.
+
+    Args:
+      function: of arrays [batch, rows, ...]; it returns such arrays.
+      pairs: (z, x), of each argument.
+    """
+    width = pairs[0][0].shape[1]
+    found = function(*(beside(*pair) for pair in pairs))
+    parts = [apart(array, width) for array in jax.tree.leaves(found)]
+    tree = jax.tree.structure(found)
+    return tuple(jax.tree.unflatten(tree, [part[side] for part in parts]) for side in (0, 1))

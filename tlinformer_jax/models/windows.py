@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.parallel.sequence_split import WHOLE, SequenceSplit
+from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit, assign_windows
 
-# A position or length: of all windows alike (a number), or one for each of the windows that run together, int32 [g].
-Place = Any
+# A position or length: one for all windows (a number), or one for each of the windows that run together, int32 [g].
+PerWindow = Any
 
 
 @flax.struct.dataclass
@@ -25,17 +25,12 @@ class WindowFrame:
       observed_length: rows of the observation window that are valid, n - h.
       observed_width: rows that are computed for it (static), at least `observed_length`; the rows past the
         valid ones belong to the future and are never attended to.
-      history_chunk: rows of the history that are restored at a time (static); 0 for all at once.
-      observed_rows: where the observation window does not hold the last rows, those that it holds, by position,
-        int32 [batch * g, observed_width], valid ones first; see `models.selection`. Else None.
     """
 
-    history_length: Place
-    observed_start: Place
-    observed_length: Place
+    history_length: PerWindow
+    observed_start: PerWindow
+    observed_length: PerWindow
     observed_width: int = flax.struct.field(pytree_node=False)
-    history_chunk: int = flax.struct.field(pytree_node=False, default=0)
-    observed_rows: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +64,11 @@ class Segment:
         windows = np.arange(self.first, self.first + self.count, dtype=np.int32)
         return windows if self.together == 1 else windows.reshape(-1, self.together)
 
-    def frame(self, config: ModelConfig, windows: Place) -> WindowFrame:
+    def rows(self, config: ModelConfig, arrays: Any) -> Any:
+        """The windows' own rows of a pytree of arrays [batch, rows, ...], by `window_rows`."""
+        return jax.tree.map(lambda array: window_rows(config, array, self.first, self.count, self.together), arrays)
+
+    def frame(self, config: ModelConfig, windows: PerWindow) -> WindowFrame:
         """The frame of windows of this segment, given by their indices.
 
         Lengths that are the same for all its windows become plain numbers, so that attention knows which keys
@@ -79,17 +78,30 @@ class Segment:
             windows = self.windows[0]
         length = windows * config.generation_window
         if min(self.observed) == self.observed_width:
-            observed: Place = self.observed_width
+            observed: PerWindow = self.observed_width
         elif isinstance(windows, jax.Array):
             observed = jnp.asarray(self.observed, jnp.int32)[windows - self.first]
         else:
             observed = np.asarray(self.observed, np.int32)[windows - self.first]
-        return WindowFrame(length, length - observed, observed, self.observed_width, self.history_chunk)
+        return WindowFrame(length, length - observed, observed, self.observed_width)
+
+
+# The first window has no history.
+FIRST_WINDOW = Segment(first=0, observed=(0,), observed_width=0, history_rows=0)
 
 
 def num_windows(config: ModelConfig, length: int) -> int:
     """Generation windows of a sequence of `length` tokens; the last may be shorter."""
     return -(-length // config.generation_window)
+
+
+def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> float:
+    """Tokens of a sequence that a step predicts: all, or the expected number of those of the sampled windows.
+
+    The last window may be shorter than the others.
+    """
+    windows = num_windows(config, length)
+    return length * sampled_windows / windows if 0 < sampled_windows < windows else float(length)
 
 
 def plan_segments(
@@ -122,6 +134,12 @@ def plan_segments(
     return tuple(_segment(config, part, size, config.history_chunk, split.row_parts) for part, size in runs)
 
 
+def assign_runs(runs: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
+    """By `assign_windows`, for each run of windows; longest windows first, as short ones even out."""
+    loads = np.zeros(parts)
+    return [assign_windows(run.count, parts, loads, run.first) for run in reversed(runs)][::-1]
+
+
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...], row_parts: int = 1) -> int:
     """Rows to which a sequence is padded: every slice a window takes lies inside it, and `row_parts` divides it."""
     rows = max([windows * config.generation_window] + [segment.history_rows for segment in segments])
@@ -150,30 +168,30 @@ def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int
     return Segment(int(windows[0]), tuple(map(int, observed)), width, rows, chunk, together)
 
 
-def slice_rows(array: jax.Array, start: Place, length: int, folded: int | None = None) -> jax.Array:
+def slice_rows(array: jax.Array, start: PerWindow, length: int, batch: int | None = None) -> jax.Array:
     """Rows start .. start + length - 1 of [batch, rows, ...].
 
     Args:
       array: with starts [g], either [batch, rows, ...] or [batch * g, rows, ...].
       start: one for all, or one for each of g windows that run together; may be traced.
       length: static.
-      folded: batch * g, read only where there are g starts.
+      batch: that of the result, sequences * g; read only where there are g starts.
 
     Returns:
       [batch, length, ...]; with starts [g], [batch * g, length, ...], the windows of a sequence side by side.
     """
     if not np.ndim(start):
         return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
-    assert folded is not None
+    assert batch is not None
     count = len(start)
-    parts = array.reshape(folded // count, -1, *array.shape[1:])
+    parts = array.reshape(batch // count, -1, *array.shape[1:])
     # Slices one by one: a batched slice is a gather, whose gradient would be a scatter.
     slices = [
         jax.lax.dynamic_slice_in_dim(parts[:, i % parts.shape[1]], start[i], length, axis=1) for i in range(count)
     ]
-    return jnp.stack(slices, axis=1).reshape(folded, length, *array.shape[2:])
+    return jnp.stack(slices, axis=1).reshape(batch, length, *array.shape[2:])
 
 
-def fold(array: jax.Array, folded: int) -> jax.Array:
-    """[batch, ...], which the windows of a sequence share, repeated for each of them: [folded, ...]."""
-    return array if array.shape[0] == folded else jnp.repeat(array, folded // array.shape[0], axis=0)
+def repeat_for_windows(array: jax.Array, batch: int) -> jax.Array:
+    """What the windows of a sequence share, repeated for each of them: [batch, ...] of [sequences, ...]."""
+    return array if array.shape[0] == batch else jnp.repeat(array, batch // array.shape[0], axis=0)

@@ -1,4 +1,4 @@
-"""Rows of a sequence dealt out over an axis of the mesh, as functions that run inside `jax.shard_map`.
+"""Rows of a sequence split over an axis of the mesh, as functions that run inside `jax.shard_map`.
 
 Row r lies on device r mod c, at place r div c: whatever length a history has, all devices hold equally much of it, and
 what is appended lies at the end everywhere. Attention does not ask for the order of keys, so each device attends to its
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class SplitRows:
-    """How rows are dealt out.
+    """How rows are split.
 
     Attributes:
       axis: of the mesh, manual where this is used.
@@ -43,8 +43,8 @@ class SplitRows:
           [batch, length / c, ...].
         """
         shape = rows.shape[:axis], rows.shape[axis + 1 :]
-        dealt = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
-        return jax.lax.dynamic_index_in_dim(dealt, self.index(), axis + 1, keepdims=False)
+        parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
+        return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
 
     def gather(self, rows: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
         """Rows start .. start + length - 1 of the sequence, on every device.
@@ -63,42 +63,6 @@ class SplitRows:
         part = jax.lax.dynamic_slice_in_dim(rows, first, rounds, axis=1)
         whole = jax.lax.all_gather(part, self.axis, axis=2).reshape(rows.shape[0], -1, *rows.shape[2:])
         return jax.lax.dynamic_slice_in_dim(whole, start - first * self.parts, length, axis=1)
-
-    def merge(self, output: jax.Array, lse: jax.Array) -> jax.Array:
-        """Exact attention to the keys of all devices, from each device's attention to its own; on every device.
-
-        Args:
-          output: float32 [batch, queries, heads, d_h].
-          lse: log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where there is no valid key.
-
-        Returns:
-          float32 [batch, queries, heads, d_h]; 0 where no device has a valid key.
-        """
-        top = jax.lax.pmax(jax.lax.stop_gradient(lse), self.axis)
-        weight = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0.0))
-        total = jax.lax.psum(weight, self.axis)
-        output = jax.lax.psum(output * weight[..., None], self.axis)
-        return output / jnp.where(total > 0, total, 1.0)[..., None]
-
-    def merge_at_once(self, output: jax.Array, lse: jax.Array) -> jax.Array:
-        """`merge` by a single collective, in which every device gets the others' whole results.
-
-        For the few queries of a generated token: a collective's latency costs more than bytes in the number of devices.
-
-        Args:
-          output: float32 [..., d_h].
-          lse: float32 [...].
-
-        Returns:
-          float32 [..., d_h].
-        """
-        gathered = jax.lax.all_gather(jnp.concatenate([output, lse[..., None]], axis=-1), self.axis)
-        outputs, lses = gathered[..., :-1], gathered[..., -1]
-        top = jnp.max(lses, axis=0)
-        weights = jnp.exp(lses - jnp.where(jnp.isfinite(top), top, 0.0))
-        total = jnp.sum(weights, axis=0)
-        merged = jnp.sum(outputs * weights[..., None], axis=0)
-        return merged / jnp.where(total > 0, total, 1.0)[..., None]
 
     def index(self) -> jax.Array:
         """Of this device on the axis, int32 []."""

@@ -12,12 +12,12 @@ from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.parallel.target import device_kind
 from tlinformer_jax.training.optimizer import Horizon, run_horizon, warmup_note
 from tlinformer_jax.training.setup import PENDING, Run, build_run, flops_per_token, training_batches
 from tlinformer_jax.training.step import jit_train_step
-from tlinformer_jax.training.windows import trained_tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path
+from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
 from tlinformer_jax.training.curriculum import StagedReader, batches_from, describe_end
 from tlinformer_jax.training.evaluation import summary
@@ -36,7 +37,6 @@ from tlinformer_jax.training.setup import (
     training_batches,
 )
 from tlinformer_jax.training.step import Skips, TrainState, jit_train_step
-from tlinformer_jax.training.windows import trained_tokens
 from tlinformer_jax.training.workdir import (
     Origin,
     check_tokenizer,

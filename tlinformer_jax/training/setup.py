@@ -24,7 +24,7 @@ from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_bat
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.models.model import LanguageModel, build_model
-from tlinformer_jax.models.windows import num_windows
+from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.constraints import EVALUATION_AXES
 from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, connect, ways
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
@@ -33,7 +33,6 @@ from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
 from tlinformer_jax.training.metrics import Throughput, say
 from tlinformer_jax.training.optimizer import Horizon, warmup_note
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
-from tlinformer_jax.training.windows import trained_tokens
 
 # Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -12,22 +12,15 @@ import optax
 from tlinformer_jax.config.data import Stage
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import LanguageModel
-from tlinformer_jax.models.tlinformer import rematerialised
-from tlinformer_jax.models.windows import num_windows
-from tlinformer_jax.parallel.sequence_split import WHOLE
+from tlinformer_jax.parallel.batch_split import BatchSplit
 from tlinformer_jax.parallel.sharding import replicated
-from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.target import is_nvidia_gpu
 from tlinformer_jax.training.answers import AnswersOf, answer_sums, at_places, put_back, weighted_places
+from tlinformer_jax.training.batch_loss import DeviceBatch, LossAux, summed_loss
 from tlinformer_jax.training.curriculum import Competence, initial_competence, record_accuracy, stage_with_goal
-from tlinformer_jax.training.loss import LOSS_CHUNK, summed_losses_and_hits, token_losses, token_losses_and_hits
+from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
-from tlinformer_jax.training.windows import draw_windows, window_weight
-
-DeviceBatch = dict[str, jax.Array]
-
-# A batch that nobody shares.
-ALONE = Shares()
+from tlinformer_jax.training.window_loss import draw_windows
 
 
 def _count(value: int = 0) -> Any:
@@ -73,18 +66,6 @@ class TrainState:
     competence: Competence | None = None
 
 
-class Beside(NamedTuple):
-    """What is summed along with the loss, without a gradient.
-
-    Attributes:
-      window_losses: of each window that is run, float32 [windows], where one is computed after the other, else [0].
-      right: weight of the labels that greedy decoding would choose, float32 [].
-    """
-
-    window_losses: jax.Array
-    right: jax.Array
-
-
 def init_state(
     rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon, stages: tuple[Stage, ...] = ()
 ) -> TrainState:
@@ -122,20 +103,20 @@ def train_step(
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
       clipping), learning_rate, tokens; step and skips of the new state; and where asked for, window_losses, as
-      `Beside` says, summed over the batch. In a stage that ends by competence, accuracy, the share of the answers'
+      `LossAux` says, summed over the batch. In a stage that ends by competence, accuracy, the share of the answers'
       tokens that were right, and stage_ends, those of the new state. Where loss or gradient are not finite,
       parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
       whole state does, whatever the batch.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
-    shares = Shares.of(jax.sharding.get_abstract_mesh())
+    split = BatchSplit.of(jax.sharding.get_abstract_mesh())
     stage = stage_with_goal(stages, batch["inputs"].shape[1])
     wanted = ("window_losses",) * window_losses + ("right",) * (stage is not None)
     gradient = functools.partial(
-        batch_gradient, model=model, config=config, shares=shares, wanted=wanted, answers=answers
+        batch_gradient, model=model, config=config, split=split, wanted=wanted, answers=answers
     )
-    loss, beside, grads = shares.run(gradient, batch, state.params, divisor, state.step)
+    loss, aux, grads = split.over_devices(gradient)(batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": loss * divisor / tokens,
@@ -146,7 +127,7 @@ def train_step(
         "tokens": tokens,
     }
     if window_losses:
-        metrics["window_losses"] = beside["window_losses"]
+        metrics["window_losses"] = aux["window_losses"]
     good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
     params, opt_state = jax.tree.map(
         lambda new, old: jax.lax.select(jnp.broadcast_to(good, new.shape), new, old),
@@ -155,7 +136,7 @@ def train_step(
     )
     competence = state.competence
     if stage is not None and competence is not None:
-        metrics["accuracy"] = beside["right"] / tokens
+        metrics["accuracy"] = aux["right"] / tokens
         recorded = record_accuracy(competence, stage, stages[stage].accuracy, metrics["accuracy"], state.step)
         competence = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), recorded, competence)
         metrics["stage_ends"] = competence.ends
@@ -171,7 +152,7 @@ def batch_gradient(
     *,
     model: LanguageModel,
     config: TrainConfig,
-    shares: Shares,
+    split: BatchSplit,
     wanted: tuple[str, ...] = (),
     answers: AnswersOf | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
@@ -184,8 +165,8 @@ def batch_gradient(
       step: int32 [], with the seed the key of dropout and sampled windows.
       model: of the parameters.
       config: of the run.
-      shares: how the batch is shared out.
-      wanted: fields of `Beside` to sum as well.
+      split: of the batch over devices.
+      wanted: fields of `LossAux` to sum as well.
       answers: as `train_step` takes it.
 
     Returns:
@@ -193,24 +174,22 @@ def batch_gradient(
     """
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
 
-    def micro_loss(params: Any, micro: DeviceBatch, number: jax.Array) -> tuple[jax.Array, Beside]:
+    def draws(number: jax.Array | int) -> tuple[jax.Array, jax.Array | None]:
+        """Of a micro-batch: the dropout's key, and the windows that are trained on."""
         key = jax.random.fold_in(dropout_key, number)
-        windows = None
-        if config.sampled_windows:
-            length = micro["inputs"].shape[1]
-            windows = draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
-        total, beside = summed_loss(
-            params, micro, key, model=model, config=config, windows=windows, shares=shares, answers=answers
-        )
-        return total / divisor, beside
+        if not config.sampled_windows:
+            return key, None
+        length = batch["inputs"].shape[1]
+        return key, draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
 
-    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    loss_of = functools.partial(summed_loss, model=model, config=config, split=split, answers=answers, divisor=divisor)
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulation == 1:
-        (loss, beside), grads = gradient(params, batch, jnp.int32(0))
+        (loss, aux), grads = gradient(params, batch, *draws(0))
     else:
-        (loss, beside), grads = _accumulate(gradient, params, batch, config.accumulation)
-    loss, grads = shares.add((loss, grads))
-    return loss, shares.add({name: getattr(beside, name) for name in wanted}), grads
+        (loss, aux), grads = _accumulate(gradient, draws, params, batch, config.accumulation)
+    loss, grads = split.psum((loss, grads))
+    return loss, split.psum({name: getattr(aux, name) for name in wanted}), grads
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
@@ -244,71 +223,19 @@ def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[j
     return good, stopped, after
 
 
-def summed_loss(
-    params: Any,
-    batch: DeviceBatch,
-    key: jax.Array,
-    *,
-    model: LanguageModel,
-    config: TrainConfig,
-    windows: jax.Array | None = None,
-    shares: Shares = ALONE,
-    answers: AnswersOf | None = None,
-) -> tuple[jax.Array, Beside]:
-    """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
-
-    Where devices share the batch, or its sequences, it is this device's share.
-
-    Args:
-      params: parameters, as `model.init` names them.
-      batch: as `train_step` takes it.
-      key: of the dropout.
-      model: of the parameters.
-      config: of the run.
-      windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
-      shares: how the batch is shared out.
-      answers: as `train_step` takes it.
-
-    Returns:
-      float32 [], and what is summed along with it.
-    """
-    inputs = batch["inputs"]
-    rows = {name: batch[name] for name in ("labels", "weights")}
-    known = None if answers is None else answers(inputs.shape[1])
-    start = 0 if known is None or windows is not None else known.first
-
-    def readout(hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch) -> tuple[jax.Array, jax.Array]:
-        if known is not None and (places := weighted_places(rows["weights"], known.most)) is not None:
-            hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
-        return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK)
-
-    def apply(*arguments: Any, **options: Any) -> Any:
-        options |= {"share": shares.number(), "start": start}
-        return model.apply({"params": params}, inputs, *arguments, train=True, rngs={"dropout": key}, **options)
-
-    shape, whole = model.config, windows is None and shares.split == WHOLE
-    count = num_windows(shape, inputs.shape[1]) - start // shape.generation_window
-    if whole and not (shape.windowed and rematerialised(shape, count)):
-        hidden, rows = apply(method=model.hidden_states), jax.tree.map(lambda array: array[:, start:], rows)
-        total, right = readout(hidden, params["embedding"], rows)
-        return total, Beside(jnp.zeros(0, jnp.float32), right)
-    total, right, each = apply(rows, readout, windows=windows, split=shares.split, method=model.sum_over_windows)
-    if windows is not None:  # other micro-batches draw others
-        each = jnp.zeros(0, jnp.float32)
-    return total * window_weight(shape, inputs.shape[1], windows), Beside(each, right)
-
-
-def _accumulate(gradient: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[tuple[jax.Array, Beside], Any]:
-    """Sums losses and gradients over `parts` micro-batches in float32; the gradients get the parameters' dtype."""
-    # Rows are dealt out in turn, so that each micro-batch stays split over all devices.
+def _accumulate(
+    gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int
+) -> tuple[tuple[jax.Array, LossAux], Any]:
+    """Sums losses and gradients over `parts` micro-batches, in float32; the gradients get the parameters' dtype."""
+    # Micro-batches take rows in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
     def body(total: Any, part: tuple[DeviceBatch, jax.Array]) -> tuple[Any, None]:
         micro, number = part
-        return jax.tree.map(jnp.add, total, gradient(params, micro, number)), None
+        return jax.tree.map(jnp.add, total, gradient(params, micro, *draws(number))), None
 
     first = jax.tree.map(lambda rows: rows[0], micros)
-    sums, _ = jax.eval_shape(gradient, params, first, jnp.int32(0))
+    sums, _ = jax.eval_shape(gradient, params, first, *draws(0))
     zero = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), (sums, params))
     total, grads = jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
     # The optimiser's state has the parameters' dtype, and would otherwise not keep it.

@@ -15,14 +15,13 @@ from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
-from tlinformer_jax.parallel import shares as shares_module
+from tlinformer_jax.parallel import batch_split
+from tlinformer_jax.parallel.batch_split import NO_WINDOW, UNSPLIT, BatchSplit, assign_windows
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.parallel.sequence_split import NO_WINDOW, deal_windows
 from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
-from tlinformer_jax.parallel.shares import Shares
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.training.setup import check_sequences_divide
-from tlinformer_jax.training.step import ALONE, batch_gradient
+from tlinformer_jax.training.step import batch_gradient
 
 TRAIN = TrainConfig()
 LENGTH = 43  # ten windows of 4 tokens, and one of 3
@@ -56,14 +55,14 @@ def program(model, train, mesh=None, answers=None):
     options = {"model": build_model(model), "config": train, "wanted": ("window_losses",), "answers": answers}
     divisor = jnp.float32(100)
     if mesh is None:
-        alone = jax.jit(functools.partial(batch_gradient, shares=ALONE, **options))
+        alone = jax.jit(functools.partial(batch_gradient, split=UNSPLIT, **options))
         return lambda data, params, step: alone(data, params, divisor, jnp.int32(step))
     mesh = build_mesh(MeshConfig(**mesh))
 
     @jax.jit
     def spread(batch, params, *rest):
-        shares = Shares.of(jax.sharding.get_abstract_mesh())
-        return shares.run(functools.partial(batch_gradient, shares=shares, **options), batch, params, *rest)
+        split = BatchSplit.of(jax.sharding.get_abstract_mesh())
+        return split.over_devices(functools.partial(batch_gradient, split=split, **options))(batch, params, *rest)
 
     def over_mesh(data, params, step):
         with jax.set_mesh(mesh):
@@ -168,10 +167,10 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
     elif mutation == "count":
         monkeypatch.setattr(SplitRows, "count", lambda self, length: length // self.parts - 1)
     elif mutation == "gather":
-        part = streams.History.part
-        monkeypatch.setattr(streams.History, "part", lambda self, array, start, *rest: part(self, array, 0, *rest))
+        real = streams.History.slice
+        monkeypatch.setattr(streams.History, "slice", lambda self, array, start, *rest: real(self, array, 0, *rest))
     else:
-        monkeypatch.setattr(shares_module.Shares, "add", lambda self, values: values)
+        monkeypatch.setattr(batch_split.BatchSplit, "psum", lambda self, values: values)
     error = gradient_error(gradient(MODEL, TRAIN), gradient(MODEL, TRAIN, MESHES["data, window, context"]))
     assert error > 0.01, "a hundred times what is allowed"
     jax.clear_caches()
@@ -179,8 +178,8 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
 
 @pytest.mark.parametrize("parts", [2, 8])
 def test_every_window_is_dealt_once(parts):
-    dealt = deal_windows(21, parts, np.zeros(parts), first=1)
-    np.testing.assert_array_equal(np.sort(dealt[dealt != NO_WINDOW]), np.arange(21))
+    assigned = assign_windows(21, parts, np.zeros(parts), first=1)
+    np.testing.assert_array_equal(np.sort(assigned[assigned != NO_WINDOW]), np.arange(21))
 
 
 @pytest.mark.parametrize(("length", "parts"), [(65_536, 2), (65_536, 8), (1_048_576, 8), (40_960, 8), (1_048_576, 64)])

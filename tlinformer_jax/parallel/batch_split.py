@@ -1,0 +1,153 @@
+"""A batch split over a mesh: each device's program is explicit, and what they exchange is one sum.
+
+Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
+gradient. Over `fsdp` and `tensor`, which split parameters, the compiler partitions. So on meshes without these two a
+device runs the program of one device, with the kernels that only such programs can use.
+
+Every device computes a term of the loss: those of the axis `data` of other sequences; those of the axis `window` of
+other windows; those of the axis `context` hold the history in parts and take other rows of a window's loss. The sum of
+the terms is the loss, and the sum of their gradients its gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from tlinformer_jax.parallel.constraints import BATCH_AXES
+from tlinformer_jax.parallel.split_rows import SplitRows
+
+PARTITIONED = ("fsdp", "tensor")
+# Marks a place of `assign_windows` that no window takes.
+NO_WINDOW = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitWindows:
+    """Windows split over an axis of the mesh, manual where this is used; `parts` is its size."""
+
+    axis: str
+    parts: int
+
+    def mine(self, assigned: np.ndarray) -> jax.Array:
+        """This device's column of [rounds, parts], int32 [rounds]."""
+        return jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index(self.axis)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceSplit:
+    """The two splits; None where sequences are not split in this way."""
+
+    windows: SplitWindows | None = None
+    rows: SplitRows | None = None
+
+    @property
+    def window_parts(self) -> int:
+        """Devices that windows are split over."""
+        return self.windows.parts if self.windows else 1
+
+    @property
+    def row_parts(self) -> int:
+        """Devices that rows are split over."""
+        return self.rows.parts if self.rows else 1
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of the mesh, that split sequences."""
+        return tuple(split.axis for split in (self.windows, self.rows) if split)
+
+
+WHOLE = SequenceSplit()
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSplit:
+    """How a batch is split.
+
+    Attributes:
+      manual: axes of the mesh that are manual; empty where the compiler partitions everything, or there is one device.
+      batch: those of them that split the batch.
+      sequence: how each sequence is split.
+    """
+
+    manual: tuple[str, ...] = ()
+    batch: tuple[str, ...] = ()
+    sequence: SequenceSplit = WHOLE
+
+    @classmethod
+    def of(cls, mesh: AbstractMesh) -> "BatchSplit":
+        """That over a mesh."""
+        sizes = dict(mesh.shape)
+        manual = tuple(name for name, size in sizes.items() if name not in PARTITIONED or size == 1)
+        if all(sizes[name] == 1 for name in manual):
+            return cls()
+        window, context = sizes.get("window", 1), sizes.get("context", 1)
+        split = SequenceSplit(
+            SplitWindows("window", window) if window > 1 else None,
+            SplitRows("context", context) if context > 1 else None,
+        )
+        return cls(manual, tuple(name for name in BATCH_AXES if name in manual and sizes[name] > 1), split)
+
+    def shard_index(self) -> jax.Array | int:
+        """Of this device's part of the batch."""
+        return jax.lax.axis_index(self.batch) if self.batch else 0
+
+    def psum(self, values: Any) -> Any:
+        """The sums over the parts of the batch and of its sequences, of a pytree of each device's values."""
+        axes = (*self.batch, *self.sequence.axes)
+        return jax.lax.psum(values, axes) if axes else values
+
+    def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(batch, *whole)`, run by every device.
+
+        Args:
+          function: of this device's part of the batch, a pytree of arrays [batch, ...], and of what all have whole; its
+            results are the same on all.
+        """
+        if not self.manual:
+            return function
+
+        def spread(batch: Any, *whole: Any) -> Any:
+            specs = (PartitionSpec(self.batch or None), *(PartitionSpec() for _ in whole))
+            mapped = jax.shard_map(
+                function, axis_names=set(self.manual), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+            )
+            return mapped(batch, *whole)
+
+        return spread
+
+
+# On one device.
+UNSPLIT = BatchSplit()
+
+
+def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
+    """Deals windows out in rounds of `parts` neighbours, whose shapes are alike.
+
+    Of a round, whoever has least so far gets the longest window: its cost grows with its index.
+
+    Args:
+      count: of windows.
+      parts: devices.
+      loads: float64 [parts], what each has so far; changed.
+      first: index of the first window.
+
+    Returns:
+      places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.
+    """
+    rounds = -(-count // parts)
+    assigned = np.full((rounds, parts), NO_WINDOW, np.int32)
+    places = np.arange(rounds * parts, dtype=np.int32) - (rounds * parts - count)
+    for number in reversed(range(rounds)):
+        for place in reversed(places[number * parts : (number + 1) * parts]):
+            if place < 0:
+                break
+            free = np.flatnonzero(assigned[number] == NO_WINDOW)
+            device = free[np.argmin(loads[free])]
+            assigned[number, device] = place
+            loads[device] += first + place + 1
+    return assigned
