@@ -222,8 +222,8 @@ def test_rehearsal_of_two_epochs_on_real_rows(tmp_path, manual_dir, micro):
 
 def test_evaluations_by_epoch_where_epochs_run_into_each_other():
     """With equal updates an epoch ends within an update; the evaluation follows that update."""
-    config = TrainConfig(steps=20, batch_size=8, eval_every_epochs=2, eval_every=9)
+    config = TrainConfig(steps=20, batch_size=8, eval_every="epoch")
     batches = batches_of(config, stream_of(11 * 4 + 1), 4)
     seen = itertools.accumulate([8] * 20)
-    ends = {step for step, rows in enumerate(seen, 1) if rows // 22 > (rows - 8) // 22}
-    assert evaluation_steps(config, batches, 20) == (ends | {9, 18}) - {20}
+    ends = {step for step, rows in enumerate(seen, 1) if rows // 11 > (rows - 8) // 11}
+    assert evaluation_steps(config, batches, 20) == ends - {20}

@@ -92,11 +92,10 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
     train = {
         "batch_size": 4,
         "accumulation": draw(st.sampled_from([1, 2])),
-        "equal_updates": draw(st.booleans()),
         "sampled_windows": sampled,
         "warmup_steps": 0,
-        "loss_chunk": draw(st.sampled_from([7, 8192])),
-        "decay_mask": draw(st.sampled_from(train_config.DECAY_MASKS)),
+        "epochs": 1,
+        "schedule": draw(st.sampled_from(train_config.SCHEDULES)),
     }
     return run_config({"model": model, "train": train, "data": {"sequence_length": length}})
 
@@ -181,9 +180,9 @@ LEAST = {
     "model": {"hidden_depth": 0, "history_chunk": 0, "head_padding": 8, "d_ff": 1, "history_window": 1}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1)
     | dict.fromkeys(("history_segments", "windows_together"), 1),
-    "train": dict.fromkeys(("batch_size", "accumulation", "loss_chunk", "log_every", "keep_checkpoints"), 1)
+    "train": dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
-    | dict.fromkeys(("eval_every_epochs", "eval_batch_size", "checkpoint_every", "keep_best"), 0)
+    | dict.fromkeys(("checkpoint_every", "keep_best"), 0)
     | {"max_skipped_updates": 0, "max_rollbacks": 0},
     "data": dict.fromkeys(("sequence_length", "examples", "num_items", "questions"), 1),
 }
@@ -198,16 +197,18 @@ CHOICES = {
         "history_window": ("auto",),
         "observed_selection": model_config.SELECTIONS,
     },
-    "train": {"schedule": train_config.SCHEDULES, "decay_mask": train_config.DECAY_MASKS},
+    "train": {
+        "schedule": train_config.SCHEDULES,
+        "eval_every": ("epoch",),
+        "checkpoint_every": ("30s", "10min", "1.5h"),
+    },
     "data": {"dataset": data_config.DATASETS},
 }
-SWITCHES = {"model": ("scan_layers",), "train": ("equal_updates",)}
+SWITCHES = {"model": ("scan_layers",)}
 RATES = {
     "model": {"dropout": 1.0},
-    "train": dict.fromkeys(("beta1", "beta2"), 1.0)
-    | {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
-    | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf)
-    | {"checkpoint_minutes": math.inf},
+    "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
+    | dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay", "clip_norm"), math.inf),
 }
 TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}
 

@@ -46,7 +46,7 @@ def main() -> None:
     config = run_config(cli.config_values())
     if CHECK.value or CHECK_COMPILE.value:
         from tlinformer_jax.training.check import check_run
-        from tlinformer_jax.training.origin import Origin, check_origin
+        from tlinformer_jax.training.workdir import Origin, check_origin
 
         if INIT_FROM.value is not None:
             check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)

@@ -20,7 +20,7 @@ def test_rows_results_and_best_settings(tmp_path):
         "--lengths=8",
         "--architectures=transformer",
         "--batch_tokens=16,32",
-        "--try=train.loss_chunk=8",
+        "--try=train.accumulation=2",
         "--steps=5",
         f"--out={tmp_path}",
         f"--profile={tmp_path}/trace",
@@ -36,7 +36,7 @@ def test_rows_results_and_best_settings(tmp_path):
     ]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
-        assert row["setting"] == "train.loss_chunk=8"
+        assert row["setting"] == "train.accumulation=2"
         assert row["model_flops"] > 0
         assert row["step_bytes"] > 0
         assert row["error"] is None
@@ -106,12 +106,12 @@ def test_the_best_row_is_the_fastest_of_its_length():
 
 def test_settings_take_numbers_words_none_and_lists_of_names():
     fields = training.overrides(
-        "model.d_ff=None,model.remat_save=gate_up,attended,train.loss_chunk=4096,model.scan_layers=False"
+        "model.d_ff=None,model.remat_save=gate_up,attended,train.accumulation=4,model.scan_layers=False"
     )
     assert fields == {
         ("model", "d_ff"): None,
         ("model", "remat_save"): "gate_up,attended",
-        ("train", "loss_chunk"): 4096,
+        ("train", "accumulation"): 4,
         ("model", "scan_layers"): False,
     }
 

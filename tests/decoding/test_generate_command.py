@@ -26,7 +26,7 @@ from tlinformer_jax.decoding.text import TextStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.checkpoint import Checkpoints
+from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.step import TrainState
 
 MODEL = ModelConfig(

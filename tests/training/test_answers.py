@@ -44,7 +44,6 @@ SECTIONS = {
         "eval_every": 2,
         "warmup_steps": 1,
         "checkpoint_every": 2,
-        "eval_batch_size": 8,
         "learning_rate": 1e-2,
     },
     "data": {
@@ -269,7 +268,7 @@ def test_what_has_no_answers_cannot_wait_for_them():
         run_config({"train": {"stop_at_accuracy": 0.5}})
     with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 2: must be a number from 0 to 1"):
         changed(train={"stop_at_accuracy": 2})
-    with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' without train.equal_updates = True"):
-        changed(train={"equal_updates": False}, data=grown)
+    with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' for train\.schedule = 'paper'"):
+        changed(train={"schedule": "paper", "epochs": 1}, data=grown)
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must end before train.steps = 3, and has 3"):
         changed(train={"steps": 3}, data=grown)

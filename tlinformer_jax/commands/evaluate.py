@@ -25,7 +25,7 @@ LENGTH = flags.DEFINE_integer("length", None, "Evaluate all tokens in samples of
 LENGTHS = flags.DEFINE_list("lengths", [], "Evaluate all tokens once more in samples of each of these lengths.")
 BY_POSITION = flags.DEFINE_bool("by_position", False, "Print the loss by position in the sample and in the window.")
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Sequences at a time; if not given, as many tokens as in training.", lower_bound=1
+    "batch_size", None, "Sequences at a time; if not given, as in the evaluations of training.", lower_bound=1
 )
 JSON = flags.DEFINE_bool("json", False, "Print the figures as one JSON object.")
 OUT = flags.DEFINE_string("out", None, "File to write the whole result to as JSON.")
@@ -45,7 +45,9 @@ def main() -> None:
         options = EvaluationOptions(LENGTH.value, lengths, BY_POSITION.value, BATCH_SIZE.value)
     text = _text()
     cluster = cli.cluster()
-    batch_size = BATCH_SIZE.value or load_config(workdir).train.evaluation_batch_size
+    config = load_config(workdir)
+    length = config.data.sequence_length
+    batch_size = BATCH_SIZE.value or config.train.evaluation_batch_size(length, length)
     use_compilation_cache()
     if cluster is not None:
         import jax
