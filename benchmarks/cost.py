@@ -12,7 +12,7 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.experiments.tables import markdown
+from tlinformer_jax.files import markdown
 
 LENGTHS = flags.DEFINE_list("at", ["1024", "8192", "65536", "1048576"], "Lengths of the text, in tokens.")
 MODELS = {
@@ -26,7 +26,7 @@ MODELS = {
 
 def training_cost(config: ModelConfig, length: int) -> float:
     """Model FLOPs of a trained token in sequences of `length` tokens."""
-    return training_flops(config, length).model / length
+    return training_flops(config, length) / length
 
 
 def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:

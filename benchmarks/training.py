@@ -160,19 +160,20 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
 
 def _counted(config: RunConfig) -> dict[str, Any]:
     """What is known before anything runs."""
+    from benchmarks.flops import hardware_flops
     from tlinformer_jax.analysis.flops import training_flops
     from tlinformer_jax.models.windows import trained_tokens
 
     length, sampled = config.data.sequence_length, config.train.sampled_windows
-    flops = training_flops(config.model, length, config.train.batch_size, sampled)
+    counted = (config.model, length, config.train.batch_size, sampled)
     tokens = round(config.train.batch_size * trained_tokens(config.model, length, sampled))
-    return {"model_flops": flops.model, "hardware_flops": flops.hardware, "tokens": tokens}
+    return {"model_flops": training_flops(*counted), "hardware_flops": hardware_flops(*counted), "tokens": tokens}
 
 
 def _mfu(config: RunConfig, speed: float) -> float | None:
     import jax
 
-    from tlinformer_jax.analysis.peaks import utilisation
+    from benchmarks.flops import utilisation
 
     return utilisation(speed, jax.device_count(), jax.devices()[0].device_kind, config.model.compute_dtype.name)
 

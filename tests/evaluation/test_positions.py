@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tlinformer_jax.evaluation.positions import bin_edges, by_position, by_window_position
+from tlinformer_jax.evaluation.report import bin_edges, by_position, by_window_position
 from tlinformer_jax.training.evaluation import Evaluation
 
 

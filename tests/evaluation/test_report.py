@@ -11,8 +11,7 @@ import pytest
 from tests.evaluation.runs import LENGTH, MODEL, costs, trained
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, writable_file, write_report
-from tlinformer_jax.evaluation.tables import lines
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, lines, writable_file, write_report
 from tlinformer_jax.files import finite
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.training.step import jit_eval_step

@@ -14,10 +14,8 @@ from tlinformer_jax.decoding.cache import capacity_for, init_cache
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments import actions, driver
 from tlinformer_jax.experiments.actions import checked_actions
-from tlinformer_jax.experiments.driver import read_attempts, run_job, timed_attempt
-from tlinformer_jax.experiments.job import Job, finished_result
-from tlinformer_jax.experiments.record import median, train_seconds
-from tlinformer_jax.experiments.results import read_result
+from tlinformer_jax.experiments.driver import median, read_attempts, run_job, timed_attempt, train_seconds
+from tlinformer_jax.experiments.job import Job, finished_result, read_result
 from tlinformer_jax.models import ModelConfig, build_model
 
 MODEL = {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}

@@ -1,19 +1,20 @@
 """What was measured of the history as tables and figures, as an action, and by its command."""
 
-import csv
 import json
 
 import pytest
 
 from tests.support.commands import check_refusal, command
 from tests.support.figures import check_lines
-from tests.support.results import MEASURED
+from tests.support.results import MEASURED, made_result
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import check_possible
 from tlinformer_jax.experiments.driver import run_job
-from tlinformer_jax.experiments.history import history_rows, plot_history, write_csv
+from tlinformer_jax.experiments.figures import history_tables, plot_history
+from tlinformer_jax.experiments.frame import frame_of
 from tlinformer_jax.experiments.job import Job
+from tlinformer_jax.experiments.report import history_lines
 
 SECTIONS = {
     "model": {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
@@ -24,16 +25,10 @@ SECTIONS = {
 
 
 def test_tables_and_figures(tmp_path, drawn):
-    rows = history_rows(MEASURED)
-    assert rows["history_mass"][1] == {"reader": "x", "block": 0, "from_distance": 2, "to_distance": 3, "mass": 0.75}
-    assert rows["history_length"][1] == {"history": 4, "tokens": 8, "loss": 2.5}
-    assert rows["history_same_tokens"][1] == {"distance": "all", "tokens": 16, "loss": 2.75}
-    for file in write_csv(MEASURED, tmp_path):
-        with open(file, encoding="utf-8", newline="") as text:
-            found = list(csv.DictReader(text))
-        expected = [{key: "" if cell is None else str(cell) for key, cell in row.items()} for row in rows[file.stem]]
-        assert found == expected
-    figures = plot_history([("one", MEASURED), ("two", MEASURED)], tmp_path, "results_")
+    tables = history_tables(MEASURED)
+    assert tables["history_mass"].iloc[1].to_dict() == {"label": "x, block 0", "x": 2, "y": 0.75}
+    assert tables["history_length"].iloc[1].to_dict() == {"label": "loss", "x": 4, "y": 2.5}
+    figures = plot_history([("one, ", MEASURED), ("two, ", MEASURED)], tmp_path, "results_")
     assert [file.name for file in figures] == list(drawn)
     assert [file.name for file in figures] == [
         f"results_history_{kind}.png" for kind in ("mass", "cuts", "length", "same_tokens")
@@ -45,13 +40,40 @@ def test_tables_and_figures(tmp_path, drawn):
         [
             masses,
             {"all tokens": [(0, 0.5)], "tokens with more history": [(0, 1.0)]},
-            {"": [(0, 3.0), (4, 2.5)]},  # the last length has no loss
-            {"": [(0, 3.25), (8, 2.75)]},  # all of the history stands at the longest
+            {"loss": [(0, 3.0), (4, 2.5)]},  # the last length has no loss
+            {"loss": [(0, 3.25), (8, 2.75)]},  # all of the history stands at the longest
         ],
         strict=True,
     ):
         labels = [(run, label) for run in ("one", "two") for label in curves]
-        check_lines(panel.lines, {", ".join(filter(None, (run, label))): curves[label] for run, label in labels})
+        check_lines(panel.lines, {f"{run}, {label}": curves[label] for run, label in labels})
+
+
+CUTS = [
+    {"distance": 0, "loss": 3.25, "change": 0.5, "affected_tokens": 8, "affected_change": 1.0},
+    {"distance": 4, "loss": 3.5, "change": 0.75, "affected_tokens": 8, "affected_change": 1.5},
+    {"distance": 16, "loss": 3.25, "change": 0.0, "affected_tokens": 0, "affected_change": None},
+]
+
+
+def test_a_run_that_was_measured_has_its_rows_and_curves_in_the_report(tmp_path, drawn):
+    measured = MEASURED | {"cuts": CUTS, "starts": [0, 4, 8, 12], "losses": {"all": [3.0, 2.5, 2.375, None]}}
+    ours = {"architecture": "tlinformer"}
+    results = [
+        made_result("ours-seed0", 19.0, model=ours, point="ours", then={"history": measured}),
+        made_result("ours-seed1", 20.0, 1, model=ours, point="ours"),
+        made_result("full", 18.0, point="full"),
+    ]
+    lines = history_lines(frame_of(results), tmp_path)
+    assert lines[0] == "## What the history contributes"
+    assert "| ours | 4 | +0.7500 | +1.5000 | 0.25, 0.50 |" in lines
+    assert "| ours | 16 | +0.0000 |  | 0.25, 0.50 |" in lines
+    assert any("](figures/results_12_history_cuts.png)" in line for line in lines)
+    (cuts,) = drawn["results_12_history_cuts.png"]
+    assert cuts.lines == {
+        "ours, all tokens": [(0, 0.5), (4, 0.75)],
+        "ours, tokens with more history": [(0, 1.0), (4, 1.5)],
+    }
 
 
 def test_what_a_run_cannot_have_is_refused_before_it_is_trained():

@@ -168,7 +168,9 @@ def windows(point) -> tuple[int, int]:
 
 def test_the_architectures_are_compared_on_equal_terms():
     points = plan_points(load_sweep(f"{CONFIGS}/sweep_architectures.py"))
-    seeds = {name: [point.seed for point in points if point.point == name] for name in ("base-1k", "1k-512-0.5")}
+    seeds = {
+        name: [point.config.train.seed for point in points if point.point == name] for name in ("base-1k", "1k-512-0.5")
+    }
     assert seeds == {"base-1k": [0, 1, 2], "1k-512-0.5": [0, 1, 2]}
     for length in (512, 1024):
         there = {p.config.model.architecture for p in points if p.config.data.sequence_length == length}
@@ -188,7 +190,7 @@ def test_the_architectures_are_compared_on_equal_terms():
 def test_the_process_of_a_sweep_needs_no_jax():
     """Or it would hold the device that its points need."""
     script = (
-        "import sys; from tlinformer_jax.experiments import actions, plan, plots, report, runner; "
+        "import sys; from tlinformer_jax.experiments import actions, job, plan, report; "
         f"plan.check_data(plan.plan_points(plan.load_sweep('{CONFIGS}/sweep_windows.py:tiny'))); "
         "sys.exit('jax' in sys.modules)"
     )

@@ -8,8 +8,8 @@ import pytest
 from tests.support.figures import check_lines
 from tests.support.results import made_result, save, windows_result
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.experiments.curves import groups_of
-from tlinformer_jax.experiments.report import base_of, fenced, read_results, write_report
+from tlinformer_jax.experiments.frame import frame_of, read_records
+from tlinformer_jax.experiments.report import against_base, fenced, write_report
 
 pytest.importorskip("matplotlib")
 
@@ -51,11 +51,12 @@ def test_the_table_and_the_commands(tmp_path):
     start = lines.index("## Architectures, 3.0 M training tokens")
     cells = "| 60,000 | 25.0% | 1:01 | 2.5 | 1.50 | 2 x Abacus |"
     assert lines[start + 2 : start + 7] == [
-        "| model | architecture | N | seeds | perplexity | against Base | bits per byte | tokens/s | MFU "
-        "| wall time | peak memory, GB | cache, MB | device |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| base-1024 | transformer | 1,024 | 0, 1, 2 | 21.00 ± 1.00 |  | 1.500 ± 0.000 {cells}",
-        f"| 1024-512-0.5 | tlinformer | 1,024 | 0, 1 | 21.50 ± 0.71 | +2.4% | 1.500 ± 0.000 {cells}",
+        "| model | architecture | N | W_oh + W_og | W_oh / W_total | B x (H + 2) | seeds | perplexity | against Base "
+        "| bits per byte | tokens/s | MFU | wall time | peak memory, GB | cache, MB | device |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| base-1k | transformer | 1,024 |  |  | 2 x 4 | 0, 1, 2 | 21.00 ± 1.00 |  | 1.500 ± 0.000 {cells}",
+        f"| ours | tlinformer | 1,024 | 256 + 256 | 0.500 | 2 x 4 | 0, 1 | 21.50 ± 0.71 | +2.4% "
+        f"| 1.500 ± 0.000 {cells}",
         "",
     ]
     assert "| ours-seed1 | 2 x Abacus | 1.2.3 | 1,234 | 100 | 3,000,000 | 1 | pydoc | bytes |" in lines
@@ -66,19 +67,19 @@ def test_positions_lengths_and_samples(tmp_path, drawn):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Loss by position")
     assert lines[start + 8 : start + 11] == [
-        "| 1024-512-0.5 | 1,024 | 256 | 40,000 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
-        "| 1024-512-0.5 | 1,024 | 1,024 | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
-        "| 1024-512-0.5 | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
+        "| ours | 1,024 | 256 | 40,000 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
+        "| ours | 1,024 | 1,024 | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
+        "| ours | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
     ]
     assert not (tmp_path / "figures" / "results_window_positions_256.png").exists()
-    ours = "1024-512-0.5"
+    ours = "ours"
     while_training = [(1.5, 4.0), (3.0, 3.0)]  # millions of tokens
     for name, curves in {
         "positions_256": {ours: [(63.5, 5.0), (191.5, 4.0)]},
         "positions_1024": {ours: [(255.5, 3.0), (767.5, 2.0)]},
         "window_positions_1024": {ours: [(1.5, 4.0), (5.5, 3.0)]},
         "window_positions_8192": {ours: [(1.5, 5.0), (5.5, 4.0)]},
-        "history_3M": {"base-1024": while_training, ours: while_training},
+        "history_3M": {"base-1k": while_training, ours: while_training},
     }.items():
         assert any(f"](figures/results_{name}.png)" in line for line in lines)
         assert (tmp_path / "figures" / f"results_{name}.png").exists()
@@ -96,8 +97,8 @@ def test_windows_with_their_knee(tmp_path, drawn):
         tmp_path, *(windows_result(size, 512 - size, value, seed) for size, value in shares.items() for seed in (0, 1))
     )
     assert "## Windows (sweep_windows), 3.0 M training tokens a point" in lines
-    assert "| 128-384 | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 24.00 ± 0.00 | 60,000 ± 0 | 1.50 | 1:01 | 0, 1 |" in lines
-    knee = "the knee is 128-384, at a share of 0.250."
+    assert any("| 128-384 | tlinformer | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 0, 1 | 24.00 ±" in line for line in lines)
+    knee = "knee at 128-384, share 0.250."
     assert f"W_total = 512, shares 0.125, 0.250, 0.500, 0.750, 0.875: {knee}" in lines
     assert "![results sweep windows perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
     (panel,) = drawn["results_sweep_windows_perplexity_share.png"]
@@ -112,9 +113,9 @@ def test_only_like_is_compared_with_like():
         made_result("dropout", 19.0, model=WINDOWED | {"dropout": 0.1}),
         made_result("width", 19.0, model=WINDOWED | {"d_model": 32}),
     ]
-    groups = groups_of([base, better, *others])
-    assert base_of(groups[1], groups) is groups[0]
-    assert [base_of(group, groups) for group in groups[2:]] == [None] * 3
+    change = against_base(frame_of([base, better, *others]))
+    assert change.dropna().tolist() == [pytest.approx(-5)]
+    assert len(change) == 4
 
 
 def test_the_same_records_give_the_same_document(tmp_path, drawn):
@@ -135,14 +136,14 @@ def test_text_in_a_block_stays_there():
 
 def test_what_is_no_record_is_named(tmp_path):
     with pytest.raises(DataError, match="at least one record"):
-        read_results(tmp_path)
+        read_records(tmp_path)
     for text, says in (("{", "is no JSON"), ("[]", "is no record"), ('{"format": "other"}', "'format' must be")):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(DataError, match=f"x.json: .*{says}"):
-            read_results(tmp_path)
+            read_records(tmp_path)
     save(tmp_path, made_result("x", 1.0) | {"validation": None})
     with pytest.raises(DataError, match=r"x.json: 'validation' must be dict"):
-        read_results(tmp_path)
+        read_records(tmp_path)
 
 
 @pytest.mark.skipif(not (DOCS / "results").is_dir(), reason="no results are committed yet")

@@ -13,10 +13,8 @@ import pytest
 from tests.support.results import made_result
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.experiments import runner
-from tlinformer_jax.experiments.job import Job, finished_result
-from tlinformer_jax.experiments.results import write_result
-from tlinformer_jax.experiments.runner import Failure, run_jobs
+from tlinformer_jax.experiments import job as jobs_module
+from tlinformer_jax.experiments.job import Job, finished_result, run_jobs, write_result
 
 # Counts its calls in the working directory, then does what is asked for at this one.
 PROGRAM = """
@@ -43,7 +41,7 @@ elif does == "mistake":
 
 @pytest.fixture(autouse=True)
 def program(monkeypatch):
-    monkeypatch.setattr(runner, "COMMAND", (sys.executable, "-c", PROGRAM))
+    monkeypatch.setattr(jobs_module, "COMMAND", (sys.executable, "-c", PROGRAM))
 
 
 def job(folder: pathlib.Path, name: str, *does: str, then: tuple[str, ...] = ()) -> Job:
@@ -68,12 +66,12 @@ def test_failures_are_tried_again_then_named_and_the_others_go_on(tmp_path, capf
         job(tmp_path, "last", "finish"),
     ]
     failures = run_jobs(jobs, retries=1)
-    assert failures == [
-        Failure("always", "status 1: RuntimeError: no luck"),
-        Failure("killed", "ended by SIGKILL"),
-        Failure("wrong", "status 2: d_model"),
-        Failure("silent", "status 0: doing nothing"),
-    ]
+    assert failures == {
+        "always": "status 1: RuntimeError: no luck",
+        "killed": "ended by SIGKILL",
+        "wrong": "status 2: d_model",
+        "silent": "status 0: doing nothing",
+    }
     assert calls(*jobs) == [1, 2, 2, 2, 1, 2, 1]
     said = capfd.readouterr().err
     assert "point 2 of 7, once: attempt 2 of 2" in said
@@ -105,7 +103,7 @@ def test_another_configuration_is_refused_before_anything_runs(tmp_path):
     result = made_result("other", 20.0)
     result["config"]["data"]["cache_dir"] = "/elsewhere"
     write_result(other.workdir / "result.json", result)
-    assert run_jobs([first, other], retries=0) == []
+    assert run_jobs([first, other], retries=0) == {}
     assert calls(first, other) == [1, 0]
 
 
@@ -117,7 +115,7 @@ def test_a_job_survives_being_written_down(tmp_path):
 
 def test_the_process_ends_when_its_starter_is_gone():
     """As after a kill -9 of the sweep: stdin ends, and nobody waits for it."""
-    script = "import time; from tlinformer_jax.experiments import point; point._end_with_starter(); time.sleep(60)"
+    script = "import time; from tlinformer_jax.commands import point; point._end_with_starter(); time.sleep(60)"
     started = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
         with pytest.raises(subprocess.TimeoutExpired):
@@ -140,12 +138,14 @@ signal.signal(signal.SIGTERM, stop)
 print("ready", file=sys.stderr, flush=True)
 time.sleep(60)
 """
-    monkeypatch.setattr(runner, "COMMAND", (sys.executable, "-c", waits))
+    monkeypatch.setattr(jobs_module, "COMMAND", (sys.executable, "-c", waits))
 
-    def interrupt(line, log):
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(lines, log):
+        for line in lines:
+            os.kill(os.getpid(), signal.SIGINT)
+            yield line
 
-    monkeypatch.setattr(runner, "_pass_on", interrupt)
+    monkeypatch.setattr(jobs_module, "_passed_on", interrupted)
     # A shell that starts the tests in the background has it ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

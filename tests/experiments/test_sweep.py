@@ -15,7 +15,7 @@ from tests.support.commands import ROOT, check_refusal, command, command_line
 from tests.support.processes import saved_steps
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.experiments.actions import PROMPTS, SAMPLE_TOKENS, SAMPLING
-from tlinformer_jax.experiments.results import read_result
+from tlinformer_jax.experiments.job import read_result
 
 SWEEP = """
 from tlinformer_jax.config.run import default_config_dict
@@ -95,7 +95,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert result["then"]["evaluate"]
     rows = {row["name"]: row for row in csv.DictReader((out / "sweep.csv").open())}
     assert list(rows) == ["first-seed0", "long-seed0", "last-seed0"]
-    assert float(rows["long-seed0"]["perplexity"]) == result["validation"]["perplexity"]
+    assert float(rows["long-seed0"]["validation.perplexity"]) == result["validation"]["perplexity"]
     table = (out / "sweep.md").read_text()
     assert table in done.stdout
     assert len(table.splitlines()) == 5

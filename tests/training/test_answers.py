@@ -163,7 +163,7 @@ def test_what_no_answer_needs_is_left_out_and_loss_and_gradient_are_the_same(mod
 def test_model_flops_count_the_head_at_the_answers_alone():
     config = changed(model={"vocab_size": 2048}, data={"tokenizer": "numbers:2048"})
     run = build_run(config, build_tokenizer("numbers:2048"))
-    text = training_flops(config.model, 18, first=6).model / 18
+    text = training_flops(config.model, 18, first=6) / 18
     assert text - flops_per_token(run, 18) == pytest.approx(6 * 2048 * 16 * 15 / 18)
 
 

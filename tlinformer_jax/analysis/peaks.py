@@ -29,9 +29,3 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
         return None
     kind = device_kind.lower()
     return next((peak for part, peak in PEAKS if part in kind), None)
-
-
-def utilisation(model_flops_per_second: float, devices: int, device_kind: str, dtype: str) -> float | None:
-    """MFU: model FLOPs per second over the peak of all `devices`; None where the peak is not known."""
-    peak = peak_flops(device_kind, dtype)
-    return None if peak is None else model_flops_per_second / (devices * peak)

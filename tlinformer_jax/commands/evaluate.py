@@ -95,8 +95,7 @@ def _print(report: "Report") -> None:
     """Prints the report, and writes it where --out says."""
     import jax
 
-    from tlinformer_jax.evaluation.report import writable_file, write_report
-    from tlinformer_jax.evaluation.tables import lines
+    from tlinformer_jax.evaluation.report import lines, writable_file, write_report
 
     if jax.process_index() != 0:
         return

@@ -52,7 +52,7 @@ def main() -> None:
 
 def lines(measured: dict[str, Any]) -> list[str]:
     """The cuts and shares to read."""
-    from tlinformer_jax.experiments.tables import markdown
+    from tlinformer_jax.files import markdown
 
     rows = [
         (f"{part['distance']:,}", *(number(part[name]) for name in ("loss", "change", "affected_change")))
@@ -69,16 +69,18 @@ def number(value: float | None) -> str:
 
 
 def _write(report: dict[str, Any], out: pathlib.Path) -> None:
-    """Writes history.json, the CSV files, and the figures where matplotlib is installed."""
+    """Writes history.json, and the CSV files and figures where pandas and matplotlib are installed."""
     from tlinformer_jax.evaluation.report import write_report
-    from tlinformer_jax.experiments.history import plot_history, write_csv
     from tlinformer_jax.files import finite
 
     write_report(finite(report), out / "history.json")
     try:
-        write_csv(report, out)
+        from tlinformer_jax.experiments.figures import history_tables, plot_history
+
+        for name, table in history_tables(report).items():
+            table.to_csv(out / f"{name}.csv", index=False)
         plot_history([("", report)], out)
     except ImportError as error:
-        print(f"no figures: {error}; pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)
+        print(f"no CSV files or figures: {error}; pip install 'tlinformer-jax[report]' has it", file=sys.stderr)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written ({error.strerror})") from None

@@ -15,11 +15,13 @@ OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
 
 def main() -> None:
     """Reads all records, writes document and figures."""
-    from tlinformer_jax.experiments.report import write_report
-
     folder, out = cli.given_path(RESULTS, "a directory of records"), cli.given_path(OUT, "a Markdown file")
     try:
-        files = write_report(folder, out)
+        from tlinformer_jax.experiments.report import write_report
+
+        write_report(folder, out)
     except ImportError as error:
-        raise UserError(f"the report needs matplotlib ({error}): pip install 'tlinformer-jax[bench]'") from None
-    print(f"{out}, {len(files)} figures in {out.parent / 'figures'}")
+        raise UserError(
+            f"the report needs pandas and matplotlib ({error}): pip install 'tlinformer-jax[report]'"
+        ) from None
+    print(f"{out}, figures in {out.parent / 'figures'}")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -23,7 +24,7 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path, open_own
 
 if TYPE_CHECKING:
-    from tlinformer_jax.experiments.job import Job
+    from tlinformer_jax.experiments.job import Job, Record
     from tlinformer_jax.experiments.plan import Sweep
 
 SWEEP = flags.DEFINE_string("sweep", "", "Sweep file; FILE:VARIANT picks a variant.")
@@ -42,9 +43,8 @@ CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train
 def main() -> None:
     """Checks all points, trains those that are not finished, writes the tables."""
     from tlinformer_jax.experiments.actions import checked_actions
-    from tlinformer_jax.experiments.job import Job
+    from tlinformer_jax.experiments.job import Job, run_jobs
     from tlinformer_jax.experiments.plan import check_data, chosen_points, load_sweep, plan_points
-    from tlinformer_jax.experiments.runner import run_jobs
 
     sweep = load_sweep(SWEEP.value)
     if SEEDS.value is not None:
@@ -56,6 +56,8 @@ def main() -> None:
     if CHECK.value:
         print("\n".join(f"{number} {point.name} {point.overrides}" for number, point in enumerate(points)))
         return
+    if importlib.util.find_spec("pandas") is None:  # before anything is trained
+        raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")
     if RESULTS.value:
         local_path(RESULTS.value, "--results")  # before anything is made
     out = cli.writable_workdir(OUT.value, "--out")
@@ -80,9 +82,10 @@ def main() -> None:
     failures = run_jobs([jobs[point.name] for point in chosen], RETRIES.value, finished=write)
     done = write()
     print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
-    _plot(done, out)
+    if done:
+        _plot(done, out)
     if failures:
-        reasons = "; ".join(f"{failure.name} ({failure.reason})" for failure in failures)
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in failures.items())
         cli.fail(f"{len(failures)} of {len(chosen)} points failed: {reasons}", 1)
 
 
@@ -138,12 +141,10 @@ def _base(sweep: "Sweep") -> Any:
     return flags.FLAGS.config
 
 
-def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -> list[dict[str, Any]]:
+def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -> "list[Record]":
     """Writes the tables of all jobs that are finished, copies their records, and returns these."""
-    from tlinformer_jax.experiments.job import finished_result
-    from tlinformer_jax.experiments.results import write_result
-    from tlinformer_jax.experiments.retrieval import retrieval_lines
-    from tlinformer_jax.experiments.tables import write_tables
+    from tlinformer_jax.experiments.job import finished_result, write_result
+    from tlinformer_jax.experiments.report import write_tables
 
     with open_own(out / ".tables.lock", "a") as lock:  # jobs of an array may come to this together
         with contextlib.suppress(OSError):  # on a file system without locks they take the risk
@@ -152,16 +153,15 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
         if results is not None:
             for result in done:
                 write_result(results / f"{result['name']}.json", result)
-        retrieval = bool(jobs) and jobs[0].study == "retrieval"
-        write_tables(done, out, retrieval_lines(done) if retrieval else None)
+        write_tables(done, out)
     return done
 
 
-def _plot(done: list[dict[str, Any]], out: pathlib.Path) -> None:
-    from tlinformer_jax.experiments.curves import groups_of
-    from tlinformer_jax.experiments.plots import plot_sweep
+def _plot(done: "list[Record]", out: pathlib.Path) -> None:
+    from tlinformer_jax.experiments.figures import plot_sweep
+    from tlinformer_jax.experiments.frame import frame_of
 
     try:
-        plot_sweep(groups_of(done), out)
+        plot_sweep(frame_of(done), out)
     except ImportError as error:
-        print(f"no plots: {error}; pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)
+        print(f"no plots: {error}; pip install 'tlinformer-jax[report]' has matplotlib", file=sys.stderr)

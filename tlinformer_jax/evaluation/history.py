@@ -1,23 +1,19 @@
 """What the history contributes to a trained model, measured without any training.
 
-Let a window start at position n, and d >= 0.
+A window starts at position n; d >= 0 is a distance.
 
-- *Cut at d*: the window is computed as if its history were rows max(0, n - d) .. n - 1 of the sequence, all other rows
-  removed and all positions kept: the observation window is the last W_oh of those rows, and whatever reads history
-  reads those. At d = 0 there is none, and every layer is an ordinary causal one. At d >= n nothing is cut.
-- *Change at d*: mean loss with the cut less mean loss without, of the same tokens: of all, and of those whose windows
-  have n > d, the only ones that a cut at d can change.
+- *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, with their positions; the
+  observation window is the last W_oh of them. At d = 0 every layer is an ordinary causal one; at d >= n nothing is cut.
+- *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d,
+  the only ones that the cut can change.
 - *Loss by history*: mean loss of the windows that start at n, nothing cut. Other n are other tokens.
 - *Loss of the same tokens*: of the windows whose history is at least as long as the largest distance, the mean loss
-  with cuts at each distance: what the same tokens gain from a longer history.
-- *Mass*: in the `compress` layer of each block the history is read by two softmaxes over all n of its rows: by the
-  window's tokens ('x', not in TConstFormer) and by the observation window's rows ('z'). Each gives every query weights
-  that sum to 1. The mass of a distance is the mean of those weights, over queries, heads, windows and samples, that lie
-  on rows n - r in its bin; r is the row's position, so distance 1 is the last token before the window. In later blocks
-  a row is what the blocks before have made of it.
-- *Share*: x adds what it reads from the history to what it reads from its own window, by a softmax of its own. The
-  share of a block is the mean over tokens of |O a| / (|O a| + |O b|), with a and b what the two attentions of its
-  `compress` layer return, O the output projection without its bias, and Euclidean norms.
+  with cuts at each distance.
+- *Mass*: the `compress` layer of each block reads the history by two softmaxes: for the window's tokens ('x', not in
+  TConstFormer) and for the observation window ('z'). The mass of a bin of distances r is the mean, over queries, heads,
+  windows and samples, of the weights on rows n - r. In later blocks a row is what the blocks before have made of it.
+- *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b from its own window, O
+  the output projection of the `compress` layer without its bias.
 """
 
 import dataclasses
@@ -50,13 +46,9 @@ Sums = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class HistoryOptions:
-    """What is measured.
+    """At most `samples` samples, spread evenly over the split, of `length` tokens (None: as trained).
 
-    Attributes:
-      samples: at most so many, spread evenly over the split.
-      length: tokens of a sample; None as trained.
-      distances: at which the history is cut, ascending; () for 0 and the powers of 4 from 16 that cut something.
-      batch_size: samples at a time.
+    `distances`, at which the history is cut, rise; () is 0 and the powers of 4 from 16 that cut something.
     """
 
     samples: int = SAMPLES
@@ -76,14 +68,13 @@ def measure_history(trained: TrainedRun, stream: Split, options: HistoryOptions 
     """Measures what this module defines.
 
     Returns:
-      JSON: length, samples; starts, the first position of each window; tokens, that count in it; losses: distance ->
-      mean loss of each window with the history cut there, and 'all' -> with nothing cut (None where no token counts);
-      cuts: a list of {distance, loss, change, affected_tokens, affected_change}; same_tokens: {tokens, distances,
-      losses}, 'all' being the last distance as None; mass: {edges, x, z}, the bins edges[i] .. edges[i + 1] - 1 of
-      distances, and for every block the mass of each; share: of every block.
+      JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, and 'all' for
+      nothing cut, -> mean loss of each window, None without tokens; cuts: {distance, loss, change, affected_tokens,
+      affected_change} of each; same_tokens: {tokens, distances (None: nothing cut), losses}; mass: edges of bins, bin i
+      being edges[i] .. edges[i + 1] - 1, and for x and z the masses of every block; share: of every block.
 
     Raises:
-      UserError: for a model without windows or with 'random' rows, or a sequence that has no history.
+      UserError: see `check_measurable`.
     """
     config = trained.run.config.model
     length = options.length or trained.run.config.data.sequence_length
@@ -96,20 +87,20 @@ def measure_history(trained: TrainedRun, stream: Split, options: HistoryOptions 
     whole = jax.jit(functools.partial(_sums, config=config, cut=None, chunk=LOSS_CHUNK))
     parts = {cut: jax.jit(functools.partial(_sums, config=config, cut=cut, chunk=LOSS_CHUNK)) for cut in distances}
     totals: dict[str, dict[str, np.ndarray]] = {}
-    indices = _chosen(num_samples(stream, length), options.samples)
+    count = num_samples(stream, length)
+    wanted = min(count, options.samples)
+    indices = np.arange(wanted) * count // wanted
     for start in range(0, len(indices), options.batch_size):
         batch = take_samples(stream, length, indices[start : start + options.batch_size])
         for name, measure in (("all", whole), *((str(cut), part) for cut, part in parts.items())):
-            _add(totals.setdefault(name, {}), measure(params, batch))
+            sums = totals.setdefault(name, {})
+            for part, value in measure(params, batch).items():
+                sums[part] = sums.get(part, 0.0) + np.asarray(value, np.float64)
     return _described(config, length, len(indices), distances, totals)
 
 
 def check_measurable(config: ModelConfig, length: int) -> None:
-    """Refuses what has no history that could be measured.
-
-    Raises:
-      UserError: saying why.
-    """
+    """Raises a UserError for a model without windows or with 'random' rows, and for samples without history."""
     if not config.windowed:
         raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
     if config.observed_selection == "random":
@@ -119,17 +110,6 @@ def check_measurable(config: ModelConfig, length: int) -> None:
             f"history: samples of {length} tokens: must be longer than model.generation_window = "
             f"{config.generation_window}"
         )
-
-
-def _chosen(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` of `count` samples, spread evenly."""
-    wanted = min(count, wanted)
-    return np.arange(wanted) * count // wanted
-
-
-def _add(totals: dict[str, np.ndarray], sums: Sums) -> None:
-    for name, part in sums.items():
-        totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)
 
 
 def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None, chunk: int) -> Sums:
@@ -261,17 +241,11 @@ def _described(
     all_losses = totals["all"]["losses"]
     cuts = []
     for distance in distances:
-        change = totals[str(distance)]["losses"] - all_losses
-        affected = starts > distance
-        cuts.append(
-            {
-                "distance": distance,
-                "loss": _mean(totals[str(distance)]["losses"], tokens),
-                "change": _mean(change, tokens),
-                "affected_tokens": int(tokens[affected].sum()),
-                "affected_change": _mean(change[affected], tokens[affected]),
-            }
-        )
+        losses, affected = totals[str(distance)]["losses"], starts > distance
+        cut = {"distance": distance, "loss": _mean(losses, tokens), "change": _mean(losses - all_losses, tokens)}
+        cut["affected_tokens"] = int(tokens[affected].sum())
+        cut["affected_change"] = _mean((losses - all_losses)[affected], tokens[affected])
+        cuts.append(cut)
     same = starts >= max(distances, default=0)
     names = [*map(str, distances), "all"]
     return {
@@ -294,18 +268,16 @@ def _masses(config: ModelConfig, sums: dict[str, np.ndarray]) -> dict[str, Any]:
     """mass and share of `measure_history`."""
     used = max(1, *(int(np.flatnonzero(part.sum(0)).max()) + 1 for name, part in sums.items() if "mass" in name))
     mass: dict[str, Any] = {"edges": [2**power for power in range(used + 1)]}
+    blocks = range(config.num_blocks)
     for reader in READERS:
         mass[reader] = [
-            [
-                float(paid / sums[f"queries_{reader}_{block}"].sum())
-                for paid in sums[f"mass_{reader}_{block}"].sum(0)[:used]
-            ]
-            for block in range(config.num_blocks)
+            (sums[f"mass_{reader}_{block}"].sum(0)[:used] / sums[f"queries_{reader}_{block}"].sum()).tolist()
+            for block in blocks
             if f"mass_{reader}_{block}" in sums
         ]
     shares = [
         float(sums[f"share_{block}"].sum() / sums[f"queries_x_{block}"].sum())
-        for block in range(config.num_blocks)
+        for block in blocks
         if f"share_{block}" in sums
     ]
     return {"mass": mass, "share": shares}

@@ -1,6 +1,7 @@
-"""An evaluation as one small JSON object: figures, losses by position, and figures by sequence length."""
+"""An evaluation as one small JSON object, figures by position and by sequence length included, and as lines to read."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -9,18 +10,37 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.positions import accuracy_by_position, by_position, by_window_position
 from tlinformer_jax.evaluation.trained import TrainedRun
-from tlinformer_jax.files import finite, local_path
-from tlinformer_jax.training.evaluation import summary
+from tlinformer_jax.files import finite, local_path, write_text
+from tlinformer_jax.training.answers import Answers
+from tlinformer_jax.training.evaluation import Evaluation, summary
 from tlinformer_jax.training.memory import advised, evaluation_advice
 
 Report = dict[str, Any]
 LONGEST = 2**31 - 1  # positions are int32
+BINS = 64  # of positions
+DIGITS = 6  # of a mean, after the point: float32 losses have no more
+LABELS = {
+    "loss": "loss, nats per token",
+    "perplexity": "perplexity per token",
+    "perplexity_per_word": "perplexity per word",
+    "perplexity_per_word_with_eol": "  line ends as words",
+    "bits_per_byte": "bits per byte",
+    "loss_first_window": "loss in the first window",
+    "loss_later_windows": "loss in later windows",
+    "accuracy": "answers right",
+    "accuracy_own": "  source in the window",
+    "accuracy_observed": "  source in W_oh",
+    "accuracy_history": "  source before W_oh",
+    "chance": "  by guessing",
+}
+MOST_ROWS = 16
+TEXT_COLUMNS, TASK_COLUMNS = ("perplexity", "bits_per_byte"), ("accuracy", "accuracy_history")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +48,10 @@ class EvaluationOptions:
     """What is asked of an evaluation.
 
     Attributes:
-      length: tokens of a sample, all tokens being evaluated; None for whole samples of data.sequence_length.
-      lengths: lengths at which all tokens are evaluated once more, each.
-      by_position: whether losses by position in the sample and in the window are told, too.
-      batch_size: sequences at a time, at every length; None for as many as have the tokens of the configured batch.
+      length: tokens of a sample, with all tokens evaluated; None for whole samples of data.sequence_length.
+      lengths: more lengths at which all tokens are evaluated.
+      by_position: whether to give losses by position in the sample and in the window.
+      batch_size: sequences at a time; None for as many as have the tokens of the configured batch.
     """
 
     length: int | None = None
@@ -40,12 +60,8 @@ class EvaluationOptions:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        given = [
-            ("length", self.length),
-            ("batch_size", self.batch_size),
-            *(("lengths", size) for size in self.lengths),
-        ]
-        for name, value in given:
+        lengths = [("lengths", size) for size in self.lengths]
+        for name, value in [("length", self.length), ("batch_size", self.batch_size), *lengths]:
             if value is not None and (not isinstance(value, int) or not 1 <= value <= LONGEST):
                 raise ConfigError(f"evaluation.{name}", value, f"must be an integer from 1 to {LONGEST}")
 
@@ -57,9 +73,8 @@ class Source:
     Attributes:
       name: in messages.
       stream: its first token is context only.
-      counted: what words, lines and bytes are counted of.
-      whole: whether every token counts, the rest after the last whole sample too, and a stream shorter than a sample
-        is one.
+      counted: the stream whose words, lines and bytes are counted.
+      whole: whether a stream shorter than a sample is one, too.
     """
 
     name: str
@@ -78,25 +93,22 @@ def evaluate_run(
 ) -> Report:
     """Evaluates parameters on a split.
 
-    Without `options.length` the figures are over the split's whole samples, as training's own evaluations are: the
-    first token is not predicted, and what follows the last whole sample is left out. Those of `options.length` and of
-    each of `options.lengths` are over every token but the first, in samples of that length from the split's start, the
-    last one shorter: so all lengths share the same tokens, and what differs is how much of the text before it each
-    token sees.
+    Without `options.length` the figures are over the split's whole samples, as in training: the first token is not
+    predicted, and what follows the last whole sample is left out. Those of `options.length` and `options.lengths` are
+    over every token but the first, the last sample being shorter: all lengths share the same tokens, and differ in how
+    much of the text before it each token sees.
 
     Args:
-      trained: the run; right after training, `TrainedRun(run, state.params, step)`.
+      trained: the run with its parameters.
       stream: the split, as `Run.split` gives it.
       options: what is asked for.
-      split: the split's name, for the report.
-      command: that asked for it, for the report.
+      split: its name, for the report.
+      command: for the report.
 
     Returns:
-      command, workdir_config (sections model, train, data), step, split, device, devices, jax; length, batch_size,
-      tokens (that were predicted) and figures (see `training.evaluation.summary`). If asked for, by_position,
-      by_window_position (see `evaluation.positions`), and by_length, a list of objects with length, batch_size,
-      tokens, figures and the same. Of a task also answers (`training.answers.Answers.counts`), and with by_position,
-      accuracy_by_position. Numbers that are not finite are None, so that all of it is JSON.
+      JSON: what `describe` gives; split; length, batch_size, tokens that were predicted, figures (see
+      `training.evaluation.summary`); if asked for, by_position, by_window_position, and by_length, a list with the same
+      for each length. Of a task also answers (`Answers.counts`) and accuracy_by_position.
 
     Raises:
       ConfigError: for a length that leaves no whole sample.
@@ -107,7 +119,7 @@ def evaluate_run(
 
 
 def describe(trained: TrainedRun, command: Sequence[str]) -> Report:
-    """What a report says of the run, the machine and the command."""
+    """The run, the machine and the command, as a report has them."""
     config = trained.run.config.to_dict()
     return {
         "command": list(command),
@@ -120,7 +132,7 @@ def describe(trained: TrainedRun, command: Sequence[str]) -> Report:
 
 
 def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOptions) -> Report:
-    """What `evaluate_run` returns from `length` on, and raises, with infinite numbers and NaN as they are."""
+    """The part of `evaluate_run` that begins with `length`; NaN and infinite numbers are kept."""
     for name, length in (("length", options.length), *(("lengths", length) for length in options.lengths)):
         may_be_short = source.whole and name == "length"
         if length is not None and not may_be_short and num_samples(source.stream, length) < 1:
@@ -160,16 +172,12 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
 
 
 def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
-    """The file that `flag` names, if it can be written; nothing is left of the trial.
-
-    Raises:
-      UserError: else.
-    """
+    """The file that `flag` names, if it can be written, else UserError; nothing is left of the trial."""
     target = local_path(path, flag)
     try:
         if target.is_dir():
             raise UserError(f"{flag}={path}: must be a file, not a directory")
-        draft = _draft(target)
+        draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
         draft.write_bytes(b"")
         draft.unlink()
     except OSError as error:
@@ -178,23 +186,105 @@ def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
 
 
 def write_report(report: Report, target: pathlib.Path) -> None:
-    """Writes a report as JSON; the file appears, or is replaced, when it is complete.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
-    draft = _draft(target)
+    """Writes a report as JSON, whole or not at all (UserError)."""
     text = json.dumps(report, indent=1, allow_nan=False)
     # Lists of numbers stay on one line each.
     text = re.sub(r"\[\n[^][{}\"]+\]", lambda found: " ".join(found[0].split()), text)
     try:
-        draft.write_text(text + "\n", encoding="ascii")
-        draft.replace(target)
+        write_text(target, text + "\n")
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    finally:
-        draft.unlink(missing_ok=True)
 
 
-def _draft(target: pathlib.Path) -> pathlib.Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.draft")
+def bin_edges(length: int, bins: int = BINS) -> np.ndarray:
+    """Edges, int64 [bins + 1] from 0 to length, of at most `bins` bins of positions as equal as integers allow."""
+    bins = min(bins, length)
+    return np.arange(bins + 1, dtype=np.int64) * length // bins
+
+
+def by_position(result: Evaluation, bins: int = BINS) -> dict[str, list[Any]]:
+    """Edges of bins of positions in the sample; of each bin the mean loss in nats, None without tokens, and tokens."""
+    edges = bin_edges(len(result.losses), bins)
+    loss, tokens = _means(result.losses, result.weights, edges)
+    return {"edges": edges.tolist(), "loss": loss, "tokens": tokens}
+
+
+def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dict[str, list[Any]]:
+    """The same by position in windows of `window` tokens: of the sample's first, and of later ones where it has any."""
+    length = len(result.losses)
+    edges = bin_edges(min(window, length), bins)
+    rows = [np.pad(sums, (0, -length % window)).reshape(-1, window) for sums in (result.losses, result.weights)]
+    columns = {"edges": edges.tolist()}
+    columns["first"], columns["first_tokens"] = _means(rows[0][0], rows[1][0], edges)
+    if length > window:
+        columns["later"], columns["later_tokens"] = _means(rows[0][1:].sum(axis=0), rows[1][1:].sum(axis=0), edges)
+    return columns
+
+
+def accuracy_by_position(answers: Answers, bins: int = BINS) -> dict[str, list[int]]:
+    """Right answers and answers by the position in the sample at which their last token is predicted."""
+    edges = bin_edges(len(answers.answers), bins)
+    right, count = (np.add.reduceat(sums, edges[:-1]) for sums in (answers.right, answers.answers))
+    return {"edges": edges.tolist(), "right": [int(sums) for sums in right], "answers": [int(sums) for sums in count]}
+
+
+def _means(losses: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> tuple[list[float | None], list[int]]:
+    """Mean loss and number of tokens of each bin."""
+    total, tokens = (np.add.reduceat(sums, edges[:-1]) for sums in (losses, weights))
+    means = [round(float(loss / count), DIGITS) if count else None for loss, count in zip(total, tokens)]
+    return means, [int(count) for count in tokens]
+
+
+def lines(report: Report) -> list[str]:
+    """A report to read: figures, losses by position in at most MOST_ROWS rows, figures by length."""
+    config = report["workdir_config"]["model"]
+    name = report.get("text_file") or f"{report['split']} split"
+    text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
+    text += [f"  {LABELS[name]:26} {_number(value)}" for name, value in report["figures"].items()]
+    text += _positions(report)
+    if "by_length" in report:
+        columns = ("loss", *(TASK_COLUMNS if "answers" in report else TEXT_COLUMNS))
+        sizes = ("length", "batch_size", "tokens")
+        rows = [
+            (*(f"{part[name]:,}" for name in sizes), *(_number(part["figures"].get(name)) for name in columns))
+            for part in report["by_length"]
+        ]
+        heads = (name.replace("_", " ") for name in columns)
+        text += _table(("length", "sequences at a time", "tokens", *heads), rows)
+    return text
+
+
+def _positions(report: Report) -> list[str]:
+    """Tables of the loss by position, where the report has it."""
+    if "by_position" not in report:
+        return []
+    whole, window = report["by_position"], report["by_window_position"]
+    text = _table(("position", "tokens", "loss"), _joined(whole["edges"], (whole["loss"], whole["tokens"])))
+    later = [(window["later"], window["later_tokens"])] if "later" in window else []
+    heads = ("first window", "later windows")[: 1 + len(later)]
+    rows = _joined(window["edges"], (window["first"], window["first_tokens"]), *later)
+    return text + _table(("position in the window", *heads), [(row[0], *row[2::2]) for row in rows])  # without tokens
+
+
+def _joined(edges: Sequence[int], *curves: tuple[list[Any], list[int]]) -> list[tuple[str, ...]]:
+    """Rows (positions, then tokens and mean loss of each curve), neighbouring bins joined until they are few."""
+    joined = -(-(len(edges) - 1) // MOST_ROWS)
+    starts = np.arange(0, len(edges) - 1, joined)
+    bounds = [*np.asarray(edges)[starts], edges[-1]]
+    columns: list[list[str]] = [[f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]]
+    for means, tokens in curves:
+        weights = np.asarray(tokens, float)
+        sums = np.asarray([mean if mean is not None else 0.0 for mean in means]) * weights
+        total, count = (np.add.reduceat(values, starts) for values in (sums, weights))
+        columns.append([f"{number:,.0f}" for number in count])
+        columns.append([_number(loss / number if number else None) for loss, number in zip(total, count)])
+    return list(zip(*columns))
+
+
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    return ["", *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in (heads, *rows))]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"

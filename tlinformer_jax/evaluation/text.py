@@ -17,16 +17,10 @@ from tlinformer_jax.files import finite
 
 @dataclasses.dataclass(frozen=True)
 class TextFigures:
-    """What a text costs a model.
+    """A model's figures of a text: loss in nats per token, its exponential, exp(nats / words), nats / ln 2 / bytes.
 
-    Attributes:
-      tokens: of the text; all are predicted, the first one from an end-of-text.
-      words: between white space.
-      bytes: of UTF-8.
-      loss: nats per token.
-      perplexity: exp(loss).
-      perplexity_per_word: exp(nats / words); None for a text without words.
-      bits_per_byte: nats / ln 2 / bytes.
+    All tokens are predicted, the first one from an end-of-text. Words are what stands between white space; without any,
+    perplexity_per_word is None.
     """
 
     tokens: int
@@ -39,10 +33,7 @@ class TextFigures:
 
 
 def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: int | None = None) -> TextFigures:
-    """What a text costs a trained model.
-
-    It is tokenised by the run's tokenizer after an end-of-text, and evaluated in samples of `length` tokens that do
-    not overlap: a token sees what precedes it in its sample. The last sample may be shorter, or the only one.
+    """The figures of a text in samples of `length` tokens (None: as trained) that do not overlap; the last is shorter.
 
         from tlinformer_jax import load_run, text_perplexity
 
@@ -52,13 +43,8 @@ def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: 
         run = load_run("runs/tiny")  # for many texts: restores and compiles once
         losses = [text_perplexity(run, text).loss for text in ("A class.", "A function.")]
 
-    Args:
-      source: a working directory, or what `load_run` made of it.
-      text: any text but an empty one.
-      length: tokens of a sample; None for the trained data.sequence_length.
-
     Raises:
-      UserError: for a text or length that is not allowed, or a directory that cannot be used.
+      UserError: for an empty text, a length that is not allowed, or a directory that cannot be used.
     """
     trained = source if isinstance(source, TrainedRun) else load_run(source)
     tokens = text_source(text, trained.run.tokenizer)
@@ -84,18 +70,7 @@ def evaluate_text(
     text_file: str,
     command: Sequence[str] = (),
 ) -> Report:
-    """Evaluates a text.
-
-    Args:
-      trained: the run.
-      text: of the file.
-      options: what is asked for.
-      text_file: the file's name, for messages and the report.
-      command: that asked for it, for the report.
-
-    Returns:
-      what `evaluation.report.evaluate_run` returns, with text_file in the place of split. Every token of the text
-      counts, at every length.
+    """What `evaluate_run` returns, of all tokens of a text at every length, with text_file in the place of split.
 
     Raises:
       UserError: for a text without a token, or a length in `options.lengths` that it cannot fill.
@@ -106,11 +81,7 @@ def evaluate_text(
 
 
 def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:
-    """The tokens of a text after an end-of-text, from which the first one is predicted.
-
-    Raises:
-      DataError: for what holds no token, or is no text.
-    """
+    """The tokens of a text after an end-of-text; DataError for what holds no token, or is no text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

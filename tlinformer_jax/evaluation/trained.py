@@ -15,13 +15,7 @@ from tlinformer_jax.training.setup import Run, build_run
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run with parameters.
-
-    Attributes:
-      run: its fixed parts.
-      params: of its model, on its mesh.
-      step: of the parameters.
-    """
+    """A run with parameters of its model, on its mesh, after `step` updates."""
 
     run: Run
     params: Any

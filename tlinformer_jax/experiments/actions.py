@@ -1,4 +1,4 @@
-"""What can be done with a model right after its training, in the same process, while its parameters are in memory."""
+"""Actions on a model right after its training, while its parameters are in memory."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,24 +10,19 @@ if TYPE_CHECKING:
     from tlinformer_jax.config.run import RunConfig
     from tlinformer_jax.training.setup import Run
 
-# None ends in a space: a word's first token holds the space before it.
+# None ends in a space: a word's first token includes the space before it.
 PROMPTS = ("The", "It was", '"I do not', "In the beginning")
 SAMPLE_TOKENS = 120
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
-
-
-# What a record keeps of an evaluation; the rest it says of the run itself.
-KEPT = (
-    *("split", "length", "batch_size", "tokens", "figures", "by_position", "by_window_position"),
-    *("answers", "accuracy_by_position"),
-)
+# Parts of an evaluation that a record already has.
+OF_RUN = ("command", "workdir_config", "step", "device", "devices", "jax")
 
 
 def evaluate(run: "Run", params: Any, length: int | None = None) -> dict[str, Any]:
-    """Figures and losses by position in samples of `length` tokens (None: as trained).
+    """Figures and losses by position in samples of `length` tokens (None: as trained); see `evaluate_run`.
 
-    Of a text: all tokens of the validation split but the first, the same at every length. Of a task: its test split,
-    since validation may have stopped the run. See `evaluation.report.evaluate_run`.
+    Of a text: all tokens of the validation split but the first, at every length. Of a task: the test split, because
+    validation may have stopped the run.
     """
     from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
     from tlinformer_jax.evaluation.trained import TrainedRun
@@ -37,7 +32,7 @@ def evaluate(run: "Run", params: Any, length: int | None = None) -> dict[str, An
     options = EvaluationOptions(length=length or data.sequence_length, by_position=True)
     stream = run.split(split, None if length is None else 1)
     report = evaluate_run(TrainedRun(run, params, run.horizon.steps), stream, options, split=split)
-    return {name: report[name] for name in KEPT if name in report}
+    return {name: part for name, part in report.items() if name not in OF_RUN}
 
 
 def samples(run: "Run", params: Any) -> dict[str, Any]:
@@ -51,10 +46,7 @@ def samples(run: "Run", params: Any) -> dict[str, Any]:
 
 
 def history(run: "Run", params: Any, length: int | None = None) -> dict[str, Any]:
-    """What the history contributes on the validation split, in samples of `length` tokens (None: as trained).
-
-    See `evaluation.history`.
-    """
+    """`evaluation.history` on the validation split, in samples of `length` tokens (None: as trained)."""
     from tlinformer_jax.evaluation.history import HistoryOptions, measure_history
     from tlinformer_jax.evaluation.trained import TrainedRun
 
@@ -68,17 +60,13 @@ NUMBERED = ("evaluate", "history")
 
 
 def run_action(name: str, run: "Run", params: Any) -> dict[str, Any]:
-    """Does what `checked_actions` has let through; returns JSON."""
+    """Carries out an action whose name `checked_actions` has passed; returns JSON."""
     kind, _, number = name.partition("@")
     return ACTIONS[kind](run, params, *([int(number)] if number else []))
 
 
 def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, ...]:
-    """The names, each once, if all can be done: one of ACTIONS, or those of NUMBERED as evaluate@LENGTH.
-
-    Raises:
-      UserError: naming the one that cannot.
-    """
+    """The names, each once; UserError for one that is not in ACTIONS, nor in NUMBERED with @LENGTH."""
     for name in names:
         kind, at, number = name.partition("@")
         if kind not in ACTIONS or (at and (kind not in NUMBERED or not number.isdecimal() or int(number) < 1)):
@@ -88,19 +76,15 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
 
 
 def check_possible(names: Sequence[str], config: "RunConfig") -> None:
-    """Refuses actions that this run's model or data cannot have, before it is trained.
-
-    Raises:
-      UserError: naming the action, and why.
-    """
+    """Checks before the training that its model and data allow the actions, else raises UserError."""
+    tokenizer, selection = config.data.tokenizer, config.model.observed_selection
     for name in names:
         kind, _, number = name.partition("@")
         if kind == "history":
             from tlinformer_jax.evaluation.history import check_measurable
 
             check_measurable(config.model, int(number) if number else config.data.sequence_length)
-        if kind == "samples" and config.data.tokenizer.startswith(NUMBERS):
-            raise UserError(f"samples: data.tokenizer = {config.data.tokenizer!r}: must be one of texts")
-        if kind == "samples" and config.model.observed_selection != "recent":
-            selection = config.model.observed_selection
+        if kind == "samples" and tokenizer.startswith(NUMBERS):
+            raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")
+        if kind == "samples" and selection != "recent":
             raise UserError(f"samples: model.observed_selection = {selection!r}: must be 'recent' for generation")

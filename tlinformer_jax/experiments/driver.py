@@ -1,43 +1,42 @@
-"""Trains a run, records it, and does what is to be done with its parameters: `run_job`."""
+"""Trains a job, records it in result.json, and carries out its actions: `run_job`."""
 
 import contextlib
+import itertools
 import json
 import pathlib
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
+import tlinformer_jax
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.decoding.accounting import cache_bytes_at
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
-from tlinformer_jax.experiments.job import Job, finished_result
-from tlinformer_jax.experiments.record import record_of
-from tlinformer_jax.experiments.results import RESULT_FILE, write_result
+from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
 from tlinformer_jax.files import write_text
-from tlinformer_jax.training.loop import train_run
+from tlinformer_jax.models.windows import trained_tokens
+from tlinformer_jax.training.loop import Trained, train_run
 from tlinformer_jax.training.memory import memory_advice, peak_bytes
 from tlinformer_jax.training.metrics import METRICS_FILE, clock, say
 from tlinformer_jax.training.workdir import sole_run
 
+Events = Sequence[dict[str, Any]]
 ATTEMPTS_FILE = "attempts.json"
-# Held until the actions are done, which is longer than the training's own.
-LOCK_FILE = ".result.lock"
+LOCK_FILE = ".result.lock"  # held until the actions are done, longer than the training's own lock
 
 
 def run_job(
     job: Job, profile: str | pathlib.Path | None = None, init_from: str | pathlib.Path | None = None
-) -> dict[str, Any] | None:
-    """Trains the job, or goes on with it, then does its actions; result.json is written after each part, whole.
+) -> Record | None:
+    """Trains a job or continues it, then carries out its actions; result.json is rewritten after each part.
 
-    Args:
-      job: as ordered, its directory made; one that is finished is left as it is.
-      profile: see `train_run`.
-      init_from: see `train_run`.
-
-    Returns:
-      what result.json holds; None where a signal has stopped the training.
-
-    Raises:
-      UserError: see `train_run`; for an action that does not exist; where result.json is of another configuration.
+    A finished job is left as it is. `profile` and `init_from`, and what is raised, are those of `train_run`; an action
+    that does not exist and a result.json of another configuration are refused too. Returns the record; None if a signal
+    stopped the training.
     """
     check_possible(checked_actions(job.then), job.config)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
@@ -51,10 +50,9 @@ def run_job(
         if trained.figures is None:
             return None
         after = peak_bytes()
-        attempts = read_attempts(job.workdir)
-        # The count is of the process: this run's only where it has raised it.
+        # The peak counts the whole process: it is this run's only if this run has raised it.
         peak = after if after is not None and after > (before or 0) else None
-        result = record_of(job, trained, attempts["seconds"], attempts["count"], peak)
+        result = record_of(job, trained, peak)
         write_result(job.workdir / RESULT_FILE, result)
         for name in job.then:
             started = time.perf_counter()
@@ -64,12 +62,84 @@ def run_job(
         return result
 
 
+def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
+    """The record of a finished run, before its actions; `peak` is the most memory in bytes, None if not known.
+
+    seconds.train is that of all steps at the logged speeds, seconds.wall that of all attempts with compilation,
+    evaluation and saving. speed is the median of what was logged. cache counts bytes of one sequence of N tokens in
+    generation. history pairs steps and validation losses. target is None without train.stop_at_accuracy.
+    """
+    config = trained.run.config
+    lines = (job.workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    history = [(event["step"], event["eval/loss"]) for event in events if event.get("eval/loss") is not None]
+    best = min(history, key=lambda pair: pair[1], default=(trained.step, None))
+    device, attempts = jax.devices()[0], read_attempts(job.workdir)
+    cache, dtype = cache_bytes_at(config.model, config.data.sequence_length), config.model.compute_dtype.name
+    least, figures = config.train.stop_at_accuracy, dict(trained.figures or {})
+    reached = figures.get("accuracy", 0) >= least
+    target = {"accuracy": least, "reached": reached, "most_steps": trained.run.horizon.steps}
+    return {
+        "format": FORMAT,
+        "name": job.name,
+        "study": job.study,
+        "sweep": job.sweep,
+        "point": job.point,
+        "overrides": job.overrides,
+        "seed": config.train.seed,
+        "command": job.command,
+        "version": tlinformer_jax.__version__,
+        "jax": jax.__version__,
+        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
+        "config": config.to_dict(),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
+        "steps": trained.step,
+        "tokens": round(trained.step * tokens_of_step(config)),
+        "seconds": {"train": train_seconds(events, tokens_of_step(config)), "wall": attempts["seconds"]},
+        "attempts": attempts["count"],
+        "speed": {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},
+        "peak_bytes": peak,
+        "cache": {"used": cache.used, "allocated": cache.allocated, "paper": cache.paper, "dtype": dtype},
+        "validation": figures,
+        "best": {"step": best[0], "loss": best[1]},
+        "history": [list(pair) for pair in history],
+        "target": target if least else None,
+        "then": {},
+    }
+
+
+def tokens_of_step(config: RunConfig) -> float:
+    """Tokens that an update is trained on; the expected number where windows are sampled."""
+    train = config.train
+    return train.batch_size * trained_tokens(config.model, config.data.sequence_length, train.sampled_windows)
+
+
+def median(events: Events, name: str) -> float | None:
+    """The median of what was logged as `name`; None if nothing was."""
+    values = [event[name] for event in events if event.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def train_seconds(events: Events, tokens: float) -> float | None:
+    """Seconds of all logged steps of `tokens` tokens, each at the speed that was logged next; None if none was.
+
+    The first step, and the first after an interruption, compile and have no speed of their own: they count at the
+    median.
+    """
+    middle = median(events, "train/tokens_per_second")
+    if middle is None:
+        return None
+    logged = [event for event in events if "train/loss" in event]
+    starts = itertools.chain([0], (event["step"] for event in logged))
+    return sum(
+        (event["step"] - start) * tokens / (event.get("train/tokens_per_second") or middle)
+        for start, event in zip(starts, logged)
+    )
+
+
 @contextlib.contextmanager
 def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
-    """Adds the time inside to that of earlier attempts, in a file of the working directory.
-
-    One that was killed counts as long as it wrote metrics.
-    """
+    """Adds the time of the body to attempts.json; an attempt that was killed counts until its last metrics."""
     found = read_attempts(workdir)
     seconds, metrics = found["seconds"], workdir / METRICS_FILE
     if found["since"] is not None and metrics.exists():
@@ -91,7 +161,7 @@ def _write_attempts(workdir: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def read_attempts(workdir: pathlib.Path) -> dict[str, Any]:
-    """The attempts so far: count; seconds of those that have ended; since, when the last began if it was killed."""
+    """Attempts so far: their count; seconds of those that ended; since, the start of one that was killed."""
     try:
         found = json.loads((workdir / ATTEMPTS_FILE).read_text(encoding="utf-8"))
         return {"count": int(found["count"]), "seconds": float(found["seconds"]), "since": found["since"]}

@@ -1,32 +1,52 @@
-"""One training run as a driver orders it, and whether it has been done already. Without JAX."""
+"""A run that a sweep or the training command asks for, its record, and the processes that train it. Without JAX.
 
+Each job of a sweep gets a process of its own: a crash, a kill by the system or memory that is not freed then costs one
+run and not the sweep, and the peak of a device's memory is counted by process. Starting one takes a few seconds.
+"""
+
+import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
-from typing import Any
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
-from tlinformer_jax.config.run import RunConfig, differences, run_config
+from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.errors import DataError, UserError
-from tlinformer_jax.experiments.results import RESULT_FILE, read_result
-from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.files import finite, open_own, write_text
 
+Record = dict[str, Any]
+RESULT_FILE = "result.json"
+FORMAT = "tlinformer_jax run 1"
+# The parts of every record; `driver.record_of` describes them.
+PARTS = {
+    **dict.fromkeys(("name", "study", "command", "version", "jax"), str),
+    **dict.fromkeys(("config", "device", "seconds", "speed", "cache", "validation", "best", "then"), dict),
+    **dict.fromkeys(("seed", "parameters", "steps", "tokens"), int),
+    "history": list,
+}
+DEFAULTS = {
+    section: {field.name: field.default for field in dataclasses.fields(kind)} for section, kind in SECTIONS.items()
+}
+# Fields that say where a run finds its text and how it reads it, and so do not change its figures.
+PLACES = ("manual_dir", "cache_dir", "full_hash", "num_workers")
+FILES = ("train_files", "validation_files", "test_files")
+COMMAND = (sys.executable, "-m", "tlinformer_jax", "point")
+LOG_FILE = "log.txt"
 STOPPED = 3  # exit status of a job's process that a signal has stopped
+MISTAKE = 2  # exit status for a user's mistake, which a second attempt would repeat
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run to train, and what the record of it says besides.
+    """A run to train in `workdir`, which also gets its record, result.json.
 
-    Attributes:
-      name: of the run.
-      config: of the run.
-      workdir: its working directory, which also gets the record, result.json.
-      command: as a user types it.
-      then: actions of `experiments.actions` after the training.
-      study: see `plan.Sweep`.
-      sweep: name of the sweep's file, or None.
-      point: name of the point, the same for all seeds, or None.
-      overrides: the point's.
+    `command` is as a user types it; `then` names actions of `experiments.actions` after the training; study, point and
+    overrides are those of `plan`; `sweep` is the name of the sweep's file.
     """
 
     name: str
@@ -40,56 +60,158 @@ class Job:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
-        """One line, for another process."""
+        """One line of JSON, for another process."""
         return json.dumps(dataclasses.asdict(self) | {"workdir": str(self.workdir)})
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        """The job of such a line."""
+        """The job that `to_json` has written."""
         values = json.loads(text)
         values |= {"config": run_config(values["config"]), "workdir": pathlib.Path(values["workdir"])}
         return cls(**values | {"then": tuple(values["then"])})
 
 
-def essence(config: RunConfig) -> RunConfig:
-    """The configuration without what only says where a run finds its text and its devices.
-
-    Of the text's files the names stay, without their folders.
-    """
-
-    def names(files: str) -> str:
-        return ",".join(pathlib.PurePath(part.strip()).name for part in files.split(","))
-
-    data = dataclasses.replace(
-        config.data,
-        train_files=names(config.data.train_files),
-        validation_files=names(config.data.validation_files),
-        test_files=names(config.data.test_files),
-        manual_dir="",
-        cache_dir="",
-    )
-    return dataclasses.replace(config, data=data, mesh=MeshConfig())
+def write_result(path: pathlib.Path, result: Record) -> None:
+    """Writes a record, whole or not at all (DataError); numbers that are not finite become null."""
+    try:
+        parts = [f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in finite(result).items()]
+        write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def finished_result(job: Job) -> dict[str, Any] | None:
-    """The record of the job where it is finished: trained, with all of its actions; else None.
+def read_result(path: pathlib.Path) -> Record:
+    """Reads a record; DataError for what cannot be read or is not one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise DataError(f"{path}: is no record of a run; its 'format' must be {FORMAT!r}")
+    for name, kind in PARTS.items():
+        if not isinstance(result.get(name), kind):
+            raise DataError(f"{path}: {name!r} must be {kind.__name__}")
+    if not all(isinstance(result["config"].get(section), dict) for section in SECTIONS):
+        raise DataError(f"{path}: 'config' must have the sections {', '.join(SECTIONS)}")
+    return result
 
-    Raises:
-      UserError: if the directory holds the record of another configuration.
-    """
+
+def completed(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A recorded configuration with today's defaults for fields that it lacks; fields removed since are kept."""
+    return {section: defaults | config[section] for section, defaults in DEFAULTS.items()}
+
+
+def essence(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that decide a run's figures, by 'section.field'; of the text's files only the names."""
+    sections = completed(config)
+    for name in FILES:
+        paths = str(sections["data"][name]).split(",")
+        sections["data"][name] = ",".join(pathlib.PurePath(path.strip()).name for path in paths)
+    return {
+        f"{section}.{name}": value
+        for section in ("model", "train", "data")
+        for name, value in sections[section].items()
+        if name not in PLACES
+    }
+
+
+def finished_result(job: Job) -> Record | None:
+    """The record of a job that was trained and has all of its actions, else None; UserError for that of another one."""
     path = job.workdir / RESULT_FILE
     if not path.exists():
         return None
     try:
         result = read_result(path)
-        recorded = run_config(result["config"])
     except DataError:
-        return None  # it is written anew
-    except UserError as error:
-        raise UserError(
-            f"{path}: its configuration does not fit this version ({error}); take another directory"
-        ) from None
-    changed = differences(essence(recorded), essence(job.config))
-    if changed:
-        raise UserError(f"{path}: is of another configuration ({'; '.join(changed)}); take another directory")
+        return None  # it is written again
+    found, wanted = essence(result["config"]), essence(job.config.to_dict())
+    different = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    if different:
+        changed = "; ".join(f"{name}: {found.get(name)!r} -> {wanted.get(name)!r}" for name in different)
+        raise UserError(f"{path}: is of another configuration ({changed}); take another directory")
     return result if set(job.then) <= set(result["then"]) else None
+
+
+def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] = lambda: None) -> dict[str, str]:
+    """Runs the jobs that are not finished, one after another, each in a process of its own.
+
+    A job that fails is tried again `retries` times, unless the mistake is the user's; `finished` is called after each
+    that finishes.
+
+    Returns:
+      name -> why the last attempt failed, of the jobs that did not finish.
+
+    Raises:
+      UserError: before any runs, if a directory holds the result of another configuration.
+    """
+    done = [finished_result(job) is not None for job in jobs]
+    failures: dict[str, str] = {}
+    for number, (job, is_done) in enumerate(zip(jobs, done), 1):
+        title = f"point {number} of {len(jobs)}, {job.name}"
+        if is_done:
+            print(f"{title}: finished before", file=sys.stderr, flush=True)
+            continue
+        for attempt in range(1, retries + 2):
+            what = "starting" if attempt == 1 else f"attempt {attempt} of {retries + 1}"
+            print(f"{title}: {what}", file=sys.stderr, flush=True)
+            status, last_line = run_in_process(job)
+            if status == 0 and finished_result(job) is not None:
+                failures.pop(job.name, None)
+                finished()
+                break
+            failures[job.name] = describe_end(status, last_line)
+            print(f"{title}: failed, {failures[job.name]}", file=sys.stderr, flush=True)
+            if status == MISTAKE:
+                break
+    return failures
+
+
+def run_in_process(job: Job) -> tuple[int, str]:
+    """Runs a job in a new process; returns its exit status, negative for a signal, and the last line of its stderr.
+
+    Its stderr is passed on and kept in log.txt of the working directory. If this process is interrupted, the other one
+    gets SIGTERM first, on which a training saves itself.
+    """
+    lines: collections.deque[str] = collections.deque([""], maxlen=1)
+    try:
+        job.workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{job.workdir}: must be a directory that can be written ({error.strerror})") from None
+    pipe = subprocess.PIPE
+    with (
+        open_own(job.workdir / LOG_FILE, "a") as log,
+        subprocess.Popen(COMMAND, stdin=pipe, stderr=pipe, encoding="utf-8", errors="replace") as process,
+    ):
+        assert process.stdin is not None
+        assert process.stderr is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has already ended, and its stderr says why
+                process.stdin.write(job.to_json() + "\n")
+                process.stdin.flush()  # stays open: `point` ends when this pipe closes
+            lines.extend(_passed_on(process.stderr, log))
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            lines.extend(_passed_on(process.stderr, log))
+            raise
+    return process.returncode, lines[0]
+
+
+def describe_end(status: int, last_line: str) -> str:
+    """Why a process did not finish its job."""
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    if status == STOPPED:
+        return "stopped by a signal before its end"
+    return f"status {status}: {last_line.removeprefix('error: ')}" if last_line else f"status {status}"
+
+
+def _passed_on(lines: Iterable[str], log: TextIO) -> Iterator[str]:
+    """Writes each line to stderr and the log; yields those that are not blank."""
+    for line in lines:
+        for stream in (sys.stderr, log):
+            stream.write(line)
+            stream.flush()
+        if line.strip():
+            yield line.strip()

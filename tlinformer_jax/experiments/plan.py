@@ -1,10 +1,8 @@
-"""What a sweep is: a base configuration and named points, each a run with some of its fields changed."""
+"""Sweeps: a base configuration and named points, each with some fields changed. Without JAX."""
 
 import dataclasses
-import importlib.util
-import pathlib
 import re
-import sys
+import runpy
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +13,7 @@ from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path
 
-# What the points of a sweep are compared by, and so which part of the report shows them.
+# What the points of a sweep are compared by; it decides the part of the report that shows them.
 STUDIES = ("architectures", "windows", "retrieval")
 SEED = "train.seed"
 
@@ -25,13 +23,12 @@ class Sweep:
     """What the function `get_sweep` of a sweep file returns.
 
     Attributes:
-      base: a configuration as a config file's `get_config` returns it; flags of the command may change it.
-      points: name -> the fields in which the point differs from the base, such as {"model.history_window": 128}.
-        'train.seed' may be a list here: the point's own seeds.
+      base: a configuration as `get_config` of a config file returns it; flags of the command may change it.
+      points: name -> fields that differ from the base, such as {"model.history_window": 128}. 'train.seed' may be a
+        list: the point's own seeds.
       seeds: of all other points; a point is trained once with each.
       then: actions of `experiments.actions` after the training of each point.
-      study: 'architectures', compared with Base at the same N; 'windows', compared by window sizes; or 'retrieval', by
-        the answers that are right.
+      study: 'architectures' (against Base at the same N), 'windows' (by sizes) or 'retrieval' (by right answers).
     """
 
     base: Mapping[str, Any]
@@ -43,19 +40,10 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run of a sweep.
-
-    Attributes:
-      name: of its folder, 'POINT-seedS'.
-      point: the name in the sweep, the same for all seeds.
-      seed: of the run.
-      overrides: fields in which it differs from the base, the seed not counted.
-      config: of the run.
-    """
+    """One run of a sweep: `name` of its folder, 'POINT-seedS', and the fields that it sets besides the seed."""
 
     name: str
     point: str
-    seed: int
     overrides: dict[str, Any]
     config: RunConfig
 
@@ -71,7 +59,9 @@ def load_sweep(where: str) -> Sweep:
     if not where:
         raise UserError("--sweep: must name a sweep file, such as configs/sweep_windows.py")
     try:
-        get_sweep = getattr(_module(local_path(path, "--sweep")), "get_sweep", None)
+        file = local_path(path, "--sweep")
+        file.read_bytes()  # for its OSError: runpy would not say that a folder is one
+        get_sweep = runpy.run_path(str(file), run_name=f"sweep_{file.stem}").get("get_sweep")
         if not callable(get_sweep):
             raise UserError(f"{what}: must be a Python file with a function get_sweep; it has none")
         sweep = get_sweep(variant) if variant else get_sweep()
@@ -93,29 +83,24 @@ def load_sweep(where: str) -> Sweep:
 
 
 def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Point]:
-    """All runs of a sweep, in its order.
-
-    Args:
-      sweep: see there.
-      base: in the place of the sweep's own, that of flags.
+    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own.
 
     Raises:
-      UserError: for the first point that cannot be, naming it.
+      UserError: naming the first point that is not allowed.
     """
     sections = _plain(sweep.base if base is None else base)
-    points = []
+    points: list[Point] = []
     for name, overrides in sweep.points.items():
         fields = dict(overrides)
         seeds = fields.pop(SEED, sweep.seeds)
         seeds = seeds if isinstance(seeds, list | tuple) else (seeds,)
         if not seeds:
             raise UserError(f"point {name}: train.seed must hold at least one seed")
-        for seed in seeds:
-            try:
-                config = run_config(_changed(sections, {**fields, SEED: seed}))
-            except UserError as error:
-                raise UserError(f"point {name}: {error}") from None
-            points.append(Point(f"{name}-seed{seed}", name, seed, fields, config))
+        try:
+            configs = [run_config(_changed(sections, {**fields, SEED: seed})) for seed in seeds]
+        except UserError as error:
+            raise UserError(f"point {name}: {error}") from None
+        points += [Point(f"{name}-seed{seed}", name, fields, config) for seed, config in zip(seeds, configs)]
     names = [point.name for point in points]
     for name in names:
         if names.count(name) > 1:
@@ -124,17 +109,11 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Poi
 
 
 def check_data(points: Iterable[Point]) -> None:
-    """Checks that tokenizers and files of all points are there and fit the vocabularies; tokenises nothing.
-
-    Raises:
-      UserError: naming the point.
-    """
-    checked = set()
+    """Checks that tokenizers and files of all points exist and fit the vocabularies (else UserError)."""
+    different: dict[Any, Point] = {}
     for point in points:
-        data, vocabulary = point.config.data, point.config.model.vocab_size
-        if (data, vocabulary) in checked:
-            continue
-        checked.add((data, vocabulary))
+        different.setdefault((point.config.data, point.config.model.vocab_size), point)
+    for (data, vocabulary), point in different.items():
         try:
             tokenizer = build_tokenizer(data.tokenizer)
             check_vocab(tokenizer, vocabulary)
@@ -145,11 +124,7 @@ def check_data(points: Iterable[Point]) -> None:
 
 
 def chosen_points(points: Sequence[Point], job: int | None, jobs: int | None) -> list[Point]:
-    """The points of job `job`, from 0, of a job array of `jobs` (None: as many as points); all if `job` is None.
-
-    Raises:
-      UserError: for numbers out of range.
-    """
+    """The points of job `job`, from 0, of an array of `jobs` (None: as many as points); all if `job` is None."""
     if job is None:
         if jobs is not None:
             raise UserError("--points: needs --point, the number of this job")
@@ -173,26 +148,8 @@ def overrides_between(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict
     }
 
 
-def _module(path: pathlib.Path) -> Any:
-    path.read_bytes()  # for its OSError: Python would not say that a folder is one
-    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--sweep={path}: must be a Python file, named *.py")
-    module, before = importlib.util.module_from_spec(spec), sys.dont_write_bytecode
-    sys.dont_write_bytecode = True  # nothing is to appear beside a user's file
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
-
-
 def _check_sweep(sweep: Sweep, what: str) -> None:
-    """Refuses what is no sweep.
-
-    Raises:
-      UserError: naming the field.
-    """
+    """Raises a UserError that names the field of what is not a sweep."""
     if not hasattr(sweep.base, "items"):
         raise UserError(f"{what}: Sweep.base must be a ConfigDict, not {type(sweep.base).__name__}")
     if not isinstance(sweep.points, Mapping) or not sweep.points:

@@ -1,286 +1,371 @@
-"""The report: a directory of records of runs as one Markdown document with figures. Without JAX.
+"""The report of runs: tables, figures, commands and definitions in one Markdown document. Without JAX.
 
-Every number is made from the records; the same records give the same text. It has no conclusions: people write those.
+The same records give the same text. Conclusions are written by people, elsewhere.
 """
 
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from tlinformer_jax.data.tasks import REGIONS
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.experiments.contribution import contribution_lines
-from tlinformer_jax.experiments.curves import (
-    Group,
-    Result,
-    cache_bytes,
-    groups_of,
-    observed_share,
-    perplexity,
-    tokens_per_second,
-    total_window,
-    wall_seconds,
-)
-from tlinformer_jax.experiments.job import essence
-from tlinformer_jax.experiments.plots import plot_curves, plot_sweep
-from tlinformer_jax.experiments.positions import position_lines
-from tlinformer_jax.experiments.results import RESULT_FILE, read_result
-from tlinformer_jax.experiments.retrieval import length_lines, question_lines, retrieval_lines
-from tlinformer_jax.experiments.tables import (
-    device,
+from tlinformer_jax.experiments.figures import plot_heat_map, plot_history, plot_lines, plot_sweep
+from tlinformer_jax.experiments.frame import (
+    ACCURACIES,
+    ARCHITECTURE,
+    CACHE,
+    DEPTH,
+    PERPLEXITY,
+    SPEED,
+    N,
+    counted,
+    curves_of,
     duration,
-    knee_lines,
-    markdown,
-    numbers,
-    scaled,
-    windows_table,
-    with_spread,
+    frame_of,
+    joined,
+    knee_of,
+    mean,
+    points_of,
+    read_records,
+    table_of,
+    told,
 )
+from tlinformer_jax.experiments.job import Record
 from tlinformer_jax.files import write_text
 
-HEAD = """# Results
+# Heading -> heading and definitions, of the sections that have some; fixed text, whatever the records.
+TEXT = pathlib.Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+SECTIONS = {part.partition("\n")[0]: [*part.splitlines(), ""] for part in re.split(r"\n(?=##+ )", TEXT.strip())}
+FOUND = 0.9  # a run with a larger share of right answers has found them
+PARTS = 8  # of a sample, in the table by position of the question
+RUN = ["model", "learning rate", "seed"]
+SHARES = ["answers right", "source in window", "in W_oh", "before W_oh"]
+LOSS = "validation loss, nats per token"
+FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
+# Columns of the table of groups: a column of the runs, and how it is told of several.
+COLUMNS = {
+    "model": ("label", "first"),
+    "architecture": (ARCHITECTURE, "first"),
+    "N": (N, mean(WHOLE)),
+    "W_oh + W_og": ("windows", "first"),
+    "W_oh / W_total": ("share", mean("{:.3f}")),
+    "B x (H + 2)": (DEPTH, "first"),
+    "seeds": ("seed", joined),
+    "perplexity": (PERPLEXITY, told("{:.2f}")),
+    "bits per byte": ("validation.bits_per_byte", told("{:.3f}")),
+    "tokens/s": (SPEED, mean(WHOLE)),
+    "MFU": ("speed.mfu", mean("{:.1f}%", 100)),
+    "wall time": ("seconds.wall", duration),
+    "peak memory, GB": ("peak_bytes", mean("{:.1f}", 1e-9)),
+    "cache, MB": (CACHE, mean("{:.2f}", 1e-6)),
+    "device": ("device", joined),
+}
+# The same of evaluations by position.
+POSITION_COLUMNS = {
+    "model": ("label", "first"),
+    "trained at N": (N, mean(WHOLE)),
+    "evaluated at": ("length", mean(WHOLE)),
+    "tokens": ("evaluated", mean(WHOLE)),
+    "W_og": ("config.model.generation_window", mean(WHOLE)),
+    "perplexity": ("perplexity", told("{:.2f}")),
+    "loss, first window": ("loss_first_window", told("{:.3f}")),
+    "loss, later windows": ("loss_later_windows", told("{:.3f}")),
+    "loss, start of later windows": ("start", told("{:.3f}")),
+    "tokens of the start": ("start_tokens", mean(WHOLE)),
+}
 
-Written by `python -m tlinformer_jax report --results=DIR --out=FILE` from the records of runs (`result.json`) in DIR;
-nothing here is typed by hand. Perplexities are those of the validation split, per token, after the last step. A figure
-of several seeds is the mean, ± the sample standard deviation. Speed is the median of the logged steps, wall time that
-of the whole training with compilation, evaluation and saving. The cache is what one sequence of N tokens takes in
-generation.
-"""
-RETRIEVAL = """Two tables for each setting. The first counts the runs with more than 0.9 of the answers right, one for
-each seed, with the Clopper-Pearson interval at 95%. The second lists every run; a seed that was run again is listed but
-not counted. Where the split is 'validation', the same samples have stopped the run, so that a share just above the
-wanted accuracy is a little too high; newer records have a test split of their own. Chance is that of a guess among the
-answers of the sample that are not yet used.
 
-An answer's source lies in the generation window of its question, in the W_oh rows before that, or before those. There
-TConstFormer has only what was compressed; the window of TLinFormer, and full attention, read the source itself, and a
-sliding window must relay it from layer to layer.
-"""
-QUESTIONS = """The share of answers that are right, by where in the sample the question stands. In 'recall' all pairs
-come first, so a later question is farther from its answer; and late questions are rare, so that they count little in
-the shares above, and are trained on less.
-"""
-
-
-def write_report(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the report of all records in a directory, and its figures beside it in `figures`.
-
-    Args:
-      folder: that holds one `.json` file a run, and no other.
-      out: the Markdown file.
-
-    Returns:
-      the figures.
+def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes the report of all records in a directory, NAME.json, and its figures beside it in `figures`.
 
     Raises:
-      DataError: if there are no records, one is none, or something cannot be written.
+      DataError: if there are no records, a file is not one, or something cannot be written.
       ImportError: where matplotlib is not installed.
     """
-    results = read_results(folder)
-    figures = out.parent / "figures"
+    frame, figures = frame_of(read_records(folder)), out.parent / "figures"
     try:
         figures.mkdir(parents=True, exist_ok=True)
-        lines, files = report_lines(results, figures)
-        write_text(out, "\n".join(lines) + "\n")
+        write_text(out, "\n".join(report_lines(frame, figures)) + "\n")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from None
-    return files
 
 
-def read_results(folder: pathlib.Path) -> list[Result]:
-    """All records of a directory, by file name; of a run's own directory, its record.
+def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
+    """Writes the tables of a sweep's finished points: sweep.csv by run, sweep.json by group, sweep.md to read.
 
     Raises:
-      DataError: if there are none, or a file is none.
+      DataError: if one cannot be written.
     """
-    if (folder / RESULT_FILE).exists():  # the directory of one run
-        return [read_result(folder / RESULT_FILE)]
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise DataError(f"{folder}: must be a directory that holds at least one record of a run, NAME.json")
-    return [read_result(path) for path in paths]
+    texts = {"sweep.csv": "name\n", "sweep.json": "[]\n", "sweep.md": "\n"}
+    if records:
+        frame = frame_of(records)
+        lines = retrieval_lines(frame) if records[0]["study"] == "retrieval" else group_lines(frame)
+        rows = frame.sort_index().drop(columns=["then", "history", "group", "base"])
+        values = points_of(frame).to_json(orient="records", indent=1)
+        texts = {"sweep.csv": rows.to_csv(index=False), "sweep.json": values, "sweep.md": "\n".join(lines) + "\n"}
+    for name, text in texts.items():
+        try:
+            write_text(out / name, text)
+        except OSError as error:
+            raise DataError(f"{out / name}: cannot be written ({error.strerror})") from None
 
 
-def report_lines(results: Sequence[Result], figures: pathlib.Path) -> tuple[list[str], list[pathlib.Path]]:
-    """The report's lines, and the figures that were drawn for them into `figures`."""
-    lines, files = [HEAD], list[pathlib.Path]()
-
-    def figure_line(file: pathlib.Path, title: str) -> list[str]:
-        return _figure(file, title, files)
-
-    compared = sorted(groups_of(of_study(results, "architectures")), key=_order)
-    for tokens, budget in itertools.groupby(compared, key=_tokens):
-        groups = list(budget)
-        lines += [f"## Architectures, {millions(tokens)} training tokens", "", *architecture_table(groups)]
-        lines += [""]
-        file = figures / f"results_history_{tokens // 10**6}M.png"
-        lines += _figure(_plot_history(groups, file), "Validation loss while training", files)
-    windows = of_study(results, "windows")
-    for sweep in dict.fromkeys(str(result.get("sweep")) for result in windows):
-        groups = groups_of(result for result in windows if str(result.get("sweep")) == sweep)
-        groups.sort(key=_window_order)
-        budgets = ", ".join(map(millions, sorted({_tokens(group) for group in groups})))
-        lines += [f"## Windows ({sweep}), {budgets} training tokens a point", "", *windows_table(groups)]
-        lines += [*knee_lines(groups), ""]
-        for file in plot_sweep(groups, figures, f"results_{sweep}_"):
-            lines += _figure(file, file.stem.replace("_", " "), files)
-    lines += _retrieval(of_study(results, "retrieval"), figures, figure_line)
-    lines += position_lines(of_study(results, "architectures"), _order, figures, figure_line)
-    lines += contribution_lines(results, _order, figures, figure_line)
-    lines += _samples(results)
-    lines += runs(results)
-    return lines, files
+def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
+    """The report of a frame of `frame_of`; draws its figures into a directory."""
+    lines, studies = [*SECTIONS["# Results"]], dict(iter(frame.groupby("study")))
+    if "architectures" in studies:
+        for tokens, part in studies["architectures"].groupby("tokens"):
+            lines += [f"## Architectures, {tokens / 1e6:,.1f} M training tokens", "", *group_lines(part), ""]
+            lines += loss_figure(part, figures / f"results_history_{tokens // 10**6}M.png")
+    if "windows" in studies:
+        for sweep, part in studies["windows"].groupby("sweep", dropna=False):
+            tokens = ", ".join(f"{count / 1e6:,.1f} M" for count in part["tokens"].unique())
+            part = part.sort_values([N, DEPTH, "total", "share", "seed"])
+            lines += [f"## Windows ({sweep}), {tokens} training tokens a point", "", *group_lines(part), ""]
+            for file in plot_sweep(part, figures, f"results_{sweep}_"):
+                lines += shown(file, file.stem.replace("_", " "))
+    if "retrieval" in studies:
+        lines += [*SECTIONS["## Retrieval"], *retrieval_lines(studies["retrieval"])]
+        lines += question_lines(studies["retrieval"]) + length_lines(studies["retrieval"], figures)
+    if "architectures" in studies:
+        lines += position_lines(studies["architectures"], figures)
+    return lines + history_lines(frame, figures) + sample_lines(frame) + run_lines(frame)
 
 
-def of_study(results: Iterable[Result], study: str) -> list[Result]:
-    """The records of one study."""
-    return [result for result in results if result["study"] == study]
+def group_lines(frame: pd.DataFrame) -> list[str]:
+    """A table of models, each over its seeds, then a line for each W_total whose shares of W_oh make a curve."""
+    table = counted(frame).agg(**COLUMNS)
+    table.insert(8, "against Base", against_base(frame).map("{:+.1f}%".format, na_action="ignore"))
+    lines = table_of(table.loc[:, table.ne("").any() & table.notna().any()])
+    for total, curve in curves_of(points_of(frame)).items():
+        found, reason = knee_of(curve)
+        result = (
+            f"no knee: {reason}" if reason else "knee at {}, share {:.3f}".format(*found[["label", "share"]].iloc[0])
+        )
+        lines += ["", f"W_total = {total:,}, shares {', '.join(curve['share'].map(FORM))}: {result}."]
+    return lines
 
 
-def architecture_table(groups: Sequence[Group]) -> list[str]:
-    """The Markdown table of architectures by N."""
-    columns = ["model", "architecture", "N", "seeds", "perplexity", "against Base", "bits per byte", "tokens/s", "MFU"]
-    columns += ["wall time", "peak memory, GB", "cache, MB", "device"]
-    rows = []
-    for group in groups:
-        base = base_of(group, groups)
-        change = None if base is None or base is group else percent(group, base)
-        rows.append(
-            (
-                group.label,
-                group.config.model.architecture,
-                f"{group.config.data.sequence_length:,}",
-                numbers(group.seeds),
-                with_spread(group.mean(perplexity), "{:.2f}"),
-                "" if change is None else f"{change:+.1f}%",
-                with_spread(group.mean(lambda result: result["validation"].get("bits_per_byte")), "{:.3f}"),
-                scaled(group.mean(tokens_per_second), 1, "{:,.0f}"),
-                scaled(group.mean(lambda result: result["speed"].get("mfu")), 100, "{:.1f}%"),
-                duration(group.mean(wall_seconds)),
-                scaled(group.mean(lambda result: result.get("peak_bytes")), 1e-9, "{:.1f}"),
-                scaled(group.mean(cache_bytes), 1e-6, "{:.2f}"),
-                "; ".join(dict.fromkeys(map(device, group.results))),
+def against_base(frame: pd.DataFrame) -> pd.Series:
+    """By how many percent a group's mean perplexity is above that of the Transformer with its N, text and shape."""
+    runs = counted(frame)
+    means, base, ours = runs[PERPLEXITY].mean(), runs["base"].first(), runs["ours"].first()
+    return (means[ours] / base[ours].map(means[~ours].groupby(base[~ours]).first()) - 1) * 100
+
+
+def loss_figure(frame: pd.DataFrame, file: pathlib.Path) -> list[str]:
+    """Validation loss against trained tokens."""
+    points = frame[~frame["again"]].explode("history").dropna(subset="history")
+    points["x"] = points["history"].str[0] * (points["tokens"] / points["steps"]) / 1e6
+    points["y"] = points["history"].str[1].astype(float)
+    plot_lines(_over_seeds(points), ("training tokens, millions", LOSS), file)
+    return shown(file, "Validation loss while training")
+
+
+def retrieval_lines(frame: pd.DataFrame) -> list[str]:
+    """Two tables for each setting: how many runs found the answers, by model and learning rate; and every run."""
+    lines: list[str] = []
+    for setting, part in _by_setting(frame):
+        runs = counted(part)
+        right = runs["reported.accuracy"]
+        found, known = right.agg(lambda shares: (shares > FOUND).sum()).astype(int), right.count()
+        table = runs[RUN[:2]].first()
+        table[f"runs above {FOUND}"] = [f"{count} of {among}" for count, among in zip(found, known)]
+        table["95% interval"] = [exact_interval(*pair) for pair in zip(found, known)]
+        table["chance"] = runs["chance"].agg(mean("{:.3f}"))
+        table["parameters"] = runs["parameters"].agg(mean(WHOLE))
+        shares = part[[f"reported.{name}" for name in ACCURACIES]].set_axis(SHARES, axis=1)
+        listed = part[RUN].join(shares.map(FORM, na_action="ignore"))
+        listed["split"], listed["tokens"] = part["split"], (part["tokens"] / 1e6).map("{:.1f} M".format)
+        reached = part["target.accuracy"].map("{:.0%} reached".format)
+        listed["end"] = reached.where(part["target.reached"].eq(True), "all updates")
+        lines += [f"### {setting}", "", *table_of(table), "", *table_of(listed), ""]
+    return lines
+
+
+def exact_interval(found: int, runs: int) -> str:
+    """The Clopper-Pearson interval, at 95%, of the share of runs that find the answers; '' of no runs."""
+    return "{:.2f} to {:.2f}".format(*binomtest(found, runs).proportion_ci(0.95, "exact")) if runs else ""
+
+
+def question_lines(frame: pd.DataFrame) -> list[str]:
+    """Right answers by the position of the question, of every run whose questions stand in several bins."""
+    lines: list[str] = []
+    for setting, part in _by_setting(frame):
+        bounds = [part[N].iloc[0] * number // PARTS for number in range(PARTS + 1)]
+        heads = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
+        rows = []
+        for run, evaluation in _done(part, "evaluate", "accuracy_by_position"):
+            bins = evaluation["accuracy_by_position"]
+            if evaluation["length"] == run[N] and np.count_nonzero(bins["answers"]) > 1:
+                place = np.searchsorted(bounds, bins["edges"][:-1], side="right") - 1
+                shares = _shares(pd.DataFrame(bins | {"edges": place}), "edges").reindex(range(PARTS))
+                rows.append([*run[RUN], *shares.map(FORM, na_action="ignore")])
+        if rows:
+            lines += [f"{setting}:", "", *table_of(pd.DataFrame(rows, columns=[*RUN, *heads])), ""]
+    return [*SECTIONS["### By position of the question"], *lines] if lines else []
+
+
+def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
+    """Right answers by length and depth, of every run that was evaluated at several lengths."""
+    lines: list[str] = []
+    for setting, part in _by_setting(frame):
+        rows, drawn = [], []
+        for name, evaluations in itertools.groupby(_done(part, "evaluate", "answers"), lambda pair: pair[0]["name"]):
+            counts = pd.DataFrame(
+                [
+                    (run, evaluation["length"], region, depth, right, answers)
+                    for run, evaluation in evaluations
+                    for region, found in evaluation["answers"].items()
+                    for depth, (right, answers) in enumerate(zip(found["right"], found["answers"]))
+                ],
+                columns=["run", "length", "region", "depth", "right", "answers"],
             )
-        )
-    return markdown(columns, rows)
+            if counts["length"].nunique() < 2:
+                continue
+            regions = _shares(counts, ["length", "region"]).unstack()[list(REGIONS)]
+            regions.insert(0, "all", _shares(counts, "length"))
+            run = counts["run"].iloc[0]
+            for length, shares in regions.map(FORM, na_action="ignore").iterrows():
+                rows.append([*run[RUN], f"{length:,}", *shares])
+            far = counts["region"] == "history"
+            depths = _shares(counts[far], ["length", "depth"]).unstack()
+            depths["near"] = _shares(counts[~far], "length")
+            label = f"{run['model']}, {run['learning rate']}, seed {run['seed']}"
+            file = figures / f"results_lengths_{re.sub('[^a-z0-9]+', '_', name.lower())}.png"
+            plot_heat_map(depths, label, file)
+            drawn += shown(file, f"Answers right by length and depth: {label}")
+        if rows:
+            table = pd.DataFrame(rows, columns=[*RUN, "evaluated at", *SHARES])
+            lines += [f"Trained on {setting}:", "", *table_of(table), "", *drawn]
+    return [*SECTIONS["### By length and depth"], *lines] if lines else []
 
 
-def base_of(group: Group, groups: Iterable[Group]) -> Group | None:
-    """The Transformer among `groups` with the N, the tokens, the text and the shape of `group`."""
+def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
+    """Loss by position in the sample and in later windows, at every length that was evaluated."""
+    rows = []
+    for run, part in _done(frame[~frame["again"]], "evaluate", "by_position"):
+        window = part["by_window_position"]
+        later = {"start": window["later"][0], "start_tokens": window["edges"][1]} if "later" in window else {}
+        sizes = {"length": part["length"], "evaluated": part["tokens"]}
+        rows.append({**run, **part["figures"], **sizes, **later, "bins": part["by_position"], "window": window})
+    if not rows:
+        return []
+    wanted = [column for column, _ in POSITION_COLUMNS.values()]
+    parts = pd.DataFrame(rows).reindex(columns=[*dict.fromkeys(["group", "bins", "window", *wanted])])
+    table = parts.sort_values("length", kind="stable").groupby(["length", "group"], sort=False).agg(**POSITION_COLUMNS)
+    lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
+    for length, members in parts.groupby("length"):
+        file = figures / f"results_positions_{length}.png"
+        plot_lines(_binned(members, "bins", "loss"), ("position in the sample", LOSS), file)
+        lines += shown(file, f"Loss by position in samples of {length:,} tokens")
+        windows = members.dropna(subset="start")
+        if len(windows):
+            file = figures / f"results_window_positions_{length}.png"
+            plot_lines(_binned(windows, "window", "later"), ("position in a later window", LOSS), file, "symlog")
+            lines += shown(file, f"Loss by position in the window, samples of {length:,} tokens")
+    return lines
 
-    def terms(group: Group) -> tuple[Any, ...]:
-        model, data = group.config.model, essence(group.config).data
-        shape = (model.vocab_size, model.d_model, model.num_heads, model.num_layers, model.feed_forward_dim)
-        return (data, _tokens(group), model.dropout, *shape)
 
-    for other in groups:
-        if other.config.model.architecture == "transformer" and terms(other) == terms(group):
-            return other
-    return None
+def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
+    """What the history contributes; of each group the run of the first seed that was measured."""
+    lines: list[str] = []
+    measured: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {}
+    for run, part in _done(frame, "history", "cuts"):
+        measured.setdefault(part["length"], {}).setdefault(run["group"], (f"{run['label']}, ", part))
+    for length, runs in sorted(measured.items()):
+        rows = [
+            (label[:-2], cut["distance"], *map(_change, (cut["change"], cut["affected_change"])), shares)
+            for label, part in runs.values()
+            for shares in [", ".join(map("{:.2f}".format, part["share"]))]
+            for cut in part["cuts"]
+        ]
+        heads = ["model", "rows of history left", "change in loss", "of tokens with more", "share by block"]
+        lines += [f"Samples of {length:,} tokens:", "", *table_of(pd.DataFrame(rows, columns=heads)), ""]
+        for file in plot_history([*runs.values()], figures, f"results_{length}_"):
+            lines += shown(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens")
+    return [*SECTIONS["## What the history contributes"], *lines] if lines else []
 
 
-def percent(group: Group, base: Group) -> float | None:
-    """By how many percent the mean perplexity is above that of the base; None where one is not known."""
-    ours, theirs = group.mean(perplexity), base.mean(perplexity)
-    return None if ours is None or theirs is None else (ours.value / theirs.value - 1) * 100
+def sample_lines(frame: pd.DataFrame) -> list[str]:
+    """Generated texts; of each group the run of the first seed."""
+    lines: list[str] = []
+    runs: dict[str, tuple[str, dict[str, Any]]] = {}
+    for run, part in _done(frame, "samples", "samples"):
+        runs.setdefault(run["group"], (run["name"], part))
+    for name, part in runs.values():
+        options = ", ".join(f"{option} {value}" for option, value in part.items() if option != "samples")
+        lines += [f"### {name}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
+        for sample in part["samples"]:
+            lines += fenced(f"{sample['prompt']}|{sample['text']}")
+    return ["## Samples", "", *lines] if lines else []
 
 
-def millions(tokens: int) -> str:
-    """'100.0 M'."""
-    return f"{tokens / 1e6:,.1f} M"
-
-
-def runs(results: Sequence[Result]) -> list[str]:
-    """What was run: every run's device, versions, tokens and seed, then the commands."""
-    columns = ("run", "device", "JAX", "parameters", "steps", "tokens", "seed", "corpus", "tokenizer")
-    rows = [
-        (
-            result["name"],
-            device(result),
-            result["jax"],
-            f"{result['parameters']:,}",
-            f"{result['steps']:,}",
-            f"{result['tokens']:,}",
-            str(result["seed"]),
-            result["config"]["data"]["dataset"],
-            result["config"]["data"]["tokenizer"],
-        )
-        for result in results
-    ]
-    commands = dict.fromkeys(result["command"] for result in results)
-    return ["## Runs", "", *markdown(columns, rows), "", "Commands:", "", *fenced("\n".join(commands))]
+def run_lines(frame: pd.DataFrame) -> list[str]:
+    """Every run with its device, versions, tokens and seed, then the commands."""
+    columns = {name: name for name in ("name", "device", "jax", "parameters", "steps", "tokens", "seed")}
+    columns |= {"config.data.dataset": "corpus", "config.data.tokenizer": "tokenizer", "name": "run", "jax": "JAX"}
+    frame = frame.sort_index()
+    table = frame[list(columns)].rename(columns=columns)
+    for name in ("parameters", "steps", "tokens"):
+        table[name] = table[name].map("{:,}".format)
+    return ["## Runs", "", *table_of(table), "", "Commands:", "", *fenced("\n".join(frame["command"].unique()))]
 
 
 def fenced(text: str) -> list[str]:
-    """A block of text as it is; control characters are spelled out."""
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
-    return [f"{fence}text", shown, fence, ""]
+    """Text in a block that it cannot end; control characters are spelled out."""
+    plain = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", plain)), default=0))
+    return [f"{fence}text", plain, fence, ""]
 
 
-def _order(group: Group) -> tuple[Any, ...]:
-    model = group.config.model
-    return (_tokens(group), group.config.data.sequence_length, model.architecture != "transformer", group.label)
-
-
-def _window_order(group: Group) -> tuple[Any, ...]:
-    model = group.config.model
-    total, share = total_window(group.config), observed_share(group.config)
-    return (group.config.data.sequence_length, model.num_blocks, model.hidden_depth, total or 2**31, share or 0.0)
-
-
-def _tokens(group: Group) -> int:
-    return int(group.results[0]["tokens"])
-
-
-def _figure(file: pathlib.Path | None, title: str, files: list[pathlib.Path]) -> list[str]:
-    """A figure's line; it joins `files`."""
-    if file is None:
-        return []
-    files.append(file)
+def shown(file: pathlib.Path, title: str) -> list[str]:
+    """The line that shows a figure."""
     return [f"![{title}](figures/{file.name})", ""]
 
 
-def _plot_history(groups: Sequence[Group], file: pathlib.Path) -> pathlib.Path | None:
-    """Validation loss against trained tokens, the mean over seeds."""
-    curves = []
-    for group in groups:
-        by_step: dict[int, list[float]] = {}
-        for result in group.results:
-            for step, loss in result["history"]:
-                by_step.setdefault(step, []).append(loss)
-        tokens = _tokens(group) / max(group.results[0]["steps"], 1)
-        steps = sorted(step for step, losses in by_step.items() if len(losses) == len(group.results))
-        if len(steps) > 1:
-            means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
-            curves.append((group.label, [step * tokens / 1e6 for step in steps], means))
-    if not curves:
-        return None
-    plot_curves(curves, ("training tokens, millions", "validation loss, nats per token"), file)
-    return file
+def _by_setting(frame: pd.DataFrame) -> Any:
+    """The runs of each setting by model, learning rate and seed, with these as the report names them."""
+    rate = "config.train.learning_rate"
+    frame = frame.sort_values(["setting", "model", rate, "seed", "again"])
+    seeds = frame["seed"].astype(str) + frame["again"].map({True: ", again", False: ""})
+    return frame.assign(**{"learning rate": frame[rate].map("{:g}".format), "seed": seeds}).groupby("setting")
 
 
-def _retrieval(
-    results: Sequence[Result], figures: pathlib.Path, figure_line: Callable[[pathlib.Path, str], list[str]]
-) -> list[str]:
-    """The section on tasks: tables for each setting, answers by question, then lengths beyond the trained one."""
-    if not results:
-        return []
-    lines = ["## Retrieval", "", RETRIEVAL, *retrieval_lines(results)]
-    by_question, by_length = question_lines(results), length_lines(results, figures, figure_line)
-    lines += ["### By position of the question", "", QUESTIONS, *by_question] if by_question else []
-    return lines + (["### By length and depth", "", *by_length] if by_length else [])
+def _done(frame: pd.DataFrame, action: str, part: str) -> Iterator[tuple[pd.Series, dict[str, Any]]]:
+    """Each run with what an action gave, such as 'evaluate' and 'evaluate@8192', where that has `part`."""
+    for _, run in frame.iterrows():
+        for name, found in run["then"].items():
+            if name.partition("@")[0] == action and part in found:
+                yield run, found
 
 
-def _samples(results: Sequence[Result]) -> list[str]:
-    """The section of generated texts: of each group the run of the first seed."""
-    lines: list[str] = []
-    for group in sorted(groups_of(result for result in results if "samples" in result["then"]), key=_order):
-        result = group.results[0]
-        drawn = result["then"]["samples"]
-        options = ", ".join(f"{name} {value}" for name, value in drawn.items() if name != "samples")
-        lines += [f"### {result['name']}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
-        for sample in drawn["samples"]:
-            lines += fenced(f"{sample['prompt']}|{sample['text']}")
-    return ["## Samples", "", *lines] if lines else []
+def _change(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"
+
+
+def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
+    """Right answers over answers, NaN where there are none."""
+    sums = counts.groupby(by)[["right", "answers"]].sum()
+    return sums["right"] / sums["answers"]
+
+
+def _binned(parts: pd.DataFrame, bins: str, losses: str) -> pd.DataFrame:
+    """The mean over seeds of the loss in each bin, at the middle of the bin."""
+    tables = []
+    for group, label, part in zip(parts["group"], parts["label"], parts[bins]):
+        edges = np.asarray(part["edges"])
+        middles = (edges[:-1] + edges[1:] - 1) / 2
+        tables.append(pd.DataFrame({"group": group, "label": label, "x": middles, "y": part[losses]}))
+    return _over_seeds(pd.concat(tables).astype({"y": float}))
+
+
+def _over_seeds(points: pd.DataFrame) -> pd.DataFrame:
+    """The mean of y at each x of each group."""
+    return points.groupby(["group", "label", "x"], sort=False, as_index=False)["y"].mean()

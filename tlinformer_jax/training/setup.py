@@ -218,7 +218,7 @@ def flops_per_token(run: Run, length: int) -> float:
     places = run.answers(length)
     read, first = (None, 0) if places is None else (places.most, places.first)
     flops = training_flops(model, length, sampled_windows=sampled, read=read, first=first)
-    return flops.model / trained_tokens(model, length, sampled)
+    return flops / trained_tokens(model, length, sampled)
 
 
 def check_kernel(config: ModelConfig) -> None:

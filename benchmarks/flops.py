@@ -1,0 +1,100 @@
+"""Hardware FLOPs of a training step: what its program executes on a device; `analysis.flops` counts model FLOPs.
+
+Beyond these: heads padded to what the attention kernel wants, the vocabulary as the loss pads it, the last window and
+the masked history of each segment of windows at full length or by whole chunks, and once more what the backward pass
+computes again: the chunks of a history, and the baselines' layers where `remat` says so, less their last product and
+what `remat_save` keeps. Attention by XLA's plain products counts the whole rectangle of queries and keys. A fused
+kernel skips what is masked but computes the scores again in the backward pass: attention counts 2.5 times its forward
+products instead of 2, and 3.5 times by the kernel with dropout, which computes scores and weights' gradients for the
+queries' gradient and again for the keys' (rounding to tiles is not counted). What devices of the axes `window` and
+`context` compute each for itself, block 0's projections and the windows' own rows, counts once.
+"""
+
+from tlinformer_jax.analysis.flops import (
+    Forward,
+    causal_layers,
+    causal_pairs,
+    project,
+    restored,
+    segment_shapes,
+    trained_windows,
+    window,
+)
+from tlinformer_jax.analysis.peaks import peak_flops
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.models import dropout_kernel
+from tlinformer_jax.models.attention import fused_kernel, head_multiple
+from tlinformer_jax.models.model import padded_vocabulary
+from tlinformer_jax.models.transformer import attention_window
+from tlinformer_jax.models.windows import num_windows, padded_length, plan_segments
+
+
+def hardware_flops(
+    config: ModelConfig,
+    length: int,
+    batch: int = 1,
+    sampled_windows: int = 0,
+    read: int | None = None,
+    first: int = 0,
+) -> float:
+    """Operations of a step's forward and backward passes on this machine's default device; see `training_flops`."""
+    kernel, dtype = config.attention, config.compute_dtype
+    if kernel == "auto" and config.dropout:
+        kernel = "triton" if dropout_kernel.use_kernel(dtype, config.head_dim) else "xla"
+    elif kernel == "auto" and fused_kernel(dtype):
+        kernel = "cudnn"
+    fused = kernel in ("cudnn", "triton")
+    width = config.head_dim + -config.head_dim % head_multiple(dtype, config.attention, config.head_padding)
+    share, skipped = trained_windows(config, length, sampled_windows, first)
+    together = 1 if share < 1 else None
+    outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, together, skipped)
+    head = (
+        2.0 * (length if read is None else read) * share * padded_vocabulary(config.vocab_size, dtype) * config.d_model
+    )
+    once = outside + inside * share
+    times = {"cudnn": 3.5, "triton": 4.5}.get(kernel, 3.0)
+    return batch * (3.0 * once.matrix + times * once.attention + again.total * share + 3.0 * head)
+
+
+def utilisation(model_flops_per_second: float, devices: int, device_kind: str, dtype: str) -> float | None:
+    """MFU: model FLOPs per second over the peak of all `devices`; None where the peak is not known."""
+    peak = peak_flops(device_kind, dtype)
+    return None if peak is None else model_flops_per_second / (devices * peak)
+
+
+def _hardware_forward(
+    config: ModelConfig, length: int, inner: int, fused: bool, together: int | None, skipped: int
+) -> tuple[Forward, Forward, Forward]:
+    """FLOPs of the forward pass without the head, outside the windows and in them, and those computed again.
+
+    `inner` is the width of all padded heads, `together` as `plan_segments` has it.
+    """
+    if not config.windowed:
+        seen = attention_window(config)
+        layers = causal_layers(config, length, inner, causal_pairs(length, seen) if fused else length**2)
+        again = _computed_again(config, layers, length, inner, fused) if config.remat == "window" else Forward()
+        return Forward(), layers, again
+    windows, size = num_windows(config, length), config.generation_window
+    segments = plan_segments(config, windows, together, first=skipped)
+    causal = causal_pairs(size) if fused else size**2
+    total, again = Forward(), Forward()
+    if not skipped:
+        total = causal_layers(config, size, inner, causal) + project(config, -size, 3, inner)
+    for segment in segments:
+        for shape in segment_shapes(config, segment, causal, fused):
+            total = total + window(config, shape, inner)
+            again = again + (restored(config, shape, inner) if segment.history_chunk else Forward())
+    return project(config, padded_length(config, windows, segments), 3, inner), total, again
+
+
+def _computed_again(config: ModelConfig, layers: Forward, rows: int, inner: int, fused: bool) -> Forward:
+    """What the backward pass computes again of a baseline's layers, whose forward pass is `layers`."""
+    product = Forward(matrix=2.0 * rows * config.d_model * config.feed_forward_dim * config.num_layers)
+    again = layers + product * -1  # only the next layer reads the last product, and its input is kept
+    if "gate_up" in config.saved_names:
+        again = again + product * -2
+    if "projected" in config.saved_names:
+        again = again + project(config, rows, 3, inner) * -config.num_layers
+    if "attended" in config.saved_names and not fused:
+        again = again + Forward(attention=-layers.attention / 2)  # the scores are needed all the same
+    return again

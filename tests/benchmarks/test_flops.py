@@ -1,0 +1,93 @@
+"""Hardware FLOPs against XLA's own count, and model FLOPs utilisation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import flops
+from benchmarks.flops import hardware_flops, utilisation
+from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.config.model import REMAT_NAMES
+from tlinformer_jax.models import ModelConfig, build_model
+from tlinformer_jax.training.loss import summed_cross_entropy
+
+# Wide enough that elementwise operations, which XLA counts and we do not, are a small part.
+WIDE = ModelConfig(
+    vocab_size=512,
+    d_model=256,
+    num_heads=2,
+    num_blocks=3,
+    hidden_depth=1,
+    d_ff=512,
+    history_window=48,
+    generation_window=64,
+    dtype="float32",
+    attention="xla",
+    history_segments=8,  # one for each window: nothing is masked
+    scan_layers=False,
+    remat="none",
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "length", "first", "fields"),
+    [
+        ("tlinformer", 128, 0, {}),
+        ("tlinformer", 160, 0, {"history_window": 80, "num_blocks": 2, "hidden_depth": 0}),
+        ("tlinformer", 192, 130, {"num_blocks": 2}),  # its first two windows are not run
+        ("tconstformer", 128, 0, {"num_blocks": 1}),
+        ("tlinformer", 64, 0, {}),  # one window
+        ("transformer", 192, 0, {}),
+        ("transformer", 192, 0, {"remat": "window"}),
+        *(("transformer", 192, 0, {"remat": "window", "remat_save": name}) for name in REMAT_NAMES),
+        ("sliding_window", 192, 0, {}),
+    ],
+)
+def test_hardware_flops_are_what_xla_counts(architecture, length, first, fields):
+    """Within 1.5% of the cost analysis of an unrolled forward and backward pass, which counts what is elementwise."""
+    config = dataclasses.replace(WIDE, architecture=architecture, **fields)
+    model = build_model(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
+
+    def loss(params, tokens):
+        hidden = model.apply({"params": params}, tokens, start=first, method=model.hidden_states)
+        labels = tokens[:, first:]
+        return summed_cross_entropy(hidden, params["embedding"], labels, jnp.ones(labels.shape), 2 * length)
+
+    counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]
+    expected = hardware_flops(config, length, batch=2, read=length - first, first=first)
+    assert expected == pytest.approx(counted, rel=0.015)
+
+
+def test_masked_history_padding_and_rematerialisation_are_hardware_flops_only():
+    whole, one_segment = hardware_flops(WIDE, 512), dataclasses.replace(WIDE, history_segments=1)
+    assert training_flops(one_segment, 512) == training_flops(WIDE, 512)
+    assert hardware_flops(one_segment, 512) > 1.2 * whole
+    assert hardware_flops(dataclasses.replace(WIDE, remat="window"), 512) == whole, "nothing is computed twice"
+    chunked = hardware_flops(dataclasses.replace(WIDE, history_chunk=64), 512)
+    assert training_flops(dataclasses.replace(WIDE, history_chunk=64), 512) == training_flops(WIDE, 512)
+    assert 1.1 * whole < chunked < 1.34 * whole
+    grouped = hardware_flops(dataclasses.replace(WIDE, history_chunk=64, history_segments=1, windows_together=7), 512)
+    assert grouped > 1.1 * chunked, "a group restores its longest history"
+    baseline = dataclasses.replace(WIDE, architecture="transformer")
+    again = hardware_flops(dataclasses.replace(baseline, remat="window"), 512)
+    assert 1.2 < again / hardware_flops(baseline, 512) < 1.34
+    padded = dataclasses.replace(WIDE, attention="cudnn", dtype="bfloat16", num_heads=8, head_padding=64)
+    assert hardware_flops(padded, 512) > 1.3 * hardware_flops(dataclasses.replace(padded, head_padding=32), 512)
+    assert hardware_flops(WIDE, 509) > training_flops(WIDE, 509)
+
+
+def test_the_dropout_kernel_computes_two_products_more_than_cudnn(monkeypatch):
+    """Scores and the weights' gradients once more: as much as a forward pass over the causal pairs."""
+    config = ModelConfig(architecture="transformer", dtype="bfloat16")
+    monkeypatch.setattr(flops, "fused_kernel", lambda dtype: True)
+    monkeypatch.setattr(flops.dropout_kernel, "use_kernel", lambda dtype, width: True)
+    without, dropped = (hardware_flops(dataclasses.replace(config, dropout=rate), 512) for rate in (0.0, 0.1))
+    assert dropped - without == pytest.approx(config.num_layers * 4 * (512 * 513 / 2) * config.d_model)
+
+
+def test_utilisation_is_a_share_of_the_peaks_of_all_devices():
+    assert utilisation(2 * 989e12, 8, "NVIDIA H200", "bfloat16") == 0.25

@@ -1,0 +1,210 @@
+"""Records of runs as one table, and what is computed over seeds. Without JAX.
+
+`frame_of` makes a row of each record: its parts as columns such as 'config.model.d_model' or 'validation.loss', and the
+columns of `_derived`. Runs of one `group` differ in their seeds only. A seed that was run again counts once.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.data.recall import chance_by_elimination
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.experiments.job import RESULT_FILE, Record, completed, essence, read_result
+from tlinformer_jax.files import markdown
+
+N, ARCHITECTURE, DEPTH = "config.data.sequence_length", "config.model.architecture", "depth"
+PERPLEXITY, SPEED, CACHE = "validation.perplexity", "speed.tokens_per_second", "cache.used"
+ACCURACIES = ("accuracy", "accuracy_own", "accuracy_observed", "accuracy_history")
+# Columns of numbers, which need not be in every record.
+NUMBERS = (
+    *(PERPLEXITY, SPEED, CACHE, "validation.bits_per_byte", "speed.mfu", "seconds.wall", "peak_bytes"),
+    *("total", "share", "chance", "target.accuracy", *(f"reported.{name}" for name in ACCURACIES)),
+)
+NAMES = {
+    "transformer": "full attention",
+    "sliding_window": "sliding window",
+    "tlinformer": "TLinFormer",
+    "tconstformer": "TConstFormer",
+}
+ENDS = (0.125, 0.875)  # shares of W_oh that a curve must reach before its chord can show a knee
+
+
+def read_records(folder: pathlib.Path) -> list[Record]:
+    """All records of a directory by file name, or the one of a run's own directory.
+
+    Raises:
+      DataError: if there are none, or a file is not a record.
+    """
+    own = folder / RESULT_FILE
+    paths = [own] if own.exists() else sorted(folder.glob("*.json"))
+    if not paths:
+        raise DataError(f"{folder}: must be a directory that holds at least one record of a run, NAME.json")
+    return [read_result(path) for path in paths]
+
+
+def frame_of(records: Sequence[Record]) -> pd.DataFrame:
+    """A row for each record, in the order of the report; the index is the place in `records`."""
+    flat = pd.json_normalize([record | {"then": None, "overrides": None, "device": None} for record in records])
+    derived = pd.DataFrame([_derived(record) for record in records])
+    frame = pd.concat([flat.drop(columns=["then", "overrides", "device"]), derived], axis=1)
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame, *NUMBERS, "sweep", "target.reached"])))
+    frame[list(NUMBERS)] = frame[list(NUMBERS)].apply(pd.to_numeric)
+    frame["again"] = frame.duplicated(["group", "seed"])
+    return frame.sort_values(["tokens", N, "ours", "label", "seed"])
+
+
+def _derived(record: Record) -> dict[str, Any]:
+    """Columns that are made of several parts of a record.
+
+    label: the point's name in its sweep, else the run's; ours: not the Transformer; setting and
+    model: the task and the model in words; total: W_oh + W_og; share: W_oh / total; chance: of a guess among the
+    answers of a sample that are not used yet; reported.*: shares of right answers on the split `split`; group: equal
+    for runs that differ in their seeds only; base: equal for a model and the Transformer it is compared with.
+    """
+    config, fields = completed(record["config"]), essence(record["config"])
+    model, data = config["model"], config["data"]
+    fields.pop("train.seed")
+    total, share = _windows(model, data["sequence_length"])
+    # Runs are grouped whatever sweep has trained them; one that stops at an accuracy stops at any update.
+    tokens = None if record.get("target") else record["tokens"]
+    shape = [model[field] for field in ("vocab_size", "d_model", "num_heads", "d_ff", "dropout")]
+    text = {field: value for field, value in fields.items() if field.startswith("data.")}
+    layers = model["num_blocks"] * (model["hidden_depth"] + 2)
+    evaluation = record["then"].get("evaluate", {})
+    tested = evaluation.get("split") == "test"
+    figures = evaluation["figures"] if tested else record["validation"]
+    chance = chance_by_elimination(_items(data)) if data["dataset"] == "recall" else record["validation"].get("chance")
+    return {
+        "device": f"{record['device'].get('count')} x {record['device'].get('kind')}",
+        "label": record.get("point") or record["name"].removesuffix(f"-seed{record['seed']}"),
+        "ours": model["architecture"] != "transformer",
+        "setting": _setting(model, data),
+        "model": _model_name(model, layers),
+        "windows": None if share is None else f"{model['history_window']} + {model['generation_window']}",
+        DEPTH: f"{model['num_blocks']} x {model['hidden_depth'] + 2}",
+        "total": total,
+        "share": share,
+        "chance": chance,
+        "split": "test" if tested else "validation",
+        **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
+        "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
+        "base": json.dumps([record["tokens"], text, shape, layers], sort_keys=True),
+        "then": record["then"],
+    }
+
+
+def _windows(model: Mapping[str, Any], length: int) -> tuple[int | None, float | None]:
+    """W_total, None without windows or with 'auto'; and W_oh / W_total, with 'auto' that of the last window."""
+    size, rows = model["generation_window"], model["history_window"]
+    if model["architecture"] == "transformer":
+        return None, None
+    if rows != "auto":
+        return rows + size, rows / (rows + size)
+    rows = ModelConfig(history_window="auto").observed_rows((length - 1) // size * size)
+    return None, rows / (rows + size)
+
+
+def _items(data: Mapping[str, Any]) -> int:
+    """The pairs or passkeys of a sample, under the name that they have or had."""
+    old = "pairs" if data["dataset"] == "recall" else "passkeys"
+    return int(data[old] if old in data else data["num_items"])
+
+
+def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """The task, its sizes, both windows, and the lengths it was trained on first."""
+    kind = {"recall": "pairs", "passkey": "hidden"}.get(data["dataset"])
+    items = f", {_items(data):,} {kind}" if kind else ""
+    windows = f"W_oh = {model['history_window']}, W_og = {model['generation_window']}, width {model['d_model']}"
+    name = f"{data['dataset']}, N = {data['sequence_length']:,}{items}, {windows}"
+    return name + (f", curriculum {data['curriculum']}" if data["curriculum"] else "")
+
+
+def _model_name(model: Mapping[str, Any], layers: int) -> str:
+    """Architecture and depth, and which rows the observation window holds where they are not the last."""
+    name, selection = f"{NAMES[model['architecture']]}, {layers} layers", model.get("observed_selection", "recent")
+    if model["architecture"] in ("tlinformer", "tconstformer"):
+        name += f" (B = {model['num_blocks']}, H = {model['hidden_depth']})"
+    return name if selection == "recent" else f"{name}, {selection} rows"
+
+
+def counted(frame: pd.DataFrame) -> Any:
+    """The runs of a frame by group, each seed once, in the frame's order."""
+    return frame[~frame["again"]].groupby("group", sort=False)
+
+
+def told(form: str) -> Callable[[pd.Series], str]:
+    """Aggregates a group's figures to 'mean ± sample standard deviation', the mean alone of one; '' of none."""
+    return lambda values: " ± ".join(map(form.format, pd.Series([values.mean(), values.std()]).dropna()))
+
+
+def mean(form: str, unit: float = 1.0) -> Callable[[pd.Series], str]:
+    """Aggregates a group's figures to their mean alone; '' of none."""
+    return lambda values: "" if values.isna().all() else form.format(values.mean() * unit)
+
+
+def duration(seconds: pd.Series) -> str:
+    """Aggregates seconds to their mean as m:ss; '' of none."""
+    minutes, rest = divmod(seconds.mean().round(), 60)
+    return "" if seconds.isna().all() else f"{minutes:.0f}:{rest:02.0f}"
+
+
+def joined(values: pd.Series) -> str:
+    """Aggregates a group's values to a list of those that differ."""
+    return ", ".join(map(str, values.unique()))
+
+
+def points_of(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for each group: its first run's columns, the seeds, and of figures also '.std' and '.count' over seeds."""
+    runs = counted(frame)
+    points = runs[["label", ARCHITECTURE, N, DEPTH, "total", "share"]].first().assign(seeds=runs["seed"].agg(list))
+    for column in (PERPLEXITY, SPEED, CACHE, "seconds.wall"):
+        points[[column, f"{column}.std", f"{column}.count"]] = runs[column].agg(["mean", "std", "count"])
+    return points
+
+
+def curves_of(points: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """W_total -> the TLinFormers of that sum by rising share of W_oh; of several N or depths that with most points.
+
+    Curves of fewer than three points have no knee and are left out.
+    """
+    ours = points[points[ARCHITECTURE] == "tlinformer"].dropna(subset=["total", PERPLEXITY])
+    found: dict[int, pd.DataFrame] = {}
+    for (total, *_), curve in ours.groupby(["total", N, DEPTH]):
+        if len(curve) >= max(3, len(found.get(int(total), ())) + 1):
+            found[int(total)] = curve.sort_values("share")
+    return found
+
+
+def knee(curve: pd.Series) -> Hashable | None:
+    """Where going further along the index begins to gain little; small values are the good ones.
+
+    With both axes scaled to [0, 1] it is the point farthest below the chord from the first point to the last. None for
+    fewer than three points, and where no point lies below the chord.
+    """
+    curve = curve.sort_index()
+    x, y = curve.index.to_numpy(float), curve.to_numpy(float)
+    if len(y) < 3 or x[-1] == x[0] or not 0 < np.ptp(y) < np.inf:
+        return None
+    below = (y[0] + (y[-1] - y[0]) * (x - x[0]) / (x[-1] - x[0]) - y) / np.ptp(y)
+    return curve.index[below.argmax()] if below.max() > 1e-9 else None
+
+
+def knee_of(curve: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The row of the knee in a curve of `curves_of`; no row where there is none, and the reason."""
+    reasons = ["some points have one seed only"] if (curve[f"{PERPLEXITY}.count"] < 2).any() else []
+    if curve["share"].min() > ENDS[0] or curve["share"].max() < ENDS[1]:
+        reasons.append(f"an end is missing, {ENDS[0]} or {ENDS[1]}")
+    found = None if reasons else knee(curve.set_index("share")[PERPLEXITY])
+    reason = " and ".join(reasons) or ("no point lies below the chord" if found is None else "")
+    return curve[curve["share"] == found], reason
+
+
+def table_of(frame: pd.DataFrame) -> list[str]:
+    """A table in Markdown; the column names are the heads."""
+    return markdown(list(frame), frame.astype(object).fillna("").astype(str).to_numpy().tolist())
