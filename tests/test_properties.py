@@ -154,7 +154,13 @@ STRATA = {
 }
 
 
-@pytest.mark.parametrize("architecture", model_config.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in ("tlinformer", "transformer") else pytest.param(name, marks=pytest.mark.slow)
+        for name in model_config.ARCHITECTURES
+    ],
+)
 def test_valid_configs_train_and_decode(architecture):
     changes, prompt = STRATA[architecture]
     model, train = STRATUM | {"architecture": architecture} | changes, {"batch_size": 4, "warmup_steps": 0}
