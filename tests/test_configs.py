@@ -13,9 +13,8 @@ from absl import flags
 
 from tests.support.commands import check_refusal, command
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config import recipes
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, run_config, save_config
+from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, recipes, run_config, save_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes

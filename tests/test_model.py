@@ -106,9 +106,7 @@ def test_scan_equals_plain_loop_over_windows(architecture, remat):
         assert float(jnp.linalg.norm(value - truth)) <= 1e-4 * norm + 1e-12
 
 
-@pytest.mark.parametrize(
-    "segments", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("segments", [2])
 def test_results_do_not_depend_on_segments_or_layer_scans(segments):
     variables = golden_scale(SMALL)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 27)))
@@ -247,12 +245,14 @@ def test_rematerialisation_keeps_what_it_is_told(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
-@pytest.mark.parametrize("save", ["", "gate_up,projected,attended"])
+@pytest.mark.parametrize(
+    ("architecture", "save"),
+    [(name, "gate_up,projected,attended") for name in ("tlinformer", "transformer")] + [("transformer", "")],
+)
 def test_rematerialisation_changes_no_gradient(architecture, save):
     config = dataclasses.replace(SMALL, architecture=architecture, remat="none", hidden_depth=0)
     params = golden_scale(config)["params"]
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 19)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 11)))
 
     def gradient(config):
         model = build_model(config)

@@ -275,7 +275,7 @@ def check_refused(values: dict, fields: set[str]) -> None:
     assert len(message.splitlines()) == 1
 
 
-@settings(300)
+@settings(150)
 @hypothesis.given(invalid_configs())
 def test_a_field_that_is_wrong_is_named_in_one_line(case):
     field, values = case
@@ -283,7 +283,7 @@ def test_a_field_that_is_wrong_is_named_in_one_line(case):
 
 
 @pytest.mark.slow
-@settings(3000)
+@settings(1500)
 @hypothesis.given(invalid_configs())
 def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
     field, values = case
