@@ -18,7 +18,8 @@ Result: not yet measured.
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.run import default_config_dict, recipes
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
 
 
 def get_config(variant: str = "512-512-0.5") -> ConfigDict:

@@ -18,7 +18,8 @@ docs/performance.md; no model has been trained by these yet.
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.run import default_config_dict, recipes
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 
 VARIANTS = ("64k", "1m")

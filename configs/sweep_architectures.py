@@ -17,7 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.run import default_config_dict, recipes
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
 
 TOKENS = 100_000_000

@@ -16,8 +16,9 @@ measured: books.
 
 from ml_collections import ConfigDict
 
+from tlinformer_jax.config import recipes
 from tlinformer_jax.config.model import SELECTIONS
-from tlinformer_jax.config.run import default_config_dict, recipes
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
 from tlinformer_jax.experiments.recipes import set_recall

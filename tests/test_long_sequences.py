@@ -47,11 +47,16 @@ NARROW = ModelConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def small_chunks_of_logits(monkeypatch):
+    monkeypatch.setattr("tlinformer_jax.training.batch_loss.LOSS_CHUNK", 512)
+
+
 def temporary_bytes(config: ModelConfig, length: int, sampled: int = 0) -> int:
     """What the compiled gradient of one sequence needs beside its arguments and results."""
     model = build_model(config)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    train = TrainConfig(loss_chunk=512, sampled_windows=sampled)
+    train = TrainConfig(sampled_windows=sampled)
 
     def loss(params, batch):
         windows = jnp.arange(sampled, dtype=jnp.int32) if sampled else None

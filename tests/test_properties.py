@@ -13,10 +13,10 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config import data as data_config
+from tlinformer_jax.config import model as model_config
+from tlinformer_jax.config import train as train_config
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
-from tlinformer_jax.config.run import data as data_config
-from tlinformer_jax.config.run import model as model_config
-from tlinformer_jax.config.run import train as train_config
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
@@ -92,11 +92,10 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
     train = {
         "batch_size": 4,
         "accumulation": draw(st.sampled_from([1, 2])),
-        "equal_updates": draw(st.booleans()),
         "sampled_windows": sampled,
         "warmup_steps": 0,
-        "loss_chunk": draw(st.sampled_from([7, 8192])),
-        "decay_mask": draw(st.sampled_from(train_config.DECAY_MASKS)),
+        "epochs": 1,
+        "schedule": draw(st.sampled_from(train_config.SCHEDULES)),
     }
     return run_config({"model": model, "train": train, "data": {"sequence_length": length}})
 
@@ -187,12 +186,11 @@ LEAST = {
     "model": {"hidden_depth": 0, "history_chunk": 0, "head_padding": 8, "d_ff": 1, "history_window": 1}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1)
     | dict.fromkeys(("history_segments", "windows_together"), 1),
-    "train": dict.fromkeys(("batch_size", "accumulation", "loss_chunk", "log_every", "keep_checkpoints"), 1)
+    "train": dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
-    | dict.fromkeys(("eval_every_epochs", "eval_batch_size", "checkpoint_every", "keep_best"), 0)
+    | dict.fromkeys(("checkpoint_every", "keep_best"), 0)
     | {"max_skipped_updates": 0, "max_rollbacks": 0},
-    "data": {"sequence_length": 1, "num_workers": 0}
-    | dict.fromkeys(("train_examples", "validation_examples", "pairs", "passkeys", "questions"), 1),
+    "data": dict.fromkeys(("sequence_length", "examples", "num_items", "questions"), 1),
 }
 CHOICES = {
     "model": {
@@ -205,24 +203,20 @@ CHOICES = {
         "history_window": ("auto",),
         "observed_selection": model_config.SELECTIONS,
     },
-    "train": {"schedule": train_config.SCHEDULES, "decay_mask": train_config.DECAY_MASKS},
-    "data": {
-        "dataset": data_config.DATASETS,
-        "document_per": data_config.DOCUMENT_PER,
-        "wikitext_variant": data_config.WIKITEXT_VARIANTS,
+    "train": {
+        "schedule": train_config.SCHEDULES,
+        "eval_every": ("epoch",),
+        "checkpoint_every": ("30s", "10min", "1.5h"),
     },
+    "data": {"dataset": data_config.DATASETS},
 }
-SWITCHES = {"model": ("scan_layers",), "train": ("equal_updates",), "data": ("full_hash",)}
+SWITCHES = {"model": ("scan_layers",)}
 RATES = {
     "model": {"dropout": 1.0},
-    "train": dict.fromkeys(("beta1", "beta2"), 1.0)
-    | {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
-    | dict.fromkeys(("learning_rate", "final_learning_rate", "epsilon", "weight_decay", "clip_norm"), math.inf)
-    | {"checkpoint_minutes": math.inf},
+    "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
+    | dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay", "clip_norm"), math.inf),
 }
-TEXTS = {
-    "data": ("tokenizer", "end_of_text_token", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")
-}
+TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}
 
 
 def invalid_values() -> dict[str, st.SearchStrategy]:

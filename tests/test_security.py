@@ -26,8 +26,6 @@ PACKAGE = ROOT / "tlinformer_jax"
 # Modules whose purpose is to make objects or code of bytes, and what else runs a text.
 MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "execv", "run_path", "run_module"}
-# These talk with the package's own tokenising processes, over pipes that nobody else writes to.
-PIPES = {"data/worker.py", "data/workers.py"}
 
 
 def findings(source: str) -> set[str]:
@@ -88,7 +86,7 @@ def test_the_search_finds_what_it_looks_for():
 def test_nothing_in_the_package_executes_data():
     found = {str(path.relative_to(PACKAGE)): findings(path.read_text()) for path in PACKAGE.rglob("*.py")}
     assert len(found) > 90
-    assert {name: what for name, what in found.items() if what} == {name: {"import pickle"} for name in PIPES}
+    assert not {name: what for name, what in found.items() if what}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tlinformer_jax.experiments.retrieval import (
 )
 from tlinformer_jax.experiments.tables import row_of
 
-DATA = {"dataset": "recall", "tokenizer": "numbers:257", "sequence_length": 512, "pairs": 64}
+DATA = {"dataset": "recall", "tokenizer": "numbers:257", "sequence_length": 512, "num_items": 64}
 WINDOWS = {"history_window": 16, "generation_window": 32, "hidden_depth": 0}
 TLIN = {"architecture": "tlinformer"}
 

@@ -45,16 +45,14 @@ SECTIONS = {
         "eval_every": 2,
         "warmup_steps": 1,
         "checkpoint_every": 2,
-        "eval_batch_size": 8,
         "learning_rate": 1e-2,
     },
     "data": {
         "dataset": "recall",
         "tokenizer": "numbers:12",
         "sequence_length": 18,
-        "pairs": 3,
-        "train_examples": 64,
-        "validation_examples": 21,
+        "num_items": 3,
+        "examples": 210,
     },
 }
 
@@ -191,11 +189,11 @@ def test_an_evaluation_that_leaves_windows_out_finds_the_same(architecture):
     assert 0 < sums["right"].sum() < sums["answers"].sum() == 21 * 9
 
 
-PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400, "validation_examples": 2}
+PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400, "num_items": 1, "examples": 20}
 
 
 def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_questions():
-    data = PASSKEYS | {"passkeys": 20, "questions": 20, "sequence_length": 1800}
+    data = PASSKEYS | {"num_items": 20, "questions": 20, "sequence_length": 1800}
     run = build_run(changed(model={"vocab_size": 257}, data=data), build_tokenizer("bytes"))
     split, params = run.split("validation"), run.initial_state().params
     (batch,) = answer_batches(split, 800, 2, slice(None), 4, run.config.model.observed_rows)
@@ -251,7 +249,7 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
     config = changed(
         model={"vocab_size": 257, "architecture": "transformer"},
         train={"steps": 5, "eval_every": 0, "batch_size": 8, "checkpoint_every": 4},
-        data=data | {"validation_examples": 8},
+        data=data | {"examples": 80},
     )
     shapes = []
     put_batch = loop.put_batch
@@ -271,7 +269,7 @@ def test_what_has_no_answers_cannot_wait_for_them():
         run_config({"train": {"stop_at_accuracy": 0.5}})
     with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 2: must be a number from 0 to 1"):
         changed(train={"stop_at_accuracy": 2})
-    with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' without train.equal_updates = True"):
-        changed(train={"equal_updates": False}, data=grown)
+    with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' for train\.schedule = 'paper'"):
+        changed(train={"schedule": "paper", "epochs": 1}, data=grown)
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must end before train.steps = 3, and has 3"):
         changed(train={"steps": 3}, data=grown)

@@ -13,10 +13,10 @@ from tlinformer_jax.experiments.job import Job, finished_result
 from tlinformer_jax.experiments.record import record_of
 from tlinformer_jax.experiments.results import RESULT_FILE, write_result
 from tlinformer_jax.files import write_text
-from tlinformer_jax.training.lock import sole_run
 from tlinformer_jax.training.loop import train_run
 from tlinformer_jax.training.memory import memory_advice, peak_bytes
 from tlinformer_jax.training.metrics import METRICS_FILE, clock, say
+from tlinformer_jax.training.workdir import sole_run
 
 ATTEMPTS_FILE = "attempts.json"
 # Held until the actions are done, which is longer than the training's own.

@@ -10,6 +10,8 @@ from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.experiments.results import RESULT_FILE, read_result
 from tlinformer_jax.parallel.mesh import MeshConfig
 
+STOPPED = 3  # exit status of a job's process that a signal has stopped
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -65,8 +67,6 @@ def essence(config: RunConfig) -> RunConfig:
         test_files=names(config.data.test_files),
         manual_dir="",
         cache_dir="",
-        full_hash=False,
-        num_workers=0,
     )
     return dataclasses.replace(config, data=data, mesh=MeshConfig())
 

@@ -136,7 +136,7 @@ def check_data(points: Iterable[Point]) -> None:
             continue
         checked.add((data, vocabulary))
         try:
-            tokenizer = build_tokenizer(data.tokenizer, data.end_of_text_token)
+            tokenizer = build_tokenizer(data.tokenizer)
             check_vocab(tokenizer, vocabulary)
             for split in ("train", "validation"):
                 find_split(data, split, tokenizer)

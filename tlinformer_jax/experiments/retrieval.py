@@ -59,7 +59,7 @@ def exact_interval(found: int, runs: int) -> tuple[float, float]:
 def chance_of(group: Group) -> float | None:
     """The share of answers that a guess gets right, by one who knows which occur in the sample, and which are used."""
     if group.config.data.dataset == "recall":
-        return chance_by_elimination(group.config.data.pairs)
+        return chance_by_elimination(group.config.data.num_items)
     chance: float | None = group.results[0]["validation"].get("chance")
     return chance
 
@@ -80,7 +80,7 @@ def settings_of(results: Iterable[Result]) -> dict[str, list[Group]]:
 def setting(group: Group) -> str:
     """The task of a group, its sizes, W_oh and W_og, and the lengths it was trained on before."""
     data, model = group.config.data, group.config.model
-    sizes = {"recall": f", {data.pairs:,} pairs", "passkey": f", {data.passkeys:,} hidden"}.get(data.dataset, "")
+    sizes = {"recall": f", {data.num_items:,} pairs", "passkey": f", {data.num_items:,} hidden"}.get(data.dataset, "")
     windows = f"W_oh = {model.history_window}, W_og = {model.generation_window}"
     name = f"{data.dataset}, N = {data.sequence_length:,}{sizes}, {windows}, width {model.d_model}"
     return f"{name}, curriculum {data.curriculum}" if data.curriculum else name

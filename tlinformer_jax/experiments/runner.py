@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from tlinformer_jax.commands.point import STOPPED
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.experiments.job import Job, finished_result
+from tlinformer_jax.experiments.job import STOPPED, Job, finished_result
 from tlinformer_jax.files import open_own
 
 COMMAND = (sys.executable, "-m", "tlinformer_jax", "point")
