@@ -1,5 +1,6 @@
 """Test-wide settings: eight simulated CPU devices, float32 products, a persistent compilation cache."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -19,6 +20,9 @@ if not ON_GPU:
     # than threads none may be left to compute what they wait for.
     os.environ.setdefault("NPROC", "16")
 
+# Programs are small, and many workers and commands compile the same ones: all are kept, in commands as well.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 import jax  # noqa: E402  (reads the environment set above)
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -32,10 +36,16 @@ from tests.support import figures, shapes  # noqa: E402, F401  (shapes is what t
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture
 def drawn(monkeypatch) -> dict[str, list[figures.Panel]]:
     """File name -> what each panel of a saved figure shows."""
     return figures.recorded(monkeypatch)
+
+
+def pytest_collection_finish() -> None:
+    """Looks for garbage seldom: tracing makes many objects and few cycles, and this took a fifth of its time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)

@@ -117,6 +117,7 @@ def test_mistakes_are_found(tmp_path, name):
 
 
 def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")  # of conftest.py
     for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "TMPDIR"):
         monkeypatch.setenv(name, str(tmp_path))
     result = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", f"--workdir={tmp_path}/run")

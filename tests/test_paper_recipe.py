@@ -189,7 +189,7 @@ def sample_count(lines: list[str], length: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro", [32, 16, 8])
+@pytest.mark.parametrize("micro", [32, 8])
 def test_rehearsal_of_two_epochs_on_real_rows(tmp_path, manual_dir, micro):
     """The whole way from a hand-filled directory to metrics.jsonl; only the sizes are smaller."""
     length, warmup, batch = 8, 3, 64

@@ -153,7 +153,13 @@ STRATA = {
 }
 
 
-@pytest.mark.parametrize("architecture", model_config.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in ("tlinformer", "transformer") else pytest.param(name, marks=pytest.mark.slow)
+        for name in model_config.ARCHITECTURES
+    ],
+)
 def test_valid_configs_train_and_decode(architecture):
     changes, prompt = STRATA[architecture]
     model, train = STRATUM | {"architecture": architecture} | changes, {"batch_size": 4, "warmup_steps": 0}
@@ -263,7 +269,7 @@ def check_refused(values: dict, fields: set[str]) -> None:
     assert len(message.splitlines()) == 1
 
 
-@settings(300)
+@settings(150)
 @hypothesis.given(invalid_configs())
 def test_a_field_that_is_wrong_is_named_in_one_line(case):
     field, values = case
@@ -271,7 +277,7 @@ def test_a_field_that_is_wrong_is_named_in_one_line(case):
 
 
 @pytest.mark.slow
-@settings(3000)
+@settings(1500)
 @hypothesis.given(invalid_configs())
 def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
     field, values = case

@@ -54,7 +54,10 @@ def greedy(config: ModelConfig) -> list[Generation]:
 
 
 @pytest.mark.skipif(not golden.available(), reason=f"no golden files in {golden.FOLDER}")
-@pytest.mark.parametrize("name", golden.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name.endswith("_small") else pytest.param(name, marks=pytest.mark.slow) for name in golden.NAMES],
+)
 def test_greedy_continuations_are_the_published_models(name):
     truth = golden.load(name)
     model = Generator(build_model(truth.config), params_from_reference(truth.params, truth.config))

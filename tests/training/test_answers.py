@@ -1,5 +1,6 @@
 """Answers that are right: counted on the device against a count by hand, in training, and where they end a run."""
 
+import functools
 import json
 
 import jax
@@ -90,7 +91,7 @@ def test_accuracy_is_that_of_the_logits():
     trained = TrainedRun(run, jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params), 0)
     split = run.split("validation")
     samples = split.task.make(np.arange(21), 18)
-    logits = trained.run.model.apply({"params": trained.params}, jnp.asarray(samples.tokens[:, :-1]))
+    logits = jax.jit(run.model.apply)({"params": trained.params}, jnp.asarray(samples.tokens[:, :-1]))
     chosen = np.argmax(np.asarray(logits), -1)
     report = evaluate_run(trained, split, EvaluationOptions(by_position=True), split="validation")
     figures = report["figures"]
@@ -128,8 +129,8 @@ COPY = {"dataset": "copy", "tokenizer": "numbers:2048"}
     ("model", "data", "share"),
     [
         ({"remat": "none"}, {}, 0.7),
-        ({"remat": "window"}, {}, 0.85),
-        ({"remat": "none", "windows_together": 2}, COPY, 0.7),
+        pytest.param({"remat": "window"}, {}, 0.85, marks=pytest.mark.slow),
+        pytest.param({"remat": "none", "windows_together": 2}, COPY, 0.7, marks=pytest.mark.slow),
         ({"remat": "window", "history_segments": 2}, COPY, 0.85),
         ({"architecture": "transformer"}, COPY, 0.7),
     ],
@@ -141,7 +142,7 @@ def test_what_no_answer_needs_is_left_out_and_loss_and_gradient_are_the_same(mod
     params = jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params)
     batch = take_samples(run.split("train"), 18, np.array([3, 5, -1]))
     assert batch["weights"].sum() == 2 * run.answers(18).most
-    chosen = np.argmax(run.model.apply({"params": params}, batch["inputs"]), -1)
+    chosen = np.argmax(jax.jit(run.model.apply)({"params": params}, batch["inputs"]), -1)
     batch["labels"] = np.where(np.arange(3)[:, None] == 0, chosen, batch["labels"])  # one sample's answers are right
 
     def gradient(answers):
@@ -170,7 +171,7 @@ def test_model_flops_count_the_head_at_the_answers_alone():
 def same_sums(run, params, batch):
     """The evaluation's sums where what no answer needs is left out, compared with those where nothing is."""
     sums, whole = (
-        eval_step(params, batch, model=run.model, config=run.config.train, answers=answers)
+        jax.jit(functools.partial(eval_step, model=run.model, config=run.config.train, answers=answers))(params, batch)
         for answers in (run.answers, None)
     )
     for found, truth in zip(jax.tree.leaves(sums), jax.tree.leaves(whole), strict=True):
