@@ -6,9 +6,7 @@ error is the norm of the difference over the norm of the exact result. With --ch
 one is above its tolerance. Times are of a jitted call on the training shapes, median of `repeats`, waited for.
 
 Dropout on the weights has a kernel of its own on NVIDIA GPUs ('dropout'): it is compared with plain products with the
-same mask, and timed beside XLA's dropout ('dropout xla'). `--backends`, `--shapes` choose what is done; `--tiles` tries
-tiles of that kernel: queries, keys, warps and stages of its three parts, as in
-`--backends=dropout --time --tiles=128,64,8,2/64,64,4,3/64,64,4,2`.
+same mask, and timed next to XLA's dropout ('dropout xla'). `--backends` and `--shapes` choose what is done.
 """
 
 import statistics
@@ -25,7 +23,6 @@ CHECK = flags.DEFINE_bool("check", False, "Compare with exact attention; status 
 TIME = flags.DEFINE_bool("time", False, "Time forward, and forward with backward, on the shapes of training.")
 BACKENDS = flags.DEFINE_list("backends", [], "Backends to check or time, of those that there are; none: all.")
 SHAPES = flags.DEFINE_string("shapes", "", "Check or time the shapes whose name has this in it.")
-TILES = flags.DEFINE_multi_string("tiles", [], "Tiles of the dropout kernel to time beside its own.")
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
 
 RATE = 0.1
@@ -51,6 +48,8 @@ TIMES = {
     "N = 8192: compress": (4, 512, 8192, False),
     "N = 8192: restore": (4, 8192, 256, False),
 }
+# Padded widths of heads that are timed.
+WIDTHS = {"xla": (36,), "dropout xla": (36,), "dropout": (40,)}
 
 
 def backends(wanted: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -171,9 +170,8 @@ def seconds(function: Callable[..., Any], *arrays: Any) -> float:
     return statistics.median(times)
 
 
-def timed(pairs: Sequence[tuple[str, str]], shapes: str = "", tiles: Sequence[str] = ()) -> Iterator[str]:
-    """A line for every one of `backends()` in half precision, head padding, shape of TIMES with `shapes` in its name,
-    and for the dropout kernel its tiles and `tiles`."""
+def timed(pairs: Sequence[tuple[str, str]], shapes: str = "") -> Iterator[str]:
+    """A line for every one of `backends()` in bfloat16, head padding, and shape of TIMES with `shapes` in its name."""
     import jax
     import jax.numpy as jnp
 
@@ -181,9 +179,9 @@ def timed(pairs: Sequence[tuple[str, str]], shapes: str = "", tiles: Sequence[st
         for backend, dtype in pairs:
             if dtype != "bfloat16" or shapes not in name:
                 continue
-            for width, tried in _variants(backend, tiles):
+            for width in WIDTHS.get(backend, (40, 48, 64)):
                 arrays = [jnp.ones((batch, n, 12, width), dtype) for n in (queries, keys, keys)]
-                forward = _timed_attention(backend, causal, tried)
+                forward = _timed_attention(backend, causal)
 
                 def total(*arrays: jax.Array, forward: Any = forward) -> jax.Array:
                     return forward(*arrays).astype(jnp.float32).sum()
@@ -191,37 +189,21 @@ def timed(pairs: Sequence[tuple[str, str]], shapes: str = "", tiles: Sequence[st
                 once = seconds(jax.jit(forward), *arrays)
                 both = seconds(jax.jit(jax.grad(total, argnums=(0, 1, 2))), *arrays)
                 yield (
-                    f"{name:24} {backend:11} heads of {width}{' tiles ' + tried if tried else ''}: forward "
-                    f"{once * 1e3:.3f} ms, with backward {both * 1e3:.3f} ms"
+                    f"{name:24} {backend:11} heads of {width}: forward {once * 1e3:.3f} ms, with backward "
+                    f"{both * 1e3:.3f} ms"
                 )
 
 
-def _variants(backend: str, tiles: Sequence[str]) -> list[tuple[int, str]]:
-    """Widths of heads, and tiles of the dropout kernel ('' for its own), to time a backend with."""
-    if backend == "dropout":
-        return [(40, ""), *((40, tried) for tried in tiles)]
-    return [(36, "")] if backend in ("xla", "dropout xla") else [(40, ""), (48, ""), (64, "")]
-
-
-def _timed_attention(backend: str, causal: bool, tiles: str) -> Callable[..., Any]:
+def _timed_attention(backend: str, causal: bool) -> Callable[..., Any]:
     """Attention as `timed` calls it."""
     import jax
 
-    from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
     from tlinformer_jax.models.attention import attend
     from tlinformer_jax.models.dropout import Dropout
 
-    if not tiles:
-        dropout = Dropout.by_key(jax.random.key(0), RATE) if backend.startswith("dropout") else None
-        chosen = {"dropout": "triton", "dropout xla": "xla"}.get(backend, backend)
-        return lambda *arrays: attend(*arrays, causal=causal, backend=chosen, scale=1 / 6, dropout=dropout)
-    chosen_tiles = Tiles(*(Tile(*map(int, part.split(","))) for part in tiles.split("/")))
-    words = Dropout.by_key(jax.random.key(0), RATE).words
-
-    def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return attend_with_dropout(query, key, value, 1 / 6, causal, None, None, words, RATE, tiles=chosen_tiles)
-
-    return attention
+    dropout = Dropout.by_key(jax.random.key(0), RATE) if backend.startswith("dropout") else None
+    chosen = {"dropout": "triton", "dropout xla": "xla"}.get(backend, backend)
+    return lambda *arrays: attend(*arrays, causal=causal, backend=chosen, scale=1 / 6, dropout=dropout)
 
 
 def main() -> None:
@@ -235,7 +217,7 @@ def main() -> None:
             print(line, flush=True)
             failures += not good
     if TIME.value:
-        for line in timed(pairs, SHAPES.value, TILES.value):
+        for line in timed(pairs, SHAPES.value):
             print(line, flush=True)
     if CHECK.value and failures:
         sys.exit(1)

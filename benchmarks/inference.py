@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import flags
 
+from benchmarks.flags import define_config_flag
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
 from tlinformer_jax.config.model import ModelConfig
@@ -48,7 +49,7 @@ MAX_QUADRATIC = flags.DEFINE_integer(
 CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
 SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.", lower_bound=0, upper_bound=2**32 - 1)
 PROFILE = flags.DEFINE_string("profile", "", "Directory for traces of a hit loop and a slide at the largest length.")
-OUT = flags.DEFINE_string("out", "", "Directory for inference.json, inference.csv and plots; none: print only.")
+OUT = flags.DEFINE_string("out", "", "Directory for inference.json and plots; none: print only.")
 
 
 def main() -> None:
@@ -159,5 +160,5 @@ def _check_names(flag: str, names: list[str], allowed: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    cli.define_optional_config_flag()
+    define_config_flag()
     cli.run(main)

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.timing import Timing, time_calls, tree_bytes
+from benchmarks.timing import Timing, time_calls
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.decoding.accounting import tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
 
 # Back to back in one timed call, so that the device does not wait for the host between them.

@@ -1,7 +1,5 @@
-"""What the inference benchmark writes: JSON and CSV, again after every part, and a table."""
+"""What the inference benchmark writes: JSON after every part, and a table at the end."""
 
-import csv
-import io
 import json
 import pathlib
 from typing import Any
@@ -43,15 +41,13 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Writes both files, each whole or not at all."""
+        """Writes the file, whole or not at all."""
         self.values["ratios"] = ratios(self.values["rows"])
         if self.folder is None:
             return
-        text = json.dumps(self.values, indent=1, allow_nan=False, ensure_ascii=True) + "\n"
-        for name, content in (("inference.json", text), ("inference.csv", as_csv(self.values["rows"]))):
-            draft = self.folder / f"{name}.draft"
-            draft.write_text(content, encoding="ascii")
-            draft.replace(self.folder / name)
+        draft = self.folder / "inference.json.draft"
+        draft.write_text(json.dumps(self.values, indent=1, allow_nan=False) + "\n", encoding="ascii")
+        draft.replace(self.folder / "inference.json")
 
 
 def add_cache_ratios(row: Row) -> None:
@@ -77,27 +73,6 @@ def ratios(rows: list[Row]) -> list[Row]:
         if figures:
             found.append({"length": length, "batch": batch, **figures})
     return found
-
-
-def as_csv(rows: list[Row]) -> str:
-    """One line a row, its nested figures as columns such as sustained.seconds; lists are left to the JSON."""
-    flat = [_flat(row) for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
-
-
-def _flat(row: Row, prefix: str = "") -> Row:
-    flat: Row = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif not isinstance(value, list):
-            flat[prefix + name] = value
-    return flat
 
 
 def table(values: Row) -> str:

@@ -12,7 +12,7 @@ import jax
 from benchmarks import limits, parts
 from benchmarks.limits import Ceilings
 from benchmarks.session import Session
-from benchmarks.timing import live_bytes, tree_bytes
+from tlinformer_jax.decoding.accounting import tree_bytes
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.training.memory import peak_bytes
 
@@ -60,7 +60,7 @@ class Memory:
         """Bytes so far; `exact` says whether the peak was reached since this object was made, else it is a bound."""
         peak = peak_bytes()
         source = "memory_stats" if peak is not None else "live_arrays"
-        value = live_bytes() if peak is None else peak
+        value = tree_bytes(jax.live_arrays()) if peak is None else peak
         return {
             "source": source,
             "peak_bytes": value,
@@ -216,7 +216,7 @@ def _release(session: Session) -> None:
 
 
 def _out_of_memory(error: Exception, part: str) -> str:
-    """One line about a failure for want of memory, the host's or the device's; any other failure goes on."""
+    """One line about a lack of memory, the host's or the device's; any other failure is raised again."""
     text = str(error)
     device = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
     if not device and not isinstance(error, MemoryError):

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import tree_bytes
+from tlinformer_jax.decoding.accounting import tree_bytes
 from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.loop import MAX_STEPS, Sequences, jit_run_steps, jit_sample_next
-from tlinformer_jax.decoding.sampling import SamplingConfig, sequence_keys
+from tlinformer_jax.decoding.sampling import Sampler, sequence_keys
 from tlinformer_jax.decoding.spread import replicate
 from tlinformer_jax.models.cached_attention import KeyValue
 
-GREEDY = SamplingConfig()
+GREEDY = Sampler()
 
 
 class Session:
@@ -35,7 +35,6 @@ class Session:
         self.config = decoder.config
         self.history = self.window = 0
         self.cache: Cache = decoder.init_cache(batch, length + room, length + room)
-        self._mode, self._values = GREEDY.mode(), GREEDY.values()
         # No token's number: over several devices, an empty array crashes XLA's shardy-xla pass of JAX 0.11.2.
         self._stop = jnp.full((1,), -1, jnp.int32)
         self._random = np.random.default_rng(seed)
@@ -92,12 +91,11 @@ class Session:
             limit = min(left, MAX_STEPS)
             self.cache, self.sequences, tokens, _ = jit_run_steps(
                 self.decoder.mesh,
-                self._mode,
                 self.decoder.params,
                 self.config,
                 self.cache,
                 self.sequences,
-                self._values,
+                GREEDY,
                 self._stop,
                 np.int32(limit),
             )
@@ -166,9 +164,7 @@ class Session:
         self.window = length - self.history
 
     def _sample(self, logits: jax.Array) -> jax.Array:
-        self.sequences, token, _ = jit_sample_next(
-            self._mode, self._values, self._stop, self.sequences, self.cache.position, logits
-        )
+        self.sequences, token, _ = jit_sample_next(GREEDY, self._stop, self.sequences, self.cache.position, logits)
         return token
 
 

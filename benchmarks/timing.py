@@ -1,7 +1,6 @@
 """What all benchmarks share: timing of device work, device facts, memory counters."""
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -52,7 +51,7 @@ def time_calls(
       budget: seconds for all counted calls. At least `least` are made unless they take four times the budget.
       prepare: done, and waited for, before each call, and not timed.
       least: calls.
-      compiled: the caller has seen to it that nothing is left to compile; so the first call counts.
+      compiled: nothing is left to compile, so the first call counts.
     """
     if not compiled:
         _timed(call, prepare)
@@ -87,19 +86,3 @@ def device_facts() -> dict[str, Any]:
         "memory_limit_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         "jax": jax.__version__,
     }
-
-
-def live_bytes() -> int:
-    """Bytes of the arrays that live now, each counted on one of its devices."""
-    return tree_bytes(jax.live_arrays())
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of a pytree's arrays on one device, or of their shapes."""
-    return sum(math.prod(_shape_on_device(array)) * array.dtype.itemsize for array in jax.tree.leaves(tree))
-
-
-def _shape_on_device(array: Any) -> tuple[int, ...]:
-    """Of a device's share of an array; of a bare shape, the shape."""
-    sharding = getattr(array, "sharding", None)
-    return array.shape if sharding is None else sharding.shard_shape(array.shape)

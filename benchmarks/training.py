@@ -13,8 +13,8 @@ Where a step computes windows one after the other, a row keeps the mean losses o
 step. Rows of batch 1 begin with the same tokens, whatever their length, so these must agree; the last line says how far
 they do. --init_scale=3 makes the initial weights that many times as large, so that they could disagree.
 
-DIR receives training.json (with device, JAX version and command), training.csv, training.md with the best row of every
-architecture and length, and plots where matplotlib is installed.
+DIR receives training.json (with device, JAX version and command), training.md with the best row of every architecture
+and length, and plots if matplotlib is installed.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.training_report import COLUMNS, best_rows, line, table, window_differences, write_results
+from benchmarks.flags import define_config_flag
+from benchmarks.training_report import COLUMNS, best_rows, line, plot_training, table, window_differences, write_results
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig, run_config
@@ -337,11 +338,9 @@ def main() -> None:
     for text in window_differences(rows):
         print(text, flush=True)
     if folder is not None:
-        from benchmarks.training_plots import plot_training
-
         plot_training(best_rows(rows), f"{report['devices']} x {device}", folder)
 
 
 if __name__ == "__main__":
-    cli.define_optional_config_flag()
+    define_config_flag()
     cli.run(main)

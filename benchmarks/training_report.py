@@ -1,8 +1,9 @@
-"""Rows of `bench.training` as text: lines, the table of the best, JSON and CSV."""
+"""Rows of `benchmarks.training` as lines, a table of the best, JSON and plots."""
 
-import csv
+import importlib.util
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ COLUMNS = (
     "peak_bytes",
     "error",
 )
+
+FIGURES = {
+    "training_speed.png": ("tokens_per_second", "tokens per second", 1.0),
+    "training_memory.png": ("step_bytes", "memory of a step, GB", 1e-9),
+}
 
 
 def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -66,14 +72,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_results(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Writes training.json, training.csv and training.md."""
-    rows = report["rows"]
+    """Writes training.json and training.md."""
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    with open(folder / "training.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "training.md").write_text(table(rows))
+    (folder / "training.md").write_text(table(report["rows"]))
 
 
 def window_differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -93,3 +94,34 @@ def window_differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{start:,} differ by at most {most:.1e}; they range from {min(truth):.4f} to {max(truth):.4f}"
             )
     return lines
+
+
+def plot_training(rows: Sequence[Mapping[str, Any]], device: str, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draws one line per architecture; returns the files, none where matplotlib is missing, which it then says."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: the package matplotlib is not installed", file=sys.stderr)
+        return []
+    from matplotlib.figure import Figure
+
+    files = []
+    for name, (column, label, unit) in FIGURES.items():
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        for architecture in dict.fromkeys(row["architecture"] for row in rows):
+            points = sorted(
+                (row["length"], row[column] * unit)
+                for row in rows
+                if row["architecture"] == architecture and row[column] is not None
+            )
+            if points:
+                axes.plot(*zip(*points), marker="o", label=architecture)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("sequence length N, tokens")
+        axes.set_ylabel(label)
+        axes.set_title(f"Training, best batch, {device}")
+        axes.grid(True, which="both", alpha=0.3)
+        axes.legend()
+        figure.savefig(folder / name, dpi=150)
+        files.append(folder / name)
+    return files

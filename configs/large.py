@@ -2,7 +2,7 @@
 
     python -m tlinformer_jax.main --config=configs/large.py:125m --workdir=/tmp/125m \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
-    python -m tlinformer_jax.main --check --topology=v5e:16x16 --config=configs/large.py:1b3
+    python -m tools.training_topology --topology=v5e:16x16 --config=configs/large.py:1b3
 
 Variants, each with the accelerator that its mesh is meant for:
 
@@ -13,12 +13,12 @@ Variants, each with the accelerator that its mesh is meant for:
 
 The vocabulary is GPT-2's 50,257 entries padded to 50,304, a multiple of 128; no text has the 47 others. Tokens are
 about 20 for each parameter. On other machines, change --config.mesh.fsdp and --config.train.accumulation;
---check_compile tells the memory that a step takes, and --check --topology does so for TPUs that are not at hand.
+--check_compile tells the memory that a step takes; tools.training_topology does so for TPUs that are not at hand.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst.
---topology needs `pip install "tlinformer-jax[tpu]"` in an environment of its own, on Linux on x86-64. Result: none is
-trained. A step of 1b3, compiled for v5e:16x16, takes 9.55 GiB a chip (docs/performance.md), its layers scanned and its
-history in one segment, as configured here; of the others the memory is not known.
+tools.training_topology also needs `pip install "tlinformer-jax[tpu]"` in an environment of its own, on Linux on x86-64.
+Result: none is trained. A step of 1b3, compiled for v5e:16x16, takes 9.55 GiB a chip (docs/performance.md), its layers
+scanned and its history in one segment, as configured here; of the others the memory is not known.
 """
 
 from ml_collections import ConfigDict

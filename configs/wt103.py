@@ -28,7 +28,7 @@ def get_config(variant: str = "512-512-0.5") -> ConfigDict:
     if variant not in VARIANTS:
         raise ConfigError("variant", variant, f"must be one of {', '.join(VARIANTS)}")
     config = default_config_dict()
-    config.data.update(dataset="wikitext103", wikitext_variant="v1", tokenizer="gpt2")
+    config.data.update(dataset="wikitext103", tokenizer="gpt2")
     if variant.startswith("paper-"):
         recipes.set_paper_recipe(config, variant.removeprefix("paper-"))
     else:

@@ -24,9 +24,14 @@ if not ON_GPU:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402  (reads the environment set above)
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.support import figures  # noqa: E402
+# Before the first import of the package.
+ROOMS = [f"tlinformer_jax.{room}" for room in ("models", "kernels", "decoding", "training")]
+jaxtyping.install_import_hook(ROOMS, "tests.support.shapes.checked")
+
+from tests.support import figures, shapes  # noqa: E402, F401  (shapes is what the hook calls)
 
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 jax.config.update("jax_default_matmul_precision", "highest")

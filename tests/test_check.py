@@ -32,7 +32,7 @@ def config_of(tmp_path, model=(), train=(), data=(), mesh=()):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     text = {"dataset": "text", "train_files": str(path), "validation_files": str(path)}
-    text |= {"cache_dir": str(tmp_path / "cache"), "sequence_length": 32, "num_workers": 1}
+    text |= {"cache_dir": str(tmp_path / "cache"), "sequence_length": 32}
     return run_config(
         {
             "model": MODEL | dict(model),

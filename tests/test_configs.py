@@ -15,7 +15,15 @@ from tests.support.commands import check_refusal, command
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config import recipes
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, run_config, save_config
+from tlinformer_jax.config.run import (
+    SECTIONS,
+    RunConfig,
+    default_config_dict,
+    fingerprint,
+    resolve,
+    run_config,
+    save_config,
+)
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
@@ -110,21 +118,21 @@ def test_rows_are_those_of_table_1(row, prefix):
     assert (config.model.architecture, config.data.sequence_length) == (architecture, length)
     if windows:
         assert (config.model.history_window, config.model.generation_window) == windows
-    assert (config.data.dataset, config.data.wikitext_variant, config.data.tokenizer) == ("wikitext103", "v1", "gpt2")
+    assert (config.data.dataset, config.data.tokenizer) == ("wikitext103", "gpt2")
     shape = config.model
     assert (shape.vocab_size, shape.d_model, shape.num_heads) == (50257, 432, 12)
     assert (shape.num_layers, shape.num_blocks, shape.hidden_depth) == (8, 2, 2)
     train = config.train
-    assert (train.learning_rate, train.beta1, train.beta2, train.weight_decay) == (3e-4, 0.9, 0.95, 0.06)
+    assert (train.learning_rate, train.weight_decay) == (3e-4, 0.06)
     assert (train.clip_norm, train.warmup_steps) == (1.0, 2000)
     if prefix:
         assert (train.batch_size, train.micro_batch_size, config.model.dropout) == (256, micro_batch, dropout)
         assert (train.steps, train.epochs, train.equal_updates) == (0, 10, False)
-        assert (train.schedule, train.decay_mask, train.eval_every_epochs) == ("paper", "all", 1)
+        assert (train.schedule, train.eval_every) == ("paper", "epoch")
     else:
         assert (train.batch_size * length, train.steps, train.equal_updates) == (131_072, 9_080, True)
         assert config.model.dropout == 0.1
-        assert (train.schedule, train.final_learning_rate, train.decay_mask) == ("cosine", 0.0, "matrices")
+        assert (train.schedule, train.final_learning_rate) == ("cosine", 0.0)
 
 
 def test_table_1_is_covered_and_defaults_are_our_recipe():
@@ -149,14 +157,14 @@ def test_no_sample_of_a_task_is_seen_twice(variant):
         for length, count, *_ in (*config.data.stages, last)
     ]
     assert all(count > 0 for count in taken)
-    assert sum(taken) <= config.data.train_examples
+    assert sum(taken) <= config.data.examples
 
 
 def test_retrieval_settings_bind_where_they_say_so():
     for name, setting in retrieval_recipes.RECALL.items():
         config = load("recall", name)
         windows = (config.model.history_window, config.model.generation_window)
-        assert name.startswith(f"{config.data.sequence_length}-{config.data.pairs}")
+        assert name.startswith(f"{config.data.sequence_length}-{config.data.num_items}")
         assert config.train.steps * config.train.batch_size * config.data.sequence_length <= 200_000_000
         assert 2 * setting.pairs % setting.generation_window == 0  # no answer stands in its question's window
         binds = setting.pairs >= 4 * windows[0] and setting.length >= 32 * windows[0]
@@ -269,26 +277,17 @@ OVERRIDES = {
         "epochs": 3,
         "batch_size": 48,
         "accumulation": 6,
-        "equal_updates": None,  # the other one
         "sampled_windows": 2,
         "seed": 11,
         "learning_rate": 0.5,
         "warmup_steps": 5,
         "schedule": "constant",
         "final_learning_rate": 0.2,
-        "beta1": 0.5,
-        "beta2": 0.75,
-        "epsilon": 1e-5,
         "weight_decay": 0.01,
-        "decay_mask": None,  # the other one
         "clip_norm": 2.0,
-        "loss_chunk": 100,
         "log_every": 3,
         "eval_every": 4,
-        "eval_every_epochs": 2,
-        "eval_batch_size": 16,
         "checkpoint_every": 9,
-        "checkpoint_minutes": 2.5,
         "keep_checkpoints": 5,
         "keep_best": 3,
         "max_skipped_updates": 4,
@@ -296,32 +295,23 @@ OVERRIDES = {
         "stop_at_accuracy": 0.9,
     },
     "data": {
-        "tokenizer": "/some/tokenizer.json",
+        "tokenizer": "/some/tokenizer.json:</s>",
         "dataset": None,  # another one
-        "end_of_text_token": "</s>",
         "sequence_length": 640,
         "train_files": "/a/*.txt,/b/*.jsonl.gz",
         "validation_files": "/c.txt",
         "test_files": "/d.txt",
         "text_field": "body",
-        "document_per": "line",
-        "wikitext_variant": "raw-v1",
         "manual_dir": "/some/dir",
         "cache_dir": "/some/cache",
-        "full_hash": True,
-        "num_workers": 2,
-        "train_examples": 4321,
-        "validation_examples": 123,
-        "pairs": 5,
-        "passkeys": 3,
+        "examples": 4321,
+        "num_items": 5,
         "questions": 2,
     },
     "mesh": {"data": 2, "fsdp": 4, "tensor": 3, "window": 5, "context": 6},
 }
 OTHER = {
     ("model", "memory"): {"auto": "low", "low": "auto"},
-    ("train", "equal_updates"): {True: False, False: True},
-    ("train", "decay_mask"): {"all": "matrices", "matrices": "all"},
     ("data", "dataset"): {"pydoc": "passkey", "text": "passkey", "wikitext103": "passkey"},
 }
 
@@ -364,6 +354,29 @@ def test_history_window_and_d_ff_take_all_their_types(name):
     assert from_flags(name, "model.d_ff=8").model.d_ff == 8
     assert from_flags(name).model.d_ff is None
     assert from_flags(name, "model.d_ff=None").model.d_ff is None
+
+
+def test_what_depends_on_the_machine_is_made_explicit():
+    """On the tests' eight devices; equal configurations are equal afterwards, and explicit ones stay as they are."""
+    left, given = run_config({"mesh": {"fsdp": 2}}), run_config({"mesh": {"data": 4, "fsdp": 2}})
+    assert left != given
+    assert resolve(left) == resolve(given) == given
+    assert fingerprint(resolve(left)) == fingerprint(given)
+    with pytest.raises(ConfigError, match=r"must divide the 8 devices"):
+        resolve(run_config({"mesh": {"fsdp": 3}}))
+
+
+@pytest.mark.parametrize(
+    ("value", "updates", "seconds"),
+    [("0", 0, 0), ("7", 7, 0), ("10min", 0, 600), ("30s", 0, 30), ("1.5h", 0, 5400)],
+)
+def test_checkpoints_are_counted_in_updates_or_in_time(value, updates, seconds):
+    train = from_flags("tiny.py", f"train.checkpoint_every={value}").train
+    assert (train.checkpoint_steps, train.checkpoint_seconds) == (updates, seconds)
+    for wrong in ("10", "-1s", "10days", "0min", "min"):
+        with pytest.raises(ConfigError, match=r"train\.checkpoint_every = .*: must be an integer >= 0, or a time"):
+            TrainConfig(checkpoint_every=wrong)
+    assert from_flags("tiny.py", "train.eval_every=epoch").train.eval_every == "epoch"
 
 
 README_TEMPLATE = """

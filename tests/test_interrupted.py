@@ -9,18 +9,18 @@ import pytest
 
 from tests.support.commands import ROOT, command, command_line, run_line
 
-# The text comes slowly, so that there is time to interrupt; more groups of it than are encoded without workers.
+# The text comes slowly, so that there is time to interrupt.
 SLOWLY = """
 import sys, time
-from tlinformer_jax.data import sources
-groups = sources.group_pieces
+from tlinformer_jax.data import encoding
+groups = encoding.group_pieces
 def slowly(pieces):
     for number, group in enumerate(groups(pieces)):
         if number == 20:
             print("under way", file=sys.stderr, flush=True)
         time.sleep(0.3 if number > 20 else 0)
         yield group
-sources.group_pieces = slowly
+encoding.group_pieces = slowly
 """
 
 # Python drops what is raised in a finalizer.
@@ -66,12 +66,12 @@ def test_an_interrupted_tokenisation_leaves_nothing_and_can_be_repeated(module, 
     prepare = [
         "--config=configs/tiny.py",
         *("--config.data.dataset=text", f"--config.data.train_files={text}", f"--config.data.validation_files={text}"),
-        *(f"--config.data.cache_dir={tmp_path}/cache", "--config.data.num_workers=2"),
+        f"--config.data.cache_dir={tmp_path}/cache",
     ]
     arguments = [*prepare, f"--workdir={tmp_path}/run"] if module.endswith("main") else prepare
     line, environment = command_line(module, *arguments)
     line[2] = SLOWLY + line[2]
-    # As a scheduler or a terminal does it: the signal reaches the tokenising processes too.
+    # As a scheduler or a terminal does it: the signal reaches the whole group of processes.
     with subprocess.Popen(
         line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -96,6 +96,7 @@ def full(*_, **__):
 async_checkpointer._background_wait_for_commit_futures = full
 """
     shrunk = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
+    shrunk += ("--config.model.hidden_depth=0", "--config.train.eval_every=0")
     shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
     line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *shrunk)
     line[2] = fault + line[2]

@@ -110,9 +110,7 @@ def test_scan_equals_plain_loop_over_windows(architecture, checkpointing):
         assert float(jnp.linalg.norm(value - truth)) <= 1e-4 * norm + 1e-12
 
 
-@pytest.mark.parametrize(
-    "segments", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("segments", [2])
 def test_results_do_not_depend_on_segments_or_layer_scans(segments):
     variables = golden_scale(SMALL)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 27)))
@@ -249,7 +247,7 @@ def test_checkpointing_keeps_no_inner_values(architecture):
 def test_checkpointing_changes_no_gradient(architecture):
     config = dataclasses.replace(SMALL, architecture=architecture, hidden_depth=0)
     params = golden_scale(config)["params"]
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 19)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 11)))
 
     def gradient(config):
         model = build_model(config)

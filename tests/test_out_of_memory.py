@@ -28,8 +28,6 @@ SAVERS = {
     "model.memory = 'low' (now 'auto')": ({}, {"model": {"memory": "low"}}),
     "larger train.accumulation (now 1, 64": ({}, {"train": {"batch_size": 4, "accumulation": 4}}),
     "smaller train.batch_size (now 64)": ({}, {"train": {"batch_size": 1}}),
-    "smaller train.eval_batch_size (now 128)": ({"train": {"eval_batch_size": 128}}, {}),
-    "smaller train.loss_chunk (now 8192)": ({}, {"train": {"loss_chunk": 1024}}),
     "mesh.fsdp = 8 (now 1)": ({}, {"mesh": {"fsdp": 8}}),
 }
 
@@ -104,7 +102,7 @@ check.jit_train_step = loop.jit_train_step = jit_train_step
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: Out of memory while trying to allocate 12345 bytes; a step holds less with ")
-    for field in ("model.memory", "train.accumulation", "train.batch_size", "train.loss_chunk", "data.sequence_length"):
+    for field in ("model.memory", "train.accumulation", "train.batch_size", "data.sequence_length"):
         assert field in last
 
 
@@ -130,7 +128,7 @@ def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp
         ),
         (
             "generate",
-            "from tlinformer_jax.decoding import generator; generator.Batch = full",
+            "from tlinformer_jax.decoding import generator; generator.Stream = full",
             ("--prompt=a", "--num_samples=3"),
             "a smaller --num_samples (now 3), a shorter prompt, a smaller --max_new_tokens (now 256)",
         ),

@@ -141,8 +141,6 @@ def test_impossible_samples_are_refused(model, train, message):
 @pytest.mark.parametrize(
     ("together", "segments", "fields"),
     [
-        pytest.param(3, 1, {"history_window": 9}, marks=pytest.mark.slow),
-        pytest.param(2, 2, {"memory": ExecutionPlan()}, marks=pytest.mark.slow),
         pytest.param(9, 4, {"history_window": "auto", "hidden_depth": 1}, marks=pytest.mark.slow),
     ],
 )

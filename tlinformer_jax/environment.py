@@ -1,6 +1,6 @@
-"""What a command finds around it: streams that are closed or whose reader goes away, JAX's settings, devices.
+"""Standard streams that are closed or lose their reader, JAX's settings, and missing devices.
 
-Imports nothing heavy: every command calls `settle` before it does anything else.
+Every command calls `settle` first, so this module imports nothing heavy.
 """
 
 import errno
@@ -10,8 +10,8 @@ import sys
 import traceback
 from typing import Any
 
-# Settings of JAX under which programs of this package fail or compute something else, and JAX's defaults. What a run
-# computes is a matter of its configuration alone.
+# Settings of JAX, with their defaults, that would change what is computed or make it fail: what is computed is decided
+# by the run's configuration alone.
 NOT_USED = {
     "JAX_ENABLE_X64": "false",
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
@@ -29,12 +29,12 @@ SWITCHES = dict.fromkeys(("1", "t", "y", "yes", "on"), "true") | dict.fromkeys(
 
 
 class PatientStream(io.TextIOWrapper):
-    """A stream for messages: what cannot be written is dropped, so that no message ends what it tells of.
+    """A stream for messages that drops what cannot be written, so that a message never ends the command.
 
-    The layer of text, not that of bytes: a signal that raises there would make the buffer write twice.
+    It handles errors in the text layer, since a signal that raises in the byte layer would make the buffer write twice.
 
     Attributes:
-      lost: whether a write has failed, such as to a pipe whose reader has gone away.
+      lost: whether a write has failed, for example because the reader of a pipe has ended.
     """
 
     lost = False
@@ -54,19 +54,19 @@ class PatientStream(io.TextIOWrapper):
 
     def _drop(self, error: OSError) -> None:
         self.lost = True
-        if error.errno in (errno.EPIPE, errno.EIO):  # for good: a pipe without a reader, a terminal that is gone
+        if error.errno in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
 
 
 def settle() -> None:
-    """Opens standard streams that are closed, makes stdout and stderr patient, leaves out JAX's `NOT_USED`."""
+    """Opens closed standard streams, makes stdout and stderr `PatientStream`s, and drops JAX's settings `NOT_USED`."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            # It takes the closed stream's own number, which would else be that of the next file that is opened, and
-            # libraries in C write to that number. Processes that are started get it too.
+            # This takes the closed stream's descriptor. Otherwise the next file would get it, and libraries in C would
+            # write messages into that file. Child processes inherit it.
             stream = open(os.devnull, mode)  # noqa: SIM115 (open until the process ends)
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
@@ -81,7 +81,7 @@ def reader_is_gone() -> bool:
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """One line for an error that the environment is to blame for; None for any other."""
+    """One line for an error caused by the environment; None for any other."""
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return "~: this user has no home directory here; write the path in full"
     if isinstance(error, FloatingPointError):
@@ -95,9 +95,9 @@ def describe_failure(error: BaseException) -> str | None:
 
 
 def _missing_device(asked: str) -> str | None:
-    """What is wrong with the devices that are asked for; None if there are such.
+    """What is wrong with the requested devices; None if they exist.
 
-    JAX is asked again, since for some devices that are missing it fails later, and with another error each time.
+    JAX is asked again, since its first error for a missing device may be an unrelated one.
     """
     try:
         sys.modules["jax"].devices()

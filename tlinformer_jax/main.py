@@ -1,8 +1,8 @@
 """Trains a model: `python -m tlinformer_jax.main --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]`.
 
-With --check instead of --workdir it only says whether and how it would; with --topology=v5e:16x16 besides, what a step
-takes on TPUs that are not here. Several processes run together where SLURM,
-Open MPI, Kubernetes or a TPU tells of them, or --coordinator_address, --num_processes and --process_id.
+With --check instead of --workdir it only says what the run would take, or why it cannot start. Several processes run
+together where SLURM, Open MPI, Kubernetes or a TPU pod starts them, or with --coordinator_address, --num_processes and
+--process_id.
 """
 
 import pathlib
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
 CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
-TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "With --check: compile the step for TPUs that need not be here, such as v5e:16x16, by libtpu."
-)
 CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "As --check, and compile a step for the memory it takes.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Working directory whose parameters a new run starts from.")
 THEN = flags.DEFINE_list(
@@ -45,23 +42,20 @@ def main() -> None:
     from tlinformer_jax.training.memory import memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    if TOPOLOGY.value:
-        _check_topology()
-        return
     cluster = cli.cluster()
     config = run_config(cli.config_values())
     if CHECK.value or CHECK_COMPILE.value:
         from tlinformer_jax.training.check import check_run
-        from tlinformer_jax.training.origin import Origin, check_origin
+        from tlinformer_jax.training.workdir import Origin, check_origin
 
         if INIT_FROM.value is not None:
             check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
         with memory_advice(config):
             print(check_run(config, CHECK_COMPILE.value))
         return
-    for flag in (INIT_FROM, PROFILE):
+    for flag in (INIT_FROM, PROFILE):  # before anything is made
         if flag.value:
-            local_path(flag.value, f"--{flag.name}")  # before anything is made
+            local_path(flag.value, f"--{flag.name}")
     workdir = cli.writable_workdir(WORKDIR.value)
     use_compilation_cache()
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
@@ -75,20 +69,6 @@ def main() -> None:
         list(prepare(config.data, config.model.vocab_size))
     with joined(cluster):
         train_and_evaluate(config, workdir, profile, INIT_FROM.value)
-
-
-def _check_topology() -> None:
-    """Prints what the step takes on the TPUs that --topology names; data are not looked at."""
-    for flag in (WORKDIR, INIT_FROM, THEN, PROFILE):
-        if flag.value:
-            raise UserError(f"--{flag.name}: not with --topology, which only checks")
-    if not CHECK.value:
-        raise UserError(f"--topology={TOPOLOGY.value}: is for --check")
-    cli.without_tpus()
-    from tlinformer_jax.config.run import run_config
-    from tools.training_topology import check_topology
-
-    print(check_topology(run_config(cli.config_values()), TOPOLOGY.value))
 
 
 def _train_and_record(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None) -> None:

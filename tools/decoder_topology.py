@@ -12,6 +12,7 @@ from absl import flags
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import UserError
+from tools.topologies import PLATFORM, compile_without_tpus, program_lines, topology_devices
 
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU generation and its grid of chips.")
 LENGTH = flags.DEFINE_integer("length", 4_000_000, "Tokens of the sequence.", lower_bound=1, upper_bound=2**31 - 1)
@@ -20,14 +21,12 @@ DTYPE = "bfloat16"
 
 def main() -> None:
     """Compiles each of the three and prints what it takes."""
-    cli.without_tpus()
+    compile_without_tpus()
     from tlinformer_jax.parallel.target import target
     from tlinformer_jax.training.memory import is_out_of_memory
-    from tools.collectives import collectives
-    from tools.training_topology import collective_lines, memory_line, topology_devices
 
     devices = topology_devices(TOPOLOGY.value)
-    with target("tpu", devices[0].device_kind):
+    with target(PLATFORM, devices[0].device_kind):
         for name, lowered in lowered_decoder(ModelConfig(dtype=DTYPE), devices, LENGTH.value).items():
             try:
                 compiled = lowered.compile()
@@ -38,9 +37,7 @@ def main() -> None:
                     f"--topology={TOPOLOGY.value}: {name} does not fit a chip's memory ({str(error)[:300]})"
                 ) from error
             print(f"{name}, {LENGTH.value:,} tokens on {len(devices)} x {devices[0].device_kind}")
-            print(
-                "\n".join([memory_line(compiled.memory_analysis()), *collective_lines(collectives(compiled.as_text()))])
-            )
+            print("\n".join(program_lines(compiled)))
 
 
 def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str, Any]:

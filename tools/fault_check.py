@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tlinformer_jax.training.arrays import STATE
-from tlinformer_jax.training.checkpoint import DAMAGED, FOLDER, newest_good
+from tlinformer_jax.training.checkpoint import DAMAGED, FOLDER, STATE, newest_good
 from tlinformer_jax.training.metrics import METRICS_FILE
 
 # What depends on the clock.

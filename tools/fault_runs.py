@@ -1,7 +1,7 @@
-"""A small training run in a process of its own, watched from outside and killed: what `bench.faults` tries.
+"""A small training run in a child process that can be killed at a chosen moment; for `tools.faults`.
 
-What a run was doing when it died is told by what it left: its log, a half-made token cache, a half-made checkpoint.
-A run is a fork of a process that has imported JAX but never used it; that saves the second that the imports take.
+Its log, token cache and checkpoints show what it was doing when it was killed. The child is forked from a process that
+has imported JAX but never used it, which saves the time of the imports.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training.loop import train_and_evaluate
 
-# What a kill can be aimed at; `anywhere` is any moment of the run.
+# The phases that a signal can be aimed at; `anywhere` is any moment of the run.
 AIMS = ("step", "saving", "evaluation", "tokenisation", "anywhere")
-# What it can hit. `start` is all before the first step but the tokenisation, `end` all after the last evaluation.
-# Saving goes on beside steps and evaluations, and is told apart.
+# The phases that it can hit. `start`: before the first step, without tokenisation. `end`: after the last evaluation.
+# A checkpoint is saved during any of them; `Outcome.saving` tells.
 PHASES = ("start", "tokenisation", "step", "evaluation", "end")
 TRACES = {"tokenisation": "cache/tokens/*.tmp-*", "saving": "run/checkpoints/*.saving"}
 DELETING = "run/checkpoints/*.deleting"
 POLL = 0.001  # seconds
-PATIENCE = 300.0  # seconds after which a run that goes on without an end counts as hanging
-GRACE = 30.0  # seconds that a run may take to end after SIGTERM, as Kubernetes gives by default
+HANGS_AFTER = 300.0  # seconds
+GRACE = 30.0  # seconds to end after SIGTERM, Kubernetes' default
 
 STEP_LINE = re.compile(r"^step (\d+)/(\d+) ", re.M)
 EVALUATION_LINE = re.compile(r"^evaluation at step (\d+): ", re.M)
@@ -43,7 +43,7 @@ NOTICED = "SIGTERM: saving"
 def write_texts(folder: pathlib.Path) -> None:
     """Writes train.jsonl and validation.jsonl: words of a small vocabulary, the same at every call.
 
-    Their lines carry a long field that training does not read, so that tokenisation takes long enough to be hit.
+    Each line has a long field that training does not read: it makes tokenisation long enough to be hit.
     """
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 8, 30)]
@@ -54,7 +54,7 @@ def write_texts(folder: pathlib.Path) -> None:
 
 
 def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
-    """Dropout, accumulation, shuffling, three epochs of which updates straddle the ends, frequent pauses."""
+    """A run with dropout, accumulation, and updates that span two epochs; it saves and evaluates often."""
     shape = {"d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 1, "d_ff": 32, "vocab_size": 257}
     windows = {"history_window": 8, "generation_window": 8}
     return run_config(
@@ -78,15 +78,14 @@ def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
                 "train_files": str(texts / "train.jsonl"),
                 "validation_files": str(texts / "validation.jsonl"),
                 "cache_dir": str(cache),
-                "num_workers": 1,
             },
         }
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Blow:
-    """A signal to be sent: after the phase `aim` has begun `occurrence` times in this process, and `delay` seconds."""
+class PlannedSignal:
+    """A signal to send `delay` seconds after the phase `aim` has begun for the `occurrence`-th time in a process."""
 
     aim: str
     occurrence: int
@@ -98,19 +97,19 @@ class Outcome:
     """How one process of a run ended.
 
     Attributes:
-      status: exit status, negative where a signal ended it; None where it had to be killed for hanging.
-      blow: the signal that was sent, None if it ended before the moment came.
-      phase: what it was doing when the signal came, one of PHASES: by what it left, where the signal ended it.
+      status: exit status, negative where a signal ended it; None if it hung.
+      signal: the one that was sent, None if the process ended before its moment.
+      phase: one of PHASES, in which the signal came.
       saving: whether a checkpoint was being written or deleted then.
-      resumed: the step that it began from, None if it did not come so far.
-      last_step: the last step that it logged, None where it logged none.
+      resumed: the step that it continued from, None if it did not.
+      last_step: the last step that it logged, if any.
       noticed: whether it answered SIGTERM.
       finished: whether it came to the end of the run.
       seconds: from the signal to its end.
     """
 
     status: int | None
-    blow: Blow | None
+    signal: PlannedSignal | None
     phase: str
     saving: bool
     resumed: int | None
@@ -120,10 +119,10 @@ class Outcome:
     seconds: float
 
     def __str__(self) -> str:
-        if self.blow is None:
+        if self.signal is None:
             return "ended by itself"
         saving = ", saving" if self.saving else ""
-        return f"{self.blow.aim} aimed at, {self.phase} hit after step {self.last_step or 0}{saving}"
+        return f"{self.signal.aim} aimed at, {self.phase} hit after step {self.last_step or 0}{saving}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Durations:
 
 
 class Process:
-    """A training process over `folder` (run/, cache/), and what is seen of it from outside.
+    """A training process in `folder` (run/, cache/), observed through its files.
 
     Args:
       config: of the run.
@@ -157,7 +156,7 @@ class Process:
         self._reader = open(log, encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `wait`)
 
     def poll(self) -> bool:
-        """Takes in what is new; returns whether the process is still running."""
+        """Reads what is new; returns whether the process is still running."""
         if self.status is None:
             pid, code = os.waitpid(self._pid, os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(code) if pid else None
@@ -171,7 +170,7 @@ class Process:
         return self.status is None
 
     def begun(self, aim: str) -> int:
-        """How often the phase has begun in this process, as far as it has been seen."""
+        """How often the phase has been seen to begin in this process."""
         if aim == "anywhere":
             return 1
         if aim == "step":
@@ -180,13 +179,13 @@ class Process:
             return sum(step % self._every == 0 for step in self._steps())
         return sum(name == aim for name, _ in self._spans)
 
-    def wait(self, blow: Blow | None = None, number: int = signal.SIGKILL) -> Outcome:
-        """Waits for the end of the process; sends it the signal `number` when the moment of `blow` has come."""
+    def wait(self, planned: PlannedSignal | None = None, number: int = signal.SIGKILL) -> Outcome:
+        """Waits for the end of the process; sends it the signal `number` when the moment of `planned` has come."""
         sent, hit = None, None
-        deadline = self.started + PATIENCE
+        deadline = self.started + HANGS_AFTER
         while self.poll() and time.monotonic() < deadline:
-            if blow is not None and sent is None and self.begun(blow.aim) >= blow.occurrence:
-                time.sleep(blow.delay)
+            if planned is not None and sent is None and self.begun(planned.aim) >= planned.occurrence:
+                time.sleep(planned.delay)
                 if not self.poll():
                     break
                 sent, hit = time.monotonic(), self._doing()
@@ -203,7 +202,7 @@ class Process:
         resumed = RESUMED_LINE.search(self.text)
         return Outcome(
             self.status,
-            None if sent is None else blow,
+            None if sent is None else planned,
             *doing,
             int(resumed[1]) if resumed else None,
             max(self._steps(), default=None),
@@ -213,7 +212,7 @@ class Process:
         )
 
     def phase(self) -> str:
-        """What the process is doing, or was at its end, by what is seen of it."""
+        """What the process is doing, or did last."""
         if self._left(TRACES["tokenisation"]):
             return "tokenisation"
         lines = list(STEP_LINE.finditer(self.text))
@@ -226,7 +225,7 @@ class Process:
         return "step" if FIRST_STEP in self.text else "start"
 
     def durations(self) -> Durations:
-        """Of a process that has run undisturbed to its end."""
+        """The durations of the phases; the process must have ended by itself."""
         spans = {
             name: [end - start for (kind, _), (start, end) in self._spans.items() if kind == name] for name in TRACES
         }
@@ -249,14 +248,14 @@ class Process:
         return self.phase(), self._left(TRACES["saving"]) or self._left(DELETING)
 
     def _left(self, pattern: str) -> bool:
-        """Whether this process has left something that matches."""
+        """Whether there is a match that this process made."""
         return bool(self._present(pattern) - self._before)
 
     def _steps(self) -> list[int]:
         return [int(step) for step, _ in STEP_LINE.findall(self.text)]
 
     def _present(self, pattern: str) -> set[tuple[str, int, int]]:
-        """What matches now: path, and what tells it from another of the same name that an earlier process left."""
+        """What matches now: path, inode and time, since an earlier process may have left a file of the same name."""
         found = set()
         for path in self._folder.glob(pattern):
             with contextlib.suppress(OSError):  # gone in the meantime
@@ -285,4 +284,4 @@ def _fork(config: RunConfig, workdir: pathlib.Path, log: int) -> int:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(status)  # nothing of what the parent has registered for its own end
+        os._exit(status)  # without the exit handlers of the parent

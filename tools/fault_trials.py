@@ -1,4 +1,4 @@
-"""The trials of `bench.faults`: an uninterrupted run, then runs that are killed at seeded random moments."""
+"""The trials of `tools.faults`: an uninterrupted run, then runs that are killed at seeded random moments."""
 
 import dataclasses
 import itertools
@@ -10,13 +10,13 @@ import sys
 import numpy as np
 
 from tools.fault_check import damaged, final_state, log_difference, logged, state_difference
-from tools.fault_runs import AIMS, Blow, Durations, Outcome, Process, fault_config, write_texts
+from tools.fault_runs import AIMS, Durations, Outcome, PlannedSignal, Process, fault_config, write_texts
 
-# How many signals a trial gets, and how often.
+# Numbers of signals in a trial, with their probabilities.
 SIGNALS, ODDS = (1, 2, 3), (0.5, 0.3, 0.2)
-# The part of a run in which signals come, counted in time or in phases.
+# Signals come in this first part of a run, by time or by occurrences of a phase.
 LATEST = 0.8
-# What SIGTERM may end without an answer, because there is nothing to save yet.
+# Phases in which SIGTERM may end a run at once, since there is nothing to save.
 UNANSWERED = ("start", "tokenisation")
 
 
@@ -26,8 +26,8 @@ class Trial:
 
     Attributes:
       number: from 0.
-      outcomes: of its processes, in their order; the last was let run.
-      problem: what is wrong with it; None if it is the uninterrupted run bit for bit.
+      outcomes: of its processes in order; the last got no signal.
+      problem: None if the result is that of the uninterrupted run, bit for bit.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Trial:
 
     @property
     def repeated_steps(self) -> list[int]:
-        """By process that came as far as a step after a signal: how many that had been logged it did again."""
+        """For each process that logged a step after a signal: how many logged steps it did again."""
         done = 0
         repeated: list[int] = []
         for before, after in itertools.pairwise(self.outcomes):
@@ -62,7 +62,7 @@ def run_trials(root: pathlib.Path, count: int, seed: int, number: int) -> list[T
       the second uninterrupted run, as trial -1, and the trials.
 
     Raises:
-      RuntimeError: if a run fails that nobody has disturbed.
+      RuntimeError: if an uninterrupted run fails.
     """
     write_texts(root)
     undisturbed(root, root / "whole")
@@ -73,7 +73,7 @@ def run_trials(root: pathlib.Path, count: int, seed: int, number: int) -> list[T
 
 
 def undisturbed(root: pathlib.Path, folder: pathlib.Path) -> Durations:
-    """Runs in `folder` to the end, and tells how long it took."""
+    """Runs in `folder` to the end; returns how long its phases took."""
     folder.mkdir()
     process = Process(fault_config(root, folder / "cache"), folder, 0)
     status = process.wait().status
@@ -88,11 +88,11 @@ def run_trial(root: pathlib.Path, trial: int, durations: Durations, seed: int, n
     folder.mkdir()
     config = fault_config(root, folder / "cache")
     outcomes: list[Outcome] = []
-    for blow in draw_blows(np.random.default_rng([seed, trial]), trial, durations):
-        outcomes.append(Process(config, folder, len(outcomes)).wait(blow, number))
-        if outcomes[-1].blow is None:  # it ended before the moment came
+    for planned in draw_signals(np.random.default_rng([seed, trial]), trial, durations):
+        outcomes.append(Process(config, folder, len(outcomes)).wait(planned, number))
+        if outcomes[-1].signal is None:  # it ended before the moment came
             break
-    if not outcomes or outcomes[-1].blow is not None:
+    if not outcomes or outcomes[-1].signal is not None:
         outcomes.append(Process(config, folder, len(outcomes)).wait())
     problem = process_problem(outcomes, number)
     if problem is None:
@@ -102,15 +102,14 @@ def run_trial(root: pathlib.Path, trial: int, durations: Durations, seed: int, n
     return Trial(trial, tuple(outcomes), problem)
 
 
-def draw_blows(rng: np.random.Generator, trial: int, durations: Durations) -> list[Blow]:
+def draw_signals(rng: np.random.Generator, trial: int, durations: Durations) -> list[PlannedSignal]:
     """The signals of a trial. The first is aimed at each of AIMS in turn, the others at any."""
     count = int(rng.choice(SIGNALS, p=ODDS))
     aims = [AIMS[trial % len(AIMS)], *rng.choice(AIMS, count - 1)]
     return [
-        Blow(
+        PlannedSignal(
             str(aim),
-            # Shared among the signals, so that the later ones find something left to do; and no run is at its end by
-            # then, unless this machine has become faster.
+            # Each signal gets a share of the run, so that the later ones still find it running.
             1 + int(rng.integers(max(1, int(LATEST * durations.counts[aim]) // count))),
             float(rng.uniform(0, (LATEST if aim == "anywhere" else 1) * durations.seconds[aim])),
         )
@@ -123,7 +122,7 @@ def process_problem(outcomes: list[Outcome], number: int) -> str | None:
     for place, outcome in enumerate(outcomes):
         if outcome.status is None:
             return f"process {place} did not end"
-        wanted = 0 if outcome.blow is None or outcome.noticed else -number
+        wanted = 0 if outcome.signal is None or outcome.noticed else -number
         if outcome.status != wanted and not (outcome.finished and outcome.status == 0):
             return f"process {place} ended with status {outcome.status} instead of {wanted} ({outcome})"
         answered = outcome.noticed or outcome.finished or outcome.phase in UNANSWERED

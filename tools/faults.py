@@ -66,8 +66,8 @@ def report(trials: list["Trial"], seconds: float) -> dict[str, Any]:
 
     config = fault_config(pathlib.Path(), pathlib.Path())
     killed = [trial for trial in trials if trial.number >= 0]
-    hits = [outcome for trial in trials for outcome in trial.outcomes if outcome.blow is not None]
-    aims = collections.Counter(outcome.blow.aim for outcome in hits if outcome.blow is not None)
+    hits = [outcome for trial in trials for outcome in trial.outcomes if outcome.signal is not None]
+    aims = collections.Counter(outcome.signal.aim for outcome in hits if outcome.signal is not None)
     phases = collections.Counter(outcome.phase for outcome in hits)
     saving = collections.Counter(outcome.phase for outcome in hits if outcome.saving)
     repeated = [steps for trial in killed for steps in trial.repeated_steps]
@@ -78,7 +78,7 @@ def report(trials: list["Trial"], seconds: float) -> dict[str, Any]:
         "trials": len(killed),
         "survived": sum(trial.problem is None for trial in killed),
         "lost": [{"trial": trial.number, "problem": trial.problem} for trial in trials if trial.problem is not None],
-        "never_hit": sum(all(outcome.blow is None for outcome in trial.outcomes) for trial in killed),
+        "never_hit": sum(all(outcome.signal is None for outcome in trial.outcomes) for trial in killed),
         "signals": len(hits),
         "signals_by_aim": {aim: aims[aim] for aim in AIMS},
         "signals_by_phase": {phase: phases[phase] for phase in PHASES},
@@ -92,7 +92,7 @@ def report(trials: list["Trial"], seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "jax": jax.__version__,
         "version": tlinformer_jax.__version__,
-        "details": [[_brief(outcome) for outcome in trial.outcomes if outcome.blow] for trial in killed],
+        "details": [[_brief(outcome) for outcome in trial.outcomes if outcome.signal] for trial in killed],
     }
 
 
@@ -121,7 +121,7 @@ def table(values: dict[str, Any]) -> str:
 
 def _brief(outcome: "Outcome") -> str:
     """A signal as 'aim>phase@step', with '+saving' where that was going on."""
-    aim = outcome.blow.aim if outcome.blow else ""
+    aim = outcome.signal.aim if outcome.signal else ""
     return f"{aim}>{outcome.phase}{'+saving' if outcome.saving else ''}@{outcome.last_step or 0}"
 
 

@@ -55,11 +55,11 @@ def test_long_n_grams_of_large_vocabularies_are_not_confused():
 
 
 def test_the_command_prints_every_order():
-    found = command("floor", "--config=configs/tiny.py", "--context=2", "--split=test")
+    found = command("tools.ngram_floor", "--config=configs/tiny.py", "--context=2", "--split=test")
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"{size} tokens of context" for size in range(3)]
     figures = [float(line.split()[-4]) for line in lines]
     assert figures == sorted(figures, reverse=True)
-    task = command("floor", "--config=configs/recall.py")
+    task = command("tools.ngram_floor", "--config=configs/recall.py")
     assert (task.returncode, task.stderr) == (2, "error: data.dataset = 'recall': must be a text for n-grams\n")

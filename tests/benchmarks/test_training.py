@@ -1,12 +1,10 @@
 """The training benchmark as a user runs it, on a tiny shape."""
 
-import csv
 import json
 
 import pytest
 
 from benchmarks import profiling, training, training_report
-from benchmarks.training_plots import plot_training
 from tests.support.figures import check_lines
 from tests.test_entry_points import check_refusal, command
 from tlinformer_jax.errors import ConfigError
@@ -22,7 +20,7 @@ def test_rows_results_and_best_settings(tmp_path):
         "--lengths=8",
         "--architectures=transformer",
         "--batch_tokens=16,32",
-        "--try=train.loss_chunk=8",
+        "--try=train.accumulation=2",
         "--steps=5",
         f"--out={tmp_path}",
         f"--profile={tmp_path}/trace",
@@ -38,12 +36,10 @@ def test_rows_results_and_best_settings(tmp_path):
     ]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
-        assert row["setting"] == "train.loss_chunk=8"
+        assert row["setting"] == "train.accumulation=2"
         assert row["model_flops"] > 0
         assert row["step_bytes"] > 0
         assert row["error"] is None
-    with open(tmp_path / "training.csv", newline="") as file:
-        assert [int(row["batch"]) for row in csv.DictReader(file)] == [2, 4]
     assert len((tmp_path / "training.md").read_text().splitlines()) == 2 + 1
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
     assert [row["kernels"].startswith("no kernel table") for row in rows] == [True, True]  # a CPU has none
@@ -109,14 +105,11 @@ def test_the_best_row_is_the_fastest_of_its_length():
 
 
 def test_settings_take_numbers_words_none_and_lists_of_names():
-    fields = training.overrides(
-        "model.d_ff=None,data.train_files=a.txt,b.txt,train.loss_chunk=4096,train.equal_updates=False"
-    )
+    fields = training.overrides("model.d_ff=None,data.train_files=a.txt,b.txt,train.accumulation=4")
     assert fields == {
         ("model", "d_ff"): None,
         ("data", "train_files"): "a.txt,b.txt",
-        ("train", "loss_chunk"): 4096,
-        ("train", "equal_updates"): False,
+        ("train", "accumulation"): 4,
     }
 
 
@@ -143,7 +136,7 @@ def test_plots_have_a_line_for_every_architecture(tmp_path, drawn):
             ("transformer", 1024, None, 8e9),
         )
     ]
-    files = plot_training(rows, "1 x test", tmp_path)
+    files = training_report.plot_training(rows, "1 x test", tmp_path)
     assert [file.name for file in files] == list(drawn) == ["training_speed.png", "training_memory.png"]
     assert all(file.exists() for file in files)
     (speed,), (memory,) = drawn.values()

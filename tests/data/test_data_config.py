@@ -17,10 +17,9 @@ from tlinformer_jax.errors import ConfigError
         ("sequence_length", 512.0),
         ("sequence_length", True),
         ("text_field", ""),
-        ("document_per", "paragraph"),
-        ("wikitext_variant", "raw"),
-        ("num_workers", -1),
-        ("full_hash", 1),
+        ("dataset", "wikitext103-v1"),
+        ("num_items", 0),
+        ("examples", True),
         ("train_files", None),
     ],
 )

@@ -17,9 +17,9 @@ from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, TaskSplit, answer_ba
 from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, build_tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
-RECALL = DataConfig(dataset="recall", tokenizer="numbers:64", sequence_length=48, pairs=6, train_examples=500)
+RECALL = DataConfig(dataset="recall", tokenizer="numbers:64", sequence_length=48, num_items=6, examples=500)
 COPY = DataConfig(dataset="copy", tokenizer="numbers:9", sequence_length=22)
-PASSKEY = DataConfig(dataset="passkey", tokenizer="bytes", sequence_length=640, passkeys=3, validation_examples=50)
+PASSKEY = DataConfig(dataset="passkey", tokenizer="bytes", sequence_length=640, num_items=3, examples=500)
 
 
 def split_of(config: DataConfig, name: str = "train") -> TaskSplit:
@@ -29,18 +29,18 @@ def split_of(config: DataConfig, name: str = "train") -> TaskSplit:
 def test_random_words_are_splitmix64_and_depend_on_their_place_alone():
     known = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * draws.GOLDEN
     assert draws._mixed(known).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    words = draws.draw(draws.key_of("a"), np.arange(100), 7)
-    np.testing.assert_array_equal(draws.draw(draws.key_of("a"), np.array([42, 3]), 5), words[[42, 3], :5])
+    words = draws.random_bits(draws.key_of("a"), np.arange(100), 7)
+    np.testing.assert_array_equal(draws.random_bits(draws.key_of("a"), np.array([42, 3]), 5), words[[42, 3], :5])
     assert len(set(words.ravel().tolist())) == 700
-    assert not (words == draws.draw(draws.key_of("b"), np.arange(100), 7)).any()
+    assert not (words == draws.random_bits(draws.key_of("b"), np.arange(100), 7)).any()
 
 
 def test_distinct_numbers_in_every_order_equally_often():
-    found = draws.distinct(draws.draw(1, np.arange(24_000), 4), 4)
+    found = draws.distinct(draws.random_bits(1, np.arange(24_000), 4), 4)
     counts = collections.Counter(map(tuple, found.tolist()))
     assert set(counts) == set(itertools.permutations(range(4), 2))
     assert max(abs(count - 2000) for count in counts.values()) < 4.5 * 2000**0.5
-    assert sorted(draws.distinct(draws.draw(1, np.arange(1), 20), 10)[0].tolist()) == list(range(10))
+    assert sorted(draws.distinct(draws.random_bits(1, np.arange(1), 20), 10)[0].tolist()) == list(range(10))
 
 
 def test_recall_asks_for_every_pair_once():
@@ -110,7 +110,7 @@ def test_passkeys_hide_in_text_that_goes_on_around_them():
 @pytest.mark.parametrize(("length", "possible"), [(256, range(1, 16)), (1024, range(19)), (4096, range(20))])
 def test_every_depth_that_can_hold_a_passkey_is_asked_for_equally_often(length, possible):
     """Before the first key stand the 26 bytes up to it; after the last its full stop and the question, 48 bytes."""
-    task = split_of(dataclasses.replace(PASSKEY, passkeys=4, sequence_length=length), "validation").task
+    task = split_of(dataclasses.replace(PASSKEY, num_items=4, sequence_length=length), "validation").task
     samples = task.make(np.arange(12 * len(possible)), length)
     depths = samples.sources.max(axis=1) * DEPTHS // length
     assert collections.Counter(depths.tolist()) == dict.fromkeys(possible, 12)
@@ -222,7 +222,7 @@ def test_the_test_samples_of_a_task_are_others_than_the_validation_samples(tmp_p
 
 def test_a_curriculum_takes_every_sample_once_whatever_their_length():
     config = DataConfig(
-        dataset="passkey", tokenizer="bytes", sequence_length=1024, curriculum="256:2,512:3", train_examples=64
+        dataset="passkey", tokenizer="bytes", sequence_length=1024, curriculum="256:2,512:3", num_items=1, examples=64
     )
     batches = TrainingBatches(split_of(config), 1024, 4, seed=0, stages=config.stages)
     shapes = [batches.batch(step)["inputs"].shape for step in range(7)]
@@ -252,12 +252,12 @@ def test_splits_and_numbers_as_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"dataset": "recall", "pairs": 13}, "data.sequence_length = 48: must be at least 52, 4 for"),
-        ({"dataset": "recall", "pairs": 32}, "data.pairs = 32: must be at most 31"),
+        ({"dataset": "recall", "num_items": 13}, "data.sequence_length = 48: must be at least 52, 4 for"),
+        ({"dataset": "recall", "num_items": 32}, "data.num_items = 32: must be at most 31"),
         ({"dataset": "copy", "sequence_length": 7}, "data.sequence_length = 7: must be even"),
         ({"dataset": "recall", "tokenizer": "numbers:x"}, "data.tokenizer = 'numbers:x': must be numbers:V"),
         ({"dataset": "text", "tokenizer": "numbers:9"}, "data.tokenizer = 'numbers:9': is for data.dataset"),
-        ({"dataset": "passkey", "tokenizer": "bytes"}, "data.sequence_length = 48: must be at least 1"),
+        ({"dataset": "passkey", "tokenizer": "bytes"}, "data.sequence_length = 48: must be at least 2"),
         ({"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 10**7}, "has only"),
         ({"dataset": "pydoc", "tokenizer": "bytes", "curriculum": "8:1"}, "data.curriculum = '8:1': must be ''"),
         (
@@ -266,10 +266,10 @@ def test_splits_and_numbers_as_tokens(tmp_path):
         ),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "9:1"}, "data.curriculum = '9:1': must be LENGTH"),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "8"}, "data.curriculum = '8': must be LENGTH"),
-        ({"dataset": "recall", "passkeys": 101}, "data.passkeys = 101: must be from 1 to 100"),
+        ({"dataset": "passkey", "tokenizer": "bytes", "num_items": 101}, "data.num_items = 101: must be from 1 to 100"),
         (
-            {"dataset": "passkey", "passkeys": 2, "questions": 3},
-            "data.questions = 3: must be at most data.passkeys = 2",
+            {"dataset": "passkey", "tokenizer": "bytes", "num_items": 2, "questions": 3},
+            "data.questions = 3: must be at most data.num_items = 2",
         ),
     ],
 )

@@ -24,10 +24,10 @@ COMPRESS = {
 TEXTS = ["First line.\nSecond: é字😀\n", " leading and trailing \n\n", "x" * 100_000 + "\u2028 no line end here"]
 
 
-def documents(path: pathlib.Path, text_field="text", document_per="file") -> list[str]:
+def documents(path: pathlib.Path, text_field="text", dataset="text") -> list[str]:
     """The documents of a file, their pieces joined."""
     found, parts = [], []
-    for text, ends in read_documents(path, text_field, document_per, lambda count: None):
+    for text, ends in read_documents(path, dataset, text_field, lambda count: None):
         parts.append(text)
         if ends:
             found.append("".join(parts))
@@ -53,7 +53,7 @@ def test_a_text_file_is_one_document_or_one_a_line(tmp_path, ending):
     path.write_bytes(COMPRESS[ending](text.encode()))
     assert documents(path) == [text]
     lines = ["First line.", "Second: é字😀", " leading and trailing ", TEXTS[2]]
-    assert documents(path, document_per="line") == lines
+    assert documents(path, dataset="lines") == lines
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -75,7 +75,7 @@ def test_windows_line_ends_and_byte_order_marks(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     assert documents(path) == ["one\r\ntwo\r\n"]
-    assert documents(path, document_per="line") == ["one", "two"]
+    assert documents(path, dataset="lines") == ["one", "two"]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n')
     assert documents(path) == ["one"]
@@ -136,13 +136,13 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, match):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("document_per", ["file", "line"])
+@pytest.mark.parametrize("dataset", ["text", "lines"])
 @pytest.mark.parametrize("bad", [b"\xff", b"\xc3("])
-def test_bad_utf8_in_a_text_file_is_named_with_its_line(tmp_path, document_per, bad):
+def test_bad_utf8_in_a_text_file_is_named_with_its_line(tmp_path, dataset, bad):
     path = tmp_path / "a.txt"
     path.write_bytes(b"line\n" * 20_000 + b"bad " + bad + b" here\n" * 20_000)
     with pytest.raises(DataError, match=r"a\.txt, line 20001: not valid UTF-8"):
-        documents(path, document_per=document_per)
+        documents(path, dataset=dataset)
 
 
 def test_a_character_cut_by_the_end_of_the_file_is_refused(tmp_path):
@@ -226,4 +226,4 @@ def test_an_endless_line_is_read_in_bounded_steps_and_not_to_its_end(tmp_path, m
     assert largest <= 1 << 25
     message = rf"a\.{kind}\{ending}: holds a line of more than 1,048,576 bytes; cut it into several"
     with pytest.raises(DataError, match=message):
-        list(read_documents(path, "text", "line", reads.append))
+        list(read_documents(path, "lines", "text", reads.append))

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.data import cache, files, workers
-from tlinformer_jax.data import pieces as pieces_module
-from tlinformer_jax.data.pieces import ASCII_SPACE, Counts, Piece, cut_documents, encode_pieces, group_pieces
+from tlinformer_jax.data import cache, encoding, files
+from tlinformer_jax.data.encoding import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces
 from tlinformer_jax.data.sources import load_split, load_stored_split, open_split
+from tlinformer_jax.data.streams import smallest_dtype
 from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer, build_tokenizer
 from tlinformer_jax.errors import DataError
 
@@ -49,7 +49,6 @@ def config_for(tmp_path: pathlib.Path, **changes) -> DataConfig:
         "dataset": "text",
         "train_files": str(tmp_path / "*.jsonl"),
         "cache_dir": str(tmp_path / "cache"),
-        "num_workers": 1,
     }
     return DataConfig(**settings | changes)
 
@@ -74,7 +73,7 @@ def test_the_stream_is_every_document_and_an_end_after_each(tmp_path):
     ("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
 )
 def test_the_smallest_type_that_fits(vocab_size, dtype):
-    assert cache.smallest_dtype(vocab_size) == np.dtype(dtype)
+    assert smallest_dtype(vocab_size) == np.dtype(dtype)
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
@@ -113,53 +112,44 @@ def test_a_long_document_is_cut_and_an_uncuttable_one_is_whole():
 
 
 def test_an_endless_document_that_cannot_be_cut_is_not_held_whole(monkeypatch):
-    monkeypatch.setattr(pieces_module, "LARGEST_UNCUT", 1000)
+    monkeypatch.setattr(encoding, "LARGEST_UNCUT", 1000)
     endless = (("word ", False) for _ in itertools.count())
     with pytest.raises(DataError, match=r"the document with 'word word .*' has more than 1,000 characters without"):
         list(cut_documents(endless, lambda text: 0, 100))
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_tokens_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(workers, "FEW_GROUPS", 2)
+def test_tokens_do_not_depend_on_the_number_of_threads(tmp_path, monkeypatch, name):
     texts = write_corpus(tmp_path / "a.jsonl", documents=60)
     tokenizer = tokenizer_named(name)
-    streams = []
-    for count in (1, 2, 3):
-        config = config_for(tmp_path, num_workers=count, cache_dir=str(tmp_path / f"cache{count}"))
-        streams.append(load_split(config, "train", tokenizer))
     expected = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts])
-    for stream in streams:
+    for cores in (1, 2, 8):
+        monkeypatch.setattr(encoding, "available_cores", lambda cores=cores: cores)
+        stream = load_split(config_for(tmp_path, cache_dir=str(tmp_path / f"cache{cores}")), "train", tokenizer)
         np.testing.assert_array_equal(stream.tokens, expected)
         assert stream.num_words == 60 * 2000
 
 
-def test_worker_processes_import_no_jax(tmp_path):
-    """Nor anything else that costs them memory and time."""
+def test_no_more_is_read_ahead_than_keeps_the_threads_busy(monkeypatch):
+    monkeypatch.setattr(encoding, "available_cores", lambda: 2)
+    read = []
+    documents = ((read.append(number) or "word " * 30_000, True) for number in range(100))
+    with contextlib.closing(encoding.encode_documents(documents, BYTES)) as encoded:
+        for taken in range(1, 20):
+            next(encoded)
+            assert len(read) <= 2 * (taken + 2 * 2 + 1)  # a document makes about one group of pieces
+
+
+def test_reading_and_tokenising_import_no_jax(tmp_path):
+    """Nor anything else that costs memory and time."""
     code = """
         import sys
-        import tlinformer_jax.data.worker, tlinformer_jax.data.sources, tlinformer_jax.data.reader
-        heavy = {"jax", "flax", "grain", "tensorflow", "tensorflow_datasets", "clu", "ml_collections", "pyarrow"}
+        import tlinformer_jax.data.sources, tlinformer_jax.data.batches
+        heavy = {"jax", "flax", "tensorflow", "clu", "ml_collections", "pyarrow"}
         sys.exit(" ".join(heavy & set(sys.modules)))
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, text=True)
     assert run.stderr.strip() == ""
-
-
-def test_a_worker_that_dies_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "FEW_GROUPS", 2)
-    write_corpus(tmp_path / "a.jsonl", documents=60)
-    real = workers._ask
-
-    def kill_first(worker, group):
-        worker.kill()
-        return real(worker, group)
-
-    monkeypatch.setattr(workers, "_ask", kill_first)
-    with pytest.raises(DataError, match="a tokenising process ended with status -9") as caught:
-        load_split(config_for(tmp_path, num_workers=2), "train", BYTES)
-    assert "\n" not in str(caught.value)
-    assert caches(tmp_path) == []
 
 
 def test_a_second_opening_finds_the_cache(tmp_path):
@@ -180,10 +170,9 @@ def test_what_the_tokens_depend_on_makes_another_cache(tmp_path):
         return open_split(config, "train", tokenizer).found
 
     assert is_found(config)
-    assert is_found(config_for(tmp_path, document_per="line", num_workers=2))  # neither changes a .jsonl's tokens
+    assert not is_found(config_for(tmp_path, dataset="lines"))
     assert not is_found(config_for(tmp_path, text_field="body"))
     assert not is_found(config, ByteTokenizer(name="other bytes"))
-    assert not is_found(config_for(tmp_path, full_hash=True))
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert not is_found(config)
@@ -192,22 +181,9 @@ def test_what_the_tokens_depend_on_makes_another_cache(tmp_path):
     assert not is_found(config)  # same path, size and time: the hash of the ends tells
 
 
-def test_a_change_between_the_ends_needs_the_full_hash(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("x" * (3 << 20))
-    settings = {"train_files": str(path)}
-    for full_hash in (False, True):
-        load_split(config_for(tmp_path, full_hash=full_hash, **settings), "train", BYTES)
-    status = path.stat()
-    with path.open("r+b") as file:
-        file.seek(3 << 19)
-        file.write(b"y")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert open_split(config_for(tmp_path, full_hash=False, **settings), "train", BYTES).found
-    assert not open_split(config_for(tmp_path, full_hash=True, **settings), "train", BYTES).found
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no meta", "half meta", "digit", "deep meta", "no tokens"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "no meta", "half meta", "list", "digit", "deep meta", "no tokens"]
+)
 def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, capsys, damage):
     texts = write_corpus(tmp_path / "a.jsonl", documents=2)
     expected = np.array(load_split(config_for(tmp_path), "train", BYTES).tokens)
@@ -224,6 +200,8 @@ def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, capsys, damage):
     elif damage == "digit":  # of what bits per byte are divided by
         count = json.loads(meta.read_text())["counts"]["num_bytes"]
         meta.write_text(meta.read_text().replace(f'"num_bytes": {count}', f'"num_bytes": {count + 1000}'))
+    elif damage == "list":
+        meta.write_text("[]")
     elif damage == "deep meta":
         meta.write_text("[" * 100_000)
     else:
@@ -235,18 +213,6 @@ def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, capsys, damage):
     assert opened.stream.num_bytes == sum(len(text.encode()) for text in texts)
     assert open_split(config_for(tmp_path), "train", BYTES).found
     assert caches(tmp_path) == [directory]
-
-
-def test_a_cache_of_another_version_is_refused_and_kept(tmp_path):
-    write_corpus(tmp_path / "a.jsonl", documents=1)
-    load_split(config_for(tmp_path), "train", BYTES)
-    (directory,) = caches(tmp_path)
-    meta = json.loads((directory / cache.META_FILE).read_text())
-    (directory / cache.META_FILE).write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(DataError, match=r"made by another version .format 99, this one reads 2") as caught:
-        load_split(config_for(tmp_path), "train", BYTES)
-    assert "\n" not in str(caught.value)
-    assert (directory / cache.TOKENS_FILE).exists()
 
 
 def test_files_without_any_text_are_refused(tmp_path):
@@ -268,14 +234,14 @@ def test_a_bad_line_leaves_nothing_behind(tmp_path):
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     write_corpus(path, documents=1)
-    real = workers.encode_pieces
+    real = encoding.encode_pieces
 
     def grow(*arguments):
         with path.open("a") as file:
             file.write('{"text": "more"}\n')
         return real(*arguments)
 
-    monkeypatch.setattr(workers, "encode_pieces", grow)
+    monkeypatch.setattr(encoding, "encode_pieces", grow)
     with pytest.raises(DataError, match="changed while it was read"):
         load_split(config_for(tmp_path), "train", BYTES)
     assert caches(tmp_path) == []
@@ -336,12 +302,10 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
     assert not open_split(config_for(tmp_path), "train", BYTES).found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path, num_workers):
+def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path):
     tokenizer = tokenizer_named("gpt2")
     texts = write_corpus(tmp_path / "a.jsonl", documents=300, words=4000)
-    child = _run_child(tmp_path, tokenizer="gpt2", num_workers=num_workers)
+    child = _run_child(tmp_path, tokenizer="gpt2")
     tokens = tmp_path / "cache" / "tokens"
     _wait_until(lambda: any(path.stat().st_size for path in tokens.glob(f"*.tmp-*/{cache.TOKENS_FILE}")), child)
     child.send_signal(signal.SIGKILL)
@@ -349,8 +313,7 @@ def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path, nu
     assert child.returncode == -signal.SIGKILL
     (left,) = caches(tmp_path)
     assert ".tmp-" in left.name
-    _wait_until(lambda: not _processes_that_name(str(left)))  # its workers end with it
-    opened = open_split(config_for(tmp_path, tokenizer="gpt2", num_workers=2), "train", tokenizer)
+    opened = open_split(config_for(tmp_path, tokenizer="gpt2"), "train", tokenizer)
     assert not opened.found
     expected = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts])
     np.testing.assert_array_equal(opened.stream.tokens, expected)
@@ -404,19 +367,6 @@ def _wait_until(condition, child: subprocess.Popen | None = None) -> None:
         time.sleep(0.005)
 
 
-def _processes_that_name(text: str) -> list[int]:
-    found = []
-    for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if text.encode() in command:
-                found.append(int(entry.name))
-    return found
-
-
 def _peak_memory(child: subprocess.Popen) -> int:
     """The peak of the summed resident memory of a process and its children, in bytes, until it ends."""
     peak = 0
@@ -438,7 +388,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     peaks = []
     for documents in (40, 160):  # of 1.3 MB each: "books", in one file
         write_corpus(tmp_path / "a.jsonl", documents, words=220_000)
-        child = _run_child(tmp_path, tokenizer="gpt2", num_workers=2)
+        child = _run_child(tmp_path, tokenizer="gpt2")
         peaks.append(_peak_memory(child))
         assert child.returncode == 0
     assert peaks[1] < 1.15 * peaks[0]
@@ -460,10 +410,10 @@ def test_a_document_that_a_library_cannot_take_is_named(tmp_path, monkeypatch, e
         load_split(config_for(tmp_path), "train", BYTES)
 
 
-def test_what_is_wrong_with_a_document_is_told_by_a_worker_too(tmp_path):
-    groups = ([Piece("1 2 3" if number < 30 else "1 word", "", ends=True)] for number in range(40))
+def test_what_is_wrong_with_a_late_document_reaches_the_caller():
+    documents = (("1 2 3 " * 20_000 if number < 30 else "1 word", True) for number in range(40))
     with pytest.raises(DataError, match="'word' must be a number"):
-        list(workers.encode_groups(groups, NumberTokenizer(10), np.dtype(np.uint8), 2, tmp_path))
+        list(encoding.encode_documents(documents, NumberTokenizer(10)))
 
 
 def test_a_stored_configuration_is_read_without_writing_outside_this_users_cache(tmp_path, monkeypatch):

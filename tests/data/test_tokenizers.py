@@ -178,7 +178,7 @@ def test_the_name_tells_vocabularies_apart(byte_level_file, tmp_path):
     other = tmp_path / "tokenizer.json"
     other.write_text(json.dumps(definition | {"version": "1.0", "model": definition["model"] | {"dropout": 0.0}}))
     assert ours.build_tokenizer(str(other)).name != ours.build_tokenizer(str(byte_level_file)).name
-    chosen = ours.build_tokenizer(str(byte_level_file), "<|other|>")
+    chosen = ours.build_tokenizer(f"{byte_level_file}:<|other|>")
     assert chosen.name != ours.build_tokenizer(str(byte_level_file)).name
     assert chosen.end_of_text == 1
 
@@ -210,11 +210,14 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path, content, match):
 
 
 def test_an_end_of_text_that_the_vocabulary_lacks_is_refused(byte_level_file):
-    with pytest.raises(ConfigError, match=r"data\.end_of_text_token = '</s>'"):
-        ours.build_tokenizer(str(byte_level_file), "</s>")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = '.*tokenizer\.json:</s>': must name the entry"):
+        ours.build_tokenizer(f"{byte_level_file}:</s>")
 
 
-@pytest.mark.parametrize("content", [None, "[]", '{"tlinformer_jax": "gpt3", "version": 1}', "nonsense"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "[]", '{"tlinformer_jax": "gpt3"}', '{"tlinformer_jax": "numbers:x"}', '{"tlinformer_jax": 1}', "nonsense"],
+)
 def test_a_working_directory_without_a_tokenizer_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / ours.TOKENIZER_FILE).write_text(content)

@@ -7,20 +7,18 @@ import http.server
 import pathlib
 import resource
 import threading
+import urllib.error
+import urllib.request
 import zipfile
 
 import numpy as np
 import pytest
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.data.sources import load_split, open_split
+from tlinformer_jax.data import wikitext103 as known
+from tlinformer_jax.data.sources import find_split, load_split, open_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer, build_tokenizer
-from tlinformer_jax.data.wikitext103 import facts as known
-from tlinformer_jax.data.wikitext103 import prepared
 from tlinformer_jax.errors import DataError
-
-pytest.importorskip("tensorflow_datasets")
-pytest.importorskip("array_record")
 
 # As in wiki.*.tokens: a line starts and ends with a space; a blank line holds one space.
 LINES = {
@@ -56,18 +54,18 @@ def write_parquet(directory: pathlib.Path, rows: dict[str, list[str]] = ROWS) ->
             parquet.write_table(table, directory / f"{split}-{i:05d}-of-{len(parts):05d}.parquet")
 
 
-def expect(monkeypatch, variant: str = "v1", **changes) -> None:
+def expect(monkeypatch, variant: str = "wikitext103", **changes) -> None:
     """Makes the module expect the small files instead of the published ones."""
     small = {"rows": {split: len(rows) for split, rows in ROWS.items()}, "words": WORDS} | changes
     monkeypatch.setitem(known.VARIANTS, variant, dataclasses.replace(known.VARIANTS[variant], **small))
 
 
-def expect_zip(monkeypatch, data: bytes, variant: str = "v1", **changes) -> None:
+def expect_zip(monkeypatch, data: bytes, variant: str = "wikitext103", **changes) -> None:
     expect(monkeypatch, variant, size=len(data), sha256=hashlib.sha256(data).hexdigest(), **changes)
 
 
 def config_for(tmp_path: pathlib.Path, **changes) -> DataConfig:
-    settings = {"dataset": "wikitext103", "cache_dir": str(tmp_path / "cache"), "num_workers": 1}
+    settings = {"dataset": "wikitext103", "cache_dir": str(tmp_path / "cache")}
     return DataConfig(**settings | changes)
 
 
@@ -82,12 +80,12 @@ def test_the_published_facts():
     for facts in known.VARIANTS.values():
         assert facts.rows == {"train": 1_801_350, "validation": 3_760, "test": 4_358}
         assert facts.words["test"] == 241_211
-    assert known.VARIANTS["v1"].zip_name == "wikitext-103-v1.zip"
-    assert known.VARIANTS["v1"].words_tolerance == 0
+    assert known.VARIANTS["wikitext103"].zip_name == "wikitext-103-v1.zip"
+    assert known.VARIANTS["wikitext103"].words_tolerance == 0
 
 
 @pytest.mark.parametrize("kind", ["zip", "parquet", "parquet in its folder"])
-@pytest.mark.parametrize("variant", ["v1", "raw-v1"])
+@pytest.mark.parametrize("variant", ["wikitext103", "wikitext103-raw"])
 def test_rows_and_counts(tmp_path, monkeypatch, manual, kind, variant):
     if kind == "zip":
         expect_zip(monkeypatch, write_zip(manual, variant), variant)
@@ -96,9 +94,9 @@ def test_rows_and_counts(tmp_path, monkeypatch, manual, kind, variant):
         place = manual / known.VARIANTS[variant].parquet if "folder" in kind else manual
         place.mkdir(exist_ok=True)
         write_parquet(place)
-    config = config_for(tmp_path, manual_dir=str(manual), wikitext_variant=variant)
+    config = config_for(tmp_path, manual_dir=str(manual), dataset=variant)
     for split, rows in ROWS.items():
-        assert list(prepared.read_rows(config, split, lambda count: None)) == rows
+        assert list(known.read_rows(config, split)) == rows
         stream = load_split(config, split, ByteTokenizer())
         expected = np.concatenate([[*row.encode(), 256] for row in rows])
         np.testing.assert_array_equal(stream.tokens, expected)
@@ -107,33 +105,34 @@ def test_rows_and_counts(tmp_path, monkeypatch, manual, kind, variant):
 
 
 def test_gpt2_tokens_of_every_row_and_an_end_after_each(tmp_path, monkeypatch, manual):
-    expect_zip(monkeypatch, write_zip(manual, "v1"))
+    expect_zip(monkeypatch, write_zip(manual, "wikitext103"))
     tokenizer = build_tokenizer("gpt2")
-    config = config_for(tmp_path, manual_dir=str(manual), tokenizer="gpt2", num_workers=2)
+    config = config_for(tmp_path, manual_dir=str(manual), tokenizer="gpt2")
     stream = load_split(config, "train", tokenizer)
     expected = np.concatenate([np.append(tokenizer.encode(row), 50256) for row in ROWS["train"]])
     np.testing.assert_array_equal(stream.tokens, expected)
     assert (stream.tokens[:2] == [50256, 796]).all()  # a blank row is its end alone; " =" follows
 
 
-def test_once_prepared_the_manual_directory_is_not_needed(tmp_path, monkeypatch, manual):
-    expect_zip(monkeypatch, write_zip(manual, "v1"))
+def test_once_tokenised_the_files_are_not_needed(tmp_path, monkeypatch, manual):
+    expect_zip(monkeypatch, write_zip(manual, "wikitext103"))
     config = config_for(tmp_path, manual_dir=str(manual))
     load_split(config, "train", ByteTokenizer())
     (manual / "wikitext-103-v1.zip").unlink()
-    monkeypatch.setattr(prepared, "_prepare", None)
     assert open_split(config, "train", ByteTokenizer()).found
-    assert not open_split(config, "validation", ByteTokenizer()).found
+    with pytest.raises(DataError, match="holds neither"):
+        find_split(config, "validation", ByteTokenizer())
+    (manual / "wikitext-103-v1.zip").touch()
+    assert find_split(config, "validation", ByteTokenizer()) is None
 
 
 def _is_nothing_prepared(tmp_path) -> bool:
-    return not list((tmp_path / "cache").rglob("*.array_record*")) and not list(
-        (tmp_path / "cache").rglob("tokens.bin")
-    )
+    found = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    return not [name for name in found if not name.endswith(".lock")]
 
 
 def test_a_zip_with_another_checksum_is_refused(tmp_path, manual):
-    write_zip(manual, "v1")
+    write_zip(manual, "wikitext103")
     with pytest.raises(DataError, match=r"wikitext-103-v1\.zip: not the published file or damaged: sha256") as caught:
         load_split(config_for(tmp_path, manual_dir=str(manual)), "train", ByteTokenizer())
     assert "\n" not in str(caught.value)
@@ -146,18 +145,18 @@ def test_parquet_files_with_other_counts_are_refused(tmp_path, monkeypatch, manu
     rows = ROWS["validation"][:-1] if wrong == "rows" else ["", " = Valid = \n", " one \n"]
     write_parquet(manual, ROWS | {"validation": rows})
     with pytest.raises(DataError, match=r"validation has \d rows and \d words, must have 3 and 5"):
-        load_split(config_for(tmp_path, manual_dir=str(manual)), "train", ByteTokenizer())
+        load_split(config_for(tmp_path, manual_dir=str(manual)), "validation", ByteTokenizer())
     assert _is_nothing_prepared(tmp_path)
 
 
 def test_raw_words_may_differ_by_a_thousandth(tmp_path, monkeypatch, manual):
     write_parquet(manual)
     near, far = ({**WORDS, "train": round(WORDS["train"] * factor)} for factor in (1.0005, 1.01))
-    config = config_for(tmp_path, manual_dir=str(manual), wikitext_variant="raw-v1")
-    expect(monkeypatch, "raw-v1", words=far)
+    config = config_for(tmp_path, manual_dir=str(manual), dataset="wikitext103-raw")
+    expect(monkeypatch, "wikitext103-raw", words=far)
     with pytest.raises(DataError, match="train has 3500 rows and 8400 words, must have 3500 and 8484"):
         load_split(config, "train", ByteTokenizer())
-    expect(monkeypatch, "raw-v1", words=near)
+    expect(monkeypatch, "wikitext103-raw", words=near)
     assert load_split(config, "train", ByteTokenizer()).num_words == WORDS["train"]
 
 
@@ -165,7 +164,7 @@ def test_a_split_without_parquet_files_is_named(tmp_path, monkeypatch, manual):
     expect(monkeypatch)
     write_parquet(manual, {"train": ROWS["train"], "test": ROWS["test"]})
     with pytest.raises(DataError, match="no validation-"):
-        load_split(config_for(tmp_path, manual_dir=str(manual)), "train", ByteTokenizer())
+        load_split(config_for(tmp_path, manual_dir=str(manual)), "validation", ByteTokenizer())
 
 
 def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch, manual):
@@ -173,7 +172,7 @@ def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch, manual):
     write_parquet(manual)
     (manual / "test-00000-of-00001.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet: cannot be read as parquet") as caught:
-        load_split(config_for(tmp_path, manual_dir=str(manual)), "train", ByteTokenizer())
+        load_split(config_for(tmp_path, manual_dir=str(manual)), "test", ByteTokenizer())
     assert "\n" not in str(caught.value)
 
 
@@ -217,83 +216,60 @@ def serving(data: bytes):
         server.server_close()
 
 
-def test_the_zip_is_downloaded_by_a_named_client(tmp_path, monkeypatch, manual):
-    import requests
-
-    data = write_zip(manual, "v1")
+def test_the_zip_is_downloaded_once_by_a_named_client(tmp_path, monkeypatch, manual):
+    data = write_zip(manual, "wikitext103")
     with serving(data) as (url, agents):
-        assert requests.get(url).status_code == 403  # what TFDS alone would get
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(url)
         expect_zip(monkeypatch, data, url=url)
-        assert list(prepared.read_rows(config_for(tmp_path), "test", lambda count: None)) == ROWS["test"]
+        for split in ("test", "train"):
+            assert list(known.read_rows(config_for(tmp_path), split)) == ROWS[split]
+        assert len(agents) == 2
         assert "tlinformer_jax" in agents[-1]
-        assert requests.get(url).status_code == 403  # the name is gone again
 
 
 def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch, manual):
-    data = write_zip(manual, "v1")
+    data = write_zip(manual, "wikitext103")
     with serving(data[:-1]) as (url, _):
         expect_zip(monkeypatch, data, url=url)
-        with pytest.raises(DataError, match="NonMatchingChecksumError") as caught:
+        with pytest.raises(DataError, match="not the published file or damaged") as caught:
             load_split(config_for(tmp_path), "train", ByteTokenizer())
     _assert_three_helpful_lines(str(caught.value))
     assert _is_nothing_prepared(tmp_path)
 
 
 def test_no_network_says_in_three_lines_what_to_do(tmp_path, monkeypatch):
-    from tensorflow_datasets.core.download import downloader
-
-    monkeypatch.setattr(downloader, "MAX_RETRIES", 0)
     with serving(b"") as (url, _):
         pass  # the port is closed again
     expect_zip(monkeypatch, b"", url=url)
-    with pytest.raises(DataError, match=r"WikiText-103 v1 is not here: .*ConnectionError") as caught:
+    with pytest.raises(DataError, match=r"wikitext103 is not here: .*Connection refused") as caught:
         load_split(config_for(tmp_path), "train", ByteTokenizer())
     _assert_three_helpful_lines(str(caught.value))
+    assert _is_nothing_prepared(tmp_path)
 
 
-def test_what_a_killed_preparation_left_is_removed(tmp_path, monkeypatch, manual):
-    expect_zip(monkeypatch, write_zip(manual, "v1"))
-    config = config_for(tmp_path, manual_dir=str(manual))
-    abandoned = prepared._directory(config).parent / "incomplete.ABCDEF_1.0.0"
-    abandoned.mkdir(parents=True)
-    load_split(config, "test", ByteTokenizer())
-    assert not abandoned.exists()
+def test_a_damaged_download_is_refused_later_too(tmp_path, monkeypatch, manual):
+    data = write_zip(manual, "wikitext103")
+    with serving(data) as (url, _):
+        expect_zip(monkeypatch, data, url=url)
+        load_split(config_for(tmp_path), "train", ByteTokenizer())
+    path = tmp_path / "cache" / "downloads" / "wikitext-103-v1.zip"
+    path.write_bytes(data[:-1])
+    with pytest.raises(DataError, match=r"downloads/wikitext-103-v1\.zip: not the published file or damaged"):
+        load_split(config_for(tmp_path), "test", ByteTokenizer())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "shard gone", "info gone bad"])
-def test_a_damaged_prepared_dataset_is_refused(tmp_path, monkeypatch, manual, damage):
-    expect_zip(monkeypatch, write_zip(manual, "v1"))
-    config = config_for(tmp_path, manual_dir=str(manual))
-    (path,) = prepared.prepared_files(config, "train")
-    data = bytearray(path.read_bytes())
-    if damage == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif damage == "flipped":
-        data[200] ^= 255
-        path.write_bytes(data)
-    elif damage == "shard gone":
-        path.unlink()
-    else:
-        (path.parent / "dataset_info.json").write_text("{}")
-    with pytest.raises(DataError, match=r"prepared WikiText-103 is damaged .*; delete this directory") as caught:
-        load_split(config, "train", ByteTokenizer())
-    assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "cache").rglob("tokens.bin"))
-
-
-def test_a_full_disk_while_preparing_is_one_clear_line(tmp_path, monkeypatch, manual):
+def test_a_full_disk_while_downloading_is_one_clear_line(tmp_path, monkeypatch, manual):
     """A limit on the size of a file makes a real write fail, as a full disk does."""
-    import tensorflow_datasets  # noqa: F401  writes nothing later
-
-    expect_zip(monkeypatch, write_zip(manual, "v1"))
-    config = config_for(tmp_path, manual_dir=str(manual))
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
-    try:
-        with pytest.raises(DataError, match=r"WikiText-103 cannot be prepared .*File too large") as caught:
-            load_split(config, "train", ByteTokenizer())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    data = write_zip(manual, "wikitext103") + bytes(30_000)
+    config, old = config_for(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serving(data) as (url, _):
+        expect_zip(monkeypatch, data, url=url)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+        try:
+            with pytest.raises(DataError, match=r"WikiText-103 cannot be written .File too large") as caught:
+                load_split(config, "train", ByteTokenizer())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert "\n" not in str(caught.value)
     assert _is_nothing_prepared(tmp_path)
-    assert load_split(config, "train", ByteTokenizer()).num_documents == len(ROWS["train"])

@@ -11,7 +11,7 @@ from tests.decoding.test_exactness import SHAPES, TOLERANCE, compared, largest_e
 from tests.support import golden
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.decoding import CacheLedger, Generator, cache_bytes, context_mesh, history, vocabulary
+from tlinformer_jax.decoding import Generator, cache_bytes, context_mesh, history, vocabulary
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
@@ -96,9 +96,8 @@ def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_trace
 
 
 def test_the_history_is_spread_from_its_birth_and_the_rest_is_whole():
-    decoder, ledger = make_decoder(ODD, 8), CacheLedger(ODD, 1)
+    decoder = make_decoder(ODD, 8)
     cache = decoder.init_cache(1, 9000)
-    ledger.prefilled(0, 9000)
     for _ in range(2):
         assert cache.capacity % 8 == 0
         for array in jax.tree.leaves(cache.history):
@@ -109,7 +108,7 @@ def test_the_history_is_spread_from_its_birth_and_the_rest_is_whole():
         places = [leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)]
         assert len(set(places)) == len(places)
         cache = decoder.grow(cache, cache.capacity + 100)
-    sizes = cache_bytes(ODD, cache, ledger)
+    sizes = cache_bytes(ODD, cache, [9000])
     assert sizes.devices == 8
     assert sizes.allocated == sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(cache))
     rows = -(-8995 // 8)  # of the device that has most

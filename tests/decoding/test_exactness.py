@@ -85,7 +85,8 @@ SHAPES = {
     "transformer": {"architecture": "transformer", "hidden_depth": 0},
     "sliding window": {"architecture": "sliding_window", "hidden_depth": 0, "history_window": 3},
 }
-SLOW = ("one block", "auto, one token", "tconstformer, auto")
+# Three blocks without a hidden layer, in chunks besides, are also in the test after this one.
+SLOW = ("no hidden layer", "three blocks", "one block", "auto, one token", "tconstformer, auto")
 
 
 def shapes():

@@ -21,12 +21,12 @@ from tlinformer_jax.config.run import RunConfig, load_config, save_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.decoding import Generator
-from tlinformer_jax.decoding.batch import Batch
+from tlinformer_jax.decoding.stream import Stream
 from tlinformer_jax.decoding.text import TextStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.checkpoint import Checkpoints
+from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.step import TrainState
 
 MODEL = ModelConfig(
@@ -167,15 +167,15 @@ def test_ctrl_c_prints_what_there_is_and_the_figures(workdir):
 
 
 def test_interrupted_text_is_shown_to_its_end(workdir, expected, monkeypatch, capsys):
-    calls, advance = [], Batch.advance
+    calls, advance = [], Stream._advance
 
-    def interrupted(self, most):
-        calls.append(most)
+    def interrupted(self, cache):
+        calls.append(cache)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return advance(self, most)
+        return advance(self, cache)
 
-    monkeypatch.setattr(Batch, "advance", interrupted)
+    monkeypatch.setattr(Stream, "_advance", interrupted)
     # Drawn by then: the first token, 9 to the end of the window that the prompt's 7 bytes began, a window of 16.
     texts = TextStream(ByteTokenizer(), [])
     begun = texts.push(expected[0].tokens[:26]) + texts.finish()

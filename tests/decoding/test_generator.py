@@ -12,12 +12,12 @@ from tests.support import golden, models, reference
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.data.tokenizers import ByteTokenizer
-from tlinformer_jax.decoding import CacheLedger, CacheWarning, Generation, Generator, cache_bytes
-from tlinformer_jax.decoding import batch as batch_module
+from tlinformer_jax.decoding import CacheWarning, Generation, Generator, cache_bytes
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.loop import jit_run_steps
 from tlinformer_jax.decoding.sampling import SamplingConfig, sample, seen_tokens, sequence_keys
+from tlinformer_jax.decoding.stream import Stream
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.interop import params_from_reference
 
@@ -54,7 +54,10 @@ def greedy(config: ModelConfig) -> list[Generation]:
 
 
 @pytest.mark.skipif(not golden.available(), reason=f"no golden files in {golden.FOLDER}")
-@pytest.mark.parametrize("name", golden.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name.endswith("_small") else pytest.param(name, marks=pytest.mark.slow) for name in golden.NAMES],
+)
 def test_greedy_continuations_are_the_published_models(name):
     truth = golden.load(name)
     model = Generator(build_model(truth.config), params_from_reference(truth.params, truth.config))
@@ -91,9 +94,9 @@ def test_batches_keep_their_history_when_the_cache_grows(architecture, lengths, 
     prompts = prompts_of(config, lengths)
     stream = generator(config).stream(prompts, max_new_tokens=8, logprobs=True, chunk=3)
     first = next(stream)
-    before = stream.statistics.cache.allocated
+    before = stream.cache_bytes.allocated
     pieces = [first, *stream]
-    assert stream.statistics.cache.allocated > before
+    assert stream.cache_bytes.allocated > before
     check_against_reference(config, prompts, stream.generations)
     assert {len(piece.tokens) for piece in pieces} <= {1, 2, 3}
     assert {piece.index for piece in pieces} == {0, 1}
@@ -108,13 +111,13 @@ def drawn(config: ModelConfig) -> list[list[int]]:
 def test_tokens_drawn_in_a_batch_are_those_of_the_reference_alone(architecture):
     config = of(architecture)
     sampling = SamplingConfig(**DRAWN)
-    jit_sample = jax.jit(sample, static_argnums=4)
+    jit_sample = jax.jit(sample)
     for i, (prompt, tokens) in enumerate(zip(prompts_of(config), drawn(config))):
         logits = reference.logits(weights(config), config, [prompt + tokens])[0][len(prompt) - 1 : -1]
         seen = np.stack([seen_tokens([prompt + tokens[:number]], config.vocab_size)[0] for number in range(NEW)])
         keys = sequence_keys([DRAWN["seed"] + i] * NEW, NEW)
         positions = np.arange(len(prompt), len(prompt) + NEW, dtype=np.int32)
-        wanted, _ = jit_sample(logits.astype(np.float32), keys, positions, seen, sampling.mode(), sampling.values())
+        wanted, _ = jit_sample(logits.astype(np.float32), keys, positions, seen, sampling.sampler())
         assert tokens == wanted.tolist()
     assert drawn(config) != [generation.tokens for generation in greedy(config)]
 
@@ -234,16 +237,16 @@ def test_ctrl_c_keeps_what_there_is(monkeypatch):
     model, texts = generator(TEXT), ["begin", "other"]
     options = {"max_new_tokens": 30, "temperature": 1.0, "chunk": 2}
     full, _ = model.run(texts, **options)
-    calls, advance = [], batch_module.Batch.advance
+    calls, advance = [], Stream._advance
 
-    def interrupted(self, most):
-        calls.append(most)
+    def interrupted(self, cache):
+        calls.append(cache)
         if len(calls) % 4 == 0:
             raise KeyboardInterrupt
-        return advance(self, most)
+        return advance(self, cache)
 
     with monkeypatch.context() as patched:
-        patched.setattr(batch_module.Batch, "advance", interrupted)
+        patched.setattr(Stream, "_advance", interrupted)
         part, other = model.run(texts, **options)
         with pytest.raises(KeyboardInterrupt):
             model.generate(texts, **options)
@@ -263,14 +266,13 @@ def test_ctrl_c_keeps_what_there_is(monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cache_bytes_are_those_of_its_arrays(architecture):
     config = of(architecture)
-    decoder, ledger = generator(config).decoder, CacheLedger(config, 3)
+    decoder = generator(config).decoder
     cache = decoder.init_cache(3, 13)
     for row, prompt in enumerate(prompts_of(config)):
         cache, _ = decoder.prefill(cache, row, np.array(prompt))
-        ledger.prefilled(row, len(prompt))
-    sizes = cache_bytes(config, cache, ledger)
+    sizes = cache_bytes(config, cache, LENGTHS)
     assert sizes.allocated == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    np.testing.assert_array_equal(ledger.lengths, cache.position)
+    np.testing.assert_array_equal(cache.position, LENGTHS)
     row = 2 * 16 * 4  # key and value, D, float32
     if architecture == "transformer":
         assert sizes.parts["layers"].used == sizes.paper == 24 * row * 2
@@ -293,27 +295,6 @@ def test_cache_bytes_are_those_of_its_arrays(architecture):
     assert sizes.parts["history"].used * 24 == sizes.paper * 16
 
 
-def test_slides_out_of_phase_are_warned_of():
-    config = of("tlinformer")
-    decoder, prompts, ledger = generator(config).decoder, prompts_of(config), CacheLedger(config, 3)
-    cache, _ = decoder.prefill(decoder.init_cache(3, 13), 1, np.array(prompts[1]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ledger.prefilled(1, 8)
-        assert ledger.full(1)
-        cache = decoder.slide(cache, 1, 8)
-        ledger.slid(1)  # the prompt filled the window: in phase
-    cache = decoder.slide(cache, 1, 12)
-    with pytest.warns(CacheWarning, match="sequence 1 misses its cache oftener.* = 4 tokens: slide .* only 0 of 4"):
-        ledger.slid(1)
-    np.testing.assert_array_equal(ledger.histories, cache.history_length)
-    np.testing.assert_array_equal(ledger.windows, cache.window_length)
-    with pytest.warns(CacheWarning, match="prefill was called again for 2 new tokens after 12"):
-        ledger.prefilled(1, 14)
-    ledger.fed(np.array([0, 1, 0]))
-    assert (ledger.misses.tolist(), ledger.hits.tolist()) == ([0, 4, 0], [0, 1, 0])
-
-
 def test_continuing_by_a_new_prompt_is_warned_of():
     config = of("tlinformer")
     model, prompts = generator(config), prompts_of(config)
@@ -334,7 +315,7 @@ def test_nothing_asked_for_nothing_done():
     stream = model.stream(prompts_of(SMALL), max_new_tokens=0)
     assert list(stream) == []
     assert [(g.tokens, g.finish_reason, g.misses) for g in stream.generations] == [([], "length", 0)] * 3
-    assert stream.statistics.cache.allocated == 0
+    assert stream.cache_bytes.allocated == 0
 
 
 MISTAKES = {

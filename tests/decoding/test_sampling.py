@@ -1,7 +1,6 @@
 """The choice of tokens: each filter against plain NumPy, frequencies of draws, independence of the batch."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +8,22 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.decoding.sampling import (
+    Sampler,
     SamplingConfig,
-    SamplingMode,
-    filtered_logits,
+    filtered,
     mark_seen,
+    penalised,
     sample,
     seen_tokens,
     sequence_keys,
 )
-from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.errors import ConfigError
 
 V = 12
 DRAWS = 20_000
 
-jit_sample = jax.jit(sample, static_argnames="mode")
-jit_filter = jax.jit(filtered_logits, static_argnames="mode")
+jit_sample = jax.jit(sample)
+jit_filter = jax.jit(lambda logits, seen, sampler: filtered(penalised(logits, seen, sampler), sampler))
 
 
 def some_logits(batch: int, seed: int = 0, ties: bool = False) -> np.ndarray:
@@ -63,7 +63,7 @@ def run(config: SamplingConfig, logits, keys=None, positions=None, seen=None, lo
     batch = len(logits)
     keys = sequence_keys(config.seed, batch) if keys is None else keys
     positions = np.zeros(batch, np.int32) if positions is None else positions
-    tokens, chosen = jit_sample(logits, keys, positions, seen, config.mode(logprobs), config.values())
+    tokens, chosen = jit_sample(logits, keys, positions, seen, config.sampler(logprobs))
     return np.asarray(tokens), None if chosen is None else np.asarray(chosen)
 
 
@@ -92,7 +92,7 @@ def test_filters_leave_the_distribution_of_the_numpy_implementation(name):
     for ties in (False, True):
         logits, seen = some_logits(64, ties=ties), some_seen(64)
         logits[::5, ::3] = -np.inf
-        got = np.asarray(jit_filter(logits, seen, config.mode(), config.values()), np.float64)
+        got = np.asarray(jit_filter(logits, seen, config.sampler()), np.float64)
         want = np.stack([reference_row(*row, config) for row in zip(logits, seen)])
         np.testing.assert_array_equal(got.max(-1), 0.0)
         np.testing.assert_array_equal(np.exp(got) > 0, want > 0)
@@ -115,14 +115,14 @@ def test_filters_leave_the_distribution_of_the_numpy_implementation(name):
 )
 def test_borders_and_ties_by_hand(settings, logits, stay):
     config = SamplingConfig(temperature=1.0, **settings)
-    got = jit_filter(np.array([logits], np.float32), None, config.mode(), config.values())
+    got = jit_filter(np.array([logits], np.float32), None, config.sampler())
     assert np.flatnonzero(np.isfinite(got[0])).tolist() == stay
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits():
     config = SamplingConfig(temperature=1.0, repetition_penalty=2.0)
     logits, seen = np.float32([[5, 4, -1, -1]]), np.array([[False, True, True, False]])
-    got = jit_filter(logits, seen, config.mode(), config.values())
+    got = jit_filter(logits, seen, config.sampler())
     np.testing.assert_allclose(got, np.float32([[5, 2, -2, -1]]) - 5)
     greedy = SamplingConfig(repetition_penalty=2.0)
     logits = np.float32([[3, 4, -1, -1], [-2, -1, -9, -1.5]])
@@ -238,18 +238,18 @@ def test_a_penalty_that_overflows_gives_minus_one():
 def test_other_values_compile_nothing_anew():
     traces = []
 
-    @functools.partial(jax.jit, static_argnames="mode")
-    def counted(logits, keys, positions, seen, mode, values):
-        traces.append(mode)
-        return sample(logits, keys, positions, seen, mode, values)
+    @jax.jit
+    def counted(*arguments):
+        traces.append(arguments)
+        return sample(*arguments)
 
     arguments = (some_logits(2), sequence_keys(0, 2), np.zeros(2, np.int32), some_seen(2))
     for temperature, top_p, min_p, penalty in [(0.5, 0.9, 0.1, 1.2), (2, 0.3, 0.2, 3), (1, 0.99, 1, 0.5)]:
         config = SamplingConfig(temperature, 3, top_p, min_p, penalty)
-        counted(*arguments, config.mode(), config.values())
+        counted(*arguments, config.sampler())
     assert len(traces) == 1
     wider = dataclasses.replace(config, top_k=4)
-    counted(*arguments, wider.mode(), wider.values())
+    counted(*arguments, wider.sampler())
     assert len(traces) == counted._cache_size() == 2
 
 
@@ -257,7 +257,7 @@ def test_what_is_off_is_not_compiled():
     def program(**settings):
         config = SamplingConfig(**settings)
         arguments = (some_logits(2), sequence_keys(0, 2), np.zeros(2, np.int32), some_seen(2))
-        return str(jax.make_jaxpr(sample, static_argnums=4)(*arguments, config.mode(), config.values()))
+        return str(jax.make_jaxpr(sample)(*arguments, config.sampler()))
 
     marks = ("random_bits", " sort", "top_k", "cumsum", "exp ", "div", "log ")
 
@@ -273,12 +273,14 @@ def test_what_is_off_is_not_compiled():
     assert holds(temperature=1.0, top_k=3, top_p=0.9) == drawing | {"top_k", "cumsum", "exp"}
 
 
-def test_modes_leave_out_what_would_change_nothing():
-    assert SamplingConfig(0, 5, 0.5, 0.5).mode() == SamplingMode()
-    assert SamplingConfig(1.0, None, 1, 0.0, 1).mode() == SamplingMode(greedy=False)
-    assert SamplingConfig(1.0, 5, 0.5, 0.5, 2.0).mode(logprobs=True) == SamplingMode(False, 5, True, True, True, True)
-    assert hash(ALL.mode()) == hash(ALL.mode())
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(SamplingConfig().values())} == {"float32"}
+def test_what_would_change_nothing_is_off():
+    assert SamplingConfig(0, 5, 0.5, 0.5).sampler() == Sampler()
+    assert SamplingConfig(1.0, None, 1, 0.0, 1).sampler() == Sampler(jnp.float32(1.0))
+    on = SamplingConfig(1.0, 5, 0.5, 0.5, 2.0).sampler(logprobs=True)
+    assert (on.top_k, on.logprobs) == (5, True)
+    assert [(leaf.dtype.name, leaf.item()) for leaf in jax.tree.leaves(on)] == [
+        ("float32", value) for value in (1.0, 0.5, 0.5, 2.0)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -313,12 +315,6 @@ def test_sequence_keys_are_of_one_seed_each():
             sequence_keys(bad, 3)
 
 
-def test_keys_whose_draws_would_depend_on_the_batch_are_refused():
-    keys = jax.random.split(jax.random.key(0, impl="rbg"), 2)
-    with pytest.raises(ValueError, match="threefry"):
-        run(SamplingConfig(temperature=1.0), some_logits(2), keys)
-
-
 def test_seen_tokens_of_prompts_and_of_chosen_tokens():
     seen = seen_tokens([[1, 1, 3], [], [0, 4], [2]], 5)
     want = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1], [0, 0, 1, 0, 0]], bool)
@@ -327,6 +323,3 @@ def test_seen_tokens_of_prompts_and_of_chosen_tokens():
     want[1, 2] = True
     np.testing.assert_array_equal(got, want)
     assert got.dtype == np.bool_
-    for bad in (5, -1):
-        with pytest.raises(UserError, match=f"prompt 1: token {bad} is not one of the vocabulary's 0 .. 4"):
-            seen_tokens([[0], [1, bad]], 5)

@@ -105,10 +105,13 @@ def test_a_transformer_has_the_same_curves_and_parts_not_asked_for_are_absent():
 
 
 def test_batches_hold_as_many_tokens_as_in_training_unless_told_otherwise():
-    run = trained().run  # 4 x 12 tokens, on a mesh that wants multiples of its devices
+    run = trained().run  # on a mesh that wants multiples of its devices
+    large = dataclasses.replace(run.config.train, batch_size=65_536, accumulation=2)
+    large = dataclasses.replace(run, config=dataclasses.replace(run.config, train=large))  # 32,768 x 12 tokens
     ways = run.mesh.size
-    assert run.evaluation_batch_size(12, 10**6) == max(ways, 4)
-    assert run.evaluation_batch_size(1, 10**6) == 48
+    assert large.evaluation_batch_size(12, 10**6) == 32_768
+    assert large.evaluation_batch_size(24, 10**6) == 16_384
+    assert run.evaluation_batch_size(16, 10**6) == 1024, "at least 16,384 tokens"
     assert run.evaluation_batch_size(10**6, 10**6) == ways
     assert run.evaluation_batch_size(1, 3) == max(ways, 4)
     assert run.evaluation_batch_size(1, 10**6, batch_size=16) == 16
@@ -139,12 +142,12 @@ def test_options_that_are_not_allowed(options, says):
     assert str(caught.value).startswith(says)
 
 
-def test_no_array_of_all_tokens_times_the_vocabulary():
+def test_no_array_of_all_tokens_times_the_vocabulary(monkeypatch):
     """What the compiled step needs on each device beside its arguments, against that array's part."""
     size, length = 2048, 8192
     run = trained(dataclasses.replace(MODEL, vocab_size=size, generation_window=64)).run
-    config = dataclasses.replace(run.config.train, loss_chunk=1024)
-    step = jit_eval_step(run.model, config, run.shardings.params, batch_sharding(run.mesh))
+    monkeypatch.setattr("tlinformer_jax.training.step.LOSS_CHUNK", 1024)
+    step = jit_eval_step(run.model, run.config.train, run.shardings.params, batch_sharding(run.mesh))
     row = jax.ShapeDtypeStruct((run.mesh.size, length), np.int32)
     batch = {"inputs": row, "labels": row, "weights": jax.ShapeDtypeStruct(row.shape, np.float32)}
     with jax.set_mesh(run.mesh):

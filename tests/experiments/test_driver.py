@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.config.run import run_config
-from tlinformer_jax.decoding.accounting import CacheLedger, cache_bytes, cache_bytes_at
+from tlinformer_jax.decoding.accounting import cache_bytes, cache_bytes_at
 from tlinformer_jax.decoding.cache import capacity_for, init_cache
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments import actions, driver
@@ -120,9 +120,7 @@ def test_bytes_of_a_cache_are_those_of_one_that_is_made(architecture):
     found = cache_bytes_at(config, 32)
     made = init_cache(config, 1, capacity_for(config, 32))
     assert found.allocated == sum(leaf.nbytes for leaf in jax.tree.leaves(made))
-    ledger = CacheLedger(config, 1)
-    ledger.prefilled(0, 32)
-    assert found == cache_bytes(config, made, ledger)
+    assert found == cache_bytes(config, made, [32])
     # Keys and values of 16 features, 4 bytes each, of 2 layers; a sliding window keeps 15 positions.
     if not config.windowed:
         assert found.used == 2 * 16 * 4 * 2 * (32 if architecture == "transformer" else 15) + 4

@@ -1,15 +1,20 @@
 """Groups, means, spreads, labels and the knee, against values by hand."""
 
 import json
+import pathlib
+import re
 
 import pandas as pd
 import pytest
 
+import tlinformer_jax
 from tests.support.figures import check_lines
 from tests.support.results import made_result, windows_result
 from tlinformer_jax.experiments.figures import plot_sweep
 from tlinformer_jax.experiments.frame import PERPLEXITY, curves_of, frame_of, knee, knee_of, mean, points_of, told
 from tlinformer_jax.experiments.report import write_tables
+
+PACKAGE = pathlib.Path(tlinformer_jax.__file__).parent
 
 
 def test_mean_and_sample_standard_deviation():
@@ -160,3 +165,10 @@ def test_a_sweep_without_a_finished_point_has_empty_tables(tmp_path):
     write_tables([], tmp_path)
     assert (tmp_path / "sweep.csv").read_text() == "name\n"
     assert json.loads((tmp_path / "sweep.json").read_text()) == []
+
+
+def test_only_the_report_needs_pandas():
+    """Anything else imports it, or a module that does, only inside the function that uses it."""
+    importing = re.compile(r"^(?:import|from) (?:pandas|tlinformer_jax\.experiments\.(?:frame|figures|report))\b", re.M)
+    found = {path.stem for path in PACKAGE.rglob("*.py") if importing.search(path.read_text())}
+    assert found == {"frame", "figures", "report"}

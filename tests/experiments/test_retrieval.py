@@ -10,7 +10,7 @@ from tests.support.results import made_result, save
 from tlinformer_jax.experiments.frame import frame_of, points_of
 from tlinformer_jax.experiments.report import FOUND, exact_interval, retrieval_lines, write_report
 
-DATA = {"dataset": "recall", "tokenizer": "numbers:257", "sequence_length": 512, "pairs": 64}
+DATA = {"dataset": "recall", "tokenizer": "numbers:257", "sequence_length": 512, "num_items": 64}
 WINDOWS = {"history_window": 16, "generation_window": 32, "hidden_depth": 0}
 TLIN = {"architecture": "tlinformer"}
 

@@ -17,6 +17,7 @@ def command_line(module: str, *arguments: str, blocked: tuple[str, ...] = ()) ->
     hide = "".join(f"sys.modules[{name!r}] = None; " for name in blocked)
     # Tests that a shell runs in the background would hand down that Ctrl-C is ignored.
     hide += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    hide += "import gc; gc.set_threshold(100_000, 20, 20); "  # as in conftest.py
     if "." not in module:  # a command of `python -m tlinformer_jax`
         module, arguments = "tlinformer_jax", (module, *arguments)
     script = f"import sys; {hide}import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"

@@ -11,13 +11,21 @@ import numpy as np
 import pytest
 
 from tests.training.test_resume import run_config
-from tlinformer_jax.config.run import CONFIG_FILE, load_config
+from tlinformer_jax.config.run import CONFIG_FILE, load_config, resolve
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.training import checkpoint as checkpoint_module
-from tlinformer_jax.training.checkpoint import Checkpoints, restore_params
+from tlinformer_jax.training.checkpoint import (
+    MANIFEST_FILE,
+    Manifest,
+    hash_files,
+    read_manifest,
+    restore_params,
+    verify,
+    write_manifest,
+)
 from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.manifest import MANIFEST_FILE, Manifest, hash_files, read_manifest, verify, write_manifest
+from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import build_run
 
 
@@ -55,7 +63,7 @@ def test_a_manifest_with_any_byte_flipped_or_cut_off_anywhere_is_refused_or_says
 def trained(tmp_path_factory):
     """A run of six steps with checkpoints of steps 3, 5 and 6: configuration, workdir, abstract and true states."""
     folder = tmp_path_factory.mktemp("trained")
-    config = run_config(folder)
+    config = resolve(run_config(folder))
     train_and_evaluate(config, folder / "run")
     run = build_run(config, load_tokenizer(folder / "run"))
     states = {}

@@ -30,8 +30,8 @@ def simulated(step: int, competence):
         dataset="recall",
         tokenizer="numbers:64",
         sequence_length=32,
-        pairs=8,
-        train_examples=2000,
+        num_items=8,
+        examples=2000,
         curriculum=CURRICULUM,
     )
     stages, split = data.stages, load_split(data, "train", build_tokenizer(data.tokenizer))
@@ -96,7 +96,7 @@ def test_a_stage_of_open_end_needs_the_number_of_updates():
 def test_a_run_interrupted_in_and_after_such_a_stage_is_bit_by_bit_the_one_that_was_not(tmp_path, monkeypatch, capfd):
     config = changed(
         train={"steps": 90, "log_every": 7, "eval_every": 0, "checkpoint_every": 0, "accumulation": 2},
-        data={"curriculum": "6:80@0.5", "train_examples": 90 * 48},
+        data={"curriculum": "6:80@0.5", "examples": 90 * 48},
     )
     lengths, put_batch = [], loop.put_batch
 

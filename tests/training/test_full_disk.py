@@ -10,8 +10,8 @@ import pytest
 from tests.support import bad_files
 from tests.support.commands import check_refusal, command
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.training.lock import LOCK_FILE, sole_run
-from tlinformer_jax.training.metrics import MetricsLog, TensorBoardXWriter
+from tlinformer_jax.training.metrics import MetricsLog, TensorBoardWriter
+from tlinformer_jax.training.workdir import LOCK_FILE, sole_run
 from tools.fault_check import final_state, log_difference, logged, state_difference
 
 
@@ -38,7 +38,7 @@ def test_metrics_that_cannot_be_written_are_an_error_at_once(tmp_path):
 
 
 def test_tensorboard_does_not_wait_for_a_disk_that_is_full(tmp_path):
-    writer = TensorBoardXWriter(tmp_path)
+    writer = TensorBoardWriter(tmp_path)
 
     def write_on() -> None:
         for step in range(1000):

@@ -62,6 +62,30 @@ def test_another_tokenizer_under_the_same_path_is_refused_and_the_runs_own_copy_
         begin(config, workdir)
 
 
+@pytest.mark.parametrize(
+    ("section", "fields", "says"),
+    [
+        ("model", {"hidden_depth": 1}, r"model\.hidden_depth: 0 -> 1"),
+        ("train", {"schedule": "paper", "epochs": 1}, r"train\.schedule: 'cosine' -> 'paper'"),
+        ("train", {"schedule": "constant"}, None),
+    ],
+)
+def test_another_run_in_the_directory_is_refused_and_another_constant_course_is_named(
+    section, fields, says, tmp_path, capfd
+):
+    config, workdir = run_config(tmp_path), tmp_path / "run"
+    begin(config, workdir)
+    other = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
+    if says:
+        with pytest.raises(ConfigError, match=f"holds a run with another configuration: .*{says}"):
+            begin(other, workdir)
+        other, config = config, other
+    begin(other, workdir)
+    assert (
+        "changed since the last run here: train.schedule: 'cosine' -> 'constant'" in capfd.readouterr().err
+    ) != bool(says)
+
+
 def test_a_text_of_other_content_is_named_and_a_copy_of_the_same_is_not(tmp_path, capfd):
     config, workdir = run_config(tmp_path), tmp_path / "run"
     begin(config, workdir)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.training.lock import LOCK_FILE, sole_run
+from tlinformer_jax.training.workdir import LOCK_FILE, sole_run
 
 HOLD = """
 import fcntl, sys, time

@@ -13,8 +13,9 @@ from tests.training.test_resume import events, run_config
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.training import loop, setup
-from tlinformer_jax.training.checkpoint import Checkpoints, restore_params
+from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.loop import train_and_evaluate
+from tlinformer_jax.training.saving import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_a_new_run_starts_from_the_parameters_and_needs_neither_flag_nor_origin_
 
     # Crashed after step 0 was saved, the origin gone: the same command without the flag goes on.
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_steps", crash)
+        patch.setattr(loop.Trainer, "train", crash)
         with pytest.raises(RuntimeError, match="crash"):
             train_and_evaluate(config, again, init_from=tmp_path / "source")
     (tmp_path / "source").rename(tmp_path / "gone")

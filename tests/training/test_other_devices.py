@@ -26,8 +26,8 @@ def stopped(tmp_path_factory):
     train_and_evaluate(config, folder / "whole")
     log_step = loop.log_step
 
-    def crashing(run, step, *rest):
-        log_step(run, step, *rest)
+    def crashing(log, step, *rest):
+        log_step(log, step, *rest)
         if step == 4:
             raise RuntimeError("crash")
 
@@ -38,7 +38,9 @@ def stopped(tmp_path_factory):
     return config, events(folder / "whole"), folder / "stopped"
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(8, MeshConfig()), (2, MeshConfig(fsdp=2)), (1, MeshConfig())])
+@pytest.mark.parametrize(
+    ("devices", "mesh"), [(8, MeshConfig()), (2, MeshConfig(data=1, fsdp=2)), (1, MeshConfig(data=1))]
+)
 def test_a_run_on_eight_devices_goes_on_with_others_and_the_losses_are_the_same(
     devices, mesh, stopped, tmp_path, monkeypatch, capfd
 ):

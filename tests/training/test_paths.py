@@ -16,16 +16,21 @@ import pytest
 from tests.training.test_checkpoint import abstract, assert_params, state_of, write
 from tests.training.test_checkpoint import sound as sound  # a fixture
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import CONFIG_FILE, load_config
+from tlinformer_jax.config.run import CONFIG_FILE, load_config, run_config
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, ByteTokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError, UserError
 from tlinformer_jax.files import PLAIN, local_path, write_text
-from tlinformer_jax.training.arrays import misfit
-from tlinformer_jax.training.checkpoint import Checkpoints, restore_params
-from tlinformer_jax.training.lock import LOCK_FILE, sole_run
-from tlinformer_jax.training.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
+from tlinformer_jax.training.checkpoint import (
+    MANIFEST_FILE,
+    hash_files,
+    misfit,
+    read_manifest,
+    restore_params,
+    write_manifest,
+)
 from tlinformer_jax.training.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
-from tlinformer_jax.training.origin import ORIGIN_FILE, find_origin
+from tlinformer_jax.training.saving import Checkpoints
+from tlinformer_jax.training.workdir import LOCK_FILE, ORIGIN_FILE, find_origin, sole_run
 
 NAMES = {
     "brackets": "lr[0.1]",
@@ -202,7 +207,7 @@ def test_loading_follows_no_link_and_waits_for_no_pipe(sound, tmp_path, capfd):
             read(workdir)
     os.mkfifo(workdir / ORIGIN_FILE)
     with pytest.raises(DataError, match=r"init_from\.json: cannot be read"):
-        find_origin(workdir, None, begun=True)
+        find_origin(run_config({}), workdir, None)
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "checkpoints").symlink_to(outside / "checkpoints")
     (workdir / CONFIG_FILE).unlink()

@@ -61,7 +61,6 @@ def run_config(folder: pathlib.Path, **train) -> RunConfig:
             train_files=str(folder / "train.txt"),
             validation_files=str(folder / "validation.txt"),
             cache_dir=str(folder / "cache"),
-            num_workers=1,
         ),
         mesh=MeshConfig(),
     )
@@ -87,6 +86,7 @@ def terminate() -> None:
 
 @pytest.mark.slow
 def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("tlinformer_jax.config.train.EVALUATION_TOKENS", 1)  # an evaluation has several batches
     config = run_config(tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     figures = train_and_evaluate(config, whole)
@@ -122,8 +122,8 @@ def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypa
     # A crash after step 6, past the last checkpoint; a kill tears the line it was writing.
     log_step = loop.log_step
 
-    def crashing(run, step, *rest):
-        log_step(run, step, *rest)
+    def crashing(log, step, *rest):
+        log_step(log, step, *rest)
         if step == 6:
             raise RuntimeError("crash")
 

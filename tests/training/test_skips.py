@@ -11,8 +11,7 @@ from tests.training.test_resume import run_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training import loop
-from tlinformer_jax.training.divergence import DivergedError
-from tlinformer_jax.training.loop import train_and_evaluate
+from tlinformer_jax.training.loop import DivergedError, train_and_evaluate
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import Skips, count_skips, init_state, train_step
 
@@ -72,7 +71,7 @@ def test_what_is_not_finite_is_found(loss, grads, first, number):
     assert bool(good) == (first is None)
     assert not stopped
     if first is not None:
-        assert (int(skips.in_a_row), int(skips.first_culprit), int(skips.culprits)) == (1, first, number)
+        assert (int(skips.in_a_row), int(skips.first_nonfinite), int(skips.nonfinite)) == (1, first, number)
 
 
 def test_a_run_names_the_step_and_the_parameters_and_keeps_its_last_checkpoint(tmp_path, monkeypatch):
@@ -98,4 +97,4 @@ def test_a_run_names_the_step_and_the_parameters_and_keeps_its_last_checkpoint(t
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 4]
-    assert lines[-1]["train/skipped_updates"] == 2
+    assert (lines[-1]["train/skipped_updates"], lines[-1]["train/loss"]) == (2, None)

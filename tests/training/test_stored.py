@@ -8,13 +8,14 @@ import shutil
 import jax
 import pytest
 
-from tests.support import golden, torch_files
+from tests.support import golden
 from tlinformer_jax.config.run import load_config, run_config
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.evaluation.trained import load_run
+from tlinformer_jax.interop.files import write_safetensors
 from tlinformer_jax.training.conversion import weights_to_workdir, workdir_to_weights
-from tlinformer_jax.training.origin import Origin, check_origin
+from tlinformer_jax.training.workdir import Origin, check_origin
 
 pytest.importorskip("safetensors")
 MODEL = {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
@@ -25,8 +26,8 @@ DATA = {"dataset": "text", "train_files": "/none/t.txt", "validation_files": "/n
 def sound(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("stored")
     config = run_config({"model": MODEL | {"history_window": 8, "generation_window": 8}, "data": DATA})
-    torch_files.save(folder / "x.pt", torch_files.tensors(golden.random_weights(config.model)))
-    weights_to_workdir(folder / "x.pt", config, folder / "run")
+    write_safetensors(folder / "x.safetensors", golden.random_weights(config.model))
+    weights_to_workdir(folder / "x.safetensors", config, folder / "run")
     return folder / "run"
 
 

@@ -1,5 +1,6 @@
 """What all entry points share: flags by absl, user errors as one line and exit status 2."""
 
+import contextlib
 import logging as std_logging
 import os
 import pathlib
@@ -8,35 +9,27 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
 from tlinformer_jax import environment
-from tlinformer_jax.errors import DataError, UserError
+from tlinformer_jax.errors import ConfigError, DataError, UserError
 from tlinformer_jax.files import local_path, path_fault
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
 
-# With libtpu beside it JAX would look for TPUs; libtpu would ask Google's cloud which one this is, complain that there
-# is none, and hold a lock that is for processes that share TPUs, where a compiler can run many times.
-WITHOUT_TPUS = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+FLAG_OF_OPTION = {"stop_strings": "stop"}  # where they differ
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
-    A `UserError` becomes one line on stderr and its status (2, but 1 for want of memory); so do flags and config files
-    that cannot be parsed. SIGTERM, SIGHUP and Ctrl-C, where `main` does not take them itself, end it with status 143,
-    129 and 130, as a shell reports them, after whatever was half-written has been removed.
+    A `UserError`, and a flag or config file that cannot be parsed, becomes one line on stderr and status 2, or 1 where
+    memory does not suffice. SIGTERM, SIGHUP and Ctrl-C, unless `main` handles them, remove what is half-written and end
+    with status 143, 129 and 130.
     """
 
     def guarded(_: Sequence[str]) -> None:
@@ -45,9 +38,9 @@ def run(main: Callable[[], None]) -> NoReturn:
             signal.signal(signal.SIGHUP, _terminate)
         sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches at INFO
-            logging.get_absl_logger().addFilter(_is_told_here_alone)
-        std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # as Orbax's tracebacks: told in one line
+            logging.set_verbosity(logging.WARNING)  # at INFO Orbax logs every file
+            logging.get_absl_logger().addFilter(_not_reported_otherwise)
+        std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # its tracebacks become one line
         try:
             main()
         except UserError as error:
@@ -57,23 +50,23 @@ def run(main: Callable[[], None]) -> NoReturn:
         except KeyboardInterrupt:
             fail("interrupted", 128 + signal.SIGINT)
         except Exception as error:
-            told = environment.describe_failure(error)
-            if told is None:
+            message = environment.describe_failure(error)
+            if message is None:
                 raise
-            fail(told, 1 if isinstance(error, FloatingPointError) else 2)
+            fail(message, 1 if isinstance(error, FloatingPointError) else 2)
 
     environment.settle()
     app.run(guarded, flags_parser=_parse_flags)
     raise AssertionError("app.run returns through sys.exit")
 
 
-def _is_told_here_alone(record: Any) -> bool:
-    """False for the tracebacks that Orbax logs of errors that it raises too: those become one line."""
+def _not_reported_otherwise(record: Any) -> bool:
+    """False for tracebacks that Orbax logs and raises as well: the raised ones become one line."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGHUP has come; no Exception, so that nobody takes it for a failure of what was under way."""
+    """SIGTERM or SIGHUP was received. Not an Exception, so that code that handles failures lets it pass."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -81,20 +74,20 @@ class _Terminated(BaseException):
 
 
 def _terminate(number: int, _: Any) -> None:
-    signal.signal(number, signal.SIG_IGN)  # what is under way is cleared up undisturbed
+    signal.signal(number, signal.SIG_IGN)  # so that cleaning up is not interrupted
     raise _Terminated(number)
 
 
 def _send_again(lost: Any) -> None:
-    """Sends a signal again whose exception came where Python drops it, such as in JAX's callback of the collector."""
+    """Sends a signal again if its exception was lost where Python ignores exceptions, such as in garbage collection."""
     number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else getattr(lost.exc_value, "number", None)
     if number is None:
-        if str(lost.exc_value) != "Event loop is closed":  # the end of Orbax's tasks after a failed save
+        if str(lost.exc_value) != "Event loop is closed":  # from Orbax after a failed save
             sys.__unraisablehook__(lost)
         return
     if number != signal.SIGINT:
         signal.signal(number, _terminate)
-    # Later, since here it would be dropped as well.
+    # Later: raised here, it would be lost again.
     threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
@@ -102,6 +95,53 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Prints `message` on stderr and exits with `status`."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:
+    """Defines --workdir and --step, for commands that read a run."""
+    step = "Step of the checkpoint; the newest good one if not given."
+    return (
+        flags.DEFINE_string("workdir", "", "Working directory of a run."),
+        flags.DEFINE_integer("step", None, step, lower_bound=0),
+    )
+
+
+def given_path(flag: flags.FlagHolder[str], what: str) -> pathlib.Path:
+    """The path that a flag holds.
+
+    Raises:
+      UserError: if it is empty ("must name `what`") or no path.
+    """
+    if not flag.value:
+        raise UserError(f"--{flag.name}: must name {what}")
+    return local_path(flag.value, f"--{flag.name}")
+
+
+def integers(flag: flags.FlagHolder[Any]) -> tuple[int, ...]:
+    """The numbers of a flag that is a list.
+
+    Raises:
+      UserError: if one is no integer.
+    """
+    try:
+        return tuple(int(text) for text in flag.value)
+    except ValueError:
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: must be integers, separated by commas") from None
+
+
+@contextlib.contextmanager
+def errors_by_flag() -> Iterator[None]:
+    """Names an option of an evaluation or a generation that is refused by its flag, as the user wrote it."""
+    try:
+        yield
+    except ConfigError as error:
+        section, _, name = error.field.rpartition(".")
+        name = FLAG_OF_OPTION.get(name, name)
+        if name in flags.FLAGS and (
+            section in ("evaluation", "generation", "sampling") or error.field == "mesh.context"
+        ):
+            raise UserError(f"--{name}={error.value}: {error.allowed}") from None
+        raise
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
@@ -141,14 +181,14 @@ def text_of_file(path: str, flag: str) -> str:
 
 
 def define_process_flags() -> None:
-    """Defines the flags by which several processes are told of each other, where nothing else tells them."""
+    """Defines the flags with which several processes find each other where no cluster manager starts them."""
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT on which process 0 of several listens.")
     flags.DEFINE_integer("num_processes", None, "Processes that run together; 1 alone ignores what is detected.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
 
 def cluster() -> "Cluster | None":
-    """The processes that the flags of `define_process_flags`, or the surroundings, tell of.
+    """The processes that run together, by the flags of `define_process_flags` or the cluster manager; None for one.
 
     Raises:
       UserError: for flags that are missing or not allowed.
@@ -160,7 +200,7 @@ def cluster() -> "Cluster | None":
 
 
 def define_config_flag(help: str = "Config file; FILE:VARIANT picks a variant.", **settings: Any) -> None:
-    """Defines --config: what the file leaves out has its default, so that every field can be overridden.
+    """Defines --config. Fields that the file leaves out get their defaults, so that all can be overridden.
 
     Args:
       help: of the flag.
@@ -174,7 +214,7 @@ def define_config_flag(help: str = "Config file; FILE:VARIANT picks a variant.",
 
 
 class _CompletedConfig(flags.ArgumentParser):
-    """Reads a config file by `parser`, and adds what it leaves out."""
+    """Reads a config file by `parser`, and adds the fields that it leaves out."""
 
     def __init__(self, parser: flags.ArgumentParser) -> None:
         self._parser = parser
@@ -185,23 +225,13 @@ class _CompletedConfig(flags.ArgumentParser):
         from tlinformer_jax.config.run import add_defaults
 
         config = self._parser.parse(argument)
-        if isinstance(config, ConfigDict):  # `config_values` says what is wrong with anything else
+        if isinstance(config, ConfigDict):  # `config_values` refuses anything else
             add_defaults(config)
             config.lock()
         return config
 
     def flag_type(self) -> str:
         return str(self._parser.flag_type())
-
-
-def define_optional_config_flag() -> None:
-    """Defines --config where it is used, for commands that have a default: a bare machine may lack ml_collections."""
-    if not any(argument.lstrip("-").split("=")[0].split(".")[0] == "config" for argument in sys.argv[1:]):
-        return
-    try:
-        define_config_flag()
-    except ImportError:
-        fail("--config: config files need the package ml_collections, which is not installed")
 
 
 def config_given() -> bool:
@@ -226,7 +256,7 @@ def config_values() -> Any:
             raise UserError(
                 f"--config={path}: get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
             )
-    except OSError as error:  # config_flags hands out its failure to load at the first access
+    except OSError as error:  # config_flags raises it at the first access
         raise UserError(f"--config={path}: {_why_unreadable(path)}") from error
     return config
 
@@ -245,13 +275,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         match = re.match(r"--?(config|sweep)=(.*)", argument, re.DOTALL)
         if match and (fault := path_fault(match[2])):
             fail(f"--{match[1]} = {match[2]!r}: {fault}")
-    logging.set_verbosity(logging.ERROR)  # config_flags warns of what is refused in one line below
+    logging.set_verbosity(logging.ERROR)  # config_flags also warns of what is refused below
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
         fail(_plain(_first_line(_user_error(error) or error)))
     except Exception as error:
-        # config_flags lets through what a config file raises, and errors of its own for fields that do not exist.
+        # Raised by the config file, or by config_flags for fields that do not exist.
         fail(describe(error, argv))
     if len(rest) > 1:
         fail(f"{rest[1]}: unexpected argument; flags are written --name=value")
@@ -259,7 +289,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def describe(error: Exception, argv: Sequence[str]) -> str:
-    """One line for an exception that config_flags let through, naming the override it is about."""
+    """One line for an exception from config_flags; it names the override that caused it."""
     if isinstance(error, SyntaxError):
         return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
     if not isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
@@ -278,7 +308,7 @@ def describe(error: Exception, argv: Sequence[str]) -> str:
     return f"--config: {text}"
 
 
-# What absl and Python say of a flag's value, and what it means.
+# Messages of absl and Python about a flag's value, and their meaning.
 PLAIN = {
     r"\('Non-boolean argument to boolean flag', .*\)$": "must be true or false",
     r"invalid literal for int\(\) with base \d+: .*$": "must be an integer",
@@ -287,14 +317,14 @@ PLAIN = {
 
 
 def _plain(text: str) -> str:
-    """The message in words that need no knowledge of Python."""
-    for pattern, words in PLAIN.items():
-        text = re.sub(pattern, words, text)
+    """The message without terms of Python."""
+    for pattern, meaning in PLAIN.items():
+        text = re.sub(pattern, meaning, text)
     return text
 
 
 def _missing_field(name: str) -> list[str] | None:
-    """The fields that `name` ('model.width') could have meant, where no configuration has it; else None."""
+    """The allowed fields if there is no field `name` ('model.width'), else None."""
     from tlinformer_jax.config.run import field_names
 
     sections = field_names()
@@ -305,23 +335,17 @@ def _missing_field(name: str) -> list[str] | None:
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """The `UserError` of a config file that led to `error`: absl and config_flags wrap it in errors of their own."""
+    """The `UserError` of a config file that led to `error`: absl and config_flags wrap it."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _first_line(error: BaseException) -> str:
-    """The telling line of an exception: of a wrapped traceback the last one, else the first."""
+    """The first line of an exception's message, the last of a wrapped traceback."""
     lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if not lines:
         return type(error).__name__
     return lines[-1] if any("Traceback" in line for line in lines) else lines[0]
-
-
-def without_tpus() -> None:
-    """Lets libtpu compile for TPUs that are not here; to be called before JAX is imported."""
-    for name, value in WITHOUT_TPUS.items():
-        os.environ.setdefault(name, value)

@@ -24,9 +24,7 @@ def main() -> None:
     """Converts in the direction that the flags tell."""
     if bool(FROM.value) == bool(TO.value):
         raise UserError("--from, --to: give one of them: the weights to read, or the file to write")
-    if not WORKDIR.value:
-        raise UserError("--workdir: must name a directory")
-    workdir = local_path(WORKDIR.value, "--workdir")
+    workdir = cli.given_path(WORKDIR, "a directory")
     from tlinformer_jax.config.run import run_config
     from tlinformer_jax.training.conversion import weights_to_workdir, workdir_to_weights
 

@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.files import local_path
+from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tlinformer_jax.evaluation.report import EvaluationOptions, Report
 
 cli.define_process_flags()
-WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
+WORKDIR, STEP = cli.run_flags()
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to evaluate on.")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "UTF-8 file to evaluate on instead of a split.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
 LENGTH = flags.DEFINE_integer("length", None, "Evaluate all tokens in samples of this length.", lower_bound=1)
 LENGTHS = flags.DEFINE_list("lengths", [], "Evaluate all tokens once more in samples of each of these lengths.")
-BY_POSITION = flags.DEFINE_bool("by_position", False, "Tell the loss by position in the sample and in the window.")
+BY_POSITION = flags.DEFINE_bool("by_position", False, "Print the loss by position in the sample and in the window.")
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Sequences at a time; if not given, as many tokens as in training.", lower_bound=1
+    "batch_size", None, "Sequences at a time; if not given, as in the evaluations of training.", lower_bound=1
 )
 JSON = flags.DEFINE_bool("json", False, "Print the figures as one JSON object.")
 OUT = flags.DEFINE_string("out", None, "File to write the whole result to as JSON.")
@@ -36,47 +34,28 @@ OUT = flags.DEFINE_string("out", None, "File to write the whole result to as JSO
 def main() -> None:
     """Restores a checkpoint's parameters and prints what is asked of a split or a text."""
     from tlinformer_jax.config.run import load_config
+    from tlinformer_jax.evaluation.report import EvaluationOptions
     from tlinformer_jax.parallel.processes import joined
     from tlinformer_jax.training.memory import advised, evaluation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    if not WORKDIR.value:
-        raise UserError("--workdir: must name the directory of a run")
-    options = _options()
+    workdir = cli.given_path(WORKDIR, "the directory of a run")
+    lengths = tuple(dict.fromkeys(cli.integers(LENGTHS)))
+    with cli.errors_by_flag():
+        options = EvaluationOptions(LENGTH.value, lengths, BY_POSITION.value, BATCH_SIZE.value)
     text = _text()
     cluster = cli.cluster()
-    workdir = local_path(WORKDIR.value, "--workdir")
-    batch_size = BATCH_SIZE.value or load_config(workdir).train.evaluation_batch_size
+    config = load_config(workdir)
+    length = config.data.sequence_length
+    batch_size = BATCH_SIZE.value or config.train.evaluation_batch_size(length, length)
     use_compilation_cache()
     if cluster is not None:
         import jax
 
-        # It would take SIGTERM for a training loop that asks for it; this command ends at once.
+        # It would keep SIGTERM for a training loop; this command ends at once.
         jax.config.update("jax_enable_preemption_service", False)
-    with joined(cluster), advised(lambda: evaluation_advice(batch_size)):
-        try:
-            report = _evaluate(workdir, text, options)
-        except ConfigError as error:
-            raise _named_by_flag(error) from None
-        _tell(report)
-
-
-def _options() -> "EvaluationOptions":
-    """What the flags ask for.
-
-    Raises:
-      UserError: for lengths that are none.
-    """
-    from tlinformer_jax.evaluation.report import EvaluationOptions
-
-    try:
-        lengths = tuple(dict.fromkeys(int(text) for text in LENGTHS.value))
-    except ValueError:
-        raise UserError(f"--lengths={','.join(LENGTHS.value)}: must be integers with commas between") from None
-    try:
-        return EvaluationOptions(LENGTH.value, lengths, BY_POSITION.value, BATCH_SIZE.value)
-    except ConfigError as error:
-        raise _named_by_flag(error) from None
+    with joined(cluster), advised(lambda: evaluation_advice(batch_size)), cli.errors_by_flag():
+        _print(_evaluate(workdir, text, options))
 
 
 def _text() -> str | None:
@@ -90,12 +69,6 @@ def _text() -> str | None:
     if flags.FLAGS["split"].present:
         raise UserError("--split, --text_file: give one of the two")
     return cli.text_of_file(TEXT_FILE.value, "--text_file")
-
-
-def _named_by_flag(error: ConfigError) -> UserError:
-    """The error under the name that the user has written; of the run's configuration, as it is."""
-    section, _, name = error.field.rpartition(".")
-    return UserError(f"--{name}={error.value}: {error.allowed}") if section == "evaluation" else error
 
 
 def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptions") -> "Report":
@@ -118,7 +91,7 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
     return evaluate_run(trained, stream, options, split=SPLIT.value, command=command)
 
 
-def _tell(report: "Report") -> None:
+def _print(report: "Report") -> None:
     """Prints the report, and writes it where --out says."""
     import jax
 

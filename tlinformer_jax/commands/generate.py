@@ -1,7 +1,7 @@
 """Generates text: `python -m tlinformer_jax generate --workdir=DIR --prompt=TEXT | --prompt_file=FILE [...]`.
 
-The continuation goes to stdout as it comes, the figures to stderr. Ctrl-C, or a reader of stdout that goes away, ends
-it: what there was until then has been printed, the figures follow, and the status is 130.
+The continuation goes to stdout as it comes, the figures to stderr. Ctrl-C, or a closed stdout, ends the generation: the
+text so far stays, the figures follow, and the status is 130.
 """
 
 import json
@@ -13,14 +13,12 @@ from absl import flags
 
 from tlinformer_jax import environment
 from tlinformer_jax.commands import cli
-from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.files import local_path
+from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from tlinformer_jax.decoding.stream import Call, Statistics, Stream
+    from tlinformer_jax.decoding.stream import Call, Stream
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
+WORKDIR, STEP = cli.run_flags()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file whose whole text is continued, its last line end too."
@@ -40,8 +38,6 @@ STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; s
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
 
 INTERRUPTED = 130
-# What an option of the library is called here, where that differs.
-FLAGS_OF_OPTIONS = {"stop_strings": "stop"}
 
 
 def main() -> None:
@@ -55,31 +51,27 @@ def main() -> None:
 
 
 def _generate() -> int:
-    """Does it all; returns the exit status."""
+    """Generates and prints; returns the exit status."""
     prompt, options = _prompt(), _options()
     if NUM_SAMPLES.value < 1:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: must be an integer >= 1")
-    if not WORKDIR.value:
-        raise UserError("--workdir: must name the directory of a run")
-    workdir = local_path(WORKDIR.value, "--workdir")
+    workdir = cli.given_path(WORKDIR, "the directory of a run")
 
     from tlinformer_jax.decoding.generator import Generator
-    from tlinformer_jax.decoding.settings import generation_config
     from tlinformer_jax.decoding.spread import context_mesh
+    from tlinformer_jax.decoding.stream import generation_config
     from tlinformer_jax.training.memory import advised, generation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):
-        try:
+        with cli.errors_by_flag():
             generation_config(options)  # before anything is loaded
             use_compilation_cache()
             compilations = _watch_compilations()
             generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
             stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
-        except ConfigError as error:
-            raise _named_by_flag(error, options) from None
         interrupted = _print_samples(stream)
-    _print_figures(stream.statistics, compilations)
+    _print_figures(stream, compilations)
     return INTERRUPTED if interrupted else 0
 
 
@@ -112,14 +104,6 @@ def _options() -> dict[str, Any]:
         "stop_tokens": None if STOP_AT_END.value else (),
         "logprobs": JSON.value,
     }
-
-
-def _named_by_flag(error: ConfigError, options: dict[str, Any]) -> UserError:
-    """The error under the name that the user has written; of the model's configuration, as it is."""
-    name = error.field.split(".")[-1]
-    if name not in options and error.field != "mesh.context":
-        return error
-    return UserError(f"--{FLAGS_OF_OPTIONS.get(name, name)}={error.value}: {error.allowed}")
 
 
 def _print_samples(stream: "Stream") -> bool:
@@ -163,26 +147,28 @@ def _as_json(number: int, sample: Any) -> dict[str, Any]:
     }
 
 
-def _print_figures(statistics: "Statistics", compilations: list[float]) -> None:
-    """Prints on stderr what it took."""
-    if statistics.prefill is None:
+def _print_figures(stream: "Stream", compilations: list[float]) -> None:
+    """Prints speed, cache hits and memory on stderr."""
+    calls = stream.calls
+    if not calls:
         return
-    calls = [statistics.prefill, *statistics.decode]
     tokens, seconds = sum(call.tokens for call in calls), sum(call.seconds for call in calls)
     lines = [
         f"{tokens:,} tokens in {seconds:.2f} s, prefill and compilation included: {tokens / seconds:,.1f} tokens/s"
     ]
-    compiled = [call for call in statistics.decode if not _within(call, compilations)]
+    compiled = [call for call in calls[1:] if not _within(call, compilations)]
     if compiled:
         rate = sum(call.tokens for call in compiled) / sum(call.seconds for call in compiled)
         lines.append(f"{rate:,.1f} tokens/s once compiled, slides included")
-    lines.append(f"{statistics.hits:,} cache hits, {statistics.misses:,} misses")
-    lines.append(f"cache: {statistics.cache}")
+    samples = stream.generations
+    hits, misses = sum(sample.hits for sample in samples), sum(sample.misses for sample in samples)
+    lines.append(f"{hits:,} cache hits, {misses:,} misses")
+    lines.append(f"cache: {stream.cache_bytes}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _watch_compilations() -> list[float]:
-    """A list that every compilation from now on adds its end to, in seconds of time.perf_counter."""
+    """A list that gets the end of every compilation from now on, in seconds of time.perf_counter."""
     import jax
 
     ends: list[float] = []

@@ -14,10 +14,9 @@ from absl import flags
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import ConfigError, UserError
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Working directory of a run.")
+WORKDIR, STEP = cli.run_flags()
 OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and figures; made if it is missing.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to measure on.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest good one if not given.", lower_bound=0)
 SAMPLES = flags.DEFINE_integer("samples", 64, "Samples, spread evenly over the split.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sample; as trained if not given.", lower_bound=1)
 DISTANCES = flags.DEFINE_list("distances", [], "Where to cut; 0 and powers of 4 from 16 if not given.")
@@ -32,8 +31,7 @@ def main() -> None:
     from tlinformer_jax.training.memory import advised, evaluation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    if not WORKDIR.value:
-        raise UserError("--workdir: must name the directory of a run")
+    workdir = cli.given_path(WORKDIR, "the directory of a run")
     out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     try:
         distances = tuple(sorted({int(text) for text in DISTANCES.value}))
@@ -42,7 +40,7 @@ def main() -> None:
         given = ",".join(DISTANCES.value)
         raise UserError(f"--distances={given}: must be integers of 0 or more with commas between") from None
     use_compilation_cache()
-    trained = load_run(WORKDIR.value, STEP.value)
+    trained = load_run(workdir, STEP.value)
     stream = trained.run.split(SPLIT.value, LENGTH.value)
     with advised(lambda: evaluation_advice(options.batch_size)):
         measured = measure_history(trained, stream, options)

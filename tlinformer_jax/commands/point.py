@@ -1,7 +1,7 @@
 """One job in a process of its own, for `runner`: `python -m tlinformer_jax point`, the job on stdin.
 
-Whoever started it holds the other end of stdin: when that closes, its process is gone, and this one ends at once, so
-that the same sweep, started again, finds the directory free. Status 3 means that a signal has stopped the training.
+The sweep holds the other end of stdin. When that closes, the sweep has ended, and this process ends at once, so that
+its directory is free for the next sweep. Its status is `STOPPED` if a signal has stopped the training.
 """
 
 import os

@@ -6,8 +6,8 @@ result.json that `tlinformer_jax.main --then=...` leaves. Figures go into the fo
 
 from absl import flags
 
+from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.files import local_path
 
 RESULTS = flags.DEFINE_string("results", "", "Directory of the records.")
 OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
@@ -15,11 +15,7 @@ OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
 
 def main() -> None:
     """Reads all records, writes document and figures."""
-    if not RESULTS.value:
-        raise UserError("--results: must name a directory of records")
-    if not OUT.value:
-        raise UserError("--out: must name a Markdown file")
-    folder, out = local_path(RESULTS.value, "--results"), local_path(OUT.value, "--out")
+    folder, out = cli.given_path(RESULTS, "a directory of records"), cli.given_path(OUT, "a Markdown file")
     try:
         from tlinformer_jax.experiments.report import write_report
 

@@ -48,7 +48,7 @@ def main() -> None:
 
     sweep = load_sweep(SWEEP.value)
     if SEEDS.value is not None:
-        sweep = dataclasses.replace(sweep, seeds=_seeds(SEEDS.value))
+        sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS))
     then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
     points = plan_points(sweep, _base(sweep))
     chosen = chosen_points(points, POINT.value, POINTS.value)
@@ -104,10 +104,10 @@ def define_flags() -> None:
     if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
         return
     named = ""
-    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+    for argument, value in zip(sys.argv[1:], [*sys.argv[2:], ""]):
         found = re.match(r"--?sweep(=(?P<value>.*))?$", argument, re.DOTALL)
         if found:
-            named = following if found["value"] is None else found["value"]
+            named = value if found["value"] is None else found["value"]
     try:
         base = load_sweep(named).base
     except UserError as error:
@@ -139,18 +139,6 @@ def _base(sweep: "Sweep") -> Any:
             if field in overrides:
                 raise UserError(f"--config.{field}: point {name} sets this field itself")
     return flags.FLAGS.config
-
-
-def _seeds(texts: list[str]) -> tuple[int, ...]:
-    """The seeds of the flag.
-
-    Raises:
-      UserError: if one is no integer.
-    """
-    try:
-        return tuple(int(text) for text in texts)
-    except ValueError:
-        raise UserError(f"--seeds={','.join(texts)}: must be integers, separated by commas") from None
 
 
 def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -> "list[Record]":

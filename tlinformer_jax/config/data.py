@@ -11,24 +11,20 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.files import path_fault
 
 TASKS = ("recall", "copy", "passkey")
-DATASETS = ("pydoc", "text", "wikitext103", *TASKS)
+WIKITEXT = ("wikitext103", "wikitext103-raw")
+TEXT_FILES = ("text", "lines")
+DATASETS = ("pydoc", *TEXT_FILES, *WIKITEXT, *TASKS)
 SPLITS = ("train", "validation", "test")
-DOCUMENT_PER = ("file", "line")
-WIKITEXT_VARIANTS = ("v1", "raw-v1")
-TOKENIZERS = ("bytes", "gpt2")  # those that are no files
 FILES = ("train_files", "validation_files", "test_files")
 PATHS = (*FILES, "tokenizer", "manual_dir", "cache_dir")
-LIMITS = {"passkeys": 100, "questions": 100}  # as many keys as have different names
+MOST_PASSKEYS = 100  # each has a name of two digits
 STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
 
 class Stage(NamedTuple):
-    """Updates of a curriculum on samples of one length.
+    """At most `updates` updates of a curriculum on samples of `length` tokens.
 
-    Attributes:
-      length: tokens of a sample.
-      updates: that it takes, or takes at most.
-      accuracy: of the answers in training, at which it ends before; 0 where it always takes all its updates.
+    Training at `accuracy` ends the stage before; if it is 0, the stage takes all its updates.
     """
 
     length: int
@@ -38,92 +34,77 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text, tokenizer and sample length. Every field is a plain value, so that a flag can override it.
+    """Text or task, tokenizer and sample length. Every field is a plain value, so that a flag can override it.
 
-    Paths are made absolute, so that a stored configuration means the same files from any directory.
+    A name in brackets is the dataset that reads the field. Paths are made absolute, so that a stored configuration
+    means the same files from any directory.
 
     Attributes:
-      dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "wikitext103", or a task whose
-        samples are made: "recall", "copy", "passkey"; see `data.recall`, `data.copying`, `data.passkey`.
-      tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`; "numbers:V", ids 0 .. V - 1 as such,
-        is for "recall" and "copy".
-      end_of_text_token: the entry of a `tokenizer.json` that ends a text; "" looks for the usual names.
+      dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
+        of a .txt is a document), "wikitext103" (with <unk>, the paper's), "wikitext103-raw", or a task whose samples
+        are generated: "recall", "copy", "passkey" (see `data.recall`, `data.tasks`, `data.passkey`).
+      tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`. PATH:ENTRY names the entry of its
+        vocabulary that ends a text; without, the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
+        "recall" and "copy".
       sequence_length: N, tokens a sample.
-      train_files: "text": comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst. "passkey": the
-        text that keys are hidden in, the same way; "" is that of "pydoc".
+      train_files: [text, lines] comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst. [passkey]
+        the text that keys are hidden in, read as "text"; "" is that of "pydoc".
       validation_files: the same for the validation split.
-      test_files: the same for the test split. "passkey": "" hides its test samples' keys in the validation text.
-      text_field: "text": the field of a .jsonl line that holds the document.
-      document_per: "text": a .txt holds one document a "file", or one a "line" (blank lines are skipped).
-      wikitext_variant: "v1" (with <unk>, the paper's) or "raw-v1".
-      manual_dir: "wikitext103": a directory that holds its zip or parquet files; "" downloads the zip.
-      cache_dir: where prepared data and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or
-        ~/.cache/tlinformer_jax.
-      full_hash: identify files by a hash of their whole content, not of size, time, head and tail alone, and
-        verify a token cache's whole content before use. Slower by one reading of the files.
-      num_workers: processes that tokenise; 0 is one for each core. The tokens do not depend on it.
-      train_examples: of a task: different samples of the training split; an epoch takes each once.
-      validation_examples: of a task: samples of the validation split, and of the test split.
-      pairs: "recall": of a key and a value in a sample; a shorter one has fewer in proportion, be it of a curriculum
-        or of an evaluation.
-      passkeys: "passkey": keys hidden in a sample.
-      questions: "passkey": of them, those that a training sample asks for, one after the other; an evaluation's sample
-        asks for one.
-      curriculum: of a task: "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
-        more as keep an update's tokens, and so on; what is left on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as
-        soon as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest;
-        see `training.curriculum`. Evaluations take sequence_length.
+      test_files: the same for the test split. [passkey] "" hides the test keys in the validation text.
+      text_field: [text, lines] the field of a .jsonl line that holds the document.
+      manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip.
+      cache_dir: where downloads and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
+      examples: [tasks] different samples of the training split; an epoch takes each once.
+      num_items: [recall] pairs of a key and a value in a sample of N tokens, fewer in proportion in a shorter one.
+        [passkey] keys hidden in a sample.
+      questions: [passkey] keys that a training sample asks for, one after the other; evaluation asks for one.
+      curriculum: [tasks] "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
+        more as keep an update's tokens, and so on; the rest on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as soon
+        as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest; see
+        `training.curriculum`. Evaluation always takes sequence_length.
     """
 
     dataset: str = "pydoc"
     tokenizer: str = "bytes"
-    end_of_text_token: str = ""
     sequence_length: int = 512
     train_files: str = ""
     validation_files: str = ""
     test_files: str = ""
     text_field: str = "text"
-    document_per: str = "file"
-    wikitext_variant: str = "v1"
     manual_dir: str = ""
     cache_dir: str = ""
-    full_hash: bool = False
-    num_workers: int = 0
-    train_examples: int = 100_000
-    validation_examples: int = 3_000
-    pairs: int = 4
-    passkeys: int = 1
+    examples: int = 100_000
+    num_items: int = 4
     questions: int = 1
     curriculum: str = ""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise ConfigError(f"data.{field.name}", value, f"must be of type {getattr(field.type, '__name__', '')}")
         for name in PATHS:
-            for part in getattr(self, name).split(","):
-                if fault := path_fault(part.strip()):
-                    raise ConfigError(f"data.{name}", getattr(self, name), fault)
+            if fault := _path_fault(name, getattr(self, name)):
+                raise ConfigError(f"data.{name}", getattr(self, name), fault)
         for name, value in absolute_paths(vars(self), pathlib.Path()).items():
             object.__setattr__(self, name, value)
-        _check_choice("data.dataset", self.dataset, DATASETS)
-        _check_choice("data.document_per", self.document_per, DOCUMENT_PER)
-        _check_choice("data.wikitext_variant", self.wikitext_variant, WIKITEXT_VARIANTS)
+        if self.dataset not in DATASETS:
+            raise ConfigError("data.dataset", self.dataset, f"must be one of {', '.join(map(repr, DATASETS))}")
         if not self.tokenizer:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
+        if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):
+            raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'recall' and 'copy'")
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
         if not 1 <= self.sequence_length < 2**31:
             allowed = f"must be from 1 to {2**31 - 1}: positions are int32"
             raise ConfigError("data.sequence_length", self.sequence_length, allowed)
-        if self.num_workers < 0:
-            raise ConfigError("data.num_workers", self.num_workers, "must be 0 (one a core) or more")
-        for name in ("train_examples", "validation_examples", "pairs", "passkeys", "questions"):
-            if not 1 <= getattr(self, name) <= LIMITS.get(name, 2**31 - 1):
-                limits = f"must be from 1 to {LIMITS.get(name, 2**31 - 1)}"
-                raise ConfigError(f"data.{name}", getattr(self, name), limits)
-        if self.questions > self.passkeys:
-            raise ConfigError("data.questions", self.questions, f"must be at most data.passkeys = {self.passkeys}")
-        if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):
-            raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'recall' and 'copy'")
+        most_items = MOST_PASSKEYS if self.dataset == "passkey" else 2**31 - 1
+        for name, most in (("examples", 2**31 - 1), ("num_items", most_items), ("questions", MOST_PASSKEYS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"data.{name}", getattr(self, name), f"must be from 1 to {most}")
+        if self.dataset == "passkey" and self.questions > self.num_items:
+            raise ConfigError("data.questions", self.questions, f"must be at most data.num_items = {self.num_items}")
         if self.curriculum and not self.is_task:
             allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
             raise ConfigError("data.curriculum", self.curriculum, allowed)
@@ -131,15 +112,20 @@ class DataConfig:
 
     @property
     def is_task(self) -> bool:
-        """Whether samples are made, and have answers."""
+        """Whether samples are generated, and have answers."""
         return self.dataset in TASKS
+
+    @property
+    def validation_examples(self) -> int:
+        """[tasks] Samples of the validation split, and of the test split."""
+        return max(1, min(200 if self.dataset == "passkey" else 3_000, self.examples // 10))
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """`curriculum`: each stage before the last.
 
         Raises:
-          ConfigError: if it is none.
+          ConfigError: if it cannot be read.
         """
         allowed = (
             "must be LENGTH:UPDATES or LENGTH:UPDATES@ACCURACY, separated by commas: lengths that divide "
@@ -158,7 +144,7 @@ class DataConfig:
         return tuple(stages)
 
     def samples_before(self, update: int, batch_size: int) -> int:
-        """Samples that the first `update` updates of `batch_size` rows take, those of `stages` included, at most."""
+        """Samples that the first `update` updates of `batch_size` rows take at most, `stages` included."""
         return stage_at(self.stages, self.sequence_length, batch_size, update)[1]
 
     @property
@@ -166,23 +152,18 @@ class DataConfig:
         """The directory that `cache_dir` stands for.
 
         Raises:
-          ConfigError: if that is below a home directory that this user has not.
+          ConfigError: if it is below a home directory and this user has none.
         """
         root = self.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
         path = pathlib.Path(os.path.expanduser(root))
         if path.parts[:1] == ("~",):
-            raise ConfigError(
-                "data.cache_dir", self.cache_dir, "must name a directory: this user has no home directory"
-            )
+            allowed = "must name a directory: this user has no home directory"
+            raise ConfigError("data.cache_dir", self.cache_dir, allowed)
         return path
 
 
 def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, Any]:
-    """Fields of the data section with their paths made absolute; what cannot be a path stays as it is.
-
-    Args:
-      values: field -> value.
-      base: the directory that relative paths start from, itself relative to the current one.
+    """Fields of the data section with relative paths made absolute from `base`; what cannot be a path stays as it is.
 
     Raises:
       ConfigError: naming the field, where a path cannot be made absolute.
@@ -190,10 +171,10 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
     changed = dict(values)
     for name in PATHS:
         value = values.get(name)
-        if not isinstance(value, str) or not value or (name == "tokenizer" and _is_no_file(value)):
+        if not isinstance(value, str) or not value or _path_fault(name, value):
             continue
-        if any(path_fault(part.strip()) for part in value.split(",")):
-            continue  # it is refused as it was given
+        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith("numbers:")):
+            continue
         try:
             here = os.path.abspath(base)
         except FileNotFoundError:
@@ -208,18 +189,16 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
     return changed
 
 
-def _is_no_file(tokenizer: str) -> bool:
-    return tokenizer in TOKENIZERS or tokenizer.startswith("numbers:")
+def split_tokenizer(name: str) -> tuple[str, str]:
+    """The path of a tokenizer spelled PATH:ENTRY, and the entry that ends a text; "" if it is not named."""
+    match = re.fullmatch(r"(.+\.json):(.+)", name, re.DOTALL)
+    return (match[1], match[2]) if match else (name, "")
 
 
 def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:
     """Tokens of a sample of update `update` (from 0), and the samples of all updates before it.
 
-    Args:
-      stages: what comes first, on shorter samples, of which a row has as many as fit; each takes all its updates.
-      sequence_length: N, of all updates after those.
-      batch_size: rows of N tokens an update.
-      update: which.
+    Each of `stages` counts with all its updates; a row of `sequence_length` tokens holds as many samples as fit.
     """
     before = 0
     for length, updates, _ in stages:
@@ -230,13 +209,7 @@ def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, u
     return sequence_length, before + update * batch_size
 
 
-def _check_types(config: DataConfig) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if type(value) is not field.type:
-            raise ConfigError(f"data.{field.name}", value, f"must be of type {getattr(field.type, '__name__', '')}")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(name, value, f"must be one of {', '.join(map(repr, allowed))}")
+def _path_fault(name: str, value: str) -> str | None:
+    """What a path field must be that it is not; None for a value that can be used."""
+    parts = value.split(",") if name in FILES else [split_tokenizer(value)[0]]
+    return next(filter(None, (path_fault(part.strip()) for part in parts)), None)

@@ -73,10 +73,9 @@ def set_paper_recipe(config: "ConfigDict", row: str) -> None:
     """Sets row `row` of Table 1 as the paper trains it, its quirks included.
 
     - Dropout is 0.2, but 0.1 for TLinFormer 512-512-0.5: that row has an advantage.
-    - The cosine's length counts micro-batches while its argument counts updates (`schedule = 'paper'`): the rate ends
-      above 97% of its peak.
-    - An epoch's last update holds what is left of the epoch, its gradient still divided by the full number of
-      micro-batches (`equal_updates = False`).
+    - `schedule = 'paper'`: the cosine's length counts micro-batches while its argument counts updates, so the rate ends
+      above 97% of its peak; an epoch's last update holds what is left of the epoch, its gradient still divided by the
+      full number of micro-batches; every parameter decays, biases and LayerNorms too.
     - An update holds 256 sequences at every N, so ten epochs are half as many updates where N is twice as long.
     """
     set_row(config, row)
@@ -84,18 +83,14 @@ def set_paper_recipe(config: "ConfigDict", row: str) -> None:
     config.train.update(
         steps=0,
         epochs=10,
-        equal_updates=False,
         batch_size=PAPER_BATCH,
         accumulation=PAPER_BATCH // PAPER_MICRO_BATCH[config.data.sequence_length],
         learning_rate=3e-4,
         warmup_steps=2000,
         schedule="paper",
-        beta1=0.9,
-        beta2=0.95,
         weight_decay=0.06,
-        decay_mask="all",
         clip_norm=1.0,
-        eval_every_epochs=1,
+        eval_every="epoch",
         checkpoint_every=500,
     )
 
@@ -113,16 +108,12 @@ def set_own_recipe(config: "ConfigDict", row: str) -> None:
     config.model.dropout = 0.1
     config.train.update(
         steps=UPDATES,
-        equal_updates=True,
         batch_size=TOKENS_PER_UPDATE // length,
         learning_rate=3e-4,
         warmup_steps=2000,
         schedule="cosine",
         final_learning_rate=0.0,
-        beta1=0.9,
-        beta2=0.95,
         weight_decay=0.06,
-        decay_mask="matrices",
         clip_norm=1.0,
         eval_every=UPDATES // 10,
         checkpoint_every=500,

@@ -1,7 +1,7 @@
 """A run's whole configuration, from a config file or a working directory, checked as one.
 
-Config files are Python files whose `get_config()` returns a `ml_collections.ConfigDict` with the sections
-`model`, `train`, `data` and `mesh`; each section's fields are those of one frozen dataclass.
+A config file is a Python file whose `get_config()` returns a `ml_collections.ConfigDict` with the sections `model`,
+`train`, `data` and `mesh`; each section's fields are those of a frozen dataclass.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 AUTO = "auto"
-# What the default of model.vocab_size is padded to a multiple of: the lanes of a TPU, and what GPUs' products like.
+# The default of model.vocab_size is a multiple of this, which matrix products of TPUs and GPUs need to be fast.
 VOCABULARY_MULTIPLE = 128
-# The model of a configuration without the section `model`: small enough for the default corpus, and for any computer.
+# The model of a configuration without the section `model`: small enough for the default corpus on any computer.
 SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
 
 
@@ -40,30 +40,33 @@ class RunConfig:
     mesh: MeshConfig
 
     def __post_init__(self) -> None:
-        sampled = self.train.sampled_windows
-        if sampled and not self.model.windowed:
-            raise ConfigError(
-                "train.sampled_windows", sampled, f"must be 0 for model.architecture = {self.model.architecture!r}"
-            )
-        windows = -(-self.data.sequence_length // self.model.generation_window)
+        model, train, data = self.model, self.train, self.data
+        sampled = train.sampled_windows
+        if sampled and not model.windowed:
+            allowed = f"must be 0 for model.architecture = {model.architecture!r}"
+            raise ConfigError("train.sampled_windows", sampled, allowed)
+        windows = -(-data.sequence_length // model.generation_window)
         if sampled > windows:
             raise ConfigError("train.sampled_windows", sampled, f"must be at most the {windows} windows of a sequence")
-        if self.data.curriculum and (sampled or not self.train.equal_updates):
-            field = "sampled_windows = 0" if sampled else "equal_updates = True"
-            raise ConfigError("data.curriculum", self.data.curriculum, f"must be '' without train.{field}")
-        before = sum(stage.updates for stage in self.data.stages)
-        if before and 0 < self.train.steps <= before:
-            allowed = f"must end before train.steps = {self.train.steps}, and has {before} updates"
-            raise ConfigError("data.curriculum", self.data.curriculum, allowed)
-        if not self.train.steps and any(stage.accuracy for stage in self.data.stages):
+        if train.stop_at_accuracy and not data.is_task:
+            allowed = f"must be 0 for data.dataset = {data.dataset!r}, which has no answers"
+            raise ConfigError("train.stop_at_accuracy", train.stop_at_accuracy, allowed)
+        if data.curriculum:
+            self._check_curriculum()
+
+    def _check_curriculum(self) -> None:
+        train, stages, allowed = self.train, self.data.stages, None
+        updates = sum(stage.updates for stage in stages)
+        if train.sampled_windows:
+            allowed = f"must be '' for train.sampled_windows = {train.sampled_windows}"
+        elif not train.equal_updates:
+            allowed = f"must be '' for train.schedule = {train.schedule!r}"
+        elif 0 < train.steps <= updates:
+            allowed = f"must end before train.steps = {train.steps}, and has {updates} updates"
+        elif not train.steps and any(stage.accuracy for stage in stages):
             allowed = "must have no @ACCURACY where train.steps is 0: the updates of an epoch would not be known"
+        if allowed:
             raise ConfigError("data.curriculum", self.data.curriculum, allowed)
-        if self.train.stop_at_accuracy and not self.data.is_task:
-            raise ConfigError(
-                "train.stop_at_accuracy",
-                self.train.stop_at_accuracy,
-                f"must be 0 for data.dataset = {self.data.dataset!r}, which has no answers",
-            )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain nested dictionaries, as `run_config` takes them."""
@@ -76,12 +79,12 @@ SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fiel
 def run_config(values: Mapping[str, Any]) -> RunConfig:
     """The configuration that nested mappings (a ConfigDict, parsed JSON) describe.
 
-    What they leave out has the default of its dataclass, but for `model`: left out as a whole it is SMALL_MODEL, and
-    `vocab_size` is "auto", the number of the tokenizer's entries rounded up to a multiple of VOCABULARY_MULTIPLE.
+    What they leave out has the default of its dataclass. But without a section `model` the model is SMALL_MODEL, and
+    `vocab_size` is by default "auto": the tokenizer's entries, rounded up to a multiple of VOCABULARY_MULTIPLE.
 
     Raises:
       ConfigError: for a section or field that does not exist, and for every value that is not allowed.
-      DataError: for a file that is no tokenizer, where the vocabulary's size is to be found.
+      DataError: for a file that is no tokenizer.
     """
     for name in values:
         if name not in SECTIONS:
@@ -90,12 +93,25 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     return RunConfig(model=_section("model", ModelConfig, _model_fields(values, sections["data"])), **sections)
 
 
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with what depends on the machine made explicit, so that equal ones are equal programs.
+
+    Called once, before anything is compiled. Resolved so far: the axis of the mesh that takes the devices left.
+
+    Raises:
+      ConfigError: if the mesh does not fit the devices.
+    """
+    import jax  # here, because a configuration is read before anything needs devices
+
+    return dataclasses.replace(config, mesh=MeshConfig(**config.mesh.sizes(jax.device_count())))
+
+
 def default_config_dict() -> "ConfigDict":
     """Every field of every section with its default: what a config file starts from and a flag can override."""
     from ml_collections import ConfigDict, FieldReference  # here, because only config files need it
 
     def default(field: Any) -> Any:
-        # A ConfigDict takes values of the default's type only; fields of several types must take any of them.
+        # A ConfigDict takes only values of the default's type; fields of several types must take all of them.
         return field.default if isinstance(field.type, type) else FieldReference(field.default, field_type=object)
 
     config = ConfigDict(
@@ -106,9 +122,9 @@ def default_config_dict() -> "ConfigDict":
 
 
 def add_defaults(config: "ConfigDict") -> None:
-    """Adds to a config file's values those that it leaves out, as `run_config` takes them.
+    """Adds the defaults that a config file leaves out, as `run_config` takes them, so that flags can override them.
 
-    A field whose value is not of its default's type becomes one that takes any: `run_config` says what is not allowed.
+    A field whose value is not of its default's type comes to take any; `run_config` says what is not allowed.
     """
     from ml_collections import FieldReference
 
@@ -141,10 +157,7 @@ def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:
-    """Reads the configuration of a working directory.
-
-    Paths in it that are relative, as a person may have written them, start from the directory itself: a file of the
-    same name elsewhere is never read in the place of the run's.
+    """Reads the configuration of a working directory; relative paths in it start from that directory.
 
     Raises:
       DataError: if there is none, or one that is damaged or does not fit this version.
@@ -169,7 +182,7 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """SHA-256, in hexadecimal, of the configuration's fields and values; equal for equal configurations only."""
+    """SHA-256, in hexadecimal, of the configuration's fields and values."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
@@ -185,11 +198,11 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def _model_fields(values: Mapping[str, Any], data: DataConfig) -> Any:
-    """The fields of the section `model`, its size of the vocabulary found."""
+    """The fields of the section `model`, with the size of the vocabulary."""
     fields = values.get("model") or SMALL_MODEL
     if not hasattr(fields, "items") or fields.get("vocab_size", AUTO) != AUTO:
         return fields
-    entries = build_tokenizer(data.tokenizer, data.end_of_text_token).vocab_size
+    entries = build_tokenizer(data.tokenizer).vocab_size
     return {**dict(fields.items()), "vocab_size": entries + -entries % VOCABULARY_MULTIPLE}
 
 

@@ -2,15 +2,18 @@
 
 Sample i of a stream is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels; the remainder is
 dropped. Every epoch visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function
-of the update's number, so the iterator's whole state is that number. A process that computes only some rows of
-the batch reads only those, of the same global stream. `tlinformer_jax.data.reader` prepares batches ahead.
+of the update's number, so that number is the whole state of the data pipeline. A process that computes only some rows
+of the batch reads only those, of the same global stream.
 
-In the place of a stream may stand a task, whose samples are made (`data.tasks`).
+A split may also be a task, whose samples are generated (`data.tasks`).
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -26,9 +29,9 @@ ALL = slice(None)
 
 
 def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
-    """Number of samples of `sequence_length` + 1 tokens that overlap by one; with `rest`, what is left is one more.
+    """Number of samples of `sequence_length` + 1 tokens that overlap by one; `rest` counts a last, shorter one too.
 
-    A task has as many as it has, at every length.
+    A task has the same number of samples at every length.
     """
     if isinstance(stream, TaskSplit):
         return stream.count
@@ -39,8 +42,8 @@ def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
 def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Batch:
     """Returns {inputs, labels: int32 [batch, N], weights: float32 [batch, N]} of the samples `indices`.
 
-    A negative index makes a row of padding: token 0 with weight 0. So does what lies past the stream's end. Of a task
-    the weights are 1 at answers, else 0.
+    A negative index gives a row of padding: token 0 with weight 0; so do positions past the stream's end. The weights
+    of a task are 1 at answers, else 0.
     """
     if isinstance(stream, TaskSplit):
         return take_task_samples(stream, sequence_length, indices)[0]
@@ -76,12 +79,12 @@ class TrainingBatches:
       sequence_length: N.
       batch_size: sequences an update, all processes together.
       seed: of the order.
-      equal_updates: True: epochs follow each other without a gap, so every update is full. False, the paper's
-        way: an epoch's last update holds what is left of the epoch, filled up with rows of weight 0, and rows
-        weigh what `paper_gradient_weights` says.
-      micro_batch: rows of a micro-batch; read only where `equal_updates` is False, where it must divide the batch.
-      stages: what comes first, on shorter samples, of which a row of the batch holds as many as have N tokens; only
-        where updates are equal. Each takes all its updates here.
+      equal_updates: True: epochs follow each other without a gap, so every update is full. False, as in the paper: an
+        epoch's last update holds what is left of the epoch, padded with rows of weight 0, and rows are weighted by
+        `paper_gradient_weights`.
+      micro_batch: rows of a micro-batch; only read if `equal_updates` is False, and then it must divide the batch.
+      stages: the first updates, on shorter samples, of which a row of the batch holds as many as have N tokens; only
+        if updates are equal. Each takes all its updates here.
     """
 
     stream: Split
@@ -93,8 +96,6 @@ class TrainingBatches:
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise DataError(f"a batch of {self.batch_size} sequences: must hold at least 1")
         if not isinstance(self.stream, TaskSplit) and self.samples_per_epoch < 1:
             raise DataError(
                 f"data.sequence_length = {self.sequence_length}: the training split has only "
@@ -114,10 +115,6 @@ class TrainingBatches:
                 updates, samples = updates + here, samples - here * self.batch_size * (self.sequence_length // length)
             return updates + max(0, -(-samples // self.batch_size))
         return epochs * -(-self.samples_per_epoch // self.batch_size)
-
-    def real_samples(self, step: int) -> int:
-        """Rows of update `step` that are not padding, all processes together."""
-        return int((self.indices(step) >= 0).sum())
 
     def length(self, step: int) -> int:
         """Tokens of a sample of update `step`."""
@@ -141,7 +138,7 @@ class TrainingBatches:
         return chosen
 
     def batch(self, step: int, rows: Rows = ALL) -> Batch:
-        """Update `step`, of it the given rows, in their order; of each row all samples that it holds."""
+        """The given rows of update `step`, in their order; of each row all samples that it holds."""
         indices, length = self.indices(step), self.length(step)
         chosen = indices.reshape(self.batch_size, -1)[rows].reshape(-1)
         batch = take_samples(self.stream, length, chosen)
@@ -152,22 +149,17 @@ class TrainingBatches:
 
 
 def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int) -> np.ndarray:
-    """What each row of an update counts in the paper's gradient, float32 [batch_size].
+    """The weight of each row of an update in the paper's gradient, float32 [batch_size].
 
-    The paper adds up the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, also at
-    an epoch's end where fewer are left, of which the last may be short: its rows then count more each, the missing
-    ones nothing. The gradient is the mean over all `batch_size` rows of (this weight x the row's mean loss).
+    The paper adds up the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, also at an
+    epoch's end, where fewer micro-batches are left and the last may be short: its rows then count more each. The
+    gradient is the mean over all `batch_size` rows of (this weight x the row's mean loss).
 
     Args:
       real_samples: rows that are not padding; they come first.
       batch_size: rows of a full update.
-      micro_batch: m; must divide `batch_size`.
-
-    Raises:
-      DataError: if it does not.
+      micro_batch: m, which divides `batch_size`.
     """
-    if batch_size % micro_batch:
-        raise DataError(f"a micro-batch of {micro_batch} sequences: must divide the batch of {batch_size}")
     weights = np.zeros(batch_size, np.float32)
     short = real_samples % micro_batch
     weights[:real_samples] = 1.0
@@ -179,10 +171,10 @@ def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int)
 def evaluation_batches(
     stream: TokenStream, sequence_length: int, batch_size: int, rows: Rows = ALL, rest: bool = False
 ) -> Iterator[Batch]:
-    """Yields every sample of a split once, in order; the last batch is filled with rows of weight 0.
+    """Yields the given rows of every batch of a split, samples once and in order; the last batch is padded.
 
-    Of each batch only the given rows. With `rest`, the tokens after the last whole sample come too, filled up with
-    tokens of weight 0, so that every token but the first is predicted once.
+    With `rest`, the tokens after the last whole sample come too, padded, so that every token but the first is
+    predicted once.
 
     Raises:
       DataError: if the split is shorter than one sample, or with `rest`, than two tokens.
@@ -197,3 +189,21 @@ def evaluation_batches(
         indices = np.arange(start, start + batch_size)
         indices[indices >= count] = -1
         yield take_samples(stream, sequence_length, indices[rows])
+
+
+def prefetched(
+    batches: TrainingBatches, start_step: int = 0, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4
+) -> Generator[Batch, None, None]:
+    """Yields the batches, or rows of them, from update `start_step` on; `num_threads` threads keep `ahead` ready.
+
+    Closing the generator ends the threads.
+    """
+    executor = ThreadPoolExecutor(num_threads, thread_name_prefix="batches")
+    pending: collections.deque[Future[Batch]] = collections.deque()
+    try:
+        for step in itertools.count(start_step):
+            pending.append(executor.submit(batches.batch, step, rows))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

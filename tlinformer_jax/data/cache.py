@@ -6,8 +6,8 @@
     CACHE_DIR/tokens/<key>.tmp-*        one being made, or left by a run that was killed
 
 A cache is made in a temporary directory, flushed to the disk and renamed, so one that exists under its name is
-complete. The lock lets a second process wait instead of working twice; where a file system has no locks both work
-and the first to rename wins, with equal content.
+complete. The lock lets a second process wait instead of working twice. On a file system without locks both work, and
+the first to rename wins, with equal content.
 """
 
 import contextlib
@@ -21,38 +21,32 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 
-from tlinformer_jax.data.pieces import Counts
+from tlinformer_jax.data.encoding import Counts, Encoded
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.workers import Encoded
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import read_json, sealed
+from tlinformer_jax.files import read_json, sealed, sync_folder, write_text
 
-FORMAT = 2
+FORMAT = 3  # part of every cache's key, so that other formats are never opened
 META_FILE = "meta.json"
 TOKENS_FILE = "tokens.bin"
 ENDS = 1 << 20  # bytes hashed at a file's head and at its tail
 FOREIGN_AGE = 86400.0  # seconds after which another host's temporary directory counts as abandoned
 
-
-Encode = Callable[[pathlib.Path], Generator[Encoded, None, None]]
+Identity = dict[str, Any]
+Encode = Callable[[], Generator[Encoded, None, None]]
 
 
 class Damaged(Exception):
     """A cache whose content is not what its meta.json says."""
 
 
-def smallest_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned integer type that holds every id."""
-    return np.min_scalar_type(vocab_size - 1)
-
-
-def file_identity(path: pathlib.Path, full: bool) -> dict[str, Any]:
-    """Size, modification time [ns] and hash of head and tail of a file; with `full`, of its whole content too.
+def file_identity(path: pathlib.Path) -> Identity:
+    """Path, size, modification time [ns] and hash of head and tail of a file.
 
     Raises:
       DataError: if the file cannot be read.
@@ -63,176 +57,44 @@ def file_identity(path: pathlib.Path, full: bool) -> dict[str, Any]:
             ends = hashlib.sha256(file.read(ENDS))
             file.seek(max(0, status.st_size - ENDS))
             ends.update(file.read(ENDS))
-            identity = {
-                "path": str(path),
-                "size": status.st_size,
-                "mtime_ns": status.st_mtime_ns,
-                "ends": ends.hexdigest(),
-            }
-            if full:
-                file.seek(0)
-                identity["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            return identity
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "ends": ends.hexdigest()}
 
 
-def cached_tokens(
-    root: pathlib.Path,
-    identity: dict[str, Any],
-    vocab_size: int,
-    encode: Encode,
-    verify: bool = False,
-) -> tuple[TokenStream, bool]:
+def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:
     """Opens the token cache of `identity`, making it first where there is none.
 
     Args:
       root: the cache directory.
       identity: all that the tokens depend on, as JSON.
-      vocab_size: of the tokenizer.
-      encode: given a scratch directory, yields the tokens and counts in order.
-      verify: whether to hash a found cache's whole content, not its head and tail alone.
+      encode: yields the tokens and their counts in order.
 
     Returns:
       The stream, memory-mapped, and whether the cache was found.
 
     Raises:
-      DataError: if the cache was made by another version or cannot be written, or from `encode`.
+      DataError: if the cache cannot be written, or from `encode`.
     """
-    identity = {"format": FORMAT} | identity
     final = _directory(root, identity)
-    key = final.name
-    if stream := _open_sound(final, verify):
+    if stream := find_tokens(root, identity):
         return stream, True
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(final.with_name(key + ".lock")) as locked:
-            if stream := _open_sound(final, verify):
+        with exclusive(final.with_name(f"{final.name}.lock")) as locked:
+            if stream := find_tokens(root, identity):
                 return stream, True
-            _remove_abandoned(final.parent, key if locked else None)
-            _make(final, identity, smallest_dtype(vocab_size), encode)
+            _remove_abandoned(final.parent, final.name if locked else None)
+            _make(final, identity, encode)
     except OSError as error:
-        place = error.filename or final
-        raise DataError(
-            f"{place}: the token cache cannot be written ({error.strerror or error}); see data.cache_dir"
-        ) from None
-    return _open(final, verify), False
+        why = f"the token cache cannot be written ({error.strerror or error}); see data.cache_dir"
+        raise DataError(f"{error.filename or final}: {why}") from None
+    return _open(final), False
 
 
-def find_tokens(root: pathlib.Path, identity: dict[str, Any], verify: bool = False) -> TokenStream | None:
-    """The stream of a cache that `cached_tokens` has made of `identity`, or None; writes nothing."""
-    return _open_sound(_directory(root, {"format": FORMAT} | identity), verify)
-
-
-def _directory(root: pathlib.Path, identity: dict[str, Any]) -> pathlib.Path:
-    return root / "tokens" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _open_sound(directory: pathlib.Path, verify: bool) -> TokenStream | None:
-    """The stream of a cache, or None where there is none or it is damaged (which is said on stderr)."""
-    if not directory.exists():
-        return None
-    try:
-        return _open(directory, verify)
-    except Damaged as error:
-        print(f"{directory}: damaged token cache ({error}); it is made again", file=sys.stderr)
-        return None
-
-
-def _open(directory: pathlib.Path, verify: bool) -> TokenStream:
-    try:
-        meta = read_json(directory / META_FILE)
-        version = meta["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{META_FILE}: {error}") from None
-    if version != FORMAT:
-        raise DataError(
-            f"{directory}: made by another version (format {version!r}, this one reads {FORMAT}); "
-            "delete it or set data.cache_dir to another place"
-        )
-    if sealed({name: value for name, value in meta.items() if name != "sha256"}) != meta:
-        raise Damaged(f"{META_FILE}: its content is not what its own hash says")
-    path = directory / TOKENS_FILE
-    try:
-        found = file_identity(path, verify)
-    except DataError as error:
-        raise Damaged(str(error)) from None
-    for name in ("size", "ends", "sha256"):
-        if name in found and found[name] != meta["tokens"][name]:
-            raise Damaged(f"{TOKENS_FILE}: {name} is {found[name]}, not {meta['tokens'][name]}")
-    tokens = np.memmap(path, np.dtype(meta["dtype"]), mode="r")
-    return TokenStream(tokens, **meta["counts"], sha256=meta["tokens"]["sha256"])
-
-
-def _make(final: pathlib.Path, identity: dict[str, Any], dtype: np.dtype, encode: Encode) -> None:
-    temporary = final.with_name(f"{final.name}.tmp-{platform.node()}-{os.getpid()}-{time.monotonic_ns()}")
-    temporary.mkdir()
-    try:
-        scratch = temporary / "scratch"
-        scratch.mkdir()
-        with contextlib.closing(encode(scratch)) as encoded:  # on an error its processes end now, not some time
-            counts = _write_tokens(temporary / TOKENS_FILE, encoded, dtype)
-        shutil.rmtree(scratch)
-        tokens = file_identity(temporary / TOKENS_FILE, full=True)
-        meta = {
-            "format": FORMAT,
-            "identity": identity,
-            "dtype": dtype.name,
-            "counts": dataclasses.asdict(counts),
-            "tokens": {name: tokens[name] for name in ("size", "ends", "sha256")},
-        }
-        _write_synced(temporary / META_FILE, [json.dumps(sealed(meta), indent=1).encode() + b"\n"])
-        _sync_directory(temporary)
-        _rename(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_tokens(path: pathlib.Path, encoded: Iterable[Encoded], dtype: np.dtype) -> Counts:
-    total = Counts()
-
-    def parts() -> Iterator[bytes]:
-        nonlocal total
-        for tokens, counts in encoded:
-            total += counts
-            yield tokens.astype(dtype, copy=False).tobytes()
-
-    _write_synced(path, parts())
-    if not path.stat().st_size:
-        raise DataError("the split's files hold no text at all")
-    return total
-
-
-def _write_synced(path: pathlib.Path, parts: Iterable[bytes]) -> None:
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename(temporary: pathlib.Path, final: pathlib.Path) -> None:
-    """Puts a finished cache in place: over a damaged one, but not over a sound one that another process made."""
-    try:
-        temporary.rename(final)
-    except OSError:
-        if not final.exists():
-            raise
-        if _open_sound(final, verify=True):
-            return
-        damaged = temporary.with_name(temporary.name + "-damaged")
-        final.rename(damaged)
-        temporary.rename(final)
-        shutil.rmtree(damaged, ignore_errors=True)
-    _sync_directory(final.parent)
+def find_tokens(root: pathlib.Path, identity: Identity) -> TokenStream | None:
+    """The stream of a cache that `cached_tokens` has made; None if there is none or it is damaged. Writes nothing."""
+    return _open_sound(_directory(root, identity))
 
 
 @contextlib.contextmanager
@@ -251,11 +113,85 @@ def exclusive(path: pathlib.Path) -> Iterator[bool]:
         yield locked
 
 
+def _directory(root: pathlib.Path, identity: Identity) -> pathlib.Path:
+    text = json.dumps({"format": FORMAT} | identity, sort_keys=True)
+    return root / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _open_sound(directory: pathlib.Path) -> TokenStream | None:
+    if not directory.exists():
+        return None
+    try:
+        return _open(directory)
+    except Damaged as error:
+        print(f"{directory}: damaged token cache ({error}); it is made again", file=sys.stderr)
+        return None
+
+
+def _open(directory: pathlib.Path) -> TokenStream:
+    try:
+        meta = read_json(directory / META_FILE)
+        if sealed({name: value for name, value in meta.items() if name != "sha256"}) != meta:
+            raise Damaged(f"{META_FILE}: its content is not what its own hash says")
+        path = directory / TOKENS_FILE
+        found = file_identity(path)
+    except (OSError, ValueError, AttributeError) as error:
+        raise Damaged(str(error)) from None
+    for name in ("size", "ends"):
+        if found[name] != meta["tokens"][name]:
+            raise Damaged(f"{TOKENS_FILE}: {name} is {found[name]}, not {meta['tokens'][name]}")
+    tokens = np.memmap(path, np.dtype(meta["dtype"]), mode="r")
+    return TokenStream(tokens, **meta["counts"], sha256=meta["tokens"]["sha256"])
+
+
+def _make(final: pathlib.Path, identity: Identity, encode: Encode) -> None:
+    temporary = final.with_name(f"{final.name}.tmp-{platform.node()}-{os.getpid()}-{time.monotonic_ns()}")
+    temporary.mkdir()
+    try:
+        path, counts, digest, dtype = temporary / TOKENS_FILE, Counts(), hashlib.sha256(), ""
+        # Closing ends the encoding threads at once if writing fails.
+        with contextlib.closing(encode()) as encoded, path.open("wb") as file:
+            for tokens, counted in encoded:
+                data, dtype = tokens.tobytes(), tokens.dtype.name
+                file.write(data)
+                digest.update(data)
+                counts += counted
+            file.flush()
+            os.fsync(file.fileno())
+        written = file_identity(path)
+        meta = {
+            "identity": identity,
+            "dtype": dtype,
+            "counts": dataclasses.asdict(counts),
+            "tokens": {"size": written["size"], "ends": written["ends"], "sha256": digest.hexdigest()},
+        }
+        write_text(temporary / META_FILE, json.dumps(sealed(meta), indent=1) + "\n")
+        _rename(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: pathlib.Path, final: pathlib.Path) -> None:
+    """Puts a finished cache in place: over a damaged one, but not over a sound one that another process made."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.exists():
+            raise
+        if _open_sound(final):
+            return
+        damaged = temporary.with_name(f"{temporary.name}-damaged")
+        final.rename(damaged)
+        temporary.rename(final)
+        shutil.rmtree(damaged, ignore_errors=True)
+    sync_folder(final.parent)
+
+
 def _remove_abandoned(root: pathlib.Path, own_key: str | None) -> None:
     """Removes temporary directories of killed runs: those whose lock nobody holds (`own_key`'s lock is ours)."""
     for path in root.glob("*.tmp-*"):
         key, rest = path.name.split(".tmp-", 1)
-        with contextlib.suppress(OSError), (root / (key + ".lock")).open("w") as file:
+        with contextlib.suppress(OSError), (root / f"{key}.lock").open("w") as file:
             if not rest.startswith(platform.node() + "-") and time.time() - path.stat().st_mtime < FOREIGN_AGE:
                 continue  # another host's: its lock may not be visible here
             if key != own_key:

@@ -1,28 +1,32 @@
 """Text files: globs, decompression and documents, read in bounded memory.
 
 A document arrives as one or more `(text, ends)` pairs: `ends` is True for its last piece. Documents without any
-text are skipped. Whatever is wrong with a file is a `DataError` that names the file, and the line where one is.
+text are skipped. Whatever is wrong with a file is a `DataError` that names the file, and the line if there is one.
 """
 
 import codecs
+import datetime
 import glob
 import json
 import os
 import pathlib
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 from tlinformer_jax.errors import DataError
 
 COMPRESSED = (".gz", ".xz", ".zst")
 BLOCK = 32 * 1024  # bytes a read
 STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 MB of them
-MOST_ENTRIES = 100_000  # files and folders that a stranger's pattern may look through
+MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
 LARGEST_LINE = 1 << 28  # bytes; a line is held in memory several times
-BYTE_ORDER_MARK = codecs.BOM_UTF8
+REPORT_EVERY = 10.0  # seconds between two lines of progress
 
 TextPiece = tuple[str, bool]
+OnRead = Callable[[int], None]  # called with the number of (compressed) bytes of each read
 
 
 def find_files(patterns: str, field: str) -> list[pathlib.Path]:
@@ -34,19 +38,14 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
     found: dict[pathlib.Path, None] = {}
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
         path = pathlib.Path(pattern).expanduser().absolute()
-        matches = (
-            [path]
-            if path.is_file()
-            else [pathlib.Path(name) for name in sorted(glob.glob(_glob(path), recursive=True))]
-        )
-        matches = [match for match in matches if match.is_file()]  # a pipe would be waited for
+        names = [path] if path.is_file() else sorted(glob.glob(_glob(path), recursive=True))
+        matches = [match for match in map(pathlib.Path, names) if match.is_file()]  # reading a pipe would block
         if not matches:
             raise DataError(f"{field}: no file matches {pattern!r}")
         for match in matches:
             if file_kind(match) is None:
-                raise DataError(
-                    f"{field}: {match} is not read; files end in .txt or .jsonl, or those with .gz, .xz, .zst"
-                )
+                allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst"
+                raise DataError(f"{field}: {match} is not read; {allowed}")
             found[match.resolve()] = None
     if not found:
         raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files for this split")
@@ -54,7 +53,7 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
 
 
 def check_patterns(patterns: str, field: str) -> None:
-    """Refuses globs that would walk large parts of a disk: whoever wrote them may not be the one who reads.
+    """Refuses globs that would search large parts of a disk, for configurations that somebody else may have written.
 
     Raises:
       DataError: naming `field`.
@@ -67,14 +66,12 @@ def check_patterns(patterns: str, field: str) -> None:
         for _, folders, files in os.walk(folder):
             entries += len(folders) + len(files)
             if entries > MOST_ENTRIES:
-                raise DataError(
-                    f"{field}: '{pattern}' would search more than {MOST_ENTRIES:,} files and folders; "
-                    "name the folders, or evaluate one text as --text_file"
-                )
+                told = f"'{pattern}' would search more than {MOST_ENTRIES:,} files and folders"
+                raise DataError(f"{field}: {told}; name the folders, or evaluate one text as --text_file")
 
 
 def _glob(pattern: pathlib.Path) -> str:
-    """The pattern for `glob`; folders that exist under the very name they are given by are no wildcards."""
+    """The pattern for `glob`; the name of a folder that exists is no wildcard."""
     folder = _existing_folder(pattern)
     return os.path.join(glob.escape(str(folder)), pattern.relative_to(folder))
 
@@ -90,38 +87,24 @@ def file_kind(path: pathlib.Path) -> str | None:
     return next((kind for kind in ("txt", "jsonl") if name.endswith("." + kind)), None)
 
 
-def read_documents(
-    path: pathlib.Path, text_field: str, document_per: str, on_read: Callable[[int], None]
-) -> Iterator[TextPiece]:
-    """Yields the documents of one .txt or .jsonl file.
-
-    Args:
-      path: the file.
-      text_field: the field of a .jsonl line that holds the document.
-      document_per: whether a .txt holds one document a "file" or a "line".
-      on_read: is told the number of (compressed) bytes that each read took.
+def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: OnRead) -> Iterator[TextPiece]:
+    """Yields the documents of one .txt or .jsonl file; `dataset` and `text_field` as in `DataConfig`.
 
     Raises:
       DataError: for a file that cannot be read, is truncated, is not UTF-8, or a line without the field.
     """
-    blocks = without_mark(read_blocks(path, on_read))
+    blocks = _without_mark(read_blocks(path, on_read))
     if file_kind(path) == "jsonl":
         return _json_documents(path, blocks, text_field)
-    if document_per == "line":
-        return _line_documents(path, blocks)
-    return _whole_document(path, blocks)
+    return (_line_documents if dataset == "lines" else _whole_document)(path, blocks)
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text of a file of any name, read as a .txt file that is one document.
-
-    Raises:
-      DataError: for a file that cannot be read, is truncated or is not UTF-8.
-    """
-    return "".join(text for text, _ in _whole_document(path, without_mark(read_blocks(path, lambda count: None))))
+    """The text of a file of any name, read as a .txt file that is one document; raises as `read_documents`."""
+    return "".join(text for text, _ in _whole_document(path, _without_mark(read_blocks(path, lambda count: None))))
 
 
-def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
+def read_blocks(path: pathlib.Path, on_read: OnRead) -> Iterator[bytes]:
     """Yields the file's content, decompressed by its ending.
 
     Raises:
@@ -129,13 +112,14 @@ def read_blocks(path: pathlib.Path, on_read: Callable[[int], None]) -> Iterator[
     """
     try:
         with path.open("rb") as file:
-            raw = _raw_blocks(file, on_read)
+            raw = file_blocks(file, on_read)
             yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _raw_blocks(file: Any, on_read: Callable[[int], None]) -> Iterator[bytes]:
+def file_blocks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
+    """Yields the rest of an open file."""
     while block := file.read(BLOCK):
         on_read(len(block))
         yield block
@@ -176,14 +160,31 @@ def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
 
 
-def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
+def progress(label: str, total: int) -> OnRead:
+    """A function to call with bytes read of `total`: now and then it prints share done, speed and time left."""
+    done, start = 0, time.monotonic()
+    due = start + REPORT_EVERY
+
+    def advance(count: int) -> None:
+        nonlocal done, due
+        done, now = done + count, time.monotonic()
+        if now >= due:
+            due, speed = now + REPORT_EVERY, max(1, done) / (now - start)
+            left = datetime.timedelta(seconds=round(max(0, total - done) / speed))
+            told = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
+            print(f"{label}: {told}", file=sys.stderr, flush=True)
+
+    return advance
+
+
+def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Drops a UTF-8 byte order mark from the start of a file."""
     head = b""
     for block in blocks:
         head += block
-        if len(head) >= len(BYTE_ORDER_MARK):
+        if len(head) >= len(codecs.BOM_UTF8):
             break
-    yield head.removeprefix(BYTE_ORDER_MARK)
+    yield head.removeprefix(codecs.BOM_UTF8)
     yield from blocks
 
 

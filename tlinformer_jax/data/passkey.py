@@ -2,12 +2,10 @@
 
     ... text ... The pass key of 4 1 is 7 0 2 9 5. ... text ... What is the pass key of 4 1? It is 7 0 2 9 5
 
-The text is a stretch of the corpus as it stands, so within a sample no word of it repeats that the corpus does not
-repeat. Every digit is encoded by itself with a space before it; names and keys are drawn anew for every sample, names
-being different. A sample of the evaluation asks for one key, whose depth follows from the sample's number, in turn, so
-that all depths at which a key can lie are asked for equally often; in short samples the question takes up the last
-ones. In training keys lie anywhere, and several may be asked for one after the other, since an answer is all that such
-a sample teaches.
+The text is a stretch of the corpus. Every digit is encoded by itself with a space before it. Names and keys are drawn
+anew for every sample; the names are different. An evaluation sample asks for one key, and its depth goes through all
+possible ones with the sample's number, so that each is asked for equally often; in short samples the question covers
+the last depths. In training keys lie anywhere, and several may be asked for one after the other.
 """
 
 import dataclasses
@@ -15,7 +13,7 @@ import functools
 
 import numpy as np
 
-from tlinformer_jax.data.draws import below, distinct, draw
+from tlinformer_jax.data.draws import below, distinct, random_bits
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, Samples
 from tlinformer_jax.data.tokenizers import Tokenizer
@@ -75,17 +73,14 @@ class Sizes:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Sizes":
-        """The sizes as a tokenizer has them; raises as `Phrases.of`."""
+        """The sizes in a tokenizer's tokens; raises as `Phrases.of`."""
         phrases = Phrases.of(tokenizer)
         name, number = np.zeros(NAME_DIGITS, np.int64), np.zeros(KEY_DIGITS, np.int64)
         hidden, asked = (len(phrases.joined(parts, name, number)) for parts in (phrases.hidden, phrases.asked))
         return cls(hidden, asked, KEY_DIGITS * phrases.digits.shape[1])
 
     def places(self, length: int, questions: int) -> AnswerPlaces:
-        """Where the answers to so many questions, or to fewer, at the end of samples of `length` tokens stand.
-
-        Evaluations ask for one, so that their samples may be shorter than so many questions.
-        """
+        """Where the answers to at most so many questions stand in samples of `length` tokens."""
         return AnswerPlaces(max(0, length - (questions - 1) * self.asked - self.answer), questions * self.answer)
 
 
@@ -95,11 +90,10 @@ class Passkey:
 
     Attributes:
       key: of the random numbers.
-      text: that the keys are hidden in.
-      tokenizer: of the text.
+      text: that the keys are hidden in, as `tokenizer` encodes it.
       keys: K, numbers hidden in a sample.
-      questions: of them, those that a sample asks for.
-      in_turn: whether the asked key's depth goes by the sample's number.
+      questions: how many of them a sample asks for.
+      in_turn: whether the depth of the first asked key follows from the sample's number.
     """
 
     key: int
@@ -111,12 +105,10 @@ class Passkey:
 
     @functools.cached_property
     def phrases(self) -> Phrases:
-        """The sentences in tokens."""
         return Phrases.of(self.tokenizer)
 
     @functools.cached_property
     def sizes(self) -> Sizes:
-        """Of the sentences."""
         return Sizes.of(self.tokenizer)
 
     def chance(self, length: int) -> float:
@@ -125,27 +117,26 @@ class Passkey:
     def check(self, length: int) -> None:
         least = (self.keys + 2) * self.sizes.hidden + self.questions * self.sizes.asked
         if length < least:
-            fields = f"data.passkeys = {self.keys} and data.questions = {self.questions}"
+            fields = f"data.num_items = {self.keys} and data.questions = {self.questions}"
             raise ConfigError("data.sequence_length", length, f"must be at least {least} for {fields}")
         if len(self.text.tokens) < length:
-            raise DataError(
-                f"data.sequence_length = {length}: the text to hide keys in has only {len(self.text.tokens)} tokens"
-            )
+            allowed = f"the text to hide keys in has only {len(self.text.tokens)} tokens"
+            raise DataError(f"data.sequence_length = {length}: {allowed}")
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
         sizes, count = self.sizes, self.questions
-        words = draw(self.key, numbers, 5 * self.keys)
+        bits = random_bits(self.key, numbers, 5 * self.keys)
         split = np.cumsum([2 * self.keys, self.keys, 1, 1])
-        name_words, key_words, text_words, place_words, rest = np.split(words, split, axis=1)
-        names = _digits(distinct(name_words, 10**NAME_DIGITS), NAME_DIGITS)
-        keys = _digits(below(key_words, 10**KEY_DIGITS), KEY_DIGITS)
+        of_names, of_keys, of_text, of_places, rest = np.split(bits, split, axis=1)
+        names = _digits(distinct(of_names, 10**NAME_DIGITS), NAME_DIGITS)
+        keys = _digits(below(of_keys, 10**KEY_DIGITS), KEY_DIGITS)
         sentences = self.phrases.joined(self.phrases.hidden, names, keys)
         questions = self.phrases.joined(self.phrases.asked, names[:, :count], keys[:, :count])
         body = length + 1 - count * sizes.asked
         text = body - self.keys * sizes.hidden
-        begins = below(text_words[:, 0], len(self.text.tokens) - text + 1)
+        begins = below(of_text[:, 0], len(self.text.tokens) - text + 1)
         offset = len(self.phrases.hidden[0]) + NAME_DIGITS * self.phrases.digits.shape[1] + len(self.phrases.hidden[1])
-        firsts = self._places(numbers, place_words[:, 0], length, body - sizes.hidden, offset)
+        firsts = self._places(numbers, of_places[:, 0], length, body - sizes.hidden, offset)
         tokens, places = np.empty((len(numbers), length + 1), np.int32), np.empty((len(numbers), self.keys), np.int64)
         for row, place, first, begin, parts, others in zip(tokens, places, firsts, begins, sentences, rest):
             row[:body], place[:] = _hide(self.text.tokens[begin : begin + text], parts, int(first), others)
@@ -158,14 +149,14 @@ class Passkey:
         sources[:, ends] = places[:, :count] + offset
         return Samples(tokens, answers, starts, sources)
 
-    def _places(self, numbers: np.ndarray, words: np.ndarray, length: int, last: int, offset: int) -> np.ndarray:
+    def _places(self, numbers: np.ndarray, bits: np.ndarray, length: int, last: int, offset: int) -> np.ndarray:
         """Where the first asked keys' sentences begin, int64 [samples] in 0 .. last; the key stands `offset` later."""
         if not self.in_turn:
-            return below(words, last + 1)
+            return below(bits, last + 1)
         first = offset * DEPTHS // length
         depths = first + numbers % ((last + offset) * DEPTHS // length + 1 - first)
         lowest, end = (np.clip(-(-part * length // DEPTHS) - offset, 0, last + 1) for part in (depths, depths + 1))
-        return lowest + below(words, end - lowest)
+        return lowest + below(bits, end - lowest)
 
 
 def _digits(values: np.ndarray, count: int) -> np.ndarray:
@@ -173,30 +164,19 @@ def _digits(values: np.ndarray, count: int) -> np.ndarray:
     return values[..., None] // 10 ** np.arange(count - 1, -1, -1) % 10
 
 
-def _hide(text: np.ndarray, sentences: np.ndarray, place: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The text with sentences in between: the first begins at `place` of the result, the others anywhere.
+def _hide(text: np.ndarray, sentences: np.ndarray, place: int, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inserts sentences [K, tokens] into a text [tokens]: the first begins at `place`, the others anywhere.
 
-    Args:
-      text: [tokens].
-      sentences: [K, tokens].
-      place: at most what leaves room for the first sentence.
-      words: random, uint64 [2 * (K - 1)].
-
-    Returns:
-      the result, [tokens + K * tokens of a sentence], and where in it each sentence begins, int64 [K].
+    Takes random `bits`, uint64 [2 * (K - 1)]. Returns the result, and where in it each sentence begins, int64 [K].
     """
     others, size = len(sentences) - 1, sentences.shape[1]
     room = len(text) + others * size  # of all that is not the first sentence
-    before = int((below(words[:others], room) < place).sum())
+    before = int((below(bits[:others], room) < place).sum())
     before = min(max(before, others - (room - place) // size), place // size)
     head = place - before * size  # tokens of the text before the first sentence
-    cuts = np.concatenate(
-        [
-            np.sort(below(words[others : others + before], head + 1)),
-            [head],
-            np.sort(head + below(words[others + before :], len(text) - head + 1)),
-        ]
-    ).astype(np.int64)
+    early = np.sort(below(bits[others : others + before], head + 1))
+    late = np.sort(head + below(bits[others + before :], len(text) - head + 1))
+    cuts = np.concatenate([early, [head], late]).astype(np.int64)
     order = np.array([*range(1, 1 + before), 0, *range(1 + before, len(sentences))])
     places = np.empty(len(sentences), np.int64)
     places[order] = cuts + size * np.arange(len(sentences))

@@ -1,7 +1,7 @@
 """The embedded corpus: the Python language reference, which every CPython carries (`pydoc_data.topics`).
 
-Some articles repeat passages of others word for word. Articles that share a run of SHINGLE words, directly or by way
-of others, form one group, and a group is never divided: so no run of SHINGLE words that is held out is trained on.
+Some articles repeat passages of others word for word. Articles that share a run of SHINGLE words, directly or through
+others, form one group, and a group is in one split: no run of SHINGLE words is both trained on and held out.
 """
 
 import functools
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tlinformer_jax.data.encoding import Counts, encode_documents
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import Tokenizer
 
@@ -25,7 +26,10 @@ def pydoc_articles(split: str) -> list[str]:
 
 def load_pydoc(split: str, tokenizer: Tokenizer) -> TokenStream:
     """The split as a token stream, an end-of-text after every article."""
-    return stream_of(pydoc_articles(split), tokenizer)
+    encoded = list(encode_documents(((article, True) for article in pydoc_articles(split)), tokenizer))
+    tokens = np.concatenate([part for part, _ in encoded])
+    counts = sum((counts for _, counts in encoded), Counts())
+    return TokenStream(tokens, **vars(counts), sha256=hashlib.sha256(tokens.tobytes()).hexdigest())
 
 
 def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
@@ -54,19 +58,3 @@ def _groups() -> list[list[str]]:
     from pydoc_data.topics import topics
 
     return group_by_shingles([topics[key] for key in sorted(topics)])
-
-
-def stream_of(documents: Sequence[str], tokenizer: Tokenizer) -> TokenStream:
-    """Joins documents that fit in memory into one stream, an end-of-text after each."""
-    end = np.array([tokenizer.end_of_text], np.int32)
-    pieces = [part for text in documents for part in (tokenizer.encode(text), end)]
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens = np.concatenate(pieces).astype(dtype)
-    return TokenStream(
-        tokens=tokens,
-        num_bytes=sum(len(text.encode("utf-8")) for text in documents),
-        num_documents=len(documents),
-        num_words=sum(len(text.split()) for text in documents),
-        num_lines=sum(text.count("\n") for text in documents),
-        sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
-    )

@@ -20,7 +20,7 @@ class TokenStream:
       num_documents: documents joined in the stream.
       num_words: whitespace-separated words of the text, end-of-line marks not counted; None if not counted.
       num_lines: lines (rows) of the text; None if not counted.
-      sha256: of the split's tokens, in hexadecimal: what tells one text from another; "" if not taken.
+      sha256: of the split's tokens, in hexadecimal: identifies the text; "" if not computed.
     """
 
     tokens: np.ndarray
@@ -29,6 +29,11 @@ class TokenStream:
     num_words: int | None = None
     num_lines: int | None = None
     sha256: str = ""
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned integer type that holds every id."""
+    return np.min_scalar_type(vocab_size - 1)
 
 
 def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
@@ -51,8 +56,8 @@ def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
 def _mapped_anew(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
     """`tokens[start : start + count]`, of a memory-mapped file as a mapping of its own.
 
-    What was read of a mapping stays resident until the mapping is gone: checking a corpus through its one mapping
-    would take as much memory as the corpus has tokens.
+    Pages that were read stay resident until their mapping is gone: checking a corpus through its one mapping would
+    take as much memory as the corpus has tokens.
     """
     part = tokens[start : start + count]
     if not isinstance(tokens, np.memmap) or not isinstance(tokens.base, mmap.mmap):  # a slice's offset is not its own

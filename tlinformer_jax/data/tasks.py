@@ -1,17 +1,17 @@
-"""Synthetic tasks: splits of samples that are made, not read, and whose loss counts at the answers only.
+"""Synthetic tasks: splits whose samples are generated, and whose loss counts at the answers only.
 
-Sample i of a split is a pure function of the data's settings, the split's name and i, so a task goes through the same
-batches as text does (`data.batches`): an order drawn from the run's seed, an update a function of its number.
+Sample i of a split is a pure function of the configuration, the split's name and i, so tasks are batched as text is
+(`data.batches`).
 
-An answer is one or more tokens that follow a question, and stands once before, at its source. Where the source lies,
-seen from the generation window in which the answer begins to be predicted, makes its region:
+An answer is one or more tokens after a question. It also stands at an earlier place, its source. The region of an
+answer is where its source lies, seen from the generation window in which its first token is predicted:
 
     own       in the same generation window,
     observed  in the last W_oh rows before that window, which the observation window holds,
-    history   before those: TConstFormer has only the compressed history to tell it from; TLinFormer's window and full
-              attention read it themselves; a sliding window needs layers that relay it.
+    history   before those: TConstFormer finds it in the compressed history only; TLinFormer's window and full attention
+              read it themselves; a sliding window needs layers that relay it.
 
-Models without windows are measured by the same regions, those of the configuration's window fields.
+For models without windows the regions are those of the configuration's window fields.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ from typing import Protocol
 
 import numpy as np
 
+from tlinformer_jax.data.draws import below, random_bits
 from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.errors import ConfigError
 
 REGIONS = ("own", "observed", "history")
 DEPTHS = 20  # equal parts of a sample by which answers are counted: depth 0 is the sample's start
@@ -35,9 +37,9 @@ class Samples:
     Attributes:
       tokens: int32 [samples, N + 1].
       answers: bool [samples, N]: whether the token after position t belongs to an answer.
-      starts: int32 [samples, N]: where the token after position t is an answer's last, the position after which its
-        first stands; else -1.
-      sources: int32 [samples, N]: there, the position of the answer's first token in what is to be recalled; else -1.
+      starts: int32 [samples, N]: if the token after position t is an answer's last, the position before its first;
+        else -1.
+      sources: int32 [samples, N]: at the same positions, that of the first token of the answer's source; else -1.
     """
 
     tokens: np.ndarray
@@ -48,42 +50,67 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerPlaces:
-    """Where the labels of a sample count, whatever its number.
-
-    Attributes:
-      first: none before this position.
-      most: no more than so many.
-    """
+    """Where the labels of every sample count: none before position `first`, and at most `most`."""
 
     first: int
     most: int
 
 
 class Task(Protocol):
-    """What makes samples."""
+    """Generates samples."""
 
     def chance(self, length: int) -> float:
-        """The accuracy of a guess by one who knows which answers occur in a sample, and which were asked for before."""
+        """The accuracy of guessing among the answers of a sample that were not asked for before."""
 
     def check(self, length: int) -> None:
-        """Refuses samples of `length` tokens where they cannot hold the task.
+        """Refuses a `length` at which a sample cannot hold the task.
 
         Raises:
           ConfigError, DataError: naming the field.
         """
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
-        """Samples of the given numbers, int64 [samples] >= 0, of `length` + 1 tokens."""
+        """The samples with these numbers, int64 [samples] >= 0, of `length` + 1 tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Copying:
+    """Segment copy: random symbols, a mark, then the same symbols once more. The second half are the answers.
+
+        a1 a2 ... aS 0 a1 a2 ... aS        S = N // 2
+
+    Each answer stood S + 1 tokens before: where S exceeds both windows, none can be read from them.
+
+    Attributes:
+      key: of the random numbers.
+      vocabulary: number of ids: 0 is the mark, the others are symbols.
+    """
+
+    key: int
+    vocabulary: int
+
+    def chance(self, length: int) -> float:
+        return 1 / (self.vocabulary - 1)
+
+    def check(self, length: int) -> None:
+        if length < 2 or length % 2:
+            raise ConfigError("data.sequence_length", length, "must be even, two halves, for data.dataset = 'copy'")
+
+    def make(self, numbers: np.ndarray, length: int) -> Samples:
+        size = length // 2
+        symbols = 1 + below(random_bits(self.key, numbers, size), self.vocabulary - 1)
+        tokens = np.concatenate([symbols, np.zeros((len(numbers), 1), np.int64), symbols], axis=1)
+        answers = np.zeros((len(numbers), length), bool)
+        answers[:, size:] = True
+        position = np.broadcast_to(np.arange(length, dtype=np.int32), answers.shape)
+        return Samples(
+            tokens.astype(np.int32), answers, np.where(answers, position, -1), np.where(answers, position - size, -1)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSplit:
-    """A split of a task, in the place of a token stream.
-
-    Attributes:
-      task: makes the samples.
-      count: how many there are.
-    """
+    """A split of `count` samples of a task."""
 
     task: Task
     count: int
@@ -112,19 +139,19 @@ def answer_batches(
     window: int,
     observed: Callable[[int], int],
 ) -> Iterator[Arrays]:
-    """Every sample of a split once, in order, as `evaluation_batches` yields them, with what tells answers apart.
+    """Yields every sample of a split once, in order, as `evaluation_batches` does, with regions and depths of answers.
 
     Args:
       split: of a task.
       length: N.
-      batch_size: sequences a batch; the last is filled up with padding.
+      batch_size: sequences a batch; the last is padded.
       rows: of each batch, that are wanted.
       window: W_og.
-      observed: rows of the observation window of a history of so many tokens.
+      observed: length of a history -> rows of its observation window.
 
     Yields:
-      inputs, labels, weights, and int32 [rows, N]: starts, as `Samples` has them; cells, there the answer's region
-      times DEPTHS plus the depth of its source. Both are -1 elsewhere.
+      inputs, labels, weights; int32 [rows, N] starts, as in `Samples`, and cells, at the same positions the answer's
+      region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
     """
     split.task.check(length)
     for start in range(0, split.count, batch_size):
@@ -140,7 +167,7 @@ def answer_batches(
 
 
 def regions(samples: Samples, window: int, observed: Callable[[int], int]) -> np.ndarray:
-    """The region of every answer, an index of REGIONS, where `starts` tells of one; anything elsewhere."""
+    """The region of every answer, an index of REGIONS, at the positions that `starts` marks; undefined elsewhere."""
     begin = np.maximum(samples.starts, 0) // window * window
     firsts = np.arange(0, samples.starts.shape[1], window)
     seen = np.array([first - observed(int(first)) for first in firsts])[begin // window]

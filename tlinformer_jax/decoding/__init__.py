@@ -7,11 +7,10 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "CacheLedger": "tlinformer_jax.decoding.accounting",
     "CacheWarning": "tlinformer_jax.decoding.accounting",
     "Decoder": "tlinformer_jax.decoding.decoder",
     "Generation": "tlinformer_jax.decoding.stream",
-    "GenerationConfig": "tlinformer_jax.decoding.settings",
+    "GenerationConfig": "tlinformer_jax.decoding.stream",
     "Generator": "tlinformer_jax.decoding.generator",
     "Piece": "tlinformer_jax.decoding.stream",
     "SamplingConfig": "tlinformer_jax.decoding.sampling",

@@ -1,4 +1,4 @@
-"""The decoder: one interface to all four architectures, compiled once per length class."""
+"""The decoder: one interface to all architectures, compiled once per length class."""
 
 import dataclasses
 import functools
@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding import layered, windowed
+from tlinformer_jax.decoding import layered, spread, windowed
 from tlinformer_jax.decoding.cache import (
     Cache,
     LayeredCache,
@@ -22,76 +23,60 @@ from tlinformer_jax.decoding.cache import (
     stored_rows,
 )
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params
-from tlinformer_jax.decoding.spread import (
-    WHOLE,
-    empty,
-    init_spread_cache,
-    over_devices,
-    replicate,
-    split_of,
-    widened,
-)
-from tlinformer_jax.models.cached_attention import KeyValue
 from tlinformer_jax.models.model import LanguageModel
 
 
 def step(
-    params: DecoderParams, config: ModelConfig, cache: Cache, tokens: jax.Array, active: jax.Array
-) -> tuple[Cache, jax.Array]:
-    """Feeds one token to every active sequence: `windowed.step` or `layered.step`, which see."""
+    params: DecoderParams,
+    config: ModelConfig,
+    cache: Cache,
+    tokens: Int[Array, " batch"],
+    active: Bool[Array, " batch"],
+) -> tuple[Cache, Float[Array, "batch V"]]:
+    """Feeds one token to every active sequence, see `windowed.step` and `layered.step`."""
     if isinstance(cache, WindowedCache):
         return windowed.step(params, config, cache, tokens, active)
     return layered.step(params, config, cache, tokens, active)
 
 
 def jitted(config: ModelConfig, mesh: Mesh | None) -> tuple[Any, Any, Any]:
-    """`prefill`, `step` and `slide`, each run by all devices of the mesh; their caches are donated."""
+    """`prefill`, `step` and `slide`, each run on all devices of the mesh; their caches are donated."""
     functions = (windowed.prefill if config.windowed else layered.prefill, step, windowed.slide)
     prefill, one, slide = (
-        jax.jit(over_devices(function, mesh), static_argnums=1, donate_argnums=2) for function in functions
+        jax.jit(spread.over_devices(function, mesh), static_argnums=1, donate_argnums=2) for function in functions
     )
     return prefill, one, slide
 
 
 class Decoder:
-    """A model's parameters and its compiled functions; the caches belong to the caller.
+    """A model's parameters, in the compute dtype on every device of the mesh, and its compiled functions.
 
-    A cache handed to `prefill`, `step` or `slide` is donated: use the one that comes back. The functions are pure
-    but for that; lengths and phases are the caller's to keep, because they decide on the host when to slide.
-
-    Attributes:
-      config: of the model.
-      mesh: of the devices that the history is spread over; None for one device.
-      devices: that it is spread over.
-      params: in the compute dtype, on every device of the mesh.
+    `prefill`, `step` and `slide` donate the cache they are given: use the one they return. The caller keeps the lengths
+    of the sequences, and so knows when to slide.
     """
 
     def __init__(self, model: LanguageModel, variables: Mapping[str, Any], mesh: Mesh | None = None) -> None:
-        """Takes a model, its variables, and the devices to use.
+        """Takes a model of any architecture and its variables, {"params": ...}.
 
-        Args:
-          model: of any architecture.
-          variables: {"params": ...} as `model.init` gives them, wherever they lie.
-          mesh: its axis `context` splits the rows of the history; along every other axis all devices do the same.
-            None: one device, the one of the variables.
+        The mesh's axis `context` splits the rows of the history; other axes hold copies. None: the variables' device.
 
         Raises:
-          ConfigError: for a mesh that splits the history of a model that has none.
+          ConfigError: where several devices would split the history of a model that has none.
         """
         self.config, self.mesh = model.config, mesh
-        split = split_of(mesh, self.config)
+        split = spread.split_of(mesh, self.config)
         self.devices = 1 if split is None else split.parts
-        typed = model.apply(replicate(dict(variables), mesh), method=model.parameters)
-        place = None if mesh is None else NamedSharding(mesh, WHOLE)
-        self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=place)(typed, self.config)
+        typed = model.apply(spread.replicate(dict(variables), mesh), method=model.parameters)
+        sharding = None if mesh is None else NamedSharding(mesh, spread.WHOLE)
+        self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
         self._prefill, self._step, self._slide = jitted(self.config, mesh)
 
     def init_cache(self, batch: int, tokens: int, final: int | None = None) -> Cache:
-        """An empty cache for `batch` sequences of up to `tokens` tokens (in the end `final`)."""
-        return init_spread_cache(self.config, batch, self._capacity_for(tokens, final), self.mesh)
+        """An empty cache for `batch` sequences of up to `tokens` tokens, in the end `final` if that is known."""
+        return spread.init_spread_cache(self.config, batch, self._capacity_for(tokens, final), self.mesh)
 
-    def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, jax.Array]:
-        """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the logits float32 [V]."""
+    def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
+        """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the next token's logits."""
         length = len(prompt)
         if isinstance(cache, WindowedCache):
             room = cache.tokens.shape[1]
@@ -102,24 +87,22 @@ class Decoder:
         padded[:length] = prompt
         return self._prefill(self.params, self.config, cache, np.int32(row), padded, np.int32(length), *observed)
 
-    def step(self, cache: Cache, tokens: jax.Array, active: jax.Array) -> tuple[Cache, jax.Array]:
-        """Feeds tokens int32 [batch] to the active (bool [batch]) sequences; returns logits float32 [batch, V]."""
+    def step(
+        self, cache: Cache, tokens: Int[Array, " batch"], active: Bool[Array, " batch"]
+    ) -> tuple[Cache, Float[Array, "batch V"]]:
+        """Feeds tokens to the active sequences; returns the cache and the next tokens' logits."""
         return self._step(self.params, self.config, cache, tokens, active)
 
     def slide(self, cache: WindowedCache, row: int, history: int) -> WindowedCache:
-        """Slides the full window of sequence `row`, whose history then has `history` tokens.
-
-        The cache must have room for them: see `grow`.
-        """
+        """Slides the full window of sequence `row`, whose history then has `history` tokens; see `grow` for room."""
         observed = np.int32(self.config.observed_rows(history))
         return self._slide(self.params, self.config, cache, np.int32(row), observed)
 
     def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:
-        """Gives the cache room for sequences of `tokens` tokens (in the end `final`), if it has not.
+        """Gives the cache room for sequences of `tokens` tokens (in the end `final`) if it has less.
 
-        Array by array, so that at most one of them exists twice. Where the cache holds a single sequence this must
-        come right before a slide: of TLinFormer's history only block 0's rows are copied then, as the slide makes the
-        other blocks' anew.
+        Array by array, so that at most one of them exists twice. The cache of a single sequence must be grown directly
+        before a slide: of TLinFormer's history only block 0's rows are copied then, and the slide rebuilds the others.
         """
         if self.config.architecture == "sliding_window" or stored_rows(self.config, tokens) <= cache.capacity:
             return cache
@@ -132,26 +115,26 @@ class Decoder:
 def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
     """The cache's contents in a cache with room for `capacity` rows; `cache` must not be used again."""
     split = cache.split if isinstance(cache, WindowedCache) else None
-    shapes = jax.eval_shape(functools.partial(init_cache, config, cache.position.shape[0], capacity, split))
+    batch = cache.position.shape[0]
+    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split))
 
-    def widen(array: jax.Array, shape: jax.ShapeDtypeStruct, keep: bool = True) -> jax.Array:
+    def copied(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
         if array.shape == shape.shape:
             return array
-        wide, place = widened(array, shape.shape) if keep else None, array.sharding
+        wide = spread.widened(array, shape.shape)
         array.delete()
-        return empty(shape.shape, shape.dtype, place) if wide is None else wide
+        return wide
+
+    def dropped(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = array.sharding
+        array.delete()
+        return spread.empty(shape.shape, shape.dtype, sharding)
 
     if isinstance(cache, LayeredCache):
-        layers = KeyValue(widen(cache.layers.key, shapes.layers.key), widen(cache.layers.value, shapes.layers.value))
-        return dataclasses.replace(cache, layers=layers, capacity=capacity)
-    alone = cache.position.shape[0] == 1
-    history = tuple(
-        KeyValue(
-            *(widen(*arrays, keep=index == 0 or not alone) for arrays in ((old.key, new.key), (old.value, new.value)))
-        )
-        for index, (old, new) in enumerate(zip(cache.history, shapes.history))
-    )
-    context = KeyValue(widen(cache.context.key, shapes.context.key), widen(cache.context.value, shapes.context.value))
-    return dataclasses.replace(
-        cache, tokens=widen(cache.tokens, shapes.tokens), history=history, context=context, capacity=capacity
-    )
+        return dataclasses.replace(cache, layers=jax.tree.map(copied, cache.layers, shapes.layers), capacity=capacity)
+    history = [
+        jax.tree.map(copied if index == 0 or batch > 1 else dropped, *block)
+        for index, block in enumerate(zip(cache.history, shapes.history))
+    ]
+    tokens, context = jax.tree.map(copied, (cache.tokens, cache.context), (shapes.tokens, shapes.context))
+    return dataclasses.replace(cache, tokens=tokens, history=tuple(history), context=context, capacity=capacity)

@@ -1,28 +1,97 @@
-"""A generation under way: an iterator of what each call to the device brought, and what there is so far."""
+"""A running generation: it calls the device and yields what each call has brought.
+
+Each sequence has its own length and window phase. On the device all advance together until the window of one is full.
+The host, which knows all lengths, then slides that one alone and continues. So sequences whose windows are out of phase
+cost one device call each in generation_window tokens, and each slide costs what it costs a sequence alone.
+"""
 
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from tlinformer_jax.decoding.accounting import CacheBytes
-from tlinformer_jax.decoding.batch import Batch, Drawn
-from tlinformer_jax.decoding.settings import GenerationConfig
+import jax.numpy as jnp
+import numpy as np
+
+from tlinformer_jax.decoding.accounting import CacheBytes, cache_bytes
+from tlinformer_jax.decoding.cache import Cache, WindowedCache
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.loop import MAX_STEPS, Sequences, jit_run_steps, jit_sample_next
+from tlinformer_jax.decoding.sampling import SamplingConfig, is_integer, seen_tokens, sequence_keys
 from tlinformer_jax.decoding.text import TextStream
+from tlinformer_jax.errors import ConfigError, UserError
 
 LENGTH, STOP_TOKEN, STOP_STRING, INTERRUPTED = "length", "stop_token", "stop_string", "interrupted"
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """What a sequence got from one call to the device.
+class GenerationConfig(SamplingConfig):
+    """Options of a generation; those of `SamplingConfig` say how tokens are chosen.
 
     Attributes:
-      index: which prompt's.
-      tokens: the new ones, the stop token included.
-      logprobs: theirs, in nats, or None.
-      text: that may be shown after the pieces before; "" without a tokenizer. Pieces join to Generation.text.
-      finish_reason: as Generation has it; None while the sequence goes on.
+      max_new_tokens: most tokens that a sequence gets.
+      stop_tokens: ids that end a sequence. None: the tokenizer's end of text if the prompts are texts, else none.
+      stop_strings: texts that end a sequence as soon as its continuation holds one of them; they need a tokenizer.
+      logprobs: whether log-probabilities are returned, in nats, under the model's own distribution.
+      chunk: most tokens per device call, 1 to 256. Small ones stream sooner and draw fewer tokens after a stop string.
+        None: 16 if text is streamed or a stop string looked for, else 256.
+    """
+
+    max_new_tokens: int = 256
+    stop_tokens: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    logprobs: bool = False
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_integer(self.max_new_tokens, 0):
+            raise ConfigError("generation.max_new_tokens", self.max_new_tokens, "must be an integer >= 0")
+        if self.chunk is not None and not is_integer(self.chunk, 1, MAX_STEPS):
+            raise ConfigError("generation.chunk", self.chunk, f"must be an integer from 1 to {MAX_STEPS}, or None")
+        self._make_tuple("stop_tokens", "must be a list of token ids")
+        self._make_tuple("stop_strings", "must be a list of texts, none of them empty")
+        if not all(is_integer(token, 0) for token in self.stop_tokens or ()):
+            raise ConfigError("generation.stop_tokens", self.stop_tokens, "must be a list of token ids")
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise ConfigError("generation.stop_strings", text, "must be a text of at least one character")
+        if not isinstance(self.logprobs, bool | np.bool_):
+            raise ConfigError("generation.logprobs", self.logprobs, "must be True or False")
+
+    def _make_tuple(self, name: str, allowed: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):  # a text is a list of its characters
+            raise ConfigError(f"generation.{name}", value, allowed)
+        object.__setattr__(self, name, tuple(value))
+
+
+def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
+    """The configuration that keyword options describe.
+
+    Raises:
+      ConfigError: for an unknown option or a value that is not allowed.
+    """
+    known = sorted(field.name for field in dataclasses.fields(GenerationConfig))
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(f"generation.{name}", value, f"no such option; there are {', '.join(known)}")
+    return GenerationConfig(**options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a sequence got from one device call.
+
+    Attributes:
+      index: of the prompt.
+      tokens: new ones, the stop token included.
+      logprobs: of these, in nats, or None.
+      text: to show after the pieces before; "" without a tokenizer. Pieces join to Generation.text.
+      finish_reason: as in Generation.
     """
 
     index: int
@@ -32,192 +101,250 @@ class Piece:
     finish_reason: str | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Generation:
-    """What a sequence has got.
+    """What a sequence has got so far; it grows while the stream continues, and may be ahead of the pieces yielded.
 
     Attributes:
       tokens: all that were drawn, the stop token and those of the stop string included.
-      logprobs: of each token, in nats, under the model's own distribution; None unless asked for.
-      text: of the tokens before the stop token or stop string; "" without a tokenizer. An incomplete last
-        character is left out; bytes that are no UTF-8 are U+FFFD.
-      finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted', or None while it goes on.
-      hits: tokens fed while the history stood still. The device may have drawn a few after a stop string in vain.
-      misses: times the history was worked through: the prefill, and each slide of the window.
+      logprobs: of these, or None; see `GenerationConfig`.
+      finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted', or None while it continues.
+      hits: tokens fed to the cache; after a stop string the device may have fed a few too many.
+      misses: times the whole history was processed: the prefill, and each slide of the window.
     """
 
     tokens: list[int]
     logprobs: list[float] | None
-    text: str
     finish_reason: str | None
-    hits: int
-    misses: int
+    hits: int = 0
+    misses: int = 0
+    _texts: list[str] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def text(self) -> str:
+        """Of the tokens before the stop token or stop string; "" without a tokenizer.
+
+        An incomplete last character is left out; bytes that are not UTF-8 become U+FFFD.
+        """
+        return "".join(self._texts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call to the device: when it began (time.perf_counter, s), how long it took (s), the tokens it brought."""
+    """One device call: its start (time.perf_counter, s), duration (s), and the number of tokens it brought."""
 
     start: float
     seconds: float
     tokens: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What a generation took.
-
-    Attributes:
-      prefill: the call that filled the cache and drew the first token of each sequence; None if there was none.
-      decode: the other calls, with the slides between them. Compilation, where a call needed it, is in its time.
-      hits: of all sequences. misses: likewise.
-      cache: its bytes in the end; no parts where nothing was generated.
-    """
-
-    prefill: Call | None
-    decode: tuple[Call, ...]
-    hits: int
-    misses: int
-    cache: CacheBytes
-
-
-class _Sequence:
-    """Host-side state of one sequence."""
-
-    def __init__(self, text: TextStream | None) -> None:
-        self.text = text
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.shown: list[str] = []
-        self.finish_reason: str | None = None
-
-
 class Stream(Iterator[Piece]):
     """Yields pieces as they come, until all sequences have ended.
 
-    A `KeyboardInterrupt` passes through: call `stop` and read `generations` for what there was until then.
+    A `KeyboardInterrupt` passes through: then call `stop`, and read `generations` for what there is.
+
+    Attributes:
+      generations: what each sequence has got so far.
+      calls: device calls so far. The first is the prefill, which also draws the first token of each sequence; the
+        others include slides. Compilation, where a call needed it, is in its time.
     """
 
-    def __init__(self, batch: Batch, config: GenerationConfig, chunk: int, texts: Sequence[TextStream | None]) -> None:
-        """Prepares it.
-
-        Args:
-          batch: not started.
-          config: of the generation, its stop_tokens not None.
-          chunk: most tokens of a call.
-          texts: one for each sequence; None where no text is wanted.
-        """
-        self._batch, self._config, self._chunk = batch, config, chunk
-        self._sequences = [_Sequence(text) for text in texts]
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[np.ndarray],
+        config: GenerationConfig,
+        texts: Sequence[TextStream | None],
+    ) -> None:
+        """Prepares a generation; the first `next` starts it. `config` has stop_tokens and chunk that are not None."""
+        assert config.stop_tokens is not None
+        self._decoder, self._config = decoder, config
+        self._keys = sequence_keys(config.seed, len(prompts))
+        self._sampler = config.sampler(bool(config.logprobs))
+        self._stops = sorted(set(config.stop_tokens))
+        # Padded to a power of two with an id that no token has, so that few lengths are compiled for.
+        padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
+        self._stop_array = np.array([*self._stops, *[-1] * padding], np.int32)
+        self._prompts, self._texts = prompts, texts
+        done = LENGTH if config.max_new_tokens == 0 else None
+        self.generations = [Generation([], [] if config.logprobs else None, done) for _ in prompts]
+        self._longest = max((len(prompt) for prompt in prompts), default=0)
+        self._final = self._longest + config.max_new_tokens
+        self._drawn = 0  # tokens of every sequence that continues
         self._pieces: collections.deque[Piece] = collections.deque()
-        self._calls: list[Call] = []
-        self._drawn = 0  # tokens of every sequence that goes on
-        if config.max_new_tokens == 0:
-            for sequence in self._sequences:
-                sequence.finish_reason = LENGTH
+        self.calls: list[Call] = []
+        self._cache: Cache | None = None
+        self._state: Sequences | None = None
+        self._bytes = CacheBytes({}, None)
 
     def __next__(self) -> Piece:
         while not self._pieces:
-            if all(sequence.finish_reason for sequence in self._sequences):
+            if not self._active.any():
                 raise StopIteration
             self._call()
-            if all(sequence.finish_reason for sequence in self._sequences):
-                self._batch.release()
+            if not self._active.any():
+                self._release()
         return self._pieces.popleft()
 
     def stop(self) -> list[Piece]:
-        """Ends all sequences; returns the pieces not yet yielded and, as pieces, text that was held back."""
+        """Ends all sequences; returns pieces not yet yielded and, as pieces, text that was held back."""
         pieces = list(self._pieces)
         self._pieces.clear()
-        for index, sequence in enumerate(self._sequences):
-            if sequence.finish_reason is None:
-                rest = self._finish(sequence, INTERRUPTED)
-                pieces.append(Piece(index, [], [] if self._config.logprobs else None, rest, INTERRUPTED))
-        self._batch.release()
+        for row in np.flatnonzero(self._active).tolist():
+            rest = self._finish(row, INTERRUPTED)
+            pieces.append(Piece(row, [], [] if self._config.logprobs else None, rest, INTERRUPTED))
+        self._release()
         return pieces
 
     @property
-    def new_tokens(self) -> list[list[int]]:
-        """The tokens of each sequence; the lists grow while it goes on."""
-        return [sequence.tokens for sequence in self._sequences]
+    def cache_bytes(self) -> CacheBytes:
+        """Bytes of the cache, now or before it was freed; no parts if nothing was generated."""
+        if self._cache is not None:
+            self._bytes = cache_bytes(self._decoder.config, self._cache, self._lengths)
+        return self._bytes
 
     @property
-    def generations(self) -> list[Generation]:
-        """What each sequence has got so far; it may be ahead of the pieces yielded."""
-        ledger, logprobs = self._batch.ledger, self._config.logprobs
-        return [
-            Generation(
-                tokens=list(sequence.tokens),
-                logprobs=list(sequence.logprobs) if logprobs else None,
-                text="".join(sequence.shown),
-                finish_reason=sequence.finish_reason,
-                hits=int(ledger.hits[index]),
-                misses=int(ledger.misses[index]),
-            )
-            for index, sequence in enumerate(self._sequences)
-        ]
+    def _lengths(self) -> list[int]:
+        """Tokens of each sequence in the cache."""
+        return [len(prompt) + generation.hits for prompt, generation in zip(self._prompts, self.generations)]
 
     @property
-    def statistics(self) -> Statistics:
-        """What it has taken so far."""
-        ledger = self._batch.ledger
-        prefill = self._calls[0] if self._calls else None
-        hits, misses = int(ledger.hits.sum()), int(ledger.misses.sum())
-        return Statistics(prefill, tuple(self._calls[1:]), hits, misses, self._batch.bytes())
+    def _active(self) -> np.ndarray:
+        """Which sequences continue, bool [batch]."""
+        return np.array([generation.finish_reason is None for generation in self.generations], bool)
+
+    def _release(self) -> None:
+        """Frees the cache."""
+        self._bytes = self.cache_bytes
+        self._cache = self._state = None
 
     def _call(self) -> None:
-        """One call to the device; its pieces join the queue."""
+        """One device call; its pieces join the queue."""
         start = time.perf_counter()
-        if self._drawn == 0:
-            drawn = self._batch.start()
-        else:
-            drawn = self._batch.advance(min(self._chunk, self._config.max_new_tokens - self._drawn))
-        self._drawn += max(len(tokens) for tokens in drawn.tokens)
-        seconds, count = time.perf_counter() - start, sum(len(tokens) for tokens in drawn.tokens)
-        self._calls.append(Call(start, seconds, count))
-        for index, sequence in enumerate(self._sequences):
-            if sequence.finish_reason is None:
-                self._pieces.append(self._take(index, sequence, drawn))
+        tokens, logprobs = self._start() if self._cache is None else self._advance(self._cache)
+        self.calls.append(Call(start, time.perf_counter() - start, int((tokens >= 0).sum())))
+        drawn = (tokens >= 0).sum(0)
+        self._drawn += int(drawn.max())
+        rows = np.flatnonzero(self._active).tolist()
+        new = {row: tokens[: drawn[row], row].tolist() for row in rows}
+        for row in rows:
+            self._check_finite(row, new[row], len(tokens))
+        for row in rows:
+            scores = None if logprobs is None else logprobs[: drawn[row], row].tolist()
+            self._pieces.append(self._take(row, new[row], scores))
 
-    def _take(self, index: int, sequence: _Sequence, drawn: Drawn) -> Piece:
+    def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Prefills the prompts one after another and draws each one's first token; returns as `_advance`."""
+        decoder, prompts = self._decoder, self._prompts
+        cache, logits = decoder.init_cache(len(prompts), self._longest, self._final), []
+        for row, prompt in enumerate(prompts):
+            cache, of_row = decoder.prefill(cache, row, prompt)
+            logits.append(of_row)
+            self.generations[row].misses += 1
+        seen = None
+        if self._sampler.repetition_penalty is not None:
+            seen = jnp.asarray(seen_tokens(prompts, decoder.config.vocab_size))
+        state = Sequences(jnp.zeros(len(prompts), jnp.int32), self._keys, jnp.ones(len(prompts), bool), seen)
+        positions = np.array(self._lengths, np.int32)
+        self._state, tokens, logprobs = jit_sample_next(
+            self._sampler, self._stop_array, state, positions, jnp.stack(logits)
+        )
+        self._cache = cache
+        return np.asarray(tokens)[None], None if logprobs is None else np.asarray(logprobs)[None]
+
+    def _advance(self, cache: Cache) -> tuple[np.ndarray, np.ndarray | None]:
+        """Feeds the tokens drawn last and draws more, until a window is full or the chunk is done.
+
+        Returns tokens, int [steps, batch], -1 where nothing was drawn, and their log-probabilities or None.
+        """
+        assert self._state is not None
+        assert self._config.chunk is not None
+        cache, room = self._make_room(cache)
+        steps = min(self._config.chunk, self._config.max_new_tokens - self._drawn, room)
+        # Only the host knows of sequences that a stop string has ended.
+        state = dataclasses.replace(self._state, active=jnp.asarray(self._active))
+        self._cache, self._state, tokens, logprobs = jit_run_steps(
+            self._decoder.mesh,
+            self._decoder.params,
+            self._decoder.config,
+            cache,
+            state,
+            self._sampler,
+            self._stop_array,
+            np.int32(steps),
+        )
+        drawn = np.asarray(tokens)[:steps]
+        for generation, count in zip(self.generations, (drawn >= 0).sum(0).tolist()):
+            generation.hits += count
+        return drawn, None if logprobs is None else np.asarray(logprobs)[:steps]
+
+    def _make_room(self, cache: Cache) -> tuple[Cache, int]:
+        """Slides full windows of active sequences and grows the cache; says how many tokens each can then be fed."""
+        decoder, config = self._decoder, self._decoder.config
+        everyone = self._lengths
+        lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
+        size, longest = config.generation_window, max(lengths.values())
+        if config.architecture == "sliding_window":
+            return cache, MAX_STEPS
+        if not config.windowed:
+            cache = decoder.grow(cache, longest + 1, self._final)
+            return cache, cache.capacity - longest
+        for row, length in lengths.items():
+            if length % size == 0:
+                # Directly before the slide, which rebuilds what growing drops.
+                grown = decoder.grow(cache, length + 1, self._final)
+                assert isinstance(grown, WindowedCache)
+                cache = decoder.slide(grown, row, length)
+                self.generations[row].misses += 1
+        return cache, min(size - length % size for length in lengths.values())
+
+    def _check_finite(self, row: int, tokens: list[int], steps: int) -> None:
+        """Refuses to continue a sequence that drew fewer tokens than `steps` without a stop token."""
+        if len(tokens) == steps or (tokens and tokens[-1] in self._stops):
+            return
+        position = len(self._prompts[row]) + len(self.generations[row].tokens) + len(tokens)
+        raise UserError(
+            f"sequence {row}: the model's logits are not finite at position {position}, so no token can be chosen; its "
+            f"parameters may be damaged, or too large for model.dtype = {self._decoder.config.compute_dtype}"
+        )
+
+    def _take(self, row: int, tokens: list[int], logprobs: list[float] | None) -> Piece:
         """Adds to a sequence what it has drawn, up to where it stops."""
-        assert self._config.stop_tokens is not None
-        tokens = drawn.tokens[index]
-        at_stop_token = tokens[-1] in self._config.stop_tokens
-        text, count = self._read(sequence, tokens[:-1] if at_stop_token else tokens)
-        reason = None
-        if sequence.text is not None and sequence.text.stopped:
+        generation, stream, reason = self.generations[row], self._texts[row], None
+        at_stop_token = tokens[-1] in self._stops
+        text, count = self._read(stream, tokens[:-1] if at_stop_token else tokens)
+        if stream is not None and stream.stopped:
             reason, tokens = STOP_STRING, tokens[:count]
-            self._batch.halt(index)
         elif at_stop_token:
             reason = STOP_TOKEN
         elif self._drawn >= self._config.max_new_tokens:
             reason = LENGTH
-            self._batch.halt(index)
-        logprobs = drawn.logprobs[index][: len(tokens)] if drawn.logprobs is not None else None
-        sequence.tokens += tokens
-        sequence.logprobs += logprobs or []
-        sequence.shown.append(text)
+        generation.tokens += tokens
+        if logprobs is not None and generation.logprobs is not None:
+            logprobs = logprobs[: len(tokens)]
+            generation.logprobs += logprobs
+        generation._texts.append(text)
         if reason is not None:
-            text += self._finish(sequence, reason)
-        return Piece(index, tokens, logprobs, text, reason)
+            text += self._finish(row, reason)
+        return Piece(row, tokens, logprobs, text, reason)
 
-    def _read(self, sequence: _Sequence, tokens: list[int]) -> tuple[str, int]:
+    def _read(self, stream: TextStream | None, tokens: list[int]) -> tuple[str, int]:
         """Text of new tokens up to a stop string, and how many tokens that took."""
-        if sequence.text is None:
+        if stream is None:
             return "", len(tokens)
         if not self._config.stop_strings:
-            return sequence.text.push(tokens), len(tokens)
+            return stream.push(tokens), len(tokens)
         text = ""
         for count, token in enumerate(tokens, 1):
-            text += sequence.text.push([token])
-            if sequence.text.stopped:
+            text += stream.push([token])
+            if stream.stopped:
                 return text, count
         return text, len(tokens)
 
-    def _finish(self, sequence: _Sequence, reason: str) -> str:
+    def _finish(self, row: int, reason: str) -> str:
         """Ends a sequence; returns the text that was held back."""
-        rest = sequence.text.finish() if sequence.text is not None and not sequence.text.stopped else ""
-        sequence.shown.append(rest)
-        sequence.finish_reason = reason
+        stream, generation = self._texts[row], self.generations[row]
+        rest = stream.finish() if stream is not None and not stream.stopped else ""
+        generation._texts.append(rest)
+        generation.finish_reason = reason
         return rest

@@ -37,7 +37,7 @@ from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
-from tlinformer_jax.training.loss import token_losses
+from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses
 
 SAMPLES = 64
 READERS = ("x", "z")
@@ -84,9 +84,8 @@ def measure_history(trained: TrainedRun, stream: Split, options: HistoryOptions 
     distances = tuple(distance for distance in distances if distance < last)
     local = jax.tree.map(jnp.asarray, jax.device_get(trained.params))
     params: Any = trained.run.model.apply({"params": local}, method=trained.run.model.parameters)
-    chunk = trained.run.config.train.loss_chunk
-    whole = jax.jit(functools.partial(_sums, config=config, cut=None, chunk=chunk))
-    parts = {cut: jax.jit(functools.partial(_sums, config=config, cut=cut, chunk=chunk)) for cut in distances}
+    whole = jax.jit(functools.partial(_sums, config=config, cut=None, chunk=LOSS_CHUNK))
+    parts = {cut: jax.jit(functools.partial(_sums, config=config, cut=cut, chunk=LOSS_CHUNK)) for cut in distances}
     totals: dict[str, dict[str, np.ndarray]] = {}
     count = num_samples(stream, length)
     wanted = min(count, options.samples)

@@ -113,7 +113,7 @@ def _windows(model: Mapping[str, Any], length: int) -> tuple[int | None, float |
 def _items(data: Mapping[str, Any]) -> int:
     """The pairs or passkeys of a sample, under the name that they have or had."""
     old = "pairs" if data["dataset"] == "recall" else "passkeys"
-    return int(data[old] if old in data else data["items"])
+    return int(data[old] if old in data else data["num_items"])
 
 
 def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:

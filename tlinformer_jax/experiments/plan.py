@@ -115,7 +115,7 @@ def check_data(points: Iterable[Point]) -> None:
         different.setdefault((point.config.data, point.config.model.vocab_size), point)
     for (data, vocabulary), point in different.items():
         try:
-            tokenizer = build_tokenizer(data.tokenizer, data.end_of_text_token)
+            tokenizer = build_tokenizer(data.tokenizer)
             check_vocab(tokenizer, vocabulary)
             for split in ("train", "validation"):
                 find_split(data, split, tokenizer)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.recipes import set_books
 from tlinformer_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ MODELS = {
 def set_recall(config: "ConfigDict", name: str) -> None:
     """Sets multi-query associative recall, vocabulary 8,192, in the setting `name`, else raises ConfigError."""
     setting = _chosen(RECALL, name)
-    config.data.update(dataset="recall", tokenizer="numbers:8192", pairs=setting.pairs)
+    config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=setting.pairs)
     _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
 
 
@@ -87,18 +88,15 @@ def set_copy(config: "ConfigDict", name: str) -> None:
 def set_passkey(config: "ConfigDict", name: str) -> None:
     """Sets passkeys, 4 in a sample, among books in GPT-2 tokens ('tiny': among the Python reference, in bytes)."""
     setting = _chosen(PASSKEY, name)
-    config.data.update(dataset="passkey", passkeys=4, questions=4, validation_examples=200)
+    config.data.update(dataset="passkey", num_items=4, questions=4)
     if name == "tiny":
-        config.data.update(tokenizer="bytes", passkeys=1, questions=1)
+        config.data.update(tokenizer="bytes", num_items=1, questions=1)
         _set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
         config.train.update(steps=40, warmup_steps=4, eval_every=20, checkpoint_every=20)
-        config.data.validation_examples = 20
+        config.data.examples = DataConfig(**config.data).samples_before(40, config.train.batch_size)
     else:
-        config.data.update(
-            tokenizer="gpt2",
-            train_files="data/books/train-*.jsonl.xz",
-            validation_files="data/books/valid.jsonl.xz",
-        )
+        set_books(config)
+        config.data.dataset = "passkey"
         _set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
         config.train.eval_every = config.train.steps // 8  # an evaluation reads 1.6 M tokens
 
@@ -164,7 +162,7 @@ def _set_task(
         checkpoint_every=updates // 4,
         stop_at_accuracy=STOP_AT,
     )
-    config.data.train_examples = DataConfig(**config.data).samples_before(updates, rows)
+    config.data.examples = DataConfig(**config.data).samples_before(updates, rows)
 
 
 def _chosen(table: Mapping[str, T], name: str) -> T:

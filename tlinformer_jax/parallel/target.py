@@ -1,7 +1,7 @@
 """The device that a program is traced for: JAX's default one, or, inside `target`, one that is not there.
 
 What depends on the kind of device, such as the choice of a kernel, asks here and not JAX, so that a program can be
-compiled for a TPU on a machine without one (`training/topology.py`).
+compiled for a TPU on a machine without one (`tools/training_topology.py`).
 """
 
 import contextlib

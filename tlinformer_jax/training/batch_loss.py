@@ -17,7 +17,7 @@ from tlinformer_jax.models.tlinformer import place_in_run, prepare_sequence, win
 from tlinformer_jax.models.windows import Segment, num_windows
 from tlinformer_jax.parallel.batch_split import UNSPLIT, WHOLE, BatchSplit
 from tlinformer_jax.training.answers import AnswersOf, at_places, weighted_places
-from tlinformer_jax.training.loss import summed_losses_and_hits
+from tlinformer_jax.training.loss import LOSS_CHUNK, summed_losses_and_hits
 from tlinformer_jax.training.window_loss import pad_rows, sum_with_gradients, window_loops, window_weight
 
 DeviceBatch = dict[str, jax.Array]
@@ -78,7 +78,7 @@ def summed_loss(
     if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
         hidden = hidden_states(typed, shape, embed(typed.embedding, shape, inputs), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
-        total, right = weighted_loss(hidden, typed.embedding, rows, most, config.loss_chunk)
+        total, right = weighted_loss(hidden, typed.embedding, rows, most)
         return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
     if sequences.rows is not None:
         inputs = sequences.rows.take(pad_rows(inputs, -length % sequences.row_parts))
@@ -88,7 +88,7 @@ def summed_loss(
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right, found = jnp.float32(0), jnp.float32(0), []
     for loop in window_loops(shape, sequence, rows, sequences, windows):
-        branches = tuple(functools.partial(window_loss, shape, config, run, most) for run in loop.runs)
+        branches = tuple(functools.partial(window_loss, shape, run, most) for run in loop.runs)
         shared, steps = (typed, loop.history), (loop.indices, loop.rows)
         (loss, hits), each = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
         total, right = total + loss, right + hits
@@ -100,7 +100,6 @@ def summed_loss(
 
 def window_loss(
     shape: ModelConfig,
-    config: TrainConfig,
     run: Segment,
     most: int | None,
     fixed: Any,
@@ -112,7 +111,6 @@ def window_loss(
 
     Args:
       shape: of the model.
-      config: of the run.
       run: of windows, whose static shapes it has.
       most: see `weighted_loss`.
       fixed: that of the sequence.
@@ -134,13 +132,13 @@ def window_loss(
     if split is not None:
         states, rows = jax.tree.map(lambda array: split.take(pad_rows(array, -size % split.parts)), (states, rows))
     hidden = layer_norm(states, params.norm_scale, params.norm_bias)
-    return weighted_loss(hidden, params.embedding, rows, most, config.loss_chunk)
+    return weighted_loss(hidden, params.embedding, rows, most)
 
 
 def weighted_loss(
-    hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, chunk: int
+    hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None
 ) -> tuple[jax.Array, jax.Array]:
     """`summed_losses_and_hits`; of tasks, where at most `most` rows of a sample have weights, of those rows alone."""
     if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
         hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
-    return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], chunk)
+    return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK)

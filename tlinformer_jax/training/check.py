@@ -1,4 +1,4 @@
-"""What a run would take, found out without starting it: `python -m tlinformer_jax.main --check --config=FILE`."""
+"""What a run would take, without starting it: `python -m tlinformer_jax.main --check --config=FILE`."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.run import RunConfig, resolve
 from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tasks import Split, TaskSplit
@@ -22,12 +22,9 @@ from tlinformer_jax.training.step import jit_train_step
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """Memory on the device that holds most, in bytes.
+    """Memory of the train state in bytes, on the device that holds most.
 
-    Attributes:
-      parameters: in their stored dtype.
-      gradients: in the same; where micro-batches are accumulated, their float32 sum too.
-      optimizer: the optimiser's state.
+    The gradients are in the parameters' dtype; with accumulation their float32 sum is counted too.
     """
 
     parameters: int
@@ -41,32 +38,30 @@ class StateBytes:
 
 
 def check_run(config: RunConfig, compile_step: bool = False) -> str:
-    """Checks a configuration against tokenizer, data and devices; writes nothing.
+    """Checks a configuration against tokenizer, data and devices, and says what the run would take; writes nothing.
 
-    Args:
-      config: of the run.
-      compile_step: also compile a training step, for the memory that it takes.
-
-    Returns:
-      lines that say what the run would take.
+    With `compile_step` a training step is compiled, for the memory that it takes.
 
     Raises:
       ConfigError, DataError: what training would raise before its first step; of text that has not been tokenised
         only the files are looked for.
     """
-    tokenizer = build_tokenizer(config.data.tokenizer, config.data.end_of_text_token)
+    config = resolve(config)
+    tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
-    streams = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
-    for name, stream in streams.items():
-        if stream is not None:
-            run.checked(name, stream)
-    horizon = _horizon(config, streams["train"])
-    lines = [model_line(run), _memory_line(run, compile_step), *_length_lines(run, horizon, streams["train"])]
-    lines += [_split_line(name, stream, config.data.sequence_length) for name, stream in streams.items()]
+    splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
+    for name, split in splits.items():
+        if split is not None:
+            run.checked(name, split)
+    horizon = _horizon(config, splits["train"])
+    lines = [model_line(run), _memory_line(run, compile_step), *_length_lines(run, horizon, splits["train"])]
+    lines += [_split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
     if horizon and (note := warmup_note(config.train, horizon)):
         lines.append(note)
     if compile_step:
-        lines.append(_compiled_line(dataclasses.replace(run, horizon=horizon or PENDING)))
+        total, temporary = step_bytes(dataclasses.replace(run, horizon=horizon or PENDING))
+        rest = f"{size_text(temporary)} are activations, gradients and the like"
+        lines.append(f"compiled step by device: {size_text(total)}, of which {rest}")
     return "\n".join(lines)
 
 
@@ -74,21 +69,19 @@ def state_bytes(run: Run) -> StateBytes:
     """Memory of the train state and the gradients, by device, from shapes and shardings."""
     params = run.abstract_state.params
     parameters = _device_bytes(params)
-    gradients = parameters
-    if run.config.train.accumulation > 1:
-        gradients += _device_bytes(params, itemsize=4)
-    return StateBytes(parameters, gradients, _device_bytes(run.abstract_state.opt_state))
+    summed = _device_bytes(params, itemsize=4) if run.config.train.accumulation > 1 else 0
+    return StateBytes(parameters, parameters + summed, _device_bytes(run.abstract_state.opt_state))
 
 
 def step_bytes(run: Run) -> tuple[int, int]:
     """Memory of a compiled training step by device, in bytes: in all, and what of it is temporary."""
-    found = compiled_step(run).memory_analysis()
+    found: Any = compiled_step(run).memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
 
 
-def compiled_step(run: Run) -> Any:
-    """A training step, compiled for the run's mesh (`jax.stages.Compiled`)."""
+def compiled_step(run: Run) -> jax.stages.Compiled:
+    """A training step, compiled for the run's mesh."""
     rows, length = run.config.train.batch_size, run.config.data.sequence_length
     sharding = batch_sharding(run.mesh)
     batch = {
@@ -110,41 +103,29 @@ def _horizon(config: RunConfig, train: Split | None) -> Horizon | None:
     """How long the run is; None where only the tokens can tell."""
     if train is not None:
         return run_horizon(config.train, training_batches(config, train))
-    steps = config.train.steps
-    return Horizon(steps, steps) if steps else None
+    return Horizon(config.train.steps, config.train.steps) if config.train.steps else None
 
 
 def model_line(run: Run) -> str:
     """Model, parameters and devices of a run."""
     model = run.config.model
     count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
-    return (
-        f"{model.architecture}, {model.num_layers} layers, {count:,} parameters; {model.compute_dtype.name} on "
-        f"{run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
-    )
+    devices = f"{model.compute_dtype.name} on {run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
+    return f"{model.architecture}, {model.num_layers} layers, {count:,} parameters; {devices}"
 
 
 def _memory_line(run: Run, compile_step: bool) -> str:
     state = state_bytes(run)
-    line = (
-        f"memory by device: parameters {size_text(state.parameters)}, gradients {size_text(state.gradients)}, "
-        f"optimizer state {size_text(state.optimizer)}; together {size_text(state.total)}"
-    )
-    return line if compile_step else f"{line} + activations"
-
-
-def _compiled_line(run: Run) -> str:
-    total, temporary = step_bytes(run)
-    rest = f"{size_text(temporary)} are activations, gradients and the like"
-    return f"compiled step by device: {size_text(total)}, of which {rest}"
+    parts = {"parameters": state.parameters, "gradients": state.gradients, "optimizer state": state.optimizer}
+    line = f"memory by device: {', '.join(f'{name} {size_text(size)}' for name, size in parts.items())}"
+    return f"{line}; together {size_text(state.total)}{'' if compile_step else ' + activations'}"
 
 
 def _length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:
     config, length = run.config, run.config.data.sequence_length
     predicted = trained_tokens(config.model, length, config.train.sampled_windows)
-    per_token = flops_per_token(run, length)
     step = config.train.batch_size * length
-    lines = [f"model FLOPs per trained token, forward and backward: {per_token:,.0f}"]
+    lines = [f"model FLOPs per trained token, forward and backward: {flops_per_token(run, length):,.0f}"]
     if horizon is None:
         known = "known when the text is tokenised: python -m tlinformer_jax prepare"
         return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number is {known}"]
@@ -157,14 +138,14 @@ def _length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> lis
     return [*lines, text]
 
 
-def _split_line(name: str, stream: Split | None, length: int) -> str:
-    if stream is None:
+def _split_line(name: str, split: Split | None, length: int) -> str:
+    if split is None:
         return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax prepare"
-    if isinstance(stream, TaskSplit):
-        return f"{name} split: {stream.count:,} samples of {length:,}, made as they are read"
-    return f"{name} split: {len(stream.tokens):,} tokens, {num_samples(stream, length):,} samples of {length:,}"
+    if isinstance(split, TaskSplit):
+        return f"{name} split: {split.count:,} samples of {length:,}, made as they are read"
+    return f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
 
 
 def size_text(count: int) -> str:
-    """So many bytes, for a reader."""
+    """So many bytes as text, in GiB or MiB."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"

@@ -1,24 +1,19 @@
-"""Checkpoints of the train state: by Orbax, with a manifest of our own (`training.manifest`) that is verified first.
+"""A checkpoint on the disk: `checkpoints/STEP` holds Orbax's `state/` and `manifest.json`, and appears by one rename.
 
-`checkpoints/STEP` holds `state/` (Orbax) and `manifest.json`; the whole folder appears by one rename. Other names in
-`checkpoints/` are `STEP.saving` and `STEP.deleting`, what a killed run leaves half-done and the next one removes, and
-`STEP.damaged`, a checkpoint that failed its verification and was set aside by a run that went on from an older one,
-or whatever else had the name under which a checkpoint was to appear.
-
-Nothing is read or written through a link below the working directory. What is passed over is named on stderr.
+The manifest names every file with its size and SHA-256, so damage is noticed before a checkpoint is used; it checks
+itself by having to read exactly as it would be written again. Nothing is read or written through a link below the
+working directory. What is passed over is named on stderr. `training.saving` writes checkpoints.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import errno
+import hashlib
 import itertools
-import math
+import json
 import os
 import pathlib
 import re
-import shutil
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,264 +21,167 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-import tlinformer_jax
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import own_folder, plain_path, sync_folder
-from tlinformer_jax.training.arrays import STATE, first_line, misfit, read_arrays, stored_shapes
-from tlinformer_jax.training.manifest import Manifest, hash_files, read_manifest, verify, write_manifest
-from tlinformer_jax.training.memory import copy_on_devices
+from tlinformer_jax.files import open_own, plain_path, read_own, sealed, write_text
 from tlinformer_jax.training.metrics import say
-from tlinformer_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
-SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
-# What process 0 tells the others where it has no step to tell.
-NONE_THERE, NONE_GOOD = -1, -2
+STATE = "state"  # Orbax's folder in that of a checkpoint
+MANIFEST_FILE = "manifest.json"
+DAMAGED = ".damaged"
 STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 LAST_STEP = 2**31 - 1
-# Orbax measures how long a save takes by the wall clock, and gives it up when that has jumped by this many seconds. For
-# several processes, of which one may hang, it is a day; for one, a century.
-PATIENCE, PATIENCE_TOGETHER = 100 * 365 * 86_400, 86_400
+# What process 0 tells the others where it has no step to tell.
+NO_CHECKPOINT, NO_GOOD_CHECKPOINT = -1, -2
 
 
-class Checkpoints:
-    """The checkpoints of a working directory, for the one run that trains into it.
+# ---- The manifest
 
-    Saving is asynchronous: a thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint
-    appear and deletes those no longer wanted, never before there are `keep` newer ones that this run has written or
-    verified.
-    What is written is a copy of the state on its devices, so that training goes on while it is read from there; where
-    the devices' memory may not suffice for that, or processes have to agree, training waits for the reading. Use as a
-    context manager: leaving it waits for the save under way.
 
-    Args:
-      workdir: the working directory.
-      keep: how many of the latest are kept.
-      keep_best: how many of those with the lowest validation loss are kept besides.
-      config_sha256: of the run's configuration, for the manifests.
-      regular_every: steps between regular checkpoints, of which the last is kept whatever else is; 0 for none.
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
 
-    Raises:
-      DataError: by every method where a save has failed (disk full, say), naming it; older checkpoints stay.
+    Attributes:
+      step: updates done; also the position in the data, since batches are a function of it.
+      files: path within the checkpoint -> (bytes, SHA-256 in hexadecimal), without the manifest.
+      code_version: of this package.
+      config_sha256: `config.run.fingerprint` of the run's configuration; empty where none was given.
+      validation_loss: nats per token, if the step has been evaluated.
+      after_skip: whether the last update was skipped as not finite; no rollback ends there.
     """
 
-    def __init__(
-        self,
-        workdir: pathlib.Path,
-        keep: int,
-        keep_best: int = 0,
-        config_sha256: str = "",
-        regular_every: int = 0,
-    ) -> None:
-        self._folder = (workdir / FOLDER).absolute()
-        self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
-        self._regular_every = regular_every
-        self._good: set[int] = set()  # written or verified by this run
-        self._latest: int | None = None
-        self._main = jax.process_index() == 0
-        if self._main:
-            try:
-                _clear(self._folder)
-            except OSError as error:
-                raise DataError(f"workdir {workdir}: {FOLDER} cannot be written ({error.strerror})") from None
-        patience = PATIENCE if jax.process_count() == 1 else PATIENCE_TOGETHER
-        self._orbax = ocp.AsyncCheckpointer(
-            # Compressing float32 saves a tenth of the bytes, and takes the processors from what feeds the devices.
-            ocp.PyTreeCheckpointHandler(use_compression=False),
-            # Folders that are made in the background are waited for by the wall clock too, and never for long.
-            async_options=ocp.options.AsyncOptions(timeout_secs=patience, create_directories_asynchronously=False),
-        )
-        self._opened = contextlib.ExitStack()
-        self._plain: pathlib.Path | None = None  # the folder as Orbax is given it, from the first save on
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: concurrent.futures.Future[None] | None = None
+    step: int
+    files: dict[str, tuple[int, str]]
+    code_version: str
+    config_sha256: str
+    validation_loss: float | None = None
+    after_skip: bool = False
 
-    def __enter__(self) -> "Checkpoints":
-        return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
+    """Sizes and hashes of all files below `folder`, each brought to the disk before it is read."""
+    found = {}
+    for path in _files_below(folder):
+        with open_own(folder / path, "rb") as file:
+            os.fsync(file.fileno())
+            found[path] = (os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return found
+
+
+def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
+    """Writes the manifest of the checkpoint in `folder`, whole or not at all."""
+    write_text(folder / MANIFEST_FILE, _render(dataclasses.asdict(manifest)))
+
+
+def read_manifest(folder: pathlib.Path) -> Manifest:
+    """The manifest of the checkpoint in `folder`; its files are not looked at.
+
+    Raises:
+      DataError: if it is missing, damaged, or of another step than the folder's name says.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        text = read_own(path)
+    except OSError as error:
+        raise DataError(f"checkpoint {folder}: has no readable {MANIFEST_FILE} ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged") from None
+    try:
+        values = json.loads(text)
+        del values["sha256"]
+        if _render(values) != text:
+            raise ValueError(text)
+        files = {name: (int(size), str(digest)) for name, (size, digest) in values.pop("files").items()}
+        manifest = Manifest(files=files, **values)
+        if not isinstance(manifest.step, int) or not isinstance(manifest.validation_loss, float | None):
+            raise TypeError(values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged") from None
+    if folder.name != str(manifest.step):
+        raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is of step {manifest.step}")
+    return manifest
+
+
+def verify(folder: pathlib.Path) -> Manifest:
+    """Compares every file of the checkpoint in `folder` with its manifest, which is returned.
+
+    Raises:
+      DataError: naming the first file that is missing, too many, of another size, or changed.
+    """
+    manifest = read_manifest(folder)
+    present = set(_files_below(folder))
+    for path in sorted(present - set(manifest.files)):
+        raise DataError(f"checkpoint {folder}: file {path} does not belong to it")
+    for path, (size, digest) in sorted(manifest.files.items()):
+        if path not in present:
+            raise DataError(f"checkpoint {folder}: file {path} is missing")
         try:
-            self._settle()
-        except DataError as error:
-            if kind is None:
-                raise
-            say(f"error: {error}")  # beside the error that is under way
-        finally:
-            self._thread.shutdown()
-            self._orbax.close()
-            self._opened.close()
+            with open_own(folder / path, "rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise DataError(f"checkpoint {folder}: file {path} has {found:,} bytes instead of {size:,}")
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise DataError(f"checkpoint {folder}: the bytes of file {path} have changed")
+        except OSError as error:
+            raise DataError(f"checkpoint {folder}: file {path} cannot be read ({error.strerror})") from None
+    return manifest
 
-    def save(self, state: TrainState, overlap: bool = True) -> None:
-        """Starts saving `state` under its step, if that is not saved; its arrays may be donated on return.
 
-        Args:
-          state: what is saved.
-          overlap: read it while training goes on, from a copy; before the first step it is not known what that takes.
-        """
-        step = int(state.step)
-        if step == self._latest:
-            return
-        self._settle()
-        draft, after_skip = self._folder / f"{step}{SAVING}", int(state.skips.in_a_row) > 0
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _fields(state))
-        copy = copy_on_devices(state) if overlap and jax.process_count() == 1 else None
-        if copy is None:
-            self._write(draft, state)
-        self._latest = step
-        self._pending = self._thread.submit(self._finish, draft, shapes, after_skip, copy)
+def _files_below(folder: pathlib.Path) -> list[str]:
+    """The paths of all files and links below `folder`, without the manifest and its draft."""
+    own = (MANIFEST_FILE, f"{MANIFEST_FILE}.draft")
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for name in (path.relative_to(folder).as_posix() for path in paths) if name not in own)
 
-    def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
-        """The newest good state with its manifest; None if none was ever saved.
 
-        Newer ones that are damaged are named on stderr and set aside.
+def _render(values: dict[str, Any]) -> str:
+    return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
 
-        Args:
-          state: abstract (jax.ShapeDtypeStruct) leaves whose shardings say where each goes.
-          regular: look among the regular ones only: those that are there whenever the run was interrupted.
 
-        Raises:
-          DataError: if there are checkpoints, but none that can be used.
-        """
-        self._settle()
-        found = newest_good(self._folder, set_aside=True, regular_every=self._regular_every if regular else 0)
-        if found is None:
-            return None
-        self._good.add(found.step)
-        self._latest = found.step
-        return TrainState(**read_arrays(self._folder / str(found.step), _fields(state))), found
-
-    def record_validation(self, step: int, loss: float) -> None:
-        """Adds the validation loss to the manifest of `step`, if it is saved; deletes what is no longer wanted."""
-        self._settle()
-        folder = self._folder / str(step)
-        if self._main and step in self._good and folder.is_dir():
-            write_manifest(folder, dataclasses.replace(read_manifest(folder), validation_loss=loss))
-            self._delete_unwanted()
-
-    def is_among_best(self, loss: float) -> bool:
-        """Whether a checkpoint with this validation loss would be one of those that `keep_best` keeps."""
-        if self._keep_best == 0:
-            return False
-        self._settle()
-        best = sorted(self._validation_losses().values())[: self._keep_best]
-        among = len(best) < self._keep_best or loss < best[-1]
-        return bool(multihost_utils.broadcast_one_to_all(np.bool_(among)))
-
-    def _settle(self) -> None:
-        """Waits for the save under way."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def _write(self, draft: pathlib.Path, state: TrainState) -> None:
-        """Reads the state from its devices; Orbax then goes on writing."""
-        try:
-            if self._main:
-                own_folder(draft)
-            if self._plain is None:
-                self._plain = self._opened.enter_context(plain_path(self._folder))
-            self._orbax.save(self._plain / draft.name / STATE, args=ocp.args.PyTreeSave(_fields(state)))
-        except Exception as error:
-            raise _failure(draft, error) from error
-
-    def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
-        """What is done in the background; `state` is what is still to be written, if anything is."""
-        if state is not None:
-            self._write(draft, state)
-        try:
-            self._orbax.wait_until_finished()
-            if self._main:
-                if fault := misfit(draft, shapes, ("shape", "dtype")):
-                    raise OSError(f"read back, {fault}")
-                step, version = int(draft.stem), tlinformer_jax.__version__
-                manifest = Manifest(step, hash_files(draft), version, self._config_sha256, after_skip=after_skip)
-                write_manifest(draft, manifest)
-                if os.path.lexists(self._folder / str(step)):
-                    _set_aside(self._folder / str(step))
-                draft.rename(self._folder / str(step))
-                sync_folder(self._folder)
-                self._good.add(step)
-                self._delete_unwanted()
-        except Exception as error:
-            raise _failure(draft, error) from error
-
-    def _delete_unwanted(self) -> None:
-        latest = sorted(self._good)[-self._keep :]
-        if len(latest) < self._keep:
-            return
-        losses = self._validation_losses()
-        kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
-        if self._regular_every:
-            regular = _regular_steps(self._folder, self._regular_every)
-            # The last on disk and, since that one may be damaged, the last that is known to be good.
-            kept += regular[:1] + [step for step in regular if step in self._good][:1]
-        for step in _listing(self._folder)[0]:
-            if step < latest[0] and step not in kept:
-                # Renamed first, so that a half-deleted folder is never taken for a damaged checkpoint.
-                gone = (self._folder / str(step)).rename(self._folder / f"{step}{DELETING}")
-                shutil.rmtree(gone, ignore_errors=True)
-                self._good.discard(step)
-
-    def _validation_losses(self) -> dict[int, float]:
-        """Step -> validation loss of those saved steps that have one."""
-        losses = {}
-        for step in _listing(self._folder)[0]:
-            try:
-                loss = read_manifest(self._folder / str(step)).validation_loss
-            except DataError:
-                continue
-            if loss is not None and math.isfinite(loss):
-                losses[step] = loss
-        return losses
+# ---- Which checkpoints there are, and which are good
 
 
 def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: int = 0) -> Manifest | None:
     """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
-    Process 0 looks, all others are told. Those that fail are named on stderr, and so is what only has the name of one.
-
-    Args:
-      folder: `checkpoints` of a working directory.
-      set_aside: rename those that fail to STEP.damaged; for the run that trains here only.
-      regular_every: above 0, look among the regular checkpoints of this distance only.
+    Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name;
+    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged. With `regular_every` only regular
+    checkpoints, at multiples of it, are considered.
 
     Raises:
       DataError: if there are checkpoints, but none that can be used.
     """
-    step = NONE_THERE
+    step = NO_CHECKPOINT
     if jax.process_index() == 0:
-        steps, others = _listing(folder)
+        steps, others = list_steps(folder)
         if regular_every:
-            steps, others = _regular_steps(folder, regular_every), {}
-        damaged = list(itertools.takewhile(lambda step: not _usable(folder / str(step)), steps))
+            steps, others = regular_steps(folder, regular_every), {}
+        damaged = list(itertools.takewhile(lambda step: not is_usable(folder / str(step)), steps))
         if len(damaged) < len(steps):
             step = steps[len(damaged)]
         elif steps or others:
-            step = NONE_GOOD
+            step = NO_GOOD_CHECKPOINT
         passed_over = [name for name in others if int(name) >= step]
         for name in passed_over[:1]:
             more = f" (and {len(passed_over) - 1} more)" if passed_over[1:] else ""
             say(f"checkpoint {folder / name}: {others[name]}; it is not used{more}")
         if set_aside and step >= 0:
             for number in damaged:
-                _set_aside(folder / str(number))
+                set_aside_damaged(folder / str(number))
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-    if step == NONE_GOOD:
+    if step == NO_GOOD_CHECKPOINT:
         raise DataError(f"{folder}: none of its checkpoints can be used; see the lines above")
-    return None if step == NONE_THERE else read_manifest(folder / str(step))
+    return None if step == NO_CHECKPOINT else read_manifest(folder / str(step))
 
 
 def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
-    """Parameters alone of the newest checkpoint that passes its verification, as (step, params).
+    """The parameters of the newest checkpoint that passes its verification, as (step, params); writes nothing.
 
-    Nothing is written; newer ones that are damaged are named on stderr, and a configuration that has changed since.
-
-    Args:
-      workdir: a working directory.
-      abstract_params: jax.ShapeDtypeStruct leaves with shardings.
-      step: take the checkpoint of this step and no other.
+    Newer damaged ones are named on stderr, and so is a configuration that has changed since. With `step` that
+    checkpoint is read and no other. `abstract_params` has jax.ShapeDtypeStruct leaves with shardings.
 
     Raises:
       DataError: if the directory holds no checkpoint that can be used, or not the one that was asked for, or one whose
@@ -294,14 +192,15 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
         raise DataError(f"workdir {workdir}: {FOLDER} is a link, which is not followed")
     if not os.path.isdir(folder):
         raise DataError(f"workdir {workdir}: holds no checkpoint; train into it first")
+    found: Manifest | None
     if step is not None:
-        steps, _ = _listing(folder)
+        steps, _ = list_steps(folder)
         if step not in steps:
             there = ", ".join(map(str, reversed(steps))) or "none"
             raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}; there are {there}")
-        if not _usable(folder / str(step)):
+        if not is_usable(folder / str(step)):
             raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
-        found: Manifest | None = read_manifest(folder / str(step))
+        found = read_manifest(folder / str(step))
     else:
         found = newest_good(folder)
     if found is None:
@@ -313,20 +212,15 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
 
 
 def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
-    """Refuses a model of more or larger arrays than the checkpoints hold, before any of them is built.
+    """Refuses a model of more or larger arrays than the checkpoints hold, before it is built.
 
     Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
 
-    Args:
-      workdir: a working directory.
-      model: that its configuration describes.
-      step: of the checkpoint that is to be read; None for the newest good one.
-
     Raises:
-      DataError: naming the field, or why no checkpoint can be used.
+      DataError: naming the field, or why no checkpoint (of `step`, if given) can be used.
     """
     folder = (workdir / FOLDER).absolute()
-    steps = _listing(folder)[0] if os.path.isdir(folder) and not folder.is_symlink() else []
+    steps = list_steps(folder)[0] if os.path.isdir(folder) and not folder.is_symlink() else []
     shapes = None
     for number in [number for number in steps if step in (None, number)]:
         with contextlib.suppress(DataError):
@@ -347,27 +241,8 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
             )
 
 
-def _clear(folder: pathlib.Path) -> None:
-    """Makes the folder of the checkpoints, or removes from it what a killed run has left half-done.
-
-    Raises:
-      OSError: if it is a link, cannot be written, has a path that Orbax cannot take, or something half-done stays.
-    """
-    own_folder(folder)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-    with plain_path(folder):
-        pass  # it has one, or training need not begin
-    for path in folder.iterdir():
-        if SAVING in path.suffixes or path.name.endswith(DELETING):
-            if path.is_symlink() or not path.is_dir():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
-
-
-def _listing(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
-    """The steps that have a folder, and what else is called by a number with what is wrong with it; newest first."""
+def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
+    """The steps that have a folder; and other numeric names -> what is wrong with them. Both newest first."""
     steps, others = [], {}
     try:
         with os.scandir(folder) as entries:
@@ -388,28 +263,28 @@ def _listing(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
     return sorted(steps, reverse=True), dict(newest_first)
 
 
-def _regular_steps(folder: pathlib.Path, every: int) -> list[int]:
-    """The multiples of `every` among the steps, the newest first; without those that were saved amid bad updates."""
+def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
+    """The multiples of `every` among the steps, newest first; without those saved right after a skipped update."""
     found = []
-    for step in _listing(folder)[0]:
+    for step in list_steps(folder)[0]:
         if step % every == 0:
             with contextlib.suppress(DataError):
                 found += [] if read_manifest(folder / str(step)).after_skip else [step]
     return found
 
 
-def _usable(path: pathlib.Path) -> bool:
+def is_usable(path: pathlib.Path) -> bool:
     """Whether the checkpoint in `path` passes its verification; says so if not."""
     try:
         verify(path)
     except DataError as error:
-        print(f"{error}; it is not used", file=sys.stderr, flush=True)
+        say(f"{error}; it is not used")
         return False
     return True
 
 
-def _set_aside(path: pathlib.Path) -> None:
-    """Renames what has the name of a checkpoint and is none that can be used, so that its step can be saved anew."""
+def set_aside_damaged(path: pathlib.Path) -> None:
+    """Renames an unusable checkpoint, so that its step can be saved again."""
     number = sum(other.name.startswith(f"{path.name}{DAMAGED}") for other in path.parent.iterdir())
     place = path.with_name(f"{path.name}{DAMAGED}{f'-{number}' if number else ''}")
     try:
@@ -420,12 +295,67 @@ def _set_aside(path: pathlib.Path) -> None:
         say(f"checkpoint {path}: set aside as {place.name}")
 
 
-def _fields(state: TrainState) -> dict[str, Any]:
-    """The state as a plain mapping, the form in which it is saved; without what the run does not have."""
-    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: value for name, value in fields.items() if value is not None}
+# ---- The arrays, as Orbax stores them
 
 
-def _failure(draft: pathlib.Path, error: Exception) -> DataError:
-    """What to say of a save that did not succeed."""
-    return DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})")
+def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path -> shape of the parameters in a checkpoint that has not been verified, without reading them.
+
+    Raises:
+      DataError: if they cannot be found out.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
+    try:
+        stored = _stored_arrays(folder)
+    except Exception as error:  # of many types, for missing, damaged or foreign files
+        raise DataError(f"checkpoint {folder}: its arrays cannot be told ({first_line(error)})") from None
+    return {path: leaf.shape for path, leaf in stored.items() if path[0] == "params" and hasattr(leaf, "shape")}
+
+
+def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
+    """Names the first array of `tree` that a checkpoint lacks, or that differs there in an attribute; None if all fit.
+
+    Raises:
+      Exception: whatever Orbax and TensorStore raise where they cannot open an array.
+    """
+    stored = _stored_arrays(folder)
+    for path, leaf in ocp.tree.to_flat_dict(tree).items():
+        if path not in stored:
+            return f"array {'/'.join(path)} is missing"
+        for name in attributes:
+            found, expected = getattr(stored[path], name, None), getattr(leaf, name)
+            if found != expected:
+                return f"array {'/'.join(path)} has {name} {found} instead of {expected}"
+    return None
+
+
+def _stored_arrays(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
+    """Path -> Orbax's metadata of each array."""
+    with plain_path(folder) as plain:
+        return ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(plain / STATE).tree)
+
+
+def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a checkpoint that `tree` names (jax.ShapeDtypeStruct with shardings), in the stored dtype.
+
+    Raises:
+      DataError: if one is missing, has another shape, or cannot be read.
+    """
+    how = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), tree)
+    try:
+        fault = misfit(folder, tree)
+        if fault is None:
+            with plain_path(folder) as plain, ocp.PyTreeCheckpointer() as checkpointer:
+                args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
+                return checkpointer.restore(plain / STATE, args=args)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # any of Orbax's
+        fault = f"cannot be read ({first_line(error)})"
+    raise DataError(f"checkpoint {folder}: {fault}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error message, cut to 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -18,7 +18,8 @@ from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
 from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
 from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import Checkpoints, check_size, restore_params
+from tlinformer_jax.training.checkpoint import check_size, restore_params
+from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import build_run
 
 
@@ -39,7 +40,7 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
     """
     workdir = workdir.absolute()
     _check_new(workdir)
-    run = build_run(config, build_tokenizer(config.data.tokenizer, config.data.end_of_text_token))
+    run = build_run(config, build_tokenizer(config.data.tokenizer))
     arrays = read_weights(source)
     try:
         params = params_from_reference(arrays, config.model)["params"]

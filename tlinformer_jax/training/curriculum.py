@@ -1,8 +1,8 @@
 """Stages of a curriculum that end by competence: as soon as training answers well enough.
 
-The train step records the accuracy of each update and decides. It announces the end of a stage `LAG` updates ahead, so
-the host reads figures that are already computed and the device never waits. Accuracies and announced ends are part of
-the train state: a run that is taken up again changes stage at the same update.
+The train step records the accuracy of each update and announces the end of a stage LAG updates ahead, so that the host
+reads figures that are already computed and the device never waits. Accuracies and announced ends are part of the train
+state: a resumed run changes stage at the same update.
 """
 
 import collections
@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.data import Stage
-from tlinformer_jax.data.batches import Batch, Rows, TrainingBatches
-from tlinformer_jax.data.reader import prefetched
+from tlinformer_jax.data.batches import Batch, Rows, TrainingBatches, prefetched
 
 WINDOW = 20  # updates whose mean accuracy decides
 LAG = 4  # updates that are still made on the old samples after those
@@ -30,7 +29,7 @@ class Competence:
     Attributes:
       recent: share of the answers' tokens that were right, in the last updates of each stage, float32 [stages, WINDOW],
         the latest last; -inf before the first.
-      ends: updates of the run after which each stage ends, int32 [stages]; 0 while that is not decided.
+      ends: update of the run after which each stage ends, int32 [stages]; 0 while undecided.
     """
 
     recent: jax.Array
@@ -52,14 +51,9 @@ def stage_with_goal(stages: tuple[Stage, ...], length: int) -> int | None:
 def record_accuracy(
     competence: Competence, number: int, goal: float, accuracy: jax.Array, step: jax.Array
 ) -> Competence:
-    """The state after an update of stage `number`.
+    """The state after an update of stage `number`, which ends at a mean accuracy of `goal` over WINDOW updates.
 
-    Args:
-      competence: before the update.
-      number: of the stage.
-      goal: mean accuracy of WINDOW updates at which the stage ends.
-      accuracy: of the update, float32 [].
-      step: updates before this one, int32 [].
+    `accuracy` is the update's, float32 []; `step` counts the updates before it, int32 [].
     """
     recent = jnp.append(competence.recent[number, 1:], accuracy)
     reached = (competence.ends[number] == 0) & (jnp.mean(recent) >= goal)
@@ -68,7 +62,7 @@ def record_accuracy(
 
 
 def stages_ended(stages: tuple[Stage, ...], ends: np.ndarray) -> tuple[Stage, ...]:
-    """The stages with the updates that they take, as far as that is decided; `ends` as in `Competence`."""
+    """The stages with the updates that they take, as far as decided; `ends` as in `Competence`."""
     found, begin = [], 0
     for stage, end in zip(stages, ends.tolist(), strict=True):
         updates = min(stage.updates, end - begin) if end else stage.updates
@@ -77,21 +71,31 @@ def stages_ended(stages: tuple[Stage, ...], ends: np.ndarray) -> tuple[Stage, ..
     return tuple(found)
 
 
+def describe_end(stage: Stage, step: int, competence: Competence | None) -> str:
+    """Which stage of the curriculum ended after update `step`, and why."""
+    text = f"step {step}: the stage on samples of {stage.length} tokens ends after {stage.updates:,} updates"
+    if not stage.accuracy or competence is None:
+        return f"{text}, as configured"
+    if step in competence.ends.tolist():
+        return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
+    return f"{text}, the most that it may take"
+
+
 def batches_from(batches: TrainingBatches, competence: Competence | None) -> TrainingBatches:
-    """`batches`, its stages as long as the state of the run says."""
+    """`batches` with the lengths of the stages that the state of the run has decided."""
     if competence is None:
         return batches
     return dataclasses.replace(batches, stages=stages_ended(batches.stages, np.asarray(competence.ends)))
 
 
 class StagedReader:
-    """Reads training batches ahead, and begins anew where the end of a stage is announced. Use it in a `with`.
+    """Reads training batches ahead, and starts again where the end of a stage is announced. A context manager.
 
     Args:
       batches: of the run, with the stages of its configuration.
       competence: of the state that the run goes on from.
       step: updates before the first batch.
-      rows: of each batch, that this process holds.
+      rows: of each batch that this process holds.
 
     Attributes:
       batches: with the stages as they are known now.
@@ -108,7 +112,7 @@ class StagedReader:
         return next(self._reader)
 
     def after(self, metrics: Mapping[str, Any]) -> bool:
-        """Takes the figures of the update that has just been dispatched; returns whether the stages have changed."""
+        """Takes the metrics of the update just dispatched; returns whether the stages have changed."""
         if "stage_ends" not in metrics:
             return False
         self._announced.append(metrics["stage_ends"])
@@ -123,7 +127,7 @@ class StagedReader:
         return True
 
     def ended(self) -> Stage | None:
-        """The stage that ends with the last batch that was read, with the updates that it took; None if none does."""
+        """The stage that ends with the last batch read, with the updates that it took; None if none does."""
         begin = 0
         for stage in self.batches.stages:
             begin += stage.updates

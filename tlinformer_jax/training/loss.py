@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.models.model import output_logits, padded_vocabulary
 
+# Tokens of a micro-batch whose logits are held at a time.
+LOSS_CHUNK = 8192
+
 
 def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
     """Cross-entropy in nats of every token; for evaluation, as a gradient computes the logits a second time.

@@ -1,4 +1,4 @@
-"""The devices' memory: whether there is room, and where there is none, one line on what a user can change."""
+"""The devices' memory: whether there is room, and if not, one line on what a user can change."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,19 +9,17 @@ import jax
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.errors import UserError
 
-# Below this, a chunk is not what fills a device.
-SMALL_LOSS_CHUNK = 1024
 MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
 
 
 class OutOfMemoryError(UserError):
-    """A device's memory does not suffice; another configuration, or another machine, may do."""
+    """A device has too little memory for this configuration."""
 
     status = 1  # the configuration is a valid one
 
 
 def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    """Turns a device's want of memory in training into an `OutOfMemoryError` with advice."""
+    """Turns a device's running out of memory in training into an `OutOfMemoryError` with advice."""
     return advised(
         lambda: (
             f"a step holds less with {', or '.join(memory_savers(config, jax.device_count()))} "
@@ -32,11 +30,11 @@ def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def advised(advice: Callable[[], str]) -> Iterator[None]:
-    """Turns a device's want of memory, compiling or computing, into an `OutOfMemoryError` that ends in `advice`."""
+    """Turns a device's running out of memory into an `OutOfMemoryError` that ends in `advice`."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
-        # A ValueError it is where the host fetches what could not be computed.
+        # A ValueError where the host fetches what could not be computed.
         if isinstance(error, UserError) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200].rstrip(". ")
@@ -48,20 +46,17 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
     text = str(error).lower()
-    # A kernel that wants more of a core's shared memory than there is fails under the same name.
+    # A kernel that needs more shared memory than a core has fails with the same name.
     return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
 
 
 def peak_bytes() -> int | None:
-    """Most bytes in use on the first device since the process began; None where it does not count them."""
+    """Peak bytes in use on the first device since the process began; None where it does not count them."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def copy_on_devices(tree: Any) -> Any:
-    """A copy of a pytree of arrays on their devices.
-
-    None where the most that was in use so far, earlier copies included, leaves no room for it.
-    """
+    """A copy of a pytree of arrays on their devices; None where the peak use so far leaves no room for it."""
     shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
     for device in jax.local_devices():
         stats = device.memory_stats()
@@ -72,18 +67,18 @@ def copy_on_devices(tree: Any) -> Any:
     try:
         return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), tree)
     except jax.errors.JaxRuntimeError as error:
-        if is_out_of_memory(error):  # room enough, but not in one piece
+        if is_out_of_memory(error):  # enough room, but fragmented
             return None
         raise
 
 
 def evaluation_advice(batch_size: int) -> str:
-    """What saves memory in an evaluation of so many sequences at a time."""
+    """What saves memory in an evaluation of `batch_size` sequences at a time."""
     return f"{_smaller('batch_size', batch_size)}{MORE}"
 
 
 def generation_advice(num_samples: int, max_new_tokens: int) -> str:
-    """What saves memory in a generation of so many samples and so many tokens each."""
+    """What saves memory in a generation of `num_samples` times `max_new_tokens` tokens."""
     return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
 
 
@@ -92,7 +87,7 @@ def _smaller(flag: str, value: int) -> str:
 
 
 def memory_savers(config: RunConfig, devices: int) -> list[str]:
-    """The fields of `config` that can still be changed to save memory, cheapest first, each with what it is now."""
+    """The fields of `config` that can still be changed to save memory, cheapest first, each with its value."""
     model, train, length = config.model, config.train, config.data.sequence_length
     advice = []
     if model.memory == "auto":
@@ -103,10 +98,6 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
         )
     if train.batch_size > 1:
         advice.append(f"a smaller train.batch_size (now {train.batch_size})")
-    if train.eval_batch_size > train.micro_batch_size:
-        advice.append(f"a smaller train.eval_batch_size (now {train.eval_batch_size})")
-    if train.loss_chunk > SMALL_LOSS_CHUNK:
-        advice.append(f"a smaller train.loss_chunk (now {train.loss_chunk})")
     if devices > 1 and config.mesh.fsdp == 1:
         advice.append(f"mesh.fsdp = {devices} (now 1)")
     advice.append(f"a smaller data.sequence_length (now {length})")

@@ -1,4 +1,4 @@
-"""The optimiser and the learning rate's course, from optax."""
+"""The optimiser and its learning rate, from optax."""
 
 import dataclasses
 from typing import Any
@@ -9,15 +9,12 @@ import optax
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 
+BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
+
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """How long a run is, once its data is known.
-
-    Attributes:
-      steps: updates in all.
-      decay_end: the update at which a cosine would end.
-    """
+    """How long a run is, once its data is known: updates in all, and the update at which a cosine would end."""
 
     steps: int
     decay_end: int
@@ -32,25 +29,25 @@ def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
 
 
 def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
-    """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured course.
+    """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
 
     The warm-up reaches the peak at its last update, and a cosine its end at the run's last; both one update later
-    where the schedule is the paper's, whose first update has rate 0.
+    with the paper's schedule, whose first update has rate 0.
     """
     final = 0.0 if config.schedule == "paper" else config.final_learning_rate
     if config.schedule == "constant":
-        course = optax.constant_schedule(config.learning_rate)
+        schedule = optax.constant_schedule(config.learning_rate)
     else:
         decay = max(1, horizon.decay_end - config.warmup_steps)
-        course = optax.cosine_decay_schedule(config.learning_rate, decay, final)
+        schedule = optax.cosine_decay_schedule(config.learning_rate, decay, final)
     if config.warmup_steps:
         warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-        course = optax.join_schedules([warmup, course], [config.warmup_steps])
-    return course if config.schedule == "paper" else lambda update: course(update + 1)
+        schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])
+    return schedule if config.schedule == "paper" else lambda update: schedule(update + 1)
 
 
 def warmup_note(config: TrainConfig, horizon: Horizon) -> str | None:
-    """What to tell a user whose warm-up is longer than the run; None where it is not."""
+    """A warning where the warm-up is longer than the run, else None."""
     if config.warmup_steps <= horizon.steps:
         return None
     return (
@@ -60,11 +57,10 @@ def warmup_note(config: TrainConfig, horizon: Horizon) -> str | None:
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay, as a pytree of bools."""
-    everything = config.decay_mask == "all"
+    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all."""
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
-        return everything or path[-1].key.endswith(("kernel", "embedding"))
+        return config.schedule == "paper" or path[-1].key.endswith(("kernel", "embedding"))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -73,9 +69,9 @@ def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTran
     """AdamW with decoupled weight decay, after clipping by the global norm."""
     adamw = optax.adamw(
         learning_rate_schedule(config, horizon),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
+        b1=BETA1,
+        b2=BETA2,
+        eps=EPSILON,
         weight_decay=config.weight_decay,
         mask=lambda params: decay_mask(config, params),
     )

@@ -1,4 +1,4 @@
-"""What training and evaluation build alike: tokenizer, mesh, model, shardings, splits."""
+"""The fixed parts of a run, which training and evaluation build alike: mesh, model, shardings, splits."""
 
 import dataclasses
 import functools
@@ -7,19 +7,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.analysis.flops import attention_by_device, training_flops
+from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
 from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.constraints import EVALUATION_AXES
@@ -27,13 +31,15 @@ from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, connec
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
 from tlinformer_jax.parallel.target import platform
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
-from tlinformer_jax.training.metrics import Throughput
-from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.metrics import Throughput, say
+from tlinformer_jax.training.optimizer import Horizon, warmup_note
 from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
 
-# For runs that do not train, and for those whose length is known only with their data.
+# Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
 PENDING = Horizon(steps=0, decay_end=1)
+# Samples of a bad batch that are named.
+NAMED_SAMPLES = 8
 COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 
@@ -75,11 +81,7 @@ class Run:
         return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
-        """A split of the corpus or of the task, its length checked against the samples', its ids by the vocabulary.
-
-        Args:
-          name: of the split.
-          length: tokens of a sample; None for data.sequence_length.
+        """A split of the corpus or of the task, checked to hold samples of `length` (None: data.sequence_length).
 
         Raises:
           DataError: if it holds no whole sample, or an id outside the vocabulary.
@@ -103,17 +105,13 @@ class Run:
         return stream
 
     def evaluation_batch_size(self, length: int, samples: int, batch_size: int | None = None) -> int:
-        """Sequences of a batch of evaluation, rounded up to what the mesh splits evenly.
+        """Sequences of a batch of evaluation: `batch_size`, or what `TrainConfig.evaluation_batch_size` says.
 
-        Args:
-          length: tokens of a sample.
-          samples: that there are; a batch that they do not fill is cut to the next power of two, so that texts of
-            many sizes compile few shapes.
-          batch_size: asked for; None for as many as have the tokens of the configured batch, at least one.
+        Rounded up to what the mesh splits evenly. A batch that the split's samples do not fill is cut to the next power
+        of two, so that texts of many sizes compile few shapes.
         """
         if batch_size is None:
-            train, trained = self.config.train, self.config.data.sequence_length
-            batch_size = max(1, train.evaluation_batch_size * trained // length)
+            batch_size = self.config.train.evaluation_batch_size(self.config.data.sequence_length, length)
         parts = ways(self.mesh, EVALUATION_AXES)
         return -(-min(batch_size, 1 << (samples - 1).bit_length()) // parts) * parts
 
@@ -138,15 +136,10 @@ class Run:
         batch_size: int | None = None,
         rest: bool = False,
     ) -> Evaluation:
-        """Evaluates the parameters on a split.
+        """Evaluates the parameters on a split in samples of `length` (None: data.sequence_length).
 
-        Args:
-          params: of the model, on the mesh.
-          stream: the split.
-          watch: passes its batches on, and may raise to give up.
-          length: tokens of a sample; None for data.sequence_length.
-          batch_size: sequences at a time; see `evaluation_batch_size`.
-          rest: whether the tokens after the last whole sample count too.
+        `watch` passes the batches on, and may raise to give up; `batch_size` as in `evaluation_batch_size`; with `rest`
+        the tokens after the last whole sample count too.
 
         Raises:
           DataError: if the split is too short; see `evaluation_batches`.
@@ -168,13 +161,7 @@ class Run:
 def build_run(
     config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds and cross-checks the fixed parts of a run.
-
-    Args:
-      config: of the run.
-      tokenizer: of its texts.
-      horizon: matters to training only.
-      devices: of the mesh; None for all that JAX has.
+    """Builds and cross-checks the fixed parts of a run; the horizon matters to training only.
 
     Raises:
       ConfigError: if the tokenizer does not fit the vocabulary, or batch or kernel do not fit the devices.
@@ -210,21 +197,10 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
 
 
 def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
-    """The batches of a run over its training split.
-
-    Raises:
-      DataError: if the split holds no sample.
-    """
-    data, settings = config.data, config.train
-    return TrainingBatches(
-        train,
-        data.sequence_length,
-        settings.batch_size,
-        settings.seed,
-        settings.equal_updates,
-        settings.micro_batch_size,
-        data.stages,
-    )
+    """The batches of a run over its training split."""
+    data, how = config.data, config.train
+    sizes = data.sequence_length, how.batch_size
+    return TrainingBatches(train, *sizes, how.seed, how.equal_updates, how.micro_batch_size, data.stages)
 
 
 def build_throughput(run: Run) -> Throughput:
@@ -259,3 +235,52 @@ def use_compilation_cache() -> None:
         place = os.path.expanduser(COMPILATION_CACHE)
         if os.path.isabs(place):
             jax.config.update("jax_compilation_cache_dir", place)
+
+
+def _checkpoint_times(train: TrainConfig) -> str:
+    if train.checkpoint_steps:
+        return f"every {train.checkpoint_steps:,} updates, at the end"
+    return f"every {train.checkpoint_every} or less, at the end" if train.checkpoint_seconds else "at the end"
+
+
+def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches) -> None:
+    """Says what is about to be trained, and on what."""
+    config, model = run.config, run.config.model
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}"
+    say(f"{model.architecture}, {model.num_layers} layers, on {devices}, {model.compute_dtype.name}")
+    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, config.data.sequence_length))}")
+    say(kernels.serving())
+    say(f"checkpoints: {_checkpoint_times(config.train)}")
+    if note := warmup_note(config.train, run.horizon):
+        say(note)
+    steps = f"{run.horizon.steps:,} steps of {config.train.batch_size * config.data.sequence_length:,} tokens"
+    samples = f"{batches.samples_per_epoch:,} samples of {batches.sequence_length}"
+    if isinstance(train, TaskSplit) or isinstance(validation, TaskSplit):
+        validated = f"{num_samples(validation, batches.sequence_length):,} to validate"
+        say(f"{config.data.dataset}: {samples} to train on, {validated}; {steps}")
+        return
+    say(f"train {len(train.tokens):,} tokens, {samples}; validation {len(validation.tokens):,} tokens; {steps}")
+    if (parts := run.mesh.shape["window"]) > 1:
+        loads = attention_by_device(model, config.data.sequence_length, parts)
+        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
+    if config.data.dataset == "pydoc" and run.tokenizer.vocab_size <= BYTE_VOCABULARY:
+        bits, context = byte_floor(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
+        bits *= len(validation.tokens) / validation.num_bytes
+        say(f"to beat: {bits:.3f} bits per byte, those of the best n-gram ({context} bytes of context, Kneser-Ney)")
+
+
+def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
+    """Names the last skipped update, the parameters whose gradient was not finite, and the batch."""
+    skips, step, most = state.skips, int(state.step), run.config.train.max_skipped_updates
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
+    where = "the loss is not finite"
+    if int(skips.nonfinite):
+        name = "/".join(str(key.key) for key in paths[int(skips.first_nonfinite)])
+        where = f"the gradient of {name} is not finite"
+        if int(skips.nonfinite) > 1:
+            where += f", nor are {int(skips.nonfinite) - 1} of the other {len(paths) - 1}"
+    before = f" (train.max_skipped_updates = {most} before it were skipped)" if most else ""
+    samples = [int(index) for index in batches.indices(step - 1) if index >= 0]
+    more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
+    named = ", ".join(map(str, samples[:NAMED_SAMPLES]))
+    return f"at step {step} {where}{before}; its batch holds samples {named}{more} of the train split"

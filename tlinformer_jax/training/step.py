@@ -18,7 +18,7 @@ from tlinformer_jax.parallel.target import is_nvidia_gpu
 from tlinformer_jax.training.answers import AnswersOf, answer_sums, at_places, put_back, weighted_places
 from tlinformer_jax.training.batch_loss import DeviceBatch, LossAux, summed_loss
 from tlinformer_jax.training.curriculum import Competence, initial_competence, record_accuracy, stage_with_goal
-from tlinformer_jax.training.loss import token_losses, token_losses_and_hits
+from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses, token_losses_and_hits
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 from tlinformer_jax.training.window_loss import draw_windows
 
@@ -34,16 +34,16 @@ class Skips:
     Attributes:
       in_a_row: up to the present step; above train.max_skipped_updates, nothing changes the state any more.
       total: of the run, with those that rollbacks have undone.
-      first_culprit: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
+      first_nonfinite: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
         was not finite; -1 if it was the loss alone.
-      culprits: the number of such leaves.
-      rollbacks: how often the run went back to older parameters; see `training.divergence`.
+      nonfinite: the number of such leaves.
+      rollbacks: how often the run went back to older parameters; see `loop.Trainer.roll_back`.
     """
 
     in_a_row: jax.Array = _count()
     total: jax.Array = _count()
-    first_culprit: jax.Array = _count(-1)
-    culprits: jax.Array = _count()
+    first_nonfinite: jax.Array = _count(-1)
+    nonfinite: jax.Array = _count()
     rollbacks: jax.Array = _count()
 
 
@@ -91,7 +91,7 @@ def train_step(
     Args:
       state: before the update.
       batch: inputs and labels int32 [batch, N], weights float32 [batch, N]. The loss is the weighted mean over
-        all of it, however many micro-batches compute it; where config.equal_updates is false, the gradient is
+        all of it, however many micro-batches compute it; with the paper's schedule, the gradient is
         that of the weighted sum over the batch's full size.
       model: of the parameters.
       config: of the run.
@@ -264,7 +264,7 @@ def eval_step(
         places = None if known is None else weighted_places(weights[:, start:], known.most)
         if places is not None:
             hidden, labels = at_places(hidden, places), at_places(labels, places)
-        losses, hits = token_losses_and_hits(hidden, params["embedding"], labels, config.loss_chunk)
+        losses, hits = token_losses_and_hits(hidden, params["embedding"], labels, LOSS_CHUNK)
         if places is not None:
             losses, hits = put_back(losses, places, length - start, 0), put_back(hits, places, length - start, True)
         losses, hits = (
@@ -272,7 +272,7 @@ def eval_step(
         )
         sums = answer_sums(hits, batch["starts"], batch["cells"])
     else:
-        losses = token_losses(hidden, params["embedding"], labels, config.loss_chunk)
+        losses = token_losses(hidden, params["embedding"], labels, LOSS_CHUNK)
     return {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0), **sums}
 
 

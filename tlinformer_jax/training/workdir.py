@@ -1,41 +1,94 @@
-"""A run's working directory: whether it holds this run, what is written into it first, and what is said of the run."""
+"""A run's working directory: its lock, whether it holds this run, what is written into it, and where it started from.
 
+A run started by `--init_from=WORKDIR` takes another run's parameters; optimiser and step are those of a new run. Its
+directory remembers the other one and saves step 0 at once: the other directory is needed no more, and the same command,
+with or without the flag, goes on.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from tlinformer_jax.analysis.flops import attention_by_device
-from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
-from tlinformer_jax.config.run import CONFIG_FILE, differences, load_config, save_config
-from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.data.batches import TrainingBatches, num_samples
+from tlinformer_jax.config.run import CONFIG_FILE, RunConfig, differences, load_config, save_config
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import read_json, write_text
-from tlinformer_jax.kernels import common as kernels
-from tlinformer_jax.models.windows import num_windows
+from tlinformer_jax.files import local_path, open_own, read_json, write_text
+from tlinformer_jax.models.model import build_model
+from tlinformer_jax.training.checkpoint import check_size, restore_params
 from tlinformer_jax.training.metrics import say
-from tlinformer_jax.training.optimizer import warmup_note
 from tlinformer_jax.training.setup import Run
 
+LOCK_FILE = ".lock"
 TEXTS_FILE = "texts.json"  # split -> SHA-256 of the tokens that the last training here has read
-# What makes a run the run it is: a working directory that holds another one is not continued. The same goes for its
-# tokenizer, which is compared by content.
+ORIGIN_FILE = "init_from.json"
+# The fields of the model that decide the parameters' names and shapes.
+SHAPES = ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff")
+# A directory that holds a run with other values here is not continued; nor one with another tokenizer, compared by
+# content, or where only one of the two has the paper's schedule, whose batches are others.
 IDENTITY = (
-    *(f"model.{name}" for name in ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth")),
-    *(f"model.{name}" for name in ("d_ff", "history_window", "generation_window", "dropout", "param_dtype")),
-    *(f"data.{name}" for name in ("dataset", "sequence_length", "wikitext_variant", "curriculum")),
-    *(f"data.{name}" for name in ("train_examples", "pairs", "passkeys", "questions")),
-    *(f"train.{name}" for name in ("batch_size", "equal_updates", "sampled_windows", "seed", "clip_norm")),
+    *(f"model.{name}" for name in SHAPES),
+    *(f"model.{name}" for name in ("history_window", "generation_window", "dropout", "param_dtype")),
+    *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
+    *(f"data.{name}" for name in ("examples", "num_items", "questions")),
+    *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "clip_norm")),
 )
 
 
+# ---- The lock
+
+
+@contextlib.contextmanager
+def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
+    """Holds the lock of the working directory; process 0 does so for all processes of a run.
+
+    The system releases it when the process ends, however that happens. The file `name` says which process and host
+    hold it; it stays, but only the lock on it counts, so the file of a killed run is no obstacle.
+
+    Raises:
+      DataError: if another run holds it, or the file cannot be written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        file = open_own(workdir / name, "a+")
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: {name} cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "not named"
+            raise DataError(f"workdir {workdir}: another run is training into it ({holder})") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+            say(f"workdir {workdir}: its file system has no locks; a second run here would not be noticed")
+        try:  # past the file's buffer, which would raise once more when it is closed
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on host {platform.node()}\n".encode())
+        except OSError as error:
+            raise DataError(f"workdir {workdir}: {name} cannot be written ({error.strerror})") from None
+        yield
+
+
+# ---- Whether it holds this run
+
+
 def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Makes the working directory, or checks that it holds the same run; tells what else has changed.
+    """Makes the working directory, or checks that it holds the same run; says what else has changed.
 
     Raises:
       ConfigError: if it cannot be made, or holds a run of another identity, naming what differs.
@@ -47,8 +100,12 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
         raise ConfigError("workdir", str(workdir), f"must be a directory that can be written ({error})") from None
     if not (workdir / CONFIG_FILE).exists():
         return
-    changed = differences(load_config(workdir), run.config)
-    other = [line for line in changed if line.split(":")[0] in IDENTITY]
+    before = load_config(workdir)
+    changed = differences(before, run.config)
+    fields = IDENTITY
+    if before.train.equal_updates != run.config.train.equal_updates:
+        fields += ("train.schedule",)
+    other = [line for line in changed if line.split(":")[0] in fields]
     if other:
         raise ConfigError("workdir", str(workdir), f"holds a run with another configuration: {'; '.join(other)}")
     for line in changed:
@@ -57,12 +114,7 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> None:
-    """Refuses another tokenizer than that of the run in the working directory, if there is one.
-
-    Args:
-      tokenizer: that the run is to go on with.
-      name: by which the configuration calls it.
-      workdir: of the run.
+    """Refuses another tokenizer (`name` in the configuration) than that of a run in the working directory.
 
     Raises:
       ConfigError: for another one.
@@ -77,7 +129,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> N
 
 
 def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Says in a line which of the splits have other tokens than when the directory's run last trained.
+    """Says which of the splits have other tokens than when the directory's run last trained.
 
     Raises:
       DataError: if the directory's record of them cannot be read.
@@ -86,17 +138,17 @@ def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> No
     try:
         recorded = dict(read_json(path))
     except FileNotFoundError:
-        return  # weights that were converted, or a run that was stopped before its first step
+        return  # converted weights, or a run that was stopped before its first step
     except (OSError, ValueError, TypeError) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({why}); without this file no texts are compared") from None
-    for name, text in _texts(splits).items():
+    for name, text in _text_hashes(splits).items():
         if recorded.get(name, text) != text:
             say(f"changed since the last run here: the text of the {name} split; its samples are others now")
 
 
-def _texts(splits: Mapping[str, Split]) -> dict[str, str]:
-    """Split -> hash of its tokens, for those that are read from anywhere."""
+def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
+    """Split -> hash of its tokens, for those that are read from a file."""
     texts = {
         name: getattr(split.task, "text", None) if isinstance(split, TaskSplit) else split
         for name, split in splits.items()
@@ -113,48 +165,116 @@ def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Pat
     try:
         if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
             run.tokenizer.save(workdir)
-        write_text(workdir / TEXTS_FILE, json.dumps(_texts(splits), indent=1) + "\n")
+        write_text(workdir / TEXTS_FILE, json.dumps(_text_hashes(splits), indent=1) + "\n")
         save_config(run.config, workdir)
     except OSError as error:
         raise DataError(f"workdir {workdir}: its configuration cannot be written ({error.strerror})") from None
 
 
-def checkpoint_line(config: TrainConfig) -> str:
-    """When a run saves checkpoints."""
-    every = f"every {config.checkpoint_every:,} updates" if config.checkpoint_every else ""
-    minutes = f"every {config.checkpoint_minutes:g} minutes or less" if config.checkpoint_minutes else ""
-    return f"checkpoints: {', '.join(filter(None, (every, minutes, 'at the end')))}"
+# ---- Where it started from
 
 
-def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches) -> None:
-    """Says what is about to be trained, and on what."""
-    config = run.config
-    say(
-        f"{config.model.architecture}, {config.model.num_layers} layers, on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}, {config.model.compute_dtype.name}"
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a run's first parameters come from: another run's directory and a step, None for the newest good one."""
+
+    workdir: pathlib.Path
+    step: int | None = None
+
+
+def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.Path | None) -> Origin | None:
+    """The origin that a working directory remembers, or the one asked for by --init_from; None for random parameters.
+
+    Raises:
+      ConfigError: if the directory holds a run of another origin than the one asked for, or its parameters do not fit.
+      DataError: if what it remembers, or the other run, cannot be read.
+    """
+    begun = (workdir / CONFIG_FILE).exists()
+    origin = _asked_or_remembered(workdir, asked, begun)
+    if origin is not None and not begun:
+        check_origin(origin, config)
+    return origin
+
+
+def _asked_or_remembered(workdir: pathlib.Path, asked: str | pathlib.Path | None, begun: bool) -> Origin | None:
+    there = _remembered_origin(workdir)
+    if asked is None:
+        return there
+    origin = Origin(local_path(asked, "init_from"))
+    if origin.workdir == workdir.absolute():
+        raise ConfigError("init_from", str(asked), "must be another directory than workdir")
+    if there is not None and there.workdir != origin.workdir:
+        raise ConfigError("init_from", str(asked), f"must be {there.workdir}, from which the run in {workdir} started")
+    if there is None and begun:
+        allowed = f"needs a new workdir; {workdir} holds a run that began from scratch"
+        raise ConfigError("init_from", str(asked), allowed)
+    return there or origin
+
+
+def check_origin(origin: Origin, config: RunConfig) -> None:
+    """Refuses a run whose parameters do not have the same names and shapes.
+
+    Raises:
+      DataError: if the directory holds no run.
+      ConfigError: naming the first parameter that differs, and the fields that make it so.
+    """
+    other = load_config(origin.workdir)
+    check_size(origin.workdir, other.model, origin.step)
+    there, here = _parameter_shapes(other), _parameter_shapes(config)
+    for name in [*here, *there]:
+        if there.get(name) == here.get(name):
+            continue
+        texts = [str(list(shapes[name])) if name in shapes else "missing" for shapes in (there, here)]
+        fields = [f"model.{field}" for field in SHAPES]
+        lines = [line for line in differences(other, config) if line.split(":")[0] in fields]
+        allowed = f"parameter {name} is {texts[0]} there and {texts[1]} here; must agree in {', '.join(lines)}"
+        raise ConfigError("init_from", str(origin.workdir), allowed)
+
+
+def initial_params(origin: Origin, run: Run) -> tuple[int, Any]:
+    """The parameters that a run starts from, in its own dtype and shardings, and the step they are of.
+
+    Raises:
+      DataError: if the directory holds no checkpoint that can be used.
+    """
+    name = load_tokenizer(origin.workdir).name
+    if name != run.tokenizer.name:
+        say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
+    abstract = run.abstract_state.params
+    step, params = restore_params(origin.workdir, abstract, origin.step)
+    cast = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, abstract),
+        out_shardings=run.shardings.params,
     )
-    model, length = config.model, config.data.sequence_length
-    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, length))}")
-    say(kernels.serving())
-    say(checkpoint_line(config.train))
-    if note := warmup_note(config.train, run.horizon):
-        say(note)
-    steps = f"{run.horizon.steps:,} steps of {config.train.batch_size * config.data.sequence_length:,} tokens"
-    if isinstance(train, TaskSplit) or isinstance(validation, TaskSplit):
-        say(
-            f"{config.data.dataset}: {batches.samples_per_epoch:,} samples of {batches.sequence_length} to train on, "
-            f"{num_samples(validation, batches.sequence_length):,} to validate; {steps}"
-        )
-        return
-    say(
-        f"train {len(train.tokens):,} tokens, {batches.samples_per_epoch:,} samples of {batches.sequence_length}; "
-        f"validation {len(validation.tokens):,} tokens; {steps}"
-    )
-    parts = run.mesh.shape["window"]
-    if parts > 1:
-        loads = attention_by_device(config.model, config.data.sequence_length, parts)
-        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
-    if config.data.dataset == "pydoc" and run.tokenizer.vocab_size <= BYTE_VOCABULARY:
-        bits, context = byte_floor(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
-        bits *= len(validation.tokens) / validation.num_bytes
-        say(f"to beat: {bits:.3f} bits per byte, those of the best n-gram ({context} bytes of context, Kneser-Ney)")
+    return step, cast(params)
+
+
+def remember_origin(origin: Origin, workdir: pathlib.Path) -> None:
+    """Writes the origin into the working directory.
+
+    Raises:
+      DataError: if that cannot be written.
+    """
+    try:
+        write_text(workdir / ORIGIN_FILE, json.dumps({"workdir": str(origin.workdir), "step": origin.step}) + "\n")
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: {ORIGIN_FILE} cannot be written ({error.strerror})") from None
+
+
+def _remembered_origin(workdir: pathlib.Path) -> Origin | None:
+    path = workdir / ORIGIN_FILE
+    if not path.exists():
+        return None
+    try:
+        values = read_json(path)
+        return Origin(local_path(values["workdir"], "init_from"), int(values["step"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError(f"{path}: cannot be read, or is damaged; it names the run that this one started from") from None
+
+
+def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters."""
+    init = build_model(config.model).init
+    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}

@@ -2,8 +2,8 @@
 
 import pytest
 
+from benchmarks.cost import MODELS, generation_cost, training_cost
 from tests.support.commands import ROOT, command
-from tlinformer_jax.commands.cost import MODELS, generation_cost, training_cost
 
 # Of the 41M shape: 8 layers of four D x D matrices and three D x F, and the head.
 LAYERS, HEAD = 8 * (4 * 432**2 + 3 * 432 * 1280), 50257 * 432
@@ -34,7 +34,7 @@ def test_the_cost_of_a_token_grows_with_the_text_unless_its_window_slides():
 
 
 def test_readme_has_the_tables_that_the_command_prints():
-    printed = command("cost")
+    printed = command("benchmarks.cost")
     assert printed.returncode == 0, printed.stderr
     tables = printed.stdout.strip().split("\n\n")
     assert len(tables) == 2

@@ -1,29 +1,32 @@
-"""Documents cut into pieces of bounded size and encoded: the unit of work of a tokenising process.
+"""Documents to tokens, on all cores and in bounded memory: cut into pieces, encode the pieces in threads.
 
-Imports nothing heavy: every tokenising process imports this module.
+The tokenizers' libraries let other threads run while they encode, so threads keep all cores busy.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from tlinformer_jax.data.streams import smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, UserError
 
-PIECE_CHARACTERS = 1 << 17  # a piece's size, and that of the group of pieces that one task holds
-LARGEST_UNCUT = 1 << 28  # characters that may be held in memory because nothing says where to cut them
+PIECE_CHARACTERS = 1 << 17  # of a piece, and of the group of pieces that a thread takes at once
+LARGEST_UNCUT = 1 << 28  # characters of a document that are held in memory when it has no place to cut
 ASCII_SPACE = " \t\n\r\x0b\x0c"
+
+Encoded = tuple[np.ndarray, "Counts"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a document, so cut that the parts' tokens joined are the document's.
+    """A part of a document, cut so that the tokens of its parts are those of the document.
 
-    Attributes:
-      text: the part.
-      previous: the character before it in its document, "" at the start.
-      ends: whether the document ends here.
+    `previous` is the character before it in its document, "" at the start; `ends` says whether the document ends here.
     """
 
     text: str
@@ -33,7 +36,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What is counted of a text.
+    """Sizes of a text.
 
     Attributes:
       num_bytes: UTF-8 bytes.
@@ -48,12 +51,35 @@ class Counts:
     num_lines: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.num_bytes + other.num_bytes,
-            self.num_documents + other.num_documents,
-            self.num_words + other.num_words,
-            self.num_lines + other.num_lines,
-        )
+        return Counts(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Generator[Encoded, None, None]:
+    """Yields the tokens of a stream of `(text, ends)` in order, with `end_of_text` after every document, and counts.
+
+    One thread a core encodes; no more is read ahead than keeps the threads busy.
+
+    Raises:
+      DataError: if a document cannot be cut or encoded.
+    """
+    groups = group_pieces(cut_documents(documents, tokenizer.safe_cut))
+    dtype, threads = smallest_dtype(tokenizer.vocab_size), available_cores()
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
+    pending: collections.deque[Future[Encoded]] = collections.deque()
+    try:
+        for group in groups:
+            pending.append(executor.submit(encode_pieces, group, tokenizer, dtype))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def cut_documents(
@@ -67,7 +93,7 @@ def cut_documents(
       DataError: for one of more than LARGEST_UNCUT characters without such a place, which is not read to its end.
     """
     rest, previous = "", ""
-    try_at = size  # after a failure the next try waits until the rest has doubled, so that the work stays linear
+    try_at = size  # doubled after a failure, so that the work stays linear
     for text, ends in documents:
         rest += text
         start, window = 0, try_at
@@ -81,20 +107,20 @@ def cut_documents(
             previous = rest[start - 1]
         rest, try_at = rest[start:], window
         if len(rest) > LARGEST_UNCUT:
-            told = f"has more than {LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
-            raise DataError(f"the document with {rest[:40]!r} {told}; split it into several")
+            told = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
+            raise DataError(f"the document with {rest[:40]!r} has more than {told}; split it into several")
         if ends:
             yield Piece(rest, previous, ends=True)
             rest, previous, try_at = "", "", size
 
 
 def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Iterator[list[Piece]]:
-    """Groups pieces in order until a group holds `size` characters (or as many pieces as that)."""
+    """Groups pieces in order until a group holds `size` characters; an empty piece counts too."""
     group: list[Piece] = []
     weight = 0
     for piece in pieces:
         group.append(piece)
-        weight += len(piece.text) + 64  # an empty row costs too
+        weight += len(piece.text) + 64
         if weight >= size:
             yield group
             group, weight = [], 0
@@ -102,11 +128,8 @@ def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Itera
         yield group
 
 
-def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> tuple[np.ndarray, Counts]:
-    """Encodes pieces, with `end_of_text` after every document.
-
-    Returns:
-      The tokens, `dtype` [length], and the counts of the text.
+def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
+    """The tokens of pieces, `dtype` [length], with `end_of_text` after every document, and the counts of the text.
 
     Raises:
       DataError: for a document that the tokenizer cannot take.
@@ -139,6 +162,5 @@ def _count(piece: Piece) -> Counts:
     inside = piece.text and piece.previous and piece.text[0] not in ASCII_SPACE and piece.previous not in ASCII_SPACE
     last = (piece.previous + piece.text)[-1:]
     unended = piece.ends and last not in ("", "\n")
-    return Counts(
-        len(encoded), int(piece.ends), len(encoded.split()) - bool(inside), encoded.count(b"\n") + int(unended)
-    )
+    words, lines = len(encoded.split()) - bool(inside), encoded.count(b"\n") + int(unended)
+    return Counts(len(encoded), int(piece.ends), words, lines)

@@ -1,14 +1,18 @@
-"""What a token costs by the length of the text, by counting: `python -m tlinformer_jax cost`.
+"""What a token costs by the length of the text, by counting: `python -m benchmarks.cost`.
 
 Two tables in Markdown for models of the 41M shape. Training: model FLOPs of a forward and backward pass for each token
-of a sequence (`analysis.flops`). Generation, for each token after so many: FLOPs, and bytes read in bfloat16, the mean
-over a generation window with its share of a slide (`bench.limits`). Nothing is measured, and no device is needed.
+of a sequence. Generation, for each token after so many: FLOPs, and bytes read in bfloat16, the mean over a generation
+window with its share of a slide. Nothing is measured, and no device is needed.
 """
 
 from absl import flags
 
+from benchmarks.limits import Weights, hit_work, slide_work
+from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import markdown
 
 LENGTHS = flags.DEFINE_list("at", ["1024", "8192", "65536", "1048576"], "Lengths of the text, in tokens.")
 MODELS = {
@@ -22,15 +26,11 @@ MODELS = {
 
 def training_cost(config: ModelConfig, length: int) -> float:
     """Model FLOPs of a trained token in sequences of `length` tokens."""
-    from tlinformer_jax.analysis.flops import training_flops
-
     return training_flops(config, length) / length
 
 
 def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
     """FLOPs, and bytes that are read, of a token that is generated after `length` others."""
-    from benchmarks.limits import Weights, hit_work, slide_work
-
     table = config.vocab_size * config.d_model
     layer = 4 * config.d_model**2 + 3 * config.d_model * config.feed_forward_dim
     size = config.compute_dtype.itemsize
@@ -45,8 +45,6 @@ def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
 
 def main() -> None:
     """Prints both tables."""
-    from tlinformer_jax.files import markdown
-
     given = ",".join(LENGTHS.value)
     if not all(text.isdecimal() and 1 <= int(text) < 2**31 for text in LENGTHS.value):
         raise UserError(f"--at={given}: must be integers from 1 to 2147483647 with commas between")
@@ -62,3 +60,7 @@ def main() -> None:
         generated.append((name, *(f"{flops / 1e6:,.0f} / {read / 1e6:,.0f}" for flops, read in costs)))
     print("\n".join(markdown(["training, MFLOP a token", *columns], trained)))
     print("\n".join(["", *markdown(["generation, MFLOP / MB read a token", *columns], generated)]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -12,8 +12,8 @@ import pytest
 from tests.support.commands import command, command_line, run_line
 from tools import fault_runs
 from tools.fault_check import log_difference, state_difference
-from tools.fault_runs import Blow, Outcome, Process, fault_config
-from tools.fault_trials import Trial, draw_blows, process_problem
+from tools.fault_runs import Outcome, PlannedSignal, Process, fault_config
+from tools.fault_trials import Trial, draw_signals, process_problem
 
 EVENTS = [{"step": step, "train/loss": 1 / step, "train/learning_rate": 0.1} for step in (1, 2, 3)]
 EVENTS.insert(2, {"step": 2, "eval/loss": 0.5})
@@ -70,14 +70,14 @@ START = [
 SAVED = ["run/checkpoints/2.saving", "step 2/9  loss", "0.4", "-run/checkpoints/2.saving"]
 REST = ["step 8/9  loss", "0.5", "evaluation at step 8: x", "step 9/9  loss", "0.5", "evaluation at step 9: x", "0.5"]
 MOMENTS = {
-    "before all": (Blow("anywhere", 1, 0), "start", False, None),
-    "first tokens": (Blow("tokenisation", 1, 0.01), "tokenisation", False, None),
-    "first step": (Blow("step", 1, 0.01), "step", False, 1),
-    "second step": (Blow("step", 2, 0.01), "step", True, 2),
-    "save": (Blow("saving", 1, 0.01), "step", True, 2),
-    "evaluation": (Blow("evaluation", 1, 0.05), "evaluation", False, 8),
-    "last evaluation": (Blow("step", 4, 0.1), "evaluation", False, 9),
-    "end": (Blow("step", 4, 0.75), "end", False, 9),
+    "before all": (PlannedSignal("anywhere", 1, 0), "start", False, None),
+    "first tokens": (PlannedSignal("tokenisation", 1, 0.01), "tokenisation", False, None),
+    "first step": (PlannedSignal("step", 1, 0.01), "step", False, 1),
+    "second step": (PlannedSignal("step", 2, 0.01), "step", True, 2),
+    "save": (PlannedSignal("saving", 1, 0.01), "step", True, 2),
+    "evaluation": (PlannedSignal("evaluation", 1, 0.05), "evaluation", False, 8),
+    "last evaluation": (PlannedSignal("step", 4, 0.1), "evaluation", False, 9),
+    "end": (PlannedSignal("step", 4, 0.75), "end", False, 9),
 }
 
 
@@ -89,15 +89,15 @@ def test_a_kill_comes_at_its_moment_and_the_phase_is_told(name, tmp_path, monkey
 
     monkeypatch.setattr(fault_runs, "_fork", started)
     (tmp_path / "run" / "checkpoints" / "1.saving").mkdir(parents=True)  # an earlier process has left this
-    blow, phase, saving, step = MOMENTS[name]
+    planned, phase, saving, step = MOMENTS[name]
     process = Process(fault_config(tmp_path, tmp_path / "cache"), tmp_path, 0)
-    outcome = process.wait(blow)
+    outcome = process.wait(planned)
     assert (outcome.status, outcome.phase, outcome.last_step) == (-signal.SIGKILL, phase, step)
     assert outcome.saving == saving
 
 
-def outcome(status, blow="step", phase="step", resumed=None, last_step=None, noticed=False, finished=False):
-    sent = None if blow is None else Blow(blow, 1, 0)
+def outcome(status, planned="step", phase="step", resumed=None, last_step=None, noticed=False, finished=False):
+    sent = None if planned is None else PlannedSignal(planned, 1, 0)
     return Outcome(status, sent, phase, False, resumed, last_step, noticed, finished, 0.1)
 
 
@@ -140,12 +140,12 @@ def test_moments_are_those_of_the_seed():
     durations = fault_runs.Durations(dict.fromkeys(aims, 0.5), dict.fromkeys(aims, 9))
 
     def drawn(seed):
-        return [draw_blows(np.random.default_rng([seed, trial]), trial, durations) for trial in range(50)]
+        return [draw_signals(np.random.default_rng([seed, trial]), trial, durations) for trial in range(50)]
 
     assert drawn(1) == drawn(1) != drawn(2)
-    blows = [blow for trial in drawn(1) for blow in trial]
-    assert {blow.aim for blow in blows} == set(aims)
-    assert all(1 <= blow.occurrence <= 9 and 0 <= blow.delay < 0.5 for blow in blows)
+    signals = [one for trial in drawn(1) for one in trial]
+    assert {one.aim for one in signals} == set(aims)
+    assert all(1 <= one.occurrence <= 9 and 0 <= one.delay < 0.5 for one in signals)
 
 
 @pytest.mark.slow
@@ -160,8 +160,8 @@ def test_killed_and_terminated_runs_lose_nothing(tmp_path):
 
 
 BREAKS = {
-    "the data begins anew": "from tlinformer_jax.training import loop; read = loop.prefetched; "
-    "loop.prefetched = lambda batches, first, *rest: read(batches, 0, *rest)",
+    "the data begins anew": "from tlinformer_jax.training import curriculum; read = curriculum.prefetched; "
+    "curriculum.prefetched = lambda batches, first, *rest: read(batches, 0, *rest)",
     "the log keeps lost steps": "from tlinformer_jax.training import metrics; metrics.cut_back = lambda *_: None",
 }
 

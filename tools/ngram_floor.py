@@ -1,4 +1,4 @@
-"""The n-gram floor of a text: `python -m tlinformer_jax floor --config=configs/books.py --config.data...`.
+"""The n-gram floor of a text: `python -m tools.ngram_floor --config=configs/books.py --config.data...`.
 
 Prints how well n-grams that are fitted on the training split predict the validation split (--split=test: the test
 split), for each number of tokens of context up to --context (3: 4-grams). The configuration names text and tokenizer;
@@ -7,13 +7,12 @@ nothing is trained.
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, BYTES, kneser_ney_bits
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
 
-config_flags.DEFINE_config_file("config", None, "Config file; FILE:VARIANT picks a variant.", lock_config=True)
+cli.define_config_flag()
 SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "Split to predict.")
 CONTEXT = flags.DEFINE_integer("context", None, f"Most tokens of context; {BYTES} of bytes, else 3.", lower_bound=0)
 
@@ -28,7 +27,7 @@ def main() -> None:
     config = run_config(cli.config_values()).data
     if config.is_task:
         raise UserError(f"data.dataset = {config.dataset!r}: must be a text for n-grams")
-    tokenizer = build_tokenizer(config.tokenizer, config.end_of_text_token)
+    tokenizer = build_tokenizer(config.tokenizer)
     train, test = (load_split(config, split, tokenizer) for split in ("train", SPLIT.value))
     assert isinstance(train, TokenStream)
     assert isinstance(test, TokenStream)
@@ -42,3 +41,7 @@ def main() -> None:
     for size, value in enumerate(bits):
         per_byte = value * len(test.tokens) / test.num_bytes
         print(f"{size} tokens of context: perplexity {2**value:.2f} per token, {per_byte:.3f} bits per byte")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""--check --topology: the training step, compiled by a TPU's compiler on a machine without a TPU."""
+"""tools.training_topology: the training step, compiled by a TPU's compiler on a machine without a TPU."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ import pytest
 from tests.support.commands import ROOT, check_refusal, command, run_line
 from tests.support.optional import need
 from tools.collectives import Collective, Shape
-from tools.training_topology import collective_lines
+from tools.topologies import collective_lines
 
 SMALL = (
     "--config=configs/tiny.py",
@@ -20,7 +20,6 @@ SMALL = (
 )
 # Counts the kernels of TPUs in the compiled step, after what the command itself prints.
 SCRIPT = """
-import tlinformer_jax.main as main
 from tlinformer_jax.commands import cli
 from tools import training_topology as topology
 
@@ -32,7 +31,8 @@ def counted(config, name):
     return line, compiled
 
 topology.compile_for = counted
-cli.run(main.main)
+cli.define_config_flag()
+cli.run(topology.main)
 """
 
 
@@ -49,7 +49,7 @@ def tpu_python() -> str:
 def check(topology: str, *arguments: str) -> str:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
-    line = [tpu_python(), "-c", SCRIPT, "--check", f"--topology={topology}", *SMALL, *arguments]
+    line = [tpu_python(), "-c", SCRIPT, f"--topology={topology}", *SMALL, *arguments]
     result = run_line(line, environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -109,10 +109,7 @@ def test_a_line_for_each_kind():
     assert collective_lines([]) == ["collectives: none"]
 
 
-def test_mistakes_are_one_line(tmp_path):
-    refused = command("tlinformer_jax.main", "--topology=v5e:2x2", "--config=configs/tiny.py")
-    check_refusal(refused, "--topology=v5e:2x2: is for --check")
-    line = ("--check", "--topology=v5e:2x2", "--config=configs/tiny.py")
-    check_refusal(command("tlinformer_jax.main", *line, f"--workdir={tmp_path}"), "--workdir: not with --topology")
-    refused = command("tlinformer_jax.main", *line, blocked=("libtpu",))
+def test_mistakes_are_one_line():
+    refused = command("tools.training_topology", "--topology=v5e:2x2", "--config=configs/tiny.py", blocked=("libtpu",))
     check_refusal(refused, "--topology=v5e:2x2: needs libtpu")
+    check_refusal(command("tools.training_topology"), "--config: must name a config file")

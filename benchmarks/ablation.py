@@ -1,0 +1,55 @@
+"""A benchmark with one Pallas kernel replaced by plain XLA: `python -m benchmarks.ablation KERNEL MODULE FLAGS`.
+
+For example `python -m benchmarks.ablation norm benchmarks.training --lengths=512 --batch_tokens=65536`. KERNEL `none`
+leaves all kernels in. docs/performance.md has the results.
+
+    loss, norm, dropout         of training: the loss, the backward pass of LayerNorm, attention with dropout
+    token, dense                of a token step: all of its kernels, or only the products with the weights
+    store, compress, restore    of slide and prefill: writing keys and values, reading the history, reading the context
+"""
+
+import contextlib
+import importlib
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+# What decides whether a kernel is used, and its value without the kernel.
+GATES: dict[str, tuple[str, str, Any]] = {
+    "loss": ("kernels.loss", "use_kernel", lambda *_: False),
+    "norm": ("kernels.norm", "use_kernel", lambda *_: False),
+    "dropout": ("kernels.dropout", "use_kernel", lambda *_: False),
+    "token": ("models.token_layer", "available", lambda _: False),
+    "dense": ("models.token_layer", "MAX_FUSED_ROWS", 0),
+}
+# Functions of `models.cached_attention` that share one gate, `use_kernels`.
+SHARED = {"store": "_stores_by_kernel", "compress": "attend_history", "restore": "attend_context"}
+
+
+@contextlib.contextmanager
+def without(kernel: str) -> Iterator[None]:
+    """Leaves a kernel out of what is imported and compiled inside the context."""
+    module, name, plain = GATES.get(kernel, ("models.cached_attention", SHARED.get(kernel, ""), None))
+    home = importlib.import_module(f"tlinformer_jax.{module}")
+    with mock.patch.object(home, name, _ungated(home, getattr(home, name)) if kernel in SHARED else plain):
+        yield
+
+
+def _ungated(home: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(*args: Any, **options: Any) -> Any:
+        with mock.patch.object(home, "use_kernels", return_value=False):
+            return function(*args, **options)
+
+    return plain
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in ("none", *GATES, *SHARED):
+        sys.exit(f"{__doc__}\nKERNEL must be one of none, {', '.join([*GATES, *SHARED])}")
+    chosen, benchmark = sys.argv[1:3]
+    sys.argv = sys.argv[2:]
+    print(f"{benchmark}, kernel left out: {chosen}", flush=True)
+    with contextlib.nullcontext() if chosen == "none" else without(chosen):
+        runpy.run_module(benchmark, run_name="__main__", alter_sys=True)

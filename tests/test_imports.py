@@ -1,0 +1,56 @@
+"""What the package imports as it starts, and the console script."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+
+from tests.support.commands import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Of distributions whose module has another name.
+MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+# A TFDS builder, which is imported only where it is run.
+BUILDER = "tlinformer_jax/data/wikitext103/builder.py"
+
+
+def imported_at_once(source: str) -> set[str]:
+    """Packages that a module imports when it is imported itself: not inside a function, not for types only."""
+    found: set[str] = set()
+    todo = list(ast.parse(source).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                continue
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    """So that pandas, TensorFlow, PyTorch or matplotlib may be absent until someone asks for what needs them."""
+    required = [re.match(r"[\w-]+", dependency)[0] for dependency in PROJECT["dependencies"]]
+    allowed = {MODULES.get(name, name) for name in required} | sys.stdlib_module_names | {"tlinformer_jax"}
+    found = {
+        str(path.relative_to(ROOT)): sorted(imported_at_once(path.read_text()) - allowed)
+        for path in (ROOT / "tlinformer_jax").rglob("*.py")
+    }
+    assert len(found) > 90
+    assert {name: extra for name, extra in found.items() if extra} == {BUILDER: ["tensorflow_datasets"]}
+
+
+def test_the_search_sees_what_it_should():
+    assert imported_at_once("try:\n    import torch.nn\nexcept ImportError:\n    pass") == {"torch"}
+    assert imported_at_once("class A:\n    from pandas import x") == {"pandas"}
+    assert imported_at_once("def f():\n    import torch\nif TYPE_CHECKING:\n    import clu") == set()
+
+
+def test_the_console_script_is_a_command():
+    assert PROJECT["scripts"]["tlinformer"]
+    entry = importlib.metadata.EntryPoint("tlinformer", PROJECT["scripts"]["tlinformer"], "console_scripts")
+    assert callable(entry.load())

@@ -1,0 +1,211 @@
+"""WikiText-103: rows of its zip or parquet files, checked against what is published.
+
+A row is a line with its leading space and its newline (" = Title = \\n"); a blank line is the empty string.
+
+Hashes: Hugging Face `datasets`' dataset_infos.json. Words are counted without an end-of-line mark; the published counts
+(103,227,021, 217,646 and 245,569) have one a line. The raw files spell out what the others write as <unk>. Their word
+counts are not published and may differ by a thousandth, which still reveals any cut or foreign file.
+"""
+
+import dataclasses
+import hashlib
+import http.client
+import os
+import pathlib
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.data.cache import exclusive
+from tlinformer_jax.data.encoding import Counts
+from tlinformer_jax.data.files import decode_line, file_blocks, progress, read_lines
+from tlinformer_jax.errors import DataError
+
+ZIP_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # our names -> the zip's
+USER_AGENT = "Mozilla/5.0 (compatible; tlinformer_jax)"  # the host refuses Python's default client
+TIMEOUT = 60.0  # seconds without an answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """One variant of WikiText-103: its zip, and the rows and words of each split.
+
+    `member` is the zip's file of a split, with {} for "train", "valid" or "test".
+    """
+
+    url: str
+    size: int
+    sha256: str
+    member: str
+    words_tolerance: float
+    rows: dict[str, int]
+    words: dict[str, int]
+
+    @property
+    def zip_name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def parquet(self) -> str:
+        """The directory of the variant's parquet files in `Salesforce/wikitext`."""
+        return self.zip_name.removesuffix(".zip")
+
+
+_ROWS = {"train": 1_801_350, "validation": 3_760, "test": 4_358}
+_WORDS = {"train": 101_425_671, "validation": 213_886, "test": 241_211}
+
+VARIANTS: dict[str, Facts] = {
+    "wikitext103": Facts(
+        url="https://wikitext.smerity.com/wikitext-103-v1.zip",
+        size=190_229_076,
+        sha256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+        member="wikitext-103/wiki.{}.tokens",
+        words_tolerance=0.0,
+        rows=_ROWS,
+        words=_WORDS,
+    ),
+    "wikitext103-raw": Facts(
+        url="https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+        size=191_984_949,
+        sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+        member="wikitext-103-raw/wiki.{}.raw",
+        words_tolerance=1e-3,
+        rows=_ROWS,
+        words=_WORDS,
+    ),
+}
+
+
+def read_rows(config: DataConfig, split: str) -> Iterator[str]:
+    """Yields the rows of a split in order, from `manual_dir` if it is given, else from the downloaded zip.
+
+    Raises:
+      DataError: if the files are neither there nor can be downloaded, or are damaged or others than the published.
+    """
+    facts = VARIANTS[config.dataset]
+    check_manual_dir(config)
+    directory = pathlib.Path(config.manual_dir) if config.manual_dir else config.cache_path / "downloads"
+    path = directory / facts.zip_name
+    if config.manual_dir and not path.is_file():
+        if paths := _parquet_files(directory, facts, split):
+            return _parquet_rows(paths)
+        raise DataError(f"{directory}: parquet files of other splits, but no {split}-*-of-*.parquet")
+    if not path.is_file():
+        _download(config, facts, path)
+    _check_zip(path, facts)
+    return _zip_rows(path, facts.member.format(ZIP_SPLITS[split]))
+
+
+def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
+    """Refuses a split whose number of rows, or of words, is not the published one.
+
+    Raises:
+      DataError: naming the split and both numbers.
+    """
+    facts = VARIANTS[config.dataset]
+    rows, words = facts.rows[split], facts.words[split]
+    if counts.num_documents != rows or abs(counts.num_words - words) > facts.words_tolerance * words:
+        found = f"{config.dataset} {split} has {counts.num_documents} rows and {counts.num_words} words"
+        raise DataError(f"{config.manual_dir or config.cache_path}: {found}, must have {rows} and {words}")
+
+
+def check_manual_dir(config: DataConfig) -> None:
+    """Refuses a directory that was named but holds none of the files; nothing is downloaded in its place.
+
+    Raises:
+      DataError: saying in three lines what to put there.
+    """
+    facts, directory = VARIANTS[config.dataset], pathlib.Path(config.manual_dir)
+    if not config.manual_dir or (directory / facts.zip_name).is_file():
+        return
+    if not any(_parquet_files(directory, facts, split) for split in ZIP_SPLITS):
+        reason = f"data.manual_dir = {config.manual_dir!r} holds neither {facts.zip_name} nor parquet files"
+        raise _missing(config, facts, reason)
+
+
+def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
+    """Downloads the zip to `path`, whole or not at all."""
+    draft = path.with_name(f"{path.name}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path.with_name(f"{path.name}.lock")):
+            if path.is_file():
+                return
+            try:
+                with draft.open("wb") as file:
+                    for block in _downloaded(facts):
+                        file.write(block)
+                    file.flush()
+                    os.fsync(file.fileno())
+                _check_zip(draft, facts)
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+    except DataError as error:
+        raise _missing(config, facts, str(error)) from None
+    except OSError as error:
+        raise DataError(f"{path}: WikiText-103 cannot be written ({error.strerror or error})") from None
+
+
+def _downloaded(facts: Facts) -> Iterator[bytes]:
+    request = urllib.request.Request(facts.url, headers={"User-Agent": USER_AGENT})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            yield from file_blocks(answer, progress(f"downloading {facts.zip_name}", facts.size))
+    except (OSError, http.client.HTTPException) as error:  # of the network; a full disk fails in the caller
+        raise DataError(f"{facts.url}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _missing(config: DataConfig, facts: Facts, reason: str) -> DataError:
+    return DataError(
+        f"{config.dataset} is not here: {reason}\n"
+        f"  Get {facts.zip_name} ({facts.size:,} bytes) from {facts.url}, or the parquet files of "
+        f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.parquet},\n"
+        f"  put the zip or the parquet files into one directory and name it: --config.data.manual_dir=DIRECTORY"
+    )
+
+
+def _check_zip(path: pathlib.Path, facts: Facts) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != facts.sha256:
+        told = f"sha256 is {found} ({path.stat().st_size} bytes), must be {facts.sha256} ({facts.size} bytes)"
+        raise DataError(f"{path}: not the published file or damaged: {told}")
+
+
+def _zip_rows(path: pathlib.Path, member: str) -> Iterator[str]:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            blocks = file_blocks(file, progress(f"reading {member}", archive.getinfo(member).file_size))
+            for number, line in enumerate(read_lines(blocks, path), 1):
+                yield _row(decode_line(line, f"{path}: {member}", number))
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise DataError(f"{path}: {member} cannot be read ({error})") from None
+
+
+def _parquet_files(directory: pathlib.Path, facts: Facts, split: str) -> list[pathlib.Path]:
+    """The split's parquet files in `directory`, or in the folder there that is named like the variant."""
+    found = (sorted(place.glob(f"{split}-*-of-*.parquet")) for place in (directory / facts.parquet, directory))
+    return next(filter(None, found), [])
+
+
+def _parquet_rows(paths: list[pathlib.Path]) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{paths[0]}: reading parquet needs pyarrow: pip install pyarrow") from None
+    advance = progress("reading parquet files", sum(path.stat().st_size for path in paths))
+    for path in paths:
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
+                yield from (_row(text) for text in batch.column("text").to_pylist())
+        except (pyarrow.ArrowException, OSError, KeyError) as error:
+            raise DataError(f"{path}: cannot be read as parquet with a column 'text' ({error})") from None
+        advance(path.stat().st_size)
+
+
+def _row(line: str) -> str:
+    return line if line.strip() else ""

@@ -1,0 +1,258 @@
+"""Saving a run's checkpoints while it trains, and deleting those no longer wanted.
+
+Besides `checkpoints/STEP` (see `training.checkpoint`) there are `STEP.saving` and `STEP.deleting`, which a killed run
+leaves half-done and the next one removes, and `STEP.damaged`: a checkpoint that failed its verification and was set
+aside by a run that went on from an older one, or whatever else had the name under which a checkpoint was to appear.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+import tlinformer_jax
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.files import own_folder, plain_path, sync_folder
+from tlinformer_jax.training.checkpoint import (
+    FOLDER,
+    STATE,
+    Manifest,
+    first_line,
+    hash_files,
+    list_steps,
+    misfit,
+    newest_good,
+    read_arrays,
+    read_manifest,
+    regular_steps,
+    set_aside_damaged,
+    write_manifest,
+)
+from tlinformer_jax.training.memory import copy_on_devices
+from tlinformer_jax.training.metrics import say
+from tlinformer_jax.training.step import TrainState
+
+SAVING, DELETING = ".saving", ".deleting"
+# Orbax gives up a save after so many seconds of wall-clock time, even where the clock has only jumped: a century for
+# one process; a day for several, of which one may hang.
+TIMEOUT, TIMEOUT_DISTRIBUTED = 100 * 365 * 86_400, 86_400
+
+
+class Checkpoints:
+    """The checkpoints of a working directory, for the one run that trains into it.
+
+    Saving is asynchronous: a thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint
+    appear and deletes older ones, never before there are `keep` newer ones that this run has written or verified. The
+    thread reads a copy of the state on its devices, while training goes on; where memory may not suffice for a copy,
+    or with several processes, training waits for the reading. Leaving the context waits for the save under way.
+
+    Args:
+      workdir: the working directory.
+      keep: how many of the latest are kept.
+      keep_best: how many of those with the lowest validation loss are kept besides.
+      config_sha256: of the run's configuration, for the manifests.
+      regular_every: steps between regular checkpoints, the last of which is always kept; 0 for none.
+
+    Raises:
+      DataError: by every method where a save has failed (disk full, say), naming it; older checkpoints stay.
+    """
+
+    def __init__(
+        self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "", regular_every: int = 0
+    ) -> None:
+        self._folder = (workdir / FOLDER).absolute()
+        self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
+        self._regular_every = regular_every
+        self._good: set[int] = set()  # written or verified by this run
+        self._latest: int | None = None
+        self._main = jax.process_index() == 0
+        if self._main:
+            try:
+                _clear(self._folder)
+            except OSError as error:
+                raise DataError(f"workdir {workdir}: {FOLDER} cannot be written ({error.strerror})") from None
+        timeout = TIMEOUT if jax.process_count() == 1 else TIMEOUT_DISTRIBUTED
+        self._orbax = ocp.AsyncCheckpointer(
+            # Compressing float32 saves a tenth of the bytes, and takes CPU time from the input pipeline.
+            ocp.PyTreeCheckpointHandler(use_compression=False),
+            # Orbax waits only briefly for folders that are made in the background.
+            async_options=ocp.options.AsyncOptions(timeout_secs=timeout, create_directories_asynchronously=False),
+        )
+        self._opened = contextlib.ExitStack()
+        self._plain: pathlib.Path | None = None  # the folder's path for Orbax, from the first save on
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            self._wait()
+        except DataError as error:
+            if kind is None:
+                raise
+            say(f"error: {error}")  # the error under way goes on
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+            self._opened.close()
+
+    def save(self, state: TrainState, overlap: bool = True) -> None:
+        """Starts saving `state` under its step, if that is not saved yet; its arrays may be donated on return.
+
+        With `overlap` a copy is read while training goes on; before the first step its memory is not known.
+        """
+        step = int(state.step)
+        if step == self._latest:
+            return
+        self._wait()
+        draft, after_skip = self._folder / f"{step}{SAVING}", int(state.skips.in_a_row) > 0
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _fields(state))
+        copy = copy_on_devices(state) if overlap and jax.process_count() == 1 else None
+        if copy is None:
+            self._write(draft, state)
+        self._latest = step
+        self._pending = self._thread.submit(self._finish, draft, shapes, after_skip, copy)
+
+    def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
+        """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
+
+        Args:
+          state: abstract (jax.ShapeDtypeStruct) leaves with shardings.
+          regular: consider only the regular ones, which exist whenever the run was interrupted.
+
+        Raises:
+          DataError: if there are checkpoints, but none that can be used.
+        """
+        self._wait()
+        found = newest_good(self._folder, set_aside=True, regular_every=self._regular_every if regular else 0)
+        if found is None:
+            return None
+        self._good.add(found.step)
+        self._latest = found.step
+        return TrainState(**read_arrays(self._folder / str(found.step), _fields(state))), found
+
+    def record_validation(self, step: int, loss: float) -> None:
+        """Adds the validation loss to the manifest of `step`, if it is saved; deletes what is no longer wanted."""
+        self._wait()
+        folder = self._folder / str(step)
+        if self._main and step in self._good and folder.is_dir():
+            write_manifest(folder, dataclasses.replace(read_manifest(folder), validation_loss=loss))
+            self._delete_unwanted()
+
+    def is_among_best(self, loss: float) -> bool:
+        """Whether a checkpoint with this validation loss would be one of those that `keep_best` keeps."""
+        if self._keep_best == 0:
+            return False
+        self._wait()
+        best = sorted(self._validation_losses().values())[: self._keep_best]
+        among = len(best) < self._keep_best or loss < best[-1]
+        return bool(multihost_utils.broadcast_one_to_all(np.bool_(among)))
+
+    def _wait(self) -> None:
+        """Waits for the save under way."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, draft: pathlib.Path, state: TrainState) -> None:
+        """Reads the state from its devices; Orbax then goes on writing."""
+        try:
+            if self._main:
+                own_folder(draft)
+            if self._plain is None:
+                self._plain = self._opened.enter_context(plain_path(self._folder))
+            self._orbax.save(self._plain / draft.name / STATE, args=ocp.args.PyTreeSave(_fields(state)))
+        except Exception as error:
+            raise _failure(draft, error) from error
+
+    def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
+        """The part of a save that runs in the thread; `state` is given where it is still to be written."""
+        if state is not None:
+            self._write(draft, state)
+        try:
+            self._orbax.wait_until_finished()
+            if self._main:
+                if fault := misfit(draft, shapes, ("shape", "dtype")):
+                    raise OSError(f"read back, {fault}")
+                step, version = int(draft.stem), tlinformer_jax.__version__
+                manifest = Manifest(step, hash_files(draft), version, self._config_sha256, after_skip=after_skip)
+                write_manifest(draft, manifest)
+                if os.path.lexists(self._folder / str(step)):
+                    set_aside_damaged(self._folder / str(step))
+                draft.rename(self._folder / str(step))
+                sync_folder(self._folder)
+                self._good.add(step)
+                self._delete_unwanted()
+        except Exception as error:
+            raise _failure(draft, error) from error
+
+    def _delete_unwanted(self) -> None:
+        latest = sorted(self._good)[-self._keep :]
+        if len(latest) < self._keep:
+            return
+        losses = self._validation_losses()
+        kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
+        if self._regular_every:
+            regular = regular_steps(self._folder, self._regular_every)
+            # The last on disk and, since that may be damaged, the last known to be good.
+            kept += regular[:1] + [step for step in regular if step in self._good][:1]
+        for step in list_steps(self._folder)[0]:
+            if step < latest[0] and step not in kept:
+                # Renamed first, or a half-deleted folder would look like a damaged checkpoint.
+                gone = (self._folder / str(step)).rename(self._folder / f"{step}{DELETING}")
+                shutil.rmtree(gone, ignore_errors=True)
+                self._good.discard(step)
+
+    def _validation_losses(self) -> dict[int, float]:
+        """Step -> validation loss of those saved steps that have one."""
+        losses = {}
+        for step in list_steps(self._folder)[0]:
+            try:
+                loss = read_manifest(self._folder / str(step)).validation_loss
+            except DataError:
+                continue
+            if loss is not None and math.isfinite(loss):
+                losses[step] = loss
+        return losses
+
+
+def _clear(folder: pathlib.Path) -> None:
+    """Makes the folder of the checkpoints, or removes what a killed run has left in it half-done.
+
+    Raises:
+      OSError: if it is a link, cannot be written, has no path that Orbax can take, or something half-done stays.
+    """
+    own_folder(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    with plain_path(folder):
+        pass  # it has one, or training need not begin
+    for path in folder.iterdir():
+        if SAVING in path.suffixes or path.name.endswith(DELETING):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """The state as the mapping in which it is saved, without fields that are None."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _failure(draft: pathlib.Path, error: Exception) -> DataError:
+    """The error of a save that has failed."""
+    return DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})")

@@ -1,0 +1,90 @@
+"""What the tools that compile for TPUs that are not here share. The compiler is libtpu's, the one that a TPU has."""
+
+import collections
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tlinformer_jax.errors import UserError
+from tools.collectives import Collective, collectives
+
+PLATFORM = "tpu"
+# With libtpu installed, JAX would look for TPUs, and libtpu would ask Google's cloud which one this is and lock itself
+# for one process. A compiler needs none of that.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "none",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def compile_without_tpus() -> None:
+    """Sets the environment in which libtpu only compiles. Call it before JAX is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def topology_devices(name: str) -> Sequence[Any]:
+    """The devices of a topology, in JAX's order; they can be compiled for and nothing else.
+
+    Args:
+      name: of a TPU generation and its grid of chips, such as 'v5e:2x2'.
+
+    Raises:
+      UserError: if there is none of this name, or libtpu is missing.
+    """
+    from jax.experimental import topologies
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={name}: needs libtpu, best in an environment of its own: pip install 'tlinformer-jax[tpu]'"
+        )
+    try:
+        return topologies.get_topology_desc(platform=PLATFORM, topology_name=name).devices
+    except Exception as error:  # JAX wraps what libtpu says in errors of several kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"--topology={name}: must be a TPU and its grid of chips, such as v5e:2x2 ({reason})"
+        ) from error
+
+
+def program_lines(compiled: Any) -> list[str]:
+    """Memory of a chip, and what it exchanges in one run of a compiled program (`jax.stages.Compiled`)."""
+    return [memory_line(compiled.memory_analysis()), *collective_lines(collectives(compiled.as_text()))]
+
+
+def memory_line(found: Any) -> str:
+    """A compiled program's memory on one device, from its `memory_analysis()`."""
+    from tlinformer_jax.training.check import size_text
+
+    arguments, outputs, temporary = found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes
+    total = arguments + outputs - found.alias_size_in_bytes + temporary
+    return (
+        f"memory by chip: arguments {size_text(arguments)}, outputs {size_text(outputs)} (of them "
+        f"{size_text(found.alias_size_in_bytes)} in the arguments' place), temporary {size_text(temporary)}; total "
+        f"{size_text(total)}"
+    )
+
+
+def collective_lines(found: Iterable[Collective]) -> list[str]:
+    """What one device exchanges in a run of a program, by kind; loops counted as often as they turn."""
+    from tlinformer_jax.training.check import size_text
+
+    kinds = collections.defaultdict(list)
+    for collective in found:
+        kinds[collective.kind].append(collective)
+    if not kinds:
+        return ["collectives: none"]
+    lines = []
+    for kind, each in sorted(kinds.items()):
+        total, largest = sum(one.total_bytes for one in each), max(one.bytes for one in each)
+        line = (
+            f"{kind}: {sum(one.trips for one in each):,} runs of {len(each):,} operations, {size_text(total)} by chip, "
+            f"the largest {size_text(largest)}"
+        )
+        unknown = sum(not one.known_trips for one in each)
+        lines.append(f"{line}; {unknown} in loops of unknown length, counted once" if unknown else line)
+    return lines
