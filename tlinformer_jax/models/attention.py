@@ -59,8 +59,8 @@ def attend(
       [batch, queries, heads, d_h] in query's dtype, or (that, log-sum-exp).
 
     Raises:
-      ValueError: for a window without `causal`, an unknown backend, dropout with a backend that has none, or
-        'triton' without dropout or with the log-sum-exp.
+      ValueError: for a window without `causal`, an unknown backend, dropout or the log-sum-exp with a backend that has
+        none, or 'triton' without dropout.
     """
     if window is not None and not causal:
         raise ValueError("attend: window needs causal=True")
@@ -83,16 +83,15 @@ def attend(
         return dropout_kernel.attend_with_dropout(
             query, key, value, scale, causal, window, key_length, dropout.words, dropout.rate
         )
-    if chosen == "splash" and dropout is None:
+    if chosen == "splash" and dropout is None and not return_lse:
         from tlinformer_jax.kernels.splash import attend_splash
 
-        interpret = platform() != "tpu"
-        result = attend_splash(query, key, value, scale, causal, window, key_length, return_lse, interpret)
-        return result if return_lse else result[0]
+        return attend_splash(query, key, value, scale, causal, window, key_length, interpret=platform() != "tpu")
     if chosen == "cudnn" and dropout is None:
         return _attend_cudnn(query, key, value, scale, causal, window, key_length, return_lse, never_empty)
     if chosen in ("cudnn", "splash"):
-        raise ValueError(f"attend: backend {chosen!r} has no dropout on the attention weights")
+        what = "log-sum-exp" if dropout is None else "dropout on the attention weights"
+        raise ValueError(f"attend: backend {chosen!r} has no {what}")
     raise ValueError(f"attend: unknown backend {backend!r}")
 
 

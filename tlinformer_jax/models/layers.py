@@ -2,7 +2,7 @@
 
 `project` and `update` are the two functions of the specification's "One layer's parameters"; `compress`,
 `hidden`, `restore` and the baseline's layers differ only in what attends to what between them. The Flax
-modules here only declare parameters: scans, rematerialisation, decoding and sharding all take plain pytrees.
+modules here only declare parameters: scans, checkpointing, decoding and sharding all take plain pytrees.
 """
 
 import dataclasses
