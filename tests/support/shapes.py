@@ -8,7 +8,12 @@ import jaxtyping
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its annotations of arrays checked at every call; mypy checks all the others."""
+    """The function with its annotations of arrays checked at every call; mypy checks all the others.
+
+    Fields of dataclasses are left alone: JAX also builds pytrees of shapes, of None and of placeholders.
+    """
+    if function.__name__ in ("__init__", "check_single_arg"):  # jaxtyping's, of a dataclass
+        return function
     hints = getattr(function, "__annotations__", {})
     function.__annotations__ = {name: hint for name, hint in hints.items() if _has_array(hint)}
     return beartype.beartype(function)
