@@ -49,7 +49,7 @@ def test_one_kernel_is_left_out(kernel, monkeypatch):
 @pytest.mark.parametrize("kernel", SHARED)
 def test_the_shared_gate_is_asked_by_the_functions_named(kernel):
     function = getattr(importlib.import_module("tlinformer_jax.models.cached_attention"), SHARED[kernel])
-    assert "use_kernels" in inspect.unwrap(function).__code__.co_names
+    assert "use_kernels" in inspect.unwrap(function).__code__.co_names  # below what checks its shapes
 
 
 def test_an_unknown_kernel_is_refused():

@@ -38,7 +38,7 @@ def test_dry_runs_of_one_box_and_slurm():
     (line,) = shown("slurm/train.sbatch", *TRAIN)
     assert line == rf"srun --kill-on-bad-exit=1 {module}.main --config=configs/tiny.py --workdir=runs/a\ b"
     (line,) = shown("slurm/sweep.sbatch", "--sweep=a.py", "--out=b")
-    assert line == f"srun --kill-on-bad-exit=1 {module}.sweep --point=0 --sweep=a.py --out=b"
+    assert line == f"srun --kill-on-bad-exit=1 {module} sweep --point=0 --sweep=a.py --out=b"
 
 
 def test_dry_run_of_a_tpu_slice_in_order():

@@ -14,6 +14,7 @@ TASKS = ("recall", "copy", "passkey")
 WIKITEXT = ("wikitext103", "wikitext103-raw")
 TEXT_FILES = ("text", "lines")
 DATASETS = ("pydoc", *TEXT_FILES, *WIKITEXT, *TASKS)
+TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
 PATHS = (*FILES, "tokenizer", "manual_dir", "cache_dir")
@@ -41,8 +42,9 @@ class DataConfig:
 
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
-        of a .txt is a document), "wikitext103" (with <unk>, the paper's), "wikitext103-raw", or a task whose samples
-        are generated: "recall", "copy", "passkey" (see `data.recall`, `data.tasks`, `data.passkey`).
+        of a .txt is a document), "wikitext103" (with <unk>, the paper's), "wikitext103-raw", "tfds:NAME" (of TensorFlow
+        Datasets), or a task whose samples are generated: "recall", "copy", "passkey" (see `data.recall`, `data.tasks`,
+        `data.passkey`).
       tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`. PATH:ENTRY names the entry of its
         vocabulary that ends a text; without, the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
         "recall" and "copy".
@@ -51,8 +53,8 @@ class DataConfig:
         the text that keys are hidden in, read as "text"; "" is that of "pydoc".
       validation_files: the same for the validation split.
       test_files: the same for the test split. [passkey] "" hides the test keys in the validation text.
-      text_field: [text, lines] the field of a .jsonl line that holds the document.
-      manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip.
+      text_field: [text, lines, tfds] the field of a .jsonl line or of a record that holds the document.
+      manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip. [tfds] its data_dir.
       cache_dir: where downloads and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
       examples: [tasks] different samples of the training split; an epoch takes each once.
       num_items: [recall] pairs of a key and a value in a sample of N tokens, fewer in proportion in a shorter one.
@@ -88,8 +90,9 @@ class DataConfig:
                 raise ConfigError(f"data.{name}", getattr(self, name), fault)
         for name, value in absolute_paths(vars(self), pathlib.Path()).items():
             object.__setattr__(self, name, value)
-        if self.dataset not in DATASETS:
-            raise ConfigError("data.dataset", self.dataset, f"must be one of {', '.join(map(repr, DATASETS))}")
+        if self.dataset not in DATASETS and not (self.dataset.startswith(TFDS) and self.dataset != TFDS):
+            allowed = f"must be one of {', '.join(map(repr, DATASETS))}, '{TFDS}NAME'"
+            raise ConfigError("data.dataset", self.dataset, allowed)
         if not self.tokenizer:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
         if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):

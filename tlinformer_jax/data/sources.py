@@ -1,11 +1,12 @@
 """From a `DataConfig` to a split's token stream or task: the one entry point of training and evaluation."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Generator, Iterator
 
-from tlinformer_jax.config.data import SPLITS, TEXT_FILES, DataConfig
-from tlinformer_jax.data import passkey, wikitext103
+from tlinformer_jax.config.data import SPLITS, TEXT_FILES, TFDS, DataConfig
+from tlinformer_jax.data import passkey, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.draws import key_of
 from tlinformer_jax.data.encoding import Counts, Encoded, encode_documents
@@ -145,6 +146,8 @@ def _source(config: DataConfig, split: str) -> Source | None:
     """Where a split's text comes from; None for the embedded corpus."""
     if config.dataset in wikitext103.VARIANTS:
         return _wikitext_source(config, split)
+    if config.dataset.startswith(TFDS):
+        return _tfds_source(config, split)
     if config.dataset in TEXT_FILES:
         return _files_source(config, split)
     if config.dataset == "passkey" and config.train_files:
@@ -165,11 +168,19 @@ def _files_source(config: DataConfig, split: str) -> Source:
         for path in files:
             yield from read_documents(path, config.dataset, config.text_field, advance)
 
-    def check(counts: Counts) -> None:
-        if not counts.num_documents:
-            raise DataError(f"{split}: there is no text at all in {', '.join(map(str, files))}")
+    where = ", ".join(map(str, files))
+    return Source(identity, documents, lambda counts: _check_some_text(counts, split, where), False)
 
-    return Source(identity, documents, check, False)
+
+def _check_some_text(counts: Counts, split: str, where: str) -> None:
+    if not counts.num_documents:
+        raise DataError(f"{split}: there is no text at all in {where}")
+
+
+def _tfds_source(config: DataConfig, split: str) -> Source:
+    identity = functools.partial(tfds.identity, config, split)
+    documents = functools.partial(tfds.read_documents, config, split)
+    return Source(identity, documents, lambda counts: _check_some_text(counts, split, config.dataset), False)
 
 
 def _wikitext_source(config: DataConfig, split: str) -> Source:

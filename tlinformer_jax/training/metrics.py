@@ -1,6 +1,7 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard events, and a line of progress."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -253,7 +254,11 @@ def clock(seconds: float) -> str:
 
 
 def parameter_overview(params: Any) -> str:
-    """A table of the parameters: names, shapes, sizes and the total."""
+    """A table of the parameters: clu's where it is installed, else names, shapes, sizes and the total."""
+    if importlib.util.find_spec("clu"):
+        from clu import parameter_overview as clu_overview
+
+        return clu_overview.get_parameter_overview(params, include_stats=False)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     rows = [f"{'/'.join(str(key.key) for key in path):48} {leaf.shape!s:24} {leaf.size:>12,}" for path, leaf in leaves]
     return "\n".join([*rows, f"Total: {sum(leaf.size for _, leaf in leaves):,}"])

@@ -1,0 +1,60 @@
+"""Text of TensorFlow Datasets, `data.dataset = "tfds:NAME"`, prepared as array records: TensorFlow is not needed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tlinformer_jax.config.data import TFDS, DataConfig
+from tlinformer_jax.data.files import TextPiece
+from tlinformer_jax.errors import ConfigError, DataError
+
+
+def identity(config: DataConfig, split: str) -> dict[str, Any]:
+    """What the text of a split depends on: the data set's full name with its version, the split and the field.
+
+    Raises:
+      ConfigError: where tensorflow-datasets is missing or has no such data set.
+      DataError: where the data set has no such split.
+    """
+    info = _builder(config).info
+    return {"dataset": f"{TFDS}{info.full_name}", "split": split, "text_field": config.text_field}
+
+
+def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
+    """The field `data.text_field` of every record of a split; downloads and prepares the data set at the first call.
+
+    Raises:
+      ConfigError: as `identity`; or where records have no such field of text.
+      DataError: where the data set cannot be prepared, or has no such split.
+    """
+    builder = _builder(config)
+    try:
+        builder.download_and_prepare()
+        records = builder.as_data_source(split=split) if split in builder.info.splits else None
+    except Exception as error:  # whatever a data set's own code raises
+        first = next(iter(str(error).splitlines()), "")
+        raise DataError(f"{config.dataset}: cannot be prepared ({type(error).__name__}: {first})") from None
+    if records is None:
+        raise DataError(f"{config.dataset}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
+    for record in records:
+        text = record.get(config.text_field)
+        if not isinstance(text, bytes | str):
+            allowed = f"must be a field of text of {config.dataset}; it has {', '.join(sorted(record))}"
+            raise ConfigError("data.text_field", config.text_field, allowed)
+        yield (text.decode("utf-8") if isinstance(text, bytes) else text), True
+
+
+def _builder(config: DataConfig) -> Any:
+    """The data set's builder, whose files are below `data.manual_dir` or, without one, below the cache directory."""
+    try:
+        import tensorflow_datasets
+    except ImportError:
+        needed = "needs the package tensorflow-datasets: pip install 'tlinformer-jax[data]'"
+        raise ConfigError("data.dataset", config.dataset, needed) from None
+    folder = config.manual_dir or str(config.cache_path / "tensorflow_datasets")
+    try:
+        return tensorflow_datasets.builder(
+            config.dataset.removeprefix(TFDS), data_dir=folder, file_format="array_record"
+        )
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise ConfigError("data.dataset", config.dataset, f"must be one of TFDS's data sets ({first})") from None
