@@ -1,1 +1,4 @@
-"""Kernels in Pallas; each is checked against its plain twin, and plain JAX takes its place where it cannot be used."""
+"""Kernels in Pallas, each with its plain twin, which takes its place where a kernel cannot be used.
+
+Gains are those of docs/performance.md, "Kernels against plain XLA", on an H100.
+"""
