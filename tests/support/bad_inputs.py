@@ -75,7 +75,6 @@ FLAGS = [
     Case("unknown field", "train", ("--config.model.widnow=8",), "widnow"),
     Case("text for an integer", "train", ("--config.model.num_heads=many",), "num_heads"),
     Case("fraction for an integer", "train", ("--config.train.steps=1.5",), "steps"),
-    Case("text for a switch", "train", ("--config.train.equal_updates=perhaps",), "equal_updates"),
     Case("trace into a file", "train", ("--profile={d}/binary.txt",), "--profile"),
 ]
 
