@@ -38,7 +38,7 @@ def test_training_and_evaluation_without_tensorflow_and_clu(tmp_path):
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["command"] == ["tlinformer_jax evaluate", f"--workdir={tmp_path}", *asked]
     assert (written["step"], written["split"], written["figures"]["loss"]) == (2, "validation", figures["loss"])
-    assert [(part["length"], part["batch_size"]) for part in written["by_length"]] == [(64, 16), (128, 8)]
+    assert [(part["length"], part["batch_size"]) for part in written["by_length"]] == [(64, 256), (128, 128)]
     for name in ("by_position", "by_window_position", "by_length"):
         assert written[name] == figures[name]
     # A text instead of a split, and lines instead of JSON.
