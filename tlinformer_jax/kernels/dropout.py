@@ -1,6 +1,6 @@
 """GPU kernels of exact attention with dropout on the weights, for training, in Pallas for Triton.
 
-Plain twin: `models.attention._attend_with_dropout`. Gain: without it a step takes 85% longer at N = 512.
+Plain twin: `models.attention._attend_in_chunks`. Gain: without it a step takes 85% longer at N = 512.
 
 Nothing of size queries x keys goes through memory, in the forward or in the backward pass: a program takes a tile of
 the queries, or of the keys, and runs over the other side. Which weights are dropped is a function of the key, the

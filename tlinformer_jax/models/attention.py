@@ -48,8 +48,8 @@ def attend(
       key_length: only the first `key_length` keys are valid; a scalar or int32 [batch]. Where it is 0 the
         result is 0, never NaN.
       dropout: on the attention weights; the mask is drawn per softmax.
-      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU; elsewhere it is interpreted, for
-        tests) or 'triton' (NVIDIA, half precision, for dropout only). Only XLA's log-sum-exp is differentiable.
+      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU, elsewhere interpreted) or 'triton'
+        (NVIDIA, half precision, for dropout only). Only XLA's log-sum-exp is differentiable.
       return_lse: also return the log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where
         there is no valid key. It lets partial attentions over disjoint keys be merged exactly.
       scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
@@ -72,10 +72,7 @@ def attend(
         return (output, lse) if return_lse else output
     chosen = choose_backend(query, dropout, return_lse) if backend == "auto" else backend
     if chosen == "xla":
-        if dropout is None:
-            output, lse = _attend_xla(query, key, value, scale, causal, window, key_length, None)
-        else:
-            output, lse = _attend_with_dropout(query, key, value, scale, causal, window, key_length, dropout)
+        output, lse = _attend_in_chunks(query, key, value, scale, causal, window, key_length, dropout)
         return (output, lse) if return_lse else output
     if chosen == "triton":
         if dropout is None or return_lse:
@@ -269,7 +266,7 @@ def _attend_xla(
     return output, jnp.swapaxes(lse[..., 0], 1, 2)
 
 
-def _attend_with_dropout(
+def _attend_in_chunks(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -277,15 +274,15 @@ def _attend_with_dropout(
     causal: bool,
     window: int | None,
     key_length: jax.Array | None,
-    dropout: Dropout,
+    dropout: Dropout | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`_attend_xla`, by as many queries at a time as keep the scores at DROPOUT_SCORES.
+    """`_attend_xla`; with dropout, by as many queries at a time as keep the scores at DROPOUT_SCORES.
 
     Neither pass ever holds the scores of a long history: each chunk is computed again in the backward pass.
     """
     batch, queries, heads, _ = query.shape
     chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
-    if chunk >= queries:
+    if dropout is None or chunk >= queries:
         return _attend_xla(query, key, value, scale, causal, window, key_length, dropout)
 
     def some(shared: Any, fixed: Any, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
