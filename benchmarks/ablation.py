@@ -18,10 +18,10 @@ from unittest import mock
 
 # What decides whether a kernel is used, and its value without the kernel.
 GATES: dict[str, tuple[str, str, Any]] = {
-    "loss": ("training.loss_kernel", "use_kernel", lambda *_: False),
-    "norm": ("models.norm_kernel", "use_kernel", lambda *_: False),
-    "dropout": ("models.dropout_kernel", "use_kernel", lambda *_: False),
-    "token": ("models.token_layer", "is_nvidia_gpu", lambda: False),
+    "loss": ("kernels.loss", "use_kernel", lambda *_: False),
+    "norm": ("kernels.norm", "use_kernel", lambda *_: False),
+    "dropout": ("kernels.dropout", "use_kernel", lambda *_: False),
+    "token": ("models.token_layer", "available", lambda _: False),
     "dense": ("models.token_layer", "MAX_FUSED_ROWS", 0),
 }
 # Functions of `models.cached_attention` that share one gate, `use_kernels`.

@@ -1,14 +1,16 @@
 """Hardware FLOPs of a training step: what its program executes on a device; `analysis.flops` counts model FLOPs.
 
-Beyond these: heads padded to what the attention kernel wants, the vocabulary as the loss pads it, the last window and
-the masked history of each segment of windows at full length or by whole chunks, and once more what the backward pass
-computes again: the chunks of a history, and the baselines' layers where `remat` says so, less their last product and
-what `remat_save` keeps. Attention by XLA's plain products counts the whole rectangle of queries and keys. A fused
-kernel skips what is masked but computes the scores again in the backward pass: attention counts 2.5 times its forward
-products instead of 2, and 3.5 times by the kernel with dropout, which computes scores and weights' gradients for the
-queries' gradient and again for the keys' (rounding to tiles is not counted). What devices of the axes `window` and
-`context` compute each for itself, block 0's projections and the windows' own rows, counts once.
+Beyond model FLOPs: heads padded to what the attention kernel wants, the vocabulary as the loss pads it, the last
+window and the masked history of each segment of windows at full length or by whole chunks, and once more what the
+backward pass computes again: the chunks of a history, and the baselines' layers with checkpointing, less their last
+product. Attention by XLA's plain products counts the whole rectangle of queries and keys. A fused kernel skips what
+is masked but computes the scores again in the backward pass: attention counts 2.5 times its forward products instead
+of 2, and 3.5 times by the kernel with dropout, which computes scores and weights' gradients for the queries' gradient
+and again for the keys' (rounding to tiles is not counted). What devices of the axes `window` and `context` compute
+each for itself, block 0's projections and the windows' own rows, counts once.
 """
+
+import dataclasses
 
 from tlinformer_jax.analysis.flops import (
     Forward,
@@ -22,10 +24,10 @@ from tlinformer_jax.analysis.flops import (
 )
 from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models import dropout_kernel
+from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
-from tlinformer_jax.models.model import padded_vocabulary
-from tlinformer_jax.models.transformer import attention_window
+from tlinformer_jax.models.model import attention_window, padded_vocabulary
 from tlinformer_jax.models.windows import num_windows, padded_length, plan_segments
 
 
@@ -44,10 +46,11 @@ def hardware_flops(
     elif kernel == "auto" and fused_kernel(dtype):
         kernel = "cudnn"
     fused = kernel in ("cudnn", "triton")
-    width = config.head_dim + -config.head_dim % head_multiple(dtype, config.attention, config.head_padding)
+    width = config.head_dim + -config.head_dim % head_multiple(dtype, config.attention)
     share, skipped = trained_windows(config, length, sampled_windows, first)
-    together = 1 if share < 1 else None
-    outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, together, skipped)
+    plan = config.plan(num_windows(config, length) - skipped)
+    plan = dataclasses.replace(plan, together=1) if share < 1 else plan
+    outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, plan, skipped)
     head = (
         2.0 * (length if read is None else read) * share * padded_vocabulary(config.vocab_size, dtype) * config.d_model
     )
@@ -63,19 +66,22 @@ def utilisation(model_flops_per_second: float, devices: int, device_kind: str, d
 
 
 def _hardware_forward(
-    config: ModelConfig, length: int, inner: int, fused: bool, together: int | None, skipped: int
+    config: ModelConfig, length: int, inner: int, fused: bool, plan: ExecutionPlan, skipped: int
 ) -> tuple[Forward, Forward, Forward]:
     """FLOPs of the forward pass without the head, outside the windows and in them, and those computed again.
 
-    `inner` is the width of all padded heads, `together` as `plan_segments` has it.
+    `inner` is the width of all padded heads.
     """
     if not config.windowed:
         seen = attention_window(config)
         layers = causal_layers(config, length, inner, causal_pairs(length, seen) if fused else length**2)
-        again = _computed_again(config, layers, length, inner, fused) if config.remat == "window" else Forward()
-        return Forward(), layers, again
+        if not plan.checkpointing:
+            return Forward(), layers, Forward()
+        # Only the next layer reads a layer's last product, and its input is kept.
+        last = Forward(matrix=2.0 * length * config.d_model * config.feed_forward_dim * config.num_layers)
+        return Forward(), layers, layers + last * -1
     windows, size = num_windows(config, length), config.generation_window
-    segments = plan_segments(config, windows, together, first=skipped)
+    segments = plan_segments(config, windows, plan, first=skipped)
     causal = causal_pairs(size) if fused else size**2
     total, again = Forward(), Forward()
     if not skipped:
@@ -85,16 +91,3 @@ def _hardware_forward(
             total = total + window(config, shape, inner)
             again = again + (restored(config, shape, inner) if segment.history_chunk else Forward())
     return project(config, padded_length(config, windows, segments), 3, inner), total, again
-
-
-def _computed_again(config: ModelConfig, layers: Forward, rows: int, inner: int, fused: bool) -> Forward:
-    """What the backward pass computes again of a baseline's layers, whose forward pass is `layers`."""
-    product = Forward(matrix=2.0 * rows * config.d_model * config.feed_forward_dim * config.num_layers)
-    again = layers + product * -1  # only the next layer reads the last product, and its input is kept
-    if "gate_up" in config.saved_names:
-        again = again + product * -2
-    if "projected" in config.saved_names:
-        again = again + project(config, rows, 3, inner) * -config.num_layers
-    if "attended" in config.saved_names and not fused:
-        again = again + Forward(attention=-layers.attention / 2)  # the scores are needed all the same
-    return again

@@ -7,7 +7,7 @@ the groups. Compilation is timed apart, without the persistent cache.
 
     --config=FILE                     another base configuration; its sections `model` and `train` are taken
     --set=model.d_model=512           a field for all rows
-    --try=model.windows_together=4,model.history_segments=2    one more setting to time, beside what is set
+    --try=model.memory=low    one more setting to time, beside what is set
 
 Where a step computes windows one after the other, a row keeps the mean losses of the first 64 windows at the first
 step. Rows of batch 1 begin with the same tokens, whatever their length, so these must agree; the last line says how far
@@ -81,7 +81,7 @@ def overrides(text: str) -> dict[tuple[str, str], Any]:
         if equals and field in known.get(section, ()):
             last = (section, field)
             fields[last] = _value(value)
-        elif not equals and last is not None:  # a value with a comma, as remat_save has
+        elif not equals and last is not None:  # a value with a comma, as train_files has
             fields[last] = f"{fields[last]},{part}"
         else:
             raise ConfigError("--set or --try", part, "must be section.field=value of a configuration's field")

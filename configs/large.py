@@ -37,8 +37,6 @@ WINDOWS = {"125m": 256, "350m": 256, "1b3": 512}
 LENGTHS = {"125m": 2048, "350m": 2048, "1b3": 8192}
 # Updates, peak learning rate, micro-batches of an update.
 TRAINING = {"125m": (4_800, 6e-4, 8), "350m": (13_800, 3e-4, 4), "1b3": (12_800, 2e-4, 1)}
-# Layers scanned in one segment: otherwise libtpu's compiler takes much longer than the 9 minutes that it takes so.
-COMPILED = {"1b3": {"scan_layers": True, "history_segments": 1}}
 MESHES = {"125m": {"data": -1, "fsdp": 1}, "350m": {"data": -1, "fsdp": 4}, "1b3": {"data": -1, "fsdp": 16}}
 
 
@@ -56,9 +54,8 @@ def get_config(variant: str = "125m") -> ConfigDict:
         history_window=window,
         generation_window=window,
         dropout=0.0,
-        remat="window",
+        memory="auto" if variant == "1b3" else "low",
         **SHAPES[variant],
-        **COMPILED.get(variant, {}),
     )
     updates, rate, accumulation = TRAINING[variant]
     config.train.update(

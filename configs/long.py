@@ -6,7 +6,7 @@
 
 Variants: 64k (the default) and 1m. Both are the 41M shape with windows of 1024 and 1024 tokens, without dropout, one
 sequence at a time. 64k sees 131,072 tokens an update, as our recipe does. 1m takes one sequence an update and 16 of its
-1024 windows, drawn anew each time; --config.train.sampled_windows=0 --config.model.history_segments=8 takes them all,
+1024 windows, drawn anew each time; --config.train.sampled_windows=0 --config.model.memory=low takes them all,
 which is 116 s an update and 59 GB on an H100.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst; one accelerator. Either split

@@ -66,7 +66,7 @@ def _books() -> ConfigDict:
 
 def _tiny() -> ConfigDict:
     config = default_config_dict()
-    config.model.update(vocab_size=257, d_model=32, num_heads=2, num_blocks=1, hidden_depth=0, history_segments=1)
+    config.model.update(vocab_size=257, d_model=32, num_heads=2, num_blocks=1, hidden_depth=0)
     config.train.update(steps=40, batch_size=8, warmup_steps=4, log_every=10, eval_every=20, checkpoint_every=10)
     config.data.update(dataset="pydoc", tokenizer="bytes", sequence_length=64)
     return config

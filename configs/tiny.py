@@ -25,8 +25,6 @@ def get_config() -> ConfigDict:
         history_window=32,
         generation_window=32,
         dropout=0.0,
-        history_segments=2,
-        remat="none",
     )
     config.train.update(
         steps=450,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks import attention as bench
+from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.splash import attend_splash
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.sharding import batch_sharding
 
@@ -31,7 +31,7 @@ def inputs(queries: int, keys: int, batch: int = 2):
     "case", ["window", "lengths", *(pytest.param(case, marks=pytest.mark.slow) for case in ("all", "causal"))]
 )
 def test_splash_equals_xla(case):
-    """Float32 in interpret mode: outputs and log-sum-exp to 1e-5, gradients to 1e-4."""
+    """Float32 in interpret mode: outputs to 1e-5, gradients to 1e-4."""
     queries, keys, options = CASES[case]
     if "key_length" in options:
         options = {"key_length": jnp.array(options["key_length"])}
@@ -42,11 +42,10 @@ def test_splash_equals_xla(case):
         def total(query, key, value):
             return (attend(query, key, value, backend=backend, **options) * mixing).sum()
 
-        result = attend(*arrays, backend=backend, return_lse=True, **options)
-        return (*result, *jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))
+        return (attend(*arrays, backend=backend, **options), *jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))
 
     ours, truth = outcome("splash"), outcome("xla")
-    for value, expected, tolerance in zip(ours, truth, (1e-5, 1e-5, 1e-4, 1e-4, 1e-4), strict=True):
+    for value, expected, tolerance in zip(ours, truth, (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
         np.testing.assert_allclose(value, expected, atol=tolerance, rtol=tolerance)
 
 
@@ -69,7 +68,7 @@ def test_splash_lowers_for_a_tpu():
 
     def gradients(query, key, value, lengths):
         def total(query, key, value):
-            return attend_splash(query, key, value, 1 / 6, False, None, lengths)[0].astype(jnp.float32).sum()
+            return attend_splash(query, key, value, 1 / 6, False, None, lengths).astype(jnp.float32).sum()
 
         return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
 

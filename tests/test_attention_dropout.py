@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlinformer_jax.models import attention, dropout_kernel
+from tlinformer_jax.kernels import dropout as dropout_kernel
+from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
+from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.dropout import Dropout, dropout_mask, threefry
-from tlinformer_jax.models.dropout_kernel import Tile, Tiles, attend_with_dropout
 
 # Tiles that no length below is a multiple of, other ones for each kernel.
 TILES = Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
@@ -115,7 +116,7 @@ def test_auto_takes_the_kernel_where_it_can(monkeypatch):
     """On one NVIDIA GPU in half precision, with dropout and without the log-sum-exp."""
     half, dropout = jnp.zeros((1, 2, 1, 40), jnp.bfloat16), Dropout.by_key(jax.random.key(0), 0.1)
     assert attention.choose_backend(half, dropout, False) == "xla"
-    monkeypatch.setattr(dropout_kernel, "is_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(dropout_kernel, "available", lambda name: True)
     assert attention.choose_backend(half, dropout, False) == "triton"
     assert attention.choose_backend(half, dropout, True) == "xla"
     assert attention.choose_backend(half, None, False) == "xla"

@@ -28,7 +28,6 @@ from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.models.tlinformer import rematerialised
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import init_state
@@ -94,7 +93,7 @@ def expected_parameters(config: ModelConfig) -> int:
 def test_every_config_file_is_tested():
     """Sweep files are loaded by tests/experiments/test_plan.py."""
     assert {path.stem for path in CONFIGS.glob("[!s]*.py")} == {name for name, _ in VARIANTS}
-    sweeps = {f"sweep_{name}" for name in ("windows", "architectures", "recall", "copy", "passkey", "selection")}
+    sweeps = {f"sweep_{name}" for name in ("windows", "architectures", "recall", "copy", "passkey")}
     assert {path.stem for path in CONFIGS.glob("s*.py")} == sweeps
 
 
@@ -202,7 +201,7 @@ def test_long_sequences(variant, length, sampled):
     assert (config.data.sequence_length, config.train.sampled_windows) == (length, sampled)
     assert (config.model.history_window, config.model.generation_window) == (1024, 1024)
     assert (config.train.micro_batch_size, config.model.dropout) == (1, 0.0)
-    assert rematerialised(config.model, length // 1024)
+    assert config.model.plan(length // 1024).checkpointing
     assert get_config("long") == get_config("long", "64k")
 
 
@@ -267,18 +266,11 @@ OVERRIDES = {
         "d_ff": 64,
         "history_window": "auto",
         "generation_window": 48,
-        "observed_selection": "random",
         "dropout": 0.25,
         "dtype": "float32",
         "param_dtype": "bfloat16",
         "attention": "xla",
-        "head_padding": 64,
-        "history_segments": 3,
-        "windows_together": 2,
-        "history_chunk": 512,
-        "scan_layers": False,
-        "remat": None,  # another one
-        "remat_save": "gate_up,attended",
+        "memory": None,  # the other one
     },
     "train": {
         "steps": 7,
@@ -319,7 +311,7 @@ OVERRIDES = {
     "mesh": {"data": 2, "fsdp": 4, "tensor": 3, "window": 5, "context": 6},
 }
 OTHER = {
-    ("model", "remat"): {"auto": "window", "none": "window", "window": "none"},
+    ("model", "memory"): {"auto": "low", "low": "auto"},
     ("data", "dataset"): {"pydoc": "passkey", "text": "passkey", "wikitext103": "passkey"},
 }
 

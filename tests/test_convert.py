@@ -28,7 +28,7 @@ needs_golden = pytest.mark.skipif(not golden.available(), reason=f"no golden fil
 
 SMALL = ModelConfig(
     vocab_size=257, d_model=24, num_heads=2, num_blocks=2, hidden_depth=1, d_ff=40, history_window=4,
-    generation_window=8, dtype="float32", history_segments=1,
+    generation_window=8, dtype="float32",
 )  # fmt: skip
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 4
 

@@ -12,7 +12,6 @@ SHRUNK = [
     "--config.model.d_model=16",
     "--config.model.num_heads=2",
     "--config.model.num_blocks=1",
-    "--config.model.history_segments=1",
     "--config.data.sequence_length=64",
     "--config.train.steps=2",
     "--config.train.eval_every=0",

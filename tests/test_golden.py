@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.models import block, streams, tlinformer
 
@@ -57,7 +58,7 @@ def test_reference_implementation_reproduces_golden(name):
     assert abs(reference.mean_loss(logits, truth.labels) - truth.loss) < 1e-6
 
 
-# hidden_depth, history_window, generation_window, length, architecture, history_segments
+# hidden_depth, history_window, generation_window, length, architecture, segments
 SHAPES = [
     (0, 3, 5, 23, "tlinformer", 1),
     (1, 9, 4, 31, "tlinformer", 2),
@@ -87,7 +88,7 @@ def shape_config(hidden_depth, history_window, generation_window, architecture, 
         history_window=history_window,
         generation_window=generation_window,
         dtype="float32",
-        history_segments=segments,
+        memory=ExecutionPlan(segments),
     )
 
 
@@ -129,9 +130,9 @@ def shift_observed_positions(monkeypatch):
     """z is rotated as if it began at position 0."""
     real = tlinformer.place_window
 
-    def mutated(config, frame, C, x):
-        first = C.rope.rows(0, frame.observed_width)
-        window = real(config, frame, C, x)
+    def mutated(frame, rope, rows):
+        first = rope.rows(0, frame.observed_width)
+        window = real(frame, rope, rows)
         rope = jax.tree.map(lambda z, x: jnp.concatenate([z, x], axis=-2), first, window.x_rope)
         return dataclasses.replace(window, z_rope=first, rope=rope)
 

@@ -96,7 +96,7 @@ def full(*_, **__):
 async_checkpointer._background_wait_for_commit_futures = full
 """
     shrunk = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
-    shrunk += ("--config.model.history_segments=1", "--config.model.hidden_depth=0", "--config.train.eval_every=0")
+    shrunk += ("--config.model.hidden_depth=0", "--config.train.eval_every=0")
     shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
     line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *shrunk)
     line[2] = fault + line[2]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.test_model import SMALL, golden_scale
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training.batch_loss import summed_loss
@@ -17,7 +18,7 @@ from tlinformer_jax.training.batch_loss import summed_loss
 @pytest.mark.parametrize("chunk", [3])  # does not divide the history
 def test_history_in_chunks_of_rows_changes_nothing(chunk):
     """Of logits and their gradients; tests/test_training_paths.py has the training loss, in all ways."""
-    config = dataclasses.replace(SMALL, hidden_depth=0, history_segments=1)
+    config = dataclasses.replace(SMALL, hidden_depth=0)
     params = golden_scale(config)["params"]
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 18)))
 
@@ -25,9 +26,8 @@ def test_history_in_chunks_of_rows_changes_nothing(chunk):
         model = build_model(config)
         return jax.jit(jax.value_and_grad(lambda params: (model.apply({"params": params}, tokens) ** 2).mean()))(params)
 
-    (loss, gradient), (truth, expected) = (
-        outcome(c) for c in (dataclasses.replace(config, history_chunk=chunk), config)
-    )
+    plan = dataclasses.replace(config.plan(5), chunk=chunk)
+    (loss, gradient), (truth, expected) = (outcome(c) for c in (dataclasses.replace(config, memory=plan), config))
     assert float(loss) == pytest.approx(float(truth), rel=1e-5)
     for value, expectation in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         assert jnp.linalg.norm(value - expectation) <= 1e-4 * jnp.linalg.norm(expectation)
@@ -43,7 +43,7 @@ NARROW = ModelConfig(
     history_window=64,
     generation_window=64,
     dtype="float32",
-    remat="window",
+    memory=ExecutionPlan(segments=2, checkpointing=True),
 )
 
 
@@ -78,7 +78,7 @@ def test_memory_per_token_does_not_grow_with_the_sequence():
 def test_chunks_and_samples_lower_the_memory_of_a_long_sequence():
     whole = temporary_bytes(NARROW, 32_768)
     wide = dataclasses.replace(NARROW, d_ff=512)
-    chunked = dataclasses.replace(wide, history_chunk=2048)
+    chunked = dataclasses.replace(wide, memory=ExecutionPlan(segments=2, chunk=2048, checkpointing=True))
     assert temporary_bytes(chunked, 32_768) < 0.5 * temporary_bytes(wide, 32_768)
     sampled = temporary_bytes(NARROW, 32_768, sampled=4)
     assert sampled < 1.5 * whole

@@ -12,6 +12,7 @@ import pytest
 from tests.support import golden, reference
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.dropout import Dropout
@@ -30,7 +31,7 @@ SMALL = ModelConfig(
     history_window=3,
     generation_window=4,
     dtype="float32",
-    history_segments=2,
+    memory=ExecutionPlan(segments=2),
 )
 
 
@@ -48,7 +49,7 @@ def test_parameter_count_of_the_41m_shape(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_causality_and_full_awareness_by_gradients(architecture):
     """d logits[t] / d embedding[s] is exactly 0 for s > t, and non-zero for every s <= t that t may see."""
-    config = dataclasses.replace(SMALL, architecture=architecture, history_window=4, history_segments=1)
+    config = dataclasses.replace(SMALL, architecture=architecture, history_window=4)
     model, variables = build_model(config), golden_scale(config)
     length = 22  # five full windows and a short one
     embeddings = jnp.asarray(np.random.default_rng(0).standard_normal((1, length, config.d_model)), jnp.float32)
@@ -72,11 +73,14 @@ def test_causality_and_full_awareness_by_gradients(architecture):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "remat"), [("tlinformer", "window"), pytest.param("tconstformer", "none", marks=pytest.mark.slow)]
+    ("architecture", "checkpointing"),
+    [("tlinformer", True), pytest.param("tconstformer", False, marks=pytest.mark.slow)],
 )
-def test_scan_equals_plain_loop_over_windows(architecture, remat):
+def test_scan_equals_plain_loop_over_windows(architecture, checkpointing):
     """The segmented scans give what applying the public block window by window gives, gradients included."""
-    config = dataclasses.replace(SMALL, architecture=architecture, remat=remat, history_segments=1, hidden_depth=0)
+    config = dataclasses.replace(
+        SMALL, architecture=architecture, memory=ExecutionPlan(checkpointing=checkpointing), hidden_depth=0
+    )
     variables = golden_scale(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 11)))
     model, block = build_model(config), DualWindowBlock(config)
@@ -112,7 +116,7 @@ def test_results_do_not_depend_on_segments_or_layer_scans(segments):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 27)))
     truth = reference.logits(golden.random_weights(SMALL), SMALL, np.asarray(tokens))
     for scan_layers in (True, False):
-        config = dataclasses.replace(SMALL, history_segments=segments, scan_layers=scan_layers)
+        config = dataclasses.replace(SMALL, memory=ExecutionPlan(segments, scan_layers=scan_layers))
         logits = jax.jit(build_model(config).apply)(variables, tokens)
         np.testing.assert_allclose(logits, truth, atol=2e-5)
 
@@ -120,21 +124,20 @@ def test_results_do_not_depend_on_segments_or_layer_scans(segments):
 def test_segments_cover_every_window_once():
     for windows in (1, 2, 3, 7, 64):
         for segments in (1, 3, 4, 9):
-            config = dataclasses.replace(SMALL, history_segments=segments)
-            plan = plan_segments(config, windows)
-            covered = [segment.first + i for segment in plan for i in range(segment.count)]
+            runs = plan_segments(SMALL, windows, ExecutionPlan(segments))
+            covered = [segment.first + i for segment in runs for i in range(segment.count)]
             assert covered == list(range(1, windows))
-            assert all(segment.history_rows >= covered[-1] * 4 for segment in plan[-1:])
+            assert all(segment.history_rows >= covered[-1] * 4 for segment in runs[-1:])
             for first in (0, 2, 5, 63):
-                later = plan_segments(config, windows, first=first)
+                later = plan_segments(SMALL, windows, ExecutionPlan(segments), first=first)
                 covered = [segment.first + i for segment in later for i in range(segment.count)]
                 assert covered == list(range(max(first, 1), windows))
     assert num_windows(SMALL, 1) == 1
     assert num_windows(SMALL, 9) == 3
 
 
-def test_dropout_acts_in_training_only_and_is_the_same_under_rematerialisation():
-    config = dataclasses.replace(SMALL, hidden_depth=0, history_segments=1)
+def test_dropout_acts_in_training_only_and_is_the_same_under_checkpointing():
+    config = dataclasses.replace(SMALL, hidden_depth=0)
     variables = golden_scale(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 11)))
 
@@ -142,7 +145,7 @@ def test_dropout_acts_in_training_only_and_is_the_same_under_rematerialisation()
         model = build_model(dataclasses.replace(config, **fields))
         return jax.jit(lambda: model.apply(variables, tokens, train=train, rngs={"dropout": jax.random.key(3)}))()
 
-    kept, recomputed = (run(True, dropout=0.3, remat=remat) for remat in ("none", "window"))
+    kept, recomputed = (run(True, dropout=0.3, memory=ExecutionPlan(checkpointing=again)) for again in (False, True))
     plain = run(False, dropout=0.3)
     np.testing.assert_allclose(kept, recomputed, atol=2e-5)
     assert jnp.abs(kept - plain).max() > 0.1
@@ -191,7 +194,7 @@ def count_equations(jaxpr) -> int:
 
 @pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer"])
 def test_program_size_does_not_grow_with_the_number_of_windows(architecture):
-    config = dataclasses.replace(SMALL, architecture=architecture, history_segments=4, hidden_depth=0)
+    config = dataclasses.replace(SMALL, architecture=architecture, memory=ExecutionPlan(4), hidden_depth=0)
     model, variables = build_model(config), golden_scale(config)
 
     def size(windows):
@@ -228,29 +231,21 @@ def test_no_wide_float32_value_is_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
-def test_rematerialisation_keeps_what_it_is_told(architecture):
-    """Everything; nothing but inputs; those and the feed-forward's inner products of width 2 x 40."""
-    fields = {"architecture": architecture, "d_ff": 40, "scan_layers": False, "history_segments": 1, "hidden_depth": 0}
-    config = dataclasses.replace(SMALL, **fields)
-    size = {}
-    for name, more in {
-        "all": {"remat": "none"},
-        "none": {"remat": "window"},
-        "gate_up": {"remat": "window", "remat_save": "gate_up"},
-    }.items():
-        leaves = saved_values(dataclasses.replace(config, **more), 12)
-        size[name] = sum(leaf.size for leaf in leaves)
-        assert any(leaf.shape[-2:] == (2, 40) for leaf in leaves if leaf.ndim == 4) == (name != "none")
-    assert size["none"] < size["gate_up"] < size["all"]
+def test_checkpointing_keeps_no_inner_values(architecture):
+    """The feed-forward's inner products have a width of 2 x 40."""
+    config, size = dataclasses.replace(SMALL, architecture=architecture, d_ff=40, hidden_depth=0), []
+    for again in (False, True):
+        plan = ExecutionPlan(2, scan_layers=False, checkpointing=again)
+        leaves = saved_values(dataclasses.replace(config, memory=plan), 12)
+        size.append(sum(leaf.size for leaf in leaves))
+        assert any(leaf.shape[-2:] == (2, 40) for leaf in leaves if leaf.ndim == 4) != again
+    assert size[1] < size[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "save"),
-    [(name, "gate_up,projected,attended") for name in ("tlinformer", "transformer")] + [("transformer", "")],
-)
-def test_rematerialisation_changes_no_gradient(architecture, save):
-    config = dataclasses.replace(SMALL, architecture=architecture, remat="none", hidden_depth=0)
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+def test_checkpointing_changes_no_gradient(architecture):
+    config = dataclasses.replace(SMALL, architecture=architecture, hidden_depth=0)
     params = golden_scale(config)["params"]
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 11)))
 
@@ -258,7 +253,7 @@ def test_rematerialisation_changes_no_gradient(architecture, save):
         model = build_model(config)
         return jax.jit(jax.grad(lambda params: (model.apply({"params": params}, tokens) ** 2).mean()))(params)
 
-    again = gradient(dataclasses.replace(config, remat="window", remat_save=save))
+    again = gradient(dataclasses.replace(config, memory=ExecutionPlan(checkpointing=True)))
     for value, truth in zip(jax.tree.leaves(again), jax.tree.leaves(gradient(config)), strict=True):
         assert jnp.linalg.norm(value - truth) <= 1e-5 * jnp.linalg.norm(truth)
 
@@ -266,7 +261,7 @@ def test_rematerialisation_changes_no_gradient(architecture, save):
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_the_number_of_windows():
     """At 64 windows at most 1.5 times that at 16; least processor time of four, as others share the machine."""
-    config = dataclasses.replace(SMALL, history_segments=4)
+    config = dataclasses.replace(SMALL, memory=ExecutionPlan(4))
     model, variables = build_model(config), golden_scale(config)
 
     def seconds(windows):
@@ -354,7 +349,7 @@ def test_bad_inputs_are_refused(inputs, message):
         ({"dtype": "int8"}, "model.dtype = 'int8'"),
         ({"dropout": 1.0}, "model.dropout = 1.0"),
         ({"num_blocks": True}, "model.num_blocks = True"),
-        ({"remat_save": "gate_up,logits"}, "model.remat_save = 'gate_up,logits': must be names of gate_up, projected"),
+        ({"memory": "none"}, "model.memory = 'none': must be one of auto, low"),
         ({"attention": "cudnn", "dropout": 0.1}, "model.attention = 'cudnn'"),
         ({"architecture": "sliding_window", "history_window": "auto"}, "model.history_window = 'auto'"),
     ],

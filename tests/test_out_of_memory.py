@@ -25,21 +25,9 @@ def run_of(model=(), train=(), data=(), mesh=()):
 
 # The advice that a field is worth, and a configuration that has used it up.
 SAVERS = {
-    "model.remat_save = ''": (
-        {"model": {"remat_save": "gate_up", "architecture": "transformer"}},
-        {"model": {"remat_save": "gate_up"}},
-    ),
-    "model.remat = 'window'": ({"model": {"remat": "none"}}, {"model": {"remat": "window"}}),
+    "model.memory = 'low' (now 'auto')": ({}, {"model": {"memory": "low"}}),
     "larger train.accumulation (now 1, 64": ({}, {"train": {"batch_size": 4, "accumulation": 4}}),
     "smaller train.batch_size (now 64)": ({}, {"train": {"batch_size": 1}}),
-    "smaller model.windows_together (now 4)": (
-        {"model": {"windows_together": 4}},
-        {"model": {"windows_together": 4}, "train": {"sampled_windows": 2}},
-    ),
-    "model.history_chunk = 4096 (now 0)": (
-        {"data": {"sequence_length": 65536}},
-        {"model": {"history_chunk": 4096}, "data": {"sequence_length": 65536}},
-    ),
     "mesh.fsdp = 8 (now 1)": ({}, {"mesh": {"fsdp": 8}}),
 }
 
@@ -114,7 +102,7 @@ check.jit_train_step = loop.jit_train_step = jit_train_step
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: Out of memory while trying to allocate 12345 bytes; a step holds less with ")
-    for field in ("model.remat", "train.accumulation", "train.batch_size", "data.sequence_length"):
+    for field in ("model.memory", "train.accumulation", "train.batch_size", "data.sequence_length"):
         assert field in last
 
 

@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_papers_micro_batches():
     """13 samples in updates of 8 by micro-batches of 2: the epoch's last update holds 2 + 2 + 1 rows."""
     shrunk = get_config("wt103", "paper-512-512-0.5")
     shrunk.model.update(d_model=16, num_heads=2, num_blocks=1, hidden_depth=0, d_ff=32, vocab_size=257, dropout=0.0)
-    shrunk.model.update(history_window=4, generation_window=4, history_segments=1)
+    shrunk.model.update(history_window=4, generation_window=4)
     shrunk.train.update(batch_size=8, accumulation=4, warmup_steps=1)
     config = run_config(shrunk)
     model, length = build_model(config.model), 12
@@ -194,7 +194,7 @@ def test_rehearsal_of_two_epochs_on_real_rows(tmp_path, manual_dir, micro):
     """The whole way from a hand-filled directory to metrics.jsonl; only the sizes are smaller."""
     length, warmup, batch = 8, 3, 64
     config = get_config("wt103", "paper-512-512-0.5")
-    config.model.update(d_model=16, num_heads=2, num_blocks=1, hidden_depth=0, d_ff=16, history_segments=1)
+    config.model.update(d_model=16, num_heads=2, num_blocks=1, hidden_depth=0, d_ff=16)
     config.model.update(history_window=4, generation_window=4)
     config.data.update(sequence_length=length, manual_dir=manual_dir, cache_dir=str(tmp_path / "cache"))
     config.train.update(epochs=2, warmup_steps=warmup, batch_size=batch, accumulation=batch // micro, log_every=1)

@@ -16,6 +16,7 @@ from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config import data as data_config
 from tlinformer_jax.config import model as model_config
 from tlinformer_jax.config import train as train_config
+from tlinformer_jax.config.plan import MEMORY, ExecutionPlan
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
@@ -67,6 +68,13 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
     architecture = architecture or draw(st.sampled_from(model_config.ARCHITECTURES))
     heads, width = draw(st.sampled_from([(1, 16), (2, 8), (4, 4), (3, 4)]))
     model = {
+        "memory": ExecutionPlan(
+            segments=draw(st.integers(1, 3)),
+            together=draw(st.integers(1, 2)),
+            chunk=draw(st.sampled_from([0, 3])),
+            scan_layers=draw(st.booleans()),
+            checkpointing=draw(st.booleans()),
+        ),
         "architecture": architecture,
         "vocab_size": VOCABULARY,
         "d_model": heads * width,
@@ -77,12 +85,6 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "dropout": draw(st.sampled_from([0.0, 0.3])),
         "dtype": "float32",
         "attention": "xla",
-        "history_segments": draw(st.integers(1, 3)),
-        "windows_together": draw(st.integers(1, 2)),
-        "history_chunk": draw(st.sampled_from([0, 3])),
-        "scan_layers": draw(st.booleans()),
-        "remat": draw(st.sampled_from(model_config.REMAT)),
-        "remat_save": draw(st.sampled_from(["", "gate_up", "projected,attended"])),
         **draw(windows(architecture)),
     }
     least = (windows_of - 1) * model["generation_window"] + 1 if windows_of else 1
@@ -144,12 +146,12 @@ def check_valid(config: RunConfig, prompt: int) -> None:
 
 # One of each architecture, of two blocks and four windows, the last of them short; and a prompt.
 STRATUM = {"vocab_size": VOCABULARY, "d_model": 8, "num_heads": 2, "num_blocks": 2, "hidden_depth": 0, "d_ff": 8}
-STRATUM |= {"dtype": "float32", "attention": "xla", "history_segments": 1, "generation_window": 3}
+STRATUM |= {"dtype": "float32", "attention": "xla", "generation_window": 3}
 STRATA = {
-    "tlinformer": ({"history_window": 4, "dropout": 0.1, "remat": "window"}, 4),
-    "tconstformer": ({"history_window": 2, "remat": "none"}, 3),
-    "transformer": ({"scan_layers": True, "dropout": 0.1}, 2),
-    "sliding_window": ({"history_window": 2, "scan_layers": True}, 5),
+    "tlinformer": ({"memory": ExecutionPlan(checkpointing=True), "history_window": 4, "dropout": 0.1}, 4),
+    "tconstformer": ({"memory": ExecutionPlan(), "history_window": 2}, 3),
+    "transformer": ({"memory": ExecutionPlan(scan_layers=True), "dropout": 0.1}, 2),
+    "sliding_window": ({"memory": ExecutionPlan(scan_layers=True), "history_window": 2}, 5),
 }
 
 
@@ -183,9 +185,8 @@ def test_many_valid_configs_train_and_decode(architecture):
 # Values that a field never takes, whatever it is.
 NEVER = [None, (), {}, [1], b"x", 1 + 2j]
 LEAST = {
-    "model": {"hidden_depth": 0, "history_chunk": 0, "head_padding": 8, "d_ff": 1, "history_window": 1}
-    | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1)
-    | dict.fromkeys(("history_segments", "windows_together"), 1),
+    "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1}
+    | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1),
     "train": dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
     | dict.fromkeys(("checkpoint_every", "keep_best"), 0)
@@ -194,14 +195,12 @@ LEAST = {
 }
 CHOICES = {
     "model": {
+        "memory": MEMORY,
         "architecture": model_config.ARCHITECTURES,
         "dtype": model_config.COMPUTE_DTYPES,
         "param_dtype": model_config.PARAM_DTYPES,
         "attention": model_config.ATTENTION_BACKENDS,
-        "remat": model_config.REMAT,
-        "remat_save": ("", *model_config.REMAT_NAMES),
         "history_window": ("auto",),
-        "observed_selection": model_config.SELECTIONS,
     },
     "train": {
         "schedule": train_config.SCHEDULES,
@@ -210,7 +209,7 @@ CHOICES = {
     },
     "data": {"dataset": data_config.DATASETS},
 }
-SWITCHES = {"model": ("scan_layers",)}
+SWITCHES: dict[str, tuple[str, ...]] = {}
 RATES = {
     "model": {"dropout": 1.0},
     "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
@@ -255,9 +254,14 @@ def invalid_configs(draw) -> tuple[str, dict]:
     section, _, name = field.partition(".")
     value = draw(INVALID[field])
     hypothesis.assume(not (field == "model.d_ff" and value is None))
-    values = draw(valid_configs()).to_dict()
+    values = values_of(draw(valid_configs()))
     values[section][name] = value
     return field, values
+
+
+def values_of(config: RunConfig) -> dict:
+    """As a file has them, where no plan is spelt out."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, memory="auto")).to_dict()
 
 
 def check_refused(values: dict, fields: set[str]) -> None:
@@ -302,7 +306,7 @@ TOGETHER = [
 @settings(50)
 @hypothesis.given(valid_configs(), st.sampled_from(TOGETHER))
 def test_fields_that_do_not_go_together_are_named(config, changes):
-    values = config.to_dict()
+    values = values_of(config)
     for field, value in changes.items():
         section, _, name = field.partition(".")
         values[section][name] = value
@@ -312,8 +316,8 @@ def test_fields_that_do_not_go_together_are_named(config, changes):
 @settings(30)
 @hypothesis.given(valid_configs(), st.sampled_from(sorted(SECTIONS)), st.text(min_size=1), st.integers())
 def test_unknown_names_are_named(config, section, name, value):
-    values = config.to_dict()
-    hypothesis.assume(name not in values[section])
+    values = values_of(config)
+    hypothesis.assume(name not in values[section] and name.isprintable())
     hypothesis.assume(name not in values)
     check_refused(values | {section: values[section] | {name: value}}, {f"{section}.{name}"})
 

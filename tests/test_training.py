@@ -42,7 +42,6 @@ MODEL = ModelConfig(
     history_window=4,
     generation_window=4,
     dtype="float32",
-    history_segments=1,
 )
 TRAIN = TrainConfig(
     steps=4, batch_size=8, learning_rate=1e-2, warmup_steps=1, log_every=1, eval_every=2, checkpoint_every=2

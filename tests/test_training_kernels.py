@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlinformer_jax.models import layers, norm_kernel
+from tlinformer_jax.kernels import common
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.kernels import norm as norm_kernel
+from tlinformer_jax.models import layers
 from tlinformer_jax.models.recompute import map_rows
-from tlinformer_jax.training import loss, loss_kernel
+from tlinformer_jax.parallel.target import target
+from tlinformer_jax.training import loss
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -87,7 +91,7 @@ def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
 def test_kernels_run_on_one_device_only(devices, monkeypatch):
     """XLA cannot split them over a mesh, and would compute them as a whole on every device."""
     for module in (norm_kernel, loss_kernel):
-        monkeypatch.setattr(module, "is_nvidia_gpu", lambda: True)
+        monkeypatch.setattr(module, "available", lambda name: True)
     with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
         assert loss_kernel.use_kernel() == (devices == 1)
         assert norm_kernel.use_kernel(jnp.zeros((2, 8), jnp.bfloat16)) == (devices == 1)
@@ -112,3 +116,26 @@ def test_rows_past_the_count_are_not_computed():
     assert float(weight_gradient) == 30
     np.testing.assert_array_equal(row_gradients, [[6, 12, 18, 24, 0, 0, 0, 0]])
     np.testing.assert_array_equal(map_rows(branch, 2, weight, rows, jnp.float32(10), jnp.int32(9))[:, :4], found[:, :4])
+
+
+@pytest.mark.parametrize("missing", [ImportError("No module named triton"), NotImplementedError("no such operation")])
+def test_where_pallas_cannot_lower_for_the_gpu_plain_jax_serves(missing, monkeypatch):
+    def refused(*_, **__):
+        raise missing
+
+    monkeypatch.setattr(common, "call_kernel", refused)
+    common.why_no_triton.cache_clear()
+    try:
+        with target("gpu", "NVIDIA H100 80GB HBM3"):
+            assert not any(map(common.available, common.OPERATIONS))
+            assert str(missing) in common.serving()
+    finally:
+        common.why_no_triton.cache_clear()
+
+
+def test_with_a_working_back_end_every_operation_has_its_kernel():
+    pytest.importorskip("jax.experimental.pallas.triton")
+    assert "none of our own" in common.serving()
+    with target("gpu", "NVIDIA H100 80GB HBM3"):
+        assert all(map(common.available, common.OPERATIONS))
+        assert "token step" in common.serving()

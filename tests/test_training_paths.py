@@ -12,33 +12,34 @@ import optax
 import pytest
 
 from tests.test_model import SMALL, golden_scale
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, streams, transformer, windows
+from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, streams, windows
+from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.training import step, window_loss
 from tlinformer_jax.training.batch_loss import summed_loss
 from tlinformer_jax.training.optimizer import Horizon
 
 LENGTH = 15  # three windows of 4 tokens, and one of 3
-# What each case changes: the default way of a long sequence is `remat`.
+# What each case changes.
 WAYS = {
-    "one after the other": {"remat": "window", "history_segments": 2, "history_chunk": 3},
-    "a segment each": {"remat": "window", "history_segments": 9},
-    "three segments": {"remat": "window", "history_segments": 3, "history_window": 9},
-    "one segment in chunks": {"remat": "window", "history_segments": 1, "history_chunk": 8, "history_window": 4},
-    "in groups": {"remat": "window", "history_segments": 4, "windows_together": 2, "history_chunk": 5},
-    "all together": {"remat": "none", "windows_together": 5, "history_window": 5},
-    "all kept": {"remat": "none", "history_segments": 2, "hidden_depth": 1},
-    "growing windows": {"remat": "window", "history_window": "auto", "history_segments": 2},
-    "growing windows in chunks": {
-        "remat": "window",
-        "history_window": "auto",
-        "history_chunk": 4,
-        "history_segments": 1,
+    "one after the other": {"memory": ExecutionPlan(2, chunk=3, checkpointing=True)},
+    "a segment each": {"memory": ExecutionPlan(9, checkpointing=True)},
+    "three segments": {"memory": ExecutionPlan(3, checkpointing=True), "history_window": 9},
+    "one segment in chunks": {"memory": ExecutionPlan(chunk=8, checkpointing=True), "history_window": 4},
+    "in groups": {"memory": ExecutionPlan(4, together=2, chunk=5, checkpointing=True)},
+    "all together": {"memory": ExecutionPlan(together=5), "history_window": 5},
+    "all kept": {"memory": ExecutionPlan(2), "hidden_depth": 1},
+    "growing windows": {"memory": ExecutionPlan(2, checkpointing=True), "history_window": "auto"},
+    "growing windows in chunks": {"memory": ExecutionPlan(chunk=4, checkpointing=True), "history_window": "auto"},
+    "two hidden layers": {"memory": ExecutionPlan(chunk=7, checkpointing=True), "hidden_depth": 2, "history_window": 6},
+    "three blocks": {"memory": ExecutionPlan(chunk=5, checkpointing=True), "num_blocks": 3},
+    "tconstformer": {
+        "memory": ExecutionPlan(chunk=3, checkpointing=True),
+        "architecture": "tconstformer",
+        "hidden_depth": 1,
     },
-    "two hidden layers": {"remat": "window", "hidden_depth": 2, "history_window": 6, "history_chunk": 7},
-    "three blocks": {"remat": "window", "num_blocks": 3, "history_chunk": 5},
-    "tconstformer": {"remat": "window", "architecture": "tconstformer", "hidden_depth": 1, "history_chunk": 3},
 }
 DEFAULT = ("in groups",)
 # Of compress and restore, where a case asks for no more: the plain loop is unrolled, and its compilation is the cost.
@@ -141,7 +142,11 @@ PACKAGE = str(pathlib.Path(step.__file__).parents[1])
 
 @pytest.mark.parametrize(
     ("length", "changes"),
-    [(LENGTH, {"remat": "none"}), (40, {"remat": "window"}), (8, {"architecture": "transformer"})],
+    [
+        (LENGTH, {"memory": ExecutionPlan()}),
+        (40, {"memory": ExecutionPlan(checkpointing=True)}),
+        (8, {"architecture": "transformer"}),
+    ],
 )
 def test_the_way_from_the_step_to_the_attention_is_short(length, changes, monkeypatch):
     """At most 12 frames of the package, `train_step` and `attend` included."""
@@ -156,7 +161,7 @@ def test_the_way_from_the_step_to_the_attention_is_short(length, changes, monkey
         depths.append(depth)
         return real(*arrays, **options)
 
-    for module in (block, streams, transformer):
+    for module in (block, streams, model_module):
         monkeypatch.setattr(module, "attend", counted)
     state = jax.eval_shape(lambda key: step.init_state(key, model, train, horizon), jax.random.key(0))
     rows = {

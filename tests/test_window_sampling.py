@@ -11,10 +11,11 @@ import pytest
 from tests.test_model import SMALL as THREE_LAYERS
 from tests.test_model import count_equations, golden_scale
 from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import build_model
-from tlinformer_jax.models.recompute import map_recomputed
+from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.batch_loss import summed_loss
@@ -23,7 +24,7 @@ from tlinformer_jax.training.step import TrainState, init_state, train_step
 from tlinformer_jax.training.window_loss import draw_windows
 
 # Compress and restore only, and one history segment: compilation is what these tests cost.
-SMALL = dataclasses.replace(THREE_LAYERS, hidden_depth=0, history_segments=1)
+SMALL = dataclasses.replace(THREE_LAYERS, hidden_depth=0)
 LENGTH = 18  # four windows of 4 tokens, and one of 2
 
 
@@ -50,7 +51,7 @@ def loss_and_gradient(config):
 @pytest.mark.slow
 def test_over_all_subsets_the_mean_loss_and_gradient_are_the_full_ones(architecture, segments):
     """Every subset of k = 2 of n = 5 windows, the last one short; loss and gradients to 1e-6."""
-    config = dataclasses.replace(SMALL, architecture=architecture, history_window=5, history_segments=segments)
+    config = dataclasses.replace(SMALL, architecture=architecture, history_window=5, memory=ExecutionPlan(segments))
     params = golden_scale(config)["params"]
     function = loss_and_gradient(config)
     loss, gradient = function(params, None)
@@ -102,7 +103,7 @@ def test_a_step_draws_other_windows_than_the_one_before_and_reports_an_estimate(
 @pytest.mark.slow
 def test_cost_grows_with_the_sampled_windows_not_with_the_sequence():
     """The program has one loop of k steps, whatever the sequence; its body reads what a segment needs."""
-    config = dataclasses.replace(SMALL, history_segments=3)
+    config = dataclasses.replace(SMALL, memory=ExecutionPlan(3))
     model, variables = build_model(config), golden_scale(config)
 
     def traced(windows, length):
@@ -145,8 +146,8 @@ def test_impossible_samples_are_refused(model, train, message):
 )
 def test_windows_that_run_together_give_what_they_give_alone(together, segments, fields):
     """Loss 1e-5, gradients 1e-4 per array."""
-    alone = dataclasses.replace(SMALL, history_segments=1, **fields)
-    folded = dataclasses.replace(alone, windows_together=together, history_segments=segments)
+    alone = dataclasses.replace(SMALL, **fields)
+    folded = dataclasses.replace(alone, memory=ExecutionPlan(segments, together))
     params = golden_scale(alone)["params"]
     (loss, gradient), (truth, true_gradient) = (loss_and_gradient(c)(params, None) for c in (folded, alone))
     assert float(loss) == pytest.approx(float(truth), abs=1e-5)
@@ -156,16 +157,16 @@ def test_windows_that_run_together_give_what_they_give_alone(together, segments,
 
 def test_recomputed_loop_sums_shared_gradients_in_float32():
     """1024 equal terms in bfloat16 would stop adding up at 256."""
-    weight, steps = jnp.ones((3,), jnp.bfloat16), jnp.arange(1024)
-    parts = jnp.arange(1024.0)[:, None] * jnp.ones(3)
+    weight = jnp.ones((3,), jnp.bfloat16)
+    parts = jnp.arange(1024.0)[None, :, None] * jnp.ones(3)
 
     def branch(shared, fixed, item):
-        part, step = item
-        return shared * fixed * jnp.where(step >= 0, 1, 0) + part.astype(shared.dtype) * 0 + part * 2
+        part, number = item
+        return shared * fixed * jnp.where(number >= 0, 1, 0) + part.astype(shared.dtype) * 0 + part * 2
 
     def total(weight, parts):
-        return map_recomputed(branch, weight, parts, jnp.bfloat16(1), steps).astype(jnp.float32).sum()
+        return map_rows(branch, 1, weight, parts, jnp.bfloat16(1), 1024).astype(jnp.float32).sum()
 
     gradient, part_gradient = jax.grad(total, argnums=(0, 1))(weight, parts)
     np.testing.assert_array_equal(gradient, jnp.full(3, 1024, jnp.bfloat16))
-    np.testing.assert_array_equal(part_gradient, jnp.full((1024, 3), 2.0))
+    np.testing.assert_array_equal(part_gradient, jnp.full((1, 1024, 3), 2.0))

@@ -56,7 +56,7 @@ def write_texts(folder: pathlib.Path) -> None:
 def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
     """A run with dropout, accumulation, and updates that span two epochs; it saves and evaluates often."""
     shape = {"d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 1, "d_ff": 32, "vocab_size": 257}
-    windows = {"history_window": 8, "generation_window": 8, "history_segments": 1}
+    windows = {"history_window": 8, "generation_window": 8}
     return run_config(
         {
             "model": shape | windows | {"dropout": 0.1, "dtype": "float32"},

@@ -10,8 +10,10 @@ import pytest
 
 from benchmarks.ablation import GATES, SHARED, without
 from tests.support.commands import ROOT
-from tlinformer_jax.models import cached_attention, dropout_kernel, norm_kernel, token_layer
-from tlinformer_jax.training import loss_kernel
+from tlinformer_jax.kernels import dropout as dropout_kernel
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.kernels import norm as norm_kernel
+from tlinformer_jax.models import cached_attention, token_layer
 
 X = jnp.zeros((2, 16), jnp.bfloat16)
 
@@ -22,7 +24,7 @@ def used() -> dict[str, bool]:
         "loss": loss_kernel.use_kernel(),
         "norm": norm_kernel.use_kernel(X),
         "dropout": dropout_kernel.use_kernel(X.dtype, 36),
-        "token": token_layer.is_nvidia_gpu(),
+        "token": token_layer.available("decode"),
         "dense": token_layer.MAX_FUSED_ROWS > 0,
         **{kernel: getattr(cached_attention, name)() for kernel, name in SHARED.items()},
     }
@@ -31,7 +33,7 @@ def used() -> dict[str, bool]:
 @pytest.mark.parametrize("kernel", [*GATES, *SHARED])
 def test_one_kernel_is_left_out(kernel, monkeypatch):
     for module in (loss_kernel, norm_kernel, dropout_kernel, token_layer):
-        monkeypatch.setattr(module, "is_nvidia_gpu", lambda: True)
+        monkeypatch.setattr(module, "available", lambda name: True)
     for module in (loss_kernel, norm_kernel, dropout_kernel):
         monkeypatch.setattr(module, "unsplit", lambda: True)
     monkeypatch.setattr(cached_attention, "use_kernels", lambda *_: True)

@@ -9,10 +9,12 @@ import pytest
 from benchmarks import flops
 from benchmarks.flops import hardware_flops, utilisation
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.model import REMAT_NAMES
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training.loss import summed_cross_entropy
 
+PLAN = ExecutionPlan(segments=8, scan_layers=False)  # a segment for each window: nothing is masked
+AGAIN = dataclasses.replace(PLAN, checkpointing=True)
 # Wide enough that elementwise operations, which XLA counts and we do not, are a small part.
 WIDE = ModelConfig(
     vocab_size=512,
@@ -25,9 +27,7 @@ WIDE = ModelConfig(
     generation_window=64,
     dtype="float32",
     attention="xla",
-    history_segments=8,  # one for each window: nothing is masked
-    scan_layers=False,
-    remat="none",
+    memory=PLAN,
 )
 
 
@@ -40,8 +40,7 @@ WIDE = ModelConfig(
         ("tconstformer", 128, 0, {"num_blocks": 1}),
         ("tlinformer", 64, 0, {}),  # one window
         ("transformer", 192, 0, {}),
-        ("transformer", 192, 0, {"remat": "window"}),
-        *(("transformer", 192, 0, {"remat": "window", "remat_save": name}) for name in REMAT_NAMES),
+        ("transformer", 192, 0, {"memory": AGAIN}),
         ("sliding_window", 192, 0, {}),
     ],
 )
@@ -62,21 +61,27 @@ def test_hardware_flops_are_what_xla_counts(architecture, length, first, fields)
     assert expected == pytest.approx(counted, rel=0.015)
 
 
-def test_masked_history_padding_and_rematerialisation_are_hardware_flops_only():
-    whole, one_segment = hardware_flops(WIDE, 512), dataclasses.replace(WIDE, history_segments=1)
+def test_masked_history_padding_and_checkpointing_are_hardware_flops_only():
+    whole, one_segment = (
+        hardware_flops(WIDE, 512),
+        dataclasses.replace(WIDE, memory=dataclasses.replace(PLAN, segments=1)),
+    )
     assert training_flops(one_segment, 512) == training_flops(WIDE, 512)
     assert hardware_flops(one_segment, 512) > 1.2 * whole
-    assert hardware_flops(dataclasses.replace(WIDE, remat="window"), 512) == whole, "nothing is computed twice"
-    chunked = hardware_flops(dataclasses.replace(WIDE, history_chunk=64), 512)
-    assert training_flops(dataclasses.replace(WIDE, history_chunk=64), 512) == training_flops(WIDE, 512)
+    assert hardware_flops(dataclasses.replace(WIDE, memory=AGAIN), 512) == whole, "nothing is computed twice"
+    in_chunks = dataclasses.replace(WIDE, memory=dataclasses.replace(PLAN, chunk=64))
+    chunked = hardware_flops(in_chunks, 512)
+    assert training_flops(in_chunks, 512) == training_flops(WIDE, 512)
     assert 1.1 * whole < chunked < 1.34 * whole
-    grouped = hardware_flops(dataclasses.replace(WIDE, history_chunk=64, history_segments=1, windows_together=7), 512)
+    grouped = hardware_flops(
+        dataclasses.replace(WIDE, memory=dataclasses.replace(PLAN, segments=1, together=7, chunk=64)), 512
+    )
     assert grouped > 1.1 * chunked, "a group restores its longest history"
     baseline = dataclasses.replace(WIDE, architecture="transformer")
-    again = hardware_flops(dataclasses.replace(baseline, remat="window"), 512)
+    again = hardware_flops(dataclasses.replace(baseline, memory=AGAIN), 512)
     assert 1.2 < again / hardware_flops(baseline, 512) < 1.34
-    padded = dataclasses.replace(WIDE, attention="cudnn", dtype="bfloat16", num_heads=8, head_padding=64)
-    assert hardware_flops(padded, 512) > 1.3 * hardware_flops(dataclasses.replace(padded, head_padding=32), 512)
+    padded = dataclasses.replace(WIDE, attention="cudnn", dtype="bfloat16", num_heads=64)  # of 4 features, padded to 8
+    assert hardware_flops(padded, 512) > 1.2 * hardware_flops(dataclasses.replace(padded, num_heads=32), 512)
     assert hardware_flops(WIDE, 509) > training_flops(WIDE, 509)
 
 

@@ -105,14 +105,11 @@ def test_the_best_row_is_the_fastest_of_its_length():
 
 
 def test_settings_take_numbers_words_none_and_lists_of_names():
-    fields = training.overrides(
-        "model.d_ff=None,model.remat_save=gate_up,attended,train.accumulation=4,model.scan_layers=False"
-    )
+    fields = training.overrides("model.d_ff=None,data.train_files=a.txt,b.txt,train.accumulation=4")
     assert fields == {
         ("model", "d_ff"): None,
-        ("model", "remat_save"): "gate_up,attended",
+        ("data", "train_files"): "a.txt,b.txt",
         ("train", "accumulation"): 4,
-        ("model", "scan_layers"): False,
     }
 
 

@@ -39,7 +39,6 @@ MODEL = ModelConfig(
     history_window=16,
     generation_window=16,
     dtype="float32",
-    history_segments=1,
 )
 PROMPT = "Grüße"
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from tlinformer_jax import ModelConfig
-from tlinformer_jax.models import dropout_kernel, history_kernel, norm_kernel
+from tlinformer_jax.kernels import dropout as dropout_kernel
+from tlinformer_jax.kernels import history as history_kernel
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue
 from tlinformer_jax.models.layers import Layer, prepare_layers
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.token_layer import TokenLayerParams, token_layer
-from tlinformer_jax.training import loss_kernel
 
 pytest.importorskip("jax.experimental.pallas.triton")
 

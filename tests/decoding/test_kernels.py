@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax import ModelConfig
-from tlinformer_jax.models import history_kernel
+from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
 from tlinformer_jax.models.rope import rope_table, rotate

@@ -26,7 +26,6 @@ MODEL = ModelConfig(
     history_window=3,
     generation_window=4,
     dtype="float32",
-    history_segments=1,
 )
 LENGTH = 12
 

@@ -40,7 +40,6 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
             for changes in (
                 {"architecture": "tconstformer"},
                 {"history_window": "auto", "num_blocks": 3},
-                {"observed_selection": "top_k"},
             )
         ),
     ],
@@ -128,10 +127,7 @@ def test_distances_that_cut_nothing_are_left_out_and_a_step_is_that_of_the_evalu
 
 
 def test_what_has_no_history_is_refused():
-    for changes, says in (
-        ({"architecture": "transformer"}, "must have generation windows"),
-        ({"observed_selection": "random"}, "observed_selection = 'random'"),
-    ):
+    for changes, says in (({"architecture": "transformer"}, "must have generation windows"),):
         run = trained(dataclasses.replace(MODEL, **changes))
         with pytest.raises(UserError, match=says):
             measure_history(run, run.run.split("validation"))

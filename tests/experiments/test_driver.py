@@ -19,7 +19,7 @@ from tlinformer_jax.experiments.job import Job, finished_result, read_result
 from tlinformer_jax.models import ModelConfig, build_model
 
 MODEL = {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
-MODEL |= {"history_window": 8, "generation_window": 8, "history_segments": 1, "dtype": "float32"}
+MODEL |= {"history_window": 8, "generation_window": 8, "dtype": "float32"}
 CONFIG = run_config(
     {
         "model": MODEL,

@@ -18,7 +18,7 @@ from tlinformer_jax.experiments.report import history_lines
 
 SECTIONS = {
     "model": {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
-    | {"history_window": 8, "generation_window": 8, "history_segments": 1, "dtype": "float32"},
+    | {"history_window": 8, "generation_window": 8, "dtype": "float32"},
     "train": {"steps": 2, "batch_size": 8, "warmup_steps": 1},
     "data": {"dataset": "pydoc", "tokenizer": "bytes", "sequence_length": 32},
 }
@@ -82,9 +82,6 @@ def test_what_a_run_cannot_have_is_refused_before_it_is_trained():
         check_possible(("evaluate", "history"), base)
     with pytest.raises(UserError, match="history: samples of 8 tokens"):
         check_possible(("history@8",), run_config(SECTIONS))
-    chosen = run_config(SECTIONS | {"model": SECTIONS["model"] | {"observed_selection": "top_k"}})
-    with pytest.raises(UserError, match=r"samples: .*observed_selection = 'top_k'"):
-        check_possible(("samples",), chosen)
     task = SECTIONS["data"] | {"dataset": "copy", "tokenizer": "numbers:9"}
     with pytest.raises(UserError, match=r"samples: .*tokenizer = 'numbers:9'"):
         check_possible(("samples",), run_config(SECTIONS | {"data": task}))

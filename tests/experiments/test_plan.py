@@ -208,9 +208,6 @@ def test_the_process_of_a_sweep_needs_no_jax():
         ("sweep_passkey.py", 12, 4),
         ("sweep_passkey.py:tlin", 3, 1),
         ("sweep_passkey.py:tiny", 2, 2),
-        ("sweep_selection.py", 3, 1),
-        ("sweep_selection.py:recall", 3, 1),
-        ("sweep_selection.py:tiny", 3, 1),
     ],
 )
 def test_sweeps_of_retrieval(where, points, architectures):
@@ -219,9 +216,8 @@ def test_sweeps_of_retrieval(where, points, architectures):
     assert len(planned) == len({repr(point.config) for point in planned}) == points
     assert len({point.config.model.architecture for point in planned}) == architectures
     assert checked_actions(sweep.then) == tuple(sweep.then)
-    if "selection" not in where:
-        depths = {(p.config.model.architecture, p.config.model.num_layers) for p in planned}
-        assert len({layers for _, layers in depths}) <= 3
+    depths = {(p.config.model.architecture, p.config.model.num_layers) for p in planned}
+    assert len({layers for _, layers in depths}) <= 3
     if sweep.study == "retrieval" and "passkey" not in where:
         check_data(planned)
 

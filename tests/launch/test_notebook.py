@@ -13,7 +13,7 @@ from tests.support.optional import need_modules
 NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
 SMALL = (
     *("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1"),
-    *("--config.model.history_segments=1", "--config.data.sequence_length=64", "--config.train.batch_size=8"),
+    *("--config.data.sequence_length=64", "--config.train.batch_size=8"),
     *("--config.train.warmup_steps=2", "--config.train.eval_every=20"),
 )
 

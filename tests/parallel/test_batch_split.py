@@ -11,6 +11,7 @@ import pytest
 
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.analysis.flops import attention_by_device
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
@@ -25,7 +26,9 @@ from tlinformer_jax.training.step import batch_gradient
 
 TRAIN = TrainConfig()
 LENGTH = 43  # ten windows of 4 tokens, and one of 3
-MODEL = dataclasses.replace(SMALL, num_heads=4, d_ff=32, hidden_depth=0, history_window=6, remat="window")
+MODEL = dataclasses.replace(
+    SMALL, num_heads=4, d_ff=32, hidden_depth=0, history_window=6, memory=ExecutionPlan(checkpointing=True)
+)
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"data": 1, "fsdp": 8},
@@ -99,11 +102,17 @@ def test_loss_and_gradients_are_those_of_one_device(axes):
 @pytest.mark.parametrize(
     ("changes", "mesh"),
     [
-        ({"history_window": "auto", "history_segments": 1, "hidden_depth": 1}, {"data": 1, "window": 2, "context": 4}),
-        ({"history_chunk": 2, "num_blocks": 3}, {"data": 2, "window": 2, "context": 2}),
+        ({"history_window": "auto", "hidden_depth": 1}, {"data": 1, "window": 2, "context": 4}),
+        (
+            {"memory": ExecutionPlan(chunk=2, checkpointing=True), "num_blocks": 3},
+            {"data": 2, "window": 2, "context": 2},
+        ),
         ({"architecture": "tconstformer", "hidden_depth": 2}, {"data": 1, "window": 4, "context": 2}),
-        ({"generation_window": 3, "history_window": 5, "history_segments": 8}, {"data": 1, "window": 2, "context": 4}),
-        ({"remat": "none"}, {"data": 2, "window": 2, "context": 2}),
+        (
+            {"memory": ExecutionPlan(segments=8, checkpointing=True), "generation_window": 3, "history_window": 5},
+            {"data": 1, "window": 2, "context": 4},
+        ),
+        ({"memory": ExecutionPlan()}, {"data": 2, "window": 2, "context": 2}),
     ],
 )
 def test_other_models_are_split_as_well(changes, mesh):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.split_rows import SplitRows
 

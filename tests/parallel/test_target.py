@@ -22,7 +22,7 @@ def test_tpu():
         assert (platform(), device_kind()) == ("tpu", "TPU v5 lite")
         assert choose_backend(HALF, None, return_lse=False) == "splash"
         assert ModelConfig().compute_dtype == jnp.bfloat16
-        assert not ModelConfig().scans_layers
+        assert not ModelConfig().plan().scan_layers
         assert compiler_options() is None
     assert platform() == jax.default_backend()
 

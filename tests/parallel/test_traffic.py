@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.support.models import SMALL
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.parallel.batch_split import BatchSplit
@@ -16,7 +17,9 @@ from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
 from tlinformer_jax.training.step import batch_gradient
 from tools.collectives import collectives
 
-MODEL = dataclasses.replace(SMALL, history_window=128, generation_window=256, history_segments=2, remat="window")
+MODEL = dataclasses.replace(
+    SMALL, history_window=128, generation_window=256, memory=ExecutionPlan(segments=2, checkpointing=True)
+)
 
 
 def compiled(length, **mesh):

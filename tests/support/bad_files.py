@@ -24,7 +24,6 @@ MODEL = ModelConfig(
     history_window=8,
     generation_window=8,
     dtype="float32",
-    history_segments=1,
 )
 
 

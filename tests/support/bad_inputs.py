@@ -75,7 +75,6 @@ FLAGS = [
     Case("unknown field", "train", ("--config.model.widnow=8",), "widnow"),
     Case("text for an integer", "train", ("--config.model.num_heads=many",), "num_heads"),
     Case("fraction for an integer", "train", ("--config.train.steps=1.5",), "steps"),
-    Case("text for a switch", "train", ("--config.model.scan_layers=perhaps",), "scan_layers"),
     Case("trace into a file", "train", ("--profile={d}/binary.txt",), "--profile"),
 ]
 
@@ -96,12 +95,7 @@ MODELS = fields(
     ("model.dtype=float8", "unknown type"),
     ("model.param_dtype=float16", "a type that is not for parameters"),
     ("model.attention=flash", "unknown kernel"),
-    ("model.head_padding=12", "no multiple of 8"),
-    ("model.history_segments=0", "zero"),
-    ("model.windows_together=0", "zero"),
-    ("model.history_chunk=-1", "negative"),
-    ("model.remat=always", "unknown word"),
-    ("model.remat_save=everything", "unknown name"),
+    ("model.memory=always", "unknown word"),
 )
 MODELS += [
     Case(

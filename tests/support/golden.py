@@ -52,7 +52,6 @@ def load(name: str, **overrides) -> Golden:
         "history_window": meta["w_oh"] or 8,
         "generation_window": meta["w_og"] or 8,
         "dtype": "float32",
-        "history_segments": 1,
     }
     return Golden(
         config=ModelConfig(**(fields | overrides)),

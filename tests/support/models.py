@@ -13,5 +13,4 @@ SMALL = ModelConfig(
     generation_window=4,
     dtype="float32",
     attention="xla",
-    history_segments=1,
 )

@@ -9,7 +9,7 @@ from tests.support.commands import ROOT, command_line
 SMALL = (
     "--config=configs/tiny.py",
     *("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1"),
-    *("--config.model.history_segments=1", "--config.model.dropout=0.1", "--config.data.sequence_length=32"),
+    *("--config.model.dropout=0.1", "--config.data.sequence_length=32"),
     *("--config.train.batch_size=8", "--config.train.accumulation=2", "--config.train.eval_every=0"),
     *("--config.train.warmup_steps=2", "--config.train.log_every=1"),
 )

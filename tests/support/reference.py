@@ -47,7 +47,8 @@ def _window(
     m = len(x)
     context, past = embedded[first:n], np.arange(first, n)
     new = np.arange(n, n + m)
-    rows = _observed_rows(weights, config, context, x)
+    observed = min(len(context), _history_window(config, len(context))) if len(context) else 0
+    rows = np.arange(len(context) - observed, len(context))
     for b in range(config.num_blocks):
         block = f"transformer.transformer_layers.{b}."
         layer = _Layer(weights, block + "compress_context_layer.", config)
@@ -74,31 +75,6 @@ def _window(
         context = layer.update(context, _attend(qc, kz, vz))
         x = layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz))
     return x
-
-
-def _observed_rows(weights: Weights, config, context: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Which rows of the context the observation window holds, ascending."""
-    n = len(context)
-    count = min(n, _history_window(config, n)) if n else 0
-    if config.observed_selection == "recent" or count == 0:
-        return np.arange(n - count, n)
-    if config.observed_selection == "random":
-        scores = np.array([_hash(row, n) >> 1 for row in range(n)])
-    else:
-        layer = _Layer(weights, "transformer.transformer_layers.0.compress_context_layer.", config)
-        keys = layer.project(context, np.arange(n))[1]  # only distances matter
-        query = layer.project(x[:1], np.array([n]))[0][0]
-        products = np.einsum("hd,khd->hk", query, keys) / math.sqrt(query.shape[-1])
-        paid = np.exp(products - products.max(-1, keepdims=True))
-        scores = (paid / paid.sum(-1, keepdims=True)).mean(0)
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
-
-
-def _hash(row: int, n: int) -> int:
-    word = (row * 0x9E3779B9 + n * 0x85EBCA6B + 1) % 2**32
-    word = (word ^ word >> 16) * 0x7FEB352D % 2**32
-    word = (word ^ word >> 15) * 0x846CA68B % 2**32
-    return word ^ word >> 16
 
 
 def _baseline(weights: Weights, config, x: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
@@ -35,7 +36,6 @@ SECTIONS = {
         "d_ff": 24,
         "history_window": 4,
         "generation_window": 4,
-        "history_segments": 1,
         "dtype": "float32",
     },
     "train": {
@@ -128,10 +128,10 @@ COPY = {"dataset": "copy", "tokenizer": "numbers:2048"}
 @pytest.mark.parametrize(
     ("model", "data", "share"),
     [
-        ({"remat": "none"}, {}, 0.7),
-        pytest.param({"remat": "window"}, {}, 0.85, marks=pytest.mark.slow),
-        pytest.param({"remat": "none", "windows_together": 2}, COPY, 0.7, marks=pytest.mark.slow),
-        ({"remat": "window", "history_segments": 2}, COPY, 0.85),
+        ({"memory": ExecutionPlan()}, {}, 0.7),
+        pytest.param({"memory": ExecutionPlan(checkpointing=True)}, {}, 0.85, marks=pytest.mark.slow),
+        pytest.param({"memory": ExecutionPlan(together=2)}, COPY, 0.7, marks=pytest.mark.slow),
+        ({"memory": ExecutionPlan(checkpointing=True, segments=2)}, COPY, 0.85),
         ({"architecture": "transformer"}, COPY, 0.7),
     ],
     ids=["recall", "recall, one by one", "copy, two windows at once", "copy, one by one", "copy, attention"],

@@ -39,7 +39,6 @@ def run_config(folder: pathlib.Path, **train) -> RunConfig:
             generation_window=4,
             dropout=0.1,
             dtype="float32",
-            history_segments=1,
         ),
         train=TrainConfig(
             **{

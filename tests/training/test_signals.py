@@ -103,7 +103,7 @@ def test_a_terminated_training_command_saves_and_exits_0_and_its_directory_takes
     arguments = [
         "--config=configs/tiny.py",
         *("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1"),
-        *("--config.model.history_segments=1", "--config.data.sequence_length=64", "--config.train.steps=1000000"),
+        *("--config.data.sequence_length=64", "--config.train.steps=1000000"),
         *("--config.train.log_every=1", "--config.train.eval_every=0", f"--workdir={tmp_path}"),
     ]
     line, environment = command_line("tlinformer_jax.main", *arguments)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.transformer import attention_window
+from tlinformer_jax.models.model import attention_window
 from tlinformer_jax.models.windows import FIRST_WINDOW, Segment, assign_runs, num_windows, plan_segments
 from tlinformer_jax.parallel.batch_split import SequenceSplit, SplitWindows
 
@@ -99,8 +99,9 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     As by a fused kernel, which skips masked keys, with true heads. By plain products all devices execute the same,
     because their windows have the same static shapes.
     """
-    split = SequenceSplit(SplitWindows("window", parts))
-    runs = (FIRST_WINDOW, *plan_segments(config, num_windows(config, length), 1, split))
+    split, windows = SequenceSplit(SplitWindows("window", parts)), num_windows(config, length)
+    plan = dataclasses.replace(config.plan(windows), together=1)
+    runs = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
     causal = causal_pairs(config.generation_window)
     loads = np.zeros(parts)
     for run, assigned in zip(runs, assign_runs(runs, parts)):

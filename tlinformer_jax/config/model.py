@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from tlinformer_jax.config.plan import MEMORY, ExecutionPlan, make_plan
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.target import platform
 
@@ -12,18 +13,8 @@ WINDOWED = ("tlinformer", "tconstformer")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
-SELECTIONS = ("recent", "random", "top_k")
-REMAT = ("auto", "none", "window")
-# Intermediate values of a layer that rematerialisation can keep: queries, keys and values before rotation; what
-# attention returned; the feed-forward's two inner products. Widest first, `gate_up` has 2 F features of a row.
-REMAT_NAMES = ("gate_up", "projected", "attended")
-
 # Evaluation and caches have room for a whole window, so that one without a bound would take any memory.
 LONGEST_WINDOW = 1 << 20
-# A sequence of at most so many windows is differentiated as a whole (on accelerators its windows run together), unless
-# told otherwise; of a longer one each window's gradients are made along with its loss, since what differentiation keeps
-# grows with the square of the sequence.
-FEW_WINDOWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,38 +35,15 @@ class ModelConfig:
       history_window: W_oh, rows of the compressed context; 'auto' lets it grow with the history n as
         8 * floor((12 * ln(n) + 7) / 8).
       generation_window: W_og, tokens that are predicted together.
-      observed_selection: which W_oh rows of the history the compressed context is made of: 'recent', the last ones, as
-        in the paper; 'random', by a hash of positions; 'top_k', those that the generation window's first token attends
-        to most; see `models.selection`. Cached generation knows 'recent' only.
       dropout: rate on attention weights and on the feed-forward's output, in training only.
       dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU; with float16 there is
         no loss scaling, so it is for evaluation. Softmax, rotary
         angles, LayerNorm statistics and the loss are always float32.
       param_dtype: of the stored parameters.
       attention: backend of the attention kernel; 'auto' takes the best one for the device and the shapes.
-      head_padding: in training cuDNN gets heads padded with zeros to a multiple of this many features; a multiple
-        of 8, which is what it needs.
-      history_segments: the scan over windows is cut in at most this many scans whose static history lengths
-        grow, so that masked history wastes at most 1 / history_segments of what `history_chunk` does not leave out;
-        each is a program of its own, so that more are faster and compile longer. Of windows that run together each
-        group costs its longest history instead.
-      windows_together: generation windows with history that are computed together, as if they were more sequences;
-        they share what the longest history of them costs. It fills a device that one window of the batch does not,
-        and compiles one program for all. 'auto' is all of a sequence of at most 8 windows on accelerators, else 1.
-      history_chunk: rows of the history that `restore`, and the next block's projections, compute at a time, each chunk
-        again in the backward pass, so that their inner values never exist for a whole long history; chunks of which a
-        window has no row are left out, which is known at run time. 0 takes all rows at once.
-      scan_layers: compile runs of equal layers (the hidden ones, the baselines', those of a window without
-        history) once and loop over them; False compiles each, which takes longer and runs faster; 'auto' is False on
-        accelerators and True on the CPU.
-      remat: what is kept for the backward pass. With 'window' nothing of a window but its gradients: training makes
-        them along with its loss, window after window, and differentiation of the model's outputs computes each window
-        again; the baselines compute each layer again. 'none' keeps everything, of sampled windows nothing all the
-        same; 'auto' is 'window' for sequences of more than 8 windows, in the baselines 'none'.
-      remat_save: intermediate values that are kept where something is computed again, names separated by commas, of
-        'gate_up', 'projected', 'attended'; '' keeps none. It is for the baselines, and for differentiation of the
-        model's outputs, where the gradients of what windows share are then summed in the compute dtype: training of
-        windowed architectures computes no window again.
+      memory: what a computation may take of a device: 'auto', or 'low' for the longest sequences on one device: windows
+        one after the other, in more segments, checkpointing, and chunks of the history beyond a million tokens. It is
+        resolved to an `ExecutionPlan`, which may be given instead, in Python only.
     """
 
     architecture: str = "tlinformer"
@@ -87,18 +55,11 @@ class ModelConfig:
     d_ff: int | None = None
     history_window: int | str = 256
     generation_window: int = 256
-    observed_selection: str = "recent"
     dropout: float = 0.0
     dtype: str = "auto"
     param_dtype: str = "float32"
     attention: str = "auto"
-    head_padding: int = 8
-    history_segments: int = 2
-    windows_together: int | str = "auto"
-    history_chunk: int = 0
-    scan_layers: bool | str = "auto"
-    remat: str = "auto"
-    remat_save: str = ""
+    memory: str | ExecutionPlan = "auto"
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -108,34 +69,16 @@ class ModelConfig:
         _check_choice(self, "dtype", COMPUTE_DTYPES)
         _check_choice(self, "param_dtype", PARAM_DTYPES)
         _check_choice(self, "attention", ATTENTION_BACKENDS)
-        _check_choice(self, "remat", REMAT)
-        _check_choice(self, "observed_selection", SELECTIONS)
-        if self.observed_selection != "recent" and not self.windowed:
-            raise ConfigError(
-                "model.observed_selection",
-                self.observed_selection,
-                f"must be 'recent' for architecture {self.architecture!r}, which has no observation window",
-            )
+        if not isinstance(self.memory, ExecutionPlan):
+            _check_choice(self, "memory", MEMORY)
         for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"):
             _check_int(self, name, 1)
         if self.vocab_size > 2**31 - 1:
             raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
         if self.generation_window > LONGEST_WINDOW:
             raise ConfigError("model.generation_window", self.generation_window, f"must be at most {LONGEST_WINDOW:,}")
-        _check_int(self, "history_segments", 1)
-        for name in ("windows_together", "history_window"):
-            _check_int_or_auto(self, name, 1)
-        for name in ("hidden_depth", "history_chunk"):
-            _check_int(self, name, 0)
-        _check_int(self, "head_padding", 8)
-        if self.head_padding % 8:
-            raise ConfigError("model.head_padding", self.head_padding, "must be a multiple of 8")
-        if not isinstance(self.scan_layers, bool) and self.scan_layers != "auto":
-            raise ConfigError("model.scan_layers", self.scan_layers, "must be True, False or 'auto'")
-        if not isinstance(self.remat_save, str) or not set(self.saved_names) <= set(REMAT_NAMES):
-            raise ConfigError(
-                "model.remat_save", self.remat_save, f"must be names of {', '.join(REMAT_NAMES)}, separated by commas"
-            )
+        _check_int_or_auto(self, "history_window", 1)
+        _check_int(self, "hidden_depth", 0)
         if self.d_ff is not None:
             _check_int(self, "d_ff", 1)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
@@ -186,11 +129,6 @@ class ModelConfig:
         return self.architecture in WINDOWED
 
     @property
-    def saved_names(self) -> tuple[str, ...]:
-        """`remat_save` as names."""
-        return tuple(name.strip() for name in self.remat_save.split(",") if name.strip())
-
-    @property
     def compute_dtype(self) -> Any:
         """The dtype of the computation, 'auto' resolved for the default device."""
         import jax.numpy as jnp  # here, because configurations are also read where JAX is not wanted
@@ -199,16 +137,12 @@ class ModelConfig:
             return jnp.dtype(self.dtype)
         return jnp.dtype("float32" if _on_cpu() else "bfloat16")
 
-    @property
-    def scans_layers(self) -> bool:
-        """`scan_layers`, 'auto' resolved for the default device."""
-        return _on_cpu() if isinstance(self.scan_layers, str) else self.scan_layers
-
-    def group_size(self, windows: int) -> int:
-        """`windows_together` for a sequence of so many windows, 'auto' resolved for the default device."""
-        if not isinstance(self.windows_together, str):
-            return self.windows_together
-        return max(windows - 1, 1) if windows <= FEW_WINDOWS and not _on_cpu() else 1
+    def plan(self, windows: int = 1) -> ExecutionPlan:
+        """How a sequence of so many generation windows is executed on the default device."""
+        if isinstance(self.memory, ExecutionPlan):
+            return self.memory
+        sizes = windows, self.generation_window, self.num_layers
+        return make_plan(self.memory, platform(), *sizes, self.windowed)
 
     @property
     def always_observes(self) -> bool:

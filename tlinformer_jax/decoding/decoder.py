@@ -23,7 +23,6 @@ from tlinformer_jax.decoding.cache import (
     stored_rows,
 )
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params
-from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.model import LanguageModel
 
 
@@ -62,16 +61,9 @@ class Decoder:
         The mesh's axis `context` splits the rows of the history; other axes hold copies. None: the variables' device.
 
         Raises:
-          ConfigError: for a model whose observation window is not the last rows of the history, or, with several
-            devices, that has no history.
+          ConfigError: where several devices would split the history of a model that has none.
         """
         self.config, self.mesh = model.config, mesh
-        if self.config.observed_selection != "recent":
-            raise ConfigError(
-                "model.observed_selection",
-                self.config.observed_selection,
-                "must be 'recent' for generation, whose cache holds those rows; others are for training and evaluation",
-            )
         split = spread.split_of(mesh, self.config)
         self.devices = 1 if split is None else split.parts
         typed = model.apply(spread.replicate(dict(variables), mesh), method=model.parameters)

@@ -17,6 +17,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed
 from tlinformer_jax.decoding.vocabulary import VocabularyProjections, project_vocabulary
+from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_attention import (
     KeyValue,
@@ -28,7 +29,6 @@ from tlinformer_jax.models.cached_attention import (
 )
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import LayerParams, project
-from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import Stream
 from tlinformer_jax.parallel.split_rows import SplitRows

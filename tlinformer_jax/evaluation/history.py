@@ -103,8 +103,6 @@ def check_measurable(config: ModelConfig, length: int) -> None:
     """Raises a UserError for a model without windows or with 'random' rows, and for samples without history."""
     if not config.windowed:
         raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
-    if config.observed_selection == "random":
-        raise UserError("history: model.observed_selection = 'random': its rows go by the whole history's length")
     if num_windows(config, length) < 2:
         raise UserError(
             f"history: samples of {length} tokens: must be longer than model.generation_window = "
@@ -115,7 +113,7 @@ def check_measurable(config: ModelConfig, length: int) -> None:
 def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None, chunk: int) -> Sums:
     """Sums over a batch: losses and tokens of each window; where nothing is cut, those of `Probed` too."""
     dtype = config.compute_dtype
-    blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention, config.head_padding))
+    blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
     size, length = config.generation_window, batch["inputs"].shape[1]
     windows = num_windows(config, length)
     embedded = jnp.take(params.embedding, batch["inputs"], axis=0).astype(dtype)
@@ -177,7 +175,7 @@ def _window_states(
     if cut is not None:
         return window_states(blocks, config, C, own, frame)
     real = begin + jnp.arange(size) < length
-    placed = place_window(config, frame, C, own)
+    placed = place_window(frame, rope, size)
     for index, block in enumerate(blocks):
         probed |= _probe(config, block.compress, index, C, own, placed, real)
         later = blocks[index + 1 :]

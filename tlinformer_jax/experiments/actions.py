@@ -77,7 +77,7 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
 
 def check_possible(names: Sequence[str], config: "RunConfig") -> None:
     """Checks before the training that its model and data allow the actions, else raises UserError."""
-    tokenizer, selection = config.data.tokenizer, config.model.observed_selection
+    tokenizer = config.data.tokenizer
     for name in names:
         kind, _, number = name.partition("@")
         if kind == "history":
@@ -86,5 +86,3 @@ def check_possible(names: Sequence[str], config: "RunConfig") -> None:
             check_measurable(config.model, int(number) if number else config.data.sequence_length)
         if kind == "samples" and tokenizer.startswith(NUMBERS):
             raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")
-        if kind == "samples" and selection != "recent":
-            raise UserError(f"samples: model.observed_selection = {selection!r}: must be 'recent' for generation")

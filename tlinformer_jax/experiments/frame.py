@@ -126,7 +126,7 @@ def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def _model_name(model: Mapping[str, Any], layers: int) -> str:
-    """Architecture and depth, and which rows the observation window holds where they are not the last."""
+    """Architecture and depth, and which rows the observation window held, where an earlier version chose others."""
     name, selection = f"{NAMES[model['architecture']]}, {layers} layers", model.get("observed_selection", "recent")
     if model["architecture"] in ("tlinformer", "tconstformer"):
         name += f" (B = {model['num_blocks']}, H = {model['hidden_depth']})"

@@ -21,7 +21,6 @@ T = TypeVar("T")
 TOKENS = 200_000_000  # at most, of a cell
 STOP_AT = 0.99
 EVALUATIONS = 24
-TOGETHER = 1024  # tokens of a sample whose windows run together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +145,6 @@ def _set_task(
         generation_window=setting.generation_window,
         dropout=0.0,
     )
-    windows = -(-setting.length // setting.generation_window)
-    if setting.length <= TOGETHER:
-        config.model.windows_together = windows - 1  # small as they are, one alone would leave a device idle
     set_model(config, "tlin-4")
     config.data.update(sequence_length=setting.length, curriculum=setting.curriculum)
     rows, updates = tokens_per_update // setting.length, TOKENS // tokens_per_update

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.models import dropout_kernel
+from tlinformer_jax.kernels import dropout as dropout_kernel
+from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.merge import merge_softmaxes
-from tlinformer_jax.models.recompute import map_recomputed
+from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.parallel.target import is_nvidia_gpu, platform
 
 # Keys of one part where attention to many keys is split; a power of two.
@@ -48,8 +48,8 @@ def attend(
       key_length: only the first `key_length` keys are valid; a scalar or int32 [batch]. Where it is 0 the
         result is 0, never NaN.
       dropout: on the attention weights; the mask is drawn per softmax.
-      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU; elsewhere it is interpreted, for
-        tests) or 'triton' (NVIDIA, half precision, for dropout only). Only XLA's log-sum-exp is differentiable.
+      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU, elsewhere interpreted) or 'triton'
+        (NVIDIA, half precision, for dropout only). Only XLA's log-sum-exp is differentiable.
       return_lse: also return the log-sum-exp of the scaled scores, float32 [batch, queries, heads]; -inf where
         there is no valid key. It lets partial attentions over disjoint keys be merged exactly.
       scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
@@ -59,8 +59,8 @@ def attend(
       [batch, queries, heads, d_h] in query's dtype, or (that, log-sum-exp).
 
     Raises:
-      ValueError: for a window without `causal`, an unknown backend, dropout with a backend that has none, or
-        'triton' without dropout or with the log-sum-exp.
+      ValueError: for a window without `causal`, an unknown backend, dropout or the log-sum-exp with a backend that has
+        none, or 'triton' without dropout.
     """
     if window is not None and not causal:
         raise ValueError("attend: window needs causal=True")
@@ -72,10 +72,7 @@ def attend(
         return (output, lse) if return_lse else output
     chosen = choose_backend(query, dropout, return_lse) if backend == "auto" else backend
     if chosen == "xla":
-        if dropout is None:
-            output, lse = _attend_xla(query, key, value, scale, causal, window, key_length, None)
-        else:
-            output, lse = _attend_with_dropout(query, key, value, scale, causal, window, key_length, dropout)
+        output, lse = _attend_in_chunks(query, key, value, scale, causal, window, key_length, dropout)
         return (output, lse) if return_lse else output
     if chosen == "triton":
         if dropout is None or return_lse:
@@ -83,22 +80,21 @@ def attend(
         return dropout_kernel.attend_with_dropout(
             query, key, value, scale, causal, window, key_length, dropout.words, dropout.rate
         )
-    if chosen == "splash" and dropout is None:
-        from tlinformer_jax.models.splash import attend_splash
+    if chosen == "splash" and dropout is None and not return_lse:
+        from tlinformer_jax.kernels.splash import attend_splash
 
-        interpret = platform() != "tpu"
-        result = attend_splash(query, key, value, scale, causal, window, key_length, return_lse, interpret)
-        return result if return_lse else result[0]
+        return attend_splash(query, key, value, scale, causal, window, key_length, interpret=platform() != "tpu")
     if chosen == "cudnn" and dropout is None:
         return _attend_cudnn(query, key, value, scale, causal, window, key_length, return_lse, never_empty)
     if chosen in ("cudnn", "splash"):
-        raise ValueError(f"attend: backend {chosen!r} has no dropout on the attention weights")
+        what = "log-sum-exp" if dropout is None else "dropout on the attention weights"
+        raise ValueError(f"attend: backend {chosen!r} has no {what}")
     raise ValueError(f"attend: unknown backend {backend!r}")
 
 
-def head_multiple(dtype: Any, backend: str, padding: int = 8) -> int:
-    """Features that heads are padded to a multiple of, see `layers.prepare_layers`: `padding` for cuDNN, else 1."""
-    return padding if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
+def head_multiple(dtype: Any, backend: str) -> int:
+    """Features that heads are padded to a multiple of, see `layers.prepare_layers`: 8 for cuDNN, else 1."""
+    return 8 if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
 
 
 def choose_backend(query: jax.Array, dropout: Dropout | None, return_lse: bool) -> str:
@@ -270,7 +266,7 @@ def _attend_xla(
     return output, jnp.swapaxes(lse[..., 0], 1, 2)
 
 
-def _attend_with_dropout(
+def _attend_in_chunks(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -278,15 +274,15 @@ def _attend_with_dropout(
     causal: bool,
     window: int | None,
     key_length: jax.Array | None,
-    dropout: Dropout,
+    dropout: Dropout | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`_attend_xla`, by as many queries at a time as keep the scores at DROPOUT_SCORES.
+    """`_attend_xla`; with dropout, by as many queries at a time as keep the scores at DROPOUT_SCORES.
 
     Neither pass ever holds the scores of a long history: each chunk is computed again in the backward pass.
     """
     batch, queries, heads, _ = query.shape
     chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
-    if chunk >= queries:
+    if dropout is None or chunk >= queries:
         return _attend_xla(query, key, value, scale, causal, window, key_length, dropout)
 
     def some(shared: Any, fixed: Any, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -294,9 +290,8 @@ def _attend_with_dropout(
         return _attend_xla(query, key, value, scale, causal, window, key_length, dropout, number * chunk)
 
     padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
-    parts = jnp.moveaxis(padded.reshape(batch, -1, chunk, *query.shape[2:]), 1, 0)
-    found = map_recomputed(some, (key, value), parts, (key_length, dropout), jnp.arange(parts.shape[0]))
-    output, lse = (jnp.moveaxis(array, 0, 1).reshape(batch, -1, *array.shape[3:])[:, :queries] for array in found)
+    found = map_rows(some, chunk, (key, value), padded, (key_length, dropout), padded.shape[1] // chunk)
+    output, lse = (array[:, :queries] for array in found)
     return output, lse
 
 

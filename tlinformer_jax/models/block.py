@@ -233,7 +233,7 @@ def dual_window_block(
         z, x = project_both(layer, *rows, window.rope, valid, never_empty)
         return hidden(layer, config, z, x, dropout), None
 
-    z_rows, x_rows = chain_layers(hidden_layer, params.hidden, rows, part_of(dropout, 1), config.scans_layers)
+    z_rows, x_rows = chain_layers(hidden_layer, params.hidden, rows, part_of(dropout, 1), config.plan().scan_layers)
     z = Stream.of(params.restore, z_rows, window.z_rope, "kv", valid, never_empty)
     x = Stream.of(params.restore, x_rows, window.x_rope)
     return restore(params.restore, config, C, z, x, later, part_of(dropout, 2))
@@ -246,8 +246,8 @@ class DualWindowBlock(nn.Module):
     the history and n .. n + m - 1 over the window.
 
     Attributes:
-      config: of the model; `vocab_size`, `num_blocks` (but for the initial scale), `generation_window` and
-        `history_chunk` do not matter here: the window is as long as the x it is given.
+      config: of the model; `vocab_size`, `num_blocks` (but for the initial scale) and `generation_window` do
+        not matter here: the window is as long as the x it is given.
 
     Example:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
@@ -284,7 +284,7 @@ class DualWindowBlock(nn.Module):
         params = prepare_layers(
             self.parameters(),
             config.compute_dtype,
-            head_multiple(config.compute_dtype, config.attention, config.head_padding),
+            head_multiple(config.compute_dtype, config.attention),
         )
         x = x.astype(config.compute_dtype)
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
@@ -295,7 +295,7 @@ class DualWindowBlock(nn.Module):
         width = max(observed, min(length, 1))
         C = History.whole(params.compress, rows, rope)
         window = Stream.of(params.compress, x, rope.rows(length, x.shape[1]))
-        placed = place_window(config, WindowFrame(length, length - width, observed, width), C, window)
+        placed = place_window(WindowFrame(length, length - width, observed, width), rope, x.shape[1])
         # Nobody follows here: what is projected for that is not read.
         later = (params,) if restore and history is not None else ()
         restored, x = dual_window_block(params, config, C, window, placed, later, dropout)

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from tlinformer_jax.models import history_kernel
+from tlinformer_jax.kernels import history as history_kernel
+from tlinformer_jax.kernels.common import available, merge_softmaxes
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import LayerParams, project, unbiased_projections
-from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.rope import Rope, rotate
 from tlinformer_jax.parallel.split_rows import SplitRows
-from tlinformer_jax.parallel.target import is_nvidia_gpu
 
 
 @flax.struct.dataclass
@@ -225,9 +224,9 @@ def attend_context(
 
 
 def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:
-    """Whether the GPU kernels of `history_kernel` run here, are wanted, and take heads of this dtype and width."""
+    """Whether the GPU kernels of `kernels.history` run here, are wanted, and take heads of this dtype and width."""
     takes = dtype in (jnp.bfloat16, jnp.float16) and head_dim <= history_kernel.MOST_WIDTH
-    return takes and backend != "xla" and is_nvidia_gpu()
+    return takes and backend != "xla" and available("history")
 
 
 def _natural_rows(rows: jax.Array, width: int) -> jax.Array:

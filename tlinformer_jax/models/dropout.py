@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Step of the first word from key to key (2^32 over the golden ratio), and two multipliers that mix 32 bits well.
-STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
+from tlinformer_jax.kernels.common import STEP, kept, mixed, threefry
 
 
 @flax.struct.dataclass
@@ -41,8 +40,8 @@ class Dropout:
         """An independent dropout for part `number`."""
         # Few operations: a program has hundreds of parts, and Threefry for each would take long to compile.
         number = jnp.asarray(number).astype(jnp.uint32)
-        first = _mixed(self.words[0] + (number + np.uint32(1)) * np.uint32(STEP), self.words[1])
-        return Dropout(jnp.stack([first, _mixed(self.words[1] + first, number), self.words[2]]), self.rate)
+        first = mixed(self.words[0] + (number + np.uint32(1)) * np.uint32(STEP), self.words[1])
+        return Dropout(jnp.stack([first, mixed(self.words[1] + first, number), self.words[2]]), self.rate)
 
     def __call__(self, x: jax.Array, first_row: jax.Array | int = 0) -> jax.Array:
         """Zeroes values of x [..., rows, features] with probability `rate` and scales the others to keep the mean.
@@ -74,28 +73,3 @@ def dropout_mask(
     row = jnp.arange(queries, dtype=jnp.uint32)[:, None] + jnp.asarray(first_row).astype(jnp.uint32)
     state = threefry(words[0], words[1], *jnp.broadcast_arrays(softmax, row))
     return kept(*state, jnp.arange(keys), rate)
-
-
-def threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds of a pair of counters under a key of two words, all uint32."""
-    schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
-    x, y = counter[0] + first, counter[1] + second
-    for group in range(5):
-        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            x = x + y
-            y = ((y << np.uint32(turn)) | (y >> np.uint32(32 - turn))) ^ x
-        x = x + schedule[(group + 1) % 3]
-        y = y + schedule[(group + 2) % 3] + np.uint32(group + 1)
-    return x, y
-
-
-def kept(first: jax.Array, second: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
-    """Whether weights are kept, by their row's state and their key's number, which broadcast."""
-    bits = _mixed(first + keys.astype(jnp.uint32) * np.uint32(STEP), second)
-    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
-
-
-def _mixed(bits: jax.Array, joined: jax.Array) -> jax.Array:
-    """32 bits through two rounds of shift, xor and multiplication, 32 others joining in between."""
-    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(FIRST)
-    return (bits ^ (bits >> np.uint32(15)) ^ joined) * np.uint32(SECOND)

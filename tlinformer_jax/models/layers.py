@@ -2,7 +2,7 @@
 
 `project` and `update` are the two functions of the specification's "One layer's parameters"; `compress`,
 `hidden`, `restore` and the baseline's layers differ only in what attends to what between them. The Flax
-modules here only declare parameters: scans, rematerialisation, decoding and sharding all take plain pytrees.
+modules here only declare parameters: scans, checkpointing, decoding and sharding all take plain pytrees.
 """
 
 import dataclasses
@@ -15,10 +15,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models import norm_kernel
+from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
@@ -219,7 +218,7 @@ def projections(params: LayerParams, x: jax.Array, parts: str = "qkv") -> jax.Ar
       [batch, length, parts, heads, d_h (padded as in `params`)].
     """
     projected, bias = unbiased_projections(params, x, parts)
-    return checkpoint_name(_add_bias(projected, bias), "projected")
+    return _add_bias(projected, bias)
 
 
 def unbiased_projections(params: LayerParams, x: jax.Array, parts: str) -> tuple[jax.Array, jax.Array]:
@@ -262,10 +261,9 @@ def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Drop
     Returns:
       [batch, length, D].
     """
-    attended = checkpoint_name(attended, "attended")
     x = x + _add_bias(jnp.einsum("blhk,hkd->bld", attended, params.out_kernel), params.out_bias)
     x, normed = norm_branch(x, params.norm2_scale, params.norm2_bias)
-    gate_up = checkpoint_name(jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel), "gate_up")
+    gate_up = jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel)
     output = jnp.einsum("blf,fd->bld", _gated(gate_up), params.down_kernel)
     return x + (output if dropout is None else dropout(output))
 

@@ -1,4 +1,4 @@
-"""The language model: tied embedding, one of four architectures, final LayerNorm, head."""
+"""The language model: tied embedding, one of four architectures, final LayerNorm, head; and the baselines' layers."""
 
 import dataclasses
 from typing import Any
@@ -11,12 +11,22 @@ from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.models.attention import head_multiple
-from tlinformer_jax.models.block import BlockParams, DualWindowBlock
-from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.layers import INIT_STD, Layer, LayerParams, layer_norm, prepare_layers
+from tlinformer_jax.models.attention import attend, head_multiple
+from tlinformer_jax.models.block import CAUSAL_ATTENTION, FEED_FORWARD, BlockParams, DualWindowBlock
+from tlinformer_jax.models.dropout import Dropout, part_of
+from tlinformer_jax.models.layers import (
+    INIT_STD,
+    Layer,
+    LayerParams,
+    chain_layers,
+    layer_norm,
+    prepare_layers,
+    project,
+    update,
+)
+from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.streams import attention_options
 from tlinformer_jax.models.tlinformer import forward_windows
-from tlinformer_jax.models.transformer import forward_layers
 from tlinformer_jax.parallel.constraints import constrain_batch
 
 # In half precision the vocabulary is padded to a multiple of this inside the product. Rows of 50257 values do not
@@ -126,7 +136,7 @@ def build_model(config: ModelConfig) -> LanguageModel:
 
 def prepare_params(params: ModelParams, config: ModelConfig) -> ModelParams:
     """Blocks and layers as the forward pass takes them, by `prepare_layers`; once for all windows."""
-    multiple = head_multiple(config.compute_dtype, config.attention, config.head_padding)
+    multiple = head_multiple(config.compute_dtype, config.attention)
     blocks, layers = prepare_layers((params.blocks, params.layers), config.compute_dtype, multiple)
     return dataclasses.replace(params, blocks=blocks, layers=layers)
 
@@ -194,3 +204,38 @@ def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:
     given = tokens if tokens is not None else inputs_embeds
     if given.shape[1] < 1:
         raise DataError(f"sequence of length {given.shape[1]}: must hold at least one token")
+
+
+def attention_window(config: ModelConfig) -> int | None:
+    """Positions a baseline's query sees, itself included; None for all before it."""
+    if config.architecture == "sliding_window":
+        return int(config.history_window) + config.generation_window
+    return None
+
+
+def forward_layers(
+    layers: tuple[LayerParams, ...], config: ModelConfig, embeddings: jax.Array, dropout: Dropout | None = None
+) -> jax.Array:
+    """Hidden states of a whole sequence.
+
+    Args:
+      layers: parameters, from `prepare_layers`.
+      config: of the model, architecture 'transformer' or 'sliding_window'.
+      embeddings: [batch, length, D] in the compute dtype.
+      dropout: None outside training.
+
+    Returns:
+      [batch, length, D], before the final LayerNorm.
+    """
+    rope = rope_table(jnp.arange(embeddings.shape[1], dtype=jnp.int32), config.head_dim)
+    window, plan = attention_window(config), config.plan()
+
+    def layer(x: jax.Array, item: tuple[LayerParams, Dropout | None]) -> tuple[jax.Array, None]:
+        params, dropout = item
+        options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
+        attended = attend(*project(params, x, rope), causal=True, window=window, **options)
+        return update(params, x, attended, part_of(dropout, FEED_FORWARD)), None
+
+    if plan.checkpointing:
+        layer = jax.checkpoint(layer, prevent_cse=not plan.scan_layers)
+    return chain_layers(layer, layers, embeddings, dropout, plan.scan_layers)

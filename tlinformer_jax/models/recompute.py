@@ -12,63 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config.model import ModelConfig
-
-
-def recomputed(function: Callable[..., Any], config: ModelConfig, in_loop: bool = False) -> Callable[..., Any]:
-    """`function`, all but `config.saved_names` of it computed again in the backward pass.
-
-    Args:
-      function: of arrays only.
-      config: of the model.
-      in_loop: whether it is the body of a loop, where XLA cannot undo this by noticing that it computes twice.
-    """
-    policy = jax.checkpoint_policies.save_only_these_names(*config.saved_names)
-    return jax.checkpoint(function, policy=policy, prevent_cse=not in_loop)
-
-
-# One step: (shared, fixed, (part, step)) -> output. It must not close over traced values.
+# One step: (shared, fixed, (rows, number)) -> output. It must not close over traced values.
 Branch = Callable[[Any, Any, tuple[Any, Any]], Any]
-
-
-def map_recomputed(branch: Branch, shared: Any, parts: Any, fixed: Any, steps: Any) -> Any:
-    """Outputs of `branch(shared, fixed, (parts[i], steps[i]))` for every i, stacked along a new first axis.
-
-    Each step is computed again in the backward pass.
-
-    Args:
-      branch: one step.
-      shared: pytree of floating arrays that every step reads; differentiated, gradients summed in float32.
-      parts: pytree of floating arrays [steps, ...] (or empty), a slice for each step; differentiated.
-      fixed: pytree that every step reads; not differentiated.
-      steps: pytree of arrays [steps, ...], a slice for each step; not differentiated.
-    """
-    return _map(branch, shared, parts, fixed, steps)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map(branch, shared, parts, fixed, steps):
-    return jax.lax.scan(lambda _, item: (None, branch(shared, fixed, item)), None, (parts, steps))[1]
-
-
-def _map_forward(branch, *inputs):
-    return _map(branch, *inputs), inputs
-
-
-def _map_backward(branch, inputs, cotangents):
-    shared, parts, fixed, steps = inputs
-
-    def body(total, item):
-        part, step, cotangent = item
-        _, pull = jax.vjp(lambda shared, part: branch(shared, fixed, (part, step)), shared, part)
-        gradient, part_gradient = pull(cotangent)
-        return add_wide(total, gradient), part_gradient
-
-    total, part_gradients = jax.lax.scan(body, wide_zeros(shared), (parts, steps, cotangents))
-    return rounded(total, shared), part_gradients, None, None
-
-
-_map.defvjp(_map_forward, _map_backward)
 
 
 def wide_zeros(shared: Any) -> Any:

@@ -11,13 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.layers import LayerParams, project
-from tlinformer_jax.models.merge import merge_softmaxes
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope
-from tlinformer_jax.models.selection import chosen_rows
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.split_rows import SplitRows
 
@@ -166,68 +165,30 @@ class PlacedWindow:
 
     Attributes:
       frame: n, h and lengths.
-      chosen: where the observation windows do not hold the last rows, those that they hold, int32
-        [batch * g, observed_width], valid ones first. Else None.
       z_rope: rotations of the observation windows' rows, at their true positions.
       x_rope: of the generation windows' rows.
       rope: of both side by side.
     """
 
     frame: WindowFrame
-    chosen: jax.Array | None
     z_rope: Rope
     x_rope: Rope
     rope: Rope
 
 
-def place_window(config: ModelConfig, frame: WindowFrame, C: History, x: Stream) -> PlacedWindow:
-    """Chooses the observation windows' rows, and gives all rows their rotations.
-
-    Args:
-      config: of the model.
-      frame: of a window, or of g windows that run together.
-      C: the history under block 0's `compress` layer, [batch, rows, ...].
-      x: the windows' tokens under the same, [batch * g, m, ...].
-    """
-    assert C.rope is not None
-    x_rope = C.rope.rows(frame.history_length, x.rows.shape[1])
-    if config.observed_selection == "recent" or not frame.observed_width:
-        chosen, z_rope = None, C.rope.rows(frame.observed_start, frame.observed_width)
-    else:
-        rows = chosen = chosen_rows(config, frame, x.Q, C.K)
-        z_rope = jax.tree.map(lambda table: jnp.take(table, rows, axis=0), C.rope)
-    return PlacedWindow(frame, chosen, z_rope, x_rope, _ropes_beside(z_rope, x_rope))
+def place_window(frame: WindowFrame, rope: Rope, rows: int) -> PlacedWindow:
+    """Gives all rows their rotations: `rows` of each generation window; `rope` has those of positions 0, 1, ..."""
+    z_rope, x_rope = rope.rows(frame.observed_start, frame.observed_width), rope.rows(frame.history_length, rows)
+    return PlacedWindow(
+        frame, z_rope, x_rope, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), z_rope, x_rope)
+    )
 
 
 def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch: int) -> Stream:
     """z = C[h:] with its queries under `compress`: [batch, observed_width, ...]; `batch` is that of the windows."""
-    z = _observed(window, C, C.rows, batch)
-    if C.Q is None:
-        return Stream.of(layer, z, window.z_rope, "q")
-    return Stream(z, _observed(window, C, C.Q, batch))
-
-
-def _observed(window: PlacedWindow, C: History, array: jax.Array, batch: int) -> jax.Array:
-    """The observation windows' rows of one of the history's arrays; only its last rows where devices share them."""
-    frame = window.frame
-    if window.chosen is None:
-        return C.slice(array, frame.observed_start, frame.observed_width, batch)
-    chosen = window.chosen.reshape(array.shape[0], -1)
-    taken = jnp.take_along_axis(array, chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 2)), axis=1)
-    return taken.reshape(batch, frame.observed_width, *array.shape[2:])
-
-
-def _ropes_beside(z_rope: Rope, x_rope: Rope) -> Rope:
-    """Rotations of the observation windows' rows, then of the generation windows'."""
-
-    def join(z_part: jax.Array, x_part: jax.Array) -> jax.Array:
-        if z_part.ndim > x_part.ndim:
-            x_part = x_part[None]
-        if x_part.shape[0] != z_part.shape[0] and z_part.ndim == 3:  # rows of each sequence, windows of all alike
-            x_part = jnp.tile(x_part, (z_part.shape[0] // x_part.shape[0], 1, 1))
-        return jnp.concatenate([z_part, x_part], axis=-2)
-
-    return jax.tree.map(join, z_rope, x_rope)
+    start, width = window.frame.observed_start, window.frame.observed_width
+    z = C.slice(C.rows, start, width, batch)
+    return Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
 
 
 def attention_options(

@@ -13,12 +13,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from tlinformer_jax.config.model import FEW_WINDOWS, ModelConfig
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.dropout import Dropout, part_of
-from tlinformer_jax.models.recompute import map_recomputed, recomputed
+from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
 from tlinformer_jax.models.windows import (
@@ -54,7 +55,8 @@ def window_states(
     Returns:
       [batch, m, D], before the final LayerNorm.
     """
-    window, history = place_window(config, frame, C, x), C
+    assert C.rope is not None
+    window, history = place_window(frame, C.rope, x.rows.shape[1]), C
     for index, block in enumerate(blocks):
         later = blocks[index + 1 :]
         restored, rows = dual_window_block(block, config, history, x, window, later, part_of(dropout, index))
@@ -86,13 +88,15 @@ class PreparedSequence:
         """What windows read and no gradient flows to."""
         return self.rope, self.dropout
 
+    @property
+    def own(self) -> Stream:
+        """All rows as the windows have them that they belong to."""
+        return Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
+
     def windows(self, config: ModelConfig, run: Segment) -> Stream | None:
         """The rows of a run's windows themselves, by `window_rows`; None where devices share them, who look them up
         window by window."""
-        if self.history.split is not None:
-            return None
-        stream = Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
-        return run.rows(config, stream)
+        return run.rows(config, self.own) if self.history.split is None else None
 
     def reach(self, config: ModelConfig, run: Segment) -> History:
         """No more of the history than the run reads, so that the gradients of the other rows need no sum."""
@@ -107,8 +111,8 @@ def prepare_sequence(
     config: ModelConfig,
     embeddings: Float[Array, "batch length D"],
     length: int,
+    plan: ExecutionPlan,
     dropout: Dropout | None = None,
-    together: int | None = None,
     split: SequenceSplit = WHOLE,
     first: int = 0,
 ) -> PreparedSequence:
@@ -119,13 +123,13 @@ def prepare_sequence(
       config: of the model.
       embeddings: of a sequence; where rows are split, of this device's.
       length: of the sequence.
+      plan: of the execution.
       dropout: None outside training.
-      together: as `plan_segments` takes it.
       split: how the sequence is split over devices.
       first: the first window that is wanted.
     """
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows
-    segments = plan_segments(config, count, together, split, first)
+    segments = plan_segments(config, count, plan, split, first)
     padded = padded_length(config, count, segments, parts)
     embeddings = jnp.pad(embeddings, ((0, 0), (0, padded // parts - embeddings.shape[1]), (0, 0)))
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)
@@ -175,19 +179,23 @@ def forward_windows(
     """
     batch, length, width = embeddings.shape
     size = config.generation_window
-    sequence = prepare_sequence(blocks, config, embeddings, length, dropout, first=first)
-    remat = rematerialised(config, sequence.count - first)
+    plan = config.plan(num_windows(config, length) - first)
+    sequence = prepare_sequence(blocks, config, embeddings, length, plan, dropout, first=first)
     outputs = []
     for run in sequence.runs:
         step: Any = functools.partial(_step, config, run)
-        shared, own, indices = (blocks, sequence.reach(config, run)), sequence.windows(config, run), run.windows
+        shared, indices = (blocks, sequence.reach(config, run)), run.windows
+        if plan.checkpointing and run.count > run.together:
+            rows = slice(run.first * size, (run.first + run.count) * size)
+            own = jax.tree.map(lambda array, rows=rows: array[:, rows], sequence.own)
+            some, chunk = functools.partial(_step_of_rows, config, run), run.together * size
+            outputs.append(map_rows(some, chunk, shared, own, sequence.fixed, run.count // run.together))
+            continue
+        own = sequence.windows(config, run)
         if run.count == run.together:
-            step = recomputed(step, config) if remat else step
+            step = jax.checkpoint(step) if plan.checkpointing else step
             states = step(shared, sequence.fixed, (jax.tree.map(lambda rows: rows[0], own), indices[0]))[None]
-        elif remat and not config.remat_save:
-            states = map_recomputed(step, shared, own, sequence.fixed, jnp.asarray(indices))
         else:
-            step = recomputed(step, config, in_loop=True) if remat else step
             states = jax.lax.map(functools.partial(step, shared, sequence.fixed), (own, jnp.asarray(indices)))
         states = states.reshape(-1, batch, run.together * size, width)
         outputs.append(jnp.moveaxis(states, 0, 1).reshape(batch, -1, width))
@@ -201,6 +209,14 @@ def _step(config: ModelConfig, run: Segment, shared: Any, fixed: Any, item: tupl
     return window_states(blocks, config, C, x, frame, dropout)
 
 
-def rematerialised(config: ModelConfig, windows: int) -> bool:
-    """Whether of a sequence of so many windows nothing is kept from one window to another for the backward pass."""
-    return config.remat == "window" or (config.remat == "auto" and windows > FEW_WINDOWS)
+def _step_of_rows(
+    config: ModelConfig, run: Segment, shared: Any, fixed: Any, item: tuple[Stream, Int[Array, ""]]
+) -> Array:
+    """`_step` for the rows [batch, together * W_og, ...] of the windows that run together, as `map_rows` takes it."""
+    x, number = item
+    size, batch = config.generation_window, x.rows.shape[0]
+    windows: PerWindow = run.first + number * run.together
+    if run.together > 1:
+        windows = windows + jnp.arange(run.together, dtype=jnp.int32)
+    own = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[2:]), x)
+    return _step(config, run, shared, fixed, (own, windows)).reshape(batch, run.together * size, -1)

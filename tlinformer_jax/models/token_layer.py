@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models import decode_kernel
+from tlinformer_jax.kernels import decode as decode_kernel
+from tlinformer_jax.kernels.common import available
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, attend_cached
 from tlinformer_jax.models.layers import LAYER_NORM_EPSILON, LayerParams, project, projections, update
 from tlinformer_jax.models.rope import Rope
-from tlinformer_jax.parallel.target import is_nvidia_gpu
 
 # Above so many rows the matrix units pay, and products go to XLA.
 MAX_FUSED_ROWS = 4
@@ -84,7 +84,7 @@ def token_layer(
       x [batch, D], and the new row's key (rotated) and value, each [batch, heads, d_h].
     """
     if backend is None:
-        backend = "triton" if config.attention != "xla" and is_nvidia_gpu() else "plain"
+        backend = "triton" if config.attention != "xla" and available("decode") else "plain"
     if backend == "plain":
         natural = params.natural()
         rows = jax.tree.map(lambda table: table[:, None], rope)

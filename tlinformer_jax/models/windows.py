@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.plan import ExecutionPlan
 from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit, assign_windows
 
 # A position or length: one for all windows (a number), or one for each of the windows that run together, int32 [g].
@@ -105,14 +106,14 @@ def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> fl
 
 
 def plan_segments(
-    config: ModelConfig, windows: int, together: int | None = None, split: SequenceSplit = WHOLE, first: int = 1
+    config: ModelConfig, windows: int, plan: ExecutionPlan, split: SequenceSplit = WHOLE, first: int = 1
 ) -> tuple[Segment, ...]:
     """Cuts windows first .. windows - 1 into runs with static shapes; window 0, which has no history, is none of them.
 
     Args:
-      config: of the model; at most `config.history_segments` runs, and one more for what does not fill a group.
+      config: of the model.
       windows: of the sequence.
-      together: windows to a group; None takes `config.group_size`.
+      plan: of the execution; at most `segments` runs, and one more for what does not fill a group of `together`.
       split: how sequences are split over devices: every run but the first is of whole rounds of windows, and devices
         hold equally many rows of the history.
       first: the first window that is wanted.
@@ -121,17 +122,17 @@ def plan_segments(
     count = windows - first
     if count < 1:
         return ()
-    together = min(config.group_size(count + 1) if together is None else together, count)
+    together = min(plan.together, count)
     alone = count % together  # the first ones, whose histories are the shortest
     groups = np.arange(first + alone, windows).reshape(-1, together)
     missing = -len(groups) % split.window_parts  # in the first round of a split
     rounds = np.arange((len(groups) + missing) // split.window_parts)
-    parts = np.array_split(rounds, min(config.history_segments, len(rounds)))
+    parts = np.array_split(rounds, min(plan.segments, len(rounds)))
     ends = [(part[-1] + 1) * split.window_parts - missing for part in parts]
     runs = [(groups[start:end].reshape(-1), together) for start, end in zip([0, *ends], ends)]
     if alone:
         runs = [(np.arange(first, first + alone), alone), *runs]
-    return tuple(_segment(config, part, size, config.history_chunk, split.row_parts) for part, size in runs)
+    return tuple(_segment(config, part, size, plan.chunk, split.row_parts) for part, size in runs)
 
 
 def assign_runs(runs: tuple[Segment, ...], parts: int) -> list[np.ndarray]:

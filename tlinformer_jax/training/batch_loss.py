@@ -1,5 +1,6 @@
 """The loss of a batch: the model gives hidden states, of a sequence or of a window; here they meet their labels."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.models.model import LanguageModel, ModelParams, embed, hidden_states, prepare_params
 from tlinformer_jax.models.streams import History, Stream
-from tlinformer_jax.models.tlinformer import place_in_run, prepare_sequence, rematerialised, window_states
+from tlinformer_jax.models.tlinformer import place_in_run, prepare_sequence, window_states
 from tlinformer_jax.models.windows import Segment, num_windows
 from tlinformer_jax.parallel.batch_split import UNSPLIT, WHOLE, BatchSplit
 from tlinformer_jax.training.answers import AnswersOf, at_places, weighted_places
@@ -73,17 +74,18 @@ def summed_loss(
     typed = prepare_params(model.apply({"params": params}, method=model.parameters), shape)  # type: ignore[arg-type]
     dropout = Dropout.by_key(key, shape.dropout, split.shard_index()) if shape.dropout else None
     first = start // shape.generation_window
-    one_by_one = shape.windowed and rematerialised(shape, num_windows(shape, length) - first)
-    if windows is None and sequences == WHOLE and not one_by_one:
+    plan = shape.plan(num_windows(shape, length) - first)
+    if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
         hidden = hidden_states(typed, shape, embed(typed.embedding, shape, inputs), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = weighted_loss(hidden, typed.embedding, rows, most)
         return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
     if sequences.rows is not None:
         inputs = sequences.rows.take(pad_rows(inputs, -length % sequences.row_parts))
-    together = None if windows is None and sequences == WHOLE else 1
+    if windows is not None or sequences != WHOLE:
+        plan = dataclasses.replace(plan, together=1)
     embeddings = embed(typed.embedding, shape, inputs)
-    sequence = prepare_sequence(typed.blocks, shape, embeddings, length, dropout, together, sequences, first)
+    sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right, found = jnp.float32(0), jnp.float32(0), []
     for loop in window_loops(shape, sequence, rows, sequences, windows):
         branches = tuple(functools.partial(window_loss, shape, run, most) for run in loop.runs)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.models.model import output_logits, padded_vocabulary
-from tlinformer_jax.training import loss_kernel
 
 # Tokens of a micro-batch whose logits are held at a time.
 LOSS_CHUNK = 8192

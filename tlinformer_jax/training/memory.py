@@ -8,11 +8,7 @@ import jax
 
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.models.tlinformer import rematerialised
-from tlinformer_jax.models.windows import num_windows
 
-# Chunks of the history that are no longer than this do not fill a device.
-SMALL_CHUNK = 4096
 MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
 
 
@@ -93,23 +89,15 @@ def _smaller(flag: str, value: int) -> str:
 def memory_savers(config: RunConfig, devices: int) -> list[str]:
     """The fields of `config` that can still be changed to save memory, cheapest first, each with its value."""
     model, train, length = config.model, config.train, config.data.sequence_length
-    windows = num_windows(model, length) if model.windowed else 1
     advice = []
-    if model.remat_save and not model.windowed:
-        advice.append(f"model.remat_save = '' (now {model.remat_save!r})")
-    sampled = model.windowed and 0 < train.sampled_windows < windows  # one after the other, whatever else is set
-    if not (sampled or (rematerialised(model, windows) if model.windowed else model.remat == "window")):
-        advice.append(f"model.remat = 'window' (now {model.remat!r})")
+    if model.memory == "auto":
+        advice.append("model.memory = 'low' (now 'auto')")
     if train.micro_batch_size > 1:
         advice.append(
             f"a larger train.accumulation (now {train.accumulation}, {train.micro_batch_size} sequences at a time)"
         )
     if train.batch_size > 1:
         advice.append(f"a smaller train.batch_size (now {train.batch_size})")
-    if model.windowed and not sampled and model.group_size(windows) > 1:
-        advice.append(f"a smaller model.windows_together (now {model.group_size(windows)})")
-    if model.windowed and (model.history_chunk or length) > SMALL_CHUNK:
-        advice.append(f"model.history_chunk = {SMALL_CHUNK} (now {model.history_chunk})")
     if devices > 1 and config.mesh.fsdp == 1:
         advice.append(f"mesh.fsdp = {devices} (now 1)")
     advice.append(f"a smaller data.sequence_length (now {length})")

@@ -23,6 +23,7 @@ from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.constraints import EVALUATION_AXES
@@ -189,9 +190,6 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
             raise ConfigError(f"mesh.{name}", mesh.shape[name], allowed)
-    if mesh.shape["context"] > 1 and config.observed_selection != "recent":
-        allowed = f"must be 1 for model.observed_selection = {config.observed_selection!r}"
-        raise ConfigError("mesh.context", mesh.shape["context"], allowed)
     windows = num_windows(config, length)
     windows = min(windows, sampled_windows or windows)
     if mesh.shape["window"] > windows:
@@ -250,6 +248,8 @@ def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches
     config, model = run.config, run.config.model
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}"
     say(f"{model.architecture}, {model.num_layers} layers, on {devices}, {model.compute_dtype.name}")
+    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, config.data.sequence_length))}")
+    say(kernels.serving())
     say(f"checkpoints: {_checkpoint_times(config.train)}")
     if note := warmup_note(config.train, run.horizon):
         say(note)

@@ -39,7 +39,6 @@ SHAPES = ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "h
 IDENTITY = (
     *(f"model.{name}" for name in SHAPES),
     *(f"model.{name}" for name in ("history_window", "generation_window", "dropout", "param_dtype")),
-    "model.observed_selection",
     *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
     *(f"data.{name}" for name in ("examples", "num_items", "questions")),
     *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "clip_norm")),

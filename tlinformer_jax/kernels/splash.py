@@ -1,4 +1,7 @@
-"""Attention by splash attention, the TPU kernel that is shipped with JAX."""
+"""Attention by splash attention, the TPU kernel that is shipped with JAX.
+
+Plain twin: `models.attention._attend_xla`. Not measured: no TPU was at hand.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +22,22 @@ def attend_splash(
     causal: bool,
     window: int | None,
     key_length: jax.Array | None,
-    return_lse: bool = False,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> jax.Array:
     """Exact softmax attention; arguments as `attention.attend` has them, `key_length` being None or int32 [batch].
 
     On a mesh every device runs the kernel on its share of batch and heads.
 
     Args:
-      return_lse: also return the log-sum-exp; the result is then not differentiable.
       interpret: run without a TPU, for tests.
 
     Returns:
-      [batch, queries, heads, d_h] in query's dtype, and float32 [batch, queries, heads] or None.
+      [batch, queries, heads, d_h] in query's dtype.
     """
     lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32) if key_length is None else key_length
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array):
-        return _attend(query, key, value, lengths, scale, causal, window, return_lse, interpret)
+        return _attend(query, key, value, lengths, scale, causal, window, interpret)
 
     axes = open_axes()
     if axes:
@@ -47,13 +48,9 @@ def attend_splash(
         mesh = jax.sharding.get_abstract_mesh()
         free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
         given = (rows, rows, rows, PartitionSpec(batch))
-        local = jax.shard_map(local, axis_names=free, in_specs=given, out_specs=(rows, rows), check_vma=False)
-    output, lse = local(query, key, value, lengths)
-    if key_length is not None:
-        empty = (key_length == 0)[:, None, None]
-        output = jnp.where(empty[..., None], 0, output)
-        lse = jnp.where(empty, -jnp.inf, lse) if return_lse else None
-    return output, lse if return_lse else None
+        local = jax.shard_map(local, axis_names=free, in_specs=given, out_specs=rows, check_vma=False)
+    output = local(query, key, value, lengths)
+    return output if key_length is None else jnp.where((key_length == 0)[:, None, None, None], 0, output)
 
 
 def _attend(
@@ -64,10 +61,9 @@ def _attend(
     scale: float,
     causal: bool,
     window: int | None,
-    return_lse: bool,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """The kernel over whole tiles; the second result is meaningless unless `return_lse`."""
+) -> jax.Array:
+    """The kernel over whole tiles."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     queries, heads = query.shape[1:3]
@@ -92,7 +88,6 @@ def _attend(
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,
-        save_residuals=return_lse,
         interpret=interpret,
     )
     # A query sees the keys of its segment: all queries and the valid keys are segment 0.
@@ -100,9 +95,7 @@ def _attend(
     segments = splash_attention_kernel.SegmentIds(
         jnp.zeros((query.shape[0], shape[0]), jnp.int32), masked.astype(jnp.int32)
     )
-    found = jax.vmap(kernel)(query, key, value, segments)
-    output, lse = (found[0], found[1][0]) if return_lse else (found, jnp.zeros(query.shape[:3], jnp.float32))
-    return jnp.swapaxes(output, 1, 2)[:, :queries], jnp.swapaxes(lse, 1, 2)[:, :queries]
+    return jnp.swapaxes(jax.vmap(kernel)(query, key, value, segments), 1, 2)[:, :queries]
 
 
 def _whole_tiles(rows: jax.Array) -> jax.Array:

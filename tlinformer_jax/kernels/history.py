@@ -1,7 +1,9 @@
-"""GPU kernels of prefill and slide, written in Pallas for Triton.
+"""GPU kernels of prefill and slide, in Pallas for Triton.
 
-`store` brings many rows into the cache, `attend` reads all of it for a few queries, `attend_few` reads a compressed
-context for many.
+`store` brings many rows into the cache, `attend` reads all of it for a few queries, and `attend_few` reads a compressed
+context for many. Their plain twins are in `models.cached_attention`: `write_rows`, `attend_history`, `attend_context`
+without kernels. Gain: at a million tokens a slide takes 6%, 32% and 3.3% longer without them, a prefill 35%, 31% and
+5.4%.
 
 Keys and values lie as [batch, heads, d_h, rows] (`models.cached_attention`), which is also the order in which the
 matrix units want the keys.
@@ -13,9 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.models.decode_kernel import call_kernel
-from tlinformer_jax.models.merge import merge_softmaxes
-from tlinformer_jax.models.rope import Rope
+from tlinformer_jax.kernels.common import LEAST_PIECE, LOG2_E, Rotations, call_kernel, merge_softmaxes
 
 # Queries and rows that a program of `attend` multiplies at once, its warps, and the loads it keeps under way.
 QUERY_TILE = 64
@@ -28,9 +28,6 @@ PROGRAMS = 1056
 STORE_TILE = 64
 # Wider heads would not fit a multiprocessor's shared memory at these tiles.
 MOST_WIDTH = 128
-# The matrix units' least inner dimension.
-LEAST_PIECE = 16
-LOG2_E = 1.4426950408889634
 
 
 def attend(
@@ -229,7 +226,7 @@ def store(
     value: jax.Array,
     projected: jax.Array,
     bias: jax.Array,
-    rope: Rope,
+    rope: Rotations,
     row: jax.Array,
     start: jax.Array,
     tokens: jax.Array | None = None,

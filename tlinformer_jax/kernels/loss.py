@@ -1,5 +1,8 @@
 """GPU kernel of the training loss, in Pallas for Triton: cross-entropy and its gradient in one pass over memory.
 
+Plain twin: `training.loss`, by products and `jax.nn.logsumexp`. Gain: without it a step takes 7.7% longer at
+N = 512, and 2.1% at 8,192.
+
 By plain operations the logits of a chunk of tokens, by far the largest values of a training step, are read three
 times: for their log-sum-exp twice or in pairs, and for their gradient. Here a program reads a token's logits for the
 log-sum-exp and again, while the second-level cache still has them, for the gradient.
@@ -11,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.models.decode_kernel import call_kernel, unsplit
-from tlinformer_jax.parallel.target import is_nvidia_gpu
+from tlinformer_jax.kernels.common import available, call_kernel, unsplit
 
 # Columns that a program works on at once, and its warps: one program fills a multiprocessor, so that the rows under
 # way on all 132 of an H100 (0.2 MB each at 50,304 columns) stay in its 50 MB cache between the two readings.
@@ -24,7 +26,7 @@ LOWEST = -1e30
 
 def use_kernel() -> bool:
     """Whether the kernel runs here: on an NVIDIA GPU, where no mesh of several splits the batch."""
-    return is_nvidia_gpu() and unsplit()
+    return available("loss") and unsplit()
 
 
 def loss_and_slope(

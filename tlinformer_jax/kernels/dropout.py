@@ -1,4 +1,6 @@
-"""GPU kernels of exact attention with dropout on the weights, for training, written in Pallas for Triton.
+"""GPU kernels of exact attention with dropout on the weights, for training, in Pallas for Triton.
+
+Plain twin: `models.attention._attend_in_chunks`. Gain: without it a step takes 85% longer at N = 512.
 
 Nothing of size queries x keys goes through memory, in the forward or in the backward pass: a program takes a tile of
 the queries, or of the keys, and runs over the other side. Which weights are dropped is a function of the key, the
@@ -16,10 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.models.decode_kernel import call_kernel, unsplit
-from tlinformer_jax.models.dropout import kept, threefry
-from tlinformer_jax.models.history_kernel import LEAST_PIECE, LOG2_E
-from tlinformer_jax.parallel.target import is_nvidia_gpu
+from tlinformer_jax.kernels.common import LEAST_PIECE, LOG2_E, available, call_kernel, kept, threefry, unsplit
 
 # Wider heads would not fit a program's registers.
 MOST_WIDTH = 128
@@ -58,7 +57,7 @@ class Options(NamedTuple):
 
 def use_kernel(dtype: Any, width: int) -> bool:
     """Whether the kernels take heads of this dtype and width here."""
-    return dtype in (jnp.bfloat16, jnp.float16) and width <= MOST_WIDTH and is_nvidia_gpu() and unsplit()
+    return dtype in (jnp.bfloat16, jnp.float16) and width <= MOST_WIDTH and available("dropout") and unsplit()
 
 
 def attend_with_dropout(

@@ -1,0 +1,51 @@
+"""How a sequence is executed, resolved from `model.memory` before anything is compiled."""
+
+import dataclasses
+
+import pytest
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.parallel.target import target
+
+GPU, CPU = ("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")
+LONG = ModelConfig(history_window=1024, generation_window=1024, memory="low")
+
+
+@pytest.mark.parametrize(
+    ("machine", "length", "plan"),
+    [
+        (GPU, 512, ExecutionPlan(1, together=2, scan_layers=False)),
+        (GPU, 2048, ExecutionPlan(2, together=8, scan_layers=False)),
+        (GPU, 8192, ExecutionPlan(2, scan_layers=False, checkpointing=True)),
+        (CPU, 2048, ExecutionPlan(2)),
+        (CPU, 8192, ExecutionPlan(2, checkpointing=True)),
+    ],
+)
+def test_the_41m_shape_runs_as_it_was_measured(machine, length, plan):
+    """By docs/performance.md: up to 8 windows at once, of more one after the other, in two segments."""
+    with target(*machine):
+        assert ModelConfig().plan(length // 256) == plan
+
+
+def test_low_memory_is_what_a_million_tokens_were_measured_with():
+    with target(*GPU):
+        assert LONG.plan(1024) == ExecutionPlan(8, scan_layers=False, checkpointing=True)
+        assert LONG.plan(2048).chunk > 0
+        assert ModelConfig(memory="low").plan(2) == ExecutionPlan(1, scan_layers=False, checkpointing=True)
+        assert ModelConfig(architecture="transformer", memory="low").plan().checkpointing
+        assert not ModelConfig(architecture="transformer").plan(64).checkpointing
+
+
+def test_deep_models_compile_one_layer():
+    with target("tpu", "TPU v5 lite"):
+        deep = ModelConfig(num_blocks=6)
+        assert deep.plan(16) == ExecutionPlan(1, scan_layers=True, checkpointing=True)
+
+
+def test_a_plan_that_is_given_is_taken_as_it_is():
+    plan = ExecutionPlan(segments=3, together=2, chunk=5)
+    assert dataclasses.replace(LONG, memory=plan).plan(7) == plan
+    assert (
+        str(plan) == "3 segments of windows, 2 at a time, history in chunks of 5 rows, layers scanned, no checkpointing"
+    )
