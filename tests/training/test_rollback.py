@@ -70,7 +70,11 @@ def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_t
     state = last_state(config, tmp_path / "whole")
     assert int(state.skips.rollbacks) == 1
     assert int(state.skips.total) == int(expected.skips.total) == 4
-    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (expected.params, expected.opt_state))
+    # The limit of skipped updates is part of the compiled step, so the two runs may round differently.
+    close = functools.partial(
+        np.testing.assert_allclose, rtol=0, atol=2e-7
+    )  # one unit in the last place of a scale of 1
+    jax.tree.map(close, (state.params, state.opt_state), (expected.params, expected.opt_state))
     logged = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [event["step"] for event in logged] == [*range(1, 10), 9]
     assert [event.get("train/rollbacks", 0) for event in logged] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
@@ -78,7 +82,7 @@ def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_t
     assert events(tmp_path / "whole")[:3] == straight[:3]
     for mine, other in zip(events(tmp_path / "whole")[7:], straight[7:], strict=True):
         mine.pop("train/rollbacks", None)
-        assert mine == other
+        assert mine == pytest.approx(other, rel=1e-5)
 
     # Stopped between the two bad updates, where it saves, at a regular step even; and after the rollback.
     put_batch, count = loop.put_batch, iter(range(99))
