@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.training.test_resume import run_config
-from tlinformer_jax.config.run import CONFIG_FILE, load_config, resolve
+from tlinformer_jax.config.run import CONFIG_FILE, load_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.training import checkpoint as checkpoint_module
@@ -63,7 +63,7 @@ def test_a_manifest_with_any_byte_flipped_or_cut_off_anywhere_is_refused_or_says
 def trained(tmp_path_factory):
     """A run of six steps with checkpoints of steps 3, 5 and 6: configuration, workdir, abstract and true states."""
     folder = tmp_path_factory.mktemp("trained")
-    config = resolve(run_config(folder))
+    config = run_config(folder)
     train_and_evaluate(config, folder / "run")
     run = build_run(config, load_tokenizer(folder / "run"))
     states = {}

@@ -93,19 +93,6 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     return RunConfig(model=_section("model", ModelConfig, _model_fields(values, sections["data"])), **sections)
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with what depends on the machine made explicit, so that equal ones are equal programs.
-
-    Called once, before anything is compiled. Resolved so far: the axis of the mesh that takes the devices left.
-
-    Raises:
-      ConfigError: if the mesh does not fit the devices.
-    """
-    import jax  # here, because a configuration is read before anything needs devices
-
-    return dataclasses.replace(config, mesh=MeshConfig(**config.mesh.sizes(jax.device_count())))
-
-
 def default_config_dict() -> "ConfigDict":
     """Every field of every section with its default: what a config file starts from and a flag can override."""
     from ml_collections import ConfigDict, FieldReference  # here, because only config files need it

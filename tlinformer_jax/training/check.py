@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config.run import RunConfig, resolve
+from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tasks import Split, TaskSplit
@@ -46,7 +46,6 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
       ConfigError, DataError: what training would raise before its first step; of text that has not been tokenised
         only the files are looked for.
     """
-    config = resolve(config)
     tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
     splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}

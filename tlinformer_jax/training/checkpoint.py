@@ -7,6 +7,7 @@ working directory. What is passed over is named on stderr. `training.saving` wri
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -358,4 +359,7 @@ def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
 def first_line(error: Exception) -> str:
     """The first line of a library's error message, cut to 200 characters."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    full = os.strerror(errno.ENOSPC)  # TensorStore says it at the end of a long line
+    return full if full in lines[0] else lines[0][:200]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config.run import RunConfig, differences, fingerprint, resolve, run_config
+from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
 from tlinformer_jax.config.train import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.tasks import Split
@@ -99,8 +99,8 @@ def train_run(
       OutOfMemoryError: where a device has too little memory, with what would take less.
     """
     # ---- Everything is checked before anything is written
-    asked = config if isinstance(config, RunConfig) else run_config(config)
-    config, workdir = resolve(asked), local_path(workdir, "workdir")
+    config = config if isinstance(config, RunConfig) else run_config(config)
+    workdir = local_path(workdir, "workdir")
     origin = find_origin(config, workdir, init_from)
     run, splits, batches = prepare(config, workdir)
     train = config.train
@@ -120,8 +120,6 @@ def train_run(
         main = jax.process_index() == 0
         if main:
             save_description(run, splits, workdir)
-        for line in differences(asked, config):
-            say(f"resolved for this machine: {line}")
         describe(run, splits["train"], splits["validation"], batches)
 
         # ---- Train, save, evaluate
