@@ -294,8 +294,8 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys)
     assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second", "train/tflops"} <= set(lines[-2])
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
     written = json.loads((tmp_path / "whole" / "config.json").read_text())
-    assert (written["model"]["d_model"], written["mesh"]["data"]) == (16, 8)
-    assert "resolved for this machine: mesh.data: -1 -> 8\n" in capsys.readouterr().err
+    # The mesh as asked for: a run may go on with other devices.
+    assert (written["model"]["d_model"], written["mesh"]["data"]) == (16, -1)
 
     # The same files that the run left after step 2.
     part = tmp_path / "part"
