@@ -9,7 +9,6 @@ import pytest
 
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.plan import ExecutionPlan
-from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training.batch_loss import summed_loss
 
@@ -56,11 +55,10 @@ def temporary_bytes(config: ModelConfig, length: int, sampled: int = 0) -> int:
     """What the compiled gradient of one sequence needs beside its arguments and results."""
     model = build_model(config)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    train = TrainConfig(sampled_windows=sampled)
 
     def loss(params, batch):
         windows = jnp.arange(sampled, dtype=jnp.int32) if sampled else None
-        return summed_loss(params, batch, jax.random.key(0), model=model, config=train, windows=windows)[0]
+        return summed_loss(params, batch, jax.random.key(0), model=model, windows=windows)[0]
 
     row = jax.ShapeDtypeStruct((1, length), jnp.int32)
     batch = {"inputs": row, "labels": row, "weights": jax.ShapeDtypeStruct((1, length), jnp.float32)}

@@ -58,7 +58,7 @@ def trained(config):
     model, batch = build_model(config), sequences()
 
     def loss(params):
-        return summed_loss(params, batch, jax.random.key(0), model=model, config=TrainConfig())
+        return summed_loss(params, batch, jax.random.key(0), model=model)
 
     (total, beside), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden_scale(config)["params"])
     return total, beside.window_losses, gradient

@@ -39,7 +39,7 @@ def loss_and_gradient(config):
 
     def loss(params, windows):
         key = jax.random.key(0)
-        total, _ = summed_loss(params, batch_of(), key, model=model, config=TrainConfig(), windows=windows)
+        total, _ = summed_loss(params, batch_of(), key, model=model, windows=windows)
         return total / (2 * LENGTH)
 
     return jax.jit(jax.value_and_grad(loss))
@@ -112,7 +112,7 @@ def test_cost_grows_with_the_sampled_windows_not_with_the_sequence():
 
         def apply(variables, which):
             key = jax.random.key(0)
-            return summed_loss(variables["params"], batch, key, model=model, config=TrainConfig(), windows=which)[0]
+            return summed_loss(variables["params"], batch, key, model=model, windows=which)[0]
 
         return jax.make_jaxpr(jax.grad(apply))(variables, jnp.arange(windows)).jaxpr
 

@@ -148,7 +148,7 @@ def test_what_no_answer_needs_is_left_out_and_loss_and_gradient_are_the_same(mod
     def gradient(answers):
         def loss(params, batch):
             key = jax.random.key(0)
-            return summed_loss(params, batch, key, model=run.model, config=config.train, answers=answers)
+            return summed_loss(params, batch, key, model=run.model, answers=answers)
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch).compile()
 

@@ -1,4 +1,4 @@
-"""N-grams: the floor that a trained model must beat. `analysis.floor` is the command.
+"""N-grams: the floor that a trained model must beat. `python -m tools.ngram_floor` prints it.
 
 The smoothing is interpolated Kneser-Ney with a discount each for counts of 1, 2, and more (Chen and Goodman, 1998).
 """

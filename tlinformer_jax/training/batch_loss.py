@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.models.model import LanguageModel, ModelParams, embed, hidden_states, prepare_params
@@ -42,7 +41,6 @@ def summed_loss(
     windows: jax.Array | None = None,
     *,
     model: LanguageModel,
-    config: TrainConfig,
     split: BatchSplit = UNSPLIT,
     answers: AnswersOf | None = None,
     divisor: jax.Array | float = 1.0,
@@ -58,7 +56,6 @@ def summed_loss(
       key: of the dropout.
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
       model: of the parameters.
-      config: of the run.
       split: of the batch over devices.
       answers: as `train_step` takes it.
       divisor: of the sum.
