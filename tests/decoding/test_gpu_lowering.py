@@ -96,6 +96,17 @@ def test_layer_norm_backward(skip):
     assert "layer_norm_backward" in text
 
 
+def test_calls_of_equal_shapes_share_a_kernel():
+    """XLA compiles a kernel for each call that differs in a byte, and a kernel holds the lines that called it."""
+    rows, scale = half(64, CONFIG.d_model), jax.ShapeDtypeStruct((CONFIG.d_model,), jnp.float32)
+
+    def two(x, gradient, scale):
+        one = norm_kernel.layer_norm_backward(x, gradient, None, scale, 1e-5)[0]
+        return norm_kernel.layer_norm_backward(one, gradient, None, scale, 1e-5)
+
+    assert lowered(two, rows, rows, scale).count("stablehlo.custom_call") == 1
+
+
 @pytest.mark.parametrize(("causal", "window", "lengths"), [(False, None, True), (True, 256, False)])
 def test_attention_with_dropout(causal, window, lengths):
     rows, words = half(2, QUERIES, HEADS, 40), jax.ShapeDtypeStruct((2,), jnp.uint32)

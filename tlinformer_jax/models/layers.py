@@ -241,6 +241,8 @@ def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -
     Returns:
       the parts, each [batch, length, heads, d_h (padded as in `params`)]; queries and keys rotated, values not.
     """
+    if not x.shape[1]:  # no history: nothing to compile
+        return (jnp.zeros((*x.shape[:2], *params.qkv_bias.shape[1:]), x.dtype),) * len(parts)
     projected = projections(params, x, parts)
     turned = len(parts.rstrip("v"))  # queries and keys are rotated together, as if they were more heads
     batch, length, _, heads, width = projected.shape
@@ -261,6 +263,8 @@ def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Drop
     Returns:
       [batch, length, D].
     """
+    if not x.shape[1]:
+        return x
     x = x + _add_bias(jnp.einsum("blhk,hkd->bld", attended, params.out_kernel), params.out_bias)
     x, normed = norm_branch(x, params.norm2_scale, params.norm2_bias)
     gate_up = jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel)

@@ -219,12 +219,14 @@ def attention_options(
 
 
 def beside(z: Array, x: Array) -> Array:
-    """Rows of both streams side by side, [batch, rows of z + rows of x, ...]."""
-    return jnp.concatenate([z, x], axis=1)
+    """Rows of both streams side by side, [batch, rows of z + rows of x, ...]; without history z has none."""
+    return jnp.concatenate([z, x], axis=1) if z.shape[1] else x
 
 
 def apart(both: Array, width: int) -> tuple[Array, Array]:
     """The inverse of `beside`; `width` is the rows of z."""
+    if not width:
+        return both[:, :0], both
     z, x = jax.lax.split(both, (width, both.shape[1] - width), axis=1)
     return z, x
 
