@@ -3,6 +3,8 @@
 It catches what interpretation cannot, such as an operation that a new JAX no longer lowers; it runs nothing.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -104,7 +106,10 @@ def test_calls_of_equal_shapes_share_a_kernel():
         one = norm_kernel.layer_norm_backward(x, gradient, None, scale, 1e-5)[0]
         return norm_kernel.layer_norm_backward(one, gradient, None, scale, 1e-5)
 
-    assert lowered(two, rows, rows, scale).count("stablehlo.custom_call") == 1
+    text = lowered(two, rows, rows, scale)
+    calls = [re.sub(r"%\w+", "", line) for line in text.splitlines() if "stablehlo.custom_call" in line]
+    assert calls
+    assert len(set(calls)) == 1
 
 
 @pytest.mark.parametrize(("causal", "window", "lengths"), [(False, None, True), (True, 256, False)])
