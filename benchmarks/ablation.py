@@ -21,8 +21,8 @@ GATES: dict[str, tuple[str, str, Any]] = {
     "loss": ("kernels.loss", "use_kernel", lambda *_: False),
     "norm": ("kernels.norm", "use_kernel", lambda *_: False),
     "dropout": ("kernels.dropout", "use_kernel", lambda *_: False),
-    "token": ("models.token_layer", "available", lambda _: False),
-    "dense": ("models.token_layer", "MAX_FUSED_ROWS", 0),
+    "token": ("models.cached_attention", "use_token_kernels", lambda _: False),
+    "dense": ("models.cached_attention", "MAX_FUSED_ROWS", 0),
 }
 # Functions of `models.cached_attention` that share one gate, `use_kernels`.
 SHARED = {"store": "_stores_by_kernel", "compress": "attend_history", "restore": "attend_context"}

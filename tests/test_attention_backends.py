@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import attention as bench
+from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
@@ -68,7 +69,7 @@ def test_splash_lowers_for_a_tpu():
 
     def gradients(query, key, value, lengths):
         def total(query, key, value):
-            return attend_splash(query, key, value, 1 / 6, False, None, lengths).astype(jnp.float32).sum()
+            return attend_splash(query, key, value, Scores(1 / 6), lengths).astype(jnp.float32).sum()
 
         return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
 
@@ -155,8 +156,9 @@ def test_the_check_command_passes_here_and_sees_a_fault(monkeypatch, request):
     assert all(good for _, good in bench.checked(pairs))
     real = attention._attend_xla
 
-    def faulty(query, key, value, scale, *rest):
-        return real(query, key, value, scale if query.dtype == jnp.float32 else scale * 1.1, *rest)
+    def faulty(query, key, value, scores, *rest):
+        scale = scores.scale if query.dtype == jnp.float32 else scores.scale * 1.1
+        return real(query, key, value, scores._replace(scale=scale), *rest)
 
     monkeypatch.setattr(attention, "_attend_xla", faulty)
     assert not any(good for _, good in bench.checked(pairs))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.kernels import dropout as dropout_kernel
+from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
@@ -63,7 +64,7 @@ def test_kernels_equal_plain_products_with_the_mask(case):
     valid = None if lengths is None else jnp.array(lengths, jnp.int32)
 
     def by_kernel(query, key, value):
-        return attend_with_dropout(query, key, value, SCALE, causal, window, valid, WORDS, 0.3, True, TILES)
+        return attend_with_dropout(query, key, value, Scores(SCALE, causal, window), valid, WORDS, 0.3, True, TILES)
 
     def plainly(query, key, value):
         return masked_attention(query, key, value, causal, window, lengths, 0.3)

@@ -23,7 +23,6 @@ CALLERS = {
     "models/streams.py": "attend(Q, Kc, Vc), as `compress` reads a history that is kept whole",
     "decoding/history.py": "the same of one that is kept as a cache",
     "models/cached_attention.py": "the same, and the token step",
-    "models/token_layer.py": "the token step",
     "models/model.py": "the baselines' layers",
     "decoding/layered.py": "the baselines' prefill",
     "models/attention.py": "attention itself",

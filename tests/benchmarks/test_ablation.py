@@ -13,7 +13,7 @@ from tests.support.commands import ROOT
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
-from tlinformer_jax.models import cached_attention, token_layer
+from tlinformer_jax.models import ModelConfig, cached_attention
 
 X = jnp.zeros((2, 16), jnp.bfloat16)
 
@@ -24,15 +24,15 @@ def used() -> dict[str, bool]:
         "loss": loss_kernel.use_kernel(),
         "norm": norm_kernel.use_kernel(X),
         "dropout": dropout_kernel.use_kernel(X.dtype, 36),
-        "token": token_layer.available("decode"),
-        "dense": token_layer.MAX_FUSED_ROWS > 0,
+        "token": cached_attention.use_token_kernels(ModelConfig()),
+        "dense": cached_attention.MAX_FUSED_ROWS > 0,
         **{kernel: getattr(cached_attention, name)() for kernel, name in SHARED.items()},
     }
 
 
 @pytest.mark.parametrize("kernel", [*GATES, *SHARED])
 def test_one_kernel_is_left_out(kernel, monkeypatch):
-    for module in (loss_kernel, norm_kernel, dropout_kernel, token_layer):
+    for module in (loss_kernel, norm_kernel, dropout_kernel, cached_attention):
         monkeypatch.setattr(module, "available", lambda name: True)
     for module in (loss_kernel, norm_kernel, dropout_kernel):
         monkeypatch.setattr(module, "unsplit", lambda: True)

@@ -7,7 +7,7 @@ from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import params as params_module
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
-from tlinformer_jax.models import cached_attention, token_layer
+from tlinformer_jax.models import cached_attention
 
 
 @pytest.fixture
@@ -29,8 +29,7 @@ def interpreted_kernels(monkeypatch, own_traces):
 
     for module in (decode_kernel, history_kernel):
         monkeypatch.setattr(module, "call_kernel", interpreted)
-    for module in (cached_attention, token_layer):
-        monkeypatch.setattr(module, "available", lambda name: True)
+    monkeypatch.setattr(cached_attention, "available", lambda name: True)
     monkeypatch.setattr(params_module, "head_multiple", lambda *_: 8)
     monkeypatch.setattr(cache_module, "padded_rows", lambda rows: -(-rows // 128) * 128)
     return used

@@ -14,10 +14,10 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue
+from tlinformer_jax.kernels.common import Scores
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, TokenLayerParams, token_layer
 from tlinformer_jax.models.layers import Layer, prepare_layers
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.token_layer import TokenLayerParams, token_layer
 
 pytest.importorskip("jax.experimental.pallas.triton")
 
@@ -114,13 +114,13 @@ def test_calls_of_equal_shapes_share_a_kernel():
 
 @pytest.mark.parametrize(("causal", "window", "lengths"), [(False, None, True), (True, 256, False)])
 def test_attention_with_dropout(causal, window, lengths):
-    rows, words = half(2, QUERIES, HEADS, 40), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    rows, words = half(2, QUERIES, HEADS, 40), jax.ShapeDtypeStruct((3,), jnp.uint32)
     key_length = jax.ShapeDtypeStruct((2,), jnp.int32) if lengths else None
 
     def gradients(query, key, value, key_length, words):
         def total(query, key, value):
             output = dropout_kernel.attend_with_dropout(
-                query, key, value, 1 / 6, causal, window, key_length, words, 0.1
+                query, key, value, Scores(1 / 6, causal, window), key_length, words, 0.1
             )
             return output.astype(jnp.float32).sum()
 

@@ -7,10 +7,10 @@ import pytest
 
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.kernels import history as history_kernel
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue
+from tlinformer_jax.kernels.common import feature_pieces
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, TokenLayerParams, token_layer
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
 from tlinformer_jax.models.rope import rope_table, rotate
-from tlinformer_jax.models.token_layer import TokenLayerParams, token_layer
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -92,13 +92,15 @@ def test_store_looks_rows_up():
         np.testing.assert_array_equal(one, other)
 
 
-def test_feature_pieces_cover_the_width_once():
+@pytest.mark.parametrize("least", [1, 16])
+def test_feature_pieces_cover_the_width_once(least):
     for width in range(2, 260, 2):
-        pieces = history_kernel.feature_pieces(width)
+        pieces = feature_pieces(width, least)
         assert [start for start, _ in pieces] == list(np.cumsum([0] + [size for _, size in pieces])[:-1])
         total = sum(size for _, size in pieces)
-        assert width <= total <= max(16, 1 << (width - 1).bit_length())
-        assert all(size >= 16 and size & (size - 1) == 0 for _, size in pieces)
+        assert width <= total <= max(least, 1 << (width - 1).bit_length())
+        assert all(size >= least and size & (size - 1) == 0 for _, size in pieces)
+        assert least > 1 or total == width
 
 
 @pytest.mark.parametrize(

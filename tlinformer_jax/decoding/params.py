@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import head_multiple
 from tlinformer_jax.models.block import BlockParams
+from tlinformer_jax.models.cached_attention import TokenLayerParams
 from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import ModelParams, output_logits
-from tlinformer_jax.models.token_layer import TokenLayerParams
 
 
 @flax.struct.dataclass

@@ -23,10 +23,17 @@ from tlinformer_jax.decoding.cache import WindowedCache
 from tlinformer_jax.decoding.history import SequenceRows, appended, embedded_history, rope_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.block import compress, hidden, restore
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, for_writing, lane_rows, write_row, write_rows
+from tlinformer_jax.models.cached_attention import (
+    CachedRows,
+    KeyValue,
+    for_writing,
+    lane_rows,
+    token_layer,
+    write_row,
+    write_rows,
+)
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import Stream, project_both
-from tlinformer_jax.models.token_layer import token_layer
 
 
 def step(

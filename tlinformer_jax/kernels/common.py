@@ -1,8 +1,8 @@
-"""What the kernels share: whether they can be used, how they are called, the merge of softmaxes, dropout's hash."""
+"""What the kernels share: whether and how they are called, loads and products, merged softmaxes, dropout's hash."""
 
 import functools
 import threading
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,20 @@ LEAST_PIECE = 16
 
 # Step of the first word from key to key (2^32 over the golden ratio), and two multipliers that mix 32 bits well.
 STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
+
+
+class Scores(NamedTuple):
+    """Which products of queries and keys count; known when a kernel is compiled.
+
+    Attributes:
+      scale: of the products, positive.
+      causal: query i sees keys 0 .. i only.
+      window: with `causal`, the last `window` of those; None for all.
+    """
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
 
 
 class Rotations(Protocol):
@@ -110,6 +124,47 @@ def call_kernel(
         name=name,
     )
     return call(*operands)
+
+
+def masked_load(ref: Any, mask: Array | None = None, other: float = 0, **options: Any) -> Array:
+    """What a reference points to, `other` where masked out."""
+    from jax.experimental.pallas import triton
+
+    if mask is None:
+        return triton.load(ref, **options)
+    return triton.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=other, **options)
+
+
+def masked_store(ref: Any, value: Array, mask: Array | None = None, **options: Any) -> None:
+    """Writes to what a reference points to, but where masked out."""
+    from jax.experimental.pallas import triton
+
+    triton.store(ref, value, mask=mask, **options)
+
+
+def iota(size: int) -> Array:
+    """0 .. size - 1."""
+    return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+
+
+def dot(left: Array, right: Array, contracted: int) -> Array:
+    """Product of left [m, k] and right over right's axis `contracted`, accumulated in float32."""
+    axes = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+
+
+def feature_pieces(width: int, least: int = 1) -> tuple[tuple[int, int], ...]:
+    """(start, size) of pieces that cover `width` features; sizes are powers of two from `least` on, as Triton has them.
+
+    With `least` 16, 36 features are 32 and 16, of which 12 are padding: fewer than 64.
+    """
+    pieces, start = [], 0
+    while start < width:
+        size = max(least, 1 << ((width - start).bit_length() - 1))
+        pieces.append((start, size))
+        start += size
+    whole = pl.next_power_of_2(width)
+    return tuple(pieces) if start < whole else ((0, max(least, whole)),)
 
 
 def merge_softmaxes(

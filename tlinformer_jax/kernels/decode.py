@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.kernels.common import Rotations, call_kernel, merge_softmaxes
+from tlinformer_jax.kernels.common import Rotations, call_kernel, feature_pieces, iota, merge_softmaxes
 
 LANES = 128
 # Programs to aim for: a few for each of the 132 multiprocessors of an H100.
@@ -29,16 +29,6 @@ TILE = 4
 
 # Key and value [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer.
 Source = tuple[jax.Array, jax.Array, jax.Array, int | None]
-
-
-def power_of_two_pieces(width: int) -> tuple[tuple[int, int], ...]:
-    """(start, size) of consecutive pieces of `width` features, sizes powers of two: all that Triton loads."""
-    pieces, start = [], 0
-    while start < width:
-        size = 1 << ((width - start).bit_length() - 1)
-        pieces.append((start, size))
-        start += size
-    return tuple(pieces)
 
 
 def num_parts(rows: int, softmaxes: int) -> int:
@@ -112,7 +102,7 @@ def _attend_kernel(*refs: Any, layers: tuple, splits: tuple[int, ...], width: in
     projected_ref, cos_ref, sin_ref, *source_refs = refs[:-4]
     outputs, own_key_ref = refs[-4:-1], refs[-1]
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    pieces = power_of_two_pieces(width)
+    pieces = feature_pieces(width)
 
     def rotated(which: int) -> list[jax.Array]:
         return [_rotated_piece(projected_ref, cos_ref, sin_ref, (row, which, head), piece, width) for piece in pieces]
@@ -147,7 +137,7 @@ def _rotated_piece(ref, cos_ref, sin_ref, place, piece: tuple[int, int], width: 
     """A piece of a rotated query or key, float32; a feature's partner lies half a head away (`rope.rotate`)."""
     start, size = piece
     half = width // 2
-    feature = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+    feature = start + iota(size)
     is_first = feature < half
     pair = jnp.where(is_first, feature, feature - half)
     own = ref[(*place, feature)].astype(jnp.float32)
@@ -163,7 +153,7 @@ def _stream(query, refs, place, begin, end, length, pieces):
       each lane's maximum and sum of weights float32 [LANES], and its weighted values, a tuple of [size, LANES].
     """
     key_ref, value_ref = refs
-    lanes = jax.lax.broadcasted_iota(jnp.int32, (LANES,), 0)
+    lanes = iota(LANES)
 
     def block(index, carry):
         top, total, sums = carry
@@ -259,7 +249,7 @@ def _dense_kernel(*refs: Any, tile: int, gated: bool, epsilon: float | None, has
     norm_refs, rest = (rest[:2], rest[2:]) if epsilon is not None else ((), rest)
     columns = pl.ds(pl.program_id(0) * tile, tile)
     parts, batch, inner = x_ref.shape
-    pieces = power_of_two_pieces(inner)
+    pieces = feature_pieces(inner)
     matrices = range(2 if gated else 1)
     # The weights are asked for first: they do not wait for the rows' statistics.
     weights = [

@@ -17,8 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int, UInt32
 
-from tlinformer_jax.kernels.common import LEAST_PIECE, LOG2_E, available, call_kernel, kept, threefry, unsplit
+from tlinformer_jax.kernels.common import (
+    LEAST_PIECE,
+    LOG2_E,
+    Scores,
+    available,
+    call_kernel,
+    dot,
+    iota,
+    kept,
+    masked_load,
+    masked_store,
+    threefry,
+    unsplit,
+)
 
 # Wider heads would not fit a program's registers.
 MOST_WIDTH = 128
@@ -45,11 +59,9 @@ TILES = Tiles()
 
 
 class Options(NamedTuple):
-    """What is known when a kernel is compiled; `scale` of the scores, `rate` of dropout."""
+    """What is known when a kernel is compiled; `rate` of dropout."""
 
-    scale: float
-    causal: bool
-    window: int | None
+    scores: Scores
     rate: float
     tiles: Tiles
     interpret: bool
@@ -61,38 +73,24 @@ def use_kernel(dtype: Any, width: int) -> bool:
 
 
 def attend_with_dropout(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    key_length: jax.Array | None,
-    words: jax.Array,
+    query: Float[Array, "batch queries heads d_h"],
+    key: Float[Array, "batch keys heads d_h"],
+    value: Float[Array, "batch keys heads d_h"],
+    scores: Scores,
+    key_length: Int[Array, " batch"] | None,
+    words: UInt32[Array, " 3"],
     rate: float,
     interpret: bool = False,
     tiles: Tiles = TILES,
-) -> jax.Array:
+) -> Float[Array, "batch queries heads d_h"]:
     """Softmax attention whose weights are each zeroed with probability `rate`, the others divided by 1 - rate.
 
     Args:
-      query: [batch, queries, heads, d_h].
-      key: [batch, keys, heads, d_h].
-      value: [batch, keys, heads, d_h].
-      scale: of the scores, positive.
-      causal: query i sees keys 0 .. i only.
-      window: with `causal`, the last `window` of those; None for all.
-      key_length: valid keys, int32 [batch]; None for all.
-      words: the mask's, uint32 [3]; see `dropout.Dropout`.
-      rate: in [0, 1).
+      key_length: valid keys; None for all. Where a query sees no key the result is 0.
+      words: the mask's; see `dropout.Dropout`.
       interpret: run on the CPU, for tests.
-      tiles: of the kernels.
-
-    Returns:
-      [batch, queries, heads, d_h] in query's dtype; 0 where a query sees no key.
     """
-    options = Options(scale, causal, window, rate, tiles, interpret)
-    return _attend(options, query, key, value, key_length, words)
+    return _attend(Options(scores, rate, tiles, interpret), query, key, value, key_length, words)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -173,16 +171,16 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
     """Output and log-sum-exp of a tile of the queries."""
     *length_refs, output_ref, lse_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
-    numbers = pl.program_id(0) * tile.queries + _iota(tile.queries)
+    numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
     query = _load(query_ref, (row, head), numbers, query_ref.shape[1])
     first, second = _row_states(words_ref, numbers, query_ref.shape)
-    scale = options.scale * LOG2_E
+    scale = options.scores.scale * LOG2_E
 
     def block(index, carry, masked: bool):
         top, total, sums = carry
-        columns = index * tile.keys + _iota(tile.keys)
+        columns = index * tile.keys + iota(tile.keys)
         limit = length if masked else None
-        scores = _dot(query, _load(key_ref, (row, head), columns, limit), 1)
+        scores = dot(query, _load(key_ref, (row, head), columns, limit), 1)
         if masked:
             seen = _seen(numbers[:, None], columns[None, :], length, options)
             scores = jnp.where(seen, scores, -jnp.inf)
@@ -193,7 +191,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
         keep = kept(first[:, None], second[:, None], columns[None, :], options.rate)
         dropped = jnp.where(keep, weights, 0.0)
         value = _load(value_ref, (row, head), columns, limit)
-        return new_top, total, sums * factor[:, None] + _dot(dropped.astype(value.dtype), value, 0)
+        return new_top, total, sums * factor[:, None] + dot(dropped.astype(value.dtype), value, 0)
 
     length, blocks = _key_blocks(key_ref, length_refs, options, tile)
     zeros = _zeros(tile.queries, query_ref)
@@ -214,7 +212,7 @@ def _query_kernel(
     and gradient, times 1 - rate, and the states of the mask."""
     *length_refs, result_ref, delta_ref, first_ref, second_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
-    numbers = pl.program_id(0) * tile.queries + _iota(tile.queries)
+    numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
     place = row, head
     query, output, gradient = (
         _load(ref, place, numbers, query_ref.shape[1]) for ref in (query_ref, output_ref, gradient_ref)
@@ -224,23 +222,23 @@ def _query_kernel(
     delta = jnp.sum(output.astype(jnp.float32) * gradient.astype(jnp.float32), axis=1) * (1.0 - options.rate)
 
     def block(index, sums, masked: bool):
-        columns = index * tile.keys + _iota(tile.keys)
+        columns = index * tile.keys + iota(tile.keys)
         limit = length if masked else None
         key = _load(key_ref, place, columns, limit)
-        scores = _dot(query, key, 1) * (options.scale * LOG2_E)
+        scores = dot(query, key, 1) * (options.scores.scale * LOG2_E)
         if masked:
             seen = _seen(numbers[:, None], columns[None, :], length, options)
             scores = jnp.where(seen, scores, -jnp.inf)
         weights = jnp.exp2(scores - lse[:, None])
-        slope = _dot(gradient, _load(value_ref, place, columns, limit), 1)
+        slope = dot(gradient, _load(value_ref, place, columns, limit), 1)
         keep = kept(first[:, None], second[:, None], columns[None, :], options.rate)
         slope = jnp.where(keep, slope, 0.0)
         slope = (weights * (slope - delta[:, None])).astype(query_ref.dtype)
-        return sums + _dot(slope, key, 0)
+        return sums + dot(slope, key, 0)
 
     length, blocks = _key_blocks(key_ref, length_refs, options, tile)
     sums = _loop(blocks, block, _zeros(tile.queries, query_ref))
-    _store(result_ref, place, numbers, sums * (options.scale / (1.0 - options.rate)))
+    _store(result_ref, place, numbers, sums * (options.scores.scale / (1.0 - options.rate)))
     for ref, values in zip((delta_ref, first_ref, second_ref), (delta, first, second)):
         _store_numbers(ref, place, numbers, values)
 
@@ -250,7 +248,7 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
     row_refs = lse_ref, *refs[:3]
     *length_refs, key_result_ref, value_result_ref = refs[3:]
     head, row = pl.program_id(1), pl.program_id(2)
-    numbers = pl.program_id(0) * tile.keys + _iota(tile.keys)
+    numbers = pl.program_id(0) * tile.keys + iota(tile.keys)
     count, place = query_ref.shape[1], (row, head)
     length = _valid_keys(key_ref, length_refs)
     # Keys that are not valid are read as 0; what comes of them is dropped at the end.
@@ -258,23 +256,23 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
 
     def block(index, carry, masked: bool):
         key_sums, value_sums = carry
-        rows = index * tile.queries + _iota(tile.queries)
+        rows = index * tile.queries + iota(tile.queries)
         # Rows past the last query have gradient 0.
         query, gradient = (_load(ref, place, rows, count) for ref in (query_ref, gradient_ref))
         lse, delta, first, second = (_load_numbers(ref, place, rows)[None, :] for ref in row_refs)
-        scores = _dot(key, query, 1) * (options.scale * LOG2_E)
+        scores = dot(key, query, 1) * (options.scores.scale * LOG2_E)
         if masked:
             scores = jnp.where(_seen(rows[None, :], numbers[:, None], None, options), scores, -jnp.inf)
         weights = jnp.exp2(scores - lse)
         dropped = jnp.where(kept(first, second, numbers[:, None], options.rate), weights, 0.0)
-        slope = dropped * _dot(value, gradient, 1) - weights * delta
+        slope = dropped * dot(value, gradient, 1) - weights * delta
         dtype = query_ref.dtype
-        return key_sums + _dot(slope.astype(dtype), query, 0), value_sums + _dot(dropped.astype(dtype), gradient, 0)
+        return key_sums + dot(slope.astype(dtype), query, 0), value_sums + dot(dropped.astype(dtype), gradient, 0)
 
     zeros = _zeros(tile.keys, key_ref)
     blocks = _query_blocks(count, length, options, tile)
     valid = (numbers < length)[:, None]
-    factors = options.scale / (1.0 - options.rate), 1.0 / (1.0 - options.rate)
+    factors = options.scores.scale / (1.0 - options.rate), 1.0 / (1.0 - options.rate)
     for ref, sums, factor in zip((key_result_ref, value_result_ref), _loop(blocks, block, (zeros, zeros)), factors):
         _store(ref, place, numbers, jnp.where(valid, sums * factor, 0.0))
 
@@ -284,11 +282,11 @@ def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
     start, length = pl.program_id(0) * tile.queries, _valid_keys(key_ref, length_refs)
     first: Any = 0
     full, last = length // tile.keys, pl.cdiv(length, tile.keys)
-    if options.causal:
+    if options.scores.causal:
         full = jnp.minimum(full, (start + 1) // tile.keys)
         last = jnp.minimum(last, pl.cdiv(start + tile.queries, tile.keys))
-    if options.window is not None:
-        first = jnp.maximum(start - options.window + 1, 0) // tile.keys
+    if options.scores.window is not None:
+        first = jnp.maximum(start - options.scores.window + 1, 0) // tile.keys
         full = first
     return length, ((first, full, False), (full, last, True))
 
@@ -300,11 +298,11 @@ def _query_blocks(queries: int, length, options: Options, tile: Tile):
     # None, where none of the keys is valid.
     if isinstance(length, jax.Array):
         end = jnp.where(start < length, jnp.int32(end), jnp.int32(0))
-    if not options.causal:
+    if not options.scores.causal:
         return ((0, end, False),)
     first, full = start // tile.queries, pl.cdiv(start + tile.keys - 1, tile.queries)
-    if options.window is not None:
-        full = jnp.minimum(end, pl.cdiv(start + tile.keys - 1 + options.window, tile.queries))
+    if options.scores.window is not None:
+        full = jnp.minimum(end, pl.cdiv(start + tile.keys - 1 + options.scores.window, tile.queries))
         return ((first, full, True),)
     return ((first, jnp.minimum(full, end), True), (full, end, False))
 
@@ -326,10 +324,10 @@ def _loop(blocks, block, carry):
 def _seen(queries: jax.Array, keys: jax.Array, length, options: Options) -> jax.Array:
     """Whether queries see keys, by their numbers, which broadcast."""
     conditions = [] if length is None else [keys < length]
-    if options.causal:
+    if options.scores.causal:
         conditions.append(keys <= queries)
-    if options.window is not None:
-        conditions.append(queries - keys < options.window)
+    if options.scores.window is not None:
+        conditions.append(queries - keys < options.scores.window)
     return functools.reduce(jnp.logical_and, conditions)
 
 
@@ -341,18 +339,9 @@ def _row_states(words_ref, queries: jax.Array, shape: tuple[int, ...]) -> tuple[
     return threefry(words_ref[0], words_ref[1], jnp.full(rows.shape, softmax), rows)
 
 
-def _dot(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
-    """Product of left [m, k] and right over right's axis `contracted`, accumulated in float32."""
-    return jax.lax.dot_general(left, right, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _iota(size: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
-
-
 def _features(ref) -> jax.Array:
     """Numbers of a head's features, filled up to a power of two that the matrix units take."""
-    return _iota(max(LEAST_PIECE, pl.next_power_of_2(ref.shape[3])))
+    return iota(max(LEAST_PIECE, pl.next_power_of_2(ref.shape[3])))
 
 
 def _zeros(rows: int, ref) -> jax.Array:
@@ -361,33 +350,24 @@ def _zeros(rows: int, ref) -> jax.Array:
 
 def _load(ref, place, rows: jax.Array, count) -> jax.Array:
     """Rows of one head, [rows, features]: 0 past row `count`, unless that is None, and past the width."""
-    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
-
     features, (row, head) = _features(ref), place
     mask = (features < ref.shape[3])[None, :]
     if count is not None:
         mask = mask & (rows < count)[:, None]
-    mask = jnp.broadcast_to(mask, (rows.size, features.size))
-    return triton.load(ref.at[row, rows[:, None], head, features[None, :]], mask=mask, other=0.0)
+    return masked_load(ref.at[row, rows[:, None], head, features[None, :]], mask)
 
 
 def _store(ref, place, rows: jax.Array, values: jax.Array) -> None:
     """Writes rows of one head."""
-    from jax.experimental.pallas import triton
-
     features, (row, head) = _features(ref), place
     mask = (rows < ref.shape[1])[:, None] & (features < ref.shape[3])[None, :]
-    triton.store(ref.at[row, rows[:, None], head, features[None, :]], values.astype(ref.dtype), mask=mask)
+    masked_store(ref.at[row, rows[:, None], head, features[None, :]], values.astype(ref.dtype), mask)
 
 
 def _load_numbers(ref, place, rows: jax.Array) -> jax.Array:
     """A number for each row of one head, [rows]; 0 past the last."""
-    from jax.experimental.pallas import triton
-
-    return triton.load(ref.at[(*place, rows)], mask=rows < ref.shape[2], other=0)
+    return masked_load(ref.at[(*place, rows)], rows < ref.shape[2])
 
 
 def _store_numbers(ref, place, rows: jax.Array, values: jax.Array) -> None:
-    from jax.experimental.pallas import triton
-
-    triton.store(ref.at[(*place, rows)], values, mask=rows < ref.shape[2])
+    masked_store(ref.at[(*place, rows)], values, rows < ref.shape[2])

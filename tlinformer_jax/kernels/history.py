@@ -15,7 +15,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.kernels.common import LEAST_PIECE, LOG2_E, Rotations, call_kernel, merge_softmaxes
+from tlinformer_jax.kernels.common import (
+    LEAST_PIECE,
+    LOG2_E,
+    Rotations,
+    call_kernel,
+    dot,
+    feature_pieces,
+    iota,
+    masked_load,
+    masked_store,
+    merge_softmaxes,
+)
 
 # Queries and rows that a program of `attend` multiplies at once, its warps, and the loads it keeps under way.
 QUERY_TILE = 64
@@ -79,28 +90,13 @@ def attend(
     return jnp.swapaxes(merged, 0, 1), jnp.swapaxes(lse, 0, 1)
 
 
-def feature_pieces(width: int) -> tuple[tuple[int, int], ...]:
-    """(start, size) of pieces that cover `width` features, sizes powers of two from LEAST_PIECE on.
-
-    36 features are 32 and 16, of which 12 are padding: fewer to multiply than 64.
-    """
-    pieces: list[tuple[int, int]] = []
-    start = 0
-    while start < width:
-        size = max(LEAST_PIECE, 1 << ((width - start).bit_length() - 1))
-        pieces.append((start, size))
-        start += size
-    whole = pl.next_power_of_2(width)
-    return tuple(pieces) if sum(size for _, size in pieces) < whole else ((0, max(LEAST_PIECE, whole)),)
-
-
 def _attend_kernel(
     query_ref, key_ref, value_ref, place_ref, sums_ref, tops_ref, totals_ref, *, scale, queries, width, parts
 ) -> None:
     """One part of the rows, for a tile of the queries and one head; scores are in units of log2 once scaled."""
     tile, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    numbers = tile * QUERY_TILE + _iota(QUERY_TILE)
-    pieces = feature_pieces(width)
+    numbers = tile * QUERY_TILE + iota(QUERY_TILE)
+    pieces = feature_pieces(width, LEAST_PIECE)
     query = _load_queries(query_ref, numbers, head, queries, width)
     length = place_ref[1]
     each = pl.cdiv(pl.cdiv(length, ROW_TILE), parts)
@@ -110,11 +106,11 @@ def _attend_kernel(
     )
     is_query = numbers < queries
     for (start, size), values in zip(pieces, sums):
-        features = start + _iota(size)
+        features = start + iota(size)
         mask = is_query[:, None] & (features < width)[None, :]
-        _store(sums_ref.at[part, head, numbers[:, None], features[None, :]], values, mask)
-    _store(tops_ref.at[part, head, numbers], top * scale, is_query)
-    _store(totals_ref.at[part, head, numbers], total, is_query)
+        masked_store(sums_ref.at[part, head, numbers[:, None], features[None, :]], values, mask)
+    masked_store(tops_ref.at[part, head, numbers], top * scale, is_query)
+    masked_store(totals_ref.at[part, head, numbers], total, is_query)
 
 
 def attend_few(
@@ -148,25 +144,25 @@ def attend_few(
 def _attend_few_kernel(query_ref, key_ref, value_ref, length_ref, output_ref, *, scale, queries, width) -> None:
     """All rows, for a tile of the queries and one head."""
     tile, head = pl.program_id(0), pl.program_id(1)
-    numbers = tile * QUERY_TILE + _iota(QUERY_TILE)
+    numbers = tile * QUERY_TILE + iota(QUERY_TILE)
     query = _load_queries(query_ref, numbers, head, queries, width)
     blocks = (0, pl.cdiv(length_ref[0], ROW_TILE))
     _, total, sums = _stream(query, key_ref, value_ref, (0, head), length_ref[0], blocks, width, scale)
     divisor = jnp.where(total > 0, total, 1.0)[:, None]
-    for (start, size), values in zip(feature_pieces(width), sums):
-        features = start + _iota(size)
+    for (start, size), values in zip(feature_pieces(width, LEAST_PIECE), sums):
+        features = start + iota(size)
         mask = (numbers < queries)[:, None] & (features < output_ref.shape[2])[None, :]
         target = output_ref.at[numbers[:, None], head, features[None, :]]
-        _store(target, (values / divisor).astype(output_ref.dtype), mask)
+        masked_store(target, (values / divisor).astype(output_ref.dtype), mask)
 
 
 def _load_queries(ref, numbers: jax.Array, head: jax.Array, queries: int, width: int) -> list[jax.Array]:
     """The queries `numbers` of one head in pieces [QUERY_TILE, size], 0 past the last query and the width."""
     loaded = []
-    for start, size in feature_pieces(width):
-        features = start + _iota(size)
+    for start, size in feature_pieces(width, LEAST_PIECE):
+        features = start + iota(size)
         mask = (numbers < queries)[:, None] & (features < width)[None, :]
-        loaded.append(_load(ref.at[numbers[:, None], head, features[None, :]], mask))
+        loaded.append(masked_load(ref.at[numbers[:, None], head, features[None, :]], mask))
     return loaded
 
 
@@ -183,20 +179,20 @@ def _stream(query, key_ref, value_ref, place, length, blocks, width: int, scale:
       each query's largest score (not scaled) and sum of weights float32 [QUERY_TILE], and its weighted values in
       pieces [QUERY_TILE, size].
     """
-    pieces, lanes = feature_pieces(width), _iota(ROW_TILE)
+    pieces, lanes = feature_pieces(width, LEAST_PIECE), iota(ROW_TILE)
 
     def load(ref, start: int, size: int, rows: jax.Array) -> jax.Array:
-        features = start + _iota(size)
+        features = start + iota(size)
         # Every row up to the cache's end may be read; what is not valid gets no weight.
         mask = None if start + size <= width else (features < width)[:, None]
-        return _load(ref.at[(*place, features[:, None], rows[None, :])], mask)
+        return masked_load(ref.at[(*place, features[:, None], rows[None, :])], mask)
 
     def block(index, carry, masked):
         top, total, sums = carry
         rows = index * ROW_TILE + lanes
         scores = jnp.zeros((QUERY_TILE, ROW_TILE), jnp.float32)
         for piece, values in zip(pieces, query):
-            scores += _dot(values, load(key_ref, *piece, rows), 0)
+            scores += dot(values, load(key_ref, *piece, rows), 0)
         if masked:
             scores = jnp.where((rows < length)[None, :], scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
@@ -205,7 +201,7 @@ def _stream(query, key_ref, value_ref, place, length, blocks, width: int, scale:
         new_sums = []
         for piece, old in zip(pieces, sums):
             value = load(value_ref, *piece, rows)
-            new_sums.append(old * factor[:, None] + _dot(weights.astype(value.dtype), value, 1))
+            new_sums.append(old * factor[:, None] + dot(weights.astype(value.dtype), value, 1))
         return new_top, total * factor + jnp.sum(weights, axis=1), tuple(new_sums)
 
     carry = (
@@ -292,15 +288,15 @@ def _store_kernel(
     """A tile of the rows, for one head, in halves: a feature's partner in the rotation lies in the other half."""
     *tokens_refs, key_ref, value_ref = refs
     tile, head = pl.program_id(0), pl.program_id(1)
-    pairs = _iota(pl.next_power_of_2(spread))
-    numbers = tile * STORE_TILE + _iota(STORE_TILE)
+    pairs = iota(pl.next_power_of_2(spread))
+    numbers = tile * STORE_TILE + iota(STORE_TILE)
     there = (pairs < spread)[None, :]
     # Past the history the ids may be anything.
-    sources = jnp.clip(_load(tokens_refs[0].at[numbers], None), 0, vocab_size - 1) if tokens_refs else numbers
+    sources = jnp.clip(masked_load(tokens_refs[0].at[numbers]), 0, vocab_size - 1) if tokens_refs else numbers
 
     def load(part: int, first: int) -> jax.Array:
-        rows = _load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)
-        bias = _load(bias_ref.at[part, head, first + pairs], pairs < spread)
+        rows = masked_load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)
+        bias = masked_load(bias_ref.at[part, head, first + pairs], pairs < spread)
         # Rounded where the plain path rounds, so that both cache the same keys.
         return (rows.astype(jnp.float32) + bias.astype(jnp.float32)).astype(rows.dtype)
 
@@ -308,37 +304,11 @@ def _store_kernel(
         to = place_ref[1] + numbers
         target = ref.at[place_ref[0], head, first + pairs[:, None], to[None, :]]
         inside = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
-        _store(target, jnp.transpose(block.astype(ref.dtype)), inside)
+        masked_store(target, jnp.transpose(block.astype(ref.dtype)), inside)
 
-    cos, sin = (_load(ref.at[numbers[:, None], pairs[None, :]], there) for ref in (cos_ref, sin_ref))
+    cos, sin = (masked_load(ref.at[numbers[:, None], pairs[None, :]], there) for ref in (cos_ref, sin_ref))
     one, other = (load(0, first).astype(jnp.float32) for first in (0, spread))
     write(key_ref, 0, one * cos - other * sin)
     write(key_ref, half, one * sin + other * cos)
     write(value_ref, 0, load(1, 0))
     write(value_ref, half, load(1, spread))
-
-
-def _iota(size: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
-
-
-def _load(ref, mask: jax.Array | None) -> jax.Array:
-    """What a reference points to, 0 where masked out."""
-    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
-
-    if mask is None:
-        return triton.load(ref)
-    return triton.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0.0)
-
-
-def _store(ref, value: jax.Array, mask: jax.Array) -> None:
-    """Writes to what a reference points to, but where masked out."""
-    from jax.experimental.pallas import triton
-
-    triton.store(ref, value, mask=mask)
-
-
-def _dot(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
-    """Product of left [m, k] and right over right's axis `contracted`, accumulated in float32."""
-    axes = (((1,), (contracted,)), ((), ()))
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)

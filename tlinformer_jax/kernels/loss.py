@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.kernels.common import available, call_kernel, unsplit
+from tlinformer_jax.kernels.common import available, call_kernel, iota, masked_load, masked_store, unsplit
 
 # Columns that a program works on at once, and its warps: one program fills a multiprocessor, so that the rows under
 # way on all 132 of an H100 (0.2 MB each at 50,304 columns) stay in its 50 MB cache between the two readings.
@@ -65,21 +65,18 @@ def loss_and_slope(
 
 def _kernel(logits_ref, target_ref, weight_ref, loss_ref, slope_ref, *, vocab_size: int, columns: int) -> None:
     """One token. Each of TILE lanes has a running maximum and sum of its own until the last column is read."""
-    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
-
     token = pl.program_id(0)
-    lanes = jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    lanes = iota(TILE)
     full = vocab_size // TILE
 
-    def load(tile, whole: bool, policy: str) -> jax.Array:
+    def read(tile, whole: bool, policy: str) -> jax.Array:
         numbers = tile * TILE + lanes
         mask = None if whole else numbers < vocab_size
-        other = None if whole else LOWEST
-        return triton.load(logits_ref.at[token, numbers], mask=mask, other=other, eviction_policy=policy)
+        return masked_load(logits_ref.at[token, numbers], mask, LOWEST, eviction_policy=policy)
 
     def gather(tile, carry, whole: bool = True):
         top, total = carry
-        values = load(tile, whole, "evict_last")
+        values = read(tile, whole, "evict_last")
         smaller = jnp.exp(-jnp.abs(values - top))
         return jnp.maximum(values, top), jnp.where(values > top, total * smaller + 1.0, total + smaller)
 
@@ -90,15 +87,15 @@ def _kernel(logits_ref, target_ref, weight_ref, loss_ref, slope_ref, *, vocab_si
     tops, totals = carry
     top = jnp.max(tops)
     norm = top + jnp.log(jnp.sum(totals * jnp.exp(tops - top)))
-    target, weight = triton.load(target_ref.at[token]), triton.load(weight_ref.at[token])
-    triton.store(loss_ref.at[token], norm - triton.load(logits_ref.at[token, target]))
+    target, weight = masked_load(target_ref.at[token]), masked_load(weight_ref.at[token])
+    masked_store(loss_ref.at[token], norm - masked_load(logits_ref.at[token, target]))
 
     def scatter(tile, whole: bool) -> None:
         numbers = tile * TILE + lanes
-        slope = (jnp.exp(load(tile, whole, "evict_first") - norm) - (numbers == target)) * weight
+        slope = (jnp.exp(read(tile, whole, "evict_first") - norm) - (numbers == target)) * weight
         mask = None if whole else numbers < columns
         place = slope_ref.at[token, numbers]
-        triton.store(place, slope.astype(slope_ref.dtype), mask=mask, eviction_policy="evict_first")
+        masked_store(place, slope.astype(slope_ref.dtype), mask, eviction_policy="evict_first")
 
     # From the last column back: the cache has those for certain.
     for tile in range(full, -(-columns // TILE)):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tlinformer_jax.kernels.common import available, call_kernel, unsplit
+from tlinformer_jax.kernels.common import available, call_kernel, iota, masked_load, masked_store, unsplit
 
 # Rows that a program works on at once, its warps, and programs to aim for: four for each of an H100's multiprocessors.
 TILE = 8
@@ -72,24 +72,22 @@ def layer_norm_backward(
 
 def _kernel(scale_ref, x_ref, gradient_ref, *refs, rows: int, width: int, programs: int, epsilon: float, skips: bool):
     """Every `programs`-th tile of the rows."""
-    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
-
     skip_ref = refs[0] if skips else None
     output_ref, scale_sum_ref, bias_sum_ref = refs[-3:]
     block, program = pl.next_power_of_2(width), pl.program_id(0)
-    features = jax.lax.broadcasted_iota(jnp.int32, (block,), 0)
+    features = iota(block)
     inside = features < width
-    scale = triton.load(scale_ref.at[features], mask=inside, other=0.0)[None, :]
+    scale = masked_load(scale_ref.at[features], inside)[None, :]
 
     def tile(index, carry):
         scale_sum, bias_sum = carry
-        numbers = (index * programs + program) * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+        numbers = (index * programs + program) * TILE + iota(TILE)
         mask = (numbers < rows)[:, None] & inside[None, :]
 
-        def load(ref) -> jax.Array:
-            return triton.load(ref.at[numbers[:, None], features[None, :]], mask=mask, other=0.0).astype(jnp.float32)
+        def read(ref) -> jax.Array:
+            return masked_load(ref.at[numbers[:, None], features[None, :]], mask).astype(jnp.float32)
 
-        x, gradient = load(x_ref), load(gradient_ref)
+        x, gradient = read(x_ref), read(gradient_ref)
         centred = jnp.where(mask, x - jnp.sum(x, axis=1, keepdims=True) / width, 0.0)
         inverse = jax.lax.rsqrt(jnp.sum(centred * centred, axis=1, keepdims=True) / width + epsilon)
         normed, scaled = centred * inverse, gradient * scale
@@ -97,12 +95,12 @@ def _kernel(scale_ref, x_ref, gradient_ref, *refs, rows: int, width: int, progra
         slope = jnp.sum(scaled * normed, axis=1, keepdims=True) / width
         result = (scaled - shift - normed * slope) * inverse
         if skip_ref is not None:
-            result += load(skip_ref)
+            result += read(skip_ref)
         place = output_ref.at[numbers[:, None], features[None, :]]
-        triton.store(place, result.astype(output_ref.dtype), mask=mask)
+        masked_store(place, result.astype(output_ref.dtype), mask)
         return scale_sum + gradient * normed, bias_sum + gradient
 
     zero = jnp.zeros((TILE, block), jnp.float32)
     sums = jax.lax.fori_loop(0, pl.cdiv(rows, TILE * programs), tile, (zero, zero))
     for ref, values in zip((scale_sum_ref, bias_sum_ref), sums):
-        triton.store(ref.at[program, features], jnp.sum(values, axis=0), mask=inside)
+        masked_store(ref.at[program, features], jnp.sum(values, axis=0), inside)

@@ -6,7 +6,9 @@ Plain twin: `models.attention._attend_xla`. Not measured: no TPU was at hand.
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float, Int
 
+from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.parallel.constraints import batch_spec, open_axes
 
 # Rows of a tile; lengths are padded to whole tiles. The kernel takes larger tiles where they fit.
@@ -15,29 +17,21 @@ LARGEST_TILE = 512
 
 
 def attend_splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    key_length: jax.Array | None,
+    query: Float[Array, "batch queries heads d_h"],
+    key: Float[Array, "batch keys heads d_h"],
+    value: Float[Array, "batch keys heads d_h"],
+    scores: Scores,
+    key_length: Int[Array, " batch"] | None,
     interpret: bool = False,
-) -> jax.Array:
-    """Exact softmax attention; arguments as `attention.attend` has them, `key_length` being None or int32 [batch].
+) -> Float[Array, "batch queries heads d_h"]:
+    """Exact softmax attention; on a mesh every device runs the kernel on its share of batch and heads.
 
-    On a mesh every device runs the kernel on its share of batch and heads.
-
-    Args:
-      interpret: run without a TPU, for tests.
-
-    Returns:
-      [batch, queries, heads, d_h] in query's dtype.
+    `key_length` are the valid keys, None for all; `interpret` is for tests without a TPU.
     """
     lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32) if key_length is None else key_length
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array):
-        return _attend(query, key, value, lengths, scale, causal, window, interpret)
+        return _attend(query, key, value, lengths, scores, interpret)
 
     axes = open_axes()
     if axes:
@@ -54,26 +48,19 @@ def attend_splash(
 
 
 def _attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    interpret: bool,
+    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, scores: Scores, interpret: bool
 ) -> jax.Array:
     """The kernel over whole tiles."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     queries, heads = query.shape[1:3]
-    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    query = (query.astype(jnp.float32) * scores.scale).astype(query.dtype)
     query, key, value = (_whole_tiles(jnp.swapaxes(rows, 1, 2)) for rows in (query, key, value))
     shape = (query.shape[2], key.shape[2])
-    if window is not None:
-        mask: splash_attention_mask.Mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
+    if scores.window is not None:
+        mask: splash_attention_mask.Mask = splash_attention_mask.LocalMask(shape, (scores.window - 1, 0), 0)
     else:
-        mask = splash_attention_mask.CausalMask(shape) if causal else splash_attention_mask.FullMask(shape)
+        mask = splash_attention_mask.CausalMask(shape) if scores.causal else splash_attention_mask.FullMask(shape)
     q_tile, k_tile = (_tile(length) for length in shape)
     blocks = splash_attention_kernel.BlockSizes(
         block_q=q_tile,

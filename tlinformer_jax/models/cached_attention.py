@@ -1,8 +1,10 @@
-"""Attention of one new row per sequence to cached keys and values: what a generated token costs.
+"""What a generated token runs through: a layer for one new row per sequence, and its attention to cached rows.
 
 Cached keys and values lie as [batch, heads, d_h, rows]: rows are contiguous, so that a pass over them streams memory
 on a GPU, and pads nothing on a TPU, whose lanes a last dimension of 36 features would fill to 128. How many rows are
 valid differs between the sequences of a batch and is known at run time only.
+
+Below the token's layer stands what `prefill` and `slide` do with a cache: write many rows, read all of them.
 """
 
 import dataclasses
@@ -12,21 +14,34 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
 
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import available, merge_softmaxes
-from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.layers import LayerParams, project, unbiased_projections
+from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
+from tlinformer_jax.models.layers import (
+    LAYER_NORM_EPSILON,
+    LayerParams,
+    project,
+    projections,
+    unbiased_projections,
+    update,
+)
 from tlinformer_jax.models.rope import Rope, rotate
 from tlinformer_jax.parallel.split_rows import SplitRows
+
+# Above so many rows the matrix units pay, and a token's products go to XLA.
+MAX_FUSED_ROWS = 4
 
 
 @flax.struct.dataclass
 class KeyValue:
     """Cached keys (rotated) and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Array
+    value: Array
 
     @property
     def rows(self) -> int:
@@ -39,15 +54,14 @@ class CachedRows:
     """The first `length` rows of a cache, for one softmax.
 
     Attributes:
-      cache: keys and values [batch, heads, d_h, rows], or [layers, batch, heads, d_h, rows].
+      cache: keys and values, of one layer or of several.
       length: valid rows of each sequence, int32 [batch].
-      layer: which of the layers (static); None for a cache without that axis.
-      split: how the rows are split over devices, each of which has only its own here, inside `jax.shard_map`
-        (static); None where a device has all of them.
+      layer: which of the layers; None for a cache of one.
+      split: how the rows are split over devices, each of which has only its own here; None where it has all.
     """
 
     cache: KeyValue
-    length: jax.Array
+    length: Array
     layer: int | None = flax.struct.field(pytree_node=False, default=None)
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
 
@@ -55,9 +69,8 @@ class CachedRows:
         """Keys and values of the layer, [batch, heads, d_h, rows]."""
         return self.cache if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.cache)
 
-    def merged(self, output: jax.Array, lse: jax.Array) -> jax.Array:
-        """What the softmax over the rows of all devices gives, float32 [batch, heads, d_h], from that over these and
-        its log-sum-exp [batch, heads]."""
+    def merged(self, output: Float[Array, "b h d"], lse: Float[Array, "b h"]) -> Float[Array, "b h d"]:
+        """What the softmax over the rows of all devices gives, from that over these."""
         if self.split is None:
             return output
         # By one collective: for the few queries of a token its latency costs more than bytes in the number of devices.
@@ -65,20 +78,121 @@ class CachedRows:
         return merge_softmaxes(both[..., :-1], both[..., -1], axis=0)[0]
 
 
-def attend_cached(
-    query: jax.Array, own: KeyValue, past: CachedRows, context: CachedRows | None, scale: float
-) -> jax.Array:
-    """Exact attention of one new row per sequence, by two softmaxes whose results are added; by plain products.
+@flax.struct.dataclass
+class TokenLayerParams:
+    """A layer's parameters as a single row wants them: what one output feature needs is contiguous.
+
+    Attributes:
+      vectors: the layer's parameters, its four matrices replaced by None.
+      qkv_kernel: [3, h, d_h, D]; out_kernel: [D, h, d_h].
+      gate_up_kernel: [2, F, D]; down_kernel: [D, F].
+    """
+
+    vectors: LayerParams
+    qkv_kernel: Array
+    out_kernel: Array
+    gate_up_kernel: Array
+    down_kernel: Array
+
+    @classmethod
+    def of(cls, params: LayerParams) -> "TokenLayerParams":
+        """From parameters that `prepare_layers` returned, heads not padded."""
+        without: dict[str, Any] = dict.fromkeys(("qkv_kernel", "out_kernel", "gate_up_kernel", "down_kernel"))
+        return cls(
+            dataclasses.replace(params, **without),
+            qkv_kernel=jnp.moveaxis(params.qkv_kernel, 0, -1),
+            out_kernel=jnp.moveaxis(params.out_kernel, -1, 0),
+            gate_up_kernel=jnp.moveaxis(params.gate_up_kernel, 0, -1),
+            down_kernel=params.down_kernel.T,
+        )
+
+    def natural(self) -> LayerParams:
+        """As `layers.project` and `layers.update` take them; inside `jit` that moves nothing."""
+        return dataclasses.replace(
+            self.vectors,
+            qkv_kernel=jnp.moveaxis(self.qkv_kernel, -1, 0),
+            out_kernel=jnp.moveaxis(self.out_kernel, 0, -1),
+            gate_up_kernel=jnp.moveaxis(self.gate_up_kernel, -1, 0),
+            down_kernel=self.down_kernel.T,
+        )
+
+
+def token_layer(
+    params: TokenLayerParams,
+    config: ModelConfig,
+    x: Float[Array, "batch D"],
+    rope: Rope,
+    past: CachedRows,
+    context: CachedRows | None,
+    backend: str | None = None,
+) -> tuple[Float[Array, "batch D"], KeyValue]:
+    """A layer for one new row per sequence, which attends to what is cached and to itself.
 
     Args:
-      query: [batch, heads, d_h], rotated.
-      own: key and value of the new row itself, each [batch, heads, d_h].
-      past: rows before it that share a softmax with its own key: its generation window's, or a baseline's cache.
-      context: rows with a softmax of their own: history or compressed context; where none are valid they add 0.
-      scale: of the scores.
+      params: of the layer.
+      config: of the model.
+      x: the new rows; rope: rotations of their positions, [batch, d_h / 2].
+      past: rows that share a softmax with the new row's own key: its generation window's, or a baseline's cache.
+      context: rows with a softmax of their own: history or compressed context; None, or none valid: they add 0.
+      backend: 'plain', 'triton', or 'triton_interpreted' (on the CPU, for tests); None takes what fits.
 
     Returns:
-      [batch, heads, d_h] in query's dtype.
+      x, and the new row's key (rotated) and value, each [batch, heads, d_h].
+    """
+    if backend is None:
+        backend = "triton" if use_token_kernels(config) else "plain"
+    if backend == "plain":
+        natural = params.natural()
+        rows = jax.tree.map(lambda table: table[:, None], rope)
+        query, key, value = (part[:, 0] for part in project(natural, x[:, None], rows))
+        own = KeyValue(key, value)
+        attended = attend_cached(query, own, past, context, config.attention_scale)
+        return update(natural, x[:, None], attended[:, None])[:, 0], own
+    interpret = backend == "triton_interpreted"
+    fused = x.shape[0] <= MAX_FUSED_ROWS
+    projected = _projected(params, x, interpret) if fused else projections(params.natural(), x[:, None])[:, 0]
+    sources = [
+        (part.cache.key, part.cache.value, part.length, part.layer) for part in (past, context) if part is not None
+    ]
+    parts, lses, own_key = decode_kernel.attend(projected, rope, sources, config.attention_scale, interpret)
+    if context is not None and context.split is not None:
+        parts = jnp.stack([parts[0], context.merged(parts[1], lses[1])])
+    own = KeyValue(own_key, projected[:, 2])
+    if fused:
+        return _updated(params, x, parts, interpret), own
+    return update(params.natural(), x[:, None], jnp.sum(parts, axis=0).astype(x.dtype)[:, None])[:, 0], own
+
+
+def use_token_kernels(config: ModelConfig) -> bool:
+    """Whether the GPU kernels of a token's layer run here, and are wanted."""
+    return config.attention != "xla" and available("decode")
+
+
+def _projected(params: TokenLayerParams, x: Array, interpret: bool) -> Array:
+    """`projections` by the fused kernel: [batch, 3, heads, d_h]."""
+    shape, vectors = params.qkv_kernel.shape, params.vectors
+    norm = (vectors.norm1_scale, vectors.norm1_bias, LAYER_NORM_EPSILON)
+    kernel, bias = params.qkv_kernel.reshape(-1, shape[-1]), vectors.qkv_bias.reshape(-1)
+    return decode_kernel.dense(x[None], kernel, norm=norm, bias=bias, interpret=interpret).reshape(-1, *shape[:-1])
+
+
+def _updated(params: TokenLayerParams, x: Array, parts: Array, interpret: bool) -> Array:
+    """`update` by fused kernels, of attention's parts [parts, batch, heads, d_h]: [batch, D]."""
+    vectors = params.vectors
+    attended = parts.reshape(*parts.shape[:2], -1)
+    out_kernel = params.out_kernel.reshape(x.shape[-1], -1)
+    x = decode_kernel.dense(attended, out_kernel, bias=vectors.out_bias, residual=x, dtype=x.dtype, interpret=interpret)
+    norm = (vectors.norm2_scale, vectors.norm2_bias, LAYER_NORM_EPSILON)
+    inner = decode_kernel.dense(x[None], params.gate_up_kernel, norm=norm, gated=True, interpret=interpret)
+    return decode_kernel.dense(inner[None], params.down_kernel, residual=x, interpret=interpret)
+
+
+def attend_cached(
+    query: Float[Array, "b h d"], own: KeyValue, past: CachedRows, context: CachedRows | None, scale: float
+) -> Float[Array, "b h d"]:
+    """Exact attention of one new row per sequence by plain products; as `token_layer` has it.
+
+    The new row's own key shares a softmax with `past`; the result of `context`'s own softmax is added.
     """
     output, _ = _softmax_sum(query, past, own, scale)
     if context is not None:
@@ -86,183 +200,10 @@ def attend_cached(
     return output.astype(query.dtype)
 
 
-def lane_rows(rows: jax.Array, head_dim: int) -> jax.Array:
-    """Keys or values of many rows [..., rows, heads, width >= d_h] as a cache keeps them: [..., heads, d_h, rows].
-
-    The layout is pinned: left free, XLA gives the whole cache the layout of what is written to it, and copies
-    the cache into it and back.
-    """
-    moved = jnp.moveaxis(rows[..., :head_dim], -3, -1)
-    return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
-
-
-def for_writing(layer: LayerParams, rows: int, backend: str) -> LayerParams:
-    """A layer as `write_rows` takes it for so many rows at a time; to be called outside of loops.
-
-    Args:
-      layer: from `prepare_layers`.
-      rows: that each call will write.
-      backend: of the attention; 'xla' takes plain operations everywhere.
-    """
-    head_dim = layer.out_kernel.shape[-1] // layer.out_kernel.shape[0]  # D / heads; the kernels' heads are padded
-    if not _stores_by_kernel(layer.qkv_kernel.dtype, head_dim, rows, backend):
-        return layer
-    kernel, bias = (history_kernel.halves_apart(array, head_dim) for array in (layer.qkv_kernel, layer.qkv_bias))
-    return dataclasses.replace(layer, qkv_kernel=kernel, qkv_bias=bias)
-
-
-def _stores_by_kernel(dtype: Any, head_dim: int, rows: int, backend: str) -> bool:
-    return use_kernels(dtype, head_dim, backend) and rows % history_kernel.STORE_TILE == 0
-
-
-def write_rows(
-    cache: KeyValue, row: jax.Array, start: jax.Array, layer: LayerParams, rows: jax.Array, rope: Rope, backend: str
-) -> KeyValue:
-    """Projects many rows of one sequence to keys and values and writes these, in place where the cache is donated.
-
-    Args:
-      cache: [batch, heads, d_h, room].
-      row: the sequence's place in the batch, int32 [].
-      start: where the first row goes, int32 [].
-      layer: whose keys and values, from `for_writing`.
-      rows: of the residual stream, [1, rows, D].
-      rope: rotations of the rows.
-      backend: as `for_writing` had it.
-    """
-    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], rows.shape[1], backend):
-        projected, bias = unbiased_projections(layer, rows, "kv")
-        return KeyValue(*history_kernel.store(cache.key, cache.value, projected[0], bias, rope, row, start))
-
-    return _write_plainly(cache, row, start, *project(layer, rows, rope, "kv"))
-
-
-def write_tokens(
-    cache: KeyValue, row: jax.Array, start: jax.Array, table: jax.Array, tokens: jax.Array, rope: Rope, backend: str
-) -> KeyValue:
-    """`write_rows` of keys and values that depend on the token alone, looked up.
-
-    Args:
-      cache: [batch, heads, d_h, room].
-      row: the sequence's place in the batch, int32 [].
-      start: where the first row goes, int32 [].
-      table: keys and values of the whole vocabulary by a layer from `for_writing`, not rotated,
-        [V, 2, heads, d_h or more].
-      tokens: int32 [rows].
-      rope: rotations of the rows.
-      backend: as `for_writing` had it.
-    """
-    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], tokens.size, backend):
-        no_bias = jnp.zeros(table.shape[1:], table.dtype)
-        stored = history_kernel.store(cache.key, cache.value, table, no_bias, rope, row, start, tokens)
-        return KeyValue(*stored)
-    key, value = jnp.moveaxis(jnp.take(table, tokens, axis=0, mode="clip")[None], 2, 0)
-    return _write_plainly(cache, row, start, rotate(key, rope), value)
-
-
-def _write_plainly(cache: KeyValue, row: jax.Array, start: jax.Array, key: jax.Array, value: jax.Array) -> KeyValue:
-    """Writes keys and values [1, rows, heads, d_h or more]."""
-
-    def write(array: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(array, lane_rows(new, array.shape[2]), (row, 0, 0, start))
-
-    return KeyValue(write(cache.key, key), write(cache.value, value))
-
-
-def attend_history(
-    query: jax.Array, cache: KeyValue, row: jax.Array, length: jax.Array, scale: float, chunk: int, backend: str
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of a few queries to all cached rows of one sequence.
-
-    Args:
-      query: rotated, [1, queries, heads, d_h or more].
-      cache: [batch, heads, d_h, room].
-      row: the sequence's place in the batch, int32 [].
-      length: valid rows, int32 [].
-      scale: of the scores.
-      chunk: rows to take at once where no kernel reads the cache as it lies; it divides the room.
-      backend: of the attention.
-
-    Returns:
-      float32 [1, queries, heads, as wide as the queries], 0 where no row is valid; and the log-sum-exp of the scores,
-      float32 [1, queries, heads].
-    """
-    width = query.shape[-1]
-    if use_kernels(query.dtype, cache.key.shape[2], backend):
-        read, lse = history_kernel.attend(query[0], cache.key, cache.value, row, length, scale)
-        return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]), lse[None]
-    shape = (1, *cache.key.shape[1:3], chunk)
-
-    def body(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        start = number * chunk
-        parts = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
-        key, value = (_natural_rows(part, width) for part in parts)
-        return merge_parts(carry, attend_parts(query, key, value, length - start, scale, backend))
-
-    return jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
-
-
-def attend_context(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, head_dim: int, key_length: jax.Array, **options: Any
-) -> jax.Array:
-    """`attend` of many queries to the few rows of a compressed context; not differentiable, and without dropout.
-
-    Args:
-      query: [1, queries, heads, d_h or more].
-      key: [1, rows, heads, d_h or more]; value: the same.
-      head_dim: d_h.
-      key_length: valid rows, int32 [].
-      options: as `attend` takes them.
-
-    Returns:
-      as `query`; 0 where no row is valid.
-    """
-    if use_kernels(query.dtype, head_dim, options["backend"]):
-        padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
-        key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
-        return history_kernel.attend_few(query[0], key, value, key_length, options["scale"])[None]
-    return attend(query, key, value, key_length=key_length, **options)
-
-
-def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:
-    """Whether the GPU kernels of `kernels.history` run here, are wanted, and take heads of this dtype and width."""
-    takes = dtype in (jnp.bfloat16, jnp.float16) and head_dim <= history_kernel.MOST_WIDTH
-    return takes and backend != "xla" and available("history")
-
-
-def _natural_rows(rows: jax.Array, width: int) -> jax.Array:
-    """Cached keys or values [..., heads, d_h, rows] as attention takes many: [..., rows, heads, width], zero-padded."""
-    moved = jnp.moveaxis(rows, -1, -3)
-    return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
-
-
-def write_row(cache: KeyValue, own: KeyValue, row: jax.Array, active: jax.Array) -> KeyValue:
-    """Writes one new row per active sequence into every layer's cache, in place where the cache is donated.
-
-    Args:
-      cache: [layers, batch, heads, d_h, rows].
-      own: new keys and values, each [layers, batch, heads, d_h].
-      row: where, int32 [batch].
-      active: bool [batch]; of the others nothing changes.
-    """
-
-    def write_one(array: jax.Array, new: jax.Array) -> jax.Array:
-        at = (0, 0, 0, 0, row[0])
-        old = jax.lax.dynamic_slice(array, at, (*array.shape[:4], 1))
-        return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new[..., None], old), at)
-
-    def write_all(array: jax.Array, new: jax.Array) -> jax.Array:
-        # Rows past the end are dropped. The indexed axes come first in what `set` takes.
-        at = jnp.where(active, row, array.shape[-1])
-        return array.at[:, jnp.arange(at.size), :, :, at].set(jnp.moveaxis(new, 1, 0), mode="drop")
-
-    return jax.tree.map(write_one if row.size == 1 else write_all, cache, own)
-
-
 def _softmax_sum(
-    query: jax.Array, source: CachedRows, own: KeyValue | None, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention by plain products, float32 [batch, heads, d_h], and its log-sum-exp [batch, heads]; 0 and -inf
-    where nothing is valid."""
+    query: Float[Array, "b h d"], source: CachedRows, own: KeyValue | None, scale: float
+) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
+    """Softmax attention in float32, and its log-sum-exp; 0 and -inf where nothing is valid."""
     cache = source.arrays()
     scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
     valid = jnp.arange(cache.rows) < source.length[:, None, None]
@@ -285,3 +226,158 @@ def _softmax_sum(
     safe = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
     return output / safe, lse[..., 0]
+
+
+def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active: Array) -> KeyValue:
+    """Writes one new row per active sequence into every layer's cache, in place where the cache is donated.
+
+    Args:
+      cache: of all layers.
+      own: new keys and values, each [layers, batch, heads, d_h].
+      row: where.
+      active: bool [batch]; of the others nothing changes.
+    """
+
+    def write_one(array: Array, new: Array) -> Array:
+        at = (0, 0, 0, 0, row[0])
+        old = jax.lax.dynamic_slice(array, at, (*array.shape[:4], 1))
+        return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new[..., None], old), at)
+
+    def write_all(array: Array, new: Array) -> Array:
+        # Rows past the end are dropped. The indexed axes come first in what `set` takes.
+        at = jnp.where(active, row, array.shape[-1])
+        return array.at[:, jnp.arange(at.size), :, :, at].set(jnp.moveaxis(new, 1, 0), mode="drop")
+
+    return jax.tree.map(write_one if row.size == 1 else write_all, cache, own)
+
+
+# --- many rows of one sequence: `row` is its index in the batch, int32 []; `backend` that of the attention ---
+
+
+def lane_rows(rows: Float[Array, "*any n heads width"], head_dim: int) -> Float[Array, "*any heads d_h n"]:
+    """Keys or values of many rows as a cache keeps them, without a head's padding.
+
+    The layout is pinned: left free, XLA gives the whole cache the layout of what is written to it, and copies
+    the cache into it and back.
+    """
+    moved = jnp.moveaxis(rows[..., :head_dim], -3, -1)
+    return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
+
+
+def for_writing(layer: LayerParams, rows: int, backend: str) -> LayerParams:
+    """A layer from `prepare_layers` as `write_rows` takes it for so many rows at a time; to be called outside loops."""
+    head_dim = layer.out_kernel.shape[-1] // layer.out_kernel.shape[0]  # D / heads; the kernels' heads are padded
+    if not _stores_by_kernel(layer.qkv_kernel.dtype, head_dim, rows, backend):
+        return layer
+    kernel, bias = (history_kernel.halves_apart(array, head_dim) for array in (layer.qkv_kernel, layer.qkv_bias))
+    return dataclasses.replace(layer, qkv_kernel=kernel, qkv_bias=bias)
+
+
+def _stores_by_kernel(dtype: Any, head_dim: int, rows: int, backend: str) -> bool:
+    return use_kernels(dtype, head_dim, backend) and rows % history_kernel.STORE_TILE == 0
+
+
+def write_rows(
+    cache: KeyValue,
+    row: Array,
+    start: Array,
+    layer: LayerParams,
+    rows: Float[Array, "1 n D"],
+    rope: Rope,
+    backend: str,
+) -> KeyValue:
+    """Projects rows to keys and values, by a layer from `for_writing`, and writes these from row `start` on.
+
+    In place where the cache, of one layer, is donated.
+    """
+    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], rows.shape[1], backend):
+        projected, bias = unbiased_projections(layer, rows, "kv")
+        return KeyValue(*history_kernel.store(cache.key, cache.value, projected[0], bias, rope, row, start))
+    return _write_plainly(cache, row, start, *project(layer, rows, rope, "kv"))
+
+
+def write_tokens(
+    cache: KeyValue,
+    row: Array,
+    start: Array,
+    table: Float[Array, "V 2 heads width"],
+    tokens: Int[Array, " n"],
+    rope: Rope,
+    backend: str,
+) -> KeyValue:
+    """`write_rows` of keys and values that depend on the token alone, looked up in a table for the whole vocabulary.
+
+    The table is by a layer from `for_writing`, not rotated.
+    """
+    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], tokens.size, backend):
+        no_bias = jnp.zeros(table.shape[1:], table.dtype)
+        stored = history_kernel.store(cache.key, cache.value, table, no_bias, rope, row, start, tokens)
+        return KeyValue(*stored)
+    key, value = jnp.moveaxis(jnp.take(table, tokens, axis=0, mode="clip")[None], 2, 0)
+    return _write_plainly(cache, row, start, rotate(key, rope), value)
+
+
+def _write_plainly(cache: KeyValue, row: Array, start: Array, key: Array, value: Array) -> KeyValue:
+    """Writes keys and values [1, rows, heads, d_h or more]."""
+
+    def write(array: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice(array, lane_rows(new, array.shape[2]), (row, 0, 0, start))
+
+    return KeyValue(write(cache.key, key), write(cache.value, value))
+
+
+def attend_history(
+    query: Float[Array, "1 queries heads width"],
+    cache: KeyValue,
+    row: Array,
+    length: Array,
+    scale: float,
+    chunk: int,
+    backend: str,
+) -> OutputAndLse:
+    """Attention of a few queries to the first `length` cached rows of a sequence, float32.
+
+    `chunk` rows are taken at once where no kernel reads the cache as it lies; it divides the room.
+    """
+    width = query.shape[-1]
+    if use_kernels(query.dtype, cache.key.shape[2], backend):
+        read, lse = history_kernel.attend(query[0], cache.key, cache.value, row, length, scale)
+        return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]), lse[None]
+    shape = (1, *cache.key.shape[1:3], chunk)
+
+    def body(number: Array, carry: OutputAndLse) -> OutputAndLse:
+        start = number * chunk
+        parts = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
+        key, value = (_natural_rows(part, width) for part in parts)
+        return merge_parts(carry, attend_parts(query, key, value, length - start, scale, backend))
+
+    return jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
+
+
+def _natural_rows(rows: Array, width: int) -> Array:
+    """Cached keys or values [..., heads, d_h, rows] as attention takes many: [..., rows, heads, width], zero-padded."""
+    moved = jnp.moveaxis(rows, -1, -3)
+    return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
+
+
+def attend_context(
+    query: Float[Array, "1 queries heads width"],
+    key: Float[Array, "1 rows heads width"],
+    value: Float[Array, "1 rows heads width"],
+    *,
+    head_dim: int,
+    key_length: Array,
+    **options: Any,
+) -> Float[Array, "1 queries heads width"]:
+    """`attend` of many queries to the few rows of a compressed context; not differentiable, and without dropout."""
+    if use_kernels(query.dtype, head_dim, options["backend"]):
+        padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
+        key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
+        return history_kernel.attend_few(query[0], key, value, key_length, options["scale"])[None]
+    return attend(query, key, value, key_length=key_length, **options)
+
+
+def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:
+    """Whether the GPU kernels of `kernels.history` run here, are wanted, and take heads of this dtype and width."""
+    takes = dtype in (jnp.bfloat16, jnp.float16) and head_dim <= history_kernel.MOST_WIDTH
+    return takes and backend != "xla" and available("history")

@@ -1,10 +1,9 @@
 """Dropout, and which values it drops: a function of a key and of a value's place, cheap enough for a GPU kernel.
 
 A row of values, such as a query's attention weights, has a state of 64 bits: Threefry-2x32, `jax.random`'s own
-generator, of (number of the matrix that the row is in, number of the row) under the key. A value's 32 bits are the
-state and the value's number through two rounds of shift, xor and multiplication, about eight integer operations; the
-row's second word joins in between, so that rows whose first words happen to lie a few steps apart share nothing. A
-value is dropped where its bits are below the rate times 2^32.
+generator, of (number of the matrix that the row is in, number of the row) under the key. State and number of a value
+give its 32 bits by about eight integer operations (`kernels.common.mixed`); the row's second word joins in between, so
+that rows whose first words lie a few steps apart share nothing. A value is dropped if they are below rate * 2^32.
 """
 
 import functools

@@ -1,8 +1,7 @@
 """The one layer that serves every role of every architecture, as pure functions of its parameters.
 
-`project` and `update` are the two functions of the specification's "One layer's parameters"; `compress`,
-`hidden`, `restore` and the baseline's layers differ only in what attends to what between them. The Flax
-modules here only declare parameters: scans, checkpointing, decoding and sharding all take plain pytrees.
+`compress`, `hidden`, `restore` and the baseline's layers differ only in what attends to what between `project` and
+`update`. The Flax module here only declares parameters: all else takes plain pytrees.
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import norm as norm_kernel
@@ -27,27 +27,18 @@ INIT_STD = 0.02
 
 @flax.struct.dataclass
 class LayerParams:
-    """Parameters of one layer; D width, F feed-forward width, h heads of d_h features.
+    """Parameters of one layer; D width, F feed-forward width, h heads of d_h features."""
 
-    Attributes:
-      norm1_scale: [D]; norm1_bias: [D]. LayerNorm before attention.
-      qkv_kernel: [D, 3, h, d_h]; qkv_bias: [3, h, d_h]. Queries, keys, values in this order.
-      out_kernel: [h, d_h, D]; out_bias: [D]. Output projection of attention.
-      norm2_scale: [D]; norm2_bias: [D]. LayerNorm before the feed-forward.
-      gate_up_kernel: [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU.
-      down_kernel: [F, D]. w2 of the SwiGLU.
-    """
-
-    norm1_scale: jax.Array
-    norm1_bias: jax.Array
-    qkv_kernel: jax.Array
-    qkv_bias: jax.Array
-    out_kernel: jax.Array
-    out_bias: jax.Array
-    norm2_scale: jax.Array
-    norm2_bias: jax.Array
-    gate_up_kernel: jax.Array
-    down_kernel: jax.Array
+    norm1_scale: Array  # [D]. LayerNorm before attention
+    norm1_bias: Array  # [D]
+    qkv_kernel: Array  # [D, 3, h, d_h]. Queries, keys, values in this order
+    qkv_bias: Array  # [3, h, d_h]
+    out_kernel: Array  # [h, d_h, D]. Output projection of attention
+    out_bias: Array  # [D]
+    norm2_scale: Array  # [D]. LayerNorm before the feed-forward
+    norm2_bias: Array  # [D]
+    gate_up_kernel: Array  # [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU
+    down_kernel: Array  # [F, D]. w2 of the SwiGLU
 
 
 class Layer(nn.Module):
@@ -86,12 +77,7 @@ def chain_layers(
 ) -> Any:
     """Feeds x through equal layers: `x, _ = function(x, (layer, dropout of the layer))` for each, in order.
 
-    Args:
-      function: one layer, as `jax.lax.scan` takes it; keeps x's shapes.
-      layers: parameters of each.
-      x: pytree of what runs through them.
-      dropout: of the chain; each layer draws masks of its own.
-      scan: compile one layer and loop over the stacked parameters, instead of compiling each.
+    With `scan` one layer is compiled and a loop goes over the stacked parameters, instead of compiling each.
     """
     items = [(layer, part_of(dropout, depth)) for depth, layer in enumerate(layers)]
     if scan and len(layers) > 1:
@@ -104,14 +90,9 @@ def chain_layers(
 def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:
     """A pytree of `LayerParams` as the functions below take it; done once per forward pass, outside all scans.
 
-    Matrices are cast to the compute dtype (vectors, that is LayerNorms and output biases, stay as they are), the
-    features of queries and keys are reordered for `rotate`, and heads are padded with zero weights.
-
-    Args:
-      params: pytree of `LayerParams`.
-      dtype: the compute dtype.
-      head_multiple: heads are padded to a multiple of so many features, `attention.head_multiple`; padded here, they
-        come out of the projection as the kernel wants them, where padding the activations would copy them.
+    Matrices are cast to the compute dtype (vectors, that is LayerNorms and output biases, stay as they are), and the
+    features of queries and keys are reordered for `rotate`. Heads are padded with zero weights to a multiple of
+    `attention.head_multiple` features: so they come out of the projection as the kernel wants them, without a copy.
     """
 
     def prepare(layer: LayerParams) -> LayerParams:
@@ -126,12 +107,12 @@ def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any
     return jax.tree.map(prepare, params, is_leaf=lambda node: isinstance(node, LayerParams))
 
 
-def _rotary_order(qkv: jax.Array) -> jax.Array:
+def _rotary_order(qkv: Array) -> Array:
     """[..., 3, heads, d_h] with the features of queries and keys, not of values, reordered for `rotate`."""
     return jnp.concatenate([pairs_apart(qkv[..., :2, :, :]), qkv[..., 2:, :, :]], axis=-3)
 
 
-def _pad_heads(array: jax.Array, axis: int, multiple: int) -> jax.Array:
+def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
     """`array` with zeros after the features of a head, which lie along `axis`."""
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, -array.shape[axis] % multiple)
@@ -144,7 +125,7 @@ _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 @jax.custom_vjp
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
     """LayerNorm over the last axis with the biased variance, statistics in float32; returns x's dtype."""
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
@@ -155,12 +136,12 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def norm_branch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+def norm_branch(x: Array, scale: Array, bias: Array) -> tuple[Array, Array]:
     """x and `layer_norm` of it: where a branch leaves the residual stream, so that both gradients of x meet at once."""
     return x, layer_norm(x, scale, bias)
 
 
-def _norm_backward(skips: bool, kept: tuple[jax.Array, ...], gradients: Any) -> tuple[jax.Array, ...]:
+def _norm_backward(skips: bool, kept: tuple[Array, ...], gradients: Any) -> tuple[Array, ...]:
     """Gradients of x, scale and bias; elementwise work is done again from x in the compute dtype."""
     x, scale, bias = kept
     skip, gradient = gradients if skips else (None, gradients)
@@ -172,7 +153,7 @@ def _norm_backward(skips: bool, kept: tuple[jax.Array, ...], gradients: Any) -> 
     return x_gradient, *(total.astype(array.dtype) for total, array in zip(sums, (scale, bias)))
 
 
-def _plain_norm_backward(x: jax.Array, gradient: jax.Array, scale: jax.Array) -> tuple[jax.Array, ...]:
+def _plain_norm_backward(x: Array, gradient: Array, scale: Array) -> tuple[Array, ...]:
     """Gradients of x, in its dtype, and of scale and bias, float32."""
     wide, slope = x.astype(jnp.float32), gradient.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
@@ -189,13 +170,13 @@ norm_branch.defvjp(lambda *arrays: (norm_branch(*arrays), arrays), functools.par
 
 
 @jax.custom_vjp
-def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+def _add_bias(x: Array, bias: Array) -> Array:
     """x [rows..., ...] + bias [...]."""
     # As a vector: what cuBLAS adds in its product's epilogue.
     return (x.reshape(-1, bias.size) + bias.astype(x.dtype).reshape(-1)).reshape(x.shape)
 
 
-def _add_bias_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
     # Summed over rows apart from what makes the gradient: in one kernel with the rotation, which gathers it from
     # many arrays, the sum over columns takes three times as long as both alone.
     gradient = jax.lax.optimization_barrier(gradient)
@@ -206,22 +187,18 @@ def _add_bias_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array,
 _add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
 
 
-def projections(params: LayerParams, x: jax.Array, parts: str = "qkv") -> jax.Array:
+def projections(
+    params: LayerParams, x: Float[Array, "batch length D"], parts: str = "qkv"
+) -> Float[Array, "batch length parts heads d_h"]:
     """The wanted parts of the normalised, projected rows, not rotated.
 
-    Args:
-      params: of the layer, from `prepare_layers`.
-      x: rows of the residual stream, [batch, length, D].
-      parts: a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed.
-
-    Returns:
-      [batch, length, parts, heads, d_h (padded as in `params`)].
+    `parts` is a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed.
     """
     projected, bias = unbiased_projections(params, x, parts)
     return _add_bias(projected, bias)
 
 
-def unbiased_projections(params: LayerParams, x: jax.Array, parts: str) -> tuple[jax.Array, jax.Array]:
+def unbiased_projections(params: LayerParams, x: Array, parts: str) -> tuple[Array, Array]:
     """The two summands of `projections`: products [batch, length, parts, heads, d_h], bias [parts, heads, d_h]."""
     first = "qkv".index(parts)
     normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
@@ -229,18 +206,10 @@ def unbiased_projections(params: LayerParams, x: jax.Array, parts: str) -> tuple
     return projected, params.qkv_bias[first : first + len(parts)].astype(x.dtype)
 
 
-def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -> tuple[jax.Array, ...]:
-    """project_j of the specification, for the wanted parts only.
-
-    Args:
-      params: of the layer, from `prepare_layers`.
-      x: rows of the residual stream, [batch, length, D].
-      rope: rotations of the rows' positions.
-      parts: see `projections`.
-
-    Returns:
-      the parts, each [batch, length, heads, d_h (padded as in `params`)]; queries and keys rotated, values not.
-    """
+def project(
+    params: LayerParams, x: Float[Array, "batch length D"], rope: Rope, parts: str = "qkv"
+) -> tuple[Float[Array, "batch length heads d_h"], ...]:
+    """Q, K and V of rows at the positions of `rope`; queries and keys rotated, values not. See `projections`."""
     if not x.shape[1]:  # no history: nothing to compile
         return (jnp.zeros((*x.shape[:2], *params.qkv_bias.shape[1:]), x.dtype),) * len(parts)
     projected = projections(params, x, parts)
@@ -251,17 +220,15 @@ def project(params: LayerParams, x: jax.Array, rope: Rope, parts: str = "qkv") -
     return (*jnp.split(rotated, turned, axis=2), *values)
 
 
-def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-    """update_j of the specification: output projection, then the feed-forward, each with its residual.
+def update(
+    params: LayerParams,
+    x: Float[Array, "batch length D"],
+    attended: Float[Array, "batch length heads d_h"],
+    dropout: Dropout | None = None,
+) -> Float[Array, "batch length D"]:
+    """The output projection of what attention gave these rows, then the feed-forward, each with its residual.
 
-    Args:
-      params: of the layer, from `prepare_layers`.
-      x: [batch, length, D].
-      attended: [batch, length, heads, d_h], the sum of what attention returned for these rows.
-      dropout: on the feed-forward's output.
-
-    Returns:
-      [batch, length, D].
+    Dropout is on the feed-forward's output.
     """
     if not x.shape[1]:
         return x
@@ -273,6 +240,6 @@ def update(params: LayerParams, x: jax.Array, attended: jax.Array, dropout: Drop
 
 
 @_recomputed
-def _gated(gate_up: jax.Array) -> jax.Array:
+def _gated(gate_up: Array) -> Array:
     """silu(gate) * up of [batch, length, 2, F]."""
     return nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]

@@ -42,13 +42,10 @@ def map_rows(branch: Branch, chunk: int, shared: Any, rows: Any, fixed: Any, cou
     Args:
       branch: one step; returns a pytree of arrays [batch, chunk, ...].
       chunk: rows of a step; divides length.
-      shared: pytree of floating arrays that every step reads; differentiated, gradients summed in float32.
-      rows: pytree of floating arrays [batch, length, ...]; differentiated.
-      fixed: pytree that every step reads; not differentiated.
+      shared: what every step reads; differentiated, gradients summed in float32.
+      rows: pytree of arrays [batch, length, ...]; differentiated. Outputs and gradients of those left out are 0.
+      fixed: what every step reads and no gradient flows to.
       count: int32 []; more than length / chunk counts as that.
-
-    Returns:
-      arrays [batch, length, ...]; rows of chunks that are left out are 0, and so are their gradients.
     """
 
     def body(number, outputs):

@@ -1,9 +1,8 @@
 """Rotary position embedding whose angles are exact at every int32 position.
 
-Feature pair i of a head (features 2i and 2i + 1) turns by position * 10000^(-2i / d_h) radians. A float32
-product of the two is off by 0.05 rad at a million positions. Here the frequency, in turns, is a 64-bit binary
-fraction; multiplying it by the integer position modulo one turn is wrapping integer arithmetic, so the reduced
-angle is right to 2^-32 turns before it is rounded to float32, on every backend and without tables.
+Feature pair i of a head (features 2i and 2i + 1) turns by position * 10000^(-2i / d_h) radians. A float32 product of
+the two is off by 0.05 rad at a million positions. Here the frequency, in turns, is a 64-bit binary fraction, and its
+product with the position is taken modulo one turn by wrapping integers: right to 2^-32 turns, on every backend.
 """
 
 import math
@@ -20,22 +19,16 @@ ROPE_BASE = 10000.0
 
 @flax.struct.dataclass
 class Rope:
-    """Rotations of consecutive positions.
+    """Rotations of consecutive positions, float32 [length, d_h / 2], or with a batch before it.
 
-    Attributes:
-      cos: [length, d_h / 2] or [batch, length, d_h / 2], float32; also [g, length, d_h / 2] where g windows run
-        together, that is for rows [batch * g, length, ...] with the windows of a sequence side by side.
-      sin: the same shape, float32.
+    Also [g, length, d_h / 2] where g windows run together: for rows [batch * g, length, ...].
     """
 
     cos: jax.Array
     sin: jax.Array
 
     def rows(self, start: Any, length: int) -> "Rope":
-        """Rows start .. start + length - 1 of a table [rows, d_h / 2]; with starts [g], the rows of each.
-
-        `start` may be traced, `length` is static.
-        """
+        """Rows start .. start + length - 1 of a table [rows, d_h / 2]; with starts [g], the rows of each."""
         if np.ndim(start):
             return jax.vmap(lambda one: self.rows(one, length))(jnp.asarray(start))
         return jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, start, length, axis=-2), self)
@@ -69,8 +62,7 @@ def rope_table(positions: jax.Array, head_dim: int) -> Rope:
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the feature pairs of x [batch, length, heads, width >= d_h] in float32; returns x's dtype.
 
-    The pairs lie as `pairs_apart` puts them: the first members of all pairs, then the second members. What follows
-    them is padding and stays.
+    The pairs lie as `pairs_apart` puts them. What follows them is padding and stays.
     """
     cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # one rotation for all heads
     if cos.ndim == 4 and cos.shape[0] != x.shape[0]:
@@ -85,8 +77,7 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 def pairs_apart(x: jax.Array) -> jax.Array:
     """Reorders the last axis from interleaved pairs to all first members, then all second members.
 
-    Applied to the projections' weights of queries and keys alike it changes no product of the two, and it lets
-    `rotate` work on contiguous halves.
+    Done to queries and keys alike it changes no product of the two, and `rotate` works on contiguous halves.
     """
     pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)
