@@ -1,11 +1,10 @@
 """Model FLOPs of a training step: what the architecture asks for, whatever the implementation.
 
 Counted are products: projections, feed-forwards, attended pairs, the head; a multiplication and an addition are two
-operations. What is elementwise (LayerNorm, rotary embedding, softmax, SwiGLU's gate, optimiser) is left out. Heads have
-their true widths, causal attention is half the square, no masked row or key counts, and every value is computed once
-in the forward pass, with two products for each of its products in the backward pass. Block 0's `compress` projections
-are counted once per token; the last block has no `restore`, and of its history only the keys, the values and the
-observation window's queries. `benchmarks.flops` counts what a device executes.
+operations. Heads have their true widths, causal attention is half the square, no masked row or key counts, and every
+product of the forward pass, computed once, has two in the backward pass. Block 0's `compress` projections are counted
+once per token; the last block has no `restore`, and of its history only keys, values and z's queries.
+`benchmarks.flops` counts what a device executes.
 """
 
 import dataclasses
@@ -70,14 +69,11 @@ def training_flops(
     read: int | None = None,
     first: int = 0,
 ) -> float:
-    """Model FLOPs of a training step's forward and backward passes.
+    """Model FLOPs of a training step's forward and backward passes on `batch` sequences of `length` tokens.
 
     Args:
-      config: of the model.
-      length: tokens of a sequence.
-      batch: sequences.
-      sampled_windows: windows that are drawn and trained on, so that the expected count is given; 0 for all of them.
-      read: tokens of a sequence that the head reads; None for all of them.
+      sampled_windows: windows that are drawn and trained on, so that the expected count is given; 0 for all.
+      read: tokens of a sequence that the head reads; None for all.
       first: position of the first of them: windows before it are not run where none are drawn.
     """
     share, skipped = trained_windows(config, length, sampled_windows, first)

@@ -59,6 +59,11 @@ def available(name: str) -> bool:
     return is_nvidia_gpu() and why_no_triton() is None
 
 
+def is_half(dtype: Any) -> bool:
+    """Whether the kernels for half precision take arrays of this dtype."""
+    return dtype in (jnp.bfloat16, jnp.float16)
+
+
 def serving() -> str:
     """One line on which kernels serve which operations on this machine."""
     if not is_nvidia_gpu():
@@ -154,9 +159,9 @@ def dot(left: Array, right: Array, contracted: int) -> Array:
 
 
 def feature_pieces(width: int, least: int = 1) -> tuple[tuple[int, int], ...]:
-    """(start, size) of pieces that cover `width` features; sizes are powers of two from `least` on, as Triton has them.
+    """(start, size) of pieces that cover `width` features; sizes are powers of two from `least` on.
 
-    With `least` 16, 36 features are 32 and 16, of which 12 are padding: fewer than 64.
+    With `least` 16, 36 features are 32 and 16, of which 12 are padding.
     """
     pieces, start = [], 0
     while start < width:

@@ -3,10 +3,10 @@
 Plain twins: `models.cached_attention.attend_cached`, `models.layers.project` and `update`. Gain: 1.4 to 1.9 times the
 tokens per second of a step.
 
-`attend` is split over the cached rows and reads each byte once. Rows are contiguous in memory, one lane each: a lane
-keeps its own running maximum, sum and weighted values, so that nothing is exchanged between lanes until the last row
-is read. Reads stop at the valid rows, whatever room the cache has. `dense` is a product of a few rows with a matrix,
-with LayerNorm before it and activation or residual after it: what matters at this size is how few kernels there are.
+`attend` is split over the cached rows and reads each byte once, up to the last valid row. Rows are contiguous in
+memory, one lane each: a lane keeps its own running maximum, sum and weighted values until the last row is read.
+`dense` is a product of a few rows with a matrix, with LayerNorm before it and activation or residual after it: what
+matters at this size is how few kernels there are.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
 from tlinformer_jax.kernels.common import Rotations, call_kernel, feature_pieces, iota, merge_softmaxes
 
@@ -37,21 +38,21 @@ def num_parts(rows: int, softmaxes: int) -> int:
 
 
 def attend(
-    projected: jax.Array, rope: Rotations, sources: Sequence[Source], scale: float, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    projected: Float[Array, "batch 3 heads d_h"],
+    rope: Rotations,
+    sources: Sequence[Source],
+    scale: float,
+    interpret: bool = False,
+) -> tuple[
+    Float[Array, "sources batch heads d_h"], Float[Array, "sources batch heads"], Float[Array, "batch heads d_h"]
+]:
     """Softmax attention of one new row per sequence to each of `sources`; its own key belongs to the first.
 
-    Args:
-      projected: query, key and value of the new row, not rotated, [batch, 3, heads, d_h].
-      rope: rotations of the new rows, [batch, d_h / 2].
-      sources: what is cached.
-      scale: of the scores.
-      interpret: run on the CPU, for tests.
+    `projected` are query, key and value of the new row, not rotated.
 
     Returns:
-      what each source's softmax gives, to be added: float32 [sources, batch, heads, d_h]; its log-sum-exp, float32
-      [sources, batch, heads], -inf where no row is valid; and the rotated key of the new row, [batch, heads, d_h] in
-      projected's dtype.
+      what each source's softmax gives, float32, to be added; its log-sum-exp, -inf where no row is valid; and the
+      rotated key of the new row.
     """
     batch, _, heads, _ = projected.shape
     splits = tuple(num_parts(key.shape[-1], batch * heads) for key, *_ in sources)
@@ -202,30 +203,23 @@ def _write_part(state, outputs, target, pieces, divide: bool) -> None:
 
 
 def dense(
-    x: jax.Array,
-    kernel: jax.Array,
+    x: Float[Array, "parts batch inner"],
+    kernel: Float[Array, "*matrices columns inner"],
     *,
     norm: tuple[jax.Array, jax.Array, float] | None = None,
     gated: bool = False,
-    bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
+    bias: Float[Array, " columns"] | None = None,
+    residual: Float[Array, "batch columns"] | None = None,
     dtype: Any = None,
     interpret: bool = False,
-) -> jax.Array:
-    """Product of a few rows with a matrix, in one kernel; float32 inside.
+) -> Float[Array, "batch columns"]:
+    """Product of a few rows, the sum of the parts, with a matrix, in one kernel; float32 inside.
 
     Args:
-      x: [parts, batch, inner]; the parts are added first.
-      kernel: [columns, inner], or [2, columns, inner] if `gated`: what one output needs is contiguous.
-      norm: scale [inner], bias [inner] and epsilon of a LayerNorm of the rows.
-      gated: silu of the product with the first matrix times the product with the second.
-      bias: [columns], added.
-      residual: [batch, columns], added.
+      norm: scale, bias and epsilon of a LayerNorm of the rows.
+      gated: of two matrices: silu of the product with the first times the product with the second.
+      bias: added; residual: likewise.
       dtype: of the result; None is x's.
-      interpret: run on the CPU, for tests.
-
-    Returns:
-      [batch, columns].
     """
     columns = kernel.shape[-2]
     tile = min(TILE, columns & -columns)

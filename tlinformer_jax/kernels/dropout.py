@@ -3,9 +3,9 @@
 Plain twin: `models.attention._attend_in_chunks`. Gain: without it a step takes 85% longer at N = 512.
 
 Nothing of size queries x keys goes through memory, in the forward or in the backward pass: a program takes a tile of
-the queries, or of the keys, and runs over the other side. Which weights are dropped is a function of the key, the
-batch row, the head, the query's and the key's number (`dropout`), so that every kernel finds it again, whatever
-its tiles. The backward pass is two kernels: one for the queries' gradient, one for that of keys and values.
+the queries, or of the keys, and runs over the other side. Which weights are dropped is a function of their place
+(`models.dropout`), so that every kernel finds it again. The backward pass is two kernels: one for the queries'
+gradient, one for that of keys and values.
 
 Scores and softmax are float32, in units of log2; products take the inputs' dtype and accumulate in float32.
 """
@@ -27,6 +27,7 @@ from tlinformer_jax.kernels.common import (
     call_kernel,
     dot,
     iota,
+    is_half,
     kept,
     masked_load,
     masked_store,
@@ -69,7 +70,7 @@ class Options(NamedTuple):
 
 def use_kernel(dtype: Any, width: int) -> bool:
     """Whether the kernels take heads of this dtype and width here."""
-    return dtype in (jnp.bfloat16, jnp.float16) and width <= MOST_WIDTH and available("dropout") and unsplit()
+    return is_half(dtype) and width <= MOST_WIDTH and available("dropout") and unsplit()
 
 
 def attend_with_dropout(
@@ -94,7 +95,7 @@ def attend_with_dropout(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, query, key, value, key_length, words) -> jax.Array:
+def _attend(options: Options, query, key, value, key_length, words) -> Array:
     return _forward(options, query, key, value, key_length, words)[0]
 
 
@@ -110,10 +111,9 @@ def _attend_backward(options: Options, saved, gradient):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# Compiled functions of their own, so that all calls of the same shapes hand XLA the same kernel, down to the line
-# numbers that are in it: XLA compiles a kernel once for all calls that are equal in every byte.
+# Compiled on their own: XLA compiles a kernel once for all calls that are equal in every byte, line numbers included.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(options: Options, query, key, value, key_length, words) -> tuple[jax.Array, jax.Array]:
+def _forward(options: Options, query, key, value, key_length, words) -> tuple[Array, Array]:
     """The output, and the log-sum-exp to base 2, float32 [batch, heads, queries]: +inf where there is no key."""
     batch, queries, heads, _ = query.shape
     outputs = [
@@ -125,7 +125,7 @@ def _forward(options: Options, query, key, value, key_length, words) -> tuple[ja
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(options: Options, saved, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(options: Options, saved, gradient: Array) -> tuple[Array, Array, Array]:
     """Gradients of query, key and value."""
     query, key, value, key_length, words, output, lse = saved
     lengths = () if key_length is None else (key_length,)
@@ -182,8 +182,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
         limit = length if masked else None
         scores = dot(query, _load(key_ref, (row, head), columns, limit), 1)
         if masked:
-            seen = _seen(numbers[:, None], columns[None, :], length, options)
-            scores = jnp.where(seen, scores, -jnp.inf)
+            scores = _masked(scores, numbers[:, None], columns[None, :], length, options)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         factor = jnp.exp2((top - new_top) * scale)
         weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
@@ -208,8 +207,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
 def _query_kernel(
     query_ref, key_ref, value_ref, words_ref, output_ref, gradient_ref, lse_ref, *refs, options: Options, tile: Tile
 ) -> None:
-    """The queries' gradient of a tile of them, and what the other kernel needs of their rows: the product of output
-    and gradient, times 1 - rate, and the states of the mask."""
+    """The queries' gradient of a tile of them, and what the other kernel needs of their rows."""
     *length_refs, result_ref, delta_ref, first_ref, second_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
@@ -227,8 +225,7 @@ def _query_kernel(
         key = _load(key_ref, place, columns, limit)
         scores = dot(query, key, 1) * (options.scores.scale * LOG2_E)
         if masked:
-            seen = _seen(numbers[:, None], columns[None, :], length, options)
-            scores = jnp.where(seen, scores, -jnp.inf)
+            scores = _masked(scores, numbers[:, None], columns[None, :], length, options)
         weights = jnp.exp2(scores - lse[:, None])
         slope = dot(gradient, _load(value_ref, place, columns, limit), 1)
         keep = kept(first[:, None], second[:, None], columns[None, :], options.rate)
@@ -262,7 +259,7 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
         lse, delta, first, second = (_load_numbers(ref, place, rows)[None, :] for ref in row_refs)
         scores = dot(key, query, 1) * (options.scores.scale * LOG2_E)
         if masked:
-            scores = jnp.where(_seen(rows[None, :], numbers[:, None], None, options), scores, -jnp.inf)
+            scores = _masked(scores, rows[None, :], numbers[:, None], None, options)
         weights = jnp.exp2(scores - lse)
         dropped = jnp.where(kept(first, second, numbers[:, None], options.rate), weights, 0.0)
         slope = dropped * dot(value, gradient, 1) - weights * delta
@@ -296,7 +293,7 @@ def _query_blocks(queries: int, length, options: Options, tile: Tile):
     start: Any = pl.program_id(0) * tile.keys
     end: Any = pl.cdiv(queries, tile.queries)
     # None, where none of the keys is valid.
-    if isinstance(length, jax.Array):
+    if isinstance(length, Array):
         end = jnp.where(start < length, jnp.int32(end), jnp.int32(0))
     if not options.scores.causal:
         return ((0, end, False),)
@@ -316,22 +313,22 @@ def _valid_keys(key_ref, length_refs) -> Any:
 def _loop(blocks, block, carry):
     """Carries through consecutive ranges of blocks, each (first, end, whether to mask)."""
     for first, end, masked in blocks:
-        if isinstance(end, jax.Array) or isinstance(first, jax.Array) or first < end:
+        if isinstance(end, Array) or isinstance(first, Array) or first < end:
             carry = jax.lax.fori_loop(first, end, functools.partial(block, masked=masked), carry)
     return carry
 
 
-def _seen(queries: jax.Array, keys: jax.Array, length, options: Options) -> jax.Array:
-    """Whether queries see keys, by their numbers, which broadcast."""
+def _masked(scores: Array, queries: Array, keys: Array, length, options: Options) -> Array:
+    """Scores, -inf where queries do not see keys, by their numbers, which broadcast."""
     conditions = [] if length is None else [keys < length]
     if options.scores.causal:
         conditions.append(keys <= queries)
     if options.scores.window is not None:
         conditions.append(queries - keys < options.scores.window)
-    return functools.reduce(jnp.logical_and, conditions)
+    return jnp.where(functools.reduce(jnp.logical_and, conditions), scores, -jnp.inf)
 
 
-def _row_states(words_ref, queries: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _row_states(words_ref, queries: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """States of the mask of the program's rows, uint32 [queries] each; `shape` is [batch, queries, heads, d_h]."""
     softmax = (pl.program_id(2) * shape[2] + pl.program_id(1)).astype(jnp.uint32)
     softmax += words_ref[2] * np.uint32(shape[0] * shape[2])
@@ -339,16 +336,16 @@ def _row_states(words_ref, queries: jax.Array, shape: tuple[int, ...]) -> tuple[
     return threefry(words_ref[0], words_ref[1], jnp.full(rows.shape, softmax), rows)
 
 
-def _features(ref) -> jax.Array:
+def _features(ref) -> Array:
     """Numbers of a head's features, filled up to a power of two that the matrix units take."""
     return iota(max(LEAST_PIECE, pl.next_power_of_2(ref.shape[3])))
 
 
-def _zeros(rows: int, ref) -> jax.Array:
+def _zeros(rows: int, ref) -> Array:
     return jnp.zeros((rows, _features(ref).size), jnp.float32)
 
 
-def _load(ref, place, rows: jax.Array, count) -> jax.Array:
+def _load(ref, place, rows: Array, count) -> Array:
     """Rows of one head, [rows, features]: 0 past row `count`, unless that is None, and past the width."""
     features, (row, head) = _features(ref), place
     mask = (features < ref.shape[3])[None, :]
@@ -357,17 +354,17 @@ def _load(ref, place, rows: jax.Array, count) -> jax.Array:
     return masked_load(ref.at[row, rows[:, None], head, features[None, :]], mask)
 
 
-def _store(ref, place, rows: jax.Array, values: jax.Array) -> None:
+def _store(ref, place, rows: Array, values: Array) -> None:
     """Writes rows of one head."""
     features, (row, head) = _features(ref), place
     mask = (rows < ref.shape[1])[:, None] & (features < ref.shape[3])[None, :]
     masked_store(ref.at[row, rows[:, None], head, features[None, :]], values.astype(ref.dtype), mask)
 
 
-def _load_numbers(ref, place, rows: jax.Array) -> jax.Array:
+def _load_numbers(ref, place, rows: Array) -> Array:
     """A number for each row of one head, [rows]; 0 past the last."""
     return masked_load(ref.at[(*place, rows)], rows < ref.shape[2])
 
 
-def _store_numbers(ref, place, rows: jax.Array, values: jax.Array) -> None:
+def _store_numbers(ref, place, rows: Array, values: Array) -> None:
     masked_store(ref.at[(*place, rows)], values, rows < ref.shape[2])

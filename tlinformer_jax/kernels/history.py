@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.kernels.common import (
     LEAST_PIECE,
@@ -42,27 +43,20 @@ MOST_WIDTH = 128
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    row: jax.Array,
-    length: jax.Array,
+    query: Float[Array, "queries heads width"],
+    key: Float[Array, "batch heads d_h rows"],
+    value: Float[Array, "batch heads d_h rows"],
+    row: Array,
+    length: Array,
     scale: float,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of a few queries to the cached rows of one sequence, split over the rows.
+) -> tuple[Float[Array, "queries heads d_h"], Float[Array, "queries heads"]]:
+    """Softmax attention of a few queries to the first `length` cached rows of sequence `row`, split over the rows.
 
-    Args:
-      query: rotated, [queries, heads, width >= d_h]; features past d_h are padding.
-      key: [batch, heads, d_h, rows]; value: the same.
-      row: the sequence's place in the batch, int32 [].
-      length: valid rows, int32 [].
-      scale: of the scores.
-      interpret: run on the CPU, for tests.
+    Features of the rotated queries past d_h are padding.
 
     Returns:
-      float32 [queries, heads, d_h], 0 where no row is valid; and the log-sum-exp of the scaled scores, float32
-      [queries, heads], there -inf.
+      float32, 0 where no row is valid; and the log-sum-exp of the scaled scores, there -inf.
     """
     queries, heads, _ = query.shape
     width, room = key.shape[2:]
@@ -114,19 +108,17 @@ def _attend_kernel(
 
 
 def attend_few(
-    query: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array, scale: float, interpret: bool = False
-) -> jax.Array:
+    query: Float[Array, "queries heads width"],
+    key: Float[Array, "heads d_h rows"],
+    value: Float[Array, "heads d_h rows"],
+    length: Array,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "queries heads width"]:
     """Softmax attention of many queries to a few rows, such as the history's to the compressed context.
 
-    Args:
-      query: rotated, [queries, heads, width >= d_h]; features past d_h are padding.
-      key: [heads, d_h, rows], rows a multiple of ROW_TILE; value: the same.
-      length: valid rows, int32 [].
-      scale: of the scores.
-      interpret: run on the CPU, for tests.
-
-    Returns:
-      as `query`, its padding 0; 0 where no row is valid.
+    The rows are a multiple of ROW_TILE, the first `length` of them valid; where none is the result is 0. Features past
+    d_h are padding, in the result 0.
     """
     queries, heads, _ = query.shape
     return call_kernel(
@@ -156,7 +148,7 @@ def _attend_few_kernel(query_ref, key_ref, value_ref, length_ref, output_ref, *,
         masked_store(target, (values / divisor).astype(output_ref.dtype), mask)
 
 
-def _load_queries(ref, numbers: jax.Array, head: jax.Array, queries: int, width: int) -> list[jax.Array]:
+def _load_queries(ref, numbers: Array, head: Array, queries: int, width: int) -> list[Array]:
     """The queries `numbers` of one head in pieces [QUERY_TILE, size], 0 past the last query and the width."""
     loaded = []
     for start, size in feature_pieces(width, LEAST_PIECE):
@@ -167,13 +159,9 @@ def _load_queries(ref, numbers: jax.Array, head: jax.Array, queries: int, width:
 
 
 def _stream(query, key_ref, value_ref, place, length, blocks, width: int, scale: float):
-    """Reads blocks[0] .. blocks[1] - 1 of ROW_TILE rows, for a tile of queries.
+    """Reads blocks[0] .. blocks[1] - 1 of ROW_TILE rows, up to the `length` valid ones, for a tile of queries.
 
-    Args:
-      query: from `_load_queries`.
-      place: of the rows in the first axes of key_ref and value_ref [batch, heads, d_h, room].
-      length: valid rows.
-      blocks: first and last; those past the valid rows are not read.
+    `place` is that of the rows in the first axes of key_ref and value_ref [batch, heads, d_h, room].
 
     Returns:
       each query's largest score (not scaled) and sum of weights float32 [QUERY_TILE], and its weighted values in
@@ -181,7 +169,7 @@ def _stream(query, key_ref, value_ref, place, length, blocks, width: int, scale:
     """
     pieces, lanes = feature_pieces(width, LEAST_PIECE), iota(ROW_TILE)
 
-    def load(ref, start: int, size: int, rows: jax.Array) -> jax.Array:
+    def load(ref, start: int, size: int, rows: Array) -> Array:
         features = start + iota(size)
         # Every row up to the cache's end may be read; what is not valid gets no weight.
         mask = None if start + size <= width else (features < width)[:, None]
@@ -218,35 +206,28 @@ def _stream(query, key_ref, value_ref, place, length, blocks, width: int, scale:
 
 
 def store(
-    key: jax.Array,
-    value: jax.Array,
-    projected: jax.Array,
-    bias: jax.Array,
+    key: Float[Array, "batch heads d_h room"],
+    value: Float[Array, "batch heads d_h room"],
+    projected: Float[Array, "sources 2 heads width"],
+    bias: Float[Array, "2 heads width"],
     rope: Rotations,
-    row: jax.Array,
-    start: jax.Array,
-    tokens: jax.Array | None = None,
+    row: Array,
+    start: Array,
+    tokens: Int[Array, " rows"] | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Finishes keys and values of many rows of one sequence and writes them into a cache, in place.
+) -> tuple[Float[Array, "batch heads d_h room"], Float[Array, "batch heads d_h room"]]:
+    """Finishes keys and values of many rows of sequence `row` and writes them into its cache, from row `start` on.
 
     Adds the projections' bias and rotates the keys on the way, which as operations of their own would each read and
-    write all of it again.
+    write all of it again. A multiple of STORE_TILE rows is written, in place.
 
     Args:
-      key: the cache's, [batch, heads, d_h, room], with room for the rows; value: likewise.
-      projected: keys and values, neither rotated nor biased, [rows, 2, heads, width >= d_h], their features as
-        `halves_apart` puts them; as many rows as a multiple of STORE_TILE. With `tokens`, of the vocabulary: [V, ...].
-      bias: of keys and values, [2, heads, width], likewise.
+      key: the cache's; value: likewise.
+      projected: keys and values, neither rotated nor biased, their features as `halves_apart` puts them: of the rows,
+        or with `tokens` of the vocabulary.
+      bias: of keys and values, likewise.
       rope: rotations of the rows, [rows, d_h / 2].
-      row: the sequence's place in the batch, int32 [].
-      start: where the first of them goes, int32 [].
-      tokens: the row of `projected` that each row to write takes, int32 [rows], as many as a multiple of STORE_TILE and
-        clipped to the vocabulary; None: they are in order.
-      interpret: run on the CPU, for tests.
-
-    Returns:
-      the cache's keys and values.
+      tokens: the row of `projected` that each row to write takes, clipped to the vocabulary; None: they are in order.
     """
     rows = projected.shape[0] if tokens is None else tokens.size
     place = jnp.stack([row, start]).astype(jnp.int32)
@@ -265,15 +246,10 @@ def store(
     )
 
 
-def halves_apart(array: jax.Array, head_dim: int) -> jax.Array:
+def halves_apart(array: Array, head_dim: int) -> Array:
     """Moves the second half of a head's features to the middle of the padded width, for `store`.
 
-    Both halves then begin where whole words of memory do, and their padding is as regular: 36 features of 40 become
-    18, 2 of padding, 18, 2 of padding.
-
-    Args:
-      array: [..., width], features past head_dim being 0.
-      head_dim: d_h.
+    Both halves then begin where whole words of memory do: 36 features of 40 become 18, 2 of padding, 18, 2 of padding.
     """
     pairs, spread = head_dim // 2, array.shape[-1] // 2
     padding = [(0, 0)] * (array.ndim - 1) + [(0, spread - pairs)]
@@ -294,13 +270,13 @@ def _store_kernel(
     # Past the history the ids may be anything.
     sources = jnp.clip(masked_load(tokens_refs[0].at[numbers]), 0, vocab_size - 1) if tokens_refs else numbers
 
-    def load(part: int, first: int) -> jax.Array:
+    def load(part: int, first: int) -> Array:
         rows = masked_load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)
         bias = masked_load(bias_ref.at[part, head, first + pairs], pairs < spread)
         # Rounded where the plain path rounds, so that both cache the same keys.
         return (rows.astype(jnp.float32) + bias.astype(jnp.float32)).astype(rows.dtype)
 
-    def write(ref, first: int, block: jax.Array) -> None:
+    def write(ref, first: int, block: Array) -> None:
         to = place_ref[1] + numbers
         target = ref.at[place_ref[0], head, first + pairs[:, None], to[None, :]]
         inside = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.kernels import dropout as dropout_kernel
-from tlinformer_jax.kernels.common import Scores, merge_softmaxes
+from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import map_rows
@@ -115,8 +115,7 @@ def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool) ->
 
 def fused_kernel(dtype: Any) -> bool:
     """Whether cuDNN's kernel can take queries of this dtype here: half precision, on an NVIDIA GPU."""
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    return half and is_nvidia_gpu()
+    return is_half(dtype) and is_nvidia_gpu()
 
 
 def attend_parts(

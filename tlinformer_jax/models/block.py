@@ -7,16 +7,15 @@
     restore:   C' = update(C, attend(Qc, Kz, Vz))
                x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
 
-C is the history, of n rows; z the observation window, which `compress` makes of the last rows of C, from row h on; x
-the generation window. Q, K and V are a stream's projections under the layer (`Stream.of`), and `update` is the rest of
-the layer, row by row (`layers.update`). Without history C and z have no rows, and attention to no keys is 0.
+C is the history, of n rows; z the observation window, made of the rows of C from h on; x the generation window. Q, K
+and V are a stream's projections under the layer (`Stream.of`), and `update` is the rest of the layer, row by row
+(`layers.update`). Without history C and z have no rows, attention to no keys is 0, and nothing is compiled for them.
 
-Training, evaluation, `prefill` and `slide` all call the three functions below. They differ in how C is kept, which is
-C's own matter: `read` is attend(Q, Kc, Vc), and `restore` maps the last equation over the rows of C
-(`streams.History`: all rows at once, in chunks, or split over devices; `decoding.history`: beside a KV cache).
+Training, evaluation, `prefill` and `slide` all call the three functions below. How C is kept is its own matter: `read`
+is attend(Q, Kc, Vc), and `restore` maps the last equation over the rows of C (`streams.History`: all at once, in
+chunks, or split over devices; `decoding.history`: beside a KV cache).
 
-Where z and x read the same keys they share one attention call, and one call of `update`: rows that lie side by side
-are rows like any others.
+Where z and x read the same keys they lie side by side, and share one call of `attend` and of `update`.
 """
 
 import functools
@@ -72,23 +71,12 @@ class ReadableHistory(Protocol):
 def compress(
     layer: LayerParams, config: ModelConfig, C: ReadableHistory, z: Stream, x: Stream, dropout: Dropout | None = None
 ) -> tuple[Zs, Xs]:
-    """The first layer, which compresses the history.
+    """The first layer, which compresses the history. Of z, rows h .. n - 1 of C, it takes rows and queries.
 
         z = update(C[h:], attend(Qc[h:], Kc, Vc))
         x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
 
     TConstFormer's x does not read C.
-
-    Args:
-      layer: parameters.
-      config: of the model.
-      C: the history, with keys and values.
-      z: rows h .. n - 1 of C, with queries.
-      x: the generation window, with queries, keys and values.
-      dropout: None outside training.
-
-    Returns:
-      z and x.
     """
     x_attends = attend(x.Q, x.K, x.V, causal=True, **attention_options(config, part_of(dropout, CAUSAL_ATTENTION)))
     if config.architecture == "tconstformer":
@@ -105,13 +93,11 @@ def hidden(
 ) -> tuple[Zs, Xs]:
     """A layer between the first and the last.
 
-        z' = update(z, attend(Qz, Kz, Vz))
-        x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
-
-    Args and returns as of `compress`; z too has keys and values.
+    z' = update(z, attend(Qz, Kz, Vz))
+    x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
     """
     causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
-    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z.K, z.length, z.never_empty)
+    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z)
     z_attends, x_reads = apart(attend(beside(z.Q, x.Q), z.K, z.V, **shared), z.Q.shape[1])
     x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + x_reads
     return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
@@ -131,20 +117,10 @@ def restore(
         C' = update(C, attend(Qc, Kz, Vz))
         x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
 
-    Args:
-      layer: parameters.
-      config: of the model.
-      C: the history, with its queries under the block's `compress`.
-      z: with keys and values.
-      x: with queries, keys and values.
-      later: the blocks that follow; without any there is no C'.
-      dropout: None outside training.
-
-    Returns:
-      C' as the next block reads it, or None; and x.
+    Qc are the queries under the block's `compress`. Without `later` blocks, which read C', it is None.
     """
     causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
-    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z.K, z.length, z.never_empty)
+    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z)
     x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + attend(x.Q, z.K, z.V, **shared)
     x_rows = update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
     if not later:
@@ -165,17 +141,12 @@ def restore_rows(
 ) -> Cs:
     """C' = update(C, attend(Qc, Kz, Vz)), for any rows of C: they do not read each other.
 
-    Args:
-      config: of the model.
-      never_empty: that of z.
-      C: rows.
-      Qc: their queries under the block's `compress`.
-      shared: (the layer, Kz, Vz).
-      fixed: (valid rows of z, dropout).
-      attend: `attention.attend`, or what else computes it.
+    `shared` is (the layer, Kz, Vz), `fixed` (valid rows of z, dropout); `attend` is `attention.attend`, or what else
+    computes it.
     """
     (layer, Kz, Vz), (length, dropout) = shared, fixed
-    options = attention_options(config, part_of(dropout, CONTEXT_ATTENTION), Kz, length, never_empty)
+    z = Stream(None, K=Kz, length=length, never_empty=never_empty)
+    options = attention_options(config, part_of(dropout, CONTEXT_ATTENTION), z)
     return update(layer, C, attend(Qc, Kz, Vz, **options), part_of(dropout, CONTEXT_FEED_FORWARD))
 
 
@@ -216,13 +187,10 @@ def dual_window_block(
       params: of the block, from `prepare_layers`.
       config: of the model.
       C: the history, from position 0 on, projected by `compress`.
-      x: the generation window [batch, m, D], of g windows [batch * g, m, D], projected by `compress`.
-      window: where it stands.
-      later: the blocks that follow.
+      x: the windows' rows, projected likewise; of g windows [batch * g, m, D].
+      window: where they stand.
+      later: the blocks that follow, which read C'.
       dropout: None outside training.
-
-    Returns:
-      C as the following block reads it, None without one; and the rows of x.
     """
     z = observed_stream(params.compress, C, window, x.rows.shape[0])
     valid, never_empty = window.frame.observed_length, config.always_observes
@@ -242,12 +210,9 @@ def dual_window_block(
 class DualWindowBlock(nn.Module):
     """One dual-window block as a Flax module, for use in any model.
 
-    The block maps a generation window x and its history C to the next x and C. Positions run 0 .. n - 1 over
-    the history and n .. n + m - 1 over the window.
-
-    Attributes:
-      config: of the model; `vocab_size`, `num_blocks` (but for the initial scale) and `generation_window` do
-        not matter here: the window is as long as the x it is given.
+    It maps a generation window x and its history C to the next x and C. Positions run 0 .. n - 1 over the
+    history and n .. n + m - 1 over the window, which is as long as the x it is given. Of the configuration
+    `vocab_size`, `generation_window` and `num_blocks` (but for the initial scale) do not matter here.
 
     Example:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
@@ -269,16 +234,13 @@ class DualWindowBlock(nn.Module):
     def __call__(
         self, x: jax.Array, history: jax.Array | None = None, *, restore: bool = True, train: bool = False
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Applies the block.
+        """x, and C' (None if `restore` is false or there is no history).
 
         Args:
           x: the generation window, [batch, m, D], m >= 1.
           history: C, [batch, n, D]; None or n = 0 where there is none.
-          restore: whether to return the restored history.
+          restore: whether to return C'.
           train: apply dropout, drawn from the rng stream 'dropout'.
-
-        Returns:
-          x [batch, m, D], and C' [batch, n, D] (None if `restore` is false or there is no history).
         """
         config = self.config
         params = prepare_layers(
@@ -296,7 +258,7 @@ class DualWindowBlock(nn.Module):
         C = History.whole(params.compress, rows, rope)
         window = Stream.of(params.compress, x, rope.rows(length, x.shape[1]))
         placed = place_window(WindowFrame(length, length - width, observed, width), rope, x.shape[1])
-        # Nobody follows here: what is projected for that is not read.
+        # No block follows: what is projected for it is not read.
         later = (params,) if restore and history is not None else ()
         restored, x = dual_window_block(params, config, C, window, placed, later, dropout)
         return x, None if restored is None else restored.rows

@@ -1,8 +1,7 @@
 """What a generated token runs through: a layer for one new row per sequence, and its attention to cached rows.
 
-Cached keys and values lie as [batch, heads, d_h, rows]: rows are contiguous, so that a pass over them streams memory
-on a GPU, and pads nothing on a TPU, whose lanes a last dimension of 36 features would fill to 128. How many rows are
-valid differs between the sequences of a batch and is known at run time only.
+Cached keys and values lie as [batch, heads, d_h, rows]: rows are contiguous, which streams memory on a GPU and pads
+nothing on a TPU. How many are valid differs between the sequences of a batch and is known at run time only.
 
 Below the token's layer stands what `prefill` and `slide` do with a cache: write many rows, read all of them.
 """
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
-from tlinformer_jax.kernels.common import available, merge_softmaxes
+from tlinformer_jax.kernels.common import available, is_half, merge_softmaxes
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import (
     LAYER_NORM_EPSILON,
@@ -73,7 +72,7 @@ class CachedRows:
         """What the softmax over the rows of all devices gives, from that over these."""
         if self.split is None:
             return output
-        # By one collective: for the few queries of a token its latency costs more than bytes in the number of devices.
+        # By one collective: for a token's few queries latency costs more than bytes.
         both = jax.lax.all_gather(jnp.concatenate([output, lse[..., None]], axis=-1), self.split.axis)
         return merge_softmaxes(both[..., :-1], both[..., -1], axis=0)[0]
 
@@ -257,15 +256,14 @@ def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active:
 def lane_rows(rows: Float[Array, "*any n heads width"], head_dim: int) -> Float[Array, "*any heads d_h n"]:
     """Keys or values of many rows as a cache keeps them, without a head's padding.
 
-    The layout is pinned: left free, XLA gives the whole cache the layout of what is written to it, and copies
-    the cache into it and back.
+    The layout is pinned: left free, XLA would copy the whole cache to the layout of what is written, and back.
     """
     moved = jnp.moveaxis(rows[..., :head_dim], -3, -1)
     return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
 
 
 def for_writing(layer: LayerParams, rows: int, backend: str) -> LayerParams:
-    """A layer from `prepare_layers` as `write_rows` takes it for so many rows at a time; to be called outside loops."""
+    """A layer as `write_rows` takes it for so many rows at a time; to be called outside loops."""
     head_dim = layer.out_kernel.shape[-1] // layer.out_kernel.shape[0]  # D / heads; the kernels' heads are padded
     if not _stores_by_kernel(layer.qkv_kernel.dtype, head_dim, rows, backend):
         return layer
@@ -305,9 +303,9 @@ def write_tokens(
     rope: Rope,
     backend: str,
 ) -> KeyValue:
-    """`write_rows` of keys and values that depend on the token alone, looked up in a table for the whole vocabulary.
+    """`write_rows` of what depends on the token alone, from a table of the vocabulary by a layer from `for_writing`.
 
-    The table is by a layer from `for_writing`, not rotated.
+    The table's keys are not rotated.
     """
     if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], tokens.size, backend):
         no_bias = jnp.zeros(table.shape[1:], table.dtype)
@@ -355,7 +353,7 @@ def attend_history(
 
 
 def _natural_rows(rows: Array, width: int) -> Array:
-    """Cached keys or values [..., heads, d_h, rows] as attention takes many: [..., rows, heads, width], zero-padded."""
+    """Cached keys or values as attention takes many: [..., rows, heads, width], zero-padded."""
     moved = jnp.moveaxis(rows, -1, -3)
     return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
 
@@ -369,7 +367,7 @@ def attend_context(
     key_length: Array,
     **options: Any,
 ) -> Float[Array, "1 queries heads width"]:
-    """`attend` of many queries to the few rows of a compressed context; not differentiable, and without dropout."""
+    """`attend` of many queries to the few rows of a compressed context; not differentiable."""
     if use_kernels(query.dtype, head_dim, options["backend"]):
         padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
         key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
@@ -378,6 +376,6 @@ def attend_context(
 
 
 def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:
-    """Whether the GPU kernels of `kernels.history` run here, are wanted, and take heads of this dtype and width."""
-    takes = dtype in (jnp.bfloat16, jnp.float16) and head_dim <= history_kernel.MOST_WIDTH
+    """Whether `kernels.history` runs here, is wanted, and takes heads of this dtype and width."""
+    takes = is_half(dtype) and head_dim <= history_kernel.MOST_WIDTH
     return takes and backend != "xla" and available("history")

@@ -1,9 +1,8 @@
 """Dropout, and which values it drops: a function of a key and of a value's place, cheap enough for a GPU kernel.
 
-A row of values, such as a query's attention weights, has a state of 64 bits: Threefry-2x32, `jax.random`'s own
-generator, of (number of the matrix that the row is in, number of the row) under the key. State and number of a value
-give its 32 bits by about eight integer operations (`kernels.common.mixed`); the row's second word joins in between, so
-that rows whose first words lie a few steps apart share nothing. A value is dropped if they are below rate * 2^32.
+A row of values, such as a query's attention weights, has a state of 64 bits: Threefry-2x32 of its matrix's and its
+own number under the key. A value's number and that state give 32 bits by a few integer operations (`kernels.common`).
+The value is dropped if they are below rate * 2^32.
 """
 
 import functools
@@ -22,8 +21,8 @@ class Dropout:
     """Dropout to apply: `rate` of the values. None stands for no dropout.
 
     Attributes:
-      words: the key's two words, and the number of the part of the batch that this device has, whose size is that of
-        the arrays; uint32 [3]. Masks do not depend on how many devices a batch is split over.
+      words: the key's two words, and the number of this device's part of the batch, uint32 [3]: masks do not
+        depend on how many devices a batch is split over.
       rate: in [0, 1).
     """
 
@@ -43,10 +42,7 @@ class Dropout:
         return Dropout(jnp.stack([first, mixed(self.words[1] + first, number), self.words[2]]), self.rate)
 
     def __call__(self, x: jax.Array, first_row: jax.Array | int = 0) -> jax.Array:
-        """Zeroes values of x [..., rows, features] with probability `rate` and scales the others to keep the mean.
-
-        `first_row` is the number of the first of the rows, where x is a part of them.
-        """
+        """Zeroes values of x [..., rows, features], the rows from `first_row` on, and scales the others up."""
         return _drop(x, self.words, first_row, self.rate)
 
 
@@ -66,7 +62,7 @@ def _drop(x: jax.Array, words: jax.Array, first_row: jax.Array | int, rate: floa
 def dropout_mask(
     words: jax.Array, batch: int, heads: int, queries: int, keys: int, rate: float, first_row: jax.Array | int = 0
 ) -> jax.Array:
-    """Which attention weights are kept, bool [batch, heads, queries, keys], for `words` as `Dropout` has them."""
+    """Which attention weights are kept, bool [batch, heads, queries, keys]."""
     softmax = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1, 1)
     softmax += words[2] * np.uint32(batch * heads)
     row = jnp.arange(queries, dtype=jnp.uint32)[:, None] + jnp.asarray(first_row).astype(jnp.uint32)

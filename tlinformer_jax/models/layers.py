@@ -90,9 +90,9 @@ def chain_layers(
 def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:
     """A pytree of `LayerParams` as the functions below take it; done once per forward pass, outside all scans.
 
-    Matrices are cast to the compute dtype (vectors, that is LayerNorms and output biases, stay as they are), and the
-    features of queries and keys are reordered for `rotate`. Heads are padded with zero weights to a multiple of
-    `attention.head_multiple` features: so they come out of the projection as the kernel wants them, without a copy.
+    Matrices are cast to the compute dtype, vectors stay as they are, and the features of queries and keys are
+    reordered for `rotate`. Heads are padded with zero weights to a multiple of `attention.head_multiple` features:
+    so they come out of the projection as the kernel wants them.
     """
 
     def prepare(layer: LayerParams) -> LayerParams:
@@ -119,8 +119,7 @@ def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(array, padding) if padding[axis][1] else array
 
 
-# Elementwise work is done again in the backward pass from its inputs in the compute dtype: cheaper than writing and
-# reading back its float32 intermediate values, which are three times as large.
+# Elementwise work is done again in the backward pass: cheaper than writing and reading back its float32 values.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -137,7 +136,7 @@ def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
 
 @jax.custom_vjp
 def norm_branch(x: Array, scale: Array, bias: Array) -> tuple[Array, Array]:
-    """x and `layer_norm` of it: where a branch leaves the residual stream, so that both gradients of x meet at once."""
+    """x and `layer_norm` of it: where a branch leaves the residual stream, and both gradients of x meet."""
     return x, layer_norm(x, scale, bias)
 
 
@@ -177,8 +176,7 @@ def _add_bias(x: Array, bias: Array) -> Array:
 
 
 def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
-    # Summed over rows apart from what makes the gradient: in one kernel with the rotation, which gathers it from
-    # many arrays, the sum over columns takes three times as long as both alone.
+    # Apart from what makes the gradient: in one kernel with the rotation the sum takes three times as long.
     gradient = jax.lax.optimization_barrier(gradient)
     axes = tuple(range(gradient.ndim - bias.ndim))
     return gradient, jnp.sum(gradient.astype(jnp.float32), axis=axes).astype(bias.dtype)

@@ -29,27 +29,20 @@ from tlinformer_jax.models.streams import attention_options
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.parallel.constraints import constrain_batch
 
-# In half precision the vocabulary is padded to a multiple of this inside the product. Rows of 50257 values do not
-# begin at addresses that the matrix units' loads are aligned to; XLA would pad each product's logits by a copy.
+# In half precision the vocabulary is padded to a multiple of this inside the product: the matrix units' loads are
+# aligned, and XLA would otherwise pad the logits by a copy.
 VOCABULARY_MULTIPLE = 128
 
 
 @flax.struct.dataclass
 class ModelParams:
-    """A model's parameters as a typed pytree.
+    """A model's parameters as a typed pytree."""
 
-    Attributes:
-      embedding: [V, D]; also the output head.
-      blocks: of the windowed architectures, else empty.
-      layers: of the baselines, else empty.
-      norm_scale: [D]; norm_bias: [D]. Final LayerNorm.
-    """
-
-    embedding: jax.Array
-    blocks: tuple[BlockParams, ...]
-    layers: tuple[LayerParams, ...]
-    norm_scale: jax.Array
-    norm_bias: jax.Array
+    embedding: jax.Array  # [V, D]; also the output head
+    blocks: tuple[BlockParams, ...]  # of the windowed architectures
+    layers: tuple[LayerParams, ...]  # of the baselines
+    norm_scale: jax.Array  # [D]. Final LayerNorm
+    norm_bias: jax.Array  # [D]
 
 
 class LanguageModel(nn.Module):
@@ -112,10 +105,7 @@ class LanguageModel(nn.Module):
         inputs_embeds: jax.Array | None = None,
         start: int = 0,
     ) -> jax.Array:
-        """What the head reads of positions start, ...: [batch, length - start, D], by `hidden_states`.
-
-        Takes and raises what `__call__` does.
-        """
+        """What the head reads of positions start, ...: [batch, length - start, D]; see `__call__`."""
         config = self.config
         check_inputs(config, tokens, inputs_embeds)
         if inputs_embeds is None:
@@ -158,14 +148,14 @@ def hidden_states(
     dropout: Dropout | None = None,
     start: int = 0,
 ) -> Float[Array, "batch rest D"]:
-    """What the head reads, in the compute dtype, after the final LayerNorm; the loss multiplies it with the embedding.
+    """What the head reads, after the final LayerNorm; the loss multiplies it with the embedding.
 
     Args:
       params: from `prepare_params`.
       config: of the model.
       embeddings: of a whole sequence, in the compute dtype.
       dropout: None outside training.
-      start: the first position that is wanted: generation windows that lie before it are not run.
+      start: the first position that is wanted: generation windows before it are not run.
     """
     if config.windowed:
         first, rest = divmod(start, config.generation_window)
@@ -187,11 +177,7 @@ def padded_vocabulary(vocab_size: int, dtype: Any) -> int:
 
 
 def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:
-    """Refuses inputs the model cannot take.
-
-    Raises:
-      DataError: naming the input, its shape or type, and what is allowed.
-    """
+    """Refuses, by a DataError, inputs that the model cannot take."""
     if (tokens is None) == (inputs_embeds is None):
         raise DataError("model inputs: give either tokens or inputs_embeds")
     if tokens is not None:
@@ -214,19 +200,12 @@ def attention_window(config: ModelConfig) -> int | None:
 
 
 def forward_layers(
-    layers: tuple[LayerParams, ...], config: ModelConfig, embeddings: jax.Array, dropout: Dropout | None = None
-) -> jax.Array:
-    """Hidden states of a whole sequence.
-
-    Args:
-      layers: parameters, from `prepare_layers`.
-      config: of the model, architecture 'transformer' or 'sliding_window'.
-      embeddings: [batch, length, D] in the compute dtype.
-      dropout: None outside training.
-
-    Returns:
-      [batch, length, D], before the final LayerNorm.
-    """
+    layers: tuple[LayerParams, ...],
+    config: ModelConfig,
+    embeddings: Float[Array, "batch length D"],
+    dropout: Dropout | None = None,
+) -> Float[Array, "batch length D"]:
+    """A baseline's hidden states of a whole sequence, before the final LayerNorm."""
     rope = rope_table(jnp.arange(embeddings.shape[1], dtype=jnp.int32), config.head_dim)
     window, plan = attention_window(config), config.plan()
 

@@ -1,8 +1,7 @@
 """Loops over steps that share arrays, whose gradients are summed in float32 and whose memory is that of one step.
 
-`jax.checkpoint` around the body of a `jax.lax.scan` gives a loop whose steps are computed again in the backward pass,
-but adds up the gradients of shared arrays in the arrays' dtype: in bfloat16 the sum over a thousand windows stops
-growing after a few hundred. Here each step's gradient is added in float32.
+`jax.checkpoint` in a `jax.lax.scan` would add them up in the arrays' dtype: in bfloat16 the sum over a thousand windows
+stops growing after a few hundred.
 """
 
 import functools
@@ -35,15 +34,14 @@ def rounded(total: Any, shared: Any) -> Any:
 def map_rows(branch: Branch, chunk: int, shared: Any, rows: Any, fixed: Any, count: jax.Array) -> Any:
     """Outputs of `branch(shared, fixed, (chunk of rows, number))` for the first `count` chunks, side by side.
 
-    How many chunks there are is known at run time only, and rows past them cost nothing: `jax.lax.scan` would take
-    every chunk, and a `jax.lax.while_loop` has no gradient. Here the backward pass goes through as many chunks as the
-    forward pass did and computes each again, so that its intermediate values never exist for all rows.
+    Rows past them, known at run time only, cost nothing: `jax.lax.scan` would take every chunk, and a
+    `jax.lax.while_loop` has no gradient. The backward pass computes each chunk again.
 
     Args:
       branch: one step; returns a pytree of arrays [batch, chunk, ...].
       chunk: rows of a step; divides length.
       shared: what every step reads; differentiated, gradients summed in float32.
-      rows: pytree of arrays [batch, length, ...]; differentiated. Outputs and gradients of those left out are 0.
+      rows: arrays [batch, length, ...]; differentiated. Outputs and gradients of those left out are 0.
       fixed: what every step reads and no gradient flows to.
       count: int32 []; more than length / chunk counts as that.
     """

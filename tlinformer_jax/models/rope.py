@@ -1,8 +1,8 @@
 """Rotary position embedding whose angles are exact at every int32 position.
 
-Feature pair i of a head (features 2i and 2i + 1) turns by position * 10000^(-2i / d_h) radians. A float32 product of
-the two is off by 0.05 rad at a million positions. Here the frequency, in turns, is a 64-bit binary fraction, and its
-product with the position is taken modulo one turn by wrapping integers: right to 2^-32 turns, on every backend.
+Feature pair i of a head (features 2i and 2i + 1) turns by position * 10000^(-2i / d_h) radians. A float32 product is
+off by 0.05 rad at a million positions. Here the frequency is a 64-bit fraction of a turn, and its product with the
+position is taken modulo one turn by wrapping integers: right to 2^-32 turns.
 """
 
 import math
@@ -55,7 +55,7 @@ def rotary_angles(positions: jax.Array, head_dim: int) -> jax.Array:
 def rope_table(positions: jax.Array, head_dim: int) -> Rope:
     """Rotations of `positions` (int32, any shape); positions must not be negative."""
     angles = rotary_angles(positions, head_dim)
-    # Asks XLA to compute the table once, not inside every layer that reads it; on the CPU it made no difference.
+    # Asks XLA to compute the table once, not inside every layer that reads it.
     return Rope(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
@@ -77,7 +77,7 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 def pairs_apart(x: jax.Array) -> jax.Array:
     """Reorders the last axis from interleaved pairs to all first members, then all second members.
 
-    Done to queries and keys alike it changes no product of the two, and `rotate` works on contiguous halves.
+    Done to queries and keys alike it changes no product of the two.
     """
     pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""The two streams of a block: z or C on the history side, x in the generation window; and how they lie side by side."""
+"""The two streams of a block, z or C and x, with their projections; and how they lie side by side."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,8 +31,7 @@ class Stream:
       rows: of the residual stream, [batch, rows, D].
       Q, K, V: [batch, rows, heads, d_h], Q and K rotated; None where no one reads them.
       length: how many of the rows are valid, the first ones; None for all.
-      never_empty: whether `length` is known never to be 0 where it is not known (static), which saves attention a pass
-        over its output.
+      never_empty: `length`, if not known, is known never to be 0, which saves attention a pass over its output.
     """
 
     rows: Any
@@ -65,7 +64,7 @@ def project_both(
     length: PerWindow,
     never_empty: bool = False,
 ) -> tuple[Stream, Stream]:
-    """`Stream.of` z and of x by one product; `rope` has the rotations of both, side by side, `length` is that of z."""
+    """`Stream.of` z and of x by one product; `rope` has both's rotations side by side, `length` is that of z."""
     z_parts, x_parts = side_by_side(lambda rows: project(layer, rows, rope), (z_rows, x_rows))
     return Stream(z_rows, *z_parts, length, never_empty), Stream(x_rows, *x_parts)  # type: ignore[call-arg]
 
@@ -74,8 +73,8 @@ def project_both(
 class History(Stream):
     """C at the entrance of a block, whole: how training and uncached evaluation read and restore it.
 
-    Rows past `length` are the future, which no one reads. Windows that run together may share one history: its arrays
-    then have the batch of the sequences, and the windows' have that times the number of windows.
+    Rows past `length` are the future, which no one reads. Windows that run together may share one history, whose
+    batch is then that of the sequences.
 
     Attributes:
       rope: rotations of positions 0, 1, ...
@@ -89,7 +88,7 @@ class History(Stream):
 
     @classmethod
     def whole(cls, layer: LayerParams, rows: Float[Array, "b n D"], rope: Rope, length: PerWindow = None) -> "History":
-        """The first `length` of the rows (None: all), projected; `rope` has their positions' rotations and others'."""
+        """The first `length` of the rows (None: all), projected; `rope` begins at their positions."""
         valid = rows.shape[1] if length is None else length
         projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]))
         return dataclasses.replace(projected, length=valid, rope=rope)
@@ -106,7 +105,8 @@ class History(Stream):
         """attend(Q, Kc, Vc): every query reads all valid rows."""
         if self.split is None:
             key, value = (repeat_for_windows(array, query.shape[0]) for array in (self.K, self.V))
-            return attend(query, key, value, **attention_options(config, dropout, key, self.length, self.never_empty))
+            options = attention_options(config, dropout, dataclasses.replace(self, K=key))
+            return attend(query, key, value, **options)
         # Each device reads its own rows. Only XLA's attention has a log-sum-exp that can be differentiated.
         output, lse = attend(
             query,
@@ -126,11 +126,11 @@ class History(Stream):
         """C', projected by the layer that reads it next.
 
         Args:
-          restore_rows: C' = restore_rows(C, Q, shared, fixed), for any rows of C; it must not close over traced values.
-          shared: pytree of what all rows read, differentiated.
-          fixed: (valid rows of z, dropout), not differentiated.
+          restore_rows: C' = restore_rows(C, Q, shared, fixed), for any rows; closes over no traced values.
+          shared: what all rows read and gradients flow to.
+          fixed: (valid rows of z, dropout).
           next_layer: the following block's `compress`.
-          parts: what that reads of the history: 'qkv' where it restores it in its turn, else 'kv'.
+          parts: what that reads of C': 'qkv' where it restores it in its turn, else 'kv'.
         """
         batch = shared[-1].shape[0]
         rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
@@ -161,14 +161,7 @@ class History(Stream):
 
 @flax.struct.dataclass
 class PlacedWindow:
-    """Generation windows with all that their blocks ask of where they stand.
-
-    Attributes:
-      frame: n, h and lengths.
-      z_rope: rotations of the observation windows' rows, at their true positions.
-      x_rope: of the generation windows' rows.
-      rope: of both side by side.
-    """
+    """Where generation windows stand, with the rotations of z, of x, and of both side by side."""
 
     frame: WindowFrame
     z_rope: Rope
@@ -191,31 +184,17 @@ def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch:
     return Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
 
 
-def attention_options(
-    config: ModelConfig,
-    dropout: Dropout | None,
-    key: Array | None = None,
-    length: PerWindow = None,
-    never_empty: bool = False,
-) -> dict[str, Any]:
-    """Options for `attend`: backend and scale, and that the first `length` of the keys are valid; None for all."""
-    if (
-        key is None
-        or length is None
-        or (not isinstance(length, jax.Array) and np.all(np.asarray(length) == key.shape[1]))
-    ):
-        valid = None  # kernels are faster where nothing is masked
-    elif np.ndim(length):
-        valid = jnp.tile(jnp.asarray(length, jnp.int32), key.shape[0] // len(length))
-    else:
-        valid = length
-    return {
-        "key_length": valid,
-        "dropout": dropout,
-        "backend": config.attention,
-        "scale": config.attention_scale,
-        "never_empty": never_empty,
-    }
+def attention_options(config: ModelConfig, dropout: Dropout | None, keys: Stream | None = None) -> dict[str, Any]:
+    """Options for `attend`; `keys` is the stream whose keys are read, where not all of them may be valid."""
+    options = {"dropout": dropout, "backend": config.attention, "scale": config.attention_scale}
+    if keys is None or keys.length is None:
+        return options
+    length, (batch, rows) = keys.length, keys.K.shape[:2]
+    if not isinstance(length, jax.Array) and np.all(np.asarray(length) == rows):
+        return options  # kernels are faster where nothing is masked
+    if np.ndim(length):
+        length = jnp.tile(jnp.asarray(length, jnp.int32), batch // len(length))
+    return {**options, "key_length": length, "never_empty": keys.never_empty}
 
 
 def beside(z: Array, x: Array) -> Array:
@@ -232,12 +211,7 @@ def apart(both: Array, width: int) -> tuple[Array, Array]:
 
 
 def side_by_side(function: Callable[..., Any], *pairs: tuple[Array, Array]) -> tuple[Any, Any]:
-    """(function(z ...), function(x ...)) by one call, for a function that works row by row.
-
-    Args:
-      function: of arrays [batch, rows, ...]; it returns such arrays.
-      pairs: (z, x), of each argument.
-    """
+    """(function(z ...), function(x ...)) by one call, for a function that works row by row."""
     width = pairs[0][0].shape[1]
     found = function(*(beside(*pair) for pair in pairs))
     parts = [apart(array, width) for array in jax.tree.leaves(found)]

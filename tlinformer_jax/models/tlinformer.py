@@ -1,8 +1,7 @@
 """TLinFormer and TConstFormer: one generation window through all blocks, and all windows of a sequence.
 
-Windows are independent of each other given the embeddings, so a loop over them carries nothing. What never changes
-from window to window is computed once outside: the embeddings, and their projections by block 0's `compress` layer,
-which serve as history and as generation window alike.
+Windows are independent of each other given the embeddings, so a loop over them carries nothing. Computed once for all
+of them are the embeddings and their projections by block 0's `compress` layer, as history and as window alike.
 """
 
 import dataclasses
@@ -42,18 +41,15 @@ def window_states(
     frame: WindowFrame,
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch rows D"]:
-    """A generation window, or g windows that run together, through all blocks.
+    """A generation window, or g windows that run together, through all blocks, before the final LayerNorm.
 
     Args:
       blocks: parameters, from `prepare_layers`.
       config: of the model.
-      C: embeddings from position 0 on, projected by block 0's `compress` layer, [batch, rows, ...].
-      x: embeddings of the window [batch, m, D], of g windows [batch * g, m, D], projected likewise.
-      frame: where the window stands.
+      C: embeddings from position 0 on, projected by block 0's `compress` layer.
+      x: embeddings of the windows, projected likewise; of g windows [batch * g, m, D].
+      frame: where they stand.
       dropout: None outside training.
-
-    Returns:
-      [batch, m, D], before the final LayerNorm.
     """
     assert C.rope is not None
     window, history = place_window(frame, C.rope, x.rows.shape[1]), C
@@ -70,10 +66,10 @@ class PreparedSequence:
     """What is computed once for all windows of a sequence.
 
     Attributes:
-      history: the embeddings, padded, with their projections by block 0's `compress` layer.
+      history: the embeddings, padded, projected by block 0's `compress` layer.
       rope: rotations of positions 0, 1, ...
       dropout: None outside training.
-      count: number of windows; the last may reach past the sequence's end.
+      count: windows; the last may reach past the sequence's end.
       runs: of the windows that are wanted, those of equal shapes together.
     """
 
@@ -116,17 +112,9 @@ def prepare_sequence(
     split: SequenceSplit = WHOLE,
     first: int = 0,
 ) -> PreparedSequence:
-    """Prepares a sequence for its windows.
+    """Prepares a sequence of `length` tokens for its windows, of which those from `first` on are wanted.
 
-    Args:
-      blocks: parameters, from `prepare_layers`.
-      config: of the model.
-      embeddings: of a sequence; where rows are split, of this device's.
-      length: of the sequence.
-      plan: of the execution.
-      dropout: None outside training.
-      split: how the sequence is split over devices.
-      first: the first window that is wanted.
+    Where devices share its rows, the embeddings are those of this device's.
     """
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows
     segments = plan_segments(config, count, plan, split, first)
@@ -143,12 +131,7 @@ def place_in_run(
 ) -> tuple[History, WindowFrame, Dropout | None]:
     """What `window_states` takes for windows of a run: their history, where they stand, and their dropout.
 
-    Args:
-      config: of the model.
-      run: of windows.
-      history: of the sequence, as much of it as the run reaches.
-      fixed: of the sequence.
-      windows: the index of one, or of those that run together, int32 [g].
+    `windows` is the index of one, or of those that run together, int32 [g]; `fixed` is the sequence's.
     """
     rope, dropout = fixed
     frame = run.frame(config, windows)
@@ -165,18 +148,7 @@ def forward_windows(
     dropout: Dropout | None = None,
     first: int = 0,
 ) -> Float[Array, "batch rest D"]:
-    """Hidden states of a whole sequence, window by window.
-
-    Args:
-      blocks: parameters, from `prepare_layers`.
-      config: of the model.
-      embeddings: in the compute dtype.
-      dropout: None outside training; each window draws masks of its own.
-      first: the first window that is wanted.
-
-    Returns:
-      of positions first * W_og, ..., before the final LayerNorm.
-    """
+    """Hidden states of a whole sequence, window by window, from window `first` on; before the final LayerNorm."""
     batch, length, width = embeddings.shape
     size = config.generation_window
     plan = config.plan(num_windows(config, length) - first)

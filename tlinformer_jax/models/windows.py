@@ -24,8 +24,7 @@ class WindowFrame:
       history_length: n, the first position of the generation window.
       observed_start: h, the first row of the observation window.
       observed_length: rows of the observation window that are valid, n - h.
-      observed_width: rows that are computed for it (static), at least `observed_length`; the rows past the
-        valid ones belong to the future and are never attended to.
+      observed_width: rows that are computed for it; those past the valid ones are the future, which no one reads.
     """
 
     history_length: PerWindow
@@ -72,8 +71,7 @@ class Segment:
     def frame(self, config: ModelConfig, windows: PerWindow) -> WindowFrame:
         """The frame of windows of this segment, given by their indices.
 
-        Lengths that are the same for all its windows become plain numbers, so that attention knows which keys
-        are never masked.
+        Lengths that all its windows share become plain numbers: attention then knows which keys are never masked.
         """
         if self.count == self.together:
             windows = self.windows[0]
@@ -97,10 +95,7 @@ def num_windows(config: ModelConfig, length: int) -> int:
 
 
 def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> float:
-    """Tokens of a sequence that a step predicts: all, or the expected number of those of the sampled windows.
-
-    The last window may be shorter than the others.
-    """
+    """Tokens of a sequence that a step predicts: all, or the expected number of those of the sampled windows."""
     windows = num_windows(config, length)
     return length * sampled_windows / windows if 0 < sampled_windows < windows else float(length)
 
@@ -110,13 +105,8 @@ def plan_segments(
 ) -> tuple[Segment, ...]:
     """Cuts windows first .. windows - 1 into runs with static shapes; window 0, which has no history, is none of them.
 
-    Args:
-      config: of the model.
-      windows: of the sequence.
-      plan: of the execution; at most `segments` runs, and one more for what does not fill a group of `together`.
-      split: how sequences are split over devices: every run but the first is of whole rounds of windows, and devices
-        hold equally many rows of the history.
-      first: the first window that is wanted.
+    There are at most `plan.segments` runs, and one more for what does not fill a group of `plan.together`. Where
+    devices share windows or rows, every run but the first is of whole rounds of windows.
     """
     first = max(first, 1)
     count = windows - first
@@ -142,7 +132,7 @@ def assign_runs(runs: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
 
 
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...], row_parts: int = 1) -> int:
-    """Rows to which a sequence is padded: every slice a window takes lies inside it, and `row_parts` divides it."""
+    """Rows to which a sequence is padded: every window's slices lie inside, and `row_parts` divides it."""
     rows = max([windows * config.generation_window] + [segment.history_rows for segment in segments])
     return rows + -rows % row_parts
 
@@ -150,8 +140,7 @@ def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ..
 def window_rows(config: ModelConfig, array: jax.Array, first: int, count: int, together: int = 1) -> jax.Array:
     """The own rows of windows first .. first + count - 1, of [batch, rows, ...].
 
-    Returns:
-      [count / together, batch * together, W_og, ...], the windows of a sequence that run together side by side.
+    They are [count / together, batch * together, W_og, ...].
     """
     batch, size = array.shape[0], config.generation_window
     rows = array[:, first * size : (first + count) * size].reshape(batch, -1, together, size, *array.shape[2:])
@@ -170,16 +159,10 @@ def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int
 
 
 def slice_rows(array: jax.Array, start: PerWindow, length: int, batch: int | None = None) -> jax.Array:
-    """Rows start .. start + length - 1 of [batch, rows, ...].
+    """Rows start .. start + length - 1 of [sequences, rows, ...].
 
-    Args:
-      array: with starts [g], either [batch, rows, ...] or [batch * g, rows, ...].
-      start: one for all, or one for each of g windows that run together; may be traced.
-      length: static.
-      batch: that of the result, sequences * g; read only where there are g starts.
-
-    Returns:
-      [batch, length, ...]; with starts [g], [batch * g, length, ...], the windows of a sequence side by side.
+    With a start for each of g windows that run together the result is [batch = sequences * g, length, ...], and the
+    array may have a row for each of these, too.
     """
     if not np.ndim(start):
         return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
