@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
@@ -54,52 +55,34 @@ def attend(
       what each source's softmax gives, float32, to be added; its log-sum-exp, -inf where no row is valid; and the
       rotated key of the new row.
     """
-    batch, _, heads, _ = projected.shape
-    splits = tuple(num_parts(key.shape[-1], batch * heads) for key, *_ in sources)
-    sums, tops, totals, own_key = _partial_attention(projected, rope, sources, splits, scale, interpret)
-    if max(splits) == 1:  # the kernel has divided already
-        return sums, _log_sum_exp(tops, totals), own_key
-    merged, lses, first = [], [], 0
-    for count in splits:
-        part = slice(first, first + count)
-        first += count
-        output, lse = merge_softmaxes(sums[part], tops[part][..., 0], 0, totals[part][..., 0])
-        merged.append(output)
-        lses.append(lse)
-    return jnp.stack(merged), jnp.stack(lses), own_key
-
-
-def _log_sum_exp(top: jax.Array, total: jax.Array) -> jax.Array:
-    """[...] of maxima and sums of weights [..., 1]; -inf where there is no weight."""
-    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
-
-
-def _partial_attention(
-    projected: jax.Array,
-    rope: Rotations,
-    sources: Sequence[Source],
-    splits: tuple[int, ...],
-    scale: float,
-    interpret: bool,
-) -> tuple[jax.Array, ...]:
-    """Parts of every source: weighted sums [parts, batch, heads, d_h], maxima of the scores and sums of weights
-    [parts, batch, heads, 1], all float32, and the rotated key. With one part a source the sums are divided."""
     batch, _, heads, width = projected.shape
-    operands = [projected, rope.cos, rope.sin]
-    for key, value, length, _ in sources:
-        operands += [key, value, length]
+    splits = tuple(num_parts(key.shape[-1], batch * heads) for key, *_ in sources)
+    layers = tuple(layer for *_, layer in sources)
     shape = (sum(splits), batch, heads)
     outputs = [jax.ShapeDtypeStruct((*shape, last), jnp.float32) for last in (width, 1, 1)]
-    outputs.append(jax.ShapeDtypeStruct((batch, heads, width), projected.dtype))
-    kernel = functools.partial(
-        _attend_kernel, layers=tuple(layer for *_, layer in sources), splits=splits, width=width, scale=scale
+    sums, tops, totals, own_key = call_kernel(
+        functools.partial(_attend_kernel, layers=layers, splits=splits, width=width, scale=scale),
+        (sum(splits), heads, batch),
+        [*outputs, jax.ShapeDtypeStruct((batch, heads, width), projected.dtype)],
+        [projected, rope.cos, rope.sin, *(array for source in sources for array in source[:3])],
+        "attend_cached",
+        interpret,
+        num_warps=4,
+        num_stages=3,
     )
-    grid = (sum(splits), heads, batch)
-    return call_kernel(kernel, grid, outputs, operands, "attend_cached", interpret, num_warps=4, num_stages=3)
+    tops, totals = tops[..., 0], totals[..., 0]
+    if max(splits) == 1:  # the kernel has divided already
+        lse = jnp.where(totals > 0, tops + jnp.log(jnp.where(totals > 0, totals, 1.0)), -jnp.inf)
+        return sums, lse, own_key
+    ends = np.cumsum(splits)
+    parts = [slice(end - count, end) for end, count in zip(ends, splits)]
+    merged = [merge_softmaxes(sums[part], tops[part], 0, totals[part]) for part in parts]
+    output, lse = (jnp.stack(arrays) for arrays in zip(*merged))
+    return output, lse, own_key
 
 
 def _attend_kernel(*refs: Any, layers: tuple, splits: tuple[int, ...], width: int, scale: float) -> None:
-    """One part of one source, for one head of one sequence."""
+    """One part of one source, for one head of one sequence; with one part a source its sums are divided."""
     projected_ref, cos_ref, sin_ref, *source_refs = refs[:-4]
     outputs, own_key_ref = refs[-4:-1], refs[-1]
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)

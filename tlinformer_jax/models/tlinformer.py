@@ -12,7 +12,8 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.plan import ExecutionPlan
@@ -155,40 +156,31 @@ def forward_windows(
     sequence = prepare_sequence(blocks, config, embeddings, length, plan, dropout, first=first)
     outputs = []
     for run in sequence.runs:
+        chunk, groups = run.together * size, run.count // run.together
+        rows = slice(run.first * size, run.first * size + groups * chunk)
+        own = jax.tree.map(lambda array, rows=rows: array[:, rows], sequence.own)
+        shared, fixed = (blocks, sequence.reach(config, run)), sequence.fixed
         step: Any = functools.partial(_step, config, run)
-        shared, indices = (blocks, sequence.reach(config, run)), run.windows
-        if plan.checkpointing and run.count > run.together:
-            rows = slice(run.first * size, (run.first + run.count) * size)
-            own = jax.tree.map(lambda array, rows=rows: array[:, rows], sequence.own)
-            some, chunk = functools.partial(_step_of_rows, config, run), run.together * size
-            outputs.append(map_rows(some, chunk, shared, own, sequence.fixed, run.count // run.together))
-            continue
-        own = sequence.windows(config, run)
-        if run.count == run.together:
+        if groups == 1:
             step = jax.checkpoint(step) if plan.checkpointing else step
-            states = step(shared, sequence.fixed, (jax.tree.map(lambda rows: rows[0], own), indices[0]))[None]
+            states = step(shared, fixed, (own, 0))
+        elif plan.checkpointing:
+            states = map_rows(step, chunk, shared, own, fixed, groups)
         else:
-            states = jax.lax.map(functools.partial(step, shared, sequence.fixed), (own, jnp.asarray(indices)))
-        states = states.reshape(-1, batch, run.together * size, width)
-        outputs.append(jnp.moveaxis(states, 0, 1).reshape(batch, -1, width))
+            parts = jax.tree.map(lambda array, n=groups: jnp.stack(jnp.split(array, n, axis=1)), own)
+            states = jax.lax.map(functools.partial(step, shared, fixed), (parts, jnp.arange(groups)))
+            states = jnp.moveaxis(states, 0, 1).reshape(batch, -1, width)
+        outputs.append(states)
     return jnp.concatenate(outputs, axis=1)[:, : length - first * size]
 
 
-def _step(config: ModelConfig, run: Segment, shared: Any, fixed: Any, item: tuple[Stream, PerWindow]) -> Array:
-    """One window, or as many as run together."""
-    (blocks, history), (x, windows) = shared, item
-    C, frame, dropout = place_in_run(config, run, history, fixed, windows)
-    return window_states(blocks, config, C, x, frame, dropout)
-
-
-def _step_of_rows(
-    config: ModelConfig, run: Segment, shared: Any, fixed: Any, item: tuple[Stream, Int[Array, ""]]
-) -> Array:
-    """`_step` for the rows [batch, together * W_og, ...] of the windows that run together, as `map_rows` takes it."""
-    x, number = item
+def _step(config: ModelConfig, run: Segment, shared: Any, fixed: Any, item: tuple[Stream, Any]) -> Array:
+    """One window, or as many as run together, by their rows [batch, together * W_og, ...]; for `map_rows`."""
+    (blocks, history), (x, number) = shared, item
     size, batch = config.generation_window, x.rows.shape[0]
     windows: PerWindow = run.first + number * run.together
     if run.together > 1:
-        windows = windows + jnp.arange(run.together, dtype=jnp.int32)
+        windows = windows + np.arange(run.together, dtype=np.int32)
     own = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[2:]), x)
-    return _step(config, run, shared, fixed, (own, windows)).reshape(batch, run.together * size, -1)
+    C, frame, dropout = place_in_run(config, run, history, fixed, windows)
+    return window_states(blocks, config, C, own, frame, dropout).reshape(batch, run.together * size, -1)
