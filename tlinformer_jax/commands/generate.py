@@ -58,14 +58,14 @@ def _generate() -> int:
     workdir = cli.given_path(WORKDIR, "the directory of a run")
 
     from tlinformer_jax.decoding.generator import Generator
+    from tlinformer_jax.decoding.sampling import GenerationConfig
     from tlinformer_jax.decoding.spread import context_mesh
-    from tlinformer_jax.decoding.stream import generation_config
     from tlinformer_jax.training.memory import advised, generation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):
         with cli.errors_by_flag():
-            generation_config(options)  # before anything is loaded
+            GenerationConfig.of(options)  # before anything is loaded
             use_compilation_cache()
             compilations = _watch_compilations()
             generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))

@@ -1,19 +1,22 @@
-"""KV caches of the decoder: pytrees that are passed in and returned, and how many rows they have room for.
+"""KV caches of the decoder: pytrees that are passed in and returned, the rows they have room for, their bytes.
 
 Keys are rotated when they are written. Keys and values have the shape [batch, heads, d_h, rows], see
 `models.cached_attention`.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.cached_attention import KeyValue
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, write_row
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.parallel.target import platform
 
@@ -68,6 +71,28 @@ class WindowedCache:
         """Tokens so far, which is the next token's position."""
         return self.history_length + self.window_length
 
+    def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, CachedRows | None]:
+        """What a token reads in a layer: its window, and the history in `compress`, else the compressed context."""
+        window = CachedRows(self.window, self.window_length, layer)
+        block, depth = divmod(layer, config.layers_per_block)
+        if depth > 0:
+            index = block * (config.hidden_depth + 1) + depth - 1
+            return window, CachedRows(self.context, self.observed_length, index)
+        if not self.history:
+            return window, None
+        length = self.history_length if self.split is None else self.split.count(self.history_length)
+        return window, CachedRows(self.history[block], length, split=self.split)
+
+    def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "WindowedCache":
+        """With one more token of every active sequence, and its keys and values under every layer."""
+        rows = jnp.arange(tokens.shape[0])
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.at[rows, self.position].set(tokens),
+            window=write_row(self.window, own, self.window_length, active),
+            window_length=self.window_length + active,
+        )
+
 
 @flax.struct.dataclass
 class LayeredCache:
@@ -88,6 +113,15 @@ class LayeredCache:
     def position(self) -> Int[Array, " batch"]:
         """The next token's position."""
         return self.length
+
+    def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, None]:
+        """What a token reads in a layer."""
+        return CachedRows(self.layers, jnp.minimum(self.length, self.capacity), layer), None
+
+    def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "LayeredCache":
+        """With one more row of every active sequence; those of a sliding window go round."""
+        layers = write_row(self.layers, own, self.length % self.capacity, active)
+        return dataclasses.replace(self, layers=layers, length=self.length + active)
 
 
 Cache = WindowedCache | LayeredCache
@@ -194,3 +228,95 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows 
 def padded_rows(rows: int) -> int:
     """`rows` rounded up to whole vectors of 128 lanes, on accelerators."""
     return rows if platform() == "cpu" else -(-rows // 128) * 128
+
+
+@dataclasses.dataclass(frozen=True)
+class PartBytes:
+    """Bytes of one part of a cache: allocated, and of these in use."""
+
+    allocated: int
+    used: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a cache on one device; of a history that is split over several, on the first, which has most.
+
+    Attributes:
+      parts: by name. TLinFormer and TConstFormer have `history` (empty for TConstFormer), `context` (compressed
+        context), `window` (generation window) and `tokens` (ids), the baselines `layers`; all have `lengths`.
+      paper: of all devices together by the paper's equation 7, 2 * tokens * D * bytes * layers / (H + 2); for the
+        Transformer without the divisor; None for caches that do not grow.
+      devices: that the history is split over; each has everything else whole.
+    """
+
+    parts: dict[str, PartBytes]
+    paper: int | None
+    devices: int = 1
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of all arrays."""
+        return sum(part.allocated for part in self.parts.values())
+
+    @property
+    def used(self) -> int:
+        """Bytes in use."""
+        return sum(part.used for part in self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {part.allocated:,}" for name, part in self.parts.items())
+        devices = "" if self.devices == 1 else f"on each of {self.devices} devices "
+        paper = "" if self.paper is None else f"; by the paper's formula {self.paper:,}"
+        return f"{devices}{self.allocated:,} bytes ({parts}), of which {self.used:,} are in use{paper}"
+
+
+def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> CacheBytes:
+    """Bytes of a cache by part. It reads shapes only, so the cache may be donated or abstract.
+
+    Args:
+      config: of the model.
+      cache: of the sequences.
+      lengths: tokens of each sequence; a full window has not been slid.
+    """
+    tokens, batch = sum(lengths), len(lengths)
+    row = 2 * config.d_model * config.compute_dtype.itemsize  # key and value of one token under one layer
+    paper, devices = tokens * config.num_layers * row, 1
+    if isinstance(cache, LayeredCache):
+        held = sum(min(length, cache.capacity) for length in lengths)
+        sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.num_layers * row)}
+        sizes["lengths"] = (cache.length, 4 * batch)
+    else:
+        devices = 1 if cache.split is None else cache.split.parts
+        histories = [history_of(config, length) for length in lengths]
+        kept = sum(-(-history // devices) for history in histories) * len(cache.history)
+        observed = sum(config.observed_rows(history) for history in histories)
+        layers = config.num_blocks * (config.hidden_depth + 1)
+        numbers = (cache.history_length, cache.observed_length, cache.window_length)
+        sizes = {
+            "history": (cache.history, kept * row),
+            "context": (cache.context, observed * layers * row),
+            "window": (cache.window, (tokens - sum(histories)) * config.num_layers * row),
+            "tokens": (cache.tokens, 4 * tokens),
+            "lengths": (numbers, 4 * batch * len(numbers)),
+        }
+        paper //= config.layers_per_block
+    parts = {name: PartBytes(tree_bytes(arrays), used) for name, (arrays, used) in sizes.items()}
+    grows = config.architecture in ("tlinformer", "transformer")
+    return CacheBytes(parts, paper if grows else None, devices)
+
+
+def cache_bytes_at(config: ModelConfig, tokens: int) -> CacheBytes:
+    """Bytes of the cache of one sequence of `tokens` tokens, without allocating one."""
+    cache = jax.eval_shape(functools.partial(init_cache, config, 1, capacity_for(config, tokens)))
+    return cache_bytes(config, cache, [tokens])
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a pytree's arrays, or of their shapes, on one device."""
+
+    def shape(leaf: Any) -> tuple[int, ...]:
+        sharding = getattr(leaf, "sharding", None)
+        return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

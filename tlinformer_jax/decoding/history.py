@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed
-from tlinformer_jax.decoding.vocabulary import VocabularyProjections, project_vocabulary
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_attention import (
@@ -28,10 +27,14 @@ from tlinformer_jax.models.cached_attention import (
     write_tokens,
 )
 from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.layers import LayerParams, project
-from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.layers import LayerParams, project, projections
+from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 from tlinformer_jax.parallel.split_rows import SplitRows
+
+# Block 0 projects embeddings, so before rotation its projections depend on the token alone. Where the history has room
+# for so many times more rows than the vocabulary has tokens, all tokens are projected and rows are looked up.
+ROWS_PER_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +67,20 @@ class SequenceRows:
         """Rows of history that this device has."""
         return self.length if self.split is None else self.split.count(self.length)
 
-    def rope(self, start: Array) -> Rope:
-        """Rotations of this device's chunk of rows from `start` on."""
+    def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
+        """Rotations of this device's rows from `start` on, by default of a chunk."""
+        count = count or self.chunk
         if self.split is None:
-            return rope_of(self.head_dim, start, self.chunk)
-        return rope_table(self.split.positions(start, self.chunk), self.head_dim)
+            return rope_table(start + jnp.arange(count, dtype=jnp.int32), self.head_dim)
+        return rope_table(self.split.positions(start, count), self.head_dim)
 
-    def ids(self, start: Array) -> Int[Array, "1 chunk"]:
+    def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
         """Tokens of the same rows."""
+        count = count or self.chunk
         if self.split is None:
-            return jax.lax.dynamic_slice(self.tokens, (self.row, start), (1, self.chunk))
+            return jax.lax.dynamic_slice(self.tokens, (self.row, start), (1, count))
         parts = self.split.parts
-        ids = jax.lax.dynamic_slice(self.tokens, (self.row, start * parts), (1, self.chunk * parts))
+        ids = jax.lax.dynamic_slice(self.tokens, (self.row, start * parts), (1, count * parts))
         return self.split.take(ids)
 
 
@@ -175,51 +180,32 @@ def embedded_history(
     fill: bool,
 ) -> CachedHistory:
     """C of block 0, the embeddings; with `fill` its keys are made, else the cache has them."""
-    layer, table = params.blocks[0].compress, project_vocabulary(params, config, cache.room, at.chunk)
+    layer, vocabulary = params.blocks[0].compress, params.embedding[None]
 
     def rows(start: Array) -> Array:
         return embed(params, at.ids(start))
 
-    def queries(start: Array, rows: Array) -> Array:
-        if table is None:
-            return project(layer, rows, at.rope(start), "q")[0]
-        return table.rotated_query(at.ids(start), at.rope(start))
+    def projected(start: Array, rows: Array) -> Array:
+        return project(layer, rows, at.rope(start), "q")[0]
 
+    def looked_up(start: Array, rows: Array) -> Array:
+        return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
+
+    few = cache.room < ROWS_PER_TOKEN * config.vocab_size
+    if not few:
+        table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
     z = Stream.of(layer, z_rows, z_rope, "q")
-    history = CachedHistory(at, layer, z, z_rope, config, rows, queries, cache.history)
-    if not cache.history:
-        return history
-    if fill and table is None:
+    history = CachedHistory(at, layer, z, z_rope, config, rows, projected if few else looked_up, cache.history)
+    if fill and few:
         return history._made(keep_rows=False)
-    first = _looked_up(config, cache.history[0], at, table) if fill and table is not None else cache.history[0]
-    return dataclasses.replace(history, keys=cache.history[1:], filled=(first,))
+    filled = cache.history[:1]
+    if fill:
+        writer = for_writing(layer, at.chunk, config.attention)
+        key_values = projections(writer, vocabulary, "kv")[0]  # [V, 2, heads, d_h (padded)]
 
+        def write(start: Array, keys: KeyValue) -> KeyValue:
+            ids, rope = at.ids(start)[0], at.rope(start)
+            return write_tokens(keys, at.row, start, key_values, ids, rope, config.attention)
 
-def _looked_up(config: ModelConfig, keys: KeyValue, at: SequenceRows, table: VocabularyProjections) -> KeyValue:
-    """The cache of block 0's keys and values, filled from those of the vocabulary."""
-
-    def body(start: Array, keys: KeyValue) -> KeyValue:
-        ids, rope = at.ids(start)[0], at.rope(start)
-        return write_tokens(keys, at.row, start, table.key_value, ids, rope, config.attention)
-
-    return for_chunks(at.held, at.room, body, keys)
-
-
-def appended(
-    config: ModelConfig, cache: WindowedCache, row: Array, before: Array
-) -> tuple[Array, Int[Array, "1 rows"], Rope]:
-    """The rows that a slide after `before` tokens of history appends: where they begin, tokens, rotations."""
-    size, split, head_dim = config.generation_window, cache.split, config.head_dim
-    if split is None:
-        return before, jax.lax.dynamic_slice(cache.tokens, (row, before), (1, size)), rope_of(head_dim, before, size)
-    # As many on every device. Some have one less to append: it writes again its last old row, or one more that is not
-    # yet valid and is written again by the next slide.
-    count = -(-size // split.parts)
-    start = jnp.minimum(split.count(before), cache.room - count)
-    positions = split.positions(start, count)
-    return start, cache.tokens[row, positions][None], rope_table(positions, head_dim)
-
-
-def rope_of(head_dim: int, start: Array, length: int) -> Rope:
-    """Rotations of rows start .. start + length - 1 of the sequence."""
-    return rope_table(start + jnp.arange(length, dtype=jnp.int32), head_dim)
+        filled = tuple(for_chunks(at.held, at.room, write, keys) for keys in filled)
+    return dataclasses.replace(history, keys=cache.history[1:], filled=filled)

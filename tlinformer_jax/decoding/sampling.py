@@ -1,6 +1,6 @@
-"""The choice of the next token from its logits.
+"""The options of a generation, and the choice of the next token from its logits.
 
-Settings apply in this order, that of Hugging Face transformers, so that settings carry over:
+Settings of the choice apply in this order, that of Hugging Face transformers, so that settings carry over:
 
 1. repetition_penalty divides positive logits of tokens seen before, and multiplies negative ones;
 2. temperature divides all logits; at 0 the largest is taken (greedy) and the rest does not apply;
@@ -13,7 +13,7 @@ Among equal logits lower token ids win. The largest logit is always kept.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -31,9 +31,13 @@ _SEEDS = 2**32
 NO_TOKEN = -1
 
 
+# Most tokens that one call of the device returns for each sequence.
+MAX_STEPS = 256
+
+
 @flax.struct.dataclass
 class Sampler:
-    """A `SamplingConfig` as compiled code takes it: None is off and not compiled; values are arrays, so that other
+    """How tokens are chosen, as compiled code takes it: None is off and not compiled; values are arrays, so that other
     values do not compile again.
 
     Attributes:
@@ -51,8 +55,8 @@ class Sampler:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are chosen; see the module for the order.
+class GenerationConfig:
+    """Options of a generation; the module says in which order those of the choice apply.
 
     Attributes:
       temperature: 0 is greedy, 1 the model's own distribution.
@@ -61,6 +65,12 @@ class SamplingConfig:
       min_p: least probability relative to the largest, in [0, 1]; None or 0 keeps all.
       repetition_penalty: above 1 discourages tokens of the prompt and of the text so far; 1 is off.
       seed: sequence i of a batch draws with seed + i; or a list with one seed per sequence.
+      max_new_tokens: most tokens that a sequence gets.
+      stop_tokens: ids that end a sequence. None: the tokenizer's end of text if the prompts are texts, else none.
+      stop_strings: texts that end a sequence as soon as its continuation holds one of them; they need a tokenizer.
+      logprobs: whether log-probabilities are returned, in nats, under the model's own distribution.
+      chunk: most tokens per device call, 1 to 256. Small ones stream sooner and draw fewer tokens after a stop string.
+        None: 16 if text is streamed or a stop string looked for, else 256.
     """
 
     temperature: float = 0.0
@@ -69,38 +79,78 @@ class SamplingConfig:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int | Sequence[int] = 0
+    max_new_tokens: int = 256
+    stop_tokens: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    logprobs: bool = False
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        bounds, penalty = f"from {_LEAST} to {_MOST}", self.repetition_penalty
+        bounds = f"from {_LEAST} to {_MOST}"
         if not is_number(self.temperature, 0, _MOST) or 0 < self.temperature < _LEAST:
-            raise ConfigError("sampling.temperature", self.temperature, f"must be 0 (greedy) or a number {bounds}")
+            raise self._refusal("temperature", f"must be 0 (greedy) or a number {bounds}")
         if self.top_k is not None and not is_integer(self.top_k, 1):
-            raise ConfigError("sampling.top_k", self.top_k, "must be an integer >= 1; left out, all tokens stay")
+            raise self._refusal("top_k", "must be an integer >= 1; left out, all tokens stay")
         if self.top_p is not None and not (is_number(self.top_p, 0, 1) and self.top_p > 0):
-            raise ConfigError("sampling.top_p", self.top_p, "must be a number in (0, 1]; left out, all tokens stay")
+            raise self._refusal("top_p", "must be a number in (0, 1]; left out, all tokens stay")
         if self.min_p is not None and not is_number(self.min_p, 0, 1):
-            raise ConfigError("sampling.min_p", self.min_p, "must be a number in [0, 1]; left out, there is no minimum")
-        if not is_number(penalty, _LEAST, _MOST):
-            allowed = f"must be 1 (no penalty) or another number > 0, {bounds}"
-            raise ConfigError("sampling.repetition_penalty", penalty, allowed)
+            raise self._refusal("min_p", "must be a number in [0, 1]; left out, there is no minimum")
+        if not is_number(self.repetition_penalty, _LEAST, _MOST):
+            raise self._refusal("repetition_penalty", f"must be 1 (no penalty) or another number > 0, {bounds}")
         _seeds(self.seed)
+        if not is_integer(self.max_new_tokens, 0):
+            raise self._refusal("max_new_tokens", "must be an integer >= 0")
+        if self.chunk is not None and not is_integer(self.chunk, 1, MAX_STEPS):
+            raise self._refusal("chunk", f"must be an integer from 1 to {MAX_STEPS}, or None")
+        self._make_tuple("stop_tokens", "must be a list of token ids")
+        self._make_tuple("stop_strings", "must be a list of texts, none of them empty")
+        if not all(is_integer(token, 0) for token in self.stop_tokens or ()):
+            raise self._refusal("stop_tokens", "must be a list of token ids")
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise ConfigError("generation.stop_strings", text, "must be a text of at least one character")
+        if not isinstance(self.logprobs, bool | np.bool_):
+            raise self._refusal("logprobs", "must be True or False")
 
-    def sampler(self, logprobs: bool = False) -> Sampler:
-        """The settings that change something, as arrays."""
+    def _refusal(self, name: str, allowed: str) -> ConfigError:
+        return ConfigError(f"generation.{name}", getattr(self, name), allowed)
+
+    def _make_tuple(self, name: str, allowed: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):  # a text is a list of its characters
+            raise self._refusal(name, allowed)
+        object.__setattr__(self, name, tuple(value))
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "GenerationConfig":
+        """The configuration that keyword options describe.
+
+        Raises:
+          ConfigError: for an unknown option or a value that is not allowed.
+        """
+        known = sorted(field.name for field in dataclasses.fields(cls))
+        for name, value in options.items():
+            if name not in known:
+                raise ConfigError(f"generation.{name}", value, f"no such option; there are {', '.join(known)}")
+        return cls(**options)
+
+    def sampler(self) -> Sampler:
+        """The settings of the choice that change something, as arrays."""
 
         def unless(off: float, value: float | None) -> Array | None:
             return None if value is None or value == off else jnp.float32(value)
 
-        penalty = unless(1, self.repetition_penalty)
+        sampler = Sampler(repetition_penalty=unless(1, self.repetition_penalty), logprobs=bool(self.logprobs))
         if self.temperature == 0:
-            return Sampler(repetition_penalty=penalty, logprobs=logprobs)
-        return Sampler(
+            return sampler
+        return dataclasses.replace(
+            sampler,
             temperature=jnp.float32(self.temperature),
             top_p=unless(1, self.top_p),
             min_p=unless(0, self.min_p),
-            repetition_penalty=penalty,
             top_k=None if self.top_k is None else int(self.top_k),
-            logprobs=logprobs,
         )
 
 
@@ -202,7 +252,7 @@ def sequence_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
     if seeds is None:
         seeds = [(int(seed) + i) % _SEEDS for i in range(batch)]  # type: ignore[arg-type]
     if len(seeds) != batch:
-        raise ConfigError("sampling.seed", seeds, f"must be one integer or {batch} of them, one for each sequence")
+        raise ConfigError("generation.seed", seeds, f"must be one integer or {batch} of them, one for each sequence")
     # Draws of JAX's other generators depend on the batch under `vmap`.
     return jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(jnp.asarray(np.array(seeds, np.uint32)))
 
@@ -212,7 +262,7 @@ def _seeds(seed: int | Sequence[int]) -> list[int] | None:
     seeds = list(seed) if isinstance(seed, list | tuple | np.ndarray) else None
     for one in [seed] if seeds is None else seeds:
         if not is_integer(one, 0, _SEEDS - 1):
-            raise ConfigError("sampling.seed", one, f"must be an integer from 0 to {_SEEDS - 1}")
+            raise ConfigError("generation.seed", one, f"must be an integer from 0 to {_SEEDS - 1}")
     return seeds
 
 

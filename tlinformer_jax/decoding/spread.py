@@ -1,4 +1,4 @@
-"""Generation over the devices of a mesh: how a cache lies on them, and what runs its functions there.
+"""Generation over the devices of a mesh: how a cache lies on them, grows there, and what runs its functions.
 
 The rows of TLinFormer's history are split over the mesh's axis `context`; every device has everything else whole
 and computes the same of it. Each device runs the program of one, kernels included, on its share of the cache
@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding.cache import Cache, WindowedCache, init_cache
+from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, init_cache
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.split_rows import SplitRows
@@ -111,28 +111,51 @@ def over_devices(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..
     return spread
 
 
-def widened(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Zeros of a larger shape that begin with `array`, and lie as it does.
+def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
+    """The cache's contents in a cache with room for `capacity` rows; `cache` must not be used again.
 
-    What is split is widened on each device, so that its rows stay where they are.
+    Array by array, so that at most one of them exists twice. Of a single sequence's history only block 0's rows are
+    copied: it is about to slide, which rebuilds the others.
     """
-    sharding = array.sharding
-    return _widened(array, shape, sharding if isinstance(sharding, NamedSharding) else None)
+    split = cache.split if isinstance(cache, WindowedCache) else None
+    batch = cache.position.shape[0]
+    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split))
+
+    def copied(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if array.shape == shape.shape:
+            return array
+        wide = _widened(array, shape.shape, _mesh_sharding(array))
+        array.delete()
+        return wide
+
+    def dropped(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding, zeros = _mesh_sharding(array), functools.partial(jnp.zeros, shape.shape, shape.dtype)
+        array.delete()
+        return zeros() if sharding is None else jax.jit(zeros, out_shardings=sharding)()
+
+    if isinstance(cache, LayeredCache):
+        return dataclasses.replace(cache, layers=jax.tree.map(copied, cache.layers, shapes.layers), capacity=capacity)
+    history = [
+        jax.tree.map(copied if index == 0 or batch > 1 else dropped, *block)
+        for index, block in enumerate(zip(cache.history, shapes.history))
+    ]
+    tokens, context = jax.tree.map(copied, (cache.tokens, cache.context), (shapes.tokens, shapes.context))
+    return dataclasses.replace(cache, tokens=tokens, history=tuple(history), context=context, capacity=capacity)
+
+
+def _mesh_sharding(array: jax.Array) -> NamedSharding | None:
+    return array.sharding if isinstance(array.sharding, NamedSharding) else None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _widened(array: jax.Array, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    def widen(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.pad(array, [(0, new - old) for new, old in zip(shape, array.shape)])
+    """Zeros of a larger shape that begin with `array`; what is split is widened on each device, rows staying there."""
+
+    def widen(array: jax.Array) -> jax.Array:
+        wide = shape if sharding is None else sharding.shard_shape(shape)
+        return jnp.pad(array, [(0, new - old) for new, old in zip(wide, array.shape)])
 
     if sharding is None:
-        return widen(array, shape)
-    spec, mine = sharding.spec, functools.partial(widen, shape=sharding.shard_shape(shape))
-    return jax.shard_map(mine, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(array)
-
-
-def empty(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
-    """Zeros that lie on their devices from the beginning."""
-    if not isinstance(sharding, NamedSharding):
-        return jnp.zeros(shape, dtype)
-    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+        return widen(array)
+    spec = sharding.spec
+    return jax.shard_map(widen, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(array)

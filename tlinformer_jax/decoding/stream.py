@@ -8,78 +8,18 @@ cost one device call each in generation_window tokens, and each slide costs what
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.decoding.accounting import CacheBytes, cache_bytes
-from tlinformer_jax.decoding.cache import Cache, WindowedCache
-from tlinformer_jax.decoding.decoder import Decoder
-from tlinformer_jax.decoding.loop import MAX_STEPS, Sequences, jit_run_steps, jit_sample_next
-from tlinformer_jax.decoding.sampling import SamplingConfig, is_integer, seen_tokens, sequence_keys
+from tlinformer_jax.decoding.cache import Cache, CacheBytes, WindowedCache, cache_bytes
+from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
+from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, seen_tokens, sequence_keys
 from tlinformer_jax.decoding.text import TextStream
-from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.errors import UserError
 
 LENGTH, STOP_TOKEN, STOP_STRING, INTERRUPTED = "length", "stop_token", "stop_string", "interrupted"
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig(SamplingConfig):
-    """Options of a generation; those of `SamplingConfig` say how tokens are chosen.
-
-    Attributes:
-      max_new_tokens: most tokens that a sequence gets.
-      stop_tokens: ids that end a sequence. None: the tokenizer's end of text if the prompts are texts, else none.
-      stop_strings: texts that end a sequence as soon as its continuation holds one of them; they need a tokenizer.
-      logprobs: whether log-probabilities are returned, in nats, under the model's own distribution.
-      chunk: most tokens per device call, 1 to 256. Small ones stream sooner and draw fewer tokens after a stop string.
-        None: 16 if text is streamed or a stop string looked for, else 256.
-    """
-
-    max_new_tokens: int = 256
-    stop_tokens: tuple[int, ...] | None = None
-    stop_strings: tuple[str, ...] = ()
-    logprobs: bool = False
-    chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_integer(self.max_new_tokens, 0):
-            raise ConfigError("generation.max_new_tokens", self.max_new_tokens, "must be an integer >= 0")
-        if self.chunk is not None and not is_integer(self.chunk, 1, MAX_STEPS):
-            raise ConfigError("generation.chunk", self.chunk, f"must be an integer from 1 to {MAX_STEPS}, or None")
-        self._make_tuple("stop_tokens", "must be a list of token ids")
-        self._make_tuple("stop_strings", "must be a list of texts, none of them empty")
-        if not all(is_integer(token, 0) for token in self.stop_tokens or ()):
-            raise ConfigError("generation.stop_tokens", self.stop_tokens, "must be a list of token ids")
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
-                raise ConfigError("generation.stop_strings", text, "must be a text of at least one character")
-        if not isinstance(self.logprobs, bool | np.bool_):
-            raise ConfigError("generation.logprobs", self.logprobs, "must be True or False")
-
-    def _make_tuple(self, name: str, allowed: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):  # a text is a list of its characters
-            raise ConfigError(f"generation.{name}", value, allowed)
-        object.__setattr__(self, name, tuple(value))
-
-
-def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
-    """The configuration that keyword options describe.
-
-    Raises:
-      ConfigError: for an unknown option or a value that is not allowed.
-    """
-    known = sorted(field.name for field in dataclasses.fields(GenerationConfig))
-    for name, value in options.items():
-        if name not in known:
-            raise ConfigError(f"generation.{name}", value, f"no such option; there are {', '.join(known)}")
-    return GenerationConfig(**options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +79,15 @@ class Call:
 
 
 class Stream(Iterator[Piece]):
-    """Yields pieces as they come, until all sequences have ended.
+    """An iterator of pieces, each as soon as the device has drawn its tokens.
 
-    A `KeyboardInterrupt` passes through: then call `stop`, and read `generations` for what there is.
+    Ctrl-C in a `next` keeps what has been drawn: then call `stop` and read `generations`. When all sequences have ended
+    the cache is freed.
 
     Attributes:
-      generations: what each sequence has got so far.
-      calls: device calls so far. The first is the prefill, which also draws the first token of each sequence; the
-        others include slides. Compilation, where a call needed it, is in its time.
+      generations: of each prompt, so far.
+      calls: of the device. The first prefills the prompts and draws one token of each sequence; the others include
+        slides. Compilation, where a call needed it, is in its time.
     """
 
     def __init__(
@@ -154,13 +95,13 @@ class Stream(Iterator[Piece]):
         decoder: Decoder,
         prompts: Sequence[np.ndarray],
         config: GenerationConfig,
-        texts: Sequence[TextStream | None],
+        texts: Sequence[TextStream],
     ) -> None:
         """Prepares a generation; the first `next` starts it. `config` has stop_tokens and chunk that are not None."""
         assert config.stop_tokens is not None
         self._decoder, self._config = decoder, config
         self._keys = sequence_keys(config.seed, len(prompts))
-        self._sampler = config.sampler(bool(config.logprobs))
+        self._sampler = config.sampler()
         self._stops = sorted(set(config.stop_tokens))
         # Padded to a power of two with an id that no token has, so that few lengths are compiled for.
         padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
@@ -222,8 +163,8 @@ class Stream(Iterator[Piece]):
         """One device call; its pieces join the queue."""
         start = time.perf_counter()
         tokens, logprobs = self._start() if self._cache is None else self._advance(self._cache)
-        self.calls.append(Call(start, time.perf_counter() - start, int((tokens >= 0).sum())))
         drawn = (tokens >= 0).sum(0)
+        self.calls.append(Call(start, time.perf_counter() - start, int(drawn.sum())))
         self._drawn += int(drawn.max())
         rows = np.flatnonzero(self._active).tolist()
         new = {row: tokens[: drawn[row], row].tolist() for row in rows}
@@ -263,15 +204,8 @@ class Stream(Iterator[Piece]):
         steps = min(self._config.chunk, self._config.max_new_tokens - self._drawn, room)
         # Only the host knows of sequences that a stop string has ended.
         state = dataclasses.replace(self._state, active=jnp.asarray(self._active))
-        self._cache, self._state, tokens, logprobs = jit_run_steps(
-            self._decoder.mesh,
-            self._decoder.params,
-            self._decoder.config,
-            cache,
-            state,
-            self._sampler,
-            self._stop_array,
-            np.int32(steps),
+        self._cache, self._state, tokens, logprobs = self._decoder.run_steps(
+            cache, state, self._sampler, self._stop_array, np.int32(steps)
         )
         drawn = np.asarray(tokens)[:steps]
         for generation, count in zip(self.generations, (drawn >= 0).sum(0).tolist()):
@@ -280,8 +214,7 @@ class Stream(Iterator[Piece]):
 
     def _make_room(self, cache: Cache) -> tuple[Cache, int]:
         """Slides full windows of active sequences and grows the cache; says how many tokens each can then be fed."""
-        decoder, config = self._decoder, self._decoder.config
-        everyone = self._lengths
+        decoder, config, everyone = self._decoder, self._decoder.config, self._lengths
         lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
         size, longest = config.generation_window, max(lengths.values())
         if config.architecture == "sliding_window":
@@ -312,8 +245,8 @@ class Stream(Iterator[Piece]):
         """Adds to a sequence what it has drawn, up to where it stops."""
         generation, stream, reason = self.generations[row], self._texts[row], None
         at_stop_token = tokens[-1] in self._stops
-        text, count = self._read(stream, tokens[:-1] if at_stop_token else tokens)
-        if stream is not None and stream.stopped:
+        text, count = stream.push(tokens[:-1] if at_stop_token else tokens)
+        if stream.stopped:
             reason, tokens = STOP_STRING, tokens[:count]
         elif at_stop_token:
             reason = STOP_TOKEN
@@ -328,23 +261,9 @@ class Stream(Iterator[Piece]):
             text += self._finish(row, reason)
         return Piece(row, tokens, logprobs, text, reason)
 
-    def _read(self, stream: TextStream | None, tokens: list[int]) -> tuple[str, int]:
-        """Text of new tokens up to a stop string, and how many tokens that took."""
-        if stream is None:
-            return "", len(tokens)
-        if not self._config.stop_strings:
-            return stream.push(tokens), len(tokens)
-        text = ""
-        for count, token in enumerate(tokens, 1):
-            text += stream.push([token])
-            if stream.stopped:
-                return text, count
-        return text, len(tokens)
-
     def _finish(self, row: int, reason: str) -> str:
         """Ends a sequence; returns the text that was held back."""
-        stream, generation = self._texts[row], self.generations[row]
-        rest = stream.finish() if stream is not None and not stream.stopped else ""
+        generation, rest = self.generations[row], self._texts[row].finish()
         generation._texts.append(rest)
         generation.finish_reason = reason
         return rest

@@ -20,15 +20,28 @@ class TextStream:
       stopped: whether a stop string has been found; then `push` must not be called again.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
+        """Of what follows the prompt; without a tokenizer there is no text."""
         self.stopped = False
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
         self._context = self._known(prompt[-4 * CONTEXT :])[-CONTEXT:]
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
-    def push(self, tokens: Sequence[int]) -> str:
-        """Takes new tokens; returns text that may be shown. With stop strings, push tokens one by one."""
+    def push(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """Takes new tokens, up to one that completes a stop string; text that may be shown, and how many it took."""
+        if not self._stop_strings:
+            return self._push(tokens), len(tokens)
+        text = ""
+        for count, token in enumerate(tokens, 1):
+            text += self._push([token])
+            if self.stopped:
+                return text, count
+        return text, len(tokens)
+
+    def _push(self, tokens: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return ""
         known = self._known(tokens)
         before = len(self._tokenizer.decode(self._context))
         new = self._tokenizer.decode(self._context + known)[before:]
@@ -49,6 +62,8 @@ class TextStream:
 
     def _known(self, tokens: Iterable[int]) -> list[int]:
         """The tokens that have a text: a model's vocabulary may be padded beyond the tokenizer's."""
+        if self._tokenizer is None:
+            return []
         size, end = self._tokenizer.vocab_size, self._tokenizer.end_of_text
         return [int(token) for token in tokens if token < size and token != end]
 
