@@ -155,7 +155,9 @@ class Session:
         self.window = length - self.history
 
     def _sample(self, logits: jax.Array) -> jax.Array:
-        self.sequences, token, _ = jit_sample_next(GREEDY, self._stop, self.sequences, self.cache.position, logits)
+        self.sequences, token, _ = jit_sample_next(
+            GREEDY, self._stop, self.sequences, self.sequences.active, self.cache.position, logits
+        )
         return token
 
 

@@ -13,7 +13,8 @@ from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.decoding import Generator, cache_bytes, context_mesh, history, windowed
 from tlinformer_jax.decoding import cache as cache_module
-from tlinformer_jax.decoding.decoder import Decoder, compiled, step
+from tlinformer_jax.decoding.decoder import Decoder, step
+from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import cached_attention
@@ -162,7 +163,7 @@ def traffic(length: int, *names: str) -> dict[str, tuple[Collective, ...]]:
     }
 
     def program(function, *arrays) -> str:
-        return compiled.lower(function, decoder.mesh, decoder.params, config, cache, *arrays).compile().as_text()
+        return on_devices.lower(function, decoder.mesh, decoder.params, config, cache, *arrays).compile().as_text()
 
     return {name: collectives(program(*calls[name])) for name in names}
 

@@ -3,8 +3,6 @@
 A prompt's `prefill` and the window's `slide` are in `windowed` and, for the baselines, in `layered`.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,23 +78,29 @@ def sample_next(
     sampler: Sampler,
     stop_tokens: Int[Array, " stops"],
     sequences: Sequences,
+    active: Bool[Array, " batch"],
     positions: Int[Array, " batch"],
     logits: Float[Array, "batch V"],
 ) -> tuple[Sequences, Int[Array, " batch"], Float[Array, " batch"] | None]:
-    """Samples tokens at `positions` for all active sequences; a stop token (-1 is none) ends its sequence.
+    """Samples tokens at `positions` for the sequences that `active` names; a stop token (-1 is none) ends its sequence.
 
     Returns:
-      the sequences; the tokens, -1 for inactive sequences and for logits that are not finite, which end their
-      sequence; log-probabilities, or None if not asked for.
+      the sequences; the tokens, -1 for the others and for logits that are not finite, which end their sequence;
+      log-probabilities, or None if not asked for.
     """
     token, logprobs = sample(logits, sequences.keys, positions, sequences.seen, sampler)
-    token = jnp.where(sequences.active, token, -1)
-    active = sequences.active & (token >= 0) & ~jnp.isin(token, stop_tokens)
-    seen = None if sequences.seen is None else mark_seen(sequences.seen, token, sequences.active)
-    return Sequences(jnp.maximum(token, 0), sequences.keys, active, seen), token, logprobs
+    token = jnp.where(active, token, -1)
+    ended = active & ((token < 0) | jnp.isin(token, stop_tokens))
+    after = Sequences(
+        token=jnp.where(active, jnp.maximum(token, 0), sequences.token),
+        keys=sequences.keys,
+        active=sequences.active & ~ended,
+        seen=None if sequences.seen is None else mark_seen(sequences.seen, token, active),
+    )
+    return after, token, logprobs
 
 
-jit_sample_next = functools.partial(jax.jit, donate_argnums=2)(sample_next)
+jit_sample_next = jax.jit(sample_next)
 
 
 def run_steps(
@@ -124,13 +128,7 @@ def run_steps(
         cache, sequences, tokens, logprobs = state
         active = sequences.active & (number < limit)
         cache, logits = step(params, config, cache, sequences.token, active)
-        fed = dataclasses.replace(sequences, active=active)
-        after, token, logprob = sample_next(sampler, stop_tokens, fed, cache.position, logits)
-        sequences = dataclasses.replace(
-            after,
-            token=jnp.where(active, after.token, sequences.token),
-            active=jnp.where(active, after.active, sequences.active),
-        )
+        sequences, token, logprob = sample_next(sampler, stop_tokens, sequences, active, cache.position, logits)
         tokens = tokens.at[number].set(token, mode="drop")
         if logprob is not None:
             logprobs = logprobs.at[number].set(jnp.where(token >= 0, logprob, 0.0), mode="drop")
@@ -146,19 +144,6 @@ def run_steps(
         return first + STEPS_PER_TEST, state
 
     return jax.lax.while_loop(more, some_steps, (jnp.int32(0), (cache, sequences, tokens, logprobs)))[1]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 3), donate_argnums=4)
-def compiled(
-    function: Callable[..., Any],
-    mesh: Mesh | None,
-    params: DecoderParams,
-    config: ModelConfig,
-    cache: Cache,
-    *rest: Any,
-) -> Any:
-    """`function(params, config, cache, *rest)` on the devices of a mesh (None for one device); the cache is donated."""
-    return spread.over_devices(function, mesh)(params, config, cache, *rest)
 
 
 class Decoder:
@@ -225,4 +210,4 @@ class Decoder:
         return spread.grow(self.config, cache, capacity_for(self.config, tokens, final, self.devices))
 
     def _call(self, function: Callable[..., Any], cache: Cache, *rest: Any) -> Any:
-        return compiled(function, self.mesh, self.params, self.config, cache, *rest)
+        return spread.on_devices(function, self.mesh, self.params, self.config, cache, *rest)

@@ -1,8 +1,7 @@
 """Generation over the devices of a mesh: how a cache lies on them, grows there, and what runs its functions.
 
 The rows of TLinFormer's history are split over the mesh's axis `context`; every device has everything else whole
-and computes the same of it. Each device runs the program of one, kernels included, on its share of the cache
-(`jax.shard_map`, all axes manual), and talks to the others only where a softmax over the history ends. The mesh's
+and computes the same of it. The devices talk to each other only where a softmax over the history ends. The mesh's
 other axes hold copies.
 """
 
@@ -72,43 +71,37 @@ def init_spread_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh
     make = functools.partial(init_cache, config, batch, capacity, split_of(mesh, config))
     if mesh is None:
         return make()
-    shapes = abstract_cache(config, batch, capacity, mesh)
-    return jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(jax.eval_shape(make)))
+    return jax.jit(make, out_shardings=shardings)()
 
 
-def abstract_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> Any:
-    """Shapes of the same, with how they lie on the mesh."""
-    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split_of(mesh, config)))
-    return jax.tree.map(
-        lambda shape, spec: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec)),
-        shapes,
-        cache_specs(shapes),
-    )
-
-
-def over_devices(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`function`, run by every device of the mesh on its share of the cache; without a mesh the function itself.
+@functools.partial(jax.jit, static_argnums=(0, 1, 3), donate_argnums=4)
+def on_devices(
+    function: Callable[..., Any], mesh: Mesh | None, params: Any, config: ModelConfig, cache: Cache, *rest: Any
+) -> Any:
+    """`function(params, config, cache, *rest)`, run by every device of a mesh on its share of the cache.
 
     Args:
-      function: of (parameters, configuration, cache, arrays ...); it returns a cache, or a tuple that begins with one.
-        All devices have and return the same of whatever is no cache.
-      mesh: or None.
+      function: static; it returns a cache, or a tuple that begins with one. All devices have and return the same of
+        whatever is no cache.
+      mesh: static; None for one device.
+      params: of the model.
+      config: of the model (static).
+      cache: donated.
+      rest: arrays.
     """
     if mesh is None:
-        return function
+        return function(params, config, cache, *rest)
 
-    def spread(params: Any, config: ModelConfig, cache: Cache, *arrays: Any) -> Any:
-        def one(params: Any, cache: Cache, *arrays: Any) -> tuple[Cache, tuple[Any, ...]]:
-            result = function(params, config, cache, *arrays)
-            return (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
+    def one(params: Any, cache: Cache, *rest: Any) -> tuple[Cache, tuple[Any, ...]]:
+        result = function(params, config, cache, *rest)
+        return (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
 
-        specs = cache_specs(cache)
-        inputs = (WHOLE, specs, *[WHOLE] * len(arrays))
-        mapped = jax.shard_map(one, mesh=mesh, in_specs=inputs, out_specs=(specs, WHOLE), check_vma=False)
-        cache, rest = mapped(params, cache, *arrays)
-        return (cache, *rest) if rest else cache
-
-    return spread
+    specs = cache_specs(cache)
+    inputs = (WHOLE, specs, *[WHOLE] * len(rest))
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=inputs, out_specs=(specs, WHOLE), check_vma=False)
+    cache, others = mapped(params, cache, *rest)
+    return (cache, *others) if others else cache
 
 
 def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:

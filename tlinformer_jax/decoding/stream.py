@@ -185,10 +185,10 @@ class Stream(Iterator[Piece]):
         seen = None
         if self._sampler.repetition_penalty is not None:
             seen = jnp.asarray(seen_tokens(prompts, decoder.config.vocab_size))
-        state = Sequences(jnp.zeros(len(prompts), jnp.int32), self._keys, jnp.ones(len(prompts), bool), seen)
-        positions = np.array(self._lengths, np.int32)
+        everyone, positions = np.ones(len(prompts), bool), np.array(self._lengths, np.int32)
+        state = Sequences(jnp.zeros(len(prompts), jnp.int32), self._keys, jnp.asarray(everyone), seen)
         self._state, tokens, logprobs = jit_sample_next(
-            self._sampler, self._stop_array, state, positions, jnp.stack(logits)
+            self._sampler, self._stop_array, state, everyone, positions, jnp.stack(logits)
         )
         self._cache = cache
         return np.asarray(tokens)[None], None if logprobs is None else np.asarray(logprobs)[None]
