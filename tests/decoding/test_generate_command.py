@@ -21,8 +21,7 @@ from tlinformer_jax.config.run import RunConfig, load_config, save_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.decoding import Generator
-from tlinformer_jax.decoding.stream import Stream
-from tlinformer_jax.decoding.text import TextStream
+from tlinformer_jax.decoding.stream import Stream, TextStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlinformer_jax.data.tokenizers import ByteTokenizer, build_tokenizer
-from tlinformer_jax.decoding.text import TextStream
+from tlinformer_jax.decoding.stream import TextStream
 
 tokenizers = pytest.importorskip("tokenizers")
 decoders, normalizers, pre_tokenizers = tokenizers.decoders, tokenizers.normalizers, tokenizers.pre_tokenizers

@@ -36,8 +36,8 @@ class WindowedCache:
     """State of TLinFormer or TConstFormer between tokens.
 
     Attributes:
-      tokens: ids of history and generation window, [batch, capacity + room]. A slide needs the history's ids, because
-        every block but the first sees a history that depends on the window.
+      tokens: ids of history and generation window. A slide needs the history's, because every block but the first sees
+        a history that depends on the window.
       history: per block, keys and values of all history rows under `compress`, each [batch, heads, d_h, capacity];
         empty for TConstFormer, whose window does not read them.
       context: of the compressed context, under each block's hidden and `restore` layers,
@@ -136,14 +136,10 @@ def length_class(rows: int) -> int:
 
 
 def capacity_for(config: ModelConfig, tokens: int, final: int | None = None, parts: int = 1) -> int:
-    """Rows that a cache for sequences of `tokens` tokens gets: history rows, or for a baseline rows of all tokens.
+    """Rows that a cache gets for sequences of up to `tokens` tokens, in the end `final` if that is known.
 
-    Args:
-      config: of the model.
-      tokens: length of the longest sequence.
-      final: its length in the end, if known. A cache at most one class short of that gets what it needs in the end,
-        without the class's slack.
-      parts: devices that the rows are split over.
+    A cache at most one class short of what it needs in the end gets that, without the class's slack. The rows are split
+    over `parts` devices.
     """
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window - 1
@@ -272,12 +268,9 @@ class CacheBytes:
 
 
 def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> CacheBytes:
-    """Bytes of a cache by part. It reads shapes only, so the cache may be donated or abstract.
+    """Bytes by part of a cache, which may be donated or abstract, for sequences of these lengths.
 
-    Args:
-      config: of the model.
-      cache: of the sequences.
-      lengths: tokens of each sequence; a full window has not been slid.
+    A full window has not been slid.
     """
     tokens, batch = sum(lengths), len(lengths)
     row = 2 * config.d_model * config.compute_dtype.itemsize  # key and value of one token under one layer

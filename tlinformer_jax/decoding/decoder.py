@@ -82,7 +82,7 @@ def sample_next(
     positions: Int[Array, " batch"],
     logits: Float[Array, "batch V"],
 ) -> tuple[Sequences, Int[Array, " batch"], Float[Array, " batch"] | None]:
-    """Samples tokens at `positions` for the sequences that `active` names; a stop token (-1 is none) ends its sequence.
+    """Samples the tokens at `positions` of the active sequences; a stop token (-1 is none) ends its sequence.
 
     Returns:
       the sequences; the tokens, -1 for the others and for logits that are not finite, which end their sequence;
@@ -157,9 +157,6 @@ class Decoder:
         """Takes a model of any architecture and its variables, {"params": ...}.
 
         The mesh's axis `context` splits the rows of the history; other axes hold copies. None: the variables' device.
-
-        Raises:
-          ConfigError: where several devices would split the history of a model that has none.
         """
         self.config, self.mesh = model.config, mesh
         split = spread.split_of(mesh, self.config)

@@ -15,8 +15,7 @@ from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab, load_tokenize
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig
 from tlinformer_jax.decoding.spread import split_of
-from tlinformer_jax.decoding.stream import Generation, Stream
-from tlinformer_jax.decoding.text import TextStream
+from tlinformer_jax.decoding.stream import Generation, Stream, TextStream
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.files import local_path
 from tlinformer_jax.models.model import LanguageModel, build_model
@@ -129,7 +128,12 @@ class Generator:
             ends = (self.tokenizer.end_of_text,) if self.tokenizer is not None and of_texts else ()
         chunk = config.chunk or (STREAM_CHUNK if config.stop_strings else chunk)
         config = dataclasses.replace(config, stop_tokens=ends, chunk=chunk)
-        self._check(config)
+        size = self.decoder.config.vocab_size
+        if any(token >= size for token in ends):
+            raise ConfigError("generation.stop_tokens", list(ends), f"must be ids of the vocabulary, 0 .. {size - 1}")
+        if config.stop_strings and self.tokenizer is None:
+            allowed = "must be empty, because the generator has no tokenizer"
+            raise ConfigError("generation.stop_strings", list(config.stop_strings), allowed)
         tokenizer = self.tokenizer if show_text or config.stop_strings else None
         texts = [TextStream(tokenizer, prompt.tolist(), config.stop_strings) for prompt in tokens]
         stream = Stream(self.decoder, tokens, config, texts)
@@ -159,16 +163,6 @@ class Generator:
         if outside.size:
             raise UserError(f"prompt {number}: token {outside[0]} is not one of the vocabulary's 0 .. {size - 1}")
         return tokens.astype(np.int32)
-
-    def _check(self, config: GenerationConfig) -> None:
-        """Refuses options that do not fit the model or the tokenizer."""
-        size = self.decoder.config.vocab_size
-        if any(token >= size for token in config.stop_tokens or ()):
-            allowed = f"must be ids of the vocabulary, 0 .. {size - 1}"
-            raise ConfigError("generation.stop_tokens", list(config.stop_tokens or ()), allowed)
-        if config.stop_strings and self.tokenizer is None:
-            allowed = "must be empty, because the generator has no tokenizer"
-            raise ConfigError("generation.stop_strings", list(config.stop_strings), allowed)
 
     def _warn_of_continuation(self, prompts: Sequence[np.ndarray]) -> None:
         """Warns of a prompt that repeats prompt and new tokens of the call before and adds less than a window."""

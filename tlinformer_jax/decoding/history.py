@@ -30,7 +30,6 @@ from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
-from tlinformer_jax.parallel.split_rows import SplitRows
 
 # Block 0 projects embeddings, so before rotation its projections depend on the token alone. Where the history has room
 # for so many times more rows than the vocabulary has tokens, all tokens are projected and rows are looked up.
@@ -39,49 +38,37 @@ ROWS_PER_TOKEN = 4
 
 @dataclasses.dataclass(frozen=True)
 class SequenceRows:
-    """Which rows of a sequence's history are worked on; of those split over devices, which lie on this one.
+    """The history of one sequence: its first `length` tokens; of rows split over devices, those on this one."""
 
-    Attributes:
-      head_dim: d_h.
-      row: the sequence's index in the batch, int32 [].
-      tokens: ids of the batch, int32 [batch, capacity or more].
-      length: n, rows of history, int32 [].
-      room: rows that a device has room for.
-      split: how rows are split over devices; None where this device has all of them.
-    """
-
-    head_dim: int
+    config: ModelConfig
+    cache: WindowedCache
     row: Int[Array, ""]
-    tokens: Int[Array, "batch capacity"]
     length: Int[Array, ""]
-    room: int
-    split: SplitRows | None
 
     @property
     def chunk(self) -> int:
         """Rows that are worked on at once."""
-        return chunk_rows(self.room)
+        return chunk_rows(self.cache.room)
 
     @property
     def held(self) -> Int[Array, ""]:
         """Rows of history that this device has."""
-        return self.length if self.split is None else self.split.count(self.length)
+        return self.length if self.cache.split is None else self.cache.split.count(self.length)
 
     def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
         """Rotations of this device's rows from `start` on, by default of a chunk."""
-        count = count or self.chunk
-        if self.split is None:
-            return rope_table(start + jnp.arange(count, dtype=jnp.int32), self.head_dim)
-        return rope_table(self.split.positions(start, count), self.head_dim)
+        count, split = count or self.chunk, self.cache.split
+        positions = start + jnp.arange(count, dtype=jnp.int32) if split is None else split.positions(start, count)
+        return rope_table(positions, self.config.head_dim)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
         """Tokens of the same rows."""
         count = count or self.chunk
-        if self.split is None:
-            return jax.lax.dynamic_slice(self.tokens, (self.row, start), (1, count))
-        parts = self.split.parts
-        ids = jax.lax.dynamic_slice(self.tokens, (self.row, start * parts), (1, count * parts))
-        return self.split.take(ids)
+        tokens, split = self.cache.tokens, self.cache.split
+        if split is None:
+            return jax.lax.dynamic_slice(tokens, (self.row, start), (1, count))
+        ids = jax.lax.dynamic_slice(tokens, (self.row, start * split.parts), (1, count * split.parts))
+        return split.take(ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +78,7 @@ class CachedHistory:
     Attributes:
       at: which rows.
       layer: the block's `compress`.
-      z: rows h .. n - 1 of C with their queries, on every device.
+      z, z_rope: rows h .. n - 1 of C with their queries, and their rotations; on every device.
       rows: of C, this device's chunk from a row on, [1, chunk, D].
       queries: of the same rows, given them, [1, chunk, heads, d_h].
       keys: caches of keys and values of this block and those that follow; empty where none are kept.
@@ -102,7 +89,6 @@ class CachedHistory:
     layer: LayerParams
     z: Stream
     z_rope: Rope
-    config: ModelConfig
     rows: Callable[[Array], Float[Array, "1 chunk D"]]
     queries: Callable[[Array, Array], Float[Array, "1 chunk heads d_h"]]
     keys: tuple[KeyValue, ...]
@@ -119,20 +105,16 @@ class CachedHistory:
                 key, value = project(self.layer, self.rows(start), at.rope(start), "kv")
                 return merge_parts(parts, attend_parts(query, key, value, at.held - start, scale, backend))
 
-            parts = for_chunks(at.held, at.room, body, no_parts(query))
-        output = parts[0] if at.split is None else merge_softmaxes(*parts, at.split.axis)[0]
+            parts = for_chunks(at.held, at.cache.room, body, no_parts(query))
+        output = parts[0] if at.cache.split is None else merge_softmaxes(*parts, at.cache.split.axis)[0]
         return output.astype(query.dtype)
 
     def restore(
         self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
     ) -> "CachedHistory":
         """C' of the next block, whose keys are cached; its rows are kept if it restores them in its turn."""
-        restore_rows = functools.partial(
-            restore_rows,
-            shared=shared,
-            fixed=fixed,
-            attend=functools.partial(attend_context, head_dim=self.config.head_dim),
-        )
+        attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
+        restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
 
         def rows(start: Array) -> Array:
             before = self.rows(start)
@@ -149,9 +131,9 @@ class CachedHistory:
         """With the block's keys in their cache, and with all rows of C in one array, if so asked."""
         if not self.keys and not keep_rows:
             return self
-        at, (keys, *rest) = self.at, self.keys or (None,)
-        kept = jnp.zeros((1, at.room, self.z.rows.shape[-1]), self.z.rows.dtype) if keep_rows else None
-        writer = for_writing(self.layer, at.chunk, self.config.attention)
+        at, (keys, *rest), backend = self.at, self.keys or (None,), self.at.config.attention
+        kept = jnp.zeros((1, at.cache.room, self.z.rows.shape[-1]), self.z.rows.dtype) if keep_rows else None
+        writer = for_writing(self.layer, at.chunk, backend)
 
         def body(start: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             keys, kept = carry
@@ -159,10 +141,10 @@ class CachedHistory:
             if kept is not None:
                 kept = jax.lax.dynamic_update_slice(kept, rows, (0, start, 0))
             if keys is not None:
-                keys = write_rows(keys, at.row, start, writer, rows, at.rope(start), self.config.attention)
+                keys = write_rows(keys, at.row, start, writer, rows, at.rope(start), backend)
             return keys, kept
 
-        keys, kept = for_chunks(at.held, at.room, body, (keys, kept))
+        keys, kept = for_chunks(at.held, at.cache.room, body, (keys, kept))
         new = self if keys is None else dataclasses.replace(self, keys=tuple(rest), filled=(*self.filled, keys))
         if kept is None:
             return new
@@ -171,16 +153,10 @@ class CachedHistory:
 
 
 def embedded_history(
-    params: DecoderParams,
-    config: ModelConfig,
-    cache: WindowedCache,
-    at: SequenceRows,
-    z_rows: Float[Array, "1 width D"],
-    z_rope: Rope,
-    fill: bool,
+    params: DecoderParams, at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool
 ) -> CachedHistory:
     """C of block 0, the embeddings; with `fill` its keys are made, else the cache has them."""
-    layer, vocabulary = params.blocks[0].compress, params.embedding[None]
+    layer, vocabulary, backend = params.blocks[0].compress, params.embedding[None], at.config.attention
 
     def rows(start: Array) -> Array:
         return embed(params, at.ids(start))
@@ -191,21 +167,16 @@ def embedded_history(
     def looked_up(start: Array, rows: Array) -> Array:
         return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
 
-    few = cache.room < ROWS_PER_TOKEN * config.vocab_size
-    if not few:
-        table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
-    z = Stream.of(layer, z_rows, z_rope, "q")
-    history = CachedHistory(at, layer, z, z_rope, config, rows, projected if few else looked_up, cache.history)
-    if fill and few:
-        return history._made(keep_rows=False)
-    filled = cache.history[:1]
+    def write(start: Array, keys: KeyValue) -> KeyValue:
+        return write_tokens(keys, at.row, start, key_values, at.ids(start)[0], at.rope(start), backend)
+
+    z, (first, later) = Stream.of(layer, z_rows, z_rope, "q"), (at.cache.history[:1], at.cache.history[1:])
+    if at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
+        history = CachedHistory(at, layer, z, z_rope, rows, projected, at.cache.history)
+        return history._made(keep_rows=False) if fill else dataclasses.replace(history, keys=later, filled=first)
+    table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
     if fill:
-        writer = for_writing(layer, at.chunk, config.attention)
+        writer = for_writing(layer, at.chunk, backend)
         key_values = projections(writer, vocabulary, "kv")[0]  # [V, 2, heads, d_h (padded)]
-
-        def write(start: Array, keys: KeyValue) -> KeyValue:
-            ids, rope = at.ids(start)[0], at.rope(start)
-            return write_tokens(keys, at.row, start, key_values, ids, rope, config.attention)
-
-        filled = tuple(for_chunks(at.held, at.room, write, keys) for keys in filled)
-    return dataclasses.replace(history, keys=cache.history[1:], filled=filled)
+        first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
+    return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)

@@ -32,7 +32,7 @@ def prefill(
 ) -> tuple[LayeredCache, Float[Array, " V"]]:
     """Fills the cache of sequence `row` from its prompt; returns also the logits after the prompt's last token.
 
-    The prompt has `length` >= 1 tokens, and padding up to a length class. The cache is donated by the caller.
+    The prompt has `length` >= 1 tokens, and padding up to a length class.
     """
     x, layers, capacity = embed(params, prompt[None]), cache.layers, cache.capacity
 

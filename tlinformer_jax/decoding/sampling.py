@@ -163,17 +163,11 @@ def sample(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"] | None]:
     """Chooses one token per sequence; a row's choice depends on that row of the arguments only.
 
-    Noise belongs to token ids, not to ranks: rounding that swaps two unlikely tokens changes no other draw.
-
-    Args:
-      logits: float32; -inf for tokens that must not be chosen.
-      keys: from `sequence_keys`, the same at every step.
-      positions: of the chosen tokens, which make the draws of one sequence differ.
-      seen: tokens that the repetition penalty applies to; None without it.
-      sampler: the settings.
+    A sequence's key is the same at every step; positions make its draws differ. Noise belongs to token ids, not to
+    ranks: rounding that swaps two unlikely tokens changes no other draw.
 
     Returns:
-      tokens, int32; NO_TOKEN (-1) for rows with NaN, +inf, or nothing but -inf.
+      tokens; NO_TOKEN (-1) for rows with NaN, +inf, or nothing but -inf.
       log-probabilities in nats under the softmax of `logits` as given; NaN for NO_TOKEN. None unless asked for.
     """
     scores = penalised(logits, seen, sampler)
@@ -243,11 +237,7 @@ def _draw(key: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " 
 
 
 def sequence_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
-    """One random key per sequence, from one seed each or, for sequence i, from seed + i (modulo 2^32).
-
-    Raises:
-      ConfigError: for a seed that is not an integer from 0 to 2^32 - 1, or a list that is not `batch` long.
-    """
+    """One random key per sequence, from one seed each or, for sequence i, from seed + i (modulo 2^32)."""
     seeds = _seeds(seed)
     if seeds is None:
         seeds = [(int(seed) + i) % _SEEDS for i in range(batch)]  # type: ignore[arg-type]

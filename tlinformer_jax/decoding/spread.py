@@ -81,14 +81,8 @@ def on_devices(
 ) -> Any:
     """`function(params, config, cache, *rest)`, run by every device of a mesh on its share of the cache.
 
-    Args:
-      function: static; it returns a cache, or a tuple that begins with one. All devices have and return the same of
-        whatever is no cache.
-      mesh: static; None for one device.
-      params: of the model.
-      config: of the model (static).
-      cache: donated.
-      rest: arrays.
+    It returns a cache, or a tuple that begins with one; of all else every device has and returns the same. The cache
+    is donated: use the one that is returned. Without a mesh one device runs the function.
     """
     if mesh is None:
         return function(params, config, cache, *rest)

@@ -5,21 +5,24 @@ The host, which knows all lengths, then slides that one alone and continues. So 
 cost one device call each in generation_window tokens, and each slide costs what it costs a sequence alone.
 """
 
+import codecs
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
+from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.decoding.cache import Cache, CacheBytes, WindowedCache, cache_bytes
 from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
 from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, seen_tokens, sequence_keys
-from tlinformer_jax.decoding.text import TextStream
 from tlinformer_jax.errors import UserError
 
 LENGTH, STOP_TOKEN, STOP_STRING, INTERRUPTED = "length", "stop_token", "stop_string", "interrupted"
+# Earlier tokens that are decoded with new ones: some tokenizers treat a text's first token specially.
+CONTEXT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,25 +98,24 @@ class Stream(Iterator[Piece]):
         decoder: Decoder,
         prompts: Sequence[np.ndarray],
         config: GenerationConfig,
-        texts: Sequence[TextStream],
+        texts: Sequence["TextStream"],
     ) -> None:
         """Prepares a generation; the first `next` starts it. `config` has stop_tokens and chunk that are not None."""
         assert config.stop_tokens is not None
-        self._decoder, self._config = decoder, config
+        assert config.chunk is not None
+        self._decoder, self._config, self._prompts, self._texts = decoder, config, prompts, texts
         self._keys = sequence_keys(config.seed, len(prompts))
-        self._sampler = config.sampler()
+        self._sampler, self._chunk = config.sampler(), config.chunk
         self._stops = sorted(set(config.stop_tokens))
         # Padded to a power of two with an id that no token has, so that few lengths are compiled for.
         padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
         self._stop_array = np.array([*self._stops, *[-1] * padding], np.int32)
-        self._prompts, self._texts = prompts, texts
         done = LENGTH if config.max_new_tokens == 0 else None
         self.generations = [Generation([], [] if config.logprobs else None, done) for _ in prompts]
-        self._longest = max((len(prompt) for prompt in prompts), default=0)
-        self._final = self._longest + config.max_new_tokens
+        self.calls: list[Call] = []
+        self._final = max(map(len, prompts), default=0) + config.max_new_tokens
         self._drawn = 0  # tokens of every sequence that continues
         self._pieces: collections.deque[Piece] = collections.deque()
-        self.calls: list[Call] = []
         self._cache: Cache | None = None
         self._state: Sequences | None = None
         self._bytes = CacheBytes({}, None)
@@ -177,7 +179,7 @@ class Stream(Iterator[Piece]):
     def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Prefills the prompts one after another and draws each one's first token; returns as `_advance`."""
         decoder, prompts = self._decoder, self._prompts
-        cache, logits = decoder.init_cache(len(prompts), self._longest, self._final), []
+        cache, logits = decoder.init_cache(len(prompts), max(map(len, prompts)), self._final), []
         for row, prompt in enumerate(prompts):
             cache, of_row = decoder.prefill(cache, row, prompt)
             logits.append(of_row)
@@ -199,9 +201,8 @@ class Stream(Iterator[Piece]):
         Returns tokens, int [steps, batch], -1 where nothing was drawn, and their log-probabilities or None.
         """
         assert self._state is not None
-        assert self._config.chunk is not None
         cache, room = self._make_room(cache)
-        steps = min(self._config.chunk, self._config.max_new_tokens - self._drawn, room)
+        steps = min(self._chunk, self._config.max_new_tokens - self._drawn, room)
         # Only the host knows of sequences that a stop string has ended.
         state = dataclasses.replace(self._state, active=jnp.asarray(self._active))
         self._cache, self._state, tokens, logprobs = self._decoder.run_steps(
@@ -267,3 +268,67 @@ class Stream(Iterator[Piece]):
         generation._texts.append(rest)
         generation.finish_reason = reason
         return rest
+
+
+class TextStream:
+    """The text of one sequence as its tokens come.
+
+    Bytes that may still become a character are held back, and so is a suffix that may still become a stop string. Bytes
+    that are not UTF-8 become U+FFFD. A sequence stops at the first token that completes a stop string. Its text ends
+    before that string; if there are several, before the one complete first (of these, the longest).
+
+    Attributes:
+      stopped: whether a stop string has been found; then `push` must not be called again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
+        """Of what follows the prompt; without a tokenizer there is no text."""
+        self.stopped = False
+        self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
+        self._context = self._known(prompt[-4 * CONTEXT :])[-CONTEXT:]
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def push(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """Takes new tokens, up to one that completes a stop string; text that may be shown, and how many it took."""
+        if not self._stop_strings:
+            return self._push(tokens), len(tokens)
+        text = ""
+        for count, token in enumerate(tokens, 1):
+            text += self._push([token])
+            if self.stopped:
+                return text, count
+        return text, len(tokens)
+
+    def _push(self, tokens: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        known = self._known(tokens)
+        before = len(self._tokenizer.decode(self._context))
+        new = self._tokenizer.decode(self._context + known)[before:]
+        self._context = (self._context + known)[-CONTEXT:]
+        text = self._held + self._characters.decode(new)
+        found = [(at + len(stop), at) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        shown = len(text) - max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def finish(self) -> str:
+        """Text that was held back; an incomplete last character is left out."""
+        text, self._held = self._held, ""
+        return text
+
+    def _known(self, tokens: Iterable[int]) -> list[int]:
+        """The tokens that have a text: a model's vocabulary may be padded beyond the tokenizer's."""
+        if self._tokenizer is None:
+            return []
+        size, end = self._tokenizer.vocab_size, self._tokenizer.end_of_text
+        return [int(token) for token in tokens if token < size and token != end]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that is a beginning of `stop`, but not all of it."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -39,14 +39,8 @@ def prefill(
 ) -> tuple[WindowedCache, Float[Array, " V"]]:
     """Fills the cache of sequence `row` from its prompt; returns also the logits after the prompt's last token.
 
-    Args:
-      params: of the model.
-      config: of the model.
-      cache: donated by the caller.
-      row: of the batch.
-      prompt: as long as the sequence's `cache.tokens`; what follows its first `length` >= 1 tokens does not matter.
-      length: tokens of the prompt.
-      observed: `config.observed_rows(history)`, rows of the compressed context.
+    What follows the prompt's first `length` >= 1 tokens does not matter. `observed` is `config.observed_rows` of its
+    history: rows of the compressed context.
     """
     size = config.generation_window
     history = (length - 1) // size * size
@@ -67,7 +61,7 @@ def slide(
 ) -> WindowedCache:
     """Makes the full generation window of sequence `row` history, for which the cache must have room.
 
-    `observed` is `config.observed_rows` of the grown history; the cache is donated by the caller.
+    `observed` is `config.observed_rows` of the grown history.
     """
     size, split, before = config.generation_window, cache.split, cache.history_length[row]
     if cache.history:
@@ -77,7 +71,7 @@ def slide(
             # is not yet valid and is written again by the next slide.
             count = -(-size // split.parts)
             start = jnp.minimum(split.count(before), cache.room - count)
-        at = SequenceRows(config.head_dim, row, cache.tokens, before + size, cache.room, split)
+        at = SequenceRows(config, cache, row, before + size)
         layer = for_writing(params.blocks[0].compress, count, config.attention)
         rows, rope = embed(params, at.ids(start, count)), at.rope(start, count)
         first = write_rows(cache.history[0], row, start, layer, rows, rope, config.attention)
@@ -96,19 +90,12 @@ def _rebuild(
     observed: Int[Array, ""],
     window_tokens: Int[Array, " m"],
 ) -> tuple[WindowedCache, Float[Array, "1 m D"]]:
-    """Runs the blocks over one sequence's history and window; their keys and values go to the cache.
+    """Runs the blocks over sequence `row`; their keys and values go to the cache. Returns the window's hidden states.
 
     Args:
-      params: of the model.
-      config: of the model.
-      cache: of the batch.
-      row: of the batch.
       length: n, rows of history.
       observed: n - h, rows of the observation window.
       window_tokens: of the generation window; none after a slide, whose history then keeps block 0's rows.
-
-    Returns:
-      the cache, and the window's hidden states.
     """
     start, width, m = length - observed, max(config.observed_rows(cache.capacity), 1), window_tokens.size
     z_rope, x_rope = (
@@ -116,9 +103,8 @@ def _rebuild(
         for first, rows in ((start, width), (length, m))
     )
     both_rope = jax.tree.map(lambda *tables: jnp.concatenate(tables), z_rope, x_rope)
-    at = SequenceRows(config.head_dim, row, cache.tokens, length, cache.room, cache.split)
     z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width)))
-    C = embedded_history(params, config, cache, at, z_rows, z_rope, fill=m > 0)
+    C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, z_rope, fill=m > 0)
     x_rows, context, window = embed(params, window_tokens[None]), [], []
     for index, block in enumerate(params.blocks):
         x = Stream.of(block.compress, x_rows, x_rope)
