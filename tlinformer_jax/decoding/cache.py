@@ -1,7 +1,6 @@
-"""KV caches of the decoder: pytrees that are passed in and returned, the rows they have room for, their bytes.
+"""KV caches of the decoder: typed pytrees, passed in and returned; their room and their bytes.
 
-Keys are rotated when they are written. Keys and values have the shape [batch, heads, d_h, rows], see
-`models.cached_attention`.
+Keys are rotated when they are written. Keys and values are [batch, heads, d_h, rows].
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ from tlinformer_jax.parallel.target import platform
 
 Carry = TypeVar("Carry")
 
-# Capacities are rounded up to a length class: at most 1.3 times the rows needed, three classes per octave.
+# Capacities are rounded up to a length class, at most 1.3 times the rows needed: three per octave.
 CLASS_STEPS = (16, 20, 26)
 SMALLEST_CLASS = 1024
 # Rows of history that `prefill` and `slide` process at once.
 CHUNK_ROWS = 32768
-# A loop whose length is known only at run time waits for the host once per round. It takes about this many rounds.
+# A loop of unknown length waits for the host once per round. It takes about this many rounds.
 ROUNDS = 4
 
 
@@ -36,10 +35,10 @@ class WindowedCache:
     """State of TLinFormer or TConstFormer between tokens.
 
     Attributes:
-      tokens: ids of history and generation window. A slide needs the history's, because every block but the first sees
-        a history that depends on the window.
-      history: per block, keys and values of all history rows under `compress`, each [batch, heads, d_h, capacity];
-        empty for TConstFormer, whose window does not read them.
+      tokens: ids of history and generation window. A slide needs the history's again, because
+        every block but the first sees a history that depends on the window.
+      history: per block, keys and values of all history rows under `compress`; empty for
+        TConstFormer, whose window does not read them.
       context: of the compressed context, under each block's hidden and `restore` layers,
         [num_blocks * (hidden_depth + 1), batch, heads, d_h, observed capacity].
       window: of the generation window under every layer, [num_layers, batch, heads, d_h, W_og].
@@ -47,8 +46,8 @@ class WindowedCache:
       observed_length: valid rows of the compressed context.
       window_length: tokens in the generation window.
       capacity: rows of history there is room for (static).
-      split: how the rows of `history` are split over the devices of a mesh (static). Inside `jax.shard_map` a device
-        has its share of them, and everything else whole. None for one device.
+      split: how the rows of `history` are split over devices, inside `jax.shard_map` (static).
+        A device has everything else whole. None for one device.
     """
 
     tokens: Int[Array, "batch ids"]
@@ -72,7 +71,7 @@ class WindowedCache:
         return self.history_length + self.window_length
 
     def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, CachedRows | None]:
-        """What a token reads in a layer: its window, and the history in `compress`, else the compressed context."""
+        """What a token reads: its window, and the history in `compress`, else the compressed context."""
         window = CachedRows(self.window, self.window_length, layer)
         block, depth = divmod(layer, config.layers_per_block)
         if depth > 0:
@@ -80,11 +79,12 @@ class WindowedCache:
             return window, CachedRows(self.context, self.observed_length, index)
         if not self.history:
             return window, None
-        length = self.history_length if self.split is None else self.split.count(self.history_length)
-        return window, CachedRows(self.history[block], length, split=self.split)
+        length, split = self.history_length, self.split
+        length = length if split is None else split.count(length)
+        return window, CachedRows(self.history[block], length, split=split)
 
     def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "WindowedCache":
-        """With one more token of every active sequence, and its keys and values under every layer."""
+        """With a new token of every active sequence; `own` are its keys and values, by layer."""
         rows = jnp.arange(tokens.shape[0])
         return dataclasses.replace(
             self,
@@ -99,8 +99,8 @@ class LayeredCache:
     """State of a baseline between tokens.
 
     Attributes:
-      layers: keys and values under every layer, [num_layers, batch, heads, d_h, capacity]. The capacity of a sliding
-        window is the window minus one; row `position % capacity` holds a position.
+      layers: keys and values under every layer, [num_layers, batch, heads, d_h, capacity]. For a
+        sliding window the capacity is the window minus one; row `position % capacity` holds a position.
       length: tokens so far.
       capacity: rows there is room for (static).
     """
@@ -136,10 +136,10 @@ def length_class(rows: int) -> int:
 
 
 def capacity_for(config: ModelConfig, tokens: int, final: int | None = None, parts: int = 1) -> int:
-    """Rows that a cache gets for sequences of up to `tokens` tokens, in the end `final` if that is known.
+    """Rows of a cache for sequences of up to `tokens` tokens, in the end `final` if that is known.
 
-    A cache at most one class short of what it needs in the end gets that, without the class's slack. The rows are split
-    over `parts` devices.
+    A cache at most one class short of what it needs in the end gets that, without slack. The rows
+    are split over `parts` devices.
     """
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window - 1
@@ -156,14 +156,13 @@ def stored_rows(config: ModelConfig, tokens: int) -> int:
 
 
 def history_of(config: ModelConfig, tokens: int) -> int:
-    """History length n of a sequence of `tokens` tokens; its last token is always in the generation window."""
+    """n of a sequence of `tokens` tokens, the last of which is always in the window."""
     size = config.generation_window
     return (max(tokens, 1) - 1) // size * size
 
 
 def chunk_rows(capacity: int, most: int | None = None) -> int:
-    """Rows processed at once, at most `most` (None: CHUNK_ROWS): all of a small capacity, else a power of two that
-    divides it."""
+    """Rows processed at once, at most `most` (None: CHUNK_ROWS); they divide the capacity."""
     most = CHUNK_ROWS if most is None else most
     return capacity if capacity <= most else min(most, capacity & -capacity)
 
@@ -175,7 +174,7 @@ def for_chunks(
     carry: Carry,
     most: int | None = None,
 ) -> Carry:
-    """Runs `carry = body(first row, carry)` over the chunks of `chunk_rows(capacity, most)` that hold `length` rows.
+    """Runs `carry = body(first row, carry)` over the chunks of rows that hold the first `length`.
 
     It continues to the end of a round, at most a quarter of the capacity further.
     """
@@ -191,13 +190,13 @@ def for_chunks(
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows | None = None) -> Cache:
-    """An empty cache for `batch` sequences with room for `capacity` rows each, a multiple of the split's parts."""
+    """An empty cache for `batch` sequences of up to `capacity` rows, a multiple of the split's parts."""
 
     def rows(count: int, *leading: int, parts: int = 1) -> KeyValue:
         # Zeros, because a masked value still gets weight 0. Two arrays, because they are donated.
         width = parts * padded_rows(count // parts)
         shape = (*leading, batch, config.num_heads, config.head_dim, width)
-        return KeyValue(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+        return KeyValue(*(jnp.zeros(shape, config.compute_dtype) for _ in range(2)))
 
     def lengths() -> Int[Array, " batch"]:
         return jnp.zeros((batch,), jnp.int32)
@@ -236,13 +235,13 @@ class PartBytes:
 
 @dataclasses.dataclass(frozen=True)
 class CacheBytes:
-    """Bytes of a cache on one device; of a history that is split over several, on the first, which has most.
+    """Bytes of a cache on one device; of a split history on the first device, which has most.
 
     Attributes:
-      parts: by name. TLinFormer and TConstFormer have `history` (empty for TConstFormer), `context` (compressed
-        context), `window` (generation window) and `tokens` (ids), the baselines `layers`; all have `lengths`.
-      paper: of all devices together by the paper's equation 7, 2 * tokens * D * bytes * layers / (H + 2); for the
-        Transformer without the divisor; None for caches that do not grow.
+      parts: by the names of the cache's fields; its counts of rows are `lengths`.
+      paper: of all devices together by the paper's equation 7,
+        2 * tokens * D * bytes * layers / (H + 2); for the Transformer without the divisor; None for
+        caches that do not grow.
       devices: that the history is split over; each has everything else whole.
     """
 

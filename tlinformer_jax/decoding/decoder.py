@@ -1,6 +1,6 @@
-"""The decoder: the token step, the loop that generates on the device, and one interface to all architectures.
+"""The decoder: the token step, the loop that generates on the device, one interface to all models.
 
-A prompt's `prefill` and the window's `slide` are in `windowed` and, for the baselines, in `layered`.
+`prefill` and `slide` are in `windowed`, the baselines' `prefill` in `layered`.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.token_layer import token_layer
 
-# Steps between two tests of the loop's condition: each test waits for the host, longer than a short step takes.
+# Steps between two tests of the loop's condition, each of which waits for the host.
 STEPS_PER_TEST = 4
 
 
@@ -40,10 +40,10 @@ def step(
     tokens: Int[Array, " batch"],
     active: Bool[Array, " batch"],
 ) -> tuple[Cache, Float[Array, "batch V"]]:
-    """Feeds one token to every active sequence, for which the cache must have room: a full window slides first.
+    """Feeds one token to every active sequence; returns the cache and the next tokens' logits.
 
-    Returns:
-      the cache, where nothing changes for the other sequences, and the next tokens' logits, which mean nothing there.
+    Full windows must slide first. Of the other sequences nothing changes, and their logits mean
+    nothing.
     """
     x, rope, new = embed(params, tokens), rope_table(cache.position, config.head_dim), []
     for index, layer in enumerate(params.layers):
@@ -82,11 +82,11 @@ def sample_next(
     positions: Int[Array, " batch"],
     logits: Float[Array, "batch V"],
 ) -> tuple[Sequences, Int[Array, " batch"], Float[Array, " batch"] | None]:
-    """Samples the tokens at `positions` of the active sequences; a stop token (-1 is none) ends its sequence.
+    """Samples a token for every active sequence; a stop token (-1 is none) ends its sequence.
 
     Returns:
-      the sequences; the tokens, -1 for the others and for logits that are not finite, which end their sequence;
-      log-probabilities, or None if not asked for.
+      the sequences; the tokens, -1 for the others and for logits that are not finite, which end
+      their sequence; log-probabilities, or None if not asked for.
     """
     token, logprobs = sample(logits, sequences.keys, positions, sequences.seen, sampler)
     token = jnp.where(active, token, -1)
@@ -112,13 +112,13 @@ def run_steps(
     stop_tokens: Int[Array, " stops"],
     limit: Int[Array, ""],
 ) -> tuple[Cache, Sequences, Tokens, LogProbs]:
-    """Feeds and samples up to `limit` <= MAX_STEPS tokens for every active sequence; ends early when none is active.
+    """Feeds and samples up to `limit` <= MAX_STEPS tokens for every active sequence.
 
-    No active sequence's window may fill up before the last step. There is at least one stop token (-1 is none).
+    It ends early when none is active. No active sequence's window may fill up before the last step.
 
     Returns:
-      the cache, the sequences, and for each of MAX_STEPS steps tokens and log-probabilities (or None); -1 and 0 where
-      nothing was sampled.
+      the cache, the sequences, and for each of MAX_STEPS steps tokens and log-probabilities (or
+      None); -1 and 0 where nothing was sampled.
     """
     batch = sequences.token.shape[0]
     tokens = jnp.full((MAX_STEPS, batch), -1, jnp.int32)
@@ -147,16 +147,16 @@ def run_steps(
 
 
 class Decoder:
-    """A model's parameters, in the compute dtype on every device of the mesh, and what is done with a cache.
+    """A model's parameters, on every device of the mesh, and what is done with a cache.
 
-    The methods donate the cache they are given: use the one they return. The caller keeps the lengths of the sequences,
-    and so knows when to slide.
+    The methods donate the cache they are given: use the one they return. The caller keeps the
+    lengths of the sequences, and so knows when to slide.
     """
 
     def __init__(self, model: LanguageModel, variables: Mapping[str, Any], mesh: Mesh | None = None) -> None:
         """Takes a model of any architecture and its variables, {"params": ...}.
 
-        The mesh's axis `context` splits the rows of the history; other axes hold copies. None: the variables' device.
+        The mesh's axis `context` splits the rows of the history; other axes hold copies.
         """
         self.config, self.mesh = model.config, mesh
         split = spread.split_of(mesh, self.config)
@@ -166,12 +166,12 @@ class Decoder:
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
 
     def init_cache(self, batch: int, tokens: int, final: int | None = None) -> Cache:
-        """An empty cache for `batch` sequences of up to `tokens` tokens, in the end `final` if that is known."""
+        """An empty cache for sequences of up to `tokens` tokens, in the end `final` if known."""
         capacity = capacity_for(self.config, tokens, final, self.devices)
         return spread.init_spread_cache(self.config, batch, capacity, self.mesh)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
-        """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the next token's logits."""
+        """Fills sequence `row` from its prompt, int [length >= 1]; returns also the next token's logits."""
         length = len(prompt)
         room = cache.tokens.shape[1] if isinstance(cache, WindowedCache) else length_class(length)
         padded = np.zeros((room,), np.int32)
@@ -193,18 +193,19 @@ class Decoder:
         return self._call(run_steps, cache, *arguments)
 
     def slide(self, cache: WindowedCache, row: int, history: int) -> WindowedCache:
-        """Slides the full window of sequence `row`, whose history then has `history` tokens; see `grow` for room."""
+        """Slides the full window of sequence `row`, whose history then has `history` tokens."""
         observed = np.int32(self.config.observed_rows(history))
         return self._call(windowed.slide, cache, np.int32(row), observed)
 
     def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:
-        """Gives the cache room for sequences of `tokens` tokens (in the end `final`) if it has less.
+        """Gives the cache room for sequences of `tokens` tokens if it has less; `final` as above.
 
-        The cache of a single sequence must be grown directly before a slide, which rebuilds what is dropped here.
+        Of a single sequence it drops what the slide rebuilds that must follow.
         """
-        if self.config.architecture == "sliding_window" or stored_rows(self.config, tokens) <= cache.capacity:
+        config = self.config
+        if config.architecture == "sliding_window" or stored_rows(config, tokens) <= cache.capacity:
             return cache
-        return spread.grow(self.config, cache, capacity_for(self.config, tokens, final, self.devices))
+        return spread.grow(config, cache, capacity_for(config, tokens, final, self.devices))
 
     def _call(self, function: Callable[..., Any], cache: Cache, *rest: Any) -> Any:
         return spread.on_devices(function, self.mesh, self.params, self.config, cache, *rest)

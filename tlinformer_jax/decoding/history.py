@@ -1,7 +1,8 @@
-"""C of one cached sequence, as `prefill` and `slide` give it to the block: in chunks of rows, its keys in a cache.
+"""C of one cached sequence, as `prefill` and `slide` give it to the block: its keys in a cache.
 
-Of a million rows neither C nor their projections fit beside the cache. So C at the entrance of a block is a function
-that makes a chunk of its rows when they are wanted: the embeddings, or what the blocks before have restored of them.
+Of a million rows neither C nor their projections fit beside the cache. So C at the entrance of a
+block is a function that makes a chunk of its rows when they are wanted: the embeddings, or what the
+blocks before have restored of them.
 """
 
 import dataclasses
@@ -31,14 +32,14 @@ from tlinformer_jax.models.layers import LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 
-# Block 0 projects embeddings, so before rotation its projections depend on the token alone. Where the history has room
-# for so many times more rows than the vocabulary has tokens, all tokens are projected and rows are looked up.
+# Block 0's projections, before rotation, depend on the token alone. Where the history has room for so
+# many times more rows than the vocabulary has tokens, all tokens are projected and rows looked up.
 ROWS_PER_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceRows:
-    """The history of one sequence: its first `length` tokens; of rows split over devices, those on this one."""
+    """The history of one sequence, its first `length` tokens: of split rows, those on this device."""
 
     config: ModelConfig
     cache: WindowedCache
@@ -58,7 +59,9 @@ class SequenceRows:
     def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
         """Rotations of this device's rows from `start` on, by default of a chunk."""
         count, split = count or self.chunk, self.cache.split
-        positions = start + jnp.arange(count, dtype=jnp.int32) if split is None else split.positions(start, count)
+        positions = start + jnp.arange(count, dtype=jnp.int32)
+        if split is not None:
+            positions = split.positions(start, count)
         return rope_table(positions, self.config.head_dim)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
@@ -81,7 +84,7 @@ class CachedHistory:
       z, z_rope: rows h .. n - 1 of C with their queries, and their rotations; on every device.
       rows: of C, this device's chunk from a row on, [1, chunk, D].
       queries: of the same rows, given them, [1, chunk, heads, d_h].
-      keys: caches of keys and values of this block and those that follow; empty where none are kept.
+      keys: caches of keys and values of this block and those that follow, if any are kept.
       filled: the caches of this block and those before it.
     """
 
@@ -95,7 +98,7 @@ class CachedHistory:
     filled: tuple[KeyValue, ...] = ()
 
     def read(self, query: Array, config: ModelConfig, dropout: Dropout | None) -> Array:
-        """attend(Q, Kc, Vc): keys come from the cache, or are made chunk by chunk where none are kept."""
+        """attend(Q, Kc, Vc): keys come from the cache, or are made chunk by chunk."""
         at, scale, backend = self.at, config.attention_scale, config.attention
         if self.filled:
             parts = attend_history(query, self.filled[-1], at.row, at.held, scale, at.chunk, backend)
@@ -106,13 +109,14 @@ class CachedHistory:
                 return merge_parts(parts, attend_parts(query, key, value, at.held - start, scale, backend))
 
             parts = for_chunks(at.held, at.cache.room, body, no_parts(query))
-        output = parts[0] if at.cache.split is None else merge_softmaxes(*parts, at.cache.split.axis)[0]
+        split = at.cache.split
+        output = parts[0] if split is None else merge_softmaxes(*parts, split.axis)[0]
         return output.astype(query.dtype)
 
     def restore(
         self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
     ) -> "CachedHistory":
-        """C' of the next block, whose keys are cached; its rows are kept if it restores them in its turn."""
+        """C' of the next block, its keys cached; rows are kept if it restores them in its turn."""
         attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
         restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
 
@@ -156,7 +160,9 @@ def embedded_history(
     params: DecoderParams, at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool
 ) -> CachedHistory:
     """C of block 0, the embeddings; with `fill` its keys are made, else the cache has them."""
-    layer, vocabulary, backend = params.blocks[0].compress, params.embedding[None], at.config.attention
+    layer, vocabulary = params.blocks[0].compress, params.embedding[None]
+    backend, caches = at.config.attention, at.cache.history
+    first, later = caches[:1], caches[1:]
 
     def rows(start: Array) -> Array:
         return embed(params, at.ids(start))
@@ -170,10 +176,11 @@ def embedded_history(
     def write(start: Array, keys: KeyValue) -> KeyValue:
         return write_tokens(keys, at.row, start, key_values, at.ids(start)[0], at.rope(start), backend)
 
-    z, (first, later) = Stream.of(layer, z_rows, z_rope, "q"), (at.cache.history[:1], at.cache.history[1:])
+    z = Stream.of(layer, z_rows, z_rope, "q")
     if at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
-        history = CachedHistory(at, layer, z, z_rope, rows, projected, at.cache.history)
-        return history._made(keep_rows=False) if fill else dataclasses.replace(history, keys=later, filled=first)
+        if not fill:
+            return CachedHistory(at, layer, z, z_rope, rows, projected, later, first)
+        return CachedHistory(at, layer, z, z_rope, rows, projected, caches)._made(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
     if fill:
         writer = for_writing(layer, at.chunk, backend)

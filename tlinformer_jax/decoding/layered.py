@@ -1,4 +1,4 @@
-"""The baselines' `prefill`, with a preallocated cache of every layer's keys; a token is `decoder.step`."""
+"""The baselines' `prefill`, with a cache of every layer's keys; a token is `decoder.step`."""
 
 import dataclasses
 
@@ -15,11 +15,13 @@ from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.model import attention_window
 from tlinformer_jax.models.rope import rope_table
 
-# Rows of a prompt worked on at once where no fused kernel keeps the scores of rows against rows out of memory.
+# Rows of a prompt worked on at once where no fused kernel keeps their scores out of memory.
 PLAIN_CHUNK_ROWS = 1024
 
 # x, keys and values of a prompt.
-LayerRows = tuple[Float[Array, "1 length D"], Float[Array, "1 length h k"], Float[Array, "1 length h k"]]
+Rows = Float[Array, "1 length D"]
+Heads = Float[Array, "1 length h k"]
+LayerRows = tuple[Rows, Heads, Heads]
 
 
 def prefill(
@@ -30,7 +32,7 @@ def prefill(
     prompt: Int[Array, " padded"],
     length: Int[Array, ""],
 ) -> tuple[LayeredCache, Float[Array, " V"]]:
-    """Fills the cache of sequence `row` from its prompt; returns also the logits after the prompt's last token.
+    """Fills the cache of sequence `row` from its prompt; returns also the next token's logits.
 
     The prompt has `length` >= 1 tokens, and padding up to a length class.
     """
@@ -48,10 +50,11 @@ def prefill(
         x, key, value = _layer(layer, config, x, length)
         layers = KeyValue(write(layers.key, key, index), write(layers.value, value, index))
     last = jax.lax.dynamic_index_in_dim(x[0], length - 1, keepdims=False)
-    return dataclasses.replace(cache, layers=layers, length=cache.length.at[row].set(length)), logits_of(params, last)
+    cache = dataclasses.replace(cache, layers=layers, length=cache.length.at[row].set(length))
+    return cache, logits_of(params, last)
 
 
-def _layer(layer: LayerParams, config: ModelConfig, x: Float[Array, "1 length D"], length: Int[Array, ""]) -> LayerRows:
+def _layer(layer: LayerParams, config: ModelConfig, x: Rows, length: Int[Array, ""]) -> LayerRows:
     """One layer over the first `length` rows of a prompt, chunk by chunk."""
     most = None if fused_kernel(x.dtype) and config.attention != "xla" else PLAIN_CHUNK_ROWS
     size = chunk_rows(x.shape[1], most)

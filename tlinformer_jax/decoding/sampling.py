@@ -13,6 +13,7 @@ Among equal logits lower token ids win. The largest logit is always kept.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,26 +25,24 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from tlinformer_jax.errors import ConfigError
 
-# Well inside float32's range: neither these nor their reciprocals overflow or flush to zero.
+# Neither these nor their reciprocals overflow or flush to zero.
 _LEAST, _MOST = 1e-30, 1e30
 # JAX keeps 32 bits of a seed; larger seeds would repeat others.
 _SEEDS = 2**32
 NO_TOKEN = -1
-
-
 # Most tokens that one call of the device returns for each sequence.
 MAX_STEPS = 256
+
+Logits = Float[Array, "B V"]
+Mask = Bool[Array, "B V"]
 
 
 @flax.struct.dataclass
 class Sampler:
-    """How tokens are chosen, as compiled code takes it: None is off and not compiled; values are arrays, so that other
-    values do not compile again.
+    """How tokens are chosen, as compiled code takes it.
 
-    Attributes:
-      temperature: None for greedy choice. top_p, min_p, repetition_penalty: None if off.
-      top_k: static; None if off.
-      logprobs: whether log-probabilities of the chosen tokens are computed (static).
+    None is off and not compiled; without a temperature the choice is greedy. Other values do not
+    compile again, except of `top_k` and `logprobs`, which are static.
     """
 
     temperature: Float[Array, ""] | None = None
@@ -56,21 +55,21 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Options of a generation; the module says in which order those of the choice apply.
+    """Options of a generation.
 
     Attributes:
       temperature: 0 is greedy, 1 the model's own distribution.
       top_k: tokens to keep; None keeps all.
       top_p: mass to keep, in (0, 1]; None or 1 keeps all.
       min_p: least probability relative to the largest, in [0, 1]; None or 0 keeps all.
-      repetition_penalty: above 1 discourages tokens of the prompt and of the text so far; 1 is off.
+      repetition_penalty: above 1 discourages tokens of prompt and continuation; 1 is off.
       seed: sequence i of a batch draws with seed + i; or a list with one seed per sequence.
       max_new_tokens: most tokens that a sequence gets.
-      stop_tokens: ids that end a sequence. None: the tokenizer's end of text if the prompts are texts, else none.
-      stop_strings: texts that end a sequence as soon as its continuation holds one of them; they need a tokenizer.
+      stop_tokens: ids that end a sequence. None: the tokenizer's end of text if prompts are texts.
+      stop_strings: texts that end a sequence as soon as its continuation holds one of them.
       logprobs: whether log-probabilities are returned, in nats, under the model's own distribution.
-      chunk: most tokens per device call, 1 to 256. Small ones stream sooner and draw fewer tokens after a stop string.
-        None: 16 if text is streamed or a stop string looked for, else 256.
+      chunk: most tokens per device call. Small ones stream sooner and draw fewer tokens after a stop
+        string. None: 16 if text is streamed or a stop string looked for, else 256.
     """
 
     temperature: float = 0.0
@@ -142,7 +141,8 @@ class GenerationConfig:
         def unless(off: float, value: float | None) -> Array | None:
             return None if value is None or value == off else jnp.float32(value)
 
-        sampler = Sampler(repetition_penalty=unless(1, self.repetition_penalty), logprobs=bool(self.logprobs))
+        penalty = unless(1, self.repetition_penalty)
+        sampler = Sampler(repetition_penalty=penalty, logprobs=bool(self.logprobs))
         if self.temperature == 0:
             return sampler
         return dataclasses.replace(
@@ -155,20 +155,20 @@ class GenerationConfig:
 
 
 def sample(
-    logits: Float[Array, "B V"],
+    logits: Logits,
     keys: Key[Array, " B"],
     positions: Int[Array, " B"],
-    seen: Bool[Array, "B V"] | None,
+    seen: Mask | None,
     sampler: Sampler,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"] | None]:
     """Chooses one token per sequence; a row's choice depends on that row of the arguments only.
 
-    A sequence's key is the same at every step; positions make its draws differ. Noise belongs to token ids, not to
-    ranks: rounding that swaps two unlikely tokens changes no other draw.
+    A sequence's key is the same at every step; positions make its draws differ. Noise belongs to token
+    ids, not to ranks: rounding that swaps two unlikely tokens changes no other draw.
 
     Returns:
       tokens; NO_TOKEN (-1) for rows with NaN, +inf, or nothing but -inf.
-      log-probabilities in nats under the softmax of `logits` as given; NaN for NO_TOKEN. None unless asked for.
+      log-probabilities under the softmax of `logits`, NaN for NO_TOKEN; None unless asked for.
     """
     scores = penalised(logits, seen, sampler)
     if sampler.temperature is None:
@@ -183,7 +183,7 @@ def sample(
     return tokens, jnp.where(tokens >= 0, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
 
 
-def penalised(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, sampler: Sampler) -> Float[Array, "B V"]:
+def penalised(logits: Logits, seen: Mask | None, sampler: Sampler) -> Logits:
     """Logits after the repetition penalty."""
     penalty = sampler.repetition_penalty
     if penalty is None:
@@ -193,8 +193,8 @@ def penalised(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, samp
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
-    """Logits after temperature, top_k, top_p and min_p: the largest of a row is 0, dropped tokens are -inf."""
+def filtered(logits: Logits, sampler: Sampler) -> Logits:
+    """Logits after temperature, top_k, top_p and min_p: the largest is 0, dropped ones are -inf."""
     assert sampler.temperature is not None
     size = logits.shape[-1]
     peak = jnp.max(logits, axis=-1, keepdims=True)
@@ -204,7 +204,7 @@ def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V
     kept = scaled
     if sampler.top_p is not None or top_k < size:
         # One sorted array serves both: top_p applies to what top_k has kept.
-        ordered = jax.lax.top_k(scaled, top_k)[0] if sampler.top_k is not None else -jnp.sort(-scaled, axis=-1)
+        ordered = -jnp.sort(-scaled, axis=-1) if sampler.top_k is None else jax.lax.top_k(scaled, top_k)[0]
         count = jnp.full_like(peak, top_k, jnp.int32)
         if sampler.top_p is not None:
             count = _nucleus(ordered, sampler.top_p)
@@ -216,14 +216,14 @@ def filtered(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V
 
 def _nucleus(ordered: Float[Array, "B k"], top_p: Float[Array, ""]) -> Int[Array, "B 1"]:
     """How many of the descending logits, of which the first is 0, make up a mass of top_p."""
-    # A token is dropped if it and all after it weigh at most 1 - p. Summed from the small end, the tail is not lost in
-    # the rounding of a mass near 1.
+    # A token is dropped if it and all after it weigh at most 1 - p. Summed from the small end, the tail
+    # is not lost in the rounding of a mass near 1.
     tails = jax.lax.cumsum(jnp.exp(ordered), axis=1, reverse=True)
     stay = tails > (1.0 - top_p) * tails[:, :1]
     return jnp.maximum(jnp.sum(stay, axis=-1, keepdims=True, dtype=jnp.int32), 1)
 
 
-def _largest(logits: Float[Array, "B V"], ordered: Float[Array, "B k"], count: Int[Array, "B 1"]) -> Bool[Array, "B V"]:
+def _largest(logits: Logits, ordered: Float[Array, "B k"], count: Int[Array, "B 1"]) -> Mask:
     """Which logits are the first `count` of `ordered`, lower ids first."""
     threshold = jnp.take_along_axis(ordered, count - 1, axis=-1)
     above, tied = logits > threshold, logits == threshold
@@ -232,19 +232,21 @@ def _largest(logits: Float[Array, "B V"], ordered: Float[Array, "B k"], count: I
 
 
 def _draw(key: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
-    # JAX's default Gumbel noise ends at about 16, which would distort the odds of tokens rarer than 1e-7.
+    # JAX's default Gumbel noise ends at about 16, which distorts the odds of tokens rarer than 1e-7.
     return jax.random.categorical(jax.random.fold_in(key, position), logits, mode="high")
 
 
 def sequence_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
-    """One random key per sequence, from one seed each or, for sequence i, from seed + i (modulo 2^32)."""
+    """One key per sequence, from one seed each or, for sequence i, seed + i (modulo 2^32)."""
     seeds = _seeds(seed)
     if seeds is None:
         seeds = [(int(seed) + i) % _SEEDS for i in range(batch)]  # type: ignore[arg-type]
     if len(seeds) != batch:
-        raise ConfigError("generation.seed", seeds, f"must be one integer or {batch} of them, one for each sequence")
+        allowed = f"must be one integer or {batch} of them, one for each sequence"
+        raise ConfigError("generation.seed", seeds, allowed)
     # Draws of JAX's other generators depend on the batch under `vmap`.
-    return jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(jnp.asarray(np.array(seeds, np.uint32)))
+    make = functools.partial(jax.random.key, impl="threefry2x32")
+    return jax.vmap(make)(jnp.asarray(np.array(seeds, np.uint32)))
 
 
 def _seeds(seed: int | Sequence[int]) -> list[int] | None:
@@ -264,7 +266,7 @@ def seen_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
     return seen
 
 
-def mark_seen(seen: Bool[Array, "B V"], tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> Bool[Array, "B V"]:
+def mark_seen(seen: Mask, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> Mask:
     """`seen` with the tokens just chosen by active sequences; NO_TOKEN marks nothing."""
     # An index past the end is dropped; -1 would count from the end.
     columns = jnp.where(active & (tokens >= 0), tokens, seen.shape[-1])

@@ -1,8 +1,8 @@
-"""Generation over the devices of a mesh: how a cache lies on them, grows there, and what runs its functions.
+"""Generation over the devices of a mesh: how a cache lies on them and grows, and what runs there.
 
-The rows of TLinFormer's history are split over the mesh's axis `context`; every device has everything else whole
-and computes the same of it. The devices talk to each other only where a softmax over the history ends. The mesh's
-other axes hold copies.
+The rows of TLinFormer's history are split over the mesh's axis `context`; every device has everything
+else whole and computes the same of it. The devices talk to each other only where a softmax over the
+history ends. The mesh's other axes hold copies.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SPLIT_ROWS = PartitionSpec(None, None, None, AXIS)
 
 
 def context_mesh(context: int) -> Mesh | None:
-    """A mesh over the first `context` devices for a history spread over them; None for one device, which needs none.
+    """A mesh of the first `context` devices for a history split over them; None for one device.
 
     Raises:
       ConfigError: if there are not so many.
@@ -48,8 +48,11 @@ def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
     if mesh is None or mesh.shape[AXIS] == 1:
         return None
     if not config.windowed:
-        allowed = f"must be 1 for model.architecture = {config.architecture!r}; only the history of tlinformer and "
-        raise ConfigError("mesh.context", mesh.shape[AXIS], f"{allowed}tconstformer can be spread over devices")
+        allowed = (
+            f"must be 1 for model.architecture = {config.architecture!r}; "
+            "only the history of tlinformer and tconstformer can be spread over devices"
+        )
+        raise ConfigError("mesh.context", mesh.shape[AXIS], allowed)
     return SplitRows(AXIS, mesh.shape[AXIS])
 
 
@@ -79,10 +82,10 @@ def init_spread_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh
 def on_devices(
     function: Callable[..., Any], mesh: Mesh | None, params: Any, config: ModelConfig, cache: Cache, *rest: Any
 ) -> Any:
-    """`function(params, config, cache, *rest)`, run by every device of a mesh on its share of the cache.
+    """`function(params, config, cache, *rest)`, run by every device on its share of the cache.
 
-    It returns a cache, or a tuple that begins with one; of all else every device has and returns the same. The cache
-    is donated: use the one that is returned. Without a mesh one device runs the function.
+    It returns a cache, or a tuple that begins with one; all else is the same on every device. The
+    cache is donated. Without a mesh one device runs the function.
     """
     if mesh is None:
         return function(params, config, cache, *rest)
@@ -99,10 +102,10 @@ def on_devices(
 
 
 def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
-    """The cache's contents in a cache with room for `capacity` rows; `cache` must not be used again.
+    """The contents in a cache with room for `capacity` rows; `cache` must not be used again.
 
-    Array by array, so that at most one of them exists twice. Of a single sequence's history only block 0's rows are
-    copied: it is about to slide, which rebuilds the others.
+    Array by array, so that at most one of them exists twice. Of a single sequence's history only
+    block 0's rows are copied: it is about to slide, which rebuilds the others.
     """
     split = cache.split if isinstance(cache, WindowedCache) else None
     batch = cache.position.shape[0]
@@ -116,18 +119,25 @@ def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
         return wide
 
     def dropped(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        sharding, zeros = _mesh_sharding(array), functools.partial(jnp.zeros, shape.shape, shape.dtype)
+        sharding = _mesh_sharding(array)
+        zeros = functools.partial(jnp.zeros, shape.shape, shape.dtype)
         array.delete()
         return zeros() if sharding is None else jax.jit(zeros, out_shardings=sharding)()
 
     if isinstance(cache, LayeredCache):
-        return dataclasses.replace(cache, layers=jax.tree.map(copied, cache.layers, shapes.layers), capacity=capacity)
+        layers = jax.tree.map(copied, cache.layers, shapes.layers)
+        return dataclasses.replace(cache, layers=layers, capacity=capacity)
     history = [
         jax.tree.map(copied if index == 0 or batch > 1 else dropped, *block)
         for index, block in enumerate(zip(cache.history, shapes.history))
     ]
-    tokens, context = jax.tree.map(copied, (cache.tokens, cache.context), (shapes.tokens, shapes.context))
-    return dataclasses.replace(cache, tokens=tokens, history=tuple(history), context=context, capacity=capacity)
+    return dataclasses.replace(
+        cache,
+        tokens=copied(cache.tokens, shapes.tokens),
+        history=tuple(history),
+        context=jax.tree.map(copied, cache.context, shapes.context),
+        capacity=capacity,
+    )
 
 
 def _mesh_sharding(array: jax.Array) -> NamedSharding | None:
@@ -136,7 +146,7 @@ def _mesh_sharding(array: jax.Array) -> NamedSharding | None:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _widened(array: jax.Array, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    """Zeros of a larger shape that begin with `array`; what is split is widened on each device, rows staying there."""
+    """Zeros of a larger shape that begin with `array`; what is split is widened on each device."""
 
     def widen(array: jax.Array) -> jax.Array:
         wide = shape if sharding is None else sharding.shard_shape(shape)

@@ -1,8 +1,7 @@
 """A running generation: it calls the device and yields what each call has brought.
 
-Each sequence has its own length and window phase. On the device all advance together until the window of one is full.
-The host, which knows all lengths, then slides that one alone and continues. So sequences whose windows are out of phase
-cost one device call each in generation_window tokens, and each slide costs what it costs a sequence alone.
+Each sequence has its own length and window phase. On the device all advance together until the window
+of one is full. The host, which knows all lengths, then slides that one alone and continues.
 """
 
 import codecs
@@ -21,7 +20,7 @@ from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, seen_t
 from tlinformer_jax.errors import UserError
 
 LENGTH, STOP_TOKEN, STOP_STRING, INTERRUPTED = "length", "stop_token", "stop_string", "interrupted"
-# Earlier tokens that are decoded with new ones: some tokenizers treat a text's first token specially.
+# Earlier tokens decoded with new ones: some tokenizers treat a text's first token specially.
 CONTEXT = 8
 
 
@@ -46,12 +45,12 @@ class Piece:
 
 @dataclasses.dataclass
 class Generation:
-    """What a sequence has got so far; it grows while the stream continues, and may be ahead of the pieces yielded.
+    """What a sequence has got so far; it may be ahead of the pieces yielded.
 
     Attributes:
       tokens: all that were drawn, the stop token and those of the stop string included.
       logprobs: of these, or None; see `GenerationConfig`.
-      finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted', or None while it continues.
+      finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted'; None while it continues.
       hits: tokens fed to the cache; after a stop string the device may have fed a few too many.
       misses: times the whole history was processed: the prefill, and each slide of the window.
     """
@@ -74,7 +73,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One device call: its start (time.perf_counter, s), duration (s), and the number of tokens it brought."""
+    """One device call: its start (time.perf_counter), duration, and how many tokens it brought."""
 
     start: float
     seconds: float
@@ -84,13 +83,12 @@ class Call:
 class Stream(Iterator[Piece]):
     """An iterator of pieces, each as soon as the device has drawn its tokens.
 
-    Ctrl-C in a `next` keeps what has been drawn: then call `stop` and read `generations`. When all sequences have ended
-    the cache is freed.
+    Ctrl-C in a `next` keeps what has been drawn: then call `stop` and read `generations`.
 
     Attributes:
       generations: of each prompt, so far.
-      calls: of the device. The first prefills the prompts and draws one token of each sequence; the others include
-        slides. Compilation, where a call needed it, is in its time.
+      calls: of the device. The first prefills the prompts and draws one token of each sequence; the
+        others include slides. Compilation is in the time of a call that needed it.
     """
 
     def __init__(
@@ -100,14 +98,14 @@ class Stream(Iterator[Piece]):
         config: GenerationConfig,
         texts: Sequence["TextStream"],
     ) -> None:
-        """Prepares a generation; the first `next` starts it. `config` has stop_tokens and chunk that are not None."""
+        """Prepares a generation; the first `next` starts it. stop_tokens and chunk are not None."""
         assert config.stop_tokens is not None
         assert config.chunk is not None
         self._decoder, self._config, self._prompts, self._texts = decoder, config, prompts, texts
         self._keys = sequence_keys(config.seed, len(prompts))
         self._sampler, self._chunk = config.sampler(), config.chunk
         self._stops = sorted(set(config.stop_tokens))
-        # Padded to a power of two with an id that no token has, so that few lengths are compiled for.
+        # Padded to a power of two, so that few lengths are compiled for.
         padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
         self._stop_array = np.array([*self._stops, *[-1] * padding], np.int32)
         done = LENGTH if config.max_new_tokens == 0 else None
@@ -130,7 +128,7 @@ class Stream(Iterator[Piece]):
         return self._pieces.popleft()
 
     def stop(self) -> list[Piece]:
-        """Ends all sequences; returns pieces not yet yielded and, as pieces, text that was held back."""
+        """Ends all sequences; returns pieces not yet yielded and text that was held back."""
         pieces = list(self._pieces)
         self._pieces.clear()
         for row in np.flatnonzero(self._active).tolist():
@@ -177,7 +175,7 @@ class Stream(Iterator[Piece]):
             self._pieces.append(self._take(row, new[row], scores))
 
     def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Prefills the prompts one after another and draws each one's first token; returns as `_advance`."""
+        """Prefills the prompts and draws each one's first token; returns as `_advance`."""
         decoder, prompts = self._decoder, self._prompts
         cache, logits = decoder.init_cache(len(prompts), max(map(len, prompts)), self._final), []
         for row, prompt in enumerate(prompts):
@@ -198,7 +196,7 @@ class Stream(Iterator[Piece]):
     def _advance(self, cache: Cache) -> tuple[np.ndarray, np.ndarray | None]:
         """Feeds the tokens drawn last and draws more, until a window is full or the chunk is done.
 
-        Returns tokens, int [steps, batch], -1 where nothing was drawn, and their log-probabilities or None.
+        Returns tokens, int [steps, batch], -1 where none was drawn, and log-probabilities or None.
         """
         assert self._state is not None
         cache, room = self._make_room(cache)
@@ -214,7 +212,7 @@ class Stream(Iterator[Piece]):
         return drawn, None if logprobs is None else np.asarray(logprobs)[:steps]
 
     def _make_room(self, cache: Cache) -> tuple[Cache, int]:
-        """Slides full windows of active sequences and grows the cache; says how many tokens each can then be fed."""
+        """Slides full windows and grows the cache; says how many tokens can then be fed."""
         decoder, config, everyone = self._decoder, self._decoder.config, self._lengths
         lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
         size, longest = config.generation_window, max(lengths.values())
@@ -233,7 +231,7 @@ class Stream(Iterator[Piece]):
         return cache, min(size - length % size for length in lengths.values())
 
     def _check_finite(self, row: int, tokens: list[int], steps: int) -> None:
-        """Refuses to continue a sequence that drew fewer tokens than `steps` without a stop token."""
+        """Refuses a sequence that drew fewer tokens than `steps` without a stop token."""
         if len(tokens) == steps or (tokens and tokens[-1] in self._stops):
             return
         position = len(self._prompts[row]) + len(self.generations[row].tokens) + len(tokens)
@@ -273,9 +271,10 @@ class Stream(Iterator[Piece]):
 class TextStream:
     """The text of one sequence as its tokens come.
 
-    Bytes that may still become a character are held back, and so is a suffix that may still become a stop string. Bytes
-    that are not UTF-8 become U+FFFD. A sequence stops at the first token that completes a stop string. Its text ends
-    before that string; if there are several, before the one complete first (of these, the longest).
+    Bytes that may still become a character are held back, and so is what may become a stop string.
+    Bytes that are not UTF-8 become U+FFFD. A sequence stops at the first token that completes a stop
+    string. Its text ends before that string; if there are several, before the one complete first (of
+    these, the longest).
 
     Attributes:
       stopped: whether a stop string has been found; then `push` must not be called again.
@@ -290,7 +289,7 @@ class TextStream:
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """Takes new tokens, up to one that completes a stop string; text that may be shown, and how many it took."""
+        """Takes tokens up to a stop string; returns text that may be shown, and how many it took."""
         if not self._stop_strings:
             return self._push(tokens), len(tokens)
         text = ""
@@ -322,7 +321,7 @@ class TextStream:
         return text
 
     def _known(self, tokens: Iterable[int]) -> list[int]:
-        """The tokens that have a text: a model's vocabulary may be padded beyond the tokenizer's."""
+        """Tokens that have a text: a model's vocabulary may exceed the tokenizer's."""
         if self._tokenizer is None:
             return []
         size, end = self._tokenizer.vocab_size, self._tokenizer.end_of_text
@@ -331,4 +330,5 @@ class TextStream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of `text` that is a beginning of `stop`, but not all of it."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,15 +1,14 @@
-"""TLinFormer and TConstFormer with a cache: `prefill`, and `slide` (a cache miss); a hit is `decoder.step`.
+"""TLinFormer and TConstFormer with a cache: `prefill` and `slide` (a miss); a hit is `decoder.step`.
 
-While the generation window does not slide, everything on the history side is constant: a token reads each block's
-history keys, the compressed context's and its own window's. A slide makes the window history: block 0's rows are
-appended, since they are projections of embeddings; everything else on the history side is rebuilt, in chunks of
-rows, so that no more than the cache itself is held. `prefill` builds the same from nothing.
+While the generation window does not slide, everything on the history side is constant: a token reads
+each block's history keys, the compressed context's and its own window's. A slide makes the window
+history: block 0's rows are appended, since they are projections of embeddings; everything else on the
+history side is rebuilt, in chunks of rows. `prefill` builds the same from nothing.
 
 Both work on one sequence of the batch: sequences have lengths and window phases of their own.
 
-Where the cache is split over devices (`WindowedCache.split`), each of them runs these functions, inside
-`jax.shard_map`: a device makes and reads its own rows of the history, and the softmaxes over them are merged; of all
-else, the observation window's rows included, every device computes the same.
+Where the cache is split over devices (`WindowedCache.split`), each device makes and reads its own rows
+of the history, and the softmaxes over them are merged; of all else every device computes the same.
 """
 
 import dataclasses
@@ -37,10 +36,10 @@ def prefill(
     length: Int[Array, ""],
     observed: Int[Array, ""],
 ) -> tuple[WindowedCache, Float[Array, " V"]]:
-    """Fills the cache of sequence `row` from its prompt; returns also the logits after the prompt's last token.
+    """Fills the cache of sequence `row` from its prompt; returns also the next token's logits.
 
-    What follows the prompt's first `length` >= 1 tokens does not matter. `observed` is `config.observed_rows` of its
-    history: rows of the compressed context.
+    What follows the prompt's first `length` >= 1 tokens does not matter. `observed` is
+    `config.observed_rows` of its history: rows of the compressed context.
     """
     size = config.generation_window
     history = (length - 1) // size * size
@@ -59,7 +58,7 @@ def slide(
     row: Int[Array, ""],
     observed: Int[Array, ""],
 ) -> WindowedCache:
-    """Makes the full generation window of sequence `row` history, for which the cache must have room.
+    """Makes the full window of sequence `row` history, for which the cache must have room.
 
     `observed` is `config.observed_rows` of the grown history.
     """
@@ -67,8 +66,8 @@ def slide(
     if cache.history:
         start, count = before, size
         if split is not None:
-            # As many on every device. Some have one less to append: it writes again its last old row, or one more that
-            # is not yet valid and is written again by the next slide.
+            # As many on every device. Some have one less to append: they write their last old row again,
+            # or one more that is not yet valid, which the next slide writes again.
             count = -(-size // split.parts)
             start = jnp.minimum(split.count(before), cache.room - count)
         at = SequenceRows(config, cache, row, before + size)
@@ -90,14 +89,15 @@ def _rebuild(
     observed: Int[Array, ""],
     window_tokens: Int[Array, " m"],
 ) -> tuple[WindowedCache, Float[Array, "1 m D"]]:
-    """Runs the blocks over sequence `row`; their keys and values go to the cache. Returns the window's hidden states.
+    """Runs the blocks over sequence `row`, whose keys and values go to the cache; returns also x.
 
     Args:
       length: n, rows of history.
       observed: n - h, rows of the observation window.
-      window_tokens: of the generation window; none after a slide, whose history then keeps block 0's rows.
+      window_tokens: of the generation window; none in a slide, where the cache has block 0's rows.
     """
-    start, width, m = length - observed, max(config.observed_rows(cache.capacity), 1), window_tokens.size
+    start, m = length - observed, window_tokens.size
+    width = max(config.observed_rows(cache.capacity), 1)
     z_rope, x_rope = (
         rope_table(first + jnp.arange(rows, dtype=jnp.int32), config.head_dim)
         for first, rows in ((start, width), (length, m))
@@ -133,7 +133,7 @@ def _rebuild(
 
 
 def _store(config: ModelConfig, cache: KeyValue, row: Int[Array, ""], layers: list[tuple[Array, Array]]) -> KeyValue:
-    """Writes one sequence's keys and values [1, rows, heads, d_h or more] of every layer into the cache."""
+    """Writes a sequence's keys and values [1, rows, heads, d_h or more] of every layer."""
     key, value = (lane_rows(jnp.stack(arrays), config.head_dim) for arrays in zip(*layers))
     at = (0, row, 0, 0, 0)
     return jax.tree.map(lambda array, new: jax.lax.dynamic_update_slice(array, new, at), cache, KeyValue(key, value))
