@@ -137,7 +137,9 @@ def errors_by_flag() -> Iterator[None]:
     except ConfigError as error:
         section, _, name = error.field.rpartition(".")
         name = FLAG_OF_OPTION.get(name, name)
-        if name in flags.FLAGS and (section in ("evaluation", "generation") or error.field == "mesh.context"):
+        if name in flags.FLAGS and (
+            section in ("evaluation", "generation", "sampling") or error.field == "mesh.context"
+        ):
             raise UserError(f"--{name}={error.value}: {error.allowed}") from None
         raise
 
