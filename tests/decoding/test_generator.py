@@ -142,19 +142,22 @@ def test_samples_of_one_prompt_differ():
     assert samples[0] == drawn(config)[0]
 
 
-def test_stop_tokens_end_their_sequence_only():
-    config = of("tlinformer")
-    full = [generation.tokens for generation in greedy(config)]
-    stop = full[1][4]
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+def test_stop_tokens_end_their_sequence_only(architecture):
+    """Between two slides and, of a baseline, in the middle of a single call of the device."""
+    config = of(architecture)
+    full = drawn(config)
+    stop = next(token for i, token in enumerate(full[1]) if i >= 4 and token not in [*full[0], *full[1][:i]])
+    unused = [token for token in range(config.vocab_size) if not any(token in tokens for tokens in full)]
     generations = generator(config).run(
-        prompts_of(config), max_new_tokens=NEW, stop_tokens=[stop, 36, 35], logprobs=True
+        prompts_of(config), max_new_tokens=NEW, stop_tokens=[stop, *unused[:2]], logprobs=True, **DRAWN
     )
     for got, wanted in zip(generations, full):
-        ends = [i for i, token in enumerate(wanted) if token in (stop, 36, 35)]
-        assert got.tokens == wanted[: ends[0] + 1 if ends else NEW]
-        assert got.finish_reason == ("stop_token" if ends else "length")
-    assert len(generations[1].tokens) <= 5
-    assert any(generation.finish_reason == "length" for generation in generations), "choose another seed"
+        assert got.tokens == (wanted[: wanted.index(stop) + 1] if stop in wanted else wanted)
+        assert len(got.logprobs) == len(got.tokens)
+        assert got.finish_reason == ("stop_token" if stop in wanted else "length")
+    assert 5 <= len(generations[1].tokens) < NEW
+    assert generations[0].finish_reason == "length"
 
 
 def text_of(tokens) -> str:
