@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.timing import Timing, time_calls
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding.accounting import tree_bytes
+from tlinformer_jax.decoding.cache import tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
 
 # Back to back in one timed call, so that the device does not wait for the host between them.
@@ -183,7 +183,7 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
     # Between blocks every row is restored: its query, and what follows attention.
     dense += (config.num_blocks - 1) * rows * (each - 2 * square)
     pairs += (config.num_blocks - 1) * rows * observed
-    # Block 0 projects tokens: no more rows than the vocabulary has (`decoding.vocabulary`).
+    # Block 0 projects tokens: no more rows than the vocabulary has (`decoding.history`).
     if config.num_blocks > 1:
         dense -= square * max(rows - config.vocab_size, 0)
     if config.architecture == "tlinformer":

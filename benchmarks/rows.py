@@ -12,7 +12,7 @@ import jax
 from benchmarks import limits, parts
 from benchmarks.limits import Ceilings
 from benchmarks.session import Session
-from tlinformer_jax.decoding.accounting import tree_bytes
+from tlinformer_jax.decoding.cache import tree_bytes
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.training.memory import peak_bytes
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from benchmarks import profiling, rows
 from benchmarks.limits import Ceilings, measure_ceilings
@@ -134,13 +134,12 @@ def _decoder(
     config: ModelConfig, seed: int, workdir: pathlib.Path | None, mesh: Mesh | None = None
 ) -> tuple[Decoder, str]:
     """A decoder, and where its weights are from: the working directory's if it is of this architecture."""
-    model, tokens = build_model(config), jnp.zeros((1, 1), jnp.int32)
+    model = build_model(config)
     if workdir is None or load_config(workdir).model.architecture != config.architecture:
-        return Decoder(model, jax.jit(model.init)(jax.random.key(seed), tokens), mesh), f"random, seed {seed}"
-    from tlinformer_jax.training.checkpoint import restore_params  # the only use of Orbax here
+        return Decoder(
+            model, jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)), mesh
+        ), f"random, seed {seed}"
+    from tlinformer_jax.training.checkpoint import load_params  # the only use of Orbax here
 
-    here = SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
-    step, params = restore_params(workdir, abstract)
+    step, params = load_params(workdir, config)
     return Decoder(model, {"params": params}, mesh), f"{workdir}, step {step}"

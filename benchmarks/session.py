@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.decoding.accounting import tree_bytes
-from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, history_of
-from tlinformer_jax.decoding.decoder import Decoder
-from tlinformer_jax.decoding.loop import MAX_STEPS, Sequences, jit_run_steps, jit_sample_next
-from tlinformer_jax.decoding.sampling import Sampler, sequence_keys
+from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, history_of, tree_bytes
+from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
+from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, sequence_keys
 from tlinformer_jax.decoding.spread import replicate
 from tlinformer_jax.models.cached_attention import KeyValue
 
@@ -89,15 +87,8 @@ class Session:
         left, tokens = steps, self.sequences.token
         while left > 0:
             limit = min(left, MAX_STEPS)
-            self.cache, self.sequences, tokens, _ = jit_run_steps(
-                self.decoder.mesh,
-                self.decoder.params,
-                self.config,
-                self.cache,
-                self.sequences,
-                GREEDY,
-                self._stop,
-                np.int32(limit),
+            self.cache, self.sequences, tokens, _ = self.decoder.run_steps(
+                self.cache, self.sequences, GREEDY, self._stop, np.int32(limit)
             )
             left -= limit
         self._advance(steps)
@@ -164,7 +155,9 @@ class Session:
         self.window = length - self.history
 
     def _sample(self, logits: jax.Array) -> jax.Array:
-        self.sequences, token, _ = jit_sample_next(GREEDY, self._stop, self.sequences, self.cache.position, logits)
+        self.sequences, token, _ = jit_sample_next(
+            GREEDY, self._stop, self.sequences, self.sequences.active, self.cache.position, logits
+        )
         return token
 
 

@@ -46,10 +46,11 @@ def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str,
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from tlinformer_jax.decoding.cache import capacity_for
-    from tlinformer_jax.decoding.decoder import jitted
+    from tlinformer_jax.decoding import windowed
+    from tlinformer_jax.decoding.cache import capacity_for, init_cache
+    from tlinformer_jax.decoding.decoder import step
     from tlinformer_jax.decoding.params import decoder_params
-    from tlinformer_jax.decoding.spread import WHOLE, abstract_cache
+    from tlinformer_jax.decoding.spread import WHOLE, cache_specs, on_devices, split_of
     from tlinformer_jax.models.model import build_model
     from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 
@@ -64,13 +65,22 @@ def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str,
 
     shapes = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), jax.eval_shape(params))
     final = length + config.generation_window
-    cache = abstract_cache(config, 1, capacity_for(config, length, final, len(devices)), mesh)
-    number, start = whole((), jnp.int32), (shapes, config, cache)
-    prefill, step, slide = jitted(config, mesh)
+    capacity = capacity_for(config, length, final, len(devices))
+    cache = jax.eval_shape(functools.partial(init_cache, config, 1, capacity, split_of(mesh, config)))
+    cache = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        cache,
+        cache_specs(cache),
+    )
+    number, prompt = whole((), jnp.int32), whole(cache.tokens.shape[1:], jnp.int32)
+    calls = {
+        "prefill": (windowed.prefill, number, prompt, number, number),
+        "step": (step, whole((1,), jnp.int32), whole((1,), jnp.bool_)),
+        "slide": (windowed.slide, number, number),
+    }
     return {
-        "prefill": prefill.lower(*start, number, whole(cache.tokens.shape[1:], jnp.int32), number, number),
-        "step": step.lower(*start, whole((1,), jnp.int32), whole((1,), jnp.bool_)),
-        "slide": slide.lower(*start, number, number),
+        name: on_devices.lower(function, mesh, shapes, config, cache, *arrays)
+        for name, (function, *arrays) in calls.items()
     }
 
 

@@ -11,9 +11,10 @@ from tests.decoding.test_exactness import SHAPES, TOLERANCE, compared, largest_e
 from tests.support import golden
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.decoding import Generator, cache_bytes, context_mesh, history, vocabulary
+from tlinformer_jax.decoding import Generator, cache_bytes, context_mesh, history, windowed
 from tlinformer_jax.decoding import cache as cache_module
-from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.decoder import Decoder, step
+from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import cached_attention
@@ -48,7 +49,7 @@ def small_caches(monkeypatch, rows_per_token: int = 4) -> None:
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 8)
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 8)
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
-    monkeypatch.setattr(vocabulary, "ROWS_PER_TOKEN", rows_per_token)
+    monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +156,16 @@ def traffic(length: int, *names: str) -> dict[str, tuple[Collective, ...]]:
     number = jax.ShapeDtypeStruct((), jnp.int32)
     prompt = jax.ShapeDtypeStruct(cache.tokens.shape[1:], jnp.int32)
     token, active = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (jnp.int32, jnp.bool_))
-    start = decoder.params, config, cache
-    lower = {
-        "slide": lambda: decoder._slide.lower(*start, number, number),
-        "step": lambda: decoder._step.lower(*start, token, active),
-        "prefill": lambda: decoder._prefill.lower(*start, number, prompt, number, number),
+    calls = {
+        "slide": (windowed.slide, number, number),
+        "step": (step, token, active),
+        "prefill": (windowed.prefill, number, prompt, number, number),
     }
-    return {name: collectives(lower[name]().compile().as_text()) for name in names}
+
+    def program(function, *arrays) -> str:
+        return on_devices.lower(function, decoder.mesh, decoder.params, config, cache, *arrays).compile().as_text()
+
+    return {name: collectives(program(*calls[name])) for name in names}
 
 
 def same_traffic(*names: str) -> dict[str, tuple[Collective, ...]]:

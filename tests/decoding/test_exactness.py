@@ -11,8 +11,8 @@ from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.decoding import cache as cache_module
-from tlinformer_jax.decoding import vocabulary, windowed
-from tlinformer_jax.decoding.cache import history_of
+from tlinformer_jax.decoding import history, windowed
+from tlinformer_jax.decoding.cache import WindowedCache, history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.interop import params_from_reference
 
@@ -118,7 +118,7 @@ def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, 
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
-    monkeypatch.setattr(vocabulary, "ROWS_PER_TOKEN", rows_per_token)
+    monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=3, hidden_depth=0, history_window=5)
     assert largest_error(make_decoder(config), [21, 2], 46, room=21) < TOLERANCE
 
@@ -127,7 +127,7 @@ def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, 
 @pytest.mark.parametrize(("architecture", "rows_per_token"), [("tlinformer", 4), ("tlinformer", 0), ("transformer", 4)])
 def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_token, monkeypatch, interpreted_kernels):
     """Keys stored and read by the kernels, in half precision; 64 tokens a window, as many as one of them writes."""
-    monkeypatch.setattr(vocabulary, "ROWS_PER_TOKEN", rows_per_token)
+    monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     windows = {"history_window": 40, "generation_window": 64}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
     config = dataclasses.replace(SMALL, architecture=architecture, **windows, **half)
@@ -196,12 +196,13 @@ def missing_slide(monkeypatch):
 
 def step_without_history(monkeypatch):
     """A token does not read the history in `compress`."""
-    real = windowed._context_of
-    monkeypatch.setattr(
-        windowed,
-        "_context_of",
-        lambda config, cache, layer: None if layer % config.layers_per_block == 0 else real(config, cache, layer),
-    )
+    real = WindowedCache.read_by
+
+    def mutated(cache, config, layer):
+        window, context = real(cache, config, layer)
+        return window, None if layer % config.layers_per_block == 0 else context
+
+    monkeypatch.setattr(WindowedCache, "read_by", mutated)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ from tlinformer_jax.config.run import RunConfig, load_config, save_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.decoding import Generator
-from tlinformer_jax.decoding.stream import Stream
-from tlinformer_jax.decoding.text import TextStream
+from tlinformer_jax.decoding.stream import Stream, TextStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig
@@ -178,7 +177,7 @@ def test_interrupted_text_is_shown_to_its_end(workdir, expected, monkeypatch, ca
     monkeypatch.setattr(Stream, "_advance", interrupted)
     # Drawn by then: the first token, 9 to the end of the window that the prompt's 7 bytes began, a window of 16.
     texts = TextStream(ByteTokenizer(), [])
-    begun = texts.push(expected[0].tokens[:26]) + texts.finish()
+    begun = texts.push(expected[0].tokens[:26])[0] + texts.finish()
     # The last character could begin the stop string, and is held back until the end.
     arguments = (f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW, f"--stop={begun[-1]}\0")
     status, out, err = run(capsys, *arguments)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.decoding.sampling import (
+    GenerationConfig,
     Sampler,
-    SamplingConfig,
     filtered,
     mark_seen,
     penalised,
@@ -36,7 +36,7 @@ def some_seen(batch: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).random((batch, V)) < 0.4
 
 
-def reference_row(logits: np.ndarray, seen: np.ndarray, config: SamplingConfig) -> np.ndarray:
+def reference_row(logits: np.ndarray, seen: np.ndarray, config: GenerationConfig) -> np.ndarray:
     """Probabilities [V] after all filters, float64, by sets of token ids."""
     scores = [float(x) for x in logits]
     for token in np.flatnonzero(seen):
@@ -58,12 +58,12 @@ def reference_row(logits: np.ndarray, seen: np.ndarray, config: SamplingConfig) 
     return result
 
 
-def run(config: SamplingConfig, logits, keys=None, positions=None, seen=None, logprobs=False):
+def run(config: GenerationConfig, logits, keys=None, positions=None, seen=None, logprobs=False):
     """`sample` jitted, as NumPy arrays."""
     batch = len(logits)
     keys = sequence_keys(config.seed, batch) if keys is None else keys
     positions = np.zeros(batch, np.int32) if positions is None else positions
-    tokens, chosen = jit_sample(logits, keys, positions, seen, config.sampler(logprobs))
+    tokens, chosen = jit_sample(logits, keys, positions, seen, dataclasses.replace(config, logprobs=logprobs).sampler())
     return np.asarray(tokens), None if chosen is None else np.asarray(chosen)
 
 
@@ -83,12 +83,12 @@ FILTERS = {
     "top_k and min_p": {"top_k": 5, "min_p": 0.2},
     "all": {"temperature": 1.3, "top_k": 7, "top_p": 0.85, "min_p": 0.12, "repetition_penalty": 1.3},
 }
-ALL = SamplingConfig(**FILTERS["all"])
+ALL = GenerationConfig(**FILTERS["all"])
 
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_filters_leave_the_distribution_of_the_numpy_implementation(name):
-    config = SamplingConfig(**({"temperature": 1.0} | FILTERS[name]))
+    config = GenerationConfig(**({"temperature": 1.0} | FILTERS[name]))
     for ties in (False, True):
         logits, seen = some_logits(64, ties=ties), some_seen(64)
         logits[::5, ::3] = -np.inf
@@ -114,17 +114,17 @@ def test_filters_leave_the_distribution_of_the_numpy_implementation(name):
     ],
 )
 def test_borders_and_ties_by_hand(settings, logits, stay):
-    config = SamplingConfig(temperature=1.0, **settings)
+    config = GenerationConfig(temperature=1.0, **settings)
     got = jit_filter(np.array([logits], np.float32), None, config.sampler())
     assert np.flatnonzero(np.isfinite(got[0])).tolist() == stay
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits():
-    config = SamplingConfig(temperature=1.0, repetition_penalty=2.0)
+    config = GenerationConfig(temperature=1.0, repetition_penalty=2.0)
     logits, seen = np.float32([[5, 4, -1, -1]]), np.array([[False, True, True, False]])
     got = jit_filter(logits, seen, config.sampler())
     np.testing.assert_allclose(got, np.float32([[5, 2, -2, -1]]) - 5)
-    greedy = SamplingConfig(repetition_penalty=2.0)
+    greedy = GenerationConfig(repetition_penalty=2.0)
     logits = np.float32([[3, 4, -1, -1], [-2, -1, -9, -1.5]])
     seen = np.array([[False, True, False, False], [False, True, False, False]])
     assert run(greedy, logits, seen=seen)[0].tolist() == [0, 3]
@@ -135,7 +135,7 @@ def test_penalty_divides_positive_and_multiplies_negative_logits():
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "penalty", "all"])
 @pytest.mark.parametrize("vary", ["keys", "positions"])
 def test_frequencies_of_draws_are_those_of_the_filtered_distribution(name, vary):
-    config = SamplingConfig(**({"temperature": 1.0} | FILTERS[name]))
+    config = GenerationConfig(**({"temperature": 1.0} | FILTERS[name]))
     logits, seen = some_logits(1, seed=5), some_seen(1)
     numbers = np.arange(DRAWS, dtype=np.int32)
     keys = sequence_keys(0, DRAWS) if vary == "keys" else jnp.broadcast_to(sequence_keys(0, 1), (DRAWS,))
@@ -169,7 +169,7 @@ def test_a_draw_does_not_depend_on_neighbours_place_or_batch_size():
 
 
 def test_equal_logits_draw_different_tokens_by_seed_and_position():
-    config, logits = SamplingConfig(temperature=1.0), np.zeros((200, V), np.float32)
+    config, logits = GenerationConfig(temperature=1.0), np.zeros((200, V), np.float32)
     keys = sequence_keys(0, 200)
     first = run(config, logits, keys)[0]
     np.testing.assert_array_equal(first, run(config, logits, keys)[0])
@@ -180,14 +180,14 @@ def test_equal_logits_draw_different_tokens_by_seed_and_position():
 def test_noise_belongs_to_token_ids_so_that_rounding_and_filters_change_few_draws():
     logits = np.repeat(some_logits(1), 500, 0)
     keys = sequence_keys(0, 500)
-    free = run(SamplingConfig(temperature=1.0), logits, keys)[0]
-    narrow = run(SamplingConfig(temperature=1.0, top_k=4), logits, keys)[0]
+    free = run(GenerationConfig(temperature=1.0), logits, keys)[0]
+    narrow = run(GenerationConfig(temperature=1.0, top_k=4), logits, keys)[0]
     kept = np.isin(free, np.argsort(-logits[0])[:4])
     assert 0 < kept.sum() < 500
     np.testing.assert_array_equal(narrow[kept], free[kept])
     # The same by rank: tokens all but equal, ordered one way and the other.
     slope = np.repeat(1e-6 * np.arange(V, dtype=np.float32)[None], 500, 0)
-    config = SamplingConfig(temperature=1.0, top_k=V - 1, top_p=0.999)
+    config = GenerationConfig(temperature=1.0, top_k=V - 1, top_p=0.999)
     one, other = run(config, slope, keys)[0], run(config, -slope, keys)[0]
     inner = (one % (V - 1) > 0) & (other % (V - 1) > 0)  # filters leave out the first or the last
     assert inner.sum() > 300
@@ -197,14 +197,14 @@ def test_noise_belongs_to_token_ids_so_that_rounding_and_filters_change_few_draw
 def test_greedy_is_argmax_with_the_lowest_of_equal_ids():
     logits = np.concatenate([some_logits(20), some_logits(20, ties=True)])
     assert any(np.sum(row == row.max()) > 1 for row in logits)
-    tokens, chosen = run(SamplingConfig(top_k=2, top_p=0.5, min_p=0.5), logits)
+    tokens, chosen = run(GenerationConfig(top_k=2, top_p=0.5, min_p=0.5), logits)
     assert (tokens.dtype, chosen) == (np.int32, None)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
     # A temperature so low that logits overflow is greedy as well.
-    np.testing.assert_array_equal(run(SamplingConfig(temperature=1e-30), logits[:20])[0], logits[:20].argmax(-1))
+    np.testing.assert_array_equal(run(GenerationConfig(temperature=1e-30), logits[:20])[0], logits[:20].argmax(-1))
 
 
-@pytest.mark.parametrize("config", [SamplingConfig(), ALL, SamplingConfig(temperature=1.0)])
+@pytest.mark.parametrize("config", [GenerationConfig(), ALL, GenerationConfig(temperature=1.0)])
 def test_log_probabilities_are_of_the_models_own_distribution(config):
     logits = some_logits(30)
     tokens, chosen = run(config, logits, seen=some_seen(30), logprobs=True)
@@ -214,7 +214,7 @@ def test_log_probabilities_are_of_the_models_own_distribution(config):
     np.testing.assert_allclose(chosen, want[np.arange(30), tokens], atol=2e-6)
 
 
-@pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(temperature=1.0), ALL])
+@pytest.mark.parametrize("config", [GenerationConfig(), GenerationConfig(temperature=1.0), ALL])
 def test_rows_without_a_distribution_give_minus_one(config):
     logits = some_logits(5)
     logits[0, 3] = np.nan
@@ -230,7 +230,7 @@ def test_rows_without_a_distribution_give_minus_one(config):
 
 def test_a_penalty_that_overflows_gives_minus_one():
     logits, seen = np.float32([[1e10, 1], [2, 1]]), np.array([[True, False]] * 2)
-    tokens, chosen = run(SamplingConfig(repetition_penalty=1e-30), logits, seen=seen, logprobs=True)
+    tokens, chosen = run(GenerationConfig(repetition_penalty=1e-30), logits, seen=seen, logprobs=True)
     assert tokens.tolist() == [-1, 0]
     np.testing.assert_array_equal(np.isnan(chosen), [True, False])
 
@@ -245,7 +245,7 @@ def test_other_values_compile_nothing_anew():
 
     arguments = (some_logits(2), sequence_keys(0, 2), np.zeros(2, np.int32), some_seen(2))
     for temperature, top_p, min_p, penalty in [(0.5, 0.9, 0.1, 1.2), (2, 0.3, 0.2, 3), (1, 0.99, 1, 0.5)]:
-        config = SamplingConfig(temperature, 3, top_p, min_p, penalty)
+        config = GenerationConfig(temperature, 3, top_p, min_p, penalty)
         counted(*arguments, config.sampler())
     assert len(traces) == 1
     wider = dataclasses.replace(config, top_k=4)
@@ -255,7 +255,7 @@ def test_other_values_compile_nothing_anew():
 
 def test_what_is_off_is_not_compiled():
     def program(**settings):
-        config = SamplingConfig(**settings)
+        config = GenerationConfig(**settings)
         arguments = (some_logits(2), sequence_keys(0, 2), np.zeros(2, np.int32), some_seen(2))
         return str(jax.make_jaxpr(sample)(*arguments, config.sampler()))
 
@@ -274,9 +274,9 @@ def test_what_is_off_is_not_compiled():
 
 
 def test_what_would_change_nothing_is_off():
-    assert SamplingConfig(0, 5, 0.5, 0.5).sampler() == Sampler()
-    assert SamplingConfig(1.0, None, 1, 0.0, 1).sampler() == Sampler(jnp.float32(1.0))
-    on = SamplingConfig(1.0, 5, 0.5, 0.5, 2.0).sampler(logprobs=True)
+    assert GenerationConfig(0, 5, 0.5, 0.5).sampler() == Sampler()
+    assert GenerationConfig(1.0, None, 1, 0.0, 1).sampler() == Sampler(jnp.float32(1.0))
+    on = GenerationConfig(1.0, 5, 0.5, 0.5, 2.0, logprobs=True).sampler()
     assert (on.top_k, on.logprobs) == (5, True)
     assert [(leaf.dtype.name, leaf.item()) for leaf in jax.tree.leaves(on)] == [
         ("float32", value) for value in (1.0, 0.5, 0.5, 2.0)
@@ -296,8 +296,8 @@ def test_what_would_change_nothing_is_off():
 )
 def test_values_that_are_not_allowed_are_named(field, value):
     with pytest.raises(ConfigError) as caught:
-        SamplingConfig(**{field: value})
-    assert str(caught.value).startswith(f"sampling.{field} = {value!r}: must be ")
+        GenerationConfig(**{field: value})
+    assert str(caught.value).startswith(f"generation.{field} = {value!r}: must be ")
     assert "\n" not in str(caught.value)
 
 
@@ -311,7 +311,7 @@ def test_sequence_keys_are_of_one_seed_each():
     np.testing.assert_array_equal(data(sequence_keys(np.array([7, 8, 9]), 3)), data(keys))
     np.testing.assert_array_equal(data(sequence_keys(2**32 - 1, 2)), data(sequence_keys([2**32 - 1, 0], 2)))
     for bad in ([1, 2], [1, 2, -1], -1, 1.5, True, "12"):
-        with pytest.raises(ConfigError, match=r"sampling\.seed = "):
+        with pytest.raises(ConfigError, match=r"generation\.seed = "):
             sequence_keys(bad, 3)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlinformer_jax.data.tokenizers import ByteTokenizer, build_tokenizer
-from tlinformer_jax.decoding.text import TextStream
+from tlinformer_jax.decoding.stream import TextStream
 
 tokenizers = pytest.importorskip("tokenizers")
 decoders, normalizers, pre_tokenizers = tokenizers.decoders, tokenizers.normalizers, tokenizers.pre_tokenizers
@@ -20,7 +20,7 @@ def pushed(stream: TextStream, tokens) -> list[str]:
     """What each token showed, up to a stop, and what was held back."""
     shown = []
     for token in tokens:
-        shown.append(stream.push([token]))
+        shown.append(stream.push([token])[0])
         if stream.stopped:
             return shown
     return [*shown, stream.finish()]
@@ -64,8 +64,8 @@ def test_end_of_text_and_ids_beyond_the_tokenizer_show_nothing():
 
 def test_beginnings_of_stop_strings_are_held_back():
     stream = TextStream(BYTES, [], ["\n\nQ:", "END"])
-    assert [stream.push([token]) for token in b"x\n\nA\nEN"] == ["x", "", "", "\n\nA", "", "\n", ""]
-    assert (stream.push(b"D"), stream.stopped) == ("", True)
+    assert [stream.push([token])[0] for token in b"x\n\nA\nEN"] == ["x", "", "", "\n\nA", "", "\n", ""]
+    assert (stream.push(b"Dx"), stream.stopped) == (("", 1), True)
     stream = TextStream(BYTES, [], ["END"])
     assert pushed(stream, b"so EN") == ["s", "o", " ", "", "", "EN"]
     assert not stream.stopped
@@ -81,7 +81,7 @@ def test_stop_strings_cut_where_reading_character_by_character_would(text, stops
 @given(data=st.binary(max_size=20), cut=st.integers(0, 20))
 def test_text_does_not_depend_on_how_tokens_are_grouped(data, cut):
     stream = TextStream(BYTES, [])
-    grouped = stream.push(data[:cut]) + stream.push(data[cut:]) + stream.finish()
+    grouped = stream.push(data[:cut])[0] + stream.push(data[cut:])[0] + stream.finish()
     assert grouped == "".join(pushed(TextStream(BYTES, []), data))
 
 
@@ -163,7 +163,7 @@ def test_text_that_is_streamed_is_that_of_the_whole(library_and_ours, data):
     whole, before = ours.decode(prompt + tokens), ours.decode(prompt)
     assert whole.startswith(before)
     stream = TextStream(ours, prompt)
-    shown = "".join([stream.push([token]) for token in tokens]) + stream.finish()
+    shown = "".join([stream.push([token])[0] for token in tokens]) + stream.finish()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     assert shown == decoder.decode(whole[len(before) :])
     known = [token for token in prompt + tokens if token < ours.vocab_size and token != ours.end_of_text]
@@ -196,6 +196,6 @@ def test_characters_of_several_byte_tokens_come_whole_and_stop_strings_are_found
 def test_whole_characters_whatever_the_size_of_the_pieces(text, size):
     data = text.encode()
     stream = TextStream(BYTES, [])
-    pieces = [stream.push(data[start : start + size]) for start in range(0, len(data), size)]
+    pieces = [stream.push(data[start : start + size])[0] for start in range(0, len(data), size)]
     assert "".join(pieces) + stream.finish() == text
     assert "\ufffd" not in "".join(pieces)

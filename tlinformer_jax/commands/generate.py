@@ -16,7 +16,7 @@ from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from tlinformer_jax.decoding.stream import Call, Stream
+    from tlinformer_jax.decoding.stream import Generation, Stream
 
 WORKDIR, STEP = cli.run_flags()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
@@ -37,6 +37,8 @@ STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's en
 STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; several come when all are done.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
 
+# Flags that are options of the generator, by the same name.
+SAMPLING = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED)
 INTERRUPTED = 130
 
 
@@ -52,20 +54,23 @@ def main() -> None:
 
 def _generate() -> int:
     """Generates and prints; returns the exit status."""
-    prompt, options = _prompt(), _options()
+    prompt = _prompt()
+    options: dict[str, Any] = {flag.name: flag.value for flag in SAMPLING}
+    options |= {"stop_strings": STOP.value, "logprobs": JSON.value}
+    options["stop_tokens"] = None if STOP_AT_END.value else ()
     if NUM_SAMPLES.value < 1:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: must be an integer >= 1")
     workdir = cli.given_path(WORKDIR, "the directory of a run")
 
     from tlinformer_jax.decoding.generator import Generator
+    from tlinformer_jax.decoding.sampling import GenerationConfig
     from tlinformer_jax.decoding.spread import context_mesh
-    from tlinformer_jax.decoding.stream import generation_config
     from tlinformer_jax.training.memory import advised, generation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):
         with cli.errors_by_flag():
-            generation_config(options)  # before anything is loaded
+            GenerationConfig.of(options)  # before anything is loaded
             use_compilation_cache()
             compilations = _watch_compilations()
             generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
@@ -76,11 +81,7 @@ def _generate() -> int:
 
 
 def _prompt() -> str:
-    """The text to continue.
-
-    Raises:
-      UserError: if there is none, or it cannot be read.
-    """
+    """The text to continue."""
     if (PROMPT.value is None) == (PROMPT_FILE.value is None):
         raise UserError("--prompt, --prompt_file: give one of the two")
     if PROMPT.value is not None:
@@ -88,22 +89,6 @@ def _prompt() -> str:
             raise UserError("--prompt: must hold some text; it is empty")
         return PROMPT.value
     return cli.text_of_file(PROMPT_FILE.value or "", "--prompt_file")
-
-
-def _options() -> dict[str, Any]:
-    """The generator's options."""
-    return {
-        "max_new_tokens": MAX_NEW_TOKENS.value,
-        "temperature": TEMPERATURE.value,
-        "top_k": TOP_K.value,
-        "top_p": TOP_P.value,
-        "min_p": MIN_P.value,
-        "repetition_penalty": REPETITION_PENALTY.value,
-        "seed": SEED.value,
-        "stop_strings": STOP.value,
-        "stop_tokens": None if STOP_AT_END.value else (),
-        "logprobs": JSON.value,
-    }
 
 
 def _print_samples(stream: "Stream") -> bool:
@@ -134,17 +119,10 @@ def _print_samples(stream: "Stream") -> bool:
     return interrupted or environment.reader_is_gone()
 
 
-def _as_json(number: int, sample: Any) -> dict[str, Any]:
-    return {
-        "sample": number,
-        "seed": (SEED.value + number) % 2**32,
-        "text": sample.text,
-        "finish_reason": sample.finish_reason,
-        "tokens": sample.tokens,
-        "logprobs": sample.logprobs,
-        "hits": sample.hits,
-        "misses": sample.misses,
-    }
+def _as_json(number: int, sample: "Generation") -> dict[str, Any]:
+    fields = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")
+    values = {name: getattr(sample, name) for name in fields}
+    return {"sample": number, "seed": (SEED.value + number) % 2**32, **values}
 
 
 def _print_figures(stream: "Stream", compilations: list[float]) -> None:
@@ -156,7 +134,11 @@ def _print_figures(stream: "Stream", compilations: list[float]) -> None:
     lines = [
         f"{tokens:,} tokens in {seconds:.2f} s, prefill and compilation included: {tokens / seconds:,.1f} tokens/s"
     ]
-    compiled = [call for call in calls[1:] if not _within(call, compilations)]
+    compiled = [
+        call
+        for call in calls[1:]
+        if not any(call.start <= moment <= call.start + call.seconds for moment in compilations)
+    ]
     if compiled:
         rate = sum(call.tokens for call in compiled) / sum(call.seconds for call in compiled)
         lines.append(f"{rate:,.1f} tokens/s once compiled, slides included")
@@ -179,7 +161,3 @@ def _watch_compilations() -> list[float]:
 
     jax.monitoring.register_event_duration_secs_listener(note)
     return ends
-
-
-def _within(call: "Call", moments: list[float]) -> bool:
-    return any(call.start <= moment <= call.start + call.seconds for moment in moments)

@@ -7,15 +7,14 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "CacheWarning": "tlinformer_jax.decoding.accounting",
+    "CacheWarning": "tlinformer_jax.decoding.generator",
     "Decoder": "tlinformer_jax.decoding.decoder",
     "Generation": "tlinformer_jax.decoding.stream",
-    "GenerationConfig": "tlinformer_jax.decoding.stream",
+    "GenerationConfig": "tlinformer_jax.decoding.sampling",
     "Generator": "tlinformer_jax.decoding.generator",
     "Piece": "tlinformer_jax.decoding.stream",
-    "SamplingConfig": "tlinformer_jax.decoding.sampling",
     "Stream": "tlinformer_jax.decoding.stream",
-    "cache_bytes": "tlinformer_jax.decoding.accounting",
+    "cache_bytes": "tlinformer_jax.decoding.cache",
     "context_mesh": "tlinformer_jax.decoding.spread",
 }
 __all__ = list(_HOMES)

@@ -1,30 +1,32 @@
-"""KV caches of the decoder: pytrees that are passed in and returned, and how many rows they have room for.
+"""KV caches of the decoder: typed pytrees, passed in and returned; their room and their bytes.
 
-Keys are rotated when they are written. Keys and values have the shape [batch, heads, d_h, rows], see
-`models.cached_attention`.
+Keys are rotated when they are written. Keys and values are [batch, heads, d_h, rows].
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.cached_attention import KeyValue
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, write_row
 from tlinformer_jax.parallel.split_rows import SplitRows
 from tlinformer_jax.parallel.target import platform
 
 Carry = TypeVar("Carry")
 
-# Capacities are rounded up to a length class: at most 1.3 times the rows needed, three classes per octave.
+# Capacities are rounded up to a length class, at most 1.3 times the rows needed: three per octave.
 CLASS_STEPS = (16, 20, 26)
 SMALLEST_CLASS = 1024
 # Rows of history that `prefill` and `slide` process at once.
 CHUNK_ROWS = 32768
-# A loop whose length is known only at run time waits for the host once per round. It takes about this many rounds.
+# A loop of unknown length waits for the host once per round. It takes about this many rounds.
 ROUNDS = 4
 
 
@@ -33,10 +35,10 @@ class WindowedCache:
     """State of TLinFormer or TConstFormer between tokens.
 
     Attributes:
-      tokens: ids of history and generation window, [batch, capacity + room]. A slide needs the history's ids, because
+      tokens: ids of history and generation window. A slide needs the history's again, because
         every block but the first sees a history that depends on the window.
-      history: per block, keys and values of all history rows under `compress`, each [batch, heads, d_h, capacity];
-        empty for TConstFormer, whose window does not read them.
+      history: per block, keys and values of all history rows under `compress`; empty for
+        TConstFormer, whose window does not read them.
       context: of the compressed context, under each block's hidden and `restore` layers,
         [num_blocks * (hidden_depth + 1), batch, heads, d_h, observed capacity].
       window: of the generation window under every layer, [num_layers, batch, heads, d_h, W_og].
@@ -44,8 +46,8 @@ class WindowedCache:
       observed_length: valid rows of the compressed context.
       window_length: tokens in the generation window.
       capacity: rows of history there is room for (static).
-      split: how the rows of `history` are split over the devices of a mesh (static). Inside `jax.shard_map` a device
-        has its share of them, and everything else whole. None for one device.
+      split: how the rows of `history` are split over devices, inside `jax.shard_map` (static).
+        A device has everything else whole. None for one device.
     """
 
     tokens: Int[Array, "batch ids"]
@@ -68,14 +70,37 @@ class WindowedCache:
         """Tokens so far, which is the next token's position."""
         return self.history_length + self.window_length
 
+    def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, CachedRows | None]:
+        """What a token reads: its window, and the history in `compress`, else the compressed context."""
+        window = CachedRows(self.window, self.window_length, layer)
+        block, depth = divmod(layer, config.layers_per_block)
+        if depth > 0:
+            index = block * (config.hidden_depth + 1) + depth - 1
+            return window, CachedRows(self.context, self.observed_length, index)
+        if not self.history:
+            return window, None
+        length, split = self.history_length, self.split
+        length = length if split is None else split.count(length)
+        return window, CachedRows(self.history[block], length, split=split)
+
+    def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "WindowedCache":
+        """With a new token of every active sequence; `own` are its keys and values, by layer."""
+        rows = jnp.arange(tokens.shape[0])
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.at[rows, self.position].set(tokens),
+            window=write_row(self.window, own, self.window_length, active),
+            window_length=self.window_length + active,
+        )
+
 
 @flax.struct.dataclass
 class LayeredCache:
     """State of a baseline between tokens.
 
     Attributes:
-      layers: keys and values under every layer, [num_layers, batch, heads, d_h, capacity]. The capacity of a sliding
-        window is the window minus one; row `position % capacity` holds a position.
+      layers: keys and values under every layer, [num_layers, batch, heads, d_h, capacity]. For a
+        sliding window the capacity is the window minus one; row `position % capacity` holds a position.
       length: tokens so far.
       capacity: rows there is room for (static).
     """
@@ -88,6 +113,15 @@ class LayeredCache:
     def position(self) -> Int[Array, " batch"]:
         """The next token's position."""
         return self.length
+
+    def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, None]:
+        """What a token reads in a layer."""
+        return CachedRows(self.layers, jnp.minimum(self.length, self.capacity), layer), None
+
+    def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "LayeredCache":
+        """With one more row of every active sequence; those of a sliding window go round."""
+        layers = write_row(self.layers, own, self.length % self.capacity, active)
+        return dataclasses.replace(self, layers=layers, length=self.length + active)
 
 
 Cache = WindowedCache | LayeredCache
@@ -102,14 +136,10 @@ def length_class(rows: int) -> int:
 
 
 def capacity_for(config: ModelConfig, tokens: int, final: int | None = None, parts: int = 1) -> int:
-    """Rows that a cache for sequences of `tokens` tokens gets: history rows, or for a baseline rows of all tokens.
+    """Rows of a cache for sequences of up to `tokens` tokens, in the end `final` if that is known.
 
-    Args:
-      config: of the model.
-      tokens: length of the longest sequence.
-      final: its length in the end, if known. A cache at most one class short of that gets what it needs in the end,
-        without the class's slack.
-      parts: devices that the rows are split over.
+    A cache at most one class short of what it needs in the end gets that, without slack. The rows
+    are split over `parts` devices.
     """
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window - 1
@@ -126,14 +156,13 @@ def stored_rows(config: ModelConfig, tokens: int) -> int:
 
 
 def history_of(config: ModelConfig, tokens: int) -> int:
-    """History length n of a sequence of `tokens` tokens; its last token is always in the generation window."""
+    """n of a sequence of `tokens` tokens, the last of which is always in the window."""
     size = config.generation_window
     return (max(tokens, 1) - 1) // size * size
 
 
 def chunk_rows(capacity: int, most: int | None = None) -> int:
-    """Rows processed at once, at most `most` (None: CHUNK_ROWS): all of a small capacity, else a power of two that
-    divides it."""
+    """Rows processed at once, at most `most` (None: CHUNK_ROWS); they divide the capacity."""
     most = CHUNK_ROWS if most is None else most
     return capacity if capacity <= most else min(most, capacity & -capacity)
 
@@ -145,7 +174,7 @@ def for_chunks(
     carry: Carry,
     most: int | None = None,
 ) -> Carry:
-    """Runs `carry = body(first row, carry)` over the chunks of `chunk_rows(capacity, most)` that hold `length` rows.
+    """Runs `carry = body(first row, carry)` over the chunks of rows that hold the first `length`.
 
     It continues to the end of a round, at most a quarter of the capacity further.
     """
@@ -161,13 +190,13 @@ def for_chunks(
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows | None = None) -> Cache:
-    """An empty cache for `batch` sequences with room for `capacity` rows each, a multiple of the split's parts."""
+    """An empty cache for `batch` sequences of up to `capacity` rows, a multiple of the split's parts."""
 
     def rows(count: int, *leading: int, parts: int = 1) -> KeyValue:
         # Zeros, because a masked value still gets weight 0. Two arrays, because they are donated.
         width = parts * padded_rows(count // parts)
         shape = (*leading, batch, config.num_heads, config.head_dim, width)
-        return KeyValue(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+        return KeyValue(*(jnp.zeros(shape, config.compute_dtype) for _ in range(2)))
 
     def lengths() -> Int[Array, " batch"]:
         return jnp.zeros((batch,), jnp.int32)
@@ -194,3 +223,92 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows 
 def padded_rows(rows: int) -> int:
     """`rows` rounded up to whole vectors of 128 lanes, on accelerators."""
     return rows if platform() == "cpu" else -(-rows // 128) * 128
+
+
+@dataclasses.dataclass(frozen=True)
+class PartBytes:
+    """Bytes of one part of a cache: allocated, and of these in use."""
+
+    allocated: int
+    used: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a cache on one device; of a split history on the first device, which has most.
+
+    Attributes:
+      parts: by the names of the cache's fields; its counts of rows are `lengths`.
+      paper: of all devices together by the paper's equation 7,
+        2 * tokens * D * bytes * layers / (H + 2); for the Transformer without the divisor; None for
+        caches that do not grow.
+      devices: that the history is split over; each has everything else whole.
+    """
+
+    parts: dict[str, PartBytes]
+    paper: int | None
+    devices: int = 1
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of all arrays."""
+        return sum(part.allocated for part in self.parts.values())
+
+    @property
+    def used(self) -> int:
+        """Bytes in use."""
+        return sum(part.used for part in self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {part.allocated:,}" for name, part in self.parts.items())
+        devices = "" if self.devices == 1 else f"on each of {self.devices} devices "
+        paper = "" if self.paper is None else f"; by the paper's formula {self.paper:,}"
+        return f"{devices}{self.allocated:,} bytes ({parts}), of which {self.used:,} are in use{paper}"
+
+
+def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> CacheBytes:
+    """Bytes by part of a cache, which may be donated or abstract, for sequences of these lengths.
+
+    A full window has not been slid.
+    """
+    tokens, batch = sum(lengths), len(lengths)
+    row = 2 * config.d_model * config.compute_dtype.itemsize  # key and value of one token under one layer
+    paper, devices = tokens * config.num_layers * row, 1
+    if isinstance(cache, LayeredCache):
+        held = sum(min(length, cache.capacity) for length in lengths)
+        sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.num_layers * row)}
+        sizes["lengths"] = (cache.length, 4 * batch)
+    else:
+        devices = 1 if cache.split is None else cache.split.parts
+        histories = [history_of(config, length) for length in lengths]
+        kept = sum(-(-history // devices) for history in histories) * len(cache.history)
+        observed = sum(config.observed_rows(history) for history in histories)
+        layers = config.num_blocks * (config.hidden_depth + 1)
+        numbers = (cache.history_length, cache.observed_length, cache.window_length)
+        sizes = {
+            "history": (cache.history, kept * row),
+            "context": (cache.context, observed * layers * row),
+            "window": (cache.window, (tokens - sum(histories)) * config.num_layers * row),
+            "tokens": (cache.tokens, 4 * tokens),
+            "lengths": (numbers, 4 * batch * len(numbers)),
+        }
+        paper //= config.layers_per_block
+    parts = {name: PartBytes(tree_bytes(arrays), used) for name, (arrays, used) in sizes.items()}
+    grows = config.architecture in ("tlinformer", "transformer")
+    return CacheBytes(parts, paper if grows else None, devices)
+
+
+def cache_bytes_at(config: ModelConfig, tokens: int) -> CacheBytes:
+    """Bytes of the cache of one sequence of `tokens` tokens, without allocating one."""
+    cache = jax.eval_shape(functools.partial(init_cache, config, 1, capacity_for(config, tokens)))
+    return cache_bytes(config, cache, [tokens])
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a pytree's arrays, or of their shapes, on one device."""
+
+    def shape(leaf: Any) -> tuple[int, ...]:
+        sharding = getattr(leaf, "sharding", None)
+        return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

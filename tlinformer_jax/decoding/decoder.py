@@ -1,29 +1,36 @@
-"""The decoder: one interface to all architectures, compiled once per length class."""
+"""The decoder: the token step, the loop that generates on the device, one interface to all models.
 
-import dataclasses
-import functools
-from collections.abc import Mapping
+`prefill` and `slide` are in `windowed`, the baselines' `prefill` in `layered`.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding import layered, spread, windowed
 from tlinformer_jax.decoding.cache import (
     Cache,
-    LayeredCache,
     WindowedCache,
     capacity_for,
     history_of,
-    init_cache,
     length_class,
     stored_rows,
 )
-from tlinformer_jax.decoding.params import DecoderParams, decoder_params
+from tlinformer_jax.decoding.params import DecoderParams, decoder_params, embed, logits_of
+from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, mark_seen, sample
+from tlinformer_jax.models.cached_attention import token_layer
 from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.models.rope import rope_table
+
+# Steps between two tests of the loop's condition, each of which waits for the host.
+STEPS_PER_TEST = 4
 
 
 def step(
@@ -33,35 +40,123 @@ def step(
     tokens: Int[Array, " batch"],
     active: Bool[Array, " batch"],
 ) -> tuple[Cache, Float[Array, "batch V"]]:
-    """Feeds one token to every active sequence, see `windowed.step` and `layered.step`."""
-    if isinstance(cache, WindowedCache):
-        return windowed.step(params, config, cache, tokens, active)
-    return layered.step(params, config, cache, tokens, active)
+    """Feeds one token to every active sequence; returns the cache and the next tokens' logits.
+
+    Full windows must slide first. Of the other sequences nothing changes, and their logits mean
+    nothing.
+    """
+    x, rope, new = embed(params, tokens), rope_table(cache.position, config.head_dim), []
+    for index, layer in enumerate(params.layers):
+        x, own = token_layer(layer, config, x, rope, *cache.read_by(config, index))
+        new.append(own)
+    own = jax.tree.map(lambda *layers: jnp.stack(layers), *new)
+    return cache.with_token(tokens, own, active), logits_of(params, x)
 
 
-def jitted(config: ModelConfig, mesh: Mesh | None) -> tuple[Any, Any, Any]:
-    """`prefill`, `step` and `slide`, each run on all devices of the mesh; their caches are donated."""
-    functions = (windowed.prefill if config.windowed else layered.prefill, step, windowed.slide)
-    prefill, one, slide = (
-        jax.jit(spread.over_devices(function, mesh), static_argnums=1, donate_argnums=2) for function in functions
+@flax.struct.dataclass
+class Sequences:
+    """State of each sequence beside its cache.
+
+    Attributes:
+      token: sampled last and not yet fed.
+      keys: of the random numbers.
+      active: false for sequences that have ended.
+      seen: tokens of prompt and continuation; None without a repetition penalty.
+    """
+
+    token: Int[Array, " batch"]
+    keys: Key[Array, " batch"]
+    active: Bool[Array, " batch"]
+    seen: Bool[Array, "batch V"] | None
+
+
+Tokens = Int[Array, "steps batch"]
+LogProbs = Float[Array, "steps batch"] | None
+
+
+def sample_next(
+    sampler: Sampler,
+    stop_tokens: Int[Array, " stops"],
+    sequences: Sequences,
+    active: Bool[Array, " batch"],
+    positions: Int[Array, " batch"],
+    logits: Float[Array, "batch V"],
+) -> tuple[Sequences, Int[Array, " batch"], Float[Array, " batch"] | None]:
+    """Samples a token for every active sequence; a stop token (-1 is none) ends its sequence.
+
+    Returns:
+      the sequences; the tokens, -1 for the others and for logits that are not finite, which end
+      their sequence; log-probabilities, or None if not asked for.
+    """
+    token, logprobs = sample(logits, sequences.keys, positions, sequences.seen, sampler)
+    token = jnp.where(active, token, -1)
+    ended = active & ((token < 0) | jnp.isin(token, stop_tokens))
+    after = Sequences(
+        token=jnp.where(active, jnp.maximum(token, 0), sequences.token),
+        keys=sequences.keys,
+        active=sequences.active & ~ended,
+        seen=None if sequences.seen is None else mark_seen(sequences.seen, token, active),
     )
-    return prefill, one, slide
+    return after, token, logprobs
+
+
+jit_sample_next = jax.jit(sample_next)
+
+
+def run_steps(
+    params: DecoderParams,
+    config: ModelConfig,
+    cache: Cache,
+    sequences: Sequences,
+    sampler: Sampler,
+    stop_tokens: Int[Array, " stops"],
+    limit: Int[Array, ""],
+) -> tuple[Cache, Sequences, Tokens, LogProbs]:
+    """Feeds and samples up to `limit` <= MAX_STEPS tokens for every active sequence.
+
+    It ends early when none is active. No active sequence's window may fill up before the last step.
+
+    Returns:
+      the cache, the sequences, and for each of MAX_STEPS steps tokens and log-probabilities (or
+      None); -1 and 0 where nothing was sampled.
+    """
+    batch = sequences.token.shape[0]
+    tokens = jnp.full((MAX_STEPS, batch), -1, jnp.int32)
+    logprobs = jnp.zeros((MAX_STEPS, batch), jnp.float32) if sampler.logprobs else None
+
+    def one_step(number: Int[Array, ""], state: Any) -> Any:  # past the limit it changes nothing
+        cache, sequences, tokens, logprobs = state
+        active = sequences.active & (number < limit)
+        cache, logits = step(params, config, cache, sequences.token, active)
+        sequences, token, logprob = sample_next(sampler, stop_tokens, sequences, active, cache.position, logits)
+        tokens = tokens.at[number].set(token, mode="drop")
+        if logprob is not None:
+            logprobs = logprobs.at[number].set(jnp.where(token >= 0, logprob, 0.0), mode="drop")
+        return cache, sequences, tokens, logprobs
+
+    def more(carry: Any) -> Bool[Array, ""]:
+        number, (_, sequences, *_) = carry
+        return (number < limit) & jnp.any(sequences.active)
+
+    def some_steps(carry: Any) -> Any:
+        first, state = carry
+        state = jax.lax.fori_loop(0, STEPS_PER_TEST, lambda offset, state: one_step(first + offset, state), state)
+        return first + STEPS_PER_TEST, state
+
+    return jax.lax.while_loop(more, some_steps, (jnp.int32(0), (cache, sequences, tokens, logprobs)))[1]
 
 
 class Decoder:
-    """A model's parameters, in the compute dtype on every device of the mesh, and its compiled functions.
+    """A model's parameters, on every device of the mesh, and what is done with a cache.
 
-    `prefill`, `step` and `slide` donate the cache they are given: use the one they return. The caller keeps the lengths
-    of the sequences, and so knows when to slide.
+    The methods donate the cache they are given: use the one they return. The caller keeps the
+    lengths of the sequences, and so knows when to slide.
     """
 
     def __init__(self, model: LanguageModel, variables: Mapping[str, Any], mesh: Mesh | None = None) -> None:
         """Takes a model of any architecture and its variables, {"params": ...}.
 
-        The mesh's axis `context` splits the rows of the history; other axes hold copies. None: the variables' device.
-
-        Raises:
-          ConfigError: where several devices would split the history of a model that has none.
+        The mesh's axis `context` splits the rows of the history; other axes hold copies.
         """
         self.config, self.mesh = model.config, mesh
         split = spread.split_of(mesh, self.config)
@@ -69,72 +164,48 @@ class Decoder:
         typed = model.apply(spread.replicate(dict(variables), mesh), method=model.parameters)
         sharding = None if mesh is None else NamedSharding(mesh, spread.WHOLE)
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
-        self._prefill, self._step, self._slide = jitted(self.config, mesh)
 
     def init_cache(self, batch: int, tokens: int, final: int | None = None) -> Cache:
-        """An empty cache for `batch` sequences of up to `tokens` tokens, in the end `final` if that is known."""
-        return spread.init_spread_cache(self.config, batch, self._capacity_for(tokens, final), self.mesh)
+        """An empty cache for sequences of up to `tokens` tokens, in the end `final` if known."""
+        capacity = capacity_for(self.config, tokens, final, self.devices)
+        return spread.init_spread_cache(self.config, batch, capacity, self.mesh)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
-        """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the next token's logits."""
+        """Fills sequence `row` from its prompt, int [length >= 1]; returns also the next token's logits."""
         length = len(prompt)
-        if isinstance(cache, WindowedCache):
-            room = cache.tokens.shape[1]
-            observed = [np.int32(self.config.observed_rows(history_of(self.config, length)))]
-        else:
-            room, observed = length_class(length), []
+        room = cache.tokens.shape[1] if isinstance(cache, WindowedCache) else length_class(length)
         padded = np.zeros((room,), np.int32)
         padded[:length] = prompt
-        return self._prefill(self.params, self.config, cache, np.int32(row), padded, np.int32(length), *observed)
+        arrays = [np.int32(row), padded, np.int32(length)]
+        if not self.config.windowed:
+            return self._call(layered.prefill, cache, *arrays)
+        observed = self.config.observed_rows(history_of(self.config, length))
+        return self._call(windowed.prefill, cache, *arrays, np.int32(observed))
 
     def step(
         self, cache: Cache, tokens: Int[Array, " batch"], active: Bool[Array, " batch"]
     ) -> tuple[Cache, Float[Array, "batch V"]]:
         """Feeds tokens to the active sequences; returns the cache and the next tokens' logits."""
-        return self._step(self.params, self.config, cache, tokens, active)
+        return self._call(step, cache, tokens, active)
+
+    def run_steps(self, cache: Cache, *arguments: Any) -> tuple[Cache, Sequences, Tokens, LogProbs]:
+        """`run_steps` with the sequences, sampler, stop tokens and limit."""
+        return self._call(run_steps, cache, *arguments)
 
     def slide(self, cache: WindowedCache, row: int, history: int) -> WindowedCache:
-        """Slides the full window of sequence `row`, whose history then has `history` tokens; see `grow` for room."""
+        """Slides the full window of sequence `row`, whose history then has `history` tokens."""
         observed = np.int32(self.config.observed_rows(history))
-        return self._slide(self.params, self.config, cache, np.int32(row), observed)
+        return self._call(windowed.slide, cache, np.int32(row), observed)
 
     def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:
-        """Gives the cache room for sequences of `tokens` tokens (in the end `final`) if it has less.
+        """Gives the cache room for sequences of `tokens` tokens if it has less; `final` as above.
 
-        Array by array, so that at most one of them exists twice. The cache of a single sequence must be grown directly
-        before a slide: of TLinFormer's history only block 0's rows are copied then, and the slide rebuilds the others.
+        Of a single sequence it drops what the slide rebuilds that must follow.
         """
-        if self.config.architecture == "sliding_window" or stored_rows(self.config, tokens) <= cache.capacity:
+        config = self.config
+        if config.architecture == "sliding_window" or stored_rows(config, tokens) <= cache.capacity:
             return cache
-        return grow(self.config, cache, self._capacity_for(tokens, final))
+        return spread.grow(config, cache, capacity_for(config, tokens, final, self.devices))
 
-    def _capacity_for(self, tokens: int, final: int | None) -> int:
-        return capacity_for(self.config, tokens, final, self.devices)
-
-
-def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
-    """The cache's contents in a cache with room for `capacity` rows; `cache` must not be used again."""
-    split = cache.split if isinstance(cache, WindowedCache) else None
-    batch = cache.position.shape[0]
-    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split))
-
-    def copied(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        if array.shape == shape.shape:
-            return array
-        wide = spread.widened(array, shape.shape)
-        array.delete()
-        return wide
-
-    def dropped(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        sharding = array.sharding
-        array.delete()
-        return spread.empty(shape.shape, shape.dtype, sharding)
-
-    if isinstance(cache, LayeredCache):
-        return dataclasses.replace(cache, layers=jax.tree.map(copied, cache.layers, shapes.layers), capacity=capacity)
-    history = [
-        jax.tree.map(copied if index == 0 or batch > 1 else dropped, *block)
-        for index, block in enumerate(zip(cache.history, shapes.history))
-    ]
-    tokens, context = jax.tree.map(copied, (cache.tokens, cache.context), (shapes.tokens, shapes.context))
-    return dataclasses.replace(cache, tokens=tokens, history=tuple(history), context=context, capacity=capacity)
+    def _call(self, function: Callable[..., Any], cache: Cache, *rest: Any) -> Any:
+        return spread.on_devices(function, self.mesh, self.params, self.config, cache, *rest)

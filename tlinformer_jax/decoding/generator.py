@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,32 +12,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
-from tlinformer_jax.decoding.accounting import warn_of_continuation
 from tlinformer_jax.decoding.decoder import Decoder
-from tlinformer_jax.decoding.loop import MAX_STEPS
+from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig
 from tlinformer_jax.decoding.spread import split_of
-from tlinformer_jax.decoding.stream import Generation, GenerationConfig, Stream, generation_config
-from tlinformer_jax.decoding.text import TextStream
+from tlinformer_jax.decoding.stream import Generation, Stream, TextStream
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.files import local_path
 from tlinformer_jax.models.model import LanguageModel, build_model
 
 Prompts = Sequence[str] | Sequence[Sequence[int] | np.ndarray]
 
-
 # Most tokens per device call where somebody waits for them.
 STREAM_CHUNK = 16
 
 
+class CacheWarning(UserWarning):
+    """A cache is rebuilt although the one of the call before could have been continued."""
+
+
 class Generator:
-    """Generates with a trained model of any architecture, on one device or with the history split over several.
+    """Generates with a trained model of any architecture, on one device or several.
 
-    The options of all methods are the fields of `stream.GenerationConfig`: max_new_tokens, stop_tokens, stop_strings,
-    logprobs, chunk, temperature, top_k, top_p, min_p, repetition_penalty, seed.
+    The options of all methods are the fields of `sampling.GenerationConfig`.
 
-    Prompts of any lengths are generated together, and each gets the tokens that it would get alone (exactly in float32
-    on the CPU; elsewhere as far as rounding changes no choice). A full window slides alone while the other sequences
-    wait: see `stream`.
+    Prompts of any lengths are generated together, and each gets the tokens that it would get alone
+    (exactly in float32 on the CPU; elsewhere as far as rounding changes no choice).
     """
 
     def __init__(
@@ -46,16 +46,13 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        """Takes a model of any architecture, its variables {"params": ...}, and a tokenizer for texts and stop strings.
+        """Takes a model, its variables {"params": ...}, and a tokenizer for texts and stop strings.
 
         Several devices come as a mesh made by `decoding.context_mesh`.
-
-        Raises:
-          ConfigError: if the tokenizer has more ids than the model, or the model has no history to split.
         """
         if tokenizer is not None:
             check_vocab(tokenizer, model.config.vocab_size)
-        # From the host: parameters split over a mesh would split the cache, and compile everything twice.
+        # From the host: parameters split over a mesh would split the cache.
         host = jax.device_get(dict(variables))
         self.decoder = Decoder(model, jax.tree.map(jnp.asarray, host) if mesh is None else host, mesh)
         self.tokenizer = tokenizer
@@ -66,40 +63,32 @@ class Generator:
     def from_workdir(
         cls, workdir: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None
     ) -> "Generator":
-        """Loads the newest good checkpoint of a training run, or that of `step`; `mesh` as in `__init__`.
-
-        Raises:
-          UserError: without a run, a checkpoint or a tokenizer that fits in the directory, or a history to split.
-        """
+        """Loads the newest good checkpoint of a training run, or that of `step`."""
         from tlinformer_jax.config.run import load_config
-        from tlinformer_jax.training.checkpoint import check_size, restore_params
+        from tlinformer_jax.training.checkpoint import load_params
 
         workdir = local_path(workdir, "workdir")
-        config, tokenizer = load_config(workdir), load_tokenizer(workdir)
-        check_vocab(tokenizer, config.model.vocab_size)
-        check_size(workdir, config.model, step)
-        model = build_model(config.model)
-        split_of(mesh, config.model)  # before anything is loaded
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-        _, params = restore_params(workdir, abstract, step)
-        return cls(model, {"params": params}, tokenizer, mesh)
+        config, tokenizer = load_config(workdir).model, load_tokenizer(workdir)
+        check_vocab(tokenizer, config.vocab_size)
+        split_of(mesh, config)  # before anything is loaded
+        _, params = load_params(workdir, config, step)
+        return cls(build_model(config), {"params": params}, tokenizer, mesh)
 
     def generate_tokens(self, prompts: Sequence[Sequence[int] | np.ndarray], **options: Any) -> list[list[int]]:
-        """The new tokens of each prompt (one or more token ids), the stop token included; the class lists the options.
+        """The new tokens of each prompt (one or more token ids), the stop token included.
 
         Raises:
-          UserError: for prompts and options that are not allowed, and for logits that are not finite.
+          UserError: for prompts and options that are not allowed, and logits that are not finite.
         """
-        return [generation.tokens for generation in _completed(self._stream(prompts, options, show_text=False))]
+        stream = self._stream(prompts, options, show_text=False)
+        return [generation.tokens for generation in _completed(stream)]
 
     def generate(self, texts: Sequence[str], **options: Any) -> list[str]:
-        """The continuation of each text, up to the end of the text or a stop string; see `generate_tokens`."""
+        """The continuation of each text, up to the end of the text or a stop string."""
         return [generation.text for generation in _completed(self._stream(texts, options))]
 
     def run(self, prompts: Prompts, **options: Any) -> list[Generation]:
-        """Tokens, text, log-probabilities and costs of each prompt; see `generate_tokens`.
+        """Tokens, text, log-probabilities and costs of each prompt.
 
         Ctrl-C ends it early and returns what there is, with finish_reason 'interrupted'.
         """
@@ -111,75 +100,91 @@ class Generator:
             return stream.generations
 
     def stream(self, prompts: Prompts, **options: Any) -> Stream:
-        """An iterator of pieces, which come as soon as they are drawn; see `generate_tokens`, and `Stream` for Ctrl-C.
-
-        Logits that are not finite raise in the iteration.
-        """
+        """An iterator of pieces, which come as soon as they are drawn."""
         return self._stream(prompts, options, chunk=STREAM_CHUNK)
 
     def _stream(
-        self, prompts: Prompts, options: Mapping[str, Any], *, chunk: int = MAX_STEPS, show_text: bool = True
+        self,
+        prompts: Prompts,
+        options: Mapping[str, Any],
+        *,
+        chunk: int = MAX_STEPS,
+        show_text: bool = True,
     ) -> Stream:
         """Checks everything, then prepares a stream; `chunk` is the default."""
-        config = generation_config(options)
-        tokens = [self._tokens_of(number, prompt) for number, prompt in enumerate(_listed(prompts))]
+        config = GenerationConfig.of(options)
+        # Python takes a single text for a list of its characters.
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
+            raise UserError("prompts: must be a list of texts, or of lists of token ids")
+        tokens = [self._tokens_of(number, prompt) for number, prompt in enumerate(prompts)]
         ends = config.stop_tokens
         if ends is None:
             of_texts = any(isinstance(prompt, str) for prompt in prompts)
             ends = (self.tokenizer.end_of_text,) if self.tokenizer is not None and of_texts else ()
         chunk = config.chunk or (STREAM_CHUNK if config.stop_strings else chunk)
         config = dataclasses.replace(config, stop_tokens=ends, chunk=chunk)
-        self._check(config)
-        texts: list[TextStream | None] = [None] * len(tokens)
-        if self.tokenizer is not None and (show_text or config.stop_strings):
-            texts = [TextStream(self.tokenizer, prompt.tolist(), config.stop_strings) for prompt in tokens]
+        size = self.decoder.config.vocab_size
+        if any(token >= size for token in ends):
+            allowed = f"must be ids of the vocabulary, 0 .. {size - 1}"
+            raise ConfigError("generation.stop_tokens", list(ends), allowed)
+        if config.stop_strings and self.tokenizer is None:
+            allowed = "must be empty, because the generator has no tokenizer"
+            raise ConfigError("generation.stop_strings", list(config.stop_strings), allowed)
+        tokenizer = self.tokenizer if show_text or config.stop_strings else None
+        texts = [TextStream(tokenizer, prompt.tolist(), config.stop_strings) for prompt in tokens]
         stream = Stream(self.decoder, tokens, config, texts)
-        warn_of_continuation(self.decoder.config, self._before, tokens)
+        self._warn_of_continuation(tokens)
         self._before = [(prompt, new.tokens) for prompt, new in zip(tokens, stream.generations)]
         return stream
 
     def _tokens_of(self, number: int, prompt: Any) -> np.ndarray:
         """The checked ids of a prompt, int32 [length >= 1]."""
+        where = f"prompt {number}"
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise UserError(f"prompt {number}: must be a list of token ids, because the generator has no tokenizer")
+                allowed = "must be a list of token ids, because the generator has no tokenizer"
+                raise UserError(f"{where}: {allowed}")
             try:
                 prompt = self.tokenizer.encode(prompt)
             except UnicodeEncodeError:
-                raise UserError(f"prompt {number}: must be text; it holds parts of characters (surrogates)") from None
+                allowed = "must be text; it holds parts of characters (surrogates)"
+                raise UserError(f"{where}: {allowed}") from None
         try:
             tokens = np.asarray(prompt)
         except ValueError:  # lists of unequal lengths
             tokens = np.zeros((1, 1))
         if tokens.size == 0:
-            raise UserError(f"prompt {number}: must hold at least one token; it is empty")
+            raise UserError(f"{where}: must hold at least one token; it is empty")
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise UserError(f"prompt {number}: must be a text or a list of token ids")
+            raise UserError(f"{where}: must be a text or a list of token ids")
         size = self.decoder.config.vocab_size
         outside = tokens[(tokens < 0) | (tokens >= size)]
         if outside.size:
-            raise UserError(f"prompt {number}: token {outside[0]} is not one of the vocabulary's 0 .. {size - 1}")
+            raise UserError(f"{where}: token {outside[0]} is not one of the vocabulary's 0 .. {size - 1}")
         return tokens.astype(np.int32)
 
-    def _check(self, config: GenerationConfig) -> None:
-        """Refuses options that do not fit the model or the tokenizer."""
-        size = self.decoder.config.vocab_size
-        if any(token >= size for token in config.stop_tokens or ()):
-            allowed = f"must be ids of the vocabulary, 0 .. {size - 1}"
-            raise ConfigError("generation.stop_tokens", list(config.stop_tokens or ()), allowed)
-        if config.stop_strings and self.tokenizer is None:
-            allowed = "must be empty, because the generator has no tokenizer"
-            raise ConfigError("generation.stop_strings", list(config.stop_strings), allowed)
+    def _warn_of_continuation(self, prompts: Sequence[np.ndarray]) -> None:
+        """Warns of a prompt that repeats all tokens of the call before and adds less than a window."""
+        size, windowed = self.decoder.config.generation_window, self.decoder.config.windowed
+        for row, prompt in enumerate(prompts if windowed else ()):
+            for old, new in self._before:
+                length = len(old) + len(new)
+                added = len(prompt) - length
+                if not 0 <= added < size:
+                    continue
+                if np.array_equal(prompt[:length], np.concatenate([old, np.array(new, int)])):
+                    warnings.warn(
+                        f"prompt {row} misses its cache more often than once in model.generation_window = {size} "
+                        f"tokens: it repeats the {length} tokens that the call before ended with and adds {added}, and "
+                        "its cache is rebuilt from nothing; ask for more tokens in one call and take them as they "
+                        "come, by stream()",
+                        CacheWarning,
+                        stacklevel=4,
+                    )
+                    return
 
 
 def _completed(stream: Stream) -> list[Generation]:
     for _ in stream:
         pass
     return stream.generations
-
-
-def _listed(prompts: Any) -> Prompts:
-    """The prompts; refuses a single text, which Python takes for a list of its characters."""
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
-        raise UserError("prompts: must be a list of texts, or of lists of token ids")
-    return prompts  # type: ignore[return-value]

@@ -1,8 +1,8 @@
 """Parameters as the decoder reads them: cast once, so that a token reads bfloat16 weights and casts none."""
 
 import flax.struct
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import head_multiple
@@ -17,19 +17,19 @@ class DecoderParams:
     """A model's parameters in the compute dtype.
 
     Attributes:
-      embedding: [V, D]; also the output head.
+      embedding: also the output head.
       blocks: of the windowed architectures, else empty; from `prepare_layers`, for many rows at once.
       wide_layers: of the baselines, the same.
       layers: all layers in order, whatever the architecture, for one row per sequence.
-      norm_scale: [D]; norm_bias: [D]. Final LayerNorm.
+      norm_scale, norm_bias: of the final LayerNorm.
     """
 
-    embedding: jax.Array
+    embedding: Float[Array, "V D"]
     blocks: tuple[BlockParams, ...]
     wide_layers: tuple[LayerParams, ...]
     layers: tuple[TokenLayerParams, ...]
-    norm_scale: jax.Array
-    norm_bias: jax.Array
+    norm_scale: Float[Array, " D"]
+    norm_bias: Float[Array, " D"]
 
 
 def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
@@ -46,11 +46,11 @@ def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
     )
 
 
-def embed(params: DecoderParams, tokens: jax.Array) -> jax.Array:
-    """Embeddings [..., D] of ids that the caller has checked to be in the vocabulary."""
+def embed(params: DecoderParams, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
+    """Embeddings of ids that the caller has checked to be in the vocabulary."""
     return jnp.take(params.embedding, tokens, axis=0, mode="clip")
 
 
-def logits_of(params: DecoderParams, hidden: jax.Array) -> jax.Array:
-    """Logits float32 [..., V] of hidden states [..., D] before the final LayerNorm."""
+def logits_of(params: DecoderParams, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
+    """Logits, float32, of hidden states before the final LayerNorm."""
     return output_logits(layer_norm(hidden, params.norm_scale, params.norm_bias), params.embedding)

@@ -1,9 +1,8 @@
-"""Generation over the devices of a mesh: how a cache lies on them, and what runs its functions there.
+"""Generation over the devices of a mesh: how a cache lies on them and grows, and what runs there.
 
-The rows of TLinFormer's history are split over the mesh's axis `context`; every device has everything else whole
-and computes the same of it. Each device runs the program of one, kernels included, on its share of the cache
-(`jax.shard_map`, all axes manual), and talks to the others only where a softmax over the history ends. The mesh's
-other axes hold copies.
+The rows of TLinFormer's history are split over the mesh's axis `context`; every device has everything
+else whole and computes the same of it. The devices talk to each other only where a softmax over the
+history ends. The mesh's other axes hold copies.
 """
 
 import dataclasses
@@ -13,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding.cache import Cache, WindowedCache, init_cache
+from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, init_cache
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
 from tlinformer_jax.parallel.split_rows import SplitRows
@@ -28,7 +27,7 @@ SPLIT_ROWS = PartitionSpec(None, None, None, AXIS)
 
 
 def context_mesh(context: int) -> Mesh | None:
-    """A mesh over the first `context` devices for a history spread over them; None for one device, which needs none.
+    """A mesh of the first `context` devices for a history split over them; None for one device.
 
     Raises:
       ConfigError: if there are not so many.
@@ -49,8 +48,11 @@ def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
     if mesh is None or mesh.shape[AXIS] == 1:
         return None
     if not config.windowed:
-        allowed = f"must be 1 for model.architecture = {config.architecture!r}; only the history of tlinformer and "
-        raise ConfigError("mesh.context", mesh.shape[AXIS], f"{allowed}tconstformer can be spread over devices")
+        allowed = (
+            f"must be 1 for model.architecture = {config.architecture!r}; "
+            "only the history of tlinformer and tconstformer can be spread over devices"
+        )
+        raise ConfigError("mesh.context", mesh.shape[AXIS], allowed)
     return SplitRows(AXIS, mesh.shape[AXIS])
 
 
@@ -72,67 +74,85 @@ def init_spread_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh
     make = functools.partial(init_cache, config, batch, capacity, split_of(mesh, config))
     if mesh is None:
         return make()
-    shapes = abstract_cache(config, batch, capacity, mesh)
-    return jax.jit(make, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(jax.eval_shape(make)))
+    return jax.jit(make, out_shardings=shardings)()
 
 
-def abstract_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> Any:
-    """Shapes of the same, with how they lie on the mesh."""
-    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split_of(mesh, config)))
-    return jax.tree.map(
-        lambda shape, spec: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec)),
-        shapes,
-        cache_specs(shapes),
+@functools.partial(jax.jit, static_argnums=(0, 1, 3), donate_argnums=4)
+def on_devices(
+    function: Callable[..., Any], mesh: Mesh | None, params: Any, config: ModelConfig, cache: Cache, *rest: Any
+) -> Any:
+    """`function(params, config, cache, *rest)`, run by every device on its share of the cache.
+
+    It returns a cache, or a tuple that begins with one; all else is the same on every device. The
+    cache is donated. Without a mesh one device runs the function.
+    """
+    if mesh is None:
+        return function(params, config, cache, *rest)
+
+    def one(params: Any, cache: Cache, *rest: Any) -> tuple[Cache, tuple[Any, ...]]:
+        result = function(params, config, cache, *rest)
+        return (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
+
+    specs = cache_specs(cache)
+    inputs = (WHOLE, specs, *[WHOLE] * len(rest))
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=inputs, out_specs=(specs, WHOLE), check_vma=False)
+    cache, others = mapped(params, cache, *rest)
+    return (cache, *others) if others else cache
+
+
+def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
+    """The contents in a cache with room for `capacity` rows; `cache` must not be used again.
+
+    Array by array, so that at most one of them exists twice. Of a single sequence's history only
+    block 0's rows are copied: it is about to slide, which rebuilds the others.
+    """
+    split = cache.split if isinstance(cache, WindowedCache) else None
+    batch = cache.position.shape[0]
+    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split))
+
+    def copied(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if array.shape == shape.shape:
+            return array
+        wide = _widened(array, shape.shape, _mesh_sharding(array))
+        array.delete()
+        return wide
+
+    def dropped(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = _mesh_sharding(array)
+        zeros = functools.partial(jnp.zeros, shape.shape, shape.dtype)
+        array.delete()
+        return zeros() if sharding is None else jax.jit(zeros, out_shardings=sharding)()
+
+    if isinstance(cache, LayeredCache):
+        layers = jax.tree.map(copied, cache.layers, shapes.layers)
+        return dataclasses.replace(cache, layers=layers, capacity=capacity)
+    history = [
+        jax.tree.map(copied if index == 0 or batch > 1 else dropped, *block)
+        for index, block in enumerate(zip(cache.history, shapes.history))
+    ]
+    return dataclasses.replace(
+        cache,
+        tokens=copied(cache.tokens, shapes.tokens),
+        history=tuple(history),
+        context=jax.tree.map(copied, cache.context, shapes.context),
+        capacity=capacity,
     )
 
 
-def over_devices(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`function`, run by every device of the mesh on its share of the cache; without a mesh the function itself.
-
-    Args:
-      function: of (parameters, configuration, cache, arrays ...); it returns a cache, or a tuple that begins with one.
-        All devices have and return the same of whatever is no cache.
-      mesh: or None.
-    """
-    if mesh is None:
-        return function
-
-    def spread(params: Any, config: ModelConfig, cache: Cache, *arrays: Any) -> Any:
-        def one(params: Any, cache: Cache, *arrays: Any) -> tuple[Cache, tuple[Any, ...]]:
-            result = function(params, config, cache, *arrays)
-            return (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
-
-        specs = cache_specs(cache)
-        inputs = (WHOLE, specs, *[WHOLE] * len(arrays))
-        mapped = jax.shard_map(one, mesh=mesh, in_specs=inputs, out_specs=(specs, WHOLE), check_vma=False)
-        cache, rest = mapped(params, cache, *arrays)
-        return (cache, *rest) if rest else cache
-
-    return spread
-
-
-def widened(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Zeros of a larger shape that begin with `array`, and lie as it does.
-
-    What is split is widened on each device, so that its rows stay where they are.
-    """
-    sharding = array.sharding
-    return _widened(array, shape, sharding if isinstance(sharding, NamedSharding) else None)
+def _mesh_sharding(array: jax.Array) -> NamedSharding | None:
+    return array.sharding if isinstance(array.sharding, NamedSharding) else None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _widened(array: jax.Array, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    def widen(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.pad(array, [(0, new - old) for new, old in zip(shape, array.shape)])
+    """Zeros of a larger shape that begin with `array`; what is split is widened on each device."""
+
+    def widen(array: jax.Array) -> jax.Array:
+        wide = shape if sharding is None else sharding.shard_shape(shape)
+        return jnp.pad(array, [(0, new - old) for new, old in zip(wide, array.shape)])
 
     if sharding is None:
-        return widen(array, shape)
-    spec, mine = sharding.spec, functools.partial(widen, shape=sharding.shard_shape(shape))
-    return jax.shard_map(mine, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(array)
-
-
-def empty(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
-    """Zeros that lie on their devices from the beginning."""
-    if not isinstance(sharding, NamedSharding):
-        return jnp.zeros(shape, dtype)
-    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+        return widen(array)
+    spec = sharding.spec
+    return jax.shard_map(widen, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(array)

@@ -1,85 +1,27 @@
 """A running generation: it calls the device and yields what each call has brought.
 
-Each sequence has its own length and window phase. On the device all advance together until the window of one is full.
-The host, which knows all lengths, then slides that one alone and continues. So sequences whose windows are out of phase
-cost one device call each in generation_window tokens, and each slide costs what it costs a sequence alone.
+Each sequence has its own length and window phase. On the device all advance together until the window
+of one is full. The host, which knows all lengths, then slides that one alone and continues.
 """
 
+import codecs
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.decoding.accounting import CacheBytes, cache_bytes
-from tlinformer_jax.decoding.cache import Cache, WindowedCache
-from tlinformer_jax.decoding.decoder import Decoder
-from tlinformer_jax.decoding.loop import MAX_STEPS, Sequences, jit_run_steps, jit_sample_next
-from tlinformer_jax.decoding.sampling import SamplingConfig, is_integer, seen_tokens, sequence_keys
-from tlinformer_jax.decoding.text import TextStream
-from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.decoding.cache import Cache, CacheBytes, WindowedCache, cache_bytes
+from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
+from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, seen_tokens, sequence_keys
+from tlinformer_jax.errors import UserError
 
 LENGTH, STOP_TOKEN, STOP_STRING, INTERRUPTED = "length", "stop_token", "stop_string", "interrupted"
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig(SamplingConfig):
-    """Options of a generation; those of `SamplingConfig` say how tokens are chosen.
-
-    Attributes:
-      max_new_tokens: most tokens that a sequence gets.
-      stop_tokens: ids that end a sequence. None: the tokenizer's end of text if the prompts are texts, else none.
-      stop_strings: texts that end a sequence as soon as its continuation holds one of them; they need a tokenizer.
-      logprobs: whether log-probabilities are returned, in nats, under the model's own distribution.
-      chunk: most tokens per device call, 1 to 256. Small ones stream sooner and draw fewer tokens after a stop string.
-        None: 16 if text is streamed or a stop string looked for, else 256.
-    """
-
-    max_new_tokens: int = 256
-    stop_tokens: tuple[int, ...] | None = None
-    stop_strings: tuple[str, ...] = ()
-    logprobs: bool = False
-    chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_integer(self.max_new_tokens, 0):
-            raise ConfigError("generation.max_new_tokens", self.max_new_tokens, "must be an integer >= 0")
-        if self.chunk is not None and not is_integer(self.chunk, 1, MAX_STEPS):
-            raise ConfigError("generation.chunk", self.chunk, f"must be an integer from 1 to {MAX_STEPS}, or None")
-        self._make_tuple("stop_tokens", "must be a list of token ids")
-        self._make_tuple("stop_strings", "must be a list of texts, none of them empty")
-        if not all(is_integer(token, 0) for token in self.stop_tokens or ()):
-            raise ConfigError("generation.stop_tokens", self.stop_tokens, "must be a list of token ids")
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
-                raise ConfigError("generation.stop_strings", text, "must be a text of at least one character")
-        if not isinstance(self.logprobs, bool | np.bool_):
-            raise ConfigError("generation.logprobs", self.logprobs, "must be True or False")
-
-    def _make_tuple(self, name: str, allowed: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):  # a text is a list of its characters
-            raise ConfigError(f"generation.{name}", value, allowed)
-        object.__setattr__(self, name, tuple(value))
-
-
-def generation_config(options: Mapping[str, Any]) -> GenerationConfig:
-    """The configuration that keyword options describe.
-
-    Raises:
-      ConfigError: for an unknown option or a value that is not allowed.
-    """
-    known = sorted(field.name for field in dataclasses.fields(GenerationConfig))
-    for name, value in options.items():
-        if name not in known:
-            raise ConfigError(f"generation.{name}", value, f"no such option; there are {', '.join(known)}")
-    return GenerationConfig(**options)
+# Earlier tokens decoded with new ones: some tokenizers treat a text's first token specially.
+CONTEXT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +45,12 @@ class Piece:
 
 @dataclasses.dataclass
 class Generation:
-    """What a sequence has got so far; it grows while the stream continues, and may be ahead of the pieces yielded.
+    """What a sequence has got so far; it may be ahead of the pieces yielded.
 
     Attributes:
       tokens: all that were drawn, the stop token and those of the stop string included.
       logprobs: of these, or None; see `GenerationConfig`.
-      finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted', or None while it continues.
+      finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted'; None while it continues.
       hits: tokens fed to the cache; after a stop string the device may have fed a few too many.
       misses: times the whole history was processed: the prefill, and each slide of the window.
     """
@@ -131,7 +73,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One device call: its start (time.perf_counter, s), duration (s), and the number of tokens it brought."""
+    """One device call: its start (time.perf_counter), duration, and how many tokens it brought."""
 
     start: float
     seconds: float
@@ -139,14 +81,14 @@ class Call:
 
 
 class Stream(Iterator[Piece]):
-    """Yields pieces as they come, until all sequences have ended.
+    """An iterator of pieces, each as soon as the device has drawn its tokens.
 
-    A `KeyboardInterrupt` passes through: then call `stop`, and read `generations` for what there is.
+    Ctrl-C in a `next` keeps what has been drawn: then call `stop` and read `generations`.
 
     Attributes:
-      generations: what each sequence has got so far.
-      calls: device calls so far. The first is the prefill, which also draws the first token of each sequence; the
-        others include slides. Compilation, where a call needed it, is in its time.
+      generations: of each prompt, so far.
+      calls: of the device. The first prefills the prompts and draws one token of each sequence; the
+        others include slides. Compilation is in the time of a call that needed it.
     """
 
     def __init__(
@@ -154,25 +96,24 @@ class Stream(Iterator[Piece]):
         decoder: Decoder,
         prompts: Sequence[np.ndarray],
         config: GenerationConfig,
-        texts: Sequence[TextStream | None],
+        texts: Sequence["TextStream"],
     ) -> None:
-        """Prepares a generation; the first `next` starts it. `config` has stop_tokens and chunk that are not None."""
+        """Prepares a generation; the first `next` starts it. stop_tokens and chunk are not None."""
         assert config.stop_tokens is not None
-        self._decoder, self._config = decoder, config
+        assert config.chunk is not None
+        self._decoder, self._config, self._prompts, self._texts = decoder, config, prompts, texts
         self._keys = sequence_keys(config.seed, len(prompts))
-        self._sampler = config.sampler(bool(config.logprobs))
+        self._sampler, self._chunk = config.sampler(), config.chunk
         self._stops = sorted(set(config.stop_tokens))
-        # Padded to a power of two with an id that no token has, so that few lengths are compiled for.
+        # Padded to a power of two, so that few lengths are compiled for.
         padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
         self._stop_array = np.array([*self._stops, *[-1] * padding], np.int32)
-        self._prompts, self._texts = prompts, texts
         done = LENGTH if config.max_new_tokens == 0 else None
         self.generations = [Generation([], [] if config.logprobs else None, done) for _ in prompts]
-        self._longest = max((len(prompt) for prompt in prompts), default=0)
-        self._final = self._longest + config.max_new_tokens
+        self.calls: list[Call] = []
+        self._final = max(map(len, prompts), default=0) + config.max_new_tokens
         self._drawn = 0  # tokens of every sequence that continues
         self._pieces: collections.deque[Piece] = collections.deque()
-        self.calls: list[Call] = []
         self._cache: Cache | None = None
         self._state: Sequences | None = None
         self._bytes = CacheBytes({}, None)
@@ -187,7 +128,7 @@ class Stream(Iterator[Piece]):
         return self._pieces.popleft()
 
     def stop(self) -> list[Piece]:
-        """Ends all sequences; returns pieces not yet yielded and, as pieces, text that was held back."""
+        """Ends all sequences; returns pieces not yet yielded and text that was held back."""
         pieces = list(self._pieces)
         self._pieces.clear()
         for row in np.flatnonzero(self._active).tolist():
@@ -222,8 +163,8 @@ class Stream(Iterator[Piece]):
         """One device call; its pieces join the queue."""
         start = time.perf_counter()
         tokens, logprobs = self._start() if self._cache is None else self._advance(self._cache)
-        self.calls.append(Call(start, time.perf_counter() - start, int((tokens >= 0).sum())))
         drawn = (tokens >= 0).sum(0)
+        self.calls.append(Call(start, time.perf_counter() - start, int(drawn.sum())))
         self._drawn += int(drawn.max())
         rows = np.flatnonzero(self._active).tolist()
         new = {row: tokens[: drawn[row], row].tolist() for row in rows}
@@ -234,9 +175,9 @@ class Stream(Iterator[Piece]):
             self._pieces.append(self._take(row, new[row], scores))
 
     def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Prefills the prompts one after another and draws each one's first token; returns as `_advance`."""
+        """Prefills the prompts and draws each one's first token; returns as `_advance`."""
         decoder, prompts = self._decoder, self._prompts
-        cache, logits = decoder.init_cache(len(prompts), self._longest, self._final), []
+        cache, logits = decoder.init_cache(len(prompts), max(map(len, prompts)), self._final), []
         for row, prompt in enumerate(prompts):
             cache, of_row = decoder.prefill(cache, row, prompt)
             logits.append(of_row)
@@ -244,10 +185,10 @@ class Stream(Iterator[Piece]):
         seen = None
         if self._sampler.repetition_penalty is not None:
             seen = jnp.asarray(seen_tokens(prompts, decoder.config.vocab_size))
-        state = Sequences(jnp.zeros(len(prompts), jnp.int32), self._keys, jnp.ones(len(prompts), bool), seen)
-        positions = np.array(self._lengths, np.int32)
+        everyone, positions = np.ones(len(prompts), bool), np.array(self._lengths, np.int32)
+        state = Sequences(jnp.zeros(len(prompts), jnp.int32), self._keys, jnp.asarray(everyone), seen)
         self._state, tokens, logprobs = jit_sample_next(
-            self._sampler, self._stop_array, state, positions, jnp.stack(logits)
+            self._sampler, self._stop_array, state, everyone, positions, jnp.stack(logits)
         )
         self._cache = cache
         return np.asarray(tokens)[None], None if logprobs is None else np.asarray(logprobs)[None]
@@ -255,23 +196,15 @@ class Stream(Iterator[Piece]):
     def _advance(self, cache: Cache) -> tuple[np.ndarray, np.ndarray | None]:
         """Feeds the tokens drawn last and draws more, until a window is full or the chunk is done.
 
-        Returns tokens, int [steps, batch], -1 where nothing was drawn, and their log-probabilities or None.
+        Returns tokens, int [steps, batch], -1 where none was drawn, and log-probabilities or None.
         """
         assert self._state is not None
-        assert self._config.chunk is not None
         cache, room = self._make_room(cache)
-        steps = min(self._config.chunk, self._config.max_new_tokens - self._drawn, room)
+        steps = min(self._chunk, self._config.max_new_tokens - self._drawn, room)
         # Only the host knows of sequences that a stop string has ended.
         state = dataclasses.replace(self._state, active=jnp.asarray(self._active))
-        self._cache, self._state, tokens, logprobs = jit_run_steps(
-            self._decoder.mesh,
-            self._decoder.params,
-            self._decoder.config,
-            cache,
-            state,
-            self._sampler,
-            self._stop_array,
-            np.int32(steps),
+        self._cache, self._state, tokens, logprobs = self._decoder.run_steps(
+            cache, state, self._sampler, self._stop_array, np.int32(steps)
         )
         drawn = np.asarray(tokens)[:steps]
         for generation, count in zip(self.generations, (drawn >= 0).sum(0).tolist()):
@@ -279,9 +212,8 @@ class Stream(Iterator[Piece]):
         return drawn, None if logprobs is None else np.asarray(logprobs)[:steps]
 
     def _make_room(self, cache: Cache) -> tuple[Cache, int]:
-        """Slides full windows of active sequences and grows the cache; says how many tokens each can then be fed."""
-        decoder, config = self._decoder, self._decoder.config
-        everyone = self._lengths
+        """Slides full windows and grows the cache; says how many tokens can then be fed."""
+        decoder, config, everyone = self._decoder, self._decoder.config, self._lengths
         lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
         size, longest = config.generation_window, max(lengths.values())
         if config.architecture == "sliding_window":
@@ -299,7 +231,7 @@ class Stream(Iterator[Piece]):
         return cache, min(size - length % size for length in lengths.values())
 
     def _check_finite(self, row: int, tokens: list[int], steps: int) -> None:
-        """Refuses to continue a sequence that drew fewer tokens than `steps` without a stop token."""
+        """Refuses a sequence that drew fewer tokens than `steps` without a stop token."""
         if len(tokens) == steps or (tokens and tokens[-1] in self._stops):
             return
         position = len(self._prompts[row]) + len(self.generations[row].tokens) + len(tokens)
@@ -312,8 +244,8 @@ class Stream(Iterator[Piece]):
         """Adds to a sequence what it has drawn, up to where it stops."""
         generation, stream, reason = self.generations[row], self._texts[row], None
         at_stop_token = tokens[-1] in self._stops
-        text, count = self._read(stream, tokens[:-1] if at_stop_token else tokens)
-        if stream is not None and stream.stopped:
+        text, count = stream.push(tokens[:-1] if at_stop_token else tokens)
+        if stream.stopped:
             reason, tokens = STOP_STRING, tokens[:count]
         elif at_stop_token:
             reason = STOP_TOKEN
@@ -328,23 +260,75 @@ class Stream(Iterator[Piece]):
             text += self._finish(row, reason)
         return Piece(row, tokens, logprobs, text, reason)
 
-    def _read(self, stream: TextStream | None, tokens: list[int]) -> tuple[str, int]:
-        """Text of new tokens up to a stop string, and how many tokens that took."""
-        if stream is None:
-            return "", len(tokens)
-        if not self._config.stop_strings:
-            return stream.push(tokens), len(tokens)
-        text = ""
-        for count, token in enumerate(tokens, 1):
-            text += stream.push([token])
-            if stream.stopped:
-                return text, count
-        return text, len(tokens)
-
     def _finish(self, row: int, reason: str) -> str:
         """Ends a sequence; returns the text that was held back."""
-        stream, generation = self._texts[row], self.generations[row]
-        rest = stream.finish() if stream is not None and not stream.stopped else ""
+        generation, rest = self.generations[row], self._texts[row].finish()
         generation._texts.append(rest)
         generation.finish_reason = reason
         return rest
+
+
+class TextStream:
+    """The text of one sequence as its tokens come.
+
+    Bytes that may still become a character are held back, and so is what may become a stop string.
+    Bytes that are not UTF-8 become U+FFFD. A sequence stops at the first token that completes a stop
+    string. Its text ends before that string; if there are several, before the one complete first (of
+    these, the longest).
+
+    Attributes:
+      stopped: whether a stop string has been found; then `push` must not be called again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
+        """Of what follows the prompt; without a tokenizer there is no text."""
+        self.stopped = False
+        self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
+        self._context = self._known(prompt[-4 * CONTEXT :])[-CONTEXT:]
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def push(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """Takes tokens up to a stop string; returns text that may be shown, and how many it took."""
+        if not self._stop_strings:
+            return self._push(tokens), len(tokens)
+        text = ""
+        for count, token in enumerate(tokens, 1):
+            text += self._push([token])
+            if self.stopped:
+                return text, count
+        return text, len(tokens)
+
+    def _push(self, tokens: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        known = self._known(tokens)
+        before = len(self._tokenizer.decode(self._context))
+        new = self._tokenizer.decode(self._context + known)[before:]
+        self._context = (self._context + known)[-CONTEXT:]
+        text = self._held + self._characters.decode(new)
+        found = [(at + len(stop), at) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        shown = len(text) - max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def finish(self) -> str:
+        """Text that was held back; an incomplete last character is left out."""
+        text, self._held = self._held, ""
+        return text
+
+    def _known(self, tokens: Iterable[int]) -> list[int]:
+        """Tokens that have a text: a model's vocabulary may exceed the tokenizer's."""
+        if self._tokenizer is None:
+            return []
+        size, end = self._tokenizer.vocab_size, self._tokenizer.end_of_text
+        return [int(token) for token in tokens if token < size and token != end]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that is a beginning of `stop`, but not all of it."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -13,7 +13,7 @@ import jax
 
 import tlinformer_jax
 from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.decoding.accounting import cache_bytes_at
+from tlinformer_jax.decoding.cache import cache_bytes_at
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result

@@ -51,13 +51,15 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     params: dict[str, Any] = {"embedding": arrays[EMBEDDING]}
     params |= {ours: arrays[theirs] for ours, theirs in FINAL_NORM.items()}
     for path, prefix in layer_names(config):
-        layer = _layer_from_reference(arrays, prefix, config)
+        layer = {
+            ours: arrays[prefix + theirs].T.reshape(shape) for theirs, (ours, shape, _) in _layer_arrays(config).items()
+        }
+        layer["gate_up_kernel"] = np.stack([layer.pop("gate"), layer.pop("up")], axis=1)
         node = params
         for part in path[:-1]:
             node = node.setdefault(part, {})
         node[path[-1]] = layer
-    dtype = np.dtype(config.param_dtype) if config.param_dtype == "float32" else jax.numpy.dtype(config.param_dtype)
-    return {"params": jax.tree.map(lambda array: jax.numpy.asarray(array, dtype), params)}
+    return {"params": jax.tree.map(lambda array: jax.numpy.asarray(array, config.param_dtype), params)}
 
 
 def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -69,7 +71,10 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
         node = params
         for part in path:
             node = node[part]
-        arrays |= _layer_to_reference(node, prefix, config)
+        gate_up = node["gate_up_kernel"]
+        layer = node | {"gate": gate_up[:, 0], "up": gate_up[:, 1]}
+        for theirs, (ours, _, shape) in _layer_arrays(config).items():
+            arrays[prefix + theirs] = np.ascontiguousarray(layer[ours].reshape(shape[::-1]).T)
     return arrays
 
 
@@ -91,25 +96,33 @@ def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
 
 def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of a model's parameters."""
-    width, inner = config.d_model, config.feed_forward_dim
-    layer = {
-        "norm1.weight": (width,),
-        "norm1.bias": (width,),
-        "qkv_proj.weight": (3 * width, width),
-        "qkv_proj.bias": (3 * width,),
-        "out_proj.weight": (width, width),
-        "out_proj.bias": (width,),
-        "norm2.weight": (width,),
-        "norm2.bias": (width,),
-        "ffn.w1.weight": (inner, width),
-        "ffn.w2.weight": (width, inner),
-        "ffn.w3.weight": (inner, width),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, width), HEAD: (config.vocab_size, width)}
-    shapes |= dict.fromkeys(FINAL_NORM.values(), (width,))
+    table = (config.vocab_size, config.d_model)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, HEAD: table}
+    shapes |= dict.fromkeys(FINAL_NORM.values(), (config.d_model,))
     for _, prefix in layer_names(config):
-        shapes |= {prefix + name: shape for name, shape in layer.items()}
+        shapes |= {prefix + name: shape for name, (_, _, shape) in _layer_arrays(config).items()}
     return shapes
+
+
+def _layer_arrays(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Of a layer's arrays: published name -> our name, our shape, published shape.
+
+    Transposed, a published array has our order of numbers. 'gate' and 'up' are the two parts of `gate_up_kernel`.
+    """
+    width, inner, heads = config.d_model, config.feed_forward_dim, (config.num_heads, config.head_dim)
+    return {
+        "norm1.weight": ("norm1_scale", (width,), (width,)),
+        "norm1.bias": ("norm1_bias", (width,), (width,)),
+        "qkv_proj.weight": ("qkv_kernel", (width, 3, *heads), (3 * width, width)),
+        "qkv_proj.bias": ("qkv_bias", (3, *heads), (3 * width,)),
+        "out_proj.weight": ("out_kernel", (*heads, width), (width, width)),
+        "out_proj.bias": ("out_bias", (width,), (width,)),
+        "norm2.weight": ("norm2_scale", (width,), (width,)),
+        "norm2.bias": ("norm2_bias", (width,), (width,)),
+        "ffn.w1.weight": ("gate", (width, inner), (inner, width)),
+        "ffn.w2.weight": ("down_kernel", (inner, width), (width, inner)),
+        "ffn.w3.weight": ("up", (width, inner), (inner, width)),
+    }
 
 
 def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str:
@@ -121,38 +134,3 @@ def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> 
     with np.errstate(over="ignore"):
         finite = bool(np.isfinite(array.astype(np.float32)).all())
     return "" if finite else f"{name} holds values that are no finite float32"
-
-
-def _layer_from_reference(arrays: Mapping[str, np.ndarray], prefix: str, config: ModelConfig) -> dict[str, np.ndarray]:
-    width, heads, head_dim = config.d_model, config.num_heads, config.head_dim
-    gate, up = arrays[prefix + "ffn.w1.weight"].T, arrays[prefix + "ffn.w3.weight"].T
-    return {
-        "norm1_scale": arrays[prefix + "norm1.weight"],
-        "norm1_bias": arrays[prefix + "norm1.bias"],
-        "qkv_kernel": arrays[prefix + "qkv_proj.weight"].T.reshape(width, 3, heads, head_dim),
-        "qkv_bias": arrays[prefix + "qkv_proj.bias"].reshape(3, heads, head_dim),
-        "out_kernel": arrays[prefix + "out_proj.weight"].T.reshape(heads, head_dim, width),
-        "out_bias": arrays[prefix + "out_proj.bias"],
-        "norm2_scale": arrays[prefix + "norm2.weight"],
-        "norm2_bias": arrays[prefix + "norm2.bias"],
-        "gate_up_kernel": np.stack([gate, up], axis=1),
-        "down_kernel": arrays[prefix + "ffn.w2.weight"].T,
-    }
-
-
-def _layer_to_reference(layer: Mapping[str, np.ndarray], prefix: str, config: ModelConfig) -> dict[str, np.ndarray]:
-    width = config.d_model
-    entries = {
-        "norm1.weight": layer["norm1_scale"],
-        "norm1.bias": layer["norm1_bias"],
-        "qkv_proj.weight": layer["qkv_kernel"].reshape(width, -1).T,
-        "qkv_proj.bias": layer["qkv_bias"].reshape(-1),
-        "out_proj.weight": layer["out_kernel"].reshape(-1, width).T,
-        "out_proj.bias": layer["out_bias"],
-        "norm2.weight": layer["norm2_scale"],
-        "norm2.bias": layer["norm2_bias"],
-        "ffn.w1.weight": layer["gate_up_kernel"][:, 0].T,
-        "ffn.w3.weight": layer["gate_up_kernel"][:, 1].T,
-        "ffn.w2.weight": layer["down_kernel"].T,
-    }
-    return {prefix + name: np.ascontiguousarray(array) for name, array in entries.items()}

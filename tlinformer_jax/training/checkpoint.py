@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -26,6 +27,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import open_own, plain_path, read_own, sealed, write_text
+from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.metrics import say
 
 FOLDER = "checkpoints"
@@ -210,6 +212,15 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
     if (workdir / CONFIG_FILE).exists() and found.config_sha256 not in ("", fingerprint(load_config(workdir))):
         say(f"checkpoint {here}: {CONFIG_FILE} has changed since it was written")
     return found.step, read_arrays(here, {"params": abstract_params})["params"]
+
+
+def load_params(workdir: pathlib.Path, config: ModelConfig, step: int | None = None) -> tuple[int, Any]:
+    """`restore_params` for a model of this configuration, to the first device, after `check_size`."""
+    check_size(workdir, config, step)
+    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    return restore_params(workdir, abstract, step)
 
 
 def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:

@@ -10,15 +10,13 @@ import shutil
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tlinformer_jax.config.run import RunConfig, load_config, save_config
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
 from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
-from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import check_size, restore_params
+from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import build_run
 
@@ -69,11 +67,7 @@ def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
     if target.suffix != SAFETENSORS:
         raise UserError(f"--to={target}: must end in {SAFETENSORS}")
     config = load_config(workdir).model
-    check_size(workdir, config)
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    step, params = restore_params(workdir, abstract)
+    step, params = load_params(workdir, config)
     write_safetensors(target, params_to_reference({"params": params}, config))
     return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
 
