@@ -74,7 +74,7 @@ def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
     step, params = restore_params(workdir, abstract)
-    write_safetensors(target, params_to_reference({"params": params}, config))
+    write_safetensors(target, params_to_reference({"params": params}, config), config)
     return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
 
 
