@@ -11,9 +11,10 @@ from tests.support.commands import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Of distributions whose module has another name.
 MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
-# Imported by the report alone (tests/experiments/test_frame.py), and by the file that stands for itself.
+# Imported by the report alone (tests/experiments/test_frame.py), by the file that stands for itself, and by a class of
+# another package's.
 ALONE = {f"tlinformer_jax/experiments/{name}.py": ["pandas"] for name in ("figures", "frame", "report")}
-ALONE |= {"tlinformer_jax/interop/pytorch.py": ["torch"]}
+ALONE |= {"tlinformer_jax/interop/pytorch.py": ["torch"], "tlinformer_jax/interop/harness.py": ["lm_eval"]}
 
 
 def imported_at_once(source: str) -> set[str]:
