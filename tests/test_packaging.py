@@ -39,12 +39,16 @@ def run(*line: str | pathlib.Path, cwd: pathlib.Path, status: int = 0) -> subpro
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """The wheel and the sdist by kind."""
+    """The wheel, the sdist, and the wheel of an editable installation, by kind."""
     need_modules("build", "hatchling", "twine", extra="package")
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", f"--outdir={folder}", ROOT, cwd=folder)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    return {"wheel": wheel, "sdist": sdist}
+    (folder / "editable").mkdir()
+    script = f"import hatchling.build; hatchling.build.build_editable({str(folder / 'editable')!r})"
+    run(sys.executable, "-c", script, cwd=ROOT)
+    (editable,) = (folder / "editable").iterdir()
+    return {"wheel": wheel, "sdist": sdist, "editable": editable}
 
 
 def installed(package: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -67,8 +71,13 @@ def extra_paths(own: pathlib.Path) -> str:
     return "\n".join(folders) + "\n"
 
 
+def place_of_package(programs: pathlib.Path, cwd: pathlib.Path) -> pathlib.Path:
+    found = run(programs / "python", "-c", "import tlinformer_jax as t; print(t.__file__)", cwd=cwd)
+    return pathlib.Path(found.stdout.strip())
+
+
 def test_metadata_are_sound(built):
-    run(sys.executable, "-m", "twine", "check", "--strict", *built.values(), cwd=ROOT)
+    run(sys.executable, "-m", "twine", "check", "--strict", built["wheel"], built["sdist"], cwd=ROOT)
 
 
 def test_what_is_in_them(built):
@@ -92,8 +101,7 @@ def test_installed_it_trains_evaluates_and_generates_from_another_directory(kind
     programs = installed(built[kind], tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    found = run(programs / "python", "-c", "import tlinformer_jax as t; print(t.__file__)", cwd=elsewhere)
-    assert found.stdout.startswith(str(tmp_path / "clean"))
+    assert place_of_package(programs, elsewhere).is_relative_to(tmp_path / "clean")
 
     tlinformer = programs / "tlinformer"
     run(tlinformer, "train", "--config=tiny", "--workdir=run", *SHRUNK, cwd=elsewhere)
@@ -113,3 +121,11 @@ def test_installed_it_trains_evaluates_and_generates_from_another_directory(kind
     run(tlinformer, "check", "--config=mine.py", *SHRUNK, cwd=elsewhere)
     assert "one of books, copy" in run(tlinformer, "check", "--config=none", cwd=elsewhere, status=2).stderr
     assert sorted(path.name for path in elsewhere.iterdir()) == ["mine.py", "run"]
+
+
+def test_an_editable_installation_is_the_checkout_and_knows_its_configs(built, tmp_path):
+    programs = installed(built["editable"], tmp_path)
+    assert place_of_package(programs, tmp_path) == ROOT / "tlinformer_jax" / "__init__.py"
+    assert "parameters" in run(programs / "tlinformer", "check", "--config=tiny", cwd=tmp_path).stdout
+    (own,) = (tmp_path / "clean" / "lib").glob("python*/site-packages/tlinformer_jax-*.dist-info")
+    assert not (own.parent / "tlinformer_jax").exists()
