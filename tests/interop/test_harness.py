@@ -1,20 +1,23 @@
 """lm-evaluation-harness with our models: its figures are those of `evaluate`, of the model, of `generate`."""
 
+import importlib
 import json
 import math
 import pathlib
+import re
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from tests.support.commands import command
+from tests.support.commands import check_refusal, command
 from tests.support.optional import need_modules
 from tlinformer_jax.decoding import Generator
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.trained import load_run
 
-pytestmark = pytest.mark.slow  # .ci/run installs lm-eval for these alone
+with_lm_eval = pytest.mark.slow  # .ci/run installs it for these alone
 SHRUNK = (
     "--config.train.steps=60",
     "--config.train.warmup_steps=10",
@@ -59,6 +62,7 @@ def log_probabilities(workdir: pathlib.Path, tokens: list[int]) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(logits[0]))
 
 
+@with_lm_eval
 def test_rolling_equals_evaluate(workdir, model, tmp_path):
     found = model.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in TEXTS)))
     for text, total in zip(TEXTS, found):
@@ -70,6 +74,7 @@ def test_rolling_equals_evaluate(workdir, model, tmp_path):
         assert abs(-total / figures["tokens"] - figures["loss"]) < 1e-4
 
 
+@with_lm_eval
 def test_loglikelihood_is_the_models(workdir, model):
     cases = [("The for", " statement"), ("", "The"), ("x =", " 1\n"), (TEXT.strip(), " is"), ("A", " class." * 30)]
     found = model.loglikelihood(requests("loglikelihood", *cases))
@@ -80,6 +85,7 @@ def test_loglikelihood_is_the_models(workdir, model):
         assert total == pytest.approx(sum(row[token] for row, token in zip(log_probs, after)), abs=1e-4 * len(after))
 
 
+@with_lm_eval
 def test_greedy_continuations_are_told_from_others(workdir, model):
     (text,) = Generator.from_workdir(workdir).generate(["The for"], max_new_tokens=5)
     other = text[:-1] + ("x" if text[-1] != "x" else "y")
@@ -89,6 +95,7 @@ def test_greedy_continuations_are_told_from_others(workdir, model):
     assert not not_greedy
 
 
+@with_lm_eval
 def test_generations_are_those_of_the_generator(workdir, model):
     (whole,) = Generator.from_workdir(workdir).generate(["The for"], max_new_tokens=40)
     (drawn,) = Generator.from_workdir(workdir).generate(["The for"], max_new_tokens=9, temperature=0.7)
@@ -145,6 +152,7 @@ def local_tasks(folder: pathlib.Path) -> list[dict]:
     return [common | task for task in (rolling, choice, generation)]
 
 
+@with_lm_eval
 def test_local_tasks_through_the_harness(model, tmp_path, monkeypatch):
     """The harness's own loop, and its figures; nothing is fetched."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -159,6 +167,7 @@ def test_local_tasks_through_the_harness(model, tmp_path, monkeypatch):
     assert found["generation"]["exact_match,none"] == 0
 
 
+@with_lm_eval
 def test_the_command_knows_the_model(workdir, tmp_path):
     """`python -m tlinformer_jax.interop.harness`, and a working directory that is none in one line."""
     task = local_tasks(tmp_path)[1]
@@ -175,9 +184,20 @@ def test_the_command_knows_the_model(workdir, tmp_path):
     assert wrong.stderr.splitlines()[-1].startswith(f"error: workdir {tmp_path}/none: no readable config.json")
 
 
+@with_lm_eval
 @pytest.mark.parametrize("name", ["max_length", "batch_size", "max_gen_toks"])
 def test_what_is_no_number_is_refused(name, workdir):
     from tlinformer_jax.interop.harness import HarnessModel
 
     with pytest.raises(ConfigError, match=rf"lm-eval\.{name} = 'auto': must be an integer >= 1"):
         HarnessModel(str(workdir), **{name: "auto"})
+
+
+def test_without_lm_eval_it_says_what_is_missing(monkeypatch):
+    needed = "needs the package lm-eval: pip install 'tlinformer-jax[lm-eval]'"
+    check_refusal(command("tlinformer_jax.interop.harness", "run", blocked=("lm_eval",)), needed)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "tlinformer_jax.interop.harness", raising=False)
+    with pytest.raises(UserError, match=re.escape(needed)):
+        importlib.import_module("tlinformer_jax.interop.harness")

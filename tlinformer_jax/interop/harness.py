@@ -13,7 +13,7 @@ or its own command with our model, `tlinformer`, among the others:
 import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -24,11 +24,21 @@ from tlinformer_jax.evaluation.trained import load_run
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses_and_hits
 
+
+def _fail(error: UserError) -> NoReturn:
+    """Raises the error, or as a command prints it and ends."""
+    if __name__ != "__main__":
+        raise error from None
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.status)
+
+
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError:
-    raise UserError(f"{__name__}: needs the package lm-eval: pip install 'tlinformer-jax[lm-eval]'") from None
+    needed = "needs the package lm-eval: pip install 'tlinformer-jax[lm-eval]'"
+    _fail(UserError(f"tlinformer_jax.interop.harness: {needed}"))
 
 # What a task may say of a generation, and what `Generator` calls it.
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
@@ -205,5 +215,4 @@ if __name__ == "__main__":
     try:
         cli_evaluate()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        _fail(error)
