@@ -362,7 +362,7 @@ def from_safetensors(path: str | pathlib.Path, config: Config | None = None) -> 
         config = Config(**json.loads(metadata["tlinformer"]))
     model = LanguageModel(config)
     model.load_state_dict(arrays)
-    return model.eval()
+    return model.train(False)
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
