@@ -72,13 +72,13 @@ def overrides(text: str) -> dict[tuple[str, str], Any]:
     Raises:
       ConfigError: if a part names no field.
     """
-    from tlinformer_jax.config.run import field_names
+    from tlinformer_jax.config.run import unknown_field
 
-    known, fields, last = field_names(), {}, None
+    fields, last = {}, None
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         section, _, field = name.partition(".")
-        if equals and field in known.get(section, ()):
+        if equals and field and unknown_field(name) is None:
             last = (section, field)
             fields[last] = _value(value)
         elif not equals and last is not None:  # a value with a comma, as train_files has

@@ -4,8 +4,11 @@ import importlib
 import sys
 from typing import NoReturn
 
+from tlinformer_jax.errors import did_you_mean
+
 _HOMES = {
     "train": "tlinformer_jax.main",
+    "check": "tlinformer_jax.main",
     "evaluate": "tlinformer_jax.commands.evaluate",
     "generate": "tlinformer_jax.commands.generate",
     "prepare": "tlinformer_jax.commands.prepare",
@@ -24,9 +27,9 @@ def run() -> NoReturn:
         print(f"usage: tlinformer COMMAND [flags]; COMMAND is one of {', '.join(_HOMES)}")
         sys.exit(0)
     if name not in _HOMES:
-        print(f"error: {name}: must be one of {', '.join(_HOMES)}", file=sys.stderr)
+        print(f"error: {name}: must be one of {', '.join(_HOMES)}{did_you_mean(name, _HOMES)}", file=sys.stderr)
         sys.exit(2)
-    sys.argv = [f"tlinformer {name}", *sys.argv[2:]]
+    sys.argv = [f"tlinformer {name}", *(["--check"] if name == "check" else []), *sys.argv[2:]]
     command = importlib.import_module(_HOMES[name])
     from tlinformer_jax.commands import cli
 

@@ -4,6 +4,8 @@ Entry points (`tlinformer_jax.commands.cli`) print a `UserError` on stderr and e
 get an ordinary exception; it is also a `ValueError`.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -33,3 +35,9 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A file, corpus, tokenizer or token stream cannot be used as it is."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What a message may end with where `name` is close to a known one, else ''."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags, logging
 
 from tlinformer_jax import environment
+from tlinformer_jax.config.named import config_file
 from tlinformer_jax.errors import ConfigError, DataError, UserError
 from tlinformer_jax.files import local_path, path_fault
 
@@ -199,7 +200,9 @@ def cluster() -> "Cluster | None":
     return find_cluster(values.coordinator_address, values.num_processes, values.process_id)
 
 
-def define_config_flag(help: str = "Config file; FILE:VARIANT picks a variant.", **settings: Any) -> None:
+def define_config_flag(
+    help: str = "Config file, or the name of one of the package's; NAME:VARIANT picks a variant.", **settings: Any
+) -> None:
     """Defines --config. Fields that the file leaves out get their defaults, so that all can be overridden.
 
     Args:
@@ -224,7 +227,7 @@ class _CompletedConfig(flags.ArgumentParser):
 
         from tlinformer_jax.config.run import add_defaults
 
-        config = self._parser.parse(argument)
+        config = self._parser.parse(config_file(argument))
         if isinstance(config, ConfigDict):  # `config_values` refuses anything else
             add_defaults(config)
             config.lock()
@@ -249,7 +252,7 @@ def config_values() -> Any:
 
     config, flag = flags.FLAGS.config, flags.FLAGS["config"]
     if config is None and not flag.present:
-        raise UserError("--config: must name a config file, such as configs/tiny.py")
+        raise UserError("--config: must name a config file, or one of the package's, such as tiny")
     path = config_flags.get_config_filename(flag)
     try:
         if not hasattr(config, "items"):
@@ -295,6 +298,8 @@ def describe(error: Exception, argv: Sequence[str]) -> str:
     if not isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"--config: {type(error).__name__} in {last.filename}, line {last.lineno}: {_first_line(error)}"
+    from tlinformer_jax.config.run import unknown_field
+
     text = _first_line(error)
     if isinstance(error, AttributeError) and "'get_config'" in text:
         (path,) = [argument.split("=", 1)[1] for argument in argv if re.match(r"--?config=", argument)][-1:] or ["..."]
@@ -302,9 +307,9 @@ def describe(error: Exception, argv: Sequence[str]) -> str:
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and isinstance(error, AttributeError | KeyError):
-            missing = _missing_field(match[1])
+            missing = unknown_field(match[1])
             if missing is not None:
-                return f"{argument}: no such config field; allowed are {', '.join(missing)}"
+                return f"{argument}: {missing}"
     return f"--config: {text}"
 
 
@@ -321,17 +326,6 @@ def _plain(text: str) -> str:
     for pattern, meaning in PLAIN.items():
         text = re.sub(pattern, meaning, text)
     return text
-
-
-def _missing_field(name: str) -> list[str] | None:
-    """The allowed fields if there is no field `name` ('model.width'), else None."""
-    from tlinformer_jax.config.run import field_names
-
-    sections = field_names()
-    section, _, field = name.partition(".")
-    if section not in sections:
-        return sorted(sections)
-    return None if field in sections[section] else sorted(f"{section}.{known}" for known in sections[section])
 
 
 def _user_error(error: BaseException | None) -> UserError | None:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from tlinformer_jax.experiments.job import Job, Record
     from tlinformer_jax.experiments.plan import Sweep
 
-SWEEP = flags.DEFINE_string("sweep", "", "Sweep file; FILE:VARIANT picks a variant.")
+SWEEP = flags.DEFINE_string(
+    "sweep", "", "Sweep file, or the name of one of the package's; NAME:VARIANT picks a variant."
+)
 OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working directory for each point, tables, plots.")
 POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this job, from 0.")
 POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")

@@ -5,6 +5,7 @@ A config file is a Python file whose `get_config()` returns a `ml_collections.Co
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import pathlib
@@ -87,8 +88,8 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
       DataError: for a file that is no tokenizer.
     """
     for name in values:
-        if name not in SECTIONS:
-            raise ConfigError(name, "...", f"no such section; there are {', '.join(SECTIONS)}")
+        if missing := unknown_field(name):
+            raise ConfigError(name, "...", missing)
     sections = {name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items() if name != "model"}
     return RunConfig(model=_section("model", ModelConfig, _model_fields(values, sections["data"])), **sections)
 
@@ -133,9 +134,26 @@ def add_defaults(config: "ConfigDict") -> None:
                         section[field] = FieldReference(value, field_type=object)
 
 
-def field_names() -> dict[str, set[str]]:
-    """The fields of every section."""
-    return {name: {field.name for field in dataclasses.fields(kind)} for name, kind in SECTIONS.items()}
+def unknown_field(name: str) -> str | None:
+    """What is wrong with the name of a field ('model.width') or section; None for one that exists.
+
+    It tells the field that was meant, of the same name in another section or spelled alike, or all of the section.
+    """
+    fields = {section: sorted(field.name for field in dataclasses.fields(kind)) for section, kind in SECTIONS.items()}
+    section, _, field = name.partition(".")
+    if section in fields and (not field or field in fields[section]):
+        return None
+    if field:
+        homes = {known: home for home, names in fields.items() for known in names}
+        near = [field] if field in homes else fields.get(section, list(homes))
+        close = [f"{homes[known]}.{known}" for known in difflib.get_close_matches(field, near, n=1)]
+    else:
+        close = difflib.get_close_matches(section, list(fields), n=1)
+    if close:
+        return f"no such {'field' if field else 'section'}; did you mean {close[0]}?"
+    if section in fields:
+        return f"no such field; there are {', '.join(fields[section])}"
+    return f"no such section; there are {', '.join(fields)}"
 
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
@@ -196,8 +214,7 @@ def _model_fields(values: Mapping[str, Any], data: DataConfig) -> Any:
 def _section(name: str, kind: Any, values: Any) -> Any:
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ConfigError(name, values, "must be a section of fields")
-    fields = {field.name for field in dataclasses.fields(kind)}
     for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(f"{name}.{key}", value, f"no such field; there are {', '.join(sorted(fields))}")
+        if missing := unknown_field(f"{name}.{key}"):
+            raise ConfigError(f"{name}.{key}", value, missing)
     return kind(**dict(values.items()))

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tlinformer_jax.config.named import config_file
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
@@ -54,10 +55,10 @@ def load_sweep(where: str) -> Sweep:
     Raises:
       UserError: if it cannot be read, has no function `get_sweep`, or that raises or returns something else.
     """
-    path, _, variant = where.partition(":")
     what = f"--sweep={where}"
     if not where:
-        raise UserError("--sweep: must name a sweep file, such as configs/sweep_windows.py")
+        raise UserError("--sweep: must name a sweep file, or one of the package's, such as windows")
+    path, _, variant = config_file(where, "--sweep").partition(":")
     try:
         file = local_path(path, "--sweep")
         file.read_bytes()  # for its OSError: runpy would not say that a folder is one

@@ -3,6 +3,7 @@
 Neither executes anything of a file: safetensors has nothing to execute, and `torch.load` gets `weights_only=True`.
 """
 
+import json
 import os
 import pathlib
 import zipfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import ConfigError, DataError
 
 SAFETENSORS = ".safetensors"
@@ -18,6 +20,11 @@ TORCH = (".pt", ".pth")
 # Where a training script's checkpoint keeps the model beside its optimiser, and what wrappers put before every name.
 MODEL_KEYS = ("model_state_dict", "state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")
+# Fields of a model's configuration that decide its function.
+SHAPE = (
+    "architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "history_window",
+    "generation_window", "dropout",
+)  # fmt: skip
 
 
 def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -41,8 +48,10 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], model: ModelConfig | None = None) -> None:
     """Writes a file that is complete as soon as it has its name.
+
+    Its metadata say what `model` it is of, for `pytorch.from_safetensors`.
 
     Raises:
       DataError: if it exists or cannot be written.
@@ -53,10 +62,13 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
         raise DataError(f"{path}: exists; name a new file")
     if not path.parent.is_dir():
         raise DataError(f"{path}: cannot be written; there is no directory {path.parent}")
+    metadata = {"format": "pt"}  # matrices are [out, in], as readers for PyTorch expect them
+    if model is not None:
+        shape = {name: getattr(model, name) for name in SHAPE} | {"d_ff": model.feed_forward_dim}
+        metadata["tlinformer"] = json.dumps(shape)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        # "pt": matrices are [out, in], as readers for PyTorch expect them.
-        numpy.save_file(dict(arrays), draft, metadata={"format": "pt"})
+        numpy.save_file(dict(arrays), draft, metadata=metadata)
         draft.replace(path)
     except Exception as error:  # safetensors wraps the operating system's errors in one of its own
         raise DataError(f"{path}: cannot be written ({error})") from None

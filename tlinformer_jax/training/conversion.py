@@ -68,7 +68,7 @@ def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
         raise UserError(f"--to={target}: must end in {SAFETENSORS}")
     config = load_config(workdir).model
     step, params = load_params(workdir, config)
-    write_safetensors(target, params_to_reference({"params": params}, config))
+    write_safetensors(target, params_to_reference({"params": params}, config), config)
     return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
 
 

@@ -1,0 +1,218 @@
+"""A trained model for EleutherAI's lm-evaluation-harness, the package lm-eval (extra `lm-eval`).
+
+    from lm_eval import simple_evaluate
+    from tlinformer_jax.interop.harness import HarnessModel
+
+    results = simple_evaluate(model=HarnessModel("runs/tiny"), tasks=["piqa"])
+
+or its own command with our model, `tlinformer`, among the others:
+
+    python -m tlinformer_jax.interop.harness run --model tlinformer --model_args workdir=runs/tiny --tasks piqa
+"""
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from tlinformer_jax.decoding.generator import Generator
+from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.evaluation.trained import load_run
+from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses_and_hits
+
+
+def _fail(error: UserError) -> NoReturn:
+    """Raises the error, or as a command prints it and ends."""
+    if __name__ != "__main__":
+        raise error from None
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.status)
+
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError:
+    needed = "needs the package lm-eval: pip install 'tlinformer-jax[lm-eval]'"
+    _fail(UserError(f"tlinformer_jax.interop.harness: {needed}"))
+
+# What a task may say of a generation, and what `Generator` calls it.
+SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+
+
+@register_model("tlinformer")
+class HarnessModel(TemplateLM):
+    """The model of a working directory, on one device.
+
+    The model itself has no longest text. What it was trained on has: by default a token is scored with what a training
+    sample had before it at most.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        step: int | None = None,
+        max_length: int | None = None,
+        batch_size: int | str = 8,
+        max_gen_toks: int = 256,
+        **others: Any,
+    ) -> None:
+        """Loads a model.
+
+        Args:
+          workdir: of a run.
+          step: of the checkpoint; the newest good one if not given.
+          max_length: tokens of a sample; None for as many as in training.
+          batch_size: sequences at a time.
+          max_gen_toks: most tokens of a continuation, where a task does not say.
+          **others: what lm-eval hands to every model, of which this one needs nothing.
+
+        Raises:
+          UserError: if the directory holds no run, no checkpoint or no tokenizer that fits.
+        """
+        super().__init__()
+        trained = load_run(workdir, step)
+        run = trained.run
+        for name, value in (("max_length", max_length), ("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
+            if value is not None and (not str(value).isdecimal() or int(value) < 1):
+                raise ConfigError(f"lm-eval.{name}", value, "must be an integer >= 1")
+        self.max_length = int(max_length or run.config.data.sequence_length)
+        self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
+        self._tokens, self._model = run.tokenizer, run.model
+        self._variables = {"params": jax.device_put(trained.params, jax.local_devices()[0])}
+        self._named = f"{workdir}, step {trained.step}"
+
+    @property
+    def eot_token_id(self) -> int:
+        """Stands before a text, as in training."""
+        return self._tokens.end_of_text
+
+    @property
+    def tokenizer_name(self) -> str:
+        """In lm-eval's cache of requests."""
+        return self._tokens.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
+        """Token ids; there are no special ones to add."""
+        return self._tokens.encode(string).tolist()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval stores of the model beside its results."""
+        return {"model_name": self._named, "max_length": self.max_length}
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each text, every token counted once.
+
+        In samples as of `tlinformer evaluate --text_file`: an end-of-text, then max_length tokens at a time, each
+        sample after the last token of the one before.
+        """
+        samples, owners = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            tokens = [self.eot_token_id, *self.tok_encode(text)]
+            for start in range(0, len(tokens) - 1, self.max_length):
+                samples.append(tokens[start : start + self.max_length + 1])
+                owners.append(number)
+        totals = np.zeros(len(requests))
+        for owner, (losses, _) in zip(owners, self._scores(samples)):
+            totals[owner] -= losses.sum(dtype=np.float64)
+        return totals.tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **others: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether it is the likeliest, token by token.
+
+        A context that is too long loses its beginning.
+        """
+        lengths = [len(continuation) for _, _, continuation in requests]
+        samples = [
+            [*context, *continuation][-(max(self.max_length, length) + 1) :]
+            for length, (_, context, continuation) in zip(lengths, requests)
+        ]
+        found = zip(lengths, self._scores(samples))
+        return [
+            (-float(losses[len(losses) - length :].sum(dtype=np.float64)), bool(hits[len(hits) - length :].all()))
+            for length, (losses, hits) in found
+        ]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each context up to one of the task's stop strings, which is left out."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        texts = [""] * len(requests)
+        for numbers in groups.values():
+            options = self._generation_options(requests[numbers[0]].args[1])
+            for part in _parts(numbers, self.batch_size):
+                prompts = [self._prompt(requests[number].args[0]) for number in part]
+                for number, generation in zip(part, self._generator.run(prompts, **options)):
+                    texts[number] = generation.text
+        return texts
+
+    def _prompt(self, context: str) -> list[int]:
+        """The end of a context; an end-of-text in place of an empty one."""
+        return self.tok_encode(context)[-self.max_length :] or [self.eot_token_id]
+
+    def _generation_options(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of `Generator.run` for what a task asks; greedy unless it says do_sample or a temperature."""
+        until = asked.get("until") or []
+        options = {SAMPLING[name]: value for name, value in asked.items() if name in SAMPLING and value is not None}
+        if not asked.get("do_sample", bool(options.get("temperature"))):
+            options = {}
+        elif "temperature" not in options:
+            options["temperature"] = 1.0
+        return options | {
+            "max_new_tokens": int(asked.get("max_gen_toks", asked.get("max_new_tokens", self.max_gen_toks))),
+            "stop_strings": [until] if isinstance(until, str) else [text for text in until if text],
+            "stop_tokens": (self.eot_token_id,),
+        }
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator(self._model, self._variables, self._tokens)
+
+    def _scores(self, samples: Sequence[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For every token of a sample but the first its loss in nats, and whether it is the likeliest.
+
+        Samples of similar lengths are computed together, padded at the end, where no token before sees it: to a power
+        of two, so that few programs are compiled.
+        """
+        found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(samples)
+        order = sorted((n for n, sample in enumerate(samples) if len(sample) > 1), key=lambda n: -len(samples[n]))
+        for part in _parts(order, self.batch_size):
+            width = max(16, 1 << (len(samples[part[0]]) - 2).bit_length())
+            tokens = np.zeros((self.batch_size, width + 1), np.int32)
+            for row, number in enumerate(part):
+                tokens[row, : len(samples[number])] = samples[number]
+            losses, hits = map(np.asarray, _losses_and_hits(self._model, self._variables, tokens))
+            for row, number in enumerate(part):
+                labels = len(samples[number]) - 1
+                found[number] = losses[row, :labels], hits[row, :labels]
+        return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses_and_hits(
+    model: LanguageModel, variables: Mapping[str, Any], tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of [batch, length + 1] tokens, but the first of each row."""
+    hidden: Any = model.apply(variables, tokens[:, :-1], method=model.hidden_states)
+    return token_losses_and_hits(hidden, variables["params"]["embedding"], tokens[:, 1:], LOSS_CHUNK)
+
+
+def _parts(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        _fail(error)

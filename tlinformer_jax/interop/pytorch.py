@@ -1,0 +1,383 @@
+"""The four models in PyTorch, in one file that needs nothing but torch: copy it to where it is used.
+
+A model trained with tlinformer_jax, written by `tlinformer convert --workdir=DIR --to=model.safetensors`:
+
+    from pytorch import from_safetensors
+
+    model = from_safetensors("model.safetensors")
+    logits = model(tokens)  # int64 [batch, length] -> float32 [batch, length, V]
+    longer = model.generate(tokens, max_new_tokens=100)  # greedy
+
+Parameters have the names that are in the file, so `torch.save(model.state_dict(), "model.pt")` makes a file that
+`tlinformer convert --from=model.pt` takes back. In training, `model.train()` turns dropout on; windows are run one
+after the other, and nothing is fused: this is the model to read and to use, not the fastest one.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape of a model; fields of `ModelConfig` in tlinformer_jax by the same names.
+
+    Attributes:
+      architecture: 'tlinformer', 'tconstformer', 'transformer' or 'sliding_window'.
+      vocab_size: V.
+      d_model: D, the width.
+      num_heads: attention heads, each of d_h = D / num_heads features.
+      num_blocks: B.
+      hidden_depth: H, layers of a block between `compress` and `restore`; baselines have B * (H + 2) layers.
+      d_ff: width of the feed-forward.
+      history_window: W_oh, rows of the compressed history, or 'auto', which grows with it.
+      generation_window: W_og, tokens that are predicted together.
+      dropout: in training, on attention weights and on the feed-forward's output.
+    """
+
+    architecture: str
+    vocab_size: int
+    d_model: int
+    num_heads: int
+    num_blocks: int
+    hidden_depth: int
+    d_ff: int
+    history_window: int | str
+    generation_window: int
+    dropout: float = 0.0
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in all, in every architecture."""
+        return self.num_blocks * (self.hidden_depth + 2)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the model works by generation windows."""
+        return self.architecture in ("tlinformer", "tconstformer")
+
+    @property
+    def reach(self) -> int | None:
+        """Positions that a query of a baseline sees, its own included; None for all before it."""
+        return int(self.history_window) + self.generation_window if self.architecture == "sliding_window" else None
+
+    def observed_start(self, n: int) -> int:
+        """h, the first row of the observation window, which is the last W_oh rows of n."""
+        width = self.history_window
+        if width == "auto":
+            width = 8 * math.floor((12 * math.log(n) + 7) / 8) if n else 0
+        return max(0, n - int(width))
+
+
+class KeyValue(NamedTuple):
+    """Keys (rotated) and values of some rows, each [batch, heads, rows, d_h]."""
+
+    K: Tensor
+    V: Tensor
+
+
+def attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Exact softmax attention; 0 where there are no keys."""
+    if K.shape[-2] == 0:
+        return torch.zeros_like(Q)
+    return F.scaled_dot_product_attention(Q, K, V, mask, dropout)
+
+
+def attend_causal(Q: Tensor, K: Tensor, V: Tensor, reach: int | None = None, dropout: float = 0.0) -> Tensor:
+    """The same for queries of the last rows of K: each sees the rows up to its own, at most `reach` of them."""
+    rows = torch.arange(K.shape[-2], device=K.device)
+    distance = rows[K.shape[-2] - Q.shape[-2] :, None] - rows
+    return attend(Q, K, V, (distance >= 0) & (distance < (reach or len(rows) + 1)), dropout)
+
+
+def rotations(length: int, width: int, start: int = 0) -> Tensor:
+    """Cosines and sines of the angles by which RoPE turns positions start .. length - 1: [2, positions, d_h / 2].
+
+    In float64, because at a million positions a float32 angle is off by 0.05.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.outer(torch.arange(start, length, dtype=torch.float64), frequencies)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(heads: Tensor, rope: Tensor) -> Tensor:
+    """Turns features 2i and 2i + 1 of [..., rows, d_h] as the pair i, in float32."""
+    cos, sin = rope.to(heads.device, torch.float32)
+    first, second = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(heads)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 y) * w3 y)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.w2 = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.w3 = nn.Linear(config.d_model, config.d_ff, bias=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(y)) * self.w3(y))
+
+
+class Layer(nn.Module):
+    """The one layer of every role in every architecture, in two functions."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.norm1 = nn.LayerNorm(config.d_model)
+        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+        self.norm2 = nn.LayerNorm(config.d_model)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def project(self, u: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D]; Q and K are rotated, V is not."""
+        Q, K, V = self.qkv_proj(self.norm1(u)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return rotate(Q, rope), rotate(K, rope), V
+
+    def update(self, u: Tensor, attended: Tensor) -> Tensor:
+        """Output projection, then feed-forward, each added to what it was made from: [batch, rows, D]."""
+        v = u + self.out_proj(attended.transpose(1, 2).flatten(-2))
+        return v + self.dropout(self.ffn(self.norm2(v)))
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.dropout.p if self.training else 0.0
+
+
+def layers_of(module: nn.Module) -> list[Layer]:
+    """Its layers, in the order in which they are run: that in which they were made."""
+    return [part for part in module.modules() if isinstance(part, Layer)]
+
+
+class Stream(NamedTuple):
+    """Rows of one of the block's streams C, z and x, with their projections under the layer that reads them."""
+
+    rows: Tensor
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, rows: Tensor, rope: Tensor) -> "Stream":
+        return cls(rows, *layer.project(rows, rope))
+
+    def after(self, h: int) -> "Stream":
+        """The rows from h on."""
+        return Stream(self.rows[:, h:], self.Q[:, :, h:], self.K[:, :, h:], self.V[:, :, h:])
+
+
+# The three kinds of layer, section 3 of the paper: C is the history, z its compressed observation window, x the
+# generation window. In the first window there is no history, and attention to no keys is 0.
+
+
+def compress(layer: Layer, C: Stream, z: Stream, x: Stream, x_reads_C: bool = True) -> tuple[Tensor, Tensor]:
+    """z = update(C[h:], attend(Qc[h:], Kc, Vc))
+    x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
+
+    z is handed in as rows h .. n - 1 of C. TConstFormer's x does not read C.
+    """
+    p = layer.attention_dropout
+    z_attends = attend(z.Q, C.K, C.V, dropout=p)
+    x_attends = attend_causal(x.Q, x.K, x.V, dropout=p)
+    if x_reads_C:
+        x_attends = x_attends + attend(x.Q, C.K, C.V, dropout=p)
+    return layer.update(z.rows, z_attends), layer.update(x.rows, x_attends)
+
+
+def hidden(layer: Layer, z: Stream, x: Stream) -> tuple[Tensor, Tensor]:
+    """z' = update(z, attend(Qz, Kz, Vz))
+    x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+    """
+    p = layer.attention_dropout
+    z_attends = attend(z.Q, z.K, z.V, dropout=p)
+    x_attends = attend_causal(x.Q, x.K, x.V, dropout=p) + attend(x.Q, z.K, z.V, dropout=p)
+    return layer.update(z.rows, z_attends), layer.update(x.rows, x_attends)
+
+
+def restore(layer: Layer, C: Stream, z: Stream, x: Stream) -> tuple[Tensor, Tensor]:
+    """C' = update(C, attend(Qc, Kz, Vz)), where Qc is the query that `compress` made
+    x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+    """
+    p = layer.attention_dropout
+    C_attends = attend(C.Q, z.K, z.V, dropout=p)
+    x_attends = attend_causal(x.Q, x.K, x.V, dropout=p) + attend(x.Q, z.K, z.V, dropout=p)
+    return layer.update(C.rows, C_attends), layer.update(x.rows, x_attends)
+
+
+class Block(nn.Module):
+    """`compress`, H times `hidden`, `restore`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.compress_context_layer = Layer(config)
+        self.hidden_layers = nn.ModuleList(Layer(config) for _ in range(config.hidden_depth))
+        self.restore_context_shape_layer = Layer(config)
+
+    def forward(self, C: Tensor, x: Tensor, rope: Tensor, last: bool) -> tuple[Tensor, Tensor, list[KeyValue]]:
+        """The next C [batch, n, D] and x [batch, m, D], and what x reads of the history in each layer.
+
+        `rope` is that of positions 0 .. n + m - 1. The last block's C has no rows, as nobody reads it.
+        """
+        first, *middle, final = layers_of(self)
+        n, h = C.shape[1], self.config.observed_start(C.shape[1])
+        C_rope, z_rope, x_rope = rope[:, :n], rope[:, h:n], rope[:, n:]
+        history, window = Stream.of(first, C, C_rope), Stream.of(first, x, x_rope)
+        x_reads_C = self.config.architecture == "tlinformer"
+        seen = history if x_reads_C else history.after(n)
+        read = [KeyValue(seen.K, seen.V)]
+        z, x = compress(first, history, history.after(h), window, x_reads_C)
+        for layer in middle:
+            observed, window = Stream.of(layer, z, z_rope), Stream.of(layer, x, x_rope)
+            read.append(KeyValue(observed.K, observed.V))
+            z, x = hidden(layer, observed, window)
+        observed, window = Stream.of(final, z, z_rope), Stream.of(final, x, x_rope)
+        read.append(KeyValue(observed.K, observed.V))
+        C, x = restore(final, history.after(n if last else 0), observed, window)
+        return C, x, read
+
+
+class Transformer(nn.Module):
+    """What is between the embedding and the logits."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        kind, count = (Block, config.num_blocks) if config.windowed else (Layer, config.num_layers)
+        self.transformer_layers = nn.ModuleList(kind(config) for _ in range(count))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+
+class LanguageModel(nn.Module):
+    """A causal language model: tied embedding, blocks or layers, final LayerNorm, head."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.transformer = Transformer(config)
+        self.transformer.lm_head.weight = self.embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As the paper: normal with 0.02, less for what is projected and added to the residual; biases 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = name.endswith(("qkv_proj.weight", "out_proj.weight", "w2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, length, V] of tokens [batch, length]; row i predicts token i + 1."""
+        embedded, rope = self.embedding(tokens), self._rope(0, tokens.shape[1])
+        if self.config.windowed:
+            size = self.config.generation_window
+            windows = range(0, tokens.shape[1], size)
+            return self._head(torch.cat([self._window(embedded[:, : n + size], n, rope)[0] for n in windows], dim=1))
+        x = embedded
+        for layer in layers_of(self):
+            Q, K, V = layer.project(x, rope)
+            x = layer.update(x, attend_causal(Q, K, V, self.config.reach, layer.attention_dropout))
+        return self._head(x)
+
+    def _window(self, embedded: Tensor, n: int, rope: Tensor) -> tuple[Tensor, list[KeyValue]]:
+        """The window x = rows n, n + 1, ... after the history C = rows 0 .. n - 1, through all blocks.
+
+        Nothing is carried over from window to window but the embeddings.
+        """
+        C, x, read = embedded[:, :n], embedded[:, n:], []
+        for index, block in enumerate(self.transformer.transformer_layers):
+            last = index == self.config.num_blocks - 1
+            C, x, of_block = block(C, x, rope[:, : embedded.shape[1]], last)
+            read += of_block
+        return x, read
+
+    def _rope(self, start: int, length: int) -> Tensor:
+        return rotations(length, self.config.d_model // self.config.num_heads, start)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return self.transformer.lm_head(self.transformer.norm(x))
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, max_new_tokens: int) -> Tensor:
+        """The tokens [batch, length >= 1] and after them the likeliest ones.
+
+        While a window is generated what it reads of the history stays: it is made again when the window is full.
+        """
+        start = None
+        for _ in range(max_new_tokens):
+            last = tokens.shape[1] - 1
+            n = last - last % self.config.generation_window if self.config.windowed else 0
+            if n != start:
+                start, done, (read, own) = n, n, self._slide(tokens[:, :n])
+            logits, own = self._step(tokens[:, done:], done, read, own)
+            done = last + 1
+            tokens = torch.cat([tokens, logits.argmax(-1)], dim=1)
+        return tokens
+
+    def _slide(self, history: Tensor) -> tuple[list[KeyValue], list[KeyValue]]:
+        """For each layer the keys and values of the history that the next window reads, and the window's own: none."""
+        embedded, n = self.embedding(history), history.shape[1]
+        empty = embedded.new_zeros(len(history), self.config.num_heads, 0, embedded.shape[-1] // self.config.num_heads)
+        none = [KeyValue(empty, empty)] * self.config.num_layers
+        return (self._window(embedded, n, self._rope(0, n))[1] if n else none), none
+
+    def _step(
+        self, tokens: Tensor, position: int, read: list[KeyValue], own: list[KeyValue]
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Logits [batch, 1, V] after new tokens of a window, and the window's keys and values with theirs.
+
+        The second line of each of the three equations, and a baseline's only one.
+        """
+        x, rope, kept = self.embedding(tokens), self._rope(position, position + tokens.shape[1]), []
+        for layer, history, before in zip(layers_of(self), read, own):
+            Q, K, V = layer.project(x, rope)
+            K, V = torch.cat([before.K, K], dim=2), torch.cat([before.V, V], dim=2)
+            x = layer.update(x, attend_causal(Q, K, V, self.config.reach) + attend(Q, *history))
+            rows = -(self.config.reach or K.shape[2])
+            kept.append(KeyValue(K[:, :, rows:], V[:, :, rows:]))
+        return self._head(x[:, -1:]), kept
+
+
+def from_safetensors(path: str | pathlib.Path, config: Config | None = None) -> LanguageModel:
+    """The model that `tlinformer convert --to` has written, in evaluation mode, on the CPU.
+
+    `config` is for a file that does not say what it is of.
+    """
+    metadata, arrays = read_safetensors(path)
+    if config is None:
+        if "tlinformer" not in metadata:
+            raise ValueError(f"{path}: does not say what model it is of; give config=Config(...)")
+        config = Config(**json.loads(metadata["tlinformer"]))
+    model = LanguageModel(config)
+    model.load_state_dict(arrays)
+    return model.train(False)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path: str | pathlib.Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and arrays of a file: 8 bytes with the header's length, the header in JSON, the arrays' bytes.
+
+    The same as `safetensors.torch.load_file`, without that package.
+    """
+    data = torch.from_file(str(path), size=pathlib.Path(path).stat().st_size, dtype=torch.uint8)
+    length = int.from_bytes(bytes(data[:8].tolist()), "little")
+    header = json.loads(bytes(data[8 : 8 + length].tolist()))
+    metadata, arrays = header.pop("__metadata__", {}), {}
+    for name, entry in header.items():
+        first, end = (8 + length + offset for offset in entry["data_offsets"])
+        arrays[name] = data[first:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return metadata, arrays
