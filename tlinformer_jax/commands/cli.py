@@ -107,22 +107,14 @@ def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:
 
 
 def given_path(flag: flags.FlagHolder[str], what: str) -> pathlib.Path:
-    """The path that a flag holds.
-
-    Raises:
-      UserError: if it is empty ("must name `what`") or no path.
-    """
+    """The path that a flag holds."""
     if not flag.value:
         raise UserError(f"--{flag.name}: must name {what}")
     return local_path(flag.value, f"--{flag.name}")
 
 
 def integers(flag: flags.FlagHolder[Any]) -> tuple[int, ...]:
-    """The numbers of a flag that is a list.
-
-    Raises:
-      UserError: if one is no integer.
-    """
+    """The numbers of a flag that is a list."""
     try:
         return tuple(int(text) for text in flag.value)
     except ValueError:
@@ -145,11 +137,7 @@ def errors_by_flag() -> Iterator[None]:
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
-    """Creates the directory that `flag` names if needed; its absolute path.
-
-    Raises:
-      UserError: if it cannot be created or written.
-    """
+    """Creates the directory that `flag` names if needed; its absolute path."""
     if not path:
         raise UserError(f"{flag}: must name a directory")
     workdir = local_path(path, flag)
@@ -164,11 +152,7 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
 
 
 def text_of_file(path: str, flag: str) -> str:
-    """The text of the UTF-8 file that `flag` names, read as training text is.
-
-    Raises:
-      UserError: if it cannot be read, is not UTF-8 or is empty.
-    """
+    """The text of the UTF-8 file that `flag` names, read as training text is."""
     from tlinformer_jax.data.files import read_text
 
     try:
@@ -188,11 +172,7 @@ def define_process_flags() -> None:
 
 
 def cluster() -> "Cluster | None":
-    """The processes that run together, by the flags of `define_process_flags` or the cluster manager; None for one.
-
-    Raises:
-      UserError: for flags that are missing or not allowed.
-    """
+    """The processes that run together, by the flags of `define_process_flags` or the cluster manager; None for one."""
     from tlinformer_jax.parallel.processes import find_cluster
 
     values = flags.FLAGS
@@ -240,11 +220,7 @@ def config_given() -> bool:
 
 
 def config_values() -> Any:
-    """The loaded config of the flag --config, a `DEFINE_config_file`.
-
-    Raises:
-      UserError: if the flag is missing or its file could not be loaded.
-    """
+    """The loaded config of the flag --config, a `DEFINE_config_file`."""
     from ml_collections import config_flags
 
     config, flag = flags.FLAGS.config, flags.FLAGS["config"]

@@ -59,11 +59,7 @@ def main() -> None:
 
 
 def _text() -> str | None:
-    """The text of --text_file, None if it was not given.
-
-    Raises:
-      UserError: if it cannot be read, or a split was asked for too.
-    """
+    """The text of --text_file, None if it was not given."""
     if TEXT_FILE.value is None:
         return None
     if flags.FLAGS["split"].present:

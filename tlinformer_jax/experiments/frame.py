@@ -36,11 +36,7 @@ ENDS = (0.125, 0.875)  # shares of W_oh that a curve must reach before its chord
 
 
 def read_records(folder: pathlib.Path) -> list[Record]:
-    """All records of a directory by file name, or the one of a run's own directory.
-
-    Raises:
-      DataError: if there are none, or a file is not a record.
-    """
+    """All records of a directory by file name, or the one of a run's own directory."""
     own = folder / RESULT_FILE
     paths = [own] if own.exists() else sorted(folder.glob("*.json"))
     if not paths:

@@ -97,11 +97,7 @@ def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
-    """Writes the tables of a sweep's finished points: sweep.csv by run, sweep.json by group, sweep.md to read.
-
-    Raises:
-      DataError: if one cannot be written.
-    """
+    """Writes the tables of a sweep's finished points: sweep.csv by run, sweep.json by group, sweep.md to read."""
     texts = {"sweep.csv": "name\n", "sweep.json": "[]\n", "sweep.md": "\n"}
     if records:
         frame = frame_of(records)
