@@ -33,9 +33,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
 
     def guarded(_: Sequence[str]) -> None:
-        signal.signal(signal.SIGTERM, _terminate)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(signal.SIGHUP, _terminate)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, _terminate)
         sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # at INFO Orbax logs every file
@@ -99,11 +99,9 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:
     """Defines --workdir and --step, for commands that read a run."""
+    workdir = flags.DEFINE_string("workdir", "", "Working directory of a run.")
     step = "Step of the checkpoint; the newest good one if not given."
-    return (
-        flags.DEFINE_string("workdir", "", "Working directory of a run."),
-        flags.DEFINE_integer("step", None, step, lower_bound=0),
-    )
+    return workdir, flags.DEFINE_integer("step", None, step, lower_bound=0)
 
 
 def given_path(flag: flags.FlagHolder[str], what: str) -> pathlib.Path:

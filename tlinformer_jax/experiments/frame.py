@@ -134,6 +134,22 @@ def counted(frame: pd.DataFrame) -> Any:
     return frame[~frame["again"]].groupby("group", sort=False)
 
 
+def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
+    """A row for each run and action of a kind, such as 'evaluate' and 'evaluate@8192', whose result has `part`.
+
+    It has the run's columns and what the action gave, in 'done' and by parts in 'done.NAME'.
+    """
+    found = [
+        (place, done)
+        for place, then in frame["then"].items()
+        for name, done in then.items()
+        if name.partition("@")[0] == kind and part in done
+    ]
+    places, results = zip(*found) if found else ((), ())
+    parts = pd.DataFrame(results).add_prefix("done.").assign(done=results)
+    return frame.loc[list(places)].reset_index(drop=True).join(parts)
+
+
 def told(form: str) -> Callable[[pd.Series], str]:
     """Aggregates a group's figures to 'mean ± sample standard deviation', the mean alone of one; '' of none."""
     return lambda values: " ± ".join(map(form.format, pd.Series([values.mean(), values.std()]).dropna()))

@@ -6,7 +6,7 @@ The same records give the same text. Conclusions are written by people, elsewher
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from tlinformer_jax.experiments.frame import (
     PERPLEXITY,
     SPEED,
     N,
+    actions_of,
     counted,
     curves_of,
     duration,
@@ -70,14 +71,26 @@ COLUMNS = {
 POSITION_COLUMNS = {
     "model": ("label", "first"),
     "trained at N": (N, mean(WHOLE)),
-    "evaluated at": ("length", mean(WHOLE)),
-    "tokens": ("evaluated", mean(WHOLE)),
+    "evaluated at": ("done.length", mean(WHOLE)),
+    "tokens": ("done.tokens", mean(WHOLE)),
     "W_og": ("config.model.generation_window", mean(WHOLE)),
     "perplexity": ("perplexity", told("{:.2f}")),
     "loss, first window": ("loss_first_window", told("{:.3f}")),
     "loss, later windows": ("loss_later_windows", told("{:.3f}")),
     "loss, start of later windows": ("start", told("{:.3f}")),
     "tokens of the start": ("start_tokens", mean(WHOLE)),
+}
+# Columns of the table of cuts, and of that of all runs: a column, and its head.
+CUTS = {
+    "label": "model",
+    "distance": "rows of history left",
+    "change": "change in loss",
+    "affected_change": "of tokens with more",
+    "done.share": "share by block",
+}
+RUN_COLUMNS = {
+    **{"name": "run", "device": "device", "jax": "JAX", "parameters": "parameters", "steps": "steps"},
+    **{"tokens": "tokens", "seed": "seed", "config.data.dataset": "corpus", "config.data.tokenizer": "tokenizer"},
 }
 
 
@@ -195,15 +208,15 @@ def question_lines(frame: pd.DataFrame) -> list[str]:
     lines: list[str] = []
     for setting, part in _by_setting(frame):
         bounds = [part[N].iloc[0] * number // PARTS for number in range(PARTS + 1)]
-        heads = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
         rows = []
-        for run, evaluation in _done(part, "evaluate", "accuracy_by_position"):
-            bins = evaluation["accuracy_by_position"]
-            if evaluation["length"] == run[N] and np.count_nonzero(bins["answers"]) > 1:
-                place = np.searchsorted(bounds, bins["edges"][:-1], side="right") - 1
-                shares = _shares(pd.DataFrame(bins | {"edges": place}), "edges").reindex(range(PARTS))
-                rows.append([*run[RUN], *shares.map(FORM, na_action="ignore")])
+        for _, run in actions_of(part, "evaluate", "accuracy_by_position").iterrows():
+            found = run["done.accuracy_by_position"]
+            bins = pd.DataFrame(found | {"edges": found["edges"][:-1]})
+            if run["done.length"] == run[N] and bins["answers"].gt(0).sum() > 1:
+                bins["part"] = np.searchsorted(bounds, bins["edges"], side="right") - 1
+                rows.append([*run[RUN], *_shares(bins, "part").reindex(range(PARTS)).map(FORM, na_action="ignore")])
         if rows:
+            heads = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
             lines += [f"{setting}:", "", *table_of(pd.DataFrame(rows, columns=[*RUN, *heads])), ""]
     return [*SECTIONS["### By position of the question"], *lines] if lines else []
 
@@ -212,59 +225,53 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Right answers by length and depth, of every run that was evaluated at several lengths."""
     lines: list[str] = []
     for setting, part in _by_setting(frame):
-        rows, drawn = [], []
-        for name, evaluations in itertools.groupby(_done(part, "evaluate", "answers"), lambda pair: pair[0]["name"]):
-            counts = pd.DataFrame(
-                [
-                    (run, evaluation["length"], region, depth, right, answers)
-                    for run, evaluation in evaluations
-                    for region, found in evaluation["answers"].items()
-                    for depth, (right, answers) in enumerate(zip(found["right"], found["answers"]))
-                ],
-                columns=["run", "length", "region", "depth", "right", "answers"],
-            )
-            if counts["length"].nunique() < 2:
+        tables, drawn = [], []
+        for name, evaluations in actions_of(part, "evaluate", "answers").groupby("name", sort=False):
+            run = evaluations.iloc[0]
+            answers = {
+                (evaluation["done.length"], region): pd.DataFrame(found)
+                for _, evaluation in evaluations.iterrows()
+                for region, found in evaluation["done.answers"].items()
+            }
+            counts = pd.concat(answers, names=["length", "region", "depth"])
+            if counts.index.unique("length").size < 2:
                 continue
             regions = _shares(counts, ["length", "region"]).unstack()[list(REGIONS)]
             regions.insert(0, "all", _shares(counts, "length"))
-            run = counts["run"].iloc[0]
-            for length, shares in regions.map(FORM, na_action="ignore").iterrows():
-                rows.append([*run[RUN], f"{length:,}", *shares])
-            far = counts["region"] == "history"
-            depths = _shares(counts[far], ["length", "depth"]).unstack()
-            depths["near"] = _shares(counts[~far], "length")
+            table = regions.set_axis(SHARES, axis=1).map(FORM, na_action="ignore")
+            table.insert(0, "evaluated at", table.index.map("{:,}".format))
+            tables.append(pd.DataFrame([run[RUN]] * len(table), index=table.index).join(table))
+            depths = _shares(counts.xs("history", level="region"), ["length", "depth"]).unstack()
+            depths["near"] = _shares(counts.drop("history", level="region"), "length")
             label = f"{run['model']}, {run['learning rate']}, seed {run['seed']}"
             file = figures / f"results_lengths_{re.sub('[^a-z0-9]+', '_', name.lower())}.png"
             plot_heat_map(depths, label, file)
             drawn += shown(file, f"Answers right by length and depth: {label}")
-        if rows:
-            table = pd.DataFrame(rows, columns=[*RUN, "evaluated at", *SHARES])
-            lines += [f"Trained on {setting}:", "", *table_of(table), "", *drawn]
+        if tables:
+            lines += [f"Trained on {setting}:", "", *table_of(pd.concat(tables)), "", *drawn]
     return [*SECTIONS["### By length and depth"], *lines] if lines else []
 
 
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Loss by position in the sample and in later windows, at every length that was evaluated."""
-    rows = []
-    for run, part in _done(frame[~frame["again"]], "evaluate", "by_position"):
-        window = part["by_window_position"]
-        later = {"start": window["later"][0], "start_tokens": window["edges"][1]} if "later" in window else {}
-        sizes = {"length": part["length"], "evaluated": part["tokens"]}
-        rows.append({**run, **part["figures"], **sizes, **later, "bins": part["by_position"], "window": window})
-    if not rows:
+    parts = actions_of(frame[~frame["again"]], "evaluate", "by_position")
+    if parts.empty:
         return []
-    wanted = [column for column, _ in POSITION_COLUMNS.values()]
-    parts = pd.DataFrame(rows).reindex(columns=[*dict.fromkeys(["group", "bins", "window", *wanted])])
-    table = parts.sort_values("length", kind="stable").groupby(["length", "group"], sort=False).agg(**POSITION_COLUMNS)
+    parts = parts.join(pd.json_normalize(parts["done.figures"])).sort_values("done.length", kind="stable")
+    windows = parts["done.by_window_position"]
+    parts["start"] = windows.map(lambda window: window.get("later", [None])[0]).astype(float)
+    parts["start_tokens"] = windows.map(lambda window: window["edges"][1]).where(parts["start"].notna())
+    table = parts.groupby(["done.length", "group"], sort=False).agg(**POSITION_COLUMNS)
     lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
-    for length, members in parts.groupby("length"):
+    for length, members in parts.groupby("done.length"):
         file = figures / f"results_positions_{length}.png"
-        plot_lines(_binned(members, "bins", "loss"), ("position in the sample", LOSS), file)
+        plot_lines(_binned(members, "done.by_position", "loss"), ("position in the sample", LOSS), file)
         lines += shown(file, f"Loss by position in samples of {length:,} tokens")
-        windows = members.dropna(subset="start")
-        if len(windows):
+        members = members.dropna(subset="start")
+        if len(members):
             file = figures / f"results_window_positions_{length}.png"
-            plot_lines(_binned(windows, "window", "later"), ("position in a later window", LOSS), file, "symlog")
+            points = _binned(members, "done.by_window_position", "later")
+            plot_lines(points, ("position in a later window", LOSS), file, "symlog")
             lines += shown(file, f"Loss by position in the window, samples of {length:,} tokens")
     return lines
 
@@ -272,19 +279,15 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """What the history contributes; of each group the run of the first seed that was measured."""
     lines: list[str] = []
-    measured: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {}
-    for run, part in _done(frame, "history", "cuts"):
-        measured.setdefault(part["length"], {}).setdefault(run["group"], (f"{run['label']}, ", part))
-    for length, runs in sorted(measured.items()):
-        rows = [
-            (label[:-2], cut["distance"], *map(_change, (cut["change"], cut["affected_change"])), shares)
-            for label, part in runs.values()
-            for shares in [", ".join(map("{:.2f}".format, part["share"]))]
-            for cut in part["cuts"]
-        ]
-        heads = ["model", "rows of history left", "change in loss", "of tokens with more", "share by block"]
-        lines += [f"Samples of {length:,} tokens:", "", *table_of(pd.DataFrame(rows, columns=heads)), ""]
-        for file in plot_history([*runs.values()], figures, f"results_{length}_"):
+    measured = actions_of(frame, "history", "cuts").drop_duplicates(["group", "done.length"])
+    for length, runs in measured.groupby("done.length") if len(measured) else ():
+        table = runs[["label", "done.share", "done.cuts"]].explode("done.cuts", ignore_index=True)
+        table = table.join(pd.json_normalize(table.pop("done.cuts")))
+        for change in ("change", "affected_change"):
+            table[change] = table[change].map("{:+.4f}".format, na_action="ignore")
+        table["done.share"] = table["done.share"].map(lambda shares: ", ".join(map("{:.2f}".format, shares)))
+        lines += [f"Samples of {length:,} tokens:", "", *table_of(table[list(CUTS)].set_axis(CUTS.values(), axis=1)), ""]
+        for file in plot_history([*zip(runs["label"] + ", ", runs["done"])], figures, f"results_{length}_"):
             lines += shown(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens")
     return [*SECTIONS["## What the history contributes"], *lines] if lines else []
 
@@ -292,12 +295,10 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 def sample_lines(frame: pd.DataFrame) -> list[str]:
     """Generated texts; of each group the run of the first seed."""
     lines: list[str] = []
-    runs: dict[str, tuple[str, dict[str, Any]]] = {}
-    for run, part in _done(frame, "samples", "samples"):
-        runs.setdefault(run["group"], (run["name"], part))
-    for name, part in runs.values():
+    for _, run in actions_of(frame, "samples", "samples").drop_duplicates("group").iterrows():
+        part = run["done"]
         options = ", ".join(f"{option} {value}" for option, value in part.items() if option != "samples")
-        lines += [f"### {name}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
+        lines += [f"### {run['name']}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
         for sample in part["samples"]:
             lines += fenced(f"{sample['prompt']}|{sample['text']}")
     return ["## Samples", "", *lines] if lines else []
@@ -305,10 +306,8 @@ def sample_lines(frame: pd.DataFrame) -> list[str]:
 
 def run_lines(frame: pd.DataFrame) -> list[str]:
     """Every run with its device, versions, tokens and seed, then the commands."""
-    columns = {name: name for name in ("name", "device", "jax", "parameters", "steps", "tokens", "seed")}
-    columns |= {"config.data.dataset": "corpus", "config.data.tokenizer": "tokenizer", "name": "run", "jax": "JAX"}
     frame = frame.sort_index()
-    table = frame[list(columns)].rename(columns=columns)
+    table = frame[list(RUN_COLUMNS)].set_axis(RUN_COLUMNS.values(), axis=1)
     for name in ("parameters", "steps", "tokens"):
         table[name] = table[name].map("{:,}".format)
     return ["## Runs", "", *table_of(table), "", "Commands:", "", *fenced("\n".join(frame["command"].unique()))]
@@ -334,18 +333,6 @@ def _by_setting(frame: pd.DataFrame) -> Any:
     return frame.assign(**{"learning rate": frame[rate].map("{:g}".format), "seed": seeds}).groupby("setting")
 
 
-def _done(frame: pd.DataFrame, action: str, part: str) -> Iterator[tuple[pd.Series, dict[str, Any]]]:
-    """Each run with what an action gave, such as 'evaluate' and 'evaluate@8192', where that has `part`."""
-    for _, run in frame.iterrows():
-        for name, found in run["then"].items():
-            if name.partition("@")[0] == action and part in found:
-                yield run, found
-
-
-def _change(value: float | None) -> str:
-    return "" if value is None else f"{value:+.4f}"
-
-
 def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
     """Right answers over answers, NaN where there are none."""
     sums = counts.groupby(by)[["right", "answers"]].sum()
@@ -354,12 +341,11 @@ def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
 
 def _binned(parts: pd.DataFrame, bins: str, losses: str) -> pd.DataFrame:
     """The mean over seeds of the loss in each bin, at the middle of the bin."""
-    tables = []
-    for group, label, part in zip(parts["group"], parts["label"], parts[bins]):
-        edges = np.asarray(part["edges"])
-        middles = (edges[:-1] + edges[1:] - 1) / 2
-        tables.append(pd.DataFrame({"group": group, "label": label, "x": middles, "y": part[losses]}))
-    return _over_seeds(pd.concat(tables).astype({"y": float}))
+    points = parts[["group", "label"]].assign(
+        x=parts[bins].map(lambda part: (np.asarray(part["edges"][:-1]) + part["edges"][1:] - 1) / 2),
+        y=parts[bins].map(lambda part: part[losses]),
+    )
+    return _over_seeds(points.explode(["x", "y"]).astype({"x": float, "y": float}))
 
 
 def _over_seeds(points: pd.DataFrame) -> pd.DataFrame:
