@@ -127,9 +127,8 @@ def errors_by_flag() -> Iterator[None]:
     except ConfigError as error:
         section, _, name = error.field.rpartition(".")
         name = FLAG_OF_OPTION.get(name, name)
-        if name in flags.FLAGS and (
-            section in ("evaluation", "generation", "sampling") or error.field == "mesh.context"
-        ):
+        asked = section in ("evaluation", "generation", "sampling") or error.field == "mesh.context"
+        if asked and name in flags.FLAGS:
             raise UserError(f"--{name}={error.value}: {error.allowed}") from None
         raise
 
@@ -178,12 +177,7 @@ def cluster() -> "Cluster | None":
 
 
 def define_config_flag(help: str = "Config file; FILE:VARIANT picks a variant.", **settings: Any) -> None:
-    """Defines --config. Fields that the file leaves out get their defaults, so that all can be overridden.
-
-    Args:
-      help: of the flag.
-      **settings: for `config_flags.DEFINE_config_file`.
-    """
+    """Defines --config. Fields that the file leaves out get their defaults, so that all can be overridden."""
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, help, lock_config=False, **settings)
@@ -253,7 +247,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
-        fail(_plain(_first_line(_user_error(error) or error)))
+        text = _first_line(_user_error(error) or error)
+        for pattern, meaning in PLAIN.items():
+            text = re.sub(pattern, meaning, text)
+        fail(text)
     except Exception as error:
         # Raised by the config file, or by config_flags for fields that do not exist.
         fail(describe(error, argv))
@@ -288,13 +285,6 @@ PLAIN = {
     r"invalid literal for int\(\) with base \d+: .*$": "must be an integer",
     r"could not convert string to float: .*$": "must be a number",
 }
-
-
-def _plain(text: str) -> str:
-    """The message without terms of Python."""
-    for pattern, meaning in PLAIN.items():
-        text = re.sub(pattern, meaning, text)
-    return text
 
 
 def _missing_field(name: str) -> list[str] | None:

@@ -51,21 +51,16 @@ def main() -> None:
 
 
 def lines(measured: dict[str, Any]) -> list[str]:
-    """The cuts and shares to read."""
+    """The cuts and shares to read; '-' where no token counts."""
     from tlinformer_jax.files import markdown
 
-    rows = [
-        (f"{part['distance']:,}", *(number(part[name]) for name in ("loss", "change", "affected_change")))
-        for part in measured["cuts"]
-    ]
+    rows = []
+    for cut in measured["cuts"]:
+        values = (cut[name] for name in ("loss", "change", "affected_change"))
+        rows.append((f"{cut['distance']:,}", *("-" if value is None else f"{value:.4f}" for value in values)))
     text = markdown(("rows of history left", "loss", "change", "change of tokens with more"), rows)
     shares = ", ".join(f"{share:.3f}" for share in measured["share"])
     return [*text, f"share of the history in what x reads, by block: {shares or 'x does not read it'}"]
-
-
-def number(value: float | None) -> str:
-    """A loss or a change of one; '-' where no token counts."""
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _write(report: dict[str, Any], out: pathlib.Path) -> None:

@@ -32,10 +32,7 @@ def plot_lines(points: pd.DataFrame, names: tuple[str, str], file: pathlib.Path,
 def plot_heat_map(shares: pd.DataFrame, title: str, file: pathlib.Path) -> None:
     """Draws shares of right answers, 0 to 1; NaN is grey.
 
-    Args:
-      shares: a row for each length, drawn upwards; columns by depth, the last what the last windows hold.
-      title: of the figure.
-      file: to write.
+    They have a row for each length, drawn upwards, and columns by depth, the last what the last windows hold.
     """
     figure, axes = _figure("depth of the source before both windows", "tokens")
     axes.grid(visible=False)
