@@ -104,5 +104,6 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     kinds = ("mass", "cuts", "length", "same_tokens")
     assert {f"history_{kind}.{ending}" for kind in kinds for ending in ("csv", "png")} <= names
-    wrong = command("history", f"--workdir={workdir}", "--distances=4,x")
-    check_refusal(wrong, "--distances=4,x: must be integers of 0 or more with commas between")
+    for given in ("4,x", "-1,4"):
+        wrong = command("history", f"--workdir={workdir}", f"--distances={given}")
+        check_refusal(wrong, f"--distances={given}: must be integers of 0 or more with commas between")

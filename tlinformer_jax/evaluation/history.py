@@ -17,8 +17,8 @@ A window starts at position n; d >= 0 is a distance.
 """
 
 import collections
-import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ import numpy as np
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.tasks import Split
-from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.errors import UserError
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import BlockParams, dual_window_block
@@ -45,28 +45,19 @@ READERS = ("x", "z")
 Sums = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class HistoryOptions:
-    """At most `samples` samples, spread evenly over the split, of `length` tokens (None: as trained).
+def measure_history(
+    trained: TrainedRun,
+    stream: Split,
+    length: int | None = None,
+    *,
+    samples: int = SAMPLES,
+    distances: Sequence[int] = (),
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """Measures what this module defines, in at most `samples` samples of `length` tokens (None: as trained).
 
-    `distances`, at which the history is cut, rise; () is 0 and the powers of 4 from 16 that cut something.
-    """
-
-    samples: int = SAMPLES
-    length: int | None = None
-    distances: tuple[int, ...] = ()
-    batch_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "batch_size", *(("length",) if self.length is not None else ())):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"history.{name}", getattr(self, name), "must be at least 1")
-        if list(self.distances) != sorted(set(self.distances)) or min(self.distances, default=0) < 0:
-            raise ConfigError("history.distances", self.distances, "must rise from 0 or more")
-
-
-def measure_history(trained: TrainedRun, stream: Split, options: HistoryOptions = HistoryOptions()) -> dict[str, Any]:
-    """Measures what this module defines.
+    They are spread evenly over the split. `distances`, at which the history is cut, rise; () is 0 and the powers of 4
+    from 16 that cut something.
 
     Returns:
       JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, and 'all' for
@@ -75,21 +66,21 @@ def measure_history(trained: TrainedRun, stream: Split, options: HistoryOptions 
       being edges[i] .. edges[i + 1] - 1, and for x and z the masses of every block; share: of every block.
     """
     config = trained.run.config.model
-    length = options.length or trained.run.config.data.sequence_length
+    length = length or trained.run.config.data.sequence_length
     check_measurable(config, length)
     last = (num_windows(config, length) - 1) * config.generation_window
-    distances = options.distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
+    distances = distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
     distances = tuple(distance for distance in distances if distance < last)
     local = jax.tree.map(jnp.asarray, jax.device_get(trained.params))
     params: Any = trained.run.model.apply({"params": local}, method=trained.run.model.parameters)
     cuts = {"all": None} | {str(distance): distance for distance in distances}
     measures = {name: jax.jit(functools.partial(_sums, config=config, cut=cut)) for name, cut in cuts.items()}
-    totals: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in cuts}
+    totals: dict[str, dict[str, Any]] = {name: collections.defaultdict(float) for name in cuts}
     count = num_samples(stream, length)
-    wanted = min(count, options.samples)
+    wanted = min(count, samples)
     indices = np.arange(wanted) * count // wanted
-    for start in range(0, wanted, options.batch_size):
-        batch = take_samples(stream, length, indices[start : start + options.batch_size])
+    for start in range(0, wanted, batch_size):
+        batch = take_samples(stream, length, indices[start : start + batch_size])
         for name, measure in measures.items():
             for part, value in measure(params, batch).items():
                 totals[name][part] += np.asarray(value, np.float64)
@@ -227,9 +218,7 @@ def distance_edges(rows: int) -> np.ndarray:
     return 2 ** np.arange(max(1, int(rows).bit_length()))
 
 
-def _losses(
-    config: ModelConfig, distances: tuple[int, ...], totals: dict[str, collections.Counter[str]]
-) -> dict[str, Any]:
+def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """starts, tokens, losses, cuts and same_tokens of `measure_history`."""
     tokens: np.ndarray = totals["all"]["tokens"]
     starts = np.arange(len(tokens)) * config.generation_window
@@ -261,7 +250,7 @@ def _losses(
     }
 
 
-def _masses(config: ModelConfig, sums: dict[str, np.ndarray]) -> dict[str, Any]:
+def _masses(config: ModelConfig, sums: dict[str, Any]) -> dict[str, Any]:
     """mass and share of `measure_history`; nothing for x where it does not read the history."""
     totals = {name: value.sum(0) for name, value in sums.items()}
     used = max(int(np.flatnonzero(value).max()) + 1 for name, value in totals.items() if "mass" in name)

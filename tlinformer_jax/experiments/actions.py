@@ -43,9 +43,9 @@ def samples(trained: "TrainedRun") -> dict[str, Any]:
 
 def history(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]:
     """`evaluation.history` on the validation split, in samples of `length` tokens (None: as trained)."""
-    from tlinformer_jax.evaluation.history import HistoryOptions, measure_history
+    from tlinformer_jax.evaluation.history import measure_history
 
-    return measure_history(trained, trained.run.split("validation", length), HistoryOptions(length=length))
+    return measure_history(trained, trained.run.split("validation", length), length)
 
 
 ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"evaluate": evaluate, "samples": samples, "history": history}
@@ -77,6 +77,6 @@ def check_possible(names: Sequence[str], config: "RunConfig") -> None:
         if kind == "history":
             from tlinformer_jax.evaluation.history import check_measurable
 
-            check_measurable(config.model, *map(int, lengths or [config.data.sequence_length]))
+            check_measurable(config.model, int(lengths[0]) if lengths else config.data.sequence_length)
         if kind == "samples" and tokenizer.startswith(NUMBERS):
             raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")

@@ -88,10 +88,8 @@ CUTS = {
     "affected_change": "of tokens with more",
     "done.share": "share by block",
 }
-RUN_COLUMNS = {
-    **{"name": "run", "device": "device", "jax": "JAX", "parameters": "parameters", "steps": "steps"},
-    **{"tokens": "tokens", "seed": "seed", "config.data.dataset": "corpus", "config.data.tokenizer": "tokenizer"},
-}
+RUN_COLUMNS = {name: name for name in ("name", "device", "jax", "parameters", "steps", "tokens", "seed")}
+RUN_COLUMNS |= {"config.data.dataset": "corpus", "config.data.tokenizer": "tokenizer", "name": "run", "jax": "JAX"}
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
@@ -286,7 +284,12 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
         for change in ("change", "affected_change"):
             table[change] = table[change].map("{:+.4f}".format, na_action="ignore")
         table["done.share"] = table["done.share"].map(lambda shares: ", ".join(map("{:.2f}".format, shares)))
-        lines += [f"Samples of {length:,} tokens:", "", *table_of(table[list(CUTS)].set_axis(CUTS.values(), axis=1)), ""]
+        lines += [
+            f"Samples of {length:,} tokens:",
+            "",
+            *table_of(table[list(CUTS)].set_axis(CUTS.values(), axis=1)),
+            "",
+        ]
         for file in plot_history([*zip(runs["label"] + ", ", runs["done"])], figures, f"results_{length}_"):
             lines += shown(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens")
     return [*SECTIONS["## What the history contributes"], *lines] if lines else []
