@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from tlinformer_jax.data.tasks import REGIONS
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.experiments.figures import plot_heat_map, plot_history, plot_lines, plot_sweep
+from tlinformer_jax.experiments.figures import plot_heat_maps, plot_history, plot_lines, plot_sweep
 from tlinformer_jax.experiments.frame import (
     ACCURACIES,
     ARCHITECTURE,
@@ -31,6 +31,7 @@ from tlinformer_jax.experiments.frame import (
     frame_of,
     joined,
     knee_of,
+    legends,
     mean,
     points_of,
     read_records,
@@ -167,12 +168,35 @@ def against_base(frame: pd.DataFrame) -> pd.Series:
 
 
 def loss_figure(frame: pd.DataFrame, file: pathlib.Path) -> list[str]:
-    """Validation loss against trained tokens."""
+    """Validation loss against trained tokens, at each N less that of the Transformer."""
     points = frame[~frame["again"]].explode("history").dropna(subset="history")
-    points["x"] = points["history"].str[0] * (points["tokens"] / points["steps"]) / 1e6
+    points["x"] = (points["history"].str[0] * (points["tokens"] / points["steps"]) / 1e6).round(6)
     points["y"] = points["history"].str[1].astype(float)
-    plot_lines(_over_seeds(points), ("training tokens, millions", LOSS), file)
-    return shown(file, "Validation loss while training")
+    parts = {f"N = {length:,}": part.assign(label=legends(part)) for length, part in points.groupby(N)}
+    return draw_compared(parts, "training tokens, millions", "linear", file, "Validation loss while training")
+
+
+def draw_compared(
+    parts: dict[str, pd.DataFrame], x_name: str, x_scale: str, file: pathlib.Path, title: str
+) -> list[str]:
+    """Draws a panel for each part that has a curve to compare with, or all of them where none has; returns its line."""
+    panels = {name: compared(part) for name, part in parts.items()}
+    with_reference = {name: panel for name, panel in panels.items() if panel[1] != LOSS}
+    plot_lines(with_reference or panels, x_name, file, x_scale)
+    return shown(file, title)
+
+
+def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Curves, means over seeds, less that of a Transformer among them or else a sliding window; and what y is."""
+    keys = ["group", "label", ARCHITECTURE, "x"]
+    points = points.groupby(keys, sort=False, as_index=False)["y"].mean()
+    known = list(points[ARCHITECTURE].unique())
+    reference = next((name for name in ("transformer", "sliding_window") if name in known), None)
+    if reference is None or points["group"].nunique() == 1:
+        return points, LOSS
+    group, label = points.loc[points[ARCHITECTURE] == reference, ["group", "label"]].iloc[0]
+    both = points[points["group"] != group].merge(points[points["group"] == group][["x", "y"]], on="x")
+    return both.assign(y=both["y_x"] - both["y_y"]), f"loss above that of the {label},\nnats per token"
 
 
 def retrieval_lines(frame: pd.DataFrame) -> list[str]:
@@ -222,9 +246,9 @@ def question_lines(frame: pd.DataFrame) -> list[str]:
 def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Right answers by length and depth, of every run that was evaluated at several lengths."""
     lines: list[str] = []
-    for setting, part in _by_setting(frame):
-        tables, drawn = [], []
-        for name, evaluations in actions_of(part, "evaluate", "answers").groupby("name", sort=False):
+    for number, (setting, part) in enumerate(_by_setting(frame), 1):
+        tables, maps = [], {}
+        for _, evaluations in actions_of(part, "evaluate", "answers").groupby("name", sort=False):
             run = evaluations.iloc[0]
             answers = {
                 (evaluation["done.length"], region): pd.DataFrame(found)
@@ -241,12 +265,12 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             tables.append(pd.DataFrame([run[RUN]] * len(table), index=table.index).join(table))
             depths = _shares(counts.xs("history", level="region"), ["length", "depth"]).unstack()
             depths["near"] = _shares(counts.drop("history", level="region"), "length")
-            label = f"{run['model']}, {run['learning rate']}, seed {run['seed']}"
-            file = figures / f"results_lengths_{re.sub('[^a-z0-9]+', '_', name.lower())}.png"
-            plot_heat_map(depths, label, file)
-            drawn += shown(file, f"Answers right by length and depth: {label}")
+            maps[f"{run['model']}\nlearning rate {run['learning rate']}, seed {run['seed']}"] = depths
         if tables:
-            lines += [f"Trained on {setting}:", "", *table_of(pd.concat(tables)), "", *drawn]
+            file = figures / f"results_lengths_{part['config.data.dataset'].iloc[0]}_{part[N].iloc[0]}_{number}.png"
+            plot_heat_maps(maps, file)
+            lines += [f"Trained on {setting}:", "", *table_of(pd.concat(tables)), ""]
+            lines += shown(file, f"Answers right by length and depth: {setting}")
     return [*SECTIONS["### By length and depth"], *lines] if lines else []
 
 
@@ -262,15 +286,21 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     table = parts.groupby(["done.length", "group"], sort=False).agg(**POSITION_COLUMNS)
     lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
     for length, members in parts.groupby("done.length"):
+        members = members.assign(label=legends(members))
+        points, title = _binned(members, "done.by_position", "loss"), f"samples of {length:,} tokens"
         file = figures / f"results_positions_{length}.png"
-        plot_lines(_binned(members, "done.by_position", "loss"), ("position in the sample", LOSS), file)
-        lines += shown(file, f"Loss by position in samples of {length:,} tokens")
+        lines += draw_compared(
+            {title: points}, "position in the sample", "linear", file, f"Loss by position in {title}"
+        )
         members = members.dropna(subset="start")
-        if len(members):
+        by_size = members.groupby("config.model.generation_window")
+        windows = {
+            f"{title}, windows of {size}": _binned(part, "done.by_window_position", "later") for size, part in by_size
+        }
+        if windows:
             file = figures / f"results_window_positions_{length}.png"
-            points = _binned(members, "done.by_window_position", "later")
-            plot_lines(points, ("position in a later window", LOSS), file, "symlog")
-            lines += shown(file, f"Loss by position in the window, samples of {length:,} tokens")
+            name = "position in a later window"
+            lines += draw_compared(windows, name, "symlog", file, f"Loss by position in the window, {title}")
     return lines
 
 
@@ -290,7 +320,7 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             *table_of(table[list(CUTS)].set_axis(CUTS.values(), axis=1)),
             "",
         ]
-        for file in plot_history([*zip(runs["label"] + ", ", runs["done"])], figures, f"results_{length}_"):
+        for file in plot_history([*zip(legends(runs), runs["done"])], figures, f"results_{length}_"):
             lines += shown(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens")
     return [*SECTIONS["## What the history contributes"], *lines] if lines else []
 
@@ -343,14 +373,9 @@ def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
 
 
 def _binned(parts: pd.DataFrame, bins: str, losses: str) -> pd.DataFrame:
-    """The mean over seeds of the loss in each bin, at the middle of the bin."""
-    points = parts[["group", "label"]].assign(
+    """The loss of each run in each bin, at the middle of the bin."""
+    points = parts[["group", "label", ARCHITECTURE]].assign(
         x=parts[bins].map(lambda part: (np.asarray(part["edges"][:-1]) + part["edges"][1:] - 1) / 2),
         y=parts[bins].map(lambda part: part[losses]),
     )
-    return _over_seeds(points.explode(["x", "y"]).astype({"x": float, "y": float}))
-
-
-def _over_seeds(points: pd.DataFrame) -> pd.DataFrame:
-    """The mean of y at each x of each group."""
-    return points.groupby(["group", "label", "x"], sort=False, as_index=False)["y"].mean()
+    return points.explode(["x", "y"]).astype({"x": float, "y": float})
