@@ -80,6 +80,14 @@ def test_the_report_says_what_ran_where(finished):
     assert all("error" not in row for row in values["rows"])
 
 
+def test_a_token_without_cache_is_not_timed_where_a_prefill_costs_too_much():
+    plan = dataclasses.replace(PLAN, parts=("figure9",), max_uncached_length=100)
+    decoder, _ = runner._decoder(CONFIGS[1], 0, None)
+    ceilings = limits.Ceilings(1.0, 1.0, 1.0, 8)
+    found = [rows.measure_row(plan, decoder, length, 1, ceilings, lambda row: None) for length in (10, 16)]
+    assert ["uncached" in row for row in found] == [True, False]
+
+
 def test_cache_bytes_are_the_arrays_and_equation_7(finished):
     _, values = finished
     for row in values["rows"]:
