@@ -51,7 +51,7 @@ def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None
         axes.set_facecolor("lightgrey")
         depths = shares.shape[1] - 1
         values = np.insert(shares.to_numpy(float), depths, np.nan, axis=1)  # a gap before the last column
-        image = axes.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="cividis")
+        image = axes.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis")
         places = range(0, depths, -(-depths // PLACES))
         axes.set_yticks(range(len(shares)), [f"{length:,}" for length in shares.index])
         axes.set_xticks([*places, depths + 1], [*(f"{place / depths:.0%}" for place in places), "last\nwindows"])
