@@ -129,7 +129,7 @@ def test_windows_with_their_knee(tmp_path, drawn):
     assert any("| 128-384 | tlinformer | 1,024 | 128 + 384 | 0.250 | 2 x 4 | 0, 1 | 24.00 ±" in line for line in lines)
     knee = "knee at 128-384, share 0.250."
     assert f"W_total = 512, shares 0.125, 0.250, 0.500, 0.750, 0.875: {knee}" in lines
-    assert "![results sweep windows perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
+    assert "![Perplexity share](figures/results_sweep_windows_perplexity_share.png)" in lines
     (panel,) = drawn["results_sweep_windows_perplexity_share.png"]
     assert panel.lines["both windows 512 rows"] == [(size / 512, value) for size, value in shares.items()]
     assert not any("Architectures" in line or "Samples" in line or "position" in line for line in lines)

@@ -76,13 +76,14 @@ def plot_sweep(frame: pd.DataFrame, folder: pathlib.Path, prefix: str = "") -> l
         if named.empty:
             continue
         named = named.assign(**{column: named[column] * unit})
-        groups = [("point: observation + generation window", named, {"linestyle": "none"})]
+        alone: dict[str, Any] = {"linestyle": "none"}
+        groups = [("point: observation + generation window", named, alone)]
         if name == "share":
             on_curve = [group for curve in curves.values() for group in curve.index]
             groups = [(f"both windows {total:,} rows", curve, {}) for total, curve in curves.items()]
             knees = [(f"knee, both windows {total:,} rows", knee_of(part)[0]) for total, part in curves.items()]
-            groups += [(label, found, {"linestyle": "none", "markersize": 14}) for label, found in knees if len(found)]
-            groups += [("other sums", named.drop(on_curve), {"linestyle": "none"})]
+            groups += [(label, found, alone | {"markersize": 14}) for label, found in knees if len(found)]
+            groups += [("other sums", named.drop(on_curve), alone)]
         figure, (axes,) = figure_of()
         looks = styles(label for label, _, _ in groups)
         for label, part, change in groups:

@@ -137,7 +137,7 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             part = part.sort_values([N, DEPTH, "total", "share", "seed"])
             lines += [f"## Windows ({sweep}), {tokens} training tokens a point", "", *group_lines(part), ""]
             for file in plot_sweep(part, figures, f"results_{sweep}_"):
-                lines += shown(file, file.stem.replace("_", " "))
+                lines += shown(file, titled(file.stem.removeprefix(f"results_{sweep}_")))
     if "retrieval" in studies:
         lines += [*SECTIONS["## Retrieval"], *retrieval_lines(studies["retrieval"])]
         lines += question_lines(studies["retrieval"]) + length_lines(studies["retrieval"], figures)
@@ -314,14 +314,12 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
         for change in ("change", "affected_change"):
             table[change] = table[change].map("{:+.4f}".format, na_action="ignore")
         table["done.share"] = table["done.share"].map(lambda shares: ", ".join(map("{:.2f}".format, shares)))
-        lines += [
-            f"Samples of {length:,} tokens:",
-            "",
-            *table_of(table[list(CUTS)].set_axis(CUTS.values(), axis=1)),
-            "",
-        ]
+        table = table[list(CUTS)].set_axis(CUTS.values(), axis=1)
+        lines += [f"Samples of {length:,} tokens:", "", *table_of(table), ""]
         for file in plot_history([*zip(legends(runs), runs["done"])], figures, f"results_{length}_"):
-            lines += shown(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens")
+            lines += shown(
+                file, f"{titled(file.stem.removeprefix(f'results_{length}_'))}, samples of {length:,} tokens"
+            )
     return [*SECTIONS["## What the history contributes"], *lines] if lines else []
 
 
@@ -356,6 +354,11 @@ def fenced(text: str) -> list[str]:
 def shown(file: pathlib.Path, title: str) -> list[str]:
     """The line that shows a figure."""
     return [f"![{title}](figures/{file.name})", ""]
+
+
+def titled(name: str) -> str:
+    """The title of a figure from the name of its file."""
+    return name.replace("_", " ").capitalize()
 
 
 def _by_setting(frame: pd.DataFrame) -> Any:
