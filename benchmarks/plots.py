@@ -1,102 +1,153 @@
-"""The inference benchmark's figures: the six panels of the paper's Figure 9, and multiples of the limits."""
+"""The inference benchmark's figures: `python -m benchmarks.plots --record=FILE.json[,FILE.json] --out=DIR`.
 
+figure9.png has the six panels of the paper's Figure 9, by its protocol. generation.png is the comparison that a user
+feels: what a token costs on the average over a generation window with its slide, prefill and cache, on logarithmic
+axes. multiples.png has times as multiples of what the device could do at best. Of several records the first that has a
+row counts; `benchmarks.inference` draws its own.
+"""
+
+import itertools
+import json
 import pathlib
 from typing import Any
 
+from absl import flags
+
 from benchmarks.report import BASELINE, MODEL, ratios
+from tlinformer_jax.commands import cli
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, log_axes, save, short
+from tlinformer_jax.files import local_path
 
 Row = dict[str, Any]
-Curve = tuple[str, list[float], list[float]]
+WORDS = {
+    BASELINE: "Transformer",
+    MODEL: "TLinFormer",
+    "tconstformer": "TConstFormer",
+    "sliding_window": "sliding window",
+}
+KINDS = {"miss": "cache miss (first token)", "hit": "cache hit (third token)"}
+AVERAGE = "a token, averaged over a window and its slide"
+PARTS = {"sustained": "cache hit", "slide": "slide", "prefill": "prefill"}
 
 
 def write_plots(values: Row, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Writes figure9.png and multiples.png from the report's values.
-
-    Returns:
-      the files.
-
-    Raises:
-      ImportError: where matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
+    """Writes the figures of the report's values; returns their files. ImportError where matplotlib is missing."""
     rows = sorted((row for row in values["rows"] if row["batch"] == 1), key=lambda row: row["length"])
-    title = f"{values['device']}, jax {values['jax']}, d_model {values['config']['d_model']}"
-    panels = Figure(figsize=(15, 8), layout="constrained")
-    panels.suptitle(title)
-    for axes, (name, unit, curves) in zip(panels.subplots(2, 3).flat, _panels(rows)):
+    config = values["config"]
+    windows = f"{WORDS[MODEL]}: window {config['generation_window']}, observation {config['history_window']}"
+    title = f"{values['device']}, JAX {values['jax']}, width {config['d_model']}, batch 1. {windows}"
+    files = [folder / name for name in ("figure9.png", "generation.png", "multiples.png")]
+    sheet, panels = figure_of(2, 3, (4.6, 3.6))
+    for axes, (name, unit, curves) in zip(panels, figure9_panels(rows)):
         _draw(axes, name, unit, curves)
         axes.set_ylim(bottom=0)
-    multiples = Figure(figsize=(8, 5), layout="constrained")
-    axes = multiples.subplots()
-    _draw(axes, f"Time as a multiple of the limit\n{title}", "times", _multiples(rows))
-    axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(short)
+    sheet.suptitle(f"The protocol of the paper's Figure 9\n{title}", fontsize=10)
+    save(sheet, files[0])
+    sheet, panels = figure_of(2, 2, (5.4, 3.7))
+    every = generation_panels(rows)
+    for axes, (name, unit, curves) in zip(panels, every):
+        _draw(axes, name, unit, curves)
+        log_axes(axes)
+    sheet.suptitle(title, fontsize=10)
+    save(sheet, files[1])
+    sheet, (axes,) = figure_of()
+    _draw(axes, f"Time as a multiple of what this device could do at best\n{title}", "times", multiples(rows))
+    log_axes(axes)
     axes.axhline(1.0, color="grey", linewidth=1)
-    files = [folder / "figure9.png", folder / "multiples.png"]
-    panels.savefig(files[0], dpi=110)
-    multiples.savefig(files[1], dpi=110)
+    axes.title.set_fontsize(8)
+    save(sheet, files[2])
     return files
 
 
-def _panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
+def figure9_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
     """Title, unit and curves of the panels (a) to (f)."""
+    caches = [_curve(rows, WORDS[name], name, ("cache_bytes",), 1e-9) for name in _architectures(rows)]
+    base, ours = WORDS[BASELINE], WORDS[MODEL]
 
-    def protocol(architecture: str, *fields: str, factor: float = 1.0) -> list[Curve]:
-        return [
-            _curve(rows, field.split("_")[-2 if factor > 1 else -1], architecture, ("figure9", field), factor)
-            for field in fields
-        ]
+    def protocol(architecture: str, field: str, factor: float = 1.0) -> list[Curve]:
+        fields = {field.format(kind): label for kind, label in KINDS.items()}
+        return [_curve(rows, label, architecture, ("figure9", name), factor) for name, label in fields.items()]
 
-    compared = [row for row in ratios(rows) if row["batch"] == 1]
-    versus: list[Curve] = [
-        (name, [row["length"] for row in compared if name in row], [row[name] for row in compared if name in row])
-        for name in ("miss", "hit", "hit_sustained")
-    ]
-    architectures = dict.fromkeys(row["architecture"] for row in rows)
-    cache = [_curve(rows, name, name, ("cache_bytes",), 1e-9) for name in architectures]
-    cache += [_curve(rows, f"{name}, equation 7", name, ("equation_7_bytes",), 1e-9) for name in architectures]
-    seconds, without = ("miss_seconds", "hit_seconds"), ("uncached_over_miss", "uncached_over_hit")
     return [
-        (f"(a) latency of {BASELINE}", "ms", protocol(BASELINE, *seconds, factor=1e3)),
-        (f"(b) latency of {MODEL}", "ms", protocol(MODEL, *seconds, factor=1e3)),
-        (f"(c) {BASELINE}: without cache / with", "times", protocol(BASELINE, *without)),
-        (f"(d) {MODEL}: without cache / with", "times", protocol(MODEL, *without)),
-        ("(e) cache", "GB", cache),
-        (f"(f) {BASELINE} time / {MODEL} time", "times", versus),
+        (f"(a) {base}: time of a token", "ms", protocol(BASELINE, "{}_seconds", 1e3)),
+        (f"(b) {ours}: time of a token", "ms", protocol(MODEL, "{}_seconds", 1e3)),
+        (f"(c) {base}: time without cache / with", "times", protocol(BASELINE, "uncached_over_{}")),
+        (f"(d) {ours}: time without cache / with", "times", protocol(MODEL, "uncached_over_{}")),
+        ("(e) cache", "GB", caches),
+        (f"(f) {base} time / {ours} time", "times", _compared(rows, KINDS)),
     ]
 
 
-def _multiples(rows: list[Row]) -> list[Curve]:
+def generation_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
+    """Title, unit and curves: a token with its share of a slide, a prefill, the cache, and the baseline compared."""
+    tokens = [row | {"token": row["windows"]["seconds"] / row["windows"]["tokens"]} for row in rows if "windows" in row]
+    names = _architectures(rows)
+    kinds = {"windows": "a token, on the average", "prefill": "prefill", "hit_sustained": "cache hit"}
+    return [
+        (AVERAGE, "ms", [_curve(tokens, WORDS[name], name, ("token",), 1e3) for name in names]),
+        ("prefill", "ms", [_curve(rows, WORDS[name], name, ("prefill", "seconds"), 1e3) for name in names]),
+        ("cache", "MB", [_curve(rows, WORDS[name], name, ("cache_bytes",), 1e-6) for name in names]),
+        (f"{WORDS[BASELINE]} time / {WORDS[MODEL]} time", "times", _compared(rows, kinds)),
+    ]
+
+
+def _compared(rows: list[Row], kinds: dict[str, str]) -> list[Curve]:
+    """Baseline over TLinFormer, for each kind of ratio under its name."""
+    found = ratios(rows)
+    return [
+        (label, [row["length"] for row in found if kind in row], [row[kind] for row in found if kind in row])
+        for kind, label in kinds.items()
+    ]
+
+
+def multiples(rows: list[Row]) -> list[Curve]:
     """Of every architecture and part, time over limit."""
-    return [
-        _curve(rows, f"{name}, {label}", name, (part, "multiple"), 1.0)
-        for name in dict.fromkeys(row["architecture"] for row in rows)
-        for part, label in (("sustained", "hit sustained"), ("slide", "slide"), ("prefill", "prefill"))
-    ]
+    pairs = itertools.product(_architectures(rows), PARTS.items())
+    return [_curve(rows, f"{WORDS[name]}, {label}", name, (part, "multiple"), 1.0) for name, (part, label) in pairs]
+
+
+def _architectures(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["architecture"] for row in rows))
 
 
 def _curve(rows: list[Row], label: str, architecture: str, path: tuple[str, ...], factor: float) -> Curve:
     """What stands at `path` in the rows of one architecture that have it, times `factor`."""
-    points = [(row["length"], _at(row, path)) for row in rows if row["architecture"] == architecture]
-    measured = [(length, value * factor) for length, value in points if value is not None]
-    return label, [length for length, _ in measured], [value for _, value in measured]
-
-
-def _at(row: Row, path: tuple[str, ...]) -> Any:
-    for name in path:
-        row = row.get(name)  # type: ignore[assignment]
-        if row is None:
-            return None
-    return row
+    lengths, values = [], []
+    for row in rows:
+        found: Any = row if row["architecture"] == architecture else {}
+        for name in path:
+            found = found.get(name) if found else None
+        if found is not None:
+            lengths.append(row["length"])
+            values.append(found * factor)
+    return label, lengths, values
 
 
 def _draw(axes: Any, title: str, unit: str, curves: list[Curve]) -> None:
-    for label, lengths, values in curves:
-        if values:
-            axes.plot(lengths, values, marker="o", label=label)
-    axes.set_title(title)
-    axes.set_xlabel("N, tokens")
-    axes.set_ylabel(unit)
-    axes.set_xscale("log")
-    if axes.lines:
-        axes.legend(fontsize="small")
+    draw_curves(axes, curves)
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="N, tokens before it", ylabel=unit)
+
+
+def main() -> None:
+    """Draws the figures of committed records."""
+    names = RECORD.value
+    if not names:
+        raise UserError("--record: must name an inference.json")
+    try:
+        records = [json.loads(local_path(name, "--record").read_text(encoding="utf-8")) for name in names]
+        rows = {
+            (row["architecture"], row["length"], row["batch"]): row for part in records[::-1] for row in part["rows"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--record={','.join(names)}: must be records of benchmarks.inference ({error})") from None
+    for file in write_plots(records[0] | {"rows": list(rows.values())}, cli.writable_workdir(OUT.value, "--out")):
+        print(file)
+
+
+if __name__ == "__main__":
+    RECORD = flags.DEFINE_list("record", [], "Records of benchmarks.inference, inference.json.")
+    OUT = flags.DEFINE_string("out", "", "Directory of the figures.")
+    cli.run(main)

@@ -108,8 +108,8 @@ def measure_row(
             report(row)
         _release(session)
         current = "uncached"
-        # The forward pass is that of one device.
-        alone = batch == 1 and decoder.mesh is None
+        # The forward pass is that of one device; a baseline's costs the square of the length, as its prefill does.
+        alone = batch == 1 and decoder.mesh is None and can_prefill(plan, session)
         if "figure9" in plan.parts and alone and length <= plan.max_uncached_length:
             started = time.perf_counter()
             row["uncached"] = parts.uncached(session, plan.seconds)

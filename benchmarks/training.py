@@ -279,7 +279,7 @@ def _bytes(compiled: Any) -> int | None:
     return kept + found.temp_size_in_bytes
 
 
-def _integers(name: str, texts: Sequence[str]) -> list[int]:
+def integers(name: str, texts: Sequence[str]) -> list[int]:
     try:
         values = [int(text) for text in texts]
     except ValueError:
@@ -319,7 +319,7 @@ def main() -> None:
     """Times every row and writes the results after each."""
     import jax
 
-    lengths, sizes = _integers("--lengths", LENGTHS.value), _integers("--batch_tokens", BATCH_TOKENS.value)
+    lengths, sizes = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
     plan = jobs(_base(), TRY.value or [""], lengths, sizes)
     for job in plan:
         checked_mesh(job.config)

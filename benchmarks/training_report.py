@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, log_axes, save
+
 # Of a row; what each is, `training.time_job` says.
 COLUMNS = (
     "architecture",
@@ -101,27 +103,16 @@ def plot_training(rows: Sequence[Mapping[str, Any]], device: str, folder: pathli
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: the package matplotlib is not installed", file=sys.stderr)
         return []
-    from matplotlib.figure import Figure
-
     files = []
     for name, (column, label, unit) in FIGURES.items():
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot()
+        curves: list[Curve] = []
         for architecture in dict.fromkeys(row["architecture"] for row in rows):
-            points = sorted(
-                (row["length"], row[column] * unit)
-                for row in rows
-                if row["architecture"] == architecture and row[column] is not None
-            )
-            if points:
-                axes.plot(*zip(*points), marker="o", label=architecture)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("sequence length N, tokens")
-        axes.set_ylabel(label)
-        axes.set_title(f"Training, best batch, {device}")
-        axes.grid(True, which="both", alpha=0.3)
-        axes.legend()
-        figure.savefig(folder / name, dpi=150)
-        files.append(folder / name)
+            own = [row for row in rows if row["architecture"] == architecture and row[column] is not None]
+            points = sorted((row["length"], row[column] * unit) for row in own)
+            curves.append((architecture, [length for length, _ in points], [value for _, value in points]))
+        figure, (axes,) = figure_of()
+        draw_curves(axes, curves)
+        log_axes(axes)
+        axes.set(xlabel="sequence length N, tokens", ylabel=label, title=f"Training, best batch, {device}")
+        files.append(save(figure, folder / name))
     return files

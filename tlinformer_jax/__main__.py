@@ -16,7 +16,6 @@ _HOMES = {
     "sweep": "tlinformer_jax.commands.sweep",
     "report": "tlinformer_jax.commands.report",
     "history": "tlinformer_jax.commands.history",
-    "point": "tlinformer_jax.commands.point",  # a sweep starts it
 }
 
 

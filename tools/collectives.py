@@ -6,9 +6,11 @@ by itself is not in the text.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 KINDS = (
     "all-reduce",
@@ -20,8 +22,11 @@ KINDS = (
     "collective-broadcast",
     "send",
 )
-# Operations that hand their operand on unchanged, as far as a loop's counter is concerned.
+# Operations that hand their operand on unchanged, as far as a loop's counter is concerned, and those that run another
+# computation on their operands.
 SAME_VALUE = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier")
+CALLS = ("fusion", "call")
+MOST_TURNS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +104,9 @@ class Computation:
 Module = dict[str, Computation]
 
 
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """A computation at one place where it is run; `caller` runs it by `site`, None at the entry."""
-
-    computation: Computation
-    caller: "Frame | None" = None
-    site: Instruction | None = None
+# What is known of a value before the program runs: an integer, the parts of a tuple, or nothing.
+Value = int | tuple["Value", ...] | None
+Known = Callable[[str], Value]  # by an instruction's name
 
 
 def collectives(hlo_text: str) -> tuple[Collective, ...]:
@@ -118,7 +119,7 @@ def collectives(hlo_text: str) -> tuple[Collective, ...]:
       ValueError: if the text has no entry computation.
     """
     module, entry = parse(hlo_text)
-    return tuple(_walk(module, Frame(module[entry]), 1, True, set()))
+    return tuple(_walk(module, module[entry], lambda _: None, 1, True, set()))
 
 
 def parse(hlo_text: str) -> tuple[Module, str]:
@@ -186,30 +187,40 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     return tuple(Shape(dtype, tuple(int(size) for size in re.findall(r"\d+", dims))) for dtype, dims in found)
 
 
-def _walk(module: Module, frame: Frame, trips: int, known: bool, chains: set[tuple[str, str]]) -> Iterator[Collective]:
+def _walk(
+    module: Module,
+    computation: Computation,
+    argument: Callable[[int], Value],
+    trips: int,
+    certain: bool,
+    chains: set[tuple[str, str]],
+) -> Iterator[Collective]:
     """Collectives of a computation and of those that it runs, each with its number of runs.
 
     Args:
+      argument: what is known of the computation's arguments, the same in all of its runs.
       trips: how often the computation runs.
-      known: whether that is certain.
+      certain: whether that is sure.
       chains: of collectives that a TPU runs in several fusions, those already listed: (kind, channel and chain).
     """
-    for item in frame.computation.instructions.values():
+    known = _known(module, computation, argument)
+    for item in computation.instructions.values():
         kind = item.opcode.removesuffix("-start")
         if kind in KINDS and "is_host_transfer=true" not in item.attributes:
             if _first_of_chain(item, kind, chains):
-                yield _collective(frame.computation, item, kind, trips, known)
+                yield _collective(computation, item, kind, trips, certain)
         elif item.opcode == "while":
-            turns = _turns(module, frame, item)
-            certain, turns = known and turns is not None, 1 if turns is None else turns
+            turns, state = _loop(module, item, known(item.operands[0]))
+            sure, turns = certain and turns is not None, 1 if turns is None else turns
             for role, times in (("body", turns), ("condition", turns + 1)):
                 for name in item.computations(role):
-                    yield from _walk(module, Frame(module[name], frame, item), trips * times, certain, set())
+                    yield from _walk(module, module[name], lambda _, state=state: state, trips * times, sure, set())
         elif item.opcode not in ("async-update", "async-done"):
             called = ("calls", "called_computations", "branch_computations", "true_computation", "false_computation")
             for name in item.computations(*called, *(("to_apply",) if item.opcode == "call" else ())):
                 inner = chains if item.opcode == "fusion" else set()
-                yield from _walk(module, Frame(module[name], frame, item), trips, known, inner)
+                operands = _operands(item, known) if item.opcode in CALLS else lambda _: None
+                yield from _walk(module, module[name], operands, trips, certain, inner)
 
 
 def _first_of_chain(item: Instruction, kind: str, chains: set[tuple[str, str]]) -> bool:
@@ -239,133 +250,73 @@ def _collective(computation: Computation, item: Instruction, kind: str, trips: i
     return Collective(kind, operands, results, trips, item.name, op_name[1] if op_name else "", known)
 
 
-def _turns(module: Module, frame: Frame, loop: Instruction) -> int | None:
-    """How often a loop's body runs; None where neither XLA nor the loop's counter tells."""
-    told = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
-    if told:
-        return int(told[1])
-    condition = Frame(module[loop.computations("condition")[0]], frame, loop)
-    test = _resolved(module, condition, condition.computation.root)
-    if test is None or test[1].opcode != "compare":
-        return None
-    place, compare = test
-    left, right = compare.operands
-    order = (re.findall(r"direction=(\w+)", compare.attributes) or [""])[0]
-    counter = _element(module, place, left, loop)
-    if counter is None:
-        left, right = right, left
-        order = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(order, order)
-        counter = _element(module, place, left, loop)
-    if counter is None or order not in ("LT", "LE", "GT", "GE", "NE"):
-        return None
-    bound = _constant(module, place, right)
-    first = _constant(module, frame, _initial_name(frame, loop, counter))
-    step = _step(module, frame, loop, counter)
-    if bound is None or first is None or not step:
-        return None
-    distance = (bound - first if step > 0 else first - bound) + (order in ("LE", "GE"))
-    return max(0, -(-distance // abs(step)))
+def _loop(module: Module, loop: Instruction, state: Value) -> tuple[int | None, Value]:
+    """How often a loop's body runs, None if that is not known, and what it leaves of its state as it was.
 
-
-def _resolved(module: Module, frame: Frame, name: str) -> tuple[Frame, Instruction] | None:
-    """Where the value `name` is made, through copies, tuples, fusions and the computation's own arguments.
-
-    A value that a loop carries is followed outwards if the body leaves it as it is. The result is what no rule leads
-    further: a constant, an addition, or an element that a loop changes (`get-tuple-element` of its parameter).
+    XLA tells the number, or else the loop is played through with what is known of its state, such as its counter. Of a
+    loop whose number is told only the first turn is played.
     """
-    item = frame.computation.instructions.get(name)
-    if item is None:
+    told = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
+    body, condition = (module[loop.computations(role)[0]] for role in ("body", "condition"))
+    turn = _result(module, body, lambda _: state)
+    constant = _common(state, turn)
+    if told:
+        return int(told[1]), constant
+    for turns in range(MOST_TURNS):
+        goes_on = _result(module, condition, lambda _, state=state: state)
+        if not isinstance(goes_on, int) or not goes_on:
+            return turns if goes_on == 0 else None, constant
+        state = _result(module, body, lambda _, state=state: state)
+        constant = _common(constant, state)
+    return None, constant
+
+
+def _common(one: Value, other: Value) -> Value:
+    """What two values agree in."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return tuple(map(_common, one, other))
+    return one if one == other else None
+
+
+def _result(module: Module, computation: Computation, argument: Callable[[int], Value]) -> Value:
+    """What is known of a computation's result."""
+    return _known(module, computation, argument)(computation.root)
+
+
+def _operands(item: Instruction, known: Known) -> Callable[[int], Value]:
+    """What is known of an instruction's operands, by their number; nothing is looked up before it is asked for."""
+    return lambda number: known(item.operands[number])
+
+
+def _known(module: Module, computation: Computation, argument: Callable[[int], Value]) -> Known:
+    """What is known of the values in a computation, from its constants and from what is known of its arguments."""
+
+    @functools.cache
+    def known(name: str) -> Value:
+        item = computation.instructions.get(name)
+        if item is None:
+            return None
+        if item.opcode == "constant":
+            return int(item.operands[0]) if re.fullmatch(r"-?\d+", "".join(item.operands)) else None
+        if item.opcode == "parameter":
+            return argument(int(item.operands[0]))
+        if item.opcode in SAME_VALUE:
+            return known(item.operands[0])
+        if item.opcode == "tuple":
+            return tuple(map(known, item.operands))
+        if item.opcode == "get-tuple-element":
+            whole, index = known(item.operands[0]), int(re.findall(r"index=(\d+)", item.attributes)[0])
+            return whole[index] if isinstance(whole, tuple) else None
+        if item.opcode in CALLS:
+            called = module[item.computations("calls", "to_apply")[0]]
+            return _result(module, called, _operands(item, known))
+        if item.opcode == "while":
+            return _loop(module, item, known(item.operands[0]))[1]
+        if item.opcode in ("add", "subtract", "compare"):
+            left, right = map(known, item.operands)
+            direction = (re.findall(r"direction=(\w+)", item.attributes) or [item.opcode])[0].lower()
+            compute = getattr(operator, {"subtract": "sub"}.get(direction, direction))
+            return int(compute(left, right)) if isinstance(left, int) and isinstance(right, int) else None
         return None
-    if item.opcode in SAME_VALUE:
-        return _resolved(module, frame, item.operands[0])
-    if item.opcode == "fusion":
-        inner = Frame(module[item.computations("calls")[0]], frame, item)
-        return _resolved(module, inner, inner.computation.root)
-    if item.opcode == "parameter" and frame.caller and frame.site and frame.site.opcode in ("fusion", "call"):
-        return _resolved(module, frame.caller, frame.site.operands[int(item.operands[0])])
-    if item.opcode == "get-tuple-element":
-        return _resolved_element(module, frame, item)
-    return frame, item
 
-
-def _resolved_element(module: Module, frame: Frame, item: Instruction) -> tuple[Frame, Instruction] | None:
-    """`_resolved` of an element of a tuple."""
-    source = _resolved(module, frame, item.operands[0])
-    if source is None:
-        return None
-    place, whole = source
-    index = _index(item)
-    if whole.opcode == "tuple":
-        return _resolved(module, place, whole.operands[index])
-    if whole.opcode == "while" and _unchanged(module, whole, index):
-        return _resolved(module, place, _initial_name(place, whole, index))
-    loop = place.site
-    if whole.opcode == "parameter" and loop and loop.opcode == "while" and place.caller:
-        if _unchanged(module, loop, index):
-            return _resolved(module, place.caller, _initial_name(place.caller, loop, index))
-        return place, item
-    return None
-
-
-def _index(item: Instruction) -> int:
-    match = re.search(r"index=(\d+)", item.attributes)
-    return int(match[1]) if match else 0
-
-
-def _constant(module: Module, frame: Frame, name: str) -> int | None:
-    found = _resolved(module, frame, name)
-    if found is None or found[1].opcode != "constant" or not re.fullmatch(r"-?\d+", found[1].operands[0]):
-        return None
-    return int(found[1].operands[0])
-
-
-def _element(module: Module, frame: Frame, name: str, loop: Instruction) -> int | None:
-    """Which element of the loop's state `name` is; None if it is another value, or one that the loop leaves."""
-    found = _resolved(module, frame, name)
-    if found is None or found[1].opcode != "get-tuple-element" or found[0].site is not loop:
-        return None
-    return _index(found[1])
-
-
-def _initial_name(frame: Frame, loop: Instruction, index: int) -> str:
-    """Name, in the loop's own computation, of the value that an element of its state starts with; '' if not known."""
-    state = frame.computation.instructions[loop.operands[0]]
-    while state.opcode in SAME_VALUE:
-        state = frame.computation.instructions[state.operands[0]]
-    return state.operands[index] if state.opcode == "tuple" else ""
-
-
-def _next_name(body: Computation, index: int) -> str:
-    """Name, in a loop's body, of what an element of its state becomes; '' if not known."""
-    root = body.instructions[body.root]
-    return root.operands[index] if root.opcode == "tuple" else ""
-
-
-def _unchanged(module: Module, loop: Instruction, index: int) -> bool:
-    """Whether the loop's body hands an element of the loop's state on as it got it."""
-    body = module[loop.computations("body")[0]]
-    item = body.instructions.get(_next_name(body, index))
-    while item is not None and item.opcode in SAME_VALUE:
-        item = body.instructions.get(item.operands[0])
-    return (
-        item is not None
-        and item.opcode == "get-tuple-element"
-        and _index(item) == index
-        and body.instructions[item.operands[0]].opcode == "parameter"
-    )
-
-
-def _step(module: Module, frame: Frame, loop: Instruction, index: int) -> int | None:
-    """What the body adds to an integer of the loop's state; None if it does anything else with it."""
-    body = Frame(module[loop.computations("body")[0]], frame, loop)
-    found = _resolved(module, body, _next_name(body.computation, index))
-    if found is None or found[1].opcode not in ("add", "subtract"):
-        return None
-    place, change = found
-    left, right = change.operands
-    if _element(module, place, left, loop) == index:
-        amount = _constant(module, place, right)
-        return -amount if amount is not None and change.opcode == "subtract" else amount
-    if change.opcode == "add" and _element(module, place, right, loop) == index:
-        return _constant(module, place, left)
-    return None
+    return known

@@ -79,6 +79,14 @@ def test_the_report_says_what_ran_where(finished):
     assert all("error" not in row for row in values["rows"])
 
 
+def test_a_token_without_cache_is_not_timed_where_a_prefill_costs_too_much():
+    plan = dataclasses.replace(PLAN, parts=("figure9",), max_uncached_length=100)
+    decoder, _ = runner._decoder(CONFIGS[1], 0, None)
+    ceilings = limits.Ceilings(1.0, 1.0, 1.0, 8)
+    found = [rows.measure_row(plan, decoder, length, 1, ceilings, lambda row: None) for length in (10, 16)]
+    assert ["uncached" in row for row in found] == [True, False]
+
+
 def test_cache_bytes_are_the_arrays_and_equation_7(finished):
     _, values = finished
     for row in values["rows"]:
@@ -191,35 +199,65 @@ def test_panels_show_the_figures_of_the_report(finished, tmp_path, drawn):
     """Each curve has a point for every row that has its figure; the run has written the same pictures."""
     folder, values = finished
     files = write_plots(values, tmp_path)
-    assert [file.name for file in files] == list(drawn) == ["figure9.png", "multiples.png"]
+    assert [file.name for file in files] == list(drawn) == ["figure9.png", "generation.png", "multiples.png"]
     assert all((folder / file.name).read_bytes() == file.read_bytes() for file in files)
 
     def curve(architecture: str, part: str, name: str, unit: float = 1.0) -> list[tuple[float, float]]:
         rows = [row for row in values["rows"] if row["architecture"] == architecture]
         return [(row["length"], row[part][name] * unit) for row in rows if name in row.get(part, {})]
 
-    panels, (multiples,) = drawn.values()
+    def ratio(label: str, part: str, name: str) -> dict[str, list[tuple[float, float]]]:
+        pairs = zip(curve("transformer", part, name), curve("tlinformer", part, name))
+        return {label: [(length, theirs / ours) for (length, theirs), (_, ours) in pairs]}
+
+    panels, generation, (multiples,) = drawn.values()
+    words = {"tlinformer": "TLinFormer", "transformer": "Transformer"}
+    kinds = {"cache miss (first token)": "miss", "cache hit (third token)": "hit"}
     assert [panel.title[:3] for panel in panels] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
-    for panel, name in ((panels[0], "transformer"), (panels[1], "tlinformer")):
-        check_lines(panel.lines, {kind: curve(name, "figure9", f"{kind}_seconds", 1e3) for kind in ("miss", "hit")})
-    for panel, name in ((panels[2], "transformer"), (panels[3], "tlinformer")):
-        check_lines(panel.lines, {kind: curve(name, "figure9", f"uncached_over_{kind}") for kind in ("miss", "hit")})
-    assert [len(panels[1].lines[kind]) for kind in ("miss", "hit")] == [2, 2]
-    memory = {(row["architecture"], row["length"]): row["cache_bytes"] * 1e-9 for row in values["rows"]}
-    formula = {(row["architecture"], row["length"]): row["equation_7_bytes"] * 1e-9 for row in values["rows"]}
-    names = ("tlinformer", "transformer")
-    cache = {name: [(length, memory[name, length]) for length in (10, 16)] for name in names}
-    cache |= {f"{name}, equation 7": [(length, formula[name, length]) for length in (10, 16)] for name in names}
+    for name, times, uncached in (("transformer", 0, 2), ("tlinformer", 1, 3)):
+        expected = {label: curve(name, "figure9", f"{kind}_seconds", 1e3) for label, kind in kinds.items()}
+        check_lines(panels[times].lines, expected)
+        assert [len(points) for points in expected.values()] == [2, 2] or name == "transformer"
+        expected = {label: curve(name, "figure9", f"uncached_over_{kind}") for label, kind in kinds.items()}
+        check_lines(panels[uncached].lines, expected)
+    memory = {(row["architecture"], row["length"]): row["cache_bytes"] for row in values["rows"]}
+    cache = {words[name]: [(length, memory[name, length] * 1e-9) for length in (10, 16)] for name in words}
     check_lines(panels[4].lines, cache)
-    short, long = values["ratios"]
-    sustained = [(10, short["hit_sustained"]), (16, long["hit_sustained"])]
-    check_lines(
-        panels[5].lines, {"miss": [(10, short["miss"])], "hit": [(10, short["hit"])], "hit_sustained": sustained}
+    misses, hits = (ratio(label, "figure9", f"{kind}_seconds") for label, kind in kinds.items())
+    check_lines(panels[5].lines, misses | hits)
+
+    rows = {name: [row for row in values["rows"] if row["architecture"] == name] for name in words}
+    check_lines(  # windows of 4 tokens, each with what its slide takes
+        generation[0].lines,
+        {
+            words[name]: [(r["length"], r["windows"]["seconds"] / r["windows"]["tokens"] * 1e3) for r in rows[name]]
+            for name in words
+        },
     )
-    parts = {"hit sustained": "sustained", "slide": "slide", "prefill": "prefill"}
-    expected = {f"{name}, {label}": curve(name, part, "multiple") for name in names for label, part in parts.items()}
+    check_lines(generation[1].lines, {words[name]: curve(name, "prefill", "seconds", 1e3) for name in words})
+    check_lines(generation[2].lines, {label: [(x, 1e3 * y) for x, y in points] for label, points in cache.items()})
+    average = ratio("a token, on the average", "windows", "seconds")
+    prefill, hit = ratio("prefill", "prefill", "seconds"), ratio("cache hit", "sustained", "seconds")
+    check_lines(generation[3].lines, average | prefill | hit)
+    parts = {"cache hit": "sustained", "slide": "slide", "prefill": "prefill"}
+    expected = {
+        f"{words[name]}, {label}": curve(name, part, "multiple") for name in words for label, part in parts.items()
+    }
     check_lines(multiples.lines, {label: points for label, points in expected.items() if points})
     assert len(multiples.lines) == 5  # the baseline has no slide
+
+
+def test_figures_are_drawn_again_from_records(finished, tmp_path):
+    folder, _ = finished
+    drawn = commands.command("benchmarks.plots", f"--record={folder}/inference.json", f"--out={tmp_path}/again")
+    assert drawn.returncode == 0, drawn.stderr
+    for name in ("figure9.png", "generation.png", "multiples.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    (tmp_path / "other.json").write_text("[]")
+    for arguments, says in (([], "--record: must name"), ([f"--record={tmp_path}/other.json"], "must be records of")):
+        refused = commands.command("benchmarks.plots", *arguments, f"--out={tmp_path}/none")
+        commands.check_refusal(refused, says)
+    assert not (tmp_path / "none").exists()
 
 
 def test_without_matplotlib_one_line_says_so(finished, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from tlinformer_jax.decoding.cache import cache_bytes, cache_bytes_at, capacity_
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments import actions, driver
 from tlinformer_jax.experiments.actions import checked_actions
-from tlinformer_jax.experiments.driver import median, read_attempts, run_job, timed_attempt, train_seconds
+from tlinformer_jax.experiments.driver import read_attempts, run_job, timed_attempt
 from tlinformer_jax.experiments.job import Job, finished_result, read_result
 from tlinformer_jax.models import ModelConfig, build_model
 
@@ -30,8 +30,8 @@ CONFIG = run_config(
 
 
 def test_a_run_is_recorded_whole_and_only_once(tmp_path, monkeypatch):
-    def counted(run, params):
-        found.append(sum(np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(params)))
+    def counted(trained):
+        found.append(sum(np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(trained.params)))
         return {"sum": found[-1], "bad": float("nan")}
 
     found: list[float] = []
@@ -46,7 +46,6 @@ def test_a_run_is_recorded_whole_and_only_once(tmp_path, monkeypatch):
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {event["step"]: event["eval/loss"] for event in events if "eval/loss" in event}
     assert written["history"] == [[2, losses[2]], [4, losses[4]]]
-    assert written["best"]["loss"] == min(losses.values())
     assert written["validation"]["loss"] == losses[4]
     speeds = sorted(event["train/tokens_per_second"] for event in events if "train/tokens_per_second" in event)
     assert written["speed"]["tokens_per_second"] == pytest.approx(np.median(speeds))
@@ -55,7 +54,7 @@ def test_a_run_is_recorded_whole_and_only_once(tmp_path, monkeypatch):
     assert written["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(parameters))
     assert written["device"] == {"kind": jax.devices()[0].device_kind, "platform": "cpu", "count": 8}
     assert run_config(written["config"]) == CONFIG
-    assert written["seconds"]["wall"] > written["seconds"]["train"] > 0
+    assert written["seconds"]["wall"] > 4 * 8 * 32 / max(speeds)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".result.lock"}
     run_job(job)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -97,20 +96,6 @@ def test_time_is_that_of_all_attempts(tmp_path, monkeypatch):
     assert read_attempts(tmp_path) == {"count": 3, "seconds": 7.0 + 4 + 5, "since": None}
     (tmp_path / "attempts.json").write_text("{")
     assert read_attempts(tmp_path)["count"] == 0
-
-
-def test_time_of_training_by_the_logged_speeds():
-    events = [
-        {"step": 1, "train/loss": 1.0},
-        {"step": 4, "train/loss": 1.0, "train/tokens_per_second": 100.0},
-        {"step": 4, "eval/loss": 1.0},
-        {"step": 6, "train/loss": 1.0, "train/tokens_per_second": 50.0},
-        {"step": 7, "train/loss": 1.0, "train/tokens_per_second": 80.0},
-    ]
-    assert median(events, "train/tokens_per_second") == 80.0
-    # Steps of 10 tokens: the first at the median.
-    assert train_seconds(events, 10) == pytest.approx(10 / 80 + 30 / 100 + 20 / 50 + 10 / 80)
-    assert train_seconds(events[:1], 10) is None
 
 
 @pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer", "transformer", "sliding_window"])

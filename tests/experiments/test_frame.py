@@ -150,14 +150,14 @@ def test_tables_and_plots_of_a_sweep(tmp_path, drawn):
     means = {64: 30.0, 128: 26.0, 256: 22.0, 384: 21.5, 448: 21.0}
     spreads = [0, 8**0.5, 0, 0, 0]
     for panel, x in ((speed, 60_000.0), (cache, 1.5)):  # MB
-        assert panel.notes == {f"{size}-{512 - size}": (x, value) for size, value in means.items()}
+        assert panel.notes == {f"{size} + {512 - size}": (x, value) for size, value in means.items()}
         assert sorted(panel.points) == sorted(panel.notes.values())
         assert sorted(panel.spreads) == pytest.approx(sorted(spreads))
     check_lines(
-        {"W_total = 512": share.lines["W_total = 512"]},
-        {"W_total = 512": [(size / 512, value) for size, value in means.items()]},
+        {"curve": share.lines["both windows 512 rows"]},
+        {"curve": [(size / 512, value) for size, value in means.items()]},
     )
-    assert share.lines["knee, W_total = 512"] == [(0.5, 22.0)]
+    assert share.lines["knee, both windows 512 rows"] == [(0.5, 22.0)]
     assert share.spreads[:5] == pytest.approx(spreads)
 
 

@@ -26,16 +26,17 @@ SECTIONS = {
 
 def test_tables_and_figures(tmp_path, drawn):
     tables = history_tables(MEASURED)
-    assert tables["history_mass"].iloc[1].to_dict() == {"label": "x, block 0", "x": 2, "y": 0.75}
+    assert tables["history_mass"].iloc[1].to_dict() == {"label": "block 0, read by the window", "x": 2, "y": 0.75}
     assert tables["history_length"].iloc[1].to_dict() == {"label": "loss", "x": 4, "y": 2.5}
-    figures = plot_history([("one, ", MEASURED), ("two, ", MEASURED)], tmp_path, "results_")
+    figures = plot_history([("one", MEASURED), ("two", MEASURED)], tmp_path, "results_")
     assert [file.name for file in figures] == list(drawn)
     assert [file.name for file in figures] == [
         f"results_history_{kind}.png" for kind in ("mass", "cuts", "length", "same_tokens")
     ]
-    masses = {"x, block 0": [(1, 0.25), (2, 0.75)], "x, block 1": [(1, 0.5), (2, 0.5)]}
-    masses |= {"z, block 0": [(1, 0.1), (2, 0.9)], "z, block 1": [(1, 0.2), (2, 0.8)]}
-    for (panel,), curves in zip(
+    window, observation = "read by the window", "read by the observation window"
+    masses = {f"block 0, {window}": [(1, 0.25), (2, 0.75)], f"block 1, {window}": [(1, 0.5), (2, 0.5)]}
+    masses |= {f"block 0, {observation}": [(1, 0.1), (2, 0.9)], f"block 1, {observation}": [(1, 0.2), (2, 0.8)]}
+    for panels, curves in zip(
         drawn.values(),
         [
             masses,
@@ -45,8 +46,9 @@ def test_tables_and_figures(tmp_path, drawn):
         ],
         strict=True,
     ):
-        labels = [(run, label) for run in ("one", "two") for label in curves]
-        check_lines(panel.lines, {f"{run}, {label}": curves[label] for run, label in labels})
+        assert [panel.title for panel in panels] == ["one", "two"]
+        for panel in panels:
+            check_lines(panel.lines, curves)
 
 
 CUTS = [
@@ -71,8 +73,8 @@ def test_a_run_that_was_measured_has_its_rows_and_curves_in_the_report(tmp_path,
     assert any("](figures/results_12_history_cuts.png)" in line for line in lines)
     (cuts,) = drawn["results_12_history_cuts.png"]
     assert cuts.lines == {
-        "ours, all tokens": [(0, 0.5), (4, 0.75)],
-        "ours, tokens with more history": [(0, 1.0), (4, 1.5)],
+        "all tokens": [(0, 0.5), (4, 0.75)],
+        "tokens with more history": [(0, 1.0), (4, 1.5)],
     }
 
 
@@ -104,5 +106,6 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     kinds = ("mass", "cuts", "length", "same_tokens")
     assert {f"history_{kind}.{ending}" for kind in kinds for ending in ("csv", "png")} <= names
-    wrong = command("history", f"--workdir={workdir}", "--distances=4,x")
-    check_refusal(wrong, "--distances=4,x: must be integers of 0 or more with commas between")
+    for given in ("4,x", "-1,4"):
+        wrong = command("history", f"--workdir={workdir}", f"--distances={given}")
+        check_refusal(wrong, f"--distances={given}: must be integers of 0 or more with commas between")

@@ -115,7 +115,7 @@ def test_a_job_survives_being_written_down(tmp_path):
 
 def test_the_process_ends_when_its_starter_is_gone():
     """As after a kill -9 of the sweep: stdin ends, and nobody waits for it."""
-    script = "import time; from tlinformer_jax.commands import point; point._end_with_starter(); time.sleep(60)"
+    script = "import time; from tlinformer_jax.commands import sweep; sweep._end_with_starter(); time.sleep(60)"
     started = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
         with pytest.raises(subprocess.TimeoutExpired):

@@ -81,6 +81,17 @@ def test_a_loop_of_unknown_length_counts_once_and_says_so():
 
 
 @pytest.mark.parametrize("change", [str, _untold], ids=["told", "worked out"])
+def test_a_loop_whose_length_another_loop_changes_counts_once_in_each_of_its_turns(change):
+    def triangle(x):
+        return jax.lax.fori_loop(
+            0, 4, lambda i, x: jax.lax.fori_loop(0, i, lambda _, x: jax.lax.psum(x, "d") * 0.1, x), x
+        )
+
+    (found,) = collectives(change(_text(triangle)))
+    assert (found.kind, found.trips, found.known_trips) == ("all-reduce", 4, False)
+
+
+@pytest.mark.parametrize("change", [str, _untold], ids=["told", "worked out"])
 def test_scan_over_split_weights_and_its_gradient(change):
     mesh = _mesh()
 

@@ -14,36 +14,20 @@ BYTE_VOCABULARY = 512  # tokens of a vocabulary up to this size count as bytes
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
-    """The n-grams of one length.
+    """The n-grams of one length: int64 [n-grams] of training, and int64 [tokens] of the tokens to predict."""
 
-    Attributes:
-      contexts: of each n-gram of training, the number of its context, int64 [n-grams], rising.
-      counts: how often each was seen, int64 [n-grams].
-      preceded: how many different tokens were seen before each, int64 [n-grams].
-      asked: of each token to predict, the number of its n-gram, -1 where training has none, int64 [tokens].
-      asked_contexts: the same of its context.
-    """
-
-    contexts: np.ndarray
-    counts: np.ndarray
-    preceded: np.ndarray
-    asked: np.ndarray
-    asked_contexts: np.ndarray
+    contexts: np.ndarray  # of each n-gram, the number of its context, rising
+    counts: np.ndarray  # how often each was seen
+    preceded: np.ndarray  # how many different tokens were seen before each
+    asked: np.ndarray  # of each token to predict, the number of its n-gram, -1 where training has none
+    asked_contexts: np.ndarray  # the same of its context
 
 
 def kneser_ney_bits(train: np.ndarray, test: np.ndarray, vocab_size: int, context: int) -> list[float]:
-    """N-gram models with 0, 1, ... `context` tokens of context, fitted on `train`.
+    """Mean bits per token of n-gram models with 0, 1, ... `context` tokens of context, fitted on `train`.
 
-    A token is predicted from less where it has less context than the model sees, or one that training has not.
-
-    Args:
-      train: token ids [length], below vocab_size, more than context + 1.
-      test: token ids [length], at least 2.
-      vocab_size: number of ids.
-      context: of the largest model.
-
-    Returns:
-      the mean bits per token of each, over all tokens of `test` but the first.
+    Over all tokens of `test` but the first. A token is predicted from less where it has less context than the model
+    sees, or one that training has not. `train` must hold more than context + 1 tokens, `test` at least 2.
     """
     bits = []
     lower = np.full(len(test) - 1, 1.0 / vocab_size)

@@ -15,32 +15,20 @@ from tlinformer_jax.data.streams import TokenStream
 class Perplexity:
     """The figures of one evaluation.
 
-    Attributes:
-      per_token: exp(nats / evaluated tokens), end-of-text tokens included.
-      per_word: exp(nats / words), words between white space; the nats of line ends and end-of-text are shared
-        out over the words. None where the stream's words were not counted.
-      per_word_with_eol: exp(nats / (words + lines)): every line's end counts as one word, as in word-level
-        results on WikiText-103. None where words or lines were not counted.
-      bits_per_byte: nats / ln 2 / UTF-8 bytes of the text.
-      evaluated_tokens: tokens predicted.
-      share: of the stream's tokens that were predicted; the first token and the dropped remainder are not. Words,
-        lines and bytes are scaled by it.
+    Words are what stands between white space. Words, lines and bytes are scaled by `share`, that of the stream's tokens
+    that were predicted: the first token and the dropped remainder are not. None where a stream's were not counted.
     """
 
-    per_token: float
-    per_word: float | None
-    per_word_with_eol: float | None
-    bits_per_byte: float
+    per_token: float  # exp(nats / evaluated tokens), end-of-text tokens included
+    per_word: float | None  # exp(nats / words)
+    per_word_with_eol: float | None  # exp(nats / (words + lines)), as in word-level results on WikiText-103
+    bits_per_byte: float  # nats / ln 2 / UTF-8 bytes of the text
     evaluated_tokens: int
     share: float
 
 
 def perplexity(total_nats: float, evaluated_tokens: int, stream: TokenStream) -> Perplexity:
-    """Returns the figures for `total_nats`, the summed cross-entropy of `evaluated_tokens` tokens of `stream`.
-
-    Raises:
-      ValueError: if no token, or more than the stream holds, was evaluated.
-    """
+    """Returns the figures for `total_nats`, the summed cross-entropy of `evaluated_tokens` tokens of `stream`."""
     length = len(stream.tokens)
     if not 0 < evaluated_tokens <= length:
         raise ValueError(f"evaluated_tokens = {evaluated_tokens}: must be 1 to {length}, the stream's length")

@@ -34,9 +34,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
 
     def guarded(_: Sequence[str]) -> None:
-        signal.signal(signal.SIGTERM, _terminate)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(signal.SIGHUP, _terminate)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, _terminate)
         sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # at INFO Orbax logs every file
@@ -100,30 +100,20 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:
     """Defines --workdir and --step, for commands that read a run."""
+    workdir = flags.DEFINE_string("workdir", "", "Working directory of a run.")
     step = "Step of the checkpoint; the newest good one if not given."
-    return (
-        flags.DEFINE_string("workdir", "", "Working directory of a run."),
-        flags.DEFINE_integer("step", None, step, lower_bound=0),
-    )
+    return workdir, flags.DEFINE_integer("step", None, step, lower_bound=0)
 
 
 def given_path(flag: flags.FlagHolder[str], what: str) -> pathlib.Path:
-    """The path that a flag holds.
-
-    Raises:
-      UserError: if it is empty ("must name `what`") or no path.
-    """
+    """The path that a flag holds."""
     if not flag.value:
         raise UserError(f"--{flag.name}: must name {what}")
     return local_path(flag.value, f"--{flag.name}")
 
 
 def integers(flag: flags.FlagHolder[Any]) -> tuple[int, ...]:
-    """The numbers of a flag that is a list.
-
-    Raises:
-      UserError: if one is no integer.
-    """
+    """The numbers of a flag that is a list."""
     try:
         return tuple(int(text) for text in flag.value)
     except ValueError:
@@ -138,19 +128,14 @@ def errors_by_flag() -> Iterator[None]:
     except ConfigError as error:
         section, _, name = error.field.rpartition(".")
         name = FLAG_OF_OPTION.get(name, name)
-        if name in flags.FLAGS and (
-            section in ("evaluation", "generation", "sampling") or error.field == "mesh.context"
-        ):
+        asked = section in ("evaluation", "generation", "sampling") or error.field == "mesh.context"
+        if asked and name in flags.FLAGS:
             raise UserError(f"--{name}={error.value}: {error.allowed}") from None
         raise
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
-    """Creates the directory that `flag` names if needed; its absolute path.
-
-    Raises:
-      UserError: if it cannot be created or written.
-    """
+    """Creates the directory that `flag` names if needed; its absolute path."""
     if not path:
         raise UserError(f"{flag}: must name a directory")
     workdir = local_path(path, flag)
@@ -165,11 +150,7 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
 
 
 def text_of_file(path: str, flag: str) -> str:
-    """The text of the UTF-8 file that `flag` names, read as training text is.
-
-    Raises:
-      UserError: if it cannot be read, is not UTF-8 or is empty.
-    """
+    """The text of the UTF-8 file that `flag` names, read as training text is."""
     from tlinformer_jax.data.files import read_text
 
     try:
@@ -189,11 +170,7 @@ def define_process_flags() -> None:
 
 
 def cluster() -> "Cluster | None":
-    """The processes that run together, by the flags of `define_process_flags` or the cluster manager; None for one.
-
-    Raises:
-      UserError: for flags that are missing or not allowed.
-    """
+    """The processes that run together, by the flags of `define_process_flags` or the cluster manager; None for one."""
     from tlinformer_jax.parallel.processes import find_cluster
 
     values = flags.FLAGS
@@ -203,12 +180,7 @@ def cluster() -> "Cluster | None":
 def define_config_flag(
     help: str = "Config file, or the name of one of the package's; NAME:VARIANT picks a variant.", **settings: Any
 ) -> None:
-    """Defines --config. Fields that the file leaves out get their defaults, so that all can be overridden.
-
-    Args:
-      help: of the flag.
-      **settings: for `config_flags.DEFINE_config_file`.
-    """
+    """Defines --config. Fields that the file leaves out get their defaults, so that all can be overridden."""
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, help, lock_config=False, **settings)
@@ -243,11 +215,7 @@ def config_given() -> bool:
 
 
 def config_values() -> Any:
-    """The loaded config of the flag --config, a `DEFINE_config_file`.
-
-    Raises:
-      UserError: if the flag is missing or its file could not be loaded.
-    """
+    """The loaded config of the flag --config, a `DEFINE_config_file`."""
     from ml_collections import config_flags
 
     config, flag = flags.FLAGS.config, flags.FLAGS["config"]
@@ -282,7 +250,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
-        fail(_plain(_first_line(_user_error(error) or error)))
+        text = _first_line(_user_error(error) or error)
+        for pattern, meaning in PLAIN.items():
+            text = re.sub(pattern, meaning, text)
+        fail(text)
     except Exception as error:
         # Raised by the config file, or by config_flags for fields that do not exist.
         fail(describe(error, argv))
@@ -319,13 +290,6 @@ PLAIN = {
     r"invalid literal for int\(\) with base \d+: .*$": "must be an integer",
     r"could not convert string to float: .*$": "must be a number",
 }
-
-
-def _plain(text: str) -> str:
-    """The message without terms of Python."""
-    for pattern, meaning in PLAIN.items():
-        text = re.sub(pattern, meaning, text)
-    return text
 
 
 def _user_error(error: BaseException | None) -> UserError | None:

@@ -7,7 +7,7 @@ lengths than the trained one. --out=FILE.json keeps all of it, with what it was 
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -43,7 +43,11 @@ def main() -> None:
     lengths = tuple(dict.fromkeys(cli.integers(LENGTHS)))
     with cli.errors_by_flag():
         options = EvaluationOptions(LENGTH.value, lengths, BY_POSITION.value, BATCH_SIZE.value)
-    text = _text()
+    text = None
+    if TEXT_FILE.value is not None:
+        if flags.FLAGS["split"].present:
+            raise UserError("--split, --text_file: give one of the two")
+        text = cli.text_of_file(TEXT_FILE.value, "--text_file")
     cluster = cli.cluster()
     config = load_config(workdir)
     length = config.data.sequence_length
@@ -55,56 +59,37 @@ def main() -> None:
         # It would keep SIGTERM for a training loop; this command ends at once.
         jax.config.update("jax_enable_preemption_service", False)
     with joined(cluster), advised(lambda: evaluation_advice(batch_size)), cli.errors_by_flag():
-        _print(_evaluate(workdir, text, options))
+        _evaluate(workdir, text, options)
 
 
-def _text() -> str | None:
-    """The text of --text_file, None if it was not given.
-
-    Raises:
-      UserError: if it cannot be read, or a split was asked for too.
-    """
-    if TEXT_FILE.value is None:
-        return None
-    if flags.FLAGS["split"].present:
-        raise UserError("--split, --text_file: give one of the two")
-    return cli.text_of_file(TEXT_FILE.value, "--text_file")
-
-
-def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptions") -> "Report":
+def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptions") -> None:
+    """Evaluates; the first process prints the report, and writes it where --out says."""
     import jax
 
-    from tlinformer_jax.evaluation.report import evaluate_run, writable_file
+    from tlinformer_jax.evaluation.report import evaluate_run, lines, writable_file, write_report
     from tlinformer_jax.evaluation.text import evaluate_text
     from tlinformer_jax.evaluation.trained import load_run
     from tlinformer_jax.training.workdir import tell_changed_texts
 
-    if OUT.value is not None and jax.process_index() == 0:
-        writable_file(OUT.value)  # before the work, not after it
+    is_first = jax.process_index() == 0
+    out = writable_file(OUT.value) if OUT.value is not None and is_first else None  # before the work, not after it
     command = ["tlinformer_jax evaluate", *sys.argv[1:]]
     trained = load_run(workdir, STEP.value)
     if text is not None:
-        return evaluate_text(trained, text, options, text_file=TEXT_FILE.value or "", command=command)
-    # A length of one's own is checked under its own name, by `evaluate_run`.
-    stream = trained.run.split(SPLIT.value, None if options.length is None else 1)
-    tell_changed_texts({SPLIT.value: stream}, workdir)
-    return evaluate_run(trained, stream, options, split=SPLIT.value, command=command)
-
-
-def _print(report: "Report") -> None:
-    """Prints the report, and writes it where --out says."""
-    import jax
-
-    from tlinformer_jax.evaluation.report import lines, writable_file, write_report
-
-    if jax.process_index() != 0:
-        return
-    if OUT.value is not None:
-        write_report(report, writable_file(OUT.value))
-    if JSON.value:
-        kept = ("step", "split", "text_file", "tokens")
-        parts = ("answers", "by_position", "by_window_position", "accuracy_by_position", "by_length")
-        chosen = {name: report[name] for name in kept if name in report} | report["figures"]
-        print(json.dumps(chosen | {name: report[name] for name in parts if name in report}))
+        report = evaluate_text(trained, text, options, text_file=TEXT_FILE.value or "", command=command)
     else:
-        print("\n".join(lines(report)))
+        # A length of one's own is checked under its own name, by `evaluate_run`.
+        stream = trained.run.split(SPLIT.value, None if options.length is None else 1)
+        tell_changed_texts({SPLIT.value: stream}, workdir)
+        report = evaluate_run(trained, stream, options, split=SPLIT.value, command=command)
+    if out is not None:
+        write_report(report, out)
+    if is_first:
+        print(json.dumps(_figures(report)) if JSON.value else "\n".join(lines(report)))
+
+
+def _figures(report: "Report") -> dict[str, Any]:
+    """What --json prints: the report without what the user knows, its figures at the top."""
+    parts = ("answers", "by_position", "by_window_position", "accuracy_by_position", "by_length")
+    kept = {name: report[name] for name in ("step", "split", "text_file", "tokens") if name in report}
+    return kept | report["figures"] | {name: report[name] for name in parts if name in report}

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.errors import UserError
 
 WORKDIR, STEP = cli.run_flags()
 OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and figures; made if it is missing.")
@@ -25,7 +25,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Samples at a time.", lower_b
 
 def main() -> None:
     """Measures, prints a table of the cuts, and writes what --out asks for."""
-    from tlinformer_jax.evaluation.history import HistoryOptions, measure_history
+    from tlinformer_jax.evaluation.history import measure_history
     from tlinformer_jax.evaluation.report import describe
     from tlinformer_jax.evaluation.trained import load_run
     from tlinformer_jax.training.memory import advised, evaluation_advice
@@ -33,17 +33,16 @@ def main() -> None:
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")
     out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
-    try:
-        distances = tuple(sorted({int(text) for text in DISTANCES.value}))
-        options = HistoryOptions(SAMPLES.value, LENGTH.value, distances, BATCH_SIZE.value)
-    except (ValueError, ConfigError):
-        given = ",".join(DISTANCES.value)
-        raise UserError(f"--distances={given}: must be integers of 0 or more with commas between") from None
+    if not all(text.isdecimal() for text in DISTANCES.value):
+        raise UserError(f"--distances={','.join(DISTANCES.value)}: must be integers of 0 or more with commas between")
+    distances = sorted({int(text) for text in DISTANCES.value})
     use_compilation_cache()
     trained = load_run(workdir, STEP.value)
     stream = trained.run.split(SPLIT.value, LENGTH.value)
-    with advised(lambda: evaluation_advice(options.batch_size)):
-        measured = measure_history(trained, stream, options)
+    with advised(lambda: evaluation_advice(BATCH_SIZE.value)):
+        measured = measure_history(
+            trained, stream, LENGTH.value, samples=SAMPLES.value, distances=distances, batch_size=BATCH_SIZE.value
+        )
     print("\n".join(lines(measured)))
     if out is not None:
         command = ["tlinformer_jax history", *sys.argv[1:]]
@@ -51,21 +50,16 @@ def main() -> None:
 
 
 def lines(measured: dict[str, Any]) -> list[str]:
-    """The cuts and shares to read."""
+    """The cuts and shares to read; '-' where no token counts."""
     from tlinformer_jax.files import markdown
 
-    rows = [
-        (f"{part['distance']:,}", *(number(part[name]) for name in ("loss", "change", "affected_change")))
-        for part in measured["cuts"]
-    ]
+    rows = []
+    for cut in measured["cuts"]:
+        values = (cut[name] for name in ("loss", "change", "affected_change"))
+        rows.append((f"{cut['distance']:,}", *("-" if value is None else f"{value:.4f}" for value in values)))
     text = markdown(("rows of history left", "loss", "change", "change of tokens with more"), rows)
     shares = ", ".join(f"{share:.3f}" for share in measured["share"])
     return [*text, f"share of the history in what x reads, by block: {shares or 'x does not read it'}"]
-
-
-def number(value: float | None) -> str:
-    """A loss or a change of one; '-' where no token counts."""
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _write(report: dict[str, Any], out: pathlib.Path) -> None:

@@ -4,6 +4,8 @@ Each point gets a folder of DIR and a process of its own. Points that are finish
 interrupted go on from their checkpoints: after a kill, the same command does the rest. After each point DIR gets
 sweep.csv, sweep.json and sweep.md of all that are finished, and plots at the end. The status is 1 if a point has
 failed. In a job array, --point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N every N-th.
+
+`python -m tlinformer_jax.commands.sweep` is the process of one point, which `job.run_in_process` starts.
 """
 
 import contextlib
@@ -11,10 +13,12 @@ import dataclasses
 import fcntl
 import functools
 import importlib.util
+import os
 import pathlib
 import re
 import shlex
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -123,11 +127,7 @@ def define_flags() -> None:
 
 
 def _base(sweep: "Sweep") -> Any:
-    """The base with the command line's changes.
-
-    Raises:
-      UserError: for a change of a field that points set themselves, and of the seed.
-    """
+    """The base with the command line's changes."""
     if "config" not in flags.FLAGS:
         return None
     from ml_collections import config_flags
@@ -167,3 +167,31 @@ def _plot(done: "list[Record]", out: pathlib.Path) -> None:
         plot_sweep(frame_of(done), out)
     except ImportError as error:
         print(f"no plots: {error}; pip install 'tlinformer-jax[report]' has matplotlib", file=sys.stderr)
+
+
+def train_point() -> None:
+    """Trains the job on the first line of stdin; the status is `STOPPED` if a signal has stopped the training.
+
+    The sweep holds the other end of stdin. When that closes, the sweep has ended, and so does this process, so that its
+    directory is free for the next sweep.
+    """
+    line = sys.stdin.buffer.readline()
+    threading.Thread(target=_end_with_starter, daemon=True).start()
+
+    from tlinformer_jax.experiments.driver import run_job
+    from tlinformer_jax.experiments.job import STOPPED, Job
+    from tlinformer_jax.training.setup import use_compilation_cache
+
+    use_compilation_cache()
+    if run_job(Job.from_json(line.decode())) is None:
+        sys.exit(STOPPED)
+
+
+def _end_with_starter() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(train_point)

@@ -16,8 +16,9 @@ A window starts at position n; d >= 0 is a distance.
   the output projection of the `compress` layer without its bias.
 """
 
-import dataclasses
+import collections
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ import numpy as np
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.tasks import Split
-from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.errors import UserError
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import BlockParams, dual_window_block
@@ -44,59 +45,46 @@ READERS = ("x", "z")
 Sums = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class HistoryOptions:
-    """At most `samples` samples, spread evenly over the split, of `length` tokens (None: as trained).
+def measure_history(
+    trained: TrainedRun,
+    stream: Split,
+    length: int | None = None,
+    *,
+    samples: int = SAMPLES,
+    distances: Sequence[int] = (),
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """Measures what this module defines, in at most `samples` samples of `length` tokens (None: as trained).
 
-    `distances`, at which the history is cut, rise; () is 0 and the powers of 4 from 16 that cut something.
-    """
-
-    samples: int = SAMPLES
-    length: int | None = None
-    distances: tuple[int, ...] = ()
-    batch_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "batch_size", *(("length",) if self.length is not None else ())):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"history.{name}", getattr(self, name), "must be at least 1")
-        if list(self.distances) != sorted(set(self.distances)) or min(self.distances, default=0) < 0:
-            raise ConfigError("history.distances", self.distances, "must rise from 0 or more")
-
-
-def measure_history(trained: TrainedRun, stream: Split, options: HistoryOptions = HistoryOptions()) -> dict[str, Any]:
-    """Measures what this module defines.
+    They are spread evenly over the split. `distances`, at which the history is cut, rise; () is 0 and the powers of 4
+    from 16 that cut something.
 
     Returns:
       JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, and 'all' for
       nothing cut, -> mean loss of each window, None without tokens; cuts: {distance, loss, change, affected_tokens,
       affected_change} of each; same_tokens: {tokens, distances (None: nothing cut), losses}; mass: edges of bins, bin i
       being edges[i] .. edges[i + 1] - 1, and for x and z the masses of every block; share: of every block.
-
-    Raises:
-      UserError: see `check_measurable`.
     """
     config = trained.run.config.model
-    length = options.length or trained.run.config.data.sequence_length
+    length = length or trained.run.config.data.sequence_length
     check_measurable(config, length)
     last = (num_windows(config, length) - 1) * config.generation_window
-    distances = options.distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
+    distances = distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
     distances = tuple(distance for distance in distances if distance < last)
     local = jax.tree.map(jnp.asarray, jax.device_get(trained.params))
     params: Any = trained.run.model.apply({"params": local}, method=trained.run.model.parameters)
-    whole = jax.jit(functools.partial(_sums, config=config, cut=None, chunk=LOSS_CHUNK))
-    parts = {cut: jax.jit(functools.partial(_sums, config=config, cut=cut, chunk=LOSS_CHUNK)) for cut in distances}
-    totals: dict[str, dict[str, np.ndarray]] = {}
+    cuts = {"all": None} | {str(distance): distance for distance in distances}
+    measures = {name: jax.jit(functools.partial(_sums, config=config, cut=cut)) for name, cut in cuts.items()}
+    totals: dict[str, dict[str, Any]] = {name: collections.defaultdict(float) for name in cuts}
     count = num_samples(stream, length)
-    wanted = min(count, options.samples)
+    wanted = min(count, samples)
     indices = np.arange(wanted) * count // wanted
-    for start in range(0, len(indices), options.batch_size):
-        batch = take_samples(stream, length, indices[start : start + options.batch_size])
-        for name, measure in (("all", whole), *((str(cut), part) for cut, part in parts.items())):
-            sums = totals.setdefault(name, {})
+    for start in range(0, wanted, batch_size):
+        batch = take_samples(stream, length, indices[start : start + batch_size])
+        for name, measure in measures.items():
             for part, value in measure(params, batch).items():
-                sums[part] = sums.get(part, 0.0) + np.asarray(value, np.float64)
-    return _described(config, length, len(indices), distances, totals)
+                totals[name][part] += np.asarray(value, np.float64)
+    return {"length": length, "samples": wanted} | _losses(config, distances, totals) | _masses(config, totals["all"])
 
 
 def check_measurable(config: ModelConfig, length: int) -> None:
@@ -110,8 +98,8 @@ def check_measurable(config: ModelConfig, length: int) -> None:
         )
 
 
-def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None, chunk: int) -> Sums:
-    """Sums over a batch: losses and tokens of each window; where nothing is cut, those of `Probed` too."""
+def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None) -> Sums:
+    """Sums over a batch: losses and tokens of each window; where nothing is cut, those of `_probe` too."""
     dtype = config.compute_dtype
     blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
     size, length = config.generation_window, batch["inputs"].shape[1]
@@ -122,20 +110,20 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     embedded = jnp.pad(embedded, ((0, 0), (0, windows * size - length + width), (0, 0)))
     labels, weights = (jnp.pad(batch[name], ((0, 0), (0, windows * size - length))) for name in ("labels", "weights"))
 
+    def losses_of(window: jax.Array | int, states: jax.Array) -> Sums:
+        hidden = layer_norm(states, params.norm_scale, params.norm_bias)
+        own = [jax.lax.dynamic_slice_in_dim(rows, window * size, size, axis=1) for rows in (labels, weights)]
+        losses = token_losses(hidden, params.embedding, own[0], LOSS_CHUNK) * own[1]
+        return {"losses": jnp.sum(losses), "tokens": jnp.sum(own[1])}
+
     def one(window: jax.Array) -> Sums:
         probed: Sums = {}
         states = _window_states(blocks, config, embedded, window, cut, width, probed, length)
-        hidden = layer_norm(states, params.norm_scale, params.norm_bias)
-        own = [jax.lax.dynamic_slice_in_dim(rows, window * size, size, axis=1) for rows in (labels, weights)]
-        losses = token_losses(hidden, params.embedding, own[0], chunk) * own[1]
-        return {"losses": jnp.sum(losses), "tokens": jnp.sum(own[1])} | probed
+        return losses_of(window, states) | probed
 
-    first = _first_states(blocks, config, embedded[:, :size])
-    hidden = layer_norm(first, params.norm_scale, params.norm_bias)
-    losses = jnp.sum(token_losses(hidden, params.embedding, labels[:, :size], chunk) * weights[:, :size])
-    sums = jax.lax.map(one, jnp.arange(1, windows))
-    both = {"losses": losses, "tokens": jnp.sum(weights[:, :size])}
-    return {name: jnp.concatenate([both[name][None], part]) if name in both else part for name, part in sums.items()}
+    first = losses_of(0, _first_states(blocks, config, embedded[:, :size]))
+    later = jax.lax.map(one, jnp.arange(1, windows))
+    return later | {name: jnp.concatenate([value[None], later[name]]) for name, value in first.items()}
 
 
 def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -230,55 +218,51 @@ def distance_edges(rows: int) -> np.ndarray:
     return 2 ** np.arange(max(1, int(rows).bit_length()))
 
 
-def _described(
-    config: ModelConfig, length: int, samples: int, distances: tuple[int, ...], totals: dict[str, dict[str, np.ndarray]]
-) -> dict[str, Any]:
-    """The sums as `measure_history` returns them."""
-    tokens = totals["all"]["tokens"]
+def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """starts, tokens, losses, cuts and same_tokens of `measure_history`."""
+    tokens: np.ndarray = totals["all"]["tokens"]
     starts = np.arange(len(tokens)) * config.generation_window
-    all_losses = totals["all"]["losses"]
+    losses: dict[str, np.ndarray] = {name: sums["losses"] for name, sums in totals.items()}
     cuts = []
     for distance in distances:
-        losses, affected = totals[str(distance)]["losses"], starts > distance
-        cut = {"distance": distance, "loss": _mean(losses, tokens), "change": _mean(losses - all_losses, tokens)}
-        cut["affected_tokens"] = int(tokens[affected].sum())
-        cut["affected_change"] = _mean((losses - all_losses)[affected], tokens[affected])
-        cuts.append(cut)
+        lost, affected = losses[str(distance)] - losses["all"], starts > distance
+        cuts.append(
+            {
+                "distance": distance,
+                "loss": _mean(losses[str(distance)], tokens),
+                "change": _mean(lost, tokens),
+                "affected_tokens": int(tokens[affected].sum()),
+                "affected_change": _mean(lost[affected], tokens[affected]),
+            }
+        )
     same = starts >= max(distances, default=0)
     names = [*map(str, distances), "all"]
     return {
-        "length": length,
-        "samples": samples,
         "starts": starts.tolist(),
         "tokens": [int(count) for count in tokens],
-        "losses": {name: [_mean(*pair) for pair in zip(totals[name]["losses"], tokens)] for name in names},
+        "losses": {name: [_mean(*pair) for pair in zip(losses[name], tokens)] for name in names},
         "cuts": cuts,
         "same_tokens": {
             "tokens": int(tokens[same].sum()),
             "distances": [*distances, None],
-            "losses": [_mean(totals[name]["losses"][same], tokens[same]) for name in names],
+            "losses": [_mean(losses[name][same], tokens[same]) for name in names],
         },
-        **_masses(config, totals["all"]),
     }
 
 
-def _masses(config: ModelConfig, sums: dict[str, np.ndarray]) -> dict[str, Any]:
-    """mass and share of `measure_history`."""
-    used = max(1, *(int(np.flatnonzero(part.sum(0)).max()) + 1 for name, part in sums.items() if "mass" in name))
+def _masses(config: ModelConfig, sums: dict[str, Any]) -> dict[str, Any]:
+    """mass and share of `measure_history`; nothing for x where it does not read the history."""
+    totals = {name: value.sum(0) for name, value in sums.items()}
+    used = max(int(np.flatnonzero(value).max()) + 1 for name, value in totals.items() if "mass" in name)
+
+    def by_block(name: str, queries: str) -> list[Any]:
+        found = [block for block in range(config.num_blocks) if f"{name}_{block}" in totals]
+        return [totals[f"{name}_{block}"] / totals[f"{queries}_{block}"] for block in found]
+
     mass: dict[str, Any] = {"edges": [2**power for power in range(used + 1)]}
-    blocks = range(config.num_blocks)
     for reader in READERS:
-        mass[reader] = [
-            (sums[f"mass_{reader}_{block}"].sum(0)[:used] / sums[f"queries_{reader}_{block}"].sum()).tolist()
-            for block in blocks
-            if f"mass_{reader}_{block}" in sums
-        ]
-    shares = [
-        float(sums[f"share_{block}"].sum() / sums[f"queries_x_{block}"].sum())
-        for block in blocks
-        if f"share_{block}" in sums
-    ]
-    return {"mass": mass, "share": shares}
+        mass[reader] = [part[:used].tolist() for part in by_block(f"mass_{reader}", f"queries_{reader}")]
+    return {"mass": mass, "share": [float(share) for share in by_block("share", "queries_x")]}
 
 
 def _mean(losses: Any, tokens: Any) -> float | None:

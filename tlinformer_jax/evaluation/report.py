@@ -45,19 +45,12 @@ TEXT_COLUMNS, TASK_COLUMNS = ("perplexity", "bits_per_byte"), ("accuracy", "accu
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
-    """What is asked of an evaluation.
+    """What is asked of an evaluation."""
 
-    Attributes:
-      length: tokens of a sample, with all tokens evaluated; None for whole samples of data.sequence_length.
-      lengths: more lengths at which all tokens are evaluated.
-      by_position: whether to give losses by position in the sample and in the window.
-      batch_size: sequences at a time; None for as many as have the tokens of the configured batch.
-    """
-
-    length: int | None = None
-    lengths: tuple[int, ...] = ()
-    by_position: bool = False
-    batch_size: int | None = None
+    length: int | None = None  # tokens of a sample, with all tokens evaluated; None for whole samples as trained
+    lengths: tuple[int, ...] = ()  # more lengths at which all tokens are evaluated
+    by_position: bool = False  # losses by position in the sample and in the window, too
+    batch_size: int | None = None  # sequences at a time; None for as many as have the tokens of the configured batch
 
     def __post_init__(self) -> None:
         lengths = [("lengths", size) for size in self.lengths]
@@ -68,19 +61,12 @@ class EvaluationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tokens that are evaluated.
+    """The tokens that are evaluated."""
 
-    Attributes:
-      name: in messages.
-      stream: its first token is context only.
-      counted: the stream whose words, lines and bytes are counted.
-      whole: whether a stream shorter than a sample is one, too.
-    """
-
-    name: str
-    stream: Split
-    counted: Split
-    whole: bool = False
+    name: str  # in messages
+    stream: Split  # its first token is context only
+    counted: Split  # whose words, lines and bytes are counted
+    whole: bool = False  # a stream shorter than a sample is one, too
 
 
 def evaluate_run(
@@ -91,19 +77,12 @@ def evaluate_run(
     split: str,
     command: Sequence[str] = (),
 ) -> Report:
-    """Evaluates parameters on a split.
+    """Evaluates parameters on a split that `Run.split` gives; `split` is its name.
 
     Without `options.length` the figures are over the split's whole samples, as in training: the first token is not
     predicted, and what follows the last whole sample is left out. Those of `options.length` and `options.lengths` are
     over every token but the first, the last sample being shorter: all lengths share the same tokens, and differ in how
     much of the text before it each token sees.
-
-    Args:
-      trained: the run with its parameters.
-      stream: the split, as `Run.split` gives it.
-      options: what is asked for.
-      split: its name, for the report.
-      command: for the report.
 
     Returns:
       JSON: what `describe` gives; split; length, batch_size, tokens that were predicted, figures (see
@@ -241,7 +220,13 @@ def lines(report: Report) -> list[str]:
     name = report.get("text_file") or f"{report['split']} split"
     text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
     text += [f"  {LABELS[name]:26} {_number(value)}" for name, value in report["figures"].items()]
-    text += _positions(report)
+    if "by_position" in report:
+        whole, window = report["by_position"], report["by_window_position"]
+        text += _table(("position", "tokens", "loss"), _rows(whole["edges"], whole["loss"], whole["tokens"]))
+        parts = [part for part in ("first", "later") if part in window]
+        curves = [_rows(window["edges"], window[part], window[f"{part}_tokens"]) for part in parts]
+        heads = ("position in the window", "first window", "later windows")[: 1 + len(parts)]
+        text += _table(heads, [(row[0][0], *(place[2] for place in row)) for row in zip(*curves)])
     if "by_length" in report:
         columns = ("loss", *(TASK_COLUMNS if "answers" in report else TEXT_COLUMNS))
         sizes = ("length", "batch_size", "tokens")
@@ -249,41 +234,26 @@ def lines(report: Report) -> list[str]:
             (*(f"{part[name]:,}" for name in sizes), *(_number(part["figures"].get(name)) for name in columns))
             for part in report["by_length"]
         ]
-        heads = (name.replace("_", " ") for name in columns)
-        text += _table(("length", "sequences at a time", "tokens", *heads), rows)
+        heads = ("length", "sequences at a time", "tokens", *(name.replace("_", " ") for name in columns))
+        text += _table(heads, rows)
     return text
 
 
-def _positions(report: Report) -> list[str]:
-    """Tables of the loss by position, where the report has it."""
-    if "by_position" not in report:
-        return []
-    whole, window = report["by_position"], report["by_window_position"]
-    text = _table(("position", "tokens", "loss"), _joined(whole["edges"], (whole["loss"], whole["tokens"])))
-    later = [(window["later"], window["later_tokens"])] if "later" in window else []
-    heads = ("first window", "later windows")[: 1 + len(later)]
-    rows = _joined(window["edges"], (window["first"], window["first_tokens"]), *later)
-    return text + _table(("position in the window", *heads), [(row[0], *row[2::2]) for row in rows])  # without tokens
-
-
-def _joined(edges: Sequence[int], *curves: tuple[list[Any], list[int]]) -> list[tuple[str, ...]]:
-    """Rows (positions, then tokens and mean loss of each curve), neighbouring bins joined until they are few."""
-    joined = -(-(len(edges) - 1) // MOST_ROWS)
-    starts = np.arange(0, len(edges) - 1, joined)
+def _rows(edges: Sequence[int], means: Sequence[float | None], tokens: Sequence[int]) -> list[tuple[str, ...]]:
+    """Positions, tokens and mean loss of bins; neighbours are joined until they are at most MOST_ROWS."""
+    starts = np.arange(0, len(tokens), -(-len(tokens) // MOST_ROWS))
     bounds = [*np.asarray(edges)[starts], edges[-1]]
-    columns: list[list[str]] = [[f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]]
-    for means, tokens in curves:
-        weights = np.asarray(tokens, float)
-        sums = np.asarray([mean if mean is not None else 0.0 for mean in means]) * weights
-        total, count = (np.add.reduceat(values, starts) for values in (sums, weights))
-        columns.append([f"{number:,.0f}" for number in count])
-        columns.append([_number(loss / number if number else None) for loss, number in zip(total, count)])
-    return list(zip(*columns))
+    losses = np.nan_to_num(np.asarray(means, float)) * tokens
+    sums, counts = (np.add.reduceat(values, starts) for values in (losses, np.asarray(tokens)))
+    return [
+        (f"{low:,} to {high - 1:,}", f"{count:,}", _number(total / count if count else None))
+        for (low, high), total, count in zip(itertools.pairwise(bounds), sums, counts)
+    ]
 
 
 def _table(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    return ["", *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in (heads, *rows))]
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    return ["", *("  " + "  ".join(map(str.rjust, row, widths)) for row in (heads, *rows))]
 
 
 def _number(value: float | None) -> str:

@@ -38,13 +38,10 @@ def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: 
         from tlinformer_jax import load_run, text_perplexity
 
         figures = text_perplexity("runs/tiny", "The for statement is used to iterate.")
-        print(figures.perplexity, figures.bits_per_byte)
-
         run = load_run("runs/tiny")  # for many texts: restores and compiles once
         losses = [text_perplexity(run, text).loss for text in ("A class.", "A function.")]
 
-    Raises:
-      UserError: for an empty text, a length that is not allowed, or a directory that cannot be used.
+    Raises a UserError for an empty text, a length that is not allowed, or a directory that cannot be used.
     """
     trained = source if isinstance(source, TrainedRun) else load_run(source)
     tokens = text_source(text, trained.run.tokenizer)
@@ -63,18 +60,9 @@ def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: 
 
 
 def evaluate_text(
-    trained: TrainedRun,
-    text: str,
-    options: EvaluationOptions,
-    *,
-    text_file: str,
-    command: Sequence[str] = (),
+    trained: TrainedRun, text: str, options: EvaluationOptions, *, text_file: str, command: Sequence[str] = ()
 ) -> Report:
-    """What `evaluate_run` returns, of all tokens of a text at every length, with text_file in the place of split.
-
-    Raises:
-      UserError: for a text without a token, or a length in `options.lengths` that it cannot fill.
-    """
+    """What `evaluate_run` returns, of all tokens of a text at every length, with text_file in the place of split."""
     source = text_source(text, trained.run.tokenizer, text_file)
     head = describe(trained, command) | {"text_file": text_file}
     return finite(head | evaluate_source(trained, source, options))

@@ -25,8 +25,7 @@ class TrainedRun:
 def load_run(workdir: str | pathlib.Path, step: int | None = None) -> TrainedRun:
     """A run of a working directory with its newest good checkpoint's parameters, or those of `step`, on all devices.
 
-    Raises:
-      UserError: if the directory holds no run, no checkpoint or no tokenizer that fits.
+    Raises a UserError if the directory holds no run, no checkpoint or no tokenizer that fits.
     """
     workdir = local_path(workdir, "workdir")
     # Any machine will do, whatever mesh the training had.

@@ -1,7 +1,6 @@
 """Trains a job, records it in result.json, and carries out its actions: `run_job`."""
 
 import contextlib
-import itertools
 import json
 import pathlib
 import statistics
@@ -15,6 +14,7 @@ import tlinformer_jax
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.decoding.cache import cache_bytes_at
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
 from tlinformer_jax.files import write_text
@@ -24,7 +24,6 @@ from tlinformer_jax.training.memory import memory_advice, peak_bytes
 from tlinformer_jax.training.metrics import METRICS_FILE, clock, say
 from tlinformer_jax.training.workdir import sole_run
 
-Events = Sequence[dict[str, Any]]
 ATTEMPTS_FILE = "attempts.json"
 LOCK_FILE = ".result.lock"  # held until the actions are done, longer than the training's own lock
 
@@ -56,7 +55,7 @@ def run_job(
         write_result(job.workdir / RESULT_FILE, result)
         for name in job.then:
             started = time.perf_counter()
-            result["then"][name] = run_action(name, trained.run, trained.params)
+            result["then"][name] = run_action(name, TrainedRun(trained.run, trained.params, trained.step))
             write_result(job.workdir / RESULT_FILE, result)
             say(f"{name}: done  ({clock(time.perf_counter() - started)})")
         return result
@@ -65,29 +64,22 @@ def run_job(
 def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
     """The record of a finished run, before its actions; `peak` is the most memory in bytes, None if not known.
 
-    seconds.train is that of all steps at the logged speeds, seconds.wall that of all attempts with compilation,
-    evaluation and saving. speed is the median of what was logged. cache counts bytes of one sequence of N tokens in
-    generation. history pairs steps and validation losses. target is None without train.stop_at_accuracy.
+    seconds.wall is the time of all attempts with compilation, evaluation and saving. speed is the median of what was
+    logged. cache counts bytes of one sequence of N tokens in generation. history pairs steps and validation losses.
+    target is None without train.stop_at_accuracy.
     """
-    config = trained.run.config
+    config, model = trained.run.config, trained.run.config.model
     lines = (job.workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
-    history = [(event["step"], event["eval/loss"]) for event in events if event.get("eval/loss") is not None]
-    best = min(history, key=lambda pair: pair[1], default=(trained.step, None))
+    history = [[event["step"], event["eval/loss"]] for event in events if event.get("eval/loss") is not None]
     device, attempts = jax.devices()[0], read_attempts(job.workdir)
-    cache, dtype = cache_bytes_at(config.model, config.data.sequence_length), config.model.compute_dtype.name
+    cache = cache_bytes_at(model, config.data.sequence_length)
     least, figures = config.train.stop_at_accuracy, dict(trained.figures or {})
-    reached = figures.get("accuracy", 0) >= least
-    target = {"accuracy": least, "reached": reached, "most_steps": trained.run.horizon.steps}
+    target = {"accuracy": least, "reached": figures.get("accuracy", 0) >= least}
     return {
         "format": FORMAT,
-        "name": job.name,
-        "study": job.study,
-        "sweep": job.sweep,
-        "point": job.point,
-        "overrides": job.overrides,
+        **{name: getattr(job, name) for name in ("name", "study", "sweep", "point", "overrides", "command")},
         "seed": config.train.seed,
-        "command": job.command,
         "version": tlinformer_jax.__version__,
         "jax": jax.__version__,
         "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
@@ -95,15 +87,15 @@ def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
         "steps": trained.step,
         "tokens": round(trained.step * tokens_of_step(config)),
-        "seconds": {"train": train_seconds(events, tokens_of_step(config)), "wall": attempts["seconds"]},
+        "seconds": {"wall": attempts["seconds"]},
         "attempts": attempts["count"],
         "speed": {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},
         "peak_bytes": peak,
-        "cache": {"used": cache.used, "allocated": cache.allocated, "paper": cache.paper, "dtype": dtype},
+        "cache": {name: getattr(cache, name) for name in ("used", "allocated", "paper")}
+        | {"dtype": model.compute_dtype.name},
         "validation": figures,
-        "best": {"step": best[0], "loss": best[1]},
-        "history": [list(pair) for pair in history],
-        "target": target if least else None,
+        "history": history,
+        "target": target | {"most_steps": trained.run.horizon.steps} if least else None,
         "then": {},
     }
 
@@ -114,27 +106,10 @@ def tokens_of_step(config: RunConfig) -> float:
     return train.batch_size * trained_tokens(config.model, config.data.sequence_length, train.sampled_windows)
 
 
-def median(events: Events, name: str) -> float | None:
+def median(events: Sequence[dict[str, Any]], name: str) -> float | None:
     """The median of what was logged as `name`; None if nothing was."""
     values = [event[name] for event in events if event.get(name) is not None]
     return statistics.median(values) if values else None
-
-
-def train_seconds(events: Events, tokens: float) -> float | None:
-    """Seconds of all logged steps of `tokens` tokens, each at the speed that was logged next; None if none was.
-
-    The first step, and the first after an interruption, compile and have no speed of their own: they count at the
-    median.
-    """
-    middle = median(events, "train/tokens_per_second")
-    if middle is None:
-        return None
-    logged = [event for event in events if "train/loss" in event]
-    starts = itertools.chain([0], (event["step"] for event in logged))
-    return sum(
-        (event["step"] - start) * tokens / (event.get("train/tokens_per_second") or middle)
-        for start, event in zip(starts, logged)
-    )
 
 
 @contextlib.contextmanager
@@ -144,18 +119,18 @@ def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
     seconds, metrics = found["seconds"], workdir / METRICS_FILE
     if found["since"] is not None and metrics.exists():
         seconds += max(0.0, metrics.stat().st_mtime - found["since"])
-    values = {"count": found["count"] + 1, "seconds": seconds, "since": time.time()}
-    _write_attempts(workdir, values)
+    _write_attempts(workdir, found["count"] + 1, seconds, time.time())
     started = time.perf_counter()
     try:
         yield
     finally:
-        _write_attempts(workdir, values | {"seconds": seconds + time.perf_counter() - started, "since": None})
+        _write_attempts(workdir, found["count"] + 1, seconds + time.perf_counter() - started, None)
 
 
-def _write_attempts(workdir: pathlib.Path, values: dict[str, Any]) -> None:
+def _write_attempts(workdir: pathlib.Path, count: int, seconds: float, since: float | None) -> None:
     try:
-        write_text(workdir / ATTEMPTS_FILE, json.dumps(values) + "\n")
+        text = json.dumps({"count": count, "seconds": seconds, "since": since})
+        write_text(workdir / ATTEMPTS_FILE, text + "\n")
     except OSError as error:
         raise DataError(f"workdir {workdir}: {ATTEMPTS_FILE} cannot be written ({error.strerror})") from None
 

@@ -1,4 +1,4 @@
-"""Figures of sweeps and of the report, from tables with a row for each point; matplotlib is imported where it draws."""
+"""Figures of sweeps and of the report, from tables with a row for each point."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,48 +7,60 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tlinformer_jax.experiments.drawing import annotate, draw_curves, figure_of, save, scale_x, styles
 from tlinformer_jax.experiments.frame import CACHE, PERPLEXITY, SPEED, curves_of, knee_of, points_of
 
 # What `evaluation.history` measures: the names of the axes.
 HISTORY = {
-    "history_mass": ("distance before the window, from", "mass of attention to the history"),
+    "history_mass": ("tokens before the window, from", "share of the attention to the history"),
     "history_cuts": ("rows of history left", "change in loss, nats per token"),
     "history_length": ("history before the window, tokens", "loss, nats per token"),
     "history_same_tokens": ("rows of history left, the last: all", "loss of the same tokens, nats per token"),
 }
+READERS = {"x": "read by the window", "z": "read by the observation window"}
+PLACES = 4  # depths at which a heat map has a tick
 
 
-def plot_lines(points: pd.DataFrame, names: tuple[str, str], file: pathlib.Path, x_scale: str = "linear") -> None:
-    """Draws a line for each label of a table label, x, y; `names` are those of the axes."""
-    figure, axes = _figure(*names)
-    for label, part in points.dropna(subset="y").groupby("label", sort=False):
-        axes.plot(part["x"], part["y"], marker="o", markersize=3, label=label)
-    # On 'symlog', 0 stands as far below 1 as 2 above it.
-    axes.set_xscale(x_scale, **({"base": 2, "linthresh": 1} if x_scale == "symlog" else {}))
-    axes.legend(fontsize=8)
-    _save(figure, file)
+def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file: pathlib.Path, x_scale: str) -> None:
+    """Draws a panel for each title: a line for each label of a table label, x, y, and what y is.
 
-
-def plot_heat_map(shares: pd.DataFrame, title: str, file: pathlib.Path) -> None:
-    """Draws shares of right answers, 0 to 1; NaN is grey.
-
-    Args:
-      shares: a row for each length, drawn upwards; columns by depth, the last what the last windows hold.
-      title: of the figure.
-      file: to write.
+    A label looks the same in all panels.
     """
-    figure, axes = _figure("depth of the source before both windows", "tokens")
-    axes.grid(visible=False)
-    axes.set_facecolor("lightgrey")
-    depths = shares.shape[1] - 1
-    values = np.insert(shares.to_numpy(float), depths, np.nan, axis=1)  # a gap before the last column
-    image = axes.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis")
-    figure.colorbar(image, label="answers right")
-    places = range(0, depths, 4)
-    axes.set_yticks(range(len(shares)), [f"{length:,}" for length in shares.index])
-    axes.set_xticks([*places, depths + 1], [*(f"{place / depths:.0%}" for place in places), "last\nwindows"])
-    axes.set_title(title, fontsize=9)
-    _save(figure, file)
+    figure, axes = figure_of(1, len(panels))
+    looks = styles(pd.concat(points for points, _ in panels.values())["label"])
+    for place, (title, (points, y_name)) in zip(axes, panels.items()):
+        points = points.dropna(subset="y")
+        curves = [(str(label), part["x"], part["y"]) for label, part in points.groupby("label", sort=False)]
+        if points["y"].min() < 0 < points["y"].max():
+            place.axhline(0, color="grey", linewidth=1)
+        draw_curves(place, curves, looks)
+        scale_x(place, x_scale, points["x"] if points["x"].nunique() < 12 else ())
+        place.set(title=title, xlabel=x_name, ylabel=y_name)
+    save(figure, file)
+
+
+def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
+    """Draws shares of right answers, 0 to 1, of each run under its title; NaN is grey.
+
+    They have a row for each length, drawn upwards, and columns by depth, the last what the last windows hold.
+    """
+    columns = min(2, len(maps))
+    figure, panels = figure_of(-(-len(maps) // columns), columns, (5.6, 3.6))
+    for axes, (title, shares) in zip(panels, maps.items()):
+        axes.grid(visible=False)
+        axes.set_facecolor("lightgrey")
+        depths = shares.shape[1] - 1
+        values = np.insert(shares.to_numpy(float), depths, np.nan, axis=1)  # a gap before the last column
+        image = axes.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        places = range(0, depths, -(-depths // PLACES))
+        axes.set_yticks(range(len(shares)), [f"{length:,}" for length in shares.index])
+        axes.set_xticks([*places, depths + 1], [*(f"{place / depths:.0%}" for place in places), "last\nwindows"])
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel="depth of the source before both windows", ylabel="tokens")
+    for axes in panels[len(maps) :]:
+        axes.remove()
+    figure.colorbar(image, ax=panels[: len(maps)], label="share of answers right")
+    save(figure, file)
 
 
 def plot_sweep(frame: pd.DataFrame, folder: pathlib.Path, prefix: str = "") -> list[pathlib.Path]:
@@ -58,24 +70,34 @@ def plot_sweep(frame: pd.DataFrame, folder: pathlib.Path, prefix: str = "") -> l
     for name, column, unit, axis in (
         ("speed", SPEED, 1.0, "training, tokens/s"),
         ("cache", CACHE, 1e-6, "cache of one sequence of N tokens, MB"),
-        ("share", "share", 1.0, "W_oh / W_total"),
+        ("share", "share", 1.0, "observation window / (observation + generation window)"),
     ):
         named = points.dropna(subset=column)
         if named.empty:
             continue
-        figure, axes = _figure(axis, "validation perplexity")
+        named = named.assign(**{column: named[column] * unit})
+        alone: dict[str, Any] = {"linestyle": "none"}
+        groups = [("point: observation + generation window", named, alone)]
         if name == "share":
-            for total, curve in curves.items():
-                _errorbar(axes, curve, column, fmt="-o", label=f"W_total = {total:,}")
-                found, _ = knee_of(curve)
-                _errorbar(axes, found, column, fmt="*", label=f"knee, W_total = {total:,}", markersize=16)
-            named = named.drop([group for curve in curves.values() for group in curve.index])
-        _errorbar(axes, named.assign(**{column: named[column] * unit}), column, fmt="s", label="points")
-        for label, x, y in zip(named["label"], named[column] * unit, named[PERPLEXITY]):
-            axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            on_curve = [group for curve in curves.values() for group in curve.index]
+            groups = [(f"both windows {total:,} rows", curve, {}) for total, curve in curves.items()]
+            knees = [(f"knee, both windows {total:,} rows", knee_of(part)[0]) for total, part in curves.items()]
+            groups += [(label, found, alone | {"markersize": 14}) for label, found in knees if len(found)]
+            groups += [("other sums", named.drop(on_curve), alone)]
+        figure, (axes,) = figure_of()
+        looks = styles(label for label, _, _ in groups)
+        for label, part, change in groups:
+            if len(part):
+                spread = np.nan_to_num(part[f"{PERPLEXITY}.std"])
+                look = {"markersize": 6, **looks[label], **change}
+                axes.errorbar(part[column], part[PERPLEXITY], yerr=spread, capsize=3, label=label, **look)
+        shared = named["windows"].isna() | named["windows"].duplicated(keep=False)
+        annotate(axes, zip(named["windows"].mask(shared, named["label"]), named[column], named[PERPLEXITY]))
+        axes.set(xlabel=axis, ylabel="validation perplexity")
+        if name == "speed":
+            axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(fontsize=8)
-        files.append(folder / f"{prefix}perplexity_{name}.png")
-        _save(figure, files[-1])
+        files.append(save(figure, folder / f"{prefix}perplexity_{name}.png"))
     return files
 
 
@@ -85,8 +107,8 @@ def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     kinds = (("all tokens", "change"), ("tokens with more history", "affected_change"))
     rows = (
         [
-            (f"{reader}, block {block}", *point)
-            for reader in ("x", "z")
+            (f"block {block}, {words}", *point)
+            for reader, words in READERS.items()
             for block, masses in enumerate(edges[reader])
             for point in zip(edges["edges"], masses)
         ],
@@ -101,31 +123,11 @@ def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 def plot_history(
     runs: Sequence[tuple[str, Mapping[str, Any]]], folder: pathlib.Path, prefix: str = ""
 ) -> list[pathlib.Path]:
-    """Draws each of HISTORY for runs beside each other, of each a prefix of its labels and what was measured."""
-    tables = [(label, history_tables(measured)) for label, measured in runs]
+    """Draws each of HISTORY for runs beside each other: a panel for each, under its title, of what was measured."""
+    tables = {title: history_tables(measured) for title, measured in runs}
     files = []
-    for name, axes in HISTORY.items():
+    for name, (x_name, y_name) in HISTORY.items():
         files.append(folder / f"{prefix}{name}.png")
-        parts = [table[name].assign(label=label + table[name]["label"]) for label, table in tables]
-        plot_lines(pd.concat(parts), axes, files[-1], "symlog")
+        panels = {title: (table[name], y_name) for title, table in tables.items()}
+        plot_lines(panels, x_name, files[-1], "symlog")
     return files
-
-
-def _errorbar(axes: Any, points: pd.DataFrame, column: str, **style: Any) -> None:
-    """Perplexity against a column of `points_of`, with standard deviations over seeds."""
-    if len(points):
-        spread = np.nan_to_num(points[f"{PERPLEXITY}.std"])
-        axes.errorbar(points[column], points[PERPLEXITY], yerr=spread, capsize=3, **style)
-
-
-def _figure(x: str, y: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, file: pathlib.Path) -> None:
-    figure.savefig(file, dpi=110, metadata={"Software": None})  # without versions: equal figures are equal bytes

@@ -36,11 +36,7 @@ ENDS = (0.125, 0.875)  # shares of W_oh that a curve must reach before its chord
 
 
 def read_records(folder: pathlib.Path) -> list[Record]:
-    """All records of a directory by file name, or the one of a run's own directory.
-
-    Raises:
-      DataError: if there are none, or a file is not a record.
-    """
+    """All records of a directory by file name, or the one of a run's own directory."""
     own = folder / RESULT_FILE
     paths = [own] if own.exists() else sorted(folder.glob("*.json"))
     if not paths:
@@ -62,10 +58,11 @@ def frame_of(records: Sequence[Record]) -> pd.DataFrame:
 def _derived(record: Record) -> dict[str, Any]:
     """Columns that are made of several parts of a record.
 
-    label: the point's name in its sweep, else the run's; ours: not the Transformer; setting and
-    model: the task and the model in words; total: W_oh + W_og; share: W_oh / total; chance: of a guess among the
-    answers of a sample that are not used yet; reported.*: shares of right answers on the split `split`; group: equal
-    for runs that differ in their seeds only; base: equal for a model and the Transformer it is compared with.
+    label: the point's name in its sweep, else the run's; words: architecture and windows; ours: not the Transformer;
+    setting and model: the task and the model in words; total: W_oh + W_og; share: W_oh / total; chance: of a guess
+    among the answers of a sample that are not used yet; reported.*: shares of right answers on the split `split`;
+    group: equal for runs that differ in their seeds only; base: equal for a model and the Transformer it is compared
+    with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
@@ -83,6 +80,7 @@ def _derived(record: Record) -> dict[str, Any]:
     return {
         "device": f"{record['device'].get('count')} x {record['device'].get('kind')}",
         "label": record.get("point") or record["name"].removesuffix(f"-seed{record['seed']}"),
+        "words": _words(model),
         "ours": model["architecture"] != "transformer",
         "setting": _setting(model, data),
         "model": _model_name(model, layers),
@@ -133,9 +131,46 @@ def _model_name(model: Mapping[str, Any], layers: int) -> str:
     return name if selection == "recent" else f"{name}, {selection} rows"
 
 
+def _words(model: Mapping[str, Any]) -> str:
+    """Architecture and windows, for a legend."""
+    if model["architecture"] == "transformer":
+        return "Transformer"
+    size, rows, selection = model["generation_window"], model["history_window"], model.get("observed_selection")
+    if model["architecture"] == "sliding_window":
+        return f"sliding window, {rows + size:,} tokens"
+    words = f"{NAMES[model['architecture']]}, window {size:,}, observation {rows}"
+    return words if selection in (None, "recent") else f"{words}, {selection} rows"
+
+
+def legends(frame: pd.DataFrame) -> pd.Series:
+    """What a figure says of each run: its words, and what else tells groups apart that share them."""
+    said = frame["words"]
+    for column, form in ((N, "{}, trained at N = {:,}"), (DEPTH, "{}, {} layers"), ("label", "{} ({})")):
+        shared = frame.groupby(said)["group"].transform("nunique") > 1
+        told = pd.Series([form.format(*pair) for pair in zip(said, frame[column])], index=frame.index)
+        said = said.where(~shared, told)
+    return said
+
+
 def counted(frame: pd.DataFrame) -> Any:
     """The runs of a frame by group, each seed once, in the frame's order."""
     return frame[~frame["again"]].groupby("group", sort=False)
+
+
+def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
+    """A row for each run and action of a kind, such as 'evaluate' and 'evaluate@8192', whose result has `part`.
+
+    It has the run's columns and what the action gave, in 'done' and by parts in 'done.NAME'.
+    """
+    found = [
+        (place, done)
+        for place, then in frame["then"].items()
+        for name, done in then.items()
+        if name.partition("@")[0] == kind and part in done
+    ]
+    places, results = zip(*found) if found else ((), ())
+    parts = pd.DataFrame(results).add_prefix("done.").assign(done=results)
+    return frame.loc[list(places)].reset_index(drop=True).join(parts)
 
 
 def told(form: str) -> Callable[[pd.Series], str]:
@@ -162,7 +197,11 @@ def joined(values: pd.Series) -> str:
 def points_of(frame: pd.DataFrame) -> pd.DataFrame:
     """A row for each group: its first run's columns, the seeds, and of figures also '.std' and '.count' over seeds."""
     runs = counted(frame)
-    points = runs[["label", ARCHITECTURE, N, DEPTH, "total", "share"]].first().assign(seeds=runs["seed"].agg(list))
+    points = (
+        runs[["label", "windows", ARCHITECTURE, N, DEPTH, "total", "share"]]
+        .first()
+        .assign(seeds=runs["seed"].agg(list))
+    )
     for column in (PERPLEXITY, SPEED, CACHE, "seconds.wall"):
         points[[column, f"{column}.std", f"{column}.count"]] = runs[column].agg(["mean", "std", "count"])
     return points

@@ -7,6 +7,7 @@ run and not the sweep, and the peak of a device's memory is counted by process. 
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -25,7 +26,7 @@ FORMAT = "tlinformer_jax run 1"
 # The parts of every record; `driver.record_of` describes them.
 PARTS = {
     **dict.fromkeys(("name", "study", "command", "version", "jax"), str),
-    **dict.fromkeys(("config", "device", "seconds", "speed", "cache", "validation", "best", "then"), dict),
+    **dict.fromkeys(("config", "device", "seconds", "speed", "cache", "validation", "then"), dict),
     **dict.fromkeys(("seed", "parameters", "steps", "tokens"), int),
     "history": list,
 }
@@ -35,7 +36,7 @@ DEFAULTS = {
 # Fields that say where a run finds its text and how it reads it, and so do not change its figures.
 PLACES = ("manual_dir", "cache_dir", "full_hash", "num_workers")
 FILES = ("train_files", "validation_files", "test_files")
-COMMAND = (sys.executable, "-m", "tlinformer_jax", "point")
+COMMAND = (sys.executable, "-m", "tlinformer_jax.commands.sweep")  # reads a job from its stdin
 LOG_FILE = "log.txt"
 STOPPED = 3  # exit status of a job's process that a signal has stopped
 MISTAKE = 2  # exit status for a user's mistake, which a second attempt would repeat
@@ -43,19 +44,15 @@ MISTAKE = 2  # exit status for a user's mistake, which a second attempt would re
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run to train in `workdir`, which also gets its record, result.json.
-
-    `command` is as a user types it; `then` names actions of `experiments.actions` after the training; study, point and
-    overrides are those of `plan`; `sweep` is the name of the sweep's file.
-    """
+    """A run to train; study, point and overrides are those of `plan`."""
 
     name: str
     config: RunConfig
-    workdir: pathlib.Path
-    command: str
-    then: tuple[str, ...] = ()
+    workdir: pathlib.Path  # also gets the record, result.json
+    command: str  # as a user types it
+    then: tuple[str, ...] = ()  # actions of `experiments.actions` after the training
     study: str = "architectures"
-    sweep: str | None = None
+    sweep: str | None = None  # name of the sweep's file
     point: str | None = None
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -138,31 +135,24 @@ def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] =
     """Runs the jobs that are not finished, one after another, each in a process of its own.
 
     A job that fails is tried again `retries` times, unless the mistake is the user's; `finished` is called after each
-    that finishes.
-
-    Returns:
-      name -> why the last attempt failed, of the jobs that did not finish.
-
-    Raises:
-      UserError: before any runs, if a directory holds the result of another configuration.
+    that finishes. Returns name -> why the last attempt failed, of the jobs that did not finish.
     """
-    done = [finished_result(job) is not None for job in jobs]
+    done = [finished_result(job) is not None for job in jobs]  # refuses before any runs
     failures: dict[str, str] = {}
     for number, (job, is_done) in enumerate(zip(jobs, done), 1):
-        title = f"point {number} of {len(jobs)}, {job.name}"
+        tell = functools.partial(print, f"point {number} of {len(jobs)}, {job.name}:", file=sys.stderr, flush=True)
         if is_done:
-            print(f"{title}: finished before", file=sys.stderr, flush=True)
+            tell("finished before")
             continue
         for attempt in range(1, retries + 2):
-            what = "starting" if attempt == 1 else f"attempt {attempt} of {retries + 1}"
-            print(f"{title}: {what}", file=sys.stderr, flush=True)
+            tell("starting" if attempt == 1 else f"attempt {attempt} of {retries + 1}")
             status, last_line = run_in_process(job)
             if status == 0 and finished_result(job) is not None:
                 failures.pop(job.name, None)
                 finished()
                 break
             failures[job.name] = describe_end(status, last_line)
-            print(f"{title}: failed, {failures[job.name]}", file=sys.stderr, flush=True)
+            tell(f"failed, {failures[job.name]}")
             if status == MISTAKE:
                 break
     return failures
@@ -211,7 +201,6 @@ def _passed_on(lines: Iterable[str], log: TextIO) -> Iterator[str]:
     """Writes each line to stderr and the log; yields those that are not blank."""
     for line in lines:
         for stream in (sys.stderr, log):
-            stream.write(line)
-            stream.flush()
+            print(line, end="", file=stream, flush=True)
         if line.strip():
             yield line.strip()

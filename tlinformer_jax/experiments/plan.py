@@ -1,11 +1,15 @@
 """Sweeps: a base configuration and named points, each with some fields changed. Without JAX."""
 
+import collections
+import copy
 import dataclasses
 import re
 import runpy
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from tlinformer_jax.config.named import config_file
 from tlinformer_jax.config.run import RunConfig, run_config
@@ -14,28 +18,22 @@ from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path
 
-# What the points of a sweep are compared by; it decides the part of the report that shows them.
+# The part of the report that shows a sweep: against Base at the same N, by window sizes, or by right answers.
 STUDIES = ("architectures", "windows", "retrieval")
 SEED = "train.seed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What the function `get_sweep` of a sweep file returns.
+    """What the function `get_sweep` of a sweep file returns."""
 
-    Attributes:
-      base: a configuration as `get_config` of a config file returns it; flags of the command may change it.
-      points: name -> fields that differ from the base, such as {"model.history_window": 128}. 'train.seed' may be a
-        list: the point's own seeds.
-      seeds: of all other points; a point is trained once with each.
-      then: actions of `experiments.actions` after the training of each point.
-      study: 'architectures' (against Base at the same N), 'windows' (by sizes) or 'retrieval' (by right answers).
-    """
-
+    # As `get_config` of a config file returns it; flags of the command may change it.
     base: Mapping[str, Any]
+    # Name -> fields that differ from the base, such as {"model.history_window": 128}; 'train.seed' may list the point's
+    # own seeds.
     points: Mapping[str, Mapping[str, Any]]
-    seeds: Sequence[int] = (0,)
-    then: Sequence[str] = ()
+    seeds: Sequence[int] = (0,)  # of all other points; a point is trained once with each
+    then: Sequence[str] = ()  # actions of `experiments.actions` after the training of each point
     study: str = "windows"
 
 
@@ -50,11 +48,7 @@ class Point:
 
 
 def load_sweep(where: str) -> Sweep:
-    """The sweep of a Python file, `FILE.py` or `FILE.py:VARIANT`.
-
-    Raises:
-      UserError: if it cannot be read, has no function `get_sweep`, or that raises or returns something else.
-    """
+    """The sweep of a Python file, `FILE.py` or `FILE.py:VARIANT`, or of one of the package's by its name."""
     what = f"--sweep={where}"
     if not where:
         raise UserError("--sweep: must name a sweep file, or one of the package's, such as windows")
@@ -65,7 +59,7 @@ def load_sweep(where: str) -> Sweep:
         get_sweep = runpy.run_path(str(file), run_name=f"sweep_{file.stem}").get("get_sweep")
         if not callable(get_sweep):
             raise UserError(f"{what}: must be a Python file with a function get_sweep; it has none")
-        sweep = get_sweep(variant) if variant else get_sweep()
+        sweep = get_sweep(*filter(None, [variant]))
     except UserError:
         raise
     except OSError as error:
@@ -84,11 +78,7 @@ def load_sweep(where: str) -> Sweep:
 
 
 def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Point]:
-    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own.
-
-    Raises:
-      UserError: naming the first point that is not allowed.
-    """
+    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own."""
     sections = _plain(sweep.base if base is None else base)
     points: list[Point] = []
     for name, overrides in sweep.points.items():
@@ -102,10 +92,9 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Poi
         except UserError as error:
             raise UserError(f"point {name}: {error}") from None
         points += [Point(f"{name}-seed{seed}", name, fields, config) for seed, config in zip(seeds, configs)]
-    names = [point.name for point in points]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"point {name}: is there twice; names and seeds must differ")
+    (name, times), *_ = collections.Counter(point.name for point in points).most_common(1)
+    if times > 1:
+        raise UserError(f"point {name}: is there twice; names and seeds must differ")
     return points
 
 
@@ -170,13 +159,12 @@ def _check_sweep(sweep: Sweep, what: str) -> None:
 
 def _plain(values: Any) -> dict[str, Any]:
     """Sections of a ConfigDict or of nested mappings as plain dictionaries."""
-    values = values.to_dict() if hasattr(values, "to_dict") else values
-    return {name: dict(section) if isinstance(section, Mapping) else section for name, section in values.items()}
+    return ConfigDict(values).to_dict() if isinstance(values, Mapping) else values.to_dict()
 
 
 def _changed(sections: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The sections with some fields set anew."""
-    changed = {name: dict(section) if isinstance(section, dict) else section for name, section in sections.items()}
+    changed = copy.deepcopy(dict(sections))
     for path, value in fields.items():
         section, _, name = path.partition(".")
         if not name:

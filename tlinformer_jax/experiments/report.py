@@ -6,7 +6,7 @@ The same records give the same text. Conclusions are written by people, elsewher
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from tlinformer_jax.data.tasks import REGIONS
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.experiments.figures import plot_heat_map, plot_history, plot_lines, plot_sweep
+from tlinformer_jax.experiments.figures import plot_heat_maps, plot_history, plot_lines, plot_sweep
 from tlinformer_jax.experiments.frame import (
     ACCURACIES,
     ARCHITECTURE,
@@ -24,12 +24,14 @@ from tlinformer_jax.experiments.frame import (
     PERPLEXITY,
     SPEED,
     N,
+    actions_of,
     counted,
     curves_of,
     duration,
     frame_of,
     joined,
     knee_of,
+    legends,
     mean,
     points_of,
     read_records,
@@ -70,8 +72,8 @@ COLUMNS = {
 POSITION_COLUMNS = {
     "model": ("label", "first"),
     "trained at N": (N, mean(WHOLE)),
-    "evaluated at": ("length", mean(WHOLE)),
-    "tokens": ("evaluated", mean(WHOLE)),
+    "evaluated at": ("done.length", mean(WHOLE)),
+    "tokens": ("done.tokens", mean(WHOLE)),
     "W_og": ("config.model.generation_window", mean(WHOLE)),
     "perplexity": ("perplexity", told("{:.2f}")),
     "loss, first window": ("loss_first_window", told("{:.3f}")),
@@ -79,6 +81,16 @@ POSITION_COLUMNS = {
     "loss, start of later windows": ("start", told("{:.3f}")),
     "tokens of the start": ("start_tokens", mean(WHOLE)),
 }
+# Columns of the table of cuts, and of that of all runs: a column, and its head.
+CUTS = {
+    "label": "model",
+    "distance": "rows of history left",
+    "change": "change in loss",
+    "affected_change": "of tokens with more",
+    "done.share": "share by block",
+}
+RUN_COLUMNS = {name: name for name in ("name", "device", "jax", "parameters", "steps", "tokens", "seed")}
+RUN_COLUMNS |= {"config.data.dataset": "corpus", "config.data.tokenizer": "tokenizer", "name": "run", "jax": "JAX"}
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
@@ -97,11 +109,7 @@ def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
-    """Writes the tables of a sweep's finished points: sweep.csv by run, sweep.json by group, sweep.md to read.
-
-    Raises:
-      DataError: if one cannot be written.
-    """
+    """Writes the tables of a sweep's finished points: sweep.csv by run, sweep.json by group, sweep.md to read."""
     texts = {"sweep.csv": "name\n", "sweep.json": "[]\n", "sweep.md": "\n"}
     if records:
         frame = frame_of(records)
@@ -129,7 +137,7 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             part = part.sort_values([N, DEPTH, "total", "share", "seed"])
             lines += [f"## Windows ({sweep}), {tokens} training tokens a point", "", *group_lines(part), ""]
             for file in plot_sweep(part, figures, f"results_{sweep}_"):
-                lines += shown(file, file.stem.replace("_", " "))
+                lines += shown(file, titled(file.stem.removeprefix(f"results_{sweep}_")))
     if "retrieval" in studies:
         lines += [*SECTIONS["## Retrieval"], *retrieval_lines(studies["retrieval"])]
         lines += question_lines(studies["retrieval"]) + length_lines(studies["retrieval"], figures)
@@ -160,12 +168,35 @@ def against_base(frame: pd.DataFrame) -> pd.Series:
 
 
 def loss_figure(frame: pd.DataFrame, file: pathlib.Path) -> list[str]:
-    """Validation loss against trained tokens."""
+    """Validation loss against trained tokens, at each N less that of the Transformer."""
     points = frame[~frame["again"]].explode("history").dropna(subset="history")
-    points["x"] = points["history"].str[0] * (points["tokens"] / points["steps"]) / 1e6
+    points["x"] = (points["history"].str[0] * (points["tokens"] / points["steps"]) / 1e6).round(6)
     points["y"] = points["history"].str[1].astype(float)
-    plot_lines(_over_seeds(points), ("training tokens, millions", LOSS), file)
-    return shown(file, "Validation loss while training")
+    parts = {f"N = {length:,}": part.assign(label=legends(part)) for length, part in points.groupby(N)}
+    return draw_compared(parts, "training tokens, millions", "linear", file, "Validation loss while training")
+
+
+def draw_compared(
+    parts: dict[str, pd.DataFrame], x_name: str, x_scale: str, file: pathlib.Path, title: str
+) -> list[str]:
+    """Draws a panel for each part that has a curve to compare with, or all of them where none has; returns its line."""
+    panels = {name: compared(part) for name, part in parts.items()}
+    with_reference = {name: panel for name, panel in panels.items() if panel[1] != LOSS}
+    plot_lines(with_reference or panels, x_name, file, x_scale)
+    return shown(file, title)
+
+
+def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Curves, means over seeds, less that of a Transformer among them or else a sliding window; and what y is."""
+    keys = ["group", "label", ARCHITECTURE, "x"]
+    points = points.groupby(keys, sort=False, as_index=False)["y"].mean()
+    known = list(points[ARCHITECTURE].unique())
+    reference = next((name for name in ("transformer", "sliding_window") if name in known), None)
+    if reference is None or points["group"].nunique() == 1:
+        return points, LOSS
+    group, label = points.loc[points[ARCHITECTURE] == reference, ["group", "label"]].iloc[0]
+    both = points[points["group"] != group].merge(points[points["group"] == group][["x", "y"]], on="x")
+    return both.assign(y=both["y_x"] - both["y_y"]), f"loss above that of the {label},\nnats per token"
 
 
 def retrieval_lines(frame: pd.DataFrame) -> list[str]:
@@ -199,15 +230,15 @@ def question_lines(frame: pd.DataFrame) -> list[str]:
     lines: list[str] = []
     for setting, part in _by_setting(frame):
         bounds = [part[N].iloc[0] * number // PARTS for number in range(PARTS + 1)]
-        heads = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
         rows = []
-        for run, evaluation in _done(part, "evaluate", "accuracy_by_position"):
-            bins = evaluation["accuracy_by_position"]
-            if evaluation["length"] == run[N] and np.count_nonzero(bins["answers"]) > 1:
-                place = np.searchsorted(bounds, bins["edges"][:-1], side="right") - 1
-                shares = _shares(pd.DataFrame(bins | {"edges": place}), "edges").reindex(range(PARTS))
-                rows.append([*run[RUN], *shares.map(FORM, na_action="ignore")])
+        for _, run in actions_of(part, "evaluate", "accuracy_by_position").iterrows():
+            found = run["done.accuracy_by_position"]
+            bins = pd.DataFrame(found | {"edges": found["edges"][:-1]})
+            if run["done.length"] == run[N] and bins["answers"].gt(0).sum() > 1:
+                bins["part"] = np.searchsorted(bounds, bins["edges"], side="right") - 1
+                rows.append([*run[RUN], *_shares(bins, "part").reindex(range(PARTS)).map(FORM, na_action="ignore")])
         if rows:
+            heads = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
             lines += [f"{setting}:", "", *table_of(pd.DataFrame(rows, columns=[*RUN, *heads])), ""]
     return [*SECTIONS["### By position of the question"], *lines] if lines else []
 
@@ -215,93 +246,90 @@ def question_lines(frame: pd.DataFrame) -> list[str]:
 def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Right answers by length and depth, of every run that was evaluated at several lengths."""
     lines: list[str] = []
-    for setting, part in _by_setting(frame):
-        rows, drawn = [], []
-        for name, evaluations in itertools.groupby(_done(part, "evaluate", "answers"), lambda pair: pair[0]["name"]):
-            counts = pd.DataFrame(
-                [
-                    (run, evaluation["length"], region, depth, right, answers)
-                    for run, evaluation in evaluations
-                    for region, found in evaluation["answers"].items()
-                    for depth, (right, answers) in enumerate(zip(found["right"], found["answers"]))
-                ],
-                columns=["run", "length", "region", "depth", "right", "answers"],
-            )
-            if counts["length"].nunique() < 2:
+    for number, (setting, part) in enumerate(_by_setting(frame), 1):
+        tables, maps = [], {}
+        for _, evaluations in actions_of(part, "evaluate", "answers").groupby("name", sort=False):
+            run = evaluations.iloc[0]
+            answers = {
+                (evaluation["done.length"], region): pd.DataFrame(found)
+                for _, evaluation in evaluations.iterrows()
+                for region, found in evaluation["done.answers"].items()
+            }
+            counts = pd.concat(answers, names=["length", "region", "depth"])
+            if counts.index.unique("length").size < 2:
                 continue
             regions = _shares(counts, ["length", "region"]).unstack()[list(REGIONS)]
             regions.insert(0, "all", _shares(counts, "length"))
-            run = counts["run"].iloc[0]
-            for length, shares in regions.map(FORM, na_action="ignore").iterrows():
-                rows.append([*run[RUN], f"{length:,}", *shares])
-            far = counts["region"] == "history"
-            depths = _shares(counts[far], ["length", "depth"]).unstack()
-            depths["near"] = _shares(counts[~far], "length")
-            label = f"{run['model']}, {run['learning rate']}, seed {run['seed']}"
-            file = figures / f"results_lengths_{re.sub('[^a-z0-9]+', '_', name.lower())}.png"
-            plot_heat_map(depths, label, file)
-            drawn += shown(file, f"Answers right by length and depth: {label}")
-        if rows:
-            table = pd.DataFrame(rows, columns=[*RUN, "evaluated at", *SHARES])
-            lines += [f"Trained on {setting}:", "", *table_of(table), "", *drawn]
+            table = regions.set_axis(SHARES, axis=1).map(FORM, na_action="ignore")
+            table.insert(0, "evaluated at", table.index.map("{:,}".format))
+            tables.append(pd.DataFrame([run[RUN]] * len(table), index=table.index).join(table))
+            depths = _shares(counts.xs("history", level="region"), ["length", "depth"]).unstack()
+            depths["near"] = _shares(counts.drop("history", level="region"), "length")
+            maps[f"{run['model']}\nlearning rate {run['learning rate']}, seed {run['seed']}"] = depths
+        if tables:
+            file = figures / f"results_lengths_{part['config.data.dataset'].iloc[0]}_{part[N].iloc[0]}_{number}.png"
+            plot_heat_maps(maps, file)
+            lines += [f"Trained on {setting}:", "", *table_of(pd.concat(tables)), ""]
+            lines += shown(file, f"Answers right by length and depth: {setting}")
     return [*SECTIONS["### By length and depth"], *lines] if lines else []
 
 
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Loss by position in the sample and in later windows, at every length that was evaluated."""
-    rows = []
-    for run, part in _done(frame[~frame["again"]], "evaluate", "by_position"):
-        window = part["by_window_position"]
-        later = {"start": window["later"][0], "start_tokens": window["edges"][1]} if "later" in window else {}
-        sizes = {"length": part["length"], "evaluated": part["tokens"]}
-        rows.append({**run, **part["figures"], **sizes, **later, "bins": part["by_position"], "window": window})
-    if not rows:
+    parts = actions_of(frame[~frame["again"]], "evaluate", "by_position")
+    if parts.empty:
         return []
-    wanted = [column for column, _ in POSITION_COLUMNS.values()]
-    parts = pd.DataFrame(rows).reindex(columns=[*dict.fromkeys(["group", "bins", "window", *wanted])])
-    table = parts.sort_values("length", kind="stable").groupby(["length", "group"], sort=False).agg(**POSITION_COLUMNS)
+    parts = parts.join(pd.json_normalize(parts["done.figures"])).sort_values("done.length", kind="stable")
+    windows = parts["done.by_window_position"]
+    parts["start"] = windows.map(lambda window: window.get("later", [None])[0]).astype(float)
+    parts["start_tokens"] = windows.map(lambda window: window["edges"][1]).where(parts["start"].notna())
+    table = parts.groupby(["done.length", "group"], sort=False).agg(**POSITION_COLUMNS)
     lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
-    for length, members in parts.groupby("length"):
+    for length, members in parts.groupby("done.length"):
+        members = members.assign(label=legends(members))
+        points, title = _binned(members, "done.by_position", "loss"), f"samples of {length:,} tokens"
         file = figures / f"results_positions_{length}.png"
-        plot_lines(_binned(members, "bins", "loss"), ("position in the sample", LOSS), file)
-        lines += shown(file, f"Loss by position in samples of {length:,} tokens")
-        windows = members.dropna(subset="start")
-        if len(windows):
+        lines += draw_compared(
+            {title: points}, "position in the sample", "linear", file, f"Loss by position in {title}"
+        )
+        members = members.dropna(subset="start")
+        by_size = members.groupby("config.model.generation_window")
+        windows = {
+            f"{title}, windows of {size}": _binned(part, "done.by_window_position", "later") for size, part in by_size
+        }
+        if windows:
             file = figures / f"results_window_positions_{length}.png"
-            plot_lines(_binned(windows, "window", "later"), ("position in a later window", LOSS), file, "symlog")
-            lines += shown(file, f"Loss by position in the window, samples of {length:,} tokens")
+            name = "position in a later window"
+            lines += draw_compared(windows, name, "symlog", file, f"Loss by position in the window, {title}")
     return lines
 
 
 def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """What the history contributes; of each group the run of the first seed that was measured."""
     lines: list[str] = []
-    measured: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {}
-    for run, part in _done(frame, "history", "cuts"):
-        measured.setdefault(part["length"], {}).setdefault(run["group"], (f"{run['label']}, ", part))
-    for length, runs in sorted(measured.items()):
-        rows = [
-            (label[:-2], cut["distance"], *map(_change, (cut["change"], cut["affected_change"])), shares)
-            for label, part in runs.values()
-            for shares in [", ".join(map("{:.2f}".format, part["share"]))]
-            for cut in part["cuts"]
-        ]
-        heads = ["model", "rows of history left", "change in loss", "of tokens with more", "share by block"]
-        lines += [f"Samples of {length:,} tokens:", "", *table_of(pd.DataFrame(rows, columns=heads)), ""]
-        for file in plot_history([*runs.values()], figures, f"results_{length}_"):
-            lines += shown(file, f"{file.stem.replace('_', ' ')}, samples of {length:,} tokens")
+    measured = actions_of(frame, "history", "cuts").drop_duplicates(["group", "done.length"])
+    for length, runs in measured.groupby("done.length") if len(measured) else ():
+        table = runs[["label", "done.share", "done.cuts"]].explode("done.cuts", ignore_index=True)
+        table = table.join(pd.json_normalize(table.pop("done.cuts")))
+        for change in ("change", "affected_change"):
+            table[change] = table[change].map("{:+.4f}".format, na_action="ignore")
+        table["done.share"] = table["done.share"].map(lambda shares: ", ".join(map("{:.2f}".format, shares)))
+        table = table[list(CUTS)].set_axis(CUTS.values(), axis=1)
+        lines += [f"Samples of {length:,} tokens:", "", *table_of(table), ""]
+        for file in plot_history([*zip(legends(runs), runs["done"])], figures, f"results_{length}_"):
+            lines += shown(
+                file, f"{titled(file.stem.removeprefix(f'results_{length}_'))}, samples of {length:,} tokens"
+            )
     return [*SECTIONS["## What the history contributes"], *lines] if lines else []
 
 
 def sample_lines(frame: pd.DataFrame) -> list[str]:
     """Generated texts; of each group the run of the first seed."""
     lines: list[str] = []
-    runs: dict[str, tuple[str, dict[str, Any]]] = {}
-    for run, part in _done(frame, "samples", "samples"):
-        runs.setdefault(run["group"], (run["name"], part))
-    for name, part in runs.values():
+    for _, run in actions_of(frame, "samples", "samples").drop_duplicates("group").iterrows():
+        part = run["done"]
         options = ", ".join(f"{option} {value}" for option, value in part.items() if option != "samples")
-        lines += [f"### {name}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
+        lines += [f"### {run['name']}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
         for sample in part["samples"]:
             lines += fenced(f"{sample['prompt']}|{sample['text']}")
     return ["## Samples", "", *lines] if lines else []
@@ -309,10 +337,8 @@ def sample_lines(frame: pd.DataFrame) -> list[str]:
 
 def run_lines(frame: pd.DataFrame) -> list[str]:
     """Every run with its device, versions, tokens and seed, then the commands."""
-    columns = {name: name for name in ("name", "device", "jax", "parameters", "steps", "tokens", "seed")}
-    columns |= {"config.data.dataset": "corpus", "config.data.tokenizer": "tokenizer", "name": "run", "jax": "JAX"}
     frame = frame.sort_index()
-    table = frame[list(columns)].rename(columns=columns)
+    table = frame[list(RUN_COLUMNS)].set_axis(RUN_COLUMNS.values(), axis=1)
     for name in ("parameters", "steps", "tokens"):
         table[name] = table[name].map("{:,}".format)
     return ["## Runs", "", *table_of(table), "", "Commands:", "", *fenced("\n".join(frame["command"].unique()))]
@@ -330,24 +356,17 @@ def shown(file: pathlib.Path, title: str) -> list[str]:
     return [f"![{title}](figures/{file.name})", ""]
 
 
+def titled(name: str) -> str:
+    """The title of a figure from the name of its file."""
+    return name.replace("_", " ").capitalize()
+
+
 def _by_setting(frame: pd.DataFrame) -> Any:
     """The runs of each setting by model, learning rate and seed, with these as the report names them."""
     rate = "config.train.learning_rate"
     frame = frame.sort_values(["setting", "model", rate, "seed", "again"])
     seeds = frame["seed"].astype(str) + frame["again"].map({True: ", again", False: ""})
     return frame.assign(**{"learning rate": frame[rate].map("{:g}".format), "seed": seeds}).groupby("setting")
-
-
-def _done(frame: pd.DataFrame, action: str, part: str) -> Iterator[tuple[pd.Series, dict[str, Any]]]:
-    """Each run with what an action gave, such as 'evaluate' and 'evaluate@8192', where that has `part`."""
-    for _, run in frame.iterrows():
-        for name, found in run["then"].items():
-            if name.partition("@")[0] == action and part in found:
-                yield run, found
-
-
-def _change(value: float | None) -> str:
-    return "" if value is None else f"{value:+.4f}"
 
 
 def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
@@ -357,15 +376,9 @@ def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
 
 
 def _binned(parts: pd.DataFrame, bins: str, losses: str) -> pd.DataFrame:
-    """The mean over seeds of the loss in each bin, at the middle of the bin."""
-    tables = []
-    for group, label, part in zip(parts["group"], parts["label"], parts[bins]):
-        edges = np.asarray(part["edges"])
-        middles = (edges[:-1] + edges[1:] - 1) / 2
-        tables.append(pd.DataFrame({"group": group, "label": label, "x": middles, "y": part[losses]}))
-    return _over_seeds(pd.concat(tables).astype({"y": float}))
-
-
-def _over_seeds(points: pd.DataFrame) -> pd.DataFrame:
-    """The mean of y at each x of each group."""
-    return points.groupby(["group", "label", "x"], sort=False, as_index=False)["y"].mean()
+    """The loss of each run in each bin, at the middle of the bin."""
+    points = parts[["group", "label", ARCHITECTURE]].assign(
+        x=parts[bins].map(lambda part: (np.asarray(part["edges"][:-1]) + part["edges"][1:] - 1) / 2),
+        y=parts[bins].map(lambda part: part[losses]),
+    )
+    return points.explode(["x", "y"]).astype({"x": float, "y": float})

@@ -1,0 +1,115 @@
+"""How all figures look: sizes, a palette, and one way to draw curves. matplotlib is imported where it draws."""
+
+import itertools
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Okabe and Ito's colours for readers with any colour vision, without the yellow that white paper swallows, then three
+# of Paul Tol's. Every curve of a figure has a colour, a marker and a line of its own.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999933")
+MARKERS = "osD^vXP<>*"
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+DPI = 150
+Curve = tuple[str, Sequence[float], Sequence[float]]  # what the legend says, x, y
+
+
+def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A look for each label, the same in all panels of a figure; of more than ten the colours are shades of one map."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    names = list(dict.fromkeys(labels))
+    colours: Sequence[str] = COLOURS
+    if len(names) > len(COLOURS):
+        colours = [to_hex(colormaps["cividis"](number / (len(names) - 1))) for number in range(len(names))]
+    lines, markers = itertools.cycle(LINES), itertools.cycle(MARKERS)
+    looks = zip(names, colours, lines, markers)
+    return {name: {"color": colour, "linestyle": line, "marker": marker} for name, colour, line, marker in looks}
+
+
+def figure_of(rows: int = 1, columns: int = 1, panel: tuple[float, float] = (7.0, 4.4)) -> tuple[Any, list[Any]]:
+    """A figure and its panels, each of so many inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def draw_curves(axes: Any, curves: Sequence[Curve], looks: dict[str, dict[str, Any]] | None = None) -> None:
+    """Draws each curve that has points, and the legend where it hides least."""
+    looks = looks or styles(label for label, _, _ in curves)
+    for label, x, y in curves:
+        if len(x):
+            axes.plot(x, y, label=label, markersize=4, linewidth=1.4, **looks[label])
+    if axes.lines:
+        axes.legend(fontsize=8, framealpha=0.8, handlelength=3)
+
+
+def scale_x(axes: Any, kind: str, places: Iterable[float] = ()) -> None:
+    """A linear, 'log' or 'symlog' axis with whole numbers at its ticks; the last two have them at some of `places`.
+
+    On 'symlog', 0 stands as far below 1 as 2 above it.
+    """
+    axes.set_xscale(kind, **{"log": {"base": 2}, "symlog": {"base": 2, "linthresh": 1}}.get(kind, {}))
+    if kind != "linear" and (places := sorted(set(places))):
+        ticks = places[:1]
+        for place in places[1 :: -(-len(places) // 9)]:
+            ticks += [place] if place >= 1.6 * ticks[-1] else []  # nearer ones would touch
+        axes.set_xticks(ticks)
+        axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def log_axes(axes: Any) -> None:
+    """Logarithmic axes: tokens at x as 1K and 1M, plain numbers at y."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter(short)
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}", minor_locator=NullLocator())
+
+
+def short(value: float, _: Any = None) -> str:
+    """A number of tokens as 512, 8K or 1M, of a thousand and a million."""
+    size, unit = next(((size, unit) for size, unit in ((1e6, "M"), (1e3, "K")) if value >= size), (1, ""))
+    return f"{value / size:g}{unit}"
+
+
+def annotate(axes: Any, notes: Iterable[tuple[str, float, float]]) -> None:
+    """Writes a text beside each point, where it covers neither a point nor another text and is not cut."""
+    notes = list(notes)
+    axes.margins(0.1)
+    axes.figure.draw_without_rendering()  # only now it is known where a point lies
+    unit = 72 / axes.figure.dpi
+    frame = [bound * unit for bound in axes.bbox.extents]
+    places = axes.transData.transform([(x, y) for _, x, y in notes]) * unit
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    for (text, *point), (x, y) in zip(notes, places):
+        width, height = 4.6 * len(text), 9
+        boxes = [
+            (x + dx, y + dy, x + dx + width, y + dy + height)
+            for dx, dy in ((5, 3), (-5 - width, 3), (5, -12), (-5 - width, -12), (-width / 2, 6), (-width / 2, -15))
+        ]
+        free = [box for box in boxes if _inside(box, frame) and not any(_overlap(box, other) for other in taken)]
+        box = (free or boxes)[0]
+        taken.append(box)
+        axes.annotate(text, point, xytext=(box[0] - x, box[1] - y), textcoords="offset points", fontsize=8)
+
+
+def _inside(box: Sequence[float], frame: Sequence[float]) -> bool:
+    return frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def save(figure: Any, file: pathlib.Path) -> pathlib.Path:
+    """Writes a PNG without versions of software: equal figures are equal bytes."""
+    figure.savefig(file, dpi=DPI, metadata={"Software": None})
+    return file
