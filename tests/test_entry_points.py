@@ -53,7 +53,7 @@ MISTAKES = {
     "a flag": ([*TINY, "--wrokdir=/tmp/x"], "wrokdir"),
     "a field": ([*TINY, "--config.model.widnow=1"], "--config.model.widnow=1"),
     "the text": ([*TINY, "--config.data.sequence_length=9000000"], "data.sequence_length"),
-    "the devices": ([*TINY, "--config.mesh.data=3"], "must multiply to the 1 devices"),
+    "the devices": ([*TINY, "--config.mesh.fsdp=3"], "must multiply to a divisor of the 1 devices"),
 }
 
 

@@ -10,7 +10,7 @@ from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.models import layers
 from tlinformer_jax.models.recompute import map_rows
-from tlinformer_jax.parallel.target import target
+from tlinformer_jax.parallel.mesh import target
 from tlinformer_jax.training import loss
 
 

@@ -12,14 +12,14 @@ import optax
 import pytest
 
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, streams, windows
 from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.training import step, window_loss
-from tlinformer_jax.training.batch_loss import summed_loss
-from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.loss import summed_loss
+from tlinformer_jax.training.step import Horizon
 
 LENGTH = 15  # three windows of 4 tokens, and one of 3
 # What each case changes.

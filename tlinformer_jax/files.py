@@ -123,6 +123,27 @@ def sealed(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 
+def sealed_text(values: dict[str, Any]) -> str:
+    """The values as JSON, with their hash."""
+    return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """What `sealed_text` was given.
+
+    Raises:
+      ValueError: if any byte has changed since.
+    """
+    try:
+        values = dict(json.loads(text))
+        del values["sha256"]
+        if sealed_text(values) == text:
+            return values
+    except (TypeError, KeyError, RecursionError):
+        pass
+    raise ValueError("it has changed since it was written")
+
+
 def own_folder(path: pathlib.Path) -> None:
     """Makes a folder of a working directory, with its parents, if it is missing.
 

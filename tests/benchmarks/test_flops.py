@@ -9,9 +9,9 @@ import pytest
 from benchmarks import flops
 from benchmarks.flops import hardware_flops, utilisation
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.training.loss import summed_cross_entropy
+from tlinformer_jax.training.cross_entropy import summed_cross_entropy
 
 PLAN = ExecutionPlan(segments=8, scan_layers=False)  # a segment for each window: nothing is masked
 AGAIN = dataclasses.replace(PLAN, checkpointing=True)

@@ -69,7 +69,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "mesh"),
-    [(2, {"window": 2}), (4, {"data": 2, "context": 2}), (4, {"fsdp": 2, "window": 2})],
+    [(2, {"window": 2}), (4, {"context": 2}), (4, {"fsdp": 2, "window": 2})],
 )
 def test_a_mesh_over_processes_trains_the_embedded_configuration_as_one_does(processes, mesh, alone, tmp_path):
     axes = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]

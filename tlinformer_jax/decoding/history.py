@@ -31,7 +31,7 @@ from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import LayerParams, project
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import Stream
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.batch_split import SplitRows
 
 
 @dataclasses.dataclass(frozen=True)

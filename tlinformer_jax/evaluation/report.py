@@ -17,8 +17,7 @@ from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.files import finite, local_path, write_text
-from tlinformer_jax.training.answers import Answers
-from tlinformer_jax.training.evaluation import Evaluation, summary
+from tlinformer_jax.training.evaluation import Answers, Evaluation, summary
 from tlinformer_jax.training.memory import advised, evaluation_advice
 
 Report = dict[str, Any]

@@ -18,7 +18,7 @@ from tlinformer_jax.kernels.common import available, merge_softmaxes
 from tlinformer_jax.models.attention import attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import LayerParams, project, unbiased_projections
 from tlinformer_jax.models.rope import Rope, rotate
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.batch_split import SplitRows
 
 
 @flax.struct.dataclass

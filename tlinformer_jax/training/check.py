@@ -13,11 +13,10 @@ from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.models.windows import trained_tokens
+from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import batch_sharding
-from tlinformer_jax.parallel.target import device_kind
-from tlinformer_jax.training.optimizer import Horizon, run_horizon, warmup_note
 from tlinformer_jax.training.setup import PENDING, Run, build_run, flops_per_token, training_batches
-from tlinformer_jax.training.step import jit_train_step
+from tlinformer_jax.training.step import Horizon, jit_train_step, run_horizon, warmup_note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,9 @@ def compiled_step(run: Run) -> jax.stages.Compiled:
     }
     state, shardings = run.abstract_state, run.shardings  # first: under the mesh, even a key is made on its devices
     with jax.set_mesh(run.mesh):
-        step = jit_train_step(run.model, run.config.train, run.horizon, shardings, sharding, answers=run.answers)
+        step = jit_train_step(
+            shardings, sharding, model=run.model, config=run.config.train, horizon=run.horizon, answers=run.answers
+        )
         return step.lower(state, batch).compile()
 
 

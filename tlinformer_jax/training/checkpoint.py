@@ -1,8 +1,8 @@
 """A checkpoint on the disk: `checkpoints/STEP` holds Orbax's `state/` and `manifest.json`, and appears by one rename.
 
-The manifest names every file with its size and SHA-256, so damage is noticed before a checkpoint is used; it checks
-itself by having to read exactly as it would be written again. Nothing is read or written through a link below the
-working directory. What is passed over is named on stderr. `training.saving` writes checkpoints.
+The manifest names every file with its size and SHA-256, and holds a hash of itself, so damage is noticed before a
+checkpoint is used. Nothing is read or written through a link below the working directory. What is passed over is named
+on stderr. `training.saving` writes checkpoints.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import dataclasses
 import errno
 import hashlib
 import itertools
-import json
+import math
 import os
 import pathlib
 import re
@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import open_own, plain_path, read_own, sealed, write_text
+from tlinformer_jax.files import open_own, plain_path, read_own, sealed_text, unsealed, write_text
 from tlinformer_jax.training.metrics import say
 
 FOLDER = "checkpoints"
@@ -51,7 +51,6 @@ class Manifest:
       code_version: of this package.
       config_sha256: `config.run.fingerprint` of the run's configuration; empty where none was given.
       validation_loss: nats per token, if the step has been evaluated.
-      after_skip: whether the last update was skipped as not finite; no rollback ends there.
     """
 
     step: int
@@ -59,7 +58,6 @@ class Manifest:
     code_version: str
     config_sha256: str
     validation_loss: float | None = None
-    after_skip: bool = False
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -74,7 +72,7 @@ def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
     """Writes the manifest of the checkpoint in `folder`, whole or not at all."""
-    write_text(folder / MANIFEST_FILE, _render(dataclasses.asdict(manifest)))
+    write_text(folder / MANIFEST_FILE, sealed_text(dataclasses.asdict(manifest)))
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -83,23 +81,13 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     Raises:
       DataError: if it is missing, damaged, or of another step than the folder's name says.
     """
-    path = folder / MANIFEST_FILE
     try:
-        text = read_own(path)
-    except OSError as error:
-        raise DataError(f"checkpoint {folder}: has no readable {MANIFEST_FILE} ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged") from None
-    try:
-        values = json.loads(text)
-        del values["sha256"]
-        if _render(values) != text:
-            raise ValueError(text)
+        values = unsealed(read_own(folder / MANIFEST_FILE))
         files = {name: (int(size), str(digest)) for name, (size, digest) in values.pop("files").items()}
         manifest = Manifest(files=files, **values)
-        if not isinstance(manifest.step, int) or not isinstance(manifest.validation_loss, float | None):
-            raise TypeError(values)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except OSError as error:
+        raise DataError(f"checkpoint {folder}: has no readable {MANIFEST_FILE} ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged") from None
     if folder.name != str(manifest.step):
         raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is of step {manifest.step}")
@@ -138,19 +126,14 @@ def _files_below(folder: pathlib.Path) -> list[str]:
     return sorted(name for name in (path.relative_to(folder).as_posix() for path in paths) if name not in own)
 
 
-def _render(values: dict[str, Any]) -> str:
-    return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
-
-
 # ---- Which checkpoints there are, and which are good
 
 
-def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: int = 0) -> Manifest | None:
+def newest_good(folder: pathlib.Path, set_aside: bool = False) -> Manifest | None:
     """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
     Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name;
-    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged. With `regular_every` only regular
-    checkpoints, at multiples of it, are considered.
+    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged.
 
     Raises:
       DataError: if there are checkpoints, but none that can be used.
@@ -158,8 +141,6 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: in
     step = NO_CHECKPOINT
     if jax.process_index() == 0:
         steps, others = list_steps(folder)
-        if regular_every:
-            steps, others = regular_steps(folder, regular_every), {}
         damaged = list(itertools.takewhile(lambda step: not is_usable(folder / str(step)), steps))
         if len(damaged) < len(steps):
             step = steps[len(damaged)]
@@ -264,14 +245,15 @@ def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
     return sorted(steps, reverse=True), dict(newest_first)
 
 
-def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
-    """The multiples of `every` among the steps, newest first; without those saved right after a skipped update."""
-    found = []
+def validation_losses(folder: pathlib.Path) -> dict[int, float]:
+    """Step -> validation loss of those checkpoints in `folder` that have one."""
+    losses = {}
     for step in list_steps(folder)[0]:
-        if step % every == 0:
-            with contextlib.suppress(DataError):
-                found += [] if read_manifest(folder / str(step)).after_skip else [step]
-    return found
+        with contextlib.suppress(DataError):
+            loss = read_manifest(folder / str(step)).validation_loss
+            if loss is not None and math.isfinite(loss):
+                losses[step] = loss
+    return losses
 
 
 def is_usable(path: pathlib.Path) -> bool:

@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import math
 import os
 import pathlib
 import shutil
@@ -34,8 +33,8 @@ from tlinformer_jax.training.checkpoint import (
     newest_good,
     read_arrays,
     read_manifest,
-    regular_steps,
     set_aside_damaged,
+    validation_losses,
     write_manifest,
 )
 from tlinformer_jax.training.memory import copy_on_devices
@@ -61,18 +60,14 @@ class Checkpoints:
       keep: how many of the latest are kept.
       keep_best: how many of those with the lowest validation loss are kept besides.
       config_sha256: of the run's configuration, for the manifests.
-      regular_every: steps between regular checkpoints, the last of which is always kept; 0 for none.
 
     Raises:
       DataError: by every method where a save has failed (disk full, say), naming it; older checkpoints stay.
     """
 
-    def __init__(
-        self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "", regular_every: int = 0
-    ) -> None:
+    def __init__(self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "") -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
-        self._regular_every = regular_every
         self._good: set[int] = set()  # written or verified by this run
         self._latest: int | None = None
         self._main = jax.process_index() == 0
@@ -117,26 +112,24 @@ class Checkpoints:
         if step == self._latest:
             return
         self._wait()
-        draft, after_skip = self._folder / f"{step}{SAVING}", int(state.skips.in_a_row) > 0
+        draft = self._folder / f"{step}{SAVING}"
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _fields(state))
         copy = copy_on_devices(state) if overlap and jax.process_count() == 1 else None
         if copy is None:
             self._write(draft, state)
         self._latest = step
-        self._pending = self._thread.submit(self._finish, draft, shapes, after_skip, copy)
+        self._pending = self._thread.submit(self._finish, draft, shapes, copy)
 
-    def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
+    def restore(self, state: TrainState) -> tuple[TrainState, Manifest] | None:
         """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
 
-        Args:
-          state: abstract (jax.ShapeDtypeStruct) leaves with shardings.
-          regular: consider only the regular ones, which exist whenever the run was interrupted.
+        `state` has abstract (jax.ShapeDtypeStruct) leaves with shardings.
 
         Raises:
           DataError: if there are checkpoints, but none that can be used.
         """
         self._wait()
-        found = newest_good(self._folder, set_aside=True, regular_every=self._regular_every if regular else 0)
+        found = newest_good(self._folder, set_aside=True)
         if found is None:
             return None
         self._good.add(found.step)
@@ -156,7 +149,7 @@ class Checkpoints:
         if self._keep_best == 0:
             return False
         self._wait()
-        best = sorted(self._validation_losses().values())[: self._keep_best]
+        best = sorted(validation_losses(self._folder).values())[: self._keep_best]
         among = len(best) < self._keep_best or loss < best[-1]
         return bool(multihost_utils.broadcast_one_to_all(np.bool_(among)))
 
@@ -177,7 +170,7 @@ class Checkpoints:
         except Exception as error:
             raise _failure(draft, error) from error
 
-    def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
+    def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], state: TrainState | None) -> None:
         """The part of a save that runs in the thread; `state` is given where it is still to be written."""
         if state is not None:
             self._write(draft, state)
@@ -187,8 +180,7 @@ class Checkpoints:
                 if fault := misfit(draft, shapes, ("shape", "dtype")):
                     raise OSError(f"read back, {fault}")
                 step, version = int(draft.stem), tlinformer_jax.__version__
-                manifest = Manifest(step, hash_files(draft), version, self._config_sha256, after_skip=after_skip)
-                write_manifest(draft, manifest)
+                write_manifest(draft, Manifest(step, hash_files(draft), version, self._config_sha256))
                 if os.path.lexists(self._folder / str(step)):
                     set_aside_damaged(self._folder / str(step))
                 draft.rename(self._folder / str(step))
@@ -202,30 +194,14 @@ class Checkpoints:
         latest = sorted(self._good)[-self._keep :]
         if len(latest) < self._keep:
             return
-        losses = self._validation_losses()
+        losses = validation_losses(self._folder)
         kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
-        if self._regular_every:
-            regular = regular_steps(self._folder, self._regular_every)
-            # The last on disk and, since that may be damaged, the last known to be good.
-            kept += regular[:1] + [step for step in regular if step in self._good][:1]
         for step in list_steps(self._folder)[0]:
             if step < latest[0] and step not in kept:
                 # Renamed first, or a half-deleted folder would look like a damaged checkpoint.
                 gone = (self._folder / str(step)).rename(self._folder / f"{step}{DELETING}")
                 shutil.rmtree(gone, ignore_errors=True)
                 self._good.discard(step)
-
-    def _validation_losses(self) -> dict[int, float]:
-        """Step -> validation loss of those saved steps that have one."""
-        losses = {}
-        for step in list_steps(self._folder)[0]:
-            try:
-                loss = read_manifest(self._folder / str(step)).validation_loss
-            except DataError:
-                continue
-            if loss is not None and math.isfinite(loss):
-                losses[step] = loss
-        return losses
 
 
 def _clear(folder: pathlib.Path) -> None:
