@@ -30,7 +30,6 @@ from tlinformer_jax.models import build_model
 from tlinformer_jax.training.callbacks import Evaluate
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.step import (
-    Horizon,
     TrainState,
     build_optimizer,
     learning_rate_schedule,
@@ -68,8 +67,8 @@ def batches_of(config: TrainConfig, stream: TokenStream, length: int) -> Trainin
 
 def evaluations(config, batches, last):
     """The updates before the last one after which a run is evaluated."""
-    run, reader = SimpleNamespace(horizon=Horizon(last, last)), SimpleNamespace(batches=batches)
-    evaluate = Evaluate(config.eval_every, run, reader, None, None, None)
+    session = SimpleNamespace(last_step=last, reader=SimpleNamespace(batches=batches))
+    evaluate = Evaluate(config.eval_every, session, None)
     return {step for step in range(last + 1) if evaluate.is_due(step)}
 
 

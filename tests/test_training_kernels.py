@@ -11,7 +11,7 @@ from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.models import layers
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.parallel.mesh import target
-from tlinformer_jax.training import loss
+from tlinformer_jax.training import cross_entropy as loss
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -171,7 +171,7 @@ def test_a_failed_save_is_an_error_and_costs_no_older_checkpoint(tmp_path, monke
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving, "write_manifest", full)
+    monkeypatch.setattr(saving.stored, "write_manifest", full)
     with pytest.raises(DataError, match=r"2\.saving: cannot be written .*No space left"):
         write(tmp_path, 2, keep=1)
     assert_params(tmp_path, 1)

@@ -10,7 +10,7 @@ import pytest
 from tests.training.test_resume import events, run_config
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import build_mesh
-from tlinformer_jax.training import loop, setup
+from tlinformer_jax.training import callbacks, setup
 from tlinformer_jax.training.loop import train_and_evaluate
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def stopped(tmp_path_factory):
     config = run_config(folder, log_every=1, eval_every=3, checkpoint_every=3, keep_best=0, accumulation=1)
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2))
     train_and_evaluate(config, folder / "whole")
-    log_step = loop.log_step
+    log_step = callbacks.log_step
 
     def crashing(log, step, *rest):
         log_step(log, step, *rest)
@@ -33,7 +33,7 @@ def stopped(tmp_path_factory):
             raise RuntimeError("crash")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "log_step", crashing)
+        patch.setattr(callbacks, "log_step", crashing)
         with pytest.raises(RuntimeError, match="crash"):
             train_and_evaluate(config, folder / "stopped")
     return config, events(folder / "whole"), folder / "stopped"

@@ -38,11 +38,7 @@ class MeshConfig:
                 raise ConfigError(f"mesh.{name}", size, "must be an integer >= 1")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Sizes of all axes for `num_devices` devices.
-
-        Raises:
-          ConfigError: if they do not divide that number.
-        """
+        """Sizes of all axes for `num_devices` devices."""
         sizes = dataclasses.asdict(self)
         data, left = divmod(num_devices, math.prod(sizes.values()))
         if left or not data:

@@ -89,9 +89,6 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
 
     An error inside is told on stderr and ends the process at once: an orderly end would wait for the others, who
     wait for this one.
-
-    Raises:
-      UserError: if the processes cannot be joined.
     """
     if cluster is None:
         yield
@@ -151,11 +148,7 @@ def _check_flags(values: Mapping[str, Any]) -> None:
 
 
 def _join(cluster: Cluster) -> None:
-    """Connects with the other processes.
-
-    Raises:
-      UserError: if that fails, naming how they were found.
-    """
+    """Connects with the other processes."""
     import jax
 
     if cluster.coordinator_address and cluster.process_id == 0:
@@ -180,11 +173,7 @@ def _join(cluster: Cluster) -> None:
 
 
 def _check_free(address: str) -> None:
-    """Refuses a port of this machine that is in use: JAX's service would crash on it.
-
-    Raises:
-      UserError: naming the address.
-    """
+    """Refuses a port of this machine that is in use: JAX's service would crash on it."""
     try:
         probe = socket.socket(socket.AF_INET6)
     except OSError:  # this kernel has no IPv6

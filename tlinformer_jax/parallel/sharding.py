@@ -37,11 +37,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), every axis for the compiler to partition (AxisType.Auto).
-
-    Raises:
-      ConfigError: if the axes do not multiply to the number of devices.
-    """
+    """The mesh over `devices` (default: all), every axis for the compiler to partition (AxisType.Auto)."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
@@ -70,11 +66,7 @@ def ways(mesh: Mesh, axes: Sequence[str]) -> int:
 
 
 def check_batch_divides(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Refuses a batch that the mesh's batch axes cannot split evenly.
-
-    Raises:
-      ConfigError: naming `field`.
-    """
+    """Refuses a batch that the mesh's batch axes cannot split evenly."""
     parts = ways(mesh, BATCH_AXES)
     if batch_size % parts:
         raise ConfigError(field, batch_size, f"must be divisible by {parts} (mesh.data * mesh.fsdp)")
@@ -84,11 +76,7 @@ def check_batch_divides(batch_size: int, mesh: Mesh, field: str) -> None:
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of the parameter at `path` ('blocks_0/compress/qkv_kernel').
-
-    Raises:
-      ConfigError: if no rule matches, or the mesh does not divide a dimension it should split.
-    """
+    """The partition of the parameter at `path` ('blocks_0/compress/qkv_kernel')."""
     spec = next((spec for pattern, spec in PARAMETER_RULES if re.search(pattern, path)), None)
     if spec is None:
         raise ConfigError("sharding rules", path, "no rule matches this parameter")

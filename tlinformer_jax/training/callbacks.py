@@ -22,15 +22,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tlinformer_jax.config.data import Stage
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import EPOCH, seconds
-from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.training.console import describe_divergence, say
 from tlinformer_jax.training.curriculum import StagedReader, describe_end
 from tlinformer_jax.training.evaluation import summary
-from tlinformer_jax.training.metrics import MetricsLog, Throughput, describe_divergence, log_evaluation, log_step, say
+from tlinformer_jax.training.metrics import MetricsLog, Throughput, log_evaluation, log_step
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import Run
 from tlinformer_jax.training.step import TrainState
@@ -65,7 +64,6 @@ class TrainingView:
       outputs: of the update, as `train_step` returns them, on the devices.
       evaluation: figures of the latest evaluation, as `evaluation.summary` names them, and its `step`; else empty.
       compiled: whether this update was compiled first, so that its time says nothing.
-      stage_end: the stage of a curriculum that ends with this update; else None.
     """
 
     config: RunConfig
@@ -76,7 +74,6 @@ class TrainingView:
     outputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     evaluation: Mapping[str, float] = dataclasses.field(default_factory=dict)
     compiled: bool = False
-    stage_end: Stage | None = None
 
     @property
     def params(self) -> Any:
@@ -122,11 +119,7 @@ class Call(Callback):
 
 
 def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> list[Callback]:
-    """Callbacks, of which a bare function is one after every update.
-
-    Raises:
-      UserError: for what is none, or has an `every` that is not allowed.
-    """
+    """Callbacks, of which a bare function is one after every update."""
     found: list[Callback] = []
     for number, callback in enumerate(given):
         if not callable(callback):
@@ -189,6 +182,30 @@ class Timer:
 # ---- The built-in callbacks
 
 
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What the loop and its own callbacks work with."""
+
+    run: Run
+    validation: Split
+    reader: StagedReader
+    checkpoints: Checkpoints
+    log: MetricsLog
+    throughput: Throughput
+    stop: "StopRequest"
+
+    @property
+    def last_step(self) -> int:
+        """Updates of the whole run."""
+        return self.run.horizon.steps
+
+    def check_finite(self, view: TrainingView) -> None:
+        """Ends a run of which more than train.max_skipped_updates in a row were skipped, naming the update."""
+        if int(view.state.skips.in_a_row) > self.run.config.train.max_skipped_updates:
+            text = describe_divergence(self.run, view.state, self.reader.batches)
+            raise DivergedError(f"{text}; lower train.learning_rate")
+
+
 @dataclasses.dataclass
 class Log(Callback):
     """Writes and prints the figures of an update; also wherever one of `others` is due, and where a stage ends.
@@ -197,75 +214,52 @@ class Log(Callback):
     """
 
     every: int
-    run: Run
-    reader: StagedReader
-    log: MetricsLog
-    throughput: Throughput
+    session: Session
     others: tuple[Callback, ...]
 
     def is_due(self, step: int) -> bool:
-        if step in (1, self.run.horizon.steps) or super().is_due(step) or self.reader.ended() is not None:
+        if step in (1, self.session.last_step) or super().is_due(step) or self.session.reader.ended() is not None:
             return True
         return any(other.is_due(step) for other in self.others)
 
     def __call__(self, view: TrainingView) -> None:
         jax.block_until_ready(view.outputs)
         if int(view.outputs["step"]) == view.step:  # or it has diverged before
-            speed = {} if view.compiled else self.throughput.report(view.step)
-            log_step(self.log, view.step, view.last_step, view.outputs, speed)
-        check_finite(self.run, view, self.reader.batches)
-        if view.stage_end is not None:
-            say(describe_end(view.stage_end, view.step, view.state.competence))
-
-
-def check_finite(run: Run, view: TrainingView, batches: TrainingBatches) -> None:
-    """Ends a run that has diverged, naming the update.
-
-    Raises:
-      DivergedError: after more than train.max_skipped_updates skipped updates in a row.
-    """
-    if int(view.state.skips.in_a_row) > run.config.train.max_skipped_updates:
-        raise DivergedError(f"{describe_divergence(run, view.state, batches)}; lower train.learning_rate")
+            speed = {} if view.compiled else self.session.throughput.report(view.step)
+            log_step(self.session.log, view.step, view.last_step, view.outputs, speed)
+        self.session.check_finite(view)
+        if (stage := self.session.reader.ended()) is not None:
+            say(describe_end(stage, view.step, view.state.competence))
 
 
 @dataclasses.dataclass
 class Save(Callback):
-    """Saves a checkpoint; the figures up to it reach the disk first. Never of a run that has diverged."""
+    """Saves a checkpoint, and always at the end; the figures up to it reach the disk first."""
 
     every: int | str
-    run: Run
-    reader: StagedReader
-    checkpoints: Checkpoints
-    log: MetricsLog
-    throughput: Throughput
+    session: Session
 
     def __post_init__(self) -> None:
         self.timer = Timer(seconds(self.every))
 
     def is_due(self, step: int) -> bool:
-        return super().is_due(step) and step != self.run.horizon.steps
+        return super().is_due(step) and step != self.session.last_step
 
     def __call__(self, view: TrainingView) -> None:
-        if view.step == view.last_step:
-            return  # `finish` does
-        check_finite(self.run, view, self.reader.batches)
-        with self.throughput.saving():
-            self.save(view.state)
+        if view.step != view.last_step:  # then `finish` does
+            with self.session.throughput.saving():
+                self.finish(view)
 
     def finish(self, view: TrainingView) -> None:
-        check_finite(self.run, view, self.reader.batches)
-        self.save(view.state)
-
-    def save(self, state: TrainState) -> None:
-        """Starts saving the state."""
-        self.log.sync()
-        self.checkpoints.save(state)
+        self.session.check_finite(view)
+        self.session.log.sync()
+        self.session.checkpoints.save(view.state)
         self.timer.restart()
 
 
 @dataclasses.dataclass
 class Evaluate(Callback):
-    """Evaluates on the validation split, after each epoch where `every` is 'epoch'; always at the end.
+    """Evaluates on the validation split, after each epoch where `every` is 'epoch', and always at the end.
 
     The checkpoint's manifest gets the loss; a state that is among the best is saved for it. Ends a run that is accurate
     enough (train.stop_at_accuracy).
@@ -275,50 +269,47 @@ class Evaluate(Callback):
     """
 
     every: int | str
-    run: Run
-    reader: StagedReader
-    validation: Split
+    session: Session
     save: Save
-    stop: "StopRequest"
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def is_due(self, step: int) -> bool:
-        if step == self.run.horizon.steps:
+        if step == self.session.last_step:
             return False
         if self.every != EPOCH:
             return super().is_due(step)
-        ended = self.reader.batches.updates_for_epochs
+        ended = self.session.reader.batches.updates_for_epochs
         return ended(1 + bisect.bisect_left(range(1, 2**40), step, key=ended)) == step
 
     def __call__(self, view: TrainingView) -> bool:
-        started = time.perf_counter()
+        run, checkpoints, started = self.session.run, self.session.checkpoints, time.perf_counter()
         try:
-            result = self.run.evaluate(view.params, self.validation, self.stop.watch)
+            result = run.evaluate(view.params, self.session.validation, self.session.stop.watch)
         except Stopped:
             return False
-        figures = summary(result, self.validation, self.run.config.model.generation_window)
-        log_evaluation(self.save.log, self.run, view.step, figures, time.perf_counter() - started)
+        figures = summary(result, self.session.validation, run.config.model.generation_window)
+        log_evaluation(self.session.log, run, view.step, figures, time.perf_counter() - started)
         self.figures = {"step": view.step, **figures}
-        if self.save.checkpoints.is_among_best(figures["loss"]):
-            self.save.save(view.state)
-        self.save.checkpoints.record_validation(view.step, figures["loss"])
-        self.save.throughput.restart(keep_saving=True)
-        least = self.run.config.train.stop_at_accuracy
+        if checkpoints.is_among_best(figures["loss"]):
+            self.save.finish(view)
+        checkpoints.record_validation(view.step, figures["loss"])
+        self.session.throughput.restart(keep_saving=True)
+        least = run.config.train.stop_at_accuracy
         return least > 0 and figures["accuracy"] >= least
 
     def finish(self, view: TrainingView) -> None:
         if self.figures.get("step") == view.step:
-            self.save.checkpoints.record_validation(view.step, self.figures["loss"])
-        elif not self.stop:
+            self.session.checkpoints.record_validation(view.step, self.figures["loss"])
+        elif not self.session.stop:
             self(view)
 
 
 class Trace(Callback):
-    """Traces TRACED updates of a run for xprof, WARMUP updates after its first, or earlier where it is shorter.
+    """Traces TRACED updates for xprof, WARMUP updates after the first one, or earlier where the run is shorter.
 
     Args:
       folder: receives the trace; None traces nothing.
-      first: updates done before this run.
+      first: updates done before.
       last: the run's last update.
       throughput: the time of a trace does not count as training.
     """
@@ -407,11 +398,7 @@ class StopRequest:
         return self._noticed
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, until a stop is asked for.
-
-        Raises:
-          Stopped: then.
-        """
+        """The items, until a stop is asked for."""
         for item in items:
             if self.poll():
                 raise Stopped

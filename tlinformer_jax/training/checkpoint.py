@@ -26,7 +26,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import open_own, plain_path, read_own, sealed_text, unsealed, write_text
-from tlinformer_jax.training.metrics import say
+from tlinformer_jax.training.console import say
 
 FOLDER = "checkpoints"
 STATE = "state"  # Orbax's folder in that of a checkpoint
@@ -76,11 +76,7 @@ def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`; its files are not looked at.
-
-    Raises:
-      DataError: if it is missing, damaged, or of another step than the folder's name says.
-    """
+    """The manifest of the checkpoint in `folder`; its files are not looked at."""
     try:
         values = unsealed(read_own(folder / MANIFEST_FILE))
         files = {name: (int(size), str(digest)) for name, (size, digest) in values.pop("files").items()}
@@ -95,11 +91,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def verify(folder: pathlib.Path) -> Manifest:
-    """Compares every file of the checkpoint in `folder` with its manifest, which is returned.
-
-    Raises:
-      DataError: naming the first file that is missing, too many, of another size, or changed.
-    """
+    """Compares every file of the checkpoint in `folder` with its manifest, which is returned."""
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
     for path in sorted(present - set(manifest.files)):
@@ -134,9 +126,6 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False) -> Manifest | Non
 
     Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name;
     with `set_aside`, for the run that trains here, they are renamed to STEP.damaged.
-
-    Raises:
-      DataError: if there are checkpoints, but none that can be used.
     """
     step = NO_CHECKPOINT
     if jax.process_index() == 0:
@@ -174,17 +163,7 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
         raise DataError(f"workdir {workdir}: {FOLDER} is a link, which is not followed")
     if not os.path.isdir(folder):
         raise DataError(f"workdir {workdir}: holds no checkpoint; train into it first")
-    found: Manifest | None
-    if step is not None:
-        steps, _ = list_steps(folder)
-        if step not in steps:
-            there = ", ".join(map(str, reversed(steps))) or "none"
-            raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}; there are {there}")
-        if not is_usable(folder / str(step)):
-            raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
-        found = read_manifest(folder / str(step))
-    else:
-        found = newest_good(folder)
+    found = newest_good(folder) if step is None else _checkpoint_of(workdir, step)
     if found is None:
         raise DataError(f"workdir {workdir}: holds no finished checkpoint; train into it first")
     here = folder / str(found.step)
@@ -193,13 +172,21 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
     return found.step, read_arrays(here, {"params": abstract_params})["params"]
 
 
+def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
+    folder = (workdir / FOLDER).absolute()
+    steps, _ = list_steps(folder)
+    if step not in steps:
+        there = ", ".join(map(str, reversed(steps))) or "none"
+        raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}; there are {there}")
+    if not is_usable(folder / str(step)):
+        raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
+    return read_manifest(folder / str(step))
+
+
 def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
     """Refuses a model of more or larger arrays than the checkpoints hold, before it is built.
 
     Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
-
-    Raises:
-      DataError: naming the field, or why no checkpoint (of `step`, if given) can be used.
     """
     folder = (workdir / FOLDER).absolute()
     steps = list_steps(folder)[0] if os.path.isdir(folder) and not folder.is_symlink() else []
@@ -256,6 +243,15 @@ def validation_losses(folder: pathlib.Path) -> dict[int, float]:
     return losses
 
 
+def best_step(workdir: pathlib.Path) -> int:
+    """The step of the lowest validation loss among the checkpoints of a working directory."""
+    folder = (workdir / FOLDER).absolute()
+    losses = validation_losses(folder) if folder.is_dir() and not folder.is_symlink() else {}
+    if not losses:
+        raise DataError(f"workdir {workdir}: holds no checkpoint that has been evaluated")
+    return min(losses, key=lambda step: (losses[step], step))
+
+
 def is_usable(path: pathlib.Path) -> bool:
     """Whether the checkpoint in `path` passes its verification; says so if not."""
     try:
@@ -282,11 +278,7 @@ def set_aside_damaged(path: pathlib.Path) -> None:
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of the parameters in a checkpoint that has not been verified, without reading them.
-
-    Raises:
-      DataError: if they cannot be found out.
-    """
+    """Path -> shape of the parameters in a checkpoint that has not been verified, without reading them."""
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
@@ -298,11 +290,7 @@ def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]
 
 
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """Names the first array of `tree` that a checkpoint lacks, or that differs there in an attribute; None if all fit.
-
-    Raises:
-      Exception: whatever Orbax and TensorStore raise where they cannot open an array.
-    """
+    """Names the first array of `tree` that a checkpoint lacks, or that differs there; None if all fit."""
     stored = _stored_arrays(folder)
     for path, leaf in ocp.tree.to_flat_dict(tree).items():
         if path not in stored:
@@ -321,11 +309,7 @@ def _stored_arrays(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
 
 
 def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint that `tree` names (jax.ShapeDtypeStruct with shardings), in the stored dtype.
-
-    Raises:
-      DataError: if one is missing, has another shape, or cannot be read.
-    """
+    """The arrays of a checkpoint that `tree` names (jax.ShapeDtypeStruct with shardings), in the stored dtype."""
     how = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), tree)
     try:
         fault = misfit(folder, tree)

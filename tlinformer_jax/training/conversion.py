@@ -10,33 +10,21 @@ import shutil
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tlinformer_jax.config.run import RunConfig, load_config, save_config
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
 from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
-from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import check_size, restore_params
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import build_run
+from tlinformer_jax.training.workdir import load_params
 
 
 def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
-    """Makes a working directory, at step 0, of published weights.
+    """Makes a new working directory, at step 0, of published weights; returns a line that says so.
 
-    Args:
-      source: a .pt, .pth or .safetensors file.
-      config: of the model, its tokenizer and its data.
-      workdir: must not exist, or be empty.
-
-    Returns:
-      what was written, in a line.
-
-    Raises:
-      DataError: if the file cannot be used, does not fit the model, or the directory cannot be made.
-      ConfigError: if the tokenizer is not there or does not fit.
+    `source` is a .pt, .pth or .safetensors file; `config` is of the model, its tokenizer and its data.
     """
     workdir = workdir.absolute()
     _check_new(workdir)
@@ -61,19 +49,11 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
 
 
 def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
-    """Writes the last checkpoint's parameters as float32 under the published names; returns a line that says so.
-
-    Raises:
-      DataError: if the directory holds no checkpoint, or the file exists, cannot be written or has a wrong ending.
-    """
+    """Writes the last checkpoint's parameters as float32 under the published names; returns a line that says so."""
     if target.suffix != SAFETENSORS:
         raise UserError(f"--to={target}: must end in {SAFETENSORS}")
+    step, params = load_params(workdir)
     config = load_config(workdir).model
-    check_size(workdir, config)
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    step, params = restore_params(workdir, abstract)
     write_safetensors(target, params_to_reference({"params": params}, config))
     return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
 

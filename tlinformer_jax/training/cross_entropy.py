@@ -18,19 +18,10 @@ AnswersOf = Callable[[int], AnswerPlaces | None]
 
 
 def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
-    """Cross-entropy in nats of every token; for evaluation, as a gradient computes the logits a second time.
+    """Cross-entropy in nats of every token, float32 [batch, length]; for evaluation.
 
-    The sequence is cut in chunks of at most `chunk` tokens (all rows of the batch together), so only one chunk's
-    logits are ever held.
-
-    Args:
-      hidden: what the head reads, [batch, length, D].
-      embedding: the head, [V, D].
-      labels: int32 [batch, length].
-      chunk: tokens at a time.
-
-    Returns:
-      float32 [batch, length].
+    A gradient would compute the logits twice. Those of `chunk` tokens are held at a time. The head `embedding`, [V, D],
+    reads `hidden`, [batch, length, D]; `labels` are int32 [batch, length].
     """
     table = _table(embedding, hidden.dtype)
 
@@ -79,17 +70,7 @@ def summed_losses_and_hits(
 
     Its gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is
     rounded to hidden's dtype before it is multiplied, as the logits' own product was. The embedding's gradient is
-    summed in float32.
-
-    Args:
-      hidden: what the head reads, [batch, length, D].
-      embedding: the head, [V, D].
-      labels: int32 [batch, length].
-      weights: float32 [batch, length].
-      chunk: tokens whose logits are held at a time.
-
-    Returns:
-      float32 [] both.
+    summed in float32. Arguments are those of `token_losses`, and `weights`, float32 [batch, length].
     """
     losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
     return jnp.sum(losses * weights), jnp.sum(hits * weights)
@@ -179,14 +160,9 @@ def _whole(chunks: jax.Array, length: int) -> jax.Array:
 
 
 def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
-    """Where a sample's labels count: the head reads these alone, as it would be most of a small model's work.
+    """Where a sample's labels count, int32 [batch, most]: the head, most of a small model's work, reads these alone.
 
-    Args:
-      weights: float32 [batch, length].
-      most: labels of a sample whose weight is not 0, at most.
-
-    Returns:
-      int32 [batch, most], all places of positive weight and any others; None if there are no more places than these.
+    At most `most` of the `weights` [batch, length] of a sample are not 0. None if there are no more places than these.
     """
     return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
 

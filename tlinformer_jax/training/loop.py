@@ -15,12 +15,15 @@ from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.files import local_path
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
+from tlinformer_jax.training import console
+from tlinformer_jax.training import workdir as directory
 from tlinformer_jax.training.callbacks import (
     Callback,
     Evaluate,
     Log,
     Save,
     Schedule,
+    Session,
     StopRequest,
     Trace,
     TrainingView,
@@ -28,16 +31,7 @@ from tlinformer_jax.training.callbacks import (
 )
 from tlinformer_jax.training.curriculum import StagedReader
 from tlinformer_jax.training.memory import memory_advice
-from tlinformer_jax.training.metrics import (
-    Compilation,
-    MetricsLog,
-    Throughput,
-    build_throughput,
-    describe,
-    describe_end_of_run,
-    parameter_table,
-    say,
-)
+from tlinformer_jax.training.metrics import MetricsLog, build_throughput
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
     PENDING,
@@ -48,16 +42,6 @@ from tlinformer_jax.training.setup import (
     use_compilation_cache,
 )
 from tlinformer_jax.training.step import TrainState, jit_train_step, run_horizon
-from tlinformer_jax.training.workdir import (
-    Origin,
-    check_tokenizer,
-    check_workdir,
-    find_origin,
-    initial_params,
-    remember_origin,
-    save_description,
-    sole_run,
-)
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
 
@@ -118,12 +102,12 @@ def train_run(
     asked = as_callbacks(callbacks)
     trace = local_path(profile, "profile") if profile else None
     use_compilation_cache()
-    origin = find_origin(config, workdir, init_from)
+    origin = directory.find_origin(config, workdir, init_from)
     run, splits, batches = prepare(config, workdir)
     train, main = config.train, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_advice(config))
-        stack.enter_context(sole_run(workdir))
+        stack.enter_context(directory.sole_run(workdir))
         stop = stack.enter_context(StopRequest())
         kept = train.keep_checkpoints, train.keep_best, fingerprint(config)
         checkpoints = stack.enter_context(Checkpoints(workdir, *kept))
@@ -132,8 +116,8 @@ def train_run(
         # ---- Where the run stands
         state, evaluated = first_state(run, workdir, checkpoints, origin)
         if main:
-            save_description(run, splits, workdir)
-        goal = describe(run, splits["train"], splits["validation"], batches)
+            directory.save_description(run, splits, workdir)
+        goal = console.describe(run, splits)
         first, last = int(state.step), run.horizon.steps
         # Repeated are an evaluation that can end the run, to know whether it has, and the last one, for its figures.
         evaluated = evaluated and not train.stop_at_accuracy and first < last
@@ -142,73 +126,65 @@ def train_run(
         log = stack.enter_context(MetricsLog(workdir, main, first, keep_evaluation=evaluated))
         rows = process_rows(run.mesh, train.batch_size)
         reader = stack.enter_context(StagedReader(batches, state.competence, first, rows))
-        throughput = build_throughput(run)
-        save = Save(train.checkpoint_every, run, reader, checkpoints, log, throughput)
-        evaluate = Evaluate(train.eval_every, run, reader, splits["validation"], save, stop)
-        logging = Log(train.log_every, run, reader, log, throughput, (save, evaluate))
-        tracing = Trace(trace, first, last, throughput)
+        session = Session(run, splits["validation"], reader, checkpoints, log, build_throughput(run), stop)
+        save = Save(train.checkpoint_every, session)
+        evaluate = Evaluate(train.eval_every, session, save)
+        logging = Log(train.log_every, session, (save, evaluate))
+        tracing = Trace(trace, first, last, session.throughput)
         schedule = Schedule([logging, tracing, save, evaluate, *asked])
         view = TrainingView(config, workdir, first, last, state)
         if evaluated or not evaluate.is_due(first) or not evaluate(view):
-            view = train_steps(run, view, reader, schedule, evaluate, throughput, stop)
+            view = train_steps(session, view, schedule, evaluate)
         for callback in schedule.callbacks:
             callback.finish(dataclasses.replace(view, evaluation=evaluate.figures))
     figures = {name: value for name, value in evaluate.figures.items() if name != "step"}
     finished = evaluate.figures.get("step") == view.step and (view.step == last or not stop)
     if finished:
-        describe_end_of_run(run, workdir, figures, goal)
+        console.describe_end_of_run(run, workdir, figures, goal)
     else:
-        say(f"stopped after step {view.step}, as asked; the same command goes on from there")
+        console.say(f"stopped after step {view.step}, as asked; the same command goes on from there")
     return Trained(run, view.params, figures if finished else None, view.step)
 
 
 def prepare(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, dict[str, Split], TrainingBatches]:
     """The run, its splits and its batches, checked against each other and against the working directory."""
     tokenizer = build_tokenizer(config.data.tokenizer)
-    check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
+    directory.check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
     run = build_run(config, tokenizer, PENDING)
     splits = {name: run.split(name) for name in ("train", "validation")}
     batches = training_batches(config, splits["train"])
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
-    check_workdir(run, splits, workdir)
+    directory.check_workdir(run, splits, workdir)
     return run, splits, batches
 
 
 def first_state(
-    run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: Origin | None = None
+    run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: directory.Origin | None = None
 ) -> tuple[TrainState, bool]:
     """The state to go on from, that of the newest good checkpoint or a new one; and whether it has been evaluated."""
     restored = checkpoints.restore(run.abstract_state)
     if restored is not None:
         state, manifest = restored
-        say(f"continuing from step {int(state.step)} in {workdir}")
+        console.say(f"continuing from step {int(state.step)} in {workdir}")
         return state, manifest.validation_loss is not None
     state = run.initial_state()
     if origin is not None:
-        step, params = initial_params(origin, run)
-        say(f"starting from the parameters of step {step} in {origin.workdir}")
+        step, params = directory.initial_params(origin, run)
+        console.say(f"starting from the parameters of step {step} in {origin.workdir}")
         state = dataclasses.replace(state, params=params)
         if jax.process_index() == 0:
-            remember_origin(dataclasses.replace(origin, step=step), workdir)
+            directory.remember_origin(dataclasses.replace(origin, step=step), workdir)
         checkpoints.save(state, overlap=False)
-    say(parameter_table(state.params))
+    console.say(console.parameter_table(state.params))
     return state, False
 
 
-def train_steps(
-    run: Run,
-    view: TrainingView,
-    reader: StagedReader,
-    schedule: Schedule,
-    evaluate: Evaluate,
-    throughput: Throughput,
-    stop: StopRequest,
-) -> TrainingView:
+def train_steps(session: Session, view: TrainingView, schedule: Schedule, evaluate: Evaluate) -> TrainingView:
     """Makes the updates after `view`: all that are left, or those until a stop is asked for or a callback ends the run.
 
     After each of them the callbacks that are due are called.
     """
-    config, state, first = run.config, view.state, view.step
+    run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]] = jit_train_step(
         run.shardings,
         batch_sharding(run.mesh),
@@ -219,9 +195,10 @@ def train_steps(
         stages=config.data.stages,
     )
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
+    first, state = view.step, view.state
     throughput.restart()
     for step in range(first + 1, view.last_step + 1):
-        if stop.poll():
+        if session.stop.poll():
             break
 
         # ---- The update
@@ -229,7 +206,7 @@ def train_steps(
         compiled = step == first + 1 or length != reader.batches.length(step - 2)
         with throughput.waiting():
             batch = put_batch(next(reader), run.mesh)
-        with Compilation(step, length) if compiled else contextlib.nullcontext():
+        with console.Compilation(step, length) if compiled else contextlib.nullcontext():
             state, outputs = update(state, batch)
             if compiled:
                 jax.block_until_ready(outputs)
@@ -237,9 +214,7 @@ def train_steps(
         reader.after(outputs)
 
         # ---- What is due after it
-        view = dataclasses.replace(
-            view, step=step, state=state, outputs=outputs, compiled=compiled, stage_end=reader.ended()
-        )
+        view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
         for callback in schedule.due(step, outputs):
             ended |= bool(callback(dataclasses.replace(view, evaluation=evaluate.figures)))

@@ -70,16 +70,13 @@ def summed_loss(
 
     Args:
       params: parameters, as `model.init` names them.
-      batch: as `train_step` takes it.
+      batch: as `train_step` takes it, and `answers`.
       key: of the dropout.
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
       model: of the parameters.
       split: of the batch over devices.
-      answers: as `train_step` takes it.
+      answers: where labels count.
       divisor: of the sum.
-
-    Returns:
-      float32 [], and what is summed along with it.
     """
     shape, inputs, sequences = model.config, batch["inputs"], split.sequence
     rows = {name: batch[name] for name in ("labels", "weights")}
@@ -124,6 +121,8 @@ def window_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """`weighted_loss` of a generation window, or of those that run together, as `sum_with_gradients` takes it.
 
+    Where rows are split over devices, it is that of this device's rows of the window, and `x` is None.
+
     Args:
       shape: of the model.
       run: of windows, whose static shapes it has.
@@ -131,10 +130,7 @@ def window_loss(
       fixed: that of the sequence.
       step: (the window's index, its labels and weights).
       shared: (parameters from `prepare_params`, the history).
-      x: the window's own rows, None where devices share them.
-
-    Returns:
-      float32 [] both; where rows are split over devices, of this device's rows of the window.
+      x: the window's own rows.
     """
     (params, history), (index, rows) = shared, step
     size, split = shape.generation_window, history.split
@@ -320,14 +316,9 @@ class WindowLoop:
 def window_loops(
     config: ModelConfig, sequence: PreparedSequence, rows: Any, split: SequenceSplit, windows: Array | None
 ) -> Iterator[WindowLoop]:
-    """The loops over a sequence's windows, or over this device's of them.
+    """The loops over a sequence's windows, or over this device's of them; `rows` are arrays [batch, length, ...].
 
-    Args:
-      config: of the model.
-      sequence: prepared.
-      rows: pytree of arrays [batch, length, ...].
-      split: of sequences over devices.
-      windows: of all windows only these, int32 [k], ascending, in a single loop; None for all of `sequence.runs`.
+    With `windows`, int32 [k], ascending, a single loop over only these; else one for each of `sequence.runs`.
     """
     padding = sequence.count * config.generation_window - jax.tree.leaves(rows)[0].shape[1]
     rows = jax.tree.map(lambda array: pad_rows(array, padding), rows)

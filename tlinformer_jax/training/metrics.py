@@ -1,39 +1,24 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard events, and lines on stderr."""
+"""Where a run's figures go: metrics.jsonl, TensorBoard events, and a line on stderr."""
 
 import contextlib
 import json
 import math
 import os
 import pathlib
-import re
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from tlinformer_jax.analysis.flops import attention_by_device
-from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.analysis.peaks import peak_flops
-from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.data.batches import TrainingBatches, num_samples
-from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import open_own, own_folder, write_text
-from tlinformer_jax.kernels import common as kernels
-from tlinformer_jax.models.windows import num_windows
+from tlinformer_jax.training.console import clock, is_of_bytes, say
 from tlinformer_jax.training.setup import Run, flops_per_token
-from tlinformer_jax.training.step import TrainState, warmup_note
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-# Samples of a bad batch that are named.
-NAMED_SAMPLES = 8
-# Names of a layer's arrays begin so.
-PARTS = {"qkv": "attention", "out": "attention", "gate_up": "feed-forward", "down": "feed-forward", "norm": "norms"}
 
 
 # ---- Files
@@ -244,19 +229,7 @@ def build_throughput(run: Run) -> Throughput:
     return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
 
 
-# ---- Lines on stderr
-
-
-def say(message: str) -> None:
-    """Prints a line of progress on stderr, in the first process only."""
-    if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """A duration as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+# ---- Events
 
 
 def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
@@ -284,99 +257,3 @@ def log_evaluation(log: MetricsLog, run: Run, step: int, figures: Mapping[str, f
     names = sorted(figures, key=lambda name: name != first)
     text = "  ".join(f"{name.replace('_', ' ')} {figures[name]:.5g}" for name in names)
     say(f"evaluation at step {step}: {text}  ({clock(seconds)})")
-
-
-def is_of_bytes(run: Run) -> bool:
-    """Whether tokens are bytes."""
-    return run.tokenizer.vocab_size <= BYTE_VOCABULARY
-
-
-class Compilation:
-    """Says that step `step` is compiled, on samples of `length` tokens, and how long that took; a context manager."""
-
-    def __init__(self, step: int, length: int) -> None:
-        self._step, self._length = step, length
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-        say(f"compiling the step for samples of {self._length:,} tokens; this may take a minute or more")
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is None:
-            say(f"compiled and ran step {self._step} in {time.perf_counter() - self._began:.0f} s")
-
-
-def parameter_table(params: Any) -> str:
-    """The parameters by layer and part, those of equal layers of all blocks together; and their sum."""
-    sizes: dict[str, list[int]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        *layer, name = (str(key.key) for key in path)
-        part = next((part for start, part in PARTS.items() if name.startswith(start)), name)
-        kind = re.sub(r"_\d+", "", layer[-1]) + ": " if layer else ""
-        sizes.setdefault(f"{kind}{part}", []).append(leaf.size)
-    total = sum(map(sum, sizes.values()))
-    rows = [(name, len(found), sum(found)) for name, found in sizes.items()] + [("all", None, total)]
-    lines = [f"{'parameters':24}  {'arrays':>6}  {'numbers':>13}  share"]
-    lines += [f"{name:24}  {count or '':>6}  {size:>13,}  {size / total:5.0%}" for name, count, size in rows]
-    return "\n".join(lines)
-
-
-def _checkpoint_times(train: TrainConfig) -> str:
-    if train.checkpoint_steps:
-        return f"every {train.checkpoint_steps:,} updates, at the end"
-    return f"every {train.checkpoint_every} or less, at the end" if train.checkpoint_seconds else "at the end"
-
-
-def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches) -> str | None:
-    """Says what is about to be trained, and on what; returns what is to be beaten, where that is known."""
-    config, model = run.config, run.config.model
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}"
-    say(f"{model.architecture}, {model.num_layers} layers, on {devices}, {model.compute_dtype.name}")
-    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, config.data.sequence_length))}")
-    say(kernels.serving())
-    say(f"checkpoints: {_checkpoint_times(config.train)}")
-    if note := warmup_note(config.train, run.horizon):
-        say(note)
-    steps = f"{run.horizon.steps:,} steps of {config.train.batch_size * config.data.sequence_length:,} tokens"
-    samples = f"{batches.samples_per_epoch:,} samples of {batches.sequence_length}"
-    if isinstance(train, TaskSplit) or isinstance(validation, TaskSplit):
-        validated = f"{num_samples(validation, batches.sequence_length):,} to validate"
-        say(f"{config.data.dataset}: {samples} to train on, {validated}; {steps}")
-        return None
-    say(f"train {len(train.tokens):,} tokens, {samples}; validation {len(validation.tokens):,} tokens; {steps}")
-    if (parts := run.mesh.shape["window"]) > 1:
-        loads = attention_by_device(model, config.data.sequence_length, parts)
-        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
-    if config.data.dataset == "pydoc" and is_of_bytes(run):
-        bits, context = byte_floor(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
-        bits *= len(validation.tokens) / validation.num_bytes
-        goal = f"{bits:.3f} bits per byte, those of the best n-gram ({context} bytes of context, Kneser-Ney)"
-        say(f"to beat: {goal}")
-        return goal
-    return None
-
-
-def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, float], goal: str | None) -> None:
-    """Says what was reached, beside what was to be beaten, and what to do next."""
-    if goal is not None:
-        say(f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}")
-    if not run.config.data.is_task:
-        say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="..."')
-    say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
-
-
-def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
-    """Names the last skipped update, the parameters whose gradient was not finite, and the batch."""
-    skips, step, most = state.skips, int(state.step), run.config.train.max_skipped_updates
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
-    where = "the loss is not finite"
-    if int(skips.nonfinite):
-        name = "/".join(str(key.key) for key in paths[int(skips.first_nonfinite)])
-        where = f"the gradient of {name} is not finite"
-        if int(skips.nonfinite) > 1:
-            where += f", nor are {int(skips.nonfinite) - 1} of the other {len(paths) - 1}"
-    before = f" (train.max_skipped_updates = {most} before it were skipped)" if most else ""
-    samples = [int(index) for index in batches.indices(step - 1) if index >= 0]
-    more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
-    named = ", ".join(map(str, samples[:NAMED_SAMPLES]))
-    return f"at step {step} {where}{before}; its batch holds samples {named}{more} of the train split"

@@ -22,23 +22,10 @@ from jax.experimental import multihost_utils
 import tlinformer_jax
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import own_folder, plain_path, sync_folder
-from tlinformer_jax.training.checkpoint import (
-    FOLDER,
-    STATE,
-    Manifest,
-    first_line,
-    hash_files,
-    list_steps,
-    misfit,
-    newest_good,
-    read_arrays,
-    read_manifest,
-    set_aside_damaged,
-    validation_losses,
-    write_manifest,
-)
+from tlinformer_jax.training import checkpoint as stored
+from tlinformer_jax.training.checkpoint import FOLDER, STATE, Manifest, first_line, read_manifest
+from tlinformer_jax.training.console import say
 from tlinformer_jax.training.memory import copy_on_devices
-from tlinformer_jax.training.metrics import say
 from tlinformer_jax.training.step import TrainState
 
 SAVING, DELETING = ".saving", ".deleting"
@@ -60,9 +47,6 @@ class Checkpoints:
       keep: how many of the latest are kept.
       keep_best: how many of those with the lowest validation loss are kept besides.
       config_sha256: of the run's configuration, for the manifests.
-
-    Raises:
-      DataError: by every method where a save has failed (disk full, say), naming it; older checkpoints stay.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "") -> None:
@@ -124,24 +108,21 @@ class Checkpoints:
         """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
 
         `state` has abstract (jax.ShapeDtypeStruct) leaves with shardings.
-
-        Raises:
-          DataError: if there are checkpoints, but none that can be used.
         """
         self._wait()
-        found = newest_good(self._folder, set_aside=True)
+        found = stored.newest_good(self._folder, set_aside=True)
         if found is None:
             return None
         self._good.add(found.step)
         self._latest = found.step
-        return TrainState(**read_arrays(self._folder / str(found.step), _fields(state))), found
+        return TrainState(**stored.read_arrays(self._folder / str(found.step), _fields(state))), found
 
     def record_validation(self, step: int, loss: float) -> None:
         """Adds the validation loss to the manifest of `step`, if it is saved; deletes what is no longer wanted."""
         self._wait()
         folder = self._folder / str(step)
         if self._main and step in self._good and folder.is_dir():
-            write_manifest(folder, dataclasses.replace(read_manifest(folder), validation_loss=loss))
+            stored.write_manifest(folder, dataclasses.replace(read_manifest(folder), validation_loss=loss))
             self._delete_unwanted()
 
     def is_among_best(self, loss: float) -> bool:
@@ -149,7 +130,7 @@ class Checkpoints:
         if self._keep_best == 0:
             return False
         self._wait()
-        best = sorted(validation_losses(self._folder).values())[: self._keep_best]
+        best = sorted(stored.validation_losses(self._folder).values())[: self._keep_best]
         among = len(best) < self._keep_best or loss < best[-1]
         return bool(multihost_utils.broadcast_one_to_all(np.bool_(among)))
 
@@ -177,12 +158,12 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             if self._main:
-                if fault := misfit(draft, shapes, ("shape", "dtype")):
+                if fault := stored.misfit(draft, shapes, ("shape", "dtype")):
                     raise OSError(f"read back, {fault}")
                 step, version = int(draft.stem), tlinformer_jax.__version__
-                write_manifest(draft, Manifest(step, hash_files(draft), version, self._config_sha256))
+                stored.write_manifest(draft, Manifest(step, stored.hash_files(draft), version, self._config_sha256))
                 if os.path.lexists(self._folder / str(step)):
-                    set_aside_damaged(self._folder / str(step))
+                    stored.set_aside_damaged(self._folder / str(step))
                 draft.rename(self._folder / str(step))
                 sync_folder(self._folder)
                 self._good.add(step)
@@ -194,9 +175,9 @@ class Checkpoints:
         latest = sorted(self._good)[-self._keep :]
         if len(latest) < self._keep:
             return
-        losses = validation_losses(self._folder)
+        losses = stored.validation_losses(self._folder)
         kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
-        for step in list_steps(self._folder)[0]:
+        for step in stored.list_steps(self._folder)[0]:
             if step < latest[0] and step not in kept:
                 # Renamed first, or a half-deleted folder would look like a damaged checkpoint.
                 gone = (self._folder / str(step)).rename(self._folder / f"{step}{DELETING}")
@@ -205,11 +186,7 @@ class Checkpoints:
 
 
 def _clear(folder: pathlib.Path) -> None:
-    """Makes the folder of the checkpoints, or removes what a killed run has left in it half-done.
-
-    Raises:
-      OSError: if it is a link, cannot be written, has no path that Orbax can take, or something half-done stays.
-    """
+    """Makes the folder of the checkpoints, or removes what a killed run has left in it half-done."""
     own_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))

@@ -79,11 +79,7 @@ class Run:
         return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
-        """A split of the corpus or of the task, checked to hold samples of `length` (None: data.sequence_length).
-
-        Raises:
-          DataError: if it holds no whole sample, or an id outside the vocabulary.
-        """
+        """A split of the corpus or of the task, checked to hold samples of `length` (None: data.sequence_length)."""
         return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
@@ -114,11 +110,7 @@ class Run:
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        """The jitted evaluation step.
-
-        Raises:
-          ConfigError: if the attention's kernel is not for this device.
-        """
+        """The jitted evaluation step."""
         check_kernel(self.config.model)
         sharding = batch_sharding(self.mesh, EVALUATION_AXES)
         return jit_eval_step(self.model, self.shardings.params, sharding, self.answers)
@@ -137,9 +129,6 @@ class Run:
 
         `watch` passes the batches on, and may raise to give up; `batch_size` as in `evaluation_batch_size`; with `rest`
         the tokens after the last whole sample count too.
-
-        Raises:
-          DataError: if the split is too short; see `evaluation_batches`.
         """
         if length is None:
             length = self.config.data.sequence_length
@@ -158,13 +147,9 @@ class Run:
 def build_run(
     config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds and cross-checks the fixed parts of a run; the horizon matters to training only.
-
-    Raises:
-      ConfigError: if the tokenizer does not fit the vocabulary, or batch or kernel do not fit the devices.
-    """
+    """Builds and cross-checks the fixed parts of a run; the horizon matters to training only."""
     check_vocab(tokenizer, config.model.vocab_size)
-    mesh = build_mesh(config.mesh, devices)
+    mesh = build_mesh(config.mesh) if devices is None else build_mesh(config.mesh, devices)
     if devices is None:
         connect(mesh)
     if horizon != UNTRAINED:
@@ -176,11 +161,7 @@ def build_run(
 
 
 def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled_windows: int) -> None:
-    """Refuses axes of the mesh that split a sequence of `length` tokens where it cannot be split so.
-
-    Raises:
-      ConfigError: naming the axis.
-    """
+    """Refuses axes of the mesh that split a sequence of `length` tokens where it cannot be split so."""
     for name in ("window", "context"):
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
@@ -192,11 +173,7 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
 
 
 def check_kernel(config: ModelConfig) -> None:
-    """Refuses cuDNN's attention where there is no GPU ('splash' is interpreted where there is no TPU).
-
-    Raises:
-      ConfigError: naming `model.attention`.
-    """
+    """Refuses cuDNN's attention where there is no GPU ('splash' is interpreted where there is no TPU)."""
     if config.attention == "cudnn" and platform() != "gpu":
         raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {platform()} here")
 

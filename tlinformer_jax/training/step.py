@@ -139,15 +139,14 @@ def train_step(
       model: of the parameters.
       config: of the run.
       horizon: how long the run is.
-      window_losses: whether to return those.
+      window_losses: whether to return those of `LossAux`, summed over the batch.
       answers: of a task, where the labels of a sample have weights.
       stages: of the curriculum.
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
-      clipping), learning_rate, tokens; step and skips of the new state; and where asked for, window_losses, as
-      `LossAux` says, summed over the batch. In a stage that ends by competence, accuracy, the share of the answers'
-      tokens that were right, and stage_ends, those of the new state. Where loss or gradient are not finite,
+      clipping), learning_rate, tokens; step and skips of the new state. In a stage that ends by competence, accuracy,
+      the share of the answers' tokens that were right, and the new stage_ends. Where loss or gradient are not finite,
       parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
       whole state does, whatever the batch.
     """
@@ -200,16 +199,8 @@ def batch_gradient(
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """The loss of a batch with its gradient, summed over micro-batches and over the devices that share it.
 
-    Args:
-      batch: as `train_step` takes it; this device's part.
-      params: parameters.
-      divisor: of the summed loss, float32 [].
-      step: int32 [], with the seed the key of dropout and sampled windows.
-      model: of the parameters.
-      config: of the run.
-      split: of the batch over devices.
-      wanted: fields of `LossAux` to sum as well.
-      answers: as `train_step` takes it.
+    `batch` is this device's part; `divisor` is that of the summed loss; `step`, with the seed, is the key of dropout
+    and sampled windows; `wanted` names fields of `LossAux` to sum as well.
 
     Returns:
       the loss, float32 []; what is wanted besides, by name; the gradient.

@@ -1,0 +1,173 @@
+"""What a run tells its user, as lines on stderr: what is trained on what, how far it is, what to do next."""
+
+import pathlib
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tlinformer_jax.analysis.flops import attention_by_device
+from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
+from tlinformer_jax.config.train import TrainConfig
+from tlinformer_jax.data.batches import TrainingBatches, num_samples
+from tlinformer_jax.data.tasks import Split, TaskSplit
+from tlinformer_jax.kernels import common as kernels
+from tlinformer_jax.models.windows import num_windows, trained_tokens
+from tlinformer_jax.parallel.mesh import device_kind
+from tlinformer_jax.training.setup import Run, flops_per_token
+from tlinformer_jax.training.step import Horizon, TrainState, warmup_note
+
+# Samples of a bad batch that are named.
+NAMED_SAMPLES = 8
+# Names of a layer's arrays begin so.
+PARTS = {"qkv": "attention", "out": "attention", "gate_up": "feed-forward", "down": "feed-forward", "norm": "norms"}
+
+
+def say(message: str) -> None:
+    """Prints a line of progress on stderr, in the first process only."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def is_of_bytes(run: Run) -> bool:
+    """Whether tokens are bytes."""
+    return run.tokenizer.vocab_size <= BYTE_VOCABULARY
+
+
+class Compilation:
+    """Says that step `step` is compiled, on samples of `length` tokens, and how long that took; a context manager."""
+
+    def __init__(self, step: int, length: int) -> None:
+        self._step, self._length = step, length
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+        say(f"compiling the step for samples of {self._length:,} tokens; this may take a minute or more")
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            say(f"compiled and ran step {self._step} in {time.perf_counter() - self._began:.0f} s")
+
+
+def parameter_table(params: Any) -> str:
+    """The parameters by layer and part, those of equal layers of all blocks together; and their sum."""
+    sizes: dict[str, list[int]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *layer, name = (str(key.key) for key in path)
+        part = next((part for start, part in PARTS.items() if name.startswith(start)), name)
+        kind = re.sub(r"_\d+", "", layer[-1]) + ": " if layer else ""
+        sizes.setdefault(f"{kind}{part}", []).append(leaf.size)
+    total = sum(map(sum, sizes.values()))
+    rows = [(name, len(found), sum(found)) for name, found in sizes.items()] + [("all", None, total)]
+    lines = [f"{'parameters':24}  {'arrays':>6}  {'numbers':>13}  share"]
+    lines += [f"{name:24}  {count or '':>6}  {size:>13,}  {size / total:5.0%}" for name, count, size in rows]
+    return "\n".join(lines)
+
+
+# ---- Before the first update
+
+
+def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
+    """Says what is about to be trained, and on what; returns what is to be beaten, where that is known."""
+    config, model, length = run.config, run.config.model, run.config.data.sequence_length
+    train, validation = splits["train"], splits["validation"]
+    say(model_line(run))
+    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, length))}")
+    say(kernels.serving())
+    say(f"checkpoints: {_checkpoint_times(config.train)}")
+    for line in (*length_lines(run, run.horizon, train), *(split_line(*item, length) for item in splits.items())):
+        say(line)
+    if (parts := run.mesh.shape["window"]) > 1:
+        loads = attention_by_device(model, length, parts)
+        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
+    if config.data.dataset != "pydoc" or not is_of_bytes(run):
+        return None
+    assert not isinstance(train, TaskSplit)
+    assert not isinstance(validation, TaskSplit)
+    bits, context = byte_floor(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
+    bits *= len(validation.tokens) / validation.num_bytes
+    goal = f"{bits:.3f} bits per byte, those of the best n-gram ({context} bytes of context, Kneser-Ney)"
+    say(f"to beat: {goal}")
+    return goal
+
+
+def model_line(run: Run) -> str:
+    """Model, parameters and devices of a run."""
+    model = run.config.model
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
+    devices = f"{model.compute_dtype.name} on {run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
+    return f"{model.architecture}, {model.num_layers} layers, {count:,} parameters; {devices}"
+
+
+def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:
+    """The work of a run: FLOPs, steps and tokens; `horizon` and `train` are None where they are not known yet."""
+    config, length = run.config, run.config.data.sequence_length
+    predicted = trained_tokens(config.model, length, config.train.sampled_windows)
+    step = config.train.batch_size * length
+    lines = [f"model FLOPs per trained token, forward and backward: {flops_per_token(run, length):,.0f}"]
+    if horizon is None:
+        known = "known when the text is tokenised: python -m tlinformer_jax prepare"
+        return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number is {known}"]
+    text = f"{horizon.steps:,} steps of {step:,} tokens, {horizon.steps * step:,} tokens in all"
+    if train is not None:
+        seen = config.data.samples_before(horizon.steps, config.train.batch_size)
+        text += f", {seen / num_samples(train, length):.2f} epochs"
+    if predicted < length:
+        text += f"; of them {horizon.steps * config.train.batch_size * predicted:,.0f} in sampled windows"
+    note = warmup_note(config.train, horizon)
+    return [*lines, text, *([note] if note else [])]
+
+
+def split_line(name: str, split: Split | None, length: int) -> str:
+    """How much a split holds; it is None where it has not been tokenised."""
+    if split is None:
+        return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax prepare"
+    if isinstance(split, TaskSplit):
+        return f"{name} split: {split.count:,} samples of {length:,}, made as they are read"
+    return f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
+
+
+def _checkpoint_times(train: TrainConfig) -> str:
+    if train.checkpoint_steps:
+        return f"every {train.checkpoint_steps:,} updates, at the end"
+    return f"every {train.checkpoint_every} or less, at the end" if train.checkpoint_seconds else "at the end"
+
+
+# ---- After the last one
+
+
+def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, float], goal: str | None) -> None:
+    """Says what was reached, beside what was to be beaten, and what to do next."""
+    if goal is not None:
+        say(f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}")
+    if not run.config.data.is_task:
+        say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="..."')
+    say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
+
+
+def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
+    """Names the last skipped update, the parameters whose gradient was not finite, and the batch."""
+    skips, step, most = state.skips, int(state.step), run.config.train.max_skipped_updates
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
+    where = "the loss is not finite"
+    if int(skips.nonfinite):
+        name = "/".join(str(key.key) for key in paths[int(skips.first_nonfinite)])
+        where = f"the gradient of {name} is not finite"
+        if int(skips.nonfinite) > 1:
+            where += f", nor are {int(skips.nonfinite) - 1} of the other {len(paths) - 1}"
+    before = f" (train.max_skipped_updates = {most} before it were skipped)" if most else ""
+    samples = [int(index) for index in batches.indices(step - 1) if index >= 0]
+    more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
+    named = ", ".join(map(str, samples[:NAMED_SAMPLES]))
+    return f"at step {step} {where}{before}; its batch holds samples {named}{more} of the train split"
