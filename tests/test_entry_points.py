@@ -18,8 +18,8 @@ SHRUNK = [
 ]
 
 
-def test_training_and_evaluation_without_tensorflow_and_clu(tmp_path):
-    blocked = ("tensorflow", "tensorflow_datasets", "clu")
+def test_training_and_evaluation_without_optional_packages(tmp_path):
+    blocked = ("tensorflow", "tensorflow_datasets", "wandb")
     arguments = [f"--workdir={tmp_path}", f"--profile={tmp_path}/trace"]
     trained = command("tlinformer_jax.main", *TINY, *SHRUNK, *arguments, blocked=blocked)
     assert trained.returncode == 0, trained.stderr

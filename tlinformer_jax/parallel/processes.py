@@ -39,13 +39,9 @@ INTERRUPTED = 130
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes that this one belongs to.
+    """The processes that this one belongs to, by what they were found, and as the flags say it.
 
-    Attributes:
-      found: by what it was found, for messages.
-      coordinator_address: host:port on which process 0 listens; None where JAX finds it out, and the rest with it.
-      num_processes: of the run.
-      process_id: of this process, 0 .. num_processes - 1.
+    The rest is None where JAX finds it out.
     """
 
     found: str
@@ -60,14 +56,9 @@ def find_cluster(
     process_id: int | None,
     environment: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """The processes to join; None if this one runs alone.
+    """The processes to join, by three flags or by variables of SLURM, Open MPI, Kubernetes or TPU pods; None if alone.
 
-    Args:
-      coordinator_address: the flag's value, None if it was not given; so the next two. All three are given, or none,
-        or num_processes = 1 alone, which runs alone whatever the surroundings say.
-      num_processes: of the run.
-      process_id: of this process.
-      environment: variables by which SLURM, Open MPI, Kubernetes and TPU pods tell of their processes.
+    All three flags are given, or none, or num_processes = 1 alone, which runs alone whatever the variables say.
 
     Raises:
       UserError: naming the flag that is missing or not allowed.

@@ -69,7 +69,7 @@ def check_batch_divides(batch_size: int, mesh: Mesh, field: str) -> None:
     """Refuses a batch that the mesh's batch axes cannot split evenly."""
     parts = ways(mesh, BATCH_AXES)
     if batch_size % parts:
-        raise ConfigError(field, batch_size, f"must be divisible by {parts} (mesh.data * mesh.fsdp)")
+        raise ConfigError(field, batch_size, f"must be divisible by {parts}, the devices that split the batch")
 
 
 # ---- Arrays that a program is given

@@ -36,6 +36,7 @@ from tlinformer_jax.training.step import TrainState
 
 T = TypeVar("T")
 
+METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
 # What a shell reports of a process that Ctrl-C has ended.
 INTERRUPTED = 130
 # How often the clock is read in a callback's time; each look waits for the devices.
@@ -82,8 +83,8 @@ class TrainingView:
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
-        """loss, grad_norm, learning_rate and tokens of the update, and accuracy in some; waits for the devices."""
-        return {name: float(value) for name, value in self.outputs.items() if getattr(value, "size", 0) == 1}
+        """Of the update, after waiting for the devices: those of METRICS that it has."""
+        return {name: float(self.outputs[name]) for name in METRICS if name in self.outputs}
 
 
 class Callback:

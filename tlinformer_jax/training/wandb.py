@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ class WandB(Callback):
 
         path = view.workdir / ID_FILE
         if not path.exists():
-            write_text(path, wandb.util.generate_id())
+            write_text(path, secrets.token_hex(4))
         known = {"project": self.project, "name": view.workdir.name, "dir": str(view.workdir)}
         more = {"id": read_own(path), "resume": "allow", "config": view.config.to_dict()}
         return wandb.init(**(known | more | dict(self.settings)))
