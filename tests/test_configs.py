@@ -22,7 +22,7 @@ from tlinformer_jax.config.run import (
     run_config,
     save_config,
 )
-from tlinformer_jax.config.train import TrainConfig
+from tlinformer_jax.config.train import TrainConfig, seconds
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
 from tlinformer_jax.models import ModelConfig, build_model
@@ -353,12 +353,12 @@ def test_history_window_and_d_ff_take_all_their_types(name):
 
 
 @pytest.mark.parametrize(
-    ("value", "updates", "seconds"),
-    [("0", 0, 0), ("7", 7, 0), ("10min", 0, 600), ("30s", 0, 30), ("1.5h", 0, 5400)],
+    ("value", "every", "time"),
+    [("0", 0, 0), ("7", 7, 0), ("10min", "10min", 600), ("30s", "30s", 30), ("1.5h", "1.5h", 5400)],
 )
-def test_checkpoints_are_counted_in_updates_or_in_time(value, updates, seconds):
+def test_checkpoints_are_counted_in_updates_or_in_time(value, every, time):
     train = from_flags("tiny.py", f"train.checkpoint_every={value}").train
-    assert (train.checkpoint_steps, train.checkpoint_seconds) == (updates, seconds)
+    assert (train.checkpoint_every, seconds(train.checkpoint_every)) == (every, time)
     for wrong in ("10", "-1s", "10days", "0min", "min"):
         with pytest.raises(ConfigError, match=r"train\.checkpoint_every = .*: must be an integer >= 0, or a time"):
             TrainConfig(checkpoint_every=wrong)

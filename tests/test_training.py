@@ -26,7 +26,7 @@ from tlinformer_jax.training import cross_entropy as loss_module
 from tlinformer_jax.training.callbacks import Trace
 from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import restore_params
-from tlinformer_jax.training.cross_entropy import summed_cross_entropy, token_losses
+from tlinformer_jax.training.cross_entropy import summed_losses_and_hits, token_losses
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.setup import build_run
@@ -107,7 +107,7 @@ def test_training_loss_and_its_gradients_equal_plain_cross_entropy(chunk, length
     hidden, table, labels, weights = loss_inputs(length)
 
     def ours(hidden, table, weights):
-        return 3 * summed_cross_entropy(hidden, table, labels, weights, chunk)
+        return 3 * summed_losses_and_hits(hidden, table, labels, weights, chunk)[0]
 
     def plain(hidden, table, weights):
         return 3 * (plain_losses(hidden, table, labels) * weights).sum()
@@ -136,7 +136,7 @@ def test_training_loss_multiplies_in_half_precision_and_computes_logits_once():
     hidden, table, labels, weights = loss_inputs(16, vocab=131, dtype=jnp.bfloat16)
 
     def loss(hidden, table):
-        return summed_cross_entropy(hidden, table, labels, weights, 8)
+        return summed_losses_and_hits(hidden, table, labels, weights, 8)[0]
 
     products = list(dot_products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, table).jaxpr))
     assert len(products) == 3
@@ -149,7 +149,7 @@ def test_training_loss_multiplies_in_half_precision_and_computes_logits_once():
     assert jnp.linalg.norm(gradient - truth) < 0.01 * jnp.linalg.norm(truth)
 
 
-@pytest.mark.parametrize("function", [token_losses, summed_cross_entropy])
+@pytest.mark.parametrize("function", [token_losses, summed_losses_and_hits])
 def test_chunked_loss_never_holds_all_logits(function):
     tokens, vocab = 64, 5000
     hidden, table = jnp.zeros((1, tokens, 8)), jnp.zeros((vocab, 8))
@@ -157,7 +157,7 @@ def test_chunked_loss_never_holds_all_logits(function):
     rest = (labels,) if function is token_losses else (labels, jnp.ones(labels.shape))
 
     def memory(chunk):
-        loss = jax.grad(lambda h, t: function(h, t, *rest, chunk).sum(), argnums=(0, 1))
+        loss = jax.grad(lambda h, t: function(h, t, *rest, chunk)[0].sum(), argnums=(0, 1))
         return jax.jit(loss).lower(hidden, table).compile().memory_analysis().temp_size_in_bytes
 
     assert memory(8) < 0.5 * memory(tokens)

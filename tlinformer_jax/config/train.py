@@ -91,7 +91,7 @@ class TrainConfig:
             raise ConfigError("train.schedule", self.schedule, f"must be one of {', '.join(SCHEDULES)}")
         if self.eval_every != EPOCH and not _is_integer(self.eval_every, 0):
             raise ConfigError("train.eval_every", self.eval_every, f"must be an integer >= 0, or {EPOCH!r}")
-        if not _is_integer(self.checkpoint_every, 0) and not self.checkpoint_seconds:
+        if not _is_integer(self.checkpoint_every, 0) and not seconds(self.checkpoint_every):
             allowed = "must be an integer >= 0, or a time such as '30s', '10min' or '1.5h'"
             raise ConfigError("train.checkpoint_every", self.checkpoint_every, allowed)
         if not self.steps and not self.epochs:
@@ -112,22 +112,12 @@ class TrainConfig:
         """Whether all updates have batch_size samples; the last of an epoch is smaller in the paper's schedule."""
         return self.schedule != "paper"
 
-    @property
-    def checkpoint_steps(self) -> int:
-        """Updates between checkpoints; 0 where they are saved by time, or at the end only."""
-        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else 0
-
-    @property
-    def checkpoint_seconds(self) -> float:
-        """Seconds between checkpoints; 0 where they are saved by updates, or at the end only."""
-        return seconds(self.checkpoint_every)
-
     def evaluation_batch_size(self, trained: int, length: int) -> int:
         """Sequences of `length` tokens in a batch of evaluation, in a run trained on samples of `trained` tokens."""
         return max(1, max(self.micro_batch_size * trained, EVALUATION_TOKENS) // length)
 
 
-def seconds(every: int | str) -> float:
+def seconds(every: int | str | None) -> float:
     """The seconds of a time such as '10min'; 0 for anything else."""
     match = DURATION.fullmatch(every) if isinstance(every, str) else None
     return float(match[1]) * UNITS[match[2]] if match else 0.0

@@ -97,7 +97,7 @@ class Callback:
     every: int | str
 
     def __call__(self, view: TrainingView) -> bool | None:
-        """Does it; the run ends after this update where the result is True."""
+        """Does it; the run ends after this update if the result is `True`."""
         raise NotImplementedError
 
     def is_due(self, step: int) -> bool:
@@ -126,7 +126,7 @@ def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> l
         if not callable(callback):
             raise UserError(f"callbacks[{number}] = {callback!r}: must be a Callback or a function")
         found.append(callback if isinstance(callback, Callback) else Call(callback))
-        every = found[-1].every
+        every = getattr(found[-1], "every", None)
         if not (isinstance(every, int) and not isinstance(every, bool) and every >= 0) and not seconds(every):
             allowed = "must be an integer >= 0, or a time such as '30s', '10min' or '1.5h'"
             raise UserError(f"callbacks[{number}].every = {every!r}: {allowed}")

@@ -13,7 +13,6 @@ import numpy as np
 
 from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
-from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.kernels import common as kernels
@@ -85,7 +84,9 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     say(model_line(run))
     say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, length))}")
     say(kernels.serving())
-    say(f"checkpoints: {_checkpoint_times(config.train)}")
+    every = config.train.checkpoint_every
+    unit = " updates" if isinstance(every, int) else " or less"
+    say(f"checkpoints: {f'every {every}{unit}, ' if every else ''}at the end")
     for line in (*length_lines(run, run.horizon, train), *(split_line(*item, length) for item in splits.items())):
         say(line)
     if (parts := run.mesh.shape["window"]) > 1:
@@ -136,12 +137,6 @@ def split_line(name: str, split: Split | None, length: int) -> str:
     if isinstance(split, TaskSplit):
         return f"{name} split: {split.count:,} samples of {length:,}, made as they are read"
     return f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
-
-
-def _checkpoint_times(train: TrainConfig) -> str:
-    if train.checkpoint_steps:
-        return f"every {train.checkpoint_steps:,} updates, at the end"
-    return f"every {train.checkpoint_every} or less, at the end" if train.checkpoint_seconds else "at the end"
 
 
 # ---- After the last one

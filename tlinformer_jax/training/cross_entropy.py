@@ -53,13 +53,6 @@ def token_losses_and_hits(
     return losses, hits
 
 
-def summed_cross_entropy(
-    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
-) -> jax.Array:
-    """The first of what `summed_losses_and_hits` returns."""
-    return summed_losses_and_hits(hidden, embedding, labels, weights, chunk)[0]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed_losses_and_hits(
     hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int

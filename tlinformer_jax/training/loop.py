@@ -217,7 +217,7 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
         for callback in schedule.due(step, outputs):
-            ended |= bool(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
+            ended |= callback(dataclasses.replace(view, evaluation=evaluate.figures)) is True
         if compiled:  # which does not count as training
             throughput.restart()
             throughput.flops_per_token = flops_per_token(run, length)

@@ -189,7 +189,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Counts the time inside as spent on a checkpoint, before the next step can be dispatched."""
+        """Counts the time inside as spent on a checkpoint."""
         started = time.perf_counter()
         yield
         self._saved += time.perf_counter() - started
