@@ -170,7 +170,7 @@ def test_model_flops_count_the_head_at_the_answers_alone():
 def same_sums(run, params, batch):
     """The evaluation's sums where what no answer needs is left out, compared with those where nothing is."""
     sums, whole = (
-        jax.jit(functools.partial(eval_step, model=run.model, config=run.config.train, answers=answers))(params, batch)
+        jax.jit(functools.partial(eval_step, model=run.model, answers=answers))(params, batch)
         for answers in (run.answers, None)
     )
     for found, truth in zip(jax.tree.leaves(sums), jax.tree.leaves(whole), strict=True):
