@@ -136,7 +136,7 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     """
     import jax
 
-    from tlinformer_jax.training.memory import is_out_of_memory
+    from tlinformer_jax.training.console import is_out_of_memory
 
     config = job.config
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
@@ -185,7 +185,7 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
     from benchmarks.profiling import trace
     from tlinformer_jax.models import build_model
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
-    from tlinformer_jax.training.memory import peak_bytes
+    from tlinformer_jax.training.console import peak_bytes
     from tlinformer_jax.training.step import Horizon, init_state, jit_train_step
 
     train, model, mesh = config.train, build_model(config.model), checked_mesh(config)

@@ -67,7 +67,7 @@ def main() -> None:
 
 def _check(config: "RunConfig") -> None:
     from tlinformer_jax.training.check import check_run
-    from tlinformer_jax.training.memory import memory_advice
+    from tlinformer_jax.training.console import memory_advice
     from tlinformer_jax.training.workdir import Origin, check_origin
 
     if INIT_FROM.value is not None:

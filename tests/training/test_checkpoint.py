@@ -14,8 +14,7 @@ import pytest
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import saving
 from tlinformer_jax.training.checkpoint import read_manifest, restore_params
-from tlinformer_jax.training.memory import copy_on_devices
-from tlinformer_jax.training.saving import Checkpoints
+from tlinformer_jax.training.saving import Checkpoints, copy_on_devices
 from tlinformer_jax.training.step import Skips, TrainState
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))

@@ -1,11 +1,12 @@
-"""What a run tells its user, as lines on stderr: what is trained on what, how far it is, what to do next."""
+"""What a run tells its user: what is trained on what, what to do next, what to change where memory is short."""
 
+import contextlib
 import pathlib
 import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,14 +14,17 @@ import numpy as np
 
 from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
+from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
+from tlinformer_jax.errors import UserError
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import Horizon, TrainState, warmup_note
 
+MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
 # Samples of a bad batch that are named.
 NAMED_SAMPLES = 8
 # Names of a layer's arrays begin so.
@@ -166,3 +170,81 @@ def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -
     more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
     named = ", ".join(map(str, samples[:NAMED_SAMPLES]))
     return f"at step {step} {where}{before}; its batch holds samples {named}{more} of the train split"
+
+
+# ---- Where memory does not suffice
+
+
+class OutOfMemoryError(UserError):
+    """A device has too little memory for this configuration."""
+
+    status = 1  # the configuration is a valid one
+
+
+def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Turns a device's running out of memory in training into an `OutOfMemoryError` with advice."""
+    return advised(
+        lambda: (
+            f"a step holds less with {', or '.join(memory_savers(config, jax.device_count()))} "
+            "(--check_compile tells what it takes)"
+        )
+    )
+
+
+def memory_savers(config: RunConfig, devices: int) -> list[str]:
+    """The fields of `config` that can still be changed to save memory, cheapest first, each with its value."""
+    model, train, length = config.model, config.train, config.data.sequence_length
+    advice = []
+    if model.memory == "auto":
+        advice.append("model.memory = 'low' (now 'auto')")
+    if train.micro_batch_size > 1:
+        advice.append(
+            f"a larger train.accumulation (now {train.accumulation}, {train.micro_batch_size} sequences at a time)"
+        )
+    if train.batch_size > 1:
+        advice.append(f"a smaller train.batch_size (now {train.batch_size})")
+    if devices > 1 and config.mesh.fsdp == 1:
+        advice.append(f"mesh.fsdp = {devices} (now 1)")
+    advice.append(f"a smaller data.sequence_length (now {length})")
+    return advice
+
+
+@contextlib.contextmanager
+def advised(advice: Callable[[], str]) -> Iterator[None]:
+    """Turns a device's running out of memory into an `OutOfMemoryError` that ends in `advice`."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
+        # A ValueError where the host fetches what could not be computed.
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200].rstrip(". ")
+        raise OutOfMemoryError(f"{reason}; {advice()}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of the runtime is about a device's main memory."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    # A kernel that needs more shared memory than a core has fails with the same name.
+    return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
+
+
+def peak_bytes() -> int | None:
+    """Peak bytes in use on the first device since the process began; None where it does not count them."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def evaluation_advice(batch_size: int) -> str:
+    """What saves memory in an evaluation of `batch_size` sequences at a time."""
+    return f"{_smaller('batch_size', batch_size)}{MORE}"
+
+
+def generation_advice(num_samples: int, max_new_tokens: int) -> str:
+    """What saves memory in a generation of `num_samples` times `max_new_tokens` tokens."""
+    return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
+
+
+def _smaller(flag: str, value: int) -> str:
+    return f"a smaller --{flag} (now {value}), " if value > 1 else ""

@@ -29,8 +29,8 @@ from tlinformer_jax.training.callbacks import (
     TrainingView,
     as_callbacks,
 )
+from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.curriculum import StagedReader
-from tlinformer_jax.training.memory import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, build_throughput
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (

@@ -24,8 +24,7 @@ from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import own_folder, plain_path, sync_folder
 from tlinformer_jax.training import checkpoint as stored
 from tlinformer_jax.training.checkpoint import FOLDER, STATE, Manifest, first_line, read_manifest
-from tlinformer_jax.training.console import say
-from tlinformer_jax.training.memory import copy_on_devices
+from tlinformer_jax.training.console import is_out_of_memory, say
 from tlinformer_jax.training.step import TrainState
 
 SAVING, DELETING = ".saving", ".deleting"
@@ -198,6 +197,23 @@ def _clear(folder: pathlib.Path) -> None:
                 path.unlink()
             else:
                 shutil.rmtree(path)
+
+
+def copy_on_devices(tree: Any) -> Any:
+    """A copy of a pytree of arrays on their devices; None where the peak use so far leaves no room for it."""
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    for device in jax.local_devices():
+        stats = device.memory_stats()
+        size = sum(shard.data.nbytes for shard in shards if shard.device == device)
+        limit = (stats or {}).get("bytes_limit")
+        if stats and (limit is None or stats.get("peak_bytes_in_use", limit) + size > limit):
+            return None
+    try:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), tree)
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):  # enough room, but fragmented
+            return None
+        raise
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
