@@ -81,6 +81,8 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         values = unsealed(read_own(folder / MANIFEST_FILE))
         files = {name: (int(size), str(digest)) for name, (size, digest) in values.pop("files").items()}
         manifest = Manifest(files=files, **values)
+        if not isinstance(manifest.step, int) or not isinstance(manifest.validation_loss, float | None):
+            raise TypeError(values)
     except OSError as error:
         raise DataError(f"checkpoint {folder}: has no readable {MANIFEST_FILE} ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError):
