@@ -14,9 +14,9 @@ from tests.training.test_resume import assert_same_parameters, events, run_confi
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training import callbacks as module
 from tlinformer_jax.training.callbacks import Call, Callback, Schedule, as_callbacks
+from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.loop import train_and_evaluate, train_run
 from tlinformer_jax.training.wandb import WandB
-from tlinformer_jax.training.workdir import load_params
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ def test_a_callback_sees_each_update_that_is_due_and_what_was_logged_and_saved(t
     for step, loss, _, params in recorder.seen:
         assert loss == losses[step]
         if step == 6:  # the others are not kept
-            jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path / "run")[1])
+            jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path / "run", config.model)[1])
 
 
 def test_a_run_that_a_callbacks_error_has_ended_keeps_its_checkpoints_and_goes_on_bit_by_bit(tmp_path):

@@ -11,9 +11,9 @@ from tests.support.commands import ROOT, command_line, run_line
 from tests.training.test_resume import run_config
 from tlinformer_jax.config.model import ARCHITECTURES, ModelConfig
 from tlinformer_jax.models.model import build_model
+from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.console import parameter_table
 from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.workdir import load_params
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -52,10 +52,11 @@ def test_parameters_are_those_of_the_newest_a_given_or_the_best_step(tmp_path, m
 
     losses, summary = iter([1.0, 2.0, 3.0]), callbacks.summary
     monkeypatch.setattr(callbacks, "summary", lambda *rest: summary(*rest) | {"loss": next(losses)})
-    train_and_evaluate(run_config(tmp_path, eval_every=2, checkpoint_every=2), tmp_path / "run")
-    assert load_params(tmp_path / "run")[0] == 6
-    assert load_params(tmp_path / "run", best=True)[0] == 2
-    step, params = load_params(tmp_path / "run", step=4)
+    config = run_config(tmp_path, eval_every=2, checkpoint_every=2)
+    train_and_evaluate(config, tmp_path / "run")
+    assert load_params(tmp_path / "run", config.model)[0] == 6
+    assert load_params(tmp_path / "run", config.model, best=True)[0] == 2
+    step, params = load_params(tmp_path / "run", config.model, step=4)
     assert step == 4
     assert params["embedding"].shape == (257, 16)
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -26,6 +27,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import open_own, plain_path, read_own, sealed_text, unsealed, write_text
+from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.console import say
 
 FOLDER = "checkpoints"
@@ -183,6 +185,21 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
     if not is_usable(folder / str(step)):
         raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
     return read_manifest(folder / str(step))
+
+
+def load_params(
+    workdir: pathlib.Path, config: ModelConfig, step: int | None = None, best: bool = False
+) -> tuple[int, Any]:
+    """`restore_params` for a model of this configuration, to the first device, after `check_size`.
+
+    With `best`, the parameters of the lowest validation loss among the checkpoints that are kept.
+    """
+    step = best_step(workdir) if best else step
+    check_size(workdir, config, step)
+    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    return restore_params(workdir, abstract, step)
 
 
 def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:

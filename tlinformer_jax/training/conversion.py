@@ -16,9 +16,9 @@ from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
 from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
+from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import build_run
-from tlinformer_jax.training.workdir import load_params
 
 
 def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
@@ -52,8 +52,8 @@ def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
     """Writes the last checkpoint's parameters as float32 under the published names; returns a line that says so."""
     if target.suffix != SAFETENSORS:
         raise UserError(f"--to={target}: must end in {SAFETENSORS}")
-    step, params = load_params(workdir)
     config = load_config(workdir).model
+    step, params = load_params(workdir, config)
     write_safetensors(target, params_to_reference({"params": params}, config))
     return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
 

@@ -25,7 +25,7 @@ from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_token
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import local_path, open_own, read_json, write_text
 from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import best_step, check_size, restore_params
+from tlinformer_jax.training.checkpoint import check_size, restore_params
 from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import Run
 
@@ -43,27 +43,6 @@ IDENTITY = (
     *(f"data.{name}" for name in ("examples", "num_items", "questions")),
     *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "clip_norm")),
 )
-
-
-# ---- The parameters in it
-
-
-def load_params(workdir: pathlib.Path, step: int | None = None, best: bool = False) -> tuple[int, Any]:
-    """The parameters of a run, on this process's first device, as (step, params): of the newest good checkpoint.
-
-    With `step` those of that step; with `best` those of the lowest validation loss that is kept.
-
-    Raises:
-      DataError: if there is no such checkpoint, or it does not fit the directory's configuration.
-    """
-    config = load_config(workdir).model
-    if best:
-        step = best_step(workdir)
-    check_size(workdir, config, step)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    return restore_params(workdir, abstract, step)
 
 
 # ---- The lock
