@@ -23,8 +23,7 @@ from tlinformer_jax.analysis.flops import (
     window,
 )
 from tlinformer_jax.analysis.peaks import peak_flops
-from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.model import attention_window, padded_vocabulary

@@ -14,7 +14,7 @@ from benchmarks.limits import Ceilings
 from benchmarks.session import Session
 from tlinformer_jax.decoding.cache import tree_bytes
 from tlinformer_jax.decoding.decoder import Decoder
-from tlinformer_jax.training.memory import peak_bytes
+from tlinformer_jax.training.console import peak_bytes
 
 # In the order in which they are measured.
 PARTS = ("figure9", "prefill", "windows", "sustained", "slide", "longest")

@@ -136,7 +136,7 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     """
     import jax
 
-    from tlinformer_jax.training.memory import is_out_of_memory
+    from tlinformer_jax.training.console import is_out_of_memory
 
     config = job.config
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
@@ -185,9 +185,8 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
     from benchmarks.profiling import trace
     from tlinformer_jax.models import build_model
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
-    from tlinformer_jax.training.memory import peak_bytes
-    from tlinformer_jax.training.optimizer import Horizon
-    from tlinformer_jax.training.step import init_state, jit_train_step
+    from tlinformer_jax.training.console import peak_bytes
+    from tlinformer_jax.training.step import Horizon, init_state, jit_train_step
 
     train, model, mesh = config.train, build_model(config.model), checked_mesh(config)
     horizon = Horizon(timing.steps, timing.steps)
@@ -201,9 +200,9 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         shardings = tree_shardings(jax.eval_shape(initial, jax.random.key(0)), mesh)
         state = jax.jit(initial, out_shardings=shardings)(jax.random.key(0))
         batch = put_batch(_random_batch(config), mesh)
-        lowered = jit_train_step(model, train, horizon, shardings, batch_sharding(mesh), window_losses=True).lower(
-            state, batch
-        )
+        lowered = jit_train_step(
+            shardings, batch_sharding(mesh), model=model, config=train, horizon=horizon, window_losses=True
+        ).lower(state, batch)
         started = time.perf_counter()
         compiled = lowered.compile()
         figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}
@@ -240,7 +239,7 @@ def checked_mesh(config: RunConfig) -> Any:
     Raises:
       ConfigError: if they cannot share out its batch or its sequences.
     """
-    from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides
+    from tlinformer_jax.parallel.sharding import build_mesh, check_batch_divides
     from tlinformer_jax.training.setup import check_sequences_divide
 
     mesh = build_mesh(config.mesh)

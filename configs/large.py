@@ -37,7 +37,7 @@ WINDOWS = {"125m": 256, "350m": 256, "1b3": 512}
 LENGTHS = {"125m": 2048, "350m": 2048, "1b3": 8192}
 # Updates, peak learning rate, micro-batches of an update.
 TRAINING = {"125m": (4_800, 6e-4, 8), "350m": (13_800, 3e-4, 4), "1b3": (12_800, 2e-4, 1)}
-MESHES = {"125m": {"data": -1, "fsdp": 1}, "350m": {"data": -1, "fsdp": 4}, "1b3": {"data": -1, "fsdp": 16}}
+FSDP = {"125m": 1, "350m": 4, "1b3": 16}
 
 
 def get_config(variant: str = "125m") -> ConfigDict:
@@ -67,5 +67,5 @@ def get_config(variant: str = "125m") -> ConfigDict:
         eval_every=updates // 10,
         checkpoint_every=200,
     )
-    config.mesh.update(**MESHES[variant])
+    config.mesh.fsdp = FSDP[variant]
     return config

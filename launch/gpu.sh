@@ -4,7 +4,7 @@
 #   launch/gpu.sh [--dry_run] [--gpus=0,1] --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
 #
 #   launch/gpu.sh --config=configs/wt103.py --workdir=runs/wt103
-#   launch/gpu.sh --gpus=0,1 --config=configs/wt103.py --config.mesh.data=1 --config.mesh.fsdp=2 --workdir=runs/two
+#   launch/gpu.sh --gpus=0,1 --config=configs/wt103.py --config.mesh.fsdp=2 --workdir=runs/two
 #
 # --gpus chooses some of the GPUs by number; --dry_run prints the commands and runs none; the rest are the flags of
 # `python -m tlinformer_jax.main` (--helpshort lists them). config.mesh says how the GPUs share the work; the default

@@ -68,7 +68,7 @@ def test_epochs_are_counted_once_the_text_is_tokenised(tmp_path):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}])
 def test_memory_is_what_the_arrays_take(tmp_path, mesh):
     run = build_run(config_of(tmp_path, mesh=mesh), ByteTokenizer(), PENDING)
     state = run.initial_state()
@@ -100,8 +100,8 @@ MISTAKES = {
     "tokenizer": ({"model": {"vocab_size": 256}}, "model.vocab_size = 256"),
     "no tokenizer": ({"data": {"tokenizer": "/none.json"}}, "data.tokenizer = '/none.json'"),
     "batch": ({"train": {"batch_size": 12}}, "train.batch_size = 12: must be divisible by 8"),
-    "mesh": ({"mesh": {"data": 3}}, "must multiply to the 8 devices"),
-    "fsdp": ({"model": {"d_model": 12}, "mesh": {"data": 1, "fsdp": 8}}, "mesh.fsdp = 8"),
+    "mesh": ({"mesh": {"fsdp": 3}}, "must multiply to a divisor of the 8 devices"),
+    "fsdp": ({"model": {"d_model": 12}, "mesh": {"fsdp": 8}}, "mesh.fsdp = 8"),
     "manual directory": ({"data": {"dataset": "wikitext103", "manual_dir": "none"}}, "holds neither"),
     "length": ({"data": {"dataset": "pydoc", "sequence_length": 10**7}}, "data.sequence_length = 10000000"),
 }
@@ -127,8 +127,8 @@ def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
     for line in result.stdout.splitlines()[:4]:  # what follows depends on Python's own documentation
         assert line.rpartition(", ")[0] in shown
     assert os.listdir(tmp_path) == []
-    wrong = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", "--config.mesh.data=3")
-    check_refusal(wrong, "must multiply to the 1 devices")
+    wrong = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", "--config.mesh.fsdp=3")
+    check_refusal(wrong, "must multiply to a divisor of the 1 devices")
 
 
 def test_a_split_that_is_too_short_is_found_before_training(tmp_path):

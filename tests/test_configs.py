@@ -22,13 +22,12 @@ from tlinformer_jax.config.run import (
     run_config,
     save_config,
 )
-from tlinformer_jax.config.train import TrainConfig
+from tlinformer_jax.config.train import TrainConfig, seconds
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import init_state
+from tlinformer_jax.training.step import Horizon, init_state
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -289,7 +288,6 @@ OVERRIDES = {
         "keep_checkpoints": 5,
         "keep_best": 3,
         "max_skipped_updates": 4,
-        "max_rollbacks": 2,
         "stop_at_accuracy": 0.9,
     },
     "data": {
@@ -306,7 +304,7 @@ OVERRIDES = {
         "num_items": 5,
         "questions": 2,
     },
-    "mesh": {"data": 2, "fsdp": 4, "tensor": 3, "window": 5, "context": 6},
+    "mesh": {"fsdp": 4, "tensor": 3, "window": 5, "context": 6},
 }
 OTHER = {
     ("model", "memory"): {"auto": "low", "low": "auto"},
@@ -355,12 +353,12 @@ def test_history_window_and_d_ff_take_all_their_types(name):
 
 
 @pytest.mark.parametrize(
-    ("value", "updates", "seconds"),
-    [("0", 0, 0), ("7", 7, 0), ("10min", 0, 600), ("30s", 0, 30), ("1.5h", 0, 5400)],
+    ("value", "every", "time"),
+    [("0", 0, 0), ("7", 7, 0), ("10min", "10min", 600), ("30s", "30s", 30), ("1.5h", "1.5h", 5400)],
 )
-def test_checkpoints_are_counted_in_updates_or_in_time(value, updates, seconds):
+def test_checkpoints_are_counted_in_updates_or_in_time(value, every, time):
     train = from_flags("tiny.py", f"train.checkpoint_every={value}").train
-    assert (train.checkpoint_steps, train.checkpoint_seconds) == (updates, seconds)
+    assert (train.checkpoint_every, seconds(train.checkpoint_every)) == (every, time)
     for wrong in ("10", "-1s", "10days", "0min", "min"):
         with pytest.raises(ConfigError, match=r"train\.checkpoint_every = .*: must be an integer >= 0, or a time"):
             TrainConfig(checkpoint_every=wrong)
@@ -381,9 +379,9 @@ def test_what_a_config_file_leaves_out_can_be_overridden(model, tmp_path):
     path.write_text(README_TEMPLATE.replace("MODEL", model))
     plain = from_flags(path)
     assert plain == run_config(get_config(path))
-    changes = ("mesh.data=2", "train.learning_rate=0.5", "model.history_window=auto", "train.batch_size=3")
+    changes = ("mesh.fsdp=2", "train.learning_rate=0.5", "model.history_window=auto", "train.batch_size=3")
     found = from_flags(path, *changes)
-    assert (found.mesh.data, found.train.batch_size, found.train.steps) == (2, 3, 7)
+    assert (found.mesh.fsdp, found.train.batch_size, found.train.steps) == (2, 3, 7)
     assert (found.train.learning_rate, found.model.history_window) == (0.5, "auto")
     assert found.model == dataclasses.replace(plain.model, history_window="auto")
 

@@ -18,8 +18,8 @@ SHRUNK = [
 ]
 
 
-def test_training_and_evaluation_without_tensorflow_and_clu(tmp_path):
-    blocked = ("tensorflow", "tensorflow_datasets", "clu")
+def test_training_and_evaluation_without_optional_packages(tmp_path):
+    blocked = ("tensorflow", "tensorflow_datasets", "wandb")
     arguments = [f"--workdir={tmp_path}", f"--profile={tmp_path}/trace"]
     trained = command("tlinformer_jax.main", *TINY, *SHRUNK, *arguments, blocked=blocked)
     assert trained.returncode == 0, trained.stderr
@@ -53,7 +53,7 @@ MISTAKES = {
     "a flag": ([*TINY, "--wrokdir=/tmp/x"], "wrokdir"),
     "a field": ([*TINY, "--config.model.widnow=1"], "--config.model.widnow=1"),
     "the text": ([*TINY, "--config.data.sequence_length=9000000"], "data.sequence_length"),
-    "the devices": ([*TINY, "--config.mesh.data=3"], "must multiply to the 1 devices"),
+    "the devices": ([*TINY, "--config.mesh.fsdp=3"], "must multiply to a divisor of the 1 devices"),
 }
 
 

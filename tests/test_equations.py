@@ -11,7 +11,7 @@ import pytest
 
 import tlinformer_jax
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.parallel.target import target
+from tlinformer_jax.parallel.mesh import target
 
 PACKAGE = pathlib.Path(tlinformer_jax.__file__).parent
 # What computes attention, by the name that it is called by.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.training.batch_loss import summed_loss
+from tlinformer_jax.training.loss import summed_loss
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ NARROW = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def small_chunks_of_logits(monkeypatch):
-    monkeypatch.setattr("tlinformer_jax.training.batch_loss.LOSS_CHUNK", 512)
+    monkeypatch.setattr("tlinformer_jax.training.loss.LOSS_CHUNK", 512)
 
 
 def temporary_bytes(config: ModelConfig, length: int, sampled: int = 0) -> int:

@@ -11,8 +11,7 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
-from tlinformer_jax.config.model import ARCHITECTURES
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.dropout import Dropout

@@ -7,7 +7,7 @@ from tests.support.commands import command, command_line, run_line
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import loop
-from tlinformer_jax.training.memory import (
+from tlinformer_jax.training.console import (
     OutOfMemoryError,
     evaluation_advice,
     generation_advice,

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import zipfile
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,9 @@ from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import build_model
-from tlinformer_jax.training.loop import evaluation_steps, train_and_evaluate
-from tlinformer_jax.training.optimizer import build_optimizer, learning_rate_schedule, run_horizon
-from tlinformer_jax.training.step import TrainState, train_step
+from tlinformer_jax.training.callbacks import Evaluate
+from tlinformer_jax.training.loop import train_and_evaluate
+from tlinformer_jax.training.step import TrainState, build_optimizer, learning_rate_schedule, run_horizon, train_step
 
 # GPT-2 tokens of WikiText-103's training rows: any number with 908 updates an epoch at N = 512 is like the real one.
 WIKITEXT_TOKENS = 118_950_000
@@ -58,6 +59,13 @@ def batches_of(config: TrainConfig, stream: TokenStream, length: int) -> Trainin
     )
 
 
+def evaluations(config, batches, last):
+    """The updates before the last one after which a run is evaluated."""
+    session = SimpleNamespace(last_step=last, reader=SimpleNamespace(batches=batches))
+    evaluate = Evaluate(config.eval_every, session, None)
+    return {step for step in range(last + 1) if evaluate.is_due(step)}
+
+
 @pytest.mark.parametrize(
     ("variant", "length", "micro", "updates"),
     [
@@ -80,7 +88,7 @@ def test_updates_and_learning_rates_on_a_corpus_of_wikitexts_size(variant, lengt
     assert expected[-1] > 0.97 * 3e-4
 
     each = updates // 10
-    assert evaluation_steps(config, batches, updates) == {each * epoch for epoch in range(1, 10)}
+    assert evaluations(config, batches, updates) == {each * epoch for epoch in range(1, 10)}
     sizes = [int((batches.indices(step) >= 0).sum()) for step in (0, each - 2, each - 1, each)]
     last = samples - (each - 1) * 256
     assert sizes == [256, 256, last, 256]
@@ -226,4 +234,4 @@ def test_evaluations_by_epoch_where_epochs_run_into_each_other():
     batches = batches_of(config, stream_of(11 * 4 + 1), 4)
     seen = itertools.accumulate([8] * 20)
     ends = {step for step, rows in enumerate(seen, 1) if rows // 11 > (rows - 8) // 11}
-    assert evaluation_steps(config, batches, 20) == ends - {20}
+    assert evaluations(config, batches, 20) == ends - {20}

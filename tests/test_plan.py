@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.plan import ExecutionPlan
-from tlinformer_jax.parallel.target import target
+from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.parallel.mesh import target
 
 GPU, CPU = ("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")
 LONG = ModelConfig(history_window=1024, generation_window=1024, memory="low")

@@ -16,14 +16,13 @@ from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config import data as data_config
 from tlinformer_jax.config import model as model_config
 from tlinformer_jax.config import train as train_config
-from tlinformer_jax.config.plan import MEMORY, ExecutionPlan
+from tlinformer_jax.config.model import MEMORY, ExecutionPlan
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import init_state, train_step
+from tlinformer_jax.training.step import Horizon, init_state, train_step
 
 TOLERANCE = 2e-5  # as in tests/decoding/test_exactness.py
 VOCABULARY = 29
@@ -190,7 +189,7 @@ LEAST = {
     "train": dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
     | dict.fromkeys(("checkpoint_every", "keep_best"), 0)
-    | {"max_skipped_updates": 0, "max_rollbacks": 0},
+    | {"max_skipped_updates": 0},
     "data": dict.fromkeys(("sequence_length", "examples", "num_items", "questions"), 1),
 }
 CHOICES = {
@@ -239,8 +238,8 @@ def invalid_values() -> dict[str, st.SearchStrategy]:
             found[f"{section}.{name}"] = wrong | st.booleans() | st.text() | never
         for name in TEXTS.get(section, ()):
             found[f"{section}.{name}"] = st.integers() | st.booleans() | never
-    for name in ("data", "fsdp", "tensor", "window", "context"):
-        found[f"mesh.{name}"] = st.integers(max_value=0).filter(lambda size: size != -1) | fractions | never
+    for name in ("fsdp", "tensor", "window", "context"):
+        found[f"mesh.{name}"] = st.integers(max_value=0) | fractions | never
     return found
 
 
@@ -299,7 +298,6 @@ TOGETHER = [
     {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
     {"model.architecture": "transformer", "train.sampled_windows": 1},
     {"train.sampled_windows": 9, "model.generation_window": 4, "data.sequence_length": 24},
-    {"mesh.data": -1, "mesh.fsdp": -1},
 ]
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,25 @@ from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.parallel.sharding import batch_sharding, parameter_spec, put_batch, tree_shardings
-from tlinformer_jax.training import loss as loss_module
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh, parameter_spec, put_batch, tree_shardings
+from tlinformer_jax.training import cross_entropy as loss_module
+from tlinformer_jax.training.callbacks import Trace
 from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import restore_params
-from tlinformer_jax.training.hooks import StepTrace
+from tlinformer_jax.training.cross_entropy import summed_losses_and_hits, token_losses
 from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.loss import summed_cross_entropy, token_losses
 from tlinformer_jax.training.metrics import Throughput
-from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run
-from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
+from tlinformer_jax.training.step import (
+    Horizon,
+    TrainState,
+    decay_mask,
+    init_state,
+    jit_train_step,
+    learning_rate_schedule,
+    train_step,
+)
 
 MODEL = ModelConfig(
     vocab_size=257,
@@ -99,7 +107,7 @@ def test_training_loss_and_its_gradients_equal_plain_cross_entropy(chunk, length
     hidden, table, labels, weights = loss_inputs(length)
 
     def ours(hidden, table, weights):
-        return 3 * summed_cross_entropy(hidden, table, labels, weights, chunk)
+        return 3 * summed_losses_and_hits(hidden, table, labels, weights, chunk)[0]
 
     def plain(hidden, table, weights):
         return 3 * (plain_losses(hidden, table, labels) * weights).sum()
@@ -128,7 +136,7 @@ def test_training_loss_multiplies_in_half_precision_and_computes_logits_once():
     hidden, table, labels, weights = loss_inputs(16, vocab=131, dtype=jnp.bfloat16)
 
     def loss(hidden, table):
-        return summed_cross_entropy(hidden, table, labels, weights, 8)
+        return summed_losses_and_hits(hidden, table, labels, weights, 8)[0]
 
     products = list(dot_products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, table).jaxpr))
     assert len(products) == 3
@@ -141,7 +149,7 @@ def test_training_loss_multiplies_in_half_precision_and_computes_logits_once():
     assert jnp.linalg.norm(gradient - truth) < 0.01 * jnp.linalg.norm(truth)
 
 
-@pytest.mark.parametrize("function", [token_losses, summed_cross_entropy])
+@pytest.mark.parametrize("function", [token_losses, summed_losses_and_hits])
 def test_chunked_loss_never_holds_all_logits(function):
     tokens, vocab = 64, 5000
     hidden, table = jnp.zeros((1, tokens, 8)), jnp.zeros((vocab, 8))
@@ -149,7 +157,7 @@ def test_chunked_loss_never_holds_all_logits(function):
     rest = (labels,) if function is token_losses else (labels, jnp.ones(labels.shape))
 
     def memory(chunk):
-        loss = jax.grad(lambda h, t: function(h, t, *rest, chunk).sum(), argnums=(0, 1))
+        loss = jax.grad(lambda h, t: function(h, t, *rest, chunk)[0].sum(), argnums=(0, 1))
         return jax.jit(loss).lower(hidden, table).compile().memory_analysis().temp_size_in_bytes
 
     assert memory(8) < 0.5 * memory(tokens)
@@ -177,18 +185,18 @@ def after_one_update(mesh) -> tuple[TrainState, dict[str, jax.Array], TrainState
     """The package's own step over a mesh: the new state, the metrics, and the old state as it was handed over."""
     config, state = dataclasses.replace(TRAIN, warmup_steps=0), golden_state()
     shardings = tree_shardings(state, mesh)
-    step = jit_train_step(build_model(MODEL), config, HORIZON, shardings, batch_sharding(mesh))
+    step = jit_train_step(shardings, batch_sharding(mesh), model=build_model(MODEL), config=config, horizon=HORIZON)
     with jax.set_mesh(mesh):
         state = jax.device_put(state, shardings)
         new, metrics = step(state, put_batch(random_batch(), mesh))
     return new, metrics, state
 
 
-@pytest.mark.parametrize("sizes", [pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("sizes", [pytest.param({}, marks=pytest.mark.slow), {"fsdp": 4}])
 def test_eight_devices_equal_one(sizes):
     """Loss within 1e-5, gradients (by Adam's first moments) within 1e-4; every device holds its part of each array."""
     many, metrics, old = after_one_update(build_mesh(MeshConfig(**sizes)))
-    one, true_metrics, _ = after_one_update(build_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    one, true_metrics, _ = after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]))
     assert int(many.step) == int(one.step) == 1
     assert float(metrics["tokens"]) == float(true_metrics["tokens"]) == 8 * 14 - 11
     assert abs(float(metrics["loss"]) - float(true_metrics["loss"])) < 1e-5
@@ -207,7 +215,7 @@ def test_eight_devices_equal_one(sizes):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_has_a_sharding_rule(architecture):
     """Matrices are split over both axes, the embedding over its width, vectors over 'tensor' or not at all."""
-    mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = build_mesh(MeshConfig(fsdp=2, tensor=2))
     model = build_model(dataclasses.replace(MODEL, architecture=architecture, hidden_depth=1))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     shardings = jax.tree.leaves(tree_shardings(params, mesh))
@@ -221,15 +229,14 @@ def test_every_parameter_has_a_sharding_rule(architecture):
 
 
 def test_what_cannot_be_sharded_is_named():
-    mesh = build_mesh(MeshConfig(data=1, fsdp=8))
+    mesh = build_mesh(MeshConfig(fsdp=8))
     with pytest.raises(ValueError, match=r"mesh\.fsdp = 8: must divide 12, a dimension of a/qkv_kernel"):
         parameter_spec("a/qkv_kernel", (12, 3, 2, 6), mesh)
     with pytest.raises(ValueError, match="no rule matches"):
         parameter_spec("a/unheard_of", (8, 8), mesh)
-    with pytest.raises(ValueError, match="must multiply to the 8 devices"):
-        build_mesh(MeshConfig(data=3, fsdp=1))
-    with pytest.raises(ValueError, match=r"must divide the 8 devices"):
-        build_mesh(MeshConfig(data=-1, fsdp=3))
+    for sizes in ({"fsdp": 3}, {"fsdp": 16}, {"tensor": 4, "context": 4}):
+        with pytest.raises(ValueError, match="must multiply to a divisor of the 8 devices"):
+            build_mesh(MeshConfig(**sizes))
 
 
 def test_schedule_warms_up_and_ends_where_it_should():
@@ -295,7 +302,7 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys)
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
     written = json.loads((tmp_path / "whole" / "config.json").read_text())
     # The mesh as asked for: a run may go on with other devices.
-    assert (written["model"]["d_model"], written["mesh"]["data"]) == (16, -1)
+    assert written["mesh"] == {"fsdp": 1, "tensor": 1, "window": 1, "context": 1}
 
     # The same files that the run left after step 2.
     part = tmp_path / "part"
@@ -343,11 +350,14 @@ def test_the_traced_steps_are_never_the_first_and_always_within_the_run(first, l
     events = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
-    trace = StepTrace(tmp_path, first, last)
+    throughput = Throughput(last)
+    trace = Trace(tmp_path, first, last, throughput)
     for step in range(first + 1, last + 1):
         events.append(step)
-        assert trace.after(step, ()) == (events[-1] in ("start", "stop"))
+        if trace.is_due(step):
+            trace(SimpleNamespace(step=step, outputs=()))
+            assert events[-1] in ("start", "stop")
     inside = events[events.index("start") + 1 : events.index("stop")] if "start" in events else []
     assert inside == traced
     assert events.count("start") == events.count("stop")
-    assert not StepTrace(None, first, last).after(first + 1, ())
+    assert not any(Trace(None, first, last, throughput).is_due(step) for step in range(first + 1, last + 1))

@@ -10,8 +10,8 @@ from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.models import layers
 from tlinformer_jax.models.recompute import map_rows
-from tlinformer_jax.parallel.target import target
-from tlinformer_jax.training import loss
+from tlinformer_jax.parallel.mesh import target
+from tlinformer_jax.training import cross_entropy as loss
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -72,7 +72,7 @@ def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
 
     def outcome():
         def total(hidden, table):
-            return loss.summed_cross_entropy(hidden, table, labels, weights, 12)
+            return loss.summed_losses_and_hits(hidden, table, labels, weights, 12)[0]
 
         return jax.value_and_grad(total, argnums=(0, 1))(hidden, table)
 

@@ -12,14 +12,14 @@ import optax
 import pytest
 
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, streams, windows
 from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm
-from tlinformer_jax.training import step, window_loss
-from tlinformer_jax.training.batch_loss import summed_loss
-from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training import loss, step
+from tlinformer_jax.training.loss import summed_loss
+from tlinformer_jax.training.step import Horizon
 
 LENGTH = 15  # three windows of 4 tokens, and one of 3
 # What each case changes.
@@ -119,7 +119,7 @@ def too_few_chunks(monkeypatch):
 
 def forgotten_windows(monkeypatch):
     """Gradients of what windows share are those of the last window only."""
-    monkeypatch.setattr(window_loss, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
+    monkeypatch.setattr(loss, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
 
 
 def first_windows_rows(monkeypatch):

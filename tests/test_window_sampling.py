@@ -11,17 +11,15 @@ import pytest
 from tests.test_model import SMALL as THREE_LAYERS
 from tests.test_model import count_equations, golden_scale
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import build_model
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.batch_loss import summed_loss
-from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import TrainState, init_state, train_step
-from tlinformer_jax.training.window_loss import draw_windows
+from tlinformer_jax.training.loss import draw_windows, summed_loss
+from tlinformer_jax.training.step import Horizon, TrainState, init_state, train_step
 
 # Compress and restore only, and one history segment: compilation is what these tests cost.
 SMALL = dataclasses.replace(THREE_LAYERS, hidden_depth=0)

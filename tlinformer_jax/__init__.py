@@ -15,6 +15,10 @@ _HOMES = {
     "DualWindowBlock": "tlinformer_jax.models",
     "LanguageModel": "tlinformer_jax.models",
     "train_and_evaluate": "tlinformer_jax.training.loop",
+    "Callback": "tlinformer_jax.training.callbacks",
+    "Call": "tlinformer_jax.training.callbacks",
+    "TrainingView": "tlinformer_jax.training.callbacks",
+    "WandB": "tlinformer_jax.training.wandb",
     "load_run": "tlinformer_jax.evaluation.trained",
     "text_perplexity": "tlinformer_jax.evaluation.text",
 }

@@ -53,9 +53,6 @@ def plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A path to an existing folder that holds no character with a meaning for Orbax, TensorStore or glob.
 
     That is the folder's own path, or else the one by which Linux shows an open folder of this process.
-
-    Raises:
-      OSError: if the folder cannot be opened, or the system shows no open folders.
     """
     if PLAIN.fullmatch(str(folder)):
         yield folder
@@ -92,12 +89,7 @@ def open_own(path: pathlib.Path, mode: str = "r", buffering: int = -1) -> Any:
 
 
 def read_own(path: pathlib.Path, most: int = MOST_BYTES) -> str:
-    """The text of a regular file of a working directory, read as `open_own` opens it.
-
-    Raises:
-      OSError: if it cannot be opened, or holds more than `most` bytes.
-      UnicodeDecodeError: if it is not UTF-8.
-    """
+    """The text of a regular file of a working directory, read as `open_own` opens it."""
     with open_own(path, "rb") as file:
         data: bytes = file.read(most + 1)
     if len(data) > most:
@@ -106,12 +98,7 @@ def read_own(path: pathlib.Path, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The JSON in such a file.
-
-    Raises:
-      OSError: if it cannot be opened, or is too large.
-      ValueError: if it is no JSON, or nested too deeply.
-    """
+    """The JSON in such a file."""
     try:
         return json.loads(read_own(path))
     except RecursionError:
@@ -123,12 +110,25 @@ def sealed(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 
-def own_folder(path: pathlib.Path) -> None:
-    """Makes a folder of a working directory, with its parents, if it is missing.
+def sealed_text(values: dict[str, Any]) -> str:
+    """The values as JSON, with their hash."""
+    return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
 
-    Raises:
-      OSError: if it cannot be made, or is a link.
-    """
+
+def unsealed(text: str) -> dict[str, Any]:
+    """What `sealed_text` was given."""
+    try:
+        values = dict(json.loads(text))
+        del values["sha256"]
+        if sealed_text(values) == text:
+            return values
+    except (TypeError, KeyError, RecursionError):
+        pass
+    raise ValueError("it has changed since it was written")
+
+
+def own_folder(path: pathlib.Path) -> None:
+    """Makes a folder of a working directory, with its parents, if it is missing."""
     path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link", str(path))

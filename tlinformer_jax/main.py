@@ -35,40 +35,45 @@ PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few tra
 
 def main() -> None:
     """Checks the whole configuration, then trains, unless only the check was asked for."""
-    from tlinformer_jax.commands.prepare import prepare
     from tlinformer_jax.config.run import run_config
-    from tlinformer_jax.parallel.processes import joined
-    from tlinformer_jax.training.loop import train_and_evaluate
-    from tlinformer_jax.training.memory import memory_advice
-    from tlinformer_jax.training.setup import use_compilation_cache
 
+    # What can be refused without JAX, which takes seconds to import.
     cluster = cli.cluster()
     config = run_config(cli.config_values())
-    if CHECK.value or CHECK_COMPILE.value:
-        from tlinformer_jax.training.check import check_run
-        from tlinformer_jax.training.workdir import Origin, check_origin
-
-        if INIT_FROM.value is not None:
-            check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
-        with memory_advice(config):
-            print(check_run(config, CHECK_COMPILE.value))
-        return
-    for flag in (INIT_FROM, PROFILE):  # before anything is made
+    for flag in (INIT_FROM, PROFILE):
         if flag.value:
             local_path(flag.value, f"--{flag.name}")
+    if CHECK.value or CHECK_COMPILE.value:
+        _check(config)
+        return
     workdir = cli.writable_workdir(WORKDIR.value)
-    use_compilation_cache()
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
     if THEN.value is not None:
         if cluster is not None:
             raise UserError(f"--then={','.join(THEN.value)}: is for one process")
         _train_and_record(config, workdir, profile)
         return
+
+    from tlinformer_jax.commands.prepare import prepare
+    from tlinformer_jax.parallel.processes import joined
+    from tlinformer_jax.training.loop import train_and_evaluate
+
     if cluster is not None:
         # First, since joining waits for all processes only so long, and leaves SIGTERM to JAX.
         list(prepare(config.data, config.model.vocab_size))
     with joined(cluster):
         train_and_evaluate(config, workdir, profile, INIT_FROM.value)
+
+
+def _check(config: "RunConfig") -> None:
+    from tlinformer_jax.training.check import check_run
+    from tlinformer_jax.training.console import memory_advice
+    from tlinformer_jax.training.workdir import Origin, check_origin
+
+    if INIT_FROM.value is not None:
+        check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
+    with memory_advice(config):
+        print(check_run(config, CHECK_COMPILE.value))
 
 
 def _train_and_record(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None) -> None:

@@ -22,8 +22,8 @@ DTYPE = "bfloat16"
 def main() -> None:
     """Compiles each of the three and prints what it takes."""
     compile_without_tpus()
-    from tlinformer_jax.parallel.target import target
-    from tlinformer_jax.training.memory import is_out_of_memory
+    from tlinformer_jax.parallel.mesh import target
+    from tlinformer_jax.training.console import is_out_of_memory
 
     devices = topology_devices(TOPOLOGY.value)
     with target(PLATFORM, devices[0].device_kind):
@@ -52,9 +52,10 @@ def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str,
     from tlinformer_jax.decoding.params import decoder_params
     from tlinformer_jax.decoding.spread import WHOLE, cache_specs, on_devices, split_of
     from tlinformer_jax.models.model import build_model
-    from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
+    from tlinformer_jax.parallel.mesh import MeshConfig
+    from tlinformer_jax.parallel.sharding import build_mesh
 
-    mesh = build_mesh(MeshConfig(data=1, context=len(devices)), devices)
+    mesh = build_mesh(MeshConfig(context=len(devices)), devices)
     whole = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, WHOLE))
 
     def params() -> Any:

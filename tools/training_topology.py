@@ -47,9 +47,9 @@ def compile_for(config: "RunConfig", name: str) -> tuple[str, Any]:
     import jax
 
     from tlinformer_jax.data.tokenizers import ByteTokenizer
-    from tlinformer_jax.parallel.target import target
-    from tlinformer_jax.training.check import compiled_step, model_line
-    from tlinformer_jax.training.memory import is_out_of_memory
+    from tlinformer_jax.parallel.mesh import target
+    from tlinformer_jax.training.check import compiled_step
+    from tlinformer_jax.training.console import is_out_of_memory, model_line
     from tlinformer_jax.training.setup import PENDING, build_run
 
     devices = topology_devices(name)

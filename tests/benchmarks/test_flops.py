@@ -9,9 +9,9 @@ import pytest
 from benchmarks import flops
 from benchmarks.flops import hardware_flops, utilisation
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.training.loss import summed_cross_entropy
+from tlinformer_jax.training.cross_entropy import summed_losses_and_hits
 
 PLAN = ExecutionPlan(segments=8, scan_layers=False)  # a segment for each window: nothing is masked
 AGAIN = dataclasses.replace(PLAN, checkpointing=True)
@@ -54,7 +54,7 @@ def test_hardware_flops_are_what_xla_counts(architecture, length, first, fields)
     def loss(params, tokens):
         hidden = model.apply({"params": params}, tokens, start=first, method=model.hidden_states)
         labels = tokens[:, first:]
-        return summed_cross_entropy(hidden, params["embedding"], labels, jnp.ones(labels.shape), 2 * length)
+        return summed_losses_and_hits(hidden, params["embedding"], labels, jnp.ones(labels.shape), 2 * length)[0]
 
     counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]
     expected = hardware_flops(config, length, batch=2, read=length - first, first=first)

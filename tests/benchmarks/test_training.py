@@ -84,11 +84,11 @@ def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
 
 
 def test_a_row_that_the_devices_cannot_share_is_refused():
-    values = {"model": {"architecture": "transformer"}, "train": {"batch_size": 8}, "mesh": {"data": 4, "window": 2}}
+    values = {"model": {"architecture": "transformer"}, "train": {"batch_size": 8}, "mesh": {"window": 2}}
     with pytest.raises(ConfigError, match=r"mesh\.window = 2: must be 1 for model.architecture = 'transformer'"):
         training.checked_mesh(training.run_config(values))
     with pytest.raises(ConfigError, match=r"--batch_tokens / --lengths = 6"):
-        training.checked_mesh(training.run_config({"train": {"batch_size": 6}, "mesh": {"data": 4, "window": 2}}))
+        training.checked_mesh(training.run_config({"train": {"batch_size": 6}, "mesh": {"window": 2}}))
 
 
 def test_a_trace_tells_as_many_kernels_as_asked(monkeypatch, tmp_path):

@@ -18,8 +18,9 @@ from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import cached_attention
-from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.batch_split import SplitRows
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.sharding import build_mesh
 from tools.collectives import Collective, collectives
 
 # Windows of sizes that no number of devices divides.
@@ -86,7 +87,7 @@ def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_trace
         for mesh in (
             None,
             context_mesh(8),
-            build_mesh(MeshConfig(data=1, tensor=2, fsdp=2, context=2)),
+            build_mesh(MeshConfig(tensor=2, fsdp=2, context=2)),
         )
     ]
     for other in found[1:]:

@@ -24,7 +24,6 @@ CONFIG = run_config(
         "model": MODEL,
         "train": {"steps": 4, "batch_size": 8, "log_every": 1, "eval_every": 2, "warmup_steps": 1, "seed": 5},
         "data": {"dataset": "pydoc", "tokenizer": "bytes", "sequence_length": 32},
-        "mesh": {"data": 8},
     }
 )
 

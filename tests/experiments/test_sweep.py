@@ -31,7 +31,7 @@ def get_sweep(variant="four"):
     points = {
         "first": {"model.history_window": 8},
         "long": {"model.history_window": 16, "train.steps": 1500},
-        "wrong": {"model.history_window": 24, "mesh.data": 3},
+        "wrong": {"model.history_window": 24, "mesh.fsdp": 3},
         "last": {"model.history_window": 24},
     }
     return Sweep(base, points, then=("evaluate",))
@@ -85,7 +85,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert done.returncode == 1, done.stderr
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: 1 of 4 points failed: wrong-seed0 (status 2: ")
-    assert "must multiply to the 1 devices" in error
+    assert "must multiply to a divisor of the 1 devices" in error
     assert "Traceback" not in done.stderr
     assert "point 1 of 4, first-seed0: finished before" in done.stderr
     assert times(out / "first-seed0") == finished

@@ -11,16 +11,15 @@ import pytest
 
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.analysis.flops import attention_by_device
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
 from tlinformer_jax.parallel import batch_split
-from tlinformer_jax.parallel.batch_split import NO_WINDOW, UNSPLIT, BatchSplit, assign_windows
-from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.batch_split import NO_WINDOW, UNSPLIT, BatchSplit, SplitRows, assign_windows
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh, tree_shardings
 from tlinformer_jax.training.setup import check_sequences_divide
 from tlinformer_jax.training.step import batch_gradient
 
@@ -30,13 +29,13 @@ MODEL = dataclasses.replace(
     SMALL, num_heads=4, d_ff=32, hidden_depth=0, history_window=6, memory=ExecutionPlan(checkpointing=True)
 )
 MESHES = {
-    "data": {"data": 8},
-    "fsdp": {"data": 1, "fsdp": 8},
-    "tensor": {"data": 2, "tensor": 4},
-    "window": {"data": 1, "window": 8},
-    "context": {"data": 1, "context": 8},
-    "data, window, context": {"data": 2, "window": 2, "context": 2},
-    "fsdp, tensor": {"data": 1, "fsdp": 4, "tensor": 2},
+    "data": {},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 4},
+    "window": {"window": 8},
+    "context": {"context": 8},
+    "data, window, context": {"window": 2, "context": 2},
+    "fsdp, tensor": {"fsdp": 4, "tensor": 2},
 }
 QUICK = ("data, window, context",)
 
@@ -102,17 +101,17 @@ def test_loss_and_gradients_are_those_of_one_device(axes):
 @pytest.mark.parametrize(
     ("changes", "mesh"),
     [
-        ({"history_window": "auto", "hidden_depth": 1}, {"data": 1, "window": 2, "context": 4}),
+        ({"history_window": "auto", "hidden_depth": 1}, {"window": 2, "context": 4}),
         (
             {"memory": ExecutionPlan(chunk=2, checkpointing=True), "num_blocks": 3},
-            {"data": 2, "window": 2, "context": 2},
+            {"window": 2, "context": 2},
         ),
-        ({"architecture": "tconstformer", "hidden_depth": 2}, {"data": 1, "window": 4, "context": 2}),
+        ({"architecture": "tconstformer", "hidden_depth": 2}, {"window": 4, "context": 2}),
         (
             {"memory": ExecutionPlan(segments=8, checkpointing=True), "generation_window": 3, "history_window": 5},
-            {"data": 1, "window": 2, "context": 4},
+            {"window": 2, "context": 4},
         ),
-        ({"memory": ExecutionPlan()}, {"data": 2, "window": 2, "context": 2}),
+        ({"memory": ExecutionPlan()}, {"window": 2, "context": 2}),
     ],
 )
 def test_other_models_are_split_as_well(changes, mesh):
@@ -120,14 +119,14 @@ def test_other_models_are_split_as_well(changes, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 2, "window": 2, "context": 2}])
+@pytest.mark.parametrize("mesh", [{"window": 2, "context": 2}])
 def test_sampled_windows_and_micro_batches_are_those_of_one_device(mesh):
     check(MODEL, mesh, TrainConfig(batch_size=8, accumulation=2, sampled_windows=5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [9, 42])  # in the third of eleven windows, and in the last, which one device gets
-@pytest.mark.parametrize("mesh", [{"data": 2, "window": 2, "context": 2}, {"data": 1, "window": 8}])
+@pytest.mark.parametrize("mesh", [{"window": 2, "context": 2}, {"window": 8}])
 def test_windows_before_the_first_answer_are_left_out_on_any_mesh(mesh, first):
     data = batch()
     data["weights"] = jnp.where(jnp.arange(LENGTH) < first, 0, 1.0) * jnp.maximum(data["weights"], 0.5)
@@ -140,7 +139,7 @@ def test_windows_before_the_first_answer_are_left_out_on_any_mesh(mesh, first):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 4, "window": 2}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("mesh", [{"window": 2}, {"fsdp": 4}])
 def test_dropout_does_not_depend_on_the_devices(mesh):
     check(dataclasses.replace(MODEL, dropout=0.3), mesh, TrainConfig(batch_size=8, accumulation=1))
 
@@ -153,7 +152,7 @@ def test_dropout_over_split_rows_keeps_the_mean():
         lambda path, leaf: 0 * leaf if path[-1].key in ("out_kernel", "down_kernel") else leaf,
         golden_scale(MODEL)["params"],
     )
-    mesh, updates = {"data": 4, "context": 2}, 24
+    mesh, updates = {"context": 2}, 24
     _, _, expected = program(MODEL, TRAIN, mesh)(batch(), params, 0)
     run = program(dataclasses.replace(MODEL, dropout=0.2), TRAIN, mesh)
     drawn = [run(batch(), params, step)[2] for step in range(updates)]
@@ -200,7 +199,7 @@ def test_no_device_has_much_more_attention_than_the_mean(length, parts):
 
 
 def test_axes_that_split_sequences_are_refused_where_they_cannot():
-    mesh = build_mesh(MeshConfig(data=1, window=8))
+    mesh = build_mesh(MeshConfig(window=8))
     baseline = dataclasses.replace(MODEL, architecture="transformer")
     with pytest.raises(ConfigError, match=r"mesh.window = 8: must be 1 for model.architecture = 'transformer'"):
         check_sequences_divide(mesh, baseline, LENGTH, 0)
@@ -209,4 +208,4 @@ def test_axes_that_split_sequences_are_refused_where_they_cannot():
             check_sequences_divide(mesh, MODEL, length, sampled)
     check_sequences_divide(mesh, MODEL, LENGTH, 0)
     with pytest.raises(ConfigError, match=r"mesh.context = 8: must be 1 for"):
-        check_sequences_divide(build_mesh(MeshConfig(data=1, context=8)), baseline, LENGTH, 0)
+        check_sequences_divide(build_mesh(MeshConfig(context=8)), baseline, LENGTH, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import choose_backend, head_multiple
-from tlinformer_jax.parallel.target import device_kind, platform, target
+from tlinformer_jax.parallel.mesh import device_kind, platform, target
 from tlinformer_jax.training.step import compiler_options
 
 HALF = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)

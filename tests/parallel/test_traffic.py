@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from tests.support.models import SMALL
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.parallel.batch_split import BatchSplit
-from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.parallel.sharding import batch_sharding, tree_shardings
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh, tree_shardings
 from tlinformer_jax.training.step import batch_gradient
 from tools.collectives import collectives
 
@@ -24,7 +24,7 @@ MODEL = dataclasses.replace(
 
 def compiled(length, **mesh):
     """Collectives of loss and gradient of one sequence, and the number of parameters."""
-    model, mesh = build_model(MODEL), build_mesh(MeshConfig(data=1, **mesh))
+    model, mesh = build_model(MODEL), build_mesh(MeshConfig(**mesh))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     params = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

@@ -142,19 +142,17 @@ TRAINING = fields(
     ("train.keep_checkpoints=0", "zero"),
     ("train.keep_best=-1", "negative"),
     ("train.max_skipped_updates=-1", "negative"),
-    ("train.max_rollbacks=-1", "negative"),
-    ("mesh.data=0", "zero"),
+    ("mesh.fsdp=0", "zero"),
 )
 TRAINING += [
-    Case("a mesh of more devices than there are", "train", ("--config.mesh.data=3",), "must multiply to the 1 devices"),
-    Case("two axes that take what is left", "train", ("--config.mesh.fsdp=-1",), "mesh.fsdp = -1"),
+    Case("a mesh of more devices than there are", "train", ("--config.mesh.fsdp=3",), "a divisor of the 1 devices"),
     Case(
         "sampled windows without windows",
         "train",
         ("--config.train.sampled_windows=1", "--config.model.architecture=transformer"),
         "train.sampled_windows = 1",
     ),
-    Case("--check finds it too", "train", ("--check", "--config.mesh.data=3"), "must multiply to the 1 devices"),
+    Case("--check finds it too", "train", ("--check", "--config.mesh.fsdp=3"), "a divisor of the 1 devices"),
 ]
 
 TRAIN, VALIDATION = "--config.data.train_files=", "--config.data.validation_files="

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
@@ -20,11 +20,10 @@ from tlinformer_jax.evaluation.text import evaluate_text
 from tlinformer_jax.evaluation.trained import TrainedRun, load_run
 from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
-from tlinformer_jax.training import loop
-from tlinformer_jax.training.answers import CELLS, answer_sums
-from tlinformer_jax.training.batch_loss import summed_loss
+from tlinformer_jax.training import callbacks, loop
+from tlinformer_jax.training.evaluation import CELLS, answer_sums, eval_step
+from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.setup import build_run, flops_per_token
-from tlinformer_jax.training.step import eval_step
 
 SECTIONS = {
     "model": {
@@ -171,7 +170,7 @@ def test_model_flops_count_the_head_at_the_answers_alone():
 def same_sums(run, params, batch):
     """The evaluation's sums where what no answer needs is left out, compared with those where nothing is."""
     sums, whole = (
-        jax.jit(functools.partial(eval_step, model=run.model, config=run.config.train, answers=answers))(params, batch)
+        jax.jit(functools.partial(eval_step, model=run.model, answers=answers))(params, batch)
         for answers in (run.answers, None)
     )
     for found, truth in zip(jax.tree.leaves(sums), jax.tree.leaves(whole), strict=True):
@@ -226,7 +225,7 @@ def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch):
         raise RuntimeError("crash")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "accurate", crash)
+        patch.setattr(callbacks.Checkpoints, "record_validation", crash)
         with pytest.raises(RuntimeError, match="crash"):
             loop.train_run(config, tmp_path / "parts")
     for _ in range(2):  # a finished run stays one

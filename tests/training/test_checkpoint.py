@@ -14,8 +14,7 @@ import pytest
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import saving
 from tlinformer_jax.training.checkpoint import read_manifest, restore_params
-from tlinformer_jax.training.memory import copy_on_devices
-from tlinformer_jax.training.saving import Checkpoints
+from tlinformer_jax.training.saving import Checkpoints, copy_on_devices
 from tlinformer_jax.training.step import Skips, TrainState
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -171,7 +170,7 @@ def test_a_failed_save_is_an_error_and_costs_no_older_checkpoint(tmp_path, monke
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving, "write_manifest", full)
+    monkeypatch.setattr(saving.stored, "write_manifest", full)
     with pytest.raises(DataError, match=r"2\.saving: cannot be written .*No space left"):
         write(tmp_path, 2, keep=1)
     assert_params(tmp_path, 1)

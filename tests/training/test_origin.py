@@ -61,7 +61,7 @@ def test_a_new_run_starts_from_the_parameters_and_needs_neither_flag_nor_origin_
 
     # Crashed after step 0 was saved, the origin gone: the same command without the flag goes on.
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "train", crash)
+        patch.setattr(loop, "train_steps", crash)
         with pytest.raises(RuntimeError, match="crash"):
             train_and_evaluate(config, again, init_from=tmp_path / "source")
     (tmp_path / "source").rename(tmp_path / "gone")

@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from tests.training.test_resume import events, run_config
-from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.training import loop, setup
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.sharding import build_mesh
+from tlinformer_jax.training import callbacks, setup
 from tlinformer_jax.training.loop import train_and_evaluate
 
 pytestmark = pytest.mark.slow
@@ -22,9 +23,9 @@ def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     # Without accumulation: each of 8 devices has rows of its own, whose dropout must not depend on where they are.
     config = run_config(folder, log_every=1, eval_every=3, checkpoint_every=3, keep_best=0, accumulation=1)
-    config = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=2))
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2))
     train_and_evaluate(config, folder / "whole")
-    log_step = loop.log_step
+    log_step = callbacks.log_step
 
     def crashing(log, step, *rest):
         log_step(log, step, *rest)
@@ -32,15 +33,13 @@ def stopped(tmp_path_factory):
             raise RuntimeError("crash")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "log_step", crashing)
+        patch.setattr(callbacks, "log_step", crashing)
         with pytest.raises(RuntimeError, match="crash"):
             train_and_evaluate(config, folder / "stopped")
     return config, events(folder / "whole"), folder / "stopped"
 
 
-@pytest.mark.parametrize(
-    ("devices", "mesh"), [(8, MeshConfig()), (2, MeshConfig(data=1, fsdp=2)), (1, MeshConfig(data=1))]
-)
+@pytest.mark.parametrize(("devices", "mesh"), [(8, MeshConfig()), (2, MeshConfig(fsdp=2)), (1, MeshConfig())])
 def test_a_run_on_eight_devices_goes_on_with_others_and_the_losses_are_the_same(
     devices, mesh, stopped, tmp_path, monkeypatch, capfd
 ):

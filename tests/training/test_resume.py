@@ -15,7 +15,7 @@ from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.models import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training import loop, setup
+from tlinformer_jax.training import callbacks, loop, setup
 from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.loop import train_and_evaluate
 
@@ -120,7 +120,7 @@ def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypa
     assert "stopped after step 4" in capfd.readouterr().err
 
     # A crash after step 6, past the last checkpoint; a kill tears the line it was writing.
-    log_step = loop.log_step
+    log_step = callbacks.log_step
 
     def crashing(log, step, *rest):
         log_step(log, step, *rest)
@@ -128,7 +128,7 @@ def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypa
             raise RuntimeError("crash")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "log_step", crashing)
+        patch.setattr(callbacks, "log_step", crashing)
         with pytest.raises(RuntimeError, match="crash"):
             train_and_evaluate(config, parts)
     with open(parts / "metrics.jsonl", "a") as file:

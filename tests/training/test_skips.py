@@ -11,9 +11,9 @@ from tests.training.test_resume import run_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training import loop
-from tlinformer_jax.training.loop import DivergedError, train_and_evaluate
-from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import Skips, count_skips, init_state, train_step
+from tlinformer_jax.training.callbacks import DivergedError
+from tlinformer_jax.training.loop import train_and_evaluate
+from tlinformer_jax.training.step import Horizon, Skips, count_skips, init_state, train_step
 
 MODEL = ModelConfig(
     vocab_size=11,
@@ -79,8 +79,8 @@ def test_a_run_names_the_step_and_the_parameters_and_keeps_its_last_checkpoint(t
     config = run_config(tmp_path, steps=8, log_every=4, eval_every=0, checkpoint_every=2, max_skipped_updates=1)
     whole = loop.jit_train_step
 
-    def poisoned(model, *rest, **options):
-        step = whole(model, *rest, **options)
+    def poisoned(*shardings, **settings):
+        step = whole(*shardings, **settings)
 
         def run(state, batch):
             if int(state.step) == 2:

@@ -31,7 +31,7 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     one, two = tmp_path / "one", tmp_path / "two"
     steps = ("--config.train.steps=6", "--config.train.keep_best=1", "--config.train.keep_checkpoints=9")
     steps += ("--config.train.checkpoint_every=0.001s",)  # after every step
-    steps += ("--config.mesh.data=1", "--config.mesh.fsdp=2")  # each saves parameters that the other does not hold
+    steps += ("--config.mesh.fsdp=2",)  # each saves parameters that the other does not hold
     run(start(MAIN, *SMALL, *steps, f"--workdir={one}", devices=2))
     told = run(*start_two(MAIN, *SMALL, *steps, f"--workdir={two}"))
     assert "2 x cpu" in told[0]
@@ -69,7 +69,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "mesh"),
-    [(2, {"window": 2}), (4, {"data": 2, "context": 2}), (4, {"fsdp": 2, "window": 2})],
+    [(2, {"window": 2}), (4, {"context": 2}), (4, {"fsdp": 2, "window": 2})],
 )
 def test_a_mesh_over_processes_trains_the_embedded_configuration_as_one_does(processes, mesh, alone, tmp_path):
     axes = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]

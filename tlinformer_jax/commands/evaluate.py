@@ -36,7 +36,7 @@ def main() -> None:
     from tlinformer_jax.config.run import load_config
     from tlinformer_jax.evaluation.report import EvaluationOptions
     from tlinformer_jax.parallel.processes import joined
-    from tlinformer_jax.training.memory import advised, evaluation_advice
+    from tlinformer_jax.training.console import advised, evaluation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")

@@ -65,7 +65,7 @@ def _generate() -> int:
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.sampling import GenerationConfig
     from tlinformer_jax.decoding.spread import context_mesh
-    from tlinformer_jax.training.memory import advised, generation_advice
+    from tlinformer_jax.training.console import advised, generation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):

@@ -28,7 +28,7 @@ def main() -> None:
     from tlinformer_jax.evaluation.history import measure_history
     from tlinformer_jax.evaluation.report import describe
     from tlinformer_jax.evaluation.trained import load_run
-    from tlinformer_jax.training.memory import advised, evaluation_advice
+    from tlinformer_jax.training.console import advised, evaluation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")

@@ -125,11 +125,7 @@ class DataConfig:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """`curriculum`: each stage before the last.
-
-        Raises:
-          ConfigError: if it cannot be read.
-        """
+        """`curriculum`: each stage before the last."""
         allowed = (
             "must be LENGTH:UPDATES or LENGTH:UPDATES@ACCURACY, separated by commas: lengths that divide "
             "data.sequence_length and rise, updates above 0, accuracies above 0 and at most 1"
@@ -152,11 +148,7 @@ class DataConfig:
 
     @property
     def cache_path(self) -> pathlib.Path:
-        """The directory that `cache_dir` stands for.
-
-        Raises:
-          ConfigError: if it is below a home directory and this user has none.
-        """
+        """The directory that `cache_dir` stands for."""
         root = self.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
         path = pathlib.Path(os.path.expanduser(root))
         if path.parts[:1] == ("~",):
@@ -166,11 +158,7 @@ class DataConfig:
 
 
 def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, Any]:
-    """Fields of the data section with relative paths made absolute from `base`; what cannot be a path stays as it is.
-
-    Raises:
-      ConfigError: naming the field, where a path cannot be made absolute.
-    """
+    """Fields of the data section with relative paths made absolute from `base`; what is no path stays as it is."""
     changed = dict(values)
     for name in PATHS:
         value = values.get(name)

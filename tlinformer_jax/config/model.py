@@ -4,17 +4,86 @@ import dataclasses
 import math
 from typing import Any
 
-from tlinformer_jax.config.plan import MEMORY, ExecutionPlan, make_plan
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.parallel.target import platform
+from tlinformer_jax.parallel.mesh import platform
 
 ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
 WINDOWED = ("tlinformer", "tconstformer")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
+MEMORY = ("auto", "low")
+CHOICES = {
+    "architecture": ARCHITECTURES,
+    "dtype": COMPUTE_DTYPES,
+    "param_dtype": PARAM_DTYPES,
+    "attention": ATTENTION_BACKENDS,
+    "memory": MEMORY,
+}
+SMALLEST = dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_window"), 1)
+SMALLEST |= {"hidden_depth": 0, "d_ff": 1}
 # Evaluation and caches have room for a whole window, so that one without a bound would take any memory.
 LONGEST_WINDOW = 1 << 20
+# A sequence of at most so many windows is differentiated as a whole. Of a longer one each window's gradients are made
+# along with its loss, since what differentiation keeps grows with the square of the sequence.
+FEW_WINDOWS = 8
+# Masked rows of so short a history cost less than a second program, and one window at a time leaves a device idle.
+SHORT_SEQUENCE = 1024
+# More layers than this are compiled once and looped over, in one segment: libtpu takes an hour otherwise.
+MOST_UNROLLED = 20
+# The inner values of more rows than this do not fit beside a history of a million tokens on one device.
+WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionPlan:
+    """An explicit plan; equal plans of equal models are equal programs.
+
+    Attributes:
+      segments: loops that the windows are cut into, each with one static history length; masked history wastes at most
+        1 / segments of the work, and each loop is a program of its own.
+      together: generation windows with history that are computed together, as if they were more sequences; they share
+        what the longest history of them costs.
+      chunk: rows of the history that `restore` computes at a time, each chunk again in the backward pass; 0 for all.
+      scan_layers: compile runs of equal layers once and loop over them, which compiles faster and runs slower.
+      checkpointing: keep nothing of a window for the backward pass but its gradients, and of the baselines' layers
+        their inputs only.
+    """
+
+    segments: int = 1
+    together: int = 1
+    chunk: int = 0
+    scan_layers: bool = True
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.segments} segment{'s' if self.segments > 1 else ''} of windows", f"{self.together} at a time"]
+        parts.append(f"history in chunks of {self.chunk:,} rows" if self.chunk else "history whole")
+        parts.append("layers scanned" if self.scan_layers else "layers unrolled")
+        return ", ".join((*parts, "checkpointing" if self.checkpointing else "no checkpointing"))
+
+
+def make_plan(memory: str, platform: str, windows: int, window: int, layers: int, windowed: bool) -> ExecutionPlan:
+    """The plan for a sequence.
+
+    Args:
+      memory: 'auto', or 'low' for the longest sequences that one device can hold.
+      platform: 'cpu', 'gpu' or 'tpu'.
+      windows: generation windows of the sequence that are wanted.
+      window: tokens of each.
+      layers: of the model.
+      windowed: whether the architecture works by generation windows.
+    """
+    low, few, length = memory == "low", windows <= FEW_WINDOWS, windows * window
+    deep = layers > MOST_UNROLLED
+    several = 8 if low and not few else 2 - deep
+    return ExecutionPlan(
+        segments=1 if length <= SHORT_SEQUENCE else several,
+        together=windows if platform != "cpu" and not low and (few or length <= SHORT_SEQUENCE) else 1,
+        chunk=CHUNK if low and length > WHOLE_HISTORY else 0,
+        scan_layers=platform == "cpu" or deep,
+        checkpointing=low or (windowed and not few),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,36 +134,31 @@ class ModelConfig:
         for name in ("dtype", "param_dtype"):
             if not isinstance(getattr(self, name), str):  # jnp.bfloat16 and friends are welcome too
                 object.__setattr__(self, name, _dtype_name(f"model.{name}", getattr(self, name)))
-        _check_choice(self, "architecture", ARCHITECTURES)
-        _check_choice(self, "dtype", COMPUTE_DTYPES)
-        _check_choice(self, "param_dtype", PARAM_DTYPES)
-        _check_choice(self, "attention", ATTENTION_BACKENDS)
-        if not isinstance(self.memory, ExecutionPlan):
-            _check_choice(self, "memory", MEMORY)
-        for name in ("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"):
-            _check_int(self, name, 1)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not isinstance(value, ExecutionPlan):
+                raise ConfigError(f"model.{name}", value, f"must be one of {', '.join(choices)}")
+        for name, least in SMALLEST.items():
+            value = getattr(self, name)
+            special = (name, value) in (("history_window", "auto"), ("d_ff", None))
+            if not special and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                also = " or 'auto'" if name == "history_window" else ""
+                raise ConfigError(f"model.{name}", value, f"must be an integer >= {least}{also}")
         if self.vocab_size > 2**31 - 1:
             raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
         if self.generation_window > LONGEST_WINDOW:
             raise ConfigError("model.generation_window", self.generation_window, f"must be at most {LONGEST_WINDOW:,}")
-        _check_int_or_auto(self, "history_window", 1)
-        _check_int(self, "hidden_depth", 0)
-        if self.d_ff is not None:
-            _check_int(self, "d_ff", 1)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError("model.dropout", self.dropout, "must be a number in [0, 1)")
-        if self.attention in ("cudnn", "splash") and self.dropout > 0:
-            raise ConfigError(
-                "model.attention", self.attention, "has no attention dropout; take 'auto', or model.dropout = 0"
-            )
+        rate = self.dropout
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate < 1:
+            raise ConfigError("model.dropout", rate, "must be a number in [0, 1)")
+        if self.attention in ("cudnn", "splash") and rate > 0:
+            allowed = "has no attention dropout; take 'auto', or model.dropout = 0"
+            raise ConfigError("model.attention", self.attention, allowed)
         if self.d_model % self.num_heads:
             raise ConfigError("model.num_heads", self.num_heads, f"must divide model.d_model = {self.d_model}")
         if self.head_dim % 2:
-            raise ConfigError(
-                "model.num_heads",
-                self.num_heads,
-                f"makes heads {self.head_dim} wide; model.d_model / model.num_heads must be even (RoPE rotates pairs)",
-            )
+            even = "model.d_model / model.num_heads must be even (RoPE rotates pairs)"
+            raise ConfigError("model.num_heads", self.num_heads, f"makes heads {self.head_dim} wide; {even}")
         if self.architecture == "sliding_window" and self.history_window == "auto":
             raise ConfigError("model.history_window", "auto", "must be an integer for architecture 'sliding_window'")
 
@@ -135,14 +199,13 @@ class ModelConfig:
 
         if self.dtype != "auto":
             return jnp.dtype(self.dtype)
-        return jnp.dtype("float32" if _on_cpu() else "bfloat16")
+        return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
 
     def plan(self, windows: int = 1) -> ExecutionPlan:
         """How a sequence of so many generation windows is executed on the default device."""
         if isinstance(self.memory, ExecutionPlan):
             return self.memory
-        sizes = windows, self.generation_window, self.num_layers
-        return make_plan(self.memory, platform(), *sizes, self.windowed)
+        return make_plan(self.memory, platform(), windows, self.generation_window, self.num_layers, self.windowed)
 
     @property
     def always_observes(self) -> bool:
@@ -158,10 +221,6 @@ class ModelConfig:
         return min(history, int(self.history_window))
 
 
-def _on_cpu() -> bool:
-    return platform() == "cpu"
-
-
 def _dtype_name(field: str, value: Any) -> str:
     import jax.numpy as jnp
 
@@ -169,28 +228,3 @@ def _dtype_name(field: str, value: Any) -> str:
         return jnp.dtype(value).name
     except (TypeError, ValueError):
         raise ConfigError(field, value, f"must be one of {', '.join(COMPUTE_DTYPES)}") from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_choice(config: ModelConfig, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        raise ConfigError(f"model.{name}", value, f"must be one of {', '.join(choices)}")
-
-
-def _check_int(config: ModelConfig, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"model.{name}", value, f"must be an integer >= {least}")
-
-
-def _check_int_or_auto(config: ModelConfig, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if value == "auto":
-        return
-    if isinstance(value, str):
-        raise ConfigError(f"model.{name}", value, f"must be an integer >= {least} or 'auto'")
-    _check_int(config, name, least)

@@ -36,11 +36,7 @@ UPDATES = 9_080
 
 
 def set_row(config: "ConfigDict", row: str) -> None:
-    """Sets architecture, vocabulary, windows and sequence length; the rest of the model is the 41M default.
-
-    Raises:
-      ConfigError: if `row` does not name one.
-    """
+    """Sets architecture, vocabulary, windows and sequence length; the rest of the model is the 41M default."""
     config.model.vocab_size = 50257  # GPT-2's, not padded, as in the paper
     if base := re.fullmatch(r"base-(\d+k?)", row):
         config.model.architecture = "transformer"

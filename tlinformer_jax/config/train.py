@@ -14,10 +14,9 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
 UNITS = {"s": 1, "min": 60, "h": 3600}
 # Evaluation keeps no activations for a gradient, so small micro-batches are evaluated several at a time.
 EVALUATION_TOKENS = 16_384
-SMALLEST = dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1) | dict.fromkeys(
-    ("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "keep_best", "max_skipped_updates", "max_rollbacks"),
-    0,
-)
+SMALLEST = dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1)
+SMALLEST |= dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "keep_best"), 0)
+SMALLEST |= {"max_skipped_updates": 0}
 NOT_NEGATIVE = ("learning_rate", "final_learning_rate", "weight_decay", "clip_norm")
 
 
@@ -52,9 +51,7 @@ class TrainConfig:
       keep_best: how many of those with the lowest validation loss are kept besides; above 0, an evaluation that is
         among the best saves a checkpoint too.
       max_skipped_updates: an update whose loss or gradient is not finite is skipped; after more than so many in a row
-        the run stops. 0 stops at the first.
-      max_rollbacks: how often, instead of stopping, the run restores the parameters of the last checkpoint and goes on
-        with the batches that follow; above 0, checkpoint_every must be a number of updates.
+        the run stops, and its last checkpoint stays. 0 stops at the first.
       stop_at_accuracy: of tasks: the run ends at the first evaluation with at least this share of answers right; 0
         goes on to the last update.
     """
@@ -77,7 +74,6 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_best: int = 0
     max_skipped_updates: int = 0
-    max_rollbacks: int = 0
     stop_at_accuracy: float = 0.0
 
     def __post_init__(self) -> None:
@@ -95,19 +91,13 @@ class TrainConfig:
             raise ConfigError("train.schedule", self.schedule, f"must be one of {', '.join(SCHEDULES)}")
         if self.eval_every != EPOCH and not _is_integer(self.eval_every, 0):
             raise ConfigError("train.eval_every", self.eval_every, f"must be an integer >= 0, or {EPOCH!r}")
-        if not _is_integer(self.checkpoint_every, 0) and not self.checkpoint_seconds:
+        if not _is_integer(self.checkpoint_every, 0) and not seconds(self.checkpoint_every):
             allowed = "must be an integer >= 0, or a time such as '30s', '10min' or '1.5h'"
             raise ConfigError("train.checkpoint_every", self.checkpoint_every, allowed)
-        self._check_together()
-
-    def _check_together(self) -> None:
         if not self.steps and not self.epochs:
             raise ConfigError("train.steps", 0, "must be at least 1 where train.epochs is 0")
         if self.schedule == "paper" and not self.epochs:
             raise ConfigError("train.epochs", 0, "must be at least 1 for train.schedule = 'paper'")
-        if self.max_rollbacks and not self.checkpoint_steps:
-            allowed = f"must be 0 where train.checkpoint_every = {self.checkpoint_every!r} is no number of updates"
-            raise ConfigError("train.max_rollbacks", self.max_rollbacks, allowed)
         if self.batch_size % self.accumulation:
             allowed = f"must divide train.batch_size = {self.batch_size}"
             raise ConfigError("train.accumulation", self.accumulation, allowed)
@@ -122,20 +112,15 @@ class TrainConfig:
         """Whether all updates have batch_size samples; the last of an epoch is smaller in the paper's schedule."""
         return self.schedule != "paper"
 
-    @property
-    def checkpoint_steps(self) -> int:
-        """Updates between checkpoints; 0 where they are saved by time, or at the end only."""
-        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else 0
-
-    @property
-    def checkpoint_seconds(self) -> float:
-        """Seconds between checkpoints; 0 where they are saved by updates, or at the end only."""
-        match = DURATION.fullmatch(self.checkpoint_every) if isinstance(self.checkpoint_every, str) else None
-        return float(match[1]) * UNITS[match[2]] if match else 0.0
-
     def evaluation_batch_size(self, trained: int, length: int) -> int:
         """Sequences of `length` tokens in a batch of evaluation, in a run trained on samples of `trained` tokens."""
         return max(1, max(self.micro_batch_size * trained, EVALUATION_TOKENS) // length)
+
+
+def seconds(every: int | str | None) -> float:
+    """The seconds of a time such as '10min'; 0 for anything else."""
+    match = DURATION.fullmatch(every) if isinstance(every, str) else None
+    return float(match[1]) * UNITS[match[2]] if match else 0.0
 
 
 def _is_integer(value: Any, least: int) -> bool:

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, write_row
-from tlinformer_jax.parallel.split_rows import SplitRows
-from tlinformer_jax.parallel.target import platform
+from tlinformer_jax.parallel.batch_split import SplitRows
+from tlinformer_jax.parallel.mesh import platform
 
 Carry = TypeVar("Carry")
 

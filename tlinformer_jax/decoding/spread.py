@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, init_cache
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.parallel.mesh import MeshConfig, build_mesh
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.batch_split import SplitRows
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.sharding import build_mesh
 
 AXIS = "context"
 WHOLE = PartitionSpec()
@@ -36,7 +37,7 @@ def context_mesh(context: int) -> Mesh | None:
     if not 1 <= context <= len(devices):
         allowed = f"must be from 1 to {len(devices)}, as many devices as this machine has"
         raise ConfigError("mesh.context", context, allowed)
-    return None if context == 1 else build_mesh(MeshConfig(data=1, context=context), devices[:context])
+    return None if context == 1 else build_mesh(MeshConfig(context=context), devices[:context])
 
 
 def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from tlinformer_jax.parallel.constraints import open_axes
-from tlinformer_jax.parallel.target import is_nvidia_gpu
+from tlinformer_jax.parallel.mesh import is_nvidia_gpu
+from tlinformer_jax.parallel.sharding import open_axes
 
 # Operation -> what computes it where `available` says so; plain JAX computes it elsewhere.
 OPERATIONS = {

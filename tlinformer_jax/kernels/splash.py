@@ -9,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.kernels.common import Scores
-from tlinformer_jax.parallel.constraints import batch_spec, open_axes
+from tlinformer_jax.parallel.sharding import batch_spec, open_axes
 
 # Rows of a tile; lengths are padded to whole tiles. The kernel takes larger tiles where they fit.
 TILE = 128

@@ -17,7 +17,7 @@ from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.recompute import map_rows
-from tlinformer_jax.parallel.target import is_nvidia_gpu, platform
+from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Keys of one part where attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024

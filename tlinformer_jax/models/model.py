@@ -27,7 +27,7 @@ from tlinformer_jax.models.layers import (
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import attention_options
 from tlinformer_jax.models.tlinformer import forward_windows
-from tlinformer_jax.parallel.constraints import constrain_batch
+from tlinformer_jax.parallel.sharding import constrain_batch
 
 # In half precision the vocabulary is padded to a multiple of this inside the product: the matrix units' loads are
 # aligned, and XLA would otherwise pad the logits by a copy.

@@ -18,7 +18,7 @@ from tlinformer_jax.models.layers import LayerParams, project
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.batch_split import SplitRows
 
 AnyStream = TypeVar("AnyStream", bound="Stream")
 

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.recompute import map_rows

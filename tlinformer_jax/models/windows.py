@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.plan import ExecutionPlan
+from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit, assign_windows
 
 # A position or length: one for all windows (a number), or one for each of the windows that run together, int32 [g].

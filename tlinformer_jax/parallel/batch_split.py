@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from tlinformer_jax.parallel.constraints import BATCH_AXES
-from tlinformer_jax.parallel.split_rows import SplitRows
+from tlinformer_jax.parallel.sharding import BATCH_AXES
 
 PARTITIONED = ("fsdp", "tensor")
 # Marks a place of `assign_windows` that no window takes.
@@ -36,6 +35,53 @@ class SplitWindows:
     def mine(self, assigned: np.ndarray) -> jax.Array:
         """This device's column of [rounds, parts], int32 [rounds]."""
         return jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index(self.axis)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRows:
+    """Rows of a sequence split over an axis of the mesh of size `parts`; used inside `jax.shard_map`.
+
+    Row r lies on device r mod parts, at place r div parts: whatever length a history has, all devices hold equally much
+    of it, and what is appended lies at the end everywhere. Attention does not ask for the order of keys, so each device
+    attends to its own rows and the results are merged by their log-sum-exps. What devices tell each other grows with
+    the rows that read, never with those that are read.
+    """
+
+    axis: str
+    parts: int
+
+    def count(self, length: jax.Array | int) -> jax.Array:
+        """Rows 0 .. length - 1 that lie on this device, int32, of the shape of `length`."""
+        return jnp.maximum(length - self.index() + self.parts - 1, 0) // self.parts
+
+    def positions(self, start: jax.Array | int, count: int) -> jax.Array:
+        """Positions in the sequence of this device's rows start .. start + count - 1, int32 [count]."""
+        return (start + jnp.arange(count, dtype=jnp.int32)) * self.parts + self.index()
+
+    def take(self, rows: jax.Array, axis: int = 1) -> jax.Array:
+        """This device's [batch, length / parts, ...] of an array [batch, length, ...] that every device holds whole.
+
+        The rows may lie along another `axis`; their number is a multiple of `parts`.
+        """
+        shape = rows.shape[:axis], rows.shape[axis + 1 :]
+        parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
+        return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
+
+    def gather(self, rows: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
+        """Rows start .. start + length - 1 of the sequence, [batch, length, ...], on every device.
+
+        `rows` are this device's, [batch, rows, ...]; start + length is at most rows * parts.
+        """
+        # The first row may lie anywhere in its round of `parts`.
+        rounds = min(-(-(length + self.parts - 1) // self.parts), rows.shape[1])
+        first = jnp.minimum(jnp.asarray(start, jnp.int32) // self.parts, rows.shape[1] - rounds)
+        part = jax.lax.dynamic_slice_in_dim(rows, first, rounds, axis=1)
+        whole = jax.lax.all_gather(part, self.axis, axis=2).reshape(rows.shape[0], -1, *rows.shape[2:])
+        return jax.lax.dynamic_slice_in_dim(whole, start - first * self.parts, length, axis=1)
+
+    def index(self) -> jax.Array:
+        """Of this device on the axis, int32 []."""
+        return jax.lax.axis_index(self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +112,9 @@ WHOLE = SequenceSplit()
 
 @dataclasses.dataclass(frozen=True)
 class BatchSplit:
-    """How a batch is split.
+    """How a batch is split: the mesh's manual axes, those of them that split the batch, and how each sequence is split.
 
-    Attributes:
-      manual: axes of the mesh that are manual; empty where the compiler partitions everything, or there is one device.
-      batch: those of them that split the batch.
-      sequence: how each sequence is split.
+    No axis is manual where the compiler partitions everything, or there is one device.
     """
 
     manual: tuple[str, ...] = ()
@@ -102,11 +145,9 @@ class BatchSplit:
         return jax.lax.psum(values, axes) if axes else values
 
     def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(batch, *whole)`, run by every device.
+        """`function(batch, *whole)`, run by every device on its part of the batch, [batch, ...], and on what all have.
 
-        Args:
-          function: of this device's part of the batch, a pytree of arrays [batch, ...], and of what all have whole; its
-            results are the same on all.
+        The results of `function` are the same on all devices.
         """
         if not self.manual:
             return function
@@ -126,15 +167,10 @@ UNSPLIT = BatchSplit()
 
 
 def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
-    """Deals windows out in rounds of `parts` neighbours, whose shapes are alike.
+    """Deals `count` windows out to `parts` devices, in rounds of neighbours, whose shapes are alike.
 
-    Of a round, whoever has least so far gets the longest window: its cost grows with its index.
-
-    Args:
-      count: of windows.
-      parts: devices.
-      loads: float64 [parts], what each has so far; changed.
-      first: index of the first window.
+    Of a round, whoever has least so far gets the longest window: its cost grows with its index, which starts at
+    `first`. What each device has so far is `loads`, float64 [parts], which is changed.
 
     Returns:
       places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.

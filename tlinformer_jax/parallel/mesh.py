@@ -1,33 +1,32 @@
-"""The device mesh: one named mesh for every machine, from one CPU to a pod."""
+"""The devices that a program is for, without JAX: the sizes of their mesh, and their kind.
 
+What depends on the kind of device, such as the choice of a kernel, asks here. It is that of JAX's default device or,
+inside `target`, of one that is not there: so a program can be compiled for a TPU on a machine without one
+(`tools/training_topology.py`).
+"""
+
+import contextlib
+import contextvars
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Iterator
 
 from tlinformer_jax.errors import ConfigError
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
+_TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("target", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh's axes; at most one may be -1, which takes the devices that are left.
+    """Sizes of the mesh's axes. A further axis, `data`, takes the devices that these leave, and splits the batch.
 
     Attributes:
-      data: splits the batch; parameters are replicated over it.
-      fsdp: splits the batch and the parameters.
+      fsdp: splits the batch and the parameters, which are replicated over the other axes but `tensor`.
       tensor: splits heads and the feed-forward's features.
-      window: splits the generation windows of each sequence in training; parameters are replicated over it.
-      context: splits the rows of the history, in training and in generation; parameters are replicated over it.
+      window: splits the generation windows of each sequence in training.
+      context: splits the rows of the history, in training and in generation.
     """
 
-    data: int = -1
     fsdp: int = 1
     tensor: int = 1
     window: int = 1
@@ -35,75 +34,47 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for name, size in dataclasses.asdict(self).items():
-            if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-                raise ConfigError(f"mesh.{name}", size, "must be an integer >= 1, or -1 for the devices left")
-        left = [name for name, size in dataclasses.asdict(self).items() if size == -1]
-        if len(left) > 1:
-            raise ConfigError(f"mesh.{left[1]}", -1, f"only one axis of the mesh may be -1, and mesh.{left[0]} is")
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ConfigError(f"mesh.{name}", size, "must be an integer >= 1")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Axis sizes for `num_devices` devices.
-
-        Raises:
-          ConfigError: if they do not multiply to that number.
-        """
+        """Sizes of all axes for `num_devices` devices."""
         sizes = dataclasses.asdict(self)
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        for name, size in sizes.items():
-            if size == -1:
-                if num_devices % fixed:
-                    raise ConfigError("mesh", sizes, f"must divide the {num_devices} devices of this machine")
-                sizes[name] = num_devices // fixed
-        if math.prod(sizes.values()) != num_devices:
-            raise ConfigError("mesh", sizes, f"must multiply to the {num_devices} devices of this machine")
-        return sizes
+        data, left = divmod(num_devices, math.prod(sizes.values()))
+        if left or not data:
+            raise ConfigError("mesh", sizes, f"must multiply to a divisor of the {num_devices} devices of this machine")
+        return {"data": data, **sizes}
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> "Mesh":
-    """The mesh over `devices` (default: all), every axis for the compiler to partition (AxisType.Auto).
+@contextlib.contextmanager
+def target(platform: str, kind: str) -> Iterator[None]:
+    """Lets what is traced inside be for a device of this platform ('tpu') and kind ('TPU v5 lite').
 
-    Raises:
-      ConfigError: if the axes do not multiply to the number of devices.
+    What JAX has traced before, for another target, it may take from its cache: trace functions of your own inside.
     """
+    token = _TARGET.set((platform, kind))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def platform() -> str:
+    """The device's platform: 'cpu', 'gpu' or 'tpu'."""
     import jax  # here, because a configuration is read before anything needs devices
-    from jax.sharding import AxisType
 
-    devices = jax.devices() if devices is None else devices
-    sizes = config.sizes(len(devices))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    chosen = _TARGET.get()
+    return jax.default_backend() if chosen is None else chosen[0]
 
 
-def connect(mesh: "Mesh") -> None:
-    """Lets the processes of a mesh connect, group of devices by group; every process calls it.
-
-    On CPUs a group connects when a program first needs it. Of two groups that need not wait for each other, one process
-    may begin with the one and another process with the other, and then both wait in vain.
-    """
+def device_kind() -> str:
+    """What the device's maker calls it."""
     import jax
-    from jax.sharding import PartitionSpec
 
-    if jax.process_count() == 1 or jax.default_backend() != "cpu":
-        return
-    axes = [name for name, size in mesh.shape.items() if size > 1]
-    for count in range(1, len(axes) + 1):
-        for names in itertools.combinations(axes, count):
-            add = functools.partial(jax.lax.psum, axis_name=names)
-            whole = PartitionSpec()
-            everywhere = jax.shard_map(add, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-            jax.block_until_ready(jax.jit(everywhere)(np.float32(1)))
+    chosen = _TARGET.get()
+    return jax.devices()[0].device_kind if chosen is None else chosen[1]
 
 
-def ways(mesh: "Mesh", axes: Sequence[str]) -> int:
-    """Parts that `axes` of a mesh split something into."""
-    return math.prod(mesh.shape[name] for name in axes)
-
-
-def check_batch_divides(batch_size: int, mesh: "Mesh", field: str) -> None:
-    """Refuses a batch that the mesh's batch axes cannot split evenly.
-
-    Raises:
-      ConfigError: naming `field`.
-    """
-    parts = ways(mesh, ("data", "fsdp"))
-    if batch_size % parts:
-        raise ConfigError(field, batch_size, f"must be divisible by {parts} (mesh.data * mesh.fsdp)")
+def is_nvidia_gpu() -> bool:
+    """Whether it is an NVIDIA GPU, which cuDNN is for and Triton compiles for."""
+    return platform() == "gpu" and "nvidia" in device_kind().lower()

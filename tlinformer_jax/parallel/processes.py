@@ -39,13 +39,9 @@ INTERRUPTED = 130
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes that this one belongs to.
+    """The processes that this one belongs to, by what they were found, and as the flags say it.
 
-    Attributes:
-      found: by what it was found, for messages.
-      coordinator_address: host:port on which process 0 listens; None where JAX finds it out, and the rest with it.
-      num_processes: of the run.
-      process_id: of this process, 0 .. num_processes - 1.
+    The rest is None where JAX finds it out.
     """
 
     found: str
@@ -60,14 +56,9 @@ def find_cluster(
     process_id: int | None,
     environment: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """The processes to join; None if this one runs alone.
+    """The processes to join, by three flags or by variables of SLURM, Open MPI, Kubernetes or TPU pods; None if alone.
 
-    Args:
-      coordinator_address: the flag's value, None if it was not given; so the next two. All three are given, or none,
-        or num_processes = 1 alone, which runs alone whatever the surroundings say.
-      num_processes: of the run.
-      process_id: of this process.
-      environment: variables by which SLURM, Open MPI, Kubernetes and TPU pods tell of their processes.
+    All three flags are given, or none, or num_processes = 1 alone, which runs alone whatever the variables say.
 
     Raises:
       UserError: naming the flag that is missing or not allowed.
@@ -89,9 +80,6 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
 
     An error inside is told on stderr and ends the process at once: an orderly end would wait for the others, who
     wait for this one.
-
-    Raises:
-      UserError: if the processes cannot be joined.
     """
     if cluster is None:
         yield
@@ -151,11 +139,7 @@ def _check_flags(values: Mapping[str, Any]) -> None:
 
 
 def _join(cluster: Cluster) -> None:
-    """Connects with the other processes.
-
-    Raises:
-      UserError: if that fails, naming how they were found.
-    """
+    """Connects with the other processes."""
     import jax
 
     if cluster.coordinator_address and cluster.process_id == 0:
@@ -180,11 +164,7 @@ def _join(cluster: Cluster) -> None:
 
 
 def _check_free(address: str) -> None:
-    """Refuses a port of this machine that is in use: JAX's service would crash on it.
-
-    Raises:
-      UserError: naming the address.
-    """
+    """Refuses a port of this machine that is in use: JAX's service would crash on it."""
     try:
         probe = socket.socket(socket.AF_INET6)
     except OSError:  # this kernel has no IPv6

@@ -8,16 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.sources import find_split
-from tlinformer_jax.data.tasks import Split, TaskSplit
+from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.sharding import batch_sharding
-from tlinformer_jax.parallel.target import device_kind
-from tlinformer_jax.training.optimizer import Horizon, run_horizon, warmup_note
-from tlinformer_jax.training.setup import PENDING, Run, build_run, flops_per_token, training_batches
-from tlinformer_jax.training.step import jit_train_step
+from tlinformer_jax.training.console import length_lines, model_line, split_line
+from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
+from tlinformer_jax.training.step import Horizon, jit_train_step, run_horizon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +38,6 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
     """Checks a configuration against tokenizer, data and devices, and says what the run would take; writes nothing.
 
     With `compile_step` a training step is compiled, for the memory that it takes.
-
-    Raises:
-      ConfigError, DataError: what training would raise before its first step; of text that has not been tokenised
-        only the files are looked for.
     """
     tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
@@ -53,10 +46,8 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
         if split is not None:
             run.checked(name, split)
     horizon = _horizon(config, splits["train"])
-    lines = [model_line(run), _memory_line(run, compile_step), *_length_lines(run, horizon, splits["train"])]
-    lines += [_split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
-    if horizon and (note := warmup_note(config.train, horizon)):
-        lines.append(note)
+    lines = [model_line(run), _memory_line(run, compile_step), *length_lines(run, horizon, splits["train"])]
+    lines += [split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
     if compile_step:
         total, temporary = step_bytes(dataclasses.replace(run, horizon=horizon or PENDING))
         rest = f"{size_text(temporary)} are activations, gradients and the like"
@@ -89,7 +80,9 @@ def compiled_step(run: Run) -> jax.stages.Compiled:
     }
     state, shardings = run.abstract_state, run.shardings  # first: under the mesh, even a key is made on its devices
     with jax.set_mesh(run.mesh):
-        step = jit_train_step(run.model, run.config.train, run.horizon, shardings, sharding, answers=run.answers)
+        step = jit_train_step(
+            shardings, sharding, model=run.model, config=run.config.train, horizon=run.horizon, answers=run.answers
+        )
         return step.lower(state, batch).compile()
 
 
@@ -105,44 +98,11 @@ def _horizon(config: RunConfig, train: Split | None) -> Horizon | None:
     return Horizon(config.train.steps, config.train.steps) if config.train.steps else None
 
 
-def model_line(run: Run) -> str:
-    """Model, parameters and devices of a run."""
-    model = run.config.model
-    count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
-    devices = f"{model.compute_dtype.name} on {run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
-    return f"{model.architecture}, {model.num_layers} layers, {count:,} parameters; {devices}"
-
-
 def _memory_line(run: Run, compile_step: bool) -> str:
     state = state_bytes(run)
     parts = {"parameters": state.parameters, "gradients": state.gradients, "optimizer state": state.optimizer}
     line = f"memory by device: {', '.join(f'{name} {size_text(size)}' for name, size in parts.items())}"
     return f"{line}; together {size_text(state.total)}{'' if compile_step else ' + activations'}"
-
-
-def _length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:
-    config, length = run.config, run.config.data.sequence_length
-    predicted = trained_tokens(config.model, length, config.train.sampled_windows)
-    step = config.train.batch_size * length
-    lines = [f"model FLOPs per trained token, forward and backward: {flops_per_token(run, length):,.0f}"]
-    if horizon is None:
-        known = "known when the text is tokenised: python -m tlinformer_jax prepare"
-        return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number is {known}"]
-    text = f"{horizon.steps:,} steps of {step:,} tokens, {horizon.steps * step:,} tokens in all"
-    if train is not None:
-        samples = num_samples(train, length)
-        text += f", {config.data.samples_before(horizon.steps, config.train.batch_size) / samples:.2f} epochs"
-    if predicted < length:
-        text += f"; of them {horizon.steps * config.train.batch_size * predicted:,.0f} in sampled windows"
-    return [*lines, text]
-
-
-def _split_line(name: str, split: Split | None, length: int) -> str:
-    if split is None:
-        return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax prepare"
-    if isinstance(split, TaskSplit):
-        return f"{name} split: {split.count:,} samples of {length:,}, made as they are read"
-    return f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
 
 
 def size_text(count: int) -> str:

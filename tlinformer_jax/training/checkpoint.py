@@ -1,8 +1,8 @@
 """A checkpoint on the disk: `checkpoints/STEP` holds Orbax's `state/` and `manifest.json`, and appears by one rename.
 
-The manifest names every file with its size and SHA-256, so damage is noticed before a checkpoint is used; it checks
-itself by having to read exactly as it would be written again. Nothing is read or written through a link below the
-working directory. What is passed over is named on stderr. `training.saving` writes checkpoints.
+The manifest names every file with its size and SHA-256, and holds a hash of itself, so damage is noticed before a
+checkpoint is used. Nothing is read or written through a link below the working directory. What is passed over is named
+on stderr. `training.saving` writes checkpoints.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import dataclasses
 import errno
 import hashlib
 import itertools
-import json
+import math
 import os
 import pathlib
 import re
@@ -26,9 +26,9 @@ from jax.experimental import multihost_utils
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import open_own, plain_path, read_own, sealed, write_text
+from tlinformer_jax.files import open_own, plain_path, read_own, sealed_text, unsealed, write_text
 from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.metrics import say
+from tlinformer_jax.training.console import say
 
 FOLDER = "checkpoints"
 STATE = "state"  # Orbax's folder in that of a checkpoint
@@ -53,7 +53,6 @@ class Manifest:
       code_version: of this package.
       config_sha256: `config.run.fingerprint` of the run's configuration; empty where none was given.
       validation_loss: nats per token, if the step has been evaluated.
-      after_skip: whether the last update was skipped as not finite; no rollback ends there.
     """
 
     step: int
@@ -61,7 +60,6 @@ class Manifest:
     code_version: str
     config_sha256: str
     validation_loss: float | None = None
-    after_skip: bool = False
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -76,32 +74,20 @@ def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
     """Writes the manifest of the checkpoint in `folder`, whole or not at all."""
-    write_text(folder / MANIFEST_FILE, _render(dataclasses.asdict(manifest)))
+    write_text(folder / MANIFEST_FILE, sealed_text(dataclasses.asdict(manifest)))
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`; its files are not looked at.
-
-    Raises:
-      DataError: if it is missing, damaged, or of another step than the folder's name says.
-    """
-    path = folder / MANIFEST_FILE
+    """The manifest of the checkpoint in `folder`; its files are not looked at."""
     try:
-        text = read_own(path)
-    except OSError as error:
-        raise DataError(f"checkpoint {folder}: has no readable {MANIFEST_FILE} ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged") from None
-    try:
-        values = json.loads(text)
-        del values["sha256"]
-        if _render(values) != text:
-            raise ValueError(text)
+        values = unsealed(read_own(folder / MANIFEST_FILE))
         files = {name: (int(size), str(digest)) for name, (size, digest) in values.pop("files").items()}
         manifest = Manifest(files=files, **values)
         if not isinstance(manifest.step, int) or not isinstance(manifest.validation_loss, float | None):
             raise TypeError(values)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except OSError as error:
+        raise DataError(f"checkpoint {folder}: has no readable {MANIFEST_FILE} ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged") from None
     if folder.name != str(manifest.step):
         raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is of step {manifest.step}")
@@ -109,11 +95,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def verify(folder: pathlib.Path) -> Manifest:
-    """Compares every file of the checkpoint in `folder` with its manifest, which is returned.
-
-    Raises:
-      DataError: naming the first file that is missing, too many, of another size, or changed.
-    """
+    """Compares every file of the checkpoint in `folder` with its manifest, which is returned."""
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
     for path in sorted(present - set(manifest.files)):
@@ -140,28 +122,18 @@ def _files_below(folder: pathlib.Path) -> list[str]:
     return sorted(name for name in (path.relative_to(folder).as_posix() for path in paths) if name not in own)
 
 
-def _render(values: dict[str, Any]) -> str:
-    return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
-
-
 # ---- Which checkpoints there are, and which are good
 
 
-def newest_good(folder: pathlib.Path, set_aside: bool = False, regular_every: int = 0) -> Manifest | None:
+def newest_good(folder: pathlib.Path, set_aside: bool = False) -> Manifest | None:
     """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
     Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name;
-    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged. With `regular_every` only regular
-    checkpoints, at multiples of it, are considered.
-
-    Raises:
-      DataError: if there are checkpoints, but none that can be used.
+    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged.
     """
     step = NO_CHECKPOINT
     if jax.process_index() == 0:
         steps, others = list_steps(folder)
-        if regular_every:
-            steps, others = regular_steps(folder, regular_every), {}
         damaged = list(itertools.takewhile(lambda step: not is_usable(folder / str(step)), steps))
         if len(damaged) < len(steps):
             step = steps[len(damaged)]
@@ -195,17 +167,7 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
         raise DataError(f"workdir {workdir}: {FOLDER} is a link, which is not followed")
     if not os.path.isdir(folder):
         raise DataError(f"workdir {workdir}: holds no checkpoint; train into it first")
-    found: Manifest | None
-    if step is not None:
-        steps, _ = list_steps(folder)
-        if step not in steps:
-            there = ", ".join(map(str, reversed(steps))) or "none"
-            raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}; there are {there}")
-        if not is_usable(folder / str(step)):
-            raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
-        found = read_manifest(folder / str(step))
-    else:
-        found = newest_good(folder)
+    found = newest_good(folder) if step is None else _checkpoint_of(workdir, step)
     if found is None:
         raise DataError(f"workdir {workdir}: holds no finished checkpoint; train into it first")
     here = folder / str(found.step)
@@ -214,8 +176,25 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
     return found.step, read_arrays(here, {"params": abstract_params})["params"]
 
 
-def load_params(workdir: pathlib.Path, config: ModelConfig, step: int | None = None) -> tuple[int, Any]:
-    """`restore_params` for a model of this configuration, to the first device, after `check_size`."""
+def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
+    folder = (workdir / FOLDER).absolute()
+    steps, _ = list_steps(folder)
+    if step not in steps:
+        there = ", ".join(map(str, reversed(steps))) or "none"
+        raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}; there are {there}")
+    if not is_usable(folder / str(step)):
+        raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
+    return read_manifest(folder / str(step))
+
+
+def load_params(
+    workdir: pathlib.Path, config: ModelConfig, step: int | None = None, best: bool = False
+) -> tuple[int, Any]:
+    """`restore_params` for a model of this configuration, to the first device, after `check_size`.
+
+    With `best`, the parameters of the lowest validation loss among the checkpoints that are kept.
+    """
+    step = best_step(workdir) if best else step
     check_size(workdir, config, step)
     shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -227,9 +206,6 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
     """Refuses a model of more or larger arrays than the checkpoints hold, before it is built.
 
     Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
-
-    Raises:
-      DataError: naming the field, or why no checkpoint (of `step`, if given) can be used.
     """
     folder = (workdir / FOLDER).absolute()
     steps = list_steps(folder)[0] if os.path.isdir(folder) and not folder.is_symlink() else []
@@ -275,14 +251,24 @@ def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
     return sorted(steps, reverse=True), dict(newest_first)
 
 
-def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
-    """The multiples of `every` among the steps, newest first; without those saved right after a skipped update."""
-    found = []
+def validation_losses(folder: pathlib.Path) -> dict[int, float]:
+    """Step -> validation loss of those checkpoints in `folder` that have one."""
+    losses = {}
     for step in list_steps(folder)[0]:
-        if step % every == 0:
-            with contextlib.suppress(DataError):
-                found += [] if read_manifest(folder / str(step)).after_skip else [step]
-    return found
+        with contextlib.suppress(DataError):
+            loss = read_manifest(folder / str(step)).validation_loss
+            if loss is not None and math.isfinite(loss):
+                losses[step] = loss
+    return losses
+
+
+def best_step(workdir: pathlib.Path) -> int:
+    """The step of the lowest validation loss among the checkpoints of a working directory."""
+    folder = (workdir / FOLDER).absolute()
+    losses = validation_losses(folder) if folder.is_dir() and not folder.is_symlink() else {}
+    if not losses:
+        raise DataError(f"workdir {workdir}: holds no checkpoint that has been evaluated")
+    return min(losses, key=lambda step: (losses[step], step))
 
 
 def is_usable(path: pathlib.Path) -> bool:
@@ -311,11 +297,7 @@ def set_aside_damaged(path: pathlib.Path) -> None:
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of the parameters in a checkpoint that has not been verified, without reading them.
-
-    Raises:
-      DataError: if they cannot be found out.
-    """
+    """Path -> shape of the parameters in a checkpoint that has not been verified, without reading them."""
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
@@ -327,11 +309,7 @@ def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]
 
 
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """Names the first array of `tree` that a checkpoint lacks, or that differs there in an attribute; None if all fit.
-
-    Raises:
-      Exception: whatever Orbax and TensorStore raise where they cannot open an array.
-    """
+    """Names the first array of `tree` that a checkpoint lacks, or that differs there; None if all fit."""
     stored = _stored_arrays(folder)
     for path, leaf in ocp.tree.to_flat_dict(tree).items():
         if path not in stored:
@@ -350,11 +328,7 @@ def _stored_arrays(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
 
 
 def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint that `tree` names (jax.ShapeDtypeStruct with shardings), in the stored dtype.
-
-    Raises:
-      DataError: if one is missing, has another shape, or cannot be read.
-    """
+    """The arrays of a checkpoint that `tree` names (jax.ShapeDtypeStruct with shardings), in the stored dtype."""
     how = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), tree)
     try:
         fault = misfit(folder, tree)

@@ -22,19 +22,9 @@ from tlinformer_jax.training.setup import build_run
 
 
 def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
-    """Makes a working directory, at step 0, of published weights.
+    """Makes a new working directory, at step 0, of published weights; returns a line that says so.
 
-    Args:
-      source: a .pt, .pth or .safetensors file.
-      config: of the model, its tokenizer and its data.
-      workdir: must not exist, or be empty.
-
-    Returns:
-      what was written, in a line.
-
-    Raises:
-      DataError: if the file cannot be used, does not fit the model, or the directory cannot be made.
-      ConfigError: if the tokenizer is not there or does not fit.
+    `source` is a .pt, .pth or .safetensors file; `config` is of the model, its tokenizer and its data.
     """
     workdir = workdir.absolute()
     _check_new(workdir)
@@ -59,11 +49,7 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
 
 
 def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
-    """Writes the last checkpoint's parameters as float32 under the published names; returns a line that says so.
-
-    Raises:
-      DataError: if the directory holds no checkpoint, or the file exists, cannot be written or has a wrong ending.
-    """
+    """Writes the last checkpoint's parameters as float32 under the published names; returns a line that says so."""
     if target.suffix != SAFETENSORS:
         raise UserError(f"--to={target}: must end in {SAFETENSORS}")
     config = load_config(workdir).model

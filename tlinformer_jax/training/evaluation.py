@@ -1,20 +1,152 @@
-"""Evaluation of a split: loss by position, and the figures made of it."""
+"""Evaluation of a split: loss by position, answers of a task that are right, and the figures made of them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from tlinformer_jax.analysis.perplexity import perplexity
 from tlinformer_jax.data.batches import Batch
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.tasks import Split
-from tlinformer_jax.parallel.constraints import EVALUATION_AXES
-from tlinformer_jax.parallel.sharding import put_batch
-from tlinformer_jax.training.answers import Answers
+from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split
+from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.parallel.sharding import EVALUATION_AXES, put_batch, replicated
+from tlinformer_jax.training.cross_entropy import (
+    LOSS_CHUNK,
+    AnswersOf,
+    at_places,
+    put_back,
+    token_losses,
+    token_losses_and_hits,
+    weighted_places,
+)
+from tlinformer_jax.training.step import DeviceBatch, compiler_options
+
+CELLS = len(REGIONS) * DEPTHS
+
+
+# ---- On the device
+
+
+def eval_step(
+    params: Any, batch: DeviceBatch, *, model: LanguageModel, answers: AnswersOf | None = None
+) -> dict[str, jax.Array]:
+    """Sums of a batch by position: losses (nats) and weights, each float32 [N].
+
+    Of a task's batch also what `answer_sums` says; `answers` are as `train_step` takes them.
+    """
+    length = batch["labels"].shape[1]
+    # A run of a task can be evaluated on a text as well, all of whose labels count.
+    known = answers(length) if answers is not None and "starts" in batch else None
+    start = 0 if known is None else known.first
+    hidden: Any = model.apply({"params": params}, batch["inputs"], start=start, method=model.hidden_states)
+    labels, weights, sums = batch["labels"][:, start:], batch["weights"], {}
+    if "starts" in batch:
+        places = None if known is None else weighted_places(weights[:, start:], known.most)
+        if places is not None:
+            hidden, labels = at_places(hidden, places), at_places(labels, places)
+        losses, hits = token_losses_and_hits(hidden, params["embedding"], labels, LOSS_CHUNK)
+        if places is not None:
+            losses, hits = put_back(losses, places, length - start, 0), put_back(hits, places, length - start, True)
+        losses = jnp.pad(losses, ((0, 0), (start, 0)))
+        hits = jnp.pad(hits, ((0, 0), (start, 0)), constant_values=True)
+        sums = answer_sums(hits, batch["starts"], batch["cells"])
+    else:
+        losses = token_losses(hidden, params["embedding"], labels, LOSS_CHUNK)
+    return {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0), **sums}
+
+
+def jit_eval_step(
+    model: LanguageModel, param_shardings: Any, batch_sharding: Any, answers: AnswersOf | None = None
+) -> Any:
+    """`eval_step`, compiled for the shardings of its arguments; every process gets the whole sums."""
+    return jax.jit(
+        functools.partial(eval_step, model=model, answers=answers),
+        in_shardings=(param_shardings, batch_sharding),
+        out_shardings=replicated(batch_sharding.mesh),
+        compiler_options=compiler_options(),
+    )
+
+
+def answer_sums(hits: jax.Array, starts: jax.Array, cells: jax.Array) -> dict[str, jax.Array]:
+    """Right and all answers of a batch, by where they are asked and by where their sources lie.
+
+    An answer is right if greedy decoding writes all of it: each token is the one chosen after those before it.
+
+    Args:
+      hits: whether the token after each position is chosen, bool [batch, N].
+      starts: see `data.tasks.Samples`, int32 [batch, N].
+      cells: see `data.tasks.answer_batches`, int32 [batch, N].
+
+    Returns:
+      right and answers, by the position of the answer's last token, float32 [N]; right_cells and answer_cells,
+      float32 [CELLS].
+    """
+    misses = jnp.cumsum(~hits, axis=1, dtype=jnp.int32)
+    before = jnp.pad(misses, ((0, 0), (1, 0)))
+    ended = starts >= 0
+    wrong = misses - jnp.take_along_axis(before, jnp.maximum(starts, 0), axis=1)
+    right = ended & (wrong == 0)
+
+    def by_cell(count: jax.Array) -> jax.Array:
+        return jnp.zeros(CELLS, jnp.float32).at[cells].add(jnp.where(count, 1.0, 0.0), mode="drop")
+
+    return {
+        "right": jnp.sum(right, axis=0, dtype=jnp.float32),
+        "answers": jnp.sum(ended, axis=0, dtype=jnp.float32),
+        "right_cells": by_cell(right),
+        "answer_cells": by_cell(ended),
+    }
+
+
+# ---- Sums over a split
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Answers of a task, float64: those that are right, and all.
+
+    Attributes:
+      right: by the position of the answer's last token, [N].
+      answers: the same.
+      right_cells: by region and depth of their sources, [regions, DEPTHS].
+      answer_cells: the same.
+      chance: see `data.tasks.Task`.
+    """
+
+    right: np.ndarray
+    answers: np.ndarray
+    right_cells: np.ndarray
+    answer_cells: np.ndarray
+    chance: float
+
+    @classmethod
+    def of(cls, sums: dict[str, np.ndarray], chance: float) -> "Answers":
+        """From the summed `answer_sums`."""
+        right, count = (sums[name].reshape(len(REGIONS), DEPTHS) for name in ("right_cells", "answer_cells"))
+        return cls(sums["right"], sums["answers"], right, count, chance)
+
+    def figures(self) -> dict[str, float]:
+        """accuracy, the share of answers that are right; accuracy_REGION where there are answers; chance."""
+        asked = self.answers.sum()
+        figures = {"accuracy": float(self.right.sum() / asked) if asked else math.nan}
+        for region, right, count in zip(REGIONS, self.right_cells.sum(axis=1), self.answer_cells.sum(axis=1)):
+            if count:
+                figures[f"accuracy_{region}"] = float(right / count)
+        return figures | {"chance": self.chance}
+
+    def counts(self) -> dict[str, Any]:
+        """Right and all answers of each region by depth, as JSON: REGION -> {right, answers}, integers [DEPTHS]."""
+        return {
+            region: {"right": right.astype(int).tolist(), "answers": count.astype(int).tolist()}
+            for region, right, count in zip(REGIONS, self.right_cells, self.answer_cells)
+        }
 
 
 @dataclasses.dataclass(frozen=True)

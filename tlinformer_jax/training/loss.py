@@ -1,171 +1,344 @@
-"""Cross-entropy over a large vocabulary without the logits of all tokens at once."""
+"""The loss of a batch: the model gives hidden states, of a sequence or of a window; here they meet their labels.
 
+A long sequence is computed window after window, each window's gradient made together with its loss.
+
+Window sampling: a training step on k of a sequence's n windows. Windows are independent given the embeddings, so the
+gradient of k of them, drawn without replacement with equal probabilities and weighted by n / k, is right in
+expectation; a step on a very long sequence then costs its embeddings, block 0's projections and k windows. All
+sequences of a micro-batch take the same windows.
+"""
+
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
-from tlinformer_jax.kernels import loss as loss_kernel
-from tlinformer_jax.models.model import output_logits, padded_vocabulary
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.models.dropout import Dropout
+from tlinformer_jax.models.layers import layer_norm
+from tlinformer_jax.models.model import LanguageModel, ModelParams, embed, hidden_states, prepare_params
+from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
+from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_run, prepare_sequence, window_states
+from tlinformer_jax.models.windows import Segment, assign_runs, num_windows
+from tlinformer_jax.parallel.batch_split import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, SplitWindows, assign_windows
+from tlinformer_jax.training.cross_entropy import (
+    LOSS_CHUNK,
+    AnswersOf,
+    at_places,
+    summed_losses_and_hits,
+    weighted_places,
+)
 
-# Tokens of a micro-batch whose logits are held at a time.
-LOSS_CHUNK = 8192
+DeviceBatch = dict[str, jax.Array]
+WindowLoss = Callable[[Any, Any, Any, Any], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
-def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
-    """Cross-entropy in nats of every token; for evaluation, as a gradient computes the logits a second time.
+class LossAux(NamedTuple):
+    """What is summed along with the loss, without a gradient.
 
-    The sequence is cut in chunks of at most `chunk` tokens (all rows of the batch together), so only one chunk's
-    logits are ever held.
+    Attributes:
+      window_losses: of each window that is run, float32 [windows], where one is computed after the other, else [0].
+      right: weight of the labels that greedy decoding would choose, float32 [].
+    """
+
+    window_losses: jax.Array
+    right: jax.Array
+
+
+def summed_loss(
+    params: Any,
+    batch: DeviceBatch,
+    key: jax.Array,
+    windows: jax.Array | None = None,
+    *,
+    model: LanguageModel,
+    split: BatchSplit = UNSPLIT,
+    answers: AnswersOf | None = None,
+    divisor: jax.Array | float = 1.0,
+) -> tuple[jax.Array, LossAux]:
+    """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
+
+    The hidden states of a whole sequence, and one cross-entropy; or, for a long sequence, those of a window and its
+    cross-entropy, window after window. Where devices share the batch, or its sequences, it is this device's share.
 
     Args:
-      hidden: what the head reads, [batch, length, D].
-      embedding: the head, [V, D].
-      labels: int32 [batch, length].
-      chunk: tokens at a time.
-
-    Returns:
-      float32 [batch, length].
+      params: parameters, as `model.init` names them.
+      batch: as `train_step` takes it, and `answers`.
+      key: of the dropout.
+      windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
+      model: of the parameters.
+      split: of the batch over devices.
+      answers: where labels count.
+      divisor: of the sum.
     """
-    table = _table(embedding, hidden.dtype)
+    shape, inputs, sequences = model.config, batch["inputs"], split.sequence
+    rows = {name: batch[name] for name in ("labels", "weights")}
+    length = inputs.shape[1]
+    known = None if answers is None else answers(length)
+    most, start = (None, 0) if known is None else (known.most, known.first if windows is None else 0)
+    typed = prepare_params(model.apply({"params": params}, method=model.parameters), shape)  # type: ignore[arg-type]
+    dropout = Dropout.by_key(key, shape.dropout, split.shard_index()) if shape.dropout else None
+    first = start // shape.generation_window
+    plan = shape.plan(num_windows(shape, length) - first)
+    if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
+        hidden = hidden_states(typed, shape, embed(typed.embedding, shape, inputs), dropout, start)
+        rows = jax.tree.map(lambda array: array[:, start:], rows)
+        total, right = weighted_loss(hidden, typed.embedding, rows, most)
+        return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
+    if sequences.rows is not None:
+        inputs = sequences.rows.take(pad_rows(inputs, -length % sequences.row_parts))
+    if windows is not None or sequences != WHOLE:
+        plan = dataclasses.replace(plan, together=1)
+    embeddings = embed(typed.embedding, shape, inputs)
+    sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
+    total, right, found = jnp.float32(0), jnp.float32(0), []
+    for loop in window_loops(shape, sequence, rows, sequences, windows):
+        branches = tuple(functools.partial(window_loss, shape, run, most) for run in loop.runs)
+        shared, steps = (typed, loop.history), (loop.indices, loop.rows)
+        (loss, hits), each = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
+        total, right = total + loss, right + hits
+        found.append(loop.gathered(each))
+    # Other micro-batches draw other windows.
+    each = jnp.concatenate(found) if windows is None else jnp.zeros(0, jnp.float32)
+    return total * window_weight(shape, length, windows) / divisor, LossAux(each, right)
 
-    @jax.checkpoint
-    def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        rows, targets = part
-        return _chunk_losses(rows, table, targets, embedding.shape[0])[0]
 
-    parts = _chunks(hidden, chunk), _chunks(labels, chunk)
-    return _whole(jax.lax.map(losses, parts), hidden.shape[1])
-
-
-def token_losses_and_hits(
-    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int
+def window_loss(
+    shape: ModelConfig,
+    run: Segment,
+    most: int | None,
+    fixed: Any,
+    step: tuple[jax.Array, DeviceBatch],
+    shared: tuple[ModelParams, History],
+    x: Stream | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_losses`, and whether the label is what greedy decoding would choose, bool [batch, length].
+    """`weighted_loss` of a generation window, or of those that run together, as `sum_with_gradients` takes it.
 
-    Of equal logits the first counts as chosen.
-    """
-    table = _table(embedding, hidden.dtype)
-
-    def both(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rows, targets = part
-        losses, logits, _ = _chunk_losses(rows, table, targets, embedding.shape[0])
-        return losses, jnp.argmax(logits, axis=-1) == targets
-
-    found = jax.lax.map(both, (_chunks(hidden, chunk), _chunks(labels, chunk)))
-    losses, hits = (_whole(array, hidden.shape[1]) for array in found)
-    return losses, hits
-
-
-def summed_cross_entropy(
-    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
-) -> jax.Array:
-    """The first of what `summed_losses_and_hits` returns."""
-    return summed_losses_and_hits(hidden, embedding, labels, weights, chunk)[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def summed_losses_and_hits(
-    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of weights * cross-entropy in nats, and the weight of the labels that greedy decoding would choose.
-
-    For training; the second has no gradient, and costs nothing where it is not read.
-
-    Its gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is
-    rounded to hidden's dtype before it is multiplied, as the logits' own product was. The embedding's gradient is
-    summed in float32.
+    Where rows are split over devices, it is that of this device's rows of the window, and `x` is None.
 
     Args:
-      hidden: what the head reads, [batch, length, D].
-      embedding: the head, [V, D].
-      labels: int32 [batch, length].
-      weights: float32 [batch, length].
-      chunk: tokens whose logits are held at a time.
+      shape: of the model.
+      run: of windows, whose static shapes it has.
+      most: see `weighted_loss`.
+      fixed: that of the sequence.
+      step: (the window's index, its labels and weights).
+      shared: (parameters from `prepare_params`, the history).
+      x: the window's own rows.
+    """
+    (params, history), (index, rows) = shared, step
+    size, split = shape.generation_window, history.split
+    if split is not None:
+        whole = Stream(history.rows, history.Q, history.K, history.V)
+        x = jax.tree.map(lambda array: history.slice(array, index * size, size), whole)
+    assert x is not None
+    C, frame, dropout = place_in_run(shape, run, history, fixed, index)
+    states = window_states(params.blocks, shape, C, x, frame, dropout)
+    if split is not None:
+        states, rows = jax.tree.map(lambda array: split.take(pad_rows(array, -size % split.parts)), (states, rows))
+    hidden = layer_norm(states, params.norm_scale, params.norm_bias)
+    return weighted_loss(hidden, params.embedding, rows, most)
+
+
+def weighted_loss(
+    hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """`summed_losses_and_hits`; of tasks, where at most `most` rows of a sample have weights, of those rows alone."""
+    if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
+        hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
+    return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK)
+
+
+# ---- Window after window
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sum_with_gradients(
+    branches: tuple[WindowLoss, ...],
+    shared: Any,
+    parts: Any,
+    fixed: Any,
+    steps: Any,
+    which: Int[Array, " steps"] | None,
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Float[Array, " steps"]]:
+    """The sum of the windows' losses, and each window's, such that differentiation keeps nothing of any window.
+
+    Why this is not simply differentiated. A window reads all of the history before it, so what its backward pass
+    needs (the attention's inputs, the feed-forward's inner values of C, z and x) is as large as its history. Over a
+    sequence of N tokens JAX would keep that for every window until the last one is done: memory that grows with
+    N^2 / W_og. `jax.checkpoint` around each window would keep nothing, but compute each window twice, and add up the
+    gradients of what the windows share in its own dtype: in bfloat16 the sum over a thousand windows stops growing
+    after a few hundred.
+
+    But the loss is a sum. The gradient of a sum can be made term by term, and the only thing that the rest of the
+    program can still change about a term's gradient is a factor, the slope of whatever is done with the sum. So when
+    this function is differentiated, its *forward* pass runs, window after window,
+
+        loss_w, pull = jax.vjp(window_loss, shared, part_w)        the window's forward pass
+        gradient    += pull(1)                                     at once its backward pass, added up in float32
+
+    and keeps the summed gradient alone. The backward pass multiplies it with the slope. So:
+
+    - memory is that of one window, of the shared arrays' gradient in float32, and of the parts' gradients;
+    - nothing is computed twice: the work is that of differentiating everything at once;
+    - the loop's carry is (sum, gradient), whatever the length of the sequence.
+
+    What is shared (parameters, and the history with its projections) and what is a window's own (its rows) are
+    differentiated; the chain goes on from there to the embeddings and to the parameters that made them, outside of
+    the loop. Not differentiated are rotations, dropout, labels and window indices.
+
+    Windows of different static shapes can take turns: where `which` chooses among several branches, what one of them
+    needs exists while it runs only. That is how sampled windows, each with a history of its own length, share a loop.
+
+    Args:
+      branches: window_loss(fixed, step, shared, part) -> two float32 [], the loss, and what is summed along with it
+        and has no gradient; must not close over traced values.
+      shared: pytree of floating arrays that every window reads; differentiated.
+      parts: pytree of floating arrays [steps, ...] (or empty), a slice for each window; differentiated.
+      fixed: pytree that every window reads; not differentiated.
+      steps: pytree of arrays [steps, ...], a slice for each window; not differentiated.
+      which: the branch of each window; None with a single branch.
 
     Returns:
-      float32 [] both.
+      both sums; and each window's loss, float32 [steps]. Gradients flow through the sum of losses alone.
     """
-    losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
-    return jnp.sum(losses * weights), jnp.sum(hits * weights)
+
+    def body(sums: Any, item: Any) -> tuple[Any, Array]:
+        part, step, index = item
+        run = branches[0] if index is None else functools.partial(jax.lax.switch, index, branches)
+        values = run(fixed, step, shared, part)
+        return jax.tree.map(jnp.add, sums, values), values[0]
+
+    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))
 
 
-def _forward(hidden, embedding, labels, weights, chunk):
-    table = _table(embedding, hidden.dtype)
+def _forward(branches, shared, parts, fixed, steps, which):
+    start = (jnp.float32(0), jnp.float32(0)), wide_zeros(shared)
+    choices = [functools.partial(_add_loss_and_gradient, branch, shared, fixed) for branch in branches]
 
-    def body(table_gradient, part):
-        rows, targets, weight = part
-        losses, hits, slope = _chunk_slope(rows, table, targets, weight, embedding.shape[0])
-        table_gradient += jnp.einsum("bcv,bcd->vd", slope, rows, preferred_element_type=jnp.float32)
-        return table_gradient, (losses, hits, jnp.einsum("bcv,vd->bcd", slope, table))
+    def chosen(carry, item):
+        return jax.lax.switch(item[2], choices, carry, item)
 
-    zero = jnp.zeros(table.shape, jnp.float32)
-    parts = (_chunks(hidden, chunk), _chunks(labels, chunk), _chunks(weights, chunk))
-    table_gradient, outputs = jax.lax.scan(body, zero, parts)
-    losses, hits, hidden_gradient = (_whole(array, hidden.shape[1]) for array in outputs)
-    gradients = (hidden_gradient, table_gradient[: embedding.shape[0]].astype(embedding.dtype), losses)
-    return (jnp.sum(losses * weights), jnp.sum(hits * weights)), gradients
+    body = choices[0] if which is None else chosen
+    (sums, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
+    return (sums, each), (rounded(total, shared), part_gradients)
 
 
-def _backward(chunk, gradients, cotangents):
-    cotangent, _ = cotangents
-    hidden, embedding, weights = ((array.astype(jnp.float32) * cotangent).astype(array.dtype) for array in gradients)
-    return hidden, embedding, None, weights
+def _add_loss_and_gradient(branch, shared, fixed, carry, item):
+    """One window: its loss and its gradient, added to the sums of those before it."""
+    (sums, total), (part, step, _) = carry, item
+    loss, pull, aux = jax.vjp(functools.partial(branch, fixed, step), shared, part, has_aux=True)
+    gradient, part_gradient = pull(jnp.ones_like(loss))
+    return (jax.tree.map(jnp.add, sums, (loss, aux)), add_wide(total, gradient)), (loss, part_gradient)
 
 
-summed_losses_and_hits.defvjp(_forward, _backward)
+def _backward(branches, gradients, cotangents):
+    (slope, _), _ = cotangents
+    shared, parts = jax.tree.map(lambda array: (array.astype(jnp.float32) * slope).astype(array.dtype), gradients)
+    return shared, parts, None, None, None
 
 
-def _chunk_slope(
-    rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses and hits [batch, c], and the gradient of the losses' weighted sum by the logits.
+sum_with_gradients.defvjp(_forward, _backward)
 
-    That one is in rows' dtype, [batch, c, padded V].
+
+def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -> jax.Array | None:
+    """`count` different windows of a sequence of `length` tokens, int32 [count]; None if those are all.
+
+    They are sorted, so that a loop through them goes from short histories to long ones.
     """
-    if loss_kernel.use_kernel() and rows.dtype != jnp.float32:
-        logits = output_logits(rows, table).reshape(-1, table.shape[0])
-        losses, slope = loss_kernel.loss_and_slope(
-            logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype
-        )
-        hits = jnp.argmax(logits[:, :vocab_size], axis=-1) == targets.reshape(-1)
-        return losses.reshape(targets.shape), hits.reshape(targets.shape), slope.reshape(*targets.shape, -1)
-    losses, logits, norm = _chunk_losses(rows, table, targets, vocab_size)
-    chosen = jnp.arange(table.shape[0]) == targets[..., None]
-    slope = ((jnp.exp(logits - norm[..., None]) - chosen) * weights[..., None]).astype(rows.dtype)
-    return losses, jnp.argmax(logits, axis=-1) == targets, slope
+    windows = num_windows(config, length)
+    if count == 0 or count >= windows:
+        return None
+    return jnp.sort(jax.random.permutation(key, windows)[:count]).astype(jnp.int32)
 
 
-def _chunk_losses(
-    rows: jax.Array, table: jax.Array, targets: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [batch, c], logits [batch, c, padded V] (-inf past the vocabulary), their log-sum-exp [batch, c]."""
-    logits = output_logits(rows, table)
-    if table.shape[0] != vocab_size:
-        logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)
-    norm = jax.nn.logsumexp(logits, axis=-1)
-    return norm - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], logits, norm
+def window_weight(config: ModelConfig, length: int, windows: jax.Array | None) -> float:
+    """n / k, by which the sampled windows' losses count."""
+    return 1.0 if windows is None else num_windows(config, length) / windows.shape[0]
 
 
-def _table(embedding: jax.Array, dtype: Any) -> jax.Array:
-    """The head in `dtype`, padded with zero rows."""
-    padding = padded_vocabulary(embedding.shape[0], dtype) - embedding.shape[0]
-    return jnp.pad(embedding.astype(dtype), ((0, padding), (0, 0)))
+@flax.struct.dataclass
+class WindowLoop:
+    """Windows that one loop goes through, as `sum_with_gradients` takes them.
 
-
-def _chunks(array: jax.Array, chunk: int) -> jax.Array:
-    """[batch, length, ...] as [chunks, batch, columns, ...], with zeros after the last column.
-
-    The batch stays whole in every chunk: it is what devices split.
+    Attributes:
+      runs: the static shapes that its windows have, a branch for each.
+      count: windows of all devices together.
+      history: what its windows reach of it.
+      own: the windows' rows; None where devices share them.
+      indices: of the windows, int32 [steps], or of those that run together, [steps, g].
+      rows: what goes along with the tokens, such as labels, [steps, ...]; zeros where there is no window.
+      which: of `runs`, for each window; None with a single one.
+      places: where windows are split over devices, those of this device's among all `count`; else None.
     """
-    batch, length = array.shape[:2]
-    columns = max(1, min(length, chunk // batch))
-    array = jnp.pad(array, ((0, 0), (0, -length % columns), *((0, 0),) * (array.ndim - 2)))
-    return jnp.moveaxis(array.reshape(batch, -1, columns, *array.shape[2:]), 1, 0)
+
+    runs: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
+    count: int = flax.struct.field(pytree_node=False)
+    history: History
+    own: Stream | None
+    indices: Array
+    rows: Any
+    which: Array | None = None
+    places: Array | None = None
+
+    def on_device(self, split: SplitWindows | None, assigned: np.ndarray) -> "WindowLoop":
+        """The loop over this device's windows, as `assign_windows` has dealt them out; itself where none split them."""
+        if split is None:
+            return self
+        places = split.mine(assigned)
+
+        def taken(array: Array) -> Array:
+            return jnp.take(array, jnp.maximum(places, 0), axis=0)
+
+        def masked(array: Array) -> Array:
+            there = (places >= 0).reshape(-1, *(1,) * (array.ndim - 1))
+            return jnp.where(there, taken(array), jnp.zeros_like(array, shape=(len(places), *array.shape[1:])))
+
+        own, indices, which = jax.tree.map(taken, (self.own, self.indices, self.which))
+        rows = jax.tree.map(masked, self.rows)
+        return self.replace(own=own, indices=indices, rows=rows, which=which, places=places)  # type: ignore[attr-defined]
+
+    def gathered(self, each: Float[Array, " steps"]) -> Float[Array, " count"]:
+        """Each window's loss at its place among those of all devices, zeros for others'."""
+        each = jax.lax.stop_gradient(each)
+        if self.places is None:
+            return each
+        at = jnp.where(self.places < 0, self.count, self.places)
+        return jnp.zeros(self.count, each.dtype).at[at].add(each, mode="drop")
 
 
-def _whole(chunks: jax.Array, length: int) -> jax.Array:
-    """The inverse of `_chunks`."""
-    array = jnp.moveaxis(chunks, 0, 1)
-    return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
+def window_loops(
+    config: ModelConfig, sequence: PreparedSequence, rows: Any, split: SequenceSplit, windows: Array | None
+) -> Iterator[WindowLoop]:
+    """The loops over a sequence's windows, or over this device's of them; `rows` are arrays [batch, length, ...].
+
+    With `windows`, int32 [k], ascending, a single loop over only these; else one for each of `sequence.runs`.
+    """
+    padding = sequence.count * config.generation_window - jax.tree.leaves(rows)[0].shape[1]
+    rows = jax.tree.map(lambda array: pad_rows(array, padding), rows)
+    parts, runs = split.window_parts, sequence.runs
+    if windows is None:
+        for run, assigned in zip(runs, assign_runs(runs, parts)):
+            own, indices = sequence.windows(config, run), jnp.asarray(run.windows)
+            loop = WindowLoop((run,), run.count, sequence.reach(config, run), own, indices, run.rows(config, rows))
+            yield loop.on_device(split.windows, assigned)
+        return
+    every = Segment(0, (0,) * sequence.count, 0, 0)  # of it only which windows it has is read
+    arrays = sequence.windows(config, every), every.rows(config, rows)
+    own, taken = jax.tree.map(lambda array: jnp.take(array, windows, axis=0), arrays)
+    # Each takes the branch of the run that it lies in.
+    firsts = jnp.asarray([run.first for run in runs[1:]], jnp.int32)
+    which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
+    loop = WindowLoop(runs, windows.shape[0], sequence.history, own, windows, taken, which)
+    yield loop.on_device(split.windows, assign_windows(loop.count, parts, np.zeros(parts)))
+
+
+def pad_rows(array: Array, count: int) -> Array:
+    """[batch, rows, ...] with `count` rows of zeros after them."""
+    return jnp.pad(array, ((0, 0), (0, count), *((0, 0),) * (array.ndim - 2)))

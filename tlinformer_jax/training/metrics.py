@@ -1,23 +1,27 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard events, and a line of progress."""
+"""Where a run's figures go: metrics.jsonl, TensorBoard events, and a line on stderr."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
+from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import open_own, own_folder, write_text
+from tlinformer_jax.training.console import clock, is_of_bytes, say
+from tlinformer_jax.training.setup import Run, flops_per_token
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+
+# ---- Files
 
 
 class TensorBoardWriter:
@@ -185,7 +189,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Counts the time inside as spent on a checkpoint, before the next step can be dispatched."""
+        """Counts the time inside as spent on a checkpoint."""
         started = time.perf_counter()
         yield
         self._saved += time.perf_counter() - started
@@ -218,21 +222,26 @@ class Throughput:
         return figures
 
 
+def build_throughput(run: Run) -> Throughput:
+    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
+    peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
+    per_token = flops_per_token(run, run.config.data.sequence_length)
+    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
+
+
+# ---- Events
+
+
 def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
     """Writes and prints the figures of a step of `last`; `speed` is what `Throughput.report` returns, or empty."""
     names = ("loss", "grad_norm", "learning_rate", *(["accuracy"] if "accuracy" in metrics else []))
     values = {f"train/{name}": float(metrics[name]) for name in names}
-    line = f"step {step}/{last}  loss {values['train/loss']:.4f}"
-    line += f"  grad norm {values['train/grad_norm']:.3f}"
+    line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
     if "accuracy" in metrics:
         line += f"  accuracy {values['train/accuracy']:.3f}"
-    for name, count, text in (
-        ("skipped_updates", metrics["skips"].total, "skipped"),
-        ("rollbacks", metrics["skips"].rollbacks, "rolled back"),
-    ):
-        if int(count):
-            values[f"train/{name}"] = int(count)
-            line += f"  {int(count)} {text}"
+    if skipped := int(metrics["skips"].total):
+        values["train/skipped_updates"] = skipped
+        line += f"  {skipped} skipped"
     if speed:
         values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
         used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
@@ -241,24 +250,10 @@ def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], 
     say(line)
 
 
-def say(message: str) -> None:
-    """Prints a line of progress on stderr, in the first process only."""
-    if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """A duration as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def parameter_overview(params: Any) -> str:
-    """A table of the parameters: clu's where it is installed, else names, shapes, sizes and the total."""
-    if importlib.util.find_spec("clu"):
-        from clu import parameter_overview as clu_overview
-
-        return clu_overview.get_parameter_overview(params, include_stats=False)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    rows = [f"{'/'.join(str(key.key) for key in path):48} {leaf.shape!s:24} {leaf.size:>12,}" for path, leaf in leaves]
-    return "\n".join([*rows, f"Total: {sum(leaf.size for _, leaf in leaves):,}"])
+def log_evaluation(log: MetricsLog, run: Run, step: int, figures: Mapping[str, float], seconds: float) -> None:
+    """Writes and prints the figures of an evaluation; of a model of bytes, bits per byte come first."""
+    log.write(step, {f"eval/{name}": value for name, value in figures.items()})
+    first = "bits_per_byte" if is_of_bytes(run) else "loss"
+    names = sorted(figures, key=lambda name: name != first)
+    text = "  ".join(f"{name.replace('_', ' ')} {figures[name]:.5g}" for name in names)
+    say(f"evaluation at step {step}: {text}  ({clock(seconds)})")

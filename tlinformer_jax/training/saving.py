@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import math
 import os
 import pathlib
 import shutil
@@ -23,23 +22,9 @@ from jax.experimental import multihost_utils
 import tlinformer_jax
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import own_folder, plain_path, sync_folder
-from tlinformer_jax.training.checkpoint import (
-    FOLDER,
-    STATE,
-    Manifest,
-    first_line,
-    hash_files,
-    list_steps,
-    misfit,
-    newest_good,
-    read_arrays,
-    read_manifest,
-    regular_steps,
-    set_aside_damaged,
-    write_manifest,
-)
-from tlinformer_jax.training.memory import copy_on_devices
-from tlinformer_jax.training.metrics import say
+from tlinformer_jax.training import checkpoint as stored
+from tlinformer_jax.training.checkpoint import FOLDER, STATE, Manifest, first_line, read_manifest
+from tlinformer_jax.training.console import is_out_of_memory, say
 from tlinformer_jax.training.step import TrainState
 
 SAVING, DELETING = ".saving", ".deleting"
@@ -61,18 +46,11 @@ class Checkpoints:
       keep: how many of the latest are kept.
       keep_best: how many of those with the lowest validation loss are kept besides.
       config_sha256: of the run's configuration, for the manifests.
-      regular_every: steps between regular checkpoints, the last of which is always kept; 0 for none.
-
-    Raises:
-      DataError: by every method where a save has failed (disk full, say), naming it; older checkpoints stay.
     """
 
-    def __init__(
-        self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "", regular_every: int = 0
-    ) -> None:
+    def __init__(self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "") -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
-        self._regular_every = regular_every
         self._good: set[int] = set()  # written or verified by this run
         self._latest: int | None = None
         self._main = jax.process_index() == 0
@@ -117,38 +95,33 @@ class Checkpoints:
         if step == self._latest:
             return
         self._wait()
-        draft, after_skip = self._folder / f"{step}{SAVING}", int(state.skips.in_a_row) > 0
+        draft = self._folder / f"{step}{SAVING}"
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _fields(state))
         copy = copy_on_devices(state) if overlap and jax.process_count() == 1 else None
         if copy is None:
             self._write(draft, state)
         self._latest = step
-        self._pending = self._thread.submit(self._finish, draft, shapes, after_skip, copy)
+        self._pending = self._thread.submit(self._finish, draft, shapes, copy)
 
-    def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
+    def restore(self, state: TrainState) -> tuple[TrainState, Manifest] | None:
         """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
 
-        Args:
-          state: abstract (jax.ShapeDtypeStruct) leaves with shardings.
-          regular: consider only the regular ones, which exist whenever the run was interrupted.
-
-        Raises:
-          DataError: if there are checkpoints, but none that can be used.
+        `state` has abstract (jax.ShapeDtypeStruct) leaves with shardings.
         """
         self._wait()
-        found = newest_good(self._folder, set_aside=True, regular_every=self._regular_every if regular else 0)
+        found = stored.newest_good(self._folder, set_aside=True)
         if found is None:
             return None
         self._good.add(found.step)
         self._latest = found.step
-        return TrainState(**read_arrays(self._folder / str(found.step), _fields(state))), found
+        return TrainState(**stored.read_arrays(self._folder / str(found.step), _fields(state))), found
 
     def record_validation(self, step: int, loss: float) -> None:
         """Adds the validation loss to the manifest of `step`, if it is saved; deletes what is no longer wanted."""
         self._wait()
         folder = self._folder / str(step)
         if self._main and step in self._good and folder.is_dir():
-            write_manifest(folder, dataclasses.replace(read_manifest(folder), validation_loss=loss))
+            stored.write_manifest(folder, dataclasses.replace(read_manifest(folder), validation_loss=loss))
             self._delete_unwanted()
 
     def is_among_best(self, loss: float) -> bool:
@@ -156,7 +129,7 @@ class Checkpoints:
         if self._keep_best == 0:
             return False
         self._wait()
-        best = sorted(self._validation_losses().values())[: self._keep_best]
+        best = sorted(stored.validation_losses(self._folder).values())[: self._keep_best]
         among = len(best) < self._keep_best or loss < best[-1]
         return bool(multihost_utils.broadcast_one_to_all(np.bool_(among)))
 
@@ -177,20 +150,19 @@ class Checkpoints:
         except Exception as error:
             raise _failure(draft, error) from error
 
-    def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
+    def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], state: TrainState | None) -> None:
         """The part of a save that runs in the thread; `state` is given where it is still to be written."""
         if state is not None:
             self._write(draft, state)
         try:
             self._orbax.wait_until_finished()
             if self._main:
-                if fault := misfit(draft, shapes, ("shape", "dtype")):
+                if fault := stored.misfit(draft, shapes, ("shape", "dtype")):
                     raise OSError(f"read back, {fault}")
                 step, version = int(draft.stem), tlinformer_jax.__version__
-                manifest = Manifest(step, hash_files(draft), version, self._config_sha256, after_skip=after_skip)
-                write_manifest(draft, manifest)
+                stored.write_manifest(draft, Manifest(step, stored.hash_files(draft), version, self._config_sha256))
                 if os.path.lexists(self._folder / str(step)):
-                    set_aside_damaged(self._folder / str(step))
+                    stored.set_aside_damaged(self._folder / str(step))
                 draft.rename(self._folder / str(step))
                 sync_folder(self._folder)
                 self._good.add(step)
@@ -202,38 +174,18 @@ class Checkpoints:
         latest = sorted(self._good)[-self._keep :]
         if len(latest) < self._keep:
             return
-        losses = self._validation_losses()
+        losses = stored.validation_losses(self._folder)
         kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
-        if self._regular_every:
-            regular = regular_steps(self._folder, self._regular_every)
-            # The last on disk and, since that may be damaged, the last known to be good.
-            kept += regular[:1] + [step for step in regular if step in self._good][:1]
-        for step in list_steps(self._folder)[0]:
+        for step in stored.list_steps(self._folder)[0]:
             if step < latest[0] and step not in kept:
                 # Renamed first, or a half-deleted folder would look like a damaged checkpoint.
                 gone = (self._folder / str(step)).rename(self._folder / f"{step}{DELETING}")
                 shutil.rmtree(gone, ignore_errors=True)
                 self._good.discard(step)
 
-    def _validation_losses(self) -> dict[int, float]:
-        """Step -> validation loss of those saved steps that have one."""
-        losses = {}
-        for step in list_steps(self._folder)[0]:
-            try:
-                loss = read_manifest(self._folder / str(step)).validation_loss
-            except DataError:
-                continue
-            if loss is not None and math.isfinite(loss):
-                losses[step] = loss
-        return losses
-
 
 def _clear(folder: pathlib.Path) -> None:
-    """Makes the folder of the checkpoints, or removes what a killed run has left in it half-done.
-
-    Raises:
-      OSError: if it is a link, cannot be written, has no path that Orbax can take, or something half-done stays.
-    """
+    """Makes the folder of the checkpoints, or removes what a killed run has left in it half-done."""
     own_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
@@ -245,6 +197,23 @@ def _clear(folder: pathlib.Path) -> None:
                 path.unlink()
             else:
                 shutil.rmtree(path)
+
+
+def copy_on_devices(tree: Any) -> Any:
+    """A copy of a pytree of arrays on their devices; None where the peak use so far leaves no room for it."""
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    for device in jax.local_devices():
+        stats = device.memory_stats()
+        size = sum(shard.data.nbytes for shard in shards if shard.device == device)
+        limit = (stats or {}).get("bytes_limit")
+        if stats and (limit is None or stats.get("peak_bytes_in_use", limit) + size > limit):
+            return None
+    try:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), tree)
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):  # enough room, but fragmented
+            return None
+        raise
 
 
 def _fields(state: TrainState) -> dict[str, Any]:

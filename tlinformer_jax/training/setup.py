@@ -7,39 +7,37 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from tlinformer_jax.analysis.flops import attention_by_device, training_flops
-from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
-from tlinformer_jax.analysis.peaks import peak_flops
+from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
 from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows, trained_tokens
-from tlinformer_jax.parallel.constraints import EVALUATION_AXES
-from tlinformer_jax.parallel.mesh import build_mesh, check_batch_divides, connect, ways
-from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, tree_shardings
-from tlinformer_jax.parallel.target import platform
-from tlinformer_jax.training.evaluation import Evaluation, evaluate_split
-from tlinformer_jax.training.metrics import Throughput, say
-from tlinformer_jax.training.optimizer import Horizon, warmup_note
-from tlinformer_jax.training.step import TrainState, init_state, jit_eval_step
+from tlinformer_jax.parallel.mesh import platform
+from tlinformer_jax.parallel.sharding import (
+    EVALUATION_AXES,
+    batch_sharding,
+    build_mesh,
+    check_batch_divides,
+    connect,
+    process_rows,
+    tree_shardings,
+    ways,
+)
+from tlinformer_jax.training.evaluation import Evaluation, evaluate_split, jit_eval_step
+from tlinformer_jax.training.step import Horizon, TrainState, init_state
 
 # Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
 PENDING = Horizon(steps=0, decay_end=1)
-# Samples of a bad batch that are named.
-NAMED_SAMPLES = 8
 COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 
@@ -81,27 +79,22 @@ class Run:
         return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
-        """A split of the corpus or of the task, checked to hold samples of `length` (None: data.sequence_length).
-
-        Raises:
-          DataError: if it holds no whole sample, or an id outside the vocabulary.
-        """
+        """A split of the corpus or of the task, checked to hold samples of `length` (None: data.sequence_length)."""
         return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
         """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
         if isinstance(stream, TaskSplit):
             return stream  # its ids are the tokenizer's, its lengths were checked when it was made
+        data = self.config.data
         if length is None:
-            length = self.config.data.sequence_length
+            length = data.sequence_length
         if num_samples(stream, length) < 1:
             raise DataError(
                 f"data.sequence_length = {length}: the {name} split has only {len(stream.tokens)} tokens; "
                 "it must hold at least one sample of sequence_length + 1"
             )
-        check_token_ids(
-            stream, self.config.model.vocab_size, f"split '{name}' of data.dataset = {self.config.data.dataset}"
-        )
+        check_token_ids(stream, self.config.model.vocab_size, f"split '{name}' of data.dataset = {data.dataset}")
         return stream
 
     def evaluation_batch_size(self, length: int, samples: int, batch_size: int | None = None) -> int:
@@ -117,14 +110,10 @@ class Run:
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        """The jitted evaluation step.
-
-        Raises:
-          ConfigError: if the attention's kernel is not for this device.
-        """
+        """The jitted evaluation step."""
         check_kernel(self.config.model)
         sharding = batch_sharding(self.mesh, EVALUATION_AXES)
-        return jit_eval_step(self.model, self.config.train, self.shardings.params, sharding, self.answers)
+        return jit_eval_step(self.model, self.shardings.params, sharding, self.answers)
 
     def evaluate(
         self,
@@ -140,9 +129,6 @@ class Run:
 
         `watch` passes the batches on, and may raise to give up; `batch_size` as in `evaluation_batch_size`; with `rest`
         the tokens after the last whole sample count too.
-
-        Raises:
-          DataError: if the split is too short; see `evaluation_batches`.
         """
         if length is None:
             length = self.config.data.sequence_length
@@ -161,17 +147,11 @@ class Run:
 def build_run(
     config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds and cross-checks the fixed parts of a run; the horizon matters to training only.
-
-    Raises:
-      ConfigError: if the tokenizer does not fit the vocabulary, or batch or kernel do not fit the devices.
-    """
+    """Builds and cross-checks the fixed parts of a run; the horizon matters to training only."""
     check_vocab(tokenizer, config.model.vocab_size)
+    mesh = build_mesh(config.mesh) if devices is None else build_mesh(config.mesh, devices)
     if devices is None:
-        mesh = build_mesh(config.mesh)
         connect(mesh)
-    else:
-        mesh = build_mesh(config.mesh, devices)
     if horizon != UNTRAINED:
         field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
         check_batch_divides(config.train.micro_batch_size, mesh, field)
@@ -181,11 +161,7 @@ def build_run(
 
 
 def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled_windows: int) -> None:
-    """Refuses axes of the mesh that split a sequence of `length` tokens where it cannot be split so.
-
-    Raises:
-      ConfigError: naming the axis.
-    """
+    """Refuses axes of the mesh that split a sequence of `length` tokens where it cannot be split so."""
     for name in ("window", "context"):
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
@@ -196,18 +172,17 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
         raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")
 
 
+def check_kernel(config: ModelConfig) -> None:
+    """Refuses cuDNN's attention where there is no GPU ('splash' is interpreted where there is no TPU)."""
+    if config.attention == "cudnn" and platform() != "gpu":
+        raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {platform()} here")
+
+
 def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
     """The batches of a run over its training split."""
     data, how = config.data, config.train
     sizes = data.sequence_length, how.batch_size
     return TrainingBatches(train, *sizes, how.seed, how.equal_updates, how.micro_batch_size, data.stages)
-
-
-def build_throughput(run: Run) -> Throughput:
-    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
-    peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
-    per_token = flops_per_token(run, run.config.data.sequence_length)
-    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
 
 
 def flops_per_token(run: Run, length: int) -> float:
@@ -219,68 +194,9 @@ def flops_per_token(run: Run, length: int) -> float:
     return flops / trained_tokens(model, length, sampled)
 
 
-def check_kernel(config: ModelConfig) -> None:
-    """Refuses cuDNN's attention where there is no GPU ('splash' is interpreted where there is no TPU).
-
-    Raises:
-      ConfigError: naming `model.attention`.
-    """
-    if config.attention == "cudnn" and platform() != "gpu":
-        raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {platform()} here")
-
-
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs of the entry points, unless the user has chosen a place or has no home."""
+    """Keeps compiled programs between runs, unless the user has chosen a place or has no home."""
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         place = os.path.expanduser(COMPILATION_CACHE)
         if os.path.isabs(place):
             jax.config.update("jax_compilation_cache_dir", place)
-
-
-def _checkpoint_times(train: TrainConfig) -> str:
-    if train.checkpoint_steps:
-        return f"every {train.checkpoint_steps:,} updates, at the end"
-    return f"every {train.checkpoint_every} or less, at the end" if train.checkpoint_seconds else "at the end"
-
-
-def describe(run: Run, train: Split, validation: Split, batches: TrainingBatches) -> None:
-    """Says what is about to be trained, and on what."""
-    config, model = run.config, run.config.model
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}"
-    say(f"{model.architecture}, {model.num_layers} layers, on {devices}, {model.compute_dtype.name}")
-    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, config.data.sequence_length))}")
-    say(kernels.serving())
-    say(f"checkpoints: {_checkpoint_times(config.train)}")
-    if note := warmup_note(config.train, run.horizon):
-        say(note)
-    steps = f"{run.horizon.steps:,} steps of {config.train.batch_size * config.data.sequence_length:,} tokens"
-    samples = f"{batches.samples_per_epoch:,} samples of {batches.sequence_length}"
-    if isinstance(train, TaskSplit) or isinstance(validation, TaskSplit):
-        validated = f"{num_samples(validation, batches.sequence_length):,} to validate"
-        say(f"{config.data.dataset}: {samples} to train on, {validated}; {steps}")
-        return
-    say(f"train {len(train.tokens):,} tokens, {samples}; validation {len(validation.tokens):,} tokens; {steps}")
-    if (parts := run.mesh.shape["window"]) > 1:
-        loads = attention_by_device(model, config.data.sequence_length, parts)
-        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
-    if config.data.dataset == "pydoc" and run.tokenizer.vocab_size <= BYTE_VOCABULARY:
-        bits, context = byte_floor(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
-        bits *= len(validation.tokens) / validation.num_bytes
-        say(f"to beat: {bits:.3f} bits per byte, those of the best n-gram ({context} bytes of context, Kneser-Ney)")
-
-
-def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
-    """Names the last skipped update, the parameters whose gradient was not finite, and the batch."""
-    skips, step, most = state.skips, int(state.step), run.config.train.max_skipped_updates
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
-    where = "the loss is not finite"
-    if int(skips.nonfinite):
-        name = "/".join(str(key.key) for key in paths[int(skips.first_nonfinite)])
-        where = f"the gradient of {name} is not finite"
-        if int(skips.nonfinite) > 1:
-            where += f", nor are {int(skips.nonfinite) - 1} of the other {len(paths) - 1}"
-    before = f" (train.max_skipped_updates = {most} before it were skipped)" if most else ""
-    samples = [int(index) for index in batches.indices(step - 1) if index >= 0]
-    more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
-    named = ", ".join(map(str, samples[:NAMED_SAMPLES]))
-    return f"at step {step} {where}{before}; its batch holds samples {named}{more} of the train split"

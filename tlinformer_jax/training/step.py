@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: pure functions of state and batch, jitted over a mesh elsewhere."""
+"""The train step: a pure function of state and batch, and the optimiser that it applies."""
 
 import dataclasses
 import functools
@@ -11,16 +11,19 @@ import optax
 
 from tlinformer_jax.config.data import Stage
 from tlinformer_jax.config.train import TrainConfig
+from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.parallel.batch_split import BatchSplit
+from tlinformer_jax.parallel.mesh import is_nvidia_gpu
 from tlinformer_jax.parallel.sharding import replicated
-from tlinformer_jax.parallel.target import is_nvidia_gpu
-from tlinformer_jax.training.answers import AnswersOf, answer_sums, at_places, put_back, weighted_places
-from tlinformer_jax.training.batch_loss import DeviceBatch, LossAux, summed_loss
+from tlinformer_jax.training.cross_entropy import AnswersOf
 from tlinformer_jax.training.curriculum import Competence, initial_competence, record_accuracy, stage_with_goal
-from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses, token_losses_and_hits
-from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
-from tlinformer_jax.training.window_loss import draw_windows
+from tlinformer_jax.training.loss import DeviceBatch, LossAux, draw_windows, summed_loss
+
+BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
+
+
+# ---- The state
 
 
 def _count(value: int = 0) -> Any:
@@ -33,18 +36,16 @@ class Skips:
 
     Attributes:
       in_a_row: up to the present step; above train.max_skipped_updates, nothing changes the state any more.
-      total: of the run, with those that rollbacks have undone.
+      total: of the run.
       first_nonfinite: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
         was not finite; -1 if it was the loss alone.
       nonfinite: the number of such leaves.
-      rollbacks: how often the run went back to older parameters; see `loop.Trainer.roll_back`.
     """
 
     in_a_row: jax.Array = _count()
     total: jax.Array = _count()
     first_nonfinite: jax.Array = _count(-1)
     nonfinite: jax.Array = _count()
-    rollbacks: jax.Array = _count()
 
 
 @flax.struct.dataclass
@@ -55,7 +56,7 @@ class TrainState:
       step: updates done, int32 []; those that were skipped count.
       params: parameters, as `model.init` names them.
       opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
-      skips: updates that were left out, or undone by a rollback.
+      skips: updates that were left out.
       competence: what ends the stages of a curriculum; None where none ends by competence.
     """
 
@@ -66,6 +67,22 @@ class TrainState:
     competence: Competence | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Horizon:
+    """How long a run is, once its data is known: updates in all, and the update at which a cosine would end."""
+
+    steps: int
+    decay_end: int
+
+
+def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
+    """The length of a run over `batches`; see TrainConfig.steps, epochs and schedule."""
+    steps = config.steps or batches.updates_for_epochs(config.epochs)
+    if config.schedule == "paper":
+        return Horizon(steps, config.epochs * -(-batches.samples_per_epoch // config.micro_batch_size))
+    return Horizon(steps, steps)
+
+
 def init_state(
     rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon, stages: tuple[Stage, ...] = ()
 ) -> TrainState:
@@ -73,6 +90,32 @@ def init_state(
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
     opt_state = build_optimizer(config, horizon).init(params)
     return TrainState(jnp.int32(0), params, opt_state, competence=initial_competence(stages))
+
+
+# ---- The step
+
+
+def jit_train_step(state_shardings: TrainState, batch_sharding: Any, **settings: Any) -> Any:
+    """`train_step` with these `settings`, compiled for the shardings of its arguments.
+
+    The old state's memory is reused. To be called under `jax.set_mesh` of their mesh, which decides how the batch is
+    shared out.
+    """
+    return jax.jit(
+        functools.partial(train_step, **settings),
+        in_shardings=(state_shardings, batch_sharding),
+        out_shardings=(state_shardings, replicated(batch_sharding.mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+    )
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """Options for XLA: on NVIDIA GPUs products go to cuBLAS, whose trial of Triton's kernels beside it is left out.
+
+    On an H100 these were never faster at the shapes of training, and trying them took a third of the compilation.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if is_nvidia_gpu() else None
 
 
 def train_step(
@@ -85,7 +128,7 @@ def train_step(
     window_losses: bool = False,
     answers: AnswersOf | None = None,
     stages: tuple[Stage, ...] = (),
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """One update.
 
     Args:
@@ -96,15 +139,14 @@ def train_step(
       model: of the parameters.
       config: of the run.
       horizon: how long the run is.
-      window_losses: whether to return those.
+      window_losses: whether to return those of `LossAux`, summed over the batch.
       answers: of a task, where the labels of a sample have weights.
       stages: of the curriculum.
 
     Returns:
       the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
-      clipping), learning_rate, tokens; step and skips of the new state; and where asked for, window_losses, as
-      `LossAux` says, summed over the batch. In a stage that ends by competence, accuracy, the share of the answers'
-      tokens that were right, and stage_ends, those of the new state. Where loss or gradient are not finite,
+      clipping), learning_rate, tokens; step and skips of the new state. In a stage that ends by competence, accuracy,
+      the share of the answers' tokens that were right, and the new stage_ends. Where loss or gradient are not finite,
       parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
       whole state does, whatever the batch.
     """
@@ -118,12 +160,11 @@ def train_step(
     )
     loss, aux, grads = split.over_devices(gradient)(batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
+    rate = learning_rate_schedule(config, horizon)(state.step - state.skips.total)
     metrics = {
         "loss": loss * divisor / tokens,
         "grad_norm": optax.tree.norm(grads),
-        "learning_rate": jnp.asarray(
-            learning_rate_schedule(config, horizon)(state.step - state.skips.total), jnp.float32
-        ),
+        "learning_rate": jnp.asarray(rate, jnp.float32),
         "tokens": tokens,
     }
     if window_losses:
@@ -158,16 +199,8 @@ def batch_gradient(
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """The loss of a batch with its gradient, summed over micro-batches and over the devices that share it.
 
-    Args:
-      batch: as `train_step` takes it; this device's part.
-      params: parameters.
-      divisor: of the summed loss, float32 [].
-      step: int32 [], with the seed the key of dropout and sampled windows.
-      model: of the parameters.
-      config: of the run.
-      split: of the batch over devices.
-      wanted: fields of `LossAux` to sum as well.
-      answers: as `train_step` takes it.
+    `batch` is this device's part; `divisor` is that of the summed loss; `step`, with the seed, is the key of dropout
+    and sampled windows; `wanted` names fields of `LossAux` to sum as well.
 
     Returns:
       the loss, float32 []; what is wanted besides, by name; the gradient.
@@ -192,37 +225,6 @@ def batch_gradient(
     return loss, split.psum({name: getattr(aux, name) for name in wanted}), grads
 
 
-def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
-    """Judges an update.
-
-    Args:
-      skips: before it.
-      loss: float32 [].
-      grads: of the parameters.
-      most: updates in a row that may be skipped.
-
-    Returns:
-      whether the update counts, bool []; whether the run has stopped before it, bool []; the skips after it.
-    """
-    # The squares' sums are those of the gradient's norm, so they cost nothing; they are finite for all that clipping
-    # could bear.
-    bad = ~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]))
-    stopped = skips.in_a_row > most
-    good = jnp.isfinite(loss) & ~jnp.any(bad) & ~stopped
-    skipped = Skips(
-        skips.in_a_row + 1,
-        skips.total + 1,
-        jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32),
-        jnp.sum(bad).astype(jnp.int32),
-        skips.rollbacks,
-    )
-    counted = dataclasses.replace(skips, in_a_row=jnp.int32(0))
-    after = jax.tree.map(
-        lambda old, yes, no: jnp.where(stopped, old, jnp.where(good, yes, no)), skips, counted, skipped
-    )
-    return good, stopped, after
-
-
 def _accumulate(
     gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int
 ) -> tuple[tuple[jax.Array, LossAux], Any]:
@@ -242,90 +244,76 @@ def _accumulate(
     return total, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
 
 
-def eval_step(
-    params: Any,
-    batch: DeviceBatch,
-    *,
-    model: LanguageModel,
-    config: TrainConfig,
-    answers: AnswersOf | None = None,
-) -> dict[str, jax.Array]:
-    """Sums of a batch by position: losses (nats) and weights, each float32 [N].
+def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
+    """Judges an update, of which `most` in a row may be skipped.
 
-    Of a task's batch also what `training.answers.answer_sums` says; `answers` are as `train_step` takes them.
+    Returns:
+      whether the update counts, bool []; whether the run has stopped before it, bool []; the skips after it.
     """
-    length = batch["labels"].shape[1]
-    # A run of a task can be evaluated on a text as well, all of whose labels count.
-    known = answers(length) if answers is not None and "starts" in batch else None
-    start = 0 if known is None else known.first
-    hidden: Any = model.apply({"params": params}, batch["inputs"], start=start, method=model.hidden_states)
-    labels, weights, sums = batch["labels"][:, start:], batch["weights"], {}
-    if "starts" in batch:
-        places = None if known is None else weighted_places(weights[:, start:], known.most)
-        if places is not None:
-            hidden, labels = at_places(hidden, places), at_places(labels, places)
-        losses, hits = token_losses_and_hits(hidden, params["embedding"], labels, LOSS_CHUNK)
-        if places is not None:
-            losses, hits = put_back(losses, places, length - start, 0), put_back(hits, places, length - start, True)
-        losses, hits = (
-            jnp.pad(array, ((0, 0), (start, 0)), constant_values=fill) for array, fill in ((losses, 0), (hits, True))
-        )
-        sums = answer_sums(hits, batch["starts"], batch["cells"])
-    else:
-        losses = token_losses(hidden, params["embedding"], labels, LOSS_CHUNK)
-    return {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0), **sums}
-
-
-def jit_train_step(
-    model: LanguageModel,
-    config: TrainConfig,
-    horizon: Horizon,
-    state_shardings: Any,
-    batch_sharding: Any,
-    window_losses: bool = False,
-    answers: AnswersOf | None = None,
-    stages: tuple[Stage, ...] = (),
-) -> Any:
-    """`train_step`, compiled for the shardings of its arguments; the old state's memory is reused.
-
-    To be called under `jax.set_mesh` of their mesh, which decides how the batch is shared out.
-    """
-    return jax.jit(
-        functools.partial(
-            train_step,
-            model=model,
-            config=config,
-            horizon=horizon,
-            window_losses=window_losses,
-            answers=answers,
-            stages=stages,
-        ),
-        in_shardings=(state_shardings, batch_sharding),
-        out_shardings=(state_shardings, replicated(batch_sharding.mesh)),
-        donate_argnums=0,
-        compiler_options=compiler_options(),
+    # The squares' sums are those of the gradient's norm, so they cost nothing; they are finite for all that clipping
+    # could bear.
+    bad = ~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]))
+    stopped = skips.in_a_row > most
+    good = jnp.isfinite(loss) & ~jnp.any(bad) & ~stopped
+    first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+    skipped = Skips(skips.in_a_row + 1, skips.total + 1, first, jnp.sum(bad).astype(jnp.int32))
+    counted = dataclasses.replace(skips, in_a_row=jnp.int32(0))
+    after = jax.tree.map(
+        lambda old, yes, no: jnp.where(stopped, old, jnp.where(good, yes, no)), skips, counted, skipped
     )
+    return good, stopped, after
 
 
-def compiler_options() -> dict[str, Any] | None:
-    """Options for XLA: on NVIDIA GPUs products go to cuBLAS, whose trial of Triton's kernels beside it is left out.
+# ---- The optimiser
 
-    On an H100 these were never faster at the shapes of training, and trying them took a third of the compilation.
+
+def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay, after clipping by the global norm."""
+    adamw = optax.adamw(
+        learning_rate_schedule(config, horizon),
+        b1=BETA1,
+        b2=BETA2,
+        eps=EPSILON,
+        weight_decay=config.weight_decay,
+        mask=lambda params: decay_mask(config, params),
+    )
+    if config.clip_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
+    """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
+
+    The warm-up reaches the peak at its last update, and a cosine its end at the run's last; both one update later
+    with the paper's schedule, whose first update has rate 0.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if is_nvidia_gpu() else None
+    final = 0.0 if config.schedule == "paper" else config.final_learning_rate
+    if config.schedule == "constant":
+        schedule = optax.constant_schedule(config.learning_rate)
+    else:
+        decay = max(1, horizon.decay_end - config.warmup_steps)
+        schedule = optax.cosine_decay_schedule(config.learning_rate, decay, final)
+    if config.warmup_steps:
+        warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])
+    return schedule if config.schedule == "paper" else lambda update: schedule(update + 1)
 
 
-def jit_eval_step(
-    model: LanguageModel,
-    config: TrainConfig,
-    param_shardings: Any,
-    batch_sharding: Any,
-    answers: AnswersOf | None = None,
-) -> Any:
-    """`eval_step`, compiled for the shardings of its arguments; every process gets the whole sums."""
-    return jax.jit(
-        functools.partial(eval_step, model=model, config=config, answers=answers),
-        in_shardings=(param_shardings, batch_sharding),
-        out_shardings=replicated(batch_sharding.mesh),
-        compiler_options=compiler_options(),
+def decay_mask(config: TrainConfig, params: Any) -> Any:
+    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        return config.schedule == "paper" or path[-1].key.endswith(("kernel", "embedding"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def warmup_note(config: TrainConfig, horizon: Horizon) -> str | None:
+    """A warning where the warm-up is longer than the run, else None."""
+    if config.warmup_steps <= horizon.steps:
+        return None
+    return (
+        f"note: train.warmup_steps = {config.warmup_steps} is more than the run's {horizon.steps} updates: "
+        f"the learning rate rises to {horizon.steps / config.warmup_steps:.0%} of train.learning_rate at most"
     )

@@ -26,7 +26,7 @@ from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import local_path, open_own, read_json, write_text
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.checkpoint import check_size, restore_params
-from tlinformer_jax.training.metrics import say
+from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import Run
 
 LOCK_FILE = ".lock"
@@ -54,29 +54,15 @@ def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
 
     The system releases it when the process ends, however that happens. The file `name` says which process and host
     hold it; it stays, but only the lock on it counts, so the file of a killed run is no obstacle.
-
-    Raises:
-      DataError: if another run holds it, or the file cannot be written.
     """
     if jax.process_index() != 0:
         yield
         return
-    try:
-        file = open_own(workdir / name, "a+")
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: {name} cannot be written ({error.strerror})") from None
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "not named"
-            raise DataError(f"workdir {workdir}: another run is training into it ({holder})") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-                raise
-            say(f"workdir {workdir}: its file system has no locks; a second run here would not be noticed")
-        try:  # past the file's buffer, which would raise once more when it is closed
+            file = stack.enter_context(open_own(workdir / name, "a+"))
+            _lock(file, workdir)
+            # Past the file's buffer, which would raise once more when it is closed.
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on host {platform.node()}\n".encode())
         except OSError as error:
@@ -84,16 +70,24 @@ def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
         yield
 
 
+def _lock(file: Any, workdir: pathlib.Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "not named"
+        raise DataError(f"workdir {workdir}: another run is training into it ({holder})") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        say(f"workdir {workdir}: its file system has no locks; a second run here would not be noticed")
+
+
 # ---- Whether it holds this run
 
 
 def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Makes the working directory, or checks that it holds the same run; says what else has changed.
-
-    Raises:
-      ConfigError: if it cannot be made, or holds a run of another identity, naming what differs.
-      DataError: if what it holds of a run cannot be read.
-    """
+    """Makes the working directory, or checks that it holds the same run; says what else has changed."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,11 +96,9 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
         return
     before = load_config(workdir)
     changed = differences(before, run.config)
-    fields = IDENTITY
-    if before.train.equal_updates != run.config.train.equal_updates:
-        fields += ("train.schedule",)
-    other = [line for line in changed if line.split(":")[0] in fields]
-    if other:
+    schedule = before.train.equal_updates != run.config.train.equal_updates
+    fields = (*IDENTITY, "train.schedule") if schedule else IDENTITY
+    if other := [line for line in changed if line.split(":")[0] in fields]:
         raise ConfigError("workdir", str(workdir), f"holds a run with another configuration: {'; '.join(other)}")
     for line in changed:
         say(f"changed since the last run here: {line}")
@@ -114,12 +106,7 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> None:
-    """Refuses another tokenizer (`name` in the configuration) than that of a run in the working directory.
-
-    Raises:
-      ConfigError: for another one.
-      DataError: if the directory's cannot be read.
-    """
+    """Refuses another tokenizer (`name` in the configuration) than that of a run in the working directory."""
     if not any((workdir / file).exists() for file in (CONFIG_FILE, TOKENIZER_FILE)):
         return
     there = load_tokenizer(workdir).name
@@ -129,11 +116,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> N
 
 
 def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Says which of the splits have other tokens than when the directory's run last trained.
-
-    Raises:
-      DataError: if the directory's record of them cannot be read.
-    """
+    """Says which of the splits have other tokens than when the directory's run last trained."""
     path = workdir / TEXTS_FILE
     try:
         recorded = dict(read_json(path))
@@ -157,11 +140,7 @@ def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
 
 
 def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Writes configuration, hashes of the texts and, where there is none yet, the tokenizer into the directory.
-
-    Raises:
-      DataError: if they cannot be written.
-    """
+    """Writes configuration, hashes of the texts and, where there is none yet, the tokenizer into the directory."""
     try:
         if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
             run.tokenizer.save(workdir)
@@ -183,41 +162,28 @@ class Origin:
 
 
 def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.Path | None) -> Origin | None:
-    """The origin that a working directory remembers, or the one asked for by --init_from; None for random parameters.
-
-    Raises:
-      ConfigError: if the directory holds a run of another origin than the one asked for, or its parameters do not fit.
-      DataError: if what it remembers, or the other run, cannot be read.
-    """
-    begun = (workdir / CONFIG_FILE).exists()
-    origin = _asked_or_remembered(workdir, asked, begun)
+    """The origin that a working directory remembers, or that --init_from asks for; None for random parameters."""
+    there, begun = _remembered_origin(workdir), (workdir / CONFIG_FILE).exists()
+    origin = there
+    if asked is not None:
+        wanted = Origin(local_path(asked, "init_from"))
+        allowed = None
+        if wanted.workdir == workdir.absolute():
+            allowed = "must be another directory than workdir"
+        elif there is not None and there.workdir != wanted.workdir:
+            allowed = f"must be {there.workdir}, from which the run in {workdir} started"
+        elif there is None and begun:
+            allowed = f"needs a new workdir; {workdir} holds a run that began from scratch"
+        if allowed:
+            raise ConfigError("init_from", str(asked), allowed)
+        origin = there or wanted
     if origin is not None and not begun:
         check_origin(origin, config)
     return origin
 
 
-def _asked_or_remembered(workdir: pathlib.Path, asked: str | pathlib.Path | None, begun: bool) -> Origin | None:
-    there = _remembered_origin(workdir)
-    if asked is None:
-        return there
-    origin = Origin(local_path(asked, "init_from"))
-    if origin.workdir == workdir.absolute():
-        raise ConfigError("init_from", str(asked), "must be another directory than workdir")
-    if there is not None and there.workdir != origin.workdir:
-        raise ConfigError("init_from", str(asked), f"must be {there.workdir}, from which the run in {workdir} started")
-    if there is None and begun:
-        allowed = f"needs a new workdir; {workdir} holds a run that began from scratch"
-        raise ConfigError("init_from", str(asked), allowed)
-    return there or origin
-
-
 def check_origin(origin: Origin, config: RunConfig) -> None:
-    """Refuses a run whose parameters do not have the same names and shapes.
-
-    Raises:
-      DataError: if the directory holds no run.
-      ConfigError: naming the first parameter that differs, and the fields that make it so.
-    """
+    """Refuses a run whose parameters have other names or shapes, naming the first, and the fields that make it so."""
     other = load_config(origin.workdir)
     check_size(origin.workdir, other.model, origin.step)
     there, here = _parameter_shapes(other), _parameter_shapes(config)
@@ -231,12 +197,16 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
         raise ConfigError("init_from", str(origin.workdir), allowed)
 
 
-def initial_params(origin: Origin, run: Run) -> tuple[int, Any]:
-    """The parameters that a run starts from, in its own dtype and shardings, and the step they are of.
+def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters."""
+    init = build_model(config.model).init
+    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}
 
-    Raises:
-      DataError: if the directory holds no checkpoint that can be used.
-    """
+
+def initial_params(origin: Origin, run: Run) -> tuple[int, Any]:
+    """The parameters that a run starts from, in its own dtype and shardings, and the step they are of."""
     name = load_tokenizer(origin.workdir).name
     if name != run.tokenizer.name:
         say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
@@ -250,11 +220,7 @@ def initial_params(origin: Origin, run: Run) -> tuple[int, Any]:
 
 
 def remember_origin(origin: Origin, workdir: pathlib.Path) -> None:
-    """Writes the origin into the working directory.
-
-    Raises:
-      DataError: if that cannot be written.
-    """
+    """Writes the origin into the working directory."""
     try:
         write_text(workdir / ORIGIN_FILE, json.dumps({"workdir": str(origin.workdir), "step": origin.step}) + "\n")
     except OSError as error:
@@ -270,11 +236,3 @@ def _remembered_origin(workdir: pathlib.Path) -> Origin | None:
         return Origin(local_path(values["workdir"], "init_from"), int(values["step"]))
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{path}: cannot be read, or is damaged; it names the run that this one started from") from None
-
-
-def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the parameters."""
-    init = build_model(config.model).init
-    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}

@@ -1,0 +1,432 @@
+"""What happens between updates: callbacks, of a user and those that log, trace, save and evaluate; requests to stop.
+
+    train_and_evaluate(config, workdir, callbacks=[Call(lambda view: print(view.metrics["loss"]), every=100)])
+
+After an update the loop calls each callback that is due, with a `TrainingView`. The built-in ones come first, so that a
+user's callback sees what they have found.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import EPOCH, seconds
+from tlinformer_jax.data.tasks import Split
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.training.console import describe_divergence, say
+from tlinformer_jax.training.curriculum import StagedReader, describe_end
+from tlinformer_jax.training.evaluation import summary
+from tlinformer_jax.training.metrics import MetricsLog, Throughput, log_evaluation, log_step
+from tlinformer_jax.training.saving import Checkpoints
+from tlinformer_jax.training.setup import Run
+from tlinformer_jax.training.step import TrainState
+
+T = TypeVar("T")
+
+METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
+# What a shell reports of a process that Ctrl-C has ended.
+INTERRUPTED = 130
+# How often the clock is read in a callback's time; each look waits for the devices.
+LOOKS = 20
+# Steps after the first before the trace begins, and steps that are traced.
+WARMUP, TRACED = 10, 3
+
+
+class DivergedError(UserError):
+    """Loss or gradient were not finite in more updates in a row than train.max_skipped_updates allows."""
+
+
+# ---- The interface
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingView:
+    """What a callback sees of a training, after an update.
+
+    Attributes:
+      config: of the run.
+      workdir: its directory.
+      step: updates done.
+      last_step: updates of the whole run.
+      state: parameters, optimiser and the rest. The next update reuses their memory: copy what you keep.
+      outputs: of the update, as `train_step` returns them, on the devices.
+      evaluation: figures of the latest evaluation, as `evaluation.summary` names them, and its `step`; else empty.
+      compiled: whether this update was compiled first, so that its time says nothing.
+    """
+
+    config: RunConfig
+    workdir: pathlib.Path
+    step: int
+    last_step: int
+    state: TrainState
+    outputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    evaluation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    compiled: bool = False
+
+    @property
+    def params(self) -> Any:
+        """The parameters, as `model.init` names them."""
+        return self.state.params
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, float]:
+        """Of the update, after waiting for the devices: those of METRICS that it has."""
+        return {name: float(self.outputs[name]) for name in METRICS if name in self.outputs}
+
+
+class Callback:
+    """Something that is done after updates; a subclass says what, in `__call__`.
+
+    Attributes:
+      every: so many updates, counted from the run's first, or a time such as '10min', '30s' or '1.5h'; 0 for never.
+    """
+
+    every: int | str
+
+    def __call__(self, view: TrainingView) -> bool | None:
+        """Does it; the run ends after this update if the result is `True`."""
+        raise NotImplementedError
+
+    def is_due(self, step: int) -> bool:
+        """Whether to call it after update `step`; where `every` is a time, the clock decides."""
+        return isinstance(self.every, int) and self.every > 0 and step > 0 and step % self.every == 0
+
+    def finish(self, view: TrainingView) -> None:
+        """Called once, when training has ended or was asked to stop; not after an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call(Callback):
+    """Calls a function."""
+
+    function: Callable[[TrainingView], bool | None]
+    every: int | str = 1
+
+    def __call__(self, view: TrainingView) -> bool | None:
+        return self.function(view)
+
+
+def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> list[Callback]:
+    """Callbacks, of which a bare function is one after every update."""
+    found: list[Callback] = []
+    for number, callback in enumerate(given):
+        if not callable(callback):
+            raise UserError(f"callbacks[{number}] = {callback!r}: must be a Callback or a function")
+        found.append(callback if isinstance(callback, Callback) else Call(callback))
+        every = getattr(found[-1], "every", None)
+        if not (isinstance(every, int) and not isinstance(every, bool) and every >= 0) and not seconds(every):
+            allowed = "must be an integer >= 0, or a time such as '30s', '10min' or '1.5h'"
+            raise UserError(f"callbacks[{number}].every = {every!r}: {allowed}")
+    return found
+
+
+class Schedule:
+    """Which callbacks are due; all processes ask once after every update."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
+        self._timers = [getattr(callback, "timer", None) or Timer(seconds(callback.every)) for callback in callbacks]
+
+    def due(self, step: int, outputs: object) -> list[Callback]:
+        """Those that are, in their order."""
+        timed = [timer.due(outputs) for timer in self._timers]
+        for timer, now in zip(self._timers, timed):
+            if now:
+                timer.restart()
+        return [callback for callback, now in zip(self.callbacks, timed) if now or callback.is_due(step)]
+
+
+class Timer:
+    """Says when nearly `seconds` (0: never) have passed. Process 0 decides and tells the others."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._left, self._gap = 1, 1  # steps until the next look, and from the last look to that one
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts the time from now on."""
+        self._began = self._looked = time.monotonic()
+
+    def due(self, result: object) -> bool:
+        """Whether they have; all processes call it once after every step, with what the step returned."""
+        if not self._seconds:
+            return False
+        self._left -= 1
+        if self._left:
+            return False
+        jax.block_until_ready(result)
+        now = time.monotonic()
+        step_seconds = max(now - self._looked, 1e-9) / self._gap
+        between = self._seconds / LOOKS
+        gap = max(1, min(2 * self._gap, int(between / step_seconds)))
+        late = int(now - self._began + max(between, gap * step_seconds) >= self._seconds)
+        if jax.process_count() > 1:
+            late, gap = map(int, multihost_utils.broadcast_one_to_all(np.array([late, gap], np.int32)))
+        self._looked, self._left, self._gap = now, gap, gap
+        return bool(late)
+
+
+# ---- The built-in callbacks
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What the loop and its own callbacks work with."""
+
+    run: Run
+    validation: Split
+    reader: StagedReader
+    checkpoints: Checkpoints
+    log: MetricsLog
+    throughput: Throughput
+    stop: "StopRequest"
+
+    @property
+    def last_step(self) -> int:
+        """Updates of the whole run."""
+        return self.run.horizon.steps
+
+    def check_finite(self, view: TrainingView) -> None:
+        """Ends a run of which more than train.max_skipped_updates in a row were skipped, naming the update."""
+        if int(view.state.skips.in_a_row) > self.run.config.train.max_skipped_updates:
+            text = describe_divergence(self.run, view.state, self.reader.batches)
+            raise DivergedError(f"{text}; lower train.learning_rate")
+
+
+@dataclasses.dataclass
+class Log(Callback):
+    """Writes and prints the figures of an update; also wherever one of `others` is due, and where a stage ends.
+
+    Which updates are logged must not depend on where a run was taken up again.
+    """
+
+    every: int
+    session: Session
+    others: tuple[Callback, ...]
+
+    def is_due(self, step: int) -> bool:
+        if step in (1, self.session.last_step) or super().is_due(step) or self.session.reader.ended() is not None:
+            return True
+        return any(other.is_due(step) for other in self.others)
+
+    def __call__(self, view: TrainingView) -> None:
+        jax.block_until_ready(view.outputs)
+        if int(view.outputs["step"]) == view.step:  # or it has diverged before
+            speed = {} if view.compiled else self.session.throughput.report(view.step)
+            log_step(self.session.log, view.step, view.last_step, view.outputs, speed)
+        self.session.check_finite(view)
+        if (stage := self.session.reader.ended()) is not None:
+            say(describe_end(stage, view.step, view.state.competence))
+
+
+@dataclasses.dataclass
+class Save(Callback):
+    """Saves a checkpoint, and always at the end; the figures up to it reach the disk first."""
+
+    every: int | str
+    session: Session
+
+    def __post_init__(self) -> None:
+        self.timer = Timer(seconds(self.every))
+
+    def is_due(self, step: int) -> bool:
+        return super().is_due(step) and step != self.session.last_step
+
+    def __call__(self, view: TrainingView) -> None:
+        if view.step != view.last_step:  # then `finish` does
+            with self.session.throughput.saving():
+                self.finish(view)
+
+    def finish(self, view: TrainingView) -> None:
+        self.session.check_finite(view)
+        self.session.log.sync()
+        self.session.checkpoints.save(view.state)
+        self.timer.restart()
+
+
+@dataclasses.dataclass
+class Evaluate(Callback):
+    """Evaluates on the validation split, after each epoch where `every` is 'epoch', and always at the end.
+
+    The checkpoint's manifest gets the loss; a state that is among the best is saved for it. Ends a run that is accurate
+    enough (train.stop_at_accuracy).
+
+    Attributes:
+      figures: of the latest evaluation, with its `step`; empty before.
+    """
+
+    every: int | str
+    session: Session
+    save: Save
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def is_due(self, step: int) -> bool:
+        if step == self.session.last_step:
+            return False
+        if self.every != EPOCH:
+            return super().is_due(step)
+        ended = self.session.reader.batches.updates_for_epochs
+        return ended(1 + bisect.bisect_left(range(1, 2**40), step, key=ended)) == step
+
+    def __call__(self, view: TrainingView) -> bool:
+        run, checkpoints, started = self.session.run, self.session.checkpoints, time.perf_counter()
+        try:
+            result = run.evaluate(view.params, self.session.validation, self.session.stop.watch)
+        except Stopped:
+            return False
+        figures = summary(result, self.session.validation, run.config.model.generation_window)
+        log_evaluation(self.session.log, run, view.step, figures, time.perf_counter() - started)
+        self.figures = {"step": view.step, **figures}
+        if checkpoints.is_among_best(figures["loss"]):
+            self.save.finish(view)
+        checkpoints.record_validation(view.step, figures["loss"])
+        self.session.throughput.restart(keep_saving=True)
+        least = run.config.train.stop_at_accuracy
+        return least > 0 and figures["accuracy"] >= least
+
+    def finish(self, view: TrainingView) -> None:
+        if self.figures.get("step") == view.step:
+            self.session.checkpoints.record_validation(view.step, self.figures["loss"])
+        elif not self.session.stop:
+            self(view)
+
+
+class Trace(Callback):
+    """Traces TRACED updates for xprof, WARMUP updates after the first one, or earlier where the run is shorter.
+
+    Args:
+      folder: receives the trace; None traces nothing.
+      first: updates done before.
+      last: the run's last update.
+      throughput: the time of a trace does not count as training.
+    """
+
+    every = 0
+
+    def __init__(self, folder: pathlib.Path | None, first: int, last: int, throughput: Throughput) -> None:
+        self._folder, self._throughput = folder, throughput
+        self._begin = first + 1 + max(0, min(WARMUP, last - first - 1 - TRACED))
+        self._end = min(last, self._begin + TRACED)
+
+    def is_due(self, step: int) -> bool:
+        return self._folder is not None and self._begin < self._end and step in (self._begin, self._end)
+
+    def __call__(self, view: TrainingView) -> None:
+        jax.block_until_ready(view.outputs)
+        if view.step == self._begin:
+            jax.profiler.start_trace(str(self._folder))
+        else:
+            jax.profiler.stop_trace()
+            say(f"traced steps {self._begin + 1} to {self._end} into {self._folder}")
+        self._throughput.restart()
+
+
+# ---- Requests to stop
+
+
+class Stopped(Exception):
+    """An evaluation was given up because a stop was asked for."""
+
+
+class StopRequest:
+    """Notices SIGTERM, SIGHUP and SIGINT while used as a context manager; a second SIGINT ends the process at once.
+
+    An ignored SIGHUP, as under nohup, stays ignored. Python runs handlers between two of its own instructions only, so
+    not during a compilation; a thread therefore listens too, answers the user, and acts on the second SIGINT.
+
+    Where `jax.distributed` is initialised, SIGTERM belongs to JAX, which tells the other processes; all stop at the
+    same call of `poll`, and must make the same calls. Other signals are passed on as SIGTERM. Outside the main thread,
+    where Python takes no signals, only what JAX notices counts.
+    """
+
+    def __init__(self) -> None:
+        self._noticed = False
+        self._together = jax.distributed.is_initialized()
+        self._polls = 0
+        self._interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        numbers = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+        if self._together:
+            numbers.discard(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.discard(signal.SIGHUP)
+        for number in numbers:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writing)
+        self._listener.join()
+        os.close(self._reading)
+
+    def __bool__(self) -> bool:
+        """Whether a stop is asked for, and agreed on where there are several processes."""
+        return self._noticed
+
+    def poll(self) -> bool:
+        """The same, after having asked the other processes."""
+        if self._together and not self._noticed:
+            self._polls += 1
+            self._noticed = multihost_utils.reached_preemption_sync_point(self._polls)
+        return self._noticed
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a stop is asked for."""
+        for item in items:
+            if self.poll():
+                raise Stopped
+            yield item
+
+    def _handle(self, *_: Any) -> None:
+        self._noticed = self._noticed or not self._together
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._reading, 64):
+            for number in numbers:
+                self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            return
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            _tell("stopped at once; what was not saved is lost")
+            os._exit(INTERRUPTED)
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the other processes
+        again = "; once more stops at once" if number == signal.SIGINT else ""
+        _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
+
+
+def _tell(message: str) -> None:
+    """Writes a line to stderr past Python's buffers, which another thread may hold locked."""
+    with contextlib.suppress(OSError):  # stderr is closed
+        os.write(2, f"{message}\n".encode())

@@ -1,0 +1,250 @@
+"""What a run tells its user: what is trained on what, what to do next, what to change where memory is short."""
+
+import contextlib
+import pathlib
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tlinformer_jax.analysis.flops import attention_by_device
+from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.data.batches import TrainingBatches, num_samples
+from tlinformer_jax.data.tasks import Split, TaskSplit
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.kernels import common as kernels
+from tlinformer_jax.models.windows import num_windows, trained_tokens
+from tlinformer_jax.parallel.mesh import device_kind
+from tlinformer_jax.training.setup import Run, flops_per_token
+from tlinformer_jax.training.step import Horizon, TrainState, warmup_note
+
+MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
+# Samples of a bad batch that are named.
+NAMED_SAMPLES = 8
+# Names of a layer's arrays begin so.
+PARTS = {"qkv": "attention", "out": "attention", "gate_up": "feed-forward", "down": "feed-forward", "norm": "norms"}
+
+
+def say(message: str) -> None:
+    """Prints a line of progress on stderr, in the first process only."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def is_of_bytes(run: Run) -> bool:
+    """Whether tokens are bytes."""
+    return run.tokenizer.vocab_size <= BYTE_VOCABULARY
+
+
+class Compilation:
+    """Says that step `step` is compiled, on samples of `length` tokens, and how long that took; a context manager."""
+
+    def __init__(self, step: int, length: int) -> None:
+        self._step, self._length = step, length
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+        say(f"compiling the step for samples of {self._length:,} tokens; this may take a minute or more")
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            say(f"compiled and ran step {self._step} in {time.perf_counter() - self._began:.0f} s")
+
+
+def parameter_table(params: Any) -> str:
+    """The parameters by layer and part, those of equal layers of all blocks together; and their sum."""
+    sizes: dict[str, list[int]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *layer, name = (str(key.key) for key in path)
+        part = next((part for start, part in PARTS.items() if name.startswith(start)), name)
+        kind = re.sub(r"_\d+", "", layer[-1]) + ": " if layer else ""
+        sizes.setdefault(f"{kind}{part}", []).append(leaf.size)
+    total = sum(map(sum, sizes.values()))
+    rows = [(name, len(found), sum(found)) for name, found in sizes.items()] + [("all", None, total)]
+    lines = [f"{'parameters':24}  {'arrays':>6}  {'numbers':>13}  share"]
+    lines += [f"{name:24}  {count or '':>6}  {size:>13,}  {size / total:5.0%}" for name, count, size in rows]
+    return "\n".join(lines)
+
+
+# ---- Before the first update
+
+
+def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
+    """Says what is about to be trained, and on what; returns what is to be beaten, where that is known."""
+    config, model, length = run.config, run.config.model, run.config.data.sequence_length
+    train, validation = splits["train"], splits["validation"]
+    say(model_line(run))
+    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, length))}")
+    say(kernels.serving())
+    every = config.train.checkpoint_every
+    unit = " updates" if isinstance(every, int) else " or less"
+    say(f"checkpoints: {f'every {every}{unit}, ' if every else ''}at the end")
+    for line in (*length_lines(run, run.horizon, train), *(split_line(*item, length) for item in splits.items())):
+        say(line)
+    if (parts := run.mesh.shape["window"]) > 1:
+        loads = attention_by_device(model, length, parts)
+        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
+    if config.data.dataset != "pydoc" or not is_of_bytes(run):
+        return None
+    assert not isinstance(train, TaskSplit)
+    assert not isinstance(validation, TaskSplit)
+    bits, context = byte_floor(np.asarray(train.tokens), np.asarray(validation.tokens), run.tokenizer.vocab_size)
+    bits *= len(validation.tokens) / validation.num_bytes
+    goal = f"{bits:.3f} bits per byte, those of the best n-gram ({context} bytes of context, Kneser-Ney)"
+    say(f"to beat: {goal}")
+    return goal
+
+
+def model_line(run: Run) -> str:
+    """Model, parameters and devices of a run."""
+    model = run.config.model
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
+    devices = f"{model.compute_dtype.name} on {run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
+    return f"{model.architecture}, {model.num_layers} layers, {count:,} parameters; {devices}"
+
+
+def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:
+    """The work of a run: FLOPs, steps and tokens; `horizon` and `train` are None where they are not known yet."""
+    config, length = run.config, run.config.data.sequence_length
+    predicted = trained_tokens(config.model, length, config.train.sampled_windows)
+    step = config.train.batch_size * length
+    lines = [f"model FLOPs per trained token, forward and backward: {flops_per_token(run, length):,.0f}"]
+    if horizon is None:
+        known = "known when the text is tokenised: python -m tlinformer_jax prepare"
+        return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number is {known}"]
+    text = f"{horizon.steps:,} steps of {step:,} tokens, {horizon.steps * step:,} tokens in all"
+    if train is not None:
+        seen = config.data.samples_before(horizon.steps, config.train.batch_size)
+        text += f", {seen / num_samples(train, length):.2f} epochs"
+    if predicted < length:
+        text += f"; of them {horizon.steps * config.train.batch_size * predicted:,.0f} in sampled windows"
+    note = warmup_note(config.train, horizon)
+    return [*lines, text, *([note] if note else [])]
+
+
+def split_line(name: str, split: Split | None, length: int) -> str:
+    """How much a split holds; it is None where it has not been tokenised."""
+    if split is None:
+        return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax prepare"
+    if isinstance(split, TaskSplit):
+        return f"{name} split: {split.count:,} samples of {length:,}, made as they are read"
+    return f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
+
+
+# ---- After the last one
+
+
+def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, float], goal: str | None) -> None:
+    """Says what was reached, beside what was to be beaten, and what to do next."""
+    if goal is not None:
+        say(f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}")
+    if not run.config.data.is_task:
+        say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="..."')
+    say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
+
+
+def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
+    """Names the last skipped update, the parameters whose gradient was not finite, and the batch."""
+    skips, step, most = state.skips, int(state.step), run.config.train.max_skipped_updates
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
+    where = "the loss is not finite"
+    if int(skips.nonfinite):
+        name = "/".join(str(key.key) for key in paths[int(skips.first_nonfinite)])
+        where = f"the gradient of {name} is not finite"
+        if int(skips.nonfinite) > 1:
+            where += f", nor are {int(skips.nonfinite) - 1} of the other {len(paths) - 1}"
+    before = f" (train.max_skipped_updates = {most} before it were skipped)" if most else ""
+    samples = [int(index) for index in batches.indices(step - 1) if index >= 0]
+    more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
+    named = ", ".join(map(str, samples[:NAMED_SAMPLES]))
+    return f"at step {step} {where}{before}; its batch holds samples {named}{more} of the train split"
+
+
+# ---- Where memory does not suffice
+
+
+class OutOfMemoryError(UserError):
+    """A device has too little memory for this configuration."""
+
+    status = 1  # the configuration is a valid one
+
+
+def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Turns a device's running out of memory in training into an `OutOfMemoryError` with advice."""
+    return advised(
+        lambda: (
+            f"a step holds less with {', or '.join(memory_savers(config, jax.device_count()))} "
+            "(--check_compile tells what it takes)"
+        )
+    )
+
+
+def memory_savers(config: RunConfig, devices: int) -> list[str]:
+    """The fields of `config` that can still be changed to save memory, cheapest first, each with its value."""
+    model, train, length = config.model, config.train, config.data.sequence_length
+    advice = []
+    if model.memory == "auto":
+        advice.append("model.memory = 'low' (now 'auto')")
+    if train.micro_batch_size > 1:
+        advice.append(
+            f"a larger train.accumulation (now {train.accumulation}, {train.micro_batch_size} sequences at a time)"
+        )
+    if train.batch_size > 1:
+        advice.append(f"a smaller train.batch_size (now {train.batch_size})")
+    if devices > 1 and config.mesh.fsdp == 1:
+        advice.append(f"mesh.fsdp = {devices} (now 1)")
+    advice.append(f"a smaller data.sequence_length (now {length})")
+    return advice
+
+
+@contextlib.contextmanager
+def advised(advice: Callable[[], str]) -> Iterator[None]:
+    """Turns a device's running out of memory into an `OutOfMemoryError` that ends in `advice`."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
+        # A ValueError where the host fetches what could not be computed.
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200].rstrip(". ")
+        raise OutOfMemoryError(f"{reason}; {advice()}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of the runtime is about a device's main memory."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    # A kernel that needs more shared memory than a core has fails with the same name.
+    return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
+
+
+def peak_bytes() -> int | None:
+    """Peak bytes in use on the first device since the process began; None where it does not count them."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def evaluation_advice(batch_size: int) -> str:
+    """What saves memory in an evaluation of `batch_size` sequences at a time."""
+    return f"{_smaller('batch_size', batch_size)}{MORE}"
+
+
+def generation_advice(num_samples: int, max_new_tokens: int) -> str:
+    """What saves memory in a generation of `num_samples` times `max_new_tokens` tokens."""
+    return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
+
+
+def _smaller(flag: str, value: int) -> str:
+    return f"a smaller --{flag} (now {value}), " if value > 1 else ""

@@ -1,0 +1,171 @@
+"""Cross-entropy over a large vocabulary without the logits of all tokens at once."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.data.tasks import AnswerPlaces
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.models.model import output_logits, padded_vocabulary
+
+# Tokens of a micro-batch whose logits are held at a time.
+LOSS_CHUNK = 8192
+# Where the labels of a sample of so many tokens count; None for everywhere.
+AnswersOf = Callable[[int], AnswerPlaces | None]
+
+
+def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
+    """Cross-entropy in nats of every token, float32 [batch, length]; for evaluation.
+
+    A gradient would compute the logits twice. Those of `chunk` tokens are held at a time. The head `embedding`, [V, D],
+    reads `hidden`, [batch, length, D]; `labels` are int32 [batch, length].
+    """
+    table = _table(embedding, hidden.dtype)
+
+    @jax.checkpoint
+    def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, targets = part
+        return _chunk_losses(rows, table, targets, embedding.shape[0])[0]
+
+    parts = _chunks(hidden, chunk), _chunks(labels, chunk)
+    return _whole(jax.lax.map(losses, parts), hidden.shape[1])
+
+
+def token_losses_and_hits(
+    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """`token_losses`, and whether the label is what greedy decoding would choose, bool [batch, length].
+
+    Of equal logits the first counts as chosen.
+    """
+    table = _table(embedding, hidden.dtype)
+
+    def both(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, targets = part
+        losses, logits, _ = _chunk_losses(rows, table, targets, embedding.shape[0])
+        return losses, jnp.argmax(logits, axis=-1) == targets
+
+    found = jax.lax.map(both, (_chunks(hidden, chunk), _chunks(labels, chunk)))
+    losses, hits = (_whole(array, hidden.shape[1]) for array in found)
+    return losses, hits
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def summed_losses_and_hits(
+    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of weights * cross-entropy in nats, and the weight of the labels that greedy decoding would choose.
+
+    For training; the second has no gradient, and costs nothing where it is not read.
+
+    Its gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is
+    rounded to hidden's dtype before it is multiplied, as the logits' own product was. The embedding's gradient is
+    summed in float32. Arguments are those of `token_losses`, and `weights`, float32 [batch, length].
+    """
+    losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
+    return jnp.sum(losses * weights), jnp.sum(hits * weights)
+
+
+def _forward(hidden, embedding, labels, weights, chunk):
+    table = _table(embedding, hidden.dtype)
+
+    def body(table_gradient, part):
+        rows, targets, weight = part
+        losses, hits, slope = _chunk_slope(rows, table, targets, weight, embedding.shape[0])
+        table_gradient += jnp.einsum("bcv,bcd->vd", slope, rows, preferred_element_type=jnp.float32)
+        return table_gradient, (losses, hits, jnp.einsum("bcv,vd->bcd", slope, table))
+
+    zero = jnp.zeros(table.shape, jnp.float32)
+    parts = (_chunks(hidden, chunk), _chunks(labels, chunk), _chunks(weights, chunk))
+    table_gradient, outputs = jax.lax.scan(body, zero, parts)
+    losses, hits, hidden_gradient = (_whole(array, hidden.shape[1]) for array in outputs)
+    gradients = (hidden_gradient, table_gradient[: embedding.shape[0]].astype(embedding.dtype), losses)
+    return (jnp.sum(losses * weights), jnp.sum(hits * weights)), gradients
+
+
+def _backward(chunk, gradients, cotangents):
+    cotangent, _ = cotangents
+    hidden, embedding, weights = ((array.astype(jnp.float32) * cotangent).astype(array.dtype) for array in gradients)
+    return hidden, embedding, None, weights
+
+
+summed_losses_and_hits.defvjp(_forward, _backward)
+
+
+def _chunk_slope(
+    rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses and hits [batch, c], and the gradient of the losses' weighted sum by the logits.
+
+    That one is in rows' dtype, [batch, c, padded V].
+    """
+    if loss_kernel.use_kernel() and rows.dtype != jnp.float32:
+        logits = output_logits(rows, table).reshape(-1, table.shape[0])
+        losses, slope = loss_kernel.loss_and_slope(
+            logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype
+        )
+        hits = jnp.argmax(logits[:, :vocab_size], axis=-1) == targets.reshape(-1)
+        return losses.reshape(targets.shape), hits.reshape(targets.shape), slope.reshape(*targets.shape, -1)
+    losses, logits, norm = _chunk_losses(rows, table, targets, vocab_size)
+    chosen = jnp.arange(table.shape[0]) == targets[..., None]
+    slope = ((jnp.exp(logits - norm[..., None]) - chosen) * weights[..., None]).astype(rows.dtype)
+    return losses, jnp.argmax(logits, axis=-1) == targets, slope
+
+
+def _chunk_losses(
+    rows: jax.Array, table: jax.Array, targets: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses [batch, c], logits [batch, c, padded V] (-inf past the vocabulary), their log-sum-exp [batch, c]."""
+    logits = output_logits(rows, table)
+    if table.shape[0] != vocab_size:
+        logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    return norm - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], logits, norm
+
+
+def _table(embedding: jax.Array, dtype: Any) -> jax.Array:
+    """The head in `dtype`, padded with zero rows."""
+    padding = padded_vocabulary(embedding.shape[0], dtype) - embedding.shape[0]
+    return jnp.pad(embedding.astype(dtype), ((0, padding), (0, 0)))
+
+
+def _chunks(array: jax.Array, chunk: int) -> jax.Array:
+    """[batch, length, ...] as [chunks, batch, columns, ...], with zeros after the last column.
+
+    The batch stays whole in every chunk: it is what devices split.
+    """
+    batch, length = array.shape[:2]
+    columns = max(1, min(length, chunk // batch))
+    array = jnp.pad(array, ((0, 0), (0, -length % columns), *((0, 0),) * (array.ndim - 2)))
+    return jnp.moveaxis(array.reshape(batch, -1, columns, *array.shape[2:]), 1, 0)
+
+
+def _whole(chunks: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_chunks`."""
+    array = jnp.moveaxis(chunks, 0, 1)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
+
+
+# ---- Samples of which few labels count
+
+
+def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
+    """Where a sample's labels count, int32 [batch, most]: the head, most of a small model's work, reads these alone.
+
+    At most `most` of the `weights` [batch, length] of a sample are not 0. None if there are no more places than these.
+    """
+    return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
+
+
+def at_places(array: jax.Array, places: jax.Array) -> jax.Array:
+    """[batch, most, ...] of [batch, length, ...]."""
+    return jnp.take_along_axis(array, places.reshape(*places.shape, *(1,) * (array.ndim - 2)), axis=1)
+
+
+def put_back(array: jax.Array, places: jax.Array, length: int, rest: Any) -> jax.Array:
+    """The inverse of `at_places`, [batch, length] of [batch, most], with `rest` elsewhere."""
+    rows = jnp.arange(array.shape[0])[:, None]
+    return jnp.full((array.shape[0], length), rest, array.dtype).at[rows, places].set(array)
