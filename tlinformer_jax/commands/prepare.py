@@ -4,6 +4,7 @@ Downloads what is needed, tokenises every split that the configuration names, an
 training run with the same data section finds the result in the cache.
 """
 
+import time
 from collections.abc import Iterator
 
 from tlinformer_jax.commands import cli
@@ -19,12 +20,7 @@ from tlinformer_jax.errors import DataError
 def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
     """Prepares every split that `config` has text for; yields a line on each as soon as it is done.
 
-    Args:
-      config: the data section.
-      vocab_size: of the model that is to be trained; the tokenizer must fit it.
-
-    Raises:
-      UserError: for whatever is wrong with the configuration, the files, the cache or the download.
+    The tokenizer must fit `vocab_size`, that of the model that is to be trained.
     """
     tokenizer = build_tokenizer(config.tokenizer)
     if vocab_size is not None:
@@ -33,15 +29,16 @@ def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
     if not splits:
         raise DataError("data.train_files = '': data.dataset = 'text' needs a path or glob of .txt or .jsonl files")
     for split in splits:
-        opened = open_split(config, split, tokenizer)
-        stream = opened.stream
+        start = time.monotonic()
+        stream, found = open_split(config, split, tokenizer)
+        seconds = max(time.monotonic() - start, 1e-9)
         if isinstance(stream, TaskSplit):
             yield f"{split}: {stream.count:,} samples of {config.dataset!r}, made as they are read"
             continue
         check_token_ids(stream, tokenizer.vocab_size, split)
-        tokens, seconds = len(stream.tokens), max(opened.seconds, 1e-9)
+        tokens = len(stream.tokens)
         speed = f"{tokens / seconds:,.0f} tokens/s, {stream.num_bytes / 1e6 / seconds:.2f} MB/s"
-        how = f"found in the cache in {seconds:.2f} s" if opened.found else f"tokenised in {seconds:.1f} s: {speed}"
+        how = f"found in the cache in {seconds:.2f} s" if found else f"tokenised in {seconds:.1f} s: {speed}"
         yield (
             f"{split}: {tokens:,} tokens, {stream.num_documents:,} documents, {stream.num_bytes:,} bytes, "
             f"{stream.num_bytes / tokens:.3f} bytes per token, {how}"

@@ -1,4 +1,4 @@
-"""Documents to tokens, on all cores and in bounded memory: cut into pieces, encode the pieces in threads.
+"""Where text becomes tokens: on all cores and in bounded memory, cut into pieces that threads encode.
 
 The tokenizers' libraries let other threads run while they encode, so threads keep all cores busy.
 """
@@ -62,10 +62,8 @@ def available_cores() -> int:
 def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Generator[Encoded, None, None]:
     """Yields the tokens of a stream of `(text, ends)` in order, with `end_of_text` after every document, and counts.
 
-    One thread a core encodes; no more is read ahead than keeps the threads busy.
-
-    Raises:
-      DataError: if a document cannot be cut or encoded.
+    One thread a core encodes; no more is read ahead than keeps the threads busy. A document that cannot be cut or
+    encoded is a DataError.
     """
     groups = group_pieces(cut_documents(documents, tokenizer.safe_cut))
     dtype, threads = smallest_dtype(tokenizer.vocab_size), available_cores()
@@ -87,10 +85,7 @@ def cut_documents(
 ) -> Iterator[Piece]:
     """Cuts a stream of `(text, ends)` into pieces of about `size` characters, where `safe_cut` finds a place.
 
-    A document without such a place stays whole.
-
-    Raises:
-      DataError: for one of more than LARGEST_UNCUT characters without such a place, which is not read to its end.
+    A document without such a place stays whole; one of more than LARGEST_UNCUT characters is a DataError.
     """
     rest, previous = "", ""
     try_at = size  # doubled after a failure, so that the work stays linear
@@ -129,18 +124,13 @@ def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Itera
 
 
 def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
-    """The tokens of pieces, `dtype` [length], with `end_of_text` after every document, and the counts of the text.
-
-    Raises:
-      DataError: for a document that the tokenizer cannot take.
-    """
-    end = np.array([tokenizer.end_of_text], dtype)
+    """The tokens of pieces, `dtype` [length], with `end_of_text` after every document, and the counts of the text."""
     parts, total = [np.empty(0, dtype)], Counts()
     for piece in pieces:
         if piece.text:
             parts.append(_encode(piece.text, tokenizer).astype(dtype))
         if piece.ends:
-            parts.append(end)
+            parts.append(np.array([tokenizer.end_of_text], dtype))
         total += _count(piece)
     return np.concatenate(parts), total
 

@@ -16,11 +16,11 @@ class TokenStream:
 
     Attributes:
       tokens: [length], unsigned integers; may be memory-mapped.
-      num_bytes: UTF-8 bytes of the text that `tokens` encode, separators not counted.
+      num_bytes: UTF-8 bytes of the text, separators not counted.
       num_documents: documents joined in the stream.
-      num_words: whitespace-separated words of the text, end-of-line marks not counted; None if not counted.
+      num_words: words between white space, end-of-line marks not counted; None if not counted.
       num_lines: lines (rows) of the text; None if not counted.
-      sha256: of the split's tokens, in hexadecimal: identifies the text; "" if not computed.
+      sha256: of the tokens, in hexadecimal; "" if not computed.
     """
 
     tokens: np.ndarray
@@ -37,15 +37,10 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 
 def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
-    """Refuses a stream that holds an id outside [0, vocab_size).
-
-    Raises:
-      DataError: naming the stream, the id and its position.
-    """
+    """Refuses (DataError) a stream that holds an id outside [0, vocab_size)."""
     for start in range(0, len(stream.tokens), _CHECKED_AT_ONCE):
         part = _mapped_anew(stream.tokens, start, _CHECKED_AT_ONCE)
-        top = int(part.max())
-        if top >= vocab_size:
+        if int(part.max()) >= vocab_size:
             where = int(np.argmax(part >= vocab_size))
             raise DataError(
                 f"{name}: token id {int(part[where])} at position {start + where} is outside the vocabulary; "
@@ -56,8 +51,7 @@ def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
 def _mapped_anew(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
     """`tokens[start : start + count]`, of a memory-mapped file as a mapping of its own.
 
-    Pages that were read stay resident until their mapping is gone: checking a corpus through its one mapping would
-    take as much memory as the corpus has tokens.
+    Pages that were read stay in memory until their mapping is gone: one mapping would come to hold the whole corpus.
     """
     part = tokens[start : start + count]
     if not isinstance(tokens, np.memmap) or not isinstance(tokens.base, mmap.mmap):  # a slice's offset is not its own

@@ -1,7 +1,6 @@
 """Tokenizers: text to token ids and back.
 
-Every tokenizer can be saved in a working directory and loaded from it, so that a trained model never depends on other
-files.
+Every tokenizer is saved in a run's working directory and loaded from it: a trained model depends on no other files.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tlinformer_jax.config.data import split_tokenizer
-from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.errors import ConfigError, DataError, UserError
 from tlinformer_jax.files import read_json, read_own, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -53,15 +52,15 @@ class Tokenizer(Protocol):
         """Returns the ids of `text`, int32 [length]. Never emits `end_of_text`."""
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
+        """The UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
 
-        decode(tokens) is the beginning of decode(tokens + more); what `more` adds depends on the last few of `tokens`.
+        decode(tokens) is the beginning of decode(tokens + more).
         """
 
     def safe_cut(self, text: str) -> int:
-        """Returns the largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more).
+        """The largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more) for every `more`.
 
-        It must hold for every `more`; 0 if no such place is known.
+        0 if no such place is known.
         """
 
     def save(self, directory: pathlib.Path) -> None:
@@ -119,9 +118,9 @@ class NumberTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte-level BPE through tiktoken (docs/performance.md compares it with `tokenizers`).
+    """GPT-2's byte-level BPE through tiktoken; `vocabulary` is OpenAI's `encoder.json`.
 
-    `vocabulary` is OpenAI's `encoder.json`; an id is also the rank of its merge.
+    An id is also the rank of its merge. docs/performance.md compares tiktoken with `tokenizers`.
     """
 
     vocabulary: bytes = dataclasses.field(repr=False)
@@ -226,7 +225,7 @@ class HuggingFaceTokenizer:
         The library itself turns parts of characters into U+FFFD. Empty for a decoder without bytes.
         """
         settings = json.loads(self.definition)
-        kinds = _kinds(settings.get("decoder") or {})
+        kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(settings.get("decoder"))))
         if not kinds & {"ByteLevel", "ByteFallback"}:
             return {}
         to_byte = _printable_bytes() if "ByteLevel" in kinds else {}
@@ -264,12 +263,7 @@ class HuggingFaceTokenizer:
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer that `config.data.tokenizer` names.
-
-    Raises:
-      ConfigError: for a name that is not known, a missing package, an entry that the vocabulary lacks.
-      DataError: for a file that is no tokenizer.
-    """
+    """The tokenizer that `config.data.tokenizer` names; a UserError if there is none, or its package is missing."""
     if name == "bytes":
         return ByteTokenizer()
     if name == "gpt2":
@@ -290,24 +284,20 @@ def build_tokenizer(name: str) -> Tokenizer:
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
-    """Reads the tokenizer that `save` wrote into a working directory.
-
-    Raises:
-      DataError: if there is none, or it is not one of ours.
-    """
+    """Reads the tokenizer that `save` wrote into a working directory; DataError if there is none of ours."""
     path = directory / TOKENIZER_FILE
     try:
         name = read_json(path)["tlinformer_jax"]
-        if name == "bytes":
-            return ByteTokenizer()
-        if name.startswith(NUMBERS):
-            return NumberTokenizer(int(name.removeprefix(NUMBERS)))
         if name == "gpt2":
             return Gpt2Tokenizer(read_own(directory / GPT2_FILE).encode())
         if name.startswith(f"{HUGGING_FACE_FILE}:"):
             file = directory / HUGGING_FACE_FILE
             return _hugging_face(read_own(file), file, name.removeprefix(f"{HUGGING_FACE_FILE}:"))
-    except (ConfigError, DataError):
+        if name == "bytes":
+            return ByteTokenizer()
+        if name.startswith(NUMBERS):
+            return NumberTokenizer(int(name.removeprefix(NUMBERS)))
+    except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None
@@ -319,6 +309,22 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     if vocab_size < tokenizer.vocab_size:
         allowed = f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {tokenizer.name!r}"
         raise ConfigError("model.vocab_size", vocab_size, allowed)
+
+
+def _hugging_face(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json` at `path`; without a name of the end, the usual ones are tried."""
+    names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
+    try:
+        vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
+    known = [name for name in names if name in vocabulary]
+    if not known:
+        allowed = f"must name the entry that ends a text, as {path}:ENTRY; the file has none of {', '.join(names)}"
+        raise ConfigError("data.tokenizer", f"{path}:{end_of_text_token}", allowed)
+    return HuggingFaceTokenizer(definition, known[0])
 
 
 def _write_name(directory: pathlib.Path, name: str) -> None:
@@ -342,11 +348,6 @@ def _printable_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _kinds(decoder: dict[str, Any]) -> set[str]:
-    """The types of a decoder and of the steps that it consists of."""
-    return {decoder.get("type", "")}.union(*map(_kinds, decoder.get("decoders") or []))
-
-
 # As Rust's \s, for which the separators U+001C .. U+001F are visible.
 _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
 
@@ -365,7 +366,7 @@ def _around_long_spaces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-_BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
+_UP_TO_LAST_SPACE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def _cut_before_space(text: str) -> int:
@@ -374,26 +375,5 @@ def _cut_before_space(text: str) -> int:
     GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character, and its
     only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
     """
-    start = len(text)
-    while start > 0:
-        stop, start = start + 1, max(0, 2 * start - len(text) - 1024)  # windows double from the end
-        found = [match.end() for match in _BEFORE_SPACE.finditer(text, start, min(stop, len(text)))]
-        if found:
-            return found[-1]
-    return 0
-
-
-def _hugging_face(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a `tokenizer.json` at `path`; an empty name of the end looks for the usual ones."""
-    names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
-    try:
-        vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
-    known = [name for name in names if name in vocabulary]
-    if not known:
-        allowed = f"must name the entry that ends a text, as {path}:ENTRY; the file has none of {', '.join(names)}"
-        raise ConfigError("data.tokenizer", f"{path}:{end_of_text_token}", allowed)
-    return HuggingFaceTokenizer(definition, known[0])
+    found = _UP_TO_LAST_SPACE.match(text)
+    return found.end() if found else 0
