@@ -43,7 +43,7 @@ class DataConfig:
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
         of a .txt is a document), "wikitext103" (with <unk>, the paper's), "wikitext103-raw", "tfds:NAME" (of TensorFlow
-        Datasets), or a task whose samples are generated: "recall", "copy", "passkey" (see `data.recall`, `data.tasks`,
+        Datasets), or a task whose samples are generated: "recall", "copy", "passkey" (see `data.tasks`,
         `data.passkey`).
       tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`. PATH:ENTRY names the entry of its
         vocabulary that ends a text; without, the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for

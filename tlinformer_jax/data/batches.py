@@ -7,17 +7,15 @@ that number is all that a resumed run needs. A process that computes only some r
 A split may also be a task, whose samples are generated (`data.tasks`).
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from tlinformer_jax.config.data import Stage, stage_at
-from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.streams import TokenStream, in_threads
 from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
 
@@ -183,16 +181,5 @@ def evaluation_batches(
 def prefetched(
     batches: TrainingBatches, start_step: int = 0, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4
 ) -> Generator[Batch, None, None]:
-    """Yields the batches, or rows of them, from update `start_step` on; `num_threads` threads keep `ahead` ready.
-
-    Closing the generator ends the threads.
-    """
-    executor = ThreadPoolExecutor(num_threads, thread_name_prefix="batches")
-    pending: collections.deque[Future[Batch]] = collections.deque()
-    try:
-        for step in itertools.count(start_step):
-            pending.append(executor.submit(batches.batch, step, rows))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    """The batches, or rows of them, from update `start_step` on; closing the generator ends the threads."""
+    return in_threads(lambda step: batches.batch(step, rows), itertools.count(start_step), num_threads, ahead)

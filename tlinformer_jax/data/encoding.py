@@ -3,15 +3,13 @@
 The tokenizers' libraries let other threads run while they encode, so threads keep all cores busy.
 """
 
-import collections
 import dataclasses
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from tlinformer_jax.data.streams import smallest_dtype
+from tlinformer_jax.data.streams import in_threads, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, UserError
 
@@ -24,31 +22,21 @@ Encoded = tuple[np.ndarray, "Counts"]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a document, cut so that the tokens of its parts are those of the document.
-
-    `previous` is the character before it in its document, "" at the start; `ends` says whether the document ends here.
-    """
+    """A part of a document, cut so that the tokens of its parts are those of the document."""
 
     text: str
-    previous: str
-    ends: bool
+    previous: str  # the character before it in its document, "" at the start
+    ends: bool  # whether the document ends here
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Sizes of a text.
+    """Sizes of a text."""
 
-    Attributes:
-      num_bytes: UTF-8 bytes.
-      num_documents: documents that ended.
-      num_words: words between ASCII white space (a no-break space does not end a word).
-      num_lines: newlines, and a document's last line where no newline ends it.
-    """
-
-    num_bytes: int = 0
-    num_documents: int = 0
-    num_words: int = 0
-    num_lines: int = 0
+    num_bytes: int = 0  # of UTF-8
+    num_documents: int = 0  # that ended
+    num_words: int = 0  # between ASCII white space: a no-break space does not end a word
+    num_lines: int = 0  # newlines, and a document's last line where no newline ends it
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
@@ -67,17 +55,7 @@ def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer
     """
     groups = group_pieces(cut_documents(documents, tokenizer.safe_cut))
     dtype, threads = smallest_dtype(tokenizer.vocab_size), available_cores()
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
-    pending: collections.deque[Future[Encoded]] = collections.deque()
-    try:
-        for group in groups:
-            pending.append(executor.submit(encode_pieces, group, tokenizer, dtype))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    return in_threads(lambda group: encode_pieces(group, tokenizer, dtype), groups, threads, 2 * threads)
 
 
 def cut_documents(

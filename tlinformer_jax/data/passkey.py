@@ -43,7 +43,9 @@ class Phrases:
     def sizes(self) -> tuple[int, int, int]:
         """Tokens of a hidden sentence, of a question with its answer, and of the answer."""
         digit = self.digits.shape[1]
-        hidden, asked = (sum(map(len, parts)) + (NAME_DIGITS + KEY_DIGITS) * digit for parts in (self.hidden, self.asked))
+        hidden, asked = (
+            sum(map(len, parts)) + (NAME_DIGITS + KEY_DIGITS) * digit for parts in (self.hidden, self.asked)
+        )
         return hidden, asked, KEY_DIGITS * digit
 
     def key_offset(self) -> int:
@@ -65,22 +67,14 @@ class Phrases:
 
 @dataclasses.dataclass(frozen=True)
 class Passkey:
-    """The task.
+    """The task."""
 
-    Attributes:
-      key: of the random numbers.
-      text: that the keys are hidden in, as `tokenizer` encodes it.
-      keys: K, numbers hidden in a sample.
-      questions: how many of them a sample asks for.
-      in_turn: whether the depth of the first asked key follows from the sample's number.
-    """
-
-    key: int
-    text: TokenStream
+    key: int  # of the random numbers
+    text: TokenStream  # that the keys are hidden in, as `tokenizer` encodes it
     tokenizer: Tokenizer
-    keys: int
-    questions: int
-    in_turn: bool
+    keys: int  # hidden in a sample
+    questions: int  # how many of them it asks for
+    in_turn: bool  # whether the depth of the first asked key follows from the sample's number
 
     @functools.cached_property
     def phrases(self) -> Phrases:

@@ -115,9 +115,13 @@ def _encoded(
 
 def _source(config: DataConfig, split: str) -> Source | None:
     """Where a split's text comes from; None for the embedded corpus, and for tasks without text."""
-    module = tfds if config.dataset.startswith(TFDS) else wikitext103 if config.dataset in wikitext103.VARIANTS else None
+    module = (
+        tfds if config.dataset.startswith(TFDS) else wikitext103 if config.dataset in wikitext103.VARIANTS else None
+    )
     if module:
-        identity, documents = (functools.partial(part, config, split) for part in (module.identity, module.read_documents))
+        identity, documents = (
+            functools.partial(part, config, split) for part in (module.identity, module.read_documents)
+        )
         return Source(identity, documents, config.dataset)
     if config.dataset == "passkey" and split == "test" and not config.test_files:
         split = "validation"  # whose text hides other keys then

@@ -1,7 +1,11 @@
 """Token streams: one long row of token ids per split, and what is known of the text it came from."""
 
+import collections
 import dataclasses
 import mmap
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,26 +13,20 @@ from tlinformer_jax.errors import DataError
 
 _CHECKED_AT_ONCE = 1 << 22  # tokens
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-    """A split as one row of tokens, documents separated by the tokenizer's end-of-text.
+    """A split as one row of tokens, documents separated by the tokenizer's end-of-text; None is not counted."""
 
-    Attributes:
-      tokens: [length], unsigned integers; may be memory-mapped.
-      num_bytes: UTF-8 bytes of the text, separators not counted.
-      num_documents: documents joined in the stream.
-      num_words: words between white space, end-of-line marks not counted; None if not counted.
-      num_lines: lines (rows) of the text; None if not counted.
-      sha256: of the tokens, in hexadecimal; "" if not computed.
-    """
-
-    tokens: np.ndarray
-    num_bytes: int
+    tokens: np.ndarray  # [length], unsigned integers; may be memory-mapped
+    num_bytes: int  # UTF-8 bytes of the text, separators not counted
     num_documents: int
-    num_words: int | None = None
+    num_words: int | None = None  # between white space
     num_lines: int | None = None
-    sha256: str = ""
+    sha256: str = ""  # of the tokens, in hexadecimal; "" if not computed
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
@@ -58,3 +56,20 @@ def _mapped_anew(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
         return part
     offset = tokens.offset + start * tokens.itemsize
     return np.memmap(tokens.filename, tokens.dtype, mode="r", offset=offset, shape=part.shape)
+
+
+def in_threads(
+    make: Callable[[Item], Made], items: Iterable[Item], threads: int, ahead: int
+) -> Generator[Made, None, None]:
+    """Yields `make(item)` in order; the threads keep up to `ahead` of them ready, and end with the generator."""
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="data")
+    pending: collections.deque[Future[Made]] = collections.deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(make, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

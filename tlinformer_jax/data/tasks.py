@@ -34,20 +34,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a task.
+    """Samples of a task; `starts` and `sources` are -1 where the token after a position is not the last of an answer."""
 
-    Attributes:
-      tokens: int32 [samples, N + 1].
-      answers: bool [samples, N]: whether the token after position t belongs to an answer.
-      starts: int32 [samples, N]: if the token after position t is an answer's last, the position before its first;
-        else -1.
-      sources: int32 [samples, N]: at the same positions, that of the first token of the answer's source; else -1.
-    """
-
-    tokens: np.ndarray
-    answers: np.ndarray
-    starts: np.ndarray
-    sources: np.ndarray
+    tokens: np.ndarray  # int32 [samples, N + 1]
+    answers: np.ndarray  # bool [samples, N]: whether the token after position t belongs to an answer
+    starts: np.ndarray  # int32 [samples, N]: the position before the answer's first token
+    sources: np.ndarray  # int32 [samples, N]: the position of the first token of the answer's source
 
     @classmethod
     def of(cls, tokens: np.ndarray, ends: np.ndarray, sources: np.ndarray, size: int = 1) -> "Samples":
