@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.data import TOKENS, DataConfig
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.data.sources import available_splits, open_split
 from tlinformer_jax.data.streams import check_token_ids
@@ -27,7 +27,8 @@ def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
         check_vocab(tokenizer, vocab_size)
     splits = available_splits(config)
     if not splits:
-        raise DataError("data.train_files = '': data.dataset = 'text' needs a path or glob of .txt or .jsonl files")
+        kinds = "a .npy or .bin file" if config.dataset == TOKENS else "a path or glob of .txt or .jsonl files"
+        raise DataError(f"data.train_files = '': data.dataset = {config.dataset!r} needs {kinds}")
     for split in splits:
         start = time.monotonic()
         stream, found = open_split(config, split, tokenizer)
@@ -37,6 +38,9 @@ def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
             continue
         check_token_ids(stream, tokenizer.vocab_size, split)
         tokens = len(stream.tokens)
+        if config.dataset == TOKENS:
+            yield f"{split}: {tokens:,} tokens, read where they lie"
+            continue
         speed = f"{tokens / seconds:,.0f} tokens/s, {stream.num_bytes / 1e6 / seconds:.2f} MB/s"
         how = f"found in the cache in {seconds:.2f} s" if found else f"tokenised in {seconds:.1f} s: {speed}"
         yield (

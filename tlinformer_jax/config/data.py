@@ -13,7 +13,8 @@ from tlinformer_jax.files import path_fault
 TASKS = ("recall", "copy", "passkey")
 WIKITEXT = ("wikitext103", "wikitext103-raw")
 TEXT_FILES = ("text", "lines")
-DATASETS = ("pydoc", *TEXT_FILES, *WIKITEXT, *TASKS)
+TOKENS = "tokens"
+DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *WIKITEXT, *TASKS)
 TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
@@ -42,15 +43,16 @@ class DataConfig:
 
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
-        of a .txt is a document), "wikitext103" (with <unk>, the paper's), "wikitext103-raw", "tfds:NAME" (of TensorFlow
-        Datasets), or a task whose samples are generated: "recall", "copy", "passkey" (see `data.tasks`,
-        `data.passkey`).
+        of a .txt is a document), "tokens" (your own token ids, see `data.given`), "wikitext103" (with <unk>, the
+        paper's), "wikitext103-raw", "tfds:NAME" (of TensorFlow Datasets), or a task whose samples are generated:
+        "recall", "copy", "passkey" (see `data.tasks`, `data.passkey`).
       tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`. PATH:ENTRY names the entry of its
         vocabulary that ends a text; without, the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
-        "recall" and "copy".
+        "recall" and "copy". "ids:V" is for "tokens" of no text: V ids, and one more that ends a document.
       sequence_length: N, tokens a sample.
       train_files: [text, lines] comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst. [passkey]
-        the text that keys are hidden in, read as "text"; "" is that of "pydoc".
+        the text that keys are hidden in, read as "text"; "" is that of "pydoc". [tokens] one .npy file, or one of raw
+        little-endian ids: FILE.bin (uint16) or FILE.bin:uint32.
       validation_files: the same for the validation split.
       test_files: the same for the test split. [passkey] "" hides the test keys in the validation text.
       text_field: [text, lines, tfds] the field of a .jsonl line or of a record that holds the document.
@@ -97,6 +99,8 @@ class DataConfig:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
         if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):
             raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'recall' and 'copy'")
+        if self.tokenizer.startswith("ids:") and self.dataset != TOKENS:
+            raise ConfigError("data.tokenizer", self.tokenizer, f"is for data.dataset = {TOKENS!r}")
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
         if not 1 <= self.sequence_length < 2**31:
@@ -176,7 +180,7 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
         value = values.get(name)
         if not isinstance(value, str) or not value or _path_fault(name, value):
             continue
-        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith("numbers:")):
+        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith(("numbers:", "ids:"))):
             continue
         try:
             here = os.path.abspath(base)

@@ -15,13 +15,14 @@ from collections.abc import Generator, Iterator
 import numpy as np
 
 from tlinformer_jax.config.data import Stage, stage_at
-from tlinformer_jax.data.streams import TokenStream, in_threads
+from tlinformer_jax.data.streams import RowStream, TokenStream, in_threads
 from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 # Rows of a batch: those that one process reads.
 Rows = np.ndarray | slice
+Reader = Generator[Batch, None, None]
 ALL = slice(None)
 
 
@@ -53,6 +54,9 @@ def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Ba
     """
     if isinstance(stream, TaskSplit):
         return take_task_samples(stream, sequence_length, indices)[0]
+    if isinstance(stream, RowStream):
+        real = (indices >= 0)[:, None]
+        return {name: np.where(real, array[indices], 0).astype(array.dtype) for name, array in stream.rows.items()}
     rows = np.zeros((len(indices), sequence_length + 1), np.int32)
     weights = np.zeros((len(indices), sequence_length), np.float32)
     for row, weight, index in zip(rows, weights, indices, strict=True):
@@ -147,6 +151,10 @@ class TrainingBatches:
             batch["weights"] *= weights[rows, None]
         return batch
 
+    def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4) -> Reader:
+        """The function `prefetched`."""
+        return in_threads(lambda step: self.batch(step, rows), itertools.count(start_step), num_threads, ahead)
+
 
 def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int) -> np.ndarray:
     """The weight of each row of an update in the paper's gradient, float32 [batch_size].
@@ -180,6 +188,6 @@ def evaluation_batches(
 
 def prefetched(
     batches: TrainingBatches, start_step: int = 0, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4
-) -> Generator[Batch, None, None]:
+) -> Reader:
     """The batches, or rows of them, from update `start_step` on; closing the generator ends the threads."""
-    return in_threads(lambda step: batches.batch(step, rows), itertools.count(start_step), num_threads, ahead)
+    return batches.prefetched(start_step, rows, num_threads, ahead)

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator
 
-from tlinformer_jax.config.data import SPLITS, TEXT_FILES, TFDS, DataConfig
-from tlinformer_jax.data import passkey, pydoc, tfds, wikitext103
+from tlinformer_jax.config.data import SPLITS, TEXT_FILES, TFDS, TOKENS, DataConfig
+from tlinformer_jax.data import given, passkey, pydoc, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.encoding import Counts, Encoded, encode_documents
 from tlinformer_jax.data.files import TextPiece, check_patterns, find_files, progress, read_documents
@@ -26,7 +26,7 @@ class Source:
 
 def available_splits(config: DataConfig) -> tuple[str, ...]:
     """The splits that `config` gives text of their own for."""
-    if config.dataset in TEXT_FILES or (config.dataset == "passkey" and config.train_files):
+    if config.dataset in (*TEXT_FILES, TOKENS) or (config.dataset == "passkey" and config.train_files):
         return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
     return SPLITS
 
@@ -56,6 +56,8 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[Sp
     if split not in SPLITS:
         raise DataError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     text, found = None, False
+    if config.dataset == TOKENS:
+        return given.load_token_file(config, split), True
     if source := _source(config, split):
         identity = _identity(source, tokenizer)
         text, found = cached_tokens(
@@ -67,6 +69,8 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[Sp
 def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | None:
     """A split if its tokens are at hand without writing anything, else None; raises what `load_split` does."""
     text = None
+    if config.dataset == TOKENS:
+        return given.load_token_file(config, split)
     if source := _source(config, split):
         text = find_tokens(config.cache_path, _identity(source, tokenizer))
         if text is None:

@@ -29,6 +29,13 @@ class TokenStream:
     sha256: str = ""  # of the tokens, in hexadecimal; "" if not computed
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowStream(TokenStream):
+    """A split whose samples are given: `rows` are {inputs, labels, weights: [samples, N]}, `tokens` all inputs."""
+
+    rows: dict[str, np.ndarray]
+
+
 def smallest_dtype(vocab_size: int) -> np.dtype:
     """The smallest unsigned integer type that holds every id."""
     return np.min_scalar_type(vocab_size - 1)
@@ -38,8 +45,8 @@ def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
     """Refuses (DataError) a stream that holds an id outside [0, vocab_size)."""
     for start in range(0, len(stream.tokens), _CHECKED_AT_ONCE):
         part = _mapped_anew(stream.tokens, start, _CHECKED_AT_ONCE)
-        if int(part.max()) >= vocab_size:
-            where = int(np.argmax(part >= vocab_size))
+        if int(part.max()) >= vocab_size or int(part.min()) < 0:
+            where = int(np.argmax((part >= vocab_size) | (part < 0)))
             raise DataError(
                 f"{name}: token id {int(part[where])} at position {start + where} is outside the vocabulary; "
                 f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}"

@@ -34,7 +34,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a task; `starts` and `sources` are -1 where the token after a position is not the last of an answer."""
+    """Samples of a task; `starts` and `sources` are -1 where a position predicts no last token of an answer."""
 
     tokens: np.ndarray  # int32 [samples, N + 1]
     answers: np.ndarray  # bool [samples, N]: whether the token after position t belongs to an answer

@@ -25,7 +25,7 @@ GPT2_FILE = "encoder.json"
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-NUMBERS = "numbers:"
+NUMBERS, IDS = "numbers:", "ids:"
 # A byte from 128 to 255 is decoded as a private character, and that as Python's surrogate for the byte.
 FIRST_STAND_IN = 0x10F000
 STAND_INS = {FIRST_STAND_IN + byte: 0xDC00 + byte for byte in range(128, 256)}
@@ -90,20 +90,24 @@ class ByteTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class NumberTokenizer:
-    """Token ids written as numbers with spaces between, for tasks that have no text; 0 ends a text."""
+    """Token ids written as numbers with spaces between, for what is no text.
+
+    "numbers:V", for tasks, has the ids 0 .. V - 1, of which 0 ends a text; "ids:V" has one more, V, for that.
+    """
 
     vocab_size: int
     end_of_text: int = 0
 
     @property
     def name(self) -> str:
-        return f"{NUMBERS}{self.vocab_size}"
+        return f"{IDS}{self.end_of_text}" if self.end_of_text else f"{NUMBERS}{self.vocab_size}"
 
     def encode(self, text: str) -> np.ndarray:
         words = text.split()
-        wrong = [word for word in words if not word.isdecimal() or not 0 < int(word) < self.vocab_size]
+        first, last = (0, self.end_of_text - 1) if self.end_of_text else (1, self.vocab_size - 1)
+        wrong = [word for word in words if not word.isdecimal() or not first <= int(word) <= last]
         if wrong:
-            raise DataError(f"tokenizer {self.name}: {wrong[0]!r} must be a number from 1 to {self.vocab_size - 1}")
+            raise DataError(f"tokenizer {self.name}: {wrong[0]!r} must be a number from {first} to {last}")
         return np.array([int(word) for word in words], np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
@@ -268,11 +272,11 @@ def build_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     if name == "gpt2":
         return Gpt2Tokenizer(_installed_gpt2_vocabulary())
-    if name.startswith(NUMBERS):
-        count = name.removeprefix(NUMBERS)
-        if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31:
-            raise ConfigError("data.tokenizer", name, "must be numbers:V with V from 4 to 2147483647")
-        return NumberTokenizer(int(count))
+    if name.startswith((NUMBERS, IDS)):
+        kind, count = name.split(":", 1)
+        if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31 - 1:
+            raise ConfigError("data.tokenizer", name, f"must be {kind}:V with V from 4 to {2**31 - 2}")
+        return _numbers(name)
     spelled, end_of_text_token = split_tokenizer(name)
     path = pathlib.Path(spelled).expanduser()
     if not path.is_file():
@@ -295,8 +299,8 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
             return _hugging_face(read_own(file), file, name.removeprefix(f"{HUGGING_FACE_FILE}:"))
         if name == "bytes":
             return ByteTokenizer()
-        if name.startswith(NUMBERS):
-            return NumberTokenizer(int(name.removeprefix(NUMBERS)))
+        if name.startswith((NUMBERS, IDS)):
+            return _numbers(name)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -309,6 +313,11 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     if vocab_size < tokenizer.vocab_size:
         allowed = f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {tokenizer.name!r}"
         raise ConfigError("model.vocab_size", vocab_size, allowed)
+
+
+def _numbers(name: str) -> NumberTokenizer:
+    count = int(name.split(":")[1])
+    return NumberTokenizer(count) if name.startswith(NUMBERS) else NumberTokenizer(count + 1, count)
 
 
 def _hugging_face(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
 from tlinformer_jax.config.train import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.data.given import TokenData
+from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import UserError
@@ -28,12 +30,14 @@ from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
     PENDING,
+    LoadSplit,
     Run,
     build_run,
     build_throughput,
     describe,
     describe_divergence,
     flops_per_token,
+    given_data,
     training_batches,
 )
 from tlinformer_jax.training.step import Skips, TrainState, jit_train_step
@@ -71,9 +75,13 @@ def train_and_evaluate(
     workdir: str | pathlib.Path,
     profile: str | pathlib.Path | None = None,
     init_from: str | pathlib.Path | None = None,
+    *,
+    train_data: TokenData | None = None,
+    validation_data: TokenData | None = None,
 ) -> dict[str, float]:
     """`train_run`, of which only the figures of the last evaluation are returned; empty if it was stopped before."""
-    return train_run(config, workdir, profile, init_from).figures or {}
+    given = {"train_data": train_data, "validation_data": validation_data}
+    return train_run(config, workdir, profile, init_from, **given).figures or {}
 
 
 def train_run(
@@ -81,6 +89,9 @@ def train_run(
     workdir: str | pathlib.Path,
     profile: str | pathlib.Path | None = None,
     init_from: str | pathlib.Path | None = None,
+    *,
+    train_data: TokenData | None = None,
+    validation_data: TokenData | None = None,
 ) -> Trained:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
 
@@ -91,6 +102,9 @@ def train_run(
       workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
       init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
+      train_data: token ids to train on, for data.dataset = "tokens": an array, a file or an iterable, see `data.given`;
+        None for those that the configuration names.
+      validation_data: token ids to evaluate on; both are given, or none.
 
     Raises:
       ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
@@ -102,7 +116,8 @@ def train_run(
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = local_path(workdir, "workdir")
     origin = find_origin(config, workdir, init_from)
-    run, splits, batches = prepare(config, workdir)
+    config, load = given_data(config, workdir, train_data, validation_data)
+    run, splits, batches = prepare(config, workdir, load)
     train = config.train
     regular = train.checkpoint_steps if train.max_rollbacks else 0
     with (
@@ -139,11 +154,13 @@ def train_run(
         return Trained(run, state.params, figures, int(state.step))
 
 
-def prepare(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, dict[str, Split], TrainingBatches]:
+def prepare(
+    config: RunConfig, workdir: pathlib.Path, load: LoadSplit = load_split
+) -> tuple[Run, dict[str, Split], TrainingBatches]:
     """The run, its splits and its batches, checked against each other and against the working directory."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
-    run = build_run(config, tokenizer, PENDING)
+    run = dataclasses.replace(build_run(config, tokenizer, PENDING), load_split=load)
     splits = {name: run.split(name) for name in ("train", "validation")}
     batches = training_batches(config, splits["train"])
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))
