@@ -15,6 +15,7 @@ _HOMES = {
     "DualWindowBlock": "tlinformer_jax.models",
     "LanguageModel": "tlinformer_jax.models",
     "train_and_evaluate": "tlinformer_jax.training.loop",
+    "TokenFile": "tlinformer_jax.data.given",
     "load_run": "tlinformer_jax.evaluation.trained",
     "text_perplexity": "tlinformer_jax.evaluation.text",
 }

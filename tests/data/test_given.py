@@ -29,13 +29,14 @@ CONFIG = DataConfig(dataset="tokens", tokenizer="ids:65", sequence_length=N)
 FRESH = {  # a new source of the same documents at every call
     "list": lambda: DOCUMENTS,
     "dicts": lambda: [{"input_ids": document, "attention_mask": [1] * len(document)} for document in DOCUMENTS],
+    "datasets": lambda: pytest.importorskip("datasets").Dataset.from_dict({"input_ids": DOCUMENTS}),
     "generator": lambda: (document for document in DOCUMENTS),
     "again": lambda: Again(DOCUMENTS),
     "grain map": lambda: grain().MapDataset.source(DOCUMENTS),
     "grain repeated": lambda: grain().MapDataset.source(DOCUMENTS).repeat(3),
     "grain iterator": lambda: grain().MapDataset.source(DOCUMENTS).to_iter_dataset(),
 }
-SEEKING = ("list", "dicts", "grain map", "grain repeated", "grain iterator")
+SEEKING = ("list", "dicts", "datasets", "grain map", "grain repeated", "grain iterator")
 
 
 class Again:
@@ -184,6 +185,15 @@ def test_batches_are_trained_on_as_they_come(item, weight):
     assert_same(list(evaluation_batches(stream, N, ROWS)), [batch, batch])
 
 
+def test_samples_that_grain_batches():
+    rows = IDS[: 3 * ROWS * (N + 1)].reshape(3 * ROWS, N + 1).astype(np.int32)
+    data = grain().MapDataset.source(list(rows)).shuffle(seed=3).batch(ROWS)
+    order = [data[step] for step in range(3)]
+    for source in (data, data.to_iter_dataset()):
+        found = taken(ordered(source), 3)
+        np.testing.assert_array_equal([batch["labels"] for batch in found], [rows[:, 1:] for rows in order])
+
+
 def test_what_follows_a_batch_of_n_tokens_is_not_asked_for():
     batch = taken(ordered([TOKENS[:, :-1]]), 1)[0]
     np.testing.assert_array_equal(batch["labels"][:, :-1], TOKENS[:, 1:-1])
@@ -191,10 +201,9 @@ def test_what_follows_a_batch_of_n_tokens_is_not_asked_for():
 
 
 def test_validation_documents_are_one_row():
-    for kind in FRESH:
-        if kind != "grain repeated":
-            stream = load(FRESH[kind](), "validation")
-            assert stream.tokens.tolist() == [token for document in DOCUMENTS for token in (*document, END)]
+    for kind in ("list", "dicts", "generator", "again", "grain map", "grain iterator"):
+        stream = load(FRESH[kind](), "validation")
+        assert stream.tokens.tolist() == [token for document in DOCUMENTS for token in (*document, END)]
 
 
 BAD = {

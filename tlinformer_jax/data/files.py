@@ -20,6 +20,7 @@ from typing import IO, Any
 from tlinformer_jax.errors import DataError
 
 COMPRESSED = (".gz", ".xz", ".zst")
+COLUMNS = (".parquet", ".arrow")  # a document a row
 BLOCK = 32 * 1024  # bytes a read
 STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 MB of them
 MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
@@ -44,7 +45,7 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
             raise DataError(f"{field}: no file matches {pattern!r}")
         for match in matches:
             if file_kind(match) is None:
-                allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst"
+                allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst; or in .parquet or .arrow"
                 raise DataError(f"{field}: {match} is not read; {allowed}")
             found[match.resolve()] = None
     if not found:
@@ -78,7 +79,9 @@ def _existing_folder(pattern: pathlib.Path) -> pathlib.Path:
 
 
 def file_kind(path: pathlib.Path) -> str | None:
-    """ "txt" or "jsonl", from the name without a compression's ending; None for anything else."""
+    """ "txt", "jsonl", "parquet" or "arrow", by the name's ending, the first two also before a compression's."""
+    if path.suffix in COLUMNS:
+        return path.suffix[1:]
     name = path.stem if path.suffix in COMPRESSED else path.name
     return next((kind for kind in ("txt", "jsonl") if name.endswith("." + kind)), None)
 
@@ -87,7 +90,9 @@ def file_kind(path: pathlib.Path) -> str | None:
 
 
 def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: OnRead) -> Iterator[TextPiece]:
-    """Yields the documents of one .txt or .jsonl file; `dataset` and `text_field` as in `DataConfig`."""
+    """Yields the documents of one file; `dataset` and `text_field` as in `DataConfig`."""
+    if path.suffix in COLUMNS:
+        return ((text, True) for text in read_column(path, text_field, on_read) if text)
     blocks = _without_mark(read_blocks(path, on_read))
     if file_kind(path) == "jsonl":
         return _json_documents(path, blocks, text_field)
@@ -149,17 +154,36 @@ def _whole_document(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[Tex
 
 
 def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[str | None]:
-    """Yields the texts of a column of a parquet file."""
+    """Yields the texts of a column of a .parquet file, or of an .arrow file (Arrow IPC, file or stream)."""
     try:
         import pyarrow
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+        raise DataError(f"{path}: reading {path.suffix} needs pyarrow: pip install pyarrow") from None
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=[column]):
+        if path.suffix == ".parquet":
+            file = pyarrow.parquet.ParquetFile(path)
+            schema, batches = file.schema_arrow, file.iter_batches(columns=[column])
+        else:
+            source = pyarrow.memory_map(str(path))
+            try:
+                file = pyarrow.ipc.open_file(source)
+                schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
+            except pyarrow.ArrowInvalid:  # a stream, as Hugging Face `datasets` writes it
+                source.seek(0)
+                batches = pyarrow.ipc.open_stream(source)
+                schema = batches.schema
+        if column not in schema.names:
+            told = f"no column {column!r} (data.text_field); it has {', '.join(map(repr, schema.names))}"
+            raise DataError(f"{path}: {told}")
+        if not any(map(str(schema.field(column).type).endswith, ("string", "string_view"))):
+            told = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
+            raise DataError(f"{path}: {told}")
+        for batch in batches:
             yield from batch.column(column).to_pylist()
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read as parquet with a column {column!r} ({error})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
     on_read(path.stat().st_size)
 
 

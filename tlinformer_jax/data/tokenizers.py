@@ -17,10 +17,11 @@ import numpy as np
 
 from tlinformer_jax.config.data import split_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError, UserError
-from tlinformer_jax.files import read_json, read_own, write_text
+from tlinformer_jax.files import open_own, read_json, read_own, write_bytes, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
+SENTENCEPIECE_FILE = "sentencepiece.model"
 GPT2_FILE = "encoder.json"
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_END_OF_TEXT = "<|endoftext|>"
@@ -29,6 +30,7 @@ NUMBERS, IDS = "numbers:", "ids:"
 # A byte from 128 to 255 is decoded as a private character, and that as Python's surrogate for the byte.
 FIRST_STAND_IN = 0x10F000
 STAND_INS = {FIRST_STAND_IN + byte: 0xDC00 + byte for byte in range(128, 256)}
+FOLDER_FILES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # The usual names of the entry that ends a text, tried in this order.
 END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 
@@ -266,6 +268,60 @@ class HuggingFaceTokenizer:
         _write_name(directory, f"{HUGGING_FACE_FILE}:{self.end_of_text_token}")
 
 
+@dataclasses.dataclass(frozen=True)
+class SentencePieceTokenizer:
+    """A sentencepiece `.model`, whose bytes are `model`; its </s> ends a text."""
+
+    model: bytes = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ConfigError("data.tokenizer", self.name, "needs sentencepiece: pip install sentencepiece") from None
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    @functools.cached_property
+    def name(self) -> str:
+        return f"{SENTENCEPIECE_FILE}:{hashlib.sha256(self.model).hexdigest()[:32]}"
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @functools.cached_property
+    def end_of_text(self) -> int:
+        return self._processor.eos_id()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._processor.encode(text), np.int32)  # "</s>" inside a text is ordinary pieces
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        known = [token for token in map(int, tokens) if token < self.vocab_size]
+        text = b"".join(self._spellings[token] for token in known)
+        return text.removeprefix(b" ") if known and self._processor.id_to_piece(known[0])[:1] == "\u2581" else text
+
+    @functools.cached_property
+    def _spellings(self) -> list[bytes]:
+        """The bytes of each piece: the library itself turns parts of characters into U+FFFD."""
+        found = []
+        for token in range(self.vocab_size):
+            piece = self._processor.id_to_piece(token)
+            if self._processor.is_byte(token):
+                found.append(bytes([int(piece[3:5], 16)]))
+            else:
+                found.append(b"" if self._processor.is_control(token) else piece.replace("\u2581", " ").encode())
+        return found
+
+    def safe_cut(self, text: str) -> int:
+        return 0
+
+    def save(self, directory: pathlib.Path) -> None:
+        write_bytes(directory / SENTENCEPIECE_FILE, self.model)
+        _write_name(directory, SENTENCEPIECE_FILE)
+
+
 def build_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `config.data.tokenizer` names; a UserError if there is none, or its package is missing."""
     if name == "bytes":
@@ -279,9 +335,14 @@ def build_tokenizer(name: str) -> Tokenizer:
         return _numbers(name)
     spelled, end_of_text_token = split_tokenizer(name)
     path = pathlib.Path(spelled).expanduser()
+    if path.is_dir():
+        path, end_of_text_token = _in_folder(path)
     if not path.is_file():
-        raise ConfigError("data.tokenizer", name, "must be 'bytes', 'gpt2' or the path of a tokenizer.json file")
+        allowed = "must be 'bytes', 'gpt2' or the path of a tokenizer.json file, its folder or a sentencepiece .model"
+        raise ConfigError("data.tokenizer", name, allowed)
     try:
+        if path.suffix == ".model":
+            return _sentencepiece(path.read_bytes(), path)
         return _hugging_face(path.read_text(encoding="utf-8"), path, end_of_text_token)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
@@ -297,6 +358,9 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
         if name.startswith(f"{HUGGING_FACE_FILE}:"):
             file = directory / HUGGING_FACE_FILE
             return _hugging_face(read_own(file), file, name.removeprefix(f"{HUGGING_FACE_FILE}:"))
+        if name == SENTENCEPIECE_FILE:
+            with open_own(directory / SENTENCEPIECE_FILE, "rb") as file:
+                return _sentencepiece(file.read(), directory / SENTENCEPIECE_FILE)
         if name == "bytes":
             return ByteTokenizer()
         if name.startswith((NUMBERS, IDS)):
@@ -334,6 +398,33 @@ def _hugging_face(definition: str, path: pathlib.Path, end_of_text_token: str) -
         allowed = f"must name the entry that ends a text, as {path}:ENTRY; the file has none of {', '.join(names)}"
         raise ConfigError("data.tokenizer", f"{path}:{end_of_text_token}", allowed)
     return HuggingFaceTokenizer(definition, known[0])
+
+
+def _in_folder(folder: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """The tokenizer's file in a folder saved by `transformers`, and the entry that ends a text; "" if not said."""
+    path = next((path for name in FOLDER_FILES if (path := folder / name).is_file()), None)
+    if path is None:
+        raise DataError(f"{folder}: holds no tokenizer: none of {', '.join(FOLDER_FILES)}")
+    try:
+        end = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or ""
+        return path, str(end["content"] if isinstance(end, dict) else end)
+    except FileNotFoundError:
+        return path, ""
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{folder / 'tokenizer_config.json'}: cannot be read ({error})") from None
+
+
+def _sentencepiece(model: bytes, path: pathlib.Path) -> SentencePieceTokenizer:
+    tokenizer = SentencePieceTokenizer(model)
+    try:
+        end = tokenizer.end_of_text
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
+    if end < 0:
+        raise DataError(f"{path}: its model has no </s>, by which a text could end")
+    return tokenizer
 
 
 def _write_name(directory: pathlib.Path, name: str) -> None:
