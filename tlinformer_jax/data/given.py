@@ -15,33 +15,26 @@ such as a generator, the items before it are read again and dropped. A position 
 follows it, by which data that has changed, or comes in another order, is noticed.
 """
 
-import base64
 import dataclasses
 import hashlib
-import itertools
-import json
 import pathlib
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from tlinformer_jax.config.data import TOKENS, DataConfig
-from tlinformer_jax.data.batches import ALL, Batch, Reader, Rows, TrainingBatches
+from tlinformer_jax.data.batches import Batch
 from tlinformer_jax.data.cache import ENDS, file_identity
-from tlinformer_jax.data.streams import RowStream, TokenStream, in_threads
+from tlinformer_jax.data.ordered import Items, OrderedStream, Shape
+from tlinformer_jax.data.streams import RowStream, TokenStream
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import open_own
 
 POSITIONS_FILE = "data_positions.jsonl"
 DTYPES = ("uint16", "uint32")  # of a `.bin` file
-RECORD_EVERY = 1.0  # seconds between two positions, and at least a hundredth of the time so far
 MOST_VALIDATION = 1 << 28  # tokens of an iterable of validation data, which is held in memory
-IDS = ("input_ids", "tokens")  # names of token ids in a dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,160 +158,6 @@ def given_loader(
     return load
 
 
-# ---- Items of an iterable
-
-
-class Items:
-    """Reads an iterable item by item, again from its start where it ends and can be read again.
-
-    `seeks` says whether a position is found without reading all before it.
-    """
-
-    def __init__(self, data: Iterable[Any], name: str) -> None:
-        self._data, self._name = data, name
-        self._indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-        self._iterator = iter(()) if self._indexed else iter(data)
-        self._once = self._iterator is data
-        self._stateful = hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state")
-        self.seeks = self._indexed or self._stateful
-        self._start = self._iterator.get_state() if self._stateful else None  # type: ignore[attr-defined]
-        self.epoch, self.item = 0, 0
-        self._kept: list[Any] = []
-        if self._indexed and not len(data):  # type: ignore[arg-type]
-            raise DataError(f"{name}: must hold at least one item; it is empty")
-
-    def first(self) -> Any:
-        """The first item, which stays the next one."""
-        position = self.position()
-        item = next(self)
-        if self._once and not self._stateful:
-            self._kept, self.item = [item], 0
-        else:
-            self.seek(position)
-        return item
-
-    def position(self) -> dict[str, Any]:
-        """Where the next item stands, as JSON."""
-        found: dict[str, Any] = {"epoch": self.epoch, "item": self.item}
-        if self._stateful:
-            state = self._iterator.get_state()  # type: ignore[attr-defined]
-            if isinstance(state, bytes):
-                found["bytes"] = base64.b64encode(state).decode()
-            else:
-                found["state"] = state
-        return found
-
-    def seek(self, position: Mapping[str, Any]) -> None:
-        """Makes the item at `position` the next one."""
-        self.epoch, skipped = position["epoch"], position["item"]
-        if self._stateful:
-            state = base64.b64decode(position["bytes"]) if "bytes" in position else position.get("state", self._start)
-            self._iterator.set_state(state)  # type: ignore[attr-defined]
-        elif not self._indexed:
-            if not self._once:
-                self._iterator = iter(self._data)
-            elif self.item > skipped:
-                raise DataError(f"{self._name}: cannot be read again; give a new iterator to each training")
-            for _ in range(skipped - (self.item if self._once else 0)):
-                self._next()
-        self.item = skipped
-
-    def __next__(self) -> Any:
-        for item in self.rest():
-            return item
-        if self._once or not self.item:
-            raise DataError(f"{self._name}: ends after {self.item} items, before the training does")
-        self.epoch, self.item = self.epoch + 1, 0
-        if not self._indexed:
-            self._iterator = iter(self._data)
-        return next(self)
-
-    def rest(self) -> Iterator[Any]:
-        """The items that are left of this epoch; None, by which grain filters, is no item."""
-        while True:
-            try:
-                item = self._next()
-            except StopIteration:
-                return
-            self.item += 1
-            if item is not None:
-                yield item
-
-    def _next(self) -> Any:
-        if self._kept:
-            return self._kept.pop()
-        if not self._indexed:
-            return next(self._iterator)
-        if self.item >= len(self._data):  # type: ignore[arg-type]
-            raise StopIteration
-        return self._data[self.item]  # type: ignore[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What the items of an iterable must be."""
-
-    name: str
-    vocab_size: int
-    end_of_text: int
-    sequence_length: int
-    batch_size: int | None  # None: any
-
-    def read(self, item: Any, number: int) -> np.ndarray | Batch:
-        """A document, int [length], its end included, or a batch; DataError naming what is wrong with the item."""
-        where = f"{self.name}, item {number}"
-        if isinstance(item, str | bytes):
-            raise DataError(f"{where}: must be token ids, not text; data.dataset = 'text' reads text")
-        if not isinstance(item, Mapping):
-            ids = self._ids(item, where)
-            return np.append(ids, self.end_of_text) if ids.ndim == 1 else self._batch({"tokens": ids}, where)
-        name = next((name for name in (*IDS, "inputs") if name in item), None)
-        if name is None:
-            raise DataError(f"{where}: must have 'input_ids', 'tokens' or 'inputs' and 'labels'; it has {list(item)}")
-        ids = self._ids(item[name], f"{where}, {name!r}")
-        if name == "inputs" or ids.ndim == 2:
-            return self._batch(dict(item) | {"tokens" if name != "inputs" else name: ids}, where)
-        return np.append(ids, self.end_of_text)
-
-    def _ids(self, item: Any, where: str) -> np.ndarray:
-        try:
-            ids = np.asarray(item)
-        except ValueError:
-            raise DataError(f"{where}: must be a list of token ids, or an array of them") from None
-        if ids.ndim == 1 and not ids.size:
-            return np.empty(0, np.int64)
-        if ids.dtype.kind not in "iu":
-            raise DataError(f"{where}: must be integers, token ids; its dtype is {ids.dtype}")
-        if ids.ndim not in (1, 2):
-            raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; it is {list(ids.shape)}")
-        for wrong in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
-            allowed = f"model.vocab_size = {self.vocab_size} allows 0 to {self.vocab_size - 1}"
-            raise DataError(f"{where}: token id {int(wrong)} is outside the vocabulary; {allowed}")
-        return ids
-
-    def _batch(self, item: Mapping[str, Any], where: str) -> Batch:
-        length, rows = self.sequence_length, self.batch_size
-        if "inputs" in item:
-            if "labels" not in item:
-                raise DataError(f"{where}: has 'inputs', and must have 'labels' too")
-            inputs, labels = np.asarray(item["inputs"]), self._ids(item["labels"], f"{where}, 'labels'")
-            weights = np.asarray(item.get("weights", np.ones(inputs.shape)), np.float32)
-            wanted = f"[{rows or 'batch'}, {length}]"
-        else:
-            ids = item["tokens"]
-            weights = np.asarray(item.get("attention_mask", np.ones(ids.shape)), np.float32)[:, 1:]
-            if ids.shape[1] == length:  # what follows the last token is not known
-                ids, weights = np.pad(ids, ((0, 0), (0, 1))), np.pad(weights, ((0, 0), (0, 1)))
-            inputs, labels = ids[:, :-1], ids[:, 1:]
-            wanted = f"[{rows or 'batch'}, {length + 1}] or [{rows or 'batch'}, {length}]"
-        whole = rows or len(inputs), length
-        if not inputs.shape == labels.shape == weights.shape == whole:
-            fields = "train.batch_size and data.sequence_length" if rows else "data.sequence_length"
-            shape = list(np.shape(item.get("tokens", inputs)))
-            raise DataError(f"{where}: a batch must be {wanted}, by {fields}; it is {shape}")
-        return {"inputs": inputs.astype(np.int32), "labels": labels.astype(np.int32), "weights": weights}
-
-
 def _collected(items: Items, shape: Shape) -> TokenStream:
     """All of an iterable, read once into memory."""
     documents: list[np.ndarray] = []
@@ -339,142 +178,3 @@ def _collected(items: Items, shape: Shape) -> TokenStream:
         return RowStream(ids, 0, 0, sha256=hashlib.sha256(ids.tobytes()).hexdigest(), rows=rows)
     ids = np.concatenate(documents) if documents else np.empty(0, np.int64)
     return array_stream(ids.astype(np.int32), shape.name)
-
-
-# ---- Training on an iterable
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OrderedStream(TokenStream):
-    """The caller's training data, read in its own order: it may never end, so that its `tokens` are none."""
-
-    items: Items
-    shape: Shape
-    positions: pathlib.Path | None
-    writes: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class OrderedBatches(TrainingBatches):
-    """The batches of an iterable, in its order. Every process reads all of it, and keeps its own rows of a batch."""
-
-    stream: OrderedStream
-
-    def __post_init__(self) -> None:
-        if not self.equal_updates:
-            raise ConfigError("train.schedule", "paper", "needs epochs, and train_data is read in its own order")
-        self.stream.shape.read(self.stream.items.first(), 0)  # before anything is compiled
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return 0
-
-    def updates_for_epochs(self, epochs: int) -> int:
-        """Epochs are not known."""
-        needed = "train.steps, and train.eval_every in updates, must be given"
-        raise DataError(f"train_data is an iterable, whose epochs are not known: {needed}")
-
-    def indices(self, step: int) -> np.ndarray:
-        """The samples of an update, counted in the order in which they are read."""
-        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-
-    def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 1, ahead: int = 4) -> Reader:
-        """As of any training data; the iterable is read in one thread."""
-        reader = self._read(start_step, rows)
-        return in_threads(lambda _: next(reader), itertools.count(), 1, ahead)
-
-    def _read(self, start_step: int, rows: Rows) -> Iterator[Batch]:
-        """The batches from update `start_step` on; leaves positions for runs that go on."""
-        stream = self.stream
-        known = _last_position(stream.positions, start_step)
-        place = known or {"step": 0, "items": {"epoch": 0, "item": 0}, "offset": 0, "carry": []}
-        self._tell(start_step, place["items"])
-        try:
-            stream.items.seek(place["items"])
-        except (TypeError, ValueError, KeyError) as error:  # of the iterator's own code
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{stream.shape.name}: does not take the state that it had in this run ({error})") from None
-        due = began = time.monotonic()
-        for step, (begins, batch) in enumerate(self._packed(place), place["step"]):
-            begins |= {"step": step, "batch": _digest(batch)}
-            if known and step == known["step"] and begins["batch"] != known["batch"]:
-                self._say("changed since the last run here, or in another order: its batches are others now")
-                if stream.positions and stream.writes:
-                    stream.positions.unlink()
-            if step < start_step:
-                continue
-            if stream.positions and stream.writes and time.monotonic() >= due:
-                due = time.monotonic() + max(RECORD_EVERY, (time.monotonic() - began) / 100)
-                with open_own(stream.positions, "a") as file:
-                    file.write(f"\n{json.dumps(begins)}\n")  # on a line of its own also after one that a kill has cut
-            yield {name: array[rows] for name, array in batch.items()}
-
-    def _packed(self, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Batch]]:
-        """Where each batch begins, and the batch, from the place that `items` has been set to.
-
-        Documents are one row of tokens, of which samples overlap by one, `carry`. A place is the item that holds the
-        next token, and the token's offset in it.
-        """
-        items, shape, size = self.stream.items, self.stream.shape, (self.batch_size, self.sequence_length)
-        need, offset, carry = size[0] * size[1] + 1, place["offset"], list(place["carry"])
-        item, read = items.position(), self._next()
-        while True:
-            if isinstance(read, dict):
-                yield {"items": item, "offset": 0, "carry": []}, read
-                item, read = items.position(), self._next()
-                continue
-            begins = {"items": item, "offset": offset, "carry": carry}
-            parts, count = [np.array(carry, np.int64)], len(carry)
-            while count < need:
-                while offset >= len(read):
-                    offset -= len(read)
-                    item, read = items.position(), self._next()
-                    if isinstance(read, dict):
-                        raise DataError(
-                            f"{shape.name}, item {items.item - 1}: is a batch; items before it are documents"
-                        )
-                parts.append(read[offset : offset + need - count])
-                offset, count = offset + len(parts[-1]), count + len(parts[-1])
-            tokens = np.concatenate(parts).astype(np.int32)
-            carry = [int(tokens[-1])]
-            weights = np.ones(size, np.float32)
-            yield begins, {"inputs": tokens[:-1].reshape(size), "labels": tokens[1:].reshape(size), "weights": weights}
-
-    def _next(self) -> np.ndarray | Batch:
-        item = next(self.stream.items)
-        return self.stream.shape.read(item, self.stream.items.item - 1)
-
-    def _tell(self, start_step: int, place: Mapping[str, Any]) -> None:
-        """Says how exactly, and how, a run goes on."""
-        if start_step and self.stream.items.seeks:
-            self._say(f"goes on at item {place['item']:,} of its epoch {place['epoch']}")
-        elif start_step:
-            self._say(f"cannot seek: its first {place['item']:,} items are read again and dropped")
-        elif not self.stream.items.seeks:
-            self._say(
-                "cannot seek: a run that goes on must be given the same items again, and reads past the first ones"
-            )
-
-    def _say(self, message: str) -> None:
-        if self.stream.writes:
-            print(f"{self.stream.shape.name}: {message}", file=sys.stderr, flush=True)
-
-
-def _digest(batch: Batch) -> str:
-    return hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()[:16]
-
-
-def _last_position(path: pathlib.Path | None, step: int) -> dict[str, Any] | None:
-    """The last recorded position at or before update `step`; None if there is none."""
-    found = None
-    if path is not None and path.exists():
-        with open_own(path) as file:
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                    if entry["step"] <= step and (found is None or entry["step"] >= found["step"]):
-                        found = entry
-                except (ValueError, TypeError, KeyError):
-                    continue  # blank, or cut by a kill
-    return found

@@ -19,14 +19,8 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
-from tlinformer_jax.data.given import (
-    POSITIONS_FILE,
-    OrderedBatches,
-    OrderedStream,
-    TokenData,
-    given_loader,
-    with_given_files,
-)
+from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
+from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
 from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
