@@ -14,7 +14,7 @@ import pytest
 from tlinformer_jax import load_run, train_and_evaluate
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import ordered as ordered_data
-from tlinformer_jax.data.batches import TrainingBatches, evaluation_batches, prefetched
+from tlinformer_jax.data.batches import TrainingBatches, evaluation_batches
 from tlinformer_jax.data.given import TokenFile, given_loader
 from tlinformer_jax.data.ordered import OrderedBatches
 from tlinformer_jax.data.streams import TokenStream
@@ -67,7 +67,7 @@ def ordered(data, positions=None) -> OrderedBatches:
 
 
 def taken(batches, count, start=0, rows=slice(None)):
-    reader = prefetched(batches, start, rows)
+    reader = batches.prefetched(start, rows)
     found = list(itertools.islice(reader, count))
     reader.close()
     return found
@@ -189,7 +189,7 @@ def test_batches_are_trained_on_as_they_come(item, weight):
     assert_same(taken(ordered([item]), 2), [batch, batch])
     stream = load([item, item], "validation")
     assert_same(list(evaluation_batches(stream, N, ROWS)), [batch, batch])
-    last = list(evaluation_batches(stream, N, 3 * ROWS))[0]
+    (last,) = evaluation_batches(stream, N, 3 * ROWS)
     assert_same([_rows(last, slice(ROWS, 2 * ROWS))], [batch])
     assert not any(array[2 * ROWS :].any() for array in last.values())
 

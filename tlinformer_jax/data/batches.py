@@ -152,7 +152,7 @@ class TrainingBatches:
         return batch
 
     def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4) -> Reader:
-        """The function `prefetched`."""
+        """The batches, or rows of them, from update `start_step` on; closing the generator ends the threads."""
         return in_threads(lambda step: self.batch(step, rows), itertools.count(start_step), num_threads, ahead)
 
 
@@ -184,10 +184,3 @@ def evaluation_batches(
         indices = np.arange(start, start + batch_size)
         indices[indices >= count] = -1
         yield take_samples(stream, sequence_length, indices[rows])
-
-
-def prefetched(
-    batches: TrainingBatches, start_step: int = 0, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4
-) -> Reader:
-    """The batches, or rows of them, from update `start_step` on; closing the generator ends the threads."""
-    return batches.prefetched(start_step, rows, num_threads, ahead)

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.config.data import TOKENS, DataConfig
-from tlinformer_jax.data.batches import Batch
 from tlinformer_jax.data.cache import ENDS, file_identity
 from tlinformer_jax.data.ordered import Items, OrderedStream, Shape
 from tlinformer_jax.data.streams import RowStream, TokenStream
@@ -160,21 +159,18 @@ def given_loader(
 
 def _collected(items: Items, shape: Shape) -> TokenStream:
     """All of an iterable, read once into memory."""
-    documents: list[np.ndarray] = []
-    batches: list[Batch] = []
-    count = 0
+    found, count = [], 0
     for number, item in enumerate(items.rest()):
-        read = shape.read(item, number)
-        batches += [read] if isinstance(read, dict) else []
-        documents += [] if isinstance(read, dict) else [read]
-        count += read["inputs"].size if isinstance(read, dict) else read.size
+        found.append(shape.read(item, number))
+        count += found[-1]["inputs"].size if isinstance(found[-1], dict) else found[-1].size
         if count > MOST_VALIDATION:
             raise DataError(f"{shape.name}: must end after at most {MOST_VALIDATION:,} tokens: it is read as a whole")
+    batches = [read for read in found if isinstance(read, dict)]
+    documents = [read for read in found if not isinstance(read, dict)]
     if batches and documents:
         raise DataError(f"{shape.name}: must hold documents or batches, not both")
-    if batches:
-        rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        ids = np.append(rows["inputs"].reshape(-1), rows["labels"][-1, -1:])
-        return RowStream(ids, 0, 0, sha256=hashlib.sha256(ids.tobytes()).hexdigest(), rows=rows)
-    ids = np.concatenate(documents) if documents else np.empty(0, np.int64)
-    return array_stream(ids.astype(np.int32), shape.name)
+    if not batches:
+        return array_stream(np.concatenate([np.empty(0, np.int32), *documents]).astype(np.int32), shape.name)
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    ids = np.append(rows["inputs"].reshape(-1), rows["labels"][-1, -1:])
+    return RowStream(ids, 0, 0, sha256=hashlib.sha256(ids.tobytes()).hexdigest(), rows=rows)
