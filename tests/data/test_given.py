@@ -15,7 +15,7 @@ from tlinformer_jax import load_run, train_and_evaluate
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import ordered as ordered_data
 from tlinformer_jax.data.batches import TrainingBatches, evaluation_batches
-from tlinformer_jax.data.given import TokenFile, given_loader
+from tlinformer_jax.data.given import TokenFile, given_loader, token_file
 from tlinformer_jax.data.ordered import OrderedBatches
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer
@@ -122,6 +122,16 @@ def test_documents_are_joined_with_their_ends(kind):
 
 def _rows(batch, rows):
     return {name: array[rows] for name, array in batch.items()}
+
+
+def test_a_mapped_file_is_known_by_its_name(tmp_path):
+    np.save(tmp_path / "a.npy", IDS)
+    IDS.tofile(tmp_path / "a.bin")
+    mapped = np.memmap(tmp_path / "a.bin", np.uint16, mode="r")
+    assert str(token_file(mapped)) == f"{tmp_path}/a.bin:uint16"
+    assert str(token_file(np.load(tmp_path / "a.npy", mmap_mode="r"))) == f"{tmp_path}/a.npy"
+    for part in (mapped[:-1], mapped[1:], np.memmap(tmp_path / "a.bin", np.int16, mode="r"), np.array(mapped)):
+        assert token_file(part) is None
 
 
 def test_a_vocabulary_ends_its_documents_as_its_tokenizer_does():
@@ -307,7 +317,12 @@ def test_a_run_on_files_is_evaluated_and_generates_from_its_directory(tmp_path):
 
 
 def test_data_of_a_program_is_not_kept(tmp_path):
-    train_and_evaluate(run_config(), tmp_path / "run", train_data=DOCUMENTS, validation_data=IDS[:100])
+    figures = train_and_evaluate(run_config(), tmp_path / "run", train_data=DOCUMENTS, validation_data=IDS[:100])
+    with pytest.raises(DataError, match=r"data\.validation_files = '': must name"):
+        load_run(tmp_path / "run").run.split("validation")
+    trained = load_run(tmp_path / "run", validation_data=IDS[:100])
+    report = evaluate_run(trained, trained.run.split("validation"), split="validation")
+    assert report["figures"]["loss"] == pytest.approx(figures["loss"], rel=1e-6)
     with pytest.raises(DataError, match=r"data\.train_files = '': must name a .npy or .bin file"):
         train_and_evaluate(run_config(), tmp_path / "other")
 

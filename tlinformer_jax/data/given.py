@@ -17,6 +17,7 @@ follows it, by which data that has changed, or comes in another order, is notice
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -80,9 +81,14 @@ TokenData = np.ndarray | str | pathlib.Path | TokenFile | Iterable[Any]
 
 
 def token_file(data: Any) -> TokenFile | None:
-    """The whole file that the data is read from, if it is one."""
+    """The file that the data is, as a whole; None if it is none, or a part of one."""
     if isinstance(data, TokenFile):
         return data
+    if isinstance(data, np.memmap) and str(data.filename).endswith((".npy", ".bin")):
+        file = TokenFile(str(data.filename), data.dtype.name)
+        whole = os.path.getsize(file.path) == data.offset + data.nbytes
+        known = data.offset > 0 if str(file.path).endswith(".npy") else not data.offset and data.dtype.name in DTYPES
+        return file if whole and known else None
     if isinstance(data, str | pathlib.Path):
         return TokenFile.parse(str(data))
     return None
@@ -125,7 +131,11 @@ def array_stream(ids: np.ndarray, name: str, path: str = "") -> TokenStream:
 
 
 def given_loader(
-    data: Mapping[str, TokenData | None], vocab_size: int, batch_size: int, positions: pathlib.Path | None, writes: bool
+    data: Mapping[str, TokenData | None],
+    vocab_size: int,
+    batch_size: int = 1,
+    positions: pathlib.Path | None = None,
+    writes: bool = False,
 ) -> Callable[[DataConfig, str, Tokenizer], TokenStream]:
     """What `sources.load_split` is for files, for the caller's data.
 
@@ -138,7 +148,7 @@ def given_loader(
     """
 
     def load(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
-        given, name = data[split], f"{split}_data"
+        given, name = data.get(split), f"{split}_data"
         if file := token_file(given):
             return array_stream(file.open(), name, str(file))
         if hasattr(given, "__array__"):
