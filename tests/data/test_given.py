@@ -334,7 +334,11 @@ def test_data_of_a_program_is_not_kept(tmp_path):
         (run_config(tokenizer="ids:2"), {}, "data.tokenizer = 'ids:2': must be ids:V with V from 4"),
         (run_config(), {"validation_data": None}, "validation_data: must be given too"),
         (run_config(), {"validation_data": IDS[:5]}, "the validation split has only 5 tokens"),
-        (run_config(), {"validation_data": IDS[:50] + 100}, "split 'validation' of data.dataset = tokens: token id 1"),
+        (
+            run_config(),
+            {"validation_data": IDS[:50] + 100},
+            "split 'validation' of data.dataset = tokens, position 0: token id 1",
+        ),
         (run_config(), {"train_data": -IDS.astype(int)}, "token id -.* is outside the vocabulary"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.data.batches import ALL, Batch, Reader, Rows, TrainingBatches
-from tlinformer_jax.data.streams import TokenStream, in_threads
+from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabulary
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import open_own, read_own
 
@@ -158,8 +158,7 @@ class Shape:
         if ids.ndim not in (1, 2):
             raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; it is {list(ids.shape)}")
         for wrong in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
-            allowed = f"model.vocab_size = {self.vocab_size} allows 0 to {self.vocab_size - 1}"
-            raise DataError(f"{where}: token id {int(wrong)} is outside the vocabulary; {allowed}")
+            raise outside_vocabulary(where, int(wrong), self.vocab_size)
         return ids
 
     def _batch(self, item: Mapping[str, Any], where: str) -> Batch:

@@ -47,10 +47,13 @@ def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
         part = _mapped_anew(stream.tokens, start, _CHECKED_AT_ONCE)
         if int(part.max()) >= vocab_size or int(part.min()) < 0:
             where = int(np.argmax((part >= vocab_size) | (part < 0)))
-            raise DataError(
-                f"{name}: token id {int(part[where])} at position {start + where} is outside the vocabulary; "
-                f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}"
-            )
+            raise outside_vocabulary(f"{name}, position {start + where}", int(part[where]), vocab_size)
+
+
+def outside_vocabulary(where: str, token: int, vocab_size: int) -> DataError:
+    """What is said of an id that the model does not know."""
+    allowed = f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}; by default it is that of data.tokenizer"
+    return DataError(f"{where}: token id {token} is outside the vocabulary; {allowed}")
 
 
 def _mapped_anew(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
