@@ -96,7 +96,7 @@ def test_rows_and_counts(tmp_path, monkeypatch, manual, kind, variant):
         write_parquet(place)
     config = config_for(tmp_path, manual_dir=str(manual), dataset=variant)
     for split, rows in ROWS.items():
-        assert list(known.read_rows(config, split)) == rows
+        assert list(known.read_documents(config, split)) == [(row, True) for row in rows]
         stream = load_split(config, split, ByteTokenizer())
         expected = np.concatenate([[*row.encode(), 256] for row in rows])
         np.testing.assert_array_equal(stream.tokens, expected)
@@ -223,7 +223,7 @@ def test_the_zip_is_downloaded_once_by_a_named_client(tmp_path, monkeypatch, man
             urllib.request.urlopen(url)
         expect_zip(monkeypatch, data, url=url)
         for split in ("test", "train"):
-            assert list(known.read_rows(config_for(tmp_path), split)) == ROWS[split]
+            assert [row for row, _ in known.read_documents(config_for(tmp_path), split)] == ROWS[split]
         assert len(agents) == 2
         assert "tlinformer_jax" in agents[-1]
 

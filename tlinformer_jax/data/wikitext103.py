@@ -75,12 +75,11 @@ def identity(config: DataConfig, split: str) -> dict[str, Any]:
 
 
 def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
-    """Every row is a document."""
-    return ((row, True) for row in read_rows(config, split))
+    """The rows of a split in order, each a document, from `manual_dir` if it is given, else from the downloaded zip."""
+    return ((row if row.strip() else "", True) for row in _rows(config, split))
 
 
-def read_rows(config: DataConfig, split: str) -> Iterator[str]:
-    """The rows of a split in order, from `manual_dir` if it is given, else from the downloaded zip."""
+def _rows(config: DataConfig, split: str) -> Iterator[str]:
     facts = VARIANTS[config.dataset]
     check_manual_dir(config)
     directory = pathlib.Path(config.manual_dir) if config.manual_dir else config.cache_path / "downloads"
@@ -88,7 +87,7 @@ def read_rows(config: DataConfig, split: str) -> Iterator[str]:
     if config.manual_dir and not path.is_file():
         if paths := facts.parquet_files(directory, split):
             advance = progress("reading parquet files", sum(path.stat().st_size for path in paths))
-            return (_row(text or "") for path in paths for text in read_column(path, "text", advance))
+            return (text or "" for path in paths for text in read_column(path, "text", advance))
         raise DataError(f"{directory}: parquet files of other splits, but no {split}-*-of-*.parquet")
     if not path.is_file():
         _download(config, facts, path)
@@ -171,10 +170,6 @@ def _zip_rows(path: pathlib.Path, member: str) -> Iterator[str]:
             advance = progress(f"reading {member}", archive.getinfo(member).file_size)
             for number, line in enumerate(file, 1):
                 advance(len(line))
-                yield _row(decode_line(line, f"{path}: {member}", number))
+                yield decode_line(line, f"{path}: {member}", number)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DataError(f"{path}: {member} cannot be read ({error})") from None
-
-
-def _row(line: str) -> str:
-    return line if line.strip() else ""
