@@ -68,15 +68,14 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[Sp
 
 def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | None:
     """A split if its tokens are at hand without writing anything, else None; raises what `load_split` does."""
-    text = None
     if config.dataset == TOKENS:
         return given.load_token_file(config, split)
-    if source := _source(config, split):
-        text = find_tokens(config.cache_path, _identity(source, tokenizer))
-        if text is None:
-            if config.dataset in wikitext103.VARIANTS:
-                wikitext103.check_manual_dir(config)
-            return None
+    source = _source(config, split)
+    text = find_tokens(config.cache_path, _identity(source, tokenizer)) if source else None
+    if source and text is None:
+        if config.dataset in wikitext103.VARIANTS:
+            wikitext103.check_manual_dir(config)
+        return None
     return _split_of(text, config, split, tokenizer)
 
 
@@ -119,10 +118,8 @@ def _encoded(
 
 def _source(config: DataConfig, split: str) -> Source | None:
     """Where a split's text comes from; None for the embedded corpus, and for tasks without text."""
-    module = (
-        tfds if config.dataset.startswith(TFDS) else wikitext103 if config.dataset in wikitext103.VARIANTS else None
-    )
-    if module:
+    if config.dataset.startswith(TFDS) or config.dataset in wikitext103.VARIANTS:
+        module = tfds if config.dataset.startswith(TFDS) else wikitext103
         identity, documents = (
             functools.partial(part, config, split) for part in (module.identity, module.read_documents)
         )
