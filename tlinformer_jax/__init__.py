@@ -15,6 +15,7 @@ _HOMES = {
     "DualWindowBlock": "tlinformer_jax.models",
     "LanguageModel": "tlinformer_jax.models",
     "train_and_evaluate": "tlinformer_jax.training.loop",
+    "TokenFile": "tlinformer_jax.data.given",
     "Callback": "tlinformer_jax.training.callbacks",
     "Call": "tlinformer_jax.training.callbacks",
     "TrainingView": "tlinformer_jax.training.callbacks",

@@ -135,11 +135,16 @@ def own_folder(path: pathlib.Path) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
     """Writes a file whole or not at all; it is on the disk when this returns. A link of its name is replaced."""
     draft = path.with_name(f"{path.name}.draft")
     draft.unlink(missing_ok=True)  # left by a kill, or a link to some other file
-    with open(draft, "x", encoding="utf-8") as file:
-        file.write(text)
+    with open(draft, "xb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tlinformer_jax.data.batches import TrainingBatches, prefetched
+from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import DataError
 
@@ -25,7 +25,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("rows", [slice(None), np.arange(4), np.array([1, 2, 7])], ids=str)
 def test_the_stream_is_the_plain_one_from_any_step(rows):
     for start in (0, 1, 9):
-        with contextlib.closing(prefetched(BATCHES, start, rows)) as reader:
+        with contextlib.closing(BATCHES.prefetched(start, rows)) as reader:
             for step, batch in enumerate(itertools.islice(reader, 20), start):  # five epochs
                 assert_same(batch, BATCHES.batch(step, rows))
 
@@ -33,7 +33,7 @@ def test_the_stream_is_the_plain_one_from_any_step(rows):
 def test_a_resumed_run_may_use_another_number_of_processes():
     parts = []
     for process in range(4):
-        with contextlib.closing(prefetched(BATCHES, 1, np.arange(2 * process, 2 * process + 2))) as reader:
+        with contextlib.closing(BATCHES.prefetched(1, np.arange(2 * process, 2 * process + 2))) as reader:
             parts.append(next(reader)["inputs"])
     np.testing.assert_array_equal(np.concatenate(parts), BATCHES.batch(1)["inputs"])
 
@@ -47,7 +47,7 @@ def test_batches_are_prepared_ahead(monkeypatch):
         return plain(self, step, *arguments)
 
     monkeypatch.setattr(TrainingBatches, "batch", noted)
-    with contextlib.closing(prefetched(BATCHES, 5, ahead=4)) as reader:
+    with contextlib.closing(BATCHES.prefetched(5, ahead=4)) as reader:
         next(reader)
         deadline = time.monotonic() + 10
         while len(asked) < 5 and time.monotonic() < deadline:
@@ -58,7 +58,7 @@ def test_batches_are_prepared_ahead(monkeypatch):
 
 def test_closing_ends_the_threads():
     before = threading.active_count()
-    reader = prefetched(BATCHES)
+    reader = BATCHES.prefetched(0)
     next(reader)
     assert threading.active_count() > before
     reader.close()
@@ -71,4 +71,4 @@ def test_an_error_while_reading_reaches_the_caller(monkeypatch):
 
     monkeypatch.setattr(TrainingBatches, "batch", fail)
     with pytest.raises(DataError, match="the file is gone"):
-        next(prefetched(BATCHES))
+        next(BATCHES.prefetched(0))

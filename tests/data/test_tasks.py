@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.data import draws
+from tlinformer_jax.data import tasks
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.passkey import KEY_DIGITS
 from tlinformer_jax.data.pydoc import pydoc_articles
@@ -27,20 +27,20 @@ def split_of(config: DataConfig, name: str = "train") -> TaskSplit:
 
 
 def test_random_words_are_splitmix64_and_depend_on_their_place_alone():
-    known = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * draws.GOLDEN
-    assert draws._mixed(known).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    words = draws.random_bits(draws.key_of("a"), np.arange(100), 7)
-    np.testing.assert_array_equal(draws.random_bits(draws.key_of("a"), np.array([42, 3]), 5), words[[42, 3], :5])
+    known = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * tasks.GOLDEN
+    assert tasks.mixed(known).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    words = tasks.random_bits(tasks.key_of("a"), np.arange(100), 7)
+    np.testing.assert_array_equal(tasks.random_bits(tasks.key_of("a"), np.array([42, 3]), 5), words[[42, 3], :5])
     assert len(set(words.ravel().tolist())) == 700
-    assert not (words == draws.random_bits(draws.key_of("b"), np.arange(100), 7)).any()
+    assert not (words == tasks.random_bits(tasks.key_of("b"), np.arange(100), 7)).any()
 
 
 def test_distinct_numbers_in_every_order_equally_often():
-    found = draws.distinct(draws.random_bits(1, np.arange(24_000), 4), 4)
+    found = tasks.distinct(tasks.random_bits(1, np.arange(24_000), 4), 4)
     counts = collections.Counter(map(tuple, found.tolist()))
     assert set(counts) == set(itertools.permutations(range(4), 2))
     assert max(abs(count - 2000) for count in counts.values()) < 4.5 * 2000**0.5
-    assert sorted(draws.distinct(draws.random_bits(1, np.arange(1), 20), 10)[0].tolist()) == list(range(10))
+    assert sorted(tasks.distinct(tasks.random_bits(1, np.arange(1), 20), 10)[0].tolist()) == list(range(10))
 
 
 def test_recall_asks_for_every_pair_once():

@@ -227,3 +227,32 @@ def test_an_endless_line_is_read_in_bounded_steps_and_not_to_its_end(tmp_path, m
     message = rf"a\.{kind}\{ending}: holds a line of more than 1,048,576 bytes; cut it into several"
     with pytest.raises(DataError, match=message):
         list(read_documents(path, "lines", "text", reads.append))
+
+
+TABLE = {"title": ["a", "b", "c", "d"], "text": ["First é\n", None, "", "Second"], "year": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "arrow stream"])
+def test_a_column_of_text_has_a_document_a_row(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    ipc, parquet = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow.parquet")
+    table, path = pyarrow.table(TABLE), tmp_path / f"a.{kind.split()[0]}"
+    if kind == "parquet":
+        parquet.write_table(table, path, row_group_size=2)
+    else:
+        with (ipc.new_file if kind == "arrow" else ipc.new_stream)(str(path), table.schema) as writer:
+            for batch in table.to_batches(max_chunksize=2):
+                writer.write_batch(batch)
+    assert find_files(str(path), "data.train_files") == [path]
+    assert documents(path) == ["First é\n", "Second"]
+    assert documents(path, text_field="title", dataset="lines") == ["a", "b", "c", "d"]
+    for field, message in (
+        ("body", "no column 'body' .data.text_field.; it has 'title', 'text', 'year'"),
+        ("year", "not int64"),
+    ):
+        with pytest.raises(DataError, match=message):
+            documents(path, text_field=field)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=rf"a\.{path.suffix[1:]}: cannot be read as {path.suffix[1:]}") as caught:
+        documents(path)
+    assert "\n" not in str(caught.value)

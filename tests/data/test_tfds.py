@@ -48,7 +48,7 @@ def test_every_record_is_a_document(builder, tmp_path):
         tokens = np.array(stream.tokens)
         documents = bytes(np.where(tokens == BYTES.end_of_text, 0, tokens).astype(np.uint8)).split(b"\0")[:-1]
         assert sorted(documents) == sorted(text.encode() for text in texts)
-    assert open_split(config, "train", BYTES).found
+    assert open_split(config, "train", BYTES)[1]
 
 
 def test_mistakes_are_one_line(builder, tmp_path):

@@ -155,9 +155,9 @@ def test_reading_and_tokenising_import_no_jax(tmp_path):
 def test_a_second_opening_finds_the_cache(tmp_path):
     write_corpus(tmp_path / "a.jsonl", documents=2)
     first, second = (open_split(config_for(tmp_path), "train", BYTES) for _ in range(2))
-    assert (first.found, second.found) == (False, True)
-    np.testing.assert_array_equal(first.stream.tokens, second.stream.tokens)
-    assert {**vars(first.stream), "tokens": None} == {**vars(second.stream), "tokens": None}
+    assert (first[1], second[1]) == (False, True)
+    np.testing.assert_array_equal(first[0].tokens, second[0].tokens)
+    assert {**vars(first[0]), "tokens": None} == {**vars(second[0]), "tokens": None}
 
 
 def test_what_the_tokens_depend_on_makes_another_cache(tmp_path):
@@ -167,7 +167,7 @@ def test_what_the_tokens_depend_on_makes_another_cache(tmp_path):
     load_split(config, "train", BYTES)
 
     def is_found(config, tokenizer=BYTES):
-        return open_split(config, "train", tokenizer).found
+        return open_split(config, "train", tokenizer)[1]
 
     assert is_found(config)
     assert not is_found(config_for(tmp_path, dataset="lines"))
@@ -206,12 +206,12 @@ def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, capsys, damage):
         meta.write_text("[" * 100_000)
     else:
         (meta if damage == "no meta" else tokens).unlink()
-    opened = open_split(config_for(tmp_path), "train", BYTES)
-    assert not opened.found
+    stream, found = open_split(config_for(tmp_path), "train", BYTES)
+    assert not found
     assert "damaged token cache" in capsys.readouterr().err
-    np.testing.assert_array_equal(opened.stream.tokens, expected)
-    assert opened.stream.num_bytes == sum(len(text.encode()) for text in texts)
-    assert open_split(config_for(tmp_path), "train", BYTES).found
+    np.testing.assert_array_equal(stream.tokens, expected)
+    assert stream.num_bytes == sum(len(text.encode()) for text in texts)
+    assert open_split(config_for(tmp_path), "train", BYTES)[1]
     assert caches(tmp_path) == [directory]
 
 
@@ -279,11 +279,11 @@ def _run_child(tmp_path: pathlib.Path, before: str = "", **changes) -> subproces
         from tlinformer_jax.errors import UserError
         config = {config_for(tmp_path, **changes)!r}
         try:
-            opened = open_split(config, "train", build_tokenizer(config.tokenizer))
+            stream, found = open_split(config, "train", build_tokenizer(config.tokenizer))
         except UserError as error:
             raise SystemExit(str(error))
-        check_token_ids(opened.stream, 1 << 20, "train")  # as every user of a split does
-        print(len(opened.stream.tokens), opened.found)
+        check_token_ids(stream, 1 << 20, "train")  # as every user of a split does
+        print(len(stream.tokens), found)
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes)
@@ -299,7 +299,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
     assert "the token cache cannot be written (File too large); see data.cache_dir" in message
     assert len(message.strip().splitlines()) == 1
     assert caches(tmp_path) == []
-    assert not open_split(config_for(tmp_path), "train", BYTES).found
+    assert not open_split(config_for(tmp_path), "train", BYTES)[1]
 
 
 def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path):
@@ -313,30 +313,24 @@ def test_kill_in_the_middle_of_tokenising_then_a_correct_second_run(tmp_path):
     assert child.returncode == -signal.SIGKILL
     (left,) = caches(tmp_path)
     assert ".tmp-" in left.name
-    opened = open_split(config_for(tmp_path, tokenizer="gpt2"), "train", tokenizer)
-    assert not opened.found
+    stream, found = open_split(config_for(tmp_path, tokenizer="gpt2"), "train", tokenizer)
+    assert not found
     expected = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts])
-    np.testing.assert_array_equal(opened.stream.tokens, expected)
+    np.testing.assert_array_equal(stream.tokens, expected)
     (made,) = caches(tmp_path)  # and what the killed run left is gone
     assert ".tmp-" not in made.name
 
 
-def test_a_killed_runs_remains_are_cleaned_also_by_another_corpus(tmp_path):
+def test_what_a_killed_run_has_left_is_removed_and_another_hosts_is_not(tmp_path):
     write_corpus(tmp_path / "a.jsonl", documents=1)
-    (tmp_path / "b.txt").write_text("another corpus")
     load_split(config_for(tmp_path), "train", BYTES)
     (made,) = caches(tmp_path)
-    node = os.uname().nodename
-    stale = made.with_name(f"{'0' * 32}.tmp-{node}-1-1")
-    foreign = made.with_name(f"{'1' * 32}.tmp-another.host-1-1")
-    live = made.with_name(f"{'2' * 32}.tmp-{node}-1-1")
-    for path in (stale, foreign, live):
+    stale, foreign = (made.with_name(f"{made.name}.tmp-{node}-1-1") for node in (os.uname().nodename, "another.host"))
+    for path in (stale, foreign):
         path.mkdir()
-    with cache.exclusive(made.with_name(f"{'2' * 32}.lock")):
-        load_split(config_for(tmp_path, train_files=str(tmp_path / "b.txt")), "train", BYTES)
-    assert not stale.exists()
-    assert foreign.exists()
-    assert live.exists()
+    (made / cache.TOKENS_FILE).unlink()  # so that it is made again
+    load_split(config_for(tmp_path), "train", BYTES)
+    assert caches(tmp_path) == [made, foreign]
 
 
 @pytest.mark.parametrize("locks", ["with locks", "without locks"])

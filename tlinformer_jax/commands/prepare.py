@@ -4,10 +4,11 @@ Downloads what is needed, tokenises every split that the configuration names, an
 training run with the same data section finds the result in the cache.
 """
 
+import time
 from collections.abc import Iterator
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.data import TOKENS, DataConfig
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.data.sources import available_splits, open_split
 from tlinformer_jax.data.streams import check_token_ids
@@ -19,29 +20,29 @@ from tlinformer_jax.errors import DataError
 def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
     """Prepares every split that `config` has text for; yields a line on each as soon as it is done.
 
-    Args:
-      config: the data section.
-      vocab_size: of the model that is to be trained; the tokenizer must fit it.
-
-    Raises:
-      UserError: for whatever is wrong with the configuration, the files, the cache or the download.
+    The tokenizer must fit `vocab_size`, that of the model that is to be trained.
     """
     tokenizer = build_tokenizer(config.tokenizer)
     if vocab_size is not None:
         check_vocab(tokenizer, vocab_size)
     splits = available_splits(config)
     if not splits:
-        raise DataError("data.train_files = '': data.dataset = 'text' needs a path or glob of .txt or .jsonl files")
+        kinds = "a .npy or .bin file" if config.dataset == TOKENS else "a path or glob of .txt or .jsonl files"
+        raise DataError(f"data.train_files = '': data.dataset = {config.dataset!r} needs {kinds}")
     for split in splits:
-        opened = open_split(config, split, tokenizer)
-        stream = opened.stream
+        start = time.monotonic()
+        stream, found = open_split(config, split, tokenizer)
+        seconds = max(time.monotonic() - start, 1e-9)
         if isinstance(stream, TaskSplit):
             yield f"{split}: {stream.count:,} samples of {config.dataset!r}, made as they are read"
             continue
         check_token_ids(stream, tokenizer.vocab_size, split)
-        tokens, seconds = len(stream.tokens), max(opened.seconds, 1e-9)
+        tokens = len(stream.tokens)
+        if config.dataset == TOKENS:
+            yield f"{split}: {tokens:,} tokens, read where they lie"
+            continue
         speed = f"{tokens / seconds:,.0f} tokens/s, {stream.num_bytes / 1e6 / seconds:.2f} MB/s"
-        how = f"found in the cache in {seconds:.2f} s" if opened.found else f"tokenised in {seconds:.1f} s: {speed}"
+        how = f"found in the cache in {seconds:.2f} s" if found else f"tokenised in {seconds:.1f} s: {speed}"
         yield (
             f"{split}: {tokens:,} tokens, {stream.num_documents:,} documents, {stream.num_bytes:,} bytes, "
             f"{stream.num_bytes / tokens:.3f} bytes per token, {how}"

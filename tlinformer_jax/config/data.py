@@ -13,7 +13,8 @@ from tlinformer_jax.files import path_fault
 TASKS = ("recall", "copy", "passkey")
 WIKITEXT = ("wikitext103", "wikitext103-raw")
 TEXT_FILES = ("text", "lines")
-DATASETS = ("pydoc", *TEXT_FILES, *WIKITEXT, *TASKS)
+TOKENS = "tokens"
+DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *WIKITEXT, *TASKS)
 TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
@@ -42,18 +43,21 @@ class DataConfig:
 
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
-        of a .txt is a document), "wikitext103" (with <unk>, the paper's), "wikitext103-raw", "tfds:NAME" (of TensorFlow
-        Datasets), or a task whose samples are generated: "recall", "copy", "passkey" (see `data.recall`, `data.tasks`,
-        `data.passkey`).
-      tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`. PATH:ENTRY names the entry of its
-        vocabulary that ends a text; without, the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
-        "recall" and "copy".
+        of a .txt is a document), "tokens" (your own token ids, see `data.given`), "wikitext103" (with <unk>, the
+        paper's), "wikitext103-raw", "tfds:NAME" (of TensorFlow Datasets), or a task whose samples are generated:
+        "recall", "copy", "passkey" (see `data.tasks`, `data.passkey`).
+      tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`, of a folder that holds one, or of a
+        sentencepiece `.model`. FILE.json:ENTRY names the entry of its vocabulary that ends a text; without, a folder's
+        `tokenizer_config.json` says it, or the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
+        "recall" and "copy". "ids:V" is for "tokens" of no text: V ids, and one more that ends a document.
       sequence_length: N, tokens a sample.
-      train_files: [text, lines] comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst. [passkey]
-        the text that keys are hidden in, read as "text"; "" is that of "pydoc".
+      train_files: [text, lines] comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst, and of
+        .parquet and .arrow files. [passkey]
+        the text that keys are hidden in, read as "text"; "" is that of "pydoc". [tokens] one .npy file, or one of raw
+        little-endian ids: FILE.bin (uint16) or FILE.bin:uint32.
       validation_files: the same for the validation split.
       test_files: the same for the test split. [passkey] "" hides the test keys in the validation text.
-      text_field: [text, lines, tfds] the field of a .jsonl line or of a record that holds the document.
+      text_field: [text, lines, tfds] the field of a .jsonl line or of a record, or the column, that holds the document.
       manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip. [tfds] its data_dir.
       cache_dir: where downloads and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
       examples: [tasks] different samples of the training split; an epoch takes each once.
@@ -97,6 +101,8 @@ class DataConfig:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
         if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):
             raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'recall' and 'copy'")
+        if self.tokenizer.startswith("ids:") and self.dataset != TOKENS:
+            raise ConfigError("data.tokenizer", self.tokenizer, f"is for data.dataset = {TOKENS!r}")
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
         if not 1 <= self.sequence_length < 2**31:
@@ -164,7 +170,7 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
         value = values.get(name)
         if not isinstance(value, str) or not value or _path_fault(name, value):
             continue
-        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith("numbers:")):
+        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith(("numbers:", "ids:"))):
             continue
         try:
             here = os.path.abspath(base)

@@ -1,30 +1,28 @@
-"""Batches: which samples of a token stream make update `step`, as plain index arithmetic.
+"""Where a batch is made: which samples of a token stream make update `step`, as plain index arithmetic.
 
-Sample i of a stream is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels; the remainder is
-dropped. Every epoch visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function
-of the update's number, so that number is the whole state of the data pipeline. A process that computes only some rows
-of the batch reads only those, of the same global stream.
+Sample i is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels; the remainder is dropped. Every epoch
+visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function of the update's number, so
+that number is all that a resumed run needs. A process that computes only some rows of a batch reads only those.
 
 A split may also be a task, whose samples are generated (`data.tasks`).
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from tlinformer_jax.config.data import Stage, stage_at
-from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.streams import RowStream, TokenStream, in_threads
 from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 # Rows of a batch: those that one process reads.
 Rows = np.ndarray | slice
+Reader = Generator[Batch, None, None]
 ALL = slice(None)
 
 
@@ -39,6 +37,15 @@ def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
     return -(-labels // sequence_length) if rest else labels // sequence_length
 
 
+def check_holds_a_sample(stream: Split, sequence_length: int, name: str, rest: bool = False) -> None:
+    """Refuses (DataError) a split that is shorter than one sample, or with `rest`, than two tokens."""
+    if not isinstance(stream, TaskSplit) and num_samples(stream, sequence_length, rest) < 1:
+        raise DataError(
+            f"data.sequence_length = {sequence_length}: the {name} has only {len(stream.tokens)} tokens; "
+            "it must hold at least one sample of sequence_length + 1"
+        )
+
+
 def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Batch:
     """Returns {inputs, labels: int32 [batch, N], weights: float32 [batch, N]} of the samples `indices`.
 
@@ -47,6 +54,9 @@ def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Ba
     """
     if isinstance(stream, TaskSplit):
         return take_task_samples(stream, sequence_length, indices)[0]
+    if isinstance(stream, RowStream):
+        real = (indices >= 0)[:, None]
+        return {name: np.where(real, array[indices], 0).astype(array.dtype) for name, array in stream.rows.items()}
     rows = np.zeros((len(indices), sequence_length + 1), np.int32)
     weights = np.zeros((len(indices), sequence_length), np.float32)
     for row, weight, index in zip(rows, weights, indices, strict=True):
@@ -61,8 +71,7 @@ def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Ba
 def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which epoch `epoch` visits `count` samples, int64 [count]; read-only.
 
-    The same on every host, platform and numpy version: numpy promises stable streams for seed sequences and raw
-    bits, but not for `Generator.permutation`.
+    From raw bits, which numpy promises to keep from version to version, unlike `Generator.permutation`.
     """
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
     order = np.argsort(raw, kind="stable")
@@ -80,11 +89,9 @@ class TrainingBatches:
       batch_size: sequences an update, all processes together.
       seed: of the order.
       equal_updates: True: epochs follow each other without a gap, so every update is full. False, as in the paper: an
-        epoch's last update holds what is left of the epoch, padded with rows of weight 0, and rows are weighted by
-        `paper_gradient_weights`.
-      micro_batch: rows of a micro-batch; only read if `equal_updates` is False, and then it must divide the batch.
-      stages: the first updates, on shorter samples, of which a row of the batch holds as many as have N tokens; only
-        if updates are equal. Each takes all its updates here.
+        epoch's last update holds what is left of the epoch, and `paper_gradient_weights` weighs its rows.
+      micro_batch: rows of a micro-batch, which divides the batch; only read if `equal_updates` is False.
+      stages: the first updates, on shorter samples, of which a row of the batch holds as many as have N tokens.
     """
 
     stream: Split
@@ -96,11 +103,7 @@ class TrainingBatches:
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stream, TaskSplit) and self.samples_per_epoch < 1:
-            raise DataError(
-                f"data.sequence_length = {self.sequence_length}: the training split has only "
-                f"{len(self.stream.tokens)} tokens; it must hold at least one sample of sequence_length + 1"
-            )
+        check_holds_a_sample(self.stream, self.sequence_length, "training split")
 
     @property
     def samples_per_epoch(self) -> int:
@@ -108,13 +111,14 @@ class TrainingBatches:
 
     def updates_for_epochs(self, epochs: int) -> int:
         """The number of updates after which every sample has been seen `epochs` times."""
-        if self.equal_updates:
-            updates, samples = 0, epochs * self.samples_per_epoch
-            for length, count, _ in self.stages:
-                here = min(count, -(-samples // (self.batch_size * (self.sequence_length // length))))
-                updates, samples = updates + here, samples - here * self.batch_size * (self.sequence_length // length)
-            return updates + max(0, -(-samples // self.batch_size))
-        return epochs * -(-self.samples_per_epoch // self.batch_size)
+        if not self.equal_updates:
+            return epochs * -(-self.samples_per_epoch // self.batch_size)
+        updates, samples = 0, epochs * self.samples_per_epoch
+        for length, count, _ in self.stages:
+            size = self.batch_size * (self.sequence_length // length)
+            here = min(count, -(-samples // size))
+            updates, samples = updates + here, samples - here * size
+        return updates + max(0, -(-samples // self.batch_size))
 
     def length(self, step: int) -> int:
         """Tokens of a sample of update `step`."""
@@ -139,26 +143,25 @@ class TrainingBatches:
 
     def batch(self, step: int, rows: Rows = ALL) -> Batch:
         """The given rows of update `step`, in their order; of each row all samples that it holds."""
-        indices, length = self.indices(step), self.length(step)
+        indices = self.indices(step)
         chosen = indices.reshape(self.batch_size, -1)[rows].reshape(-1)
-        batch = take_samples(self.stream, length, chosen)
+        batch = take_samples(self.stream, self.length(step), chosen)
         if not self.equal_updates:
             weights = paper_gradient_weights(int((indices >= 0).sum()), self.batch_size, self.micro_batch)
             batch["weights"] *= weights[rows, None]
         return batch
+
+    def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4) -> Reader:
+        """The batches, or rows of them, from update `start_step` on; closing the generator ends the threads."""
+        return in_threads(lambda step: self.batch(step, rows), itertools.count(start_step), num_threads, ahead)
 
 
 def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int) -> np.ndarray:
     """The weight of each row of an update in the paper's gradient, float32 [batch_size].
 
     The paper adds up the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, also at an
-    epoch's end, where fewer micro-batches are left and the last may be short: its rows then count more each. The
-    gradient is the mean over all `batch_size` rows of (this weight x the row's mean loss).
-
-    Args:
-      real_samples: rows that are not padding; they come first.
-      batch_size: rows of a full update.
-      micro_batch: m, which divides `batch_size`.
+    epoch's end, where fewer micro-batches are left and the last may be short: its rows then count more each. The first
+    `real_samples` rows are no padding. The gradient is the mean over all rows of (this weight x the row's mean loss).
     """
     weights = np.zeros(batch_size, np.float32)
     short = real_samples % micro_batch
@@ -173,37 +176,11 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yields the given rows of every batch of a split, samples once and in order; the last batch is padded.
 
-    With `rest`, the tokens after the last whole sample come too, padded, so that every token but the first is
-    predicted once.
-
-    Raises:
-      DataError: if the split is shorter than one sample, or with `rest`, than two tokens.
+    With `rest`, the tokens after the last whole sample come too, padded: every token but the first is predicted once.
     """
+    check_holds_a_sample(stream, sequence_length, "split", rest)
     count = num_samples(stream, sequence_length, rest)
-    if count < 1:
-        raise DataError(
-            f"data.sequence_length = {sequence_length}: the split has only {len(stream.tokens)} tokens; "
-            "it must hold at least one sample of sequence_length + 1"
-        )
     for start in range(0, count, batch_size):
         indices = np.arange(start, start + batch_size)
         indices[indices >= count] = -1
         yield take_samples(stream, sequence_length, indices[rows])
-
-
-def prefetched(
-    batches: TrainingBatches, start_step: int = 0, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4
-) -> Generator[Batch, None, None]:
-    """Yields the batches, or rows of them, from update `start_step` on; `num_threads` threads keep `ahead` ready.
-
-    Closing the generator ends the threads.
-    """
-    executor = ThreadPoolExecutor(num_threads, thread_name_prefix="batches")
-    pending: collections.deque[Future[Batch]] = collections.deque()
-    try:
-        for step in itertools.count(start_step):
-            pending.append(executor.submit(batches.batch, step, rows))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)

@@ -1,13 +1,12 @@
-"""The token cache: streams tokenised once, kept in a directory each, memory-mapped afterwards.
+"""Where tokens are cached: each split tokenised once, kept in a directory of its own, memory-mapped afterwards.
 
     CACHE_DIR/tokens/<key>/meta.json    what it was made from, counts, size and hashes of tokens.bin, and its own hash
     CACHE_DIR/tokens/<key>/tokens.bin   the ids, in the smallest unsigned type that fits the vocabulary
     CACHE_DIR/tokens/<key>.lock         held while the cache is being made
     CACHE_DIR/tokens/<key>.tmp-*        one being made, or left by a run that was killed
 
-A cache is made in a temporary directory, flushed to the disk and renamed, so one that exists under its name is
-complete. The lock lets a second process wait instead of working twice. On a file system without locks both work, and
-the first to rename wins, with equal content.
+A cache is made in a temporary directory, flushed to the disk and renamed, so one under its name is complete. The lock
+spares a second process the work. On a file system without locks both work, and the first to rename wins.
 """
 
 import contextlib
@@ -35,22 +34,13 @@ FORMAT = 3  # part of every cache's key, so that other formats are never opened
 META_FILE = "meta.json"
 TOKENS_FILE = "tokens.bin"
 ENDS = 1 << 20  # bytes hashed at a file's head and at its tail
-FOREIGN_AGE = 86400.0  # seconds after which another host's temporary directory counts as abandoned
 
 Identity = dict[str, Any]
 Encode = Callable[[], Generator[Encoded, None, None]]
 
 
-class Damaged(Exception):
-    """A cache whose content is not what its meta.json says."""
-
-
 def file_identity(path: pathlib.Path) -> Identity:
-    """Path, size, modification time [ns] and hash of head and tail of a file.
-
-    Raises:
-      DataError: if the file cannot be read.
-    """
+    """Path, size, modification time [ns] and hash of head and tail of a file."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -63,18 +53,10 @@ def file_identity(path: pathlib.Path) -> Identity:
 
 
 def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:
-    """Opens the token cache of `identity`, making it first where there is none.
+    """Opens the tokens of `identity`, all that they depend on as JSON, below the cache directory `root`.
 
-    Args:
-      root: the cache directory.
-      identity: all that the tokens depend on, as JSON.
-      encode: yields the tokens and their counts in order.
-
-    Returns:
-      The stream, memory-mapped, and whether the cache was found.
-
-    Raises:
-      DataError: if the cache cannot be written, or from `encode`.
+    Where there are none, `encode` first yields them and their counts in order. Returns the stream, memory-mapped, and
+    whether it was found. A cache that cannot be written is a DataError.
     """
     final = _directory(root, identity)
     if stream := find_tokens(root, identity):
@@ -84,12 +66,16 @@ def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tup
         with exclusive(final.with_name(f"{final.name}.lock")) as locked:
             if stream := find_tokens(root, identity):
                 return stream, True
-            _remove_abandoned(final.parent, final.name if locked else None)
+            shutil.rmtree(final, ignore_errors=True)  # damaged
+            for left in final.parent.glob(f"{final.name}.tmp-{platform.node()}-*") if locked else ():
+                shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
             _make(final, identity, encode)
     except OSError as error:
         why = f"the token cache cannot be written ({error.strerror or error}); see data.cache_dir"
         raise DataError(f"{error.filename or final}: {why}") from None
-    return _open(final), False
+    made = _open_sound(final)
+    assert made is not None
+    return made, False
 
 
 def find_tokens(root: pathlib.Path, identity: Identity) -> TokenStream | None:
@@ -101,13 +87,12 @@ def find_tokens(root: pathlib.Path, identity: Identity) -> TokenStream | None:
 def exclusive(path: pathlib.Path) -> Iterator[bool]:
     """Holds the lock file `path`, waiting for it; yields False where the file system has no locks."""
     with path.open("w") as file:
+        locked = True
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that holds {path}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that holds {path}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             locked = False
         yield locked
@@ -119,28 +104,21 @@ def _directory(root: pathlib.Path, identity: Identity) -> pathlib.Path:
 
 
 def _open_sound(directory: pathlib.Path) -> TokenStream | None:
+    """The cache in a directory; None if there is none, or its content is not what its meta.json says."""
     if not directory.exists():
         return None
     try:
-        return _open(directory)
-    except Damaged as error:
-        print(f"{directory}: damaged token cache ({error}); it is made again", file=sys.stderr)
-        return None
-
-
-def _open(directory: pathlib.Path) -> TokenStream:
-    try:
         meta = read_json(directory / META_FILE)
         if sealed({name: value for name, value in meta.items() if name != "sha256"}) != meta:
-            raise Damaged(f"{META_FILE}: its content is not what its own hash says")
-        path = directory / TOKENS_FILE
-        found = file_identity(path)
+            raise ValueError(f"{META_FILE}: its content is not what its own hash says")
+        found = file_identity(directory / TOKENS_FILE)
+        for name in ("size", "ends"):
+            if found[name] != meta["tokens"][name]:
+                raise ValueError(f"{TOKENS_FILE}: {name} is {found[name]}, not {meta['tokens'][name]}")
     except (OSError, ValueError, AttributeError) as error:
-        raise Damaged(str(error)) from None
-    for name in ("size", "ends"):
-        if found[name] != meta["tokens"][name]:
-            raise Damaged(f"{TOKENS_FILE}: {name} is {found[name]}, not {meta['tokens'][name]}")
-    tokens = np.memmap(path, np.dtype(meta["dtype"]), mode="r")
+        print(f"{directory}: damaged token cache ({error}); it is made again", file=sys.stderr)
+        return None
+    tokens = np.memmap(directory / TOKENS_FILE, np.dtype(meta["dtype"]), mode="r")
     return TokenStream(tokens, **meta["counts"], sha256=meta["tokens"]["sha256"])
 
 
@@ -166,34 +144,11 @@ def _make(final: pathlib.Path, identity: Identity, encode: Encode) -> None:
             "tokens": {"size": written["size"], "ends": written["ends"], "sha256": digest.hexdigest()},
         }
         write_text(temporary / META_FILE, json.dumps(sealed(meta), indent=1) + "\n")
-        _rename(temporary, final)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not _open_sound(final):  # which another process made, on a file system without locks
+                raise
+        sync_folder(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _rename(temporary: pathlib.Path, final: pathlib.Path) -> None:
-    """Puts a finished cache in place: over a damaged one, but not over a sound one that another process made."""
-    try:
-        temporary.rename(final)
-    except OSError:
-        if not final.exists():
-            raise
-        if _open_sound(final):
-            return
-        damaged = temporary.with_name(f"{temporary.name}-damaged")
-        final.rename(damaged)
-        temporary.rename(final)
-        shutil.rmtree(damaged, ignore_errors=True)
-    sync_folder(final.parent)
-
-
-def _remove_abandoned(root: pathlib.Path, own_key: str | None) -> None:
-    """Removes temporary directories of killed runs: those whose lock nobody holds (`own_key`'s lock is ours)."""
-    for path in root.glob("*.tmp-*"):
-        key, rest = path.name.split(".tmp-", 1)
-        with contextlib.suppress(OSError), (root / f"{key}.lock").open("w") as file:
-            if not rest.startswith(platform.node() + "-") and time.time() - path.stat().st_mtime < FOREIGN_AGE:
-                continue  # another host's: its lock may not be visible here
-            if key != own_key:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while a run is making it
-            shutil.rmtree(path, ignore_errors=True)

@@ -1,17 +1,15 @@
-"""Documents to tokens, on all cores and in bounded memory: cut into pieces, encode the pieces in threads.
+"""Where text becomes tokens: on all cores and in bounded memory, cut into pieces that threads encode.
 
 The tokenizers' libraries let other threads run while they encode, so threads keep all cores busy.
 """
 
-import collections
 import dataclasses
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from tlinformer_jax.data.streams import smallest_dtype
+from tlinformer_jax.data.streams import in_threads, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, UserError
 
@@ -24,31 +22,21 @@ Encoded = tuple[np.ndarray, "Counts"]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a document, cut so that the tokens of its parts are those of the document.
-
-    `previous` is the character before it in its document, "" at the start; `ends` says whether the document ends here.
-    """
+    """A part of a document, cut so that the tokens of its parts are those of the document."""
 
     text: str
-    previous: str
-    ends: bool
+    previous: str  # the character before it in its document, "" at the start
+    ends: bool  # whether the document ends here
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Sizes of a text.
+    """Sizes of a text."""
 
-    Attributes:
-      num_bytes: UTF-8 bytes.
-      num_documents: documents that ended.
-      num_words: words between ASCII white space (a no-break space does not end a word).
-      num_lines: newlines, and a document's last line where no newline ends it.
-    """
-
-    num_bytes: int = 0
-    num_documents: int = 0
-    num_words: int = 0
-    num_lines: int = 0
+    num_bytes: int = 0  # of UTF-8
+    num_documents: int = 0  # that ended
+    num_words: int = 0  # between ASCII white space: a no-break space does not end a word
+    num_lines: int = 0  # newlines, and a document's last line where no newline ends it
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
@@ -62,24 +50,12 @@ def available_cores() -> int:
 def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Generator[Encoded, None, None]:
     """Yields the tokens of a stream of `(text, ends)` in order, with `end_of_text` after every document, and counts.
 
-    One thread a core encodes; no more is read ahead than keeps the threads busy.
-
-    Raises:
-      DataError: if a document cannot be cut or encoded.
+    One thread a core encodes; no more is read ahead than keeps the threads busy. A document that cannot be cut or
+    encoded is a DataError.
     """
     groups = group_pieces(cut_documents(documents, tokenizer.safe_cut))
     dtype, threads = smallest_dtype(tokenizer.vocab_size), available_cores()
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
-    pending: collections.deque[Future[Encoded]] = collections.deque()
-    try:
-        for group in groups:
-            pending.append(executor.submit(encode_pieces, group, tokenizer, dtype))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    return in_threads(lambda group: encode_pieces(group, tokenizer, dtype), groups, threads, 2 * threads)
 
 
 def cut_documents(
@@ -87,10 +63,7 @@ def cut_documents(
 ) -> Iterator[Piece]:
     """Cuts a stream of `(text, ends)` into pieces of about `size` characters, where `safe_cut` finds a place.
 
-    A document without such a place stays whole.
-
-    Raises:
-      DataError: for one of more than LARGEST_UNCUT characters without such a place, which is not read to its end.
+    A document without such a place stays whole; one of more than LARGEST_UNCUT characters is a DataError.
     """
     rest, previous = "", ""
     try_at = size  # doubled after a failure, so that the work stays linear
@@ -129,18 +102,13 @@ def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Itera
 
 
 def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
-    """The tokens of pieces, `dtype` [length], with `end_of_text` after every document, and the counts of the text.
-
-    Raises:
-      DataError: for a document that the tokenizer cannot take.
-    """
-    end = np.array([tokenizer.end_of_text], dtype)
+    """The tokens of pieces, `dtype` [length], with `end_of_text` after every document, and the counts of the text."""
     parts, total = [np.empty(0, dtype)], Counts()
     for piece in pieces:
         if piece.text:
             parts.append(_encode(piece.text, tokenizer).astype(dtype))
         if piece.ends:
-            parts.append(end)
+            parts.append(np.array([tokenizer.end_of_text], dtype))
         total += _count(piece)
     return np.concatenate(parts), total
 

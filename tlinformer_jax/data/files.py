@@ -8,6 +8,7 @@ import codecs
 import datetime
 import glob
 import json
+import lzma
 import os
 import pathlib
 import sys
@@ -19,6 +20,7 @@ from typing import IO, Any
 from tlinformer_jax.errors import DataError
 
 COMPRESSED = (".gz", ".xz", ".zst")
+COLUMNS = (".parquet", ".arrow")  # a document a row
 BLOCK = 32 * 1024  # bytes a read
 STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 MB of them
 MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
@@ -29,12 +31,11 @@ TextPiece = tuple[str, bool]
 OnRead = Callable[[int], None]  # called with the number of (compressed) bytes of each read
 
 
-def find_files(patterns: str, field: str) -> list[pathlib.Path]:
-    """Expands comma-separated globs (or plain paths) into existing files, each once, sorted within a glob.
+# ---- Which files
 
-    Raises:
-      DataError: naming `field`, for a glob without a match or a file of a kind that is not read.
-    """
+
+def find_files(patterns: str, field: str) -> list[pathlib.Path]:
+    """Expands the comma-separated globs (or plain paths) of `field` into files, each once, sorted within a glob."""
     found: dict[pathlib.Path, None] = {}
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
         path = pathlib.Path(pattern).expanduser().absolute()
@@ -44,7 +45,7 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
             raise DataError(f"{field}: no file matches {pattern!r}")
         for match in matches:
             if file_kind(match) is None:
-                allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst"
+                allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst; or in .parquet or .arrow"
                 raise DataError(f"{field}: {match} is not read; {allowed}")
             found[match.resolve()] = None
     if not found:
@@ -53,11 +54,7 @@ def find_files(patterns: str, field: str) -> list[pathlib.Path]:
 
 
 def check_patterns(patterns: str, field: str) -> None:
-    """Refuses globs that would search large parts of a disk, for configurations that somebody else may have written.
-
-    Raises:
-      DataError: naming `field`.
-    """
+    """Refuses globs that would search large parts of a disk, for configurations that somebody else may have written."""
     for pattern in map(pathlib.Path, filter(None, map(str.strip, patterns.split(",")))):
         folder = _existing_folder(pattern)
         if not glob.has_magic(str(pattern.parent.relative_to(folder))) or pattern.is_file():
@@ -82,17 +79,20 @@ def _existing_folder(pattern: pathlib.Path) -> pathlib.Path:
 
 
 def file_kind(path: pathlib.Path) -> str | None:
-    """ "txt" or "jsonl", from the name without a compression's ending; None for anything else."""
+    """ "txt", "jsonl", "parquet" or "arrow", by the name's ending, the first two also before a compression's."""
+    if path.suffix in COLUMNS:
+        return path.suffix[1:]
     name = path.stem if path.suffix in COMPRESSED else path.name
     return next((kind for kind in ("txt", "jsonl") if name.endswith("." + kind)), None)
 
 
-def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: OnRead) -> Iterator[TextPiece]:
-    """Yields the documents of one .txt or .jsonl file; `dataset` and `text_field` as in `DataConfig`.
+# ---- Documents of a file
 
-    Raises:
-      DataError: for a file that cannot be read, is truncated, is not UTF-8, or a line without the field.
-    """
+
+def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: OnRead) -> Iterator[TextPiece]:
+    """Yields the documents of one file; `dataset` and `text_field` as in `DataConfig`."""
+    if path.suffix in COLUMNS:
+        return ((text, True) for text in read_column(path, text_field, on_read) if text)
     blocks = _without_mark(read_blocks(path, on_read))
     if file_kind(path) == "jsonl":
         return _json_documents(path, blocks, text_field)
@@ -100,139 +100,14 @@ def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: O
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text of a file of any name, read as a .txt file that is one document; raises as `read_documents`."""
+    """The text of a file of any name, read as a .txt file that is one document."""
     return "".join(text for text, _ in _whole_document(path, _without_mark(read_blocks(path, lambda count: None))))
-
-
-def read_blocks(path: pathlib.Path, on_read: OnRead) -> Iterator[bytes]:
-    """Yields the file's content, decompressed by its ending.
-
-    Raises:
-      DataError: if it cannot be read, or its compressed data is damaged or cut short.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file_blocks(file, on_read)
-            yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def file_blocks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
-    """Yields the rest of an open file."""
-    while block := file.read(BLOCK):
-        on_read(len(block))
-        yield block
-
-
-def _decompressed(raw: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
-    new_machine, failure = _decompressor(path)
-    machine = new_machine()
-    try:
-        for data in (block[start : start + STEP] for block in raw for start in range(0, len(block), STEP)):
-            while data:
-                if machine.eof:
-                    data = data.lstrip(b"\0")  # padding between the members of a concatenated file
-                    if not data:
-                        break
-                    machine = new_machine()
-                yield machine.decompress(data)
-                data = machine.unused_data if machine.eof else b""
-    except failure as error:
-        raise DataError(f"{path}: damaged {path.suffix} data ({error})") from None
-    if not machine.eof:
-        raise DataError(f"{path}: truncated: its {path.suffix} data ends before the end-of-stream mark")
-
-
-def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
-    """A factory of decompressors with `decompress`, `eof` and `unused_data`, and what they raise."""
-    if path.suffix == ".gz":
-        return lambda: zlib.decompressobj(wbits=31), zlib.error
-    if path.suffix == ".xz":
-        import lzma
-
-        return lzma.LZMADecompressor, lzma.LZMAError
-    try:
-        import zstandard
-    except ImportError:
-        raise DataError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
-    # Files of `zstd --long=31` need the largest window.
-    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
-
-
-def progress(label: str, total: int) -> OnRead:
-    """A function to call with bytes read of `total`: now and then it prints share done, speed and time left."""
-    done, start = 0, time.monotonic()
-    due = start + REPORT_EVERY
-
-    def advance(count: int) -> None:
-        nonlocal done, due
-        done, now = done + count, time.monotonic()
-        if now >= due:
-            due, speed = now + REPORT_EVERY, max(1, done) / (now - start)
-            left = datetime.timedelta(seconds=round(max(0, total - done) / speed))
-            told = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
-            print(f"{label}: {told}", file=sys.stderr, flush=True)
-
-    return advance
-
-
-def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Drops a UTF-8 byte order mark from the start of a file."""
-    head = b""
-    for block in blocks:
-        head += block
-        if len(head) >= len(codecs.BOM_UTF8):
-            break
-    yield head.removeprefix(codecs.BOM_UTF8)
-    yield from blocks
-
-
-def read_lines(blocks: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the lines of a file, each with its newline; the last may lack one. Only b"\\n" ends a line.
-
-    Raises:
-      DataError: for a line of more than LARGEST_LINE bytes, which is not read to its end.
-    """
-    parts: list[bytes] = []
-    size = 0
-    for block in blocks:
-        *ended, rest = block.split(b"\n")
-        for line in ended:
-            yield b"".join((*parts, line, b"\n"))
-            parts, size = [], 0
-        if rest:
-            parts.append(rest)
-            size += len(rest)
-            if size > LARGEST_LINE:
-                raise DataError(f"{path}: holds a line of more than {LARGEST_LINE:,} bytes; cut it into several")
-    if parts:
-        yield b"".join(parts)
-
-
-def decode_line(line: bytes, path: pathlib.Path | str, number: int) -> str:
-    """Decodes line `number` (from 1) of `path`.
-
-    Raises:
-      DataError: if it is not UTF-8.
-    """
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, number, error) from None
-
-
-def _not_utf8(path: pathlib.Path | str, number: int, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"{path}, line {number}: not valid UTF-8 (byte {error.object[error.start]:#04x}: {error.reason})")
 
 
 def _json_documents(path: pathlib.Path, blocks: Iterator[bytes], field: str) -> Iterator[TextPiece]:
     for number, line in enumerate(read_lines(blocks, path), 1):
         text = decode_line(line, path, number)
-        if text.isspace():
-            continue
-        document = _json_text(text, field, f"{path}, line {number}")
-        if document:
+        if not text.isspace() and (document := _json_text(text, field, f"{path}, line {number}")):
             yield document, True
 
 
@@ -242,7 +117,7 @@ def _json_text(line: str, field: str, where: str) -> str:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict) or field not in value:
-        names = ", ".join(map(repr, value)) if isinstance(value, dict) else "no fields"
+        names = ", ".join(map(repr, value)) if isinstance(value, dict) else ""
         raise DataError(f"{where}: no field {field!r} (data.text_field); the line has {names or 'no fields'}")
     text = value[field]
     if not isinstance(text, str):
@@ -276,3 +151,151 @@ def _whole_document(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[Tex
         raise _not_utf8(path, lines + error.object[: error.start].count(b"\n"), error) from None
     if not empty:
         yield "", True
+
+
+def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[str | None]:
+    """Yields the texts of a column of a .parquet file, or of an .arrow file (Arrow IPC, file or stream)."""
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: reading {path.suffix} needs pyarrow: pip install pyarrow") from None
+    try:
+        if path.suffix == ".parquet":
+            file = pyarrow.parquet.ParquetFile(path)
+            schema, batches = file.schema_arrow, file.iter_batches(columns=[column])
+        else:
+            source = pyarrow.memory_map(str(path))
+            try:
+                file = pyarrow.ipc.open_file(source)
+                schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
+            except pyarrow.ArrowInvalid:  # a stream, as Hugging Face `datasets` writes it
+                source.seek(0)
+                batches = pyarrow.ipc.open_stream(source)
+                schema = batches.schema
+        if column not in schema.names:
+            told = f"no column {column!r} (data.text_field); it has {', '.join(map(repr, schema.names))}"
+            raise DataError(f"{path}: {told}")
+        if not any(map(str(schema.field(column).type).endswith, ("string", "string_view"))):
+            told = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
+            raise DataError(f"{path}: {told}")
+        for batch in batches:
+            yield from batch.column(column).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
+    on_read(path.stat().st_size)
+
+
+# ---- Bytes of a file
+
+
+def read_blocks(path: pathlib.Path, on_read: OnRead) -> Iterator[bytes]:
+    """Yields the file's content, decompressed by its ending."""
+    try:
+        with path.open("rb") as file:
+            raw = file_blocks(file, on_read)
+            yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def file_blocks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
+    """Yields the rest of an open file."""
+    while block := file.read(BLOCK):
+        on_read(len(block))
+        yield block
+
+
+def read_lines(blocks: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
+    """Yields the lines of a file, each with its newline; the last may lack one. Only b"\\n" ends a line.
+
+    A line of more than LARGEST_LINE bytes is not read to its end.
+    """
+    parts: list[bytes] = []
+    size = 0
+    for block in blocks:
+        *ended, rest = block.split(b"\n")
+        for line in ended:
+            yield b"".join((*parts, line, b"\n"))
+            parts, size = [], 0
+        if rest:
+            parts.append(rest)
+            size += len(rest)
+            if size > LARGEST_LINE:
+                raise DataError(f"{path}: holds a line of more than {LARGEST_LINE:,} bytes; cut it into several")
+    if parts:
+        yield b"".join(parts)
+
+
+def decode_line(line: bytes, path: pathlib.Path | str, number: int) -> str:
+    """Decodes line `number` (from 1) of `path` as UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number, error) from None
+
+
+def _not_utf8(path: pathlib.Path | str, number: int, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{path}, line {number}: not valid UTF-8 (byte {error.object[error.start]:#04x}: {error.reason})")
+
+
+def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Drops a UTF-8 byte order mark from the start of a file."""
+    head = b""
+    for block in blocks:
+        head += block
+        if len(head) >= len(codecs.BOM_UTF8):
+            break
+    yield head.removeprefix(codecs.BOM_UTF8)
+    yield from blocks
+
+
+def _decompressed(raw: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
+    new_machine, failure = _decompressor(path)
+    machine = new_machine()
+    try:
+        for data in (block[start : start + STEP] for block in raw for start in range(0, len(block), STEP)):
+            while data:
+                if machine.eof:
+                    data = data.lstrip(b"\0")  # padding between the members of a concatenated file
+                    if not data:
+                        break
+                    machine = new_machine()
+                yield machine.decompress(data)
+                data = machine.unused_data if machine.eof else b""
+    except failure as error:
+        raise DataError(f"{path}: damaged {path.suffix} data ({error})") from None
+    if not machine.eof:
+        raise DataError(f"{path}: truncated: its {path.suffix} data ends before the end-of-stream mark")
+
+
+def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
+    """A factory of decompressors with `decompress`, `eof` and `unused_data`, and what they raise."""
+    if path.suffix == ".gz":
+        return lambda: zlib.decompressobj(wbits=31), zlib.error
+    if path.suffix == ".xz":
+        return lzma.LZMADecompressor, lzma.LZMAError
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
+    # Files of `zstd --long=31` need the largest window.
+    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
+
+
+def progress(label: str, total: int) -> OnRead:
+    """A function to call with bytes read of `total`: now and then it prints share done, speed and time left."""
+    done, start = 0, time.monotonic()
+    due = start + REPORT_EVERY
+
+    def advance(count: int) -> None:
+        nonlocal done, due
+        done, now = done + count, time.monotonic()
+        if now >= due:
+            due, speed = now + REPORT_EVERY, max(1, done) / (now - start)
+            left = datetime.timedelta(seconds=round(max(0, total - done) / speed))
+            told = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
+            print(f"{label}: {told}", file=sys.stderr, flush=True)
+
+    return advance

@@ -13,9 +13,8 @@ import functools
 
 import numpy as np
 
-from tlinformer_jax.data.draws import below, distinct, random_bits
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, Samples
+from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, Samples, below, distinct, random_bits
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -26,12 +25,7 @@ ASKED = (" What is the pass key of", "? It is")
 
 @dataclasses.dataclass(frozen=True)
 class Phrases:
-    """The sentences in tokens.
-
-    Attributes:
-      digits: int64 [10, tokens of a digit].
-      hidden: the parts of HIDDEN; asked: the parts of ASKED.
-    """
+    """The sentences in tokens: int64 [10, tokens of a digit], and the parts of HIDDEN and of ASKED."""
 
     digits: np.ndarray
     hidden: tuple[np.ndarray, ...]
@@ -39,83 +33,59 @@ class Phrases:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Phrases":
-        """The sentences as a tokenizer writes them.
-
-        Raises:
-          DataError: if its digits differ in their number of tokens.
-        """
+        """The sentences as a tokenizer writes them; DataError if its digits differ in their number of tokens."""
         digits = [tokenizer.encode(f" {digit}") for digit in range(10)]
         if len({len(digit) for digit in digits}) > 1:
             raise DataError(f"data.tokenizer = {tokenizer.name!r}: must encode all digits in equally many tokens")
         parts = [tuple(tokenizer.encode(text).astype(np.int64) for text in texts) for texts in (HIDDEN, ASKED)]
         return cls(np.stack(digits).astype(np.int64), *parts)
 
-    def spelled(self, digits: np.ndarray) -> np.ndarray:
-        """Tokens of digits [..., n], [..., n * tokens of a digit]."""
-        return self.digits[digits].reshape(*digits.shape[:-1], -1)
+    def sizes(self) -> tuple[int, int, int]:
+        """Tokens of a hidden sentence, of a question with its answer, and of the answer."""
+        digit = self.digits.shape[1]
+        hidden, asked = (
+            sum(map(len, parts)) + (NAME_DIGITS + KEY_DIGITS) * digit for parts in (self.hidden, self.asked)
+        )
+        return hidden, asked, KEY_DIGITS * digit
 
-    def joined(self, parts: tuple[np.ndarray, ...], *numbers: np.ndarray) -> np.ndarray:
-        """Parts with numbers in between, all as tokens: [..., tokens]."""
-        shape = numbers[0].shape[:-1]
-        pieces = [np.broadcast_to(parts[0], (*shape, len(parts[0])))]
-        for part, number in zip(parts[1:], numbers):
-            pieces += [self.spelled(number), np.broadcast_to(part, (*shape, len(part)))]
-        return np.concatenate([*pieces, *map(self.spelled, numbers[len(parts) - 1 :])], axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Tokens of a hidden sentence, of a question with its answer, and of the answer."""
-
-    hidden: int
-    asked: int
-    answer: int
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Sizes":
-        """The sizes in a tokenizer's tokens; raises as `Phrases.of`."""
-        phrases = Phrases.of(tokenizer)
-        name, number = np.zeros(NAME_DIGITS, np.int64), np.zeros(KEY_DIGITS, np.int64)
-        hidden, asked = (len(phrases.joined(parts, name, number)) for parts in (phrases.hidden, phrases.asked))
-        return cls(hidden, asked, KEY_DIGITS * phrases.digits.shape[1])
+    def key_offset(self) -> int:
+        """Tokens of a hidden sentence before its key."""
+        return len(self.hidden[0]) + NAME_DIGITS * self.digits.shape[1] + len(self.hidden[1])
 
     def places(self, length: int, questions: int) -> AnswerPlaces:
         """Where the answers to at most so many questions stand in samples of `length` tokens."""
-        return AnswerPlaces(max(0, length - (questions - 1) * self.asked - self.answer), questions * self.answer)
+        _, asked, answer = self.sizes()
+        return AnswerPlaces(max(0, length - (questions - 1) * asked - answer), questions * answer)
+
+    def sentences(self, parts: tuple[np.ndarray, ...], names: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """[samples, n, tokens]: `parts` with the digits of names and of keys, int64 [samples, n, digits], between."""
+        spelled = [self.digits[numbers].reshape(*numbers.shape[:-1], -1) for numbers in (names, keys)]
+        repeated = [np.broadcast_to(part, (*names.shape[:-1], len(part))) for part in parts]
+        pieces = [repeated[0], spelled[0], repeated[1], spelled[1], *repeated[2:]]
+        return np.concatenate(pieces, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Passkey:
-    """The task.
+    """The task."""
 
-    Attributes:
-      key: of the random numbers.
-      text: that the keys are hidden in, as `tokenizer` encodes it.
-      keys: K, numbers hidden in a sample.
-      questions: how many of them a sample asks for.
-      in_turn: whether the depth of the first asked key follows from the sample's number.
-    """
-
-    key: int
-    text: TokenStream
+    key: int  # of the random numbers
+    text: TokenStream  # that the keys are hidden in, as `tokenizer` encodes it
     tokenizer: Tokenizer
-    keys: int
-    questions: int
-    in_turn: bool
+    keys: int  # hidden in a sample
+    questions: int  # how many of them it asks for
+    in_turn: bool  # whether the depth of the first asked key follows from the sample's number
 
     @functools.cached_property
     def phrases(self) -> Phrases:
         return Phrases.of(self.tokenizer)
 
-    @functools.cached_property
-    def sizes(self) -> Sizes:
-        return Sizes.of(self.tokenizer)
-
     def chance(self, length: int) -> float:
         return 1 / self.keys if self.keys > 1 else 10.0**-KEY_DIGITS
 
     def check(self, length: int) -> None:
-        least = (self.keys + 2) * self.sizes.hidden + self.questions * self.sizes.asked
+        hidden, asked, _ = self.phrases.sizes()
+        least = (self.keys + 2) * hidden + self.questions * asked
         if length < least:
             fields = f"data.num_items = {self.keys} and data.questions = {self.questions}"
             raise ConfigError("data.sequence_length", length, f"must be at least {least} for {fields}")
@@ -124,35 +94,32 @@ class Passkey:
             raise DataError(f"data.sequence_length = {length}: {allowed}")
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
-        sizes, count = self.sizes, self.questions
+        phrases, count = self.phrases, self.questions
+        hidden_size, asked_size, answer_size = phrases.sizes()
         bits = random_bits(self.key, numbers, 5 * self.keys)
         split = np.cumsum([2 * self.keys, self.keys, 1, 1])
         of_names, of_keys, of_text, of_places, rest = np.split(bits, split, axis=1)
         names = _digits(distinct(of_names, 10**NAME_DIGITS), NAME_DIGITS)
         keys = _digits(below(of_keys, 10**KEY_DIGITS), KEY_DIGITS)
-        sentences = self.phrases.joined(self.phrases.hidden, names, keys)
-        questions = self.phrases.joined(self.phrases.asked, names[:, :count], keys[:, :count])
-        body = length + 1 - count * sizes.asked
-        text = body - self.keys * sizes.hidden
+        sentences = phrases.sentences(phrases.hidden, names, keys)
+        questions = phrases.sentences(phrases.asked, names[:, :count], keys[:, :count])
+        body = length + 1 - count * asked_size
+        text = body - self.keys * hidden_size
         begins = below(of_text[:, 0], len(self.text.tokens) - text + 1)
-        offset = len(self.phrases.hidden[0]) + NAME_DIGITS * self.phrases.digits.shape[1] + len(self.phrases.hidden[1])
-        firsts = self._places(numbers, of_places[:, 0], length, body - sizes.hidden, offset)
+        firsts = self._places(numbers, of_places[:, 0], length, body - hidden_size)
         tokens, places = np.empty((len(numbers), length + 1), np.int32), np.empty((len(numbers), self.keys), np.int64)
         for row, place, first, begin, parts, others in zip(tokens, places, firsts, begins, sentences, rest):
             row[:body], place[:] = _hide(self.text.tokens[begin : begin + text], parts, int(first), others)
         tokens[:, body:] = questions.reshape(len(numbers), -1)
-        ends = length - 1 - np.arange(count)[::-1] * sizes.asked  # where an answer's last token is predicted
-        answers = np.zeros((len(numbers), length), bool)
-        answers[:, (ends[:, None] - np.arange(sizes.answer)).ravel()] = True
-        starts, sources = (np.full((len(numbers), length), -1, np.int32) for _ in range(2))
-        starts[:, ends] = ends + 1 - sizes.answer
-        sources[:, ends] = places[:, :count] + offset
-        return Samples(tokens, answers, starts, sources)
+        ends = length - 1 - np.arange(count)[::-1] * asked_size  # where an answer's last token is predicted
+        ends = np.broadcast_to(ends, (len(numbers), count))
+        return Samples.of(tokens, ends, places[:, :count] + phrases.key_offset(), answer_size)
 
-    def _places(self, numbers: np.ndarray, bits: np.ndarray, length: int, last: int, offset: int) -> np.ndarray:
-        """Where the first asked keys' sentences begin, int64 [samples] in 0 .. last; the key stands `offset` later."""
+    def _places(self, numbers: np.ndarray, bits: np.ndarray, length: int, last: int) -> np.ndarray:
+        """Where the first asked keys' sentences begin, int64 [samples] in 0 .. last."""
         if not self.in_turn:
             return below(bits, last + 1)
+        offset = self.phrases.key_offset()
         first = offset * DEPTHS // length
         depths = first + numbers % ((last + offset) * DEPTHS // length + 1 - first)
         lowest, end = (np.clip(-(-part * length // DEPTHS) - offset, 0, last + 1) for part in (depths, depths + 1))

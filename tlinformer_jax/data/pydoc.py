@@ -33,11 +33,7 @@ def load_pydoc(split: str, tokenizer: Tokenizer) -> TokenStream:
 
 
 def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
-    """The connected components of articles that share `size` consecutive words (between white space).
-
-    Returns:
-      the groups, each in the given order, from the one with most characters to the one with fewest.
-    """
+    """The connected components of articles that share `size` consecutive words; those with most characters first."""
     groups: list[tuple[list[int], set[tuple[str, ...]]]] = []
     for number, article in enumerate(articles):
         words = article.split()

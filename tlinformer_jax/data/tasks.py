@@ -1,7 +1,7 @@
 """Synthetic tasks: splits whose samples are generated, and whose loss counts at the answers only.
 
 Sample i of a split is a pure function of the configuration, the split's name and i, so tasks are batched as text is
-(`data.batches`).
+(`data.batches`). Here are recall and copying; passkeys have a file of their own.
 
 An answer is one or more tokens after a question. It also stands at an earlier place, its source. The region of an
 answer is where its source lies, seen from the generation window in which its first token is predicted:
@@ -15,37 +15,41 @@ For models without windows the regions are those of the configuration's window f
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
 
-from tlinformer_jax.data.draws import below, random_bits
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import ConfigError
 
 REGIONS = ("own", "observed", "history")
 DEPTHS = 20  # equal parts of a sample by which answers are counted: depth 0 is the sample's start
+GAP_POWER = 0.01  # of recall
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a task.
+    """Samples of a task; `starts` and `sources` are -1 where a position predicts no last token of an answer."""
 
-    Attributes:
-      tokens: int32 [samples, N + 1].
-      answers: bool [samples, N]: whether the token after position t belongs to an answer.
-      starts: int32 [samples, N]: if the token after position t is an answer's last, the position before its first;
-        else -1.
-      sources: int32 [samples, N]: at the same positions, that of the first token of the answer's source; else -1.
-    """
+    tokens: np.ndarray  # int32 [samples, N + 1]
+    answers: np.ndarray  # bool [samples, N]: whether the token after position t belongs to an answer
+    starts: np.ndarray  # int32 [samples, N]: the position before the answer's first token
+    sources: np.ndarray  # int32 [samples, N]: the position of the first token of the answer's source
 
-    tokens: np.ndarray
-    answers: np.ndarray
-    starts: np.ndarray
-    sources: np.ndarray
+    @classmethod
+    def of(cls, tokens: np.ndarray, ends: np.ndarray, sources: np.ndarray, size: int = 1) -> "Samples":
+        """Samples whose answers of `size` tokens have their last after positions `ends` [samples, answers]."""
+        shape, rows = (len(tokens), tokens.shape[1] - 1), np.arange(len(tokens))[:, None]
+        answers, of_starts, of_sources = np.zeros(shape, bool), *(np.full(shape, -1, np.int32) for _ in range(2))
+        of_starts[rows, ends], of_sources[rows, ends] = ends + 1 - size, sources
+        for back in range(size):
+            answers[rows, ends - back] = True
+        return cls(tokens.astype(np.int32), answers, of_starts, of_sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,49 +67,10 @@ class Task(Protocol):
         """The accuracy of guessing among the answers of a sample that were not asked for before."""
 
     def check(self, length: int) -> None:
-        """Refuses a `length` at which a sample cannot hold the task.
-
-        Raises:
-          ConfigError, DataError: naming the field.
-        """
+        """Refuses, with a UserError that names the field, a `length` at which a sample cannot hold the task."""
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
         """The samples with these numbers, int64 [samples] >= 0, of `length` + 1 tokens."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Copying:
-    """Segment copy: random symbols, a mark, then the same symbols once more. The second half are the answers.
-
-        a1 a2 ... aS 0 a1 a2 ... aS        S = N // 2
-
-    Each answer stood S + 1 tokens before: where S exceeds both windows, none can be read from them.
-
-    Attributes:
-      key: of the random numbers.
-      vocabulary: number of ids: 0 is the mark, the others are symbols.
-    """
-
-    key: int
-    vocabulary: int
-
-    def chance(self, length: int) -> float:
-        return 1 / (self.vocabulary - 1)
-
-    def check(self, length: int) -> None:
-        if length < 2 or length % 2:
-            raise ConfigError("data.sequence_length", length, "must be even, two halves, for data.dataset = 'copy'")
-
-    def make(self, numbers: np.ndarray, length: int) -> Samples:
-        size = length // 2
-        symbols = 1 + below(random_bits(self.key, numbers, size), self.vocabulary - 1)
-        tokens = np.concatenate([symbols, np.zeros((len(numbers), 1), np.int64), symbols], axis=1)
-        answers = np.zeros((len(numbers), length), bool)
-        answers[:, size:] = True
-        position = np.broadcast_to(np.arange(length, dtype=np.int32), answers.shape)
-        return Samples(
-            tokens.astype(np.int32), answers, np.where(answers, position, -1), np.where(answers, position - size, -1)
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +82,9 @@ class TaskSplit:
 
 
 Split = TokenStream | TaskSplit
+
+
+# ---- Samples of any task
 
 
 def take_task_samples(split: TaskSplit, length: int, indices: np.ndarray) -> tuple[Arrays, Samples]:
@@ -141,17 +109,9 @@ def answer_batches(
 ) -> Iterator[Arrays]:
     """Yields every sample of a split once, in order, as `evaluation_batches` does, with regions and depths of answers.
 
-    Args:
-      split: of a task.
-      length: N.
-      batch_size: sequences a batch; the last is padded.
-      rows: of each batch, that are wanted.
-      window: W_og.
-      observed: length of a history -> rows of its observation window.
-
-    Yields:
-      inputs, labels, weights; int32 [rows, N] starts, as in `Samples`, and cells, at the same positions the answer's
-      region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
+    `window` is W_og; `observed` gives the rows of the observation window from the length of a history. Beside inputs,
+    labels and weights come int32 [rows, N] starts, as in `Samples`, and cells: at the same positions the answer's
+    region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
     """
     split.task.check(length)
     for start in range(0, split.count, batch_size):
@@ -159,8 +119,7 @@ def answer_batches(
         indices[indices >= split.count] = -1
         indices = indices[rows]
         batch, samples = take_task_samples(split, length, indices)
-        real = (indices >= 0)[:, None]
-        batch["starts"] = np.where(real, samples.starts, -1)
+        batch["starts"] = np.where((indices >= 0)[:, None], samples.starts, -1)
         cells = regions(samples, window, observed) * DEPTHS + samples.sources * DEPTHS // length
         batch["cells"] = np.where(batch["starts"] >= 0, cells, -1).astype(np.int32)
         yield batch
@@ -172,3 +131,131 @@ def regions(samples: Samples, window: int, observed: Callable[[int], int]) -> np
     firsts = np.arange(0, samples.starts.shape[1], window)
     seen = np.array([first - observed(int(first)) for first in firsts])[begin // window]
     return np.where(samples.sources >= begin, 0, np.where(samples.sources >= seen, 1, 2))
+
+
+# ---- Copying and recall
+
+
+@dataclasses.dataclass(frozen=True)
+class Copying:
+    """Segment copy: random symbols, a mark, then the same symbols once more. The second half are the answers.
+
+        a1 a2 ... aS 0 a1 a2 ... aS        S = N // 2
+
+    Each answer stood S + 1 tokens before: where S exceeds both windows, none can be read from them. `key` is that of
+    the random numbers; of the `vocabulary` ids, 0 is the mark.
+    """
+
+    key: int
+    vocabulary: int
+
+    def chance(self, length: int) -> float:
+        return 1 / (self.vocabulary - 1)
+
+    def check(self, length: int) -> None:
+        if length < 2 or length % 2:
+            raise ConfigError("data.sequence_length", length, "must be even, two halves, for data.dataset = 'copy'")
+
+    def make(self, numbers: np.ndarray, length: int) -> Samples:
+        size = length // 2
+        symbols = 1 + below(random_bits(self.key, numbers, size), self.vocabulary - 1)
+        tokens = np.concatenate([symbols, np.zeros((len(numbers), 1), np.int64), symbols], axis=1)
+        ends = np.broadcast_to(np.arange(size, length), (len(numbers), length - size))
+        return Samples.of(tokens, ends, ends - size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """Multi-query associative recall: pairs of a key and a value, then every key again; its value is the answer.
+
+        k1 v1 k2 v2 ... kP vP | filler and, in between, each key once more with its value
+
+    Keys are different ids of the vocabulary's lower half, without 0; values and the filler any of the upper half. The
+    gap before a question is drawn by a power law that favours small gaps, as in Zoology, where the protocol is from.
+    A sample of `full_length` tokens has `pairs` pairs, a shorter one, of a curriculum, fewer in proportion.
+    """
+
+    key: int
+    vocabulary: int
+    pairs: int
+    full_length: int
+
+    def __post_init__(self) -> None:
+        if self.vocabulary // 2 - 1 < self.pairs:
+            allowed = f"must be at most {self.vocabulary // 2 - 1}, the keys of the vocabulary"
+            raise ConfigError("data.num_items", self.pairs, allowed)
+
+    def chance(self, length: int) -> float:
+        return chance_by_elimination(pairs_of(length, self.pairs, self.full_length))
+
+    def check(self, length: int) -> None:
+        pairs = pairs_of(length, self.pairs, self.full_length)
+        if length < 4 * pairs:
+            raise ConfigError("data.sequence_length", length, f"must be at least {4 * pairs}, 4 for each of its pairs")
+
+    def make(self, numbers: np.ndarray, length: int) -> Samples:
+        pairs = pairs_of(length, self.pairs, self.full_length)
+        half, rows = self.vocabulary // 2, np.arange(len(numbers))[:, None]
+        slots = (length - 2 * pairs) // 2
+        bits = random_bits(self.key, numbers, 3 * pairs + slots + length + 1)
+        of_keys, of_values, of_slots, filler = np.split(bits, np.cumsum([2 * pairs, pairs, slots]), axis=1)
+        keys = 1 + distinct(of_keys, half - 1)
+        values = half + below(of_values, self.vocabulary - half)
+        tokens = half + below(filler, self.vocabulary - half)
+        tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+        # Questions take slots drawn without replacement with weights (slot + 1)^(GAP_POWER - 1): those with the
+        # smallest exponential waiting times.
+        uniform = ((of_slots >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        waiting = -np.log(uniform) * np.arange(1, slots + 1) ** (1 - GAP_POWER)
+        asked = 2 * pairs + 2 * np.argsort(waiting, axis=1, kind="stable")[:, :pairs]
+        tokens[rows, asked], tokens[rows, asked + 1] = keys, values
+        return Samples.of(tokens, asked, 1 + 2 * np.arange(pairs))
+
+
+def chance_by_elimination(pairs: int) -> float:
+    """The accuracy of guessing among the values not yet used, H_P / P: each key is asked for once."""
+    return sum(1 / left for left in range(1, pairs + 1)) / pairs
+
+
+def pairs_of(length: int, pairs: int, full_length: int) -> int:
+    """The pairs of a sample of `length` tokens, where one of `full_length` has `pairs`."""
+    return max(1, pairs * min(length, full_length) // full_length)
+
+
+# ---- Random numbers by SplitMix64, each a function of a key, of the sample's number and of its place in the sample, so
+# that a sample is the same in every batch, process and thread, on every platform and with every numpy version
+
+
+def key_of(*names: object) -> int:
+    """A 64-bit key for the names."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "little")
+
+
+def random_bits(key: int, samples: np.ndarray, count: int) -> np.ndarray:
+    """`count` random 64-bit numbers of each sample, uint64 [samples, count]; `samples` are integers [samples] >= 0."""
+    start = mixed(np.asarray(samples).astype(np.uint64)[:, None] * GOLDEN + np.uint64(key))
+    return mixed(start + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN)
+
+
+def mixed(bits: np.ndarray) -> np.ndarray:
+    """SplitMix64's mixing of uint64."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def below(bits: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
+    """Random bits as integers 0 .. bound - 1, int64; bound < 2^31, one for all or of a shape that broadcasts."""
+    return ((bits >> np.uint64(32)) * np.asarray(bound, np.uint64) >> np.uint64(32)).astype(np.int64)
+
+
+def distinct(bits: np.ndarray, bound: int) -> np.ndarray:
+    """Different integers 0 .. bound - 1 in random order, int64 [samples, count], of bits [samples, 2 * count]."""
+    count = bits.shape[1] // 2
+    chosen = np.empty((len(bits), count), np.int64)
+    for number in range(count):  # Floyd's algorithm: a number chosen before is replaced by the newest
+        newest = bound - count + number
+        one = below(bits[:, number], newest + 1)
+        taken = (chosen[:, :number] == one[:, None]).any(axis=1)
+        chosen[:, number] = np.where(taken, newest, one)
+    return np.take_along_axis(chosen, np.argsort(bits[:, count:], axis=1, kind="stable"), axis=1)

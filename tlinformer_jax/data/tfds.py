@@ -9,30 +9,20 @@ from tlinformer_jax.errors import ConfigError, DataError
 
 
 def identity(config: DataConfig, split: str) -> dict[str, Any]:
-    """What the text of a split depends on: the data set's full name with its version, the split and the field.
-
-    Raises:
-      ConfigError: where tensorflow-datasets is missing or has no such data set.
-      DataError: where the data set has no such split.
-    """
-    info = _builder(config).info
-    return {"dataset": f"{TFDS}{info.full_name}", "split": split, "text_field": config.text_field}
+    """What the text of a split depends on: the data set's full name with its version, the split and the field."""
+    name = f"{TFDS}{_builder(config).info.full_name}"
+    return {"dataset": name, "split": split, "text_field": config.text_field}
 
 
 def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
-    """The field `data.text_field` of every record of a split; downloads and prepares the data set at the first call.
-
-    Raises:
-      ConfigError: as `identity`; or where records have no such field of text.
-      DataError: where the data set cannot be prepared, or has no such split.
-    """
+    """The field `data.text_field` of every record of a split; downloads and prepares the data set at the first call."""
     builder = _builder(config)
     try:
         builder.download_and_prepare()
         records = builder.as_data_source(split=split) if split in builder.info.splits else None
     except Exception as error:  # whatever a data set's own code raises
-        first = next(iter(str(error).splitlines()), "")
-        raise DataError(f"{config.dataset}: cannot be prepared ({type(error).__name__}: {first})") from None
+        told = f"{type(error).__name__}: {_first_line(error)}"
+        raise DataError(f"{config.dataset}: cannot be prepared ({told})") from None
     if records is None:
         raise DataError(f"{config.dataset}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
     for record in records:
@@ -50,11 +40,14 @@ def _builder(config: DataConfig) -> Any:
     except ImportError:
         needed = "needs the package tensorflow-datasets: pip install 'tlinformer-jax[data]'"
         raise ConfigError("data.dataset", config.dataset, needed) from None
+    name = config.dataset.removeprefix(TFDS)
     folder = config.manual_dir or str(config.cache_path / "tensorflow_datasets")
     try:
-        return tensorflow_datasets.builder(
-            config.dataset.removeprefix(TFDS), data_dir=folder, file_format="array_record"
-        )
+        return tensorflow_datasets.builder(name, data_dir=folder, file_format="array_record")
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise ConfigError("data.dataset", config.dataset, f"must be one of TFDS's data sets ({first})") from None
+        allowed = f"must be one of TFDS's data sets ({_first_line(error)})"
+        raise ConfigError("data.dataset", config.dataset, allowed) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")

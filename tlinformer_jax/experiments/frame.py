@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.data.recall import chance_by_elimination
+from tlinformer_jax.data.tasks import chance_by_elimination
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.job import RESULT_FILE, Record, completed, essence, read_result
 from tlinformer_jax.files import markdown

@@ -16,6 +16,7 @@ from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
+from tlinformer_jax.data.ordered import OrderedStream
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.kernels import common as kernels
@@ -125,7 +126,7 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
         known = "known when the text is tokenised: python -m tlinformer_jax prepare"
         return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number is {known}"]
     text = f"{horizon.steps:,} steps of {step:,} tokens, {horizon.steps * step:,} tokens in all"
-    if train is not None:
+    if train is not None and not isinstance(train, OrderedStream):
         seen = config.data.samples_before(horizon.steps, config.train.batch_size)
         text += f", {seen / num_samples(train, length):.2f} epochs"
     if predicted < length:
@@ -138,6 +139,8 @@ def split_line(name: str, split: Split | None, length: int) -> str:
     """How much a split holds; it is None where it has not been tokenised."""
     if split is None:
         return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax prepare"
+    if isinstance(split, OrderedStream):
+        return f"{name} split: an iterable, read in its own order"
     if isinstance(split, TaskSplit):
         return f"{name} split: {split.count:,} samples of {length:,}, made as they are read"
     return f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"

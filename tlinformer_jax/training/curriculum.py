@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.data import Stage
-from tlinformer_jax.data.batches import Batch, Rows, TrainingBatches, prefetched
+from tlinformer_jax.data.batches import Batch, Rows, TrainingBatches
 
 WINDOW = 20  # updates whose mean accuracy decides
 LAG = 4  # updates that are still made on the old samples after those
@@ -105,7 +105,7 @@ class StagedReader:
         self._configured, self._step, self._rows = batches, step, rows
         self.batches = batches_from(batches, competence)
         self._announced: collections.deque[jax.Array] = collections.deque()
-        self._reader = prefetched(self.batches, step, rows)
+        self._reader = self.batches.prefetched(step, rows)
 
     def __next__(self) -> Batch:
         self._step += 1
@@ -123,7 +123,7 @@ class StagedReader:
             return False
         self._reader.close()
         self.batches = dataclasses.replace(self.batches, stages=stages)
-        self._reader = prefetched(self.batches, self._step, self._rows)
+        self._reader = self.batches.prefetched(self._step, self._rows)
         return True
 
     def ended(self) -> Stage | None:

@@ -210,7 +210,7 @@ def summary(result: Evaluation, stream: Split, generation_window: int) -> dict[s
         "perplexity": texts.per_token,
         "perplexity_per_word": texts.per_word,
         "perplexity_per_word_with_eol": texts.per_word_with_eol,
-        "bits_per_byte": texts.bits_per_byte,
+        "bits_per_byte": texts.bits_per_byte if stream.num_bytes else None,
         "loss_first_window": result.mean(0, generation_window),
     }
     if len(result.losses) > generation_window:

@@ -10,6 +10,8 @@ import jax
 
 from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
 from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.data.given import TokenData
+from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.files import local_path
@@ -35,9 +37,11 @@ from tlinformer_jax.training.metrics import MetricsLog, build_throughput
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
     PENDING,
+    LoadSplit,
     Run,
     build_run,
     flops_per_token,
+    given_data,
     training_batches,
     use_compilation_cache,
 )
@@ -65,10 +69,13 @@ def train_and_evaluate(
     profile: str | pathlib.Path | None = None,
     init_from: str | pathlib.Path | None = None,
     *,
+    train_data: TokenData | None = None,
+    validation_data: TokenData | None = None,
     callbacks: GivenCallbacks = (),
 ) -> dict[str, float]:
     """`train_run`, of which only the figures of the last evaluation are returned; empty if it was stopped before."""
-    return train_run(config, workdir, profile, init_from, callbacks=callbacks).figures or {}
+    given = {"train_data": train_data, "validation_data": validation_data}
+    return train_run(config, workdir, profile, init_from, **given, callbacks=callbacks).figures or {}
 
 
 def train_run(
@@ -77,6 +84,8 @@ def train_run(
     profile: str | pathlib.Path | None = None,
     init_from: str | pathlib.Path | None = None,
     *,
+    train_data: TokenData | None = None,
+    validation_data: TokenData | None = None,
     callbacks: GivenCallbacks = (),
 ) -> Trained:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
@@ -88,6 +97,9 @@ def train_run(
       workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
       init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
+      train_data: token ids to train on, for data.dataset = "tokens": an array, a file or an iterable, see `data.given`;
+        None for those that the configuration names.
+      validation_data: token ids to evaluate on; both are given, or none.
       callbacks: what else is done after updates; see `callbacks`. An error in one ends the run; its checkpoints stay.
 
     Raises:
@@ -103,7 +115,8 @@ def train_run(
     trace = local_path(profile, "profile") if profile else None
     use_compilation_cache()
     origin = directory.find_origin(config, workdir, init_from)
-    run, splits, batches = prepare(config, workdir)
+    config, load = given_data(config, workdir, train_data, validation_data)
+    run, splits, batches = prepare(config, workdir, load)
     train, main = config.train, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_advice(config))
@@ -146,11 +159,13 @@ def train_run(
     return Trained(run, view.params, figures if finished else None, view.step)
 
 
-def prepare(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, dict[str, Split], TrainingBatches]:
+def prepare(
+    config: RunConfig, workdir: pathlib.Path, load: LoadSplit = load_split
+) -> tuple[Run, dict[str, Split], TrainingBatches]:
     """The run, its splits and its batches, checked against each other and against the working directory."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     directory.check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
-    run = build_run(config, tokenizer, PENDING)
+    run = dataclasses.replace(build_run(config, tokenizer, PENDING), load_split=load)
     splits = {name: run.split(name) for name in ("train", "validation")}
     batches = training_batches(config, splits["train"])
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))

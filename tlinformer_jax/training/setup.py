@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import EPOCH
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
+from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
+from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
 from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
@@ -38,6 +42,7 @@ from tlinformer_jax.training.step import Horizon, TrainState, init_state
 # Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
 PENDING = Horizon(steps=0, decay_end=1)
+LoadSplit = Callable[[DataConfig, str, Tokenizer], Split]
 COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 
@@ -50,7 +55,7 @@ class Run:
     mesh: Mesh
     model: LanguageModel
     horizon: Horizon
-    load_split: Callable[[DataConfig, str, Tokenizer], Split] = load_split
+    load_split: LoadSplit = load_split
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -84,8 +89,8 @@ class Run:
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
         """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
-        if isinstance(stream, TaskSplit):
-            return stream  # its ids are the tokenizer's, its lengths were checked when it was made
+        if isinstance(stream, TaskSplit | OrderedStream):
+            return stream  # its ids are the tokenizer's, or checked as they are read
         data = self.config.data
         if length is None:
             length = data.sequence_length
@@ -172,6 +177,18 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
         raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")
 
 
+def given_data(
+    config: RunConfig, workdir: pathlib.Path, train_data: TokenData | None, validation_data: TokenData | None
+) -> tuple[RunConfig, LoadSplit]:
+    """The configuration of a run on the caller's data, if it is given, and what loads its splits."""
+    given = {"train": train_data, "validation": validation_data}
+    if train_data is None and validation_data is None:
+        return config, load_split
+    config = dataclasses.replace(config, data=with_given_files(config.data, given))
+    sizes, main = (config.model.vocab_size, config.train.batch_size), jax.process_index() == 0
+    return config, given_loader(given, *sizes, workdir / POSITIONS_FILE, main)
+
+
 def check_kernel(config: ModelConfig) -> None:
     """Refuses cuDNN's attention where there is no GPU ('splash' is interpreted where there is no TPU)."""
     if config.attention == "cudnn" and platform() != "gpu":
@@ -182,6 +199,10 @@ def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
     """The batches of a run over its training split."""
     data, how = config.data, config.train
     sizes = data.sequence_length, how.batch_size
+    if isinstance(train, OrderedStream):
+        if how.eval_every == EPOCH:
+            raise ConfigError("train.eval_every", EPOCH, "must be in updates where train_data is an iterable")
+        return OrderedBatches(train, *sizes, how.seed, how.equal_updates)
     return TrainingBatches(train, *sizes, how.seed, how.equal_updates, how.micro_batch_size, data.stages)
 
 

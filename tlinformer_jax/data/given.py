@@ -1,0 +1,186 @@
+"""Data that the caller brings: `train_and_evaluate(config, workdir, train_data=..., validation_data=...)`.
+
+Token ids in an array or a file are one long row, of which samples are drawn as from any other text. Everything else is
+an iterable, which is read in its own order:
+
+    documents   lists or arrays of token ids, or dicts with `input_ids` or `tokens`: joined into one row, the
+                tokenizer's end-of-text after each, and cut into samples
+    batches     integers [batch, N + 1] or [batch, N], dicts that hold them, or dicts of `inputs`, `labels` and, if
+                wanted, `weights`, [batch, N] each: trained on as they come
+
+A training that goes on must read what it has not read yet. Arrays and files are read at any place. Of an iterable the
+working directory keeps a list of positions (POSITIONS_FILE): with `len` and indices, or with iterators that have
+`get_state` and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable,
+such as a generator, the items before it are read again and dropped. A position also holds a hash of the batch that
+follows it, by which data that has changed, or comes in another order, is noticed.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tlinformer_jax.config.data import TOKENS, DataConfig
+from tlinformer_jax.data.cache import ENDS, file_identity
+from tlinformer_jax.data.ordered import Items, OrderedStream, Shape
+from tlinformer_jax.data.streams import RowStream, TokenStream
+from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.errors import ConfigError, DataError
+
+POSITIONS_FILE = "data_positions.jsonl"
+DTYPES = ("uint16", "uint32")  # of a `.bin` file
+MOST_VALIDATION = 1 << 28  # tokens of an iterable of validation data, which is held in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """A file of token ids: `.npy`, or raw little-endian integers in `.bin`, as nanoGPT writes them (uint16)."""
+
+    path: str | pathlib.Path
+    dtype: str = "uint16"
+
+    @classmethod
+    def parse(cls, text: str) -> "TokenFile":
+        """The file that PATH, or PATH:DTYPE, names."""
+        match = re.fullmatch(r"(.+):(\w+)", text)
+        return cls(match[1], match[2]) if match and match[1].endswith(".bin") else cls(text)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.dtype}" if str(self.path).endswith(".bin") else str(self.path)
+
+    def open(self) -> np.ndarray:
+        """Its ids, memory-mapped; DataError for a file that cannot hold any."""
+        path = pathlib.Path(self.path).expanduser()
+        if path.suffix not in (".npy", ".bin"):
+            raise DataError(f"{path}: must be a file of token ids, .npy or .bin")
+        if self.dtype not in DTYPES:
+            raise DataError(f"{path}: dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
+        try:
+            if path.suffix == ".npy":
+                return np.load(path, mmap_mode="r", allow_pickle=False)
+            dtype = np.dtype(self.dtype).newbyteorder("<")
+            size = path.stat().st_size
+            if size % dtype.itemsize or not size:
+                raise DataError(f"{path}: its {size} bytes are no whole {self.dtype} ids; see TokenFile(path, dtype)")
+            ids = np.memmap(path, dtype, mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        if self.dtype == "uint16" and len(ids) > 1 and not ids[1 : 1 << 20 : 2].any():
+            raise DataError(f"{path}: every second uint16 is 0, as in a file of uint32: TokenFile(path, 'uint32')")
+        return ids
+
+
+TokenData = np.ndarray | str | pathlib.Path | TokenFile | Iterable[Any]
+
+
+def token_file(data: Any) -> TokenFile | None:
+    """The file that the data is, as a whole; None if it is none, or a part of one."""
+    if isinstance(data, TokenFile):
+        return data
+    if isinstance(data, np.memmap) and str(data.filename).endswith((".npy", ".bin")):
+        file = TokenFile(str(data.filename), data.dtype.name)
+        whole = os.path.getsize(file.path) == data.offset + data.nbytes
+        known = data.offset > 0 if str(file.path).endswith(".npy") else not data.offset and data.dtype.name in DTYPES
+        return file if whole and known else None
+    if isinstance(data, str | pathlib.Path):
+        return TokenFile.parse(str(data))
+    return None
+
+
+def with_given_files(config: DataConfig, data: Mapping[str, TokenData | None]) -> DataConfig:
+    """The section `data` of a run on the caller's data, by split: files stand in it, so that others can read them."""
+    missing = [f"{split}_data" for split, given in data.items() if given is None]
+    if missing:
+        raise DataError(f"{missing[0]}: must be given too where the other of train_data and validation_data is")
+    if config.dataset != TOKENS:
+        allowed = f"must be {TOKENS!r} where train_data and validation_data are given"
+        raise ConfigError("data.dataset", config.dataset, allowed)
+    train, validation = (str(token_file(data[split]) or "") for split in ("train", "validation"))
+    return dataclasses.replace(config, train_files=train, validation_files=validation)
+
+
+def load_token_file(config: DataConfig, split: str) -> TokenStream:
+    """The split of data.dataset = 'tokens' that its configuration names as a file."""
+    name = getattr(config, f"{split}_files")
+    if not name:
+        needed = "must name a .npy or .bin file: data given to train_and_evaluate in Python is not kept"
+        raise DataError(f"data.{split}_files = '': {needed}")
+    return array_stream(TokenFile.parse(name).open(), f"data.{split}_files", name)
+
+
+def array_stream(ids: np.ndarray, name: str, path: str = "") -> TokenStream:
+    """A row of token ids as a stream; DataError if it is none."""
+    if ids.dtype.kind not in "iu":
+        raise DataError(f"{name}: must hold integers, token ids; its dtype is {ids.dtype}")
+    if ids.ndim != 1:
+        raise DataError(f"{name}: must be one row of token ids, [length]; its shape is {list(ids.shape)}")
+    if path:
+        identity = file_identity(pathlib.Path(TokenFile.parse(path).path).expanduser())
+        digest = hashlib.sha256(f"{identity['size']} {identity['ends']}".encode())
+    else:
+        digest = hashlib.sha256(f"{ids.dtype} {len(ids)}".encode())
+        digest.update(ids[:ENDS].tobytes() + ids[-ENDS:].tobytes())
+    return TokenStream(ids, 0, 0, sha256=digest.hexdigest())
+
+
+def given_loader(
+    data: Mapping[str, TokenData | None],
+    vocab_size: int,
+    batch_size: int = 1,
+    positions: pathlib.Path | None = None,
+    writes: bool = False,
+) -> Callable[[DataConfig, str, Tokenizer], TokenStream]:
+    """What `sources.load_split` is for files, for the caller's data.
+
+    Args:
+      data: by split, "train" and "validation".
+      vocab_size: of the model.
+      batch_size: of training.
+      positions: the file of positions in the training data; None keeps none.
+      writes: whether this process writes it.
+    """
+
+    def load(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
+        given, name = data.get(split), f"{split}_data"
+        if file := token_file(given):
+            return array_stream(file.open(), name, str(file))
+        if hasattr(given, "__array__"):
+            return array_stream(np.asarray(given) if not isinstance(given, np.ndarray) else given, name)
+        if not isinstance(given, Iterable):
+            raise DataError(
+                f"{name}: must be token ids, a .npy or .bin file or an iterable, not {type(given).__name__}"
+            )
+        rows = batch_size if split == "train" else None
+        shape = Shape(name, vocab_size, tokenizer.end_of_text, config.sequence_length, rows)
+        if split == "train":
+            nothing, items = np.empty(0, np.int32), Items(given, name)
+            return OrderedStream(nothing, 0, 0, items=items, shape=shape, positions=positions, writes=writes)
+        return _collected(Items(given, name), shape)
+
+    return load
+
+
+def _collected(items: Items, shape: Shape) -> TokenStream:
+    """All of an iterable, read once into memory."""
+    found, count = [], 0
+    for number, item in enumerate(items.rest()):
+        found.append(shape.read(item, number))
+        count += found[-1]["inputs"].size if isinstance(found[-1], dict) else found[-1].size
+        if count > MOST_VALIDATION:
+            raise DataError(f"{shape.name}: must end after at most {MOST_VALIDATION:,} tokens: it is read as a whole")
+    batches = [read for read in found if isinstance(read, dict)]
+    documents = [read for read in found if not isinstance(read, dict)]
+    if batches and documents:
+        raise DataError(f"{shape.name}: must hold documents or batches, not both")
+    if not batches:
+        return array_stream(np.concatenate([np.empty(0, np.int32), *documents]).astype(np.int32), shape.name)
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    ids = np.append(rows["inputs"].reshape(-1), rows["labels"][-1, -1:])
+    return RowStream(ids, 0, 0, sha256=hashlib.sha256(ids.tobytes()).hexdigest(), rows=rows)

@@ -1,0 +1,329 @@
+"""Training on an iterable, in its own order: see `data.given` for what may be in it, and how a run goes on."""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tlinformer_jax.data.batches import ALL, Batch, Reader, Rows, TrainingBatches
+from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabulary
+from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import open_own, read_own
+
+RECORD_EVERY = 1.0  # seconds between two positions, and at least a hundredth of the time so far
+IDS = ("input_ids", "tokens")  # names of token ids in a dict
+
+
+# ---- The items
+
+
+class ByIndex:
+    """The items of a sequence, as an iterator that can seek."""
+
+    def __init__(self, data: Any) -> None:
+        self._data, self._next = data, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._next >= len(self._data):
+            raise StopIteration
+        self._next += 1
+        return self._data[self._next - 1]
+
+    def get_state(self) -> int:
+        """The index of the next item."""
+        return self._next
+
+    def set_state(self, state: int) -> None:
+        """Makes the item of that index the next one."""
+        self._next = state
+
+
+class Items:
+    """Reads an iterable item by item, again from its start where it ends and can be read again.
+
+    Attributes:
+      seeks: whether a position is found without reading all before it.
+    """
+
+    def __init__(self, data: Iterable[Any], name: str) -> None:
+        indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+        self._new: Callable[[], Any] = lambda: ByIndex(data) if indexed else iter(data)
+        self._iterator: Any = self._new()
+        self._name = name
+        self._once = self._iterator is data
+        self.seeks = hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state")
+        self._epoch = self._item = 0
+        self._start = self.position()
+
+    @property
+    def number(self) -> int:
+        """Of the last item in its epoch, from 0."""
+        return self._item - 1
+
+    def first(self) -> Any:
+        """The first item, which stays the next one."""
+        item = next(self)
+        if self._once and not self.seeks:
+            self._iterator, self._item = itertools.chain([item], self._iterator), 0
+        else:
+            self.seek(None)
+        return item
+
+    def position(self) -> dict[str, Any]:
+        """Where the next item stands, as JSON."""
+        state = self._iterator.get_state() if self.seeks else None
+        if isinstance(state, bytes):
+            state = {"base64": base64.b64encode(state).decode()}
+        return {"epoch": self._epoch, "item": self._item, "state": state}
+
+    def seek(self, position: Mapping[str, Any] | None) -> None:
+        """Makes the item at `position` the next one, None the first one."""
+        position = position or self._start
+        if self.seeks:
+            state = position["state"]
+            encoded = isinstance(state, dict) and state.keys() == {"base64"}
+            self._iterator.set_state(base64.b64decode(state["base64"]) if encoded else state)
+        else:
+            if not self._once:
+                self._iterator, self._item = self._new(), 0
+            elif self._item > position["item"]:
+                raise DataError(f"{self._name}: cannot be read again; give a new iterator to each training")
+            for _ in range(position["item"] - self._item):
+                next(self._iterator, None)
+        self._epoch, self._item = position["epoch"], position["item"]
+
+    def __next__(self) -> Any:
+        for item in self.rest():
+            return item
+        if self._once or not self._item:
+            raise DataError(f"{self._name}: ends after {self._item} items, before the training does")
+        self._epoch, self._item, self._iterator = self._epoch + 1, 0, self._new()
+        return next(self)
+
+    def rest(self) -> Iterator[Any]:
+        """The items that are left of this epoch; None, by which grain filters, is no item."""
+        for item in self._iterator:
+            self._item += 1
+            if item is not None:
+                yield item
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the items of an iterable must be."""
+
+    name: str
+    vocab_size: int
+    end_of_text: int
+    sequence_length: int
+    batch_size: int | None  # None: any
+
+    def read(self, item: Any, number: int) -> np.ndarray | Batch:
+        """A document, int [length], its end included, or a batch; DataError naming what is wrong with the item."""
+        where = f"{self.name}, item {number}"
+        if isinstance(item, str | bytes):
+            raise DataError(f"{where}: must be token ids, not text; data.dataset = 'text' reads text")
+        if not isinstance(item, Mapping):
+            ids = self._ids(item, where)
+            return np.append(ids, self.end_of_text) if ids.ndim == 1 else self._batch({"tokens": ids}, where)
+        name = next((name for name in (*IDS, "inputs") if name in item), None)
+        if name is None:
+            raise DataError(f"{where}: must have 'input_ids', 'tokens' or 'inputs' and 'labels'; it has {list(item)}")
+        ids = self._ids(item[name], f"{where}, {name!r}")
+        if name == "inputs" or ids.ndim == 2:
+            return self._batch(dict(item) | {"tokens" if name != "inputs" else name: ids}, where)
+        return np.append(ids, self.end_of_text)
+
+    def _ids(self, item: Any, where: str) -> np.ndarray:
+        try:
+            ids = np.asarray(item)
+        except ValueError:
+            raise DataError(f"{where}: must be a list of token ids, or an array of them") from None
+        if ids.ndim == 1 and not ids.size:
+            return np.empty(0, np.int64)
+        if ids.dtype.kind not in "iu":
+            raise DataError(f"{where}: must be integers, token ids; its dtype is {ids.dtype}")
+        if ids.ndim not in (1, 2):
+            raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; it is {list(ids.shape)}")
+        for wrong in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
+            raise outside_vocabulary(where, int(wrong), self.vocab_size)
+        return ids
+
+    def _batch(self, item: Mapping[str, Any], where: str) -> Batch:
+        length, rows = self.sequence_length, self.batch_size
+        if "inputs" in item:
+            if "labels" not in item:
+                raise DataError(f"{where}: has 'inputs', and must have 'labels' too")
+            inputs, labels = np.asarray(item["inputs"]), self._ids(item["labels"], f"{where}, 'labels'")
+            weights = np.asarray(item.get("weights", np.ones(inputs.shape)), np.float32)
+            wanted = f"[{rows or 'batch'}, {length}]"
+        else:
+            ids = item["tokens"]
+            weights = np.asarray(item.get("attention_mask", np.ones(ids.shape)), np.float32)[:, 1:]
+            if ids.shape[1] == length:  # what follows the last token is not known
+                ids, weights = np.pad(ids, ((0, 0), (0, 1))), np.pad(weights, ((0, 0), (0, 1)))
+            inputs, labels = ids[:, :-1], ids[:, 1:]
+            wanted = f"[{rows or 'batch'}, {length + 1}] or [{rows or 'batch'}, {length}]"
+        whole = rows or len(inputs), length
+        if not inputs.shape == labels.shape == weights.shape == whole:
+            fields = "train.batch_size and data.sequence_length" if rows else "data.sequence_length"
+            shape = list(np.shape(item.get("tokens", inputs)))
+            raise DataError(f"{where}: a batch must be {wanted}, by {fields}; it is {shape}")
+        return {"inputs": inputs.astype(np.int32), "labels": labels.astype(np.int32), "weights": weights}
+
+
+# ---- Training on an iterable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderedStream(TokenStream):
+    """The caller's training data, read in its own order: it may never end, so that its `tokens` are none."""
+
+    items: Items
+    shape: Shape
+    positions: pathlib.Path | None
+    writes: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderedBatches(TrainingBatches):
+    """The batches of an iterable, in its order. Every process reads all of it, and keeps its own rows of a batch."""
+
+    stream: OrderedStream
+
+    def __post_init__(self) -> None:
+        if not self.equal_updates:
+            raise ConfigError("train.schedule", "paper", "needs epochs, and train_data is read in its own order")
+        self.stream.shape.read(self.stream.items.first(), 0)  # before anything is compiled
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return 0
+
+    def updates_for_epochs(self, epochs: int) -> int:
+        """Epochs are not known."""
+        needed = "train.steps, and train.eval_every in updates, must be given"
+        raise DataError(f"train_data is an iterable, whose epochs are not known: {needed}")
+
+    def indices(self, step: int) -> np.ndarray:
+        """The samples of an update, counted in the order in which they are read."""
+        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+
+    def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 1, ahead: int = 4) -> Reader:
+        """As of any training data; the iterable is read in one thread."""
+        reader = self._read(start_step, rows)
+        return in_threads(lambda _: next(reader), itertools.count(), 1, ahead)
+
+    def _read(self, start_step: int, rows: Rows) -> Iterator[Batch]:
+        """The batches from update `start_step` on; leaves positions for runs that go on."""
+        stream = self.stream
+        known = _last_position(stream.positions, start_step)
+        place = known or {"step": 0, "items": None, "offset": 0, "carry": []}
+        self._tell(start_step, place["items"])
+        try:
+            stream.items.seek(place["items"])
+        except DataError:
+            raise
+        except Exception as error:  # of the iterator's own code
+            raise DataError(f"{stream.shape.name}: does not take the state that it had in this run ({error})") from None
+        written = stream.positions if stream.writes else None
+        due = began = time.monotonic()
+        for step, (begins, batch) in enumerate(self._packed(place), place["step"]):
+            if known and step == known["step"] and _digest(batch) != known["batch"]:
+                self._say("changed since the last run here, or in another order: its batches are others now")
+                if written:
+                    written.unlink()
+            if step < start_step:
+                continue
+            if written and time.monotonic() >= due:
+                due = time.monotonic() + max(RECORD_EVERY, (time.monotonic() - began) / 100)
+                _add_position(written, begins | {"step": step, "batch": _digest(batch)})
+            yield {name: array[rows] for name, array in batch.items()}
+
+    def _packed(self, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Batch]]:
+        """Where each batch begins, and the batch, from the place that `items` has been set to.
+
+        Documents are one row of tokens, of which samples overlap by one, `carry`. A place is the item that holds the
+        next token, and the token's offset in it.
+        """
+        items, shape, size = self.stream.items, self.stream.shape, (self.batch_size, self.sequence_length)
+        need, offset, carry = size[0] * size[1] + 1, place["offset"], list(place["carry"])
+        item, read = items.position(), self._next()
+        while True:
+            if isinstance(read, dict):
+                yield {"items": item, "offset": 0, "carry": []}, read
+                item, read = items.position(), self._next()
+                continue
+            begins = {"items": item, "offset": offset, "carry": carry}
+            parts, count = [np.array(carry, np.int64)], len(carry)
+            while count < need:
+                while offset >= len(read):
+                    offset -= len(read)
+                    item, read = items.position(), self._next()
+                    if isinstance(read, dict):
+                        raise DataError(f"{shape.name}, item {items.number}: is a batch; items before it are documents")
+                parts.append(read[offset : offset + need - count])
+                offset, count = offset + len(parts[-1]), count + len(parts[-1])
+            tokens = np.concatenate(parts).astype(np.int32)
+            carry = [int(tokens[-1])]
+            weights = np.ones(size, np.float32)
+            yield begins, {"inputs": tokens[:-1].reshape(size), "labels": tokens[1:].reshape(size), "weights": weights}
+
+    def _next(self) -> np.ndarray | Batch:
+        item = next(self.stream.items)
+        return self.stream.shape.read(item, self.stream.items.number)
+
+    def _tell(self, start_step: int, place: Mapping[str, Any] | None) -> None:
+        """Says how a run goes on."""
+        place = place or {"epoch": 0, "item": 0}
+        if start_step and self.stream.items.seeks:
+            self._say(f"goes on at item {place['item']:,} of its epoch {place['epoch']}")
+        elif start_step:
+            self._say(f"cannot seek: its first {place['item']:,} items are read again and dropped")
+        elif not self.stream.items.seeks:
+            self._say(
+                "cannot seek: a run that goes on must be given the same items again, and reads past the first ones"
+            )
+
+    def _say(self, message: str) -> None:
+        if self.stream.writes:
+            print(f"{self.stream.shape.name}: {message}", file=sys.stderr, flush=True)
+
+
+def _digest(batch: Batch) -> str:
+    return hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()[:16]
+
+
+def _add_position(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
+    try:
+        with open_own(path, "a") as file:
+            file.write(f"\n{json.dumps(entry)}\n")  # on a line of its own also after one that a kill has cut
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _last_position(path: pathlib.Path | None, step: int) -> dict[str, Any] | None:
+    """The last recorded position at or before update `step`; None if there is none."""
+    found = None
+    try:
+        lines = read_own(path).splitlines() if path is not None and path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # blank, or cut by a kill
+            entry = json.loads(line)
+            if entry["step"] <= step and (found is None or entry["step"] >= found["step"]):
+                found = entry
+    return found
