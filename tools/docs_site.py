@@ -4,6 +4,7 @@ Commands, flags, configuration fields and public names are read from the package
 is not there: a warning here fails `mkdocs build --strict`.
 """
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -59,8 +60,21 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         return f"[`{match[1]}`]({posixpath.relpath(PAGE, here or '.')}#{match[1]})"
 
+    markdown = re.sub(r"^:source: (\S+)$", lambda match: source(match[1]), markdown, flags=re.MULTILINE)
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if part.startswith("```") else FIELD.sub(link, part) for part in parts)
+
+
+def source(path: str) -> str:
+    """The code of a function, without its docstring, as a fenced block."""
+    module, _, name = path.rpartition(".")
+    text = inspect.getsource(getattr(importlib.import_module(module), name))
+    tree = ast.parse(text).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    lines, first = text.splitlines(), tree.body[0]
+    if ast.get_docstring(tree):
+        del lines[first.lineno - 1 : first.end_lineno]
+    return "\n".join(["```python", *lines, "```"])
 
 
 def sections() -> dict[str, Any]:
