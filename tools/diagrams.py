@@ -1,7 +1,8 @@
-"""Draws the two diagrams of README and the site: `python -m tools.diagrams --out=docs/figures`. They are SVG by hand."""
+"""Draws figures of README and the site: `python -m tools.diagrams`. Two diagrams, SVG by hand, and a plot of measurements."""
 
 import argparse
 import html
+import json
 import pathlib
 
 INK, GREY, WHITE = "#1f2937", "#6b7280", "#ffffff"
@@ -160,13 +161,44 @@ def caching() -> Drawing:
     return image
 
 
+def plot_generation(measured: pathlib.Path, out: pathlib.Path) -> None:
+    """Plots time and cache of a token by the length of the text, from a file of `benchmarks.inference`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in json.loads(measured.read_text())["rows"] if row["batch"] == 1 and row["length"] <= 10**6]
+    figure, (times, caches) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for architecture, name, colour in (("transformer", "Transformer", GREY), ("tlinformer", "TLinFormer", WINDOW)):
+        own = [row for row in rows if row["architecture"] == architecture]
+        lengths = [row["length"] for row in own]
+        means = [1e3 * row["windows"]["seconds"] / row["windows"]["tokens"] for row in own]
+        times.loglog(lengths, means, "o-", color=colour, label=name)
+        caches.loglog(lengths, [row["cache_bytes"] / 1e9 for row in own], "o-", color=colour, label=name)
+        if architecture == "tlinformer":
+            inside = [1e3 * row["sustained"]["seconds"] for row in own]
+            times.loglog(lengths, inside, "o--", color=colour, label="TLinFormer, inside a window")
+    times.set(title="Time of a token, slides included", xlabel="tokens before it", ylabel="ms")
+    caches.set(title="Cache of one text", xlabel="tokens", ylabel="GB")
+    ticks = {times: (0.2, 0.5, 1, 2, 5), caches: (0.01, 0.1, 1, 10)}
+    for axes in (times, caches):
+        axes.yaxis.set_minor_formatter("")
+        axes.set_yticks(ticks[axes], [f"{tick:g}" for tick in ticks[axes]])
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.legend(frameon=False)
+    figure.savefig(out, dpi=110)
+
+
 def main() -> None:
-    """Writes both files."""
+    """Writes the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/figures"))
     folder = parser.parse_args().out
     architecture().save(folder / "architecture.svg")
     caching().save(folder / "caching.svg")
+    plot_generation(folder.parent / "measurements" / "inference_h100_baseline.json", folder / "generation.png")
 
 
 if __name__ == "__main__":

@@ -134,14 +134,17 @@ def allowed(section: str, kind: Any, field: Any) -> str:
                 said.append(error.allowed)
         except (TypeError, OverflowError, AttributeError):
             continue
-    said = [text.removeprefix("must be ").removeprefix("a ") for text in dict.fromkeys(said)]
+    said = list(dict.fromkeys(text.removeprefix("must be ").removeprefix("a ") for text in said))
+    choices = [text for text in said if text.startswith("one of ")]
+    said = [text for text in said if text not in choices[1:] and not any(text in other for other in said if other != text)]
     type_name = getattr(field.type, "__name__", str(field.type))
     return "; ".join(said) if said else type_name.replace("|", "or").replace("str", "text")
 
 
 def escaped(text: str) -> str:
     """Text for a cell of a table; identifiers in it stay as they are."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`\\_", "`_")
+    parts = re.split(r"(`[^`]*`)", text.replace("|", "\\|"))
+    return "".join(part if part.startswith("`") else re.sub(r"([*_])", r"\\\1", part).replace("<", "&lt;") for part in parts)
 
 
 # Runs in a process of its own, because absl's flags are global: flags of one command as JSON.
@@ -191,7 +194,7 @@ def commands() -> str:
         if flags:
             lines += ["| flag | default | meaning |", "|---|---|---|"]
             for flag, default, meaning in flags:
-                shown = "" if default in (None, "", "[]") else f"`{default}`"
+                shown = "" if default in (None, "", "[]", "False") else f"`{default}`"
                 lines.append(f"| `--{flag}` | {shown} | {escaped(' '.join(meaning.split()))} |")
             lines.append("")
     return "\n".join(lines)
