@@ -1,4 +1,4 @@
-"""Draws figures of README and the site: `python -m tools.diagrams`. Two diagrams, SVG by hand, and a plot of measurements."""
+"""Draws figures of README and the site, two diagrams and a plot of measurements: `python -m tools.diagrams`."""
 
 import argparse
 import html
@@ -26,7 +26,14 @@ class Drawing:
             )
 
     def text(
-        self, x: float, y: float, words: str, size: int = 15, colour: str = INK, anchor: str = "start", bold: bool = False
+        self,
+        x: float,
+        y: float,
+        words: str,
+        size: int = 15,
+        colour: str = INK,
+        anchor: str = "start",
+        bold: bool = False,
     ) -> None:
         """Words at a point."""
         weight = ' font-weight="bold"' if bold else ""
@@ -99,7 +106,9 @@ def architecture() -> Drawing:
     image.arrow(f"M{c + 214} {tops[0] + 8} C{x - 60} {tops[0] + 8} {x + 20} {tops[0] + 60} {x + 20} {tops[1] - 4}",
                 "history", 3)  # fmt: skip
     for top, bottom in ((tops[1], tops[2]), (tops[2], tops[3])):
-        image.arrow(f"M{z + 90} {top + 12} C{x - 20} {top + 12} {x + 20} {top + 50} {x + 20} {bottom - 4}", "observed", 3)
+        image.arrow(
+            f"M{z + 90} {top + 12} C{x - 20} {top + 12} {x + 20} {top + 50} {x + 20} {bottom - 4}", "observed", 3
+        )
     image.arrow(f"M{z + 70} {tops[1] + 26} C{z + 120} {tops[1] + 70} {z + 100} {tops[1] + 100} {z + 70} {tops[2] - 4}",
                 "observed", 3)  # fmt: skip
     image.arrow(f"M{z} {tops[2] + 12} C{c + 190} {tops[2] + 12} {c + 150} {tops[2] + 60} {c + 150} {tops[3] - 4}",
@@ -113,7 +122,9 @@ def architecture() -> Drawing:
     image.arrow(f"M160 {y - 5} h36", "history", 3)
     image.arrow(f"M200 {y - 5} h36", "observed", 3)
     image.text(244, y, "rows are read by attention: their keys and values are cached, and stay the same", 14)
-    image.text(244, y + 19, "until the window is full and slides; per token only x's own cache grows, by one row a layer", 14)
+    image.text(
+        244, y + 19, "until the window is full and slides; per token only x's own cache grows, by one row a layer", 14
+    )
     return image
 
 
@@ -157,7 +168,9 @@ def caching() -> Drawing:
     image.arrow(f"M{c + 310} 428 C{c + 310} 452 {z + 54} 452 {z + 54} 428", "observed", 3)
     image.text(z + 70, 456, "the summary is made again, of the last W_oh rows", 14)
     image.text(20, 474, "First block: old rows stay as they are, the window's are appended.", 14, GREY)
-    image.text(20, 493, "Later blocks: all rows are restored again from the new summary, once for W_og tokens.", 14, GREY)
+    image.text(
+        20, 493, "Later blocks: all rows are restored again from the new summary, once for W_og tokens.", 14, GREY
+    )
     return image
 
 

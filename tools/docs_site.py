@@ -101,7 +101,14 @@ def configuration() -> str:
     ]
     for section, kind in sections().items():
         summary, meanings = described(inspect.getdoc(kind) or "")
-        lines += [f"## {section}", "", escaped(summary), "", "| field | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"## {section}",
+            "",
+            escaped(summary),
+            "",
+            "| field | default | allowed | meaning |",
+            "|---|---|---|---|",
+        ]
         for field in dataclasses.fields(kind):
             if field.name not in meanings:
                 log.warning("%s.%s is not described in the docstring of %s", section, field.name, kind.__name__)
@@ -136,7 +143,9 @@ def allowed(section: str, kind: Any, field: Any) -> str:
             continue
     said = list(dict.fromkeys(text.removeprefix("must be ").removeprefix("a ") for text in said))
     choices = [text for text in said if text.startswith("one of ")]
-    said = [text for text in said if text not in choices[1:] and not any(text in other for other in said if other != text)]
+    said = [
+        text for text in said if text not in choices[1:] and not any(text in other for other in said if other != text)
+    ]
     type_name = getattr(field.type, "__name__", str(field.type))
     return "; ".join(said) if said else type_name.replace("|", "or").replace("str", "text")
 
@@ -144,7 +153,9 @@ def allowed(section: str, kind: Any, field: Any) -> str:
 def escaped(text: str) -> str:
     """Text for a cell of a table; identifiers in it stay as they are."""
     parts = re.split(r"(`[^`]*`)", text.replace("|", "\\|"))
-    return "".join(part if part.startswith("`") else re.sub(r"([*_])", r"\\\1", part).replace("<", "&lt;") for part in parts)
+    return "".join(
+        part if part.startswith("`") else re.sub(r"([*_])", r"\\\1", part).replace("<", "&lt;") for part in parts
+    )
 
 
 # Runs in a process of its own, because absl's flags are global: flags of one command as JSON.
@@ -170,15 +181,9 @@ def commands() -> str:
     lines = [
         "# Commands",
         "",
-        "`tlinformer COMMAND` and `python -m tlinformer_jax COMMAND` are the same; this page is written from their flags.",
-        "`--config` also takes overrides of single fields, `--config.SECTION.FIELD=VALUE`, from the",
-        "[configuration](configuration.md). A mistake ends a command with one line on stderr and status 2:",
-        "",
-        "```console",
-        "$ tlinformer train --config=configs/tiny.py --config.model.num_heads=7 --workdir=/tmp/x; echo $?",
-        "error: model.num_heads = 7: must divide model.d_model = 96",
-        "2",
-        "```",
+        "`tlinformer COMMAND` and `python -m tlinformer_jax COMMAND` are the same. This page comes from their flags.",
+        "Beside `--config`, single fields of the [configuration](configuration.md) can be set:",
+        "`--config.SECTION.FIELD=VALUE`.",
         "",
     ]
     for name, module in _HOMES.items():
@@ -189,8 +194,9 @@ def commands() -> str:
             log.warning("flags of %s: %s", name, found.stderr[-300:])
             continue
         text, flags = json.loads(found.stdout.splitlines()[-1])
-        summary = re.sub(r"\s+", " ", (text or "").strip().partition("\n\n")[0])
-        lines += [f"## {name}", "", re.sub(r"`python -m tlinformer_jax(?:\.main)?", f"`tlinformer {name}" if "main" in module else "`tlinformer", summary), ""]
+        summary = " ".join((text or "").strip().partition("\n\n")[0].split())
+        usage = "`tlinformer train " if module == "tlinformer_jax.main" else "`tlinformer "
+        lines += [f"## {name}", "", re.sub(r"`python -m tlinformer_jax(\.main)? ", usage, summary), ""]
         if flags:
             lines += ["| flag | default | meaning |", "|---|---|---|"]
             for flag, default, meaning in flags:
@@ -202,7 +208,12 @@ def commands() -> str:
 
 def api() -> str:
     """The page of public names, each rendered from where it is defined."""
-    lines = ["# Python API", "", "Public names, from their docstrings. A name is imported from the module it stands under.", ""]
+    lines = [
+        "# Python API",
+        "",
+        "Public names, from their docstrings. A name is imported from the module it stands under.",
+        "",
+    ]
     for module, summary in PUBLIC.items():
         home = importlib.import_module(module)
         names = CHOSEN.get(module) or [name for name in home.__all__ if not name.startswith("_")]
