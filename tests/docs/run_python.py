@@ -1,8 +1,8 @@
 """Runs the Python blocks of pages, at tiny size: `python -m tests.docs.run_python PAGE...` in an empty directory.
 
 The blocks of a page run in order in one namespace. A block with a title is saved under it, too. What a block prints
-must be what the block `text title="prints"` after it shows. Prints a line for each block that fails, and exits with their
-number.
+must be what the block `text title="prints"` after it shows. Prints a line for each block that fails, the exit status is
+their number.
 """
 
 import contextlib
