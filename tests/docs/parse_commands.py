@@ -14,8 +14,8 @@ import tomllib
 
 from tests.docs.blocks import ROOT
 
-# Commands of the system, and scripts that tests/launch runs.
-OTHERS = ("source", "python3 -m venv", "sbatch", "launch/", "mkdocs")
+# Commands of the system, scripts that tests/launch runs, and what has flags of its own kind.
+OTHERS = ("source", "python3 -m venv", "sbatch", "launch/", "mkdocs", "python -m tlinformer_jax.interop.harness")
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]] | None:
@@ -29,7 +29,8 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
     if words[0].endswith("python") and words[1] == "-m":
         if words[2] == "tlinformer_jax":
             return _HOMES[words[3]], words[4:]
-        return (words[2], words[3:]) if words[2] != "pytest" else None
+        if words[2].split(".")[0] in ("benchmarks", "tools") or words[2] == "tlinformer_jax.main":
+            return words[2], words[3:]
     return None
 
 
@@ -43,7 +44,7 @@ def parse(command: str) -> None:
         return
     found = module_of(words)
     if found is None:
-        assert command.startswith(OTHERS) or "pytest" in words, "is no command that is known here"
+        assert command.startswith(OTHERS) or words[1:3] == ["-m", "pytest"], "is no command that is known here"
         return
     from absl import flags
 
