@@ -174,7 +174,7 @@ def caching() -> Drawing:
     return image
 
 
-def plot_generation(measured: pathlib.Path, out: pathlib.Path) -> None:
+def plot_token_cost(measured: pathlib.Path, out: pathlib.Path) -> None:
     """Plots time and cache of a token by the length of the text, from a file of `benchmarks.inference`."""
     import matplotlib
 
@@ -211,7 +211,7 @@ def main() -> None:
     folder = parser.parse_args().out
     architecture().save(folder / "architecture.svg")
     caching().save(folder / "caching.svg")
-    plot_generation(folder.parent / "measurements" / "inference_h100_baseline.json", folder / "generation.png")
+    plot_token_cost(folder.parent / "measurements" / "inference_h100_baseline.json", folder / "token_cost.png")
 
 
 if __name__ == "__main__":

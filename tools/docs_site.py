@@ -36,7 +36,8 @@ CHOSEN = {
 PROBES: tuple[Any, ...] = ("?", -7, 0, -1.5, 10**30, True, [])
 FIELD = re.compile(r"(?<!\[)`((?:model|train|data|mesh)\.[a-z_]+)`")
 # These tell of earlier versions.
-UNCHECKED = ("performance.md", "results.md", "reliability.md")
+REPORT = "results.md"
+UNCHECKED = ("performance.md", REPORT, "reliability.md")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -50,6 +51,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links `section.field` to the reference; a field that does not exist is a warning."""
+    if page.file.src_uri == REPORT:
+        page.meta["hide"] = ["toc"]  # its tables need the room
     if page.file.src_uri in (*UNCHECKED, PAGE):
         return markdown
     known, here = fields(), posixpath.dirname(page.file.src_uri)
@@ -63,6 +66,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(r"^:source: (\S+)$", lambda match: source(match[1]), markdown, flags=re.MULTILINE)
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if part.startswith("```") else FIELD.sub(link, part) for part in parts)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Lets the style sheet tell the report, whose tables are wide."""
+    return f'<div class="report">{html}</div>' if page.file.src_uri == REPORT else html
 
 
 def source(path: str) -> str:
