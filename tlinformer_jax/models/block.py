@@ -249,7 +249,7 @@ class DualWindowBlock(nn.Module):
       config: of the model; `vocab_size`, `num_blocks` (but for the initial scale) and `generation_window` do
         not matter here: the window is as long as the x it is given.
 
-    Example:
+    Examples:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
       >>> variables = block.init(jax.random.key(0), x, history)
       >>> x, history = block.apply(variables, x, history)
