@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import logging
+import pathlib
 import posixpath
 import re
 import subprocess
@@ -35,18 +36,32 @@ CHOSEN = {
 # Values that no field takes; what the refusal says is what is allowed.
 PROBES: tuple[Any, ...] = ("?", -7, 0, -1.5, 10**30, True, [])
 FIELD = re.compile(r"(?<!\[)`((?:model|train|data|mesh)\.[a-z_]+)`")
-# These tell of earlier versions.
 REPORT = "results.md"
-UNCHECKED = ("performance.md", REPORT, "reliability.md")
+# Files of the repository's root that are pages too.
+PROJECT = ("CONTRIBUTING.md", "DEVELOPERS.md", "CHANGELOG.md")
+# Pages that tell of earlier versions.
+UNCHECKED = ("performance.md", REPORT, "reliability.md", "changelog.md")
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds the generated pages."""
     from mkdocs.structure.files import File
 
-    for name, text in ((PAGE, configuration()), ("reference/commands.md", commands()), ("reference/api.md", api())):
+    written = {PAGE: configuration(), "reference/commands.md": commands(), "reference/api.md": api()}
+    for name, text in (written | project_pages(pathlib.Path(config.config_file_path).parent)).items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def project_pages(root: pathlib.Path) -> dict[str, str]:
+    """CONTRIBUTING.md and its like as pages, their links as seen from the folder of pages."""
+    pages = {}
+    for name in PROJECT:
+        text = (root / name).read_text().replace("](docs/", "](")
+        for other in PROJECT:
+            text = text.replace(f"]({other})", f"]({other.lower()})")
+        pages[name.lower()] = text
+    return pages
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
