@@ -123,7 +123,7 @@ def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
     result = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", f"--workdir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
     assert "450 steps of 2,048 tokens, 921,600 tokens in all" in result.stdout
-    shown = (ROOT / "README.md").read_text()
+    shown = (ROOT / "docs" / "quickstart.md").read_text()
     for line in result.stdout.splitlines()[:4]:  # what follows depends on Python's own documentation
         assert line.rpartition(", ")[0] in shown
     assert os.listdir(tmp_path) == []

@@ -72,8 +72,7 @@ def test_unwritable_workdir(tmp_path):
     check_refusal(command("tlinformer_jax.main", *TINY, f"--workdir={blocker}/run"), "--workdir")
 
 
-def test_readme_shows_what_the_command_prints():
-    readme = (ROOT / "README.md").read_text()
-    assert "@@" not in readme
+def test_the_quickstart_shows_what_the_command_prints():
+    page = (ROOT / "docs" / "quickstart.md").read_text()
     result = command("tlinformer_jax.main", *TINY, "--config.model.num_heads=7", "--workdir=/tmp/x")
-    assert result.stderr.strip() in readme
+    assert result.stderr.strip() in page

@@ -1,4 +1,4 @@
-"""What a token costs: against counts by hand, and README's tables against the command."""
+"""What a token costs: against counts by hand, and the site's tables against the command."""
 
 import pytest
 
@@ -33,10 +33,10 @@ def test_the_cost_of_a_token_grows_with_the_text_unless_its_window_slides():
         assert long[1] / short[1] == pytest.approx(cached, rel=0.03)
 
 
-def test_readme_has_the_tables_that_the_command_prints():
+def test_the_site_has_the_tables_that_the_command_prints():
     printed = command("benchmarks.cost")
     assert printed.returncode == 0, printed.stderr
     tables = printed.stdout.strip().split("\n\n")
     assert len(tables) == 2
-    readme = (ROOT / "README.md").read_text()
-    assert all(table in readme for table in tables)
+    page = (ROOT / "docs" / "when_to_use.md").read_text()
+    assert all(table in page for table in tables)

@@ -214,7 +214,7 @@ class DualWindowBlock(nn.Module):
     history and n .. n + m - 1 over the window, which is as long as the x it is given. Of the configuration
     `vocab_size`, `generation_window` and `num_blocks` (but for the initial scale) do not matter here.
 
-    Example:
+    Examples:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
       >>> variables = block.init(jax.random.key(0), x, history)
       >>> x, history = block.apply(variables, x, history)
