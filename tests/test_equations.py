@@ -42,7 +42,8 @@ def callers(tree: ast.AST, names: set[str], inside: str = "") -> Iterator[str]:
 
 
 def found(names: set[str]) -> dict[str, set[str]]:
-    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "interop" / "pytorch.py"]  # PyTorch's copy
+    trees = {path: ast.parse(path.read_text()) for path in files}
     places = {path.relative_to(PACKAGE).as_posix(): set(callers(tree, names)) for path, tree in trees.items()}
     return {place: functions for place, functions in places.items() if functions}
 
