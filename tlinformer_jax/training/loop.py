@@ -30,6 +30,7 @@ from tlinformer_jax.training.callbacks import (
     Trace,
     TrainingView,
     as_callbacks,
+    asks_to_end,
 )
 from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.curriculum import StagedReader
@@ -232,7 +233,7 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
         for callback in schedule.due(step, outputs):
-            ended |= callback(dataclasses.replace(view, evaluation=evaluate.figures)) is True
+            ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
         if compiled:  # which does not count as training
             throughput.restart()
             throughput.flops_per_token = flops_per_token(run, length)
