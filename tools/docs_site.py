@@ -210,7 +210,8 @@ def commands() -> str:
         "",
     ]
     for name, module in _HOMES.items():
-        if name == "point":  # a sweep starts it
+        if name == "check":
+            lines += ["## check", "", "The same as [train](#train) with `--check`: says what a run would take.", ""]
             continue
         found = subprocess.run([sys.executable, "-c", FLAGS_OF, module], capture_output=True, text=True, check=False)
         if found.returncode:

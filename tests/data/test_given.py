@@ -21,7 +21,7 @@ from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.evaluation.report import evaluate_run
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
 
 N, ROWS, VOCABULARY, END = 8, 8, 66, 65
 IDS = np.random.default_rng(0).integers(0, 65, 3000).astype(np.uint16)
@@ -316,13 +316,18 @@ def test_a_run_on_files_is_evaluated_and_generates_from_its_directory(tmp_path):
     assert train_and_evaluate(named, tmp_path / "named") == figures
 
 
-def test_data_of_a_program_is_not_kept(tmp_path):
+def test_data_of_a_program_is_not_kept(tmp_path, capfd):
     figures = train_and_evaluate(run_config(), tmp_path / "run", train_data=DOCUMENTS, validation_data=IDS[:100])
+    told = capfd.readouterr().err
+    assert f"next, in Python: evaluate_run(load_run('{tmp_path}/run', validation_data=...))" in told
+    assert '--prompt="1 2 3"' in told
     with pytest.raises(DataError, match=r"data\.validation_files = '': must name"):
         load_run(tmp_path / "run").run.split("validation")
     trained = load_run(tmp_path / "run", validation_data=IDS[:100])
-    report = evaluate_run(trained, trained.run.split("validation"), split="validation")
+    report = evaluate_run(trained)  # the split is read by itself
     assert report["figures"]["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+    longer = evaluate_run(trained, options=EvaluationOptions(length=2 * N))
+    assert (longer["length"], longer["tokens"]) == (2 * N, 99)
     with pytest.raises(DataError, match=r"data\.train_files = '': must name a .npy or .bin file"):
         train_and_evaluate(run_config(), tmp_path / "other")
 

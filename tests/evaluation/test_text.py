@@ -59,6 +59,8 @@ def test_texts_that_cannot_be_evaluated():
     for text, says in (("", "text: must hold some text"), ("a\udcff", "text: must be text")):
         with pytest.raises(UserError, match=says):
             text_perplexity(trained(), text)
+    with pytest.raises(UserError, match="text: must be a str, not list"):
+        text_perplexity(trained(), [1, 2])
     with pytest.raises(UserError, match=r"evaluation\.length = 0"):
         text_perplexity(trained(), "a", length=0)
     with pytest.raises(UserError, match=r"evaluation\.lengths = 99: must be at most 9, what b.txt can fill"):

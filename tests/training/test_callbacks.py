@@ -87,6 +87,16 @@ def test_a_time_counts_from_one_call_to_the_next(monkeypatch):
     assert [step for step, found in enumerate(due, 1) if 7 in found] == list(range(7, 181, 7))
 
 
+@pytest.mark.parametrize("result", [True, np.float32(1) < 2, jax.numpy.float32(1) < 2], ids=["Python", "NumPy", "JAX"])
+def test_true_of_any_kind_ends_a_run(result):
+    assert module.asks_to_end(result) is True
+
+
+@pytest.mark.parametrize("result", [False, np.bool_(0), None, 7, "text", np.int32(1), jax.numpy.float32(2)])
+def test_what_a_function_happens_to_return_ends_no_run(result):
+    assert module.asks_to_end(result) is False
+
+
 @pytest.mark.parametrize("every", [-1, 1.5, True, "soon", "10", None])
 def test_what_is_no_interval_is_refused_in_one_line(every):
     with pytest.raises(UserError, match=r"^callbacks\[1\]\.every = .*: must be an integer >= 0, or a time such as"):

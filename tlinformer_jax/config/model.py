@@ -95,13 +95,14 @@ class ModelConfig:
         the raw history); 'transformer' (causal attention to everything); 'sliding_window' (causal attention to
         the last history_window + generation_window positions). The last two have
         num_blocks * (hidden_depth + 2) layers, so equal fields mean equal parameters.
-      vocab_size: V; a run's configuration takes 'auto' too, and by default: see `config.run_config`.
-      d_model: D, the width.
+      vocab_size: V, ids that a token may have; in a run's configuration also 'auto', the default: as many as the
+        tokenizer has, rounded up to a multiple of 128.
+      d_model: D, the width of a row.
       num_heads: attention heads; d_model / num_heads must be a whole, even number (RoPE rotates pairs).
-      num_blocks: B.
+      num_blocks: B, blocks, each of hidden_depth + 2 layers.
       hidden_depth: H, hidden layers in a block between `compress` and `restore`.
       d_ff: F, feed-forward width; None means 256 * ceil((8 * D // 3) / 256).
-      history_window: W_oh, rows of the compressed context; 'auto' lets it grow with the history n as
+      history_window: W_oh, rows of the summary z of the history; 'auto' lets it grow with the history n as
         8 * floor((12 * ln(n) + 7) / 8).
       generation_window: W_og, tokens that are predicted together.
       dropout: rate on attention weights and on the feed-forward's output, in training only.

@@ -110,7 +110,7 @@ def load_token_file(config: DataConfig, split: str) -> TokenStream:
     """The split of data.dataset = 'tokens' that its configuration names as a file."""
     name = getattr(config, f"{split}_files")
     if not name:
-        needed = "must name a .npy or .bin file: data given to train_and_evaluate in Python is not kept"
+        needed = "must name a .npy or .bin file: data given in Python is not kept; load_run takes it again"
         raise DataError(f"data.{split}_files = '': {needed}")
     return array_stream(TokenFile.parse(name).open(), f"data.{split}_files", name)
 

@@ -1,4 +1,13 @@
-"""Generation: caches, prefill, step and slide, sampling, the generator.
+"""From a prompt to text, with a cache.
+
+generator     prompts in, tokens or text out
+stream        a running generation: when the host calls the device, when a window slides
+decoder       the token step, the loop on the device, one interface to all architectures
+windowed      `prefill` and `slide` of TLinFormer and TConstFormer; history: their C, in chunks
+layered       `prefill` of the Transformer and the sliding window
+cache         the caches' types, sizes and bytes; spread: over several devices
+sampling      options, and the choice of the next token
+params        parameters as the decoder reads them
 
 The names below are imported on first use, so that importing the package is cheap.
 """

@@ -70,13 +70,17 @@ class Source:
 
 def evaluate_run(
     trained: TrainedRun,
-    stream: Split,
+    stream: Split | None = None,
     options: EvaluationOptions = EvaluationOptions(),
     *,
-    split: str,
+    split: str = "validation",
     command: Sequence[str] = (),
 ) -> Report:
-    """Evaluates parameters on a split that `Run.split` gives; `split` is its name.
+    """Evaluates parameters on the split of that name; `stream` is what `Run.split` gives, and is read if left out.
+
+        from tlinformer_jax import evaluate_run, load_run
+
+        print(evaluate_run(load_run("runs/tiny"), split="train")["figures"]["loss"])
 
     Without `options.length` the figures are over the split's whole samples, as in training: the first token is not
     predicted, and what follows the last whole sample is left out. Those of `options.length` and `options.lengths` are
@@ -92,6 +96,8 @@ def evaluate_run(
       ConfigError: for a length that leaves no whole sample.
       OutOfMemoryError: if a device's memory does not suffice.
     """
+    if stream is None:
+        stream = trained.run.split(split, None if options.length is None else 1)
     source = Source(f"the {split} split", stream, stream)
     return finite(describe(trained, command) | {"split": split} | evaluate_source(trained, source, options))
 

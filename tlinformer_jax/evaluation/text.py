@@ -70,6 +70,8 @@ def evaluate_text(
 
 def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:
     """The tokens of a text after an end-of-text; DataError for what holds no token, or is no text."""
+    if not isinstance(text, str):
+        raise DataError(f"{name}: must be a str, not {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -16,7 +16,7 @@ from tlinformer_jax.training.setup import LoadSplit, Run, build_run
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run with parameters of its model, on its mesh, after `step` updates."""
+    """A run with its model's parameters, on its mesh, after `step` updates: `evaluate_run` and the like take it."""
 
     run: Run
     params: Any

@@ -83,7 +83,7 @@ class TrainingView:
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
-        """Of the update, after waiting for the devices: those of METRICS that it has."""
+        """Of the update, after waiting for the devices: loss, grad_norm, learning_rate, tokens; of tasks accuracy."""
         return {name: float(self.outputs[name]) for name in METRICS if name in self.outputs}
 
 
@@ -117,6 +117,11 @@ class Call(Callback):
 
     def __call__(self, view: TrainingView) -> bool | None:
         return self.function(view)
+
+
+def asks_to_end(result: Any) -> bool:
+    """Whether what a callback returned is a true bool, of Python, NumPy or JAX: other values are by-products."""
+    return str(getattr(result, "dtype", type(result).__name__)) == "bool" and bool(result)
 
 
 def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> list[Callback]:

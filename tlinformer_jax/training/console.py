@@ -14,10 +14,12 @@ import numpy as np
 
 from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
+from tlinformer_jax.config.data import TOKENS
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
 from tlinformer_jax.data.ordered import OrderedStream
 from tlinformer_jax.data.tasks import Split, TaskSplit
+from tlinformer_jax.data.tokenizers import NumberTokenizer
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.models.windows import num_windows, trained_tokens
@@ -154,8 +156,12 @@ def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, f
     if goal is not None:
         say(f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}")
     if not run.config.data.is_task:
-        say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="..."')
-    say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
+        prompt = "1 2 3" if isinstance(run.tokenizer, NumberTokenizer) else "..."
+        say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="{prompt}"')
+    if run.config.data.dataset == TOKENS and not run.config.data.validation_files:  # they were given, and are not kept
+        say(f"next, in Python: evaluate_run(load_run({str(workdir)!r}, validation_data=...))")
+    else:
+        say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
 
 
 def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:

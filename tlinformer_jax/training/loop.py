@@ -30,6 +30,7 @@ from tlinformer_jax.training.callbacks import (
     Trace,
     TrainingView,
     as_callbacks,
+    asks_to_end,
 )
 from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.curriculum import StagedReader
@@ -73,7 +74,30 @@ def train_and_evaluate(
     validation_data: TokenData | None = None,
     callbacks: GivenCallbacks = (),
 ) -> dict[str, float]:
-    """`train_run`, of which only the figures of the last evaluation are returned; empty if it was stopped before."""
+    """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
+
+    SIGTERM, or SIGINT once, makes it save after the running step and return; see `callbacks.StopRequest`.
+
+    Args:
+      config: a RunConfig, or the nested mapping of a config file.
+      workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
+      profile: a directory for a trace of a few training steps, or None.
+      init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
+      train_data: token ids to train on, for data.dataset = "tokens": an array, a file (its path, or a TokenFile) or
+        an iterable of documents or batches; None for those that the configuration names.
+      validation_data: token ids to evaluate on; both are given, or none.
+      callbacks: what else is done after updates: each a Callback, or a function of a TrainingView. An error in one ends
+        the run; its checkpoints stay.
+
+    Returns:
+      The figures of the last evaluation, such as loss, perplexity, bits_per_byte; empty if it was stopped before.
+
+    Raises:
+      ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
+        cannot be written.
+      DivergedError: when loss or gradient are no longer finite; the last checkpoint stays.
+      OutOfMemoryError: where a device has too little memory, with what would take less.
+    """
     given = {"train_data": train_data, "validation_data": validation_data}
     return train_run(config, workdir, profile, init_from, **given, callbacks=callbacks).figures or {}
 
@@ -88,26 +112,7 @@ def train_run(
     validation_data: TokenData | None = None,
     callbacks: GivenCallbacks = (),
 ) -> Trained:
-    """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
-
-    SIGTERM, or SIGINT once, makes it save after the running step and return; see `callbacks.StopRequest`.
-
-    Args:
-      config: a RunConfig, or the nested mapping of a config file.
-      workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
-      profile: a directory for a trace of a few training steps, or None.
-      init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
-      train_data: token ids to train on, for data.dataset = "tokens": an array, a file or an iterable, see `data.given`;
-        None for those that the configuration names.
-      validation_data: token ids to evaluate on; both are given, or none.
-      callbacks: what else is done after updates; see `callbacks`. An error in one ends the run; its checkpoints stay.
-
-    Raises:
-      ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
-        cannot be written.
-      DivergedError: when loss or gradient are no longer finite; the last checkpoint stays.
-      OutOfMemoryError: where a device has too little memory, with what would take less.
-    """
+    """What `train_and_evaluate` does, which says what the arguments are; returns more of what came of it."""
     # ---- Everything is checked before anything is written
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = local_path(workdir, "workdir")
@@ -232,7 +237,7 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
         for callback in schedule.due(step, outputs):
-            ended |= callback(dataclasses.replace(view, evaluation=evaluate.figures)) is True
+            ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
         if compiled:  # which does not count as training
             throughput.restart()
             throughput.flops_per_token = flops_per_token(run, length)
