@@ -189,7 +189,7 @@ LEAST = {
     "train": dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
     | dict.fromkeys(("checkpoint_every", "keep_best"), 0)
-    | {"max_skipped_updates": 0},
+    | {"max_skipped_updates": 0, "max_rollbacks": 0},
     "data": dict.fromkeys(("sequence_length", "examples", "num_items", "questions"), 1),
 }
 CHOICES = {
@@ -212,7 +212,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {}
 RATES = {
     "model": {"dropout": 1.0},
     "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
-    | dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay", "clip_norm"), math.inf),
+    | dict.fromkeys(("learning_rate", "weight_decay", "clip_norm"), math.inf),
 }
 TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}
 

@@ -131,7 +131,7 @@ TRAINING = fields(
     ("train.warmup_steps=-1", "negative"),
     ("train.schedule=linear", "unknown name"),
     ("train.schedule=paper", "a schedule by epochs, and no epochs"),
-    ("train.final_learning_rate=-1", "negative"),
+    ("train.schedule=cosine:-1", "a negative end"),
     ("train.weight_decay=-1", "negative"),
     ("train.clip_norm=-1", "negative"),
     ("train.log_every=0", "zero"),
@@ -142,6 +142,8 @@ TRAINING = fields(
     ("train.keep_checkpoints=0", "zero"),
     ("train.keep_best=-1", "negative"),
     ("train.max_skipped_updates=-1", "negative"),
+    ("train.max_rollbacks=-1", "negative"),
+    ("train.max_rollbacks=1", "checkpoints by time, by which no rollback may go"),
     ("mesh.fsdp=0", "zero"),
 )
 TRAINING += [
