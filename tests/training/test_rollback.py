@@ -47,7 +47,7 @@ def last_state(config, workdir):
         return checkpoints.restore(run.abstract_state)[0]
 
 
-SHORT = {"steps": 9, "log_every": 1, "eval_every": 0, "checkpoint_every": 3, "keep_best": 0}
+SHORT = {"steps": 9, "log_every": 1, "eval_every": 0, "checkpoint_every": 3, "keep_checkpoints": 2}
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 from tlinformer_jax.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant", "paper")
+KEPT = re.compile(r"([1-9]\d*)(?:\+(\d+))?")
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
 EPOCH = "epoch"
 # A JAX key takes 32 bits; dropout uses seed + 1.
@@ -15,8 +16,8 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
 UNITS = {"s": 1, "min": 60, "h": 3600}
 # Evaluation keeps no activations for a gradient, so small micro-batches are evaluated several at a time.
 EVALUATION_TOKENS = 16_384
-SMALLEST = dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1)
-SMALLEST |= dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "keep_best"), 0)
+SMALLEST = dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
+SMALLEST |= dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps"), 0)
 SMALLEST |= dict.fromkeys(("max_skipped_updates", "max_rollbacks"), 0)
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "clip_norm")
 
@@ -47,9 +48,8 @@ class TrainConfig:
       eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates at the end only.
       checkpoint_every: updates between checkpoints, or a time such as '10min' (also 's' and 'h'), which no checkpoint
         is older than when the next one is saved; 0 saves at the end only.
-      keep_checkpoints: how many of the latest are kept.
-      keep_best: how many of those with the lowest validation loss are kept besides; above 0, an evaluation that is
-        among the best saves a checkpoint too.
+      keep_checkpoints: how many of the latest are kept; '2+1' also keeps the one with the lowest validation loss, '2+3'
+        the best three, and then an evaluation that is among the best saves a checkpoint too.
       max_skipped_updates: an update whose loss or gradient is not finite is skipped; after more than so many in a row
         the run stops, and its last checkpoint stays. 0 stops at the first.
       max_rollbacks: how often, instead of stopping, the run takes up parameters and optimiser of the last checkpoint at
@@ -72,8 +72,7 @@ class TrainConfig:
     log_every: int = 50
     eval_every: int | str = 0
     checkpoint_every: int | str = "10min"
-    keep_checkpoints: int = 2
-    keep_best: int = 0
+    keep_checkpoints: int | str = 2
     max_skipped_updates: int = 0
     max_rollbacks: int = 0
     stop_at_accuracy: float = 0.0
@@ -97,6 +96,10 @@ class TrainConfig:
         if not _is_integer(self.checkpoint_every, 0) and not seconds(self.checkpoint_every):
             allowed = "must be an integer >= 0, or a time such as '30s', '10min' or '1.5h'"
             raise ConfigError("train.checkpoint_every", self.checkpoint_every, allowed)
+        kept = self.keep_checkpoints
+        if isinstance(kept, bool) or not KEPT.fullmatch(str(kept)):
+            allowed = "must be an integer >= 1, or such as '2+1': the latest two and the best one"
+            raise ConfigError("train.keep_checkpoints", kept, allowed)
         if not self.steps and not self.epochs:
             raise ConfigError("train.steps", 0, "must be at least 1 where train.epochs is 0")
         if self.schedule == "paper" and not self.epochs:
@@ -112,6 +115,13 @@ class TrainConfig:
     def micro_batch_size(self) -> int:
         """Sequences that are computed together."""
         return self.batch_size // self.accumulation
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many of the latest checkpoints are kept, and of the best."""
+        match = KEPT.fullmatch(str(self.keep_checkpoints))
+        assert match
+        return int(match[1]), int(match[2] or 0)
 
     @property
     def cosine_end(self) -> float:

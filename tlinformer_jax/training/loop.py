@@ -125,9 +125,8 @@ def train_run(
         stack.enter_context(memory_advice(config))
         stack.enter_context(directory.sole_run(workdir))
         stop = stack.enter_context(StopRequest())
-        kept = train.keep_checkpoints, train.keep_best, fingerprint(config)
         regular = int(train.checkpoint_every) if train.max_rollbacks else 0
-        checkpoints = stack.enter_context(Checkpoints(workdir, *kept, regular))
+        checkpoints = stack.enter_context(Checkpoints(workdir, *train.kept, fingerprint(config), regular))
         stack.enter_context(jax.set_mesh(run.mesh))
 
         # ---- Where the run stands

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from tlinformer_jax.analysis.peaks import peak_flops
+from tlinformer_jax.analysis.flops import peak_flops
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import open_own, own_folder, write_text
 from tlinformer_jax.training.console import clock, is_of_bytes, say
