@@ -143,7 +143,6 @@ TRAINING = fields(
     ("train.keep_checkpoints=2+", "no number of the best"),
     ("train.max_skipped_updates=-1", "negative"),
     ("train.max_rollbacks=-1", "negative"),
-    ("train.max_rollbacks=1", "checkpoints by time, by which no rollback may go"),
     ("mesh.fsdp=0", "zero"),
 )
 TRAINING += [
