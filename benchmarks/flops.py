@@ -16,13 +16,13 @@ from tlinformer_jax.analysis.flops import (
     Forward,
     causal_layers,
     causal_pairs,
+    peak_flops,
     project,
     restored,
     segment_shapes,
     trained_windows,
     window,
 )
-from tlinformer_jax.analysis.peaks import peak_flops
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple

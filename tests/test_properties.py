@@ -186,10 +186,9 @@ NEVER = [None, (), {}, [1], b"x", 1 + 2j]
 LEAST = {
     "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1),
-    "train": dict.fromkeys(("batch_size", "accumulation", "log_every", "keep_checkpoints"), 1)
+    "train": dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
-    | dict.fromkeys(("checkpoint_every", "keep_best"), 0)
-    | {"max_skipped_updates": 0},
+    | dict.fromkeys(("checkpoint_every", "max_skipped_updates", "max_rollbacks"), 0),
     "data": dict.fromkeys(("sequence_length", "examples", "num_items", "questions"), 1),
 }
 CHOICES = {
@@ -212,7 +211,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {}
 RATES = {
     "model": {"dropout": 1.0},
     "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
-    | dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay", "clip_norm"), math.inf),
+    | dict.fromkeys(("learning_rate", "weight_decay", "clip_norm"), math.inf),
 }
 TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}
 
@@ -238,6 +237,7 @@ def invalid_values() -> dict[str, st.SearchStrategy]:
             found[f"{section}.{name}"] = wrong | st.booleans() | st.text() | never
         for name in TEXTS.get(section, ()):
             found[f"{section}.{name}"] = st.integers() | st.booleans() | never
+    found["train.keep_checkpoints"] = st.integers(max_value=0) | fractions | st.booleans() | never
     for name in ("fsdp", "tensor", "window", "context"):
         found[f"mesh.{name}"] = st.integers(max_value=0) | fractions | never
     return found

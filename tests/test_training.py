@@ -241,7 +241,7 @@ def test_what_cannot_be_sharded_is_named():
 
 def test_schedule_warms_up_and_ends_where_it_should():
     schedule = learning_rate_schedule(
-        dataclasses.replace(TRAIN, warmup_steps=10, final_learning_rate=0.1), Horizon(110, 110)
+        dataclasses.replace(TRAIN, warmup_steps=10, schedule="cosine:0.1"), Horizon(110, 110)
     )
     # Updates 1, 5, 10, 60 and 110, the last.
     rates = [float(schedule(step - 1)) for step in (1, 5, 10, 60, 110)]

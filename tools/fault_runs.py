@@ -70,7 +70,7 @@ def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
                 "log_every": 1,
                 "eval_every": 8,
                 "checkpoint_every": 10,
-                "keep_best": 1,
+                "keep_checkpoints": "2+1",
             },
             "data": {
                 "dataset": "text",

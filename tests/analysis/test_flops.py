@@ -5,8 +5,7 @@ import pytest
 
 from tests.benchmarks.test_flops import WIDE
 from tests.support import golden, reference
-from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.analysis.peaks import peak_flops
+from tlinformer_jax.analysis.flops import peak_flops, training_flops
 from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.models import ModelConfig
 

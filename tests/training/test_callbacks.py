@@ -50,7 +50,7 @@ def test_a_callback_sees_each_update_that_is_due_and_what_was_logged_and_saved(t
 
 
 def test_a_run_that_a_callbacks_error_has_ended_keeps_its_checkpoints_and_goes_on_bit_by_bit(tmp_path):
-    config = run_config(tmp_path, log_every=1, eval_every=0, checkpoint_every=2, keep_best=0)
+    config = run_config(tmp_path, log_every=1, eval_every=0, checkpoint_every=2, keep_checkpoints=2)
 
     def fails(view):
         if view.step == 5:

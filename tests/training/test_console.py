@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from clu.parameter_overview import count_parameters
 
 from tests.support.commands import ROOT, command_line, run_line
 from tests.training.test_resume import run_config
@@ -24,7 +25,7 @@ def test_the_table_of_parameters_is_short_and_complete(architecture, shape):
     lines = parameter_table(params).splitlines()
     assert len(lines) <= 15
     numbers = [int(re.search(r"([\d,]+) +\d+%$", line)[1].replace(",", "")) for line in lines[1:]]
-    assert sum(numbers[:-1]) == numbers[-1] == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(numbers[:-1]) == numbers[-1] == count_parameters(params)
     arrays = [int(re.search(r"(\d+) +[\d,]+ +\d+%$", line)[1]) for line in lines[1:-1]]
     assert sum(arrays) == len(jax.tree.leaves(params))
 

@@ -66,7 +66,7 @@ def test_another_tokenizer_under_the_same_path_is_refused_and_the_runs_own_copy_
     ("section", "fields", "says"),
     [
         ("model", {"hidden_depth": 1}, r"model\.hidden_depth: 0 -> 1"),
-        ("train", {"schedule": "paper", "epochs": 1}, r"train\.schedule: 'cosine' -> 'paper'"),
+        ("train", {"schedule": "paper", "epochs": 1}, r"train\.schedule: 'cosine:0.1' -> 'paper'"),
         ("train", {"schedule": "constant"}, None),
     ],
 )
@@ -82,7 +82,7 @@ def test_another_run_in_the_directory_is_refused_and_another_constant_course_is_
         other, config = config, other
     begin(other, workdir)
     assert (
-        "changed since the last run here: train.schedule: 'cosine' -> 'constant'" in capfd.readouterr().err
+        "changed since the last run here: train.schedule: 'cosine:0.1' -> 'constant'" in capfd.readouterr().err
     ) != bool(says)
 
 

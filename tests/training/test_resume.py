@@ -50,7 +50,7 @@ def run_config(folder: pathlib.Path, **train) -> RunConfig:
                 "log_every": 3,
                 "eval_every": 3,
                 "checkpoint_every": 5,
-                "keep_best": 1,
+                "keep_checkpoints": "2+1",
                 **train,
             }
         ),

@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step: what the architecture asks for, whatever the implementation.
+"""Model FLOPs of a training step, what the architecture asks for, whatever the implementation; and devices' peaks.
 
 Counted are products: projections, feed-forwards, attended pairs, the head; a multiplication and an addition are two
 operations. Heads have their true widths, causal attention is half the square, no masked row or key counts, and every
@@ -16,6 +16,28 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.model import attention_window
 from tlinformer_jax.models.windows import FIRST_WINDOW, Segment, assign_runs, num_windows, plan_segments
 from tlinformer_jax.parallel.batch_split import SequenceSplit, SplitWindows
+
+# Dense bfloat16 products, FLOP/s per device as JAX counts devices, by a part of `device_kind` in lower case; the
+# first that fits decides. NVIDIA: the datasheets of A100, H100, H200, L4 and B200, which state twice these figures
+# "with sparsity". TPU: the "System architecture" pages of cloud.google.com/tpu/docs, per chip (v2, v3: per core).
+PEAKS = (
+    ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
+    ("h100", 989e12),
+    ("h200", 989e12),
+    ("gh200", 989e12),
+    ("b200", 2250e12),
+    ("a100", 312e12),
+    ("l40s", 362e12),
+    ("l4", 121e12),
+    ("tpu v6", 918e12),
+    ("tpu v5 lite", 197e12),
+    ("tpu v5e", 197e12),
+    ("tpu v5", 459e12),
+    ("tpu v4", 275e12),
+    ("tpu v3", 61.5e12),
+    ("tpu v2", 22.5e12),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,3 +222,11 @@ def causal_pairs(rows: int, window: int | None = None) -> float:
     if window is None or window >= rows:
         return rows * (rows + 1) / 2
     return window * (window + 1) / 2 + (rows - window) * window
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Peak of a device in products of `dtype`, FLOP/s; None where it is not known or dtype is no half precision."""
+    if dtype not in ("bfloat16", "float16"):
+        return None
+    kind = device_kind.lower()
+    return next((peak for part, peak in PEAKS if part in kind), None)

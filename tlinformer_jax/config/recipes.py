@@ -108,7 +108,6 @@ def set_own_recipe(config: "ConfigDict", row: str) -> None:
         learning_rate=3e-4,
         warmup_steps=2000,
         schedule="cosine",
-        final_learning_rate=0.0,
         weight_decay=0.06,
         clip_norm=1.0,
         eval_every=UPDATES // 10,

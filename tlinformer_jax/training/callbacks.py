@@ -1,4 +1,4 @@
-"""What happens between updates: callbacks, of a user and those that log, trace, save and evaluate; requests to stop.
+"""What happens between updates: callbacks, of a user and those that log, trace, save and evaluate.
 
     train_and_evaluate(config, workdir, callbacks=[Call(lambda view: print(view.metrics["loss"]), every=100)])
 
@@ -7,16 +7,12 @@ user's callback sees what they have found.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,12 +29,9 @@ from tlinformer_jax.training.metrics import MetricsLog, Throughput, log_evaluati
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import Run
 from tlinformer_jax.training.step import TrainState
-
-T = TypeVar("T")
+from tlinformer_jax.training.stopping import Stopped, StopRequest
 
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
-# What a shell reports of a process that Ctrl-C has ended.
-INTERRUPTED = 130
 # How often the clock is read in a callback's time; each look waits for the devices.
 LOOKS = 20
 # Steps after the first before the trace begins, and steps that are traced.
@@ -198,7 +191,7 @@ class Session:
     checkpoints: Checkpoints
     log: MetricsLog
     throughput: Throughput
-    stop: "StopRequest"
+    stop: StopRequest
 
     @property
     def last_step(self) -> int:
@@ -208,8 +201,9 @@ class Session:
     def check_finite(self, view: TrainingView) -> None:
         """Ends a run of which more than train.max_skipped_updates in a row were skipped, naming the update."""
         if int(view.state.skips.in_a_row) > self.run.config.train.max_skipped_updates:
-            text = describe_divergence(self.run, view.state, self.reader.batches)
-            raise DivergedError(f"{text}; lower train.learning_rate")
+            text, done = describe_divergence(self.run, view.state, self.reader.batches), int(view.state.skips.rollbacks)
+            again = f", after {done} rollbacks" if done else ""
+            raise DivergedError(f"{text}{again}")
 
 
 @dataclasses.dataclass
@@ -338,100 +332,3 @@ class Trace(Callback):
             jax.profiler.stop_trace()
             say(f"traced steps {self._begin + 1} to {self._end} into {self._folder}")
         self._throughput.restart()
-
-
-# ---- Requests to stop
-
-
-class Stopped(Exception):
-    """An evaluation was given up because a stop was asked for."""
-
-
-class StopRequest:
-    """Notices SIGTERM, SIGHUP and SIGINT while used as a context manager; a second SIGINT ends the process at once.
-
-    An ignored SIGHUP, as under nohup, stays ignored. Python runs handlers between two of its own instructions only, so
-    not during a compilation; a thread therefore listens too, answers the user, and acts on the second SIGINT.
-
-    Where `jax.distributed` is initialised, SIGTERM belongs to JAX, which tells the other processes; all stop at the
-    same call of `poll`, and must make the same calls. Other signals are passed on as SIGTERM. Outside the main thread,
-    where Python takes no signals, only what JAX notices counts.
-    """
-
-    def __init__(self) -> None:
-        self._noticed = False
-        self._together = jax.distributed.is_initialized()
-        self._polls = 0
-        self._interrupts = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        self._reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
-        self._listener.start()
-        numbers = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-        if self._together:
-            numbers.discard(signal.SIGTERM)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            numbers.discard(signal.SIGHUP)
-        for number in numbers:
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._before:
-            return
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writing)
-        self._listener.join()
-        os.close(self._reading)
-
-    def __bool__(self) -> bool:
-        """Whether a stop is asked for, and agreed on where there are several processes."""
-        return self._noticed
-
-    def poll(self) -> bool:
-        """The same, after having asked the other processes."""
-        if self._together and not self._noticed:
-            self._polls += 1
-            self._noticed = multihost_utils.reached_preemption_sync_point(self._polls)
-        return self._noticed
-
-    def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, until a stop is asked for."""
-        for item in items:
-            if self.poll():
-                raise Stopped
-            yield item
-
-    def _handle(self, *_: Any) -> None:
-        self._noticed = self._noticed or not self._together
-
-    def _listen(self) -> None:
-        while numbers := os.read(self._reading, 64):
-            for number in numbers:
-                self._answer(number)
-
-    def _answer(self, number: int) -> None:
-        if number not in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            return
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            _tell("stopped at once; what was not saved is lost")
-            os._exit(INTERRUPTED)
-        if self._together:
-            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the other processes
-        again = "; once more stops at once" if number == signal.SIGINT else ""
-        _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
-
-
-def _tell(message: str) -> None:
-    """Writes a line to stderr past Python's buffers, which another thread may hold locked."""
-    with contextlib.suppress(OSError):  # stderr is closed
-        os.write(2, f"{message}\n".encode())

@@ -53,6 +53,7 @@ class Manifest:
       code_version: of this package.
       config_sha256: `config.run.fingerprint` of the run's configuration; empty where none was given.
       validation_loss: nats per token, if the step has been evaluated.
+      after_skip: whether the last update was left out as not finite; no rollback ends there.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Manifest:
     code_version: str
     config_sha256: str
     validation_loss: float | None = None
+    after_skip: bool = False
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -125,15 +127,16 @@ def _files_below(folder: pathlib.Path) -> list[str]:
 # ---- Which checkpoints there are, and which are good
 
 
-def newest_good(folder: pathlib.Path, set_aside: bool = False) -> Manifest | None:
+def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -> Manifest | None:
     """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
     Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name;
-    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged.
+    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged. With `every`, only the
+    `regular_steps` are considered.
     """
     step = NO_CHECKPOINT
     if jax.process_index() == 0:
-        steps, others = list_steps(folder)
+        steps, others = (regular_steps(folder, every), {}) if every else list_steps(folder)
         damaged = list(itertools.takewhile(lambda step: not is_usable(folder / str(step)), steps))
         if len(damaged) < len(steps):
             step = steps[len(damaged)]
@@ -249,6 +252,16 @@ def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
     newest_first = sorted(others.items(), key=lambda item: item[0].lstrip("0").rjust(256, "0"), reverse=True)
     return sorted(steps, reverse=True), dict(newest_first)
+
+
+def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
+    """The multiples of `every` among the steps, newest first; without those right after an update that was left out."""
+    found = []
+    for step in list_steps(folder)[0]:
+        if step % every == 0:
+            with contextlib.suppress(DataError):
+                found += [] if read_manifest(folder / str(step)).after_skip else [step]
+    return found
 
 
 def validation_losses(folder: pathlib.Path) -> dict[int, float]:

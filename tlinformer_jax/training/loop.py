@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
 from tlinformer_jax.data.batches import TrainingBatches
@@ -21,12 +23,12 @@ from tlinformer_jax.training import console
 from tlinformer_jax.training import workdir as directory
 from tlinformer_jax.training.callbacks import (
     Callback,
+    DivergedError,
     Evaluate,
     Log,
     Save,
     Schedule,
     Session,
-    StopRequest,
     Trace,
     TrainingView,
     as_callbacks,
@@ -47,6 +49,7 @@ from tlinformer_jax.training.setup import (
     use_compilation_cache,
 )
 from tlinformer_jax.training.step import TrainState, jit_train_step, run_horizon
+from tlinformer_jax.training.stopping import StopRequest
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
 
@@ -127,8 +130,8 @@ def train_run(
         stack.enter_context(memory_advice(config))
         stack.enter_context(directory.sole_run(workdir))
         stop = stack.enter_context(StopRequest())
-        kept = train.keep_checkpoints, train.keep_best, fingerprint(config)
-        checkpoints = stack.enter_context(Checkpoints(workdir, *kept))
+        regular = int(train.checkpoint_every) if train.max_rollbacks else 0
+        checkpoints = stack.enter_context(Checkpoints(workdir, *train.kept, fingerprint(config), regular))
         stack.enter_context(jax.set_mesh(run.mesh))
 
         # ---- Where the run stands
@@ -194,6 +197,7 @@ def first_state(
         state = dataclasses.replace(state, params=params)
         if jax.process_index() == 0:
             directory.remember_origin(dataclasses.replace(origin, step=step), workdir)
+    if origin is not None or run.config.train.max_rollbacks:
         checkpoints.save(state, overlap=False)
     console.say(console.parameter_table(state.params))
     return state, False
@@ -237,10 +241,47 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
         for callback in schedule.due(step, outputs):
-            ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
+            try:
+                ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
+            except DivergedError as error:
+                state = roll_back(session, view, error)
+                view = dataclasses.replace(view, state=state)
         if compiled:  # which does not count as training
             throughput.restart()
             throughput.flops_per_token = flops_per_token(run, length)
         if ended:
             break
     return view
+
+
+def roll_back(session: Session, view: TrainingView, error: DivergedError) -> TrainState:
+    """The state to go on from after a divergence: parameters and optimiser of the last regular checkpoint.
+
+    The step stays, so that batches remain a function of it: the bad ones lie behind, and the updates since that
+    checkpoint count as skipped.
+
+    Raises:
+      DivergedError: of the same text, after train.max_rollbacks of them; or where no such checkpoint is left.
+    """
+    run, state = session.run, view.state
+    done = int(state.skips.rollbacks)
+    if done >= run.config.train.max_rollbacks:
+        raise DivergedError(f"{error}; lower train.learning_rate") from None
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        leaf.delete()  # a device may not hold two of them
+    restored = session.checkpoints.restore(run.abstract_state, regular=True)
+    if restored is None:
+        every = run.config.train.checkpoint_every
+        raise DivergedError(
+            f"{error}; no checkpoint at a multiple of train.checkpoint_every = {every} is left"
+        ) from None
+    older = restored[0]
+    console.say(f"{error}; going on from the parameters of step {int(older.step)}, with the batches after {view.step}")
+    skipped = view.step - int(older.step) + int(older.skips.total)
+    values = {"in_a_row": 0, "total": skipped, "rollbacks": done + 1}
+    # With the layout that they had, or the next step would be compiled anew.
+    place = functools.partial(jax.device_put, device=state.step.sharding)
+    skips = dataclasses.replace(state.skips, **{name: place(jnp.int32(value)) for name, value in values.items()})
+    # Which stages of a curriculum have ended stays decided: the batches so far were theirs.
+    step, competence = place(jnp.int32(view.step)), state.competence
+    return dataclasses.replace(older, step=step, skips=skips, competence=competence)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from tlinformer_jax.analysis.peaks import peak_flops
+from tlinformer_jax.analysis.flops import peak_flops
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import open_own, own_folder, write_text
 from tlinformer_jax.training.console import clock, is_of_bytes, say
@@ -239,9 +239,14 @@ def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], 
     line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
     if "accuracy" in metrics:
         line += f"  accuracy {values['train/accuracy']:.3f}"
-    if skipped := int(metrics["skips"].total):
-        values["train/skipped_updates"] = skipped
-        line += f"  {skipped} skipped"
+    skips = metrics["skips"]
+    for name, count, text in (
+        ("skipped_updates", skips.total, "skipped"),
+        ("rollbacks", skips.rollbacks, "rolled back"),
+    ):
+        if int(count):
+            values[f"train/{name}"] = int(count)
+            line += f"  {int(count)} {text}"
     if speed:
         values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
         used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"

@@ -46,11 +46,15 @@ class Checkpoints:
       keep: how many of the latest are kept.
       keep_best: how many of those with the lowest validation loss are kept besides.
       config_sha256: of the run's configuration, for the manifests.
+      regular: updates between those that a rollback may end at, the last of which is always kept; 0 for none.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "") -> None:
+    def __init__(
+        self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "", regular: int = 0
+    ) -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
+        self._regular = regular
         self._good: set[int] = set()  # written or verified by this run
         self._latest: int | None = None
         self._main = jax.process_index() == 0
@@ -95,21 +99,22 @@ class Checkpoints:
         if step == self._latest:
             return
         self._wait()
-        draft = self._folder / f"{step}{SAVING}"
+        draft, after_skip = self._folder / f"{step}{SAVING}", int(state.skips.in_a_row) > 0
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _fields(state))
         copy = copy_on_devices(state) if overlap and jax.process_count() == 1 else None
         if copy is None:
             self._write(draft, state)
         self._latest = step
-        self._pending = self._thread.submit(self._finish, draft, shapes, copy)
+        self._pending = self._thread.submit(self._finish, draft, shapes, after_skip, copy)
 
-    def restore(self, state: TrainState) -> tuple[TrainState, Manifest] | None:
+    def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
         """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
 
-        `state` has abstract (jax.ShapeDtypeStruct) leaves with shardings.
+        `state` has abstract (jax.ShapeDtypeStruct) leaves with shardings; with `regular`, for a rollback, only regular
+        checkpoints are considered: which those are does not depend on where a run was interrupted.
         """
         self._wait()
-        found = stored.newest_good(self._folder, set_aside=True)
+        found = stored.newest_good(self._folder, set_aside=True, every=self._regular if regular else 0)
         if found is None:
             return None
         self._good.add(found.step)
@@ -150,7 +155,7 @@ class Checkpoints:
         except Exception as error:
             raise _failure(draft, error) from error
 
-    def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], state: TrainState | None) -> None:
+    def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
         """The part of a save that runs in the thread; `state` is given where it is still to be written."""
         if state is not None:
             self._write(draft, state)
@@ -160,7 +165,9 @@ class Checkpoints:
                 if fault := stored.misfit(draft, shapes, ("shape", "dtype")):
                     raise OSError(f"read back, {fault}")
                 step, version = int(draft.stem), tlinformer_jax.__version__
-                stored.write_manifest(draft, Manifest(step, stored.hash_files(draft), version, self._config_sha256))
+                hashes = stored.hash_files(draft)
+                manifest = Manifest(step, hashes, version, self._config_sha256, after_skip=after_skip)
+                stored.write_manifest(draft, manifest)
                 if os.path.lexists(self._folder / str(step)):
                     stored.set_aside_damaged(self._folder / str(step))
                 draft.rename(self._folder / str(step))
@@ -176,6 +183,10 @@ class Checkpoints:
             return
         losses = stored.validation_losses(self._folder)
         kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
+        if self._regular:
+            regular = stored.regular_steps(self._folder, self._regular)
+            # The last on disk and, since that may be damaged, the last known to be good.
+            kept += regular[:1] + [step for step in regular if step in self._good][:1]
         for step in stored.list_steps(self._folder)[0]:
             if step < latest[0] and step not in kept:
                 # Renamed first, or a half-deleted folder would look like a damaged checkpoint.

@@ -36,16 +36,18 @@ class Skips:
 
     Attributes:
       in_a_row: up to the present step; above train.max_skipped_updates, nothing changes the state any more.
-      total: of the run.
+      total: of the run, with those that rollbacks have undone.
       first_nonfinite: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
         was not finite; -1 if it was the loss alone.
       nonfinite: the number of such leaves.
+      rollbacks: how often the run went back to older parameters, see `loop.roll_back`.
     """
 
     in_a_row: jax.Array = _count()
     total: jax.Array = _count()
     first_nonfinite: jax.Array = _count(-1)
     nonfinite: jax.Array = _count()
+    rollbacks: jax.Array = _count()
 
 
 @flax.struct.dataclass
@@ -56,7 +58,7 @@ class TrainState:
       step: updates done, int32 []; those that were skipped count.
       params: parameters, as `model.init` names them.
       opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
-      skips: updates that were left out.
+      skips: updates that were left out, or undone by a rollback.
       competence: what ends the stages of a curriculum; None where none ends by competence.
     """
 
@@ -256,7 +258,8 @@ def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[j
     stopped = skips.in_a_row > most
     good = jnp.isfinite(loss) & ~jnp.any(bad) & ~stopped
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
-    skipped = Skips(skips.in_a_row + 1, skips.total + 1, first, jnp.sum(bad).astype(jnp.int32))
+    nonfinite = jnp.sum(bad).astype(jnp.int32)
+    skipped = Skips(skips.in_a_row + 1, skips.total + 1, first, nonfinite, skips.rollbacks)
     counted = dataclasses.replace(skips, in_a_row=jnp.int32(0))
     after = jax.tree.map(
         lambda old, yes, no: jnp.where(stopped, old, jnp.where(good, yes, no)), skips, counted, skipped
@@ -288,12 +291,11 @@ def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Sched
     The warm-up reaches the peak at its last update, and a cosine its end at the run's last; both one update later
     with the paper's schedule, whose first update has rate 0.
     """
-    final = 0.0 if config.schedule == "paper" else config.final_learning_rate
     if config.schedule == "constant":
         schedule = optax.constant_schedule(config.learning_rate)
     else:
         decay = max(1, horizon.decay_end - config.warmup_steps)
-        schedule = optax.cosine_decay_schedule(config.learning_rate, decay, final)
+        schedule = optax.cosine_decay_schedule(config.learning_rate, decay, config.cosine_end)
     if config.warmup_steps:
         warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
         schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])

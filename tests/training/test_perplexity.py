@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tlinformer_jax.analysis.perplexity import perplexity
 from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.training.evaluation import perplexity
 
 
 def stream_of(length, **counts):
