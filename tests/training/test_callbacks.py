@@ -94,8 +94,10 @@ def test_what_is_no_interval_is_refused_in_one_line(every):
 
 
 def test_what_is_no_callback_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match=r"callbacks\[0\] = 'log': must be a Callback or a function"):
-        train_and_evaluate(run_config(tmp_path), tmp_path / "run", callbacks=["log"])
+    one, several = "must be a Callback or a function", "must be a list of Callbacks or functions"
+    for given, message in ((["log"], one), ([Recorder], one), (print, several), (None, several), ("log", several)):
+        with pytest.raises(UserError, match=rf"^callbacks.* = .*: {message}$"):
+            train_and_evaluate(run_config(tmp_path), tmp_path / "run", callbacks=given)
     assert not (tmp_path / "run").exists()
 
 
