@@ -17,6 +17,7 @@ from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import TrainingBatches, num_samples
 from tlinformer_jax.data.ordered import OrderedStream
+from tlinformer_jax.data.sources import available_splits
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.kernels import common as kernels
@@ -155,7 +156,8 @@ def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, f
         say(f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}")
     if not run.config.data.is_task:
         say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="..."')
-    say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
+    if "validation" in available_splits(run.config.data):  # not for data that was given in Python
+        say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
 
 
 def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
