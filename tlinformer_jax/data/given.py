@@ -56,7 +56,7 @@ class TokenFile:
         return f"{self.path}:{self.dtype}" if str(self.path).endswith(".bin") else str(self.path)
 
     def open(self, name: str) -> np.ndarray:
-        """Its ids, memory-mapped; DataError, which names the argument or field `name`, for one that cannot hold any."""
+        """Its ids, memory-mapped. A DataError names the argument or field, `name`, that the file was given as."""
         path = local_path(self.path, name)
         if path.suffix not in (".npy", ".bin"):
             raise DataError(f"{name} = {str(path)!r}: must be a file of token ids, .npy or .bin")
@@ -102,7 +102,7 @@ def token_file(data: Any) -> TokenFile | None:
 
 
 def with_given_files(config: DataConfig, data: Mapping[str, TokenData | None]) -> DataConfig:
-    """The section `data` of a run on the caller's data, by split: files stand in it, so that others can read them."""
+    """The section `data` of a run on the caller's data; it names those that are files, for later commands to read."""
     missing = [f"{split}_data" for split, given in data.items() if given is None]
     if missing:
         raise DataError(f"{missing[0]}: must be given too where the other of train_data and validation_data is")

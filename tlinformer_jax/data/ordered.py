@@ -216,7 +216,7 @@ def _weights(item: Mapping[str, Any], name: str, tokens: np.ndarray, where: str)
 
 
 def _counted(item: Mapping[str, Any], tokens: np.ndarray, where: str) -> np.ndarray:
-    """Which tokens of a batch count, by the `labels` that Hugging Face's collators add: the ids again, or IGNORED."""
+    """Which tokens of a batch count, bool. Hugging Face's collators say it by `labels`: the id itself, or IGNORED."""
     if item.get("labels") is None:
         return np.ones(tokens.shape, bool)
     labels, where = np.asarray(item["labels"]), f"{where}, 'labels'"
@@ -231,7 +231,7 @@ def _counted(item: Mapping[str, Any], tokens: np.ndarray, where: str) -> np.ndar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrderedStream(TokenStream):
-    """The caller's training data, read in its own order: it may never end, so that its `tokens` are none."""
+    """The caller's training data, read in its own order. It may never end, so `tokens` is empty."""
 
     items: Items
     shape: Shape
