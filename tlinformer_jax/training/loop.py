@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
 from tlinformer_jax.data.batches import TrainingBatches
@@ -232,10 +233,15 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
         for callback in schedule.due(step, outputs):
-            ended |= callback(dataclasses.replace(view, evaluation=evaluate.figures)) is True
+            ended |= ends_run(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
         if compiled:  # which does not count as training
             throughput.restart()
             throughput.flops_per_token = flops_per_token(run, length)
         if ended:
             break
     return view
+
+
+def ends_run(result: object) -> bool:
+    """Whether what a callback has returned is True, of Python, NumPy or JAX; anything else goes on."""
+    return result is True or (isinstance(result, np.bool | jax.Array) and result.dtype == bool and result.all().item())
