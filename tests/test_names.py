@@ -32,6 +32,13 @@ def from_flags(*argv: str):
     return run_config(values.config)
 
 
+@pytest.mark.parametrize("config", [None, "tiny", 3, [("model", {})]])
+def test_what_is_no_configuration_is_said(config):
+    said = "must be a mapping of the sections model, train, data and mesh"
+    with pytest.raises(ConfigError, match=rf"^config = .*: {said}"):
+        run_config(config)
+
+
 def test_every_config_and_sweep_has_a_name():
     for path in CONFIGS.glob("*.py"):
         sweep = path.stem.startswith("sweep_")
@@ -106,6 +113,9 @@ MISSPELT = {
     "a field": (("train", "--config=tiny", "--config.train.stpes=3"), "did you mean train.steps?"),
     "a flag": (("train", "--config=tiny", "--wrokdir=x"), "Did you mean: workdir ?"),
     "a command": (("trian", "--config=tiny"), "error: trian: must be one of train, "),
+    "capitals": (("train", "--config=TINY"), "; did you mean tiny?"),
+    "a variant of none": (("train", "--config=tiny:x"), "--config=tiny:x: must be tiny; it has no variants"),
+    "nothing": (("train", "--config="), "--config: must name a config file"),
 }
 
 

@@ -39,5 +39,6 @@ class DataError(UserError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What a message may end with where `name` is close to a known one, else ''."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -36,7 +36,10 @@ def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
     Raises:
       UserError: for an empty path, a URL, control characters, and where `~` or the current directory is not there.
     """
-    text = os.fspath(path)
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        raise UserError(f"{name} = {path!r}: must be a path") from None
     if not text:
         raise UserError(f"{name}: must be a path; it is empty")
     fault = path_fault(text)

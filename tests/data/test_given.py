@@ -189,6 +189,7 @@ TOKENS = IDS[: ROWS * (N + 1)].reshape(ROWS, N + 1).astype(np.int64)
         ({"tokens": TOKENS}, 1),
         ({"input_ids": TOKENS, "attention_mask": np.ones_like(TOKENS), "text": "x"}, 1),
         ({"input_ids": TOKENS, "attention_mask": np.tril(np.ones_like(TOKENS), 4)}, np.tri(ROWS, N, 3)),
+        ({"input_ids": TOKENS, "labels": np.where(np.tri(ROWS, N + 1, 4), TOKENS, -100)}, np.tri(ROWS, N, 3)),
         ({"inputs": TOKENS[:, :-1], "labels": TOKENS[:, 1:]}, 1),
         ({"inputs": TOKENS[:, :-1], "labels": TOKENS[:, 1:], "weights": np.eye(ROWS, N)}, np.eye(ROWS, N)),
     ],
@@ -231,7 +232,10 @@ BAD = {
         np.ones((10, 10), int),
         r"train_data: must be one row of token ids, \[length\]; its shape is \[10, 10\]",
     ),
-    "no iterable": (3, "train_data: must be token ids, a .npy or .bin file or an iterable, not int"),
+    "no iterable": (3, "train_data: must be token ids, a .npy or .bin file or an iterable of .*, not int"),
+    "a dict of splits": ({"train": [[1]]}, "train_data: must be token ids, .*, not dict"),
+    "bytes": (b"abc", "train_data: must be token ids, .*, not bytes"),
+    "only None": ([None] * 5, "train_data: must hold more than None; it has 5 items"),
     "nothing": ([], "train_data: ends after 0 items"),
     "an empty generator": (iter(()), "train_data: ends after 0 items"),
     "text": (["some text"], "train_data, item 0: must be token ids, not text; data.dataset = 'text' reads text"),
@@ -249,6 +253,34 @@ BAD = {
         [TOKENS[:2]],
         r"train_data, item 0: a batch must be \[8, 9\] or \[8, 8\], by train.batch_size and",
     ),
+    "labels of another length": (
+        [{"inputs": TOKENS[:, 1:], "labels": TOKENS[:, 2:]}],
+        r"train_data, item 0, 'labels': must have the shape of its tokens, \[8, 8\]; it is \[8, 7\]",
+    ),
+    "other labels beside ids": (
+        [{"input_ids": TOKENS, "labels": np.roll(TOKENS, 1)}],
+        "train_data, item 0, 'labels': must be the same ids, or -100",
+    ),
+    "weights that are words": (
+        [{"inputs": TOKENS[:, 1:], "labels": TOKENS[:, 1:], "weights": "all"}],
+        "train_data, item 0, 'weights': must be numbers >= 0",
+    ),
+    "weights that are not numbers": (
+        [{"inputs": TOKENS[:, 1:], "labels": TOKENS[:, 1:], "weights": np.full((ROWS, N), np.nan)}],
+        "train_data, item 0, 'weights': must be numbers >= 0; it holds nan",
+    ),
+    "a mask of the rows": (
+        [{"input_ids": TOKENS, "attention_mask": np.ones(ROWS)}],
+        r"train_data, item 0, 'attention_mask': must have the shape of its tokens, \[8, 9\]; it is \[8\]",
+    ),
+    "a padded document": (
+        [{"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}],
+        "train_data, item 0, 'attention_mask': must not hold 0: every token of a document counts",
+    ),
+    "a document with a prompt left out": (
+        [{"input_ids": [1, 2, 0], "labels": [-100, 2, 0]}],
+        "train_data, item 0, 'labels': must not hold -100: every token of a document counts",
+    ),
     "a long batch": ([np.ones((8, 11), int)], r"data.sequence_length; it is \[8, 11\]"),
 }
 
@@ -261,6 +293,28 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_compiled(what):
     assert "\n" not in str(caught.value)
 
 
+def test_a_position_that_cannot_be_kept_is_said(tmp_path):
+    class Reader:
+        def __init__(self):
+            self.items = iter(DOCUMENTS)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.items)
+
+        def get_state(self):
+            return object()
+
+        def set_state(self, state):
+            pass
+
+    with pytest.raises(DataError, match="train_data: get_state must return bytes, or what JSON can hold"):
+        taken(ordered(Reader(), tmp_path / "positions.jsonl"), 2)
+    assert not (tmp_path / "positions.jsonl").exists() or not (tmp_path / "positions.jsonl").read_text()
+
+
 def test_a_late_item_is_named_by_its_number():
     for item, message in (([99], "item 2: token id 99"), (TOKENS, "item 2: is a batch; items before it are documents")):
         with pytest.raises(DataError, match=message):
@@ -270,12 +324,12 @@ def test_a_late_item_is_named_by_its_number():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.bin", b"abc", "a.bin: its 3 bytes are no whole uint16 ids"),
-        ("a.bin", b"", "a.bin: its 0 bytes are no whole uint16 ids"),
+        ("a.bin", b"abc", "a.bin': its 3 bytes are no whole uint16 ids"),
+        ("a.bin", b"", "a.bin': its 0 bytes are no whole uint16 ids"),
         ("a.bin", np.arange(50, dtype="<u4").tobytes(), "every second uint16 is 0, as in a file of uint32"),
-        ("a.npy", b"nonsense", "a.npy: cannot be read"),
-        ("a.npy", None, "a.npy: cannot be read .No such file"),
-        ("a.txt", b"1 2 3", "a.txt: must be a file of token ids, .npy or .bin"),
+        ("a.npy", b"nonsense", "a.npy': cannot be read"),
+        ("a.npy", None, "a.npy': cannot be read .No such file"),
+        ("a.txt", b"1 2 3", "a.txt': must be a file of token ids, .npy or .bin"),
     ],
 )
 def test_a_file_that_holds_no_ids_is_refused(tmp_path, name, content, message):
@@ -283,6 +337,7 @@ def test_a_file_that_holds_no_ids_is_refused(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         load(tmp_path / name)
+    assert str(caught.value).startswith(f"train_data = '{tmp_path}/")
     assert "\n" not in str(caught.value)
 
 

@@ -256,3 +256,18 @@ def test_a_column_of_text_has_a_document_a_row(tmp_path, kind):
     with pytest.raises(DataError, match=rf"a\.{path.suffix[1:]}: cannot be read as {path.suffix[1:]}") as caught:
         documents(path)
     assert "\n" not in str(caught.value)
+
+
+def test_two_columns_of_one_name_and_bytes_that_are_no_text_are_refused(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    offsets = pyarrow.array([0, 2], pyarrow.int32()).buffers()[1]
+    broken = pyarrow.StringArray.from_buffers(1, offsets, pyarrow.py_buffer(b"\xff\xfe"))
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    for table, message in (
+        (twice, r"a\.parquet: column 'text' \(data.text_field\) must be there once, not 2 times"),
+        (pyarrow.table({"text": broken}), r"a\.parquet: column 'text' \(data.text_field\) is not valid UTF-8"),
+    ):
+        parquet.write_table(table, path)
+        with pytest.raises(DataError, match=message):
+            documents(path)

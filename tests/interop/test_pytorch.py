@@ -199,3 +199,15 @@ def test_a_file_that_does_not_say_what_it_is_of(torch, tmp_path):
     assert from_safetensors(path, config).embedding.weight.detach().numpy() == pytest.approx(
         weights["embedding.weight"]
     )
+
+
+def test_a_damaged_file_is_named(torch, tmp_path):
+    from tlinformer_jax.interop.pytorch import read_safetensors
+
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.ones(8, np.float32), "b": np.ones(8, np.int32)})
+    whole = path.read_bytes()
+    for content in (whole, whole[:-50], whole[:5], b"", b"\xff" * 8 + whole[8:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.safetensors: must be a whole safetensors file, of F64, .* cannot be"):
+            read_safetensors(path)

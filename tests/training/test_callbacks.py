@@ -15,7 +15,7 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.training import callbacks as module
 from tlinformer_jax.training.callbacks import Call, Callback, Schedule, as_callbacks
 from tlinformer_jax.training.checkpoint import load_params
-from tlinformer_jax.training.loop import train_and_evaluate, train_run
+from tlinformer_jax.training.loop import ends_run, train_and_evaluate, train_run
 from tlinformer_jax.training.wandb import WandB
 
 
@@ -67,11 +67,21 @@ def test_a_run_that_a_callbacks_error_has_ended_keeps_its_checkpoints_and_goes_o
 
 def test_a_callback_can_end_the_run_which_is_then_saved_and_evaluated(tmp_path):
     trained = train_run(
-        run_config(tmp_path, eval_every=0), tmp_path / "run", callbacks=[Call(lambda view: view.step == 2)]
+        run_config(tmp_path, eval_every=0), tmp_path / "run", callbacks=[Call(lambda view: np.bool(view.step == 2))]
     )
     assert trained.step == 2
     assert trained.figures["loss"] > 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("result", [True, np.array(True)[()], jax.numpy.array(True)])
+def test_true_of_numpy_and_jax_ends_a_run_too(result):
+    assert ends_run(result) is True
+
+
+@pytest.mark.parametrize("result", [None, False, np.array(False)[()], jax.numpy.array(False), 1, "yes", np.ones(2)])
+def test_anything_else_goes_on(result):
+    assert ends_run(result) is False
 
 
 def test_a_time_counts_from_one_call_to_the_next(monkeypatch):
@@ -104,8 +114,10 @@ def test_what_is_no_interval_is_refused_in_one_line(every):
 
 
 def test_what_is_no_callback_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match=r"callbacks\[0\] = 'log': must be a Callback or a function"):
-        train_and_evaluate(run_config(tmp_path), tmp_path / "run", callbacks=["log"])
+    one, several = "must be a Callback or a function", "must be a list of Callbacks or functions"
+    for given, message in ((["log"], one), ([Recorder], one), (print, several), (None, several), ("log", several)):
+        with pytest.raises(UserError, match=rf"^callbacks.* = .*: {message}$"):
+            train_and_evaluate(run_config(tmp_path), tmp_path / "run", callbacks=given)
     assert not (tmp_path / "run").exists()
 
 

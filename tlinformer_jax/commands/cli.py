@@ -199,7 +199,17 @@ class _CompletedConfig(flags.ArgumentParser):
 
         from tlinformer_jax.config.run import add_defaults
 
-        config = self._parser.parse(config_file(argument))
+        if not argument:
+            raise UserError("--config: must name a config file, or one of the package's, such as tiny; it is empty")
+        try:
+            config = self._parser.parse(config_file(argument))
+        except TypeError as error:
+            file, colon, variant = argument.partition(":")
+            if colon and "get_config() takes 0 positional" in str(error):
+                raise UserError(
+                    f"--config={argument}: must be {file}; it has no variants, such as {variant!r}"
+                ) from None
+            raise
         if isinstance(config, ConfigDict):  # `config_values` refuses anything else
             add_defaults(config)
             config.lock()

@@ -12,12 +12,12 @@ SWEEP = "sweep_"
 
 
 def config_file(given: str, flag: str = "--config") -> str:
-    """The file that `--config` or `--sweep` means, FILE.py or FILE.py:VARIANT, for the name of one of ours too.
+    """The file, or FILE.py:VARIANT, that the value of --config or --sweep means.
 
-    What is a file, or cannot be a name, stays as it is given.
+    The name of a file that comes with the package becomes its path; a path stays as it is.
 
     Raises:
-      UserError: for a name that is none of ours.
+      UserError: for a name that the package does not have.
     """
     name, colon, variant = given.partition(":")
     if not re.fullmatch(r"[\w-]+", name) or pathlib.Path(name).is_file():
@@ -31,6 +31,6 @@ def config_file(given: str, flag: str = "--config") -> str:
 
 
 def _files() -> dict[str, pathlib.Path]:
-    """All of them by name."""
+    """The paths of the package's config and sweep files, by their names without `.py`."""
     folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
     return {path.stem: path for path in sorted(folder.glob("*.py"))}

@@ -87,6 +87,8 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
       ConfigError: for a section or field that does not exist, and for every value that is not allowed.
       DataError: for a file that is no tokenizer.
     """
+    if not hasattr(values, "items"):
+        raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
     for name in values:
         if missing := unknown_field(name):
             raise ConfigError(name, "...", missing)

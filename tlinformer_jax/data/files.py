@@ -177,11 +177,16 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
         if column not in schema.names:
             told = f"no column {column!r} (data.text_field); it has {', '.join(map(repr, schema.names))}"
             raise DataError(f"{path}: {told}")
+        if schema.names.count(column) > 1:
+            told = f"column {column!r} (data.text_field) must be there once, not {schema.names.count(column)} times"
+            raise DataError(f"{path}: {told}")
         if not any(map(str(schema.field(column).type).endswith, ("string", "string_view"))):
             told = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
             raise DataError(f"{path}: {told}")
         for batch in batches:
             yield from batch.column(column).to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: column {column!r} (data.text_field) is not valid UTF-8 ({error.reason})") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
     on_read(path.stat().st_size)

@@ -6,7 +6,8 @@ an iterable, which is read in its own order:
     documents   lists or arrays of token ids, or dicts with `input_ids` or `tokens`: joined into one row, the
                 tokenizer's end-of-text after each, and cut into samples
     batches     integers [batch, N + 1] or [batch, N], dicts that hold them, or dicts of `inputs`, `labels` and, if
-                wanted, `weights`, [batch, N] each: trained on as they come
+                wanted, `weights`, [batch, N] each: trained on as they come. Beside `input_ids`, an `attention_mask`
+                of 0 and `labels` of -100 leave tokens out of the loss
 
 A training that goes on must read what it has not read yet. Arrays and files are read at any place. Of an iterable the
 working directory keeps a list of positions (POSITIONS_FILE): with `len` and indices, or with iterators that have
@@ -31,6 +32,7 @@ from tlinformer_jax.data.ordered import Items, OrderedStream, Shape
 from tlinformer_jax.data.streams import RowStream, TokenStream
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import local_path
 
 POSITIONS_FILE = "data_positions.jsonl"
 DTYPES = ("uint16", "uint32")  # of a `.bin` file
@@ -53,27 +55,32 @@ class TokenFile:
     def __str__(self) -> str:
         return f"{self.path}:{self.dtype}" if str(self.path).endswith(".bin") else str(self.path)
 
-    def open(self) -> np.ndarray:
-        """Its ids, memory-mapped; DataError for a file that cannot hold any."""
-        path = pathlib.Path(self.path).expanduser()
+    def open(self, name: str) -> np.ndarray:
+        """Its ids, memory-mapped. A DataError names the argument or field, `name`, that the file was given as."""
+        path = local_path(self.path, name)
         if path.suffix not in (".npy", ".bin"):
-            raise DataError(f"{path}: must be a file of token ids, .npy or .bin")
+            raise DataError(f"{name} = {str(path)!r}: must be a file of token ids, .npy or .bin")
         if self.dtype not in DTYPES:
-            raise DataError(f"{path}: dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
+            raise DataError(f"{name} = {str(path)!r}: dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
         try:
             if path.suffix == ".npy":
                 return np.load(path, mmap_mode="r", allow_pickle=False)
             dtype = np.dtype(self.dtype).newbyteorder("<")
             size = path.stat().st_size
             if size % dtype.itemsize or not size:
-                raise DataError(f"{path}: its {size} bytes are no whole {self.dtype} ids; see TokenFile(path, dtype)")
+                told = f"its {size} bytes are no whole {self.dtype} ids; see TokenFile(path, dtype)"
+                raise DataError(f"{name} = {str(path)!r}: {told}")
             ids = np.memmap(path, dtype, mode="r")
         except (OSError, ValueError, EOFError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+            raise DataError(
+                f"{name} = {str(path)!r}: cannot be read ({getattr(error, 'strerror', None) or error})"
+            ) from None
         if self.dtype == "uint16" and len(ids) > 1 and not ids[1 : 1 << 20 : 2].any():
-            raise DataError(f"{path}: every second uint16 is 0, as in a file of uint32: TokenFile(path, 'uint32')")
+            raise DataError(
+                f"{name} = {str(path)!r}: every second uint16 is 0, as in a file of uint32: TokenFile(path, 'uint32')"
+            )
         return ids
 
 
@@ -95,7 +102,7 @@ def token_file(data: Any) -> TokenFile | None:
 
 
 def with_given_files(config: DataConfig, data: Mapping[str, TokenData | None]) -> DataConfig:
-    """The section `data` of a run on the caller's data, by split: files stand in it, so that others can read them."""
+    """The section `data` of a run on the caller's data; it names those that are files, for later commands to read."""
     missing = [f"{split}_data" for split, given in data.items() if given is None]
     if missing:
         raise DataError(f"{missing[0]}: must be given too where the other of train_data and validation_data is")
@@ -112,7 +119,8 @@ def load_token_file(config: DataConfig, split: str) -> TokenStream:
     if not name:
         needed = "must name a .npy or .bin file: data given in Python is not kept; load_run takes it again"
         raise DataError(f"data.{split}_files = '': {needed}")
-    return array_stream(TokenFile.parse(name).open(), f"data.{split}_files", name)
+    field = f"data.{split}_files"
+    return array_stream(TokenFile.parse(name).open(field), field, name)
 
 
 def array_stream(ids: np.ndarray, name: str, path: str = "") -> TokenStream:
@@ -150,13 +158,12 @@ def given_loader(
     def load(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
         given, name = data.get(split), f"{split}_data"
         if file := token_file(given):
-            return array_stream(file.open(), name, str(file))
+            return array_stream(file.open(name), name, str(file))
         if hasattr(given, "__array__"):
             return array_stream(np.asarray(given) if not isinstance(given, np.ndarray) else given, name)
-        if not isinstance(given, Iterable):
-            raise DataError(
-                f"{name}: must be token ids, a .npy or .bin file or an iterable, not {type(given).__name__}"
-            )
+        if not isinstance(given, Iterable) or isinstance(given, Mapping | bytes):
+            allowed = "must be token ids, a .npy or .bin file or an iterable of documents or batches"
+            raise DataError(f"{name}: {allowed}, not {type(given).__name__}")
         rows = batch_size if split == "train" else None
         shape = Shape(name, vocab_size, tokenizer.end_of_text, config.sequence_length, rows)
         if split == "train":

@@ -21,6 +21,7 @@ from tlinformer_jax.files import open_own, read_own
 
 RECORD_EVERY = 1.0  # seconds between two positions, and at least a hundredth of the time so far
 IDS = ("input_ids", "tokens")  # names of token ids in a dict
+IGNORED = -100  # the label of a token that does not count in the loss, as PyTorch has it
 
 
 # ---- The items
@@ -110,7 +111,9 @@ class Items:
         if self._once or not self._item:
             raise DataError(f"{self._name}: ends after {self._item} items, before the training does")
         self._epoch, self._item, self._iterator = self._epoch + 1, 0, self._new()
-        return next(self)
+        for item in self.rest():
+            return item
+        raise DataError(f"{self._name}: must hold more than None; it has {self._item} items, all of them None")
 
     def rest(self) -> Iterator[Any]:
         """The items that are left of this epoch; None, by which grain filters, is no item."""
@@ -144,6 +147,10 @@ class Shape:
         ids = self._ids(item[name], f"{where}, {name!r}")
         if name == "inputs" or ids.ndim == 2:
             return self._batch(dict(item) | {"tokens" if name != "inputs" else name: ids}, where)
+        for other, left_out in (("attention_mask", 0), ("labels", IGNORED)):
+            if np.any(np.asarray(item.get(other, ())) == left_out):
+                allowed = "every token of a document counts; give batches to leave some out"
+                raise DataError(f"{where}, {other!r}: must not hold {left_out}: {allowed}")
         return np.append(ids, self.end_of_text)
 
     def _ids(self, item: Any, where: str) -> np.ndarray:
@@ -155,7 +162,11 @@ class Shape:
             return np.empty(0, np.int64)
         if ids.dtype.kind not in "iu":
             raise DataError(f"{where}: must be integers, token ids; its dtype is {ids.dtype}")
-        if ids.ndim not in (1, 2):
+        if ids.ndim == 0:
+            raise DataError(
+                f"{where}: must be a document [length] or a batch [batch, length]; one row of ids is an array"
+            )
+        if ids.ndim > 2:
             raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; it is {list(ids.shape)}")
         for wrong in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
             raise outside_vocabulary(where, int(wrong), self.vocab_size)
@@ -167,21 +178,52 @@ class Shape:
             if "labels" not in item:
                 raise DataError(f"{where}: has 'inputs', and must have 'labels' too")
             inputs, labels = np.asarray(item["inputs"]), self._ids(item["labels"], f"{where}, 'labels'")
-            weights = np.asarray(item.get("weights", np.ones(inputs.shape)), np.float32)
+            _check_shape(labels, inputs, f"{where}, 'labels'")
+            weights = _weights(item, "weights", inputs, where)
             wanted = f"[{rows or 'batch'}, {length}]"
         else:
             ids = item["tokens"]
-            weights = np.asarray(item.get("attention_mask", np.ones(ids.shape)), np.float32)[:, 1:]
+            weights = (_weights(item, "attention_mask", ids, where) * _counted(item, ids, where))[:, 1:]
             if ids.shape[1] == length:  # what follows the last token is not known
                 ids, weights = np.pad(ids, ((0, 0), (0, 1))), np.pad(weights, ((0, 0), (0, 1)))
             inputs, labels = ids[:, :-1], ids[:, 1:]
             wanted = f"[{rows or 'batch'}, {length + 1}] or [{rows or 'batch'}, {length}]"
         whole = rows or len(inputs), length
-        if not inputs.shape == labels.shape == weights.shape == whole:
+        if inputs.shape != whole:
             fields = "train.batch_size and data.sequence_length" if rows else "data.sequence_length"
             shape = list(np.shape(item.get("tokens", inputs)))
             raise DataError(f"{where}: a batch must be {wanted}, by {fields}; it is {shape}")
         return {"inputs": inputs.astype(np.int32), "labels": labels.astype(np.int32), "weights": weights}
+
+
+def _check_shape(array: np.ndarray, tokens: np.ndarray, where: str) -> None:
+    if array.shape != tokens.shape:
+        raise DataError(f"{where}: must have the shape of its tokens, {list(tokens.shape)}; it is {list(array.shape)}")
+
+
+def _weights(item: Mapping[str, Any], name: str, tokens: np.ndarray, where: str) -> np.ndarray:
+    """What each token of a batch counts in the loss, float32: 1 where the item does not say."""
+    if item.get(name) is None:
+        return np.ones(tokens.shape, np.float32)
+    try:
+        weights = np.asarray(item[name], np.float32)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}, {name!r}: must be numbers >= 0") from None
+    _check_shape(weights, tokens, f"{where}, {name!r}")
+    for wrong in weights[~(np.isfinite(weights) & (weights >= 0))][:1]:
+        raise DataError(f"{where}, {name!r}: must be numbers >= 0; it holds {wrong}")
+    return weights
+
+
+def _counted(item: Mapping[str, Any], tokens: np.ndarray, where: str) -> np.ndarray:
+    """Which tokens of a batch count, bool. Hugging Face's collators say it by `labels`: the id itself, or IGNORED."""
+    if item.get("labels") is None:
+        return np.ones(tokens.shape, bool)
+    labels, where = np.asarray(item["labels"]), f"{where}, 'labels'"
+    _check_shape(labels, tokens, where)
+    if ((labels != tokens) & (labels != IGNORED)).any():
+        raise DataError(f"{where}: must be the same ids, or {IGNORED}; for others give 'inputs' and 'labels'")
+    return labels != IGNORED
 
 
 # ---- Training on an iterable
@@ -189,7 +231,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrderedStream(TokenStream):
-    """The caller's training data, read in its own order: it may never end, so that its `tokens` are none."""
+    """The caller's training data, read in its own order. It may never end, so `tokens` is empty."""
 
     items: Items
     shape: Shape
@@ -312,6 +354,8 @@ def _add_position(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
             file.write(f"\n{json.dumps(entry)}\n")  # on a line of its own also after one that a kill has cut
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+    except (TypeError, ValueError) as error:
+        raise DataError(f"train_data: get_state must return bytes, or what JSON can hold ({error})") from None
 
 
 def _last_position(path: pathlib.Path | None, step: int) -> dict[str, Any] | None:

@@ -107,7 +107,8 @@ class Passkey:
         text = body - self.keys * hidden_size
         begins = below(of_text[:, 0], len(self.text.tokens) - text + 1)
         firsts = self._places(numbers, of_places[:, 0], length, body - hidden_size)
-        tokens, places = np.empty((len(numbers), length + 1), np.int32), np.empty((len(numbers), self.keys), np.int64)
+        tokens = np.empty((len(numbers), length + 1), np.int32)
+        places = np.empty((len(numbers), self.keys), np.int64)
         for row, place, first, begin, parts, others in zip(tokens, places, firsts, begins, sentences, rest):
             row[:body], place[:] = _hide(self.text.tokens[begin : begin + text], parts, int(first), others)
         tokens[:, body:] = questions.reshape(len(numbers), -1)

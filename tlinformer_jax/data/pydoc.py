@@ -45,7 +45,9 @@ def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list
             else:
                 members, shingles = group[0] + members, shingles | group[1]
         groups = [*apart, (sorted(members), shingles)]
-    found = [[articles[number] for number in members] for members, _ in sorted(groups, key=lambda group: group[0])]
+    found = []
+    for members in sorted(members for members, _ in groups):
+        found.append([articles[number] for number in members])
     return sorted(found, key=lambda group: -sum(map(len, group)))
 
 

@@ -103,21 +103,24 @@ def plot_sweep(frame: pd.DataFrame, folder: pathlib.Path, prefix: str = "") -> l
 
 def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """What `evaluation.history` has measured as tables label, x, y for each of HISTORY."""
-    edges, cuts, same, starts = (measured[name] for name in ("mass", "cuts", "same_tokens", "starts"))
-    kinds = (("all tokens", "change"), ("tokens with more history", "affected_change"))
-    rows = (
-        [
-            (f"block {block}, {words}", *point)
-            for reader, words in READERS.items()
-            for block, masses in enumerate(edges[reader])
-            for point in zip(edges["edges"], masses)
-        ],
-        [(label, cut["distance"], cut[kind]) for label, kind in kinds for cut in cuts if cut["affected_tokens"]],
-        [("loss", *point) for point in zip(starts, measured["losses"]["all"])],
-        # All of the history stands at the length of the longest.
-        [("loss", starts[-1] if x is None else x, y) for x, y in zip(same["distances"], same["losses"])],
-    )
-    return {name: pd.DataFrame(part, columns=["label", "x", "y"]).dropna() for name, part in zip(HISTORY, rows)}
+    edges, same, starts = measured["mass"], measured["same_tokens"], measured["starts"]
+    masses = [
+        (f"block {block}, {words}", edge, mass)
+        for reader, words in READERS.items()
+        for block, of_block in enumerate(edges[reader])
+        for edge, mass in zip(edges["edges"], of_block)
+    ]
+    cuts = [cut for cut in measured["cuts"] if cut["affected_tokens"]]
+    changes = [("all tokens", cut["distance"], cut["change"]) for cut in cuts]
+    changes += [("tokens with more history", cut["distance"], cut["affected_change"]) for cut in cuts]
+    losses = [("loss", start, loss) for start, loss in zip(starts, measured["losses"]["all"])]
+    # All of the history stands at the length of the longest.
+    distances = [starts[-1] if distance is None else distance for distance in same["distances"]]
+    cut_losses = [("loss", distance, loss) for distance, loss in zip(distances, same["losses"])]
+    tables = {}
+    for name, rows in zip(HISTORY, (masses, changes, losses, cut_losses)):
+        tables[name] = pd.DataFrame(rows, columns=["label", "x", "y"]).dropna()
+    return tables
 
 
 def plot_history(

@@ -375,9 +375,14 @@ def read_safetensors(path: str | pathlib.Path) -> tuple[dict[str, str], dict[str
     """
     data = torch.from_file(str(path), size=pathlib.Path(path).stat().st_size, dtype=torch.uint8)
     length = int.from_bytes(bytes(data[:8].tolist()), "little")
-    header = json.loads(bytes(data[8 : 8 + length].tolist()))
-    metadata, arrays = header.pop("__metadata__", {}), {}
-    for name, entry in header.items():
-        first, end = (8 + length + offset for offset in entry["data_offsets"])
-        arrays[name] = data[first:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    arrays, name = {}, "its header"
+    try:
+        header = dict(json.loads(bytes(data[8 : 8 + length].tolist())))
+        metadata = header.pop("__metadata__", {})
+        for name, entry in header.items():
+            first, end = (8 + length + offset for offset in entry["data_offsets"])
+            arrays[name] = data[first:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
+        allowed = f"must be a whole safetensors file, of {', '.join(DTYPES)}"
+        raise ValueError(f"{path}: {allowed}; {name} cannot be read") from None
     return metadata, arrays

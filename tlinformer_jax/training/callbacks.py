@@ -119,9 +119,11 @@ def asks_to_end(result: Any) -> bool:
 
 def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> list[Callback]:
     """Callbacks, of which a bare function is one after every update."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise UserError(f"callbacks = {given!r}: must be a list of Callbacks or functions")
     found: list[Callback] = []
     for number, callback in enumerate(given):
-        if not callable(callback):
+        if isinstance(callback, type) or not callable(callback):
             raise UserError(f"callbacks[{number}] = {callback!r}: must be a Callback or a function")
         found.append(callback if isinstance(callback, Callback) else Call(callback))
         every = getattr(found[-1], "every", None)

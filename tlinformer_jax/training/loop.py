@@ -98,7 +98,7 @@ def train_and_evaluate(
     Raises:
       ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
         cannot be written.
-      DivergedError: when loss or gradient are no longer finite; the last checkpoint stays.
+      DivergedError: when loss or gradient are no longer finite and no rollback is left; the last checkpoint stays.
       OutOfMemoryError: where a device has too little memory, with what would take less.
     """
     given = {"train_data": train_data, "validation_data": validation_data}
