@@ -301,7 +301,7 @@ def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Sched
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all that it has."""
+    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all of the paper's."""
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         if path[-1].key == "shift":
