@@ -39,6 +39,8 @@ from tlinformer_jax.training.step import Horizon, build_optimizer, decay_mask
 SHIFTED = dataclasses.replace(SMALL, hidden_depth=0, history_window=3, token_shift=True)
 PROMPTS = [3, 8, 9, 1, 12]  # before, at and after the edges of windows of 4
 FED = 27
+# TConstFormer has less of the same, and takes as long to compile.
+QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "tconstformer" else ()) for name in ARCHITECTURES]
 
 
 def shifted(architecture: str, **changes) -> ModelConfig:
@@ -65,7 +67,7 @@ def test_logits_are_the_references_whether_tokens_or_rows_are_given(architecture
     np.testing.assert_array_equal(plain[:, 0], expected[:, 0])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", QUICK)
 def test_it_is_off_unless_asked_for_and_starts_at_zero(architecture):
     """Without it no parameter; with it the same others, and before training the same logits bit for bit."""
     config = shifted(architecture)
@@ -100,7 +102,7 @@ def test_only_true_and_false_are_allowed(value):
 # ---- Generation
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", QUICK)
 def test_prefill_step_and_slide_equal_the_reference(architecture):
     """Prompts of unequal lengths in one batch, each continued across at least three slides."""
     config = shifted(architecture, hidden_depth=1)
@@ -229,7 +231,7 @@ def own_traces():
 # ---- Training
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", QUICK)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_of_the_vector_is_the_references_slope(architecture, checkpointing):
     config = shifted(architecture, memory=ExecutionPlan(checkpointing=checkpointing))
