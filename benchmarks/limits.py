@@ -71,7 +71,7 @@ class Weights:
 
     Attributes:
       layers: of all layers.
-      table: of the embedding, which is also the head, and the last LayerNorm.
+      table: of the embedding, which is also the head, the last LayerNorm, and the token shift.
     """
 
     layers: int
@@ -80,7 +80,9 @@ class Weights:
 
 def weights_of(params: DecoderParams) -> Weights:
     """Bytes that one token reads of a decoder's parameters."""
-    return Weights(tree_bytes(params.layers), tree_bytes((params.embedding, params.norm_scale, params.norm_bias)))
+    return Weights(
+        tree_bytes(params.layers), tree_bytes((params.embedding, params.norm_scale, params.norm_bias, params.shift))
+    )
 
 
 def against(timing: Timing, work: Work, ceilings: Ceilings) -> dict[str, Any]:

@@ -192,6 +192,15 @@ def test_books_take_any_lengths_and_shares(variant, expected):
     assert (config.data.dataset, config.data.tokenizer) == ("text", "gpt2")
 
 
+@pytest.mark.parametrize(
+    ("name", "variant"), [("books", "1k-512-0.5"), ("books", "base-1k"), ("recall", "256-32-tight")]
+)
+def test_a_variant_may_have_the_token_shift(name, variant):
+    plain, shifted = load(name, variant), load(name, f"{variant}-shift")
+    assert not plain.model.token_shift
+    assert shifted == dataclasses.replace(plain, model=dataclasses.replace(plain.model, token_shift=True))
+
+
 @pytest.mark.parametrize(("variant", "length", "sampled"), [("64k", 65_536, 0), ("1m", 1_048_576, 16)])
 def test_long_sequences(variant, length, sampled):
     config = load("long", variant)
@@ -237,6 +246,8 @@ def test_large_models_fit_their_accelerators_mesh(variant, millions, devices, to
         ("books", "512-512-0.9999", "must be base-N or N-T-r"),
         ("books", "0k-512-0.5", "must be base-N or N-T-r"),
         ("books", "512-0-0.5", "must be base-N or N-T-r"),
+        ("books", "nonsense-shift", "must be base-N or N-T-r"),
+        ("recall", "256-shift", r"variant = '256': must be one of 64-4, "),
         ("books", "768-512-0.5", "must have an N that divides the 131,072 tokens of an update"),
     ],
 )
@@ -263,6 +274,7 @@ OVERRIDES = {
         "d_ff": 64,
         "history_window": "auto",
         "generation_window": 48,
+        "token_shift": True,
         "dropout": 0.25,
         "dtype": "float32",
         "param_dtype": "bfloat16",

@@ -216,11 +216,11 @@ def test_eight_devices_equal_one(sizes):
 def test_every_parameter_has_a_sharding_rule(architecture):
     """Matrices are split over both axes, the embedding over its width, vectors over 'tensor' or not at all."""
     mesh = build_mesh(MeshConfig(fsdp=2, tensor=2))
-    model = build_model(dataclasses.replace(MODEL, architecture=architecture, hidden_depth=1))
+    model = build_model(dataclasses.replace(MODEL, architecture=architecture, hidden_depth=1, token_shift=True))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     shardings = jax.tree.leaves(tree_shardings(params, mesh))
     places = jax.tree_util.tree_leaves_with_path(params)
-    assert len(places) == 3 + 6 * 10  # the embedding, the last norm, six layers
+    assert len(places) == 4 + 6 * 10  # the embedding, its shift, the last norm, six layers
     for (path, leaf), sharding in zip(places, shardings, strict=True):
         name = path[-1].key
         parts = {"embedding": 2, "qkv_bias": 2}.get(name, 4 if name.endswith("kernel") else 1)

@@ -71,7 +71,7 @@ def test_golden(name, torch, tmp_path):
     np.testing.assert_array_equal(generated.numpy(), truth.greedy)
 
 
-# architecture, hidden_depth, history_window, generation_window, length
+# architecture, hidden_depth, history_window, generation_window, length; token_shift where there is a sixth
 SHAPES = [
     ("tlinformer", 0, 3, 5, 23),
     ("tlinformer", 2, 9, 4, 19),
@@ -83,16 +83,21 @@ SHAPES = [
     ("transformer", 1, 5, 4, 22),
     ("sliding_window", 1, 5, 4, 22),
     ("sliding_window", 0, 3, 1, 17),
+    ("tlinformer", 1, 3, 4, 22, "shift"),
+    ("tconstformer", 1, 5, 4, 22, "shift"),
+    ("transformer", 0, 5, 4, 22, "shift"),
+    ("sliding_window", 0, 5, 4, 22, "shift"),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_every_architecture(shape, torch, tmp_path):
     """Logits as the reference's and ours; tokens generated with a cache as without."""
-    architecture, hidden_depth, history_window, generation_window, length = shape
+    architecture, hidden_depth, history_window, generation_window, length, *shift = shape
     config = ModelConfig(
         architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2, hidden_depth=hidden_depth,
         d_ff=40, history_window=history_window, generation_window=generation_window, dtype="float32",
+        token_shift=bool(shift),
     )  # fmt: skip
     weights = golden.random_weights(config, seed=length)
     model = loaded(tmp_path, weights, config)

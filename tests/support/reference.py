@@ -20,7 +20,7 @@ def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
     weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     rows = []
     for sequence in np.asarray(tokens):
-        embedded = weights["embedding.weight"][sequence]
+        embedded = embedded_rows(weights, config, sequence)
         if config.architecture in ("tlinformer", "tconstformer"):
             size = config.generation_window
             x = np.concatenate(
@@ -31,6 +31,16 @@ def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
         x = _norm(x, weights["transformer.norm.weight"], weights["transformer.norm.bias"])
         rows.append(x @ weights["embedding.weight"].T)
     return np.stack(rows)
+
+
+def embedded_rows(weights: Weights, config, sequence: np.ndarray) -> np.ndarray:
+    rows = weights["embedding.weight"][sequence]
+    if not config.token_shift:
+        return rows
+    shifted = rows.copy()
+    for t in range(1, len(rows)):
+        shifted[t] += 10.0 * weights["token_shift"] * rows[t - 1]
+    return shifted
 
 
 def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:

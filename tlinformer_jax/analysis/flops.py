@@ -1,9 +1,10 @@
 """Model FLOPs of a training step, what the architecture asks for, whatever the implementation; and devices' peaks.
 
 Counted are products: projections, feed-forwards, attended pairs, the head; a multiplication and an addition are two
-operations. Heads have their true widths, causal attention is half the square, no masked row or key counts, and every
-product of the forward pass, computed once, has two in the backward pass. Block 0's `compress` projections are counted
-once per token; the last block has no `restore`, and of its history only keys, values and z's queries.
+operations. Not counted is what is done element by element, such as norms and the token shift. Heads have their true
+widths, causal attention is half the square, no masked row or key counts, and every product of the forward pass,
+computed once, has two in the backward pass. Block 0's `compress` projections are counted once per token; the last block
+has no `restore`, and of its history only keys, values and z's queries.
 `benchmarks.flops` counts what a device executes.
 """
 

@@ -105,6 +105,9 @@ class ModelConfig:
       history_window: W_oh, rows of the summary z of the history; 'auto' lets it grow with the history n as
         8 * floor((12 * ln(n) + 7) / 8).
       generation_window: W_og, tokens that are predicted together.
+      token_shift: whether each token's embedding has a learned multiple of the embedding before it added to it:
+        e_t + s * e_(t-1), with a vector s of D numbers that starts at 0. Not in the paper: it lets a row of the history
+        know the token before it, which in block 0 nothing else tells it.
       dropout: rate on attention weights and on the feed-forward's output, in training only.
       dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU; with float16 there is
         no loss scaling, so it is for evaluation. Softmax, rotary
@@ -125,6 +128,7 @@ class ModelConfig:
     d_ff: int | None = None
     history_window: int | str = 256
     generation_window: int = 256
+    token_shift: bool = False
     dropout: float = 0.0
     dtype: str = "auto"
     param_dtype: str = "float32"
@@ -149,6 +153,8 @@ class ModelConfig:
             raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
         if self.generation_window > LONGEST_WINDOW:
             raise ConfigError("model.generation_window", self.generation_window, f"must be at most {LONGEST_WINDOW:,}")
+        if not isinstance(self.token_shift, bool):
+            raise ConfigError("model.token_shift", self.token_shift, "must be True or False")
         rate = self.dropout
         if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate < 1:
             raise ConfigError("model.dropout", rate, "must be a number in [0, 1)")

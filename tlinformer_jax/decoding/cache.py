@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, write_row
+from tlinformer_jax.models.model import NO_TOKEN
 from tlinformer_jax.parallel.batch_split import SplitRows
 from tlinformer_jax.parallel.mesh import platform
 
@@ -70,6 +71,14 @@ class WindowedCache:
         """Tokens so far, which is the next token's position."""
         return self.history_length + self.window_length
 
+    def tokens_before(self, row: Int[Array, "..."], positions: Int[Array, " count"]) -> Int[Array, " count"]:
+        """Ids that precede these positions of a sequence, or of one each; NO_TOKEN at position 0."""
+        return jnp.where(positions == 0, NO_TOKEN, self.tokens[row, positions - 1])
+
+    def last_token(self) -> Int[Array, " batch"]:
+        """Of each sequence; NO_TOKEN where there is none."""
+        return self.tokens_before(jnp.arange(self.tokens.shape[0]), self.position)
+
     def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, CachedRows | None]:
         """What a token reads: its window, and the history in `compress`, else the compressed context."""
         window = CachedRows(self.window, self.window_length, layer)
@@ -103,11 +112,13 @@ class LayeredCache:
         sliding window the capacity is the window minus one; row `position % capacity` holds a position.
       length: tokens so far.
       capacity: rows there is room for (static).
+      last: each sequence's last token, NO_TOKEN before the first; None without `config.token_shift`.
     """
 
     layers: KeyValue
     length: Int[Array, " batch"]
     capacity: int = flax.struct.field(pytree_node=False)
+    last: Int[Array, " batch"] | None = None
 
     @property
     def position(self) -> Int[Array, " batch"]:
@@ -118,10 +129,15 @@ class LayeredCache:
         """What a token reads in a layer."""
         return CachedRows(self.layers, jnp.minimum(self.length, self.capacity), layer), None
 
+    def last_token(self) -> Int[Array, " batch"] | None:
+        """Of each sequence; NO_TOKEN where there is none."""
+        return self.last
+
     def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "LayeredCache":
         """With one more row of every active sequence; those of a sliding window go round."""
         layers = write_row(self.layers, own, self.length % self.capacity, active)
-        return dataclasses.replace(self, layers=layers, length=self.length + active)
+        last = None if self.last is None else jnp.where(active, tokens, self.last)
+        return dataclasses.replace(self, layers=layers, length=self.length + active, last=last)
 
 
 Cache = WindowedCache | LayeredCache
@@ -202,7 +218,8 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows 
         return jnp.zeros((batch,), jnp.int32)
 
     if not config.windowed:
-        return LayeredCache(rows(capacity, config.num_layers), lengths(), capacity)
+        last = jnp.full((batch,), NO_TOKEN, jnp.int32) if config.token_shift else None
+        return LayeredCache(rows(capacity, config.num_layers), lengths(), capacity, last)
     observed = max(config.observed_rows(capacity), 1)
     parts = 1 if split is None else split.parts
     kept = config.num_blocks if config.architecture == "tlinformer" else 0
@@ -278,6 +295,8 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
         held = sum(min(length, cache.capacity) for length in lengths)
         sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.num_layers * row)}
         sizes["lengths"] = (cache.length, 4 * batch)
+        if cache.last is not None:
+            sizes["last"] = (cache.last, 4 * batch)
     else:
         devices = 1 if cache.split is None else cache.split.parts
         histories = [history_of(config, length) for length in lengths]

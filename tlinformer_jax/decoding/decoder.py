@@ -45,7 +45,8 @@ def step(
     Full windows must slide first. Of the other sequences nothing changes, and their logits mean
     nothing.
     """
-    x, rope, new = embed(params, tokens), rope_table(cache.position, config.head_dim), []
+    before = cache.last_token() if config.token_shift else None
+    x, rope, new = embed(params, tokens, before), rope_table(cache.position, config.head_dim), []
     for index, layer in enumerate(params.layers):
         x, own = token_layer(layer, config, x, rope, *cache.read_by(config, index))
         new.append(own)

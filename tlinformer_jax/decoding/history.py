@@ -34,6 +34,7 @@ from tlinformer_jax.models.streams import Stream
 
 # Block 0's projections, before rotation, depend on the token alone. Where the history has room for so
 # many times more rows than the vocabulary has tokens, all tokens are projected and rows looked up.
+# With a token shift they depend on the token before it as well, and every row is projected.
 ROWS_PER_TOKEN = 4
 
 
@@ -56,13 +57,16 @@ class SequenceRows:
         """Rows of history that this device has."""
         return self.length if self.cache.split is None else self.cache.split.count(self.length)
 
-    def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
-        """Rotations of this device's rows from `start` on, by default of a chunk."""
+    def positions(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, " count"]:
+        """Of this device's rows from `start` on, by default of a chunk."""
         count, split = count or self.chunk, self.cache.split
-        positions = start + jnp.arange(count, dtype=jnp.int32)
         if split is not None:
-            positions = split.positions(start, count)
-        return rope_table(positions, self.config.head_dim)
+            return split.positions(start, count)
+        return start + jnp.arange(count, dtype=jnp.int32)
+
+    def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
+        """Rotations of the same rows."""
+        return rope_table(self.positions(start, count), self.config.head_dim)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
         """Tokens of the same rows."""
@@ -72,6 +76,15 @@ class SequenceRows:
             return jax.lax.dynamic_slice(tokens, (self.row, start), (1, count))
         ids = jax.lax.dynamic_slice(tokens, (self.row, start * split.parts), (1, count * split.parts))
         return split.take(ids)
+
+    def embed(
+        self, params: DecoderParams, start: Int[Array, ""], count: int | None = None
+    ) -> Float[Array, "1 count D"]:
+        """Rows of C of block 0, from the same row on."""
+        ids = self.ids(start, count)
+        if params.shift is None:
+            return embed(params, ids)
+        return embed(params, ids, self.cache.tokens_before(self.row, self.positions(start, count))[None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +178,7 @@ def embedded_history(
     first, later = caches[:1], caches[1:]
 
     def rows(start: Array) -> Array:
-        return embed(params, at.ids(start))
+        return at.embed(params, start)
 
     def projected(start: Array, rows: Array) -> Array:
         return project(layer, rows, at.rope(start), "q")[0]
@@ -177,7 +190,7 @@ def embedded_history(
         return write_tokens(keys, at.row, start, key_values, at.ids(start)[0], at.rope(start), backend)
 
     z = Stream.of(layer, z_rows, z_rope, "q")
-    if at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
+    if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
         if not fill:
             return CachedHistory(at, layer, z, z_rope, rows, projected, later, first)
         return CachedHistory(at, layer, z, z_rope, rows, projected, caches)._made(keep_rows=False)

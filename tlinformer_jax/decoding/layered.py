@@ -50,7 +50,8 @@ def prefill(
         x, key, value = _layer(layer, config, x, length)
         layers = KeyValue(write(layers.key, key, index), write(layers.value, value, index))
     last = jax.lax.dynamic_index_in_dim(x[0], length - 1, keepdims=False)
-    cache = dataclasses.replace(cache, layers=layers, length=cache.length.at[row].set(length))
+    end = None if cache.last is None else cache.last.at[row].set(prompt[length - 1])
+    cache = dataclasses.replace(cache, layers=layers, length=cache.length.at[row].set(length), last=end)
     return cache, logits_of(params, last)
 
 

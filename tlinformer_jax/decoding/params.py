@@ -9,7 +9,7 @@ from tlinformer_jax.models.attention import head_multiple
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import TokenLayerParams
 from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
-from tlinformer_jax.models.model import ModelParams, output_logits
+from tlinformer_jax.models.model import NO_TOKEN, ModelParams, add_previous, output_logits
 
 
 @flax.struct.dataclass
@@ -22,6 +22,7 @@ class DecoderParams:
       wide_layers: of the baselines, the same.
       layers: all layers in order, whatever the architecture, for one row per sequence.
       norm_scale, norm_bias: of the final LayerNorm.
+      shift: of the tokens; None without `config.token_shift`.
     """
 
     embedding: Float[Array, "V D"]
@@ -30,6 +31,7 @@ class DecoderParams:
     layers: tuple[TokenLayerParams, ...]
     norm_scale: Float[Array, " D"]
     norm_bias: Float[Array, " D"]
+    shift: Float[Array, " D"] | None
 
 
 def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
@@ -43,12 +45,19 @@ def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
         layers=tuple(TokenLayerParams.of(layer) for layer in prepare_layers(layers, dtype)),
         norm_scale=params.norm_scale,
         norm_bias=params.norm_bias,
+        shift=params.shift,
     )
 
 
-def embed(params: DecoderParams, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
-    """Embeddings of ids that the caller has checked to be in the vocabulary."""
-    return jnp.take(params.embedding, tokens, axis=0, mode="clip")
+def embed(
+    params: DecoderParams, tokens: Int[Array, "*shape"], before: Int[Array, "*shape"] | None = None
+) -> Float[Array, "*shape D"]:
+    """`models.model.embed` of ids that the caller has checked to be in the vocabulary."""
+    rows = jnp.take(params.embedding, tokens, axis=0, mode="clip")
+    if params.shift is None or before is None:
+        return add_previous(params.shift, rows)
+    previous = jnp.take(params.embedding, before, axis=0, mode="clip")
+    return add_previous(params.shift, rows, jnp.where((before == NO_TOKEN)[..., None], 0, previous))
 
 
 def logits_of(params: DecoderParams, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:

@@ -72,7 +72,7 @@ def slide(
             start = jnp.minimum(split.count(before), cache.room - count)
         at = SequenceRows(config, cache, row, before + size)
         layer = for_writing(params.blocks[0].compress, count, config.attention)
-        rows, rope = embed(params, at.ids(start, count)), at.rope(start, count)
+        rows, rope = at.embed(params, start, count), at.rope(start, count)
         first = write_rows(cache.history[0], row, start, layer, rows, rope, config.attention)
         cache = dataclasses.replace(cache, history=(first, *cache.history[1:]))
     no_window = jnp.zeros((0,), jnp.int32)
@@ -103,9 +103,13 @@ def _rebuild(
         for first, rows in ((start, width), (length, m))
     )
     both_rope = jax.tree.map(lambda *tables: jnp.concatenate(tables), z_rope, x_rope)
-    z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width)))
+    z_before, x_before = (
+        cache.tokens_before(row, first + jnp.arange(rows, dtype=jnp.int32))[None] if config.token_shift else None
+        for first, rows in ((start, width), (length, m))
+    )
+    z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width)), z_before)
     C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, z_rope, fill=m > 0)
-    x_rows, context, window = embed(params, window_tokens[None]), [], []
+    x_rows, context, window = embed(params, window_tokens[None], x_before), [], []
     for index, block in enumerate(params.blocks):
         x = Stream.of(block.compress, x_rows, x_rope)
         window.append((x.K, x.V))

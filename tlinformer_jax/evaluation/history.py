@@ -3,7 +3,8 @@
 A window starts at position n; d >= 0 is a distance.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, with their positions; the
-  observation window is the last W_oh of them. At d = 0 every layer is an ordinary causal one; at d >= n nothing is cut.
+  observation window is the last W_oh of them. With `model.token_shift` the first row that is left keeps its share of
+  the token before it. At d = 0 every layer is an ordinary causal one; at d >= n nothing is cut.
 - *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d,
   the only ones that the cut can change.
 - *Loss by history*: mean loss of the windows that start at n, nothing cut. Other n are other tokens.
@@ -33,7 +34,7 @@ from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
-from tlinformer_jax.models.model import ModelParams
+from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
 from tlinformer_jax.models.tlinformer import window_states
@@ -104,7 +105,7 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
     size, length = config.generation_window, batch["inputs"].shape[1]
     windows = num_windows(config, length)
-    embedded = jnp.take(params.embedding, batch["inputs"], axis=0).astype(dtype)
+    embedded = embed(params, config, batch["inputs"])
     width = max(config.observed_rows(window * size) for window in range(windows))
     # As many rows past the end as any slice may reach.
     embedded = jnp.pad(embedded, ((0, 0), (0, windows * size - length + width), (0, 0)))

@@ -73,8 +73,12 @@ MODELS = {
 
 
 def set_recall(config: "ConfigDict", name: str) -> None:
-    """Sets multi-query associative recall, vocabulary 8,192, in the setting `name`, else raises ConfigError."""
-    setting = _chosen(RECALL, name)
+    """Sets multi-query associative recall, vocabulary 8,192, in the setting `name`, else raises ConfigError.
+
+    `name` may end in '-shift', for `ModelConfig.token_shift`.
+    """
+    setting = _chosen(RECALL, name.removesuffix("-shift"))
+    config.model.token_shift = name.endswith("-shift")
     config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=setting.pairs)
     _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
 

@@ -65,6 +65,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], mode
     metadata = {"format": "pt"}  # matrices are [out, in], as readers for PyTorch expect them
     if model is not None:
         shape = {name: getattr(model, name) for name in SHAPE} | {"d_ff": model.feed_forward_dim}
+        shape |= {"token_shift": True} if model.token_shift else {}
         metadata["tlinformer"] = json.dumps(shape)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:

@@ -23,6 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# The token shift's vector is this times its parameter, so that a small learning rate moves it.
+SHIFT_SCALE = 10.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -39,6 +42,7 @@ class Config:
       history_window: W_oh, rows of the compressed history, or 'auto', which grows with it.
       generation_window: W_og, tokens that are predicted together.
       dropout: in training, on attention weights and on the feed-forward's output.
+      token_shift: whether a learned multiple of the embedding before is added to each token's.
     """
 
     architecture: str
@@ -51,6 +55,7 @@ class Config:
     history_window: int | str
     generation_window: int
     dropout: float = 0.0
+    token_shift: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -265,6 +270,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        if config.token_shift:
+            self.token_shift = nn.Parameter(torch.zeros(config.d_model))
         self.transformer = Transformer(config)
         self.transformer.lm_head.weight = self.embedding.weight
         self._initialise()
@@ -280,7 +287,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, length, V] of tokens [batch, length]; row i predicts token i + 1."""
-        embedded, rope = self.embedding(tokens), self._rope(0, tokens.shape[1])
+        embedded, rope = self._embed(tokens), self._rope(0, tokens.shape[1])
         if self.config.windowed:
             size = self.config.generation_window
             windows = range(0, tokens.shape[1], size)
@@ -290,6 +297,13 @@ class LanguageModel(nn.Module):
             Q, K, V = layer.project(x, rope)
             x = layer.update(x, attend_causal(Q, K, V, self.config.reach, layer.attention_dropout))
         return self._head(x)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The rows that the model reads, of tokens from position 0 on."""
+        embedded = self.embedding(tokens)
+        if self.config.token_shift:
+            embedded = embedded + SHIFT_SCALE * self.token_shift * F.pad(embedded, (0, 0, 1, 0))[:, :-1]
+        return embedded
 
     def _window(self, embedded: Tensor, n: int, rope: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """The window x = rows n, n + 1, ... after the history C = rows 0 .. n - 1, through all blocks.
@@ -321,14 +335,14 @@ class LanguageModel(nn.Module):
             n = last - last % self.config.generation_window if self.config.windowed else 0
             if n != start:
                 start, done, (read, own) = n, n, self._slide(tokens[:, :n])
-            logits, own = self._step(tokens[:, done:], done, read, own)
+            logits, own = self._step(tokens, done, read, own)
             done = last + 1
             tokens = torch.cat([tokens, logits.argmax(-1)], dim=1)
         return tokens
 
     def _slide(self, history: Tensor) -> tuple[list[KeyValue], list[KeyValue]]:
         """For each layer the keys and values of the history that the next window reads, and the window's own: none."""
-        embedded, n = self.embedding(history), history.shape[1]
+        embedded, n = self._embed(history), history.shape[1]
         empty = embedded.new_zeros(len(history), self.config.num_heads, 0, embedded.shape[-1] // self.config.num_heads)
         none = [KeyValue(empty, empty)] * self.config.num_layers
         return (self._window(embedded, n, self._rope(0, n))[1] if n else none), none
@@ -336,11 +350,12 @@ class LanguageModel(nn.Module):
     def _step(
         self, tokens: Tensor, position: int, read: list[KeyValue], own: list[KeyValue]
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Logits [batch, 1, V] after new tokens of a window, and the window's keys and values with theirs.
+        """Logits [batch, 1, V] after tokens, new from `position` on, and the window's keys and values with theirs.
 
         The second line of each of the three equations, and a baseline's only one.
         """
-        x, rope, kept = self.embedding(tokens), self._rope(position, position + tokens.shape[1]), []
+        first = max(position - 1, 0)  # the token shift reads the token before the new ones
+        x, rope, kept = self._embed(tokens[:, first:])[:, position - first :], self._rope(position, tokens.shape[1]), []
         for layer, history, before in zip(layers_of(self), read, own):
             Q, K, V = layer.project(x, rope)
             K, V = torch.cat([before.K, K], dim=2), torch.cat([before.V, V], dim=2)

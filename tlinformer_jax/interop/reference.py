@@ -2,7 +2,8 @@
 
 The published matrices are [out, in]; query, key and value share one projection in this order; w1 and w3 of the
 feed-forward, separate there, are `gate_up_kernel` here. The tied table appears twice there, as
-`embedding.weight` and as `transformer.lm_head.weight`.
+`embedding.weight` and as `transformer.lm_head.weight`. The token shift is no published model's; its parameter is
+`token_shift` in a file.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
 
 EMBEDDING, HEAD = "embedding.weight", "transformer.lm_head.weight"
+SHIFT = "token_shift"
 FINAL_NORM = {"norm_scale": "transformer.norm.weight", "norm_bias": "transformer.norm.bias"}
 
 
@@ -50,6 +52,7 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
 
     params: dict[str, Any] = {"embedding": arrays[EMBEDDING]}
     params |= {ours: arrays[theirs] for ours, theirs in FINAL_NORM.items()}
+    params |= {"shift": arrays[SHIFT]} if config.token_shift else {}
     for path, prefix in layer_names(config):
         layer = {
             ours: arrays[prefix + theirs].T.reshape(shape) for theirs, (ours, shape, _) in _layer_arrays(config).items()
@@ -67,6 +70,7 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), variables["params"])
     arrays = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
     arrays |= {theirs: params[ours] for ours, theirs in FINAL_NORM.items()}
+    arrays |= {SHIFT: params["shift"]} if config.token_shift else {}
     for path, prefix in layer_names(config):
         node = params
         for part in path:
@@ -98,7 +102,7 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of a model's parameters."""
     table = (config.vocab_size, config.d_model)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, HEAD: table}
-    shapes |= dict.fromkeys(FINAL_NORM.values(), (config.d_model,))
+    shapes |= dict.fromkeys((*FINAL_NORM.values(), *(SHIFT,) * config.token_shift), (config.d_model,))
     for _, prefix in layer_names(config):
         shapes |= {prefix + name: shape for name, (_, _, shape) in _layer_arrays(config).items()}
     return shapes

@@ -32,6 +32,11 @@ from tlinformer_jax.parallel.sharding import constrain_batch
 # In half precision the vocabulary is padded to a multiple of this inside the product: the matrix units' loads are
 # aligned, and XLA would otherwise pad the logits by a copy.
 VOCABULARY_MULTIPLE = 128
+# Stands for the token before position 0, which there is not.
+NO_TOKEN = -1
+# The token shift's s is this times its parameter. Adam moves a parameter by about the learning rate in an update: at
+# 3e-4, s itself would hardly leave 0 in a run, where it has to reach the order of 1.
+SHIFT_SCALE = 10.0
 
 
 @flax.struct.dataclass
@@ -43,6 +48,7 @@ class ModelParams:
     layers: tuple[LayerParams, ...]  # of the baselines
     norm_scale: jax.Array  # [D]. Final LayerNorm
     norm_bias: jax.Array  # [D]
+    shift: jax.Array | None = None  # [D], with config.token_shift; see `add_previous`
 
 
 class LanguageModel(nn.Module):
@@ -68,6 +74,8 @@ class LanguageModel(nn.Module):
         self.layers = [Layer(config) for _ in range(0 if windowed else config.num_layers)]
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (config.d_model,), dtype)
         self.norm_bias = self.param("norm_bias", nn.initializers.zeros, (config.d_model,), dtype)
+        shifts = config.token_shift
+        self.shift = self.param("shift", nn.initializers.zeros, (config.d_model,), dtype) if shifts else None
 
     def parameters(self) -> ModelParams:
         """The parameters as a typed pytree, in their stored dtype."""
@@ -77,6 +85,7 @@ class LanguageModel(nn.Module):
             layers=tuple(layer() for layer in self.layers),
             norm_scale=self.norm_scale,
             norm_bias=self.norm_bias,
+            shift=self.shift,
         )
 
     def __call__(
@@ -87,7 +96,8 @@ class LanguageModel(nn.Module):
         Args:
           tokens: integer [batch, length], length >= 1, in [0, vocab_size); other ids give NaN.
           train: apply dropout.
-          inputs_embeds: [batch, length, D], given instead of tokens.
+          inputs_embeds: [batch, length, D], given instead of tokens: rows of the embedding, or others in their
+            place. `config.token_shift` applies to them as to the rows that tokens stand for.
 
         Returns:
           float32 [batch, length, vocab_size].
@@ -108,15 +118,17 @@ class LanguageModel(nn.Module):
         """What the head reads of positions start, ...: [batch, length - start, D]; see `__call__`."""
         config = self.config
         check_inputs(config, tokens, inputs_embeds)
+        params = self.parameters()
         if inputs_embeds is None:
             assert tokens is not None  # check_inputs
-            inputs_embeds = embed(self.embedding, config, tokens)
-        inputs_embeds = constrain_batch(inputs_embeds.astype(config.compute_dtype))
+            embeddings = embed(params, config, tokens)
+        else:
+            embeddings = add_previous(params.shift, inputs_embeds.astype(config.compute_dtype))
+        embeddings = constrain_batch(embeddings)
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
-            self.parameters()
-            return inputs_embeds
+            return embeddings
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
-        return hidden_states(prepare_params(self.parameters(), config), config, inputs_embeds, dropout, start)
+        return hidden_states(prepare_params(params, config), config, embeddings, dropout, start)
 
 
 def build_model(config: ModelConfig) -> LanguageModel:
@@ -132,13 +144,50 @@ def prepare_params(params: ModelParams, config: ModelConfig) -> ModelParams:
 
 
 def embed(
-    embedding: Float[Array, "V D"], config: ModelConfig, tokens: Int[Array, "batch length"]
+    params: ModelParams,
+    config: ModelConfig,
+    tokens: Int[Array, "batch length"],
+    before: Int[Array, "batch length"] | None = None,
 ) -> Float[Array, "batch length D"]:
-    """Embeddings in the compute dtype; NaN for ids outside the vocabulary."""
-    # jnp.take fills rows past the table with NaN but counts negative ids from its end: move those past it.
-    # So a wrong id is never silently taken for another.
-    rows = jnp.take(embedding, jnp.where(tokens < 0, config.vocab_size, tokens), axis=0)
-    return constrain_batch(rows.astype(config.compute_dtype))
+    """The rows that the model reads, in the compute dtype; NaN for ids outside the vocabulary.
+
+    `before` is for the token shift: the id that precedes each token, NO_TOKEN at position 0, as `tokens_before` gives
+    them. None where the tokens are a sequence from position 0 on.
+    """
+
+    def look_up(ids: Array) -> Array:
+        # jnp.take fills rows past the table with NaN but counts negative ids from its end: move those past it.
+        # So a wrong id is never silently taken for another.
+        rows = jnp.take(params.embedding, jnp.where(ids < 0, config.vocab_size, ids), axis=0)
+        return constrain_batch(rows.astype(config.compute_dtype))
+
+    rows = look_up(tokens)
+    if params.shift is None or before is None:
+        return add_previous(params.shift, rows)
+    return add_previous(params.shift, rows, jnp.where((before == NO_TOKEN)[..., None], 0, look_up(before)))
+
+
+def tokens_before(tokens: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """The id before each token of whole sequences, NO_TOKEN before the first."""
+    return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=NO_TOKEN)[:, :-1]
+
+
+def add_previous(
+    shift: Float[Array, " D"] | None, rows: Float[Array, "*shape D"], previous: Float[Array, "*shape D"] | None = None
+) -> Float[Array, "*shape D"]:
+    """The token shift, e_t + s * e_(t-1) with s = SHIFT_SCALE * shift; without a shift the rows as they are.
+
+    Args:
+      shift: the parameter; None without `config.token_shift`.
+      rows: e_t.
+      previous: e_(t-1), zeros at position 0; None where the rows are sequences [batch, length, D] from there on.
+    """
+    if shift is None:
+        return rows
+    if previous is None:
+        previous = jnp.pad(rows, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    scale = SHIFT_SCALE * shift.astype(jnp.float32)
+    return (rows.astype(jnp.float32) + scale * previous.astype(jnp.float32)).astype(rows.dtype)
 
 
 def hidden_states(

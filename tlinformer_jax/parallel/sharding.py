@@ -28,7 +28,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"out_kernel$", PartitionSpec("tensor", None, "fsdp")),
     (r"gate_up_kernel$", PartitionSpec("fsdp", None, "tensor")),
     (r"down_kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"(norm\w*_(scale|bias)|out_bias)$", PartitionSpec()),
+    (r"(norm\w*_(scale|bias)|out_bias|shift)$", PartitionSpec()),
     (r"^competence/", PartitionSpec()),
 )
 

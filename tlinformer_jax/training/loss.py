@@ -22,7 +22,14 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.dropout import Dropout
 from tlinformer_jax.models.layers import layer_norm
-from tlinformer_jax.models.model import LanguageModel, ModelParams, embed, hidden_states, prepare_params
+from tlinformer_jax.models.model import (
+    LanguageModel,
+    ModelParams,
+    embed,
+    hidden_states,
+    prepare_params,
+    tokens_before,
+)
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_run, prepare_sequence, window_states
@@ -88,15 +95,19 @@ def summed_loss(
     first = start // shape.generation_window
     plan = shape.plan(num_windows(shape, length) - first)
     if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
-        hidden = hidden_states(typed, shape, embed(typed.embedding, shape, inputs), dropout, start)
+        hidden = hidden_states(typed, shape, embed(typed, shape, inputs), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = weighted_loss(hidden, typed.embedding, rows, most)
         return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
+    before = None
     if sequences.rows is not None:
-        inputs = sequences.rows.take(pad_rows(inputs, -length % sequences.row_parts))
+        # The rows of a device are not neighbours: the token before each lies on another device.
+        padding = -length % sequences.row_parts
+        before = sequences.rows.take(pad_rows(tokens_before(inputs), padding)) if shape.token_shift else None
+        inputs = sequences.rows.take(pad_rows(inputs, padding))
     if windows is not None or sequences != WHOLE:
         plan = dataclasses.replace(plan, together=1)
-    embeddings = embed(typed.embedding, shape, inputs)
+    embeddings = embed(typed, shape, inputs, before)
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right, found = jnp.float32(0), jnp.float32(0), []
     for loop in window_loops(shape, sequence, rows, sequences, windows):

@@ -303,9 +303,14 @@ def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Sched
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all."""
+    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all.
+
+    The token shift, which the paper does not have, never does.
+    """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
+        if path[-1].key == "shift":
+            return False
         return config.schedule == "paper" or path[-1].key.endswith(("kernel", "embedding"))
 
     return jax.tree_util.tree_map_with_path(decays, params)

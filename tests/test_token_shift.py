@@ -1,0 +1,333 @@
+"""`model.token_shift` against the NumPy reference, on every path that makes rows for the model to read.
+
+The shift's vector is drawn at golden scale: s is of the order of 1, like the embeddings.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.uncached import jit_uncached_logits
+from tests.decoding.test_context import make_decoder as spread_decoder
+from tests.decoding.test_context import small_caches
+from tests.decoding.test_exactness import TOLERANCE, compared, largest_error, make_decoder, truth
+from tests.parallel.test_batch_split import MESHES, TRAIN, check, gradient, gradient_error
+from tests.parallel.test_batch_split import MODEL as TRAINED
+from tests.support import golden, reference
+from tests.support.models import SMALL
+from tests.support.optional import need_modules
+from tests.test_window_sampling import LENGTH, batch_of, loss_and_gradient
+from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.analysis.flops import training_flops
+from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
+from tlinformer_jax.decoding import cache as cache_module
+from tlinformer_jax.decoding import cache_bytes, history, windowed
+from tlinformer_jax.decoding.cache import NO_TOKEN, WindowedCache
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.params import embed as decoded
+from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.interop import params_from_reference, params_to_reference
+from tlinformer_jax.interop.files import read_weights, write_safetensors
+from tlinformer_jax.models.model import SHIFT_SCALE, embed, tokens_before
+from tlinformer_jax.training import loss as loss_module
+from tlinformer_jax.training.step import Horizon, build_optimizer, decay_mask
+
+SHIFTED = dataclasses.replace(SMALL, hidden_depth=0, history_window=3, token_shift=True)
+PROMPTS = [3, 8, 9, 1, 12]  # before, at and after the edges of windows of 4
+FED = 27
+# TConstFormer has less of the same, and takes as long to compile.
+QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "tconstformer" else ()) for name in ARCHITECTURES]
+
+
+def shifted(architecture: str, **changes) -> ModelConfig:
+    return dataclasses.replace(SHIFTED, architecture=architecture, **changes)
+
+
+def golden_scale(config: ModelConfig):
+    return params_from_reference(golden.random_weights(config), config)
+
+
+# ---- The forward pass
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_the_references_whether_tokens_or_rows_are_given(architecture):
+    config = shifted(architecture)
+    tokens, expected = truth(config, FED, 3)
+    model, variables = build_model(config), golden_scale(config)
+    np.testing.assert_allclose(model.apply(variables, tokens), expected, atol=TOLERANCE)
+    rows = variables["params"]["embedding"][tokens]
+    np.testing.assert_allclose(model.apply(variables, inputs_embeds=rows), expected, atol=TOLERANCE)
+    plain = reference.logits(golden.random_weights(config), dataclasses.replace(config, token_shift=False), tokens)
+    assert np.abs(plain - expected)[:, 1:].max(-1).min() > 0.01, "every position but the first has a predecessor"
+    np.testing.assert_array_equal(plain[:, 0], expected[:, 0])
+
+
+@pytest.mark.parametrize("architecture", QUICK)
+def test_it_is_off_unless_asked_for_and_starts_at_zero(architecture):
+    """Without it no parameter; with it the same others, and before training the same logits bit for bit."""
+    config = shifted(architecture)
+    off = dataclasses.replace(config, token_shift=False)
+    assert not ModelConfig().token_shift
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 11))
+    variables, without = (build_model(model).init(jax.random.key(3), tokens) for model in (config, off))
+    shift = variables["params"].pop("shift")
+    assert shift.shape == (config.d_model,)
+    assert not shift.any()
+    jax.tree.map(np.testing.assert_array_equal, variables, without)
+    given = {"params": variables["params"] | {"shift": shift}}
+    np.testing.assert_array_equal(build_model(config).apply(given, tokens), build_model(off).apply(without, tokens))
+
+
+@pytest.mark.parametrize("wrong", [SHIFTED.vocab_size, -2])
+def test_a_wrong_id_makes_its_own_row_and_the_next_one_nan(wrong):
+    model = build_model(SHIFTED)
+    params = model.apply(golden_scale(SHIFTED), method=model.parameters)
+    tokens = jnp.array([[1, wrong, 3, 4]])
+    for before in (None, tokens_before(tokens)):
+        bad = np.isnan(embed(params, SHIFTED, tokens, before)).all(-1)
+        np.testing.assert_array_equal(bad, [[False, True, True, False]])
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_only_true_and_false_are_allowed(value):
+    with pytest.raises(ConfigError, match=r"model\.token_shift = .*: must be True or False"):
+        ModelConfig(token_shift=value)
+
+
+# ---- Generation
+
+
+@pytest.mark.parametrize("architecture", QUICK)
+def test_prefill_step_and_slide_equal_the_reference(architecture):
+    """Prompts of unequal lengths in one batch, each continued across at least three slides."""
+    config = shifted(architecture, hidden_depth=1)
+    assert largest_error(make_decoder(config), PROMPTS, FED) < TOLERANCE
+    tokens, expected = truth(config, FED, len(PROMPTS))
+    params = make_decoder(config).params
+    for length in (1, 8, 9, FED):
+        alone = jit_uncached_logits(params, config, jnp.asarray(tokens[0, :length], jnp.int32))
+        np.testing.assert_allclose(alone, expected[0, length - 1], atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+def test_chunks_and_growing_caches_change_nothing(architecture, monkeypatch, own_traces):
+    """Several chunks and rounds; so many rows that without a shift block 0's would be looked up by token."""
+    monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
+    monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(cache_module, "ROUNDS", 2)
+    monkeypatch.setattr(history, "ROWS_PER_TOKEN", 0)
+    assert largest_error(make_decoder(shifted(architecture)), [21, 2], 46, room=21) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("architecture", "context"),
+    [("tlinformer", 2), *(pytest.param(a, 8, marks=pytest.mark.slow) for a in ("tlinformer", "tconstformer"))],
+)
+def test_a_history_over_devices_equals_the_reference(architecture, context, monkeypatch, own_traces):
+    """Windows of 5, which no number of devices divides; growing caches of several chunks, whose rows are not looked up
+    by token, though they are many enough."""
+    small_caches(monkeypatch, rows_per_token=0)
+    config = shifted(architecture, generation_window=5, history_window=7)
+    assert largest_error(spread_decoder(config, context), [5, 16, 1], 33, room=16) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cache_bytes_are_those_of_its_arrays(architecture):
+    """A baseline's cache has each sequence's last token; a windowed one had all of them before."""
+    config = shifted(architecture)
+    cache = make_decoder(config).init_cache(2, 20)
+    sizes = cache_bytes(config, cache, [20, 20])
+    assert sizes.allocated == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert ("last" in sizes.parts) == (not config.windowed)
+    without = dataclasses.replace(config, token_shift=False)
+    plain = cache_bytes(without, make_decoder(without).init_cache(2, 20), [20, 20])
+    assert sizes.allocated - plain.allocated == (0 if config.windowed else 2 * 4)
+
+
+def unshifted_history(monkeypatch):
+    """Only the window's rows are shifted, not those of the history."""
+    real = history.embed
+    monkeypatch.setattr(history, "embed", lambda params, ids, before=None: real(params, ids, jnp.full_like(ids, -1)))
+
+
+def unshifted_observation(monkeypatch):
+    """z, the last rows of the history, is not shifted."""
+    real = windowed.embed
+
+    def mutated(params, ids, before=None):
+        return real(params, ids, before if ids.shape[1] in (0, SHIFTED.generation_window) else jnp.full_like(ids, -1))
+
+    monkeypatch.setattr(windowed, "embed", mutated)
+
+
+def window_without_predecessor(monkeypatch):
+    """The first token of a prompt's window takes nothing from the history."""
+    real = windowed.embed
+
+    def mutated(params, ids, before=None):
+        if before is not None and ids.shape[1] == SHIFTED.generation_window:
+            before = before.at[:, 0].set(NO_TOKEN)
+        return real(params, ids, before)
+
+    monkeypatch.setattr(windowed, "embed", mutated)
+
+
+def slide_forgets_last_token(monkeypatch):
+    """The first token after a slide takes nothing from the one before."""
+    real = WindowedCache.last_token
+    monkeypatch.setattr(
+        WindowedCache, "last_token", lambda cache: jnp.where(cache.window_length == 0, NO_TOKEN, real(cache))
+    )
+
+
+def anothers_predecessor(monkeypatch):
+    """A sequence's step takes the last token of the sequence beside it."""
+    real = WindowedCache.last_token
+    monkeypatch.setattr(WindowedCache, "last_token", lambda cache: jnp.roll(real(cache), 1))
+
+
+def neighbour_on_the_device(monkeypatch):
+    """A device takes for the token before a row that of its own row before."""
+    real = WindowedCache.tokens_before
+
+    def mutated(cache, row, positions):
+        return real(cache, row, positions - (0 if cache.split is None else cache.split.parts - 1))
+
+    monkeypatch.setattr(WindowedCache, "tokens_before", mutated)
+
+
+MUTATIONS = (
+    unshifted_history,
+    unshifted_observation,
+    window_without_predecessor,
+    slide_forgets_last_token,
+    anothers_predecessor,
+    neighbour_on_the_device,
+)
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
+def test_mistakes_in_the_decoder_are_caught(mutate, monkeypatch, own_traces):
+    mutate(monkeypatch)
+    decoder = spread_decoder(SHIFTED, 2) if mutate is neighbour_on_the_device else make_decoder(SHIFTED)
+    error, _ = compared(decoder, [3, 8, 9], 20)
+    assert error > 100 * TOLERANCE
+
+
+@pytest.fixture
+def own_traces():
+    """No trace of what the test patches is served to another."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+# ---- Training
+
+
+@pytest.mark.parametrize("architecture", QUICK)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_of_the_vector_is_the_references_slope(architecture, checkpointing):
+    config = shifted(architecture, memory=ExecutionPlan(checkpointing=checkpointing))
+    weights = golden.random_weights(config)
+    batch = batch_of()
+    value, gradients = loss_and_gradient(config)(golden_scale(config)["params"], None)
+    direction = np.random.default_rng(8).standard_normal(config.d_model)
+
+    def truth_at(step: float) -> float:
+        moved = weights | {"token_shift": weights["token_shift"].astype(np.float64) + step * direction}
+        return reference.mean_loss(reference.logits(moved, config, batch["inputs"]), batch["labels"])
+
+    assert float(value) == pytest.approx(truth_at(0), rel=1e-5)
+    slope = (truth_at(1e-5) - truth_at(-1e-5)) / 2e-5
+    assert abs(slope) > 0.01
+    assert np.vdot(gradients["shift"], direction) == pytest.approx(slope, rel=1e-3)
+
+
+SPREAD = [(axes, "tlinformer", axes == "data, window, context") for axes in MESHES if axes != "data"] + [
+    (axes, "tconstformer", False) for axes in ("window", "context")
+]
+
+
+@pytest.mark.parametrize(
+    ("axes", "architecture"),
+    [pytest.param(axes, a, marks=() if quick else pytest.mark.slow) for axes, a, quick in SPREAD],
+)
+def test_loss_and_gradients_on_eight_devices_are_those_of_one(axes, architecture):
+    check(dataclasses.replace(TRAINED, token_shift=True, architecture=architecture), MESHES[axes])
+
+
+def test_a_device_that_takes_its_own_row_before_is_noticed(monkeypatch):
+    """Rows of the history split over devices: the token before each lies on another device."""
+    jax.clear_caches()
+    model = dataclasses.replace(TRAINED, token_shift=True)
+    one = gradient(model, TRAIN)
+    real = loss_module.tokens_before
+    monkeypatch.setattr(loss_module, "tokens_before", lambda tokens: real(real(tokens)))
+    assert gradient_error(one, gradient(model, TRAIN, MESHES["data, window, context"])) > 0.01
+    jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_sampled_windows_are_unbiased():
+    """The mean over every two of five windows is the whole: their first tokens have predecessors."""
+    config = shifted("tlinformer", history_window=5, memory=ExecutionPlan(2))
+    function, params = loss_and_gradient(config), golden_scale(config)["params"]
+    loss, gradients = function(params, None)
+    sampled = [function(params, jnp.array(subset)) for subset in itertools.combinations(range(-(-LENGTH // 4)), 2)]
+    assert np.mean([float(value) for value, _ in sampled]) == pytest.approx(float(loss), rel=1e-6)
+    mean = np.mean([np.asarray(each["shift"], np.float64) for _, each in sampled], axis=0)
+    np.testing.assert_allclose(mean, gradients["shift"], atol=1e-5 * np.abs(gradients["shift"]).max())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "paper"])
+def test_a_small_rate_moves_it_and_nothing_makes_it_decay(schedule):
+    """An update at a rate of 3e-4 moves s by ten times as much; it never decays."""
+    config, horizon = shifted("tlinformer"), Horizon(10, 10)
+    train = dataclasses.replace(TRAIN, learning_rate=3e-4, schedule="constant", warmup_steps=0, batch_size=2)
+    params = golden_scale(config)["params"]
+    optimizer = build_optimizer(train, horizon)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(SHIFT_SCALE * updates["shift"], -3e-3, rtol=1e-3)
+    decays = decay_mask(dataclasses.replace(TRAIN, schedule=schedule, epochs=1), params)
+    assert not decays["shift"]
+    assert decays["embedding"]
+
+
+def test_model_flops_are_those_without_it():
+    assert training_flops(SHIFTED, 64) == training_flops(dataclasses.replace(SHIFTED, token_shift=False), 64)
+
+
+# ---- Files
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_safetensors_there_and_back(architecture, tmp_path):
+    need_modules("safetensors", extra="convert")
+    config = shifted(architecture)
+    variables = golden_scale(config)
+    write_safetensors(tmp_path / "model.safetensors", params_to_reference(variables, config), config)
+    arrays = read_weights(tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, params_from_reference(arrays, config), variables)
+    with pytest.raises(DataError, match="unknown token_shift"):
+        params_from_reference(arrays, dataclasses.replace(config, token_shift=False))
+    del arrays["token_shift"]
+    with pytest.raises(DataError, match="missing token_shift"):
+        params_from_reference(arrays, config)
+
+
+def test_a_decoder_of_half_precision_reads_the_rows_of_the_forward_pass():
+    """The shifted rows themselves, bit for bit: the vector stays float32, and the sum is rounded once."""
+    config = shifted("tlinformer", dtype="bfloat16")
+    model, variables = build_model(config), golden_scale(config)
+    tokens = jnp.asarray(truth(config, FED, 3)[0], jnp.int32)
+    rows = embed(model.apply(variables, method=model.parameters), config, tokens)
+    params = Decoder(model, variables).params
+    np.testing.assert_array_equal(decoded(params, tokens), rows)
+    np.testing.assert_array_equal(decoded(params, tokens, tokens_before(tokens)), rows)
