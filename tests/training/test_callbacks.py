@@ -15,7 +15,7 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.training import callbacks as module
 from tlinformer_jax.training.callbacks import Call, Callback, Schedule, as_callbacks
 from tlinformer_jax.training.checkpoint import load_params
-from tlinformer_jax.training.loop import ends_run, train_and_evaluate, train_run
+from tlinformer_jax.training.loop import train_and_evaluate, train_run
 from tlinformer_jax.training.wandb import WandB
 
 
@@ -72,16 +72,6 @@ def test_a_callback_can_end_the_run_which_is_then_saved_and_evaluated(tmp_path):
     assert trained.step == 2
     assert trained.figures["loss"] > 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
-
-
-@pytest.mark.parametrize("result", [True, np.array(True)[()], jax.numpy.array(True)])
-def test_true_of_numpy_and_jax_ends_a_run_too(result):
-    assert ends_run(result) is True
-
-
-@pytest.mark.parametrize("result", [None, False, np.array(False)[()], jax.numpy.array(False), 1, "yes", np.ones(2)])
-def test_anything_else_goes_on(result):
-    assert ends_run(result) is False
 
 
 def test_a_time_counts_from_one_call_to_the_next(monkeypatch):
