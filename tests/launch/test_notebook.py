@@ -70,7 +70,12 @@ def check_outputs(notebook: dict, steps: int, new_tokens: int) -> None:
     assert float(re.search(r"largest difference of a log-probability: (\S+)", text).group(1)) < 1e-4
     left = re.findall(r"history left: (.+?) +(\d\.\d+) nats per byte", text)
     assert [what for what, _ in left] == ["0 rows", "16 rows", "32 rows", "64 rows", "all of it"]
-    assert all(float(milliseconds) > 0 for milliseconds in re.findall(r"(?:hit|slide|mean|Transformer) (\S+) ms", text))
+    # A slide is a difference of two times, which on a busy machine can be anything.
+    times = re.findall(
+        r"after +[\d,]+ tokens: TLinFormer, hit (\S+) ms, .*slide (\S+) ms, .*Transformer (\S+) ms", text
+    )
+    assert times
+    assert all(float(hit) > 0 and float(plain) > 0 for hit, _, plain in times)
     check_pictures(notebook)
 
 
