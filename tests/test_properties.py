@@ -207,7 +207,7 @@ CHOICES = {
     },
     "data": {"dataset": data_config.DATASETS},
 }
-SWITCHES: dict[str, tuple[str, ...]] = {}
+SWITCHES = {"model": ("token_shift",)}
 RATES = {
     "model": {"dropout": 1.0},
     "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}

@@ -212,6 +212,7 @@ MUTATIONS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
 def test_mistakes_in_the_decoder_are_caught(mutate, monkeypatch, own_traces):
     mutate(monkeypatch)
