@@ -72,6 +72,17 @@ def test_unwritable_workdir(tmp_path):
     check_refusal(command("tlinformer_jax.main", *TINY, f"--workdir={blocker}/run"), "--workdir")
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_run_that_is_refused_leaves_no_folder_of_its_own(existed, tmp_path):
+    workdir = tmp_path / "run"
+    if existed:
+        workdir.mkdir()
+    options = ("--config.data.dataset=text", f"--config.data.train_files={tmp_path}/none.txt")
+    done = command("tlinformer_jax.main", "--config=configs/tiny.py", *options, f"--workdir={workdir}")
+    assert done.returncode == 2, done.stderr
+    assert workdir.exists() == existed
+
+
 def test_the_quickstart_shows_what_the_command_prints():
     page = (ROOT / "docs" / "quickstart.md").read_text()
     result = command("tlinformer_jax.main", *TINY, "--config.model.num_heads=7", "--workdir=/tmp/x")

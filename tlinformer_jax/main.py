@@ -5,6 +5,7 @@ together where SLURM, Open MPI, Kubernetes or a TPU pod starts them, or with --c
 --process_id.
 """
 
+import contextlib
 import pathlib
 import shlex
 import sys
@@ -18,6 +19,7 @@ from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.config.run import RunConfig
+    from tlinformer_jax.parallel.processes import Cluster
 
 cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
@@ -46,8 +48,19 @@ def main() -> None:
     if CHECK.value or CHECK_COMPILE.value:
         _check(config)
         return
+    is_new = not pathlib.Path(WORKDIR.value).exists()
     workdir = cli.writable_workdir(WORKDIR.value)
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
+    try:
+        _train(config, workdir, profile, cluster)
+    except UserError:
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something
+                workdir.rmdir()
+        raise
+
+
+def _train(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None, cluster: "Cluster | None") -> None:
     if THEN.value is not None:
         if cluster is not None:
             raise UserError(f"--then={','.join(THEN.value)}: is for one process")
