@@ -160,8 +160,8 @@ def test_killed_and_terminated_runs_lose_nothing(tmp_path):
 
 
 BREAKS = {
-    "the data begins anew": "from tlinformer_jax.training import curriculum; read = curriculum.prefetched; "
-    "curriculum.prefetched = lambda batches, first, *rest: read(batches, 0, *rest)",
+    "the data begins anew": "from tlinformer_jax.data.batches import TrainingBatches as batches; "
+    "read = batches.prefetched; batches.prefetched = lambda self, first, *rest: read(self, 0, *rest)",
     "the log keeps lost steps": "from tlinformer_jax.training import metrics; metrics.cut_back = lambda *_: None",
 }
 
