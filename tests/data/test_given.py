@@ -1,5 +1,6 @@
 """Data that the caller brings: every source gives the batches that plain arithmetic says, also after a kill."""
 
+import importlib
 import itertools
 import json
 import pathlib
@@ -11,6 +12,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from tests.support.optional import need_modules
 from tlinformer_jax import load_run, train_and_evaluate
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import ordered as ordered_data
@@ -30,7 +32,7 @@ CONFIG = DataConfig(dataset="tokens", tokenizer="ids:65", sequence_length=N)
 FRESH = {  # a new source of the same documents at every call
     "list": lambda: DOCUMENTS,
     "dicts": lambda: [{"input_ids": document, "attention_mask": [1] * len(document)} for document in DOCUMENTS],
-    "datasets": lambda: pytest.importorskip("datasets").Dataset.from_dict({"input_ids": DOCUMENTS}),
+    "datasets": lambda: package("datasets").Dataset.from_dict({"input_ids": DOCUMENTS}),
     "generator": lambda: (document for document in DOCUMENTS),
     "again": lambda: Again(DOCUMENTS),
     "grain map": lambda: grain().MapDataset.source(DOCUMENTS),
@@ -53,8 +55,13 @@ class Again:
         return iter(self.items)
 
 
+def package(name):
+    need_modules(name, extra="test")
+    return importlib.import_module(name)
+
+
 def grain():
-    return pytest.importorskip("grain")
+    return package("grain")
 
 
 def load(data, split="train", positions=None, tokenizer="ids:65"):

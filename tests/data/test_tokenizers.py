@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.optional import need_modules
 from tlinformer_jax.data import tokenizers as ours
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -227,7 +228,9 @@ def test_a_folder_of_transformers_says_what_ends_a_text(byte_level_file, tmp_pat
 
 @pytest.mark.parametrize("place", ["file", "folder"])
 def test_a_sentencepiece_model(tmp_path, place):
-    sentencepiece = pytest.importorskip("sentencepiece")
+    need_modules("sentencepiece", extra="sentencepiece")
+    import sentencepiece
+
     (tmp_path / "a.txt").write_text("the end of the text is the start of the next\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "a.txt"),

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support.optional import need_modules
 from tests.training.test_resume import assert_same_parameters, events, run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training import callbacks as module
@@ -171,7 +172,7 @@ def test_without_wandb_the_line_says_what_to_install(monkeypatch):
 
 
 def test_wandb_itself_takes_it_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    need_modules("wandb", extra="wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     train_and_evaluate(run_config(tmp_path), tmp_path / "run", callbacks=[WandB("mine", every=2)])
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")

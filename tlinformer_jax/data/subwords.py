@@ -249,6 +249,12 @@ def hugging_face_tokenizer(definition: str, path: pathlib.Path, end_of_text_toke
 
 
 def sentencepiece_tokenizer(model: bytes, path: pathlib.Path) -> SentencePieceTokenizer:
+    """The tokenizer of a sentencepiece model, the bytes of the file `path`.
+
+    Raises:
+      ConfigError: where the package sentencepiece is missing.
+      DataError: for what is no such model, or has no </s>.
+    """
     tokenizer = SentencePieceTokenizer(model)
     try:
         end = tokenizer.end_of_text
@@ -272,6 +278,7 @@ def installed_gpt2_vocabulary() -> bytes:
 
 
 def save_name(directory: pathlib.Path, name: str) -> None:
+    """Stores a tokenizer that its name says all about, such as 'bytes', in a working directory."""
     write_text(directory / TOKENIZER_FILE, json.dumps({"tlinformer_jax": name}) + "\n")
 
 

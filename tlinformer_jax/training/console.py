@@ -51,19 +51,13 @@ def is_of_bytes(run: Run) -> bool:
     return run.tokenizer.vocab_size <= BYTE_VOCABULARY
 
 
-class Compilation:
-    """Says that step `step` is compiled, on samples of `length` tokens, and how long that took; a context manager."""
-
-    def __init__(self, step: int, length: int) -> None:
-        self._step, self._length = step, length
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-        say(f"compiling the step for samples of {self._length:,} tokens; this may take a minute or more")
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is None:
-            say(f"compiled and ran step {self._step} in {time.perf_counter() - self._began:.0f} s")
+@contextlib.contextmanager
+def compilation(step: int, length: int) -> Iterator[None]:
+    """Says that step `step` is compiled, on samples of `length` tokens, and how long that took."""
+    began = time.perf_counter()
+    say(f"compiling the step for samples of {length:,} tokens; this may take a minute or more")
+    yield
+    say(f"compiled and ran step {step} in {time.perf_counter() - began:.0f} s")
 
 
 def parameter_table(params: Any) -> str:

@@ -79,7 +79,7 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
 
-    SIGTERM, or SIGINT once, makes it save after the running step and return; see `callbacks.StopRequest`.
+    SIGTERM, or SIGINT once, makes it save after the running step and return; see `stopping.StopRequest`.
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
@@ -230,7 +230,7 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
         compiled = step == first + 1 or length != reader.batches.length(step - 2)
         with throughput.waiting():
             batch = put_batch(next(reader), run.mesh)
-        with console.Compilation(step, length) if compiled else contextlib.nullcontext():
+        with console.compilation(step, length) if compiled else contextlib.nullcontext():
             state, outputs = update(state, batch)
             if compiled:
                 jax.block_until_ready(outputs)
