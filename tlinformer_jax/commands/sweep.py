@@ -3,7 +3,9 @@
 Each point gets a folder of DIR and a process of its own. Points that are finished are skipped, those that were
 interrupted go on from their checkpoints: after a kill, the same command does the rest. After each point DIR gets
 sweep.csv, sweep.json and sweep.md of all that are finished, and plots at the end. The status is 1 if a point has
-failed. In a job array, --point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N every N-th.
+failed. In a job array, --point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N every N-th. With
+--together, points that differ in seed and learning rate alone share a process and a program, which is faster where
+models are small.
 
 `python -m tlinformer_jax.commands.sweep` is the process of one point, which `job.run_in_process` starts.
 """
@@ -13,6 +15,7 @@ import dataclasses
 import fcntl
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -38,6 +41,11 @@ OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working director
 POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this job, from 0.")
 POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")
 SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of their own; the file's if not given.")
+TOGETHER = flags.DEFINE_bool(
+    "together",
+    False,
+    "Train points that differ in seed and learning rate alone as one program; of small models, of tasks.",
+)
 RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
 THEN = flags.DEFINE_list(
     "then", None, "What to do after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
@@ -49,7 +57,7 @@ CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train
 def main() -> None:
     """Checks all points, trains those that are not finished, writes the tables."""
     from tlinformer_jax.experiments.actions import checked_actions
-    from tlinformer_jax.experiments.job import Job, run_jobs
+    from tlinformer_jax.experiments.job import Job, groups_of, run_jobs
     from tlinformer_jax.experiments.plan import check_data, chosen_points, load_sweep, plan_points
 
     sweep = load_sweep(SWEEP.value)
@@ -85,7 +93,10 @@ def main() -> None:
         for point in points
     }
     write = functools.partial(_write, list(jobs.values()), out, results)
-    failures = run_jobs([jobs[point.name] for point in chosen], RETRIES.value, finished=write)
+    groups = [[jobs[point.name]] for point in chosen]
+    if TOGETHER.value:
+        groups = groups_of([job for group in groups for job in group])
+    failures = run_jobs(groups, RETRIES.value, finished=write)
     done = write()
     print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
     if done:
@@ -170,7 +181,7 @@ def _plot(done: "list[Record]", out: pathlib.Path) -> None:
 
 
 def train_point() -> None:
-    """Trains the job on the first line of stdin; the status is `STOPPED` if a signal has stopped the training.
+    """Trains the jobs on the first line of stdin; the status is `STOPPED` if a signal has stopped the training.
 
     The sweep holds the other end of stdin. When that closes, the sweep has ended, and so does this process, so that its
     directory is free for the next sweep.
@@ -183,7 +194,12 @@ def train_point() -> None:
     from tlinformer_jax.training.setup import use_compilation_cache
 
     use_compilation_cache()
-    if run_job(Job.from_json(line.decode())) is None:
+    jobs = [Job.from_json(text) for text in json.loads(line)]
+    if len(jobs) > 1:
+        from tlinformer_jax.experiments.together import train_together
+
+        train_together(jobs)
+    elif run_job(jobs[0]) is None:
         sys.exit(STOPPED)
 
 

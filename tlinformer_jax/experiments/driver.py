@@ -1,11 +1,12 @@
 """Trains a job, records it in result.json, and carries out its actions: `run_job`."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def run_job(
         after = peak_bytes()
         # The peak counts the whole process: it is this run's only if this run has raised it.
         peak = after if after is not None and after > (before or 0) else None
-        result = record_of(job, trained, peak)
+        result = record_of(job, outcome_of(job, trained, peak))
         write_result(job.workdir / RESULT_FILE, result)
         for name in job.then:
             started = time.perf_counter()
@@ -61,21 +62,70 @@ def run_job(
         return result
 
 
-def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
-    """The record of a finished run, before its actions; `peak` is the most memory in bytes, None if not known.
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a training, for its record.
 
-    seconds.wall is the time of all attempts with compilation, evaluation and saving. speed is the median of what was
-    logged. cache counts bytes of one sequence of N tokens in generation. history pairs steps and validation losses.
-    target is None without train.stop_at_accuracy.
+    Attributes:
+      trained: the run and its last parameters.
+      evaluations: pairs of an update and the validation's figures after it; the last is the run's.
+      seconds: of all attempts, with compilation, evaluation and saving; of runs trained together its share.
+      speed: tokens_per_second and mfu, medians of what was logged; of runs trained together, of all of them.
+      attempts: how often it was started.
+      together: runs that shared the program, see `together`.
+      peak: the most memory in bytes, None if not known.
     """
-    config, model = trained.run.config, trained.run.config.model
+
+    trained: TrainedRun
+    evaluations: Sequence[tuple[int, Mapping[str, float]]]
+    seconds: float
+    speed: Mapping[str, float | None]
+    attempts: int = 1
+    together: int = 1
+    peak: int | None = None
+
+
+def outcome_of(job: Job, trained: Trained, peak: int | None) -> Outcome:
+    """The outcome of a run, from its result and what it has logged."""
     lines = (job.workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
-    history = [[event["step"], event["eval/loss"]] for event in events if event.get("eval/loss") is not None]
-    device, attempts = jax.devices()[0], read_attempts(job.workdir)
+    evaluations = [
+        (
+            event["step"],
+            {name.removeprefix("eval/"): value for name, value in event.items() if name.startswith("eval/")},
+        )
+        for event in events
+        if event.get("eval/loss") is not None
+    ]
+    if trained.figures:
+        evaluations = [each for each in evaluations if each[0] != trained.step] + [(trained.step, trained.figures)]
+    attempts = read_attempts(job.workdir)
+    return Outcome(
+        TrainedRun(trained.run, trained.params, trained.step),
+        evaluations,
+        attempts["seconds"],
+        {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},
+        attempts["count"],
+        peak=peak,
+    )
+
+
+def record_of(job: Job, outcome: Outcome) -> Record:
+    """The record of a finished run, before its actions.
+
+    cache counts bytes of one sequence of N tokens in generation. history pairs updates and validation losses, of tasks
+    accuracies pairs them and the share of right answers. target is None without train.stop_at_accuracy.
+    """
+    trained = outcome.trained
+    config, device = trained.run.config, jax.devices()[0]
+    model = config.model
     cache = cache_bytes_at(model, config.data.sequence_length)
-    least, figures = config.train.stop_at_accuracy, dict(trained.figures or {})
+    least, figures = config.train.stop_at_accuracy, dict(outcome.evaluations[-1][1])
     target = {"accuracy": least, "reached": figures.get("accuracy", 0) >= least}
+    curves = {
+        curve: [[step, each[name]] for step, each in outcome.evaluations if name in each]
+        for curve, name in (("history", "loss"), ("accuracies", "accuracy"))
+    }
     return {
         "format": FORMAT,
         **{name: getattr(job, name) for name in ("name", "study", "sweep", "point", "overrides", "command")},
@@ -87,14 +137,15 @@ def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
         "steps": trained.step,
         "tokens": round(trained.step * tokens_of_step(config)),
-        "seconds": {"wall": attempts["seconds"]},
-        "attempts": attempts["count"],
-        "speed": {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},
-        "peak_bytes": peak,
+        "seconds": {"wall": outcome.seconds},
+        "attempts": outcome.attempts,
+        "together": outcome.together,
+        "speed": dict(outcome.speed),
+        "peak_bytes": outcome.peak,
         "cache": {name: getattr(cache, name) for name in ("used", "allocated", "paper")}
         | {"dtype": model.compute_dtype.name},
         "validation": figures,
-        "history": history,
+        **{curve: pairs for curve, pairs in curves.items() if pairs},
         "target": target | {"most_steps": trained.run.horizon.steps} if least else None,
         "then": {},
     }

@@ -131,55 +131,71 @@ def finished_result(job: Job) -> Record | None:
     return result if set(job.then) <= set(result["then"]) else None
 
 
-def run_jobs(jobs: Sequence[Job], retries: int, finished: Callable[[], object] = lambda: None) -> dict[str, str]:
-    """Runs the jobs that are not finished, one after another, each in a process of its own.
+def groups_of(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in groups that one program can train, in their order."""
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        config = job.config
+        shared = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0, learning_rate=0.0))
+        groups.setdefault((shared, job.then, job.study), []).append(job)
+    return list(groups.values())
 
-    A job that fails is tried again `retries` times, unless the mistake is the user's; `finished` is called after each
-    that finishes. Returns name -> why the last attempt failed, of the jobs that did not finish.
+
+def run_jobs(
+    groups: Sequence[Sequence[Job]], retries: int, finished: Callable[[], object] = lambda: None
+) -> dict[str, str]:
+    """Runs the jobs that are not finished, one group after another, each group in a process of its own.
+
+    A group has one job, or several that one program can train. If it fails it is tried again `retries` times, unless
+    the mistake is the user's; `finished` is called after each that finishes. Returns name -> why the last attempt
+    failed, of the jobs that did not finish.
     """
-    done = [finished_result(job) is not None for job in jobs]  # refuses before any runs
+    left = [[job for job in group if finished_result(job) is None] for group in groups]  # refuses before any runs
     failures: dict[str, str] = {}
-    for number, (job, is_done) in enumerate(zip(jobs, done), 1):
-        tell = functools.partial(print, f"point {number} of {len(jobs)}, {job.name}:", file=sys.stderr, flush=True)
-        if is_done:
+    for number, (group, jobs) in enumerate(zip(groups, left), 1):
+        title = group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
+        tell = functools.partial(print, f"point {number} of {len(groups)}, {title}:", file=sys.stderr, flush=True)
+        if not jobs:
             tell("finished before")
             continue
         for attempt in range(1, retries + 2):
             tell("starting" if attempt == 1 else f"attempt {attempt} of {retries + 1}")
-            status, last_line = run_in_process(job)
-            if status == 0 and finished_result(job) is not None:
-                failures.pop(job.name, None)
+            status, last_line = run_in_process(jobs)
+            jobs = [job for job in jobs if finished_result(job) is None]
+            if status == 0 and not jobs:
                 finished()
                 break
-            failures[job.name] = describe_end(status, last_line)
-            tell(f"failed, {failures[job.name]}")
+            if status == MISTAKE or attempt > retries:
+                failures |= {job.name: describe_end(status, last_line) for job in jobs}
+            tell(f"failed, {describe_end(status, last_line)}")
             if status == MISTAKE:
                 break
     return failures
 
 
-def run_in_process(job: Job) -> tuple[int, str]:
-    """Runs a job in a new process; returns its exit status, negative for a signal, and the last line of its stderr.
+def run_in_process(jobs: Sequence[Job]) -> tuple[int, str]:
+    """Runs jobs in a new process; returns its exit status, negative for a signal, and the last line of its stderr.
 
-    Its stderr is passed on and kept in log.txt of the working directory. If this process is interrupted, the other one
-    gets SIGTERM first, on which a training saves itself.
+    Its stderr is passed on and kept in log.txt of the first one's working directory. If this process is interrupted,
+    the other one gets SIGTERM first, on which a training saves itself.
     """
     lines: collections.deque[str] = collections.deque([""], maxlen=1)
-    try:
-        job.workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{job.workdir}: must be a directory that can be written ({error.strerror})") from None
+    for job in jobs:
+        try:
+            job.workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{job.workdir}: must be a directory that can be written ({error.strerror})") from None
     pipe = subprocess.PIPE
     with (
-        open_own(job.workdir / LOG_FILE, "a") as log,
+        open_own(jobs[0].workdir / LOG_FILE, "a") as log,
         subprocess.Popen(COMMAND, stdin=pipe, stderr=pipe, encoding="utf-8", errors="replace") as process,
     ):
         assert process.stdin is not None
         assert process.stderr is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # it has already ended, and its stderr says why
-                process.stdin.write(job.to_json() + "\n")
-                process.stdin.flush()  # stays open: `point` ends when this pipe closes
+                process.stdin.write(json.dumps([job.to_json() for job in jobs]) + "\n")
+                process.stdin.flush()  # stays open: `train_point` ends when this pipe closes
             lines.extend(_passed_on(process.stderr, log))
         except BaseException:
             process.send_signal(signal.SIGTERM)

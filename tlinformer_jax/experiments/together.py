@@ -1,0 +1,219 @@
+"""Trains runs that differ in seed and learning rate alone as one program, side by side on one device.
+
+A small model leaves a GPU idle: its kernels take less time than their start. `jax.vmap` makes each kernel work for all
+copies, and the program is compiled once. Every copy has its own parameters, order of data and learning rate; none knows
+of the others. A copy whose validation reaches `train.stop_at_accuracy` has ended: its parameters of then are kept.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.data.tasks import Split, TaskSplit, answer_batches
+from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.evaluation.trained import TrainedRun
+from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
+from tlinformer_jax.experiments.driver import Outcome, record_of
+from tlinformer_jax.experiments.job import RESULT_FILE, Job, Record, write_result
+from tlinformer_jax.parallel.batch_split import UNSPLIT
+from tlinformer_jax.training.console import say
+from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step, summary
+from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
+from tlinformer_jax.training.step import batch_gradient, build_optimizer, compiler_options, init_state, run_horizon
+
+# After an update, the figures of the validation split.
+Evaluated = tuple[int, dict[str, float]]
+
+
+@flax.struct.dataclass
+class Copies:
+    """The training state of all copies, their number first in every shape.
+
+    Attributes:
+      params, opt_state: as in `TrainState`.
+      rates: peak learning rates.
+      ended: params at the evaluation that ended a copy; until then those of the last evaluation.
+      ended_at: its update, 0 while the copy goes on.
+    """
+
+    params: Any
+    opt_state: Any
+    rates: Float[Array, " copies"]
+    ended: Any
+    ended_at: Int[Array, " copies"]
+
+
+def check_together(config: RunConfig) -> None:
+    """Refuses (ConfigError) what copies cannot have of their own, or do not do."""
+    train = config.train
+    if not config.data.is_task:
+        raise ConfigError("data.dataset", config.data.dataset, "must be a task for --together")
+    if any(stage.accuracy for stage in config.data.stages):
+        allowed = "must have no stage that ends by accuracy for --together: copies change length at the same update"
+        raise ConfigError("data.curriculum", config.data.curriculum, allowed)
+    for section, name, only in (("model", "dropout", 0), ("train", "sampled_windows", 0), ("train", "accumulation", 1)):
+        value = getattr(getattr(config, section), name)
+        if value != only:
+            raise ConfigError(f"{section}.{name}", value, f"must be {only} for --together")
+    if train.eval_every == "epoch" or not train.steps:
+        raise ConfigError(
+            "train.eval_every", train.eval_every, "must be in updates, and train.steps set, for --together"
+        )
+
+
+# ---- The program
+
+
+def update_copies(
+    copies: Copies, batches: dict[str, Array], step: Int[Array, ""], *, run: Run
+) -> tuple[Copies, Float[Array, " copies"]]:
+    """One update of every copy, and their losses; a copy whose loss or gradient is not finite stays as it is."""
+    config = dataclasses.replace(run.config.train, learning_rate=1.0)  # the optimiser's updates are linear in it
+    optimizer = build_optimizer(config, run.horizon)
+
+    def update(params: Any, opt_state: Any, rate: Array, batch: dict[str, Array]) -> tuple[Any, Any, Array]:
+        divisor = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        loss, _, grads = batch_gradient(
+            batch, params, divisor, step, model=run.model, config=config, split=UNSPLIT, answers=run.answers
+        )
+        updates, after = optimizer.update(grads, opt_state, params)
+        changed = optax.apply_updates(params, jax.tree.map(lambda change: change * rate, updates))
+        good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (changed, after), (params, opt_state))
+        return *kept, loss
+
+    params, opt_state, losses = jax.vmap(update)(copies.params, copies.opt_state, copies.rates, batches)
+    return dataclasses.replace(copies, params=params, opt_state=opt_state), losses
+
+
+def end_copies(copies: Copies, reached: Bool[Array, " copies"], step: Int[Array, ""]) -> Copies:
+    """Ends the copies that have `reached` the goal at this evaluation."""
+    going = copies.ended_at == 0
+
+    def kept(new: Array, old: Array) -> Array:
+        return jnp.where(going.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    ended = jax.tree.map(kept, copies.params, copies.ended)
+    return dataclasses.replace(copies, ended=ended, ended_at=jnp.where(going & reached, step, copies.ended_at))
+
+
+def first_copies(run: Run, jobs: Sequence[Job]) -> Copies:
+    """All copies before their first update, each as its seed makes it."""
+    keys = jnp.stack([jax.random.key(job.config.train.seed) for job in jobs])
+    init = functools.partial(init_state, model=run.model, config=run.config.train, horizon=run.horizon)
+    state = jax.jit(jax.vmap(init))(keys)
+    rates = jnp.asarray([job.config.train.learning_rate for job in jobs], jnp.float32)
+    ended = jax.tree.map(jnp.copy, state.params)
+    return Copies(state.params, state.opt_state, rates, ended, jnp.zeros(len(jobs), jnp.int32))
+
+
+# ---- The runs
+
+
+def train_together(jobs: Sequence[Job]) -> list[Record]:
+    """Trains jobs of one group (see `job.groups_of`) and carries out their actions; returns their records.
+
+    A group that was interrupted starts again. ConfigError for what `check_together` refuses.
+    """
+    config = jobs[0].config
+    check_together(config)
+    check_possible(checked_actions(jobs[0].then), config)
+    started = time.perf_counter()
+    run, splits = _prepared(config)
+    with jax.set_mesh(run.mesh):
+        copies, evaluations, speed = _trained(run, splits, jobs)
+    seconds = (time.perf_counter() - started) / len(jobs)
+    records = []
+    for number, (job, history) in enumerate(zip(jobs, evaluations)):
+        own = dataclasses.replace(run, config=job.config)
+        own.__dict__["eval_step"] = run.eval_step  # cached: the same program for all
+        params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.ended)
+        trained = TrainedRun(own, params, history[-1][0])
+        record = record_of(job, Outcome(trained, history, seconds, {"tokens_per_second": speed}, together=len(jobs)))
+        for name in job.then:
+            record["then"][name] = run_action(name, trained)
+        job.workdir.mkdir(parents=True, exist_ok=True)
+        write_result(job.workdir / RESULT_FILE, record)
+        records.append(record)
+    return records
+
+
+def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
+    run = build_run(config, build_tokenizer(config.data.tokenizer), PENDING)
+    splits = {name: run.split(name) for name in ("train", "validation")}
+    return dataclasses.replace(
+        run, horizon=run_horizon(config.train, training_batches(config, splits["train"]))
+    ), splits
+
+
+def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[Copies, list[list[Evaluated]], float]:
+    """The copies when all have ended, the evaluations of each, and tokens a second of all copies together."""
+    train, options = run.config.train, {"compiler_options": compiler_options()}
+    update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, **options)
+    end = jax.jit(end_copies, donate_argnums=0)
+    evaluate = jax.jit(
+        jax.vmap(functools.partial(eval_step, model=run.model, answers=run.answers), in_axes=(0, None)), **options
+    )
+    copies = first_copies(run, jobs)
+    evaluations: list[list[Evaluated]] = [[] for _ in jobs]
+    batches = [training_batches(job.config, splits["train"]) for job in jobs]
+    speeds, tokens = [], len(jobs) * train.batch_size * run.config.data.sequence_length
+    every, last = int(train.eval_every or train.steps), run.horizon.steps
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(contextlib.closing(each.prefetched(0))) for each in batches]
+        for first in range(0, last, every):
+            steps = range(first, min(first + every, last))
+            started = time.perf_counter()
+            for step in steps:
+                batch = jax.tree.map(lambda *rows: np.stack(rows), *(next(reader) for reader in readers))
+                copies, losses = update(copies, batch, jnp.int32(step))
+            jax.block_until_ready(losses)
+            speeds.append(len(steps) * tokens / (time.perf_counter() - started))
+            figures = _evaluated(run, evaluate, copies.params, splits["validation"], len(jobs))
+            accuracies = [each["accuracy"] for each in figures]
+            going = np.asarray(copies.ended_at) == 0
+            for history, each, goes in zip(evaluations, figures, going):
+                if goes:
+                    history.append((steps[-1] + 1, each))
+            reached = np.array(accuracies) >= (train.stop_at_accuracy or math.inf)
+            copies = end(copies, jnp.asarray(reached), jnp.int32(steps[-1] + 1))
+            shown = " ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+            say(f"update {steps[-1] + 1}: {speeds[-1]:,.0f} tokens/s; right {shown}")
+            if all(np.asarray(copies.ended_at)):
+                break
+    return copies, evaluations, statistics.median(speeds)
+
+
+def _evaluated(
+    run: Run, evaluate: Callable[[Any, Any], Any], params: Any, split: Split, count: int
+) -> list[dict[str, float]]:
+    """The figures of a split for each of `count` copies."""
+    assert isinstance(split, TaskSplit)
+    model, length = run.config.model, run.config.data.sequence_length
+    size = run.evaluation_batch_size(length, split.count)
+    totals: dict[str, Any] = {}
+    for batch in answer_batches(split, length, size, slice(None), model.generation_window, model.observed_rows):
+        sums = evaluate(params, batch)
+        totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
+    found = {name: np.asarray(total, np.float64) for name, total in totals.items()}
+    chance = split.task.chance(length)
+    results = []
+    for number in range(count):
+        own = {name: total[number] for name, total in found.items()}
+        result = Evaluation(own["losses"], own["weights"], Answers.of(own, chance))
+        results.append(summary(result, split, model.generation_window))
+    return results
