@@ -10,7 +10,7 @@ from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.model import forward_layers
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.streams import History
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame
 
@@ -37,8 +37,8 @@ def uncached_logits(params: DecoderParams, config: ModelConfig, tokens: jax.Arra
     rope = rope_table(jnp.arange(history + size, dtype=jnp.int32), config.head_dim)
     first, observed = params.blocks[0].compress, config.observed_rows(history)
     width = max(observed, min(history, 1))
-    C = History.whole(first, rows[:, :history], rope)
-    window = Stream.of(first, rows[:, history:], rope.rows(history, size))
+    C = History.whole(first, rows[:, :history], rope, rotary=not config.history_nope)
+    window = C.stream(first, rows[:, history:], rope.rows(history, size))
     frame = WindowFrame(history, history - width, observed, width)
     hidden = window_states(params.blocks, config, C, window, frame)
     return logits_of(params, hidden[0, length - history - 1])

@@ -40,6 +40,7 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
             for changes in (
                 {"architecture": "tconstformer"},
                 {"token_shift": True},
+                {"history_position": "none"},
                 {"history_window": "auto", "num_blocks": 3},
             )
         ),
@@ -88,8 +89,8 @@ def check_masses(model, found, batch):
         for start in range(4, 22, 4):
             seen: list = []
             window_costs(model, tokens, labels, start, None, seen)
-            for block, (qz, qx, kc, vc, kx, vx) in enumerate(seen):
-                for name, queries in (("z", qz), ("x", qx)):
+            for block, (qz, qx, far_qx, kc, vc, kx, vx) in enumerate(seen):
+                for name, queries in (("z", qz), ("x", far_qx)):
                     scores = np.einsum("qhd,khd->hqk", queries, kc) / scale
                     paid = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
                     for row in range(start):
@@ -100,7 +101,7 @@ def check_masses(model, found, batch):
                     double(model), f"transformer.transformer_layers.{block}.compress_context_layer.", model
                 )
                 out = layer.get("out_proj.weight").T
-                read, own = reference._attend(qx, kc, vc), reference._attend(qx, kx, vx, causal=True)
+                read, own = reference._attend(far_qx, kc, vc), reference._attend(qx, kx, vx, causal=True)
                 norms = [np.linalg.norm(part.reshape(len(qx), -1) @ out, axis=-1) for part in (read, own)]
                 shares[block] += (norms[0] / (norms[0] + norms[1])).sum()
     used = len(found["mass"]["edges"]) - 1

@@ -64,12 +64,16 @@ def _window(
         layer = _Layer(weights, block + "compress_context_layer.", config)
         qc, kc, vc = layer.project(context, past)
         qx, kx, vx = layer.project(x, new)
+        far_qx = qx  # x's query of the history
+        if config.history_position == "none":
+            qc, kc, _ = layer.project(context, None)
+            far_qx, _, _ = layer.project(x, None)
         if probe is not None:
-            probe.append((qc[rows], qx, kc, vc, kx, vx))
+            probe.append((qc[rows], qx, far_qx, kc, vc, kx, vx))
         z = layer.update(context[rows], _attend(qc[rows], kc, vc))
         seen = _attend(qx, kx, vx, causal=True)
         if config.architecture == "tlinformer":
-            seen = seen + _attend(qx, kc, vc)
+            seen = seen + _attend(far_qx, kc, vc)
         x = layer.update(x, seen)
         for j in range(config.hidden_depth):
             layer = _Layer(weights, f"{block}hidden_layers.{j}.", config)
@@ -82,7 +86,10 @@ def _window(
         layer = _Layer(weights, block + "restore_context_shape_layer.", config)
         _, kz, vz = layer.project(z, past[rows])
         qx, kx, vx = layer.project(x, new)
-        context = layer.update(context, _attend(qc, kz, vz))
+        far_kz = kz  # z's key for the history
+        if config.history_position == "none":
+            _, far_kz, _ = layer.project(z, None)
+        context = layer.update(context, _attend(qc, far_kz, vz))
         x = layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz))
     return x
 
@@ -111,10 +118,13 @@ class _Layer:
     def get(self, name: str) -> np.ndarray:
         return self.weights[self.prefix + name]
 
-    def project(self, u: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
+    def project(self, u: np.ndarray, positions: np.ndarray | None) -> list[np.ndarray]:
+        """Without positions nothing is rotated."""
         y = _norm(u, self.get("norm1.weight"), self.get("norm1.bias"))
         qkv = y @ self.get("qkv_proj.weight").T + self.get("qkv_proj.bias")
         q, k, v = (part.reshape(len(u), self.heads, u.shape[1] // self.heads) for part in np.split(qkv, 3, axis=-1))
+        if positions is None:
+            return [q, k, v]
         return [_rope(q, positions), _rope(k, positions), v]
 
     def update(self, u: np.ndarray, attended: np.ndarray) -> np.ndarray:

@@ -13,12 +13,14 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 MEMORY = ("auto", "low")
+HISTORY_POSITIONS = ("rotary", "none")
 CHOICES = {
     "architecture": ARCHITECTURES,
     "dtype": COMPUTE_DTYPES,
     "param_dtype": PARAM_DTYPES,
     "attention": ATTENTION_BACKENDS,
     "memory": MEMORY,
+    "history_position": HISTORY_POSITIONS,
 }
 SMALLEST = dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_window"), 1)
 SMALLEST |= {"hidden_depth": 0, "d_ff": 1}
@@ -108,6 +110,9 @@ class ModelConfig:
       token_shift: whether each token's embedding has a learned multiple of the embedding before it added to it:
         e_t + s * e_(t-1), with a vector s of D numbers that starts at 0. Not in the paper: it lets a row of the history
         know the token before it, which in block 0 nothing else tells it.
+      history_position: whether the two reads that span the whole history, C's keys in `compress` and C's queries in
+        `restore`, have rotary positions: 'rotary', as in the paper, or 'none', where neither their queries nor their
+        keys are rotated (NoPE), and no distance is longer than those seen in training. All other reads stay rotary.
       dropout: rate on attention weights and on the feed-forward's output, in training only.
       dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU; with float16 there is
         no loss scaling, so it is for evaluation. Softmax, rotary
@@ -129,6 +134,7 @@ class ModelConfig:
     history_window: int | str = 256
     generation_window: int = 256
     token_shift: bool = False
+    history_position: str = "rotary"
     dropout: float = 0.0
     dtype: str = "auto"
     param_dtype: str = "float32"
@@ -168,6 +174,10 @@ class ModelConfig:
             raise ConfigError("model.num_heads", self.num_heads, f"makes heads {self.head_dim} wide; {even}")
         if self.architecture == "sliding_window" and self.history_window == "auto":
             raise ConfigError("model.history_window", "auto", "must be an integer for architecture 'sliding_window'")
+        if self.history_nope and not self.windowed:
+            raise ConfigError(
+                "model.history_position", "none", f"must be 'rotary' for architecture {self.architecture!r}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -198,6 +208,11 @@ class ModelConfig:
     def windowed(self) -> bool:
         """Whether the architecture works by generation windows."""
         return self.architecture in WINDOWED
+
+    @property
+    def history_nope(self) -> bool:
+        """Whether the reads that span the whole history have no position."""
+        return self.history_position == "none"
 
     @property
     def compute_dtype(self) -> Any:

@@ -36,7 +36,7 @@ from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
+from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window, window_stream
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses
@@ -130,8 +130,8 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
 def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: jax.Array) -> jax.Array:
     """A window without history; where it stands does not matter, as rotations are relative."""
     rope = rope_table(jnp.arange(x.shape[1]), config.head_dim)
-    no_rows = History.whole(blocks[0].compress, x[:, :0], rope)
-    window = Stream.of(blocks[0].compress, x, rope)
+    no_rows = History.whole(blocks[0].compress, x[:, :0], rope, rotary=not config.history_nope)
+    window = no_rows.stream(blocks[0].compress, x, rope)
     return window_states(blocks, config, no_rows, window, WindowFrame(0, 0, 0, 0))
 
 
@@ -158,8 +158,8 @@ def _window_states(
     rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim)
     lengths = np.arange(embedded.shape[1] + 1)
     observed = jnp.asarray([config.observed_rows(int(n)) for n in lengths], jnp.int32)[begin - start]
-    C = History.whole(blocks[0].compress, history, rope, begin - start)
-    own = Stream.of(blocks[0].compress, x, rope.rows(begin - start, size))
+    C = History.whole(blocks[0].compress, history, rope, begin - start, rotary=not config.history_nope)
+    own = C.stream(blocks[0].compress, x, rope.rows(begin - start, size))
     frame = WindowFrame(begin - start, begin - start - observed, observed, width)
     if cut is not None:
         return window_states(blocks, config, C, own, frame)
@@ -170,7 +170,7 @@ def _window_states(
         later = blocks[index + 1 :]
         restored, states = dual_window_block(block, config, C, own, placed, later)
         if restored is not None:
-            C, own = restored, Stream.of(later[0].compress, states, placed.x_rope)
+            C, own = restored, restored.stream(later[0].compress, states, placed.x_rope)
     return states
 
 
@@ -189,10 +189,10 @@ def _probe(
     together, key, n = x.K.shape[0], C.K, placed.frame.history_length
     edges = distance_edges(key.shape[1])
     bins = jnp.searchsorted(edges, n - jnp.arange(key.shape[1]), side="right") - 1
-    z = observed_stream(layer, C, placed, together)
+    z, x = observed_stream(layer, C, placed, together), window_stream(C, x, placed)
     readers = {"z": (z.Q, jnp.arange(z.Q.shape[1]) < placed.frame.observed_length)}
     if config.architecture != "tconstformer":
-        readers["x"] = (x.Q, real)
+        readers["x"] = (x.far_Q, real)
     for name, (query, counts) in readers.items():
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         seen = jnp.arange(key.shape[1]) < n
@@ -205,7 +205,7 @@ def _probe(
         if name == "x":
             read = jnp.einsum("bhqk,bkhd->bqhd", weights, C.V.astype(jnp.float32))
             scale = config.attention_scale
-            own = attend(query, x.K, x.V, causal=True, backend="xla", scale=scale)
+            own = attend(x.Q, x.K, x.V, causal=True, backend="xla", scale=scale)
             norms = [
                 jnp.linalg.norm(jnp.einsum("bqhd,hdo->bqo", part.astype(jnp.float32), layer.out_kernel), axis=-1)
                 for part in (read, own)

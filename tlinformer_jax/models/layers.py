@@ -205,9 +205,12 @@ def unbiased_projections(params: LayerParams, x: Array, parts: str) -> tuple[Arr
 
 
 def project(
-    params: LayerParams, x: Float[Array, "batch length D"], rope: Rope, parts: str = "qkv"
+    params: LayerParams, x: Float[Array, "batch length D"], rope: Rope | None, parts: str = "qkv"
 ) -> tuple[Float[Array, "batch length heads d_h"], ...]:
-    """Q, K and V of rows at the positions of `rope`; queries and keys rotated, values not. See `projections`."""
+    """Q, K and V of rows at the positions of `rope`; queries and keys rotated, values not. See `projections`.
+
+    Without `rope` nothing is rotated.
+    """
     if not x.shape[1]:  # no history: nothing to compile
         return (jnp.zeros((*x.shape[:2], *params.qkv_bias.shape[1:]), x.dtype),) * len(parts)
     projected = projections(params, x, parts)

@@ -59,11 +59,15 @@ def rope_table(positions: jax.Array, head_dim: int) -> Rope:
     return Rope(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
-def rotate(x: jax.Array, rope: Rope) -> jax.Array:
+def rotate(x: jax.Array, rope: Rope | None) -> jax.Array:
     """Rotates the feature pairs of x [batch, length, heads, width >= d_h] in float32; returns x's dtype.
+
+    Without `rope` x stays as it is.
 
     The pairs lie as `pairs_apart` puts them. What follows them is padding and stays.
     """
+    if rope is None:
+        return x
     cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # one rotation for all heads
     if cos.ndim == 4 and cos.shape[0] != x.shape[0]:
         cos, sin = (jnp.tile(table, (x.shape[0] // cos.shape[0], 1, 1, 1)) for table in (cos, sin))

@@ -57,7 +57,7 @@ def window_states(
         later = blocks[index + 1 :]
         restored, rows = dual_window_block(block, config, history, x, window, later, part_of(dropout, index))
         if restored is not None:
-            history, x = restored, Stream.of(later[0].compress, rows, window.x_rope)
+            history, x = restored, restored.stream(later[0].compress, rows, window.x_rope)
     return rows
 
 
@@ -122,7 +122,9 @@ def prepare_sequence(
     embeddings = jnp.pad(embeddings, ((0, 0), (0, padded // parts - embeddings.shape[1]), (0, 0)))
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
-    history = dataclasses.replace(History.of(blocks[0].compress, embeddings, rows_rope), split=rows)
+    rotary = not config.history_nope
+    history = History.of(blocks[0].compress, embeddings, rows_rope if rotary else None)
+    history = dataclasses.replace(history, split=rows, rotary=rotary)
     return PreparedSequence(history, rope, dropout, count, segments if first else (FIRST_WINDOW, *segments))
 
 
