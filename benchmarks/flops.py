@@ -81,12 +81,12 @@ def _hardware_forward(
         return Forward(), layers, layers + last * -1
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, plan, first=skipped)
-    causal = causal_pairs(size) if fused else size**2
+    causal, longer = (causal_pairs(rows) if fused else rows**2 for rows in (size, config.window_overlap + size))
     total, again = Forward(), Forward()
     if not skipped:
         total = causal_layers(config, size, inner, causal) + project(config, -size, 3, inner)
     for segment in segments:
-        for shape in segment_shapes(config, segment, causal, fused):
+        for shape in segment_shapes(config, segment, longer, fused):
             total = total + window(config, shape, inner)
             again = again + (restored(config, shape, inner) if segment.history_chunk else Forward())
     return project(config, padded_length(config, windows, segments), 3, inner), total, again

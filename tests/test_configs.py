@@ -274,6 +274,7 @@ OVERRIDES = {
         "d_ff": 64,
         "history_window": "auto",
         "generation_window": 48,
+        "window_overlap": 7,
         "token_shift": True,
         "dropout": 0.25,
         "dtype": "float32",

@@ -10,8 +10,10 @@ from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.models import ModelConfig
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "overlap"), [*((name, 0) for name in ARCHITECTURES), ("tlinformer", 3), ("tconstformer", 1)]
+)
+def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, overlap, monkeypatch):
     """Attended pairs one by one: what a width of the attention heads adds beyond its projections."""
     config = ModelConfig(
         architecture=architecture,
@@ -23,6 +25,7 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, mon
         d_ff=8,
         history_window=5,
         generation_window=4,
+        window_overlap=overlap,
         dtype="float32",
     )
     length, pairs, rows = 14, [0], [0, 0]
@@ -49,13 +52,15 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, mon
     expected = project + update + 4 * pairs[0] * 8 + 2 * length * 8 * 11
     if config.windowed:  # what the reference computes and a fast implementation need not
         for start in range(0, length, 4):
-            observed = min(start, 5)
+            history = max(0, start - overlap)
+            observed = min(history, 5)
             unread = 2 * observed * 8 * 8  # z's queries under `restore`, in both blocks
             expected -= 2 * unread
             # Block 0's `compress` projections were counted with each window that reads them, not once a token.
             expected -= 2 * start * 8 * 3 * 8
             # The last block: no restored history, and queries for the observation window only.
-            expected -= 2 * (start - observed) * 8 * 8 + 4 * start * observed * 8 + 2 * start * 8 * (8 + 3 * 8)
+            expected -= 2 * (history - observed) * 8 * 8 + 4 * history * observed * 8
+            expected -= 2 * history * 8 * (8 + 3 * 8)
     assert training_flops(config, length) == 3 * expected
 
 

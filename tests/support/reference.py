@@ -22,10 +22,8 @@ def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
     for sequence in np.asarray(tokens):
         embedded = embedded_rows(weights, config, sequence)
         if config.architecture in ("tlinformer", "tconstformer"):
-            size = config.generation_window
-            x = np.concatenate(
-                [_window(weights, config, embedded, n, embedded[n : n + size]) for n in range(0, len(sequence), size)]
-            )
+            starts = range(0, len(sequence), config.generation_window)
+            x = np.concatenate([_predicted(weights, config, embedded, start) for start in starts])
         else:
             x = _baseline(weights, config, embedded)
         x = _norm(x, weights["transformer.norm.weight"], weights["transformer.norm.bias"])
@@ -48,6 +46,13 @@ def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
     shifted = all_logits - all_logits.max(-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return float(-np.take_along_axis(log_probs, np.asarray(labels)[..., None], -1).mean())
+
+
+def _predicted(weights: Weights, config, embedded: np.ndarray, start: int) -> np.ndarray:
+    """The window that predicts from position `start` on; the tokens before it that run with it are dropped."""
+    before = min(config.window_overlap, start)
+    n, stop = start - before, start + config.generation_window
+    return _window(weights, config, embedded, n, embedded[n:stop])[before:]
 
 
 def _window(

@@ -4,7 +4,8 @@ Counted are products: projections, feed-forwards, attended pairs, the head; a mu
 operations. Not counted is what is done element by element, such as norms and the token shift. Heads have their true
 widths, causal attention is half the square, no masked row or key counts, and every product of the forward pass,
 computed once, has two in the backward pass. Block 0's `compress` projections are counted once per token; the last block
-has no `restore`, and of its history only keys, values and z's queries.
+has no `restore`, and of its history only keys, values and z's queries. Tokens that run again in the next window, by
+`model.window_overlap`, count as rows of both, and for the head once.
 `benchmarks.flops` counts what a device executes.
 """
 
@@ -70,7 +71,7 @@ class WindowShape:
     """What one window with history computes.
 
     Attributes:
-      rows: of the generation window.
+      rows: that run in the generation window.
       history: rows of the history stream that are restored; observed: rows of the observation window.
       history_keys: keys that a query of the history reads; observed_keys: of the observation window.
       causal_pairs: queries times keys of the window's causal attention.
@@ -121,12 +122,13 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     split, windows = SequenceSplit(SplitWindows("window", parts)), num_windows(config, length)
     plan = dataclasses.replace(config.plan(windows), together=1)
     runs = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
-    causal = causal_pairs(config.generation_window)
+    size, overlap = config.generation_window, config.window_overlap
     loads = np.zeros(parts)
     for run, assigned in zip(runs, assign_runs(runs, parts)):
         if run is FIRST_WINDOW:
-            costs = [causal_layers(config, config.generation_window, config.d_model, causal).attention]
+            costs = [causal_layers(config, size, config.d_model, causal_pairs(size)).attention]
         else:
+            causal = causal_pairs(overlap + size)
             shapes = segment_shapes(config, run, causal, True)
             costs = [window(config, shape, config.d_model).attention for shape in shapes]
         # Where no window is left, a device computes the run's first one in vain.
@@ -144,8 +146,9 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     if not skipped:
         # Less what the projections of the whole sequence give the first window, too.
         total = causal_layers(config, first, inner, causal_pairs(first)) + project(config, -first, 3, inner)
-    for start in range(size * max(skipped, 1), length, size):
-        rows, observed = min(size, length - start), config.observed_rows(start)
+    for begin in range(size * max(skipped, 1), length, size):
+        start = begin - config.window_overlap
+        rows, observed = min(begin + size, length) - start, config.observed_rows(start)
         shape = WindowShape(rows, start, observed, start, observed, causal_pairs(rows))
         total = total + window(config, shape, inner)
     return project(config, length, 3, inner), total
@@ -153,14 +156,16 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
 
 def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:
     """The windows with history as the loop of a segment executes them."""
-    size, rows, together = config.generation_window, segment.history_rows, segment.together
+    rows, together = segment.history_rows, segment.together
     for number, observed in enumerate(segment.observed):
-        history = (segment.first + number) * size
+        history = int(segment.starts(config, segment.first + number))
         keys = (history, observed) if fused else (rows, segment.observed_width)
         # Windows that run together restore as many chunks as the last of them needs.
-        longest = (segment.first + number + together - 1 - number % together) * size
+        longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))
         restored = longest + -longest % segment.history_chunk if segment.history_chunk else rows
-        yield WindowShape(size, restored, segment.observed_width, *keys, causal)
+        yield WindowShape(
+            config.window_overlap + config.generation_window, restored, segment.observed_width, *keys, causal
+        )
 
 
 def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:

@@ -23,7 +23,7 @@ CHOICES = {
     "history_position": HISTORY_POSITIONS,
 }
 SMALLEST = dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_window"), 1)
-SMALLEST |= {"hidden_depth": 0, "d_ff": 1}
+SMALLEST |= {"hidden_depth": 0, "d_ff": 1, "window_overlap": 0}
 # Evaluation and caches have room for a whole window, so that one without a bound would take any memory.
 LONGEST_WINDOW = 1 << 20
 # A sequence of at most so many windows is differentiated as a whole. Of a longer one each window's gradients are made
@@ -107,6 +107,9 @@ class ModelConfig:
       history_window: W_oh, rows of the summary z of the history; 'auto' lets it grow with the history n as
         8 * floor((12 * ln(n) + 7) / 8).
       generation_window: W_og, tokens that are predicted together.
+      window_overlap: o < W_og; every window but the first also runs the o tokens before it, which are not predicted
+        there: its own tokens read them as neighbours. They are no part of its history, which is as much shorter. 0 in
+        the paper.
       token_shift: whether each token's embedding has a learned multiple of the embedding before it added to it:
         e_t + s * e_(t-1), with a vector s of D numbers that starts at 0. Not in the paper: it lets a row of the history
         know the token before it, which in block 0 nothing else tells it.
@@ -133,6 +136,7 @@ class ModelConfig:
     d_ff: int | None = None
     history_window: int | str = 256
     generation_window: int = 256
+    window_overlap: int = 0
     token_shift: bool = False
     history_position: str = "rotary"
     dropout: float = 0.0
@@ -159,6 +163,7 @@ class ModelConfig:
             raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
         if self.generation_window > LONGEST_WINDOW:
             raise ConfigError("model.generation_window", self.generation_window, f"must be at most {LONGEST_WINDOW:,}")
+        self._check_overlap()
         if not isinstance(self.token_shift, bool):
             raise ConfigError("model.token_shift", self.token_shift, "must be True or False")
         rate = self.dropout
@@ -178,6 +183,15 @@ class ModelConfig:
             raise ConfigError(
                 "model.history_position", "none", f"must be 'rotary' for architecture {self.architecture!r}"
             )
+
+    def _check_overlap(self) -> None:
+        overlap, size = self.window_overlap, self.generation_window
+        if overlap and not self.windowed:
+            allowed = f"must be 0 for model.architecture = {self.architecture!r}"
+            raise ConfigError("model.window_overlap", overlap, allowed)
+        # With as many as W_og the second window, too, would be one without history.
+        if overlap >= size:
+            raise ConfigError("model.window_overlap", overlap, f"must be less than model.generation_window = {size}")
 
     @property
     def head_dim(self) -> int:

@@ -29,6 +29,7 @@ from tlinformer_jax.models.windows import (
     num_windows,
     padded_length,
     plan_segments,
+    rows_in_line,
 )
 from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit
 
@@ -89,10 +90,10 @@ class PreparedSequence:
         """All rows as the windows have them that they belong to."""
         return Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
 
-    def windows(self, config: ModelConfig, run: Segment) -> Stream | None:
+    def windows(self, config: ModelConfig, run: Segment, overlap: int) -> Stream | None:
         """The rows of a run's windows themselves, by `window_rows`; None where devices share them, who look them up
         window by window."""
-        return run.rows(config, self.own) if self.history.split is None else None
+        return run.rows(config, self.own, overlap) if self.history.split is None else None
 
     def reach(self, config: ModelConfig, run: Segment) -> History:
         """No more of the history than the run reads, so that the gradients of the other rows need no sum."""
@@ -157,9 +158,10 @@ def forward_windows(
     sequence = prepare_sequence(blocks, config, embeddings, length, plan, dropout, first=first)
     outputs = []
     for run in sequence.runs:
-        chunk, groups = run.together * size, run.count // run.together
-        rows = slice(run.first * size, run.first * size + groups * chunk)
-        own = jax.tree.map(lambda array, rows=rows: array[:, rows], sequence.own)
+        overlap = run.overlap(config)
+        chunk, groups = run.together * (overlap + size), run.count // run.together
+        lay = functools.partial(rows_in_line, config, first=run.first, count=run.count, overlap=overlap)
+        own = jax.tree.map(lay, sequence.own)
         shared, fixed = (blocks, sequence.reach(config, run)), sequence.fixed
         step: Any = functools.partial(_step, config, run)
         if groups == 1:
@@ -171,14 +173,16 @@ def forward_windows(
             parts = jax.tree.map(lambda array, n=groups: jnp.stack(jnp.split(array, n, axis=1)), own)
             states = jax.lax.map(functools.partial(step, shared, fixed), (parts, jnp.arange(groups)))
             states = jnp.moveaxis(states, 0, 1).reshape(batch, -1, width)
+        if overlap:
+            states = states.reshape(batch, run.count, -1, width)[:, :, overlap:].reshape(batch, -1, width)
         outputs.append(states)
     return jnp.concatenate(outputs, axis=1)[:, : length - first * size]
 
 
 def _step(config: ModelConfig, run: Segment, shared: Any, fixed: Any, item: tuple[Stream, Any]) -> Array:
-    """One window, or as many as run together, by their rows [batch, together * W_og, ...]; for `map_rows`."""
+    """One window, or as many as run together, by their rows [batch, together * (o + W_og), ...]; for `map_rows`."""
     (blocks, history), (x, number) = shared, item
-    size, batch = config.generation_window, x.rows.shape[0]
+    size, batch = run.overlap(config) + config.generation_window, x.rows.shape[0]
     windows: PerWindow = run.first + number * run.together
     if run.together > 1:
         windows = windows + np.arange(run.together, dtype=np.int32)

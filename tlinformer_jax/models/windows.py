@@ -20,7 +20,7 @@ class WindowFrame:
     """Where generation windows and their historical observation windows stand; g windows may run together.
 
     Attributes:
-      history_length: n, the first position of the generation window.
+      history_length: n, the position of the first row that runs in the generation window.
       observed_start: h, the first row of the observation window.
       observed_length: rows of the observation window that are valid, n - h.
       observed_width: rows that are computed for it; those past the valid ones are the future, which no one reads.
@@ -63,9 +63,20 @@ class Segment:
         windows = np.arange(self.first, self.first + self.count, dtype=np.int32)
         return windows if self.together == 1 else windows.reshape(-1, self.together)
 
-    def rows(self, config: ModelConfig, arrays: Any) -> Any:
+    def overlap(self, config: ModelConfig) -> int:
+        """Rows before a window that run with it; the first window has none."""
+        return config.window_overlap if self.first else 0
+
+    def starts(self, config: ModelConfig, windows: PerWindow) -> PerWindow:
+        """n, the position of the first row that runs in each window."""
+        begin, overlap = windows * config.generation_window, self.overlap(config)
+        return begin - overlap if overlap else begin
+
+    def rows(self, config: ModelConfig, arrays: Any, overlap: int = 0) -> Any:
         """The windows' own rows of a pytree of arrays [batch, rows, ...], by `window_rows`."""
-        return jax.tree.map(lambda array: window_rows(config, array, self.first, self.count, self.together), arrays)
+        return jax.tree.map(
+            lambda array: window_rows(config, array, self.first, self.count, self.together, overlap), arrays
+        )
 
     def frame(self, config: ModelConfig, windows: PerWindow) -> WindowFrame:
         """The frame of windows of this segment, given by their indices.
@@ -74,7 +85,7 @@ class Segment:
         """
         if self.count == self.together:
             windows = self.windows[0]
-        length = windows * config.generation_window
+        length = self.starts(config, windows)
         if min(self.observed) == self.observed_width:
             observed: PerWindow = self.observed_width
         elif isinstance(windows, jax.Array):
@@ -136,18 +147,38 @@ def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ..
     return rows + -rows % row_parts
 
 
-def window_rows(config: ModelConfig, array: jax.Array, first: int, count: int, together: int = 1) -> jax.Array:
+def window_rows(
+    config: ModelConfig, array: jax.Array, first: int, count: int, together: int = 1, overlap: int = 0
+) -> jax.Array:
     """The own rows of windows first .. first + count - 1, of [batch, rows, ...].
 
-    They are [count / together, batch * together, W_og, ...].
+    They are [count / together, batch * together, overlap + W_og, ...]; see `rows_in_line`.
     """
-    batch, size = array.shape[0], config.generation_window
-    rows = array[:, first * size : (first + count) * size].reshape(batch, -1, together, size, *array.shape[2:])
+    batch, size = array.shape[0], overlap + config.generation_window
+    rows = rows_in_line(config, array, first, count, overlap)
+    rows = rows.reshape(batch, -1, together, size, *array.shape[2:])
     return jnp.moveaxis(rows, 1, 0).reshape(-1, batch * together, size, *array.shape[2:])
 
 
+def rows_in_line(config: ModelConfig, array: jax.Array, first: int, count: int, overlap: int = 0) -> jax.Array:
+    """The same rows, window after window: [batch, count * (overlap + W_og), ...].
+
+    Each window's follow the `overlap` rows before it; before the first window these are zeros.
+    """
+    size = config.generation_window
+    rows = array[:, first * size : (first + count) * size]
+    if not overlap:
+        return rows
+    before = jnp.pad(array, ((0, 0), (size, 0), *((0, 0),) * (array.ndim - 2)))[
+        :, first * size : (first + count) * size
+    ]
+    before, rows = (part.reshape(-1, count, size, *array.shape[2:]) for part in (before, rows))
+    both = jnp.concatenate([before[:, :, size - overlap :], rows], axis=2)
+    return both.reshape(-1, count * (overlap + size), *array.shape[2:])
+
+
 def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int, row_parts: int) -> Segment:
-    lengths = windows * config.generation_window
+    lengths = windows * config.generation_window - config.window_overlap
     observed = np.array([config.observed_rows(int(length)) for length in lengths])
     width = int(max(observed.max(), 1))
     # With the dynamic window a slice of the segment's common width can reach past its own history's end.

@@ -141,16 +141,20 @@ def window_loss(
       fixed: that of the sequence.
       step: (the window's index, its labels and weights).
       shared: (parameters from `prepare_params`, the history).
-      x: the window's own rows.
+      x: the window's own rows, after those that overlap the window before.
     """
     (params, history), (index, rows) = shared, step
-    size, split = shape.generation_window, history.split
+    size, split, overlap = shape.generation_window, history.split, run.overlap(shape)
     if split is not None:
         whole = Stream(history.rows, history.Q, history.K, history.V)
-        x = jax.tree.map(lambda array: history.slice(array, index * size, size), whole)
+        x = jax.tree.map(lambda array: history.slice(array, run.starts(shape, index), overlap + size), whole)
     assert x is not None
+    if x.rows.shape[1] > overlap + size:  # the first window, drawn among others
+        x = jax.tree.map(lambda array: array[:, -size:], x)
     C, frame, dropout = place_in_run(shape, run, history, fixed, index)
     states = window_states(params.blocks, shape, C, x, frame, dropout)
+    if overlap:
+        states = states[:, overlap:]
     if split is not None:
         states, rows = jax.tree.map(lambda array: split.take(pad_rows(array, -size % split.parts)), (states, rows))
     hidden = layer_norm(states, params.norm_scale, params.norm_bias)
@@ -336,12 +340,12 @@ def window_loops(
     parts, runs = split.window_parts, sequence.runs
     if windows is None:
         for run, assigned in zip(runs, assign_runs(runs, parts)):
-            own, indices = sequence.windows(config, run), jnp.asarray(run.windows)
+            own, indices = sequence.windows(config, run, run.overlap(config)), jnp.asarray(run.windows)
             loop = WindowLoop((run,), run.count, sequence.reach(config, run), own, indices, run.rows(config, rows))
             yield loop.on_device(split.windows, assigned)
         return
     every = Segment(0, (0,) * sequence.count, 0, 0)  # of it only which windows it has is read
-    arrays = sequence.windows(config, every), every.rows(config, rows)
+    arrays = sequence.windows(config, every, config.window_overlap), every.rows(config, rows)
     own, taken = jax.tree.map(lambda array: jnp.take(array, windows, axis=0), arrays)
     # Each takes the branch of the run that it lies in.
     firsts = jnp.asarray([run.first for run in runs[1:]], jnp.int32)

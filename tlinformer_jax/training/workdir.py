@@ -38,7 +38,7 @@ SHAPES = ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "h
 # content, or where only one of the two has the paper's schedule, whose batches are others.
 IDENTITY = (
     *(f"model.{name}" for name in SHAPES),
-    *(f"model.{name}" for name in ("history_window", "generation_window", "dropout", "param_dtype")),
+    *(f"model.{name}" for name in ("history_window", "generation_window", "window_overlap", "dropout", "param_dtype")),
     *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
     *(f"data.{name}" for name in ("examples", "num_items", "questions")),
     *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "clip_norm")),
