@@ -24,7 +24,7 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
     """Nats of a window's tokens with the history cut at `cut` (None: not)."""
     size = model.generation_window
     table = double(model)["embedding.weight"]
-    embedded = reference.embedded_rows(double(model), model, tokens)
+    embedded = double(model)["embedding.weight"][tokens]
     first = 0 if cut is None else max(0, start - cut)
     x = reference._window(double(model), model, embedded, start, embedded[start : start + size], first, seen)
     x = reference._norm(x, double(model)["transformer.norm.weight"], double(model)["transformer.norm.bias"])

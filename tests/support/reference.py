@@ -20,7 +20,7 @@ def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
     weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     rows = []
     for sequence in np.asarray(tokens):
-        embedded = embedded_rows(weights, config, sequence)
+        embedded = weights["embedding.weight"][sequence]
         if config.architecture in ("tlinformer", "tconstformer"):
             starts = range(0, len(sequence), config.generation_window)
             x = np.concatenate([_predicted(weights, config, embedded, start) for start in starts])
@@ -31,8 +31,8 @@ def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
     return np.stack(rows)
 
 
-def embedded_rows(weights: Weights, config, sequence: np.ndarray) -> np.ndarray:
-    rows = weights["embedding.weight"][sequence]
+def key_rows(weights: Weights, config, rows: np.ndarray) -> np.ndarray:
+    """What the first layer's keys are made of, of the embeddings from position 0 on."""
     if not config.token_shift:
         return rows
     shifted = rows.copy()
@@ -69,9 +69,13 @@ def _window(
         layer = _Layer(weights, block + "compress_context_layer.", config)
         qc, kc, vc = layer.project(context, past)
         qx, kx, vx = layer.project(x, new)
+        if b == 0:
+            keyed = key_rows(weights, config, embedded)
+            kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
         far_qx = qx  # x's query of the history
         if config.history_position == "none":
-            qc, kc, _ = layer.project(context, None)
+            qc, _, _ = layer.project(context, None)
+            _, kc, _ = layer.project(context if b else keyed[first:n], None)
             far_qx, _, _ = layer.project(x, None)
         if probe is not None:
             probe.append((qc[rows], qx, far_qx, kc, vc, kx, vx))
@@ -106,6 +110,8 @@ def _baseline(weights: Weights, config, x: np.ndarray) -> np.ndarray:
     for i in range(config.num_blocks * (config.hidden_depth + 2)):
         layer = _Layer(weights, f"transformer.transformer_layers.{i}.", config)
         q, k, v = layer.project(x, np.arange(len(x)))
+        if i == 0:
+            k = layer.project(key_rows(weights, config, x), np.arange(len(x)))[1]
         x = layer.update(x, _attend(q, k, v, causal=True, window=window))
     return x
 

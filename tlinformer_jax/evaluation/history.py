@@ -33,7 +33,7 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import BlockParams, dual_window_block
-from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
+from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window, window_stream
@@ -108,7 +108,8 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     embedded = embed(params, config, batch["inputs"])
     width = max(config.observed_rows(window * size) for window in range(windows))
     # As many rows past the end as any slice may reach.
-    embedded = jnp.pad(embedded, ((0, 0), (0, windows * size - length + width), (0, 0)))
+    missing = ((0, 0), (0, windows * size - length + width), (0, 0))
+    embedded = jax.tree.map(lambda rows: jnp.pad(rows, missing), embedded)
     labels, weights = (jnp.pad(batch[name], ((0, 0), (0, windows * size - length))) for name in ("labels", "weights"))
 
     def losses_of(window: jax.Array | int, states: jax.Array) -> Sums:
@@ -122,23 +123,23 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
         states = _window_states(blocks, config, embedded, window, cut, width, probed, length)
         return losses_of(window, states) | probed
 
-    first = losses_of(0, _first_states(blocks, config, embedded[:, :size]))
+    first = losses_of(0, _first_states(blocks, config, rows_of(embedded, 0, size)))
     later = jax.lax.map(one, jnp.arange(1, windows))
     return later | {name: jnp.concatenate([value[None], later[name]]) for name, value in first.items()}
 
 
-def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: jax.Array) -> jax.Array:
+def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: Embedded) -> jax.Array:
     """A window without history; where it stands does not matter, as rotations are relative."""
-    rope = rope_table(jnp.arange(x.shape[1]), config.head_dim)
-    no_rows = History.whole(blocks[0].compress, x[:, :0], rope, rotary=not config.history_nope)
-    window = no_rows.stream(blocks[0].compress, x, rope)
+    rope = rope_table(jnp.arange(x.rows.shape[1]), config.head_dim)
+    no_rows = History.whole(blocks[0].compress, x.rows[:, :0], rope, rotary=not config.history_nope)
+    window = no_rows.stream(blocks[0].compress, x.rows, rope, key_rows=x.key_rows)
     return window_states(blocks, config, no_rows, window, WindowFrame(0, 0, 0, 0))
 
 
 def _window_states(
     blocks: tuple[BlockParams, ...],
     config: ModelConfig,
-    embedded: jax.Array,
+    embedded: Embedded,
     window: jax.Array,
     cut: int | None,
     width: int,
@@ -148,18 +149,20 @@ def _window_states(
     """A window with history, cut at `cut` (None: not at all): [batch, W_og, D]; fills `probed` where it is not cut."""
     size = config.generation_window
     begin = window * size
-    x = jax.lax.dynamic_slice_in_dim(embedded, begin, size, axis=1)
+    x = rows_of(embedded, begin, size)
     if cut == 0:
         return _first_states(blocks, config, x)
     start = jnp.int32(0) if cut is None else jnp.maximum(begin - cut, 0)
-    rows = embedded.shape[1] if cut is None else cut + width
+    padded = embedded.rows.shape[1]
+    rows = padded if cut is None else cut + width
     # Rows and rotations are counted from the first row that is left; its position is `start`.
-    history = jax.lax.dynamic_slice_in_dim(embedded, start, rows, axis=1)
+    history = rows_of(embedded, start, rows)
     rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim)
-    lengths = np.arange(embedded.shape[1] + 1)
+    lengths = np.arange(padded + 1)
     observed = jnp.asarray([config.observed_rows(int(n)) for n in lengths], jnp.int32)[begin - start]
-    C = History.whole(blocks[0].compress, history, rope, begin - start, rotary=not config.history_nope)
-    own = C.stream(blocks[0].compress, x, rope.rows(begin - start, size))
+    rotary, layer = not config.history_nope, blocks[0].compress
+    C = History.whole(layer, history.rows, rope, begin - start, rotary, history.key_rows)
+    own = C.stream(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
     frame = WindowFrame(begin - start, begin - start - observed, observed, width)
     if cut is not None:
         return window_states(blocks, config, C, own, frame)
@@ -172,6 +175,11 @@ def _window_states(
         if restored is not None:
             C, own = restored, restored.stream(later[0].compress, states, placed.x_rope)
     return states
+
+
+def rows_of(embedded: Embedded, start: jax.Array | int, count: int) -> Embedded:
+    """Its rows start .. start + count - 1."""
+    return jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, start, count, axis=1), embedded)
 
 
 def _probe(

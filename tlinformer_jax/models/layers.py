@@ -68,6 +68,19 @@ class Layer(nn.Module):
         )
 
 
+@flax.struct.dataclass
+class Embedded:
+    """What the first layer reads of tokens.
+
+    Attributes:
+      rows: their embeddings, [batch, length, D]; queries, values and the residual stream begin with them.
+      key_rows: what keys are made of, with `config.token_shift`; None where that is `rows`.
+    """
+
+    rows: Array
+    key_rows: Array | None = None
+
+
 def chain_layers(
     function: Callable[[Any, tuple[LayerParams, Dropout | None]], tuple[Any, None]],
     layers: Sequence[LayerParams],
@@ -186,26 +199,40 @@ _add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
 
 
 def projections(
-    params: LayerParams, x: Float[Array, "batch length D"], parts: str = "qkv"
+    params: LayerParams,
+    x: Float[Array, "batch length D"],
+    parts: str = "qkv",
+    key_rows: Float[Array, "batch length D"] | None = None,
 ) -> Float[Array, "batch length parts heads d_h"]:
     """The wanted parts of the normalised, projected rows, not rotated.
 
-    `parts` is a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed.
+    `parts` is a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed. Keys are made of `key_rows` instead
+    where these are given, see `Embedded`.
     """
-    projected, bias = unbiased_projections(params, x, parts)
+    projected, bias = unbiased_projections(params, x, parts, key_rows)
     return _add_bias(projected, bias)
 
 
-def unbiased_projections(params: LayerParams, x: Array, parts: str) -> tuple[Array, Array]:
+def unbiased_projections(
+    params: LayerParams, x: Array, parts: str, key_rows: Array | None = None
+) -> tuple[Array, Array]:
     """The two summands of `projections`: products [batch, length, parts, heads, d_h], bias [parts, heads, d_h]."""
     first = "qkv".index(parts)
+    if key_rows is not None and "k" in parts and len(parts) > 1:
+        each = [unbiased_projections(params, key_rows if part == "k" else x, part) for part in parts]
+        products, biases = zip(*each)
+        return jnp.concatenate(products, axis=2), jnp.concatenate(biases)
     normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
     projected = jnp.einsum("bld,dphk->blphk", normed, params.qkv_kernel[:, first : first + len(parts)])
     return projected, params.qkv_bias[first : first + len(parts)].astype(x.dtype)
 
 
 def project(
-    params: LayerParams, x: Float[Array, "batch length D"], rope: Rope | None, parts: str = "qkv"
+    params: LayerParams,
+    x: Float[Array, "batch length D"],
+    rope: Rope | None,
+    parts: str = "qkv",
+    key_rows: Float[Array, "batch length D"] | None = None,
 ) -> tuple[Float[Array, "batch length heads d_h"], ...]:
     """Q, K and V of rows at the positions of `rope`; queries and keys rotated, values not. See `projections`.
 
@@ -213,7 +240,7 @@ def project(
     """
     if not x.shape[1]:  # no history: nothing to compile
         return (jnp.zeros((*x.shape[:2], *params.qkv_bias.shape[1:]), x.dtype),) * len(parts)
-    projected = projections(params, x, parts)
+    projected = projections(params, x, parts, key_rows)
     turned = len(parts.rstrip("v"))  # queries and keys are rotated together, as if they were more heads
     batch, length, _, heads, width = projected.shape
     rotated = rotate(projected[:, :, :turned].reshape(batch, length, turned * heads, width), rope)

@@ -16,6 +16,7 @@ from tlinformer_jax.models.block import CAUSAL_ATTENTION, FEED_FORWARD, BlockPar
 from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.layers import (
     INIT_STD,
+    Embedded,
     Layer,
     LayerParams,
     chain_layers,
@@ -48,7 +49,7 @@ class ModelParams:
     layers: tuple[LayerParams, ...]  # of the baselines
     norm_scale: jax.Array  # [D]. Final LayerNorm
     norm_bias: jax.Array  # [D]
-    shift: jax.Array | None = None  # [D], with config.token_shift; see `add_previous`
+    shift: jax.Array | None = None  # [D], with config.token_shift; see `shifted`
 
 
 class LanguageModel(nn.Module):
@@ -123,10 +124,9 @@ class LanguageModel(nn.Module):
             assert tokens is not None  # check_inputs
             embeddings = embed(params, config, tokens)
         else:
-            embeddings = add_previous(params.shift, inputs_embeds.astype(config.compute_dtype))
-        embeddings = constrain_batch(embeddings)
+            embeddings = shifted(params.shift, constrain_batch(inputs_embeds.astype(config.compute_dtype)))
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
-            return embeddings
+            return embeddings.rows
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         return hidden_states(prepare_params(params, config), config, embeddings, dropout, start)
 
@@ -148,8 +148,8 @@ def embed(
     config: ModelConfig,
     tokens: Int[Array, "batch length"],
     before: Int[Array, "batch length"] | None = None,
-) -> Float[Array, "batch length D"]:
-    """The rows that the model reads, in the compute dtype; NaN for ids outside the vocabulary.
+) -> Embedded:
+    """What the first layer reads, in the compute dtype; NaN for ids outside the vocabulary.
 
     `before` is for the token shift: the id that precedes each token, NO_TOKEN at position 0, as `tokens_before` gives
     them. None where the tokens are a sequence from position 0 on.
@@ -163,8 +163,8 @@ def embed(
 
     rows = look_up(tokens)
     if params.shift is None or before is None:
-        return add_previous(params.shift, rows)
-    return add_previous(params.shift, rows, jnp.where((before == NO_TOKEN)[..., None], 0, look_up(before)))
+        return shifted(params.shift, rows)
+    return shifted(params.shift, rows, jnp.where((before == NO_TOKEN)[..., None], 0, look_up(before)))
 
 
 def tokens_before(tokens: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
@@ -172,10 +172,13 @@ def tokens_before(tokens: Int[Array, "batch length"]) -> Int[Array, "batch lengt
     return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=NO_TOKEN)[:, :-1]
 
 
-def add_previous(
+def shifted(
     shift: Float[Array, " D"] | None, rows: Float[Array, "*shape D"], previous: Float[Array, "*shape D"] | None = None
-) -> Float[Array, "*shape D"]:
-    """The token shift, e_t + s * e_(t-1) with s = SHIFT_SCALE * shift; without a shift the rows as they are.
+) -> Embedded:
+    """The token shift: the first layer's keys are made of e_t + s * e_(t-1), with s = SHIFT_SCALE * shift.
+
+    A query then finds a row by the token before it: recall becomes one hop, where else one layer must first tell each
+    row what precedes it. Rows of the history never read each other in block 0, so that no layer could.
 
     Args:
       shift: the parameter; None without `config.token_shift`.
@@ -183,17 +186,17 @@ def add_previous(
       previous: e_(t-1), zeros at position 0; None where the rows are sequences [batch, length, D] from there on.
     """
     if shift is None:
-        return rows
+        return Embedded(rows)
     if previous is None:
         previous = jnp.pad(rows, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     scale = SHIFT_SCALE * shift.astype(jnp.float32)
-    return (rows.astype(jnp.float32) + scale * previous.astype(jnp.float32)).astype(rows.dtype)
+    return Embedded(rows, (rows.astype(jnp.float32) + scale * previous.astype(jnp.float32)).astype(rows.dtype))
 
 
 def hidden_states(
     params: ModelParams,
     config: ModelConfig,
-    embeddings: Float[Array, "batch length D"],
+    embeddings: Embedded,
     dropout: Dropout | None = None,
     start: int = 0,
 ) -> Float[Array, "batch rest D"]:
@@ -251,19 +254,24 @@ def attention_window(config: ModelConfig) -> int | None:
 def forward_layers(
     layers: tuple[LayerParams, ...],
     config: ModelConfig,
-    embeddings: Float[Array, "batch length D"],
+    embeddings: Embedded,
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch length D"]:
     """A baseline's hidden states of a whole sequence, before the final LayerNorm."""
-    rope = rope_table(jnp.arange(embeddings.shape[1], dtype=jnp.int32), config.head_dim)
+    rope = rope_table(jnp.arange(embeddings.rows.shape[1], dtype=jnp.int32), config.head_dim)
     window, plan = attention_window(config), config.plan()
 
-    def layer(x: jax.Array, item: tuple[LayerParams, Dropout | None]) -> tuple[jax.Array, None]:
+    def layer(
+        x: jax.Array, item: tuple[LayerParams, Dropout | None], key_rows: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         params, dropout = item
         options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
-        attended = attend(*project(params, x, rope), causal=True, window=window, **options)
+        attended = attend(*project(params, x, rope, key_rows=key_rows), causal=True, window=window, **options)
         return update(params, x, attended, part_of(dropout, FEED_FORWARD)), None
 
     if plan.checkpointing:
         layer = jax.checkpoint(layer, prevent_cse=not plan.scan_layers)
-    return chain_layers(layer, layers, embeddings, dropout, plan.scan_layers)
+    if embeddings.key_rows is None:
+        return chain_layers(layer, layers, embeddings.rows, dropout, plan.scan_layers)
+    x, _ = layer(embeddings.rows, (layers[0], part_of(dropout, 0)), embeddings.key_rows)
+    return chain_layers(layer, layers[1:], x, part_of(dropout, 1), plan.scan_layers)

@@ -71,9 +71,11 @@ class Stream:
         length: PerWindow = None,
         never_empty: bool = False,
         nope: bool = False,
+        key_rows: Float[Array, "b n D"] | None = None,
     ) -> AnyStream:
         """The rows, projected to `parts` (see `layers.project`); with `nope` not rotated as well."""
-        projected: dict[str, Any] = dict(zip(parts.upper(), project(layer, rows, None if nope else rope, parts)))
+        projections = project(layer, rows, None if nope else rope, parts, key_rows)
+        projected: dict[str, Any] = dict(zip(parts.upper(), projections))
         stream = cls(rows=rows, length=length, never_empty=never_empty, **projected)
         return stream.rotated(rope) if nope else stream
 
@@ -118,15 +120,23 @@ class History(Stream):
         rope: Rope,
         length: PerWindow = None,
         rotary: bool = True,
+        key_rows: Float[Array, "b n D"] | None = None,
     ) -> "History":
         """The first `length` of the rows (None: all), projected; `rope` begins at their positions."""
         valid = rows.shape[1] if length is None else length
-        projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]) if rotary else None)
+        projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]) if rotary else None, key_rows=key_rows)
         return dataclasses.replace(projected, length=valid, rope=rope, rotary=rotary)
 
-    def stream(self, layer: LayerParams, rows: Float[Array, "b m D"], rope: Rope, parts: str = "qkv") -> Stream:
+    def stream(
+        self,
+        layer: LayerParams,
+        rows: Float[Array, "b m D"],
+        rope: Rope,
+        parts: str = "qkv",
+        key_rows: Float[Array, "b m D"] | None = None,
+    ) -> Stream:
         """Other rows, at the positions of `rope`, projected as C is."""
-        return Stream.of(layer, rows, rope if self.rotary else None, parts)
+        return Stream.of(layer, rows, rope if self.rotary else None, parts, key_rows=key_rows)
 
     def slice(self, array: Array, start: PerWindow, length: int, batch: int | None = None) -> Array:
         """Rows start .. start + length - 1 of one of these arrays, on every device; `batch` as in `slice_rows`."""

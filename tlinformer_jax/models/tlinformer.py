@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.dropout import Dropout, part_of
+from tlinformer_jax.models.layers import Embedded
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
@@ -106,7 +107,7 @@ class PreparedSequence:
 def prepare_sequence(
     blocks: Sequence[BlockParams],
     config: ModelConfig,
-    embeddings: Float[Array, "batch length D"],
+    embeddings: Embedded,
     length: int,
     plan: ExecutionPlan,
     dropout: Dropout | None = None,
@@ -120,11 +121,13 @@ def prepare_sequence(
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows
     segments = plan_segments(config, count, plan, split, first)
     padded = padded_length(config, count, segments, parts)
-    embeddings = jnp.pad(embeddings, ((0, 0), (0, padded // parts - embeddings.shape[1]), (0, 0)))
+    missing = padded // parts - embeddings.rows.shape[1]
+    embeddings = jax.tree.map(lambda rows: jnp.pad(rows, ((0, 0), (0, missing), (0, 0))), embeddings)
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
     rotary = not config.history_nope
-    history = History.of(blocks[0].compress, embeddings, rows_rope if rotary else None)
+    own_rope = rows_rope if rotary else None
+    history = History.of(blocks[0].compress, embeddings.rows, own_rope, key_rows=embeddings.key_rows)
     history = dataclasses.replace(history, split=rows, rotary=rotary)
     return PreparedSequence(history, rope, dropout, count, segments if first else (FIRST_WINDOW, *segments))
 
@@ -147,12 +150,12 @@ def place_in_run(
 def forward_windows(
     blocks: tuple[BlockParams, ...],
     config: ModelConfig,
-    embeddings: Float[Array, "batch length D"],
+    embeddings: Embedded,
     dropout: Dropout | None = None,
     first: int = 0,
 ) -> Float[Array, "batch rest D"]:
     """Hidden states of a whole sequence, window by window, from window `first` on; before the final LayerNorm."""
-    batch, length, width = embeddings.shape
+    batch, length, width = embeddings.rows.shape
     size = config.generation_window
     plan = config.plan(num_windows(config, length) - first)
     sequence = prepare_sequence(blocks, config, embeddings, length, plan, dropout, first=first)
