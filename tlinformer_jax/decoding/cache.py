@@ -1,6 +1,6 @@
 """KV caches of the decoder: typed pytrees, passed in and returned; their room and their bytes.
 
-Keys are rotated when they are written. Keys and values are [batch, heads, d_h, rows].
+Keys are rotated when they are written, but for those of the history with `config.history_nope`. Keys and values are [batch, heads, d_h, rows].
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ class WindowedCache:
             return window, None
         length, split = self.history_length, self.split
         length = length if split is None else split.count(length)
-        return window, CachedRows(self.history[block], length, split=split)
+        return window, CachedRows(self.history[block], length, split=split, rotary=not config.history_nope)
 
     def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "WindowedCache":
         """With a new token of every active sequence; `own` are its keys and values, by layer."""

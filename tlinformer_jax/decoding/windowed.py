@@ -108,10 +108,11 @@ def _rebuild(
         for first, rows in ((start, width), (length, m))
     )
     z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width)), z_before)
-    C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, z_rope, fill=m > 0)
+    nope = config.history_nope
+    C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, None if nope else z_rope, fill=m > 0)
     x_rows, context, window = embed(params, window_tokens[None], x_before), [], []
     for index, block in enumerate(params.blocks):
-        x = Stream.of(block.compress, x_rows, x_rope)
+        x = Stream.of(block.compress, x_rows, x_rope, nope=nope)
         window.append((x.K, x.V))
         z_rows, x_rows = compress(block.compress, config, C, C.z, x)
         for layer in block.hidden:
@@ -119,7 +120,7 @@ def _rebuild(
             context.append((z.K, z.V))
             window.append((x.K, x.V))
             z_rows, x_rows = hidden(layer, config, z, x)
-        z = Stream.of(block.restore, z_rows, z_rope, "kv", observed)
+        z = Stream.of(block.restore, z_rows, z_rope, "kv", observed, nope=nope)
         x = Stream.of(block.restore, x_rows, x_rope)
         context.append((z.K, z.V))
         window.append((x.K, x.V))

@@ -43,6 +43,7 @@ class Config:
       generation_window: W_og, tokens that are predicted together.
       dropout: in training, on attention weights and on the feed-forward's output.
       token_shift: whether a learned multiple of the embedding before is added to each token's.
+      history_position: 'rotary', or 'none': reads of all of C, and C's own, have queries and keys that are not rotated.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class Config:
     generation_window: int
     dropout: float = 0.0
     token_shift: bool = False
+    history_position: str = "rotary"
 
     @property
     def num_layers(self) -> int:
@@ -81,10 +83,11 @@ class Config:
 
 
 class KeyValue(NamedTuple):
-    """Keys (rotated) and values of some rows, each [batch, heads, rows, d_h]."""
+    """Keys and values of some rows, each [batch, heads, rows, d_h]; whether keys are rotated, and so their readers."""
 
     K: Tensor
     V: Tensor
+    rotary: bool = True
 
 
 def attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -144,10 +147,10 @@ class Layer(nn.Module):
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def project(self, u: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D]; Q and K are rotated, V is not."""
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D], not rotated."""
         Q, K, V = self.qkv_proj(self.norm1(u)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(Q, rope), rotate(K, rope), V
+        return Q, K, V
 
     def update(self, u: Tensor, attended: Tensor) -> Tensor:
         """Output projection, then feed-forward, each added to what it was made from: [batch, rows, D]."""
@@ -165,20 +168,29 @@ def layers_of(module: nn.Module) -> list[Layer]:
 
 
 class Stream(NamedTuple):
-    """Rows of one of the block's streams C, z and x, with their projections under the layer that reads them."""
+    """Rows of one of the block's streams C, z and x, with their projections under the layer that reads them.
+
+    Q and K are rotated, V is not. C is read by far_Q, and C reads far_K: the same, or with `history_position` 'none'
+    not rotated, and those of C neither.
+    """
 
     rows: Tensor
     Q: Tensor
     K: Tensor
     V: Tensor
+    far_Q: Tensor
+    far_K: Tensor
 
     @classmethod
-    def of(cls, layer: Layer, rows: Tensor, rope: Tensor) -> "Stream":
-        return cls(rows, *layer.project(rows, rope))
+    def of(cls, layer: Layer, rows: Tensor, rope: Tensor, config: Config) -> "Stream":
+        plain_Q, plain_K, V = layer.project(rows)
+        Q, K = rotate(plain_Q, rope), rotate(plain_K, rope)
+        far = (Q, K) if config.history_position == "rotary" else (plain_Q, plain_K)
+        return cls(rows, Q, K, V, *far)
 
     def after(self, h: int) -> "Stream":
         """The rows from h on."""
-        return Stream(self.rows[:, h:], self.Q[:, :, h:], self.K[:, :, h:], self.V[:, :, h:])
+        return Stream(self.rows[:, h:], *(part[:, :, h:] for part in self[1:]))
 
 
 # The three kinds of layer, section 3 of the paper: C is the history, z its compressed observation window, x the
@@ -192,10 +204,10 @@ def compress(layer: Layer, C: Stream, z: Stream, x: Stream, x_reads_C: bool = Tr
     z is handed in as rows h .. n - 1 of C. TConstFormer's x does not read C.
     """
     p = layer.attention_dropout
-    z_attends = attend(z.Q, C.K, C.V, dropout=p)
+    z_attends = attend(z.far_Q, C.far_K, C.V, dropout=p)
     x_attends = attend_causal(x.Q, x.K, x.V, dropout=p)
     if x_reads_C:
-        x_attends = x_attends + attend(x.Q, C.K, C.V, dropout=p)
+        x_attends = x_attends + attend(x.far_Q, C.far_K, C.V, dropout=p)
     return layer.update(z.rows, z_attends), layer.update(x.rows, x_attends)
 
 
@@ -214,7 +226,7 @@ def restore(layer: Layer, C: Stream, z: Stream, x: Stream) -> tuple[Tensor, Tens
     x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
     """
     p = layer.attention_dropout
-    C_attends = attend(C.Q, z.K, z.V, dropout=p)
+    C_attends = attend(C.far_Q, z.far_K, z.V, dropout=p)
     x_attends = attend_causal(x.Q, x.K, x.V, dropout=p) + attend(x.Q, z.K, z.V, dropout=p)
     return layer.update(C.rows, C_attends), layer.update(x.rows, x_attends)
 
@@ -237,16 +249,17 @@ class Block(nn.Module):
         first, *middle, final = layers_of(self)
         n, h = C.shape[1], self.config.observed_start(C.shape[1])
         C_rope, z_rope, x_rope = rope[:, :n], rope[:, h:n], rope[:, n:]
-        history, window = Stream.of(first, C, C_rope), Stream.of(first, x, x_rope)
+        config = self.config
+        history, window = Stream.of(first, C, C_rope, config), Stream.of(first, x, x_rope, config)
         x_reads_C = self.config.architecture == "tlinformer"
         seen = history if x_reads_C else history.after(n)
-        read = [KeyValue(seen.K, seen.V)]
+        read = [KeyValue(seen.far_K, seen.V, config.history_position == "rotary")]
         z, x = compress(first, history, history.after(h), window, x_reads_C)
         for layer in middle:
-            observed, window = Stream.of(layer, z, z_rope), Stream.of(layer, x, x_rope)
+            observed, window = Stream.of(layer, z, z_rope, config), Stream.of(layer, x, x_rope, config)
             read.append(KeyValue(observed.K, observed.V))
             z, x = hidden(layer, observed, window)
-        observed, window = Stream.of(final, z, z_rope), Stream.of(final, x, x_rope)
+        observed, window = Stream.of(final, z, z_rope, config), Stream.of(final, x, x_rope, config)
         read.append(KeyValue(observed.K, observed.V))
         C, x = restore(final, history.after(n if last else 0), observed, window)
         return C, x, read
@@ -294,8 +307,8 @@ class LanguageModel(nn.Module):
             return self._head(torch.cat([self._window(embedded[:, : n + size], n, rope)[0] for n in windows], dim=1))
         x = embedded
         for layer in layers_of(self):
-            Q, K, V = layer.project(x, rope)
-            x = layer.update(x, attend_causal(Q, K, V, self.config.reach, layer.attention_dropout))
+            own = Stream.of(layer, x, rope, self.config)
+            x = layer.update(x, attend_causal(own.Q, own.K, own.V, self.config.reach, layer.attention_dropout))
         return self._head(x)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -357,9 +370,10 @@ class LanguageModel(nn.Module):
         first = max(position - 1, 0)  # the token shift reads the token before the new ones
         x, rope, kept = self._embed(tokens[:, first:])[:, position - first :], self._rope(position, tokens.shape[1]), []
         for layer, history, before in zip(layers_of(self), read, own):
-            Q, K, V = layer.project(x, rope)
-            K, V = torch.cat([before.K, K], dim=2), torch.cat([before.V, V], dim=2)
-            x = layer.update(x, attend_causal(Q, K, V, self.config.reach) + attend(Q, *history))
+            new = Stream.of(layer, x, rope, self.config)
+            K, V = torch.cat([before.K, new.K], dim=2), torch.cat([before.V, new.V], dim=2)
+            far_Q = new.Q if history.rotary else new.far_Q
+            x = layer.update(x, attend_causal(new.Q, K, V, self.config.reach) + attend(far_Q, history.K, history.V))
             rows = -(self.config.reach or K.shape[2])
             kept.append(KeyValue(K[:, :, rows:], V[:, :, rows:]))
         return self._head(x[:, -1:]), kept
