@@ -32,7 +32,8 @@ def uncached_logits(params: DecoderParams, config: ModelConfig, tokens: jax.Arra
     length = tokens.shape[0]
     if not config.windowed:
         return logits_of(params, forward_layers(params.wide_layers, config, embed(params, tokens[None]))[0, -1])
-    size, history = config.generation_window, history_of(config, length)
+    history = history_of(config, length)
+    size = config.generation_window + (config.window_overlap if history else 0)
     rows = embed(params, jnp.pad(tokens, (0, history + size - length))[None])
     rope = rope_table(jnp.arange(history + size, dtype=jnp.int32), config.head_dim)
     first, observed = params.blocks[0].compress, config.observed_rows(history)

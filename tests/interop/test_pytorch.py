@@ -71,7 +71,7 @@ def test_golden(name, torch, tmp_path):
     np.testing.assert_array_equal(generated.numpy(), truth.greedy)
 
 
-# architecture, hidden_depth, history_window, generation_window, length; token_shift where there is a sixth
+# architecture, hidden_depth, history_window, generation_window, length; then options that are on
 SHAPES = [
     ("tlinformer", 0, 3, 5, 23),
     ("tlinformer", 2, 9, 4, 19),
@@ -87,17 +87,19 @@ SHAPES = [
     ("tconstformer", 1, 5, 4, 22, "shift"),
     ("transformer", 0, 5, 4, 22, "shift"),
     ("sliding_window", 0, 5, 4, 22, "shift"),
+    ("tlinformer", 1, 3, 4, 22, "shift", "overlap"),
+    ("tconstformer", 0, "auto", 4, 22, "overlap"),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_every_architecture(shape, torch, tmp_path):
     """Logits as the reference's and ours; tokens generated with a cache as without."""
-    architecture, hidden_depth, history_window, generation_window, length, *shift = shape
+    architecture, hidden_depth, history_window, generation_window, length, *options = shape
     config = ModelConfig(
         architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2, hidden_depth=hidden_depth,
         d_ff=40, history_window=history_window, generation_window=generation_window, dtype="float32",
-        token_shift=bool(shift),
+        token_shift="shift" in options, window_overlap=3 * ("overlap" in options),
     )  # fmt: skip
     weights = golden.random_weights(config, seed=length)
     model = loaded(tmp_path, weights, config)

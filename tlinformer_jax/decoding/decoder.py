@@ -193,9 +193,9 @@ class Decoder:
         """`run_steps` with the sequences, sampler, stop tokens and limit."""
         return self._call(run_steps, cache, *arguments)
 
-    def slide(self, cache: WindowedCache, row: int, history: int) -> WindowedCache:
-        """Slides the full window of sequence `row`, whose history then has `history` tokens."""
-        observed = np.int32(self.config.observed_rows(history))
+    def slide(self, cache: WindowedCache, row: int, tokens: int) -> WindowedCache:
+        """Slides the full window of sequence `row`, which has `tokens` tokens."""
+        observed = np.int32(self.config.observed_rows(history_of(self.config, tokens + 1)))
         return self._call(windowed.slide, cache, np.int32(row), observed)
 
     def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:

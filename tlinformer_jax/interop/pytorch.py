@@ -43,6 +43,7 @@ class Config:
       generation_window: W_og, tokens that are predicted together.
       dropout: in training, on attention weights and on the feed-forward's output.
       token_shift: whether a learned multiple of the embedding before is added to each token's.
+      window_overlap: o; every window but the first also runs the o tokens before it, which are not predicted there.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class Config:
     generation_window: int
     dropout: float = 0.0
     token_shift: bool = False
+    window_overlap: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -71,6 +73,10 @@ class Config:
     def reach(self) -> int | None:
         """Positions that a query of a baseline sees, its own included; None for all before it."""
         return int(self.history_window) + self.generation_window if self.architecture == "sliding_window" else None
+
+    def window_start(self, position: int) -> int:
+        """n, the first row that runs in the window which predicts from a position."""
+        return max(0, position - position % self.generation_window - self.window_overlap)
 
     def observed_start(self, n: int) -> int:
         """h, the first row of the observation window, which is the last W_oh rows of n."""
@@ -289,9 +295,12 @@ class LanguageModel(nn.Module):
         """Logits [batch, length, V] of tokens [batch, length]; row i predicts token i + 1."""
         embedded, rope = self._embed(tokens), self._rope(0, tokens.shape[1])
         if self.config.windowed:
-            size = self.config.generation_window
-            windows = range(0, tokens.shape[1], size)
-            return self._head(torch.cat([self._window(embedded[:, : n + size], n, rope)[0] for n in windows], dim=1))
+            size, windows = self.config.generation_window, []
+            for first in range(0, tokens.shape[1], size):
+                n = self.config.window_start(first)
+                rows, _ = self._window(embedded[:, : first + size], n, rope)
+                windows.append(rows[:, first - n :])
+            return self._head(torch.cat(windows, dim=1))
         x = embedded
         for layer in layers_of(self):
             Q, K, V = layer.project(x, rope)
@@ -332,7 +341,7 @@ class LanguageModel(nn.Module):
         start = None
         for _ in range(max_new_tokens):
             last = tokens.shape[1] - 1
-            n = last - last % self.config.generation_window if self.config.windowed else 0
+            n = self.config.window_start(last) if self.config.windowed else 0
             if n != start:
                 start, done, (read, own) = n, n, self._slide(tokens[:, :n])
             logits, own = self._step(tokens, done, read, own)
