@@ -39,7 +39,8 @@ def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
         work = hit_work(config, weights, 1, length, 0)
         return work.flops, work.bytes
     window = config.generation_window
-    hit, slide = hit_work(config, weights, 1, length, (window - 1) / 2), slide_work(config, weights, length)
+    rows = config.window_overlap + (window - 1) / 2
+    hit, slide = hit_work(config, weights, 1, length, rows), slide_work(config, weights, length)
     return hit.flops + slide.flops / window, hit.bytes + slide.bytes / window
 
 

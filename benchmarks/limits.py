@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.timing import Timing, time_calls
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding.cache import tree_bytes
+from tlinformer_jax.decoding.cache import history_of, tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
 
 # Back to back in one timed call, so that the device does not wait for the host between them.
@@ -102,8 +102,8 @@ def cached_rows(config: ModelConfig, history: float, window: float, devices: int
 
     Args:
       config: of the model.
-      history: n, tokens before the generation window; of a baseline, tokens so far.
-      window: tokens in the generation window; 0 for a baseline. May be a mean, hence a fraction.
+      history: n, rows before the generation window; of a baseline, tokens so far.
+      window: rows in the generation window; 0 for a baseline. May be a mean, hence a fraction.
       devices: that the history's rows are split over.
     """
     if config.architecture == "transformer":
@@ -141,12 +141,18 @@ def hit_work(
 
 
 def slide_work(config: ModelConfig, weights: Weights, history: int, devices: int = 1) -> Work:
-    """A slide of one sequence to `history` tokens: block 0 reads its rows, the others' are made and written; of one of
-    the devices that the history is split over."""
-    known = history - config.generation_window if config.architecture == "tlinformer" else 0
+    """A slide of one sequence to `history` rows: block 0 reads its rows, the others' are made and written; of one of
+    the devices that the history is split over. Rows that overlap the window before run again."""
+    known = max(history - config.generation_window, 0) if config.architecture == "tlinformer" else 0
     dense, pairs = _history_work(config, history, known, devices)
-    bytes_moved = weights.layers + cached_rows(config, history, 0, devices) * row_bytes(config)
-    return Work(bytes_moved, dense, pairs, config.d_model)
+    overlap = config.window_overlap
+    bytes_moved = weights.layers + cached_rows(config, history, overlap, devices) * row_bytes(config)
+    return Work(
+        bytes=bytes_moved,
+        dense=dense + overlap * config.num_layers * _layer_flops(config),
+        pairs=pairs + _window_pairs(config, overlap, history, devices),
+        width=config.d_model,
+    )
 
 
 def prefill_work(config: ModelConfig, weights: Weights, length: int, devices: int = 1) -> Work:
@@ -154,17 +160,22 @@ def prefill_work(config: ModelConfig, weights: Weights, length: int, devices: in
     devices that the history is split over."""
     if not config.windowed:
         return _baseline_prefill_work(config, weights, length)
-    history = (length - 1) // config.generation_window * config.generation_window
-    window, observed = length - history, config.observed_rows(history)
+    history = history_of(config, length)
+    window = length - history
     dense, pairs = _history_work(config, history, 0, devices)
-    read = history / devices if config.architecture == "tlinformer" else 0
-    context = (config.hidden_depth + 1) * observed + read
     return Work(
         bytes=weights.layers + weights.table + cached_rows(config, history, window, devices) * row_bytes(config),
         dense=dense + window * config.num_layers * _layer_flops(config) + _head_flops(config),
-        pairs=pairs + config.num_layers * window * (window + 1) // 2 + config.num_blocks * window * context,
+        pairs=pairs + _window_pairs(config, window, history, devices),
         width=config.d_model,
     )
+
+
+def _window_pairs(config: ModelConfig, rows: int, history: int, devices: int) -> float:
+    """Pairs of the first `rows` rows of a window, on one device."""
+    read = history / devices if config.architecture == "tlinformer" else 0
+    context = (config.hidden_depth + 1) * config.observed_rows(history) + read
+    return config.num_layers * rows * (rows + 1) // 2 + config.num_blocks * rows * context
 
 
 def _history_work(config: ModelConfig, history: int, known: int, devices: int) -> tuple[float, float]:

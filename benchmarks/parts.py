@@ -13,6 +13,7 @@ from benchmarks.limits import Ceilings, Weights, Work
 from benchmarks.session import Session
 from benchmarks.timing import Timing, time_calls
 from benchmarks.uncached import jit_uncached_logits
+from tlinformer_jax.decoding.cache import history_of
 
 # Figure 9's protocol: tokens that are generated one by one, and which of them is the cache hit (from 0).
 PROTOCOL_TOKENS = 6
@@ -82,7 +83,7 @@ def windows(session: Session, count: int, weights: Weights, ceilings: Ceilings, 
     """Tokens per second over all sequences while `count` windows are generated after the prompt, slides included."""
     config, size = session.config, session.config.generation_window
     history, window = session.history, session.window
-    session.generate(size - window + 1 if config.windowed else 1)  # compiles the loop and the slide
+    session.generate(session.room + 1 if config.windowed else 1)  # compiles the loop and the slide
     timing = time_calls(
         lambda: session.generate(count * size),
         budget,
@@ -91,11 +92,7 @@ def windows(session: Session, count: int, weights: Weights, ceilings: Ceilings, 
         compiled=True,
     )
     session.check()
-    work = [
-        part
-        for number in range(count)
-        for part in _window_work(session, weights, (session.length // size + number) * size)
-    ]
+    work = [part for number in range(count) for part in _window_work(session, weights, session.length // size + number)]
     limit = sum(part.seconds(ceilings)[0] for part in work)
     tokens = count * size * session.batch
     return timing.figures() | {
@@ -109,11 +106,13 @@ def windows(session: Session, count: int, weights: Weights, ceilings: Ceilings, 
     }
 
 
-def _window_work(session: Session, weights: Weights, history: int) -> list[Work]:
-    """Work of a generation window after `history` tokens: each of its tokens, and its slide for each sequence."""
+def _window_work(session: Session, weights: Weights, window: int) -> list[Work]:
+    """Work of a generation window: each of its tokens, and its slide for each sequence."""
     config, size = session.config, session.config.generation_window
-    devices = session.devices
-    hits = [limits.hit_work(config, weights, session.batch, history, number, devices) for number in range(size)]
+    devices, begin = session.devices, window * size
+    history = history_of(config, begin + 1) if config.windowed else begin
+    rows = range(begin - history, begin - history + size)
+    hits = [limits.hit_work(config, weights, session.batch, history, row, devices) for row in rows]
     if not config.windowed or history == 0:
         return hits
     return hits + [limits.slide_work(config, weights, history, devices)] * session.batch
@@ -124,12 +123,13 @@ def sustained(session: Session, weights: Weights, ceilings: Ceilings, budget: fl
 
     The session must stand at the beginning of a window. A token is one for every sequence of the batch.
     """
-    history, size = session.history, session.config.generation_window
+    history, size, overlap = session.history, session.config.generation_window, session.overlap
     session.loop(1)  # compiles
-    rewind = functools.partial(session.rewind, history, 0)
+    rewind = functools.partial(session.rewind, history, overlap)
     timing = time_calls(lambda: session.loop(size), budget, prepare=rewind, compiled=True).per(size)
     session.check()
-    work = limits.hit_work(session.config, weights, session.batch, history, (size - 1) / 2, session.devices)
+    mean = overlap + (size - 1) / 2
+    work = limits.hit_work(session.config, weights, session.batch, history, mean, session.devices)
     return limits.against(timing, work, ceilings) | {
         "steps": size,
         "history": history,
@@ -139,16 +139,18 @@ def sustained(session: Session, weights: Weights, ceilings: Ceilings, budget: fl
 
 def slide(session: Session, weights: Weights, ceilings: Ceilings, budget: float) -> dict[str, Any]:
     """A slide alone, of the first sequence; fills the generation windows first."""
-    before, size = session.history, session.config.generation_window
-    session.loop(size - session.window)
+    before = session.history
+    session.loop(session.room)
+    window = session.window
+    after = history_of(session.config, before + window + 1)
 
     def call() -> Any:
         session.slide_row(0)
         return session.cache
 
-    timing = time_calls(call, budget, prepare=lambda: session.rewind(before, size))
-    work = limits.slide_work(session.config, weights, before + size, session.devices)
-    return limits.against(timing, work, ceilings) | {"history_before": before, "history_after": before + size}
+    timing = time_calls(call, budget, prepare=lambda: session.rewind(before, window))
+    work = limits.slide_work(session.config, weights, after, session.devices)
+    return limits.against(timing, work, ceilings) | {"history_before": before, "history_after": after}
 
 
 def longest(session: Session, fill: Callable[[], str]) -> dict[str, Any]:

@@ -23,13 +23,13 @@ def profile(session: Session, folder: pathlib.Path) -> dict[str, str]:
     Returns:
       what `trace` returned for each.
     """
-    history, size = session.history, session.config.generation_window
+    history, size, overlap = session.history, session.config.generation_window, session.overlap
     session.loop(size)  # compiles
-    session.rewind(history, 0)
+    session.rewind(history, overlap)
     tables = {"hit": trace(folder / "hit", lambda: session.loop(size))}
     if session.config.windowed:
         session.slide_row(0)
-        session.rewind(history, size)
+        session.rewind(history, overlap + size)
 
         def slide() -> Any:
             session.slide_row(0)

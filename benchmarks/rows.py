@@ -183,7 +183,7 @@ def enter_window(session: Session) -> None:
     """Brings a session that was just filled to the beginning of the generation window that holds position N."""
     if session.must_slide:
         session.slide()
-    session.rewind(session.history, 0)
+    session.rewind(session.history, session.overlap)
 
 
 def can_prefill(plan: Plan, session: Session) -> bool:

@@ -25,7 +25,7 @@ class Session:
       length: N, tokens of each prompt.
       cache: as it is now; with room for the prompt and `room` tokens more.
       history: n of every sequence; of a baseline, tokens so far.
-      window: tokens in every generation window; 0 for a baseline.
+      window: rows in every generation window; 0 for a baseline.
     """
 
     def __init__(self, decoder: Decoder, batch: int, length: int, room: int, seed: int) -> None:
@@ -63,7 +63,7 @@ class Session:
         self.rewind(self.length, 0)
 
     def rewind(self, history: int, window: int) -> None:
-        """Says that `history` and `window` tokens are valid; of what was cached, no row is touched."""
+        """Says that `history` and `window` rows are valid; of what was cached, no row is touched."""
         self.history, self.window = history, window
 
         def full(value: int) -> jax.Array:
@@ -100,20 +100,33 @@ class Session:
         return self.decoder.devices
 
     @property
+    def overlap(self) -> int:
+        """Rows in a window before the first that it predicts from."""
+        return self.config.window_overlap if self.history else 0
+
+    @property
+    def room(self) -> int:
+        """Tokens until the generation windows are full."""
+        return self.overlap + self.config.generation_window - self.window if self.config.windowed else MAX_STEPS
+
+    @property
     def must_slide(self) -> bool:
         """Whether the generation windows are full."""
-        return self.config.windowed and self.window == self.config.generation_window
+        return self.room == 0
 
     def slide_row(self, row: int) -> None:
         """Slides the full window of one sequence; `slide` does so for all and keeps count."""
         assert isinstance(self.cache, WindowedCache)
-        self.cache = self.decoder.slide(self.cache, row, self.history + self.config.generation_window)
+        full = self.history + self.overlap + self.config.generation_window
+        self.cache = self.decoder.slide(self.cache, row, full)
 
     def slide(self) -> None:
         """Slides the full windows of all sequences."""
         for row in range(self.batch):
             self.slide_row(row)
-        self.history, self.window = self.history + self.window, 0
+        tokens = self.history + self.window
+        self.history = history_of(self.config, tokens + 1)
+        self.window = tokens - self.history
 
     def generate(self, tokens: int) -> jax.Array:
         """Generates `tokens` tokens for every sequence as the generator does: device loops, slides between them.
@@ -125,9 +138,9 @@ class Session:
         while left > 0:
             if self.must_slide:
                 self.slide()
-            room = self.config.generation_window - self.window if self.config.windowed else MAX_STEPS
-            last = self.loop(min(left, room))
-            left -= min(left, room)
+            steps = min(left, self.room)
+            last = self.loop(steps)
+            left -= steps
         return last
 
     def check(self) -> None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.decoding.test_exactness import TOLERANCE, truth
+from benchmarks.uncached import jit_uncached_logits
+from tests.decoding.test_exactness import TOLERANCE, largest_error, make_decoder, truth
 from tests.parallel.test_batch_split import MESHES, check
 from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
@@ -111,6 +112,23 @@ def test_windows_from_a_position_on_are_those_of_the_whole():
     model, variables = build_model(config), golden_scale(config)
     hidden = model.apply(variables, tokens, start=9, method=model.hidden_states)
     np.testing.assert_allclose(hidden @ variables["params"]["embedding"].T, expected[:, 9:], atol=TOLERANCE)
+
+
+# ---- Generation
+
+
+@pytest.mark.parametrize("shape", [name if name == "one" else pytest.param(name, marks=slow) for name in SHAPES])
+def test_prefill_step_and_slide_equal_the_reference(shape):
+    """Prompts of unequal lengths in one batch, each continued across at least three slides."""
+    config = overlapping(**SHAPES[shape])
+    size = config.generation_window
+    prompts = [max(size - 1, 1), size, size + 1, 1, 3 * size]
+    decoder = make_decoder(config)
+    assert largest_error(decoder, prompts, 6 * size + 3) < TOLERANCE
+    tokens, expected = truth(config, 6 * size + 3, len(prompts))
+    for length in (1, 2 * size, 2 * size + 1):
+        alone = jit_uncached_logits(decoder.params, config, jnp.asarray(tokens[0, :length], jnp.int32))
+        np.testing.assert_allclose(alone, expected[0, length - 1], atol=TOLERANCE)
 
 
 # ---- Training

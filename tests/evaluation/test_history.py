@@ -22,11 +22,11 @@ def double(model):
 
 def window_costs(model, tokens, labels, start, cut, seen=None):
     """Nats of a window's tokens with the history cut at `cut` (None: not)."""
-    size = model.generation_window
-    table = double(model)["embedding.weight"]
-    embedded = double(model)["embedding.weight"][tokens]
-    first = 0 if cut is None else max(0, start - cut)
-    x = reference._window(double(model), model, embedded, start, embedded[start : start + size], first, seen)
+    size, overlap = model.generation_window, min(start, model.window_overlap)
+    n, table = start - overlap, double(model)["embedding.weight"]
+    embedded = table[tokens]
+    first = 0 if cut is None else max(0, n - cut)
+    x = reference._window(double(model), model, embedded, n, embedded[n : start + size], first, seen)[overlap:]
     x = reference._norm(x, double(model)["transformer.norm.weight"], double(model)["transformer.norm.bias"])
     return [reference.mean_loss(row, label) for row, label in zip(x @ table.T, labels[start : start + size])]
 
@@ -41,6 +41,7 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
                 {"architecture": "tconstformer"},
                 {"token_shift": True},
                 {"history_position": "none"},
+                {"window_overlap": 3},
                 {"history_window": "auto", "num_blocks": 3},
             )
         ),
@@ -52,13 +53,14 @@ def test_losses_with_cuts_and_masses_are_those_of_the_reference(model):
     found = json.loads(json.dumps(measure_history(run, stream, 22, **OPTIONS)))
     count = (len(stream.tokens) - 1) // 22
     batch = take_samples(stream, 22, np.arange(3) * count // 3)
-    starts = list(range(0, 22, 4))
+    firsts = list(range(0, 22, 4))
+    starts = [max(0, first - model.window_overlap) for first in firsts]
     assert (found["starts"], found["samples"], found["length"]) == (starts, 3, 22)
     assert found["tokens"] == [12, 12, 12, 12, 12, 6]
     for name, cut in (("0", 0), ("5", 5), ("9", 9), ("all", None)):
         expected = [
-            np.mean([window_costs(model, *pair, start, cut) for pair in zip(batch["inputs"], batch["labels"])])
-            for start in starts
+            np.mean([window_costs(model, *pair, first, cut) for pair in zip(batch["inputs"], batch["labels"])])
+            for first in firsts
         ]
         np.testing.assert_allclose(found["losses"][name], expected, atol=2e-5)
     losses, tokens = {name: np.array(row) for name, row in found["losses"].items()}, np.array(found["tokens"])
@@ -86,11 +88,12 @@ def check_masses(model, found, batch):
     sums = {(name, block): [np.zeros(len(edges)), 0] for name in "xz" for block in range(model.num_blocks)}
     shares = np.zeros(model.num_blocks)
     for tokens, labels in zip(batch["inputs"], batch["labels"]):
-        for start in range(4, 22, 4):
+        for first in range(4, 22, 4):
             seen: list = []
-            window_costs(model, tokens, labels, start, None, seen)
+            window_costs(model, tokens, labels, first, None, seen)
+            start = first - model.window_overlap
             for block, (qz, qx, far_qx, kc, vc, kx, vx) in enumerate(seen):
-                for name, queries in (("z", qz), ("x", far_qx)):
+                for name, queries in (("z", qz), ("x", far_qx[model.window_overlap :])):
                     scores = np.einsum("qhd,khd->hqk", queries, kc) / scale
                     paid = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
                     for row in range(start):
@@ -103,7 +106,7 @@ def check_masses(model, found, batch):
                 out = layer.get("out_proj.weight").T
                 read, own = reference._attend(far_qx, kc, vc), reference._attend(qx, kx, vx, causal=True)
                 norms = [np.linalg.norm(part.reshape(len(qx), -1) @ out, axis=-1) for part in (read, own)]
-                shares[block] += (norms[0] / (norms[0] + norms[1])).sum()
+                shares[block] += (norms[0] / (norms[0] + norms[1]))[model.window_overlap :].sum()
     used = len(found["mass"]["edges"]) - 1
     for name in "xz":
         if name == "x" and model.architecture == "tconstformer":

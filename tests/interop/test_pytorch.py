@@ -71,7 +71,7 @@ def test_golden(name, torch, tmp_path):
     np.testing.assert_array_equal(generated.numpy(), truth.greedy)
 
 
-# architecture, hidden_depth, history_window, generation_window, length; options where there are more
+# architecture, hidden_depth, history_window, generation_window, length; then options that are on
 SHAPES = [
     ("tlinformer", 0, 3, 5, 23),
     ("tlinformer", 2, 9, 4, 19),
@@ -89,6 +89,8 @@ SHAPES = [
     ("sliding_window", 0, 5, 4, 22, "shift"),
     ("tlinformer", 1, 3, 4, 22, "nope"),
     ("tconstformer", 0, 5, 4, 22, "nope"),
+    ("tlinformer", 1, 3, 4, 22, "shift", "overlap"),
+    ("tconstformer", 0, "auto", 4, 22, "overlap"),
 ]
 
 
@@ -99,7 +101,8 @@ def test_every_architecture(shape, torch, tmp_path):
     config = ModelConfig(
         architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2, hidden_depth=hidden_depth,
         d_ff=40, history_window=history_window, generation_window=generation_window, dtype="float32",
-        token_shift="shift" in options, history_position="none" if "nope" in options else "rotary",
+        token_shift="shift" in options, window_overlap=3 * ("overlap" in options),
+        history_position="none" if "nope" in options else "rotary",
     )  # fmt: skip
     weights = golden.random_weights(config, seed=length)
     model = loaded(tmp_path, weights, config)

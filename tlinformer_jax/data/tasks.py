@@ -106,10 +106,12 @@ def answer_batches(
     rows: np.ndarray | slice,
     window: int,
     observed: Callable[[int], int],
+    overlap: int = 0,
 ) -> Iterator[Arrays]:
     """Yields every sample of a split once, in order, as `evaluation_batches` does, with regions and depths of answers.
 
-    `window` is W_og; `observed` gives the rows of the observation window from the length of a history. Beside inputs,
+    `window` is W_og; `observed` gives the rows of the observation window from the length of a history; `overlap` counts
+    the tokens before a window that run with it and are no history. Beside inputs,
     labels and weights come int32 [rows, N] starts, as in `Samples`, and cells: at the same positions the answer's
     region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
     """
@@ -120,17 +122,17 @@ def answer_batches(
         indices = indices[rows]
         batch, samples = take_task_samples(split, length, indices)
         batch["starts"] = np.where((indices >= 0)[:, None], samples.starts, -1)
-        cells = regions(samples, window, observed) * DEPTHS + samples.sources * DEPTHS // length
+        cells = regions(samples, window, observed, overlap) * DEPTHS + samples.sources * DEPTHS // length
         batch["cells"] = np.where(batch["starts"] >= 0, cells, -1).astype(np.int32)
         yield batch
 
 
-def regions(samples: Samples, window: int, observed: Callable[[int], int]) -> np.ndarray:
+def regions(samples: Samples, window: int, observed: Callable[[int], int], overlap: int = 0) -> np.ndarray:
     """The region of every answer, an index of REGIONS, at the positions that `starts` marks; undefined elsewhere."""
-    begin = np.maximum(samples.starts, 0) // window * window
-    firsts = np.arange(0, samples.starts.shape[1], window)
-    seen = np.array([first - observed(int(first)) for first in firsts])[begin // window]
-    return np.where(samples.sources >= begin, 0, np.where(samples.sources >= seen, 1, 2))
+    number = np.maximum(samples.starts, 0) // window
+    firsts = np.maximum(np.arange(0, samples.starts.shape[1], window) - overlap, 0)
+    seen = np.array([first - observed(int(first)) for first in firsts])
+    return np.where(samples.sources >= firsts[number], 0, np.where(samples.sources >= seen[number], 1, 2))
 
 
 # ---- Copying and recall

@@ -1,6 +1,7 @@
 """KV caches of the decoder: typed pytrees, passed in and returned; their room and their bytes.
 
-Keys are rotated when they are written, but for those of the history with `config.history_nope`. Keys and values are [batch, heads, d_h, rows].
+Keys are rotated when they are written, but for those of the history with `config.history_nope`. Keys and values are
+[batch, heads, d_h, rows].
 """
 
 import dataclasses
@@ -42,10 +43,11 @@ class WindowedCache:
         TConstFormer, whose window does not read them.
       context: of the compressed context, under each block's hidden and `restore` layers,
         [num_blocks * (hidden_depth + 1), batch, heads, d_h, observed capacity].
-      window: of the generation window under every layer, [num_layers, batch, heads, d_h, W_og].
+      window: of the generation window under every layer, [num_layers, batch, heads, d_h, o + W_og]; of all windows but
+        the first the first o rows are those that overlap the window before.
       history_length: n of each sequence.
       observed_length: valid rows of the compressed context.
-      window_length: tokens in the generation window.
+      window_length: rows of the generation window so far.
       capacity: rows of history there is room for (static).
       split: how the rows of `history` are split over devices, inside `jax.shard_map` (static).
         A device has everything else whole. None for one device.
@@ -172,9 +174,9 @@ def stored_rows(config: ModelConfig, tokens: int) -> int:
 
 
 def history_of(config: ModelConfig, tokens: int) -> int:
-    """n of a sequence of `tokens` tokens, the last of which is always in the window."""
+    """n of a sequence of `tokens` tokens, the last of which is always among those that the window predicts from."""
     size = config.generation_window
-    return (max(tokens, 1) - 1) // size * size
+    return max((max(tokens, 1) - 1) // size * size - config.window_overlap, 0)
 
 
 def chunk_rows(capacity: int, most: int | None = None) -> int:
@@ -220,15 +222,15 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows 
     if not config.windowed:
         last = jnp.full((batch,), NO_TOKEN, jnp.int32) if config.token_shift else None
         return LayeredCache(rows(capacity, config.num_layers), lengths(), capacity, last)
-    observed = max(config.observed_rows(capacity), 1)
+    observed, own = max(config.observed_rows(capacity), 1), config.window_overlap + config.generation_window
     parts = 1 if split is None else split.parts
     kept = config.num_blocks if config.architecture == "tlinformer" else 0
     return WindowedCache(
         # The slice of an observation window may reach past its valid rows.
-        tokens=jnp.zeros((batch, capacity + max(config.generation_window, observed)), jnp.int32),
+        tokens=jnp.zeros((batch, capacity + max(own, observed)), jnp.int32),
         history=tuple(rows(capacity, parts=parts) for _ in range(kept)),
         context=rows(observed, config.num_blocks * (config.hidden_depth + 1)),
-        window=rows(config.generation_window, config.num_layers),
+        window=rows(own, config.num_layers),
         history_length=lengths(),
         observed_length=lengths(),
         window_length=lengths(),

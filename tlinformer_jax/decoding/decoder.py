@@ -46,9 +46,11 @@ def step(
     nothing.
     """
     before = cache.last_token() if config.token_shift else None
-    x, rope, new = embed(params, tokens, before), rope_table(cache.position, config.head_dim), []
+    embedded, rope, new = embed(params, tokens, before), rope_table(cache.position, config.head_dim), []
+    x, key_rows = embedded.rows, embedded.key_rows
     for index, layer in enumerate(params.layers):
-        x, own = token_layer(layer, config, x, rope, *cache.read_by(config, index))
+        x, own = token_layer(layer, config, x, rope, *cache.read_by(config, index), key_rows=key_rows)
+        key_rows = None  # of the first layer
         new.append(own)
     own = jax.tree.map(lambda *layers: jnp.stack(layers), *new)
     return cache.with_token(tokens, own, active), logits_of(params, x)
@@ -193,9 +195,9 @@ class Decoder:
         """`run_steps` with the sequences, sampler, stop tokens and limit."""
         return self._call(run_steps, cache, *arguments)
 
-    def slide(self, cache: WindowedCache, row: int, history: int) -> WindowedCache:
-        """Slides the full window of sequence `row`, whose history then has `history` tokens."""
-        observed = np.int32(self.config.observed_rows(history))
+    def slide(self, cache: WindowedCache, row: int, tokens: int) -> WindowedCache:
+        """Slides the full window of sequence `row`, which has `tokens` tokens."""
+        observed = np.int32(self.config.observed_rows(history_of(self.config, tokens + 1)))
         return self._call(windowed.slide, cache, np.int32(row), observed)
 
     def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:

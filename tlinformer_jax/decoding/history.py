@@ -28,13 +28,13 @@ from tlinformer_jax.models.cached_attention import (
     write_tokens,
 )
 from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.layers import LayerParams, project, projections
+from tlinformer_jax.models.layers import Embedded, LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 
 # Block 0's projections, before rotation, depend on the token alone. Where the history has room for so
 # many times more rows than the vocabulary has tokens, all tokens are projected and rows looked up.
-# With a token shift they depend on the token before it as well, and every row is projected.
+# With a token shift keys depend on the token before it as well, and every row is projected.
 ROWS_PER_TOKEN = 4
 
 
@@ -79,9 +79,7 @@ class SequenceRows:
         ids = jax.lax.dynamic_slice(tokens, (self.row, start * split.parts), (1, count * split.parts))
         return split.take(ids)
 
-    def embed(
-        self, params: DecoderParams, start: Int[Array, ""], count: int | None = None
-    ) -> Float[Array, "1 count D"]:
+    def embed(self, params: DecoderParams, start: Int[Array, ""], count: int | None = None) -> Embedded:
         """Rows of C of block 0, from the same row on."""
         ids = self.ids(start, count)
         if params.shift is None:
@@ -101,6 +99,7 @@ class CachedHistory:
       queries: of the same rows, given them, [1, chunk, heads, d_h].
       keys: caches of keys and values of this block and those that follow, if any are kept.
       filled: the caches of this block and those before it.
+      key_rows: what keys are made of, as `rows`; None where that is `rows`.
     """
 
     at: SequenceRows
@@ -111,6 +110,7 @@ class CachedHistory:
     queries: Callable[[Array, Array], Float[Array, "1 chunk heads d_h"]]
     keys: tuple[KeyValue, ...]
     filled: tuple[KeyValue, ...] = ()
+    key_rows: Callable[[Array], Float[Array, "1 chunk D"]] | None = None
 
     def read(self, query: Array, config: ModelConfig, dropout: Dropout | None) -> Array:
         """attend(Q, Kc, Vc): keys come from the cache, or are made chunk by chunk."""
@@ -120,7 +120,8 @@ class CachedHistory:
         else:
 
             def body(start: Array, parts: tuple[Array, Array]) -> tuple[Array, Array]:
-                key, value = project(self.layer, self.rows(start), at.rope(start), "kv")
+                keyed = self.key_rows and self.key_rows(start)
+                key, value = project(self.layer, self.rows(start), at.rope(start), "kv", keyed)
                 return merge_parts(parts, attend_parts(query, key, value, at.held - start, scale, backend))
 
             parts = for_chunks(at.held, at.cache.room, body, no_parts(query))
@@ -143,7 +144,7 @@ class CachedHistory:
             return project(next_layer, rows, self.at.rope(start), "q")[0]
 
         z = Stream.of(next_layer, restore_rows(self.z.rows, self.z.Q), self.z_rope, "q")
-        new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries)
+        new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=None)
         return new._made(keep_rows="q" in parts)
 
     def _made(self, keep_rows: bool) -> "CachedHistory":
@@ -160,7 +161,8 @@ class CachedHistory:
             if kept is not None:
                 kept = jax.lax.dynamic_update_slice(kept, rows, (0, start, 0))
             if keys is not None:
-                keys = write_rows(keys, at.row, start, writer, rows, at.rope(start), backend)
+                keyed = self.key_rows and self.key_rows(start)
+                keys = write_rows(keys, at.row, start, writer, rows, at.rope(start), backend, keyed)
             return keys, kept
 
         keys, kept = for_chunks(at.held, at.cache.room, body, (keys, kept))
@@ -180,7 +182,10 @@ def embedded_history(
     first, later = caches[:1], caches[1:]
 
     def rows(start: Array) -> Array:
-        return at.embed(params, start)
+        return at.embed(params, start).rows
+
+    def key_rows(start: Array) -> Any:
+        return at.embed(params, start).key_rows
 
     def projected(start: Array, rows: Array) -> Array:
         return project(layer, rows, at.rope(start), "q")[0]
@@ -193,9 +198,10 @@ def embedded_history(
 
     z = Stream.of(layer, z_rows, z_rope, "q")
     if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
+        keyed = None if params.shift is None else key_rows
         if not fill:
-            return CachedHistory(at, layer, z, z_rope, rows, projected, later, first)
-        return CachedHistory(at, layer, z, z_rope, rows, projected, caches)._made(keep_rows=False)
+            return CachedHistory(at, layer, z, z_rope, rows, projected, later, first, keyed)
+        return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._made(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
     if fill:
         writer = for_writing(layer, at.chunk, backend)

@@ -36,7 +36,7 @@ def prefill(
 
     The prompt has `length` >= 1 tokens, and padding up to a length class.
     """
-    x, layers, capacity = embed(params, prompt[None]), cache.layers, cache.capacity
+    embedded, layers, capacity = embed(params, prompt[None]), cache.layers, cache.capacity
 
     def write(array: Array, rows: Array, index: int) -> Array:
         if config.architecture == "sliding_window":
@@ -46,8 +46,10 @@ def prefill(
         rows = lane_rows(rows, config.head_dim)[None, ..., : array.shape[-1]]
         return jax.lax.dynamic_update_slice(array, rows, (index, row, 0, 0, 0))
 
+    x, key_rows = embedded.rows, embedded.key_rows
     for index, layer in enumerate(params.wide_layers):
-        x, key, value = _layer(layer, config, x, length)
+        x, key, value = _layer(layer, config, x, length, key_rows)
+        key_rows = None  # of the first layer
         layers = KeyValue(write(layers.key, key, index), write(layers.value, value, index))
     last = jax.lax.dynamic_index_in_dim(x[0], length - 1, keepdims=False)
     end = None if cache.last is None else cache.last.at[row].set(prompt[length - 1])
@@ -55,7 +57,9 @@ def prefill(
     return cache, logits_of(params, last)
 
 
-def _layer(layer: LayerParams, config: ModelConfig, x: Rows, length: Int[Array, ""]) -> LayerRows:
+def _layer(
+    layer: LayerParams, config: ModelConfig, x: Rows, length: Int[Array, ""], key_rows: Rows | None = None
+) -> LayerRows:
     """One layer over the first `length` rows of a prompt, chunk by chunk."""
     most = None if fused_kernel(x.dtype) and config.attention != "xla" else PLAIN_CHUNK_ROWS
     size = chunk_rows(x.shape[1], most)
@@ -65,7 +69,8 @@ def _layer(layer: LayerParams, config: ModelConfig, x: Rows, length: Int[Array, 
         x, *cached = carry
         chunk = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
         rope = rope_table(start + jnp.arange(size, dtype=jnp.int32), config.head_dim)
-        query, *new = project(layer, chunk, rope)
+        keyed = None if key_rows is None else jax.lax.dynamic_slice_in_dim(key_rows, start, size, axis=1)
+        query, *new = project(layer, chunk, rope, key_rows=keyed)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(rows, part, start, axis=1) for rows, part in zip(cached, new)
         )

@@ -8,8 +8,8 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import head_multiple
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import TokenLayerParams
-from tlinformer_jax.models.layers import LayerParams, layer_norm, prepare_layers
-from tlinformer_jax.models.model import NO_TOKEN, ModelParams, add_previous, output_logits
+from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
+from tlinformer_jax.models.model import NO_TOKEN, ModelParams, output_logits, shifted
 
 
 @flax.struct.dataclass
@@ -49,15 +49,13 @@ def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
     )
 
 
-def embed(
-    params: DecoderParams, tokens: Int[Array, "*shape"], before: Int[Array, "*shape"] | None = None
-) -> Float[Array, "*shape D"]:
+def embed(params: DecoderParams, tokens: Int[Array, "*shape"], before: Int[Array, "*shape"] | None = None) -> Embedded:
     """`models.model.embed` of ids that the caller has checked to be in the vocabulary."""
     rows = jnp.take(params.embedding, tokens, axis=0, mode="clip")
     if params.shift is None or before is None:
-        return add_previous(params.shift, rows)
+        return shifted(params.shift, rows)
     previous = jnp.take(params.embedding, before, axis=0, mode="clip")
-    return add_previous(params.shift, rows, jnp.where((before == NO_TOKEN)[..., None], 0, previous))
+    return shifted(params.shift, rows, jnp.where((before == NO_TOKEN)[..., None], 0, previous))
 
 
 def logits_of(params: DecoderParams, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:

@@ -3,7 +3,9 @@
 While the generation window does not slide, everything on the history side is constant: a token reads
 each block's history keys, the compressed context's and its own window's. A slide makes the window
 history: block 0's rows are appended, since they are projections of embeddings; everything else on the
-history side is rebuilt, in chunks of rows. `prefill` builds the same from nothing.
+history side is rebuilt, in chunks of rows. `prefill` builds the same from nothing. With
+`model.window_overlap` the window's last o rows become no history yet: a slide runs them again, as the
+first rows of the next window.
 
 Both work on one sequence of the batch: sequences have lengths and window phases of their own.
 
@@ -41,10 +43,12 @@ def prefill(
     What follows the prompt's first `length` >= 1 tokens does not matter. `observed` is
     `config.observed_rows` of its history: rows of the compressed context.
     """
-    size = config.generation_window
+    size, overlap = config.generation_window, config.window_overlap
     history = (length - 1) // size * size
+    if overlap:
+        history = jnp.maximum(history - overlap, 0)
     cache = dataclasses.replace(cache, tokens=jax.lax.dynamic_update_slice(cache.tokens, prompt[None], (row, 0)))
-    window_tokens = jax.lax.dynamic_slice(prompt, (history,), (size,))
+    window_tokens = jax.lax.dynamic_slice(prompt, (history,), (overlap + size,))
     cache, x = _rebuild(params, config, cache, row, history, observed, window_tokens)
     last = jax.lax.dynamic_index_in_dim(x[0], length - history - 1, keepdims=False)
     cache = dataclasses.replace(cache, window_length=cache.window_length.at[row].set(length - history))
@@ -58,26 +62,33 @@ def slide(
     row: Int[Array, ""],
     observed: Int[Array, ""],
 ) -> WindowedCache:
-    """Makes the full window of sequence `row` history, for which the cache must have room.
+    """Makes the full window of sequence `row` history, but for its last `config.window_overlap` rows.
 
-    `observed` is `config.observed_rows` of the grown history.
+    The cache must have room. `observed` is `config.observed_rows` of the grown history.
     """
-    size, split, before = config.generation_window, cache.split, cache.history_length[row]
+    size, overlap = config.generation_window, config.window_overlap
+    split, before = cache.split, cache.history_length[row]
+    length = before + size
+    if overlap:
+        length = jnp.where(before > 0, length, size - overlap)
     if cache.history:
-        start, count = before, size
+        # The first slide, which has fewer rows to append, writes some that are not yet valid: the next one does again.
+        start, count = before, min(size, cache.capacity)
         if split is not None:
             # As many on every device. Some have one less to append: they write their last old row again,
             # or one more that is not yet valid, which the next slide writes again.
-            count = -(-size // split.parts)
+            count = -(-count // split.parts)
             start = jnp.minimum(split.count(before), cache.room - count)
-        at = SequenceRows(config, cache, row, before + size)
+        at = SequenceRows(config, cache, row, length)
         layer = for_writing(params.blocks[0].compress, count, config.attention)
-        rows, rope = at.embed(params, start, count), at.rope(start, count)
-        first = write_rows(cache.history[0], row, start, layer, rows, rope, config.attention)
+        new, rope = at.embed(params, start, count), at.rope(start, count)
+        first = write_rows(cache.history[0], row, start, layer, new.rows, rope, config.attention, new.key_rows)
         cache = dataclasses.replace(cache, history=(first, *cache.history[1:]))
-    no_window = jnp.zeros((0,), jnp.int32)
-    cache, _ = _rebuild(params, config, cache, row, before + size, observed, no_window)
-    return dataclasses.replace(cache, window_length=cache.window_length.at[row].set(0))
+    window = jnp.zeros((0,), jnp.int32)
+    if overlap:
+        window = jax.lax.dynamic_slice(cache.tokens, (row, length), (1, overlap))[0]
+    cache, _ = _rebuild(params, config, cache, row, length, observed, window)
+    return dataclasses.replace(cache, window_length=cache.window_length.at[row].set(overlap))
 
 
 def _rebuild(
@@ -94,25 +105,27 @@ def _rebuild(
     Args:
       length: n, rows of history.
       observed: n - h, rows of the observation window.
-      window_tokens: of the generation window; none in a slide, where the cache has block 0's rows.
+      window_tokens: of the generation window; in a slide, where the cache has block 0's rows, none but those that
+        overlap the window before.
     """
     start, m = length - observed, window_tokens.size
+    fill = m > config.window_overlap  # not in a slide
     width = max(config.observed_rows(cache.capacity), 1)
     z_rope, x_rope = (
         rope_table(first + jnp.arange(rows, dtype=jnp.int32), config.head_dim)
         for first, rows in ((start, width), (length, m))
     )
     both_rope = jax.tree.map(lambda *tables: jnp.concatenate(tables), z_rope, x_rope)
-    z_before, x_before = (
-        cache.tokens_before(row, first + jnp.arange(rows, dtype=jnp.int32))[None] if config.token_shift else None
-        for first, rows in ((start, width), (length, m))
-    )
-    z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width)), z_before)
+    x_before = cache.tokens_before(row, length + jnp.arange(m, dtype=jnp.int32))[None] if config.token_shift else None
+    # z takes rows and queries of C, which a token shift leaves as they are.
+    z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width))).rows
     nope = config.history_nope
-    C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, None if nope else z_rope, fill=m > 0)
-    x_rows, context, window = embed(params, window_tokens[None], x_before), [], []
+    C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, None if nope else z_rope, fill)
+    embedded, context, window = embed(params, window_tokens[None], x_before), [], []
+    x_rows, key_rows = embedded.rows, embedded.key_rows
     for index, block in enumerate(params.blocks):
-        x = Stream.of(block.compress, x_rows, x_rope, nope=nope)
+        x = Stream.of(block.compress, x_rows, x_rope, nope=nope, key_rows=key_rows)
+        key_rows = None  # of the first layer
         window.append((x.K, x.V))
         z_rows, x_rows = compress(block.compress, config, C, C.z, x)
         for layer in block.hidden:

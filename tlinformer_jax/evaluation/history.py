@@ -1,6 +1,7 @@
 """What the history contributes to a trained model, measured without any training.
 
-A window starts at position n; d >= 0 is a distance.
+A window starts at position n; d >= 0 is a distance. With `model.window_overlap` n is that of the first row that runs
+with it; rows that it does not predict from are in no figure.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, with their positions; the
   observation window is the last W_oh of them. With `model.token_shift` the first row that is left keeps its share of
@@ -69,7 +70,7 @@ def measure_history(
     config = trained.run.config.model
     length = length or trained.run.config.data.sequence_length
     check_measurable(config, length)
-    last = (num_windows(config, length) - 1) * config.generation_window
+    last = int(window_starts(config, num_windows(config, length))[-1])
     distances = distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
     distances = tuple(distance for distance in distances if distance < last)
     local = jax.tree.map(jnp.asarray, jax.device_get(trained.params))
@@ -99,6 +100,11 @@ def check_measurable(config: ModelConfig, length: int) -> None:
         )
 
 
+def window_starts(config: ModelConfig, windows: int) -> np.ndarray:
+    """n of each window, int [windows]."""
+    return np.maximum(np.arange(windows) * config.generation_window - config.window_overlap, 0)
+
+
 def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None) -> Sums:
     """Sums over a batch: losses and tokens of each window; where nothing is cut, those of `_probe` too."""
     dtype = config.compute_dtype
@@ -106,7 +112,7 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     size, length = config.generation_window, batch["inputs"].shape[1]
     windows = num_windows(config, length)
     embedded = embed(params, config, batch["inputs"])
-    width = max(config.observed_rows(window * size) for window in range(windows))
+    width = max(config.observed_rows(int(start)) for start in window_starts(config, windows))
     # As many rows past the end as any slice may reach.
     missing = ((0, 0), (0, windows * size - length + width), (0, 0))
     embedded = jax.tree.map(lambda rows: jnp.pad(rows, missing), embedded)
@@ -147,11 +153,11 @@ def _window_states(
     length: int,
 ) -> jax.Array:
     """A window with history, cut at `cut` (None: not at all): [batch, W_og, D]; fills `probed` where it is not cut."""
-    size = config.generation_window
-    begin = window * size
+    overlap = config.window_overlap
+    begin, size = window * config.generation_window - overlap, overlap + config.generation_window
     x = rows_of(embedded, begin, size)
     if cut == 0:
-        return _first_states(blocks, config, x)
+        return _first_states(blocks, config, x)[:, overlap:]
     start = jnp.int32(0) if cut is None else jnp.maximum(begin - cut, 0)
     padded = embedded.rows.shape[1]
     rows = padded if cut is None else cut + width
@@ -165,8 +171,9 @@ def _window_states(
     own = C.stream(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
     frame = WindowFrame(begin - start, begin - start - observed, observed, width)
     if cut is not None:
-        return window_states(blocks, config, C, own, frame)
-    real = begin + jnp.arange(size) < length
+        return window_states(blocks, config, C, own, frame)[:, overlap:]
+    own_rows = jnp.arange(size)
+    real = (own_rows >= overlap) & (begin + own_rows < length)
     placed = place_window(frame, rope, size)
     for index, block in enumerate(blocks):
         probed |= _probe(config, block.compress, index, C, own, placed, real)
@@ -174,7 +181,7 @@ def _window_states(
         restored, states = dual_window_block(block, config, C, own, placed, later)
         if restored is not None:
             C, own = restored, restored.stream(later[0].compress, states, placed.x_rope)
-    return states
+    return states[:, overlap:]
 
 
 def rows_of(embedded: Embedded, start: jax.Array | int, count: int) -> Embedded:
@@ -230,7 +237,7 @@ def distance_edges(rows: int) -> np.ndarray:
 def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """starts, tokens, losses, cuts and same_tokens of `measure_history`."""
     tokens: np.ndarray = totals["all"]["tokens"]
-    starts = np.arange(len(tokens)) * config.generation_window
+    starts = window_starts(config, len(tokens))
     losses: dict[str, np.ndarray] = {name: sums["losses"] for name, sums in totals.items()}
     cuts = []
     for distance in distances:

@@ -162,12 +162,11 @@ def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
 
 def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[Copies, list[list[Evaluated]], float]:
     """The copies when all have ended, the evaluations of each, and tokens a second of all copies together."""
-    train, options = run.config.train, {"compiler_options": compiler_options()}
-    update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, **options)
+    train, options = run.config.train, compiler_options()
+    update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, compiler_options=options)
     end = jax.jit(end_copies, donate_argnums=0)
-    evaluate = jax.jit(
-        jax.vmap(functools.partial(eval_step, model=run.model, answers=run.answers), in_axes=(0, None)), **options
-    )
+    sums_of = functools.partial(eval_step, model=run.model, answers=run.answers)
+    evaluate = jax.jit(jax.vmap(sums_of, in_axes=(0, None)), compiler_options=options)
     copies = first_copies(run, jobs)
     evaluations: list[list[Evaluated]] = [[] for _ in jobs]
     batches = [training_batches(job.config, splits["train"]) for job in jobs]

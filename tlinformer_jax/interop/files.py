@@ -67,6 +67,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], mode
         shape = {name: getattr(model, name) for name in SHAPE} | {"d_ff": model.feed_forward_dim}
         shape |= {"token_shift": True} if model.token_shift else {}
         shape |= {"history_position": "none"} if model.history_nope else {}
+        shape |= {"window_overlap": model.window_overlap} if model.window_overlap else {}
         metadata["tlinformer"] = json.dumps(shape)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:

@@ -42,8 +42,9 @@ class Config:
       history_window: W_oh, rows of the compressed history, or 'auto', which grows with it.
       generation_window: W_og, tokens that are predicted together.
       dropout: in training, on attention weights and on the feed-forward's output.
-      token_shift: whether a learned multiple of the embedding before is added to each token's.
+      token_shift: whether the first layer's keys add a learned multiple of the embedding before each token's.
       history_position: 'rotary', or 'none': reads of all of C, and C's own, have queries and keys that are not rotated.
+      window_overlap: o; every window but the first also runs the o tokens before it, which are not predicted there.
     """
 
     architecture: str
@@ -58,6 +59,7 @@ class Config:
     dropout: float = 0.0
     token_shift: bool = False
     history_position: str = "rotary"
+    window_overlap: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -73,6 +75,10 @@ class Config:
     def reach(self) -> int | None:
         """Positions that a query of a baseline sees, its own included; None for all before it."""
         return int(self.history_window) + self.generation_window if self.architecture == "sliding_window" else None
+
+    def window_start(self, position: int) -> int:
+        """n, the first row that runs in the window which predicts from a position."""
+        return max(0, position - position % self.generation_window - self.window_overlap)
 
     def observed_start(self, n: int) -> int:
         """h, the first row of the observation window, which is the last W_oh rows of n."""
@@ -147,10 +153,10 @@ class Layer(nn.Module):
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D], not rotated."""
+    def project(self, u: Tensor, key_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D], not rotated; keys of `key_rows`, if given."""
         Q, K, V = self.qkv_proj(self.norm1(u)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return Q, K, V
+        return (Q, K, V) if key_rows is None else (Q, self.project(key_rows)[1], V)
 
     def update(self, u: Tensor, attended: Tensor) -> Tensor:
         """Output projection, then feed-forward, each added to what it was made from: [batch, rows, D]."""
@@ -182,8 +188,8 @@ class Stream(NamedTuple):
     far_K: Tensor
 
     @classmethod
-    def of(cls, layer: Layer, rows: Tensor, rope: Tensor, config: Config) -> "Stream":
-        plain_Q, plain_K, V = layer.project(rows)
+    def of(cls, layer: Layer, rows: Tensor, rope: Tensor, config: Config, key_rows: Tensor | None = None) -> "Stream":
+        plain_Q, plain_K, V = layer.project(rows, key_rows)
         Q, K = rotate(plain_Q, rope), rotate(plain_K, rope)
         far = (Q, K) if config.history_position == "rotary" else (plain_Q, plain_K)
         return cls(rows, Q, K, V, *far)
@@ -241,16 +247,20 @@ class Block(nn.Module):
         self.hidden_layers = nn.ModuleList(Layer(config) for _ in range(config.hidden_depth))
         self.restore_context_shape_layer = Layer(config)
 
-    def forward(self, C: Tensor, x: Tensor, rope: Tensor, last: bool) -> tuple[Tensor, Tensor, list[KeyValue]]:
+    def forward(
+        self, C: Tensor, x: Tensor, rope: Tensor, last: bool, key_rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[KeyValue]]:
         """The next C [batch, n, D] and x [batch, m, D], and what x reads of the history in each layer.
 
-        `rope` is that of positions 0 .. n + m - 1. The last block's C has no rows, as nobody reads it.
+        `rope` is that of positions 0 .. n + m - 1, and so are `key_rows`, what keys are made of in the first block. The
+        last block's C has no rows, as nobody reads it.
         """
         first, *middle, final = layers_of(self)
         n, h = C.shape[1], self.config.observed_start(C.shape[1])
         C_rope, z_rope, x_rope = rope[:, :n], rope[:, h:n], rope[:, n:]
         config = self.config
-        history, window = Stream.of(first, C, C_rope, config), Stream.of(first, x, x_rope, config)
+        old, new = (None, None) if key_rows is None else (key_rows[:, :n], key_rows[:, n:])
+        history, window = Stream.of(first, C, C_rope, config, old), Stream.of(first, x, x_rope, config, new)
         x_reads_C = self.config.architecture == "tlinformer"
         seen = history if x_reads_C else history.after(n)
         read = [KeyValue(seen.far_K, seen.V, config.history_position == "rotary")]
@@ -300,34 +310,37 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, length, V] of tokens [batch, length]; row i predicts token i + 1."""
-        embedded, rope = self._embed(tokens), self._rope(0, tokens.shape[1])
+        embedded, rope = self.embedding(tokens), self._rope(0, tokens.shape[1])
         if self.config.windowed:
-            size = self.config.generation_window
-            windows = range(0, tokens.shape[1], size)
-            return self._head(torch.cat([self._window(embedded[:, : n + size], n, rope)[0] for n in windows], dim=1))
-        x = embedded
+            size, windows = self.config.generation_window, []
+            for first in range(0, tokens.shape[1], size):
+                n = self.config.window_start(first)
+                rows, _ = self._window(embedded[:, : first + size], n, rope)
+                windows.append(rows[:, first - n :])
+            return self._head(torch.cat(windows, dim=1))
+        x, key_rows = embedded, self._key_rows(embedded)
         for layer in layers_of(self):
-            own = Stream.of(layer, x, rope, self.config)
+            own, key_rows = Stream.of(layer, x, rope, self.config, key_rows), None
             x = layer.update(x, attend_causal(own.Q, own.K, own.V, self.config.reach, layer.attention_dropout))
         return self._head(x)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """The rows that the model reads, of tokens from position 0 on."""
-        embedded = self.embedding(tokens)
-        if self.config.token_shift:
-            embedded = embedded + SHIFT_SCALE * self.token_shift * F.pad(embedded, (0, 0, 1, 0))[:, :-1]
-        return embedded
+    def _key_rows(self, embedded: Tensor) -> Tensor | None:
+        """What the first layer's keys are made of with a token shift, of the embeddings from position 0 on."""
+        if not self.config.token_shift:
+            return None
+        return embedded + SHIFT_SCALE * self.token_shift * F.pad(embedded, (0, 0, 1, 0))[:, :-1]
 
     def _window(self, embedded: Tensor, n: int, rope: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """The window x = rows n, n + 1, ... after the history C = rows 0 .. n - 1, through all blocks.
 
         Nothing is carried over from window to window but the embeddings.
         """
-        C, x, read = embedded[:, :n], embedded[:, n:], []
+        C, x, key_rows = embedded[:, :n], embedded[:, n:], self._key_rows(embedded)
+        read: list[KeyValue] = []
         for index, block in enumerate(self.transformer.transformer_layers):
             last = index == self.config.num_blocks - 1
-            C, x, of_block = block(C, x, rope[:, : embedded.shape[1]], last)
-            read += of_block
+            C, x, of_block = block(C, x, rope[:, : embedded.shape[1]], last, key_rows)
+            read, key_rows = read + of_block, None
         return x, read
 
     def _rope(self, start: int, length: int) -> Tensor:
@@ -345,7 +358,7 @@ class LanguageModel(nn.Module):
         start = None
         for _ in range(max_new_tokens):
             last = tokens.shape[1] - 1
-            n = last - last % self.config.generation_window if self.config.windowed else 0
+            n = self.config.window_start(last) if self.config.windowed else 0
             if n != start:
                 start, done, (read, own) = n, n, self._slide(tokens[:, :n])
             logits, own = self._step(tokens, done, read, own)
@@ -355,7 +368,7 @@ class LanguageModel(nn.Module):
 
     def _slide(self, history: Tensor) -> tuple[list[KeyValue], list[KeyValue]]:
         """For each layer the keys and values of the history that the next window reads, and the window's own: none."""
-        embedded, n = self._embed(history), history.shape[1]
+        embedded, n = self.embedding(history), history.shape[1]
         empty = embedded.new_zeros(len(history), self.config.num_heads, 0, embedded.shape[-1] // self.config.num_heads)
         none = [KeyValue(empty, empty)] * self.config.num_layers
         return (self._window(embedded, n, self._rope(0, n))[1] if n else none), none
@@ -368,9 +381,11 @@ class LanguageModel(nn.Module):
         The second line of each of the three equations, and a baseline's only one.
         """
         first = max(position - 1, 0)  # the token shift reads the token before the new ones
-        x, rope, kept = self._embed(tokens[:, first:])[:, position - first :], self._rope(position, tokens.shape[1]), []
+        embedded, rope, kept = self.embedding(tokens[:, first:]), self._rope(position, tokens.shape[1]), []
+        x, key_rows = embedded[:, position - first :], self._key_rows(embedded)
+        key_rows = None if key_rows is None else key_rows[:, position - first :]
         for layer, history, before in zip(layers_of(self), read, own):
-            new = Stream.of(layer, x, rope, self.config)
+            new, key_rows = Stream.of(layer, x, rope, self.config, key_rows), None
             K, V = torch.cat([before.K, new.K], dim=2), torch.cat([before.V, new.V], dim=2)
             far_Q = new.Q if history.rotary else new.far_Q
             x = layer.update(x, attend_causal(new.Q, K, V, self.config.reach) + attend(far_Q, history.K, history.V))

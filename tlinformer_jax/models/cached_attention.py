@@ -38,7 +38,10 @@ MAX_FUSED_ROWS = 4
 
 @flax.struct.dataclass
 class KeyValue:
-    """Cached keys (rotated, but see `CachedRows`) and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
+    """Cached keys and values, each [..., batch, heads, d_h, rows]; leading axes count layers.
+
+    Keys are rotated, but see `CachedRows`.
+    """
 
     key: Array
     value: Array
@@ -127,6 +130,7 @@ def token_layer(
     past: CachedRows,
     context: CachedRows | None,
     backend: str | None = None,
+    key_rows: Float[Array, "batch D"] | None = None,
 ) -> tuple[Float[Array, "batch D"], KeyValue]:
     """A layer for one new row per sequence, which attends to what is cached and to itself.
 
@@ -137,6 +141,7 @@ def token_layer(
       past: rows that share a softmax with the new row's own key: its generation window's, or a baseline's cache.
       context: rows with a softmax of their own: history or compressed context; None, or none valid: they add 0.
       backend: 'plain', 'triton', or 'triton_interpreted' (on the CPU, for tests); None takes what fits.
+      key_rows: what the keys are made of, see `layers.Embedded`; None where that is x.
 
     Returns:
       x, and the new row's key (rotated) and value, each [batch, heads, d_h].
@@ -144,16 +149,22 @@ def token_layer(
     if backend is None:
         backend = "triton" if use_token_kernels(config) else "plain"
     if backend == "plain":
-        natural = params.natural()
+        natural, keyed = params.natural(), None if key_rows is None else key_rows[:, None]
         rows = jax.tree.map(lambda table: table[:, None], rope)
-        new = Stream.of(natural, x[:, None], rows, nope=context is not None and not context.rotary)
+        new = Stream.of(natural, x[:, None], rows, nope=context is not None and not context.rotary, key_rows=keyed)
         query, own = new.Q[:, 0], KeyValue(new.K[:, 0], new.V[:, 0])
         far_query = query if new.Q_nope is None else new.Q_nope[:, 0]
         attended = attend_cached(query, far_query, own, past, context, config.attention_scale)
         return update(natural, x[:, None], attended[:, None])[:, 0], own
     interpret = backend == "triton_interpreted"
     fused = x.shape[0] <= MAX_FUSED_ROWS
-    projected = _projected(params, x, interpret) if fused else projections(params.natural(), x[:, None])[:, 0]
+
+    def projected_rows(rows: Array) -> Array:
+        return _projected(params, rows, interpret) if fused else projections(params.natural(), rows[:, None])[:, 0]
+
+    projected = projected_rows(x)
+    if key_rows is not None:
+        projected = projected.at[:, 1].set(projected_rows(key_rows)[:, 1])
     sources = [
         (part.cache.key, part.cache.value, part.length, part.layer, part.rotary)
         for part in (past, context)
@@ -295,15 +306,16 @@ def write_rows(
     rows: Float[Array, "1 n D"],
     rope: Rope | None,
     backend: str,
+    key_rows: Float[Array, "1 n D"] | None = None,
 ) -> KeyValue:
     """Projects rows to keys and values, by a layer from `for_writing`, and writes these from row `start` on.
 
     In place where the cache, of one layer, is donated. Without `rope` the keys are not rotated.
     """
     if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], rows.shape[1], backend):
-        projected, bias = unbiased_projections(layer, rows, "kv")
+        projected, bias = unbiased_projections(layer, rows, "kv", key_rows)
         return KeyValue(*history_kernel.store(cache.key, cache.value, projected[0], bias, rope, row, start))
-    return _write_plainly(cache, row, start, *project(layer, rows, rope, "kv"))
+    return _write_plainly(cache, row, start, *project(layer, rows, rope, "kv", key_rows))
 
 
 def write_tokens(

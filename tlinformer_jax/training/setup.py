@@ -142,7 +142,8 @@ class Run:
         model, chance = self.config.model, None
         if isinstance(stream, TaskSplit):
             chance = stream.task.chance(length)
-            batches = answer_batches(stream, length, batch_size, rows, model.generation_window, model.observed_rows)
+            windows = model.generation_window, model.observed_rows, model.window_overlap
+            batches = answer_batches(stream, length, batch_size, rows, *windows)
         else:
             batches = evaluation_batches(stream, length, batch_size, rows, rest)
         with jax.set_mesh(self.mesh):
