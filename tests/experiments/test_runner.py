@@ -19,7 +19,7 @@ from tlinformer_jax.experiments.job import Job, finished_result, run_jobs, write
 # Counts its calls in the working directory, then does what is asked for at this one.
 PROGRAM = """
 import json, os, pathlib, signal, sys
-job = json.loads(sys.stdin.readline())
+job = json.loads(json.loads(sys.stdin.readline())[0])
 folder = pathlib.Path(job["workdir"])
 calls = folder / "calls"
 number = len(calls.read_text()) if calls.exists() else 0
@@ -55,6 +55,10 @@ def calls(*jobs: Job) -> list[int]:
     return [len(path.read_text()) if path.exists() else 0 for path in paths]
 
 
+def run_each(jobs: list[Job], retries: int) -> dict[str, str]:
+    return run_jobs([[job] for job in jobs], retries)
+
+
 def test_failures_are_tried_again_then_named_and_the_others_go_on(tmp_path, capfd):
     jobs = [
         job(tmp_path, "sound", "finish"),
@@ -65,7 +69,7 @@ def test_failures_are_tried_again_then_named_and_the_others_go_on(tmp_path, capf
         job(tmp_path, "silent", "nothing"),
         job(tmp_path, "last", "finish"),
     ]
-    failures = run_jobs(jobs, retries=1)
+    failures = run_each(jobs, retries=1)
     assert failures == {
         "always": "status 1: RuntimeError: no luck",
         "killed": "ended by SIGKILL",
@@ -77,13 +81,33 @@ def test_failures_are_tried_again_then_named_and_the_others_go_on(tmp_path, capf
     assert "point 2 of 7, once: attempt 2 of 2" in said
     assert "RuntimeError: no luck" in said
     assert (tmp_path / "once" / "log.txt").read_text() == "doing die\ndoing finish\n"
-    run_jobs(jobs, retries=0)
+    run_each(jobs, retries=0)
     assert calls(*jobs) == [1, 2, 3, 3, 2, 3, 1], "what is finished is not run again"
+
+
+GROUP = """
+import json, pathlib, sys
+jobs = [json.loads(text) for text in json.loads(sys.stdin.readline())]
+pathlib.Path(jobs[0]["workdir"], "together").write_text(" ".join(job["name"] for job in jobs))
+for job in jobs[: 2 if len(jobs) == 3 else None]:
+    pathlib.Path(job["workdir"], "result.json").write_text(job["overrides"]["result"])
+print("the third is missing", file=sys.stderr)
+"""
+
+
+def test_a_group_shares_a_process_and_what_is_left_of_it_is_tried_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(jobs_module, "COMMAND", (sys.executable, "-c", GROUP))
+    jobs = [job(tmp_path, name, "finish") for name in ("one", "two", "three")]
+    assert run_jobs([jobs], retries=0) == {"three": "status 0: the third is missing"}
+    assert (jobs[0].workdir / "together").read_text() == "one two three"
+    assert "point 1 of 1, one and 2 more: starting" in capfd.readouterr().err
+    assert run_jobs([jobs], retries=0) == {}
+    assert (jobs[2].workdir / "together").read_text() == "three"
 
 
 def test_what_is_finished_is_told_by_its_record(tmp_path):
     sound = job(tmp_path, "sound", "finish")
-    run_jobs([sound], retries=0)
+    run_each([sound], retries=0)
     assert finished_result(sound)["name"] == "sound"
     more = job(tmp_path, "sound", "finish", then=("samples",))
     assert finished_result(more) is None, "an action is missing"
@@ -97,13 +121,13 @@ def test_another_configuration_is_refused_before_anything_runs(tmp_path):
     other.workdir.mkdir()
     write_result(other.workdir / "result.json", made_result("other", 20.0, train={"steps": 7}))
     with pytest.raises(UserError, match=r"other/result.json: is of another configuration \(train.steps: 7 -> 100\)"):
-        run_jobs([first, other], retries=0)
+        run_each([first, other], retries=0)
     assert calls(first, other) == [0, 0]
     # Where the data are kept is no part of what a run is.
     result = made_result("other", 20.0)
     result["config"]["data"]["cache_dir"] = "/elsewhere"
     write_result(other.workdir / "result.json", result)
-    assert run_jobs([first, other], retries=0) == {}
+    assert run_each([first, other], retries=0) == {}
     assert calls(first, other) == [1, 0]
 
 
@@ -129,7 +153,7 @@ def test_a_signal_to_the_sweep_stops_the_process_first(tmp_path, monkeypatch):
     """It gets SIGTERM, by which a training saves itself, and is waited for."""
     waits = """
 import json, pathlib, signal, sys, time
-folder = pathlib.Path(json.loads(sys.stdin.readline())["workdir"])
+folder = pathlib.Path(json.loads(json.loads(sys.stdin.readline())[0])["workdir"])
 def stop(*_):
     (folder / "saved").write_text("")
     sys.exit(3)
@@ -150,7 +174,7 @@ time.sleep(60)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_jobs([job(tmp_path, "long", "finish")], retries=1)
+            run_each([job(tmp_path, "long", "finish")], retries=1)
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "long" / "saved").exists()

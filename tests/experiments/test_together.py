@@ -1,0 +1,112 @@
+"""Runs that one program trains: each is what it would be alone."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tlinformer_jax.config.run import RunConfig, run_config
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.experiments import together
+from tlinformer_jax.experiments.job import Job, finished_result, groups_of
+from tlinformer_jax.experiments.together import train_together
+from tlinformer_jax.training.loop import train_run
+
+MODEL = {"vocab_size": 64, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
+MODEL |= {"history_window": 4, "generation_window": 4, "dtype": "float32", "token_shift": True}
+TRAIN = {"steps": 6, "batch_size": 8, "eval_every": 3, "warmup_steps": 2, "weight_decay": 0.1, "clip_norm": 0.1}
+DATA = {"dataset": "recall", "tokenizer": "numbers:64", "sequence_length": 16, "num_items": 2}
+DATA |= {"examples": 100, "validation_examples": 20, "curriculum": "8:2"}
+
+
+def config(**changes) -> RunConfig:
+    sections = {"model": dict(MODEL), "train": dict(TRAIN), "data": dict(DATA)}
+    for name, value in changes.items():
+        section, field = name.split("__")
+        sections[section][field] = value
+    return run_config(sections)
+
+
+def job(folder, seed: int, rate: float, **changes) -> Job:
+    one = config(train__seed=seed, train__learning_rate=rate, **changes)
+    return Job(f"{seed}-{rate}", one, folder / f"{seed}-{rate}", "command", study="retrieval")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The last copies' parameters as `train_together` has them."""
+    kept: list = []
+    real = together._trained
+    monkeypatch.setattr(together, "_trained", lambda *given: kept.append(real(*given)) or kept[-1])
+    return kept
+
+
+def test_each_is_what_it_would_be_alone(tmp_path, trained):
+    """Seeds, learning rates, stages, warm-up, decay and clipping are each run's own."""
+    jobs = [job(tmp_path, seed, rate) for seed, rate in ((0, 1e-2), (3, 1e-2), (0, 3e-2))]
+    records = train_together(jobs)
+    copies = trained[-1][0]
+    for number, (one, record) in enumerate(zip(jobs, records)):
+        alone = train_run(one.config, tmp_path / f"alone-{number}")
+        params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, alone.params)
+        assert record["validation"]["loss"] == pytest.approx(alone.figures["loss"], abs=1e-4)
+        assert [step for step, _ in record["history"]] == [3, 6]
+        assert (record["seed"], record["steps"], record["together"]) == (one.config.train.seed, 6, 3)
+        assert run_config(record["config"]) == one.config
+        assert finished_result(one) == json.loads(json.dumps(record))
+    assert len({record["validation"]["loss"] for record in records}) == 3
+
+
+def test_a_run_that_has_reached_its_goal_keeps_its_parameters(tmp_path, trained, monkeypatch):
+    """The first reaches it at the first evaluation; the second never, and goes on to the end."""
+    real = together._evaluated
+
+    def with_accuracy(*given):
+        return [figures | {"accuracy": accuracy} for figures, accuracy in zip(real(*given), (0.9, 0.1))]
+
+    monkeypatch.setattr(together, "_evaluated", with_accuracy)
+    goal = {"train__stop_at_accuracy": 0.5}
+    first, second = train_together([job(tmp_path, seed, 1e-2, **goal) for seed in (0, 1)])
+    assert (first["steps"], second["steps"]) == (3, 6)
+    assert [step for step, _ in first["accuracies"]] == [3]
+    assert first["target"]["reached"]
+    assert not second["target"]["reached"]
+    copies = trained[-1][0]
+    ended, last = (jax.tree.leaves(tree)[0] for tree in (copies.ended, copies.params))
+    assert np.abs(ended[0] - last[0]).max() > 1e-4, "it was trained on, to no effect"
+    np.testing.assert_array_equal(ended[1], last[1])
+    alone = train_run(config(train__seed=0, train__learning_rate=1e-2, train__steps=3), tmp_path / "alone")
+    assert alone.step == 3
+
+
+def test_a_run_whose_loss_is_not_finite_harms_no_other(tmp_path, trained):
+    one = train_together([job(tmp_path / "a", seed, rate) for seed, rate in ((0, 1e-2), (1, 1e-2))])[0]
+    bad = dataclasses.replace(config(), train=dataclasses.replace(config().train, learning_rate=1e30, seed=1))
+    beside = Job("bad", bad, tmp_path / "b" / "bad", "command", study="retrieval")
+    again = train_together([job(tmp_path / "b", 0, 1e-2), beside])[0]
+    assert again["validation"]["loss"] == one["validation"]["loss"]
+
+
+def test_groups_differ_in_seed_and_rate_alone(tmp_path):
+    jobs = [job(tmp_path, 0, 1e-2), job(tmp_path, 0, 1e-2, train__steps=7), job(tmp_path, 1, 3e-2)]
+    assert [[one.name for one in group] for group in groups_of(jobs)] == [["0-0.01", "1-0.03"], ["0-0.01"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data__dataset": "pydoc", "data__tokenizer": "bytes", "model__vocab_size": 257}, "data.dataset"),
+        ({"data__curriculum": "8:2@0.5"}, "data.curriculum"),
+        ({"model__dropout": 0.1}, "model.dropout"),
+        ({"train__sampled_windows": 1}, "train.sampled_windows"),
+        ({"train__accumulation": 2}, "train.accumulation"),
+        ({"train__eval_every": "epoch"}, "train.eval_every"),
+    ],
+)
+def test_what_runs_cannot_have_together_is_refused(tmp_path, changes, field):
+    with pytest.raises(ConfigError, match=field):
+        train_together([job(tmp_path, seed, 1e-2, **changes) for seed in (0, 1)])
+    assert not list(tmp_path.iterdir())
