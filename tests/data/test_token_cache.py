@@ -18,9 +18,8 @@ import pytest
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import cache, encoding, files
-from tlinformer_jax.data.encoding import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces
 from tlinformer_jax.data.sources import load_split, load_stored_split, open_split
-from tlinformer_jax.data.streams import smallest_dtype
+from tlinformer_jax.data.streams import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces, smallest_dtype
 from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer, build_tokenizer
 from tlinformer_jax.errors import DataError
 

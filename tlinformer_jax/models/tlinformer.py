@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
-from tlinformer_jax.models.dropout import Dropout, part_of
+from tlinformer_jax.models.layers import Dropout, part_of
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
@@ -30,7 +30,7 @@ from tlinformer_jax.models.windows import (
     padded_length,
     plan_segments,
 )
-from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit
+from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
 
 def window_states(
