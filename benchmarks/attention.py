@@ -108,7 +108,7 @@ def _by(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
     import jax
 
     from tlinformer_jax.models.attention import attend
-    from tlinformer_jax.models.dropout import Dropout
+    from tlinformer_jax.models.layers import Dropout
 
     def attention(*arrays: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
         if backend == "dropout":
@@ -126,7 +126,7 @@ def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
     import jax.numpy as jnp
 
     from tlinformer_jax.models.attention import visible
-    from tlinformer_jax.models.dropout import Dropout, dropout_mask
+    from tlinformer_jax.models.layers import Dropout, dropout_mask
 
     if backend != "dropout":
         return _by("xla", options)
@@ -199,7 +199,7 @@ def _timed_attention(backend: str, causal: bool) -> Callable[..., Any]:
     import jax
 
     from tlinformer_jax.models.attention import attend
-    from tlinformer_jax.models.dropout import Dropout
+    from tlinformer_jax.models.layers import Dropout
 
     dropout = Dropout.by_key(jax.random.key(0), RATE) if backend.startswith("dropout") else None
     chosen = {"dropout": "triton", "dropout xla": "xla"}.get(backend, backend)

@@ -11,7 +11,7 @@ from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.models.dropout import Dropout
+from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.kernels import dropout as dropout_kernel
-from tlinformer_jax.kernels.common import Scores
+from tlinformer_jax.kernels.common import Scores, threefry
 from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.models.dropout import Dropout, dropout_mask, threefry
+from tlinformer_jax.models.layers import Dropout, dropout_mask
 
 # Tiles that no length below is a multiple of, other ones for each kernel.
 TILES = Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))

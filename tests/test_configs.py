@@ -18,11 +18,12 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import (
     SECTIONS,
     RunConfig,
+    TrainConfig,
     default_config_dict,
     run_config,
     save_config,
+    seconds,
 )
-from tlinformer_jax.config.train import TrainConfig, seconds
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
 from tlinformer_jax.models import ModelConfig, build_model

@@ -12,15 +12,15 @@ from tests.support.commands import ROOT, command, command_line, run_line
 # The text comes slowly, so that there is time to interrupt.
 SLOWLY = """
 import sys, time
-from tlinformer_jax.data import encoding
-groups = encoding.group_pieces
+from tlinformer_jax.data import streams
+groups = streams.group_pieces
 def slowly(pieces):
     for number, group in enumerate(groups(pieces)):
         if number == 20:
             print("under way", file=sys.stderr, flush=True)
         time.sleep(0.3 if number > 20 else 0)
         yield group
-encoding.group_pieces = slowly
+streams.group_pieces = slowly
 """
 
 # Python drops what is raised in a finalizer.

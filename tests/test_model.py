@@ -14,8 +14,7 @@ from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.layers import prepare_layers
+from tlinformer_jax.models.layers import Dropout, prepare_layers
 from tlinformer_jax.models.rope import rotary_angles
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.models.windows import num_windows, plan_segments

@@ -15,7 +15,7 @@ from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config import data as data_config
 from tlinformer_jax.config import model as model_config
-from tlinformer_jax.config import train as train_config
+from tlinformer_jax.config import run as run_module
 from tlinformer_jax.config.model import MEMORY, ExecutionPlan
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.decoding.cache import history_of
@@ -96,7 +96,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "sampled_windows": sampled,
         "warmup_steps": 0,
         "epochs": 1,
-        "schedule": draw(st.sampled_from(train_config.SCHEDULES)),
+        "schedule": draw(st.sampled_from(run_module.SCHEDULES)),
     }
     return run_config({"model": model, "train": train, "data": {"sequence_length": length}})
 
@@ -201,7 +201,7 @@ CHOICES = {
         "history_window": ("auto",),
     },
     "train": {
-        "schedule": train_config.SCHEDULES,
+        "schedule": run_module.SCHEDULES,
         "eval_every": ("epoch",),
         "checkpoint_every": ("30s", "10min", "1.5h"),
     },

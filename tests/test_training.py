@@ -15,8 +15,7 @@ import pytest
 from tests.support import golden
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ARCHITECTURES
-from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.config.train import TrainConfig
+from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig, build_model

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from tests.support.compilation import quick_flags
 from tests.support.optional import need_modules
 from tlinformer_jax import load_run, train_and_evaluate
 from tlinformer_jax.config.data import DataConfig
@@ -427,38 +429,45 @@ def test_epochs_of_an_iterable_are_not_known(tmp_path):
             train_and_evaluate(config, tmp_path / "run", train_data=DOCUMENTS, validation_data=IDS[:50])
 
 
-KILLED = """
-    import sys, time, numpy as np
+# Trains on each kind of data in a directory of its own.
+TRAINING = """
+    import pathlib, sys
     from tests.data.test_given import FRESH, IDS, run_config
     from tlinformer_jax import train_and_evaluate
-    kind, workdir = sys.argv[1:]
-    config = run_config()
-    config["model"]["dropout"] = 0.1
-    config["train"] |= {"steps": 300, "log_every": 20, "checkpoint_every": 20}
-    data = IDS if kind == "array" else FRESH[kind]()
-    figures = train_and_evaluate(config, workdir, train_data=data, validation_data=IDS[:200])
-    print(figures["loss"].hex())
+    folder, *kinds = sys.argv[1:]
+    for kind in kinds:
+        config = run_config()
+        config["model"]["dropout"] = 0.1
+        config["train"] |= {"steps": 200, "log_every": 20, "checkpoint_every": 20}
+        data = IDS if kind == "array" else FRESH[kind]()
+        figures = train_and_evaluate(config, pathlib.Path(folder) / kind, train_data=data, validation_data=IDS[:200])
+        print(kind, figures["loss"].hex(), flush=True)
+        print("next kind", file=sys.stderr)
 """
+KINDS = ("array", "list", "grain map", "grain iterator", "again")
 
 
-def child(kind: str, workdir: pathlib.Path) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", textwrap.dedent(KILLED), kind, str(workdir)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def training(folder: pathlib.Path, *kinds: str) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", textwrap.dedent(TRAINING), str(folder), *kinds]
+    environment = os.environ | {"XLA_FLAGS": quick_flags()}
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["array", "list", "grain map", "grain iterator", "again"])
-def test_a_killed_run_goes_on_bit_by_bit(tmp_path, kind):
-    whole = child(kind, tmp_path / "whole")
-    killed = child(kind, tmp_path / "parts")
-    for line in killed.stderr:
-        if line.startswith("step") and int(line.split()[1].split("/")[0].rstrip(":")) >= 100:
-            break
-    killed.send_signal(signal.SIGKILL)
-    told = killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, told
-    going_on = child(kind, tmp_path / "parts")
-    found, told = going_on.communicate()
-    assert "continuing from step" in told
-    assert ("train_data: goes on at item" in told) == (kind in SEEKING)
-    assert (found, found != "") == (whole.communicate()[0], True)
+def test_killed_runs_go_on_bit_by_bit(tmp_path):
+    grain()
+    whole = training(tmp_path / "whole", *KINDS)
+    for kind in KINDS:
+        killed = training(tmp_path / "parts", kind)
+        for line in killed.stderr:
+            if line.startswith("step") and int(line.split()[1].split("/")[0].rstrip(":")) >= 60:
+                break
+        killed.send_signal(signal.SIGKILL)
+        told = killed.communicate()
+        assert killed.returncode == -signal.SIGKILL, told
+    found, told = training(tmp_path / "parts", *KINDS).communicate()
+    for kind, part in zip(KINDS, told.split("next kind"), strict=False):
+        assert "continuing from step" in part, (kind, part)
+        assert ("train_data: goes on at item" in part) == (kind in SEEKING), (kind, part)
+    assert found == whole.communicate()[0]
+    assert [line.rsplit(" ", 1)[0] for line in found.splitlines()] == list(KINDS)

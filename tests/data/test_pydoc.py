@@ -5,7 +5,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from tlinformer_jax.data.pydoc import group_by_shingles, pydoc_articles
+from tlinformer_jax.data.sources import group_by_shingles, pydoc_articles
 
 SPLITS = ("train", "validation", "test")
 

@@ -11,10 +11,15 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import tasks
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.passkey import KEY_DIGITS
-from tlinformer_jax.data.pydoc import pydoc_articles
-from tlinformer_jax.data.sources import answer_places, available_splits, find_split, load_split
+from tlinformer_jax.data.sources import answer_places, available_splits, find_split, load_split, pydoc_articles
 from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, TaskSplit, answer_batches
-from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, build_tokenizer, load_tokenizer
+from tlinformer_jax.data.tokenizers import (
+    ByteTokenizer,
+    NumberTokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 from tlinformer_jax.errors import ConfigError, DataError
 
 RECALL = DataConfig(dataset="recall", tokenizer="numbers:64", sequence_length=48, num_items=6, examples=500)
@@ -242,7 +247,7 @@ def test_splits_and_numbers_as_tokens(tmp_path):
     assert available_splits(RECALL) == available_splits(PASSKEY) == ("train", "validation", "test")
     assert find_split(PASSKEY, "validation", ByteTokenizer()).count == 50
     tokenizer = NumberTokenizer(64)
-    tokenizer.save(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     assert load_tokenizer(tmp_path) == tokenizer
     assert tokenizer.decode(tokenizer.encode("5 63 7")) == b"5 63 7 "
     with pytest.raises(DataError, match="'64' must be a number from 1 to 63"):

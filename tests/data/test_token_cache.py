@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.data import cache, encoding, files
-from tlinformer_jax.data.encoding import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces
+from tlinformer_jax.data import cache, files, streams
 from tlinformer_jax.data.sources import load_split, load_stored_split, open_split
-from tlinformer_jax.data.streams import smallest_dtype
+from tlinformer_jax.data.streams import ASCII_SPACE, Counts, cut_documents, encode_pieces, group_pieces, smallest_dtype
 from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer, build_tokenizer
 from tlinformer_jax.errors import DataError
 
@@ -112,7 +111,7 @@ def test_a_long_document_is_cut_and_an_uncuttable_one_is_whole():
 
 
 def test_an_endless_document_that_cannot_be_cut_is_not_held_whole(monkeypatch):
-    monkeypatch.setattr(encoding, "LARGEST_UNCUT", 1000)
+    monkeypatch.setattr(streams, "LARGEST_UNCUT", 1000)
     endless = (("word ", False) for _ in itertools.count())
     with pytest.raises(DataError, match=r"the document with 'word word .*' has more than 1,000 characters without"):
         list(cut_documents(endless, lambda text: 0, 100))
@@ -124,17 +123,17 @@ def test_tokens_do_not_depend_on_the_number_of_threads(tmp_path, monkeypatch, na
     tokenizer = tokenizer_named(name)
     expected = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts])
     for cores in (1, 2, 8):
-        monkeypatch.setattr(encoding, "available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(streams, "available_cores", lambda cores=cores: cores)
         stream = load_split(config_for(tmp_path, cache_dir=str(tmp_path / f"cache{cores}")), "train", tokenizer)
         np.testing.assert_array_equal(stream.tokens, expected)
         assert stream.num_words == 60 * 2000
 
 
 def test_no_more_is_read_ahead_than_keeps_the_threads_busy(monkeypatch):
-    monkeypatch.setattr(encoding, "available_cores", lambda: 2)
+    monkeypatch.setattr(streams, "available_cores", lambda: 2)
     read = []
     documents = ((read.append(number) or "word " * 30_000, True) for number in range(100))
-    with contextlib.closing(encoding.encode_documents(documents, BYTES)) as encoded:
+    with contextlib.closing(streams.encode_documents(documents, BYTES)) as encoded:
         for taken in range(1, 20):
             next(encoded)
             assert len(read) <= 2 * (taken + 2 * 2 + 1)  # a document makes about one group of pieces
@@ -234,14 +233,14 @@ def test_a_bad_line_leaves_nothing_behind(tmp_path):
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     write_corpus(path, documents=1)
-    real = encoding.encode_pieces
+    real = streams.encode_pieces
 
     def grow(*arguments):
         with path.open("a") as file:
             file.write('{"text": "more"}\n')
         return real(*arguments)
 
-    monkeypatch.setattr(encoding, "encode_pieces", grow)
+    monkeypatch.setattr(streams, "encode_pieces", grow)
     with pytest.raises(DataError, match="changed while it was read"):
         load_split(config_for(tmp_path), "train", BYTES)
     assert caches(tmp_path) == []
@@ -407,7 +406,7 @@ def test_a_document_that_a_library_cannot_take_is_named(tmp_path, monkeypatch, e
 def test_what_is_wrong_with_a_late_document_reaches_the_caller():
     documents = (("1 2 3 " * 20_000 if number < 30 else "1 word", True) for number in range(40))
     with pytest.raises(DataError, match="'word' must be a number"):
-        list(encoding.encode_documents(documents, NumberTokenizer(10)))
+        list(streams.encode_documents(documents, NumberTokenizer(10)))
 
 
 def test_a_stored_configuration_is_read_without_writing_outside_this_users_cache(tmp_path, monkeypatch):

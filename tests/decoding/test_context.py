@@ -18,9 +18,8 @@ from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import cached_attention
-from tlinformer_jax.parallel.batch_split import SplitRows
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.parallel.sharding import build_mesh
+from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 from tools.collectives import Collective, collectives
 
 # Windows of sizes that no number of devices divides.

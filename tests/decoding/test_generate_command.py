@@ -17,9 +17,8 @@ from tests.support.commands import ROOT, check_refusal, command, command_line
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.commands import generate
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import RunConfig, load_config, save_config
-from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.data.tokenizers import ByteTokenizer
+from tlinformer_jax.config.run import RunConfig, TrainConfig, load_config, save_config
+from tlinformer_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.decoding.stream import Stream, TextStream
 from tlinformer_jax.errors import UserError
@@ -47,7 +46,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     """What a training run leaves behind, with weights of the golden files' scale."""
     folder = tmp_path_factory.mktemp("run")
     save_config(RunConfig(MODEL, TrainConfig(), DataConfig(tokenizer="bytes"), MeshConfig()), folder)
-    ByteTokenizer().save(folder)
+    save_tokenizer(ByteTokenizer(), folder)
     params = params_from_reference(golden.random_weights(MODEL), MODEL)["params"]
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(7), params, {"count": jnp.int32(0)}))
@@ -247,7 +246,7 @@ def test_workdirs_that_do_not_hold_what_they_need(workdir, tmp_path, capsys):
     save_config(config, tmp_path)
     with pytest.raises(UserError, match="no readable tokenizer"):
         run(capsys, *arguments)
-    ByteTokenizer().save(tmp_path)
+    save_tokenizer(ByteTokenizer(), tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint; train into it first"):
         run(capsys, *arguments)
     small = dataclasses.replace(config, model=dataclasses.replace(MODEL, vocab_size=100))

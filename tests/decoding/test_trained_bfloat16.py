@@ -18,12 +18,12 @@ from tlinformer_jax.training.setup import build_run
 
 
 def trained(workdir: pathlib.Path, architecture: str):
-    """configs/tiny.py after a third of its steps: (config, variables, tokens of held-out text)."""
+    """configs/tiny.py after 150 small steps: (config, variables, tokens of held-out text)."""
     result = command(
         "tlinformer_jax.main",
         "--config=configs/tiny.py",
         f"--config.model.architecture={architecture}",
-        "--config.train.steps=150",
+        *("--config.train.steps=150", "--config.train.batch_size=8"),
         "--config.train.eval_every=0",
         f"--workdir={workdir}",
         many_steps=True,

@@ -12,14 +12,21 @@ import pytest
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.config.train import TrainConfig
+from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
-from tlinformer_jax.parallel import batch_split
-from tlinformer_jax.parallel.batch_split import NO_WINDOW, UNSPLIT, BatchSplit, SplitRows, assign_windows
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh, tree_shardings
+from tlinformer_jax.parallel.sharding import (
+    NO_WINDOW,
+    UNSPLIT,
+    BatchSplit,
+    SplitRows,
+    assign_windows,
+    batch_sharding,
+    build_mesh,
+    tree_shardings,
+)
 from tlinformer_jax.training.setup import check_sequences_divide
 from tlinformer_jax.training.step import batch_gradient
 
@@ -178,7 +185,7 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
         real = streams.History.slice
         monkeypatch.setattr(streams.History, "slice", lambda self, array, start, *rest: real(self, array, 0, *rest))
     else:
-        monkeypatch.setattr(batch_split.BatchSplit, "psum", lambda self, values: values)
+        monkeypatch.setattr(BatchSplit, "psum", lambda self, values: values)
     error = gradient_error(gradient(MODEL, TRAIN), gradient(MODEL, TRAIN, MESHES["data, window, context"]))
     assert error > 0.01, "a hundred times what is allowed"
     jax.clear_caches()

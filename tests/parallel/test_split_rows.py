@@ -10,9 +10,8 @@ from jax.sharding import PartitionSpec
 
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.parallel.batch_split import SplitRows
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.parallel.sharding import build_mesh
+from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 
 PARTS = 4
 SPLIT = SplitRows("context", PARTS)

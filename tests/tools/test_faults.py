@@ -150,8 +150,11 @@ def test_moments_are_those_of_the_seed():
 
 @pytest.mark.slow
 def test_killed_and_terminated_runs_lose_nothing(tmp_path):
-    for name, trials in (("kill", 2), ("term", 1)):
-        result = command("tools.faults", f"--trials={trials}", f"--signal={name}", f"--out={tmp_path}")
+    # Seeds of one signal a trial: a kill in step 18, one while the second checkpoint is saved, a SIGTERM in step 27.
+    for name, trials, seed in (("kill", 2, 19), ("term", 1, 26)):
+        result = command(
+            "tools.faults", f"--trials={trials}", f"--seed={seed}", f"--signal={name}", f"--out={tmp_path}"
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         values = json.loads((tmp_path / f"faults_{name}.json").read_text())
         assert (values["trials"], values["survived"], values["lost"]) == (trials, trials, [])
@@ -169,7 +172,8 @@ BREAKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_resume_that_is_broken_on_purpose_is_caught(name, tmp_path):
-    line, environment = command_line("tools.faults", "--trials=2", f"--out={tmp_path}")
+    # One kill in step 27, seven steps after a checkpoint.
+    line, environment = command_line("tools.faults", "--trials=1", "--seed=26", f"--out={tmp_path}")
     line[2] = f"{BREAKS[name]}\n{line[2]}"
     result = run_line(line, environment)
     assert result.returncode == 1, result.stdout + result.stderr

@@ -11,12 +11,12 @@ import pytest
 from tests.training.test_answers import changed
 from tests.training.test_resume import events
 from tlinformer_jax.config.data import DataConfig, Stage
-from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.data.batches import LAG, StagedReader, TrainingBatches
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.training import loop
-from tlinformer_jax.training.curriculum import LAG, WINDOW, StagedReader, initial_competence, record_accuracy
+from tlinformer_jax.training.step import WINDOW, initial_competence, record_accuracy
 
 # The accuracy of update u (from 0) is (u % 50) / 50. Of stage 1 the mean of 20 updates, u - 9.5, first reaches 0.5
 # after update 35; stage 2 has no goal; in stage 3 the mean never reaches 0.9.
@@ -38,7 +38,7 @@ def simulated(step: int, competence):
     batches = TrainingBatches(split, 32, 2, seed=0, stages=stages)
     record = jax.jit(record_accuracy, static_argnums=(1, 2))
     lengths, samples, states, ended = [], [], [competence], {}
-    with StagedReader(batches, competence, step, slice(None)) as reader:
+    with StagedReader(batches, competence.ends, step, slice(None)) as reader:
         for update in range(step, FIRST + 3 + 40 + 10):
             batch = next(reader)
             lengths.append(batch["inputs"].shape[1])

@@ -17,7 +17,7 @@ from tests.training.test_checkpoint import abstract, assert_params, state_of, wr
 from tests.training.test_checkpoint import sound as sound  # a fixture
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import CONFIG_FILE, load_config, run_config
-from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, ByteTokenizer, load_tokenizer
+from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, ByteTokenizer, load_tokenizer, save_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError, UserError
 from tlinformer_jax.files import PLAIN, local_path, write_text
 from tlinformer_jax.training.checkpoint import (
@@ -172,7 +172,7 @@ def test_training_writes_through_no_link(tmp_path):
     MetricsLog(workdir).close()
     for name in (TOKENIZER_FILE, f"{TOKENIZER_FILE}.draft", f"{CONFIG_FILE}.draft", CONFIG_FILE):
         link(name)
-    ByteTokenizer().save(workdir)
+    save_tokenizer(ByteTokenizer(), workdir)
     write_text(workdir / CONFIG_FILE, "{}")
     assert not any(path.is_symlink() for path in workdir.iterdir())
     link("checkpoints", outside)
@@ -196,7 +196,7 @@ def test_loading_follows_no_link_and_waits_for_no_pipe(sound, tmp_path, capfd):
     (workdir / "checkpoints" / "2" / MANIFEST_FILE).symlink_to(outside / "checkpoints" / "2" / MANIFEST_FILE)
     assert_params(workdir, 1)
     assert "2: has no readable manifest.json (it is a link); it is not used" in capfd.readouterr().err
-    ByteTokenizer().save(outside)
+    save_tokenizer(ByteTokenizer(), outside)
     for name, read in ((CONFIG_FILE, load_config), (TOKENIZER_FILE, load_tokenizer)):
         (workdir / name).symlink_to(outside / TOKENIZER_FILE)
         with pytest.raises(DataError, match="it is a link"):

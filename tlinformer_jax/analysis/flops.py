@@ -17,7 +17,7 @@ import numpy as np
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.model import attention_window
 from tlinformer_jax.models.windows import FIRST_WINDOW, Segment, assign_runs, num_windows, plan_segments
-from tlinformer_jax.parallel.batch_split import SequenceSplit, SplitWindows
+from tlinformer_jax.parallel.sharding import SequenceSplit, SplitWindows
 
 # Dense bfloat16 products, FLOP/s per device as JAX counts devices, by a part of `device_kind` in lower case; the
 # first that fits decides. NVIDIA: the datasheets of A100, H100, H200, L4 and B200, which state twice these figures

@@ -67,7 +67,7 @@ class DataConfig:
       curriculum: [tasks] "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
         more as keep an update's tokens, and so on; the rest on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as soon
         as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest; see
-        `training.curriculum`. Evaluation always takes sequence_length.
+        `data.batches`. Evaluation always takes sequence_length.
     """
 
     dataset: str = "pydoc"

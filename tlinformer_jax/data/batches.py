@@ -7,12 +7,15 @@ that number is all that a resumed run needs. A process that computes only some r
 A split may also be a task, whose samples are generated (`data.tasks`).
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tlinformer_jax.config.data import Stage, stage_at
 from tlinformer_jax.data.streams import RowStream, TokenStream, in_threads
@@ -24,6 +27,7 @@ Batch = dict[str, np.ndarray]
 Rows = np.ndarray | slice
 Reader = Generator[Batch, None, None]
 ALL = slice(None)
+LAG = 4  # updates from the announcement that a stage ends to its end
 
 
 def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
@@ -154,6 +158,84 @@ class TrainingBatches:
     def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4) -> Reader:
         """The batches, or rows of them, from update `start_step` on; closing the generator ends the threads."""
         return in_threads(lambda step: self.batch(step, rows), itertools.count(start_step), num_threads, ahead)
+
+
+# ---- Stages that end by competence
+
+
+def stages_ended(stages: tuple[Stage, ...], ends: np.ndarray) -> tuple[Stage, ...]:
+    """The stages with the updates that they take, as far as decided.
+
+    `ends`, int32 [stages]: the update of the run after which each ends; 0 while undecided.
+    """
+    found, begin = [], 0
+    for stage, end in zip(stages, ends.tolist(), strict=True):
+        updates = min(stage.updates, end - begin) if end else stage.updates
+        found.append(stage._replace(updates=updates))
+        begin += updates
+    return tuple(found)
+
+
+class StagedReader:
+    """Reads training batches ahead, and starts again where the end of a stage is announced. A context manager.
+
+    The train step announces it LAG updates ahead: the host reads figures that are already computed, and the device
+    never waits.
+
+    Args:
+      batches: of the run, with the stages of its configuration.
+      ends: of the stages, as far as the run has decided them, see `stages_ended`; None if none ends by competence.
+      step: updates before the first batch.
+      rows: of each batch that this process holds.
+
+    Attributes:
+      batches: with the stages as they are known now.
+    """
+
+    def __init__(self, batches: TrainingBatches, ends: ArrayLike | None, step: int, rows: Rows) -> None:
+        self._configured, self._step, self._rows = batches, step, rows
+        self.batches = batches
+        if ends is not None:
+            self.batches = dataclasses.replace(batches, stages=stages_ended(batches.stages, np.asarray(ends)))
+        self._announced: collections.deque[ArrayLike] = collections.deque()
+        self._reader = self.batches.prefetched(step, rows)
+
+    def __next__(self) -> Batch:
+        self._step += 1
+        return next(self._reader)
+
+    def after(self, metrics: Mapping[str, Any]) -> bool:
+        """Takes the metrics of the update just dispatched; returns whether the stages have changed."""
+        if "stage_ends" not in metrics:
+            return False
+        self._announced.append(metrics["stage_ends"])
+        if len(self._announced) <= LAG:
+            return False
+        stages = stages_ended(self._configured.stages, np.asarray(self._announced.popleft()))
+        if stages == self.batches.stages:
+            return False
+        self._reader.close()
+        self.batches = dataclasses.replace(self.batches, stages=stages)
+        self._reader = self.batches.prefetched(self._step, self._rows)
+        return True
+
+    def ended(self) -> Stage | None:
+        """The stage that ends with the last batch read, with the updates that it took; None if none does."""
+        begin = 0
+        for stage in self.batches.stages:
+            begin += stage.updates
+            if begin == self._step:
+                return stage
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+
+
+# ---- The paper's updates, and evaluation
 
 
 def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int) -> np.ndarray:

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from tlinformer_jax.data.encoding import Counts, Encoded
-from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.streams import Counts, Encoded, TokenStream
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import read_json, sealed, sync_folder, write_text
 

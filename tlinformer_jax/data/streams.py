@@ -1,17 +1,28 @@
-"""Token streams: one long row of token ids per split, and what is known of the text it came from."""
+"""Token streams: a split as one long row of token ids, what is known of its text, and how text becomes tokens.
+
+Text is encoded on all cores and in bounded memory, cut into pieces that threads encode: the tokenizers' libraries let
+other threads run meanwhile.
+"""
 
 import collections
 import dataclasses
 import mmap
-from collections.abc import Callable, Generator, Iterable
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.errors import DataError, UserError
 
 _CHECKED_AT_ONCE = 1 << 22  # tokens
+PIECE_CHARACTERS = 1 << 17  # of a piece, and of the group of pieces that a thread takes at once
+LARGEST_UNCUT = 1 << 28  # characters of a document that are held in memory when it has no place to cut
+ASCII_SPACE = " \t\n\r\x0b\x0c"
+
+Encoded = tuple[np.ndarray, "Counts"]
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -83,3 +94,120 @@ def in_threads(
             yield pending.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+# ---- Text becomes tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a document, cut so that the tokens of its parts are those of the document."""
+
+    text: str
+    previous: str  # the character before it in its document, "" at the start
+    ends: bool  # whether the document ends here
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Sizes of a text."""
+
+    num_bytes: int = 0  # of UTF-8
+    num_documents: int = 0  # that ended
+    num_words: int = 0  # between ASCII white space: a no-break space does not end a word
+    num_lines: int = 0  # newlines, and a document's last line where no newline ends it
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Generator[Encoded, None, None]:
+    """Yields the tokens of a stream of `(text, ends)` in order, with `end_of_text` after every document, and counts.
+
+    One thread a core encodes; no more is read ahead than keeps the threads busy. A document that cannot be cut or
+    encoded is a DataError.
+    """
+    groups = group_pieces(cut_documents(documents, tokenizer.safe_cut))
+    dtype, threads = smallest_dtype(tokenizer.vocab_size), available_cores()
+    return in_threads(lambda group: encode_pieces(group, tokenizer, dtype), groups, threads, 2 * threads)
+
+
+def cut_documents(
+    documents: Iterable[tuple[str, bool]], safe_cut: Callable[[str], int], size: int = PIECE_CHARACTERS
+) -> Iterator[Piece]:
+    """Cuts a stream of `(text, ends)` into pieces of about `size` characters, where `safe_cut` finds a place.
+
+    A document without such a place stays whole; one of more than LARGEST_UNCUT characters is a DataError.
+    """
+    rest, previous = "", ""
+    try_at = size  # doubled after a failure, so that the work stays linear
+    for text, ends in documents:
+        rest += text
+        start, window = 0, try_at
+        while len(rest) - start > window:
+            cut = safe_cut(rest[start : start + window])
+            if not cut:
+                window *= 2
+                continue
+            yield Piece(rest[start : start + cut], previous, ends=False)
+            start, window = start + cut, size
+            previous = rest[start - 1]
+        rest, try_at = rest[start:], window
+        if len(rest) > LARGEST_UNCUT:
+            told = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
+            raise DataError(f"the document with {rest[:40]!r} has more than {told}; split it into several")
+        if ends:
+            yield Piece(rest, previous, ends=True)
+            rest, previous, try_at = "", "", size
+
+
+def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Iterator[list[Piece]]:
+    """Groups pieces in order until a group holds `size` characters; an empty piece counts too."""
+    group: list[Piece] = []
+    weight = 0
+    for piece in pieces:
+        group.append(piece)
+        weight += len(piece.text) + 64
+        if weight >= size:
+            yield group
+            group, weight = [], 0
+    if group:
+        yield group
+
+
+def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
+    """The tokens of pieces, `dtype` [length], with `end_of_text` after every document, and the counts of the text."""
+    parts, total = [np.empty(0, dtype)], Counts()
+    for piece in pieces:
+        if piece.text:
+            parts.append(_encode(piece.text, tokenizer).astype(dtype))
+        if piece.ends:
+            parts.append(np.array([tokenizer.end_of_text], dtype))
+        total += _count(piece)
+    return np.concatenate(parts), total
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    try:
+        return tokenizer.encode(text)
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
+        told = f"tokenizer {tokenizer.name}: it cannot encode the {len(text):,} characters of a document from"
+        raise DataError(f"{told} {text[:40]!r} on ({error})") from None
+
+
+def _count(piece: Piece) -> Counts:
+    encoded = piece.text.encode("utf-8")
+    inside = piece.text and piece.previous and piece.text[0] not in ASCII_SPACE and piece.previous not in ASCII_SPACE
+    last = (piece.previous + piece.text)[-1:]
+    unended = piece.ends and last not in ("", "\n")
+    words, lines = len(encoded.split()) - bool(inside), encoded.count(b"\n") + int(unended)
+    return Counts(len(encoded), int(piece.ends), words, lines)

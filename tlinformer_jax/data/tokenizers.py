@@ -21,11 +21,10 @@ from tlinformer_jax.data.subwords import (
     cut_before_space,
     hugging_face_tokenizer,
     installed_gpt2_vocabulary,
-    save_name,
     sentencepiece_tokenizer,
 )
 from tlinformer_jax.errors import ConfigError, DataError, UserError
-from tlinformer_jax.files import open_own, read_json, read_own
+from tlinformer_jax.files import open_own, read_json, read_own, write_bytes, write_text
 
 NUMBERS, IDS = "numbers:", "ids:"
 # Of a tokenizer in a folder that `transformers` has saved, the first that is there.
@@ -62,8 +61,8 @@ class Tokenizer(Protocol):
         0 if no such place is known.
         """
 
-    def save(self, directory: pathlib.Path) -> None:
-        """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE comes last, when the rest is there."""
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        """What a working directory holds of it: the content of TOKENIZER_FILE, and the files beside that one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +82,8 @@ class ByteTokenizer:
     def safe_cut(self, text: str) -> int:
         return len(text)
 
-    def save(self, directory: pathlib.Path) -> None:
-        save_name(directory, self.name)
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        return self.name, {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +115,8 @@ class NumberTokenizer:
     def safe_cut(self, text: str) -> int:
         return cut_before_space(text)
 
-    def save(self, directory: pathlib.Path) -> None:
-        save_name(directory, self.name)
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        return self.name, {}
 
 
 def build_tokenizer(name: str) -> Tokenizer:
@@ -146,8 +145,16 @@ def build_tokenizer(name: str) -> Tokenizer:
         raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
 
 
+def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
+    """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE comes last, when the rest is there."""
+    name, files = tokenizer.saved()
+    for file, data in files.items():
+        write_bytes(directory / file, data)
+    write_text(directory / TOKENIZER_FILE, json.dumps({"tlinformer_jax": name}) + "\n")
+
+
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
-    """Reads the tokenizer that `save` wrote into a working directory; DataError if there is none of ours."""
+    """Reads the tokenizer that `save_tokenizer` wrote into a working directory; DataError if there is none of ours."""
     path = directory / TOKENIZER_FILE
     try:
         name = read_json(path)["tlinformer_jax"]

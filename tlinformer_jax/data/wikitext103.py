@@ -20,8 +20,8 @@ from typing import Any
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.cache import exclusive
-from tlinformer_jax.data.encoding import Counts
 from tlinformer_jax.data.files import TextPiece, decode_line, file_blocks, progress, read_column
+from tlinformer_jax.data.streams import Counts
 from tlinformer_jax.errors import DataError
 
 ZIP_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # our names -> the zip's

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, write_row
 from tlinformer_jax.models.model import NO_TOKEN
-from tlinformer_jax.parallel.batch_split import SplitRows
 from tlinformer_jax.parallel.mesh import platform
+from tlinformer_jax.parallel.sharding import SplitRows
 
 Carry = TypeVar("Carry")
 

@@ -27,8 +27,7 @@ from tlinformer_jax.models.cached_attention import (
     write_rows,
     write_tokens,
 )
-from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.layers import Embedded, LayerParams, project, projections
+from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 

@@ -17,9 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, init_cache
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.parallel.batch_split import SplitRows
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.parallel.sharding import build_mesh
+from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 
 AXIS = "context"
 WHOLE = PartitionSpec()

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tlinformer_jax.data.encoding import cut_documents, encode_pieces
-from tlinformer_jax.data.streams import TokenStream, smallest_dtype
+from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_pieces, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.evaluation.report import EvaluationOptions, Report, Source, describe, evaluate_source

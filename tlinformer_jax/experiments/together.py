@@ -29,7 +29,7 @@ from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.driver import Outcome, record_of
 from tlinformer_jax.experiments.job import RESULT_FILE, Job, Record, write_result
-from tlinformer_jax.parallel.batch_split import UNSPLIT
+from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.console import say
 from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step, summary
 from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches

@@ -232,7 +232,7 @@ def store(
     rows = projected.shape[0] if tokens is None else tokens.size
     place = jnp.stack([row, start]).astype(jnp.int32)
     pairs, spread = key.shape[2] // 2, projected.shape[3] // 2
-    tables = () if rope is None else (rope.cos, rope.sin)
+    tables: tuple[Array, ...] = () if rope is None else (rope.cos, rope.sin)
     tables = tuple(jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in tables)
     return call_kernel(
         functools.partial(

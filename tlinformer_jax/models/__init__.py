@@ -2,7 +2,7 @@
 
 block         compress, hidden, restore: the paper's equations
 streams       the C, z and x that they take; windows: where each window stands
-layers        the one layer: parameters, `project`, `update`; attention, rope, dropout: what it consists of
+layers        the one layer: parameters, dropout, `project`, `update`; attention, rope: what it consists of
 tlinformer    a window through all blocks, all windows of a sequence; recompute: gradients of such loops
 model         the whole model, and the layers of the Transformer and the sliding window
 cached_attention    the layer of a generated token, and attention to cached rows

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
-from tlinformer_jax.models.dropout import Dropout
+from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 

@@ -33,8 +33,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import attend, head_multiple
-from tlinformer_jax.models.dropout import Dropout, part_of
-from tlinformer_jax.models.layers import Layer, LayerParams, chain_layers, prepare_layers, update
+from tlinformer_jax.models.layers import Dropout, Layer, LayerParams, chain_layers, part_of, prepare_layers, update
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import (
     History,

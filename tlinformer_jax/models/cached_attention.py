@@ -30,7 +30,7 @@ from tlinformer_jax.models.layers import (
 )
 from tlinformer_jax.models.rope import Rope, rotate
 from tlinformer_jax.models.streams import Stream
-from tlinformer_jax.parallel.batch_split import SplitRows
+from tlinformer_jax.parallel.sharding import SplitRows
 
 # Above so many rows the matrix units pay, and a token's products go to XLA.
 MAX_FUSED_ROWS = 4

@@ -13,14 +13,15 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import CAUSAL_ATTENTION, FEED_FORWARD, BlockParams, DualWindowBlock
-from tlinformer_jax.models.dropout import Dropout, part_of
 from tlinformer_jax.models.layers import (
     INIT_STD,
+    Dropout,
     Embedded,
     Layer,
     LayerParams,
     chain_layers,
     layer_norm,
+    part_of,
     prepare_layers,
     project,
     update,

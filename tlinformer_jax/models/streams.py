@@ -14,12 +14,11 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.models.dropout import Dropout, part_of
-from tlinformer_jax.models.layers import LayerParams, project
+from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope, rotate
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows
-from tlinformer_jax.parallel.batch_split import SplitRows
+from tlinformer_jax.parallel.sharding import SplitRows
 
 AnyStream = TypeVar("AnyStream", bound="Stream")
 

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
-from tlinformer_jax.models.dropout import Dropout, part_of
-from tlinformer_jax.models.layers import Embedded
+from tlinformer_jax.models.layers import Dropout, Embedded, part_of
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
@@ -32,7 +31,7 @@ from tlinformer_jax.models.windows import (
     plan_segments,
     rows_in_line,
 )
-from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit
+from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
 
 def window_states(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
-from tlinformer_jax.parallel.batch_split import WHOLE, SequenceSplit, assign_windows
+from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit, assign_windows
 
 # A position or length: one for all windows (a number), or one for each of the windows that run together, int32 [g].
 PerWindow = Any

@@ -1,15 +1,22 @@
-"""The mesh of devices, and which of its axes splits which dimension of which array."""
+"""The mesh of devices, which of its axes splits which dimension of which array, and what each device computes.
 
+Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
+gradient. Over `fsdp` and `tensor`, which split parameters, the compiler partitions. So on meshes without these two a
+device runs the program of one device, with the kernels that only such programs can use.
+"""
+
+import dataclasses
 import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import MeshConfig
@@ -31,6 +38,10 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(norm\w*_(scale|bias)|out_bias|shift)$", PartitionSpec()),
     (r"^competence/", PartitionSpec()),
 )
+# Axes that split parameters.
+PARTITIONED = ("fsdp", "tensor")
+# Marks a place of `assign_windows` that no window takes.
+NO_WINDOW = -1
 
 
 # ---- The mesh
@@ -153,3 +164,174 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     """Keeps the leading axis of x split as `batch_spec` says; x as it is where nothing splits it."""
     spec = batch_spec(x.shape[0])
     return jax.lax.with_sharding_constraint(x, spec) if spec else x
+
+
+# ---- A batch split by manual axes
+#
+# Every device computes a term of the loss: those of the axis `data` of other sequences; those of the axis `window` of
+# other windows; those of the axis `context` hold the history in parts and take other rows of a window's loss. The sum
+# of the terms is the loss, and the sum of their gradients its gradient.
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitWindows:
+    """Windows split over an axis of the mesh, manual where this is used; `parts` is its size."""
+
+    axis: str
+    parts: int
+
+    def mine(self, assigned: np.ndarray) -> jax.Array:
+        """This device's column of [rounds, parts], int32 [rounds]."""
+        return jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index(self.axis)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRows:
+    """Rows of a sequence split over an axis of the mesh of size `parts`; used inside `jax.shard_map`.
+
+    Row r lies on device r mod parts, at place r div parts: whatever length a history has, all devices hold equally much
+    of it, and what is appended lies at the end everywhere. Attention does not ask for the order of keys, so each device
+    attends to its own rows and the results are merged by their log-sum-exps. What devices tell each other grows with
+    the rows that read, never with those that are read.
+    """
+
+    axis: str
+    parts: int
+
+    def count(self, length: jax.Array | int) -> jax.Array:
+        """Rows 0 .. length - 1 that lie on this device, int32, of the shape of `length`."""
+        return jnp.maximum(length - self.index() + self.parts - 1, 0) // self.parts
+
+    def positions(self, start: jax.Array | int, count: int) -> jax.Array:
+        """Positions in the sequence of this device's rows start .. start + count - 1, int32 [count]."""
+        return (start + jnp.arange(count, dtype=jnp.int32)) * self.parts + self.index()
+
+    def take(self, rows: jax.Array, axis: int = 1) -> jax.Array:
+        """This device's [batch, length / parts, ...] of an array [batch, length, ...] that every device holds whole.
+
+        The rows may lie along another `axis`; their number is a multiple of `parts`.
+        """
+        shape = rows.shape[:axis], rows.shape[axis + 1 :]
+        parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
+        return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
+
+    def gather(self, rows: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
+        """Rows start .. start + length - 1 of the sequence, [batch, length, ...], on every device.
+
+        `rows` are this device's, [batch, rows, ...]; start + length is at most rows * parts.
+        """
+        # The first row may lie anywhere in its round of `parts`.
+        rounds = min(-(-(length + self.parts - 1) // self.parts), rows.shape[1])
+        first = jnp.minimum(jnp.asarray(start, jnp.int32) // self.parts, rows.shape[1] - rounds)
+        part = jax.lax.dynamic_slice_in_dim(rows, first, rounds, axis=1)
+        whole = jax.lax.all_gather(part, self.axis, axis=2).reshape(rows.shape[0], -1, *rows.shape[2:])
+        return jax.lax.dynamic_slice_in_dim(whole, start - first * self.parts, length, axis=1)
+
+    def index(self) -> jax.Array:
+        """Of this device on the axis, int32 []."""
+        return jax.lax.axis_index(self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceSplit:
+    """The two splits; None where sequences are not split in this way."""
+
+    windows: SplitWindows | None = None
+    rows: SplitRows | None = None
+
+    @property
+    def window_parts(self) -> int:
+        """Devices that windows are split over."""
+        return self.windows.parts if self.windows else 1
+
+    @property
+    def row_parts(self) -> int:
+        """Devices that rows are split over."""
+        return self.rows.parts if self.rows else 1
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of the mesh, that split sequences."""
+        return tuple(split.axis for split in (self.windows, self.rows) if split)
+
+
+WHOLE = SequenceSplit()
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSplit:
+    """How a batch is split: the mesh's manual axes, those of them that split the batch, and how each sequence is split.
+
+    No axis is manual where the compiler partitions everything, or there is one device.
+    """
+
+    manual: tuple[str, ...] = ()
+    batch: tuple[str, ...] = ()
+    sequence: SequenceSplit = WHOLE
+
+    @classmethod
+    def of(cls, mesh: AbstractMesh) -> "BatchSplit":
+        """That over a mesh."""
+        sizes = dict(mesh.shape)
+        manual = tuple(name for name, size in sizes.items() if name not in PARTITIONED or size == 1)
+        if all(sizes[name] == 1 for name in manual):
+            return cls()
+        window, context = sizes.get("window", 1), sizes.get("context", 1)
+        split = SequenceSplit(
+            SplitWindows("window", window) if window > 1 else None,
+            SplitRows("context", context) if context > 1 else None,
+        )
+        return cls(manual, tuple(name for name in BATCH_AXES if name in manual and sizes[name] > 1), split)
+
+    def shard_index(self) -> jax.Array | int:
+        """Of this device's part of the batch."""
+        return jax.lax.axis_index(self.batch) if self.batch else 0
+
+    def psum(self, values: Any) -> Any:
+        """The sums over the parts of the batch and of its sequences, of a pytree of each device's values."""
+        axes = (*self.batch, *self.sequence.axes)
+        return jax.lax.psum(values, axes) if axes else values
+
+    def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(batch, *whole)`, run by every device on its part of the batch, [batch, ...], and on what all have.
+
+        The results of `function` are the same on all devices.
+        """
+        if not self.manual:
+            return function
+
+        def spread(batch: Any, *whole: Any) -> Any:
+            specs = (PartitionSpec(self.batch or None), *(PartitionSpec() for _ in whole))
+            mapped = jax.shard_map(
+                function, axis_names=set(self.manual), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+            )
+            return mapped(batch, *whole)
+
+        return spread
+
+
+# On one device.
+UNSPLIT = BatchSplit()
+
+
+def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
+    """Deals `count` windows out to `parts` devices, in rounds of neighbours, whose shapes are alike.
+
+    Of a round, whoever has least so far gets the longest window: its cost grows with its index, which starts at
+    `first`. What each device has so far is `loads`, float64 [parts], which is changed.
+
+    Returns:
+      places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.
+    """
+    rounds = -(-count // parts)
+    assigned = np.full((rounds, parts), NO_WINDOW, np.int32)
+    places = np.arange(rounds * parts, dtype=np.int32) - (rounds * parts - count)
+    for number in reversed(range(rounds)):
+        for place in reversed(places[number * parts : (number + 1) * parts]):
+            if place < 0:
+                break
+            free = np.flatnonzero(assigned[number] == NO_WINDOW)
+            device = free[np.argmin(loads[free])]
+            assigned[number, device] = place
+            loads[device] += first + place + 1
+    return assigned

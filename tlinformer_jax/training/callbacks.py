@@ -18,12 +18,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.config.train import EPOCH, seconds
+from tlinformer_jax.config.run import EPOCH, RunConfig, seconds
+from tlinformer_jax.data.batches import StagedReader
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.training.console import describe_divergence, say
-from tlinformer_jax.training.curriculum import StagedReader, describe_end
+from tlinformer_jax.training.console import describe_divergence, describe_stage, say
 from tlinformer_jax.training.evaluation import summary
 from tlinformer_jax.training.metrics import MetricsLog, Throughput, log_evaluation, log_step
 from tlinformer_jax.training.saving import Checkpoints
@@ -231,7 +230,7 @@ class Log(Callback):
             log_step(self.session.log, view.step, view.last_step, view.outputs, speed)
         self.session.check_finite(view)
         if (stage := self.session.reader.ended()) is not None:
-            say(describe_end(stage, view.step, view.state.competence))
+            say(describe_stage(stage, view.step, view.state.competence))
 
 
 @dataclasses.dataclass

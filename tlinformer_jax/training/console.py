@@ -14,9 +14,9 @@ import numpy as np
 
 from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
-from tlinformer_jax.config.data import TOKENS
+from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.data.batches import TrainingBatches, num_samples
+from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.ordered import OrderedStream
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import NumberTokenizer
@@ -25,7 +25,7 @@ from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.training.setup import Run, flops_per_token
-from tlinformer_jax.training.step import Horizon, TrainState, warmup_note
+from tlinformer_jax.training.step import WINDOW, Competence, Horizon, TrainState, warmup_note
 
 MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
 # Samples of a bad batch that are named.
@@ -251,3 +251,13 @@ def generation_advice(num_samples: int, max_new_tokens: int) -> str:
 
 def _smaller(flag: str, value: int) -> str:
     return f"a smaller --{flag} (now {value}), " if value > 1 else ""
+
+
+def describe_stage(stage: Stage, step: int, competence: Competence | None) -> str:
+    """Which stage of the curriculum ended after update `step`, and why."""
+    text = f"step {step}: the stage on samples of {stage.length} tokens ends after {stage.updates:,} updates"
+    if not stage.accuracy or competence is None:
+        return f"{text}, as configured"
+    if step in competence.ends.tolist():
+        return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
+    return f"{text}, the most that it may take"

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from tlinformer_jax.config.run import RunConfig, load_config, save_config
-from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.data.tokenizers import build_tokenizer, save_tokenizer
 from tlinformer_jax.errors import DataError, UserError
 from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
 from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
@@ -71,7 +71,7 @@ def _fill(directory: pathlib.Path, run: Any, params: Any) -> None:
     state = run.initial_state().replace(params=jax.device_put(params, run.shardings.params))
     with Checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(state)
-    run.tokenizer.save(directory)
+    save_tokenizer(run.tokenizer, directory)
     save_config(run.config, directory)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
-from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.data.batches import StagedReader, TrainingBatches
 from tlinformer_jax.data.given import TokenData
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tasks import Split
@@ -35,7 +35,6 @@ from tlinformer_jax.training.callbacks import (
     asks_to_end,
 )
 from tlinformer_jax.training.console import memory_advice
-from tlinformer_jax.training.curriculum import StagedReader
 from tlinformer_jax.training.metrics import MetricsLog, build_throughput
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
@@ -146,7 +145,8 @@ def train_run(
         # ---- Train
         log = stack.enter_context(MetricsLog(workdir, main, first, keep_evaluation=evaluated))
         rows = process_rows(run.mesh, train.batch_size)
-        reader = stack.enter_context(StagedReader(batches, state.competence, first, rows))
+        ends = None if state.competence is None else state.competence.ends
+        reader = stack.enter_context(StagedReader(batches, ends, first, rows))
         session = Session(run, splits["validation"], reader, checkpoints, log, build_throughput(run), stop)
         save = Save(train.checkpoint_every, session)
         evaluate = Evaluate(train.eval_every, session, save)

@@ -20,8 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.dropout import Dropout
-from tlinformer_jax.models.layers import layer_norm
+from tlinformer_jax.models.layers import Dropout, layer_norm
 from tlinformer_jax.models.model import (
     LanguageModel,
     ModelParams,
@@ -34,7 +33,7 @@ from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_run, prepare_sequence, window_states
 from tlinformer_jax.models.windows import Segment, assign_runs, num_windows
-from tlinformer_jax.parallel.batch_split import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, SplitWindows, assign_windows
+from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, SplitWindows, assign_windows
 from tlinformer_jax.training.cross_entropy import (
     LOSS_CHUNK,
     AnswersOf,

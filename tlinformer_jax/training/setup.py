@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.config.train import EPOCH
+from tlinformer_jax.config.run import EPOCH, RunConfig
 from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
 from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
 from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream

@@ -10,17 +10,16 @@ import jax.numpy as jnp
 import optax
 
 from tlinformer_jax.config.data import Stage
-from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.data.batches import LAG, TrainingBatches
 from tlinformer_jax.models.model import LanguageModel
-from tlinformer_jax.parallel.batch_split import BatchSplit
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu
-from tlinformer_jax.parallel.sharding import replicated
+from tlinformer_jax.parallel.sharding import BatchSplit, replicated
 from tlinformer_jax.training.cross_entropy import AnswersOf
-from tlinformer_jax.training.curriculum import Competence, initial_competence, record_accuracy, stage_with_goal
 from tlinformer_jax.training.loss import DeviceBatch, LossAux, draw_windows, summed_loss
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
+WINDOW = 20  # updates whose mean accuracy decides whether a stage of a curriculum ends
 
 
 # ---- The state
@@ -51,6 +50,22 @@ class Skips:
 
 
 @flax.struct.dataclass
+class Competence:
+    """What decides when the stages of a curriculum end: as soon as training answers well enough.
+
+    As part of the state it lets a resumed run change stage at the same update.
+
+    Attributes:
+      recent: share of the answers' tokens that were right, in the last updates of each stage, float32 [stages, WINDOW],
+        the latest last; -inf before the first.
+      ends: update of the run after which each stage ends, int32 [stages]; 0 while undecided.
+    """
+
+    recent: jax.Array
+    ends: jax.Array
+
+
+@flax.struct.dataclass
 class TrainState:
     """All that training changes.
 
@@ -67,6 +82,13 @@ class TrainState:
     opt_state: Any
     skips: Skips = flax.struct.field(default_factory=Skips)
     competence: Competence | None = None
+
+
+def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
+    """The state before the first update; None if no stage ends by competence."""
+    if not any(stage.accuracy for stage in stages):
+        return None
+    return Competence(jnp.full((len(stages), WINDOW), -jnp.inf, jnp.float32), jnp.zeros(len(stages), jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +177,9 @@ def train_step(
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     split = BatchSplit.of(jax.sharding.get_abstract_mesh())
-    stage = stage_with_goal(stages, batch["inputs"].shape[1])
+    length = batch["inputs"].shape[1]
+    # The number of the stage that these samples belong to, if it ends by competence.
+    stage = next((number for number, one in enumerate(stages) if one.length == length and one.accuracy), None)
     wanted = ("window_losses",) * window_losses + ("right",) * (stage is not None)
     gradient = functools.partial(
         batch_gradient, model=model, config=config, split=split, wanted=wanted, answers=answers
@@ -185,6 +209,19 @@ def train_step(
         metrics["stage_ends"] = competence.ends
     new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips, competence)
     return new, {**metrics, "step": new.step, "skips": skips}
+
+
+def record_accuracy(
+    competence: Competence, number: int, goal: float, accuracy: jax.Array, step: jax.Array
+) -> Competence:
+    """What is known after an update of stage `number`, which ends at a mean accuracy of `goal` over WINDOW updates.
+
+    `accuracy` is the update's, float32 []; `step` counts the updates before it, int32 [].
+    """
+    recent = jnp.append(competence.recent[number, 1:], accuracy)
+    reached = (competence.ends[number] == 0) & (jnp.mean(recent) >= goal)
+    ends = competence.ends.at[number].set(jnp.where(reached, step + 1 + LAG, competence.ends[number]))
+    return Competence(competence.recent.at[number].set(recent), ends)
 
 
 def batch_gradient(

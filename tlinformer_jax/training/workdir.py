@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from tlinformer_jax.config.run import CONFIG_FILE, RunConfig, differences, load_config, save_config
 from tlinformer_jax.data.tasks import Split, TaskSplit
-from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer, save_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import local_path, open_own, read_json, write_text
 from tlinformer_jax.models.model import build_model
@@ -143,7 +143,7 @@ def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Pat
     """Writes configuration, hashes of the texts and, where there is none yet, the tokenizer into the directory."""
     try:
         if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
-            run.tokenizer.save(workdir)
+            save_tokenizer(run.tokenizer, workdir)
         write_text(workdir / TEXTS_FILE, json.dumps(_text_hashes(splits), indent=1) + "\n")
         save_config(run.config, workdir)
     except OSError as error:
