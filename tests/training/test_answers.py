@@ -219,6 +219,8 @@ def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch):
     assert (result["steps"], result["tokens"]) == (2, 2 * 16 * 18)
     assert result["target"] == {"accuracy": 0.01, "reached": True, "most_steps": 100}
     assert result["validation"]["accuracy"] > 0.01
+    assert result["history"] == [[2, result["validation"]["loss"], result["validation"]["accuracy"]]]
+    assert (result["then"]["evaluate"]["split"], result["then"]["evaluate"]["length"]) == ("test", 18)
     assert [event["step"] for event in events(tmp_path / "whole")] == [1, 2, 2]
 
     def crash(*_):

@@ -37,7 +37,7 @@ def run_job(
     that does not exist and a result.json of another configuration are refused too. Returns the record; None if a signal
     stopped the training.
     """
-    check_possible(checked_actions(job.then), job.config)
+    check_possible(checked_actions(job.actions), job.config)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
         done = finished_result(job)
         if done is not None:
@@ -53,7 +53,7 @@ def run_job(
         peak = after if after is not None and after > (before or 0) else None
         result = record_of(job, trained, peak)
         write_result(job.workdir / RESULT_FILE, result)
-        for name in job.then:
+        for name in job.actions:
             started = time.perf_counter()
             result["then"][name] = run_action(name, TrainedRun(trained.run, trained.params, trained.step))
             write_result(job.workdir / RESULT_FILE, result)
@@ -65,13 +65,14 @@ def record_of(job: Job, trained: Trained, peak: int | None) -> Record:
     """The record of a finished run, before its actions; `peak` is the most memory in bytes, None if not known.
 
     seconds.wall is the time of all attempts with compilation, evaluation and saving. speed is the median of what was
-    logged. cache counts bytes of one sequence of N tokens in generation. history pairs steps and validation losses.
-    target is None without train.stop_at_accuracy.
+    logged. cache counts bytes of one sequence of N tokens in generation. history has step and validation loss of each
+    evaluation, and the accuracy of a task. target is None without train.stop_at_accuracy.
     """
     config, model = trained.run.config, trained.run.config.model
     lines = (job.workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
-    history = [[event["step"], event["eval/loss"]] for event in events if event.get("eval/loss") is not None]
+    named = ("step", "eval/loss", *(["eval/accuracy"] if config.data.is_task else []))
+    history = [[event[name] for name in named] for event in events if event.get("eval/loss") is not None]
     device, attempts = jax.devices()[0], read_attempts(job.workdir)
     cache = cache_bytes_at(model, config.data.sequence_length)
     least, figures = config.train.stop_at_accuracy, dict(trained.figures or {})
