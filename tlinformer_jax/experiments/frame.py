@@ -78,7 +78,7 @@ def _derived(record: Record) -> dict[str, Any]:
     text = {field: value for field, value in fields.items() if field.startswith("data.")}
     layers = model["num_blocks"] * (model["hidden_depth"] + 2)
     evaluations = [record["then"].get(name, {}) for name in ("evaluate", f"evaluate@{data['sequence_length']}")]
-    evaluation = next(filter(None, evaluations), {})
+    evaluation: dict[str, Any] = next(filter(None, evaluations), {})
     tested = evaluation.get("split") == "test"
     figures = evaluation["figures"] if tested else record["validation"]
     chance = chance_by_elimination(_items(data)) if data["dataset"] == "recall" else record["validation"].get("chance")
