@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tlinformer_jax.config.data import NEEDLES, PAIR_SIZES
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.tasks import chance_by_elimination
 from tlinformer_jax.errors import DataError
@@ -135,7 +136,7 @@ def _items(data: Mapping[str, Any]) -> int:
 
 def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """The task, its sizes, both windows, and the lengths it was trained on first."""
-    kind = {"recall": "pairs", "passkey": "hidden"}.get(data["dataset"])
+    kind = "pairs" if data["dataset"] in PAIR_SIZES else "hidden" if data["dataset"] in NEEDLES else None
     items = f", {_items(data):,} {kind}" if kind else ""
     windows = f"W_oh = {model['history_window']}, W_og = {model['generation_window']}, width {model['d_model']}"
     name = f"{data['dataset']}, N = {data['sequence_length']:,}{items}, {windows}"
