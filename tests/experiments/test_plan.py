@@ -205,6 +205,17 @@ def test_the_process_of_a_sweep_needs_no_jax():
         ("sweep_recall.py:seeds", 24, 4),
         ("sweep_recall.py:tiny", 2, 2),
         ("sweep_copy.py", 72, 4),
+        ("sweep_capacity.py", 175, 3),
+        ("sweep_capacity.py:pairs", 105, 3),
+        ("sweep_capacity.py:rows", 80, 2),
+        ("sweep_capacity.py:tiny", 5, 1),
+        ("sweep_state.py", 80, 4),
+        ("sweep_state.py:s5-64", 20, 4),
+        ("sweep_state.py:tiny", 2, 2),
+        ("sweep_niah.py", 48, 4),
+        ("sweep_niah.py:16k", 48, 4),
+        ("sweep_niah.py:s1-1k", 12, 4),
+        ("sweep_niah.py:tiny", 2, 2),
         ("sweep_passkey.py", 12, 4),
         ("sweep_passkey.py:tlin", 3, 1),
         ("sweep_passkey.py:tiny", 2, 2),
@@ -218,7 +229,7 @@ def test_sweeps_of_retrieval(where, points, architectures):
     assert checked_actions(sweep.then) == tuple(sweep.then)
     depths = {(p.config.model.architecture, p.config.model.num_layers) for p in planned}
     assert len({layers for _, layers in depths}) <= 3
-    if sweep.study == "retrieval" and "passkey" not in where:
+    if "passkey" not in where and ("niah" not in where or ":s1" in where):  # which need books
         check_data(planned)
 
 

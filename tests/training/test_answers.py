@@ -200,6 +200,19 @@ def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_q
     assert run.answers(800).first == 0
 
 
+def test_an_evaluation_runs_no_window_before_the_answers():
+    """Which is what makes passkeys in a million tokens affordable; see configs/passkey.py."""
+    model = {"vocab_size": 257, "history_window": 32, "generation_window": 32, "memory": ExecutionPlan()}
+    run = build_run(changed(model=model, data=PASSKEYS), build_tokenizer("bytes"))
+    split, params = run.split("test"), run.initial_state().params
+    (batch,) = answer_batches(split, 1400, 2, slice(None), 32, run.config.model.observed_rows)
+    read, every = (
+        jax.jit(functools.partial(eval_step, model=run.model, answers=answers)).lower(params, batch).compile()
+        for answers in (run.answers, None)
+    )
+    assert read.cost_analysis()["flops"] < 0.4 * every.cost_analysis()["flops"]
+
+
 def test_a_run_of_a_task_is_evaluated_on_all_of_a_text():
     run = build_run(changed(model={"vocab_size": 257}, data=PASSKEYS), build_tokenizer("bytes"))
     trained = TrainedRun(run, run.initial_state().params, 0)
