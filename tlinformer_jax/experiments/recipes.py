@@ -112,7 +112,7 @@ def set_capacity(config: "ConfigDict", name: str) -> None:
 
 
 def set_small_capacity(config: "ConfigDict", name: str) -> None:
-    """The same in samples of 32 tokens, W_og = 4, 40 updates: seconds on a CPU."""
+    """The same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
     pairs, rows = map(int, name.split("-"))
     config.data.update(dataset="recall", tokenizer="numbers:64", num_items=pairs)
     setting = Setting(32, rows, 4, pairs)
