@@ -5,10 +5,10 @@
 Variants: pairs (4 to 256 pairs: 105 runs), rows (W_oh of 1 to 128: 80 runs), all (the default, 175 runs), and tiny,
 three runs, minutes on a CPU.
 
-A point is named PAIRS-W_OH_MODEL. All have the token shift, without which it is a matter of luck whether a run finds
-the answers at all (docs/quality.md); a model of width 128 and 4 layers; W_og = 64; samples that grow from 64 tokens on
-as soon as 80% of training's answers are right. TLinFormer's window and attention read the pairs themselves: what W_oh
-holds is all that TConstFormer has. A run ends at 99%, after 200 M tokens at the latest.
+A point is named pairsP-rowsW_MODEL_lrRATE, W the rows of W_oh. All have the token shift, without which it is a matter
+of luck whether a run finds the answers at all (docs/quality.md); a model of width 128 and 4 layers; W_og = 64; samples
+that grow from 64 tokens on as soon as 80% of training's answers are right. TLinFormer's window and attention read the
+pairs themselves: what W_oh holds is all that TConstFormer has. A run ends at 99%, after 200 M tokens at the latest.
 
 The report draws the median over seeds with its bootstrap interval. Result: not yet measured.
 """
@@ -23,9 +23,10 @@ WINDOWED = ("tlin-4", "tconst-4")  # attention has no W_oh
 
 def get_sweep(variant: str = "all") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
-    by_pairs, by_rows = [f"{pairs}-32" for pairs in PAIRS], [f"64-{rows}" for rows in ROWS]
+    by_pairs, by_rows = [f"pairs{n}-rows32" for n in PAIRS], [f"pairs64-rows{n}" for n in ROWS]
     if variant == "tiny":
-        base, points = sweep_points(set_small_capacity, ("1-4", "2-4", "4-4"), WINDOWED[:1], (3e-3,))
+        settings = [f"pairs{n}-rows4" for n in (1, 2, 4)]
+        base, points = sweep_points(set_small_capacity, settings, WINDOWED[:1], (3e-3,))
         return Sweep(base, points, then=("evaluate",), study="retrieval")
     if variant not in ("all", "pairs", "rows"):
         raise ConfigError("variant", variant, "must be one of all, pairs, rows, tiny")

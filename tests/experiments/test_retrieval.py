@@ -283,3 +283,15 @@ def test_attention_finds_pairs_and_the_report_says_so(tmp_path):
     assert "| 99% reached |" in done.stdout
     write_report(tmp_path / "records", tmp_path / "results.md")
     assert "99% reached" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_capacity_sweep_runs_and_is_reported(tmp_path):
+    sweep = f"--sweep={ROOT}/configs/sweep_capacity.py:tiny"
+    done = command("sweep", sweep, f"--out={tmp_path}/sweep", f"--results={tmp_path}/records")
+    assert done.returncode == 0, done.stderr
+    write_report(tmp_path / "records", tmp_path / "results.md")
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    table = lines[lines.index("Against pairs in a sample:") :]
+    assert [line.split(" | ")[1] for line in table if line.startswith("| TLinFormer")][:3] == ["1", "2", "4"]
+    assert (tmp_path / "figures" / "results_capacity.png").exists()

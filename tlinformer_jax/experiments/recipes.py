@@ -6,6 +6,7 @@ are in W_oh. A sliding window of W_oh + W_og rows reaches all answers in every s
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -103,8 +104,8 @@ def set_recall(config: "ConfigDict", name: str) -> None:
 
 
 def set_capacity(config: "ConfigDict", name: str) -> None:
-    """Sets recall with the token shift, named PAIRS-W_OH; N = 1,024, W_og = 64."""
-    pairs, rows = map(int, name.split("-"))
+    """Sets recall with the token shift, named pairsP-rowsW, W the rows of W_oh; N = 1,024, W_og = 64."""
+    pairs, rows = map(int, re.findall("[0-9]+", name))
     config.model.token_shift = True
     config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=pairs)
     setting = Setting(1024, rows, 64, pairs, CAPACITY_STAGES)
@@ -113,7 +114,7 @@ def set_capacity(config: "ConfigDict", name: str) -> None:
 
 def set_small_capacity(config: "ConfigDict", name: str) -> None:
     """The same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
-    pairs, rows = map(int, name.split("-"))
+    pairs, rows = map(int, re.findall("[0-9]+", name))
     config.data.update(dataset="recall", tokenizer="numbers:64", num_items=pairs)
     setting = Setting(32, rows, 4, pairs)
     _set_task(config, setting, vocab_size=64, width=32, tokens_per_update=1_024, learning_rate=3e-3)
