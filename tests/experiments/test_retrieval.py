@@ -101,7 +101,9 @@ def test_the_test_split_may_have_been_evaluated_at_the_trained_length_by_name():
     result = cell(TLIN, 1e-3, 0.95, then={"evaluate@1024": elsewhere, "evaluate@512": test})
     frame = frame_of([result])
     assert (frame["reported.accuracy"].item(), frame["split"].item()) == (0.85, "test")
-    assert frame_of([cell(TLIN, 1e-3, 0.95, then={"evaluate@1024": elsewhere})])["split"].item() == "validation"
+    for other in ({"evaluate@1024": elsewhere}, {"evaluate": test | {"split": "validation"}}):
+        frame = frame_of([cell(TLIN, 1e-3, 0.95, then=other)])
+        assert (frame["reported.accuracy"].item(), frame["split"].item()) == (0.95, "validation")
 
 
 def evaluated_at(*accuracies: float | None) -> list[list]:
