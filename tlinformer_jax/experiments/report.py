@@ -15,6 +15,7 @@ from tlinformer_jax.experiments.figures import plot_history, plot_lines, plot_sw
 from tlinformer_jax.experiments.frame import (
     ARCHITECTURE,
     CACHE,
+    CAPACITY,
     DEPTH,
     PERPLEXITY,
     SPEED,
@@ -106,7 +107,9 @@ def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
     if records:
         frame = frame_of(records)
         lines = retrieval_lines(frame) if records[0]["study"] == "retrieval" else group_lines(frame)
-        rows = frame.sort_index().drop(columns=["then", "history", "group", "base"])
+        rows = frame.sort_index().drop(
+            columns=["then", "history", "group", "base", *(f"by.{field}" for field in CAPACITY)]
+        )
         values = points_of(frame).to_json(orient="records", indent=1)
         texts = {"sweep.csv": rows.to_csv(index=False), "sweep.json": values, "sweep.md": "\n".join(lines) + "\n"}
     for name, text in texts.items():
