@@ -10,6 +10,10 @@ only. Training samples ask for all four, evaluations for one. W_oh = W_og = 512;
 (4 layers). A run ends as soon as 99% of the validation's answers at 8,192 tokens are right, after 200 M tokens at the
 latest.
 
+Longer samples than the held-out text need more of it: `--config.data.test_files` names files that are not trained on,
+such as one of the three shards of train_files, and `--then=evaluate@1048576` hides keys in its text. TLinFormer
+and TConstFormer run only the windows that hold answers.
+
 Variants: 8k (the default), and tiny, which hides one key in the embedded Python reference, minutes on a CPU.
 Needs: what configs/books.py needs. Result: configs/sweep_passkey.py.
 """

@@ -55,6 +55,8 @@ VARIANTS = [
     *(("recall", variant) for variant in retrieval_recipes.RECALL),
     *(("copy", variant) for variant in retrieval_recipes.COPY),
     *(("passkey", variant) for variant in retrieval_recipes.PASSKEY),
+    *(("niah", variant) for variant in retrieval_recipes.NIAH_VARIANTS),
+    *(("state", variant) for variant in retrieval_recipes.STATE),
 ]
 OF_41M = ("wt103", "books", "long")
 
@@ -90,9 +92,11 @@ def expected_parameters(config: ModelConfig) -> int:
 
 def test_every_config_file_is_tested():
     """Sweep files are loaded by tests/experiments/test_plan.py."""
-    assert {path.stem for path in CONFIGS.glob("[!s]*.py")} == {name for name, _ in VARIANTS}
-    sweeps = {f"sweep_{name}" for name in ("windows", "architectures", "recall", "copy", "passkey")}
-    assert {path.stem for path in CONFIGS.glob("s*.py")} == sweeps
+    sweeps = {
+        f"sweep_{name}"
+        for name in ("windows", "architectures", "recall", "copy", "passkey", "capacity", "niah", "state")
+    }
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {name for name, _ in VARIANTS} | sweeps
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -145,6 +149,8 @@ def test_table_1_is_covered_and_defaults_are_our_recipe():
         *(f"recall.py:{name}" for name in retrieval_recipes.RECALL),
         *(f"copy.py:{name}" for name in retrieval_recipes.COPY),
         *(f"passkey.py:{name}" for name in retrieval_recipes.PASSKEY),
+        *(f"niah.py:{name}" for name in retrieval_recipes.NIAH_VARIANTS),
+        *(f"state.py:{name}" for name in retrieval_recipes.STATE),
     ],
 )
 def test_no_sample_of_a_task_is_seen_twice(variant):
@@ -174,6 +180,21 @@ def test_retrieval_settings_bind_where_they_say_so():
         assert (config.data.sequence_length // 2 > reach) == name.endswith("tight")
     depths = {name: blocks * (hidden + 2) for name, (_, blocks, hidden) in retrieval_recipes.MODELS.items()}
     assert all(name.endswith(f"-{depth}") for name, depth in depths.items())
+
+
+def test_needles_and_states_are_what_their_names_say():
+    for kind, dataset, needles in (("s1", "niah-1", 1), ("s2", "niah-2", 1), ("s3", "niah-3", 1), ("mk", "niah-2", 4)):
+        for name, length in (("1k", 1024), ("4k", 4096), ("16k", 16384)):
+            data = load("niah", f"{kind}-{name}").data
+            assert (data.dataset, data.num_items, data.questions) == (dataset, needles, needles)
+            assert (data.sequence_length, data.tokenizer) == (length, "gpt2")
+            assert bool(data.train_files) == (kind != "s1")  # which needs no text
+    for name in ("parity-64", "parity-256", "s5-64", "s5-256"):
+        data = load("state", name).data
+        assert f"{data.dataset}-{data.sequence_length}" == name
+    for name in ("niah", "state"):
+        with pytest.raises(ConfigError, match=r"variant = 'nonsense': must be one of "):
+            get_config(name, "nonsense")
 
 
 @pytest.mark.parametrize(

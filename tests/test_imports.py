@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
 # Imported by the report alone (tests/experiments/test_frame.py), by the file that stands for itself, and by a class of
 # another package's.
-ALONE = {f"tlinformer_jax/experiments/{name}.py": ["pandas"] for name in ("figures", "frame", "report")}
+ALONE = {f"tlinformer_jax/experiments/{name}.py": ["pandas"] for name in ("figures", "frame", "report", "retrieval")}
 ALONE |= {"tlinformer_jax/interop/pytorch.py": ["torch"], "tlinformer_jax/interop/harness.py": ["lm_eval"]}
 
 

@@ -71,12 +71,12 @@ def test_a_file_wins_over_a_name(elsewhere):
 
 
 def test_an_unknown_name_lists_the_names():
-    names = "books, copy, large, long, passkey, recall, tiny, wt103"
+    names = "books, copy, large, long, niah, passkey, recall, state, tiny, wt103"
     with pytest.raises(
         UserError, match=f"--config=tinny:x: must be a Python file, or one of {names}; did you mean tiny?"
     ):
         config_file("tinny:x")
-    sweeps = "architectures, copy, passkey, recall, windows"
+    sweeps = "architectures, capacity, copy, niah, passkey, recall, state, windows"
     with pytest.raises(UserError, match=f"--sweep=q: must be a Python file, or one of {sweeps}$"):
         config_file("q", "--sweep")
     check_refusal(

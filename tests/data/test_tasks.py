@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import tasks
 from tlinformer_jax.data.batches import TrainingBatches
-from tlinformer_jax.data.passkey import KEY_DIGITS
+from tlinformer_jax.data.needles import NOISE, WORDS
 from tlinformer_jax.data.sources import answer_places, available_splits, find_split, load_split, pydoc_articles
 from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import (
@@ -24,7 +25,16 @@ from tlinformer_jax.errors import ConfigError, DataError
 
 RECALL = DataConfig(dataset="recall", tokenizer="numbers:64", sequence_length=48, num_items=6, examples=500)
 COPY = DataConfig(dataset="copy", tokenizer="numbers:9", sequence_length=22)
+GAP = dataclasses.replace(RECALL, dataset="recall-gap")
+PARITY = DataConfig(dataset="parity", tokenizer="numbers:4", sequence_length=24)
+S5 = DataConfig(dataset="s5", tokenizer="numbers:240", sequence_length=24)
+NIAH = [
+    DataConfig(dataset=f"niah-{kind}", tokenizer="bytes", sequence_length=1024, num_items=items, examples=500)
+    for kind, items in ((1, 1), (2, 1), (3, 1), (2, 4))
+]
 PASSKEY = DataConfig(dataset="passkey", tokenizer="bytes", sequence_length=640, num_items=3, examples=500)
+
+KEY_SIZE = 5  # digits of a passkey
 
 
 def split_of(config: DataConfig, name: str = "train") -> TaskSplit:
@@ -69,6 +79,49 @@ def test_recall_asks_for_every_pair_once():
     assert counts.min() > 0
 
 
+def test_a_recall_with_a_gap_has_a_filler_between_key_and_value():
+    """The questions are those of recall; the filler says nothing of the value."""
+    task = split_of(GAP).task
+    samples, same = task.make(np.arange(300), 48), 0
+    for tokens, answers, starts, sources in zip(samples.tokens, samples.answers, samples.starts, samples.sources):
+        pairs = dict(zip(tokens[0:18:3].tolist(), tokens[2:18:3].tolist()))
+        assert all(1 <= key < 32 <= value < 64 for key, value in pairs.items())
+        asked = np.flatnonzero(tokens[18:] < 32) + 18
+        assert sorted(tokens[asked].tolist()) == sorted(pairs)
+        np.testing.assert_array_equal(np.flatnonzero(answers), asked)
+        for at in asked:
+            assert tokens[at + 1] == pairs[tokens[at]]
+            assert (starts[at], tokens[sources[at]], tokens[sources[at] - 2]) == (at, tokens[at + 1], tokens[at])
+            same += tokens[sources[at] - 1] == tokens[sources[at]]
+    assert 20 < same < 100  # of 1,800 fillers one in 32
+    assert task.chance(48) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6) / 6)
+
+
+@pytest.mark.parametrize("config", [PARITY, S5])
+def test_states_are_products_of_all_elements_so_far(config):
+    """Things are moved one permutation after the other, by hand."""
+    count = 2 if config is PARITY else 5
+    permutations = list(itertools.permutations(range(count)))
+    split = split_of(config)
+    batch, samples = tasks.take_task_samples(split, 24, np.array([3, 8, -1]))
+    assert batch["weights"].tolist() == [[1.0] * 24] * 2 + [[0.0] * 24]
+    assert not batch["labels"][2].any()
+    for inputs, labels in zip(batch["inputs"][:2], batch["labels"][:2]):
+        place = list(range(count))  # of each thing
+        for element, label in zip(inputs, labels):
+            place = [permutations[element][at] for at in place]
+            assert permutations[label - len(permutations)] == tuple(place)
+    if config is PARITY:
+        np.testing.assert_array_equal(batch["labels"][:2] - 2, np.cumsum(batch["inputs"][:2], axis=1) % 2)
+    assert (samples.sources == 0).all()
+    np.testing.assert_array_equal(samples.starts, [np.arange(24)] * 3)
+    many = split.task.make(np.arange(2000), 24)
+    counts = np.bincount(many.labels[:, 20] - len(permutations), minlength=len(permutations))
+    assert len(counts) == len(permutations)
+    assert max(abs(counts - 2000 / len(counts))) < 5 * (2000 / len(counts)) ** 0.5
+    assert split.task.chance(24) == 1 / len(permutations)
+
+
 def test_copies_are_what_stood_a_half_before():
     samples = split_of(COPY).task.make(np.arange(40), 22)
     for tokens, answers, starts, sources in zip(samples.tokens, samples.answers, samples.starts, samples.sources):
@@ -97,7 +150,7 @@ def test_passkeys_hide_in_text_that_goes_on_around_them():
         ]
         assert len(found) == 1
         assert found[0].split(b" is", 1)[1].startswith(answer + b".")
-        assert len(answer) == 2 * KEY_DIGITS == answers.sum()
+        assert len(answer) == 2 * KEY_SIZE == answers.sum()
         assert (starts[-1], (starts >= 0).sum()) == (640 - len(answer), 1)
         assert written[sources[-1] :].startswith(answer + b".")
         bare = hidden
@@ -106,10 +159,47 @@ def test_passkeys_hide_in_text_that_goes_on_around_them():
             bare = bare.replace(sentence, b"", 1)
         assert bare in text
         # The last depths are where the question stands.
-        possible = (question - 2 * KEY_DIGITS - 1) * DEPTHS // 640 + 1
+        possible = (question - 2 * KEY_SIZE - 1) * DEPTHS // 640 + 1
         assert possible < DEPTHS
         assert sources[-1] * DEPTHS // 640 == number % possible
     assert len({bytes(tokens[:100].astype(np.uint8)) for tokens in samples.tokens}) > 50
+
+
+@pytest.mark.parametrize("config", NIAH, ids=["S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH"])
+def test_needles_in_a_haystack(config):
+    symbols, size = ("0123456789abcdef", 32) if config.dataset == "niah-3" else ("0123456789", 7)
+    text = b"\0".join(article.encode() for article in pydoc_articles("validation"))
+    haystack = NOISE.encode() * 99 if config.dataset == "niah-1" else text
+    samples, seen = split_of(config, "validation").task.make(np.arange(60), 1024), set()
+    for tokens, answers, starts, sources in zip(samples.tokens, samples.answers, samples.starts, samples.sources):
+        written = bytes(np.where(tokens == 256, 0, tokens).astype(np.uint8))
+        *body, question = written.split(b" What is the special magic number for ")
+        assert len(body) == 1
+        name, answer = question.split(b"? It is")
+        found = re.findall(rb" The special magic number for (\w{5}) is((?: [0-9a-f])+)\.", body[0])
+        needles = dict(found)
+        assert len(needles) == len(found) == config.num_items
+        assert set(needles) <= {word.encode() for word in WORDS.split()}
+        assert needles[name] == answer
+        value = answer.decode().split(" ")[1:]
+        assert (len(value), set(value) <= set(symbols)) == (size, True)
+        assert (answers.sum(), np.flatnonzero(answers)[0]) == (2 * size, 1024 - 2 * size)
+        assert starts[-1] == 1024 - 2 * size
+        assert written[sources[-1] :].startswith(answer + b".")
+        assert re.sub(rb" The special magic number for \w{5} is(?: [0-9a-f])+\.", b"", body[0]) in haystack
+        seen |= {answer, name}
+    assert len(seen) > 60 + 20  # values all differ; of 128 names many occur
+
+
+def test_every_symbol_of_a_value_is_drawn_equally_often():
+    task = split_of(NIAH[2]).task
+    values = task.make(np.arange(400), 1024).tokens[:, -63::2]
+    for place in (0, 1, 3, 4, 31):
+        counts = np.unique(values[:, place], return_counts=True)[1]
+        assert len(counts) == 16
+        assert max(abs(counts - 25)) < 5 * 5
+    assert task.chance(1024) == 16.0**-32
+    assert [split_of(config).task.chance(1024) for config in (NIAH[0], NIAH[3])] == [1e-7, 1 / 4]
 
 
 @pytest.mark.parametrize(("length", "possible"), [(256, range(1, 16)), (1024, range(19)), (4096, range(20))])
@@ -142,14 +232,15 @@ def test_a_training_sample_asks_for_several_passkeys_one_after_the_other():
     assert 5 < sum(after) < 35
 
 
-@pytest.mark.parametrize("config", [RECALL, COPY, PASSKEY])
+@pytest.mark.parametrize("config", [RECALL, COPY, PASSKEY, GAP, PARITY, S5, *NIAH])
 def test_a_sample_is_the_same_in_every_batch_and_training_never_sees_the_validation(config):
     split = split_of(config)
     length = config.sequence_length
     all_at_once, one = split.task.make(np.arange(20), length), split.task.make(np.array([17]), length)
     np.testing.assert_array_equal(all_at_once.tokens[17], one.tokens[0])
-    held_out = split_of(config, "validation").task.make(np.arange(20), length)
-    assert not {bytes(row) for row in all_at_once.tokens} & {bytes(row) for row in held_out.tokens}
+    for other in ("validation", "test"):
+        held_out = split_of(config, other).task.make(np.arange(20), length)
+        assert not {bytes(row) for row in all_at_once.tokens} & {bytes(row) for row in held_out.tokens}
     batches = TrainingBatches(split, length, 8, seed=3)
     batch = batches.batch(5)
     np.testing.assert_array_equal(batch["inputs"], split.task.make(batches.indices(5), length).tokens[:, :-1])
@@ -158,7 +249,9 @@ def test_a_sample_is_the_same_in_every_batch_and_training_never_sees_the_validat
 
 
 @pytest.mark.parametrize(
-    "config", [RECALL, COPY, PASSKEY, dataclasses.replace(PASSKEY, questions=3)], ids=["recall", "copy", "one", "three"]
+    "config",
+    [RECALL, COPY, PASSKEY, dataclasses.replace(PASSKEY, questions=3), GAP, PARITY, S5, *NIAH],
+    ids=lambda config: f"{config.dataset}, {config.num_items}, {config.questions}",
 )
 def test_as_many_labels_count_as_are_said_to(config):
     """The loss reads no more of a sample than these, and none before the first."""
@@ -272,6 +365,13 @@ def test_splits_and_numbers_as_tokens(tmp_path):
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "9:1"}, "data.curriculum = '9:1': must be LENGTH"),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "8"}, "data.curriculum = '8': must be LENGTH"),
         ({"dataset": "passkey", "tokenizer": "bytes", "num_items": 101}, "data.num_items = 101: must be from 1 to 100"),
+        ({"dataset": "niah-1", "tokenizer": "bytes", "num_items": 101}, "data.num_items = 101: must be from 1 to 100"),
+        (
+            {"dataset": "niah-3", "tokenizer": "bytes", "num_items": 1},
+            "data.sequence_length = 48: must be at least 423",
+        ),
+        ({"dataset": "recall-gap", "num_items": 10}, "data.sequence_length = 48: must be at least 50, 5 for each"),
+        ({"dataset": "s5"}, "data.tokenizer = 'numbers:64': must have at least 240 ids"),
         (
             {"dataset": "passkey", "tokenizer": "bytes", "num_items": 2, "questions": 3},
             "data.questions = 3: must be at most data.num_items = 2",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -74,6 +75,28 @@ def test_unknown_actions_are_refused_before_anything_runs(tmp_path):
     assert checked_actions(["evaluate", "evaluate@8192", "evaluate"]) == ("evaluate", "evaluate@8192")
     with pytest.raises(UserError, match="dance"):
         run_job(Job("x", CONFIG, tmp_path, "", ("dance",)))
+    assert not list(tmp_path.iterdir())
+
+
+PASSKEY = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 256, "num_items": 1, "examples": 40}
+
+
+def test_a_task_is_always_evaluated_on_its_test_split():
+    text, task = (
+        Job("x", run_config({"model": MODEL, "data": data}), pathlib.Path(), "", ("evaluate@512", "history"))
+        for data in ({}, PASSKEY)
+    )
+    assert text.actions == ("evaluate@512", "history")
+    assert task.actions == ("evaluate", "evaluate@512", "history")
+    for named in ("evaluate", "evaluate@256"):
+        assert dataclasses.replace(task, then=(named,)).actions == (named,)
+
+
+def test_a_length_that_the_test_text_cannot_fill_is_refused_before_the_training(tmp_path):
+    job = Job("x", run_config({"model": MODEL, "data": PASSKEY}), tmp_path, "", ("evaluate@1048576",))
+    least = "evaluate@1048576: data.sequence_length = 1048576: the text to hide keys in has only [0-9]+ tokens$"
+    with pytest.raises(UserError, match=least):
+        run_job(job)
     assert not list(tmp_path.iterdir())
 
 

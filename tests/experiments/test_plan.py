@@ -1,5 +1,6 @@
 """Sweep files, their points, and what is said of those that cannot be."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -205,6 +206,17 @@ def test_the_process_of_a_sweep_needs_no_jax():
         ("sweep_recall.py:seeds", 24, 4),
         ("sweep_recall.py:tiny", 2, 2),
         ("sweep_copy.py", 72, 4),
+        ("sweep_capacity.py", 175, 3),
+        ("sweep_capacity.py:pairs", 105, 3),
+        ("sweep_capacity.py:rows", 80, 2),
+        ("sweep_capacity.py:tiny", 3, 1),
+        ("sweep_state.py", 80, 4),
+        ("sweep_state.py:s5-64", 20, 4),
+        ("sweep_state.py:tiny", 2, 2),
+        ("sweep_niah.py", 48, 4),
+        ("sweep_niah.py:16k", 48, 4),
+        ("sweep_niah.py:s1-1k", 12, 4),
+        ("sweep_niah.py:tiny", 2, 2),
         ("sweep_passkey.py", 12, 4),
         ("sweep_passkey.py:tlin", 3, 1),
         ("sweep_passkey.py:tiny", 2, 2),
@@ -218,8 +230,26 @@ def test_sweeps_of_retrieval(where, points, architectures):
     assert checked_actions(sweep.then) == tuple(sweep.then)
     depths = {(p.config.model.architecture, p.config.model.num_layers) for p in planned}
     assert len({layers for _, layers in depths}) <= 3
-    if sweep.study == "retrieval" and "passkey" not in where:
+    if "passkey" not in where and ("niah" not in where or ":s1" in where):  # which need books
         check_data(planned)
+
+
+def test_capacity_varies_one_size_alone_and_names_no_point_as_another_sweep_does():
+    planned = plan_points(load_sweep(f"{CONFIGS}/sweep_capacity.py"))
+    sizes = {(p.config.data.num_items, p.config.model.history_window) for p in planned}
+    assert sizes == {(2**n, 32) for n in range(2, 9)} | {(64, 2**n) for n in range(8)}
+    rest = {
+        (
+            dataclasses.replace(p.config.data, num_items=1),
+            dataclasses.replace(p.config.model, history_window=1, architecture="tlinformer"),
+            dataclasses.replace(p.config.train, seed=0),
+        )
+        for p in planned
+    }
+    assert len(rest) == 1
+    others = plan_points(load_sweep(f"{CONFIGS}/sweep_recall.py"))
+    assert not {p.name for p in planned} & {p.name for p in others}
+    assert next(p for p in planned if p.config.data.num_items == 4).name.startswith("pairs4-rows32_")
 
 
 def test_a_setting_that_does_not_exist_is_refused():

@@ -3,12 +3,15 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.support.commands import ROOT, command
+from tests.support.figures import check_lines
 from tests.support.results import made_result, save
-from tlinformer_jax.experiments.frame import frame_of, points_of
-from tlinformer_jax.experiments.report import FOUND, exact_interval, retrieval_lines, write_report
+from tlinformer_jax.experiments.frame import frame_of, median_update, points_of
+from tlinformer_jax.experiments.report import write_report
+from tlinformer_jax.experiments.retrieval import median_interval, retrieval_lines, wilson_interval
 
 DATA = {"dataset": "recall", "tokenizer": "numbers:257", "sequence_length": 512, "num_items": 64}
 WINDOWS = {"history_window": 16, "generation_window": 32, "hidden_depth": 0}
@@ -54,29 +57,29 @@ def test_runs_are_counted_and_listed_and_their_shares_never_averaged():
     results = [
         cell({}, 1e-3, 0.992, reached=True, steps=40),
         *(cell(TLIN, 1e-3, accuracy, seed) for seed, accuracy in enumerate((0.991, 0.974, 0.551))),
-        cell(TLIN, 3e-3, 0.9),
+        cell(TLIN, 3e-3, 0.899),
     ]
     lines = retrieval_lines(frame_of(results))
     assert lines[0] == "### recall, N = 512, 64 pairs, W_oh = 16, W_og = 32, width 16"
-    # Clopper and Pearson: of 2 in 3, the p with P(X >= 2) = 0.025 and P(X <= 2) = 0.025; of 0 in 1, 1 - 0.025.
-    low, high = map(float, exact_interval(2, 3).split(" to "))
-    assert 3 * low**2 * (1 - low) + low**3 == pytest.approx(0.025, abs=0.003)
-    assert 1 - high**3 == pytest.approx(0.025, abs=0.015)
-    assert exact_interval(0, 1) == "0.00 to 0.97"
+    # Wilson: the shares p from which 2 / 3 is 1.96 standard errors away, (2 / 3 - p)^2 = 1.96^2 p (1 - p) / 3.
+    for p in map(float, wilson_interval(2, 3).split(" to ")):
+        assert (2 / 3 - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / 3, abs=0.01)
+    assert wilson_interval(3, 3) == "0.44 to 1.00"  # 3 / (3 + 1.96^2)
+    assert wilson_interval(0, 0) == ""
     # H_64 / 64 = 0.0741.
     ours, theirs = "TLinFormer, 4 layers (B = 2, H = 0)", "full attention, 4 layers"
     assert lines[2:7] == [
-        f"| model | learning rate | runs above {FOUND} | 95% interval | chance | parameters |",
+        "| model | learning rate | runs ≥ 0.9 | 95% interval | chance | parameters |",
         "| --- | --- | --- | --- | --- | --- |",
-        f"| {ours} | 0.001 | 2 of 3 | 0.09 to 0.99 | 0.074 | 1,234 |",
-        f"| {ours} | 0.003 | 0 of 1 | 0.00 to 0.97 | 0.074 | 1,234 |",
-        f"| {theirs} | 0.001 | 1 of 1 | 0.03 to 1.00 | 0.074 | 1,234 |",
+        f"| {ours} | 0.001 | 2 of 3 | 0.21 to 0.94 | 0.074 | 1,234 |",
+        f"| {ours} | 0.003 | 0 of 1 | 0.00 to 0.79 | 0.074 | 1,234 |",
+        f"| {theirs} | 0.001 | 1 of 1 | 0.21 to 1.00 | 0.074 | 1,234 |",
     ]
     assert lines[10:15] == [
         f"| {ours} | 0.001 | 0 | 0.991 |  |  | 0.495 | validation | 3.0 M | all updates |",
         f"| {ours} | 0.001 | 1 | 0.974 |  |  | 0.487 | validation | 3.0 M | all updates |",
         f"| {ours} | 0.001 | 2 | 0.551 |  |  | 0.276 | validation | 3.0 M | all updates |",
-        f"| {ours} | 0.003 | 0 | 0.900 |  |  | 0.450 | validation | 3.0 M | all updates |",
+        f"| {ours} | 0.003 | 0 | 0.899 |  |  | 0.450 | validation | 3.0 M | all updates |",
         f"| {theirs} | 0.001 | 0 | 0.992 |  |  | 0.496 | validation | 1.2 M | 99% reached |",
     ]
     assert not any("±" in line for line in lines)
@@ -90,6 +93,103 @@ def test_what_is_reported_is_the_test_split_where_a_record_has_it():
     lines = retrieval_lines(frame_of([result]))
     assert any("| 0.001 | 0 of 1 |" in line for line in lines)
     assert any("| 0 | 0.850 |  |  | 0.800 | test | " in line for line in lines)
+
+
+def test_the_test_split_may_have_been_evaluated_at_the_trained_length_by_name():
+    test = {"figures": {"accuracy": 0.85}, "split": "test", "length": 512}
+    elsewhere = {"figures": {"accuracy": 0.2}, "split": "test", "length": 1024}
+    result = cell(TLIN, 1e-3, 0.95, then={"evaluate@1024": elsewhere, "evaluate@512": test})
+    frame = frame_of([result])
+    assert (frame["reported.accuracy"].item(), frame["split"].item()) == (0.85, "test")
+    for other in ({"evaluate@1024": elsewhere}, {"evaluate": test | {"split": "validation"}}):
+        frame = frame_of([cell(TLIN, 1e-3, 0.95, then=other)])
+        assert (frame["reported.accuracy"].item(), frame["split"].item()) == (0.95, "validation")
+
+
+def evaluated_at(*accuracies: float | None) -> list[list]:
+    """A history of evaluations every 10 updates."""
+    return [[10 * number, 1.0, accuracy] for number, accuracy in enumerate(accuracies, 1)]
+
+
+LATE, SOON, NEVER = (0.1, 0.2, 0.899, 0.9), (0.3, 0.95, 0.5, 0.99), (0.1, None, 0.8, 0.899)
+
+
+@pytest.mark.parametrize(
+    ("histories", "expected"),
+    [
+        ((SOON,), "20"),
+        ((SOON, LATE), "30"),
+        ((SOON, LATE, LATE), "40"),
+        ((NEVER,), "> 100"),
+        ((SOON, LATE, NEVER), "40"),
+        ((SOON, NEVER, NEVER), "> 100"),
+        ((SOON, NEVER), "> 60"),  # between 20 and something after 100: (20 + 100) / 2 at least
+    ],
+)
+def test_the_median_update_of_finding_counts_runs_that_never_did(histories, expected):
+    results = [cell(TLIN, 1e-3, 0.5, seed, history=evaluated_at(*parts)) for seed, parts in enumerate(histories)]
+    frame = frame_of(results)
+    assert median_update(frame) == expected
+    lines = retrieval_lines(frame)
+    assert "| runs ≥ 0.9 | 95% interval | median update | chance |" in lines[2]
+    assert f" | {expected} | 0.074 |" in lines[4]
+    each = {SOON: "20", LATE: "40", NEVER: "> 100"}
+    assert [line.split(" | ")[-2] for line in lines[8:-1]] == [each[parts] for parts in histories]
+
+
+def test_records_without_accuracies_by_update_say_nothing_of_when():
+    assert median_update(frame_of([cell(TLIN, 1e-3, 0.99)])) == ""
+    both = frame_of([cell(TLIN, 1e-3, 0.99), cell(TLIN, 1e-3, 0.99, 1, history=evaluated_at(*SOON))])
+    assert median_update(both) == "20"
+
+
+def test_the_interval_of_a_median_is_that_of_resampled_seeds():
+    shares = [0.1, 0.5, 0.6, 0.9, 0.95]
+    rng = np.random.default_rng(1)
+    medians = [np.median(rng.choice(shares, 5)) for _ in range(4000)]
+    low, high = median_interval(pd.Series(shares))
+    assert (low, high) == tuple(np.quantile(medians, [0.025, 0.975])) == median_interval(pd.Series(shares[::-1]))
+    assert median_interval(pd.Series([0.5, 0.5])) == (0.5, 0.5)
+    assert np.isnan(median_interval(pd.Series([0.5]))).all()
+
+
+def capacity_records() -> list[dict]:
+    """Accuracy 1 - pairs / 100 of one model and half of it of another, three seeds; W_oh of one setting, two seeds."""
+    by_pairs = [
+        cell(TLIN | {"architecture": name}, 1e-3, (1 - pairs / 100) / part + seed / 1000, seed, data=DATA | more)
+        for name, part in (("tlinformer", 1), ("tconstformer", 2))
+        for pairs in (4, 16, 64)
+        for seed in range(3)
+        for more in [{"num_items": pairs, "examples": 10_000 + pairs}]
+    ]
+    by_rows = [
+        cell(TLIN | {"history_window": rows}, 1e-3, rows / 40, seed, data=DATA)
+        for rows in (1, 4, 32)
+        for seed in range(2)
+    ]
+    alone = [cell({"history_window": rows}, 1e-3, 0.5) for rows in (1, 4, 32)]  # full attention has no such rows
+    return [record | {"name": f"run{number}"} for number, record in enumerate([*by_pairs, *by_rows, *alone])]
+
+
+def test_capacity_is_told_of_runs_that_differ_in_one_size_alone(tmp_path, drawn):
+    lines = written(tmp_path, *capacity_records())
+    start, end = lines.index("### Capacity"), lines.index("## Runs")
+    rows = [line for line in lines[start:end] if line.startswith("| T")]
+    ours, theirs = (f"{name}, 4 layers (B = 2, H = 0)" for name in ("TLinFormer", "TConstFormer"))
+    middle = "| 3 of 3 | 0.44 to 1.00 | 0.961 | 0.960 to 0.962 | 0.960, 0.961, 0.962 |"
+    assert f"| {ours} | 4 {middle}" in rows
+    last = "| 0 of 3 | 0.00 to 0.56 | 0.181 | 0.180 to 0.182 | 0.180, 0.181, 0.182 |"
+    assert f"| {theirs} | 64 {last}" in rows
+    assert f"| {ours} | 32 | 0 of 2 | 0.00 to 0.66 | 0.800 | 0.800 to 0.800 | 0.800, 0.800 |" in rows
+    # W_oh = 16 with 64 pairs is a point of both curves.
+    assert len(rows) == 2 * 3 + 4
+    pairs, windows = drawn["results_capacity.png"]
+    above, half = [(4, 0.961), (16, 0.841), (64, 0.361)], [(4, 0.481), (16, 0.421), (64, 0.181)]
+    check_lines(pairs.lines, {theirs: half, ours: above})
+    check_lines(windows.lines, {ours: [(1, 0.025), (4, 0.1), (16, 0.361), (32, 0.8)]})
+    np.testing.assert_allclose(pairs.spreads, 0.001)
+    assert "![Right answers against pairs and W_oh](figures/results_capacity.png)" in lines
+    assert not any("### Capacity" in line for line in written(tmp_path / "few", *capacity_records()[:6]))
 
 
 def test_runs_that_end_at_different_updates_are_one_group():
@@ -185,3 +285,15 @@ def test_attention_finds_pairs_and_the_report_says_so(tmp_path):
     assert "| 99% reached |" in done.stdout
     write_report(tmp_path / "records", tmp_path / "results.md")
     assert "99% reached" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_capacity_sweep_runs_and_is_reported(tmp_path):
+    sweep = f"--sweep={ROOT}/configs/sweep_capacity.py:tiny"
+    done = command("sweep", sweep, f"--out={tmp_path}/sweep", f"--results={tmp_path}/records")
+    assert done.returncode == 0, done.stderr
+    write_report(tmp_path / "records", tmp_path / "results.md")
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    table = lines[lines.index("Against pairs in a sample:") :]
+    assert [line.split(" | ")[1] for line in table if line.startswith("| TLinFormer")][:3] == ["1", "2", "4"]
+    assert (tmp_path / "figures" / "results_capacity.png").exists()

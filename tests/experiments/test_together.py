@@ -53,7 +53,7 @@ def test_each_is_what_it_would_be_alone(tmp_path, trained):
         params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, alone.params)
         assert record["validation"]["loss"] == pytest.approx(alone.figures["loss"], abs=1e-4)
-        assert [step for step, _ in record["history"]] == [3, 6]
+        assert [step for step, *_ in record["history"]] == [3, 6]
         assert (record["seed"], record["steps"], record["together"]) == (one.config.train.seed, 6, 3)
         assert run_config(record["config"]) == one.config
         assert finished_result(one) == json.loads(json.dumps(record))
@@ -71,7 +71,7 @@ def test_a_run_that_has_reached_its_goal_keeps_its_parameters(tmp_path, trained,
     goal = {"train__stop_at_accuracy": 0.5}
     first, second = train_together([job(tmp_path, seed, 1e-2, **goal) for seed in (0, 1)])
     assert (first["steps"], second["steps"]) == (3, 6)
-    assert [step for step, _ in first["accuracies"]] == [3]
+    assert [step for step, *_ in first["history"]] == [3]
     assert first["target"]["reached"]
     assert not second["target"]["reached"]
     copies = trained[-1][0]

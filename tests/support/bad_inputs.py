@@ -442,7 +442,7 @@ SWEEPS = [
     Case("a sweep that is no Python", "sweep", ("--sweep={d}/syntax.py",), "syntax.py, line 1"),
     Case("a sweep without get_sweep", "sweep", ("--sweep={d}/small.py",), "a function get_sweep; it has none"),
     Case("a sweep without a point", "sweep", ("--sweep={d}/sweep_empty.py",), "at least one point"),
-    Case("an unknown sweep", "sweep", ("--sweep=window",), "one of architectures, copy"),
+    Case("an unknown sweep", "sweep", ("--sweep=window",), "one of architectures, capacity"),
     Case("an unknown variant of a sweep", "sweep", ("--sweep=configs/sweep_windows.py:huge",), "variant = 'huge'"),
     Case("a point that cannot be", "sweep", ("--sweep={d}/sweep_point.py",), "point two: model.num_heads = 3"),
     Case("a point with an unknown field", "sweep", ("--sweep={d}/sweep_field.py",), "point one: model.widnow = 3"),

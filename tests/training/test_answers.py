@@ -119,6 +119,30 @@ def test_accuracy_is_that_of_the_logits():
     assert report["accuracy_by_position"]["right"] == by_end.tolist()
 
 
+def test_the_states_of_a_word_are_its_labels():
+    """Parity: loss, gradient's loss and accuracy are those of the number of ones so far, not of the next token."""
+    data = {"dataset": "parity", "tokenizer": "numbers:4", "sequence_length": 18}
+    run = build_run(changed(model={"vocab_size": 4}, data=data), build_tokenizer("numbers:4"))
+    trained = TrainedRun(run, jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params), 0)
+    split = run.split("test")
+    words = split.task.make(np.arange(21), 18).tokens[:, :-1]
+    labels = 2 + np.cumsum(words, axis=1) % 2
+    logits = np.asarray(jax.jit(run.model.apply)({"params": trained.params}, jnp.asarray(words)), float)
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    report = evaluate_run(trained, split, EvaluationOptions(by_position=True), split="test")
+    right = logits.argmax(-1) == labels
+    assert report["figures"]["accuracy"] == right.mean()
+    assert report["figures"]["accuracy_own"] == right[:, :4].mean()  # the first window, which sees all tokens
+    assert report["figures"]["accuracy_history"] == right[:, 8:].mean()
+    assert report["figures"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert report["accuracy_by_position"]["right"] == right.sum(axis=0).tolist()
+    batch = take_samples(split, 18, np.arange(21))
+    options = {"model": run.model, "answers": run.answers}
+    loss, beside = jax.jit(lambda params: summed_loss(params, batch, jax.random.key(0), **options))(trained.params)
+    assert loss == pytest.approx(losses.sum(), rel=1e-5)
+    assert beside.right == right.sum()
+
+
 COPY = {"dataset": "copy", "tokenizer": "numbers:2048"}
 
 
@@ -200,6 +224,19 @@ def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_q
     assert run.answers(800).first == 0
 
 
+def test_an_evaluation_runs_no_window_before_the_answers():
+    """Which is what makes passkeys in a million tokens affordable; see configs/passkey.py."""
+    model = {"vocab_size": 257, "history_window": 32, "generation_window": 32, "memory": ExecutionPlan()}
+    run = build_run(changed(model=model, data=PASSKEYS), build_tokenizer("bytes"))
+    split, params = run.split("test"), run.initial_state().params
+    (batch,) = answer_batches(split, 1400, 2, slice(None), 32, run.config.model.observed_rows)
+    read, every = (
+        jax.jit(functools.partial(eval_step, model=run.model, answers=answers)).lower(params, batch).compile()
+        for answers in (run.answers, None)
+    )
+    assert read.cost_analysis()["flops"] < 0.4 * every.cost_analysis()["flops"]
+
+
 def test_a_run_of_a_task_is_evaluated_on_all_of_a_text():
     run = build_run(changed(model={"vocab_size": 257}, data=PASSKEYS), build_tokenizer("bytes"))
     trained = TrainedRun(run, run.initial_state().params, 0)
@@ -219,6 +256,8 @@ def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch):
     assert (result["steps"], result["tokens"]) == (2, 2 * 16 * 18)
     assert result["target"] == {"accuracy": 0.01, "reached": True, "most_steps": 100}
     assert result["validation"]["accuracy"] > 0.01
+    assert result["history"] == [[2, result["validation"]["loss"], result["validation"]["accuracy"]]]
+    assert (result["then"]["evaluate"]["split"], result["then"]["evaluate"]["length"]) == ("test", 18)
     assert [event["step"] for event in events(tmp_path / "whole")] == [1, 2, 2]
 
     def crash(*_):

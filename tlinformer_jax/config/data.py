@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.files import path_fault
 
-TASKS = ("recall", "copy", "passkey")
+PAIR_SIZES = {"recall": 2, "recall-gap": 3}  # tokens of a pair
+NUMBER_TASKS = (*PAIR_SIZES, "copy", "parity", "s5")
+NEEDLES = ("passkey", "niah-1", "niah-2", "niah-3")
+TASKS = (*NUMBER_TASKS, *NEEDLES)
 WIKITEXT = ("wikitext103", "wikitext103-raw")
 TEXT_FILES = ("text", "lines")
 TOKENS = "tokens"
@@ -19,7 +22,7 @@ TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
 PATHS = (*FILES, "tokenizer", "manual_dir", "cache_dir")
-MOST_PASSKEYS = 100  # each has a name of two digits
+MOST_NEEDLES = 100  # the names of passkeys, of two digits
 STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
 
@@ -45,25 +48,26 @@ class DataConfig:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
         of a .txt is a document), "tokens" (your own token ids, see `data.given`), "wikitext103" (with <unk>, the
         paper's), "wikitext103-raw", "tfds:NAME" (of TensorFlow Datasets), or a task whose samples are generated:
-        "recall", "copy", "passkey" (see `data.tasks`, `data.passkey`).
+        "recall", "recall-gap", "copy" (see `data.tasks`), "parity", "s5" (see `data.states`), "passkey", "niah-1",
+        "niah-2", "niah-3" (see `data.needles`).
       tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`, of a folder that holds one, or of a
         sentencepiece `.model`. FILE.json:ENTRY names the entry of its vocabulary that ends a text; without, a folder's
         `tokenizer_config.json` says it, or the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
-        "recall" and "copy". "ids:V" is for "tokens" of no text: V ids, and one more that ends a document.
+        tasks without text. "ids:V" is for "tokens" of no text: V ids, and one more that ends a document.
       sequence_length: N, tokens a sample.
       train_files: [text, lines] comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst, and of
-        .parquet and .arrow files. [passkey]
-        the text that keys are hidden in, read as "text"; "" is that of "pydoc". [tokens] one .npy file, or one of raw
-        little-endian ids: FILE.bin (uint16) or FILE.bin:uint32.
+        .parquet and .arrow files. [passkey, niah-2, niah-3] the text that needles are hidden in, read as "text"; "" is
+        that of "pydoc". [tokens] one .npy file, or one of raw little-endian ids: FILE.bin (uint16) or FILE.bin:uint32.
       validation_files: the same for the validation split.
-      test_files: the same for the test split. [passkey] "" hides the test keys in the validation text.
+      test_files: the same for the test split. [passkey, niah-2, niah-3] "" hides needles in the validation text.
       text_field: [text, lines, tfds] the field of a .jsonl line or of a record, or the column, that holds the document.
       manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip. [tfds] its data_dir.
       cache_dir: where downloads and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
       examples: [tasks] different samples of the training split; an epoch takes each once.
-      num_items: [recall] pairs of a key and a value in a sample of N tokens, fewer in proportion in a shorter one.
-        [passkey] keys hidden in a sample.
-      questions: [passkey] keys that a training sample asks for, one after the other; evaluation asks for one.
+      num_items: [recall, recall-gap] pairs of a key and a value in a sample of N tokens, fewer in proportion in a
+        shorter one. [passkey, niah-1, niah-2, niah-3] needles hidden in a sample.
+      questions: [passkey, niah-1, niah-2, niah-3] needles that a training sample asks for, one after the other;
+        evaluation asks for one.
       curriculum: [tasks] "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
         more as keep an update's tokens, and so on; the rest on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as soon
         as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest; see
@@ -99,8 +103,9 @@ class DataConfig:
             raise ConfigError("data.dataset", self.dataset, allowed)
         if not self.tokenizer:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
-        if self.tokenizer.startswith("numbers:") and self.dataset not in ("recall", "copy"):
-            raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'recall' and 'copy'")
+        if self.tokenizer.startswith("numbers:") and self.dataset not in NUMBER_TASKS:
+            allowed = f"is for data.dataset = {', '.join(map(repr, NUMBER_TASKS))}"
+            raise ConfigError("data.tokenizer", self.tokenizer, allowed)
         if self.tokenizer.startswith("ids:") and self.dataset != TOKENS:
             raise ConfigError("data.tokenizer", self.tokenizer, f"is for data.dataset = {TOKENS!r}")
         if not self.text_field:
@@ -108,11 +113,11 @@ class DataConfig:
         if not 1 <= self.sequence_length < 2**31:
             allowed = f"must be from 1 to {2**31 - 1}: positions are int32"
             raise ConfigError("data.sequence_length", self.sequence_length, allowed)
-        most_items = MOST_PASSKEYS if self.dataset == "passkey" else 2**31 - 1
-        for name, most in (("examples", 2**31 - 1), ("num_items", most_items), ("questions", MOST_PASSKEYS)):
+        most_items = MOST_NEEDLES if self.dataset in NEEDLES else 2**31 - 1
+        for name, most in (("examples", 2**31 - 1), ("num_items", most_items), ("questions", MOST_NEEDLES)):
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(f"data.{name}", getattr(self, name), f"must be from 1 to {most}")
-        if self.dataset == "passkey" and self.questions > self.num_items:
+        if self.dataset in NEEDLES and self.questions > self.num_items:
             raise ConfigError("data.questions", self.questions, f"must be at most data.num_items = {self.num_items}")
         if self.curriculum and not self.is_task:
             allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
@@ -125,9 +130,14 @@ class DataConfig:
         return self.dataset in TASKS
 
     @property
+    def hides_in_files(self) -> bool:
+        """Whether needles are hidden in the user's own text."""
+        return self.dataset in NEEDLES and self.dataset != "niah-1" and bool(self.train_files)
+
+    @property
     def validation_examples(self) -> int:
         """[tasks] Samples of the validation split, and of the test split."""
-        return max(1, min(200 if self.dataset == "passkey" else 3_000, self.examples // 10))
+        return max(1, min(200 if self.dataset in NEEDLES else 3_000, self.examples // 10))
 
     @property
     def stages(self) -> tuple[Stage, ...]:

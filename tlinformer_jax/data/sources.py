@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 
-from tlinformer_jax.config.data import SPLITS, TEXT_FILES, TFDS, TOKENS, DataConfig
-from tlinformer_jax.data import given, passkey, tfds, wikitext103
+from tlinformer_jax.config.data import NEEDLES, PAIR_SIZES, SPLITS, TEXT_FILES, TFDS, TOKENS, DataConfig
+from tlinformer_jax.data import given, needles, states, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.files import TextPiece, check_patterns, find_files, progress, read_documents
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents
@@ -32,7 +32,7 @@ class Source:
 
 def available_splits(config: DataConfig) -> tuple[str, ...]:
     """The splits that `config` gives text of their own for."""
-    if config.dataset in (*TEXT_FILES, TOKENS) or (config.dataset == "passkey" and config.train_files):
+    if config.dataset in (*TEXT_FILES, TOKENS) or config.hides_in_files:
         return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
     return SPLITS
 
@@ -51,7 +51,7 @@ def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> S
 
     Tokens in the configuration's own cache are read all the same.
     """
-    if config.dataset in (*TEXT_FILES, "passkey"):
+    if config.dataset in (*TEXT_FILES, *NEEDLES):
         check_patterns(getattr(config, f"{split}_files", ""), f"data.{split}_files")
     found = find_split(config, split, tokenizer)
     return found or load_split(dataclasses.replace(config, cache_dir=""), split, tokenizer)
@@ -87,14 +87,14 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
 
 def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPlaces | None:
     """Where the labels of a task's sample of `length` tokens count; None for text, where all do."""
-    if config.dataset == "recall":
+    if pair_size := PAIR_SIZES.get(config.dataset):
         pairs = pairs_of(length, config.num_items, config.sequence_length)
-        return AnswerPlaces(2 * pairs, pairs)
+        return AnswerPlaces(pair_size * pairs, pairs)
     if config.dataset == "copy":
         return AnswerPlaces(length // 2, length // 2)
-    if config.dataset == "passkey":
-        return passkey.Phrases.of(tokenizer).places(length, config.questions)
-    return None
+    if form := needles.FORMS.get(config.dataset):
+        return needles.Phrases.of(tokenizer, form).places(length, config.questions)
+    return AnswerPlaces(0, length) if config.is_task else None
 
 
 # ---- Text that is tokenised and cached
@@ -130,9 +130,9 @@ def _source(config: DataConfig, split: str) -> Source | None:
             functools.partial(part, config, split) for part in (module.identity, module.read_documents)
         )
         return Source(identity, documents, config.dataset)
-    if config.dataset == "passkey" and split == "test" and not config.test_files:
-        split = "validation"  # whose text hides other keys then
-    if config.dataset in TEXT_FILES or (config.dataset == "passkey" and config.train_files):
+    if config.hides_in_files and split == "test" and not config.test_files:
+        split = "validation"  # whose text hides other needles then
+    if config.dataset in TEXT_FILES or config.hides_in_files:
         return _files_source(config, split)
     return None
 
@@ -157,21 +157,25 @@ def _files_source(config: DataConfig, split: str) -> Source:
 
 def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
     """A text from files or the embedded corpus, or the task that the configuration makes of it."""
-    if text is None and config.dataset in ("pydoc", "passkey"):
+    if config.dataset == "niah-1":
+        text = needles.load_noise(tokenizer)
+    elif text is None and config.dataset in ("pydoc", *NEEDLES):
         text = load_pydoc(split, tokenizer)
     if not config.is_task:
         assert text is not None
         return text
     key, trains = key_of(config.dataset, split), split == "train"
     task: Task
-    if config.dataset == "recall":
-        task = Recall(key, tokenizer.vocab_size, config.num_items, config.sequence_length)
+    if pair_size := PAIR_SIZES.get(config.dataset):
+        task = Recall(key, tokenizer.vocab_size, config.num_items, config.sequence_length, pair_size)
     elif config.dataset == "copy":
         task = Copying(key, tokenizer.vocab_size)
+    elif group := states.GROUPS.get(config.dataset):
+        task = states.StateTracking(key, tokenizer.vocab_size, group)
     else:
         assert text is not None
-        questions = config.questions if trains else 1
-        task = passkey.Passkey(key, text, tokenizer, config.num_items, questions, in_turn=not trains)
+        form, questions = needles.FORMS[config.dataset], config.questions if trains else 1
+        task = needles.Needles(key, form, text, tokenizer, config.num_items, questions, in_turn=not trains)
     task.check(config.sequence_length)
     for length, *_ in config.stages:
         try:

@@ -1,7 +1,7 @@
 """Synthetic tasks: splits whose samples are generated, and whose loss counts at the answers only.
 
 Sample i of a split is a pure function of the configuration, the split's name and i, so tasks are batched as text is
-(`data.batches`). Here are recall and copying; passkeys have a file of their own.
+(`data.batches`). Here are recall and copying; `data.needles` has what is hidden in text, `data.states` state tracking.
 
 An answer is one or more tokens after a question. It also stands at an earlier place, its source. The region of an
 answer is where its source lies, seen from the generation window in which its first token is predicted:
@@ -40,6 +40,7 @@ class Samples:
     answers: np.ndarray  # bool [samples, N]: whether the token after position t belongs to an answer
     starts: np.ndarray  # int32 [samples, N]: the position before the answer's first token
     sources: np.ndarray  # int32 [samples, N]: the position of the first token of the answer's source
+    labels: np.ndarray | None = None  # int32 [samples, N]; None where they are the tokens that follow
 
     @classmethod
     def of(cls, tokens: np.ndarray, ends: np.ndarray, sources: np.ndarray, size: int = 1) -> "Samples":
@@ -96,7 +97,8 @@ def take_task_samples(split: TaskSplit, length: int, indices: np.ndarray) -> tup
     samples = split.task.make(np.where(real, indices, 0), length)
     tokens = np.where(real[:, None], samples.tokens, 0).astype(np.int32)
     weights = (samples.answers & real[:, None]).astype(np.float32)
-    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}, samples
+    labels = tokens[:, 1:] if samples.labels is None else np.where(real[:, None], samples.labels, 0).astype(np.int32)
+    return {"inputs": tokens[:, :-1], "labels": labels, "weights": weights}, samples
 
 
 def answer_batches(
@@ -175,12 +177,16 @@ class Recall:
     Keys are different ids of the vocabulary's lower half, without 0; values and the filler any of the upper half. The
     gap before a question is drawn by a power law that favours small gaps, as in Zoology, where the protocol is from.
     A sample of `full_length` tokens has `pairs` pairs, a shorter one, of a curriculum, fewer in proportion.
+
+    In "recall-gap" a pair is a key, a filler and the value (`pair_size` 3); the questions stay as they are. There
+    knowing the token before does not join a value with its key.
     """
 
     key: int
     vocabulary: int
     pairs: int
     full_length: int
+    pair_size: int = 2
 
     def __post_init__(self) -> None:
         if self.vocabulary // 2 - 1 < self.pairs:
@@ -192,26 +198,28 @@ class Recall:
 
     def check(self, length: int) -> None:
         pairs = pairs_of(length, self.pairs, self.full_length)
-        if length < 4 * pairs:
-            raise ConfigError("data.sequence_length", length, f"must be at least {4 * pairs}, 4 for each of its pairs")
+        least = self.pair_size + 2
+        if length < least * pairs:
+            allowed = f"must be at least {least * pairs}, {least} for each of its pairs"
+            raise ConfigError("data.sequence_length", length, allowed)
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
         pairs = pairs_of(length, self.pairs, self.full_length)
         half, rows = self.vocabulary // 2, np.arange(len(numbers))[:, None]
-        slots = (length - 2 * pairs) // 2
+        slots, first = (length - self.pair_size * pairs) // 2, self.pair_size * pairs
         bits = random_bits(self.key, numbers, 3 * pairs + slots + length + 1)
         of_keys, of_values, of_slots, filler = np.split(bits, np.cumsum([2 * pairs, pairs, slots]), axis=1)
         keys = 1 + distinct(of_keys, half - 1)
         values = half + below(of_values, self.vocabulary - half)
         tokens = half + below(filler, self.vocabulary - half)
-        tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+        tokens[:, 0 : first : self.pair_size], tokens[:, self.pair_size - 1 : first : self.pair_size] = keys, values
         # Questions take slots drawn without replacement with weights (slot + 1)^(GAP_POWER - 1): those with the
         # smallest exponential waiting times.
         uniform = ((of_slots >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         waiting = -np.log(uniform) * np.arange(1, slots + 1) ** (1 - GAP_POWER)
-        asked = 2 * pairs + 2 * np.argsort(waiting, axis=1, kind="stable")[:, :pairs]
+        asked = first + 2 * np.argsort(waiting, axis=1, kind="stable")[:, :pairs]
         tokens[rows, asked], tokens[rows, asked + 1] = keys, values
-        return Samples.of(tokens, asked, 1 + 2 * np.arange(pairs))
+        return Samples.of(tokens, asked, self.pair_size * np.arange(1, pairs + 1) - 1)
 
 
 def chance_by_elimination(pairs: int) -> float:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tlinformer_jax.data.tokenizers import NUMBERS
+from tlinformer_jax.data.sources import load_split
+from tlinformer_jax.data.tasks import TaskSplit
+from tlinformer_jax.data.tokenizers import NUMBERS, build_tokenizer
 from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,12 +73,19 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
 
 def check_possible(names: Sequence[str], config: "RunConfig") -> None:
     """Checks before the training that its model and data allow the actions, else raises UserError."""
-    tokenizer = config.data.tokenizer
+    data, tokenizer = config.data, config.data.tokenizer
     for name in names:
         kind, *lengths = name.split("@")
+        if kind == "evaluate" and data.is_task:
+            split = load_split(data, "test", build_tokenizer(tokenizer))
+            assert isinstance(split, TaskSplit)
+            try:
+                split.task.check(int(lengths[0]) if lengths else data.sequence_length)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
         if kind == "history":
             from tlinformer_jax.evaluation.history import check_measurable
 
-            check_measurable(config.model, int(lengths[0]) if lengths else config.data.sequence_length)
+            check_measurable(config.model, int(lengths[0]) if lengths else data.sequence_length)
         if kind == "samples" and tokenizer.startswith(NUMBERS):
             raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")

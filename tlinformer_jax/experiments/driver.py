@@ -38,7 +38,7 @@ def run_job(
     that does not exist and a result.json of another configuration are refused too. Returns the record; None if a signal
     stopped the training.
     """
-    check_possible(checked_actions(job.then), job.config)
+    check_possible(checked_actions(job.actions), job.config)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
         done = finished_result(job)
         if done is not None:
@@ -54,7 +54,7 @@ def run_job(
         peak = after if after is not None and after > (before or 0) else None
         result = record_of(job, outcome_of(job, trained, peak))
         write_result(job.workdir / RESULT_FILE, result)
-        for name in job.then:
+        for name in job.actions:
             started = time.perf_counter()
             result["then"][name] = run_action(name, TrainedRun(trained.run, trained.params, trained.step))
             write_result(job.workdir / RESULT_FILE, result)
@@ -113,8 +113,8 @@ def outcome_of(job: Job, trained: Trained, peak: int | None) -> Outcome:
 def record_of(job: Job, outcome: Outcome) -> Record:
     """The record of a finished run, before its actions.
 
-    cache counts bytes of one sequence of N tokens in generation. history pairs updates and validation losses, of tasks
-    accuracies pairs them and the share of right answers. target is None without train.stop_at_accuracy.
+    cache counts bytes of one sequence of N tokens in generation. history has update and validation loss of each
+    evaluation, and the accuracy of a task. target is None without train.stop_at_accuracy.
     """
     trained = outcome.trained
     config, device = trained.run.config, jax.devices()[0]
@@ -122,10 +122,8 @@ def record_of(job: Job, outcome: Outcome) -> Record:
     cache = cache_bytes_at(model, config.data.sequence_length)
     least, figures = config.train.stop_at_accuracy, dict(outcome.evaluations[-1][1])
     target = {"accuracy": least, "reached": figures.get("accuracy", 0) >= least}
-    curves = {
-        curve: [[step, each[name]] for step, each in outcome.evaluations if name in each]
-        for curve, name in (("history", "loss"), ("accuracies", "accuracy"))
-    }
+    measured = ("loss", *(["accuracy"] if config.data.is_task else []))
+    history = [[step, *(each[name] for name in measured)] for step, each in outcome.evaluations]
     return {
         "format": FORMAT,
         **{name: getattr(job, name) for name in ("name", "study", "sweep", "point", "overrides", "command")},
@@ -145,7 +143,7 @@ def record_of(job: Job, outcome: Outcome) -> Record:
         "cache": {name: getattr(cache, name) for name in ("used", "allocated", "paper")}
         | {"dtype": model.compute_dtype.name},
         "validation": figures,
-        **{curve: pairs for curve, pairs in curves.items() if pairs},
+        "history": history,
         "target": target | {"most_steps": trained.run.horizon.steps} if least else None,
         "then": {},
     }

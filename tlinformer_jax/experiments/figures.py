@@ -21,6 +21,11 @@ READERS = {"x": "read by the window", "z": "read by the observation window"}
 PLACES = 4  # depths at which a heat map has a tick
 
 
+def shown(file: pathlib.Path, title: str) -> list[str]:
+    """The line of a report that shows a figure."""
+    return [f"![{title}](figures/{file.name})", ""]
+
+
 def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file: pathlib.Path, x_scale: str) -> None:
     """Draws a panel for each title: a line for each label of a table label, x, y, and what y is.
 
@@ -60,6 +65,25 @@ def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None
     for axes in panels[len(maps) :]:
         axes.remove()
     figure.colorbar(image, ax=panels[: len(maps)], label="share of answers right")
+    save(figure, file)
+
+
+def plot_capacity(curves: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
+    """Draws a panel for each x: by model (label) the median share of right answers over seeds, its interval, the runs.
+
+    The tables have the columns label, x, median, low, high and runs, the shares of all seeds.
+    """
+    figure, axes = figure_of(1, len(curves))
+    looks = styles(pd.concat(curves.values())["label"])
+    for place, (x_name, points) in zip(axes, curves.items()):
+        for label, part in points.groupby("label", sort=False):
+            spread = np.maximum(0, [part["median"] - part["low"], part["high"] - part["median"]])
+            place.errorbar(part["x"], part["median"], yerr=spread, capsize=3, label=label, markersize=5, **looks[label])
+            runs = part[["x", "runs"]].explode("runs")
+            place.plot(runs["x"], runs["runs"], ".", color=looks[label]["color"], alpha=0.4, markersize=4)
+        scale_x(place, "log", points["x"])
+        place.set(xlabel=x_name, ylabel="answers right, median over seeds", ylim=(-0.03, 1.03))
+        place.legend(fontsize=8)
     save(figure, file)
 
 

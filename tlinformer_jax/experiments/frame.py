@@ -5,6 +5,7 @@ columns of `_derived`. Runs of one `group` differ in their seeds only. A seed th
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tlinformer_jax.config.data import NEEDLES, PAIR_SIZES
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.tasks import chance_by_elimination
 from tlinformer_jax.errors import DataError
@@ -21,10 +23,12 @@ from tlinformer_jax.files import markdown
 N, ARCHITECTURE, DEPTH = "config.data.sequence_length", "config.model.architecture", "depth"
 PERPLEXITY, SPEED, CACHE = "validation.perplexity", "speed.tokens_per_second", "cache.used"
 ACCURACIES = ("accuracy", "accuracy_own", "accuracy_observed", "accuracy_history")
+# Fields along which a capacity curve goes, and the name of its axis.
+CAPACITY = {"data.num_items": "pairs in a sample", "model.history_window": "W_oh, rows of the observation window"}
 # Columns of numbers, which need not be in every record.
 NUMBERS = (
     *(PERPLEXITY, SPEED, CACHE, "validation.bits_per_byte", "speed.mfu", "seconds.wall", "peak_bytes"),
-    *("total", "share", "chance", "target.accuracy", *(f"reported.{name}" for name in ACCURACIES)),
+    *("total", "share", "chance", "found", "target.accuracy", *(f"reported.{name}" for name in ACCURACIES)),
 )
 NAMES = {
     "transformer": "full attention",
@@ -32,6 +36,7 @@ NAMES = {
     "tlinformer": "TLinFormer",
     "tconstformer": "TConstFormer",
 }
+FOUND = 0.9  # a run with this share of right answers, or a larger one, has found them
 ENDS = (0.125, 0.875)  # shares of W_oh that a curve must reach before its chord can show a knee
 
 
@@ -61,8 +66,8 @@ def _derived(record: Record) -> dict[str, Any]:
     label: the point's name in its sweep, else the run's; words: architecture and windows; ours: not the Transformer;
     setting and model: the task and the model in words; total: W_oh + W_og; share: W_oh / total; chance: of a guess
     among the answers of a sample that are not used yet; reported.*: shares of right answers on the split `split`;
-    group: equal for runs that differ in their seeds only; base: equal for a model and the Transformer it is compared
-    with.
+    found: see `_found_at`; group: equal for runs that differ in their seeds only; by.FIELD: the same, with that field
+    left open too, whose value is at.FIELD; base: equal for a model and the Transformer it is compared with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
@@ -73,7 +78,8 @@ def _derived(record: Record) -> dict[str, Any]:
     shape = [model[field] for field in ("vocab_size", "d_model", "num_heads", "d_ff", "dropout")]
     text = {field: value for field, value in fields.items() if field.startswith("data.")}
     layers = model["num_blocks"] * (model["hidden_depth"] + 2)
-    evaluation = record["then"].get("evaluate", {})
+    evaluations = [record["then"].get(name, {}) for name in ("evaluate", f"evaluate@{data['sequence_length']}")]
+    evaluation: dict[str, Any] = next(filter(None, evaluations), {})
     tested = evaluation.get("split") == "test"
     figures = evaluation["figures"] if tested else record["validation"]
     chance = chance_by_elimination(_items(data)) if data["dataset"] == "recall" else record["validation"].get("chance")
@@ -91,10 +97,24 @@ def _derived(record: Record) -> dict[str, Any]:
         "chance": chance,
         "split": "test" if tested else "validation",
         **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
+        "found": _found_at(record["history"]),
         "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
+        **{
+            f"by.{field}": json.dumps([tokens, fields | {field: None, "data.examples": None}], sort_keys=True)
+            for field in CAPACITY
+        },
+        "at.data.num_items": _items(data),
+        "at.model.history_window": model["history_window"],
         "base": json.dumps([record["tokens"], text, shape, layers], sort_keys=True),
         "then": record["then"],
     }
+
+
+def _found_at(history: Sequence[Sequence[Any]]) -> float:
+    """The first update whose evaluation has FOUND of the answers right; infinite if none has, NaN if not recorded."""
+    known = [(step, accuracy[0] or 0.0) for step, _, *accuracy in history if accuracy]
+    found = [step for step, accuracy in known if accuracy >= FOUND]
+    return min(found, default=math.inf) if known else math.nan
 
 
 def _windows(model: Mapping[str, Any], length: int) -> tuple[int | None, float | None]:
@@ -116,7 +136,7 @@ def _items(data: Mapping[str, Any]) -> int:
 
 def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """The task, its sizes, both windows, and the lengths it was trained on first."""
-    kind = {"recall": "pairs", "passkey": "hidden"}.get(data["dataset"])
+    kind = "pairs" if data["dataset"] in PAIR_SIZES else "hidden" if data["dataset"] in NEEDLES else None
     items = f", {_items(data):,} {kind}" if kind else ""
     windows = f"W_oh = {model['history_window']}, W_og = {model['generation_window']}, width {model['d_model']}"
     name = f"{data['dataset']}, N = {data['sequence_length']:,}{items}, {windows}"
@@ -181,6 +201,19 @@ def told(form: str) -> Callable[[pd.Series], str]:
 def mean(form: str, unit: float = 1.0) -> Callable[[pd.Series], str]:
     """Aggregates a group's figures to their mean alone; '' of none."""
     return lambda values: "" if values.isna().all() else form.format(values.mean() * unit)
+
+
+def median_update(runs: pd.DataFrame) -> str:
+    """The median update of finding the answers (columns found and steps); '' where it was not recorded.
+
+    A run that never found them counts as one that may at any update after its last: where that leaves the median open,
+    the result is what it is greater than.
+    """
+    runs = runs.dropna(subset="found")
+    if runs.empty:
+        return ""
+    least, most = np.median(np.minimum(runs["found"], runs["steps"])), np.median(runs["found"])
+    return f"{most:,.0f}" if np.isfinite(most) else f"> {least:,.0f}"
 
 
 def duration(seconds: pd.Series) -> str:

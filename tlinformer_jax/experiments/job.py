@@ -56,6 +56,13 @@ class Job:
     point: str | None = None
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """`then`, after `evaluate` of a task: its test split has stopped nothing, so that its figures are reported."""
+        data = self.config.data
+        tested = not data.is_task or f"evaluate@{data.sequence_length}" in self.then
+        return self.then if tested else tuple(dict.fromkeys(("evaluate", *self.then)))
+
     def to_json(self) -> str:
         """One line of JSON, for another process."""
         return json.dumps(dataclasses.asdict(self) | {"workdir": str(self.workdir)})
@@ -128,7 +135,7 @@ def finished_result(job: Job) -> Record | None:
     if different:
         changed = "; ".join(f"{name}: {found.get(name)!r} -> {wanted.get(name)!r}" for name in different)
         raise UserError(f"{path}: is of another configuration ({changed}); take another directory")
-    return result if set(job.then) <= set(result["then"]) else None
+    return result if set(job.actions) <= set(result["then"]) else None
 
 
 def groups_of(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -6,6 +6,7 @@ are in W_oh. A sliding window of W_oh + W_og rows reaches all answers in every s
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,6 +49,8 @@ RECALL = {
     "128-8-grown": Setting(128, 16, 16, 8, "64:2000"),
     "256-16-grown": Setting(256, 32, 32, 16, "64:1500,128:1500"),
 }
+# Of capacity curves, at N = 1,024 and W_og = 64.
+CAPACITY_STAGES = "64:1000@0.8,128:1000@0.8,256:1000@0.8,512:1000@0.8"
 COPY = {
     "128": Setting(128, 64, 64),  # W_oh holds the whole segment
     "256-tight": Setting(256, 32, 32),  # half of the segment is more than both windows
@@ -56,6 +59,23 @@ COPY = {
 PASSKEY = {
     "8k": Setting(8192, 512, 512, curriculum="256:800,1024:450,2048:500,4096:600"),
     "tiny": Setting(512, 64, 64, curriculum="256:20"),  # minutes on a CPU
+}
+
+# Kind and length of a haystack. Stages end as soon as training answers.
+NIAH = {
+    "1k": Setting(1024, 128, 128, curriculum="256:1000@0.9"),
+    "4k": Setting(4096, 256, 256, curriculum="256:1000@0.9,1024:500@0.9"),
+    "16k": Setting(16384, 512, 512, curriculum="256:1000@0.9,1024:500@0.9,4096:400@0.9"),
+}
+NIAH_KINDS = {"s1": ("niah-1", 1), "s2": ("niah-2", 1), "s3": ("niah-3", 1), "mk": ("niah-2", 4)}  # dataset, needles
+NIAH_VARIANTS = {f"{kind}-{length}": (kind, length) for kind in NIAH_KINDS for length in NIAH} | {"tiny": ("", "")}
+NIAH_TINY = Setting(512, 64, 64, curriculum="256:20")  # minutes on a CPU
+STATE = {
+    "parity-64": Setting(64, 16, 16, curriculum="16:1000@0.95,32:1000@0.95"),
+    "parity-256": Setting(256, 32, 32, curriculum="16:1000@0.95,32:1000@0.95,64:1000@0.95,128:1000@0.95"),
+    "s5-64": Setting(64, 16, 16, curriculum="8:1000@0.95,16:1000@0.95,32:1000@0.95"),
+    "s5-256": Setting(256, 32, 32, curriculum="8:1000@0.95,16:1000@0.95,32:1000@0.95,64:1000@0.95,128:1000@0.95"),
+    "tiny": Setting(32, 8, 8, curriculum="16:20"),
 }
 
 # Architecture, B, H; B * (H + 2) layers. A block's history of raw embeddings cannot know its predecessors, so B = 2.
@@ -83,6 +103,24 @@ def set_recall(config: "ConfigDict", name: str) -> None:
     _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
 
 
+def set_capacity(config: "ConfigDict", name: str) -> None:
+    """Sets recall with the token shift, named pairsP-rowsW, W the rows of W_oh; N = 1,024, W_og = 64."""
+    pairs, rows = map(int, re.findall("[0-9]+", name))
+    config.model.token_shift = True
+    config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=pairs)
+    setting = Setting(1024, rows, 64, pairs, CAPACITY_STAGES)
+    _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
+
+
+def set_small_capacity(config: "ConfigDict", name: str) -> None:
+    """The same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
+    pairs, rows = map(int, re.findall("[0-9]+", name))
+    config.data.update(dataset="recall", tokenizer="numbers:64", num_items=pairs)
+    setting = Setting(32, rows, 4, pairs)
+    _set_task(config, setting, vocab_size=64, width=32, tokens_per_update=1_024, learning_rate=3e-3)
+    _shorten(config, 40)
+
+
 def set_copy(config: "ConfigDict", name: str) -> None:
     """Sets segment copy of 16 symbols in the setting `name`, else raises ConfigError."""
     config.data.update(dataset="copy", tokenizer="numbers:17")
@@ -96,13 +134,45 @@ def set_passkey(config: "ConfigDict", name: str) -> None:
     if name == "tiny":
         config.data.update(tokenizer="bytes", num_items=1, questions=1)
         _set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
-        config.train.update(steps=40, warmup_steps=4, eval_every=20, checkpoint_every=20)
-        config.data.examples = DataConfig(**config.data).samples_before(40, config.train.batch_size)
+        _shorten(config, 40)
     else:
         set_books(config)
         config.data.dataset = "passkey"
         _set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
         config.train.eval_every = config.train.steps // 8  # an evaluation reads 1.6 M tokens
+
+
+def set_niah(config: "ConfigDict", name: str) -> None:
+    """Sets needles in a haystack, named KIND-LENGTH, in GPT-2 tokens ('tiny': s1 in bytes), else raises ConfigError.
+
+    All needles of a training sample are asked for.
+    """
+    if name == "tiny":
+        config.data.update(dataset="niah-1", tokenizer="bytes", num_items=1, questions=1)
+        _set_task(config, NIAH_TINY, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
+        _shorten(config, 40)
+        return
+    kind, length = _chosen(NIAH_VARIANTS, name)
+    dataset, needles = NIAH_KINDS[kind]
+    if dataset == "niah-1":
+        config.data.tokenizer = "gpt2"  # which has its own haystack
+    else:
+        set_books(config)
+    config.data.update(dataset=dataset, num_items=needles, questions=needles)
+    _set_task(config, NIAH[length], vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
+
+
+def set_state(config: "ConfigDict", name: str) -> None:
+    """Sets state tracking, named GROUP-LENGTH ('tiny': parity), else raises ConfigError."""
+    setting = _chosen(STATE, name)
+    dataset = "s5" if name.startswith("s5") else "parity"
+    vocabulary = {"parity": 4, "s5": 240}[dataset]
+    config.data.update(dataset=dataset, tokenizer=f"numbers:{vocabulary}")
+    tiny = name == "tiny"
+    width, tokens = (32, 4_096) if tiny else (128, 32_768)
+    _set_task(config, setting, vocabulary, width, tokens_per_update=tokens, learning_rate=1e-3)
+    if tiny:
+        _shorten(config, 40)
 
 
 def set_model(config: "ConfigDict", name: str) -> None:
@@ -166,6 +236,12 @@ def _set_task(
         stop_at_accuracy=STOP_AT,
     )
     config.data.examples = DataConfig(**config.data).samples_before(updates, rows)
+
+
+def _shorten(config: "ConfigDict", steps: int) -> None:
+    """A trial of so many updates, evaluated twice."""
+    config.train.update(steps=steps, warmup_steps=steps // 10, eval_every=steps // 2, checkpoint_every=steps // 2)
+    config.data.examples = DataConfig(**config.data).samples_before(steps, config.train.batch_size)
 
 
 def _chosen(table: Mapping[str, T], name: str) -> T:

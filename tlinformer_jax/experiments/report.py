@@ -3,23 +3,19 @@
 The same records give the same text. Conclusions are written by people, elsewhere.
 """
 
-import itertools
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
-from tlinformer_jax.data.tasks import REGIONS
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.experiments.figures import plot_heat_maps, plot_history, plot_lines, plot_sweep
+from tlinformer_jax.experiments.figures import plot_history, plot_lines, plot_sweep, shown
 from tlinformer_jax.experiments.frame import (
-    ACCURACIES,
     ARCHITECTURE,
     CACHE,
+    CAPACITY,
     DEPTH,
     PERPLEXITY,
     SPEED,
@@ -39,15 +35,12 @@ from tlinformer_jax.experiments.frame import (
     told,
 )
 from tlinformer_jax.experiments.job import Record
+from tlinformer_jax.experiments.retrieval import capacity_lines, length_lines, question_lines, retrieval_lines
 from tlinformer_jax.files import write_text
 
 # Heading -> heading and definitions, of the sections that have some; fixed text, whatever the records.
 TEXT = pathlib.Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: [*part.splitlines(), ""] for part in re.split(r"\n(?=##+ )", TEXT.strip())}
-FOUND = 0.9  # a run with a larger share of right answers has found them
-PARTS = 8  # of a sample, in the table by position of the question
-RUN = ["model", "learning rate", "seed"]
-SHARES = ["answers right", "source in window", "in W_oh", "before W_oh"]
 LOSS = "validation loss, nats per token"
 FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
 # Columns of the table of groups: a column of the runs, and how it is told of several.
@@ -114,7 +107,9 @@ def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
     if records:
         frame = frame_of(records)
         lines = retrieval_lines(frame) if records[0]["study"] == "retrieval" else group_lines(frame)
-        rows = frame.sort_index().drop(columns=["then", "history", "group", "base"])
+        rows = frame.sort_index().drop(
+            columns=["then", "history", "group", "base", *(f"by.{field}" for field in CAPACITY)]
+        )
         values = points_of(frame).to_json(orient="records", indent=1)
         texts = {"sweep.csv": rows.to_csv(index=False), "sweep.json": values, "sweep.md": "\n".join(lines) + "\n"}
     for name, text in texts.items():
@@ -139,11 +134,19 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             for file in plot_sweep(part, figures, f"results_{sweep}_"):
                 lines += shown(file, titled(file.stem.removeprefix(f"results_{sweep}_")))
     if "retrieval" in studies:
-        lines += [*SECTIONS["## Retrieval"], *retrieval_lines(studies["retrieval"])]
-        lines += question_lines(studies["retrieval"]) + length_lines(studies["retrieval"], figures)
+        part = studies["retrieval"]
+        lines += [*SECTIONS["## Retrieval"], *retrieval_lines(part)]
+        lines += under("### Capacity", capacity_lines(part, figures))
+        lines += under("### By position of the question", question_lines(part))
+        lines += under("### By length and depth", length_lines(part, figures))
     if "architectures" in studies:
         lines += position_lines(studies["architectures"], figures)
     return lines + history_lines(frame, figures) + sample_lines(frame) + run_lines(frame)
+
+
+def under(heading: str, lines: list[str]) -> list[str]:
+    """The lines under a heading of SECTIONS; nothing where there are none."""
+    return [*SECTIONS[heading], *lines] if lines else []
 
 
 def group_lines(frame: pd.DataFrame) -> list[str]:
@@ -199,81 +202,6 @@ def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return both.assign(y=both["y_x"] - both["y_y"]), f"loss above that of the {label},\nnats per token"
 
 
-def retrieval_lines(frame: pd.DataFrame) -> list[str]:
-    """Two tables for each setting: how many runs found the answers, by model and learning rate; and every run."""
-    lines: list[str] = []
-    for setting, part in _by_setting(frame):
-        runs = counted(part)
-        right = runs["reported.accuracy"]
-        found, known = right.agg(lambda shares: (shares > FOUND).sum()).astype(int), right.count()
-        table = runs[RUN[:2]].first()
-        table[f"runs above {FOUND}"] = [f"{count} of {among}" for count, among in zip(found, known)]
-        table["95% interval"] = [exact_interval(*pair) for pair in zip(found, known)]
-        table["chance"] = runs["chance"].agg(mean("{:.3f}"))
-        table["parameters"] = runs["parameters"].agg(mean(WHOLE))
-        shares = part[[f"reported.{name}" for name in ACCURACIES]].set_axis(SHARES, axis=1)
-        listed = part[RUN].join(shares.map(FORM, na_action="ignore"))
-        listed["split"], listed["tokens"] = part["split"], (part["tokens"] / 1e6).map("{:.1f} M".format)
-        reached = part["target.accuracy"].map("{:.0%} reached".format)
-        listed["end"] = reached.where(part["target.reached"].eq(True), "all updates")
-        lines += [f"### {setting}", "", *table_of(table), "", *table_of(listed), ""]
-    return lines
-
-
-def exact_interval(found: int, runs: int) -> str:
-    """The Clopper-Pearson interval, at 95%, of the share of runs that find the answers; '' of no runs."""
-    return "{:.2f} to {:.2f}".format(*binomtest(found, runs).proportion_ci(0.95, "exact")) if runs else ""
-
-
-def question_lines(frame: pd.DataFrame) -> list[str]:
-    """Right answers by the position of the question, of every run whose questions stand in several bins."""
-    lines: list[str] = []
-    for setting, part in _by_setting(frame):
-        bounds = [part[N].iloc[0] * number // PARTS for number in range(PARTS + 1)]
-        rows = []
-        for _, run in actions_of(part, "evaluate", "accuracy_by_position").iterrows():
-            found = run["done.accuracy_by_position"]
-            bins = pd.DataFrame(found | {"edges": found["edges"][:-1]})
-            if run["done.length"] == run[N] and bins["answers"].gt(0).sum() > 1:
-                bins["part"] = np.searchsorted(bounds, bins["edges"], side="right") - 1
-                rows.append([*run[RUN], *_shares(bins, "part").reindex(range(PARTS)).map(FORM, na_action="ignore")])
-        if rows:
-            heads = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(bounds)]
-            lines += [f"{setting}:", "", *table_of(pd.DataFrame(rows, columns=[*RUN, *heads])), ""]
-    return [*SECTIONS["### By position of the question"], *lines] if lines else []
-
-
-def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """Right answers by length and depth, of every run that was evaluated at several lengths."""
-    lines: list[str] = []
-    for number, (setting, part) in enumerate(_by_setting(frame), 1):
-        tables, maps = [], {}
-        for _, evaluations in actions_of(part, "evaluate", "answers").groupby("name", sort=False):
-            run = evaluations.iloc[0]
-            answers = {
-                (evaluation["done.length"], region): pd.DataFrame(found)
-                for _, evaluation in evaluations.iterrows()
-                for region, found in evaluation["done.answers"].items()
-            }
-            counts = pd.concat(answers, names=["length", "region", "depth"])
-            if counts.index.unique("length").size < 2:
-                continue
-            regions = _shares(counts, ["length", "region"]).unstack()[list(REGIONS)]
-            regions.insert(0, "all", _shares(counts, "length"))
-            table = regions.set_axis(SHARES, axis=1).map(FORM, na_action="ignore")
-            table.insert(0, "evaluated at", table.index.map("{:,}".format))
-            tables.append(pd.DataFrame([run[RUN]] * len(table), index=table.index).join(table))
-            depths = _shares(counts.xs("history", level="region"), ["length", "depth"]).unstack()
-            depths["near"] = _shares(counts.drop("history", level="region"), "length")
-            maps[f"{run['model']}\nlearning rate {run['learning rate']}, seed {run['seed']}"] = depths
-        if tables:
-            file = figures / f"results_lengths_{part['config.data.dataset'].iloc[0]}_{part[N].iloc[0]}_{number}.png"
-            plot_heat_maps(maps, file)
-            lines += [f"Trained on {setting}:", "", *table_of(pd.concat(tables)), ""]
-            lines += shown(file, f"Answers right by length and depth: {setting}")
-    return [*SECTIONS["### By length and depth"], *lines] if lines else []
-
-
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Loss by position in the sample and in later windows, at every length that was evaluated."""
     parts = actions_of(frame[~frame["again"]], "evaluate", "by_position")
@@ -320,7 +248,7 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             lines += shown(
                 file, f"{titled(file.stem.removeprefix(f'results_{length}_'))}, samples of {length:,} tokens"
             )
-    return [*SECTIONS["## What the history contributes"], *lines] if lines else []
+    return under("## What the history contributes", lines)
 
 
 def sample_lines(frame: pd.DataFrame) -> list[str]:
@@ -351,28 +279,9 @@ def fenced(text: str) -> list[str]:
     return [f"{fence}text", plain, fence, ""]
 
 
-def shown(file: pathlib.Path, title: str) -> list[str]:
-    """The line that shows a figure."""
-    return [f"![{title}](figures/{file.name})", ""]
-
-
 def titled(name: str) -> str:
     """The title of a figure from the name of its file."""
     return name.replace("_", " ").capitalize()
-
-
-def _by_setting(frame: pd.DataFrame) -> Any:
-    """The runs of each setting by model, learning rate and seed, with these as the report names them."""
-    rate = "config.train.learning_rate"
-    frame = frame.sort_values(["setting", "model", rate, "seed", "again"])
-    seeds = frame["seed"].astype(str) + frame["again"].map({True: ", again", False: ""})
-    return frame.assign(**{"learning rate": frame[rate].map("{:g}".format), "seed": seeds}).groupby("setting")
-
-
-def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
-    """Right answers over answers, NaN where there are none."""
-    sums = counts.groupby(by)[["right", "answers"]].sum()
-    return sums["right"] / sums["answers"]
 
 
 def _binned(parts: pd.DataFrame, bins: str, losses: str) -> pd.DataFrame:

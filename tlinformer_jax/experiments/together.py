@@ -131,7 +131,7 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
     """
     config = jobs[0].config
     check_together(config)
-    check_possible(checked_actions(jobs[0].then), config)
+    check_possible(checked_actions(jobs[0].actions), config)
     started = time.perf_counter()
     run, splits = _prepared(config)
     with jax.set_mesh(run.mesh):
@@ -144,7 +144,7 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
         params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.ended)
         trained = TrainedRun(own, params, history[-1][0])
         record = record_of(job, Outcome(trained, history, seconds, {"tokens_per_second": speed}, together=len(jobs)))
-        for name in job.then:
+        for name in job.actions:
             record["then"][name] = run_action(name, trained)
         job.workdir.mkdir(parents=True, exist_ok=True)
         write_result(job.workdir / RESULT_FILE, record)

@@ -1,0 +1,37 @@
+"""Needles in a haystack from scratch, the tasks of RULER: a sentence hidden in a long text, asked for at the end.
+
+    python -m tlinformer_jax.main --config=configs/niah.py:s1-4k --workdir=/tmp/niah --then=evaluate,evaluate@16384
+    python -m tlinformer_jax.main --config=configs/niah.py:mk-4k --workdir=/tmp/niah \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
+
+Variants, KIND-LENGTH:
+
+    s1    S-NIAH-1: a few short sentences again and again, in them "The special magic number for WORD is" seven digits
+    s2    S-NIAH-2: the same among books
+    s3    S-NIAH-3: the value has the 32 hexadecimal digits of a UUID
+    mk    MK-NIAH: four such sentences of seven digits among books; training asks for all, evaluation for one
+    1k    N = 1,024, W_oh = W_og = 128
+    4k    N = 4,096, W_oh = W_og = 256
+    16k   N = 16,384, W_oh = W_og = 512
+
+s1-1k is the default; tiny is s1 in 512 bytes, a minute on a CPU. Any of them may have other text: without train_files
+that of the embedded Python reference, which is long enough for 1k and 4k.
+
+Samples grow from 256 tokens on, each time as soon as 90% of training's answers' tokens are right. The model has width
+256, 2 blocks, H = 0 (4 layers). A run ends as soon as 99% of the validation's answers are right, after 200 M tokens at
+the latest.
+
+Needs: what configs/books.py needs, s1 without the files. Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.experiments import recipes as retrieval_recipes
+
+
+def get_config(variant: str = "s1-1k") -> ConfigDict:
+    """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    config = default_config_dict()
+    retrieval_recipes.set_niah(config, variant)
+    return config

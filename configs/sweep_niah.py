@@ -1,0 +1,28 @@
+"""Needles in a haystack by architecture: S-NIAH-1, 2, 3 and MK-NIAH, at 1 K to 16 K tokens.
+
+    python -m tlinformer_jax sweep --sweep=configs/sweep_niah.py:4k --out=runs/niah --results=docs/results \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
+
+Variants: 1k, 4k (the default) and 16k, the four tasks of configs/niah.py at that length (16 points each, three seeds);
+one setting of configs/niah.py, such as s1-4k; and tiny, two runs on a CPU. Each is evaluated at 1, 4 and 16 times its
+length, for the heat maps of the report: at most as long as the held-out text.
+
+Result: not yet measured.
+"""
+
+from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.experiments.recipes import NIAH, NIAH_KINDS, set_niah, sweep_points
+
+MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
+
+
+def get_sweep(variant: str = "4k") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    if variant == "tiny":
+        base, points = sweep_points(set_niah, ("tiny",), MODELS[:2], (3e-3,))
+        return Sweep(base, points, then=("evaluate", "evaluate@1024"), study="retrieval")
+    settings = [f"{kind}-{variant}" for kind in NIAH_KINDS] if variant in NIAH else [variant]
+    base, points = sweep_points(set_niah, settings, MODELS, (1e-3,))
+    length = base.data.sequence_length
+    then = tuple(f"evaluate@{part * length}" for part in (1, 4, 16))
+    return Sweep(base, points, seeds=(0, 1, 2), then=then, study="retrieval")

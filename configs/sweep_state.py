@@ -1,0 +1,26 @@
+"""State tracking by architecture: parity and S_5, trained up to 64 or 256 tokens, evaluated up to 1,024.
+
+    python -m tlinformer_jax sweep --sweep=configs/sweep_state.py --out=runs/state --results=docs/results
+
+Variants: the settings of configs/state.py, which states their windows, four architectures and five seeds each; all of
+them (the default, 80 runs); tiny, two runs on a CPU.
+
+Result: not yet measured.
+"""
+
+from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.experiments.recipes import STATE, set_state, sweep_points
+
+MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
+LENGTHS = (32, 64, 128, 256, 512, 1024)
+
+
+def get_sweep(variant: str = "all") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    if variant == "tiny":
+        base, points = sweep_points(set_state, ("tiny",), MODELS[:2], (3e-3,))
+        return Sweep(base, points, then=("evaluate", "evaluate@64"), study="retrieval")
+    settings = [name for name in STATE if name != "tiny"] if variant == "all" else [variant]
+    base, points = sweep_points(set_state, settings, MODELS, (1e-3,))
+    then = ("evaluate", *(f"evaluate@{length}" for length in LENGTHS))
+    return Sweep(base, points, seeds=(0, 1, 2, 3, 4), then=then, study="retrieval")
