@@ -275,6 +275,7 @@ OVERRIDES = {
         "history_window": "auto",
         "generation_window": 48,
         "token_shift": True,
+        "history_position": "none",
         "dropout": 0.25,
         "dtype": "float32",
         "param_dtype": "bfloat16",

@@ -66,6 +66,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
     """
     architecture = architecture or draw(st.sampled_from(model_config.ARCHITECTURES))
     heads, width = draw(st.sampled_from([(1, 16), (2, 8), (4, 4), (3, 4)]))
+    positions = model_config.HISTORY_POSITIONS if architecture in model_config.WINDOWED else ("rotary",)
     model = {
         "memory": ExecutionPlan(
             segments=draw(st.integers(1, 3)),
@@ -84,6 +85,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "dropout": draw(st.sampled_from([0.0, 0.3])),
         "dtype": "float32",
         "attention": "xla",
+        "history_position": draw(st.sampled_from(positions)),
         **draw(windows(architecture)),
     }
     least = (windows_of - 1) * model["generation_window"] + 1 if windows_of else 1
@@ -198,6 +200,7 @@ CHOICES = {
         "dtype": model_config.COMPUTE_DTYPES,
         "param_dtype": model_config.PARAM_DTYPES,
         "attention": model_config.ATTENTION_BACKENDS,
+        "history_position": model_config.HISTORY_POSITIONS,
         "history_window": ("auto",),
     },
     "train": {

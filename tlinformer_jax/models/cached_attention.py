@@ -38,7 +38,7 @@ MAX_FUSED_ROWS = 4
 
 @flax.struct.dataclass
 class KeyValue:
-    """Cached keys (rotated, but see `CachedRows`) and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
+    """Cached keys, as a rule rotated, and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
 
     key: Array
     value: Array
