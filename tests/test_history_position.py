@@ -117,7 +117,7 @@ def test_a_block_of_its_own_reads_as_those_of_the_model(architecture):
 
 @pytest.mark.parametrize("architecture", QUICK)
 def test_history_before_the_observation_window_is_a_set(architecture):
-    """In any order it gives the same logits, since nothing but rotations tells order; and with rotations it does not."""
+    """In any order it gives the same logits, as nothing but rotations tells order; and with rotations it does not."""
     config = nope(architecture, hidden_depth=1)
     tokens, _ = truth(config, 24, 1)
     order = np.arange(24)
