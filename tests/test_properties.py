@@ -291,6 +291,7 @@ def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
 
 
 # Values that are allowed alone and not together; any of the fields may be the one that is named.
+ROTARY = {"model.history_position": "rotary"}
 TOGETHER = [
     {"model.num_heads": 3, "model.d_model": 8},
     {"model.num_heads": 2, "model.d_model": 6},
@@ -298,8 +299,10 @@ TOGETHER = [
     {"train.steps": 0, "train.epochs": 0},
     {"train.schedule": "paper", "train.epochs": 0},
     {"model.attention": "cudnn", "model.dropout": 0.1},
-    {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
-    {"model.architecture": "transformer", "train.sampled_windows": 1},
+    ROTARY | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
+    ROTARY | {"model.architecture": "transformer", "train.sampled_windows": 1},
+    {"model.architecture": "sliding_window", "model.history_position": "none", "train.sampled_windows": 0}
+    | {"model.history_window": 3},
     {"train.sampled_windows": 9, "model.generation_window": 4, "data.sequence_length": 24},
 ]
 
