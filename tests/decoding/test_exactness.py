@@ -124,13 +124,22 @@ def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "rows_per_token"), [("tlinformer", 4), ("tlinformer", 0), ("transformer", 4)])
-def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_token, monkeypatch, interpreted_kernels):
+@pytest.mark.parametrize(
+    ("architecture", "rows_per_token", "positions"),
+    [
+        ("tlinformer", 4, "rotary"),
+        ("tlinformer", 0, "rotary"),
+        ("tlinformer", 4, "none"),
+        ("tlinformer", 0, "none"),
+        ("transformer", 4, "rotary"),
+    ],
+)
+def test_the_gpu_kernels_in_the_decoder(architecture, rows_per_token, positions, monkeypatch, interpreted_kernels):
     """Keys stored and read by the kernels, in half precision; 64 tokens a window, as many as one of them writes."""
     monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     windows = {"history_window": 40, "generation_window": 64}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
-    config = dataclasses.replace(SMALL, architecture=architecture, **windows, **half)
+    config = dataclasses.replace(SMALL, architecture=architecture, history_position=positions, **windows, **half)
     # float16 keeps 11 bits; the logits' largest is about 4.
     assert largest_error(make_decoder(config), [127, 64], 131) < 0.05
     expected = {"attend_cached", "dense"}

@@ -93,6 +93,7 @@ MODELS = fields(
     ("model.history_window=0", "zero"),
     ("model.history_window=half", "no number"),
     ("model.generation_window=0", "zero"),
+    ("model.history_position=learned", "unknown word"),
     ("model.dropout=1.0", "all dropped"),
     ("model.dropout=nan", "not a number"),
     ("model.dtype=float8", "unknown type"),
@@ -113,6 +114,12 @@ MODELS += [
         "train",
         ("--config.model.architecture=sliding_window", "--config.model.history_window=auto"),
         "model.history_window = 'auto'",
+    ),
+    Case(
+        "a baseline without positions in its history",
+        "train",
+        ("--config.model.architecture=transformer", "--config.model.history_position=none"),
+        "model.history_position = 'none'",
     ),
 ]
 

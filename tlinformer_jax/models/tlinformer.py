@@ -87,7 +87,7 @@ class PreparedSequence:
 
     @property
     def own(self) -> Stream:
-        """All rows as the windows have them that they belong to."""
+        """All rows, projected as C is, for the windows that they belong to."""
         return Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
 
     def windows(self, config: ModelConfig, run: Segment, overlap: int) -> Stream | None:
