@@ -301,7 +301,6 @@ OVERRIDES = {
         "window_overlap": 7,
         "history_position": "none",
         "token_shift": True,
-        "history_position": "none",
         "dropout": 0.25,
         "dtype": "float32",
         "param_dtype": "bfloat16",

@@ -94,6 +94,8 @@ MODELS = fields(
     ("model.history_window=half", "no number"),
     ("model.generation_window=0", "zero"),
     ("model.history_position=learned", "unknown word"),
+    ("model.window_overlap=-1", "negative"),
+    ("model.window_overlap=8", "as long as the window"),
     ("model.dropout=1.0", "all dropped"),
     ("model.dropout=nan", "not a number"),
     ("model.dtype=float8", "unknown type"),
@@ -120,6 +122,12 @@ MODELS += [
         "train",
         ("--config.model.architecture=transformer", "--config.model.history_position=none"),
         "model.history_position = 'none'",
+    ),
+    Case(
+        "overlapping windows without windows",
+        "train",
+        ("--config.model.window_overlap=8", "--config.model.architecture=transformer"),
+        "model.window_overlap = 8",
     ),
 ]
 
