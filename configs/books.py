@@ -6,8 +6,8 @@
 
 Variants: base-N, a causal transformer on sequences of N tokens; N-T-r, a TLinFormer with windows of T tokens, of which
 the share r is the history window; 512-512-0.5 is the default. Each may end in -plus, such as 1k-512-0.5-plus, for
-`model.token_shift` and, of a TLinFormer, `model.window_overlap`. N must divide the 131,072 tokens of an update. All see
-the same number of tokens, and have the same number of parameters but for the shift's 432.
+`model.token_shift`. N must divide the 131,072 tokens of an update. All see the same number of tokens, and have the same
+number of parameters but for the shift's 432.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst, their text in the field
 --config.data.text_field (default: text); one accelerator. Where 131,072 tokens at once are too many for its memory,

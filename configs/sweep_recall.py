@@ -6,8 +6,8 @@
         --results=docs/results
 
 Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all nine (the default, 243);
-seeds, the three binding ones at one learning rate, where a verdict is close; plus, all nine settings with the options
-of SETTING-plus, each architecture at 4 layers and one rate, and TLinFormer without them; tiny, 2 cells of a minute each
+seeds, the three binding ones at one learning rate, where a verdict is close; plus, all nine settings with the token
+shift, each architecture at 4 layers and one rate, and TLinFormer without it; tiny, 2 cells of a minute each
 on a CPU.
 
 Controls are chance (H_P / P of P pairs, in the figures), attention, TConstFormer and sliding window; TLinFormer
@@ -53,10 +53,10 @@ def get_sweep(variant: str = "all") -> Sweep:
 
 
 def _plus() -> Sweep:
-    """Each setting with the options and without shorter samples first; and TLinFormer without the options."""
+    """Each setting with the token shift and without shorter samples first; and TLinFormer without the shift."""
     models = [name for name in MODELS if name.endswith("-4")]
     base, points = sweep_points(set_recall, [f"{setting}-plus" for setting in RECALL], models, (3e-3,))
-    plain = {"model.token_shift": False, "model.window_overlap": 0}
+    plain = {"model.token_shift": False}
     points |= {name.replace("-plus", "-plain"): fields | plain for name, fields in points.items() if "_tlin-4" in name}
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 

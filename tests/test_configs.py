@@ -215,13 +215,12 @@ def test_books_take_any_lengths_and_shares(variant, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "variant", "overlap"),
-    [("books", "1k-512-0.5", 16), ("books", "base-1k", 0), ("recall", "256-32-tight", 4), ("recall", "64-4", 0)],
+    ("name", "variant"), [("books", "1k-512-0.5"), ("books", "base-1k"), ("recall", "256-32-tight"), ("recall", "64-4")]
 )
-def test_plus_turns_on_what_pays(name, variant, overlap):
+def test_plus_turns_on_what_pays(name, variant):
     plain, plus = load(name, variant), load(name, f"{variant}-plus")
-    assert (plain.model.token_shift, plain.model.window_overlap, plus.data.curriculum) == (False, 0, "")
-    model = dataclasses.replace(plain.model, token_shift=True, window_overlap=overlap)
+    assert (plain.model.token_shift, plus.data.curriculum) == (False, "")
+    model = dataclasses.replace(plain.model, token_shift=True)
     assert dataclasses.replace(plus, data=plain.data) == dataclasses.replace(plain, model=model)
 
 

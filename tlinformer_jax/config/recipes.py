@@ -8,7 +8,6 @@ thousands of 1024 as in `2k`.
 import re
 from typing import TYPE_CHECKING
 
-from tlinformer_jax.config.model import WINDOWED
 from tlinformer_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,13 +116,8 @@ def set_own_recipe(config: "ConfigDict", row: str) -> None:
 
 
 def set_plus(config: "ConfigDict") -> None:
-    """Turns on what is not in the paper and pays; to be called when the model is set.
-
-    The token shift finds recall at once; a sixteenth of W_og run again takes away what is lost at a window's start.
-    """
+    """Turns on what is not in the paper and has paid, by docs/quality.md."""
     config.model.token_shift = True
-    if config.model.architecture in WINDOWED:
-        config.model.window_overlap = config.model.generation_window // 16
 
 
 def set_tokens(config: "ConfigDict", tokens: int) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import WINDOWED
 from tlinformer_jax.config.recipes import set_books, set_plus
 from tlinformer_jax.errors import ConfigError
 
@@ -184,8 +183,6 @@ def set_model(config: "ConfigDict", name: str) -> None:
     """Sets architecture and depth to those of MODELS, else raises ConfigError."""
     architecture, blocks, hidden = _chosen(MODELS, name)
     config.model.update(architecture=architecture, num_blocks=blocks, hidden_depth=hidden)
-    if architecture not in WINDOWED:
-        config.model.window_overlap = 0
 
 
 def sweep_points(
