@@ -12,8 +12,8 @@ Vocabulary 8,192 (4,095 keys, 4,096 values), the loss on the answers only. Varia
     128-8-grown              128-8 on shorter samples first
     256-16-grown             256-16 likewise
 
-Each of them may end in -plus, such as 256-32-tight-plus: with `model.token_shift`, and without shorter samples first. In
-256-16 and a short schedule, three of three seeds found the answers with it and none without, attention's as well as
+Each of them may end in -plus, such as 256-32-tight-plus: with `model.token_shift`, and without shorter samples first.
+In 256-16 and a short schedule, three of three seeds found the answers with it and none without, attention's as well as
 TLinFormer's (docs/measurements/memory_options_h200.json).
 
 The last six settings start on shorter samples with fewer pairs (`data.curriculum`); without, attention learned nothing

@@ -225,8 +225,8 @@ class Perplexity:
     compares only with itself. Per word and per byte the same nats are shared out over the text, whatever cut it into
     tokens. All of them depend on the context length and on the stride (here N: samples do not overlap).
 
-    Words are what stands between white space. Words, lines and bytes are scaled by the share of the stream's tokens that
-    were predicted: the first token and the dropped remainder are not. None where a stream's were not counted.
+    Words are what stands between white space. Words, lines and bytes are scaled by the share of the stream's tokens
+    that were predicted: the first token and the dropped remainder are not. None where a stream's were not counted.
     """
 
     per_token: float  # exp(nats / evaluated tokens), end-of-text tokens included
