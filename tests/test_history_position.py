@@ -57,14 +57,6 @@ def golden_scale(config: ModelConfig):
     return params_from_reference(golden.random_weights(config), config)
 
 
-@pytest.fixture
-def own_traces():
-    """No trace of what the test patches is served to another."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 # ---- The forward pass
 
 

@@ -133,6 +133,7 @@ def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, 
         ("tlinformer", 0, "none", 0),
         ("tlinformer", 0, "rotary", 17),
         ("transformer", 4, "rotary", 0),
+        ("transformer", 0, "rotary", 0),
     ],
 )
 def test_the_gpu_kernels_in_the_decoder(
@@ -142,7 +143,8 @@ def test_the_gpu_kernels_in_the_decoder(
     monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     windows = {"history_window": 40, "generation_window": 64, "window_overlap": overlap}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
-    config = dataclasses.replace(SMALL, architecture=architecture, history_position=positions, **windows, **half)
+    options = {"history_position": positions, "token_shift": not rows_per_token}
+    config = dataclasses.replace(SMALL, architecture=architecture, **options, **windows, **half)
     # float16 keeps 11 bits; the logits' largest is about 4.
     assert largest_error(make_decoder(config), [127, 64], 131) < 0.05
     expected = {"attend_cached", "dense"}
