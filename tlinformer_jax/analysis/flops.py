@@ -4,7 +4,9 @@ Counted are products: projections, feed-forwards, attended pairs, the head; a mu
 operations. Not counted is what is done element by element, such as norms and the token shift. Heads have their true
 widths, causal attention is half the square, no masked row or key counts, and every product of the forward pass,
 computed once, has two in the backward pass. Block 0's `compress` projections are counted once per token; the last block
-has no `restore`, and of its history only keys, values and z's queries.
+has no `restore`, and of its history only keys, values and z's queries. A Gated DeltaNet layer is counted row by row: to
+decay its state is done element by element; to read it under a key, to write it and to read it under a query are
+products.
 `benchmarks.flops` counts what a device executes.
 """
 
@@ -164,9 +166,17 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
 
 
 def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:
-    """All layers as ordinary causal ones over `rows` rows."""
+    """All layers as ordinary causal ones over `rows` rows; those of Gated DeltaNet as they are."""
     layer = project(config, rows, 3, inner) + _update(config, rows, inner) + _attend(pairs, inner)
-    return layer * config.num_layers
+    return layer * config.attention_layers + delta_layer(config, rows) * (config.num_layers - config.attention_layers)
+
+
+def delta_layer(config: ModelConfig, rows: int, mixing: float | None = None) -> Forward:
+    """A Gated DeltaNet layer over `rows` rows, with `mixing` operations of a row's heads; None for row by row."""
+    delta = config.delta
+    per_row = 5 * delta.inner + 2 * delta.heads + 3 * delta.feed_forward
+    mixing = 6.0 * delta.state_size if mixing is None else mixing
+    return Forward(matrix=2.0 * rows * config.d_model * per_row, attention=rows * mixing)
 
 
 def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
