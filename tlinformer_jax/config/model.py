@@ -213,6 +213,10 @@ class ModelConfig:
         last = min(HYBRID_PERIOD, self.num_layers) - 1
         return self.architecture == "gated_deltanet_hybrid" and layer % HYBRID_PERIOD == last
 
+    def place(self, layer: int) -> int:
+        """Which layer of its kind a layer is, of attention or not."""
+        return sum(self.attends(index) == self.attends(layer) for index in range(layer))
+
     @property
     def attention_layers(self) -> int:
         """How many layers are of attention."""
