@@ -19,7 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.delta import CONVOLUTION
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.layers import INIT_STD, LAYER_NORM_EPSILON, ResidualParams, layer_norm
+from tlinformer_jax.parallel.sharding import open_axes
 
 CHUNK = 64
 # Matrices up to this size are inverted level by level with masks, larger ones by halves.
@@ -191,7 +193,8 @@ def _gated_norm(output: Rows, gate: Rows, scale: Float[Array, " d"]) -> Rows:
 
 def delta_rows(query: Rows, key: Rows, value: Rows, decay: Gates, write: Gates, state: State) -> tuple[Rows, State]:
     """`delta_chunked`, by the kernels of jax-linear-attention where they can."""
-    return delta_chunked(query, key, value, decay, write, state)
+    plain = delta_kernel.why_plain(query.dtype, query.shape[-1], bool(open_axes())) is not None
+    return (delta_chunked if plain else delta_kernel.delta_rows)(query, key, value, decay, write, state)
 
 
 def delta_step(
