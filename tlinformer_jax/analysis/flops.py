@@ -140,7 +140,8 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     """Model FLOPs of a sequence's forward pass without the head: outside the windows, and in those not skipped."""
     inner = config.d_model
     if not config.windowed:
-        return Forward(), causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
+        attention = causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
+        return Forward(), attention + delta_layers(config, length)
     size = config.generation_window
     first, total = min(length, size), Forward()
     if not skipped:
@@ -166,17 +167,16 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
 
 
 def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:
-    """All layers as ordinary causal ones over `rows` rows; those of Gated DeltaNet as they are."""
+    """All layers of attention as ordinary causal ones over `rows` rows."""
     layer = project(config, rows, 3, inner) + _update(config, rows, inner) + _attend(pairs, inner)
-    return layer * config.attention_layers + delta_layer(config, rows) * (config.num_layers - config.attention_layers)
+    return layer * config.attention_layers
 
 
-def delta_layer(config: ModelConfig, rows: int, mixing: float | None = None) -> Forward:
-    """A Gated DeltaNet layer over `rows` rows, with `mixing` operations of a row's heads; None for row by row."""
-    delta = config.delta
+def delta_layers(config: ModelConfig, rows: int) -> Forward:
+    """All Gated DeltaNet layers over `rows` rows, whose states are read and written row by row."""
+    delta, layers = config.delta, config.num_layers - config.attention_layers
     per_row = 5 * delta.inner + 2 * delta.heads + 3 * delta.feed_forward
-    mixing = 6.0 * delta.state_size if mixing is None else mixing
-    return Forward(matrix=2.0 * rows * config.d_model * per_row, attention=rows * mixing)
+    return Forward(matrix=2.0 * rows * config.d_model * per_row, attention=6.0 * rows * delta.state_size) * layers
 
 
 def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
