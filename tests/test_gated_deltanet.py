@@ -20,13 +20,15 @@ from tlinformer_jax.config.model import RECURRENT, ExecutionPlan
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import layered
 from tlinformer_jax.decoding.cache import LayeredCache
+from tlinformer_jax.decoding.spread import context_mesh, split_of
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models import delta
 from tlinformer_jax.models.layers import prepare_layers
 from tlinformer_jax.parallel.mesh import MeshConfig, target
 from tlinformer_jax.parallel.sharding import build_mesh, tree_shardings
+from tlinformer_jax.training.setup import check_sequences_divide
 
 TOLERANCE = 1e-5
 CONFIG = dataclasses.replace(SMALL, architecture="gated_deltanet")
@@ -223,8 +225,33 @@ def test_a_layer_has_the_parameters_of_a_standard_layer(width):
 
 def test_the_41m_shape():
     assert dataclasses.astuple(delta_shape(432, 36, 1280)) == (4, 128, 996)
-    with pytest.raises(ConfigError, match=r"model\.d_ff = 8: is too small for architecture 'gated_deltanet'"):
+    with pytest.raises(ConfigError, match=r"model\.d_ff = 8: must be at least 11 for architecture 'gated_deltanet'"):
         dataclasses.replace(CONFIG, d_ff=8)
+    assert dataclasses.replace(CONFIG, d_ff=11).delta.feed_forward >= 1
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_it_has_no_history_to_split(architecture):
+    config = dataclasses.replace(CONFIG, architecture=architecture)
+    for axis in ("window", "context"):
+        with pytest.raises(
+            ConfigError, match=rf"mesh\.{axis} = 2: must be 1 for model.architecture = '{architecture}'"
+        ):
+            check_sequences_divide(build_mesh(MeshConfig(**{axis: 2})), config, 16, 0)
+    with pytest.raises(ConfigError, match=r"mesh\.context = 2: must be 1"):
+        split_of(context_mesh(2), config)
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_files_hold_every_parameter(architecture):
+    """Under names and shapes as PyTorch has them, there and back."""
+    config = dataclasses.replace(CONFIG, architecture=architecture, token_shift=True)
+    weights = golden.random_weights(config)
+    found = params_to_reference(params_from_reference(weights, config), config)
+    assert set(found) == set(weights)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert found["transformer.transformer_layers.0.conv.weight"].shape == (3 * 16, 4)
 
 
 def test_padded_features_change_nothing():

@@ -114,6 +114,12 @@ MODELS += [
         ("--config.model.architecture=sliding_window", "--config.model.history_window=auto"),
         "model.history_window = 'auto'",
     ),
+    Case(
+        "a feed-forward smaller than what Gated DeltaNet takes from it",
+        "train",
+        ("--config.model.architecture=gated_deltanet", "--config.model.d_ff=8"),
+        "model.d_ff = 8",
+    ),
 ]
 
 TRAINING = fields(

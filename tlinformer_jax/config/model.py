@@ -183,7 +183,8 @@ class ModelConfig:
         if self.architecture == "sliding_window" and self.history_window == "auto":
             raise ConfigError("model.history_window", "auto", "must be an integer for architecture 'sliding_window'")
         if self.recurrent and self.delta.feed_forward < 1:
-            allowed = f"is too small for architecture {self.architecture!r}: its layers' other parameters are as many"
+            least = self.feed_forward_dim + 1 - self.delta.feed_forward
+            allowed = f"must be at least {least} for architecture {self.architecture!r}, whose mixer takes from it"
             raise ConfigError("model.d_ff", self.d_ff, allowed)
 
     @property

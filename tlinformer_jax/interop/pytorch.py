@@ -57,6 +57,11 @@ class Config:
     dropout: float = 0.0
     token_shift: bool = False
 
+    def __post_init__(self) -> None:
+        known = ("tlinformer", "tconstformer", "transformer", "sliding_window")
+        if self.architecture not in known:
+            raise ValueError(f"architecture = {self.architecture!r}: must be one of {', '.join(known)} in PyTorch")
+
     @property
     def num_layers(self) -> int:
         """Layers in all, in every architecture."""
