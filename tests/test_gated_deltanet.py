@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import test_training
 from tests.decoding.test_exactness import compared, largest_error, make_decoder
 from tests.support import golden, reference
 from tests.support.models import SMALL
@@ -301,6 +302,18 @@ def test_eight_devices_equal_one(architecture, sizes):
     assert abs(float(value - expected)) < 1e-5
     for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
         assert np.linalg.norm(ours - one) <= 1e-4 * np.linalg.norm(one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4, "tensor": 2}])
+def test_an_update_of_eight_devices_equals_one(sizes, monkeypatch):
+    """The package's own step, where axes that hold copies of the parameters are manual; gradients by Adam's moments."""
+    monkeypatch.setattr(test_training, "MODEL", dataclasses.replace(test_training.MODEL, architecture="gated_deltanet"))
+    many, metrics, _ = test_training.after_one_update(build_mesh(MeshConfig(**sizes)))
+    one, expected, _ = test_training.after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]))
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
+    for ours, true in zip(jax.tree.leaves(many.opt_state), jax.tree.leaves(one.opt_state), strict=True):
+        assert np.linalg.norm(ours - np.asarray(true)) <= 1e-4 * np.linalg.norm(true)
 
 
 # ---- Decoding
