@@ -75,7 +75,7 @@ def test_cached_rows_are_the_caches_arrays(architecture):
     room = 8 + 16 - 1 if architecture == "sliding_window" else ROWS
     cache = init_cache(config, 1, room)
     if config.recurrent:
-        assert limits.state_bytes(config) == tree_bytes(cache.state.state)
+        assert limits.state_bytes(config) == tree_bytes(cache.state.state) > 0
         cache = dataclasses.replace(cache, state=None)
     arrays = [array for array in jax.tree.leaves(cache) if array.dtype == jnp.float32]
     window = 16 if config.windowed else 0
