@@ -5,7 +5,9 @@ operations. Not counted is what is done element by element, such as norms and th
 widths, causal attention is half the square, no masked row or key counts, and every product of the forward pass,
 computed once, has two in the backward pass. Block 0's `compress` projections are counted once per token; the last block
 has no `restore`, and of its history only keys, values and z's queries. Tokens that run again in the next window, by
-`model.window_overlap`, count as rows of both, and for the head once.
+`model.window_overlap`, count as rows of both, and for the head once. A Gated DeltaNet layer is counted row by row: to
+decay its state is done element by element; to read it under a key, to write it and to read it under a query are
+products.
 `benchmarks.flops` counts what a device executes.
 """
 
@@ -140,7 +142,8 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     """Model FLOPs of a sequence's forward pass without the head: outside the windows, and in those not skipped."""
     inner = config.d_model
     if not config.windowed:
-        return Forward(), causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
+        attention = causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
+        return Forward(), attention + delta_layers(config, length)
     size = config.generation_window
     first, total = min(length, size), Forward()
     if not skipped:
@@ -169,9 +172,16 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
 
 
 def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:
-    """All layers as ordinary causal ones over `rows` rows."""
+    """All layers of attention as ordinary causal ones over `rows` rows."""
     layer = project(config, rows, 3, inner) + _update(config, rows, inner) + _attend(pairs, inner)
-    return layer * config.num_layers
+    return layer * config.attention_layers
+
+
+def delta_layers(config: ModelConfig, rows: int) -> Forward:
+    """All Gated DeltaNet layers over `rows` rows, whose states are read and written row by row."""
+    delta, layers = config.delta, config.num_layers - config.attention_layers
+    per_row = 5 * delta.inner + 2 * delta.heads + 3 * delta.feed_forward
+    return Forward(matrix=2.0 * rows * config.d_model * per_row, attention=6.0 * rows * delta.state_size) * layers
 
 
 def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:

@@ -3,7 +3,7 @@
 The published matrices are [out, in]; query, key and value share one projection in this order; w1 and w3 of the
 feed-forward, separate there, are `gate_up_kernel` here. The tied table appears twice there, as
 `embedding.weight` and as `transformer.lm_head.weight`. The token shift is no published model's; its parameter is
-`token_shift` in a file.
+`token_shift` in a file. Nor are Gated DeltaNet's layers: their names follow the same pattern.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tlinformer_jax.config.delta import CONVOLUTION
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
 
@@ -53,9 +54,10 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     params: dict[str, Any] = {"embedding": arrays[EMBEDDING]}
     params |= {ours: arrays[theirs] for ours, theirs in FINAL_NORM.items()}
     params |= {"shift": arrays[SHIFT]} if config.token_shift else {}
-    for path, prefix in layer_names(config):
+    for index, (path, prefix) in enumerate(layer_names(config)):
         layer = {
-            ours: arrays[prefix + theirs].T.reshape(shape) for theirs, (ours, shape, _) in _layer_arrays(config).items()
+            ours: arrays[prefix + theirs].T.reshape(shape)
+            for theirs, (ours, shape, _) in _layer_arrays(config, index).items()
         }
         layer["gate_up_kernel"] = np.stack([layer.pop("gate"), layer.pop("up")], axis=1)
         node = params
@@ -71,13 +73,13 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
     arrays = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
     arrays |= {theirs: params[ours] for ours, theirs in FINAL_NORM.items()}
     arrays |= {SHIFT: params["shift"]} if config.token_shift else {}
-    for path, prefix in layer_names(config):
+    for index, (path, prefix) in enumerate(layer_names(config)):
         node = params
         for part in path:
             node = node[part]
         gate_up = node["gate_up_kernel"]
         layer = node | {"gate": gate_up[:, 0], "up": gate_up[:, 1]}
-        for theirs, (ours, _, shape) in _layer_arrays(config).items():
+        for theirs, (ours, _, shape) in _layer_arrays(config, index).items():
             arrays[prefix + theirs] = np.ascontiguousarray(layer[ours].reshape(shape[::-1]).T)
     return arrays
 
@@ -103,23 +105,37 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     table = (config.vocab_size, config.d_model)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, HEAD: table}
     shapes |= dict.fromkeys((*FINAL_NORM.values(), *(SHIFT,) * config.token_shift), (config.d_model,))
-    for _, prefix in layer_names(config):
-        shapes |= {prefix + name: shape for name, (_, _, shape) in _layer_arrays(config).items()}
+    for index, (_, prefix) in enumerate(layer_names(config)):
+        shapes |= {prefix + name: shape for name, (_, _, shape) in _layer_arrays(config, index).items()}
     return shapes
 
 
-def _layer_arrays(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Of a layer's arrays: published name -> our name, our shape, published shape.
+def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Of layer `index`'s arrays: published name -> our name, our shape, published shape.
 
     Transposed, a published array has our order of numbers. 'gate' and 'up' are the two parts of `gate_up_kernel`.
     """
     width, inner, heads = config.d_model, config.feed_forward_dim, (config.num_heads, config.head_dim)
+    mixer: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+        "qkv_proj.weight": ("qkv_kernel", (width, 3, *heads), (3 * width, width)),
+        "qkv_proj.bias": ("qkv_bias", (3, *heads), (3 * width,)),
+    }
+    if not config.attends(index):
+        delta = config.delta
+        inner, heads, all_heads = delta.feed_forward, (delta.heads, delta.width), delta.inner
+        mixer = {
+            "qkvg_proj.weight": ("qkvg_kernel", (width, 4, *heads), (4 * all_heads, width)),
+            "conv.weight": ("conv_kernel", (CONVOLUTION, 3, *heads), (3 * all_heads, CONVOLUTION)),
+            "rates_proj.weight": ("rates_kernel", (width, 2, delta.heads), (2 * delta.heads, width)),
+            "A_log": ("A_log", (delta.heads,), (delta.heads,)),
+            "dt_bias": ("dt_bias", (delta.heads,), (delta.heads,)),
+            "head_norm.weight": ("head_norm_scale", (delta.width,), (delta.width,)),
+        }
     return {
         "norm1.weight": ("norm1_scale", (width,), (width,)),
         "norm1.bias": ("norm1_bias", (width,), (width,)),
-        "qkv_proj.weight": ("qkv_kernel", (width, 3, *heads), (3 * width, width)),
-        "qkv_proj.bias": ("qkv_bias", (3, *heads), (3 * width,)),
-        "out_proj.weight": ("out_kernel", (*heads, width), (width, width)),
+        **mixer,
+        "out_proj.weight": ("out_kernel", (*heads, width), (width, heads[0] * heads[1])),
         "out_proj.bias": ("out_bias", (width,), (width,)),
         "norm2.weight": ("norm2_scale", (width,), (width,)),
         "norm2.bias": ("norm2_bias", (width,), (width,)),

@@ -30,19 +30,25 @@ INIT_STD = 0.02
 
 
 @flax.struct.dataclass
-class LayerParams:
-    """Parameters of one layer; D width, F feed-forward width, h heads of d_h features."""
+class ResidualParams:
+    """Parameters that every layer has, whatever mixes its rows: D width, F feed-forward width, h heads of d_h."""
 
-    norm1_scale: Array  # [D]. LayerNorm before attention
+    norm1_scale: Array  # [D]. LayerNorm before the mixer
     norm1_bias: Array  # [D]
-    qkv_kernel: Array  # [D, 3, h, d_h]. Queries, keys, values in this order
-    qkv_bias: Array  # [3, h, d_h]
-    out_kernel: Array  # [h, d_h, D]. Output projection of attention
+    out_kernel: Array  # [h, d_h, D]. Output projection of the mixer
     out_bias: Array  # [D]
     norm2_scale: Array  # [D]. LayerNorm before the feed-forward
     norm2_bias: Array  # [D]
     gate_up_kernel: Array  # [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU
     down_kernel: Array  # [F, D]. w2 of the SwiGLU
+
+
+@flax.struct.dataclass
+class LayerParams(ResidualParams):
+    """Parameters of one layer of attention."""
+
+    qkv_kernel: Array  # [D, 3, h, d_h]. Queries, keys, values in this order
+    qkv_bias: Array  # [3, h, d_h]
 
 
 class Layer(nn.Module):
@@ -151,34 +157,44 @@ class Embedded:
 
 
 def chain_layers(
-    function: Callable[[Any, tuple[LayerParams, Dropout | None]], tuple[Any, None]],
-    layers: Sequence[LayerParams],
+    function: Callable[[Any, tuple[Any, Dropout | None]], tuple[Any, None]],
+    layers: Sequence[ResidualParams],
     x: Any,
     dropout: Dropout | None,
     scan: bool,
+    period: int = 1,
 ) -> Any:
-    """Feeds x through equal layers: `x, _ = function(x, (layer, dropout of the layer))` for each, in order.
+    """Feeds x through layers: `x, _ = function(x, (layer, dropout of the layer))` for each, in order.
 
-    With `scan` one layer is compiled and a loop goes over the stacked parameters, instead of compiling each.
+    With `scan` as many layers as it takes until their kinds repeat, `period`, are compiled once, and a loop goes over
+    the stacked parameters. What is left at the end is compiled by itself.
     """
     items = [(layer, part_of(dropout, depth)) for depth, layer in enumerate(layers)]
-    if scan and len(layers) > 1:
-        return jax.lax.scan(function, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *items))[0]
-    for item in items:
-        x, _ = function(x, item)
-    return x
+
+    def several(x: Any, items: Sequence[tuple[Any, Dropout | None]]) -> tuple[Any, None]:
+        for item in items:
+            x, _ = function(x, item)
+        return x, None
+
+    looped = len(items) // period * period if scan and len(items) >= 2 * period else 0
+    if looped:
+        groups = [tuple(items[first : first + period]) for first in range(0, looped, period)]
+        x, _ = jax.lax.scan(several, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *groups))
+    return several(x, items[looped:])[0]
 
 
 def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:
-    """A pytree of `LayerParams` as the functions below take it; done once per forward pass, outside all scans.
+    """A pytree of layers' parameters as the functions below take it; once per forward pass, outside all scans.
 
-    Matrices are cast to the compute dtype, vectors stay as they are, and the features of queries and keys are
-    reordered for `rotate`. Heads are padded with zero weights to a multiple of `attention.head_multiple` features:
-    so they come out of the projection as the kernel wants them.
+    Matrices are cast to the compute dtype, vectors stay as they are. Of attention, the features of queries and keys
+    are reordered for `rotate`, and heads are padded with zero weights to a multiple of `attention.head_multiple`
+    features: so they come out of the projection as the kernel wants them.
     """
 
-    def prepare(layer: LayerParams) -> LayerParams:
+    def prepare(layer: ResidualParams) -> ResidualParams:
         layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
+        if not isinstance(layer, LayerParams):
+            return _pad_feed_forward(layer, 8 if jnp.dtype(dtype).itemsize < 4 else 1)
         return dataclasses.replace(
             layer,
             qkv_kernel=_pad_heads(_rotary_order(layer.qkv_kernel), -1, head_multiple),
@@ -186,7 +202,7 @@ def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any
             out_kernel=_pad_heads(layer.out_kernel, -2, head_multiple),
         )
 
-    return jax.tree.map(prepare, params, is_leaf=lambda node: isinstance(node, LayerParams))
+    return jax.tree.map(prepare, params, is_leaf=lambda node: isinstance(node, ResidualParams))
 
 
 def _rotary_order(qkv: Array) -> Array:
@@ -199,6 +215,16 @@ def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, -array.shape[axis] % multiple)
     return jnp.pad(array, padding) if padding[axis][1] else array
+
+
+def _pad_feed_forward(layer: ResidualParams, multiple: int) -> ResidualParams:
+    """The layer with zero weights up to a multiple of features inside: matrix units load what is aligned."""
+    padding = -layer.down_kernel.shape[0] % multiple
+    return dataclasses.replace(
+        layer,
+        gate_up_kernel=jnp.pad(layer.gate_up_kernel, ((0, 0), (0, 0), (0, padding))),
+        down_kernel=jnp.pad(layer.down_kernel, ((0, padding), (0, 0))),
+    )
 
 
 # ---- What a layer computes
@@ -320,14 +346,14 @@ def project(
 
 
 def update(
-    params: LayerParams,
+    params: ResidualParams,
     x: Float[Array, "batch length D"],
     attended: Float[Array, "batch length heads d_h"],
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch length D"]:
-    """The output projection of what attention gave these rows, then the feed-forward, each with its residual.
+    """The output projection of what the mixer, such as attention, gave these rows, then the feed-forward.
 
-    Dropout is on the feed-forward's output.
+    Each has its residual. Dropout is on the feed-forward's output.
     """
     if not x.shape[1]:
         return x
