@@ -116,7 +116,7 @@ def set_own_recipe(config: "ConfigDict", row: str) -> None:
 
 
 def set_plus(config: "ConfigDict") -> None:
-    """Turns on what is not in the paper and has paid, by docs/quality.md."""
+    """Turns on the token shift, which makes recall easier to learn; see docs/quality.md."""
     config.model.token_shift = True
 
 

@@ -24,8 +24,8 @@ from tlinformer_jax.errors import UserError, first_line
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.windows import num_windows, trained_tokens
-from tlinformer_jax.parallel.sharding import PARTITIONED
 from tlinformer_jax.parallel.mesh import device_kind
+from tlinformer_jax.parallel.sharding import PARTITIONED
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, Horizon, TrainState, warmup_note
 
