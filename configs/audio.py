@@ -7,7 +7,7 @@
 
 Data: the Debian package asterisk-core-sounds-en-wav. Of every 20 recordings, in the order of their names, the 19th is
 for validation and the 20th for the test; one of more than 65,536 samples counts as several. `bits_per_byte` is bits per
-sample. To beat: n-grams:
+sample. To beat: n-grams, 4.980 with 3 samples of context:
 
     python -m tools.ngram_floor --config=configs/audio.py --split=test --context=3
 

@@ -6,9 +6,9 @@
 
 Data: the Debian package bowtie-examples. The chromosome is cut into stretches of 65,536 bases; of every 20 the 19th is
 for validation and the 20th for the test. `bits_per_byte` is bits per base. To beat: 2 bits (all bases alike), and
-n-grams of up to 12 bases:
+n-grams, 1.928 with 6 bases of context:
 
-    python -m tools.ngram_floor --config=configs/genome.py --split=test --context=11
+    python -m tools.ngram_floor --config=configs/genome.py --split=test --context=7
 
 Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 65 M
 tokens; docs/guides/other_data.md tells more.

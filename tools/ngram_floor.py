@@ -8,7 +8,7 @@ nothing is trained. With --width=28, images of 28 x 28 pixels are read by column
 import numpy as np
 from absl import flags
 
-from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, BYTES, kneser_ney_bits
+from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, BYTES, by_columns, kneser_ney_bits
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
 
@@ -16,12 +16,6 @@ cli.define_config_flag()
 SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "Split to predict.")
 CONTEXT = flags.DEFINE_integer("context", None, f"Most tokens of context; {BYTES} of bytes, else 3.", lower_bound=0)
 WIDTH = flags.DEFINE_integer("width", None, "Of square images, to read them by columns.", lower_bound=1)
-
-
-def by_columns(tokens: np.ndarray, width: int) -> np.ndarray:
-    """The tokens of whole square images, after the one token before them, with the pixels of a column in a row."""
-    images = tokens[1 : 1 + (len(tokens) - 1) // width**2 * width**2].reshape(-1, width, width)
-    return np.append(tokens[:1], images.swapaxes(1, 2))
 
 
 def main() -> None:

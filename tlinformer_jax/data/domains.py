@@ -72,7 +72,7 @@ def encode(documents: Iterable[Document], config: DataConfig, tokenizer: Tokeniz
     dtype = smallest_dtype(tokenizer.vocab_size)
     end = np.array([] if config.dataset == "idx" else [tokenizer.end_of_text], dtype)
     if config.dataset == "idx":
-        yield np.zeros(1, dtype), Counts()
+        yield np.zeros(1, dtype), Counts(num_bytes=1)  # so that bits per byte are those of a token
     for document in documents:
         ids = tokenizer.encode(document) if isinstance(document, str) else document
         yield np.concatenate([ids.astype(dtype), end]), Counts(num_bytes=len(document), num_documents=1)
