@@ -5,9 +5,9 @@
     python -m tlinformer_jax generate --workdir=/tmp/images --prompt=0 --max_new_tokens=784 --temperature=1 \
         --num_samples=50 --save=/tmp/images.png
 
-Data: the Debian package dataset-fashion-mnist. Of every 20 of the 60,000 images the 19th is for validation; the test split is the
-package's 10,000. `bits_per_byte` is bits per pixel. To beat: pixels given the two before (n-grams), 3.778, and given
-the one above, 3.700, the most that copying the row above could give:
+Data: the Debian package dataset-fashion-mnist. Of every 20 of its 60,000 images the 19th is for validation; the test
+split is its 10,000. `bits_per_byte` is bits per pixel. To beat: 3.778, pixels given the two before (n-grams), and
+3.700, given the one above, the best that copying the row above can give:
 
     python -m tools.ngram_floor --config=configs/images.py --split=test --context=2
     python -m tools.ngram_floor --config=configs/images.py --split=test --context=1 --width=28
