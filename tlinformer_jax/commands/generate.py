@@ -47,7 +47,6 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with to
 
 # Flags that are options of the generator, by the same name.
 SAMPLING = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED)
-INTERRUPTED = 130
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def main() -> None:
     try:
         status = _generate()
     except KeyboardInterrupt:  # before there was any text
-        status = INTERRUPTED
+        status = environment.INTERRUPTED
     if status:
         sys.exit(status)
 
@@ -90,7 +89,7 @@ def _generate() -> int:
         before = generator.tokenizer.encode(prompt)
         save([np.append(before, sample.tokens) for sample in stream.generations])
     _print_figures(stream, compilations)
-    return INTERRUPTED if interrupted else 0
+    return environment.INTERRUPTED if interrupted else 0
 
 
 def _prompt() -> str:
