@@ -116,6 +116,13 @@ def test_sounds_are_levels_with_an_end_after_each_in_the_order_of_their_names(tm
     assert split_of(config).num_bytes == 10
 
 
+def test_long_sounds_are_joined_from_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(domains, "BLOCK_SAMPLES", 3)
+    samples = np.arange(-4000, 4000, 997)
+    (found,) = domains.read_wav(write(tmp_path / "x.wav", wav_bytes(samples)), lambda count: None)
+    np.testing.assert_array_equal(found, domains.mu_law(samples))
+
+
 def test_levels_are_heard_as_what_they_were(tmp_path):
     samples = np.arange(-32768, 32768)
     levels = domains.mu_law(samples)
@@ -236,6 +243,7 @@ BAD = {
     ),
     "8 bit": ("wav", wav_bytes([1], bits=8), "has 1 channels of 8 bit"),
     "stereo": ("wav", wav_bytes([1, 1], channels=2), "has 2 channels"),
+    "half a sample": ("wav", wav_bytes([1, 2], length=4)[:-1], "truncated: its header says 2 samples, but 1 follow"),
     "half a sound": ("wav", wav_bytes([1, 2], length=8), "truncated: its header says 4 samples, but 2 follow"),
     "no sound": ("wav", b"OggS" + bytes(60), "cannot be read as WAV"),
     "half a head": ("wav", wav_bytes([1])[:20], "cannot be read as WAV"),

@@ -37,6 +37,7 @@ STRETCH = 65_536
 
 RATE = 8_000  # samples of sound a second
 LEVELS = 256  # of mu-law
+BLOCK_SAMPLES = 1 << 20  # read at once
 LARGEST_IMAGE = 1 << 24  # pixels
 LARGEST_RECORD = 1 << 28  # letters; a record is held in memory
 UNSIGNED_BYTES = 8  # the code of the type of an IDX file's values
@@ -189,16 +190,19 @@ def read_wav(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
             if (channels, width, rate) != (1, 2, RATE):
                 told = f"has {channels} channels of {8 * width} bit at {rate} Hz; must be 1 of 16 bit at {RATE} Hz"
                 raise DataError(f"{path}: {told}")
-            data = file.readframes(count)
+            parts = [np.empty(0, np.uint8)]
+            while data := file.readframes(BLOCK_SAMPLES):
+                parts.append(mu_law(np.frombuffer(data[: len(data) // width * width], "<i2")))
     except (wave.Error, EOFError) as error:
         raise DataError(f"{path}: cannot be read as WAV ({str(error) or 'it ends within its header'})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if len(data) != width * count:
-        raise DataError(f"{path}: truncated: its header says {count:,} samples, but {len(data) // width:,} follow")
+    levels = np.concatenate(parts)
+    if len(levels) != count:
+        raise DataError(f"{path}: truncated: its header says {count:,} samples, but {len(levels):,} follow")
     on_read(path.stat().st_size)
     if count:
-        yield mu_law(np.frombuffer(data, "<i2"))
+        yield levels
 
 
 def mu_law(samples: np.ndarray) -> np.ndarray:
