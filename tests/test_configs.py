@@ -57,6 +57,7 @@ VARIANTS = [
     *(("passkey", variant) for variant in retrieval_recipes.PASSKEY),
     *(("niah", variant) for variant in retrieval_recipes.NIAH_VARIANTS),
     *(("state", variant) for variant in retrieval_recipes.STATE),
+    *((name, None) for name in ("images", "genome", "proteins", "audio")),
 ]
 OF_41M = ("wt103", "books", "long")
 
