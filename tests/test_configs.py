@@ -28,7 +28,8 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.step import Horizon, init_state
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import init_state
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 

@@ -22,7 +22,8 @@ from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.training.step import Horizon, init_state, train_step
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import init_state, train_step
 
 TOLERANCE = 2e-5  # as in tests/decoding/test_exactness.py
 VOCABULARY = 29
@@ -96,6 +97,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "sampled_windows": sampled,
         "warmup_steps": 0,
         "epochs": 1,
+        "optimizer": draw(st.sampled_from(run_module.OPTIMIZERS)),
         "schedule": draw(st.sampled_from(run_module.SCHEDULES)),
     }
     return run_config({"model": model, "train": train, "data": {"sequence_length": length}})
@@ -201,6 +203,7 @@ CHOICES = {
         "history_window": ("auto",),
     },
     "train": {
+        "optimizer": run_module.OPTIMIZERS,
         "schedule": run_module.SCHEDULES,
         "eval_every": ("epoch",),
         "checkpoint_every": ("30s", "10min", "1.5h"),

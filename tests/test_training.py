@@ -28,16 +28,9 @@ from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.cross_entropy import summed_losses_and_hits, token_losses
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.metrics import Throughput
+from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run
-from tlinformer_jax.training.step import (
-    Horizon,
-    TrainState,
-    decay_mask,
-    init_state,
-    jit_train_step,
-    learning_rate_schedule,
-    train_step,
-)
+from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
 
 MODEL = ModelConfig(
     vocab_size=257,
@@ -180,9 +173,10 @@ def test_accumulation_changes_nothing():
     assert float(jnp.abs(one.params["embedding"] - golden_state().params["embedding"]).max()) > 1e-3
 
 
-def after_one_update(mesh) -> tuple[TrainState, dict[str, jax.Array], TrainState]:
+def after_one_update(mesh, optimizer="adamw") -> tuple[TrainState, dict[str, jax.Array], TrainState]:
     """The package's own step over a mesh: the new state, the metrics, and the old state as it was handed over."""
-    config, state = dataclasses.replace(TRAIN, warmup_steps=0), golden_state()
+    config = dataclasses.replace(TRAIN, warmup_steps=0, optimizer=optimizer)
+    state = golden_state(config)
     shardings = tree_shardings(state, mesh)
     step = jit_train_step(shardings, batch_sharding(mesh), model=build_model(MODEL), config=config, horizon=HORIZON)
     with jax.set_mesh(mesh):
@@ -191,11 +185,18 @@ def after_one_update(mesh) -> tuple[TrainState, dict[str, jax.Array], TrainState
     return new, metrics, state
 
 
-@pytest.mark.parametrize("sizes", [pytest.param({}, marks=pytest.mark.slow), {"fsdp": 4}])
-def test_eight_devices_equal_one(sizes):
-    """Loss within 1e-5, gradients (by Adam's first moments) within 1e-4; every device holds its part of each array."""
-    many, metrics, old = after_one_update(build_mesh(MeshConfig(**sizes)))
-    one, true_metrics, _ = after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]))
+@pytest.mark.parametrize(
+    ("sizes", "optimizer"),
+    [
+        pytest.param({}, "adamw", marks=pytest.mark.slow),
+        ({"fsdp": 4}, "adamw"),
+        ({"fsdp": 4}, "muon"),
+    ],
+)
+def test_eight_devices_equal_one(sizes, optimizer):
+    """Loss within 1e-5, gradients (by the first moments) within 1e-4; every device holds its part of each array."""
+    many, metrics, old = after_one_update(build_mesh(MeshConfig(**sizes)), optimizer)
+    one, true_metrics, _ = after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]), optimizer)
     assert int(many.step) == int(one.step) == 1
     assert float(metrics["tokens"]) == float(true_metrics["tokens"]) == 8 * 14 - 11
     assert abs(float(metrics["loss"]) - float(true_metrics["loss"])) < 1e-5
@@ -205,8 +206,11 @@ def test_eight_devices_equal_one(sizes):
         assert np.linalg.norm(value - truth) <= 1e-4 * np.linalg.norm(truth)
     for value, truth in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
         np.testing.assert_allclose(value, truth, atol=2e-4)
-    kernel = many.params["blocks_0"]["compress"]["down_kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // sizes.get("fsdp", 1)
+    kernels = [many.params["blocks_0"]["compress"]["down_kernel"]]
+    kernels += [leaf for leaf in jax.tree.leaves(many.opt_state) if leaf.shape == kernels[0].shape]
+    assert len(kernels) > 1
+    for kernel in kernels:
+        assert kernel.addressable_shards[0].data.size == kernel.size // math.prod(sizes.values())
     assert float(jnp.abs(many.params["embedding"] - golden_state().params["embedding"]).max()) > 1e-3
     assert old.params["embedding"].is_deleted()
 
@@ -253,10 +257,10 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path):
     assert "warmup_steps" not in check_run(run_config(train={"warmup_steps": 4}))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_bfloat16_parameters_stay_bfloat16(accumulation):
+@pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_bfloat16_parameters_stay_bfloat16(accumulation, optimizer):
     model = build_model(dataclasses.replace(MODEL, param_dtype="bfloat16"))
-    config = dataclasses.replace(TRAIN, accumulation=accumulation)
+    config = dataclasses.replace(TRAIN, accumulation=accumulation, optimizer=optimizer)
     state = jax.eval_shape(lambda: init_state(jax.random.key(0), model, config, HORIZON))
     step = functools.partial(train_step, model=model, config=config, horizon=HORIZON)
     new, _ = jax.eval_shape(step, state, random_batch())

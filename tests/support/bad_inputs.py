@@ -129,6 +129,7 @@ TRAINING = fields(
     ("train.learning_rate=nan", "not a number"),
     ("train.learning_rate=-0.1", "negative"),
     ("train.warmup_steps=-1", "negative"),
+    ("train.optimizer=sgd", "unknown name"),
     ("train.schedule=linear", "unknown name"),
     ("train.schedule=paper", "a schedule by epochs, and no epochs"),
     ("train.schedule=cosine:-1", "a negative end"),

@@ -29,6 +29,7 @@ AUTO = "auto"
 VOCABULARY_MULTIPLE = 128
 # The model of a configuration without the section `model`: small enough for the default corpus on any computer.
 SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "paper")
 KEPT = re.compile(r"([1-9]\d*)(?:\+(\d+))?")
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
@@ -60,6 +61,8 @@ class TrainConfig:
       sampled_windows: generation windows of each sequence to train on, drawn without replacement for every
         micro-batch, their losses weighted up; 0 takes all. Bounds the cost of a step on a very long sequence.
       seed: of the parameters, the order of the data, dropout and the sampled windows.
+      optimizer: 'adamw'; or 'muon', Muon for the hidden matrices and AdamW for the other parameters. Muon's updates are
+        scaled to the size of AdamW's: it takes AdamW's learning rate and weight decay.
       learning_rate: the peak.
       warmup_steps: updates over which it rises linearly; the last of them has the peak.
       schedule: after the warm-up. 'cosine:0.1': to a tenth of the peak at the last step, 'cosine': to 0; 'constant'; or
@@ -68,7 +71,7 @@ class TrainConfig:
         left of the epoch, its gradient still divided by the full number of micro-batches (otherwise epochs follow each
         other without a gap); and weight decay applies to all parameters (otherwise biases and LayerNorms are spared).
         Skipped updates do not count.
-      weight_decay: of AdamW, decoupled.
+      weight_decay: decoupled, as in AdamW.
       clip_norm: largest global norm of the gradient; 0 does not clip.
       log_every: updates between log lines.
       eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates at the end only.
@@ -90,6 +93,7 @@ class TrainConfig:
     accumulation: int = 1
     sampled_windows: int = 0
     seed: int = 0
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     schedule: str = "cosine:0.1"
@@ -114,6 +118,8 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}", getattr(self, name), "must be a finite number >= 0")
         if not _is_number(self.stop_at_accuracy) or self.stop_at_accuracy > 1:
             raise ConfigError("train.stop_at_accuracy", self.stop_at_accuracy, "must be a number from 0 to 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError("train.optimizer", self.optimizer, f"must be one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES and not COSINE_TO.fullmatch(str(self.schedule)):
             allowed = f"must be one of {', '.join(SCHEDULES)}, or 'cosine:0.1' to end at that share of the peak"
             raise ConfigError("train.schedule", self.schedule, allowed)

@@ -24,8 +24,9 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
+from tlinformer_jax.training.optimizer import Horizon, warmup_note
 from tlinformer_jax.training.setup import Run, flops_per_token
-from tlinformer_jax.training.step import WINDOW, Competence, Horizon, TrainState, warmup_note
+from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
 MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
 # Samples of a bad batch that are named.

@@ -36,6 +36,7 @@ from tlinformer_jax.training.callbacks import (
 )
 from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, build_throughput
+from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
     PENDING,
@@ -47,7 +48,7 @@ from tlinformer_jax.training.setup import (
     training_batches,
     use_compilation_cache,
 )
-from tlinformer_jax.training.step import TrainState, jit_train_step, run_horizon
+from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.stopping import StopRequest
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]

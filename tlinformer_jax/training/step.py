@@ -1,4 +1,4 @@
-"""The train step: a pure function of state and batch, and the optimiser that it applies."""
+"""The train step: a pure function of state and batch, with what it changes."""
 
 import dataclasses
 import functools
@@ -11,14 +11,14 @@ import optax
 
 from tlinformer_jax.config.data import Stage
 from tlinformer_jax.config.run import TrainConfig
-from tlinformer_jax.data.batches import LAG, TrainingBatches
+from tlinformer_jax.data.batches import LAG
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu
 from tlinformer_jax.parallel.sharding import BatchSplit, replicated
 from tlinformer_jax.training.cross_entropy import AnswersOf
 from tlinformer_jax.training.loss import DeviceBatch, LossAux, draw_windows, summed_loss
+from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 
-BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 WINDOW = 20  # updates whose mean accuracy decides whether a stage of a curriculum ends
 
 
@@ -89,22 +89,6 @@ def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
     if not any(stage.accuracy for stage in stages):
         return None
     return Competence(jnp.full((len(stages), WINDOW), -jnp.inf, jnp.float32), jnp.zeros(len(stages), jnp.int32))
-
-
-@dataclasses.dataclass(frozen=True)
-class Horizon:
-    """How long a run is, once its data is known: updates in all, and the update at which a cosine would end."""
-
-    steps: int
-    decay_end: int
-
-
-def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
-    """The length of a run over `batches`; see TrainConfig.steps, epochs and schedule."""
-    steps = config.steps or batches.updates_for_epochs(config.epochs)
-    if config.schedule == "paper":
-        return Horizon(steps, config.epochs * -(-batches.samples_per_epoch // config.micro_batch_size))
-    return Horizon(steps, steps)
 
 
 def init_state(
@@ -302,62 +286,3 @@ def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[j
         lambda old, yes, no: jnp.where(stopped, old, jnp.where(good, yes, no)), skips, counted, skipped
     )
     return good, stopped, after
-
-
-# ---- The optimiser
-
-
-def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay, after clipping by the global norm."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config, horizon),
-        b1=BETA1,
-        b2=BETA2,
-        eps=EPSILON,
-        weight_decay=config.weight_decay,
-        mask=lambda params: decay_mask(config, params),
-    )
-    if config.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-
-
-def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
-    """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
-
-    The warm-up reaches the peak at its last update, and a cosine its end at the run's last; both one update later
-    with the paper's schedule, whose first update has rate 0.
-    """
-    if config.schedule == "constant":
-        schedule = optax.constant_schedule(config.learning_rate)
-    else:
-        decay = max(1, horizon.decay_end - config.warmup_steps)
-        schedule = optax.cosine_decay_schedule(config.learning_rate, decay, config.cosine_end)
-    if config.warmup_steps:
-        warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-        schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])
-    return schedule if config.schedule == "paper" else lambda update: schedule(update + 1)
-
-
-def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all.
-
-    The token shift, which the paper does not have, never does.
-    """
-
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        if path[-1].key == "shift":
-            return False
-        return config.schedule == "paper" or path[-1].key.endswith(("kernel", "embedding"))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def warmup_note(config: TrainConfig, horizon: Horizon) -> str | None:
-    """A warning where the warm-up is longer than the run, else None."""
-    if config.warmup_steps <= horizon.steps:
-        return None
-    return (
-        f"note: train.warmup_steps = {config.warmup_steps} is more than the run's {horizon.steps} updates: "
-        f"the learning rate rises to {horizon.steps / config.warmup_steps:.0%} of train.learning_rate at most"
-    )
