@@ -98,7 +98,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "warmup_steps": 0,
         "epochs": 1,
         "optimizer": draw(st.sampled_from(run_module.OPTIMIZERS)),
-        "schedule": draw(st.sampled_from(run_module.SCHEDULES)),
+        "schedule": draw(st.sampled_from([*run_module.SCHEDULES, "wsd:0.2"])),
     }
     return run_config({"model": model, "train": train, "data": {"sequence_length": length}})
 
@@ -204,7 +204,7 @@ CHOICES = {
     },
     "train": {
         "optimizer": run_module.OPTIMIZERS,
-        "schedule": run_module.SCHEDULES,
+        "schedule": (*run_module.SCHEDULES, "wsd:0.2"),
         "eval_every": ("epoch",),
         "checkpoint_every": ("30s", "10min", "1.5h"),
     },

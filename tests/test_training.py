@@ -251,6 +251,19 @@ def test_schedule_warms_up_and_ends_where_it_should():
     np.testing.assert_allclose(rates, [1e-3, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
 
 
+@pytest.mark.parametrize("warmup", [10, 0, 95])
+def test_a_wsd_schedule_is_constant_until_its_last_share(warmup):
+    """1 - sqrt over the last 20 of 100 updates, or over those that the warm-up leaves."""
+    schedule = learning_rate_schedule(
+        dataclasses.replace(TRAIN, warmup_steps=warmup, schedule="wsd:0.2"), Horizon(100, 100)
+    )
+    updates = np.arange(1, 101)
+    decay = min(20, 100 - warmup)
+    falling = 1 - np.sqrt(np.maximum(updates - (100 - decay), 0) / decay)
+    expected = 1e-2 * np.minimum(updates / max(warmup, 1), falling)
+    np.testing.assert_allclose([float(schedule(update - 1)) for update in updates], expected, atol=1e-8)
+
+
 def test_a_warm_up_longer_than_the_run_is_said(tmp_path):
     config = run_config(train={"warmup_steps": 16})
     assert "16 is more than the run's 4 updates: the learning rate rises to 25% of" in check_run(config)

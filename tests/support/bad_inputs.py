@@ -133,6 +133,7 @@ TRAINING = fields(
     ("train.schedule=linear", "unknown name"),
     ("train.schedule=paper", "a schedule by epochs, and no epochs"),
     ("train.schedule=cosine:-1", "a negative end"),
+    ("train.schedule=wsd:1.5", "more than all steps"),
     ("train.weight_decay=-1", "negative"),
     ("train.clip_norm=-1", "negative"),
     ("train.log_every=0", "zero"),

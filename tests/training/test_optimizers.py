@@ -93,7 +93,8 @@ def test_muons_updates_are_about_as_large_as_adamws_and_the_gradients_size_does_
             assert 0.1 < np.sqrt(np.mean(update**2)) / 1e-2 < 0.3, name
     clipped = first_update(dataclasses.replace(config, clip_norm=0.1))
     for (name, *_, update), (*_, other) in zip(first_update(config), clipped, strict=True):
-        np.testing.assert_allclose(update, other, atol=3e-5, err_msg=name)
+        if name.endswith("kernel"):
+            np.testing.assert_allclose(update, other, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "paper"])

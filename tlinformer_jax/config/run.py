@@ -33,6 +33,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "paper")
 KEPT = re.compile(r"([1-9]\d*)(?:\+(\d+))?")
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
+WSD = re.compile(r"wsd:(0?\.\d+|1(?:\.0*)?)")
 EPOCH = "epoch"
 # A JAX key takes 32 bits; dropout uses seed + 1.
 LARGEST_SEED = 2**32 - 2
@@ -65,12 +66,13 @@ class TrainConfig:
         scaled to the size of AdamW's: it takes AdamW's learning rate and weight decay.
       learning_rate: the peak.
       warmup_steps: updates over which it rises linearly; the last of them has the peak.
-      schedule: after the warm-up. 'cosine:0.1': to a tenth of the peak at the last step, 'cosine': to 0; 'constant'; or
-        'paper', the paper's training loop in four respects. Its cosine counts its length in micro-batches and its
-        argument in updates, so that it hardly falls; the first update has rate 0; an epoch's last update holds what is
-        left of the epoch, its gradient still divided by the full number of micro-batches (otherwise epochs follow each
-        other without a gap); and weight decay applies to all parameters (otherwise biases and LayerNorms are spared).
-        Skipped updates do not count.
+      schedule: after the warm-up. 'cosine:0.1': to a tenth of the peak at the last step, 'cosine': to 0; 'constant';
+        'wsd:0.2': constant, but over the last fifth of the steps falling to 0 by one minus the square root of the share
+        that has passed; or 'paper', the paper's training loop in four respects. Its cosine counts its length in
+        micro-batches and its argument in updates, so that it hardly falls; the first update has rate 0; an epoch's last
+        update holds what is left of the epoch, its gradient still divided by the full number of micro-batches
+        (otherwise epochs follow each other without a gap); and weight decay applies to all parameters (otherwise biases
+        and LayerNorms are spared). Skipped updates do not count.
       weight_decay: decoupled, as in AdamW.
       clip_norm: largest global norm of the gradient; 0 does not clip.
       log_every: updates between log lines.
@@ -120,8 +122,9 @@ class TrainConfig:
             raise ConfigError("train.stop_at_accuracy", self.stop_at_accuracy, "must be a number from 0 to 1")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError("train.optimizer", self.optimizer, f"must be one of {', '.join(OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES and not COSINE_TO.fullmatch(str(self.schedule)):
+        if self.schedule not in SCHEDULES and not COSINE_TO.fullmatch(str(self.schedule)) and not self.decay_share:
             allowed = f"must be one of {', '.join(SCHEDULES)}, or 'cosine:0.1' to end at that share of the peak"
+            allowed += ", or 'wsd:0.2' to fall over that share of the steps, more than 0 and at most 1"
             raise ConfigError("train.schedule", self.schedule, allowed)
         if self.eval_every != EPOCH and not _is_integer(self.eval_every, 0):
             raise ConfigError("train.eval_every", self.eval_every, f"must be an integer >= 0, or {EPOCH!r}")
@@ -159,6 +162,12 @@ class TrainConfig:
     def cosine_end(self) -> float:
         """Where a cosine ends, as a fraction of the peak."""
         match = COSINE_TO.fullmatch(self.schedule)
+        return float(match[1]) if match else 0.0
+
+    @property
+    def decay_share(self) -> float:
+        """The share of the steps over which the rate of 'wsd' falls; 0 for other schedules."""
+        match = WSD.fullmatch(str(self.schedule))
         return float(match[1]) if match else 0.0
 
     @property

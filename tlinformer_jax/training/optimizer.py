@@ -1,10 +1,12 @@
 """The optimiser of a run, its learning rate, and which parameters decay."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -88,18 +90,27 @@ OPTIMIZERS: dict[str, Callable[[TrainConfig, optax.Schedule], optax.GradientTran
 def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
     """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
 
-    The warm-up reaches the peak at its last update, and a cosine its end at the run's last; both one update later
+    The warm-up reaches the peak at its last update, and what falls its end at the run's last; both one update later
     with the paper's schedule, whose first update has rate 0.
     """
+    after_warmup = max(1, horizon.decay_end - config.warmup_steps)
     if config.schedule == "constant":
         schedule = optax.constant_schedule(config.learning_rate)
+    elif config.decay_share:
+        decay = min(max(1, round(config.decay_share * horizon.decay_end)), after_warmup)
+        fall = functools.partial(_fall, config.learning_rate, decay)
+        schedule = optax.join_schedules([optax.constant_schedule(config.learning_rate), fall], [after_warmup - decay])
     else:
-        decay = max(1, horizon.decay_end - config.warmup_steps)
-        schedule = optax.cosine_decay_schedule(config.learning_rate, decay, config.cosine_end)
+        schedule = optax.cosine_decay_schedule(config.learning_rate, after_warmup, config.cosine_end)
     if config.warmup_steps:
         warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
         schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])
     return schedule if config.schedule == "paper" else lambda update: schedule(update + 1)
+
+
+def _fall(peak: float, updates: int, update: Any) -> Any:
+    """From `peak` at update 0 to 0 at update `updates`, as 1 - sqrt (arXiv 2405.18392)."""
+    return peak * (1.0 - jnp.sqrt(jnp.clip(update / updates, 0.0, 1.0)))
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
@@ -108,12 +119,10 @@ def decay_mask(config: TrainConfig, params: Any) -> Any:
     The token shift, which the paper does not have, never does.
     """
 
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        if path[-1].key == "shift":
-            return False
-        return config.schedule == "paper" or path[-1].key.endswith(("kernel", "embedding"))
+    def decays(name: str) -> bool:
+        return name != "shift" and (config.schedule == "paper" or name.endswith(("kernel", "embedding")))
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return _by_name(params, decays)
 
 
 def _by_name(params: Any, value: Callable[[str], Any]) -> Any:
