@@ -96,6 +96,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "accumulation": draw(st.sampled_from([1, 2])),
         "sampled_windows": sampled,
         "warmup_steps": 0,
+        "z_loss": draw(st.sampled_from([0.0, 1e-4])),
         "epochs": 1,
         "optimizer": draw(st.sampled_from(run_module.OPTIMIZERS)),
         "schedule": draw(st.sampled_from([*run_module.SCHEDULES, "wsd:0.2"])),
@@ -186,7 +187,7 @@ def test_many_valid_configs_train_and_decode(architecture):
 # Values that a field never takes, whatever it is.
 NEVER = [None, (), {}, [1], b"x", 1 + 2j]
 LEAST = {
-    "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1}
+    "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1, "window_overlap": 0}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1),
     "train": dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
@@ -201,6 +202,7 @@ CHOICES = {
         "param_dtype": model_config.PARAM_DTYPES,
         "attention": model_config.ATTENTION_BACKENDS,
         "history_window": ("auto",),
+        "history_position": model_config.HISTORY_POSITIONS,
     },
     "train": {
         "optimizer": run_module.OPTIMIZERS,
@@ -214,7 +216,7 @@ SWITCHES = {"model": ("token_shift",)}
 RATES = {
     "model": {"dropout": 1.0},
     "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
-    | dict.fromkeys(("learning_rate", "weight_decay", "clip_norm"), math.inf),
+    | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
 }
 TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}
 

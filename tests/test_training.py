@@ -14,13 +14,20 @@ import pytest
 
 from tests.support import golden
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import ARCHITECTURES
+from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh, parameter_spec, put_batch, tree_shardings
+from tlinformer_jax.parallel.sharding import (
+    UNSPLIT,
+    batch_sharding,
+    build_mesh,
+    parameter_spec,
+    put_batch,
+    tree_shardings,
+)
 from tlinformer_jax.training import cross_entropy as loss_module
 from tlinformer_jax.training.callbacks import Trace
 from tlinformer_jax.training.check import check_run
@@ -30,7 +37,7 @@ from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run
-from tlinformer_jax.training.step import TrainState, init_state, jit_train_step, train_step
+from tlinformer_jax.training.step import TrainState, batch_gradient, init_state, jit_train_step, train_step
 
 MODEL = ModelConfig(
     vocab_size=257,
@@ -89,6 +96,48 @@ def test_chunked_loss_equals_plain_cross_entropy(chunk, length):
     truth = jax.grad(lambda *a: (plain_losses(*a, labels) ** 2).sum(), argnums=(0, 1))(hidden, table)
     for value, expected in zip(ours, truth, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+
+
+@LOSS_SHAPES
+@pytest.mark.parametrize("multiple", [1, 128])
+def test_z_loss_changes_the_gradient_alone(chunk, length, multiple, monkeypatch):
+    monkeypatch.setattr(loss_module, "padded_vocabulary", lambda size, dtype: size + -size % multiple)
+    hidden, table, labels, weights = loss_inputs(length)
+
+    def ours(hidden, table):
+        return 3 * summed_losses_and_hits(hidden, table, labels, weights, chunk, 0.1)[0]
+
+    def plain(hidden, table):
+        norm = jax.nn.logsumexp(hidden @ table.T, axis=-1)
+        return 3 * ((plain_losses(hidden, table, labels) + 0.1 * norm**2) * weights).sum()
+
+    loss, gradients = jax.value_and_grad(ours, argnums=(0, 1))(hidden, table)
+    np.testing.assert_allclose(loss, 3 * (plain_losses(hidden, table, labels) * weights).sum(), rtol=1e-6)
+    for value, expectation in zip(gradients, jax.grad(plain, argnums=(0, 1))(hidden, table), strict=True):
+        np.testing.assert_allclose(value, expectation, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_with_z_loss_has_the_gradient_of_the_models_logits(architecture, checkpointing):
+    """By the whole sequence and window after window; the loss of the step stays the cross-entropy."""
+    shape = dataclasses.replace(MODEL, architecture=architecture, memory=ExecutionPlan(checkpointing=checkpointing))
+    model, batch = build_model(shape), random_batch()
+    params = model.init(jax.random.key(0), batch["inputs"])["params"]
+    params = {**params, "embedding": 30 * params["embedding"]}
+    divisor = batch["weights"].sum()
+
+    def plain(params, z_loss):
+        logits = model.apply({"params": params}, batch["inputs"])
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        losses = norm - jnp.take_along_axis(logits, batch["labels"][..., None], -1)[..., 0]
+        return ((losses + z_loss * norm**2) * batch["weights"]).sum() / divisor
+
+    config = dataclasses.replace(TRAIN, z_loss=0.1)
+    loss, _, grads = batch_gradient(batch, params, divisor, jnp.int32(0), model=model, config=config, split=UNSPLIT)
+    assert float(loss) == pytest.approx(float(plain(params, 0.0)), rel=1e-5)
+    for value, truth in zip(jax.tree.leaves(grads), jax.tree.leaves(jax.grad(plain)(params, 0.1)), strict=True):
+        np.testing.assert_allclose(value, truth, atol=1e-5 * max(1.0, float(jnp.abs(truth).max())), rtol=1e-4)
 
 
 @LOSS_SHAPES

@@ -135,6 +135,7 @@ TRAINING = fields(
     ("train.schedule=cosine:-1", "a negative end"),
     ("train.schedule=wsd:1.5", "more than all steps"),
     ("train.weight_decay=-1", "negative"),
+    ("train.z_loss=-1", "negative"),
     ("train.clip_norm=-1", "negative"),
     ("train.log_every=0", "zero"),
     ("train.eval_every=-1", "negative"),

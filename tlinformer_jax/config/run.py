@@ -44,7 +44,7 @@ EVALUATION_TOKENS = 16_384
 SMALLEST = dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
 SMALLEST |= dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps"), 0)
 SMALLEST |= dict.fromkeys(("max_skipped_updates", "max_rollbacks"), 0)
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "clip_norm")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "z_loss", "clip_norm")
 
 
 # ---- The section `train`: length, optimiser, evaluations and checkpoints
@@ -74,6 +74,8 @@ class TrainConfig:
         (otherwise epochs follow each other without a gap); and weight decay applies to all parameters (otherwise biases
         and LayerNorms are spared). Skipped updates do not count.
       weight_decay: decoupled, as in AdamW.
+      z_loss: what the squared log-sum-exp of a token's logits counts in the gradient, beside the cross-entropy, such as
+        1e-4; keeps logits from drifting. The loss that is reported is the cross-entropy alone.
       clip_norm: largest global norm of the gradient; 0 does not clip.
       log_every: updates between log lines.
       eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates at the end only.
@@ -100,6 +102,7 @@ class TrainConfig:
     warmup_steps: int = 100
     schedule: str = "cosine:0.1"
     weight_decay: float = 0.1
+    z_loss: float = 0.0
     clip_norm: float = 1.0
     log_every: int = 50
     eval_every: int | str = 0

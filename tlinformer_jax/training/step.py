@@ -238,7 +238,9 @@ def batch_gradient(
         length = batch["inputs"].shape[1]
         return key, draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
 
-    loss_of = functools.partial(summed_loss, model=model, split=split, answers=answers, divisor=divisor)
+    loss_of = functools.partial(
+        summed_loss, model=model, split=split, answers=answers, divisor=divisor, z_loss=config.z_loss
+    )
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulation == 1:
         (loss, aux), grads = gradient(params, batch, *draws(0))
