@@ -97,6 +97,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "sampled_windows": sampled,
         "warmup_steps": 0,
         "z_loss": draw(st.sampled_from([0.0, 1e-4])),
+        "ema": draw(st.sampled_from([0.0, 0.9])),
         "epochs": 1,
         "optimizer": draw(st.sampled_from(run_module.OPTIMIZERS)),
         "schedule": draw(st.sampled_from([*run_module.SCHEDULES, "wsd:0.2"])),
@@ -215,7 +216,7 @@ CHOICES = {
 SWITCHES = {"model": ("token_shift",)}
 RATES = {
     "model": {"dropout": 1.0},
-    "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
+    "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0), "ema": 1.0}
     | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
 }
 TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}

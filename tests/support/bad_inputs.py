@@ -137,6 +137,7 @@ TRAINING = fields(
     ("train.weight_decay=-1", "negative"),
     ("train.z_loss=-1", "negative"),
     ("train.clip_norm=-1", "negative"),
+    ("train.ema=1", "no weight for what is new"),
     ("train.log_every=0", "zero"),
     ("train.eval_every=-1", "negative"),
     ("train.eval_every=week", "unknown word"),

@@ -77,6 +77,9 @@ class TrainConfig:
       z_loss: what the squared log-sum-exp of a token's logits counts in the gradient, beside the cross-entropy, such as
         1e-4; keeps logits from drifting. The loss that is reported is the cross-entropy alone.
       clip_norm: largest global norm of the gradient; 0 does not clip.
+      ema: decay of a moving average of the parameters, such as 0.999, which evaluations, generation and whatever else
+        reads a checkpoint use; 0 for none. After n updates the decay is at most (1 + n) / (10 + n), so that the average
+        soon forgets the first parameters.
       log_every: updates between log lines.
       eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates at the end only.
       checkpoint_every: updates between checkpoints, or a time such as '10min' (also 's' and 'h'), which no checkpoint
@@ -104,6 +107,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     z_loss: float = 0.0
     clip_norm: float = 1.0
+    ema: float = 0.0
     log_every: int = 50
     eval_every: int | str = 0
     checkpoint_every: int | str = "10min"
@@ -123,6 +127,8 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}", getattr(self, name), "must be a finite number >= 0")
         if not _is_number(self.stop_at_accuracy) or self.stop_at_accuracy > 1:
             raise ConfigError("train.stop_at_accuracy", self.stop_at_accuracy, "must be a number from 0 to 1")
+        if not _is_number(self.ema) or self.ema >= 1:
+            raise ConfigError("train.ema", self.ema, "must be a number >= 0 and < 1")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError("train.optimizer", self.optimizer, f"must be one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES and not COSINE_TO.fullmatch(str(self.schedule)) and not self.decay_share:

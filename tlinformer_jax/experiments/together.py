@@ -66,7 +66,12 @@ def check_together(config: RunConfig) -> None:
     if any(stage.accuracy for stage in config.data.stages):
         allowed = "must have no stage that ends by accuracy for --together: copies change length at the same update"
         raise ConfigError("data.curriculum", config.data.curriculum, allowed)
-    for section, name, only in (("model", "dropout", 0), ("train", "sampled_windows", 0), ("train", "accumulation", 1)):
+    for section, name, only in (
+        ("model", "dropout", 0),
+        ("train", "sampled_windows", 0),
+        ("train", "accumulation", 1),
+        ("train", "ema", 0),
+    ):
         value = getattr(getattr(config, section), name)
         if value != only:
             raise ConfigError(f"{section}.{name}", value, f"must be {only} for --together")

@@ -195,7 +195,7 @@ def first_state(
     if origin is not None:
         step, params = directory.initial_params(origin, run)
         console.say(f"starting from the parameters of step {step} in {origin.workdir}")
-        state = dataclasses.replace(state, params=params)
+        state = state.starting_from(params)
         if jax.process_index() == 0:
             directory.remember_origin(dataclasses.replace(origin, step=step), workdir)
     if origin is not None or run.config.train.max_rollbacks:
@@ -268,7 +268,7 @@ def roll_back(session: Session, view: TrainingView, error: DivergedError) -> Tra
     done = int(state.skips.rollbacks)
     if done >= run.config.train.max_rollbacks:
         raise DivergedError(f"{error}; lower train.learning_rate") from None
-    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+    for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
         leaf.delete()  # a device may not hold two of them
     restored = session.checkpoints.restore(run.abstract_state, regular=True)
     if restored is None:

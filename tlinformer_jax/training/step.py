@@ -75,6 +75,7 @@ class TrainState:
       opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
       skips: updates that were left out, or undone by a rollback.
       competence: what ends the stages of a curriculum; None where none ends by competence.
+      ema: moving average of the parameters, float32; None without `train.ema`.
     """
 
     step: jax.Array
@@ -82,6 +83,17 @@ class TrainState:
     opt_state: Any
     skips: Skips = flax.struct.field(default_factory=Skips)
     competence: Competence | None = None
+    ema: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that evaluations use."""
+        return self.params if self.ema is None else self.ema
+
+    def starting_from(self, params: Any) -> "TrainState":
+        """This state with other parameters, which are also the first of the average."""
+        ema = None if self.ema is None else first_average(params)
+        return dataclasses.replace(self, params=params, ema=ema)
 
 
 def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
@@ -97,7 +109,23 @@ def init_state(
     """The state before the first update; depends on `rng` and the configurations only."""
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
     opt_state = build_optimizer(config, horizon).init(params)
-    return TrainState(jnp.int32(0), params, opt_state, competence=initial_competence(stages))
+    ema = first_average(params) if config.ema else None
+    return TrainState(jnp.int32(0), params, opt_state, competence=initial_competence(stages), ema=ema)
+
+
+# ---- The moving average of the parameters
+
+
+@jax.jit
+def first_average(params: Any) -> Any:
+    """A copy in float32: the state, whose memory the next update reuses, may hold no array twice."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+
+
+def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any:
+    """The average after one more update; `updates` counts those before it, int32 []."""
+    kept = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
+    return jax.tree.map(lambda mean, leaf: mean + (1.0 - kept) * (leaf.astype(jnp.float32) - mean), ema, params)
 
 
 # ---- The step
@@ -170,7 +198,8 @@ def train_step(
     )
     loss, aux, grads = split.over_devices(gradient)(batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
-    rate = learning_rate_schedule(config, horizon)(state.step - state.skips.total)
+    done = state.step - state.skips.total
+    rate = learning_rate_schedule(config, horizon)(done)
     metrics = {
         "loss": loss * divisor / tokens,
         "grad_norm": optax.tree.norm(grads),
@@ -180,10 +209,12 @@ def train_step(
     if window_losses:
         metrics["window_losses"] = aux["window_losses"]
     good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
-    params, opt_state = jax.tree.map(
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else next_average(state.ema, params, config.ema, done)
+    params, opt_state, ema = jax.tree.map(
         lambda new, old: jax.lax.select(jnp.broadcast_to(good, new.shape), new, old),
-        (optax.apply_updates(state.params, updates), opt_state),
-        (state.params, state.opt_state),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
     )
     competence = state.competence
     if stage is not None and competence is not None:
@@ -191,7 +222,7 @@ def train_step(
         recorded = record_accuracy(competence, stage, stages[stage].accuracy, metrics["accuracy"], state.step)
         competence = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), recorded, competence)
         metrics["stage_ends"] = competence.ends
-    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips, competence)
+    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips, competence, ema)
     return new, {**metrics, "step": new.step, "skips": skips}
 
 

@@ -41,7 +41,7 @@ IDENTITY = (
     *(f"model.{name}" for name in ("history_window", "generation_window", "window_overlap", "dropout", "param_dtype")),
     *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
     *(f"data.{name}" for name in ("examples", "num_items", "questions")),
-    *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "optimizer", "clip_norm")),
+    *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema")),
 )
 
 
