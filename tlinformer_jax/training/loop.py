@@ -193,7 +193,7 @@ def first_state(
         return state, manifest.validation_loss is not None
     state = run.initial_state()
     if origin is not None:
-        step, params = directory.initial_params(origin, run)
+        step, params = directory.initial_params(origin, run, state.params)
         console.say(f"starting from the parameters of step {step} in {origin.workdir}")
         state = state.starting_from(params)
         if jax.process_index() == 0:
