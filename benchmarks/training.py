@@ -186,7 +186,8 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
     from tlinformer_jax.models import build_model
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
     from tlinformer_jax.training.console import peak_bytes
-    from tlinformer_jax.training.step import Horizon, init_state, jit_train_step
+    from tlinformer_jax.training.optimizer import Horizon
+    from tlinformer_jax.training.step import init_state, jit_train_step
 
     train, model, mesh = config.train, build_model(config.model), checked_mesh(config)
     horizon = Horizon(timing.steps, timing.steps)

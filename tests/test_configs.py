@@ -28,7 +28,8 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import recipes as retrieval_recipes
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.step import Horizon, init_state
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import init_state
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -314,11 +315,14 @@ OVERRIDES = {
         "accumulation": 6,
         "sampled_windows": 2,
         "seed": 11,
+        "optimizer": "muon",
         "learning_rate": 0.5,
         "warmup_steps": 5,
         "schedule": "constant",
         "weight_decay": 0.01,
+        "z_loss": 0.001,
         "clip_norm": 2.0,
+        "ema": 0.99,
         "log_every": 3,
         "eval_every": 4,
         "checkpoint_every": 9,

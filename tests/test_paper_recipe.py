@@ -28,7 +28,8 @@ from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import build_model
 from tlinformer_jax.training.callbacks import Evaluate
 from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.step import TrainState, build_optimizer, learning_rate_schedule, run_horizon, train_step
+from tlinformer_jax.training.optimizer import build_optimizer, learning_rate_schedule, run_horizon
+from tlinformer_jax.training.step import TrainState, train_step
 
 # GPT-2 tokens of WikiText-103's training rows: any number with 908 updates an epoch at N = 512 is like the real one.
 WIKITEXT_TOKENS = 118_950_000

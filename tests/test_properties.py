@@ -22,7 +22,8 @@ from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.training.step import Horizon, init_state, train_step
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import init_state, train_step
 
 TOLERANCE = 2e-5  # as in tests/decoding/test_exactness.py
 VOCABULARY = 29
@@ -99,8 +100,11 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "accumulation": draw(st.sampled_from([1, 2])),
         "sampled_windows": sampled,
         "warmup_steps": 0,
+        "z_loss": draw(st.sampled_from([0.0, 1e-4])),
+        "ema": draw(st.sampled_from([0.0, 0.9])),
         "epochs": 1,
-        "schedule": draw(st.sampled_from(run_module.SCHEDULES)),
+        "optimizer": draw(st.sampled_from(run_module.OPTIMIZERS)),
+        "schedule": draw(st.sampled_from([*run_module.SCHEDULES, "wsd:0.2"])),
     }
     return run_config({"model": model, "train": train, "data": {"sequence_length": length}})
 
@@ -206,9 +210,11 @@ CHOICES = {
         "attention": model_config.ATTENTION_BACKENDS,
         "history_position": model_config.HISTORY_POSITIONS,
         "history_window": ("auto",),
+        "history_position": model_config.HISTORY_POSITIONS,
     },
     "train": {
-        "schedule": run_module.SCHEDULES,
+        "optimizer": run_module.OPTIMIZERS,
+        "schedule": (*run_module.SCHEDULES, "wsd:0.2"),
         "eval_every": ("epoch",),
         "checkpoint_every": ("30s", "10min", "1.5h"),
     },
@@ -217,8 +223,8 @@ CHOICES = {
 SWITCHES = {"model": ("token_shift",)}
 RATES = {
     "model": {"dropout": 1.0},
-    "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0)}
-    | dict.fromkeys(("learning_rate", "weight_decay", "clip_norm"), math.inf),
+    "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0), "ema": 1.0}
+    | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
 }
 TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}
 

@@ -14,13 +14,20 @@ import pytest
 
 from tests.support import golden
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import ARCHITECTURES
+from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh, parameter_spec, put_batch, tree_shardings
+from tlinformer_jax.parallel.sharding import (
+    UNSPLIT,
+    batch_sharding,
+    build_mesh,
+    parameter_spec,
+    put_batch,
+    tree_shardings,
+)
 from tlinformer_jax.training import cross_entropy as loss_module
 from tlinformer_jax.training.callbacks import Trace
 from tlinformer_jax.training.check import check_run
@@ -28,16 +35,9 @@ from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.cross_entropy import summed_losses_and_hits, token_losses
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.metrics import Throughput
+from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run
-from tlinformer_jax.training.step import (
-    Horizon,
-    TrainState,
-    decay_mask,
-    init_state,
-    jit_train_step,
-    learning_rate_schedule,
-    train_step,
-)
+from tlinformer_jax.training.step import TrainState, batch_gradient, init_state, jit_train_step, train_step
 
 MODEL = ModelConfig(
     vocab_size=257,
@@ -96,6 +96,48 @@ def test_chunked_loss_equals_plain_cross_entropy(chunk, length):
     truth = jax.grad(lambda *a: (plain_losses(*a, labels) ** 2).sum(), argnums=(0, 1))(hidden, table)
     for value, expected in zip(ours, truth, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+
+
+@LOSS_SHAPES
+@pytest.mark.parametrize("multiple", [1, 128])
+def test_z_loss_changes_the_gradient_alone(chunk, length, multiple, monkeypatch):
+    monkeypatch.setattr(loss_module, "padded_vocabulary", lambda size, dtype: size + -size % multiple)
+    hidden, table, labels, weights = loss_inputs(length)
+
+    def ours(hidden, table):
+        return 3 * summed_losses_and_hits(hidden, table, labels, weights, chunk, 0.1)[0]
+
+    def plain(hidden, table):
+        norm = jax.nn.logsumexp(hidden @ table.T, axis=-1)
+        return 3 * ((plain_losses(hidden, table, labels) + 0.1 * norm**2) * weights).sum()
+
+    loss, gradients = jax.value_and_grad(ours, argnums=(0, 1))(hidden, table)
+    np.testing.assert_allclose(loss, 3 * (plain_losses(hidden, table, labels) * weights).sum(), rtol=1e-6)
+    for value, expectation in zip(gradients, jax.grad(plain, argnums=(0, 1))(hidden, table), strict=True):
+        np.testing.assert_allclose(value, expectation, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_with_z_loss_has_the_gradient_of_the_models_logits(architecture, checkpointing):
+    """By the whole sequence and window after window; the loss of the step stays the cross-entropy."""
+    shape = dataclasses.replace(MODEL, architecture=architecture, memory=ExecutionPlan(checkpointing=checkpointing))
+    model, batch = build_model(shape), random_batch()
+    params = model.init(jax.random.key(0), batch["inputs"])["params"]
+    params = {**params, "embedding": 30 * params["embedding"]}
+    divisor = batch["weights"].sum()
+
+    def plain(params, z_loss):
+        logits = model.apply({"params": params}, batch["inputs"])
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        losses = norm - jnp.take_along_axis(logits, batch["labels"][..., None], -1)[..., 0]
+        return ((losses + z_loss * norm**2) * batch["weights"]).sum() / divisor
+
+    config = dataclasses.replace(TRAIN, z_loss=0.1)
+    loss, _, grads = batch_gradient(batch, params, divisor, jnp.int32(0), model=model, config=config, split=UNSPLIT)
+    assert float(loss) == pytest.approx(float(plain(params, 0.0)), rel=1e-5)
+    for value, truth in zip(jax.tree.leaves(grads), jax.tree.leaves(jax.grad(plain)(params, 0.1)), strict=True):
+        np.testing.assert_allclose(value, truth, atol=1e-5 * max(1.0, float(jnp.abs(truth).max())), rtol=1e-4)
 
 
 @LOSS_SHAPES
@@ -180,9 +222,10 @@ def test_accumulation_changes_nothing():
     assert float(jnp.abs(one.params["embedding"] - golden_state().params["embedding"]).max()) > 1e-3
 
 
-def after_one_update(mesh) -> tuple[TrainState, dict[str, jax.Array], TrainState]:
+def after_one_update(mesh, optimizer="adamw") -> tuple[TrainState, dict[str, jax.Array], TrainState]:
     """The package's own step over a mesh: the new state, the metrics, and the old state as it was handed over."""
-    config, state = dataclasses.replace(TRAIN, warmup_steps=0), golden_state()
+    config = dataclasses.replace(TRAIN, warmup_steps=0, optimizer=optimizer)
+    state = golden_state(config)
     shardings = tree_shardings(state, mesh)
     step = jit_train_step(shardings, batch_sharding(mesh), model=build_model(MODEL), config=config, horizon=HORIZON)
     with jax.set_mesh(mesh):
@@ -191,11 +234,18 @@ def after_one_update(mesh) -> tuple[TrainState, dict[str, jax.Array], TrainState
     return new, metrics, state
 
 
-@pytest.mark.parametrize("sizes", [pytest.param({}, marks=pytest.mark.slow), {"fsdp": 4}])
-def test_eight_devices_equal_one(sizes):
-    """Loss within 1e-5, gradients (by Adam's first moments) within 1e-4; every device holds its part of each array."""
-    many, metrics, old = after_one_update(build_mesh(MeshConfig(**sizes)))
-    one, true_metrics, _ = after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]))
+@pytest.mark.parametrize(
+    ("sizes", "optimizer"),
+    [
+        pytest.param({}, "adamw", marks=pytest.mark.slow),
+        ({"fsdp": 4}, "adamw"),
+        ({"fsdp": 4}, "muon"),
+    ],
+)
+def test_eight_devices_equal_one(sizes, optimizer):
+    """Loss within 1e-5, gradients (by the first moments) within 1e-4; every device holds its part of each array."""
+    many, metrics, old = after_one_update(build_mesh(MeshConfig(**sizes)), optimizer)
+    one, true_metrics, _ = after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]), optimizer)
     assert int(many.step) == int(one.step) == 1
     assert float(metrics["tokens"]) == float(true_metrics["tokens"]) == 8 * 14 - 11
     assert abs(float(metrics["loss"]) - float(true_metrics["loss"])) < 1e-5
@@ -205,8 +255,11 @@ def test_eight_devices_equal_one(sizes):
         assert np.linalg.norm(value - truth) <= 1e-4 * np.linalg.norm(truth)
     for value, truth in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
         np.testing.assert_allclose(value, truth, atol=2e-4)
-    kernel = many.params["blocks_0"]["compress"]["down_kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // sizes.get("fsdp", 1)
+    kernels = [many.params["blocks_0"]["compress"]["down_kernel"]]
+    kernels += [leaf for leaf in jax.tree.leaves(many.opt_state) if leaf.shape == kernels[0].shape]
+    assert len(kernels) > 1
+    for kernel in kernels:
+        assert kernel.addressable_shards[0].data.size == kernel.size // math.prod(sizes.values())
     assert float(jnp.abs(many.params["embedding"] - golden_state().params["embedding"]).max()) > 1e-3
     assert old.params["embedding"].is_deleted()
 
@@ -249,16 +302,29 @@ def test_schedule_warms_up_and_ends_where_it_should():
     np.testing.assert_allclose(rates, [1e-3, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
 
 
+@pytest.mark.parametrize("warmup", [10, 0, 95])
+def test_a_wsd_schedule_is_constant_until_its_last_share(warmup):
+    """1 - sqrt over the last 20 of 100 updates, or over those that the warm-up leaves."""
+    schedule = learning_rate_schedule(
+        dataclasses.replace(TRAIN, warmup_steps=warmup, schedule="wsd:0.2"), Horizon(100, 100)
+    )
+    updates = np.arange(1, 101)
+    decay = min(20, 100 - warmup)
+    falling = 1 - np.sqrt(np.maximum(updates - (100 - decay), 0) / decay)
+    expected = 1e-2 * np.minimum(updates / max(warmup, 1), falling)
+    np.testing.assert_allclose([float(schedule(update - 1)) for update in updates], expected, atol=1e-8)
+
+
 def test_a_warm_up_longer_than_the_run_is_said(tmp_path):
     config = run_config(train={"warmup_steps": 16})
     assert "16 is more than the run's 4 updates: the learning rate rises to 25% of" in check_run(config)
     assert "warmup_steps" not in check_run(run_config(train={"warmup_steps": 4}))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_bfloat16_parameters_stay_bfloat16(accumulation):
+@pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_bfloat16_parameters_stay_bfloat16(accumulation, optimizer):
     model = build_model(dataclasses.replace(MODEL, param_dtype="bfloat16"))
-    config = dataclasses.replace(TRAIN, accumulation=accumulation)
+    config = dataclasses.replace(TRAIN, accumulation=accumulation, optimizer=optimizer)
     state = jax.eval_shape(lambda: init_state(jax.random.key(0), model, config, HORIZON))
     step = functools.partial(train_step, model=model, config=config, horizon=HORIZON)
     new, _ = jax.eval_shape(step, state, random_batch())

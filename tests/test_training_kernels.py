@@ -49,8 +49,9 @@ def test_layer_norm_gradients(shape, skips, by_kernel, monkeypatch):
         np.testing.assert_allclose(value, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize(("vocab_size", "columns"), [(37, 48), (32, 48), (64, 64)])
-def test_loss_and_slope(vocab_size, columns, monkeypatch):
+def test_loss_and_slope(vocab_size, columns, z_loss, monkeypatch):
     monkeypatch.setattr(row_kernels, "COLUMNS", 16)
     logits, weights = 10 * normal(0, 5, columns), jnp.array([1.0, 0.5, 0.0, 2.0, 1.0])
     targets = jnp.array([0, 3, vocab_size - 1, 7, 9])
@@ -58,9 +59,14 @@ def test_loss_and_slope(vocab_size, columns, monkeypatch):
     def losses(logits):
         return -jax.nn.log_softmax(logits[:, :vocab_size])[jnp.arange(5), targets]
 
-    found, slope = row_kernels.loss_and_slope(logits, targets, weights, vocab_size, jnp.float32, interpret=True)
+    def trained(logits):
+        norm = jax.nn.logsumexp(logits[:, :vocab_size], axis=-1)
+        return ((losses(logits) + z_loss * norm**2) * weights).sum()
+
+    how = {"z_loss": z_loss, "interpret": True}
+    found, slope = row_kernels.loss_and_slope(logits, targets, weights, vocab_size, jnp.float32, **how)
     np.testing.assert_allclose(found, losses(logits), atol=1e-5)
-    np.testing.assert_allclose(slope, jax.grad(lambda logits: (losses(logits) * weights).sum())(logits), atol=1e-5)
+    np.testing.assert_allclose(slope, jax.grad(trained)(logits), atol=2e-5)
 
 
 def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
@@ -71,7 +77,7 @@ def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
 
     def outcome():
         def total(hidden, table):
-            return loss.summed_losses_and_hits(hidden, table, labels, weights, 12)[0]
+            return loss.summed_losses_and_hits(hidden, table, labels, weights, 12, 0.01)[0]
 
         return jax.value_and_grad(total, argnums=(0, 1))(hidden, table)
 

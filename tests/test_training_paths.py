@@ -19,7 +19,7 @@ from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.training import loss, step
 from tlinformer_jax.training.loss import summed_loss
-from tlinformer_jax.training.step import Horizon
+from tlinformer_jax.training.optimizer import Horizon
 
 LENGTH = 15  # three windows of 4 tokens, and one of 3
 # What each case changes.

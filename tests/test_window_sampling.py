@@ -18,7 +18,8 @@ from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.loss import draw_windows, summed_loss
-from tlinformer_jax.training.step import Horizon, TrainState, init_state, train_step
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import TrainState, init_state, train_step
 
 # Compress and restore only, and one history segment: compilation is what these tests cost.
 SMALL = dataclasses.replace(THREE_LAYERS, hidden_depth=0)

@@ -342,8 +342,9 @@ def test_other_failures_are_raised(monkeypatch):
 
 def test_weights_of_a_working_directory(tmp_path):
     from tlinformer_jax.config.run import TrainConfig
+    from tlinformer_jax.training.optimizer import Horizon
     from tlinformer_jax.training.saving import Checkpoints
-    from tlinformer_jax.training.step import Horizon, init_state
+    from tlinformer_jax.training.step import init_state
 
     values = {"model": dataclasses.asdict(SMALL), "data": {"dataset": "pydoc", "tokenizer": "bytes"}}
     save_config(run_config(values), tmp_path)

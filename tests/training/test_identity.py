@@ -67,6 +67,7 @@ def test_another_tokenizer_under_the_same_path_is_refused_and_the_runs_own_copy_
     [
         ("model", {"hidden_depth": 1}, r"model\.hidden_depth: 0 -> 1"),
         ("train", {"schedule": "paper", "epochs": 1}, r"train\.schedule: 'cosine:0.1' -> 'paper'"),
+        ("train", {"optimizer": "muon"}, r"train\.optimizer: 'adamw' -> 'muon'"),
         ("train", {"schedule": "constant"}, None),
     ],
 )

@@ -12,6 +12,7 @@ from tests.support.commands import check_refusal, command
 from tests.training.test_resume import events, run_config
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.models import build_model
 from tlinformer_jax.training import loop, setup
 from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.loop import train_and_evaluate
@@ -118,6 +119,49 @@ def test_what_does_not_fit_is_refused_in_a_line(trained, tmp_path):
     (tmp_path / "scratch" / "init_from.json").write_text("{")
     with pytest.raises(DataError, match=r"init_from.json: cannot be read, or is damaged"):
         train_and_evaluate(config, tmp_path / "scratch")
+
+
+def first_logits(config, params):
+    """Logits of the first generation window."""
+    tokens = np.random.default_rng(1).integers(0, 257, (2, config.model.generation_window)).astype(np.int32)
+    return build_model(config.model).apply({"params": jax.device_get(params)}, tokens)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "blocks", "shift"),
+    [("transformer", 1, True), pytest.param("tconstformer", 2, False, marks=pytest.mark.slow)],
+)
+def test_another_architecture_of_equal_layers_starts_with_the_same_first_window(
+    architecture, blocks, shift, tmp_path, capfd
+):
+    """Four layers here and there: of the one block with two hidden layers, or of two without; and back again."""
+    config = run_config(tmp_path, steps=2, eval_every=0, checkpoint_every=0, keep_checkpoints=9)
+    one = dataclasses.replace(config.model, architecture=architecture, num_blocks=blocks, hidden_depth=4 // blocks - 2)
+    other = dataclasses.replace(config.model, num_blocks=2, token_shift=shift)
+    if shift:
+        run = setup.build_run(dataclasses.replace(config, model=other), ByteTokenizer(), loop.PENDING)
+        assert not np.asarray(run.initial_state().params["shift"]).any()
+    previous, logits = None, None
+    for number, model in enumerate((one, other, *(() if shift else (one,)))):
+        own, here = dataclasses.replace(config, model=model), tmp_path / str(number)
+        train_and_evaluate(own, here, init_from=previous)
+        run = setup.build_run(own, ByteTokenizer(), loop.PENDING)
+        if previous is not None:
+            start = restore_params(here, run.abstract_state.params, 0)[1]
+            np.testing.assert_allclose(first_logits(own, start), logits, atol=2e-7, rtol=0)  # two programs round
+        logits, previous = first_logits(own, restore_params(here, run.abstract_state.params)[1]), here
+    if architecture == "transformer":
+        mapped = "layers_0 -> blocks_0/compress, layers_1 -> blocks_0/restore, layers_2 -> blocks_1/compress, "
+        assert f"init_from: layers there -> here: {mapped}" in capfd.readouterr().err
+
+
+def test_other_numbers_of_layers_are_refused(trained, tmp_path):
+    config, source = trained
+    model = dataclasses.replace(config.model, architecture="transformer", hidden_depth=1)
+    with pytest.raises(
+        ConfigError, match=r"layers_2/\S+ is missing there .*must agree in model\.hidden_depth: 0 -> 1$"
+    ):
+        train_and_evaluate(dataclasses.replace(config, model=model), tmp_path / "run", init_from=source)
 
 
 def test_the_command_refuses_it_before_anything_is_written(trained, tmp_path):

@@ -144,3 +144,16 @@ def test_the_last_regular_checkpoint_is_kept(tmp_path):
         assert int(checkpoints.restore(abstract(state_of(0)), regular=True)[0].step) == 10
         assert int(checkpoints.restore(abstract(state_of(0)))[0].step) == 15
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "15"]
+
+
+def test_a_rollback_takes_up_muons_state_and_the_average_of_the_parameters_too(tmp_path, spoil):
+    recipe = {"steps": 3, "checkpoint_every": 2, "optimizer": "muon", "ema": 0.5}
+    config = run_config(tmp_path, **{**SHORT, **recipe, "keep_checkpoints": 9}, max_rollbacks=1)
+    spoil(2)
+    train_and_evaluate(config, tmp_path / "run")
+    after = last_state(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+    before = last_state(config, tmp_path / "run")
+    assert (int(before.step), int(after.step), int(after.skips.rollbacks)) == (2, 3, 1)
+    for one, other in zip((before.params, before.opt_state, before.ema), (after.params, after.opt_state, after.ema)):
+        jax.tree.map(np.testing.assert_array_equal, one, other)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from tests.training.test_resume import run_config
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.run import OPTIMIZERS, TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training import loop
 from tlinformer_jax.training.callbacks import DivergedError
 from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.step import Horizon, Skips, count_skips, init_state, train_step
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import Skips, count_skips, init_state, train_step
 
 MODEL = ModelConfig(
     vocab_size=11,
@@ -30,8 +31,10 @@ MODEL = ModelConfig(
 NAN, INF = float("nan"), float("inf")
 
 
-def test_a_bad_batch_leaves_everything_but_the_step_and_the_next_update_is_the_one_it_would_have_been():
-    config = TrainConfig(max_skipped_updates=2, warmup_steps=0, schedule="constant", learning_rate=0.1)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_bad_batch_leaves_everything_but_the_step_and_the_next_update_is_the_one_it_would_have_been(optimizer):
+    recipe = {"optimizer": optimizer, "warmup_steps": 0, "schedule": "constant", "learning_rate": 0.1}
+    config = TrainConfig(max_skipped_updates=2, **recipe)
     model = build_model(MODEL)
     step = jax.jit(lambda state, batch: train_step(state, batch, model=model, config=config, horizon=Horizon(9, 9)))
     tokens = np.random.default_rng(0).integers(0, 11, (2, 9)).astype(np.int32)

@@ -29,9 +29,11 @@ AUTO = "auto"
 VOCABULARY_MULTIPLE = 128
 # The model of a configuration without the section `model`: small enough for the default corpus on any computer.
 SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "paper")
 KEPT = re.compile(r"([1-9]\d*)(?:\+(\d+))?")
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
+WSD = re.compile(r"wsd:(0?\.\d+|1(?:\.0*)?)")
 EPOCH = "epoch"
 # A JAX key takes 32 bits; dropout uses seed + 1.
 LARGEST_SEED = 2**32 - 2
@@ -42,7 +44,7 @@ EVALUATION_TOKENS = 16_384
 SMALLEST = dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
 SMALLEST |= dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps"), 0)
 SMALLEST |= dict.fromkeys(("max_skipped_updates", "max_rollbacks"), 0)
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "clip_norm")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "z_loss", "clip_norm")
 
 
 # ---- The section `train`: length, optimiser, evaluations and checkpoints
@@ -60,16 +62,24 @@ class TrainConfig:
       sampled_windows: generation windows of each sequence to train on, drawn without replacement for every
         micro-batch, their losses weighted up; 0 takes all. Bounds the cost of a step on a very long sequence.
       seed: of the parameters, the order of the data, dropout and the sampled windows.
+      optimizer: 'adamw'; or 'muon', Muon for the hidden matrices and AdamW for the other parameters. Muon's updates are
+        scaled to the size of AdamW's: it takes AdamW's learning rate and weight decay.
       learning_rate: the peak.
       warmup_steps: updates over which it rises linearly; the last of them has the peak.
-      schedule: after the warm-up. 'cosine:0.1': to a tenth of the peak at the last step, 'cosine': to 0; 'constant'; or
-        'paper', the paper's training loop in four respects. Its cosine counts its length in micro-batches and its
-        argument in updates, so that it hardly falls; the first update has rate 0; an epoch's last update holds what is
-        left of the epoch, its gradient still divided by the full number of micro-batches (otherwise epochs follow each
-        other without a gap); and weight decay applies to all parameters (otherwise biases and LayerNorms are spared).
-        Skipped updates do not count.
-      weight_decay: of AdamW, decoupled.
+      schedule: after the warm-up. 'cosine:0.1': to a tenth of the peak at the last step, 'cosine': to 0; 'constant';
+        'wsd:0.2': constant, but over the last fifth of the steps falling to 0 by one minus the square root of the share
+        that has passed; or 'paper', the paper's training loop in four respects. Its cosine counts its length in
+        micro-batches and its argument in updates, so that it hardly falls; the first update has rate 0; an epoch's last
+        update holds what is left of the epoch, its gradient still divided by the full number of micro-batches
+        (otherwise epochs follow each other without a gap); and weight decay applies to all parameters (otherwise biases
+        and LayerNorms are spared). Skipped updates do not count.
+      weight_decay: decoupled, as in AdamW.
+      z_loss: what the squared log-sum-exp of a token's logits counts in the gradient, beside the cross-entropy, such as
+        1e-4; keeps logits from drifting. The loss that is reported is the cross-entropy alone.
       clip_norm: largest global norm of the gradient; 0 does not clip.
+      ema: decay of a moving average of the parameters, such as 0.999, which evaluations, generation and whatever else
+        reads a checkpoint use; 0 for none. After n updates the decay is at most (1 + n) / (10 + n), so that the average
+        soon forgets the first parameters.
       log_every: updates between log lines.
       eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates at the end only.
       checkpoint_every: updates between checkpoints, or a time such as '10min' (also 's' and 'h'), which no checkpoint
@@ -90,11 +100,14 @@ class TrainConfig:
     accumulation: int = 1
     sampled_windows: int = 0
     seed: int = 0
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     schedule: str = "cosine:0.1"
     weight_decay: float = 0.1
+    z_loss: float = 0.0
     clip_norm: float = 1.0
+    ema: float = 0.0
     log_every: int = 50
     eval_every: int | str = 0
     checkpoint_every: int | str = "10min"
@@ -114,8 +127,13 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}", getattr(self, name), "must be a finite number >= 0")
         if not _is_number(self.stop_at_accuracy) or self.stop_at_accuracy > 1:
             raise ConfigError("train.stop_at_accuracy", self.stop_at_accuracy, "must be a number from 0 to 1")
-        if self.schedule not in SCHEDULES and not COSINE_TO.fullmatch(str(self.schedule)):
+        if not _is_number(self.ema) or self.ema >= 1:
+            raise ConfigError("train.ema", self.ema, "must be a number >= 0 and < 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError("train.optimizer", self.optimizer, f"must be one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES and not COSINE_TO.fullmatch(str(self.schedule)) and not self.decay_share:
             allowed = f"must be one of {', '.join(SCHEDULES)}, or 'cosine:0.1' to end at that share of the peak"
+            allowed += ", or 'wsd:0.2' to fall over that share of the steps, more than 0 and at most 1"
             raise ConfigError("train.schedule", self.schedule, allowed)
         if self.eval_every != EPOCH and not _is_integer(self.eval_every, 0):
             raise ConfigError("train.eval_every", self.eval_every, f"must be an integer >= 0, or {EPOCH!r}")
@@ -153,6 +171,12 @@ class TrainConfig:
     def cosine_end(self) -> float:
         """Where a cosine ends, as a fraction of the peak."""
         match = COSINE_TO.fullmatch(self.schedule)
+        return float(match[1]) if match else 0.0
+
+    @property
+    def decay_share(self) -> float:
+        """The share of the steps over which the rate of 'wsd' falls; 0 for other schedules."""
+        match = WSD.fullmatch(str(self.schedule))
         return float(match[1]) if match else 0.0
 
     @property

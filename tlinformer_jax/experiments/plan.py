@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from ml_collections import ConfigDict
 
 from tlinformer_jax.config.named import config_file
-from tlinformer_jax.config.run import RunConfig, run_config
+from tlinformer_jax.config.run import RunConfig, TrainConfig, run_config
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError
@@ -143,7 +143,8 @@ def check_together(config: RunConfig) -> None:
     if any(stage.accuracy for stage in data.stages):
         allowed = "must have no stage that ends by accuracy for --together: runs change length at the same update"
         raise ConfigError("data.curriculum", data.curriculum, allowed)
-    for name, only in (("accumulation", 1), ("sampled_windows", 0), ("max_skipped_updates", 0), ("max_rollbacks", 0)):
+    for name in ("accumulation", "sampled_windows", "ema", "max_skipped_updates", "max_rollbacks"):
+        only = TrainConfig.__dataclass_fields__[name].default
         if getattr(train, name) != only:
             raise ConfigError(f"train.{name}", getattr(train, name), f"must be {only} for --together")
     if config.model.dropout:

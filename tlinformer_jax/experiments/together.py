@@ -32,8 +32,9 @@ from tlinformer_jax.experiments.plan import check_together
 from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.console import memory_advice, say
 from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step, summary
+from tlinformer_jax.training.optimizer import build_optimizer, run_horizon
 from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
-from tlinformer_jax.training.step import batch_gradient, build_optimizer, compiler_options, init_state, run_horizon
+from tlinformer_jax.training.step import batch_gradient, compiler_options, init_state
 from tlinformer_jax.training.workdir import sole_run
 
 # An update, and the validation figures after it.

@@ -124,15 +124,18 @@ def loss_and_slope(
     weights: Float[Array, " tokens"],
     vocab_size: int,
     dtype: jnp.dtype,
+    z_loss: float = 0.0,
     interpret: bool = False,
 ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens columns"]]:
     """Cross-entropy of tokens in nats, and the gradient of its weighted sum by their logits, in `dtype`.
+
+    The gradient is that of cross-entropy + z_loss * Z^2, where Z is the log-sum-exp of a token's logits.
 
     Columns of the logits past the vocabulary may hold anything finite; the gradient is 0 there.
     """
     tokens, columns = logits.shape
     return call_kernel(
-        functools.partial(_loss_kernel, vocab_size=vocab_size, columns=columns),
+        functools.partial(_loss_kernel, vocab_size=vocab_size, columns=columns, z_loss=z_loss),
         (tokens,),
         [jax.ShapeDtypeStruct((tokens,), jnp.float32), jax.ShapeDtypeStruct((tokens, columns), dtype)],
         [logits, targets, weights],
@@ -143,7 +146,9 @@ def loss_and_slope(
     )
 
 
-def _loss_kernel(logits_ref, target_ref, weight_ref, loss_ref, slope_ref, *, vocab_size: int, columns: int) -> None:
+def _loss_kernel(
+    logits_ref, target_ref, weight_ref, loss_ref, slope_ref, *, vocab_size: int, columns: int, z_loss: float
+) -> None:
     """One token. Each of COLUMNS lanes has a running maximum and sum of its own until the last column is read."""
     token = pl.program_id(0)
     lanes = iota(COLUMNS)
@@ -172,7 +177,10 @@ def _loss_kernel(logits_ref, target_ref, weight_ref, loss_ref, slope_ref, *, voc
 
     def scatter(tile, whole: bool) -> None:
         numbers = tile * COLUMNS + lanes
-        slope = (jnp.exp(read(tile, whole, "evict_first") - norm) - (numbers == target)) * weight
+        share = jnp.exp(read(tile, whole, "evict_first") - norm)
+        if z_loss:
+            share *= 1.0 + 2.0 * z_loss * norm
+        slope = (share - (numbers == target)) * weight
         mask = None if whole else numbers < columns
         place = slope_ref.at[token, numbers]
         masked_store(place, slope.astype(slope_ref.dtype), mask, eviction_policy="evict_first")

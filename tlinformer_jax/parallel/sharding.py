@@ -41,6 +41,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"down_kernel$", PartitionSpec("tensor", "fsdp")),
     (r"(norm\w*_(scale|bias)|out_bias|shift)$", PartitionSpec()),
     (r"^competence/", PartitionSpec()),
+    (r"/ns_coeffs$", PartitionSpec()),  # constants in Muon's state
 )
 # Axes that split parameters.
 PARTITIONED = ("fsdp", "tensor")

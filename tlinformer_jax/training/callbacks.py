@@ -70,8 +70,8 @@ class TrainingView:
 
     @property
     def params(self) -> Any:
-        """The parameters, as `model.init` names them."""
-        return self.state.params
+        """The parameters that evaluations use, as `model.init` names them; averaged where train.ema is not 0."""
+        return self.state.evaluated
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:

@@ -13,8 +13,9 @@ from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.training.console import length_lines, model_line, split_line
+from tlinformer_jax.training.optimizer import Horizon, run_horizon
 from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
-from tlinformer_jax.training.step import Horizon, jit_train_step, run_horizon
+from tlinformer_jax.training.step import jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,6 +157,7 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -
 def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
     """The parameters of the newest checkpoint that passes its verification, as (step, params); writes nothing.
 
+    Of a run with `train.ema` they are the averaged ones, as in its evaluations.
     Newer damaged ones are named on stderr, and so is a configuration that has changed since. With `step` that
     checkpoint is read and no other. `abstract_params` has jax.ShapeDtypeStruct leaves with shardings.
 
@@ -175,7 +176,15 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
     here = folder / str(found.step)
     if (workdir / CONFIG_FILE).exists() and found.config_sha256 not in ("", fingerprint(load_config(workdir))):
         say(f"checkpoint {here}: {CONFIG_FILE} has changed since it was written")
-    return found.step, read_arrays(here, {"params": abstract_params})["params"]
+    name = "ema" if _has_average(here) else "params"
+    return found.step, read_arrays(here, {name: abstract_params})[name]
+
+
+def _has_average(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint holds averaged parameters; not where it cannot be read, which `read_arrays` will tell."""
+    with contextlib.suppress(Exception):  # of many types, as in `stored_shapes`
+        return any(path[0] == "ema" for path in _stored_arrays(folder))
+    return False
 
 
 def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:

@@ -26,8 +26,9 @@ from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import PARTITIONED
+from tlinformer_jax.training.optimizer import Horizon, warmup_note
 from tlinformer_jax.training.setup import Run, flops_per_token
-from tlinformer_jax.training.step import WINDOW, Competence, Horizon, TrainState, warmup_note
+from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
 MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
 # Samples of a bad batch that are named.

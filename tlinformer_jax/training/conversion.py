@@ -68,7 +68,7 @@ def _check_new(workdir: pathlib.Path) -> None:
 
 def _fill(directory: pathlib.Path, run: Any, params: Any) -> None:
     """Writes configuration, tokenizer and checkpoint; the optimiser is as before the first update."""
-    state = run.initial_state().replace(params=jax.device_put(params, run.shardings.params))
+    state = run.initial_state().starting_from(jax.device_put(params, run.shardings.params))
     with Checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(state)
     save_tokenizer(run.tokenizer, directory)

@@ -53,13 +53,15 @@ def token_losses_and_hits(
     return losses, hits
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def summed_losses_and_hits(
-    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
+    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of weights * cross-entropy in nats, and the weight of the labels that greedy decoding would choose.
 
-    For training; the second has no gradient, and costs nothing where it is not read.
+    For training; the second has no gradient, and costs nothing where it is not read. The first has the gradient of
+    weights * (cross-entropy + z_loss * Z^2), where Z is the log-sum-exp of a token's logits: what is reported is the
+    cross-entropy, whatever is trained beside it.
 
     Its gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is
     rounded to hidden's dtype before it is multiplied, as the logits' own product was. The embedding's gradient is
@@ -69,12 +71,12 @@ def summed_losses_and_hits(
     return jnp.sum(losses * weights), jnp.sum(hits * weights)
 
 
-def _forward(hidden, embedding, labels, weights, chunk):
+def _forward(hidden, embedding, labels, weights, chunk, z_loss):
     table = _table(embedding, hidden.dtype)
 
     def body(table_gradient, part):
         rows, targets, weight = part
-        losses, hits, slope = _chunk_slope(rows, table, targets, weight, embedding.shape[0])
+        losses, hits, slope = _chunk_slope(rows, table, targets, weight, embedding.shape[0], z_loss)
         table_gradient += jnp.einsum("bcv,bcd->vd", slope, rows, preferred_element_type=jnp.float32)
         return table_gradient, (losses, hits, jnp.einsum("bcv,vd->bcd", slope, table))
 
@@ -82,11 +84,12 @@ def _forward(hidden, embedding, labels, weights, chunk):
     parts = (_chunks(hidden, chunk), _chunks(labels, chunk), _chunks(weights, chunk))
     table_gradient, outputs = jax.lax.scan(body, zero, parts)
     losses, hits, hidden_gradient = (_whole(array, hidden.shape[1]) for array in outputs)
+    # Nothing asks for the gradient of the weights with z_loss, so that has none of Z.
     gradients = (hidden_gradient, table_gradient[: embedding.shape[0]].astype(embedding.dtype), losses)
     return (jnp.sum(losses * weights), jnp.sum(hits * weights)), gradients
 
 
-def _backward(chunk, gradients, cotangents):
+def _backward(chunk, z_loss, gradients, cotangents):
     cotangent, _ = cotangents
     hidden, embedding, weights = ((array.astype(jnp.float32) * cotangent).astype(array.dtype) for array in gradients)
     return hidden, embedding, None, weights
@@ -96,22 +99,25 @@ summed_losses_and_hits.defvjp(_forward, _backward)
 
 
 def _chunk_slope(
-    rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
+    rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, z_loss: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses and hits [batch, c], and the gradient of the losses' weighted sum by the logits.
+    """Losses and hits [batch, c], and the gradient of the losses' weighted sum, with z_loss, by the logits.
 
     That one is in rows' dtype, [batch, c, padded V].
     """
     if row_kernels.use_loss_kernel() and rows.dtype != jnp.float32:
         logits = output_logits(rows, table).reshape(-1, table.shape[0])
         losses, slope = row_kernels.loss_and_slope(
-            logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype
+            logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype, z_loss
         )
         hits = jnp.argmax(logits[:, :vocab_size], axis=-1) == targets.reshape(-1)
         return losses.reshape(targets.shape), hits.reshape(targets.shape), slope.reshape(*targets.shape, -1)
     losses, logits, norm = _chunk_losses(rows, table, targets, vocab_size)
     chosen = jnp.arange(table.shape[0]) == targets[..., None]
-    slope = ((jnp.exp(logits - norm[..., None]) - chosen) * weights[..., None]).astype(rows.dtype)
+    shares = jnp.exp(logits - norm[..., None])
+    if z_loss:
+        shares *= 1.0 + 2.0 * z_loss * norm[..., None]
+    slope = ((shares - chosen) * weights[..., None]).astype(rows.dtype)
     return losses, jnp.argmax(logits, axis=-1) == targets, slope
 
 

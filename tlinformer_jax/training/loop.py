@@ -36,6 +36,7 @@ from tlinformer_jax.training.callbacks import (
 )
 from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, build_throughput
+from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
     PENDING,
@@ -47,7 +48,7 @@ from tlinformer_jax.training.setup import (
     training_batches,
     use_compilation_cache,
 )
-from tlinformer_jax.training.step import TrainState, jit_train_step, run_horizon
+from tlinformer_jax.training.step import TrainState, jit_train_step
 from tlinformer_jax.training.stopping import StopRequest
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
@@ -192,9 +193,9 @@ def first_state(
         return state, manifest.validation_loss is not None
     state = run.initial_state()
     if origin is not None:
-        step, params = directory.initial_params(origin, run)
+        step, params = directory.initial_params(origin, run, state.params)
         console.say(f"starting from the parameters of step {step} in {origin.workdir}")
-        state = dataclasses.replace(state, params=params)
+        state = state.starting_from(params)
         if jax.process_index() == 0:
             directory.remember_origin(dataclasses.replace(origin, step=step), workdir)
     if origin is not None or run.config.train.max_rollbacks:
@@ -267,7 +268,7 @@ def roll_back(session: Session, view: TrainingView, error: DivergedError) -> Tra
     done = int(state.skips.rollbacks)
     if done >= run.config.train.max_rollbacks:
         raise DivergedError(f"{error}; lower train.learning_rate") from None
-    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+    for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
         leaf.delete()  # a device may not hold two of them
     restored = session.checkpoints.restore(run.abstract_state, regular=True)
     if restored is None:

@@ -43,6 +43,7 @@ from tlinformer_jax.training.cross_entropy import (
 )
 
 DeviceBatch = dict[str, jax.Array]
+RowsLoss = Callable[[jax.Array, jax.Array, DeviceBatch], tuple[jax.Array, jax.Array]]
 WindowLoss = Callable[[Any, Any, Any, Any], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
@@ -68,6 +69,7 @@ def summed_loss(
     split: BatchSplit = UNSPLIT,
     answers: AnswersOf | None = None,
     divisor: jax.Array | float = 1.0,
+    z_loss: float = 0.0,
 ) -> tuple[jax.Array, LossAux]:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
 
@@ -83,6 +85,7 @@ def summed_loss(
       split: of the batch over devices.
       answers: where labels count.
       divisor: of the sum.
+      z_loss: of the gradient, see `TrainConfig`.
     """
     shape, inputs, sequences = model.config, batch["inputs"], split.sequence
     rows = {name: batch[name] for name in ("labels", "weights")}
@@ -90,13 +93,14 @@ def summed_loss(
     known = None if answers is None else answers(length)
     most, start = (None, 0) if known is None else (known.most, known.first if windows is None else 0)
     typed = prepare_params(model.apply({"params": params}, method=model.parameters), shape)  # type: ignore[arg-type]
+    rows_loss = functools.partial(weighted_loss, most=most, z_loss=z_loss)
     dropout = Dropout.by_key(key, shape.dropout, split.shard_index()) if shape.dropout else None
     first = start // shape.generation_window
     plan = shape.plan(num_windows(shape, length) - first)
     if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
         hidden = hidden_states(typed, shape, embed(typed, shape, inputs), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
-        total, right = weighted_loss(hidden, typed.embedding, rows, most)
+        total, right = rows_loss(hidden, typed.embedding, rows)
         return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
     before = None
     if sequences.rows is not None:
@@ -110,7 +114,7 @@ def summed_loss(
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right, found = jnp.float32(0), jnp.float32(0), []
     for loop in window_loops(shape, sequence, rows, sequences, windows):
-        branches = tuple(functools.partial(window_loss, shape, run, most) for run in loop.runs)
+        branches = tuple(functools.partial(window_loss, shape, run, rows_loss) for run in loop.runs)
         shared, steps = (typed, loop.history), (loop.indices, loop.rows)
         (loss, hits), each = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
         total, right = total + loss, right + hits
@@ -123,7 +127,7 @@ def summed_loss(
 def window_loss(
     shape: ModelConfig,
     run: Segment,
-    most: int | None,
+    rows_loss: RowsLoss,
     fixed: Any,
     step: tuple[jax.Array, DeviceBatch],
     shared: tuple[ModelParams, History],
@@ -136,7 +140,7 @@ def window_loss(
     Args:
       shape: of the model.
       run: of windows, whose static shapes it has.
-      most: see `weighted_loss`.
+      rows_loss: `weighted_loss` with its settings.
       fixed: that of the sequence.
       step: (the window's index, its labels and weights).
       shared: (parameters from `prepare_params`, the history).
@@ -157,16 +161,16 @@ def window_loss(
     if split is not None:
         states, rows = jax.tree.map(lambda array: split.take(pad_rows(array, -size % split.parts)), (states, rows))
     hidden = layer_norm(states, params.norm_scale, params.norm_bias)
-    return weighted_loss(hidden, params.embedding, rows, most)
+    return rows_loss(hidden, params.embedding, rows)
 
 
 def weighted_loss(
-    hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None
+    hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
     """`summed_losses_and_hits`; of tasks, where at most `most` rows of a sample have weights, of those rows alone."""
     if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
         hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
-    return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK)
+    return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK, z_loss)
 
 
 # ---- Window after window

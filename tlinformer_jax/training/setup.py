@@ -43,7 +43,8 @@ from tlinformer_jax.parallel.sharding import (
     ways,
 )
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split, jit_eval_step
-from tlinformer_jax.training.step import Horizon, TrainState, init_state
+from tlinformer_jax.training.optimizer import Horizon
+from tlinformer_jax.training.step import TrainState, init_state
 
 # Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)

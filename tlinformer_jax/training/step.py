@@ -1,4 +1,4 @@
-"""The train step: a pure function of state and batch, and the optimiser that it applies."""
+"""The train step: a pure function of state and batch, with what it changes."""
 
 import dataclasses
 import functools
@@ -11,14 +11,14 @@ import optax
 
 from tlinformer_jax.config.data import Stage
 from tlinformer_jax.config.run import TrainConfig
-from tlinformer_jax.data.batches import LAG, TrainingBatches
+from tlinformer_jax.data.batches import LAG
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu
 from tlinformer_jax.parallel.sharding import BatchSplit, replicated
 from tlinformer_jax.training.cross_entropy import AnswersOf
 from tlinformer_jax.training.loss import DeviceBatch, LossAux, draw_windows, summed_loss
+from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 
-BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 WINDOW = 20  # updates whose mean accuracy decides whether a stage of a curriculum ends
 
 
@@ -75,6 +75,7 @@ class TrainState:
       opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
       skips: updates that were left out, or undone by a rollback.
       competence: what ends the stages of a curriculum; None where none ends by competence.
+      ema: moving average of the parameters, float32; None without `train.ema`.
     """
 
     step: jax.Array
@@ -82,6 +83,17 @@ class TrainState:
     opt_state: Any
     skips: Skips = flax.struct.field(default_factory=Skips)
     competence: Competence | None = None
+    ema: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that evaluations use."""
+        return self.params if self.ema is None else self.ema
+
+    def starting_from(self, params: Any) -> "TrainState":
+        """This state with other parameters, which are also the first of the average."""
+        ema = None if self.ema is None else first_average(params)
+        return dataclasses.replace(self, params=params, ema=ema)
 
 
 def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
@@ -91,29 +103,29 @@ def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
     return Competence(jnp.full((len(stages), WINDOW), -jnp.inf, jnp.float32), jnp.zeros(len(stages), jnp.int32))
 
 
-@dataclasses.dataclass(frozen=True)
-class Horizon:
-    """How long a run is, once its data is known: updates in all, and the update at which a cosine would end."""
-
-    steps: int
-    decay_end: int
-
-
-def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
-    """The length of a run over `batches`; see TrainConfig.steps, epochs and schedule."""
-    steps = config.steps or batches.updates_for_epochs(config.epochs)
-    if config.schedule == "paper":
-        return Horizon(steps, config.epochs * -(-batches.samples_per_epoch // config.micro_batch_size))
-    return Horizon(steps, steps)
-
-
 def init_state(
     rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon, stages: tuple[Stage, ...] = ()
 ) -> TrainState:
     """The state before the first update; depends on `rng` and the configurations only."""
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
     opt_state = build_optimizer(config, horizon).init(params)
-    return TrainState(jnp.int32(0), params, opt_state, competence=initial_competence(stages))
+    ema = first_average(params) if config.ema else None
+    return TrainState(jnp.int32(0), params, opt_state, competence=initial_competence(stages), ema=ema)
+
+
+# ---- The moving average of the parameters
+
+
+@jax.jit
+def first_average(params: Any) -> Any:
+    """A copy in float32: the state, whose memory the next update reuses, may hold no array twice."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+
+
+def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any:
+    """The average after one more update; `updates` counts those before it, int32 []."""
+    kept = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
+    return jax.tree.map(lambda mean, leaf: mean + (1.0 - kept) * (leaf.astype(jnp.float32) - mean), ema, params)
 
 
 # ---- The step
@@ -186,7 +198,8 @@ def train_step(
     )
     loss, aux, grads = split.over_devices(gradient)(batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
-    rate = learning_rate_schedule(config, horizon)(state.step - state.skips.total)
+    done = state.step - state.skips.total
+    rate = learning_rate_schedule(config, horizon)(done)
     metrics = {
         "loss": loss * divisor / tokens,
         "grad_norm": optax.tree.norm(grads),
@@ -196,10 +209,12 @@ def train_step(
     if window_losses:
         metrics["window_losses"] = aux["window_losses"]
     good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
-    params, opt_state = jax.tree.map(
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else next_average(state.ema, params, config.ema, done)
+    params, opt_state, ema = jax.tree.map(
         lambda new, old: jax.lax.select(jnp.broadcast_to(good, new.shape), new, old),
-        (optax.apply_updates(state.params, updates), opt_state),
-        (state.params, state.opt_state),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
     )
     competence = state.competence
     if stage is not None and competence is not None:
@@ -207,7 +222,7 @@ def train_step(
         recorded = record_accuracy(competence, stage, stages[stage].accuracy, metrics["accuracy"], state.step)
         competence = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), recorded, competence)
         metrics["stage_ends"] = competence.ends
-    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips, competence)
+    new = TrainState(jnp.where(stopped, state.step, state.step + 1), params, opt_state, skips, competence, ema)
     return new, {**metrics, "step": new.step, "skips": skips}
 
 
@@ -254,7 +269,9 @@ def batch_gradient(
         length = batch["inputs"].shape[1]
         return key, draw_windows(jax.random.fold_in(key, 1), model.config, length, config.sampled_windows)
 
-    loss_of = functools.partial(summed_loss, model=model, split=split, answers=answers, divisor=divisor)
+    loss_of = functools.partial(
+        summed_loss, model=model, split=split, answers=answers, divisor=divisor, z_loss=config.z_loss
+    )
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulation == 1:
         (loss, aux), grads = gradient(params, batch, *draws(0))
@@ -302,62 +319,3 @@ def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[j
         lambda old, yes, no: jnp.where(stopped, old, jnp.where(good, yes, no)), skips, counted, skipped
     )
     return good, stopped, after
-
-
-# ---- The optimiser
-
-
-def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay, after clipping by the global norm."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config, horizon),
-        b1=BETA1,
-        b2=BETA2,
-        eps=EPSILON,
-        weight_decay=config.weight_decay,
-        mask=lambda params: decay_mask(config, params),
-    )
-    if config.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-
-
-def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
-    """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
-
-    The warm-up reaches the peak at its last update, and a cosine its end at the run's last; both one update later
-    with the paper's schedule, whose first update has rate 0.
-    """
-    if config.schedule == "constant":
-        schedule = optax.constant_schedule(config.learning_rate)
-    else:
-        decay = max(1, horizon.decay_end - config.warmup_steps)
-        schedule = optax.cosine_decay_schedule(config.learning_rate, decay, config.cosine_end)
-    if config.warmup_steps:
-        warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-        schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])
-    return schedule if config.schedule == "paper" else lambda update: schedule(update + 1)
-
-
-def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all.
-
-    The token shift, which the paper does not have, never does.
-    """
-
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        if path[-1].key == "shift":
-            return False
-        return config.schedule == "paper" or path[-1].key.endswith(("kernel", "embedding"))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def warmup_note(config: TrainConfig, horizon: Horizon) -> str | None:
-    """A warning where the warm-up is longer than the run, else None."""
-    if config.warmup_steps <= horizon.steps:
-        return None
-    return (
-        f"note: train.warmup_steps = {config.warmup_steps} is more than the run's {horizon.steps} updates: "
-        f"the learning rate rises to {horizon.steps / config.warmup_steps:.0%} of train.learning_rate at most"
-    )

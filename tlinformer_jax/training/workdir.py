@@ -1,6 +1,7 @@
 """A run's working directory: its lock, whether it holds this run, what is written into it, and where it started from.
 
-A run started by `--init_from=WORKDIR` takes another run's parameters; optimiser and step are those of a new run. Its
+A run started by `--init_from=WORKDIR` takes another run's parameters; optimiser and step are those of a new run. The
+other run may have another architecture of equal layers: they are counted through all blocks, from the first. Its
 directory remembers the other one and saves step 0 at once: the other directory is needed no more, and the same command,
 with or without the flag, goes on.
 """
@@ -18,12 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tlinformer_jax.config.run import CONFIG_FILE, RunConfig, differences, load_config, save_config
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer, save_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import local_path, open_own, read_json, write_text
+from tlinformer_jax.interop.reference import layer_names
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.checkpoint import check_size, restore_params
 from tlinformer_jax.training.console import say
@@ -34,6 +37,8 @@ TEXTS_FILE = "texts.json"  # split -> SHA-256 of the tokens that the last traini
 ORIGIN_FILE = "init_from.json"
 # The fields of the model that decide the parameters' names and shapes.
 SHAPES = ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff", "token_shift")
+# A parameter that changes nothing as it begins: a run whose origin lacks it begins with it all the same.
+NEUTRAL = "shift"
 # A directory that holds a run with other values here is not continued; nor one with another tokenizer, compared by
 # content, or where only one of the two has the paper's schedule, whose batches are others.
 IDENTITY = (
@@ -42,7 +47,7 @@ IDENTITY = (
     *(f"model.{name}" for name in ("dropout", "param_dtype")),
     *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
     *(f"data.{name}" for name in ("examples", "num_items", "questions")),
-    *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "clip_norm")),
+    *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema")),
 )
 
 
@@ -187,32 +192,56 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
     """Refuses a run whose parameters have other names or shapes, naming the first, and the fields that make it so."""
     other = load_config(origin.workdir)
     check_size(origin.workdir, other.model, origin.step)
-    there, here = _parameter_shapes(other), _parameter_shapes(config)
+    layers = _same_layers(other, config)
+    there = {_renamed(name, layers): shape for name, shape in _parameter_shapes(other).items()}
+    here = _parameter_shapes(config)
     for name in [*here, *there]:
-        if there.get(name) == here.get(name):
+        if there.get(name) == here.get(name) or (name == NEUTRAL and name not in there):
             continue
         texts = [str(list(shapes[name])) if name in shapes else "missing" for shapes in (there, here)]
-        fields = [f"model.{field}" for field in SHAPES]
+        fields = [f"model.{field}" for field in SHAPES if field != "architecture"]
         lines = [line for line in differences(other, config) if line.split(":")[0] in fields]
         allowed = f"parameter {name} is {texts[0]} there and {texts[1]} here; must agree in {', '.join(lines)}"
         raise ConfigError("init_from", str(origin.workdir), allowed)
+
+
+def _same_layers(one: RunConfig, other: RunConfig) -> dict[str, str]:
+    """Path of each layer's parameters in the one model -> that of the same layer in the other."""
+    paths = [["/".join(path) for path, _ in layer_names(config.model)] for config in (one, other)]
+    return dict(zip(*paths))
+
+
+def _renamed(name: str, layers: Mapping[str, str]) -> str:
+    """The path of a parameter in the other model."""
+    layer, slash, own = name.rpartition("/")
+    return layers.get(layer, layer) + slash + own
 
 
 def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the parameters."""
     init = build_model(config.model).init
     params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}
+    return {name: leaf.shape for name, leaf in flatten_dict(params, sep="/").items()}
 
 
-def initial_params(origin: Origin, run: Run) -> tuple[int, Any]:
-    """The parameters that a run starts from, in its own dtype and shardings, and the step they are of."""
+def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
+    """The parameters that a run starts from, in its own dtype and shardings, and the step they are of.
+
+    What the origin lacks is as in `fresh`, the parameters of a run without one.
+    """
     name = load_tokenizer(origin.workdir).name
     if name != run.tokenizer.name:
         say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
-    abstract = run.abstract_state.params
-    step, params = restore_params(origin.workdir, abstract, origin.step)
+    abstract, other = run.abstract_state.params, load_config(origin.workdir)
+    layers = _same_layers(run.config, other)
+    if any(ours != theirs for ours, theirs in layers.items()):
+        say(f"init_from: layers there -> here: {', '.join(f'{there} -> {here}' for here, there in layers.items())}")
+    there = _parameter_shapes(other)
+    wanted = {_renamed(name, layers): leaf for name, leaf in flatten_dict(abstract, sep="/").items()}
+    known = {name: leaf for name, leaf in wanted.items() if name in there}
+    step, found = restore_params(origin.workdir, unflatten_dict(known, sep="/"), origin.step)
+    own, found = flatten_dict(fresh, sep="/"), flatten_dict(found, sep="/")
+    params = unflatten_dict({name: found.get(_renamed(name, layers), leaf) for name, leaf in own.items()}, sep="/")
     cast = jax.jit(
         lambda tree: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, abstract),
         out_shardings=run.shardings.params,
