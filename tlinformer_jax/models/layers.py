@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import rows as row_kernels
 from tlinformer_jax.kernels.common import STEP, kept, mixed, threefry
+from tlinformer_jax.models.feed_forward import Router, feed_forward
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
 LAYER_NORM_EPSILON = 1e-5
@@ -41,8 +42,9 @@ class LayerParams:
     out_bias: Array  # [D]
     norm2_scale: Array  # [D]. LayerNorm before the feed-forward
     norm2_bias: Array  # [D]
-    gate_up_kernel: Array  # [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU
-    down_kernel: Array  # [F, D]. w2 of the SwiGLU
+    gate_up_kernel: Array  # [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU; of experts [E, D, 2, F]
+    down_kernel: Array  # [F, D]. w2 of the SwiGLU; of experts [E, F, D]
+    router: Router | None = None  # of a mixture of experts
 
 
 class Layer(nn.Module):
@@ -58,6 +60,11 @@ class Layer(nn.Module):
         normal = nn.initializers.normal(INIT_STD)
         residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        experts, router, name = (), None, ""
+        if config.mixture:
+            experts, name = (config.num_experts,), "experts_"
+            kernel = self.param("router_kernel", normal, (width, config.num_experts), dtype)
+            router = Router(kernel, config.experts_per_token)
         return LayerParams(
             norm1_scale=self.param("norm1_scale", ones, (width,), dtype),
             norm1_bias=self.param("norm1_bias", zeros, (width,), dtype),
@@ -67,8 +74,9 @@ class Layer(nn.Module):
             out_bias=self.param("out_bias", zeros, (width,), dtype),
             norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
             norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
-            gate_up_kernel=self.param("gate_up_kernel", normal, (width, 2, inner), dtype),
-            down_kernel=self.param("down_kernel", residual, (inner, width), dtype),
+            gate_up_kernel=self.param(f"{name}gate_up_kernel", normal, (*experts, width, 2, inner), dtype),
+            down_kernel=self.param(f"{name}down_kernel", residual, (*experts, inner, width), dtype),
+            router=router,
         )
 
 
@@ -178,9 +186,11 @@ def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any
     """
 
     def prepare(layer: LayerParams) -> LayerParams:
+        router = layer.router  # in float32
         layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
         return dataclasses.replace(
             layer,
+            router=router,
             qkv_kernel=_pad_heads(_rotary_order(layer.qkv_kernel), -1, head_multiple),
             qkv_bias=_pad_heads(_rotary_order(layer.qkv_bias), -1, head_multiple),
             out_kernel=_pad_heads(layer.out_kernel, -2, head_multiple),
@@ -202,10 +212,6 @@ def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
 
 
 # ---- What a layer computes
-
-# Elementwise work is done again in the backward pass: cheaper than writing and reading back its float32 values.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
 
 @jax.custom_vjp
 def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
@@ -333,12 +339,5 @@ def update(
         return x
     x = x + _add_bias(jnp.einsum("blhk,hkd->bld", attended, params.out_kernel), params.out_bias)
     x, normed = norm_branch(x, params.norm2_scale, params.norm2_bias)
-    gate_up = jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel)
-    output = jnp.einsum("blf,fd->bld", _gated(gate_up), params.down_kernel)
+    output = feed_forward(params.router, params.gate_up_kernel, params.down_kernel, normed)
     return x + (output if dropout is None else dropout(output))
-
-
-@_recomputed
-def _gated(gate_up: Array) -> Array:
-    """silu(gate) * up of [batch, length, 2, F]."""
-    return nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
