@@ -8,12 +8,24 @@ import numpy as np
 import pytest
 
 from tests.decoding.test_exactness import TOLERANCE, largest_error, make_decoder, truth
+from tests.parallel.test_batch_split import MODEL as SPREAD
+from tests.parallel.test_batch_split import TRAIN, agree, gradient
 from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.config.model import ARCHITECTURES
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
+from tlinformer_jax.config.run import RunConfig, TrainConfig
+from tlinformer_jax.data.tokenizers import ByteTokenizer
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
-from tlinformer_jax.models.feed_forward import Router, feed_forward, with_router_losses
+from tlinformer_jax.models import feed_forward as module
+from tlinformer_jax.models.feed_forward import Router, feed_forward
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.sharding import UNSPLIT
+from tlinformer_jax.training.loss import summed_loss
+from tlinformer_jax.training.setup import build_run
+from tlinformer_jax.training.step import batch_gradient
 
 EXPERTS = dataclasses.replace(SMALL, hidden_depth=1, history_window=3, num_experts=5, experts_per_token=2)
 D, F, E = 6, 7, 4
@@ -151,8 +163,173 @@ def test_logits_are_the_references(architecture):
 
 
 @pytest.mark.parametrize(
-    "architecture", [pytest.param(name, marks=() if name == "tlinformer" else pytest.mark.slow) for name in ARCHITECTURES]
+    "architecture",
+    [pytest.param(name, marks=() if name == "tlinformer" else pytest.mark.slow) for name in ARCHITECTURES],
 )
 def test_decoding_equals_the_reference(architecture):
     config = dataclasses.replace(EXPERTS, architecture=architecture)
     assert largest_error(make_decoder(config), [3, 4, 5, 1, 12], 23) < TOLERANCE
+
+
+# ---- Training
+
+
+@pytest.fixture
+def own_traces():
+    """For tests that change the losses' coefficients, which traces kept by JAX would not know."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def golden_scale(config: ModelConfig):
+    return params_from_reference(golden.random_weights(config), config)["params"]
+
+
+def batch_of(length: int = 16, batch: int = 2) -> dict[str, jax.Array]:
+    tokens = np.random.default_rng(3).integers(0, SMALL.vocab_size, (batch, length + 1)).astype(np.int32)
+    batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": np.ones((batch, length), np.float32)}
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def loss_and_gradient(config: ModelConfig, divisor: float = 32.0, **options):
+    """Of the batch, and of golden-scale parameters."""
+
+    def loss(params, batch):
+        return summed_loss(params, batch, jax.random.key(0), model=build_model(config), divisor=divisor, **options)[0]
+
+    return jax.jit(jax.value_and_grad(loss))(golden_scale(config), batch_of())
+
+
+def planned(config: ModelConfig, **plan) -> ModelConfig:
+    return dataclasses.replace(config, memory=ExecutionPlan(**{"scan_layers": False} | plan))
+
+
+def check_equal(found, expected, tolerance: float = 1e-4) -> None:
+    """Losses and gradients are equal, and gradients are not small against their tolerance."""
+    assert found[0] == pytest.approx(float(expected[0]), rel=1e-6)
+    for (path, array), other in zip(jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1])):
+        assert np.abs(array - other).max() < tolerance * np.abs(other).max(), jax.tree_util.keystr(path)
+
+
+def router_gradients(gradient) -> dict[str, np.ndarray]:
+    paths = jax.tree_util.tree_leaves_with_path(gradient)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths if "router" in path[-1].key}
+
+
+def without_losses(monkeypatch) -> None:
+    monkeypatch.setattr(module, "BALANCE_LOSS", 0.0)
+    monkeypatch.setattr(module, "Z_LOSS", 0.0)
+
+
+def test_training_minimises_the_mean_loss_and_each_layers_losses(monkeypatch, own_traces):
+    """The reported loss is the cross-entropy alone; its gradient that of the sum, by ordinary differentiation."""
+    config, calls = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1)), []
+    params, batch, key = golden_scale(config), batch_of(), jax.random.key(0)
+
+    def loss(params):
+        return summed_loss(params, batch, key, model=build_model(config), divisor=32.0)[0]
+
+    def recorded(output, logits, chosen, weight, tally):
+        calls.append((logits, chosen))
+        return output
+
+    def explicit(params):
+        calls.clear()
+        total = loss(params)
+        for logits, chosen in calls:
+            probabilities, experts = jax.nn.softmax(logits).reshape(-1, 5), jax.nn.one_hot(chosen, 5).reshape(-1, 5)
+            total += 0.01 * 5 * jnp.sum(jnp.mean(experts, axis=0) * jnp.mean(probabilities, axis=0))
+            total += 0.001 * jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
+        return total
+
+    found = jax.value_and_grad(loss)(params)
+    monkeypatch.setattr(module, "_with_losses", recorded)
+    plain = jax.value_and_grad(loss)(params)
+    expected = jax.grad(explicit)(params)
+    assert len(calls) == config.num_layers
+    check_equal(found, (plain[0], expected))
+    difference = [np.abs(a - b).max() for a, b in zip(*(router_gradients(g[1]).values() for g in (found, plain)))]
+    assert min(difference) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "plan"),
+    [
+        ("transformer", {"scan_layers": True, "checkpointing": True}),
+        ("tlinformer", {"scan_layers": True, "checkpointing": True}),
+        pytest.param("tlinformer", {"segments": 2, "checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("tconstformer", {"checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_scanned_checkpointed_and_windowed_gradients_are_the_plain_ones(architecture, plan):
+    config = dataclasses.replace(EXPERTS, architecture=architecture, hidden_depth=2)
+    check_equal(loss_and_gradient(planned(config, **plan)), loss_and_gradient(planned(config)))
+
+
+@pytest.mark.slow
+def test_the_losses_count_once_however_the_history_is_cut(monkeypatch, own_traces):
+    """The z-loss is a mean over rows, and so the same in chunks; the balance loss is of each chunk's own."""
+    monkeypatch.setattr(module, "BALANCE_LOSS", 0.0)
+    whole = loss_and_gradient(planned(EXPERTS, checkpointing=True))
+    check_equal(loss_and_gradient(planned(EXPERTS, checkpointing=True, chunk=2)), whole)
+    without_losses(monkeypatch)
+    jax.clear_caches()
+    plain = loss_and_gradient(planned(EXPERTS, checkpointing=True))
+    for found, other in zip(*(router_gradients(gradient).values() for _, gradient in (whole, plain))):
+        assert np.abs(found - other).max() > 1e-3 * np.abs(other).max()
+
+
+def test_micro_batches_are_balanced_each_by_itself():
+    config = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1))
+    train, batch, step = TrainConfig(batch_size=2, accumulation=2), batch_of(), jnp.int32(0)
+    params, model = golden_scale(config), build_model(config)
+    loss, _, gradient = batch_gradient(
+        batch, params, jnp.float32(32), step, model=model, config=train, split=UNSPLIT, wanted=()
+    )
+    halves = [
+        jax.value_and_grad(
+            lambda params, half=half: summed_loss(
+                params,
+                jax.tree.map(lambda rows: rows[half : half + 1], batch),
+                jax.random.key(0),
+                model=model,
+                divisor=32.0,
+            )[0]
+        )(params)
+        for half in (0, 1)
+    ]
+    check_equal((loss, gradient), jax.tree.map(jnp.add, *halves))
+
+
+# ---- Devices
+
+MESHES = {
+    "expert": ({"expert": 8}, {}),
+    "expert, data": ({"expert": 2}, {}),
+    "expert, fsdp, tensor": ({"expert": 2, "fsdp": 2, "tensor": 2}, {}),
+    "expert, window": ({"expert": 4, "window": 2}, {}),
+    "transformer": ({"expert": 4, "fsdp": 2}, {"architecture": "transformer"}),
+    "fsdp": ({"fsdp": 8}, {}),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "expert" else pytest.mark.slow) for n in MESHES])
+def test_eight_devices_train_as_one_does(name, monkeypatch, own_traces):
+    """With devices that balance their own sequences, but for the balance loss."""
+    mesh, changes = MESHES[name]
+    if "expert" not in mesh or mesh["expert"] < 8:
+        without_losses(monkeypatch)
+    config = dataclasses.replace(SPREAD, num_experts=8, experts_per_token=3, **changes)
+    found = gradient(config, TRAIN, mesh)
+    agree(gradient(config, TRAIN), found)
+    assert any(np.abs(array).max() > 0 for array in router_gradients(found[2]).values())
+
+
+def test_the_axis_is_refused_where_there_is_nothing_to_split():
+    for changes, allowed in (({}, "must be 1 for model.num_experts = 0"), ({"num_experts": 4}, "must divide 4")):
+        config = RunConfig(
+            dataclasses.replace(SMALL, vocab_size=257, **changes), TRAIN, DataConfig(), MeshConfig(expert=8)
+        )
+        with pytest.raises(ConfigError, match=f"^mesh.expert = 8: {allowed}"):
+            build_run(config, ByteTokenizer()).abstract_state
