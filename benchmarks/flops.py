@@ -14,6 +14,7 @@ import dataclasses
 
 from tlinformer_jax.analysis.flops import (
     Forward,
+    active_width,
     causal_layers,
     causal_pairs,
     peak_flops,
@@ -77,7 +78,7 @@ def _hardware_forward(
         if not plan.checkpointing:
             return Forward(), layers, Forward()
         # Only the next layer reads a layer's last product, and its input is kept.
-        last = Forward(matrix=2.0 * length * config.d_model * config.feed_forward_dim * config.num_layers)
+        last = Forward(matrix=2.0 * length * config.d_model * active_width(config) * config.num_layers)
         return Forward(), layers, layers + last * -1
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, plan, first=skipped)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import Timing, time_calls
+from tlinformer_jax.analysis.flops import active_width
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import history_of, tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
@@ -221,7 +222,7 @@ def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int) -
 
 def _layer_flops(config: ModelConfig) -> int:
     """Of one row's products with a layer's four matrices; a product with a D x D matrix is 2 * D**2."""
-    return 8 * config.d_model**2 + 6 * config.d_model * config.feed_forward_dim
+    return 8 * config.d_model**2 + 6 * config.d_model * active_width(config)
 
 
 def _head_flops(config: ModelConfig) -> int:

@@ -1,6 +1,7 @@
 """Mixtures of experts (`model.num_experts`) against NumPy in float64 and loops."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +10,28 @@ import pytest
 
 from tests.decoding.test_exactness import TOLERANCE, largest_error, make_decoder, truth
 from tests.parallel.test_batch_split import MODEL as SPREAD
-from tests.parallel.test_batch_split import TRAIN, agree, gradient
+from tests.parallel.test_batch_split import TRAIN, agree
+from tests.parallel.test_batch_split import gradient as gradient_over
 from tests.support import golden, reference
 from tests.support.models import SMALL
+from tests.support.optional import need_modules
 from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.analysis.flops import active_parameters, training_flops
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.evaluation.experts import expert_rows
 from tlinformer_jax.interop import params_from_reference, params_to_reference
+from tlinformer_jax.interop.files import read_weights, write_safetensors
 from tlinformer_jax.models import feed_forward as module
 from tlinformer_jax.models.feed_forward import Router, feed_forward
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.setup import build_run
-from tlinformer_jax.training.step import batch_gradient
+from tlinformer_jax.training.step import batch_gradient, decay_mask
 
 EXPERTS = dataclasses.replace(SMALL, hidden_depth=1, history_window=3, num_experts=5, experts_per_token=2)
 D, F, E = 6, 7, 4
@@ -119,7 +125,8 @@ def losses_by_loop(x: np.ndarray, router: np.ndarray, top: int) -> tuple[float, 
 @pytest.mark.parametrize("top", [1, 3])
 def test_gradients_are_those_with_the_losses_of_rows_that_are_read(top):
     """The output's value and other gradients are as without; rows that nobody reads do not count."""
-    x, router, gate_up, down = values = arrays(3)
+    values = arrays(3)
+    x, router = values[:2]
     reads = np.random.default_rng(1).standard_normal((*ROWS, D))
     reads[0, 5:] = 0
     read = np.concatenate([x[0, :5], x[1]])
@@ -321,8 +328,8 @@ def test_eight_devices_train_as_one_does(name, monkeypatch, own_traces):
     if "expert" not in mesh or mesh["expert"] < 8:
         without_losses(monkeypatch)
     config = dataclasses.replace(SPREAD, num_experts=8, experts_per_token=3, **changes)
-    found = gradient(config, TRAIN, mesh)
-    agree(gradient(config, TRAIN), found)
+    found = gradient_over(config, TRAIN, mesh)
+    agree(gradient_over(config, TRAIN), found)
     assert any(np.abs(array).max() > 0 for array in router_gradients(found[2]).values())
 
 
@@ -332,4 +339,66 @@ def test_the_axis_is_refused_where_there_is_nothing_to_split():
             dataclasses.replace(SMALL, vocab_size=257, **changes), TRAIN, DataConfig(), MeshConfig(expert=8)
         )
         with pytest.raises(ConfigError, match=f"^mesh.expert = 8: {allowed}"):
-            build_run(config, ByteTokenizer()).abstract_state
+            build_run(config, ByteTokenizer()).initial_state()
+
+
+# ---- Reports
+
+
+def test_operations_and_parameters_are_those_of_the_experts_that_a_row_takes():
+    """As of an ordinary feed-forward as wide as they, but for the router."""
+    config = dataclasses.replace(EXPERTS, hidden_depth=0)
+    dense = dataclasses.replace(config, num_experts=0, d_ff=2 * config.d_ff)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(golden_scale(model))) for model in (config, dense)]
+    routers = config.num_layers * config.d_model * 5
+    assert active_parameters(config) == active_parameters(dense) + routers == sizes[1] + routers
+    assert sizes[0] == active_parameters(config) + config.num_layers * 3 * 3 * config.d_model * config.d_ff
+    for architecture in ARCHITECTURES:
+        routed, wide = (dataclasses.replace(model, architecture=architecture) for model in (config, dense))
+        few, many = (dataclasses.replace(model, num_experts=number) for model in (routed,) for number in (4, 8))
+        assert training_flops(many, 19) - training_flops(few, 19) == pytest.approx(
+            training_flops(few, 19) - training_flops(wide, 19)
+        )
+        assert training_flops(many, 19) < 1.2 * training_flops(wide, 19)
+
+
+def test_the_load_of_experts_is_that_of_the_rows_that_they_take(monkeypatch):
+    config, chosen = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1)), []
+    model, params, batch = build_model(config), golden_scale(config), batch_of()
+    found = jax.jit(functools.partial(expert_rows, model=model))(params, batch)
+    real = module.choose
+    monkeypatch.setattr(module, "choose", lambda *given: chosen.append(real(*given)[1]) or real(*given))
+    with jax.disable_jit():
+        model.apply({"params": params}, batch["inputs"])
+    expected = [np.bincount(np.ravel(experts), minlength=5) for experts in chosen]
+    np.testing.assert_array_equal(found, expected)
+    windowed = expert_rows(golden_scale(EXPERTS), batch, model=build_model(planned(EXPERTS)))
+    assert windowed.shape == (EXPERTS.num_layers, 5)
+    assert windowed.sum(axis=1).min() >= 2 * 2 * 16, "two experts for each row of two sequences of 16"
+
+
+def test_a_router_and_experts_decay_and_begin_as_ordinary_kernels_do():
+    config = dataclasses.replace(EXPERTS, d_model=64, d_ff=128)
+    params = build_model(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    layer, decays = params["blocks_0"]["compress"], decay_mask(TRAIN, params)["blocks_0"]["compress"]
+    stds = {"router_kernel": 0.02, "experts_gate_up_kernel": 0.02, "experts_down_kernel": 0.02 / 12**0.5}
+    for name, std in stds.items():
+        assert layer[name].std() == pytest.approx(std, rel=0.1)
+        assert decays[name]
+
+
+def test_the_pytorch_module_refuses_experts(tmp_path):
+    need_modules("torch", "safetensors", extra="torch")
+    from tlinformer_jax.interop.pytorch import from_safetensors
+
+    path = tmp_path / "experts.safetensors"
+    write_safetensors(path, golden.random_weights(EXPERTS), EXPERTS)
+    assert params_from_reference(read_weights(path), EXPERTS)
+    with pytest.raises(ValueError, match=r"num_experts = 5: must be 0, this module has no experts$"):
+        from_safetensors(path)
+
+
+def test_more_experts_a_token_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match=r"^model.experts_per_token = 3: must be at most model.num_experts = 2$"):
+        ModelConfig(num_experts=2, experts_per_token=3)
+    ModelConfig(num_experts=1, experts_per_token=3)

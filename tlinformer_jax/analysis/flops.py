@@ -1,21 +1,24 @@
 """Model FLOPs of a training step, what the architecture asks for, whatever the implementation; and devices' peaks.
 
 Counted are products: projections, feed-forwards, attended pairs, the head; a multiplication and an addition are two
-operations. Not counted is what is done element by element, such as norms and the token shift. Heads have their true
-widths, causal attention is half the square, no masked row or key counts, and every product of the forward pass,
-computed once, has two in the backward pass. Block 0's `compress` projections are counted once per token; the last block
-has no `restore`, and of its history only keys, values and z's queries. Tokens that run again in the next window, by
-`model.window_overlap`, count as rows of both, and for the head once.
+operations. Of experts those that a row takes count, and the router. Not counted is what is done element by element,
+such as norms and the token shift. Heads have their true widths, causal attention is half the square, no masked row or
+key counts, and every product of the forward pass, computed once, has two in the backward pass. Block 0's `compress`
+projections are counted once per token; the last block has no `restore`, and of its history only keys, values and z's
+queries. Tokens that run again in the next window, by `model.window_overlap`, count as rows of both, and for the head
+once.
 `benchmarks.flops` counts what a device executes.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.model import attention_window
+from tlinformer_jax.models.model import attention_window, build_model
 from tlinformer_jax.models.windows import FIRST_WINDOW, Segment, assign_runs, num_windows, plan_segments
 from tlinformer_jax.parallel.sharding import SequenceSplit, SplitWindows
 
@@ -216,7 +219,21 @@ def project(config: ModelConfig, rows: int, parts: int, inner: int) -> Forward:
 
 
 def _update(config: ModelConfig, rows: int, inner: int) -> Forward:
-    return Forward(matrix=2.0 * rows * config.d_model * (inner + 3 * config.feed_forward_dim))
+    routed = config.num_experts if config.mixture else 0
+    return Forward(matrix=2.0 * rows * config.d_model * (inner + 3 * active_width(config) + routed))
+
+
+def active_width(config: ModelConfig) -> int:
+    """The width of the feed-forward that a row goes through, of all its experts together."""
+    return config.feed_forward_dim * config.active_experts
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters without the experts that a row does not take."""
+    idle = config.num_experts - config.active_experts if config.mixture else 0
+    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return total - 3 * idle * config.num_layers * config.d_model * config.feed_forward_dim
 
 
 def _attend(pairs: float, inner: int) -> Forward:

@@ -221,6 +221,11 @@ class ModelConfig:
         return self.num_experts > 1
 
     @property
+    def active_experts(self) -> int:
+        """SwiGLUs that a row goes through in a layer."""
+        return self.experts_per_token if self.mixture else 1
+
+    @property
     def layers_per_block(self) -> int:
         """compress, the hidden layers, restore."""
         return self.hidden_depth + 2

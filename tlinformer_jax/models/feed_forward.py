@@ -42,8 +42,8 @@ class Router:
     Attributes:
       kernel: [D, E].
       top: experts of a row.
-      weight: what its losses count in the gradient, float32 []; None where they are not wanted. The gradient of `weight`
-        is the losses themselves.
+      weight: what its losses count in the gradient, float32 []; None where they are not wanted. Its gradient is the
+        losses themselves.
       tally: zeros, float32 [E], where there is a weight. Its gradient is how many rows each expert was given.
     """
 
@@ -64,6 +64,12 @@ def with_router_losses(params: Any, weight: jax.Array) -> Any:
     return map_routers(
         lambda router: router.replace(weight=weight, tally=jnp.zeros(router.kernel.shape[1:], jnp.float32)), params
     )
+
+
+def with_tallies(params: Any, tallies: Float[Array, "layers E"]) -> Any:
+    """The parameters with a tally for each router, in their order, and losses that count nothing."""
+    remaining = iter(tallies)
+    return map_routers(lambda router: router.replace(weight=jnp.float32(0), tally=next(remaining)), params)
 
 
 def split_router_losses(params: Any, calls: jax.Array | float) -> Any:
@@ -141,9 +147,7 @@ def _losses_backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array | 
     return gradient, weight * slope, None, losses, taken
 
 
-_with_losses.defvjp(
-    lambda output, logits, chosen, weight, tally: (output, (logits, chosen, weight)), _losses_backward
-)
+_with_losses.defvjp(lambda output, logits, chosen, weight, tally: (output, (logits, chosen, weight)), _losses_backward)
 
 
 # ---- The experts
@@ -162,8 +166,8 @@ def _over_devices(x: Rows, weights: Weights, chosen: Chosen, gate_up_kernel: Arr
     if not here and not split:
         return _experts(x, weights, chosen, gate_up_kernel, down_kernel)
 
-    def compute(x: Array, weights: Array, chosen: Array, numbers: Array, *kernels: Array) -> Array:
-        output = _experts(x, weights, chosen, *kernels, first=numbers[0] if here else None)
+    def compute(x: Array, weights: Array, chosen: Array, gate_up: Array, down: Array, numbers: Array) -> Array:
+        output = _experts(x, weights, chosen, gate_up, down, numbers[0] if here else None)
         return jax.lax.psum(output, EXPERT_AXIS) if here else output
 
     rows, kernels = PartitionSpec(split or None), PartitionSpec(EXPERT_AXIS if here else None)
@@ -171,7 +175,7 @@ def _over_devices(x: Rows, weights: Weights, chosen: Chosen, gate_up_kernel: Arr
     mapped = jax.shard_map(
         compute, axis_names=names, in_specs=(rows,) * 3 + (kernels,) * 3, out_specs=rows, check_vma=False
     )
-    return constrain_batch(mapped(x, weights, chosen, jnp.arange(experts), gate_up_kernel, down_kernel))
+    return constrain_batch(mapped(x, weights, chosen, gate_up_kernel, down_kernel, jnp.arange(experts)))
 
 
 def _experts(

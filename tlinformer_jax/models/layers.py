@@ -60,9 +60,9 @@ class Layer(nn.Module):
         normal = nn.initializers.normal(INIT_STD)
         residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        experts, router, name = (), None, ""
+        experts, name = ((config.num_experts,), "experts_") if config.mixture else ((), "")
+        router = None
         if config.mixture:
-            experts, name = (config.num_experts,), "experts_"
             kernel = self.param("router_kernel", normal, (width, config.num_experts), dtype)
             router = Router(kernel, config.experts_per_token)
         return LayerParams(
@@ -212,6 +212,7 @@ def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
 
 
 # ---- What a layer computes
+
 
 @jax.custom_vjp
 def layer_norm(x: Array, scale: Array, bias: Array) -> Array:

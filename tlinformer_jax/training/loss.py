@@ -168,8 +168,8 @@ def count_routers(
 ) -> ModelParams:
     """The parameters with the routers' losses, which count as much as these labels, `weights`, do in the loss.
 
-    So their gradient is that of a mean over micro-batches, devices and windows, each balanced by itself. The loss itself
-    is without them.
+    So their gradient is that of a mean over micro-batches, devices and windows, each balanced by itself. The loss is
+    without them.
     """
     return with_router_losses(params, jnp.sum(weights) / divisor) if shape.mixture else params
 
