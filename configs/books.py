@@ -5,9 +5,9 @@
     python -m tlinformer_jax.main --config=configs/books.py:4k-512-0.5 --workdir=/tmp/books-4k ...
 
 Variants: base-N, a causal transformer on sequences of N tokens; N-T-r, a TLinFormer with windows of T tokens, of which
-the share r is the history window; 512-512-0.5 is the default. Each may end in -shift, such as 1k-512-0.5-shift, for
-`model.token_shift`. N must divide the 131,072 tokens of an update. All have
-the same number of parameters and see the same number of tokens.
+the share r is the history window; 512-512-0.5 is the default. Each may end in -plus, such as 1k-512-0.5-plus, for
+`model.token_shift`. N must divide the 131,072 tokens of an update. All see the same number of tokens, and have the same
+number of parameters but for the shift's 432.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst, their text in the field
 --config.data.text_field (default: text); one accelerator. Where 131,072 tokens at once are too many for its memory,
@@ -27,6 +27,7 @@ def get_config(variant: str = "512-512-0.5") -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
     config = default_config_dict()
     recipes.set_books(config)
-    config.model.token_shift = variant.endswith("-shift")
-    recipes.set_own_recipe(config, variant.removesuffix("-shift"))
+    recipes.set_own_recipe(config, variant.removesuffix("-plus"))
+    if variant.endswith("-plus"):
+        recipes.set_plus(config)
     return config

@@ -6,7 +6,9 @@
         --results=docs/results
 
 Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all nine (the default, 243);
-seeds, the three binding ones at one learning rate, where a verdict is close; tiny, 2 cells of a minute each on a CPU.
+seeds, the three binding ones at one learning rate, where a verdict is close; plus, all nine settings with the token
+shift, each architecture at 4 layers and one rate, and TLinFormer without it; tiny, 2 cells of a minute each
+on a CPU.
 
 Controls are chance (H_P / P of P pairs, in the figures), attention, TConstFormer and sliding window; TLinFormer
 with B = 2 and H = 0 is compared with 4 layers of attention, H = 1 with 6. attention-2 shows that the harness works: it
@@ -14,7 +16,10 @@ must find 99% in the protocol's settings. All have width 128 and 2 heads. A cell
 latest: 6,103 updates of 32,768 tokens; the record says whether that has bound it.
 
 Cells are so small that several share a device: XLA_PYTHON_CLIENT_PREALLOCATE=false with --point=K --points=8, K = 0 ..
-7, in eight processes; docs/performance.md has what they take.
+7, in eight processes; docs/performance.md has what they take. Seeds and rates of a cell whose samples do not grow are
+one program with --together:
+
+    python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py:plus --seeds=0,1,2,3,4 --together --out=runs/plus
 
 A sliding window of W_oh + W_og rows can relay an answer: of its four layers one joins key and value, and the others
 carry them 3 (W_oh + W_og) tokens at the most, which is all of N in 512-64 and from 0.75 N to 0.84 N in the others.
@@ -41,7 +46,18 @@ def get_sweep(variant: str = "all") -> Sweep:
     settings = tuple(RECALL) if variant == "all" else (variant,)
     if variant == "seeds":
         settings, models, rates = TIGHT, models[1:], (3e-3,)
+    if variant == "plus":
+        return _plus()
     base, points = sweep_points(set_recall, settings, models, rates)
+    return Sweep(base, points, then=("evaluate",), study="retrieval")
+
+
+def _plus() -> Sweep:
+    """Each setting with the token shift and without shorter samples first; and TLinFormer without the shift."""
+    models = [name for name in MODELS if name.endswith("-4")]
+    base, points = sweep_points(set_recall, [f"{setting}-plus" for setting in RECALL], models, (3e-3,))
+    plain = {"model.token_shift": False}
+    points |= {name.replace("-plus", "-plain"): fields | plain for name, fields in points.items() if "_tlin-4" in name}
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
 

@@ -44,6 +44,14 @@ def drawn(monkeypatch) -> dict[str, list[figures.Panel]]:
     return figures.recorded(monkeypatch)
 
 
+@pytest.fixture
+def own_traces():
+    """No trace of what the test patches is served to it from before, or from it to a later test."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_finish() -> None:
     """Looks for garbage seldom: tracing makes many objects and few cycles, and this took a fifth of its time."""
     gc.collect()

@@ -215,12 +215,13 @@ def test_books_take_any_lengths_and_shares(variant, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "variant"), [("books", "1k-512-0.5"), ("books", "base-1k"), ("recall", "256-32-tight")]
+    ("name", "variant"), [("books", "1k-512-0.5"), ("books", "base-1k"), ("recall", "256-32-tight"), ("recall", "64-4")]
 )
-def test_a_variant_may_have_the_token_shift(name, variant):
-    plain, shifted = load(name, variant), load(name, f"{variant}-shift")
-    assert not plain.model.token_shift
-    assert shifted == dataclasses.replace(plain, model=dataclasses.replace(plain.model, token_shift=True))
+def test_plus_turns_on_what_pays(name, variant):
+    plain, plus = load(name, variant), load(name, f"{variant}-plus")
+    assert (plain.model.token_shift, plus.data.curriculum) == (False, "")
+    model = dataclasses.replace(plain.model, token_shift=True)
+    assert dataclasses.replace(plus, data=plain.data) == dataclasses.replace(plain, model=model)
 
 
 @pytest.mark.parametrize(("variant", "length", "sampled"), [("64k", 65_536, 0), ("1m", 1_048_576, 16)])
@@ -268,8 +269,8 @@ def test_large_models_fit_their_accelerators_mesh(variant, millions, devices, to
         ("books", "512-512-0.9999", "must be base-N or N-T-r"),
         ("books", "0k-512-0.5", "must be base-N or N-T-r"),
         ("books", "512-0-0.5", "must be base-N or N-T-r"),
-        ("books", "nonsense-shift", "must be base-N or N-T-r"),
-        ("recall", "256-shift", r"variant = '256': must be one of 64-4, "),
+        ("books", "nonsense-plus", "must be base-N or N-T-r"),
+        ("recall", "256-plus", r"variant = '256': must be one of 64-4, "),
         ("books", "768-512-0.5", "must have an N that divides the 131,072 tokens of an update"),
     ],
 )
@@ -299,6 +300,7 @@ OVERRIDES = {
         "history_window": "auto",
         "generation_window": 48,
         "window_overlap": 7,
+        "history_position": "none",
         "token_shift": True,
         "dropout": 0.25,
         "dtype": "float32",

@@ -181,14 +181,6 @@ def test_decoding_equals_the_reference(architecture):
 # ---- Training
 
 
-@pytest.fixture
-def own_traces():
-    """For tests that change the losses' coefficients, which traces kept by JAX would not know."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 def golden_scale(config: ModelConfig):
     return params_from_reference(golden.random_weights(config), config)["params"]
 

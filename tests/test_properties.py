@@ -66,6 +66,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
     """
     architecture = architecture or draw(st.sampled_from(model_config.ARCHITECTURES))
     heads, width = draw(st.sampled_from([(1, 16), (2, 8), (4, 4), (3, 4)]))
+    positions = model_config.HISTORY_POSITIONS if architecture in model_config.WINDOWED else ("rotary",)
     model = {
         "memory": ExecutionPlan(
             segments=draw(st.integers(1, 3)),
@@ -85,8 +86,11 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "num_experts": draw(st.sampled_from([0, 0, 3])),
         "dtype": "float32",
         "attention": "xla",
+        "history_position": draw(st.sampled_from(positions)),
         **draw(windows(architecture)),
     }
+    if architecture in model_config.WINDOWED:
+        model["window_overlap"] = draw(st.integers(0, model["generation_window"] - 1))
     least = (windows_of - 1) * model["generation_window"] + 1 if windows_of else 1
     length = draw(st.integers(least, max(24, least + 2)))
     number = -(-length // model["generation_window"])
@@ -188,7 +192,8 @@ def test_many_valid_configs_train_and_decode(architecture):
 # Values that a field never takes, whatever it is.
 NEVER = [None, (), {}, [1], b"x", 1 + 2j]
 LEAST = {
-    "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1, "num_experts": 0, "experts_per_token": 1}
+    "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1, "window_overlap": 0}
+    | {"num_experts": 0, "experts_per_token": 1}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1),
     "train": dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
@@ -202,6 +207,7 @@ CHOICES = {
         "dtype": model_config.COMPUTE_DTYPES,
         "param_dtype": model_config.PARAM_DTYPES,
         "attention": model_config.ATTENTION_BACKENDS,
+        "history_position": model_config.HISTORY_POSITIONS,
         "history_window": ("auto",),
     },
     "train": {
@@ -292,6 +298,7 @@ def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
 
 
 # Values that are allowed alone and not together; any of the fields may be the one that is named.
+ROTARY = {"model.history_position": "rotary"}
 TOGETHER = [
     {"model.num_heads": 3, "model.d_model": 8},
     {"model.num_heads": 2, "model.d_model": 6},
@@ -300,8 +307,10 @@ TOGETHER = [
     {"train.steps": 0, "train.epochs": 0},
     {"train.schedule": "paper", "train.epochs": 0},
     {"model.attention": "cudnn", "model.dropout": 0.1},
-    {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
-    {"model.architecture": "transformer", "train.sampled_windows": 1},
+    ROTARY | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
+    ROTARY | {"model.architecture": "transformer", "train.sampled_windows": 1},
+    {"model.architecture": "sliding_window", "model.history_position": "none", "train.sampled_windows": 0}
+    | {"model.history_window": 3},
     {"train.sampled_windows": 9, "model.generation_window": 4, "data.sequence_length": 24},
 ]
 

@@ -230,14 +230,6 @@ def test_mistakes_in_the_decoder_are_caught(mutate, monkeypatch, own_traces):
     assert error > 100 * TOLERANCE
 
 
-@pytest.fixture
-def own_traces():
-    """No trace of what the test patches is served to another."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 # ---- Training
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,28 @@ import numpy as np
 import pytest
 
 from benchmarks.uncached import jit_uncached_logits
-from tests.decoding.test_exactness import TOLERANCE, largest_error, make_decoder, truth
-from tests.parallel.test_batch_split import MESHES, check
+from tests.decoding.test_context import make_decoder as spread_decoder
+from tests.decoding.test_context import small_caches
+from tests.decoding.test_exactness import TOLERANCE, compared, largest_error, make_decoder, truth
+from tests.parallel.test_batch_split import MESHES, TRAIN, check, gradient, gradient_error
 from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
 from tests.support.models import SMALL
+from tests.support.optional import need_modules
 from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.data.tasks import REGIONS, Samples, regions
+from tlinformer_jax.decoding import Generator, cache_bytes, history, windowed
+from tlinformer_jax.decoding import cache as cache_module
+from tlinformer_jax.decoding import decoder as decoder_module
+from tlinformer_jax.decoding.cache import WindowedCache
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.interop import params_from_reference, params_to_reference
+from tlinformer_jax.interop.files import read_weights, write_safetensors
+from tlinformer_jax.models import tlinformer, windows
+from tlinformer_jax.parallel.sharding import SplitRows
+from tlinformer_jax.training import loss as loss_module
 from tlinformer_jax.training.loss import summed_loss
 
 OVERLAPPING = dataclasses.replace(SMALL, hidden_depth=0, history_window=3, window_overlap=2)
@@ -32,14 +46,6 @@ def overlapping(**changes) -> ModelConfig:
 
 def golden_scale(config: ModelConfig):
     return params_from_reference(golden.random_weights(config), config)
-
-
-@pytest.fixture
-def own_traces():
-    """No trace of what the test patches is served to another."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 # ---- The configuration
@@ -131,6 +137,128 @@ def test_prefill_step_and_slide_equal_the_reference(shape):
         np.testing.assert_allclose(alone, expected[0, length - 1], atol=TOLERANCE)
 
 
+@slow
+@pytest.mark.parametrize("rows_per_token", [0, 4])
+def test_chunks_and_growing_caches_change_nothing(rows_per_token, monkeypatch, own_traces):
+    """Several chunks and rounds; block 0's rows projected, or looked up by token."""
+    monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
+    monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(cache_module, "ROUNDS", 2)
+    monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
+    assert largest_error(make_decoder(overlapping(num_blocks=3)), [21, 2], 46, room=21) < TOLERANCE
+
+
+@slow
+def test_a_first_slide_into_a_cache_of_fewer_rows_than_a_window(monkeypatch, own_traces):
+    """It appends two rows of four, and there is room for no more."""
+    monkeypatch.setattr(cache_module, "CLASS_STEPS", (2, 3))
+    monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 2)
+    decoder = make_decoder(OVERLAPPING)
+    assert decoder.init_cache(1, 5).capacity == 2
+    assert largest_error(decoder, [2], 14, room=5) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("context", "changes"),
+    [
+        (2, {}),
+        pytest.param(8, {}, marks=slow),
+        pytest.param(8, {"architecture": "tconstformer", "window_overlap": 4}, marks=slow),
+        pytest.param(2, {"history_window": "auto", "window_overlap": 1, "token_shift": True}, marks=slow),
+    ],
+)
+def test_a_history_over_devices_equals_the_reference(context, changes, monkeypatch, own_traces):
+    """Windows of 5, which no number of devices divides; growing caches of several chunks."""
+    small_caches(monkeypatch, rows_per_token=0)
+    config = overlapping(**{"generation_window": 5, "history_window": 7} | changes)
+    assert largest_error(spread_decoder(config, context), [5, 16, 1], 33, room=16) < TOLERANCE
+
+
+def test_the_generator_slides_when_windows_are_full():
+    """Greedy tokens are those of the whole forward pass; a slide for each window that a sequence enters."""
+    config = OVERLAPPING
+    generator = Generator(build_model(config), golden_scale(config))
+    prompts = [truth(config, FED, 3)[0][row, :length] for row, length in enumerate((3, 4, 9))]
+    for prompt, generation in zip(prompts, generator.run(prompts, max_new_tokens=14)):
+        whole = np.concatenate([prompt, generation.tokens])
+        logits = reference.logits(golden.random_weights(config), config, whole[None])[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == generation.tokens
+        windows = (len(whole) - 2) // 4 - (len(prompt) - 1) // 4
+        assert generation.misses == 1 + windows
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer"])
+def test_cache_bytes_are_those_of_its_arrays_and_rows(architecture):
+    """At 11 tokens the window began at 8: it has 3 rows and 2 before them; 6 are history."""
+    config = overlapping(architecture=architecture)
+    cache = make_decoder(config).init_cache(2, 20)
+    sizes = cache_bytes(config, cache, [11, 4])
+    assert sizes.allocated == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert cache.window.rows == 6
+    row = 2 * config.d_model * 4
+    assert sizes.parts["window"].used == (5 + 4) * config.num_layers * row
+    assert sizes.parts["history"].used == (6 * config.num_blocks * row if architecture == "tlinformer" else 0)
+
+
+def test_answers_in_the_overlap_are_the_windows_own():
+    """The question at 9, in the window of 8 .. 11, has 6 and 7 as rows of its own; of 6 rows it observes 3."""
+    sources = np.arange(9)
+    samples = Samples.of(np.zeros((9, 13), int), np.full((9, 1), 9), sources[:, None])
+    found = regions(samples, 4, OVERLAPPING.observed_rows, OVERLAPPING.window_overlap)[:, 9]
+    assert [REGIONS[region] for region in found] == ["history"] * 3 + ["observed"] * 3 + ["own"] * 3
+
+
+def slide_without_overlap(monkeypatch):
+    """A slide does not run the rows that overlap: the window's cache still begins with the window before."""
+    real = windowed._rebuild
+
+    def mutated(params, config, cache, *rest):
+        new, x = real(params, config, cache, *rest)
+        in_slide = rest[-1].size == config.window_overlap
+        return (dataclasses.replace(new, window=cache.window) if in_slide else new), x
+
+    monkeypatch.setattr(windowed, "_rebuild", mutated)
+
+
+def overlap_read_twice(monkeypatch):
+    """A token reads the overlapping rows in its window, and as history too."""
+    real = WindowedCache.read_by
+
+    def mutated(cache, config, layer):
+        window, context = real(cache, config, layer)
+        if layer % config.layers_per_block == 0 and context is not None:
+            longer = jnp.where(context.length > 0, context.length + config.window_overlap, 0)
+            context = context.replace(length=longer)
+        return window, context
+
+    monkeypatch.setattr(WindowedCache, "read_by", mutated)
+
+
+def overlap_misplaced(monkeypatch):
+    """A slide rotates the overlapping rows as if each stood one further."""
+    real = windowed.rope_table
+    overlap = OVERLAPPING.window_overlap
+    monkeypatch.setattr(windowed, "rope_table", lambda at, width: real(at + (at.shape == (overlap,)), width))
+
+
+def history_of_the_published_model(monkeypatch):
+    """How much a slide observes is counted as if no rows overlapped."""
+    real = decoder_module.history_of
+    without = dataclasses.replace(OVERLAPPING, window_overlap=0)
+    monkeypatch.setattr(decoder_module, "history_of", lambda config, tokens: real(without, tokens))
+
+
+MUTATIONS = (slide_without_overlap, overlap_read_twice, overlap_misplaced, history_of_the_published_model)
+
+
+@slow
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
+def test_mistakes_in_the_decoder_are_caught(mutate, monkeypatch, own_traces):
+    mutate(monkeypatch)
+    error, _ = compared(make_decoder(OVERLAPPING), [3, 8, 9], 20)
+    assert error > 100 * TOLERANCE
+
+
 # ---- Training
 
 
@@ -184,9 +312,7 @@ def test_loss_and_gradient_are_the_references(shape, plan):
     assert along == pytest.approx(slope, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "plan", [slow_ if slow_ == "together" else pytest.param(slow_, marks=slow) for slow_ in ("together", "chunks")]
-)
+@pytest.mark.parametrize("plan", ["together", pytest.param("chunks", marks=slow)])
 def test_gradients_window_by_window_are_those_of_the_whole(plan):
     whole, parts = (
         loss_and_gradient(overlapping(memory=dataclasses.replace(PLANS[plan], checkpointing=checkpointing)))
@@ -223,3 +349,106 @@ SPREAD += [(axes, "tconstformer", False) for axes in ("window", "context")]
 )
 def test_loss_and_gradients_on_eight_devices_are_those_of_one(axes, architecture):
     check(dataclasses.replace(TRAINED, window_overlap=3, architecture=architecture), MESHES[axes])
+
+
+def overlap_read_out(monkeypatch):
+    """A window's loss is that of its first rows, not of its last."""
+    real = loss_module.window_states
+
+    def mutated(blocks, config, C, x, *rest):
+        states = real(blocks, config, C, x, *rest)
+        return jnp.roll(states, states.shape[1] - config.generation_window, axis=1)
+
+    monkeypatch.setattr(loss_module, "window_states", mutated)
+
+
+def overlap_is_history_too(monkeypatch):
+    """The history of a window does not end before the rows that overlap."""
+    real = loss_module.place_in_run
+
+    def mutated(config, run, *rest):
+        C, *others = real(config, run, *rest)
+        return dataclasses.replace(C, length=C.length + run.overlap(config)), *others
+
+    monkeypatch.setattr(loss_module, "place_in_run", mutated)
+
+
+def window_misplaced(monkeypatch):
+    """All but the first layer rotate a window's rows as if each stood one before."""
+    real = tlinformer.place_window
+
+    def mutated(frame, rope, rows):
+        placed = real(frame, rope, rows)
+        x_rope = rope.rows(frame.history_length - 1, rows)
+        return dataclasses.replace(placed, x_rope=x_rope) if frame.observed_width else placed
+
+    monkeypatch.setattr(tlinformer, "place_window", mutated)
+
+
+def overlap_of_another_window(monkeypatch):
+    """The rows before a window are those before the window before it."""
+    real = windows.rows_in_line
+
+    def mutated(config, array, first, count, overlap=0):
+        rows = real(config, array, first, count, overlap)
+        if not overlap:
+            return rows
+        parts = rows.reshape(rows.shape[0], count, -1, *array.shape[2:])
+        wrong = jnp.roll(parts[:, :, :overlap], 1, axis=1)
+        return jnp.concatenate([wrong, parts[:, :, overlap:]], axis=2).reshape(rows.shape)
+
+    monkeypatch.setattr(windows, "rows_in_line", mutated)
+
+
+TRAINING_MUTATIONS = (overlap_read_out, overlap_is_history_too, window_misplaced, overlap_of_another_window)
+
+
+@slow
+@pytest.mark.parametrize("mutate", TRAINING_MUTATIONS, ids=lambda mutate: mutate.__name__)
+def test_mistakes_in_training_are_caught(mutate, monkeypatch, own_traces):
+    mutate(monkeypatch)
+    config = overlapping(memory=PLANS["checkpointing"])
+    value, _ = loss_and_gradient(config)(golden_scale(config)["params"], None)
+    assert float(value) != pytest.approx(reference_loss(golden.random_weights(config), config), rel=1e-3)
+
+
+@slow
+def test_devices_that_look_up_other_rows_are_noticed(monkeypatch, own_traces):
+    """Rows split over devices: a window's are gathered from where they lie."""
+    model = dataclasses.replace(TRAINED, window_overlap=3)
+    one = gradient(model, TRAIN)
+    real = SplitRows.gather
+    monkeypatch.setattr(
+        SplitRows, "gather", lambda split, rows, start, length: real(split, rows, start - (length == 7), length)
+    )
+    assert gradient_error(one, gradient(model, TRAIN, MESHES["data, window, context"])) > 0.01
+
+
+@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer"])
+def test_it_costs_the_longer_windows(architecture):
+    """Twice the rows in each later window, but for a shorter history: between once and twice the work."""
+    plain = overlapping(architecture=architecture, generation_window=16, window_overlap=0)
+    costs = [
+        training_flops(dataclasses.replace(plain, window_overlap=overlap), 16 * 9, first=16 * 8, read=16)
+        for overlap in (0, 8, 15)
+    ]
+    assert costs[0] < costs[1] < costs[2] < 2 * costs[0]
+    assert training_flops(plain, 16) == training_flops(dataclasses.replace(plain, window_overlap=8), 16)
+
+
+# ---- Files
+
+
+def test_safetensors_say_it_only_where_there_is_some(tmp_path):
+    need_modules("safetensors", extra="convert")
+    import safetensors
+
+    for overlap in (0, 3):
+        config = overlapping(window_overlap=overlap)
+        variables, path = golden_scale(config), tmp_path / f"{overlap}.safetensors"
+        write_safetensors(path, params_to_reference(variables, config), config)
+        jax.tree.map(np.testing.assert_array_equal, params_from_reference(read_weights(path), config), variables)
+        with safetensors.safe_open(path, "numpy") as file:
+            shape = json.loads(file.metadata()["tlinformer"])
+        assert shape.get("window_overlap", 0) == overlap
+        assert ("window_overlap" in shape) == bool(overlap)

@@ -10,6 +10,10 @@ import sys
 import traceback
 from typing import Any
 
+from tlinformer_jax.errors import first_line
+
+# What a shell reports of a process that Ctrl-C has ended.
+INTERRUPTED = 130
 # Settings of JAX, with their defaults, that would change what is computed or make it fail: what is computed is decided
 # by the run's configuration alone.
 NOT_USED = {
@@ -87,7 +91,7 @@ def describe_failure(error: BaseException) -> str | None:
     if isinstance(error, FloatingPointError):
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "tlinformer_jax" in frame.filename]
         place = f" in {ours[-1].filename}, line {ours[-1].lineno}" if ours else ""
-        return f"{str(error).splitlines()[0]}{place} (JAX_DEBUG_NANS or JAX_DEBUG_INFS asks for this)"
+        return f"{first_line(error)}{place} (JAX_DEBUG_NANS or JAX_DEBUG_INFS asks for this)"
     asked = os.environ.get("JAX_PLATFORMS", "")
     if "jax" in sys.modules and (asked or "Unable to initialize backend" in str(error)):
         return _missing_device(asked)

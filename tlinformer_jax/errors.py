@@ -5,6 +5,8 @@ get an ordinary exception; it is also a `ValueError`.
 """
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,3 +44,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error message, cut to 200 characters; the kind of error where it has none."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    full = os.strerror(errno.ENOSPC)  # TensorStore says it at the end of a long line
+    return full if full in lines[0] else lines[0][:200]

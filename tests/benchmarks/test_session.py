@@ -20,8 +20,8 @@ from tlinformer_jax.interop import params_from_reference
 
 
 @functools.cache
-def decoder_of(architecture: str) -> Decoder:
-    config = dataclasses.replace(SMALL, architecture=architecture)
+def decoder_of(architecture: str, overlap: int = 0) -> Decoder:
+    config = dataclasses.replace(SMALL, architecture=architecture, window_overlap=overlap)
     return Decoder(build_model(config), params_from_reference(golden.random_weights(config), config))
 
 
@@ -34,16 +34,16 @@ def test_a_token_without_a_cache_is_the_models(architecture, length):
     assert np.abs(found - expected).max() < 2e-5
 
 
-@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
-def test_a_session_generates_what_the_model_would(architecture):
+@pytest.mark.parametrize(("architecture", "overlap"), [("tlinformer", 0), ("tlinformer", 3), ("transformer", 0)])
+def test_a_session_generates_what_the_model_would(architecture, overlap):
     """Prefill, dispatched steps, the device loop and slides, each token checked; then again after rewinding."""
-    decoder = decoder_of(architecture)
+    decoder = decoder_of(architecture, overlap)
     session = Session(decoder, batch=2, length=10, room=12, seed=0)
     prompts = session.prompts()
     assert prompts.shape == (2, 10)
     tokens = [np.asarray(session.fill(prompts))]
     history, window = session.history, session.window
-    assert (history, window) == ((8, 2) if decoder.config.windowed else (10, 0))
+    assert (history, window) == ((8 - overlap, 2 + overlap) if decoder.config.windowed else (10, 0))
     tokens.append(np.asarray(session.step()))
     for count in (1, 6, 3):  # to the window's end; over one edge; to the middle of a window
         tokens.append(np.asarray(session.generate(count)))

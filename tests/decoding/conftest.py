@@ -1,6 +1,5 @@
 """What several of the decoder's tests patch: nothing that was traced before or during them is served to another."""
 
-import jax
 import pytest
 
 from tlinformer_jax.decoding import cache as cache_module
@@ -8,14 +7,6 @@ from tlinformer_jax.decoding import params as params_module
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.models import cached_attention
-
-
-@pytest.fixture
-def own_traces():
-    """No trace of what the test patches is served to it from before, or from it to a later test."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture

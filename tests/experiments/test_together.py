@@ -18,7 +18,7 @@ MODEL = {"vocab_size": 64, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidd
 MODEL |= {"history_window": 4, "generation_window": 4, "dtype": "float32", "token_shift": True}
 TRAIN = {"steps": 6, "batch_size": 8, "eval_every": 3, "warmup_steps": 2, "weight_decay": 0.1, "clip_norm": 0.1}
 DATA = {"dataset": "recall", "tokenizer": "numbers:64", "sequence_length": 16, "num_items": 2}
-DATA |= {"examples": 100, "validation_examples": 20, "curriculum": "8:2"}
+DATA |= {"examples": 200, "curriculum": "8:2"}
 
 
 def config(**changes) -> RunConfig:

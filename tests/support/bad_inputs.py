@@ -93,6 +93,9 @@ MODELS = fields(
     ("model.history_window=0", "zero"),
     ("model.history_window=half", "no number"),
     ("model.generation_window=0", "zero"),
+    ("model.history_position=learned", "unknown word"),
+    ("model.window_overlap=-1", "negative"),
+    ("model.window_overlap=8", "as long as the window"),
     ("model.dropout=1.0", "all dropped"),
     ("model.dropout=nan", "not a number"),
     ("model.dtype=float8", "unknown type"),
@@ -113,6 +116,18 @@ MODELS += [
         "train",
         ("--config.model.architecture=sliding_window", "--config.model.history_window=auto"),
         "model.history_window = 'auto'",
+    ),
+    Case(
+        "a baseline without positions in its history",
+        "train",
+        ("--config.model.architecture=transformer", "--config.model.history_position=none"),
+        "model.history_position = 'none'",
+    ),
+    Case(
+        "overlapping windows without windows",
+        "train",
+        ("--config.model.window_overlap=8", "--config.model.architecture=transformer"),
+        "model.window_overlap = 8",
     ),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.config.run import RunConfig, run_config
+from tlinformer_jax.config.run import RunConfig, default_config_dict, run_config
 from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
 from tlinformer_jax.data.tokenizers import build_tokenizer
@@ -20,6 +20,7 @@ from tlinformer_jax.evaluation.text import evaluate_text
 from tlinformer_jax.evaluation.trained import TrainedRun, load_run
 from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
+from tlinformer_jax.experiments.recipes import set_niah, set_state
 from tlinformer_jax.training import callbacks, loop
 from tlinformer_jax.training.evaluation import CELLS, answer_sums, eval_step
 from tlinformer_jax.training.loss import summed_loss
@@ -299,6 +300,21 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "put_batch", seen)
     loop.train_run(config, tmp_path / "whole")
     assert shapes == [(16, 256)] * 3 + [(8, 512)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("set_task", "chance"), [(set_niah, 1e-7), (set_state, 0.5)])
+def test_tiny_settings_of_the_memory_suite_train(set_task, chance, tmp_path):
+    config = default_config_dict()
+    set_task(config, "tiny")
+    config.data.curriculum = ""
+    config.train.update(steps=2, warmup_steps=1, eval_every=1)
+    result = run_job(Job("tiny", run_config(config), tmp_path, "command", study="retrieval"))
+    (first, loss, _), (last, later, accuracy) = result["history"]
+    assert (first, last) == (1, 2)
+    assert later < loss
+    assert accuracy == result["validation"]["accuracy"]
+    assert result["then"]["evaluate"]["figures"]["chance"] == chance
 
 
 def test_what_has_no_answers_cannot_wait_for_them():

@@ -39,7 +39,6 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with to
 
 # Flags that are options of the generator, by the same name.
 SAMPLING = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED)
-INTERRUPTED = 130
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
     try:
         status = _generate()
     except KeyboardInterrupt:  # before there was any text
-        status = INTERRUPTED
+        status = environment.INTERRUPTED
     if status:
         sys.exit(status)
 
@@ -77,7 +76,7 @@ def _generate() -> int:
             stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
         interrupted = _print_samples(stream)
     _print_figures(stream, compilations)
-    return INTERRUPTED if interrupted else 0
+    return environment.INTERRUPTED if interrupted else 0
 
 
 def _prompt() -> str:

@@ -112,9 +112,9 @@ class ModelConfig:
       window_overlap: o < W_og; every window but the first also runs the o tokens before it, which are not predicted
         there: its own tokens read them as neighbours. They are no part of its history, which is as much shorter. 0 in
         the paper.
-      token_shift: whether each token's embedding has a learned multiple of the embedding before it added to it:
-        e_t + s * e_(t-1), with a vector s of D numbers that starts at 0. Not in the paper: it lets a row of the history
-        know the token before it, which in block 0 nothing else tells it.
+      token_shift: whether the first layer's keys are made of e_t + s * e_(t-1), the embedding of each token and a
+        learned multiple of that of the token before, with a vector s of D numbers that starts at 0. Not in the paper: a
+        query finds a row by the token before it, so that recall takes one layer.
       history_position: whether the two reads that span the whole history, C's keys in `compress` and C's queries in
         `restore`, have rotary positions: 'rotary', as in the paper, or 'none', where neither their queries nor their
         keys are rotated (NoPE), and no distance is longer than those seen in training. All other reads stay rotary.

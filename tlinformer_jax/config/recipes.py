@@ -115,6 +115,11 @@ def set_own_recipe(config: "ConfigDict", row: str) -> None:
     )
 
 
+def set_plus(config: "ConfigDict") -> None:
+    """Turns on what is not in the paper and has paid, by docs/quality.md."""
+    config.model.token_shift = True
+
+
 def set_tokens(config: "ConfigDict", tokens: int) -> None:
     """Shortens our recipe to the updates that see at least `tokens` tokens: a tenth of them warms up.
 

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import DataError, first_line
 
 COMPRESSED = (".gz", ".xz", ".zst")
 COLUMNS = (".parquet", ".arrow")  # a document a row
@@ -188,7 +188,7 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: column {column!r} (data.text_field) is not valid UTF-8 ({error.reason})") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({first_line(error)})") from None
     on_read(path.stat().st_size)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.errors import ConfigError, DataError, first_line
 
 TOKENIZER_FILE = "tokenizer.json"
 HUGGING_FACE_FILE = "huggingface_tokenizer.json"
@@ -257,7 +257,7 @@ def sentencepiece_tokenizer(model: bytes, path: pathlib.Path) -> SentencePieceTo
     except ConfigError:
         raise
     except Exception as error:
-        raise DataError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: not a sentencepiece model ({first_line(error)})") from None
     if end < 0:
         raise DataError(f"{path}: its model has no </s>, by which a text could end")
     return tokenizer

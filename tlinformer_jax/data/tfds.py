@@ -5,7 +5,7 @@ from typing import Any
 
 from tlinformer_jax.config.data import TFDS, DataConfig
 from tlinformer_jax.data.files import TextPiece
-from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.errors import ConfigError, DataError, first_line
 
 
 def identity(config: DataConfig, split: str) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
         builder.download_and_prepare()
         records = builder.as_data_source(split=split) if split in builder.info.splits else None
     except Exception as error:  # whatever a data set's own code raises
-        told = f"{type(error).__name__}: {_first_line(error)}"
+        told = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{config.dataset}: cannot be prepared ({told})") from None
     if records is None:
         raise DataError(f"{config.dataset}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
@@ -45,9 +45,5 @@ def _builder(config: DataConfig) -> Any:
     try:
         return tensorflow_datasets.builder(name, data_dir=folder, file_format="array_record")
     except Exception as error:
-        allowed = f"must be one of TFDS's data sets ({_first_line(error)})"
+        allowed = f"must be one of TFDS's data sets ({first_line(error)})"
         raise ConfigError("data.dataset", config.dataset, allowed) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")

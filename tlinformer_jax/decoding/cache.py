@@ -1,6 +1,6 @@
 """KV caches of the decoder: typed pytrees, passed in and returned; their room and their bytes.
 
-Keys are rotated when they are written, but for those of the history with `config.history_nope`. Keys and values are
+Keys are rotated when they are written; with `config.history_nope` the history's are not. Keys and values are
 [batch, heads, d_h, rows].
 """
 

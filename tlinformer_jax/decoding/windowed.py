@@ -4,8 +4,8 @@ While the generation window does not slide, everything on the history side is co
 each block's history keys, the compressed context's and its own window's. A slide makes the window
 history: block 0's rows are appended, since they are projections of embeddings; everything else on the
 history side is rebuilt, in chunks of rows. `prefill` builds the same from nothing. With
-`model.window_overlap` the window's last o rows become no history yet: a slide runs them again, as the
-first rows of the next window.
+`model.window_overlap` the last o rows of the window do not become history yet: a slide runs them
+again, as the first rows of the next window.
 
 Both work on one sequence of the batch: sequences have lengths and window phases of their own.
 

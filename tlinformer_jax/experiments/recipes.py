@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.recipes import set_books
+from tlinformer_jax.config.recipes import set_books, set_plus
 from tlinformer_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,12 +95,16 @@ MODELS = {
 def set_recall(config: "ConfigDict", name: str) -> None:
     """Sets multi-query associative recall, vocabulary 8,192, in the setting `name`, else raises ConfigError.
 
-    `name` may end in '-shift', for `ModelConfig.token_shift`.
+    `name` may end in '-plus': with `set_plus`, and without shorter samples first.
     """
-    setting = _chosen(RECALL, name.removesuffix("-shift"))
-    config.model.token_shift = name.endswith("-shift")
+    setting = _chosen(RECALL, name.removesuffix("-plus"))
+    plus = name.endswith("-plus")
+    if plus:
+        setting = dataclasses.replace(setting, curriculum="")
     config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=setting.pairs)
     _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
+    if plus:
+        set_plus(config)
 
 
 def set_capacity(config: "ConfigDict", name: str) -> None:

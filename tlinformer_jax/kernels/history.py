@@ -232,8 +232,8 @@ def store(
     rows = projected.shape[0] if tokens is None else tokens.size
     place = jnp.stack([row, start]).astype(jnp.int32)
     pairs, spread = key.shape[2] // 2, projected.shape[3] // 2
-    tables: tuple[Array, ...] = () if rope is None else (rope.cos, rope.sin)
-    tables = tuple(jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in tables)
+    rotations = () if rope is None else (rope.cos, rope.sin)
+    tables = [jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in rotations]
     return call_kernel(
         functools.partial(
             _store_kernel, half=pairs, spread=spread, vocab_size=projected.shape[0], rotary=rope is not None

@@ -38,10 +38,7 @@ MAX_FUSED_ROWS = 4
 
 @flax.struct.dataclass
 class KeyValue:
-    """Cached keys and values, each [..., batch, heads, d_h, rows]; leading axes count layers.
-
-    Keys are rotated, but see `CachedRows`.
-    """
+    """Cached keys, as a rule rotated, and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
 
     key: Array
     value: Array

@@ -88,12 +88,12 @@ class PreparedSequence:
 
     @property
     def own(self) -> Stream:
-        """All rows as the windows have them that they belong to."""
+        """All rows, projected as C is, for the windows that they belong to."""
         return Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
 
     def windows(self, config: ModelConfig, run: Segment, overlap: int) -> Stream | None:
-        """The rows of a run's windows themselves, by `window_rows`; None where devices share them, who look them up
-        window by window."""
+        """The rows of a run's windows, with `overlap` before each, by `window_rows`; None where devices share them, who
+        look them up window by window."""
         return run.rows(config, self.own, overlap) if self.history.split is None else None
 
     def reach(self, config: ModelConfig, run: Segment) -> History:

@@ -73,7 +73,7 @@ class Segment:
         return begin - overlap if overlap else begin
 
     def rows(self, config: ModelConfig, arrays: Any, overlap: int = 0) -> Any:
-        """The windows' own rows of a pytree of arrays [batch, rows, ...], by `window_rows`."""
+        """The windows' rows of a pytree of arrays [batch, rows, ...], with `overlap` before each; by `window_rows`."""
         return jax.tree.map(
             lambda array: window_rows(config, array, self.first, self.count, self.together, overlap), arrays
         )
@@ -150,7 +150,7 @@ def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ..
 def window_rows(
     config: ModelConfig, array: jax.Array, first: int, count: int, together: int = 1, overlap: int = 0
 ) -> jax.Array:
-    """The own rows of windows first .. first + count - 1, of [batch, rows, ...].
+    """The rows of windows first .. first + count - 1, of [batch, rows, ...].
 
     They are [count / together, batch * together, overlap + W_og, ...]; see `rows_in_line`.
     """

@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tlinformer_jax.environment import describe_failure
-from tlinformer_jax.errors import UserError
+from tlinformer_jax.environment import INTERRUPTED, describe_failure
+from tlinformer_jax.errors import UserError, first_line
 
 # Seconds. Processes start, tokenise and read their files at different speeds, so joining is patient.
 JOIN_TIMEOUT = 300
@@ -34,7 +34,6 @@ AGAIN = "start all processes again; training goes on from the last checkpoint"
 LOST_SIGNS = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|heartbeat|coordination|unavailable:", re.I
 )
-INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +154,8 @@ def _join(cluster: Cluster) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{who} cannot be joined ({lines[0].strip()[:200]}); --coordinator_address, --num_processes and "
+            f"{who} cannot be joined ({first_line(error)}); --coordinator_address, --num_processes and "
             "--process_id tell them by hand, --num_processes=1 runs this one alone"
         ) from error
     _say_at_abort(f"{LOST}; JAX says more above; {AGAIN}")
@@ -203,8 +201,7 @@ def _say_at_abort(message: str) -> None:
 def _last_words(error: BaseException) -> int:
     """Tells an error on stderr; returns the exit status."""
     if _is_loss(error):
-        detail = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"error: {LOST} ({detail[0][:200]}); {AGAIN}", file=sys.stderr, flush=True)
+        print(f"error: {LOST} ({first_line(error)}); {AGAIN}", file=sys.stderr, flush=True)
         return 1
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ on stderr. `training.saving` writes checkpoints.
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import math
@@ -25,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import DataError, first_line
 from tlinformer_jax.files import open_own, plain_path, read_own, sealed_text, unsealed, write_text
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.console import say
@@ -352,12 +351,3 @@ def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # any of Orbax's
         fault = f"cannot be read ({first_line(error)})"
     raise DataError(f"checkpoint {folder}: {fault}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error message, cut to 200 characters."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    full = os.strerror(errno.ENOSPC)  # TensorStore says it at the end of a long line
-    return full if full in lines[0] else lines[0][:200]

@@ -20,7 +20,7 @@ from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.ordered import OrderedStream
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import NumberTokenizer
-from tlinformer_jax.errors import UserError
+from tlinformer_jax.errors import UserError, first_line
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
@@ -144,7 +144,17 @@ def split_line(name: str, split: Split | None, length: int) -> str:
     return f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
 
 
-# ---- After the last one
+# ---- While it trains, and at the end
+
+
+def describe_stage(stage: Stage, step: int, competence: Competence | None) -> str:
+    """Which stage of the curriculum ended after update `step`, and why."""
+    text = f"step {step}: the stage on samples of {stage.length} tokens ends after {stage.updates:,} updates"
+    if not stage.accuracy or competence is None:
+        return f"{text}, as configured"
+    if step in competence.ends.tolist():
+        return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
+    return f"{text}, the most that it may take"
 
 
 def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, float], goal: str | None) -> None:
@@ -223,7 +233,7 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
         # A ValueError where the host fetches what could not be computed.
         if isinstance(error, UserError) or not is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")[:200].rstrip(". ")
+        reason = first_line(error).removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
         raise OutOfMemoryError(f"{reason}; {advice()}") from error
 
 
@@ -253,13 +263,3 @@ def generation_advice(num_samples: int, max_new_tokens: int) -> str:
 
 def _smaller(flag: str, value: int) -> str:
     return f"a smaller --{flag} (now {value}), " if value > 1 else ""
-
-
-def describe_stage(stage: Stage, step: int, competence: Competence | None) -> str:
-    """Which stage of the curriculum ended after update `step`, and why."""
-    text = f"step {step}: the stage on samples of {stage.length} tokens ends after {stage.updates:,} updates"
-    if not stage.accuracy or competence is None:
-        return f"{text}, as configured"
-    if step in competence.ends.tolist():
-        return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
-    return f"{text}, the most that it may take"

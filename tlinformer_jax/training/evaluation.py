@@ -225,7 +225,7 @@ class Perplexity:
     compares only with itself. Per word and per byte the same nats are shared out over the text, whatever cut it into
     tokens. All of them depend on the context length and on the stride (here N: samples do not overlap).
 
-    Words are what stands between white space. Words, lines and bytes are scaled by `share`, that of the stream's tokens
+    Words are what stands between white space. Words, lines and bytes are scaled by the share of the stream's tokens
     that were predicted: the first token and the dropped remainder are not. None where a stream's were not counted.
     """
 
@@ -233,8 +233,6 @@ class Perplexity:
     per_word: float | None  # exp(nats / words)
     per_word_with_eol: float | None  # exp(nats / (words + lines)), as in word-level results on WikiText-103
     bits_per_byte: float  # nats / ln 2 / UTF-8 bytes of the text
-    evaluated_tokens: int
-    share: float
 
 
 def perplexity(total_nats: float, evaluated_tokens: int, stream: TokenStream) -> Perplexity:
@@ -249,8 +247,6 @@ def perplexity(total_nats: float, evaluated_tokens: int, stream: TokenStream) ->
         per_word=None if words is None else _per(total_nats, share * words),
         per_word_with_eol=None if words is None or lines is None else _per(total_nats, share * (words + lines)),
         bits_per_byte=total_nats / math.log(2) / (share * stream.num_bytes) if stream.num_bytes else math.nan,
-        evaluated_tokens=evaluated_tokens,
-        share=share,
     )
 
 

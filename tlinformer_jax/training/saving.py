@@ -20,10 +20,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 import tlinformer_jax
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import DataError, first_line
 from tlinformer_jax.files import own_folder, plain_path, sync_folder
 from tlinformer_jax.training import checkpoint as stored
-from tlinformer_jax.training.checkpoint import FOLDER, STATE, Manifest, first_line, read_manifest
+from tlinformer_jax.training.checkpoint import FOLDER, STATE, Manifest, read_manifest
 from tlinformer_jax.training.console import is_out_of_memory, say
 from tlinformer_jax.training.step import TrainState
 

@@ -14,14 +14,14 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import EPOCH, RunConfig
-from tlinformer_jax.data.batches import Batch, TrainingBatches, evaluation_batches, num_samples
+from tlinformer_jax.data.batches import Batch, TrainingBatches, check_holds_a_sample, evaluation_batches, num_samples
 from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
 from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
 from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
-from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import platform
@@ -91,13 +91,7 @@ class Run:
         if isinstance(stream, TaskSplit | OrderedStream):
             return stream  # its ids are the tokenizer's, or checked as they are read
         data = self.config.data
-        if length is None:
-            length = data.sequence_length
-        if num_samples(stream, length) < 1:
-            raise DataError(
-                f"data.sequence_length = {length}: the {name} split has only {len(stream.tokens)} tokens; "
-                "it must hold at least one sample of sequence_length + 1"
-            )
+        check_holds_a_sample(stream, data.sequence_length if length is None else length, f"{name} split")
         check_token_ids(stream, self.config.model.vocab_size, f"split '{name}' of data.dataset = {data.dataset}")
         return stream
 

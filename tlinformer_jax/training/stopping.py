@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-T = TypeVar("T")
+from tlinformer_jax.environment import INTERRUPTED
 
-# What a shell reports of a process that Ctrl-C has ended.
-INTERRUPTED = 130
+T = TypeVar("T")
 
 
 class Stopped(Exception):
