@@ -21,6 +21,8 @@ MODELS = {
     "TLinFormer 1024/1024": ModelConfig(history_window=1024, generation_window=1024, dtype="bfloat16"),
     "TConstFormer 256/256": ModelConfig(architecture="tconstformer", dtype="bfloat16"),
     "sliding window 256 + 256": ModelConfig(architecture="sliding_window", dtype="bfloat16"),
+    "Gated DeltaNet": ModelConfig(architecture="gated_deltanet", dtype="bfloat16"),
+    "Gated DeltaNet, hybrid": ModelConfig(architecture="gated_deltanet_hybrid", dtype="bfloat16"),
 }
 
 

@@ -3,20 +3,21 @@
 Beyond model FLOPs: heads padded to what the attention kernel wants, the vocabulary as the loss pads it, the last
 window and the masked history of each segment of windows at full length or by whole chunks, and once more what the
 backward pass computes again: the chunks of a history, and the baselines' layers with checkpointing, less their last
-product. Attention by XLA's plain products counts the whole rectangle of queries and keys. A fused kernel skips what
-is masked but computes the scores again in the backward pass: attention counts 2.5 times its forward products instead
-of 2, and 3.5 times by the kernel with dropout, which computes scores and weights' gradients for the queries' gradient
-and again for the keys' (rounding to tiles is not counted). What devices of the axes `window` and `context` compute
-each for itself, block 0's projections and the windows' own rows, counts once.
+product; the states of Gated DeltaNet, chunk by chunk in plain JAX, count all that their chunks compute. Attention by
+XLA's plain products counts the whole rectangle of queries and keys. A fused kernel skips what is masked but computes
+the scores again in the backward pass: attention counts 2.5 times its forward products instead of 2, and 3.5 times by
+the kernel with dropout, which computes scores and weights' gradients for the queries' gradient and again for the keys'
+(rounding to tiles is not counted). What devices of the axes `window` and `context` compute each for itself, block 0's
+projections and the windows' own rows, counts once.
 """
 
 import dataclasses
 
 from tlinformer_jax.analysis.flops import (
     Forward,
-    active_width,
     causal_layers,
     causal_pairs,
+    delta_layers,
     peak_flops,
     project,
     restored,
@@ -27,6 +28,7 @@ from tlinformer_jax.analysis.flops import (
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
+from tlinformer_jax.models.delta import CHUNK, SMALL
 from tlinformer_jax.models.model import attention_window, padded_vocabulary
 from tlinformer_jax.models.windows import num_windows, padded_length, plan_segments
 
@@ -65,6 +67,24 @@ def utilisation(model_flops_per_second: float, devices: int, device_kind: str, d
     return None if peak is None else model_flops_per_second / (devices * peak)
 
 
+def _delta_chunks(config: ModelConfig, length: int, checkpointing: bool) -> float:
+    """Operations on the states of all Gated DeltaNet layers, forward and backward, by `models.delta.delta_chunked`.
+
+    The forward pass is computed again without its outputs, and with `checkpointing` once more.
+    """
+    delta, size = config.delta, CHUNK
+    while size > SMALL and size // 2 >= length:
+        size //= 2
+    chunks, width = -(-length // size), delta.width
+    output = 2 * size**2 * width + 2 * size * width**2
+    products = 10 * size**2 * width + 6 * size * width**2
+    inverse, block = 2 * (SMALL.bit_length() - 1) * 2 * SMALL**2 * size, SMALL
+    while block < size:
+        inverse, block = inverse + 2 * block**2 * size, 2 * block
+    chunk = (4 + checkpointing) * products - output + (2 + checkpointing) * inverse + 4 * size**3
+    return float(chunk * chunks * delta.heads * (config.num_layers - config.attention_layers))
+
+
 def _hardware_forward(
     config: ModelConfig, length: int, inner: int, fused: bool, plan: ExecutionPlan, skipped: int
 ) -> tuple[Forward, Forward, Forward]:
@@ -75,11 +95,15 @@ def _hardware_forward(
     if not config.windowed:
         seen = attention_window(config)
         layers = causal_layers(config, length, inner, causal_pairs(length, seen) if fused else length**2)
+        layers = layers + Forward(matrix=delta_layers(config, length).matrix)
+        states = Forward(attention=_delta_chunks(config, length, plan.checkpointing))
         if not plan.checkpointing:
-            return Forward(), layers, Forward()
+            return Forward(), layers, states
         # Only the next layer reads a layer's last product, and its input is kept.
-        last = Forward(matrix=2.0 * length * config.d_model * active_width(config) * config.num_layers)
-        return Forward(), layers, layers + last * -1
+        last = config.attention_layers * config.feed_forward_dim * config.active_experts
+        last += (config.num_layers - config.attention_layers) * config.delta.feed_forward * config.active_experts
+        last_products = Forward(matrix=2.0 * length * config.d_model * last)
+        return Forward(), layers, layers + last_products * -1 + states
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, plan, first=skipped)
     causal, longer = (causal_pairs(rows) if fused else rows**2 for rows in (size, config.window_overlap + size))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import Timing, time_calls
-from tlinformer_jax.analysis.flops import active_width
+from tlinformer_jax.analysis.flops import delta_layers
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import history_of, tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
@@ -47,17 +47,19 @@ class Work:
       dense: floating-point operations of products with weights.
       pairs: attended (query, key) pairs, summed over layers, each of 4 * d_model operations.
       width: d_model.
+      states: operations that read and write the states of Gated DeltaNet layers.
     """
 
     bytes: float
     dense: float
     pairs: float
     width: int
+    states: float = 0.0
 
     @property
     def flops(self) -> float:
         """Floating-point operations."""
-        return self.dense + 4 * self.width * self.pairs
+        return self.dense + 4 * self.width * self.pairs + self.states
 
     def seconds(self, ceilings: Ceilings) -> tuple[float, str]:
         """The limit in seconds, and which of 'bytes' and 'flops' sets it."""
@@ -107,8 +109,8 @@ def cached_rows(config: ModelConfig, history: float, window: float, devices: int
       window: rows in the generation window; 0 for a baseline. May be a mean, hence a fraction.
       devices: that the history's rows are split over.
     """
-    if config.architecture == "transformer":
-        return config.num_layers * (history + window)
+    if not config.windowed and config.architecture != "sliding_window":
+        return config.attention_layers * (history + window)
     if config.architecture == "sliding_window":
         return config.num_layers * min(history + window, int(config.history_window) + config.generation_window - 1)
     kept = history / devices if config.architecture == "tlinformer" else 0
@@ -121,23 +123,31 @@ def row_bytes(config: ModelConfig) -> int:
     return 2 * config.d_model * config.compute_dtype.itemsize
 
 
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes of one sequence's states in all Gated DeltaNet layers, float32."""
+    return 4 * (config.num_layers - config.attention_layers) * config.delta.state_size
+
+
 def equation_7(config: ModelConfig, batch: int, length: int) -> int:
-    """The cache's bytes by the paper's equation 7, which leaves the windows out; of a baseline, of all layers."""
-    layers = config.num_blocks if config.windowed else config.num_layers
+    """The cache's bytes by the paper's equation 7, which leaves the windows out; of a baseline, of all layers of
+    attention."""
+    layers = config.num_blocks if config.windowed else config.attention_layers
     return batch * length * row_bytes(config) * layers
 
 
 def hit_work(
     config: ModelConfig, weights: Weights, batch: int, history: float, window: float, devices: int = 1
 ) -> Work:
-    """One token for every sequence of a batch: the weights once, the cache of each; of one device. Arguments as
-    `cached_rows`."""
-    rows = batch * cached_rows(config, history, window, devices)
+    """One token for every sequence of a batch: the weights once, the cache of each, its states read and written; of
+    one device. Arguments as `cached_rows`."""
+    rows, recurrent = batch * cached_rows(config, history, window, devices), delta_layers(config, 1)
+    layers = config.attention_layers * _layer_flops(config) + recurrent.matrix
     return Work(
-        bytes=weights.layers + weights.table + rows * row_bytes(config),
-        dense=batch * (config.num_layers * _layer_flops(config) + _head_flops(config)),
-        pairs=rows + batch * config.num_layers,  # and each token its own key
+        bytes=weights.layers + weights.table + rows * row_bytes(config) + 2 * batch * state_bytes(config),
+        dense=batch * (layers + _head_flops(config)),
+        pairs=rows + batch * config.attention_layers,  # and each token its own key
         width=config.d_model,
+        states=batch * recurrent.attention,
     )
 
 
@@ -206,6 +216,8 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
 
 
 def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int) -> Work:
+    if config.recurrent:
+        return _recurrent_prefill_work(config, weights, length)
     full = config.num_layers - 1  # of the last layer only keys and values are needed, and the last row
     reach = length
     if config.architecture == "sliding_window":
@@ -220,9 +232,22 @@ def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int) -
     )
 
 
+def _recurrent_prefill_work(config: ModelConfig, weights: Weights, length: int) -> Work:
+    """With the last layer on all rows, of which only what it remembers is needed."""
+    recurrent = delta_layers(config, 1)
+    layers = config.attention_layers * _layer_flops(config) + recurrent.matrix
+    return Work(
+        bytes=weights.layers + weights.table + cached_rows(config, length, 0) * row_bytes(config) + state_bytes(config),
+        dense=length * layers + _head_flops(config),
+        pairs=config.attention_layers * length * (length + 1) // 2,
+        width=config.d_model,
+        states=length * recurrent.attention,
+    )
+
+
 def _layer_flops(config: ModelConfig) -> int:
     """Of one row's products with a layer's four matrices; a product with a D x D matrix is 2 * D**2."""
-    return 8 * config.d_model**2 + 6 * config.d_model * active_width(config)
+    return 8 * config.d_model**2 + 6 * config.d_model * config.feed_forward_dim * config.active_experts
 
 
 def _head_flops(config: ModelConfig) -> int:

@@ -180,6 +180,7 @@ def longest(session: Session, fill: Callable[[], str]) -> dict[str, Any]:
 
 
 def used_bytes(session: Session) -> int:
-    """Bytes of the valid keys and values in the cache, on one device."""
-    rows = limits.cached_rows(session.config, session.history, session.window, session.devices)
-    return int(session.batch * rows * limits.row_bytes(session.config))
+    """Bytes of the valid keys and values in the cache, and of the states, on one device."""
+    config = session.config
+    rows = limits.cached_rows(config, session.history, session.window, session.devices)
+    return int(session.batch * (rows * limits.row_bytes(config) + limits.state_bytes(config)))

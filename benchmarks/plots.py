@@ -25,6 +25,8 @@ WORDS = {
     MODEL: "TLinFormer",
     "tconstformer": "TConstFormer",
     "sliding_window": "sliding window",
+    "gated_deltanet": "Gated DeltaNet",
+    "gated_deltanet_hybrid": "Gated DeltaNet, hybrid",
 }
 KINDS = {"miss": "cache miss (first token)", "hit": "cache hit (third token)"}
 AVERAGE = "a token, averaged over a window and its slide"

@@ -35,8 +35,9 @@ class Plan:
       windows: generation windows of the part 'windows'.
       seconds: budget of each measurement, compilation apart.
       max_uncached_length: longest prompt for which a token without a cache is timed.
-      max_quadratic_prefill: longest prompt that architecture 'transformer' is given, whose prefill costs the square
-        of it; above, its cache is filled with random rows, and Figure 9's protocol and 'prefill' are left out.
+      max_quadratic_prefill: longest prompt that an architecture is given whose prefill costs the square of it, such
+        as 'transformer'; above, its cache is filled with random rows, and Figure 9's protocol and 'prefill' are left
+        out.
       seed: of prompts.
     """
 
@@ -188,7 +189,8 @@ def enter_window(session: Session) -> None:
 
 def can_prefill(plan: Plan, session: Session) -> bool:
     """Whether a prompt of the session's length is affordable."""
-    return session.config.architecture != "transformer" or session.length <= plan.max_quadratic_prefill
+    quadratic = session.config.grows and not session.config.windowed
+    return not quadratic or session.length <= plan.max_quadratic_prefill
 
 
 def _measure_part(name: str, plan: Plan, session: Session, row: Row, ceilings: Ceilings) -> None:

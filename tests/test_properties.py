@@ -81,7 +81,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "num_heads": heads,
         "num_blocks": draw(st.integers(blocks, 2)),
         "hidden_depth": draw(st.integers(0, 2)),
-        "d_ff": draw(st.sampled_from([8, 12])),
+        "d_ff": draw(st.sampled_from([16, 24] if architecture in model_config.RECURRENT else [8, 12])),
         "dropout": draw(st.sampled_from([0.0, 0.3])),
         "num_experts": draw(st.sampled_from([0, 0, 3])),
         "dtype": "float32",
@@ -159,6 +159,8 @@ STRATA = {
     "tconstformer": ({"memory": ExecutionPlan(), "history_window": 2}, 3),
     "transformer": ({"memory": ExecutionPlan(scan_layers=True), "dropout": 0.1}, 2),
     "sliding_window": ({"memory": ExecutionPlan(scan_layers=True), "history_window": 2}, 5),
+    "gated_deltanet": ({"memory": ExecutionPlan(scan_layers=True), "dropout": 0.1, "d_ff": 16}, 5),
+    "gated_deltanet_hybrid": ({"memory": ExecutionPlan(checkpointing=True), "dropout": 0.1, "d_ff": 16}, 4),
 }
 
 

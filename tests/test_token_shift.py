@@ -23,7 +23,7 @@ from tests.support.optional import need_modules
 from tests.test_window_sampling import LENGTH, batch_of, loss_and_gradient
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import cache_bytes, history, windowed
 from tlinformer_jax.decoding.cache import NO_TOKEN, WindowedCache
@@ -39,8 +39,9 @@ from tlinformer_jax.training.step import Horizon, build_optimizer, decay_mask
 SHIFTED = dataclasses.replace(SMALL, hidden_depth=0, history_window=3, token_shift=True)
 PROMPTS = [3, 8, 9, 1, 12]  # before, at and after the edges of windows of 4
 FED = 27
+SHIFTING = tuple(name for name in ARCHITECTURES if name not in RECURRENT)
 # TConstFormer has less of the same, and takes as long to compile.
-QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "tconstformer" else ()) for name in ARCHITECTURES]
+QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "tconstformer" else ()) for name in SHIFTING]
 
 
 def shifted(architecture: str, **changes) -> ModelConfig:
@@ -54,7 +55,7 @@ def golden_scale(config: ModelConfig):
 # ---- The forward pass
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", SHIFTING)
 def test_logits_are_the_references_whether_tokens_or_rows_are_given(architecture):
     config = shifted(architecture)
     tokens, expected = truth(config, FED, 3)
@@ -101,6 +102,14 @@ def test_only_true_and_false_are_allowed(value):
         ModelConfig(token_shift=value)
 
 
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_what_has_a_convolution_has_no_shift(architecture):
+    with pytest.raises(
+        ConfigError, match=rf"model\.token_shift = True: must be False for architecture '{architecture}'"
+    ):
+        shifted(architecture, d_ff=64)
+
+
 # ---- Generation
 
 
@@ -139,7 +148,7 @@ def test_a_history_over_devices_equals_the_reference(architecture, context, monk
     assert largest_error(spread_decoder(config, context), [5, 16, 1], 33, room=16) < TOLERANCE
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", SHIFTING)
 def test_cache_bytes_are_those_of_its_arrays(architecture):
     """A baseline's cache has each sequence's last token; a windowed one had all of them before."""
     config = shifted(architecture)
@@ -309,7 +318,7 @@ def test_model_flops_are_those_without_it():
 # ---- Files
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", SHIFTING)
 def test_safetensors_there_and_back(architecture, tmp_path):
     need_modules("safetensors", extra="convert")
     config = shifted(architecture)

@@ -219,10 +219,12 @@ def test_every_parameter_has_a_sharding_rule(architecture):
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     shardings = jax.tree.leaves(tree_shardings(params, mesh))
     places = jax.tree_util.tree_leaves_with_path(params)
-    assert len(places) == 4 + 6 * 10  # the embedding, its shift, the last norm, six layers
+    delta = {"gated_deltanet": 6, "gated_deltanet_hybrid": 5}.get(architecture, 0)
+    assert len(places) == 4 + 6 * 10 + 4 * delta  # the embedding, its shift, the last norm, six layers
     for (path, leaf), sharding in zip(places, shardings, strict=True):
         name = path[-1].key
-        parts = {"embedding": 2, "qkv_bias": 2}.get(name, 4 if name.endswith("kernel") else 1)
+        known = {"embedding": 2, "qkv_bias": 2, "conv_kernel": 2, "A_log": 2, "dt_bias": 2}
+        parts = known.get(name, 4 if name.endswith("kernel") else 1)
         shard = sharding.shard_shape(leaf.shape)
         assert math.prod(leaf.shape) == parts * math.prod(shard), f"{path}: {leaf.shape} on a device {shard}"
 

@@ -28,13 +28,17 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, ove
         window_overlap=overlap,
         dtype="float32",
     )
-    length, pairs, rows = 14, [0], [0, 0]
-    attend, layer = reference._attend, reference._Layer
+    length, pairs, rows, mixed = 14, [0], [0, 0], [0]
+    attend, layer, mix = reference._attend, reference._Layer, reference.delta_rule
 
     def counting_attend(q, k, v, causal=False, window=None):
         seen = [min(i + 1, window or len(k)) if causal else len(k) for i in range(len(q))]
         pairs[0] += sum(seen)
         return attend(q, k, v, causal, window)
+
+    def counting_mix(q, k, v, g, beta):
+        mixed[0] += len(q)
+        return mix(q, k, v, g, beta)
 
     class CountingLayer(layer):
         def project(self, u, positions):
@@ -47,9 +51,14 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, ove
 
     monkeypatch.setattr(reference, "_attend", counting_attend)
     monkeypatch.setattr(reference, "_Layer", CountingLayer)
+    monkeypatch.setattr(reference, "delta_rule", counting_mix)
     reference.logits(golden.random_weights(config), config, np.arange(length)[None] % 11)
     project, update = (2 * rows * 8 * width for rows, width in zip(rows, (3 * 8, 8 + 3 * 8), strict=True))
     expected = project + update + 4 * pairs[0] * 8 + 2 * length * 8 * 11
+    # A row under a layer of Gated DeltaNet: four projections instead of three, the decay and the write strength of two
+    # heads, a narrower feed-forward; and of two states, of 4 by 4, what a key and a query read and what is written.
+    expected += mixed[0] * (2 * 8 * (4 * 8 + 2 * 2 + 8 + 3 * config.delta.feed_forward) + 3 * 2 * 2 * 4 * 4)
+    expected -= mixed[0] * 2 * 8 * (8 + 3 * 8)
     if config.windowed:  # what the reference computes and a fast implementation need not
         for start in range(0, length, 4):
             history = max(0, start - overlap)

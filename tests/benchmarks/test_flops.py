@@ -42,10 +42,13 @@ WIDE = ModelConfig(
         ("transformer", 192, 0, {}),
         ("transformer", 192, 0, {"memory": AGAIN}),
         ("sliding_window", 192, 0, {}),
+        ("gated_deltanet", 64, 0, {}),  # one chunk: of a loop XLA counts one round
+        ("gated_deltanet_hybrid", 32, 0, {"memory": AGAIN}),
     ],
 )
 def test_hardware_flops_are_what_xla_counts(architecture, length, first, fields):
-    """Within 1.5% of the cost analysis of an unrolled forward and backward pass, which counts what is elementwise."""
+    """Within 1.5% of the cost analysis of an unrolled forward and backward pass, which counts what is elementwise: of
+    Gated DeltaNet, with convolutions and decays, up to 2%."""
     config = dataclasses.replace(WIDE, architecture=architecture, **fields)
     model = build_model(config)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
@@ -58,7 +61,7 @@ def test_hardware_flops_are_what_xla_counts(architecture, length, first, fields)
 
     counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]
     expected = hardware_flops(config, length, batch=2, read=length - first, first=first)
-    assert expected == pytest.approx(counted, rel=0.015)
+    assert expected == pytest.approx(counted, rel=0.02 if config.recurrent else 0.015)
 
 
 def test_masked_history_padding_and_checkpointing_are_hardware_flops_only():

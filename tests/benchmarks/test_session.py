@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import timing
+from benchmarks import parts, timing
 from benchmarks.session import Session
 from benchmarks.uncached import jit_uncached_logits
 from tests.support import golden, reference
@@ -34,7 +34,10 @@ def test_a_token_without_a_cache_is_the_models(architecture, length):
     assert np.abs(found - expected).max() < 2e-5
 
 
-@pytest.mark.parametrize(("architecture", "overlap"), [("tlinformer", 0), ("tlinformer", 3), ("transformer", 0)])
+@pytest.mark.parametrize(
+    ("architecture", "overlap"),
+    [("tlinformer", 0), ("tlinformer", 3), ("transformer", 0), ("gated_deltanet_hybrid", 0)],
+)
 def test_a_session_generates_what_the_model_would(architecture, overlap):
     """Prefill, dispatched steps, the device loop and slides, each token checked; then again after rewinding."""
     decoder = decoder_of(architecture, overlap)
@@ -96,6 +99,12 @@ def test_random_rows_fill_a_baselines_cache():
     assert len(np.unique(rows[:, 0, 0, 0, 0])) == rows.shape[0]  # no two layers alike
     session.loop(3)
     session.check()
+
+
+def test_states_are_bytes_in_use():
+    session = Session(decoder_of("gated_deltanet"), batch=2, length=10, room=4, seed=0)
+    session.fill(session.prompts())
+    assert parts.used_bytes(session) == 2 * 6 * 4 * 2 * 8 * 8  # two sequences, six layers, two heads, 8 by 8
 
 
 def test_logits_that_are_not_finite_are_not_timed():

@@ -84,6 +84,8 @@ SHAPES = {
     "tconstformer, auto": {"architecture": "tconstformer", "history_window": "auto", "hidden_depth": 0},
     "transformer": {"architecture": "transformer", "hidden_depth": 0},
     "sliding window": {"architecture": "sliding_window", "hidden_depth": 0, "history_window": 3},
+    "Gated DeltaNet": {"architecture": "gated_deltanet", "hidden_depth": 0},
+    "Gated DeltaNet, hybrid": {"architecture": "gated_deltanet_hybrid", "hidden_depth": 0},
 }
 # Three blocks without a hidden layer, in chunks besides, are also in the test after this one.
 SLOW = ("no hidden layer", "three blocks", "one block", "auto, one token", "tconstformer, auto")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import golden, models, reference
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.config.model import ARCHITECTURES
+from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.decoding import CacheWarning, Generation, Generator, cache_bytes, decoder, windowed
 from tlinformer_jax.decoding import cache as cache_module
@@ -283,6 +283,12 @@ def test_cache_bytes_are_those_of_its_arrays(architecture):
     if architecture == "sliding_window":
         assert sizes.parts["layers"].used == (3 + 8 + 9) * row * 2
         assert sizes.paper is None
+        return
+    if architecture in RECURRENT:  # two layers, of the hybrid one with a state: two heads, 8 by 8, and three inputs
+        recurrent = 1 if architecture == "gated_deltanet_hybrid" else 2
+        assert sizes.parts["layers"].used == 24 * row * (2 - recurrent)
+        assert sizes.paper == (24 * row if recurrent == 1 else None)
+        assert sizes.parts["state"].used == recurrent * 3 * 4 * (2 * 8 * 8 + 3 * 3 * 16)
         return
     blocks, lengths = config.num_blocks, (cache.history_length, cache.observed_length, cache.window_length)
     assert [array.tolist() for array in lengths] == [[0, 4, 12], [0, 4, 6], [3, 4, 1]]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.decoding.cache import cache_bytes, cache_bytes_at, capacity_for, init_cache
 from tlinformer_jax.errors import UserError
@@ -120,7 +121,7 @@ def test_time_is_that_of_all_attempts(tmp_path, monkeypatch):
     assert read_attempts(tmp_path)["count"] == 0
 
 
-@pytest.mark.parametrize("architecture", ["tlinformer", "tconstformer", "transformer", "sliding_window"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bytes_of_a_cache_are_those_of_one_that_is_made(architecture):
     config = ModelConfig(**MODEL, architecture=architecture)
     found = cache_bytes_at(config, 32)
@@ -129,4 +130,7 @@ def test_bytes_of_a_cache_are_those_of_one_that_is_made(architecture):
     assert found == cache_bytes(config, made, [32])
     # Keys and values of 16 features, 4 bytes each, of 2 layers; a sliding window keeps 15 positions.
     if not config.windowed:
-        assert found.used == 2 * 16 * 4 * 2 * (32 if architecture == "transformer" else 15) + 4
+        rows = {"transformer": 2 * 32, "sliding_window": 2 * 15, "gated_deltanet_hybrid": 32}.get(architecture, 0)
+        # A state of 2 heads by 8 by 8, and three rows of queries, keys and values.
+        states = {"gated_deltanet": 2, "gated_deltanet_hybrid": 1}.get(architecture, 0)
+        assert found.used == 2 * 16 * 4 * rows + states * 4 * (2 * 8 * 8 + 3 * 3 * 16) + 4

@@ -129,6 +129,18 @@ MODELS += [
         ("--config.model.window_overlap=8", "--config.model.architecture=transformer"),
         "model.window_overlap = 8",
     ),
+    Case(
+        "a token shift beside a convolution",
+        "train",
+        ("--config.model.architecture=gated_deltanet", "--config.model.token_shift=True", "--config.model.d_ff=64"),
+        "model.token_shift = True",
+    ),
+    Case(
+        "a feed-forward smaller than what Gated DeltaNet takes from it",
+        "train",
+        ("--config.model.architecture=gated_deltanet", "--config.model.d_ff=8"),
+        "model.d_ff = 8",
+    ),
 ]
 
 TRAINING = fields(

@@ -73,6 +73,10 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     for name, shape in reference_shapes(config).items():
         if name.endswith(("norm1.weight", "norm2.weight")) or name == "transformer.norm.weight":
             value = 1 + 0.1 * rng.standard_normal(shape)
+        elif name.endswith("head_norm.weight"):  # small: outputs near 0 are divided by their size, and so is rounding
+            value = 0.1 + 0.01 * rng.standard_normal(shape)
+        elif name.endswith("dt_bias"):  # heads that forget at different rates, from half a row to a dozen rows
+            value = rng.uniform(-2.5, 0.5, shape)
         elif len(shape) == 1:
             value = 0.1 * rng.standard_normal(shape)
         elif name == "embedding.weight":

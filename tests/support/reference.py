@@ -107,13 +107,53 @@ def _baseline(weights: Weights, config, x: np.ndarray) -> np.ndarray:
     window = None
     if config.architecture == "sliding_window":
         window = config.history_window + config.generation_window
-    for i in range(config.num_blocks * (config.hidden_depth + 2)):
+    layers = config.num_blocks * (config.hidden_depth + 2)
+    for i in range(layers):
         layer = _Layer(weights, f"transformer.transformer_layers.{i}.", config)
+        fourth = i % 4 == 3 or (layers < 4 and i == layers - 1)
+        if config.architecture == "gated_deltanet" or (config.architecture == "gated_deltanet_hybrid" and not fourth):
+            x = layer.update(x, _gated_deltanet(layer, x))
+            continue
         q, k, v = layer.project(x, np.arange(len(x)))
         if i == 0:
             k = layer.project(key_rows(weights, config, x), np.arange(len(x)))[1]
         x = layer.update(x, _attend(q, k, v, causal=True, window=window))
     return x
+
+
+def _gated_deltanet(layer: "_Layer", x: np.ndarray) -> np.ndarray:
+    """What the layer's heads give to each row, [length, heads * width]."""
+    y, length = _norm(x, layer.get("norm1.weight"), layer.get("norm1.bias")), len(x)
+    heads = len(layer.get("A_log"))
+    qkv, gate = np.split(y @ layer.get("qkvg_proj.weight").T, [-len(layer.get("qkvg_proj.weight")) // 4], axis=-1)
+    mixed = np.zeros_like(qkv)
+    for t in range(length):
+        for back in range(min(4, t + 1)):
+            mixed[t] += layer.get("conv.weight")[:, 3 - back] * qkv[t - back]
+    mixed = mixed / (1 + np.exp(-mixed))
+    q, k, v = (part.reshape(length, heads, -1) for part in np.split(mixed, 3, axis=-1))
+    rates = y @ layer.get("rates_proj.weight").T
+    g = -np.exp(layer.get("A_log")) * np.log1p(np.exp(rates[:, :heads] + layer.get("dt_bias")))
+    q, k = (part / np.sqrt((part**2).sum(-1, keepdims=True) + 1e-6) for part in (q, k))
+    o = delta_rule(q, k, v, g, 1 / (1 + np.exp(-rates[:, heads:])))[0]
+    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * layer.get("head_norm.weight")
+    return o.reshape(length, -1) * gate / (1 + np.exp(-gate))
+
+
+def delta_rule(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, beta: np.ndarray, state: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs [length, heads, d] and the last state [heads, d, d] of the gated delta rule, row by row."""
+    length, heads, d = q.shape
+    state = np.zeros((heads, d, d)) if state is None else state.copy()
+    o = np.zeros((length, heads, d))
+    for t in range(length):
+        for h in range(heads):
+            S = np.exp(g[t, h]) * state[h]
+            S = S + beta[t, h] * np.outer(k[t, h], v[t, h] - S.T @ k[t, h])
+            o[t, h] = S.T @ q[t, h] / math.sqrt(d)
+            state[h] = S
+    return o, state
 
 
 def _history_window(config, n: int) -> int:
@@ -139,7 +179,11 @@ class _Layer:
         return [_rope(q, positions), _rope(k, positions), v]
 
     def update(self, u: np.ndarray, attended: np.ndarray) -> np.ndarray:
-        v = u + attended.reshape(u.shape) @ self.get("out_proj.weight").T + self.get("out_proj.bias")
+        v = (
+            u
+            + attended.reshape(len(u), self.get("out_proj.weight").shape[1]) @ self.get("out_proj.weight").T
+            + self.get("out_proj.bias")
+        )
         y = _norm(v, self.get("norm2.weight"), self.get("norm2.bias"))
         if self.config.num_experts < 2:
             return v + self.expert(y, "ffn.")

@@ -6,7 +6,8 @@ such as norms and the token shift. Heads have their true widths, causal attentio
 key counts, and every product of the forward pass, computed once, has two in the backward pass. Block 0's `compress`
 projections are counted once per token; the last block has no `restore`, and of its history only keys, values and z's
 queries. Tokens that run again in the next window, by `model.window_overlap`, count as rows of both, and for the head
-once.
+once. A Gated DeltaNet layer is counted row by row: to decay its state is done element by element; to read it under a
+key, to write it and to read it under a query are products.
 `benchmarks.flops` counts what a device executes.
 """
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.models.feed_forward import EXPERTS
 from tlinformer_jax.models.model import attention_window, build_model
 from tlinformer_jax.models.windows import FIRST_WINDOW, Segment, assign_runs, num_windows, plan_segments
 from tlinformer_jax.parallel.sharding import SequenceSplit, SplitWindows
@@ -143,7 +145,8 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     """Model FLOPs of a sequence's forward pass without the head: outside the windows, and in those not skipped."""
     inner = config.d_model
     if not config.windowed:
-        return Forward(), causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
+        attention = causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
+        return Forward(), attention + delta_layers(config, length)
     size = config.generation_window
     first, total = min(length, size), Forward()
     if not skipped:
@@ -172,9 +175,16 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
 
 
 def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:
-    """All layers as ordinary causal ones over `rows` rows."""
+    """All layers of attention as ordinary causal ones over `rows` rows."""
     layer = project(config, rows, 3, inner) + _update(config, rows, inner) + _attend(pairs, inner)
-    return layer * config.num_layers
+    return layer * config.attention_layers
+
+
+def delta_layers(config: ModelConfig, rows: int) -> Forward:
+    """All Gated DeltaNet layers over `rows` rows, whose states are read and written row by row."""
+    delta, layers = config.delta, config.num_layers - config.attention_layers
+    per_row = 5 * delta.inner + 2 * delta.heads + _feed_forward(config, delta.feed_forward)
+    return Forward(matrix=2.0 * rows * config.d_model * per_row, attention=6.0 * rows * delta.state_size) * layers
 
 
 def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
@@ -219,21 +229,21 @@ def project(config: ModelConfig, rows: int, parts: int, inner: int) -> Forward:
 
 
 def _update(config: ModelConfig, rows: int, inner: int) -> Forward:
-    routed = config.num_experts if config.mixture else 0
-    return Forward(matrix=2.0 * rows * config.d_model * (inner + 3 * active_width(config) + routed))
+    return Forward(matrix=2.0 * rows * config.d_model * (inner + _feed_forward(config, config.feed_forward_dim)))
 
 
-def active_width(config: ModelConfig) -> int:
-    """The width of the feed-forward that a row goes through, of all its experts together."""
-    return config.feed_forward_dim * config.active_experts
+def _feed_forward(config: ModelConfig, width: int) -> int:
+    """Columns of the matrices of D rows that a row goes through in a feed-forward, or in experts, of that width."""
+    return 3 * width * config.active_experts + (config.num_experts if config.mixture else 0)
 
 
 def active_parameters(config: ModelConfig) -> int:
     """Parameters without the experts that a row does not take."""
-    idle = config.num_experts - config.active_experts if config.mixture else 0
     shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    return total - 3 * idle * config.num_layers * config.d_model * config.feed_forward_dim
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    experts = sum(leaf.size for path, leaf in leaves if path[-1].key.startswith(EXPERTS))
+    total = sum(leaf.size for _, leaf in leaves)
+    return total - experts + experts * config.active_experts // max(config.num_experts, 1)
 
 
 def _attend(pairs: float, inner: int) -> Forward:

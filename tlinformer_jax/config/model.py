@@ -4,11 +4,20 @@ import dataclasses
 import math
 from typing import Any
 
+from tlinformer_jax.config.delta import DeltaShape, delta_shape
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import platform
 
-ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
+ARCHITECTURES = (
+    "tlinformer",
+    "tconstformer",
+    "transformer",
+    "sliding_window",
+    "gated_deltanet",
+    "gated_deltanet_hybrid",
+)
 WINDOWED = ("tlinformer", "tconstformer")
+RECURRENT = ("gated_deltanet", "gated_deltanet_hybrid")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
@@ -35,6 +44,8 @@ SHORT_SEQUENCE = 1024
 MOST_UNROLLED = 20
 # The inner values of more rows than this do not fit beside a history of a million tokens on one device.
 WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
+# Of the hybrid's layers every so many-th is one of attention.
+HYBRID_PERIOD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +106,11 @@ class ModelConfig:
     Attributes:
       architecture: 'tlinformer'; 'tconstformer' (its `compress` layer does not let the generation window read
         the raw history); 'transformer' (causal attention to everything); 'sliding_window' (causal attention to
-        the last history_window + generation_window positions). The last two have
-        num_blocks * (hidden_depth + 2) layers, so equal fields mean equal parameters.
+        the last history_window + generation_window positions); 'gated_deltanet' (a recurrent state of constant
+        size, arXiv 2412.06464); 'gated_deltanet_hybrid' (three of its layers, then one of attention, and so on; of
+        fewer than four layers the last is the one of attention). The last four have
+        num_blocks * (hidden_depth + 2) layers, so equal fields mean equal parameters: exactly, but for Gated
+        DeltaNet's layers to 0.1%, by their feed-forward's width (see `config.delta.delta_shape`).
       vocab_size: V, ids that a token may have; in a run's configuration also 'auto', the default: as many as the
         tokenizer has, rounded up to a multiple of 128.
       d_model: D, the width of a row.
@@ -190,6 +204,13 @@ class ModelConfig:
             raise ConfigError(
                 "model.history_position", "none", f"must be 'rotary' for architecture {self.architecture!r}"
             )
+        if self.recurrent and self.delta.feed_forward < 1:
+            least = self.feed_forward_dim + 1 - self.delta.feed_forward
+            allowed = f"must be at least {least} for architecture {self.architecture!r}, whose mixer takes from it"
+            raise ConfigError("model.d_ff", self.d_ff, allowed)
+        if self.recurrent and self.token_shift:
+            allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"
+            raise ConfigError("model.token_shift", True, allowed)
 
     def _check_overlap(self) -> None:
         overlap, size = self.window_overlap, self.generation_window
@@ -226,6 +247,27 @@ class ModelConfig:
         return self.experts_per_token if self.mixture else 1
 
     @property
+    def delta(self) -> DeltaShape:
+        """Shape of the Gated DeltaNet layers that stand in for standard layers of this model."""
+        return delta_shape(self.d_model, self.head_dim, self.feed_forward_dim)
+
+    def attends(self, layer: int) -> bool:
+        """Whether layer `layer` of an architecture without generation windows is one of attention."""
+        if self.architecture not in RECURRENT:
+            return True
+        last = min(HYBRID_PERIOD, self.num_layers) - 1
+        return self.architecture == "gated_deltanet_hybrid" and layer % HYBRID_PERIOD == last
+
+    def place(self, layer: int) -> int:
+        """Which layer of its kind a layer is, of attention or not."""
+        return sum(self.attends(index) == self.attends(layer) for index in range(layer))
+
+    @property
+    def attention_layers(self) -> int:
+        """How many layers are of attention."""
+        return sum(map(self.attends, range(self.num_layers)))
+
+    @property
     def layers_per_block(self) -> int:
         """compress, the hidden layers, restore."""
         return self.hidden_depth + 2
@@ -244,6 +286,16 @@ class ModelConfig:
     def history_nope(self) -> bool:
         """Whether the reads that span the whole history have no position."""
         return self.history_position == "none"
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the architecture has Gated DeltaNet layers."""
+        return self.architecture in RECURRENT
+
+    @property
+    def grows(self) -> bool:
+        """Whether the cache of a sequence grows with it."""
+        return self.architecture in ("tlinformer", "tconstformer", "transformer", "gated_deltanet_hybrid")
 
     @property
     def compute_dtype(self) -> Any:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, write_row
+from tlinformer_jax.models.delta import DeltaState
 from tlinformer_jax.models.model import NO_TOKEN
 from tlinformer_jax.parallel.mesh import platform
 from tlinformer_jax.parallel.sharding import SplitRows
@@ -110,17 +111,19 @@ class LayeredCache:
     """State of a baseline between tokens.
 
     Attributes:
-      layers: keys and values under every layer, [num_layers, batch, heads, d_h, capacity]. For a
+      layers: keys and values under every layer of attention, [layers, batch, heads, d_h, capacity]. For a
         sliding window the capacity is the window minus one; row `position % capacity` holds a position.
       length: tokens so far.
       capacity: rows there is room for (static).
       last: each sequence's last token, NO_TOKEN before the first; None without `config.token_shift`.
+      state: of the Gated DeltaNet layers, [layers, batch, ...]; None without any. It does not grow.
     """
 
     layers: KeyValue
     length: Int[Array, " batch"]
     capacity: int = flax.struct.field(pytree_node=False)
     last: Int[Array, " batch"] | None = None
+    state: DeltaState | None = None
 
     @property
     def position(self) -> Int[Array, " batch"]:
@@ -128,18 +131,35 @@ class LayeredCache:
         return self.length
 
     def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, None]:
-        """What a token reads in a layer."""
+        """What a token reads in a layer, counted among those of attention."""
         return CachedRows(self.layers, jnp.minimum(self.length, self.capacity), layer), None
 
     def last_token(self) -> Int[Array, " batch"] | None:
         """Of each sequence; NO_TOKEN where there is none."""
         return self.last
 
-    def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "LayeredCache":
+    def with_token(
+        self, tokens: Int[Array, " batch"], own: KeyValue | None, active: Bool[Array, " batch"]
+    ) -> "LayeredCache":
         """With one more row of every active sequence; those of a sliding window go round."""
-        layers = write_row(self.layers, own, self.length % self.capacity, active)
+        layers = self.layers if own is None else write_row(self.layers, own, self.length % self.capacity, active)
         last = None if self.last is None else jnp.where(active, tokens, self.last)
         return dataclasses.replace(self, layers=layers, length=self.length + active, last=last)
+
+    def state_of(self, layer: int) -> DeltaState:
+        """That of a Gated DeltaNet layer, counted among those."""
+        assert self.state is not None
+        return jax.tree.map(lambda array: array[layer], self.state)
+
+    def with_states(self, states: Sequence[DeltaState], active: Bool[Array, " batch"]) -> "LayeredCache":
+        """With the states, by layer, of every active sequence after one more token."""
+        if not states:
+            return self
+
+        def of_active(old: Array, *new: Array) -> Array:
+            return jnp.where(active.reshape(1, -1, *(1,) * (old.ndim - 2)), jnp.stack(new), old)
+
+        return dataclasses.replace(self, state=jax.tree.map(of_active, self.state, *states))
 
 
 Cache = WindowedCache | LayeredCache
@@ -161,6 +181,8 @@ def capacity_for(config: ModelConfig, tokens: int, final: int | None = None, par
     """
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window - 1
+    if not config.grows:
+        return 1  # of no layer
     rows, last = (-(-stored_rows(config, length) // parts) for length in (tokens, final or tokens))
     if last * 10 <= rows * 13 and last > CHUNK_ROWS:
         granule = min(4 * CHUNK_ROWS, 1 << (last.bit_length() - 4))  # an eighth of it at most
@@ -221,7 +243,10 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows 
 
     if not config.windowed:
         last = jnp.full((batch,), NO_TOKEN, jnp.int32) if config.token_shift else None
-        return LayeredCache(rows(capacity, config.num_layers), lengths(), capacity, last)
+        attention = config.attention_layers
+        recurrent = config.num_layers - attention
+        state = DeltaState.empty(config, recurrent, batch) if recurrent else None
+        return LayeredCache(rows(capacity, attention), lengths(), capacity, last, state)
     observed, own = max(config.observed_rows(capacity), 1), config.window_overlap + config.generation_window
     parts = 1 if split is None else split.parts
     kept = config.num_blocks if config.architecture == "tlinformer" else 0
@@ -259,8 +284,8 @@ class CacheBytes:
     Attributes:
       parts: by the names of the cache's fields; its counts of rows are `lengths`.
       paper: of all devices together by the paper's equation 7,
-        2 * tokens * D * bytes * layers / (H + 2); for the Transformer without the divisor; None for
-        caches that do not grow.
+        2 * tokens * D * bytes * layers / (H + 2); for the baselines without the divisor, by their layers of
+        attention; None for caches that do not grow.
       devices: that the history is split over; each has everything else whole.
     """
 
@@ -292,11 +317,13 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
     """
     tokens, batch = sum(lengths), len(lengths)
     row = 2 * config.d_model * config.compute_dtype.itemsize  # key and value of one token under one layer
-    paper, devices = tokens * config.num_layers * row, 1
+    paper, devices = tokens * (config.num_layers if config.windowed else config.attention_layers) * row, 1
     if isinstance(cache, LayeredCache):
         held = sum(min(length, cache.capacity) for length in lengths)
-        sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.num_layers * row)}
+        sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.attention_layers * row)}
         sizes["lengths"] = (cache.length, 4 * batch)
+        if cache.state is not None:
+            sizes["state"] = (cache.state, tree_bytes(cache.state))
         if cache.last is not None:
             sizes["last"] = (cache.last, 4 * batch)
     else:
@@ -315,7 +342,7 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
         }
         paper //= config.layers_per_block
     parts = {name: PartBytes(tree_bytes(arrays), used) for name, (arrays, used) in sizes.items()}
-    grows = config.architecture in ("tlinformer", "transformer")
+    grows = config.grows and config.architecture != "tconstformer"
     return CacheBytes(parts, paper if grows else None, devices)
 
 

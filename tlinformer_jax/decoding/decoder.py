@@ -17,6 +17,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding import layered, spread, windowed
 from tlinformer_jax.decoding.cache import (
     Cache,
+    LayeredCache,
     WindowedCache,
     capacity_for,
     history_of,
@@ -25,7 +26,9 @@ from tlinformer_jax.decoding.cache import (
 )
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params, embed, logits_of
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, mark_seen, sample
-from tlinformer_jax.models.cached_attention import token_layer
+from tlinformer_jax.models.cached_attention import KeyValue, token_layer
+from tlinformer_jax.models.delta import DeltaParams, DeltaState, delta_mixer
+from tlinformer_jax.models.layers import update
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.models.rope import rope_table
 
@@ -46,13 +49,24 @@ def step(
     nothing.
     """
     before = cache.last_token() if config.token_shift else None
-    embedded, rope, new = embed(params, tokens, before), rope_table(cache.position, config.head_dim), []
+    embedded, rope = embed(params, tokens, before), rope_table(cache.position, config.head_dim)
     x, key_rows = embedded.rows, embedded.key_rows
+    rows: list[KeyValue] = []
+    states: list[DeltaState] = []
     for index, layer in enumerate(params.layers):
-        x, own = token_layer(layer, config, x, rope, *cache.read_by(config, index), key_rows=key_rows)
+        place = config.place(index)
+        if isinstance(layer, DeltaParams):
+            assert isinstance(cache, LayeredCache)
+            mixed, state = delta_mixer(layer, x[:, None], cache.state_of(place))
+            x = update(layer, x[:, None], mixed)[:, 0]
+            states.append(state)
+        else:
+            x, row = token_layer(layer, config, x, rope, *cache.read_by(config, place), key_rows=key_rows)
+            rows.append(row)
         key_rows = None  # of the first layer
-        new.append(own)
-    own = jax.tree.map(lambda *layers: jnp.stack(layers), *new)
+    if isinstance(cache, LayeredCache):
+        cache = cache.with_states(states, active)
+    own: Any = jax.tree.map(lambda *layers: jnp.stack(layers), *rows) if rows else None
     return cache.with_token(tokens, own, active), logits_of(params, x)
 
 
@@ -206,7 +220,7 @@ class Decoder:
         Of a single sequence it drops what the slide rebuilds that must follow.
         """
         config = self.config
-        if config.architecture == "sliding_window" or stored_rows(config, tokens) <= cache.capacity:
+        if not config.grows or stored_rows(config, tokens) <= cache.capacity:
             return cache
         return spread.grow(config, cache, capacity_for(config, tokens, final, self.devices))
 

@@ -1,4 +1,4 @@
-"""The baselines' `prefill`, with a cache of every layer's keys; a token is `decoder.step`."""
+"""The baselines' `prefill`, with a cache of every layer's keys, or its state; a token is `decoder.step`."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ from tlinformer_jax.decoding.cache import LayeredCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.attention import attend_chunk, fused_kernel
 from tlinformer_jax.models.cached_attention import KeyValue, lane_rows
+from tlinformer_jax.models.delta import DeltaParams, DeltaState, delta_mixer
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.model import attention_window
 from tlinformer_jax.models.rope import rope_table
@@ -36,7 +37,7 @@ def prefill(
 
     The prompt has `length` >= 1 tokens, and padding up to a length class.
     """
-    embedded, layers, capacity = embed(params, prompt[None]), cache.layers, cache.capacity
+    embedded, layers, capacity, states = embed(params, prompt[None]), cache.layers, cache.capacity, cache.state
 
     def write(array: Array, rows: Array, index: int) -> Array:
         if config.architecture == "sliding_window":
@@ -47,14 +48,32 @@ def prefill(
         return jax.lax.dynamic_update_slice(array, rows, (index, row, 0, 0, 0))
 
     x, key_rows = embedded.rows, embedded.key_rows
-    for index, layer in enumerate(params.wide_layers):
+    for number, layer in enumerate(params.wide_layers):
+        index = config.place(number)
+        if isinstance(layer, DeltaParams):
+            x, state = _delta_layer(layer, config, x, length)
+            states = jax.tree.map(lambda array, new, at=index: array.at[at, row].set(new[0]), states, state)
+            continue
         x, key, value = _layer(layer, config, x, length, key_rows)
         key_rows = None  # of the first layer
         layers = KeyValue(write(layers.key, key, index), write(layers.value, value, index))
     last = jax.lax.dynamic_index_in_dim(x[0], length - 1, keepdims=False)
     end = None if cache.last is None else cache.last.at[row].set(prompt[length - 1])
-    cache = dataclasses.replace(cache, layers=layers, length=cache.length.at[row].set(length), last=end)
+    cache = dataclasses.replace(cache, layers=layers, length=cache.length.at[row].set(length), last=end, state=states)
     return cache, logits_of(params, last)
+
+
+def _delta_layer(layer: DeltaParams, config: ModelConfig, x: Rows, length: Int[Array, ""]) -> tuple[Rows, DeltaState]:
+    """A Gated DeltaNet layer over the first `length` rows of a prompt, chunk by chunk; and the state after them."""
+    size = chunk_rows(x.shape[1])
+
+    def body(start: Int[Array, ""], carry: tuple[Rows, DeltaState]) -> tuple[Rows, DeltaState]:
+        x, state = carry
+        chunk = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+        mixed, state = delta_mixer(layer, chunk, state, jnp.clip(length - start, 0, size))
+        return jax.lax.dynamic_update_slice_in_dim(x, update(layer, chunk, mixed), start, axis=1), state
+
+    return for_chunks(length, x.shape[1], body, (x, DeltaState.empty(config, 1)))
 
 
 def _layer(

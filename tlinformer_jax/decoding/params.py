@@ -1,5 +1,7 @@
 """Parameters as the decoder reads them: cast once, so that a token reads bfloat16 weights and casts none."""
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,6 +10,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import head_multiple
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import TokenLayerParams
+from tlinformer_jax.models.delta import DeltaParams
 from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import NO_TOKEN, ModelParams, output_logits, shifted
 
@@ -20,15 +23,16 @@ class DecoderParams:
       embedding: also the output head.
       blocks: of the windowed architectures, else empty; from `prepare_layers`, for many rows at once.
       wide_layers: of the baselines, the same.
-      layers: all layers in order, whatever the architecture, for one row per sequence.
+      layers: all layers in order, whatever the architecture, for one row per sequence; those of Gated DeltaNet are
+        the same for one row and for many.
       norm_scale, norm_bias: of the final LayerNorm.
       shift: of the tokens; None without `config.token_shift`.
     """
 
     embedding: Float[Array, "V D"]
     blocks: tuple[BlockParams, ...]
-    wide_layers: tuple[LayerParams, ...]
-    layers: tuple[TokenLayerParams, ...]
+    wide_layers: tuple[LayerParams | DeltaParams, ...]
+    layers: tuple[TokenLayerParams | DeltaParams, ...]
     norm_scale: Float[Array, " D"]
     norm_bias: Float[Array, " D"]
     shift: Float[Array, " D"] | None
@@ -37,12 +41,15 @@ class DecoderParams:
 def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
     """Casts a model's parameters; a pure function, to be jitted once."""
     dtype, multiple = config.compute_dtype, head_multiple(config.compute_dtype, config.attention)
-    layers = params.layers or tuple(layer for block in params.blocks for layer in block.layers())
+    layers: tuple[Any, ...] = params.layers or tuple(layer for block in params.blocks for layer in block.layers())
     return DecoderParams(
         embedding=params.embedding.astype(dtype),
         blocks=prepare_layers(params.blocks, dtype, multiple),
         wide_layers=prepare_layers(params.layers, dtype, multiple),
-        layers=tuple(TokenLayerParams.of(layer) for layer in prepare_layers(layers, dtype)),
+        layers=tuple(
+            layer if isinstance(layer, DeltaParams) else TokenLayerParams.of(layer)
+            for layer in prepare_layers(layers, dtype)
+        ),
         norm_scale=params.norm_scale,
         norm_bias=params.norm_bias,
         shift=params.shift,

@@ -216,7 +216,7 @@ class Stream(Iterator[Piece]):
         decoder, config, everyone = self._decoder, self._decoder.config, self._lengths
         lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
         size, longest = config.generation_window, max(lengths.values())
-        if config.architecture == "sliding_window":
+        if not config.grows:
             return cache, MAX_STEPS
         if not config.windowed:
             cache = decoder.grow(cache, longest + 1, self._final)

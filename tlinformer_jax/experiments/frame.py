@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from tlinformer_jax.config.data import NEEDLES, PAIR_SIZES
-from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.model import RECURRENT, ModelConfig
 from tlinformer_jax.data.tasks import chance_by_elimination
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.job import RESULT_FILE, Record, completed, essence, read_result
@@ -33,6 +33,8 @@ NUMBERS = (
 NAMES = {
     "transformer": "full attention",
     "sliding_window": "sliding window",
+    "gated_deltanet": "Gated DeltaNet",
+    "gated_deltanet_hybrid": "Gated DeltaNet, hybrid",
     "tlinformer": "TLinFormer",
     "tconstformer": "TConstFormer",
 }
@@ -120,7 +122,7 @@ def _found_at(history: Sequence[Sequence[Any]]) -> float:
 def _windows(model: Mapping[str, Any], length: int) -> tuple[int | None, float | None]:
     """W_total, None without windows or with 'auto'; and W_oh / W_total, with 'auto' that of the last window."""
     size, rows = model["generation_window"], model["history_window"]
-    if model["architecture"] == "transformer":
+    if model["architecture"] in ("transformer", *RECURRENT):
         return None, None
     if rows != "auto":
         return rows + size, rows / (rows + size)
@@ -155,6 +157,8 @@ def _words(model: Mapping[str, Any]) -> str:
     """Architecture and windows, for a legend."""
     if model["architecture"] == "transformer":
         return "Transformer"
+    if model["architecture"] in RECURRENT:
+        return NAMES[model["architecture"]]
     size, rows, selection = model["generation_window"], model["history_window"], model.get("observed_selection")
     if model["architecture"] == "sliding_window":
         return f"sliding window, {rows + size:,} tokens"

@@ -61,6 +61,11 @@ class Config:
     history_position: str = "rotary"
     window_overlap: int = 0
 
+    def __post_init__(self) -> None:
+        known = ("tlinformer", "tconstformer", "transformer", "sliding_window")
+        if self.architecture not in known:
+            raise ValueError(f"architecture = {self.architecture!r}: must be one of {', '.join(known)} in PyTorch")
+
     @property
     def num_layers(self) -> int:
         """Layers in all, in every architecture."""

@@ -3,7 +3,8 @@
 The published matrices are [out, in]; query, key and value share one projection in this order; w1 and w3 of the
 feed-forward, separate there, are `gate_up_kernel` here. The tied table appears twice there, as
 `embedding.weight` and as `transformer.lm_head.weight`. The token shift and experts are no published model's; in a
-file they are `token_shift`, and of a layer `ffn.router.weight` [E, D] and `ffn.experts.0.w1.weight` and so on.
+file they are `token_shift`, and of a layer `ffn.router.weight` [E, D] and `ffn.experts.0.w1.weight` and so on. Nor are
+Gated DeltaNet's layers: their names follow the same pattern.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tlinformer_jax.config.delta import CONVOLUTION
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
 
@@ -53,9 +55,10 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     params: dict[str, Any] = {"embedding": arrays[EMBEDDING]}
     params |= {ours: arrays[theirs] for ours, theirs in FINAL_NORM.items()}
     params |= {"shift": arrays[SHIFT]} if config.token_shift else {}
-    for path, prefix in layer_names(config):
+    for index, (path, prefix) in enumerate(layer_names(config)):
         layer = {
-            ours: arrays[prefix + theirs].T.reshape(shape) for theirs, (ours, shape, _) in _layer_arrays(config).items()
+            ours: arrays[prefix + theirs].T.reshape(shape)
+            for theirs, (ours, shape, _) in _layer_arrays(config, index).items()
         }
         layer = _joined(layer, config)
         node = params
@@ -71,12 +74,12 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
     arrays = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
     arrays |= {theirs: params[ours] for ours, theirs in FINAL_NORM.items()}
     arrays |= {SHIFT: params["shift"]} if config.token_shift else {}
-    for path, prefix in layer_names(config):
+    for index, (path, prefix) in enumerate(layer_names(config)):
         node = params
         for part in path:
             node = node[part]
         layer = _apart(node, config)
-        for theirs, (ours, _, shape) in _layer_arrays(config).items():
+        for theirs, (ours, _, shape) in _layer_arrays(config, index).items():
             arrays[prefix + theirs] = np.ascontiguousarray(layer[ours].reshape(shape[::-1]).T)
     return arrays
 
@@ -102,21 +105,34 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     table = (config.vocab_size, config.d_model)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, HEAD: table}
     shapes |= dict.fromkeys((*FINAL_NORM.values(), *(SHIFT,) * config.token_shift), (config.d_model,))
-    for _, prefix in layer_names(config):
-        shapes |= {prefix + name: shape for name, (_, _, shape) in _layer_arrays(config).items()}
+    for index, (_, prefix) in enumerate(layer_names(config)):
+        shapes |= {prefix + name: shape for name, (_, _, shape) in _layer_arrays(config, index).items()}
     return shapes
 
 
-def _layer_arrays(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Of a layer's arrays: published name -> our name, our shape, published shape.
+def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Of layer `index`'s arrays: published name -> our name, our shape, published shape.
 
     Transposed, a published array has our order of numbers. For 'gate', 'up' and 'down' see `_joined`.
     """
     width, inner, heads = config.d_model, config.feed_forward_dim, (config.num_heads, config.head_dim)
-    feed_forward: dict[str, Any] = {}
-    if config.mixture:
-        shape = (width, config.num_experts)
-        feed_forward["ffn.router.weight"] = ("router_kernel", shape, shape[::-1])
+    mixer: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+        "qkv_proj.weight": ("qkv_kernel", (width, 3, *heads), (3 * width, width)),
+        "qkv_proj.bias": ("qkv_bias", (3, *heads), (3 * width,)),
+    }
+    if not config.attends(index):
+        delta = config.delta
+        inner, heads, all_heads = delta.feed_forward, (delta.heads, delta.width), delta.inner
+        mixer = {
+            "qkvg_proj.weight": ("qkvg_kernel", (width, 4, *heads), (4 * all_heads, width)),
+            "conv.weight": ("conv_kernel", (CONVOLUTION, 3, *heads), (3 * all_heads, CONVOLUTION)),
+            "rates_proj.weight": ("rates_kernel", (width, 2, delta.heads), (2 * delta.heads, width)),
+            "A_log": ("A_log", (delta.heads,), (delta.heads,)),
+            "dt_bias": ("dt_bias", (delta.heads,), (delta.heads,)),
+            "head_norm.weight": ("head_norm_scale", (delta.width,), (delta.width,)),
+        }
+    feed_forward = {"ffn.router.weight": ("router_kernel", (width, config.num_experts), (config.num_experts, width))}
+    feed_forward = feed_forward if config.mixture else {}
     for expert in _experts(config):
         feed_forward |= {
             f"ffn.{expert}w1.weight": (f"{expert}gate", (width, inner), (inner, width)),
@@ -126,9 +142,8 @@ def _layer_arrays(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...], 
     return {
         "norm1.weight": ("norm1_scale", (width,), (width,)),
         "norm1.bias": ("norm1_bias", (width,), (width,)),
-        "qkv_proj.weight": ("qkv_kernel", (width, 3, *heads), (3 * width, width)),
-        "qkv_proj.bias": ("qkv_bias", (3, *heads), (3 * width,)),
-        "out_proj.weight": ("out_kernel", (*heads, width), (width, width)),
+        **mixer,
+        "out_proj.weight": ("out_kernel", (*heads, width), (width, heads[0] * heads[1])),
         "out_proj.bias": ("out_bias", (width,), (width,)),
         "norm2.weight": ("norm2_scale", (width,), (width,)),
         "norm2.bias": ("norm2_bias", (width,), (width,)),

@@ -5,6 +5,7 @@ rows      LayerNorm's backward pass; cross-entropy and its gradient: in training
 decode    a generated token: attention to the cache, projections, the rest of a layer (GPU)
 history   `prefill` and `slide`: writing and reading a cached history (GPU)
 splash    attention by JAX's own TPU kernel
+delta     the delta rule of Gated DeltaNet, by jax-linear-attention's kernels where that is installed (GPU)
 common    whether a kernel is used, and what several of them share
 
 Gains are those of docs/performance.md, "Kernels against plain XLA", on an H100.

@@ -1,10 +1,11 @@
-"""The four architectures, from the paper's block to logits.
+"""The architectures, from the paper's block to logits.
 
 block         compress, hidden, restore: the paper's equations
 streams       the C, z and x that they take; windows: where each window stands
 layers        the one layer: parameters, dropout, `project`, `update`; attention, rope: what it consists of
 tlinformer    a window through all blocks, all windows of a sequence; recompute: gradients of such loops
-model         the whole model, and the layers of the Transformer and the sliding window
+delta         the mixer of Gated DeltaNet
+model         the whole model, and the baselines' layers
 cached_attention    the layer of a generated token, and attention to cached rows
 
 The names below are imported on first use: configuration alone does not need JAX.

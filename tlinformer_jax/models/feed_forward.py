@@ -29,6 +29,8 @@ from tlinformer_jax.parallel.sharding import batch_spec, constrain_batch, open_a
 
 BALANCE_LOSS, Z_LOSS = 0.01, 0.001
 EXPERT_AXIS = "expert"
+# Names of the parameters that every expert has of its own begin so.
+EXPERTS = "experts_"
 
 Rows = Float[Array, "batch length D"]
 Chosen = Int[Array, "batch length top"]

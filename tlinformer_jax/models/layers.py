@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import rows as row_kernels
 from tlinformer_jax.kernels.common import STEP, kept, mixed, threefry
-from tlinformer_jax.models.feed_forward import Router, feed_forward
+from tlinformer_jax.models.feed_forward import EXPERTS, Router, feed_forward
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
 LAYER_NORM_EPSILON = 1e-5
@@ -30,21 +30,27 @@ INIT_STD = 0.02
 # ---- Parameters
 
 
-@flax.struct.dataclass
-class LayerParams:
-    """Parameters of one layer; D width, F feed-forward width, h heads of d_h features."""
+@flax.struct.dataclass(kw_only=True)
+class ResidualParams:
+    """Parameters that every layer has, whatever mixes its rows: D width, F feed-forward width, h heads of d_h."""
 
-    norm1_scale: Array  # [D]. LayerNorm before attention
+    norm1_scale: Array  # [D]. LayerNorm before the mixer
     norm1_bias: Array  # [D]
-    qkv_kernel: Array  # [D, 3, h, d_h]. Queries, keys, values in this order
-    qkv_bias: Array  # [3, h, d_h]
-    out_kernel: Array  # [h, d_h, D]. Output projection of attention
+    out_kernel: Array  # [h, d_h, D]. Output projection of the mixer
     out_bias: Array  # [D]
     norm2_scale: Array  # [D]. LayerNorm before the feed-forward
     norm2_bias: Array  # [D]
     gate_up_kernel: Array  # [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU; of experts [E, D, 2, F]
     down_kernel: Array  # [F, D]. w2 of the SwiGLU; of experts [E, F, D]
     router: Router | None = None  # of a mixture of experts
+
+
+@flax.struct.dataclass
+class LayerParams(ResidualParams):
+    """Parameters of one layer of attention."""
+
+    qkv_kernel: Array  # [D, 3, h, d_h]. Queries, keys, values in this order
+    qkv_bias: Array  # [3, h, d_h]
 
 
 class Layer(nn.Module):
@@ -57,14 +63,8 @@ class Layer(nn.Module):
         config = self.config
         width, heads, head_dim, inner = config.d_model, config.num_heads, config.head_dim, config.feed_forward_dim
         dtype = jnp.dtype(config.param_dtype)
-        normal = nn.initializers.normal(INIT_STD)
         residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        experts, name = ((config.num_experts,), "experts_") if config.mixture else ((), "")
-        router = None
-        if config.mixture:
-            kernel = self.param("router_kernel", normal, (width, config.num_experts), dtype)
-            router = Router(kernel, config.experts_per_token)
         return LayerParams(
             norm1_scale=self.param("norm1_scale", ones, (width,), dtype),
             norm1_bias=self.param("norm1_bias", zeros, (width,), dtype),
@@ -74,10 +74,25 @@ class Layer(nn.Module):
             out_bias=self.param("out_bias", zeros, (width,), dtype),
             norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
             norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
-            gate_up_kernel=self.param(f"{name}gate_up_kernel", normal, (*experts, width, 2, inner), dtype),
-            down_kernel=self.param(f"{name}down_kernel", residual, (*experts, inner, width), dtype),
-            router=router,
+            **feed_forward_params(self, config, inner),
         )
+
+
+def feed_forward_params(module: nn.Module, config: ModelConfig, inner: int) -> dict[str, Any]:
+    """Declares, in a layer's module, the fields of `ResidualParams` that are of a feed-forward of width `inner`."""
+    normal = nn.initializers.normal(INIT_STD)
+    residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
+    width, dtype = config.d_model, jnp.dtype(config.param_dtype)
+    experts = (config.num_experts,) * config.mixture
+    name = EXPERTS if config.mixture else ""
+    fields: dict[str, Any] = {
+        "gate_up_kernel": module.param(f"{name}gate_up_kernel", normal, (*experts, width, 2, inner), dtype),
+        "down_kernel": module.param(f"{name}down_kernel", residual, (*experts, inner, width), dtype),
+    }
+    if config.mixture:
+        kernel = module.param("router_kernel", normal, (width, config.num_experts), dtype)
+        fields["router"] = Router(kernel, config.experts_per_token)
+    return fields
 
 
 # ---- Dropout
@@ -159,44 +174,54 @@ class Embedded:
 
 
 def chain_layers(
-    function: Callable[[Any, tuple[LayerParams, Dropout | None]], tuple[Any, None]],
-    layers: Sequence[LayerParams],
+    function: Callable[[Any, tuple[Any, Dropout | None]], tuple[Any, None]],
+    layers: Sequence[ResidualParams],
     x: Any,
     dropout: Dropout | None,
     scan: bool,
+    period: int = 1,
 ) -> Any:
-    """Feeds x through equal layers: `x, _ = function(x, (layer, dropout of the layer))` for each, in order.
+    """Feeds x through layers: `x, _ = function(x, (layer, dropout of the layer))` for each, in order.
 
-    With `scan` one layer is compiled and a loop goes over the stacked parameters, instead of compiling each.
+    With `scan` as many layers as it takes until their kinds repeat, `period`, are compiled once, and a loop goes over
+    the stacked parameters. What is left at the end is compiled by itself.
     """
     items = [(layer, part_of(dropout, depth)) for depth, layer in enumerate(layers)]
-    if scan and len(layers) > 1:
-        return jax.lax.scan(function, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *items))[0]
-    for item in items:
-        x, _ = function(x, item)
-    return x
+
+    def several(x: Any, items: Sequence[tuple[Any, Dropout | None]]) -> tuple[Any, None]:
+        for item in items:
+            x, _ = function(x, item)
+        return x, None
+
+    looped = len(items) // period * period if scan and len(items) >= 2 * period else 0
+    if looped:
+        groups = [tuple(items[first : first + period]) for first in range(0, looped, period)]
+        x, _ = jax.lax.scan(several, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *groups))
+    return several(x, items[looped:])[0]
 
 
 def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:
-    """A pytree of `LayerParams` as the functions below take it; done once per forward pass, outside all scans.
+    """A pytree of layers' parameters as the functions below take it; once per forward pass, outside all scans.
 
-    Matrices are cast to the compute dtype, vectors stay as they are, and the features of queries and keys are
-    reordered for `rotate`. Heads are padded with zero weights to a multiple of `attention.head_multiple` features:
-    so they come out of the projection as the kernel wants them.
+    Matrices are cast to the compute dtype, vectors stay as they are. Of attention, the features of queries and keys
+    are reordered for `rotate`, and heads are padded with zero weights to a multiple of `attention.head_multiple`
+    features: so they come out of the projection as the kernel wants them.
     """
 
-    def prepare(layer: LayerParams) -> LayerParams:
+    def prepare(layer: ResidualParams) -> ResidualParams:
         router = layer.router  # in float32
         layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
+        layer = dataclasses.replace(layer, router=router)
+        if not isinstance(layer, LayerParams):
+            return _pad_feed_forward(layer, 8 if jnp.dtype(dtype).itemsize < 4 else 1)
         return dataclasses.replace(
             layer,
-            router=router,
             qkv_kernel=_pad_heads(_rotary_order(layer.qkv_kernel), -1, head_multiple),
             qkv_bias=_pad_heads(_rotary_order(layer.qkv_bias), -1, head_multiple),
             out_kernel=_pad_heads(layer.out_kernel, -2, head_multiple),
         )
 
-    return jax.tree.map(prepare, params, is_leaf=lambda node: isinstance(node, LayerParams))
+    return jax.tree.map(prepare, params, is_leaf=lambda node: isinstance(node, ResidualParams))
 
 
 def _rotary_order(qkv: Array) -> Array:
@@ -209,6 +234,16 @@ def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, -array.shape[axis] % multiple)
     return jnp.pad(array, padding) if padding[axis][1] else array
+
+
+def _pad_feed_forward(layer: ResidualParams, multiple: int) -> ResidualParams:
+    """The layer with zero weights up to a multiple of features inside: matrix units load what is aligned."""
+    padding, experts = (0, -layer.down_kernel.shape[-2] % multiple), ((0, 0),) * (layer.down_kernel.ndim - 2)
+    return dataclasses.replace(
+        layer,
+        gate_up_kernel=jnp.pad(layer.gate_up_kernel, (*experts, (0, 0), (0, 0), padding)),
+        down_kernel=jnp.pad(layer.down_kernel, (*experts, padding, (0, 0))),
+    )
 
 
 # ---- What a layer computes
@@ -327,14 +362,14 @@ def project(
 
 
 def update(
-    params: LayerParams,
+    params: ResidualParams,
     x: Float[Array, "batch length D"],
     attended: Float[Array, "batch length heads d_h"],
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch length D"]:
-    """The output projection of what attention gave these rows, then the feed-forward, each with its residual.
+    """The output projection of what the mixer, such as attention, gave these rows, then the feed-forward.
 
-    Dropout is on the feed-forward's output.
+    Each has its residual. Dropout is on the feed-forward's output.
     """
     if not x.shape[1]:
         return x

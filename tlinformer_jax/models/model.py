@@ -1,4 +1,4 @@
-"""The language model: tied embedding, one of four architectures, final LayerNorm, head; and the baselines' layers."""
+"""The language model: tied embedding, one of the architectures, final LayerNorm, head; and the baselines' layers."""
 
 import dataclasses
 from typing import Any
@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.model import HYBRID_PERIOD, ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import CAUSAL_ATTENTION, FEED_FORWARD, BlockParams, DualWindowBlock
+from tlinformer_jax.models.delta import DeltaLayer, DeltaParams, delta_mixer
 from tlinformer_jax.models.layers import (
     INIT_STD,
     Dropout,
     Embedded,
     Layer,
     LayerParams,
+    ResidualParams,
     chain_layers,
     layer_norm,
     part_of,
@@ -47,14 +49,14 @@ class ModelParams:
 
     embedding: jax.Array  # [V, D]; also the output head
     blocks: tuple[BlockParams, ...]  # of the windowed architectures
-    layers: tuple[LayerParams, ...]  # of the baselines
+    layers: tuple[LayerParams | DeltaParams, ...]  # of the baselines
     norm_scale: jax.Array  # [D]. Final LayerNorm
     norm_bias: jax.Array  # [D]
     shift: jax.Array | None = None  # [D], with config.token_shift; see `shifted`
 
 
 class LanguageModel(nn.Module):
-    """A causal language model of any of the four architectures.
+    """A causal language model of any architecture.
 
     `model.init(rng, tokens)` makes the variables, `model.apply(variables, tokens)` the logits. With
     `train=True` and a positive `config.dropout`, `apply` needs `rngs={"dropout": key}`.
@@ -73,7 +75,10 @@ class LanguageModel(nn.Module):
         )
         windowed = config.windowed
         self.blocks = [DualWindowBlock(config) for _ in range(config.num_blocks if windowed else 0)]
-        self.layers = [Layer(config) for _ in range(0 if windowed else config.num_layers)]
+        kinds = [
+            Layer if config.attends(index) else DeltaLayer for index in range(0 if windowed else config.num_layers)
+        ]
+        self.layers = [kind(config) for kind in kinds]
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (config.d_model,), dtype)
         self.norm_bias = self.param("norm_bias", nn.initializers.zeros, (config.d_model,), dtype)
         shifts = config.token_shift
@@ -253,7 +258,7 @@ def attention_window(config: ModelConfig) -> int | None:
 
 
 def forward_layers(
-    layers: tuple[LayerParams, ...],
+    layers: tuple[LayerParams | DeltaParams, ...],
     config: ModelConfig,
     embeddings: Embedded,
     dropout: Dropout | None = None,
@@ -263,16 +268,22 @@ def forward_layers(
     window, plan = attention_window(config), config.plan()
 
     def layer(
-        x: jax.Array, item: tuple[LayerParams, Dropout | None], key_rows: jax.Array | None = None
+        x: jax.Array, item: tuple[ResidualParams, Dropout | None], key_rows: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
         params, dropout = item
-        options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
-        attended = attend(*project(params, x, rope, key_rows=key_rows), causal=True, window=window, **options)
-        return update(params, x, attended, part_of(dropout, FEED_FORWARD)), None
+        if isinstance(params, DeltaParams):
+            mixed, _ = delta_mixer(params, x)
+        else:
+            assert isinstance(params, LayerParams)
+            options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
+            mixed = attend(*project(params, x, rope, key_rows=key_rows), causal=True, window=window, **options)
+        return update(params, x, mixed, part_of(dropout, FEED_FORWARD)), None
 
     if plan.checkpointing:
         layer = jax.checkpoint(layer, prevent_cse=not plan.scan_layers)
-    if embeddings.key_rows is None:
-        return chain_layers(layer, layers, embeddings.rows, dropout, plan.scan_layers)
-    x, _ = layer(embeddings.rows, (layers[0], part_of(dropout, 0)), embeddings.key_rows)
-    return chain_layers(layer, layers[1:], x, part_of(dropout, 1), plan.scan_layers)
+    x, key_rows = embeddings.rows, embeddings.key_rows
+    if key_rows is not None:
+        x, _ = layer(x, (layers[0], part_of(dropout, 0)), key_rows)
+        layers, dropout = layers[1:], part_of(dropout, 1)
+    period = 1 if config.attention_layers in (0, config.num_layers) else HYBRID_PERIOD
+    return chain_layers(layer, layers, x, dropout, plan.scan_layers, period)

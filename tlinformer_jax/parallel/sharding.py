@@ -32,6 +32,10 @@ EVALUATION_AXES = (*BATCH_AXES, "window", "context")
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec(None, "fsdp")),
     (r"qkv_kernel$", PartitionSpec("fsdp", None, "tensor")),
+    (r"qkvg_kernel$", PartitionSpec("fsdp", None, "tensor")),
+    (r"conv_kernel$", PartitionSpec(None, None, "tensor")),
+    (r"rates_kernel$", PartitionSpec("fsdp", None, "tensor")),
+    (r"(A_log|dt_bias)$", PartitionSpec("tensor")),
     (r"qkv_bias$", PartitionSpec(None, "tensor")),
     (r"out_kernel$", PartitionSpec("tensor", None, "fsdp")),
     (r"experts_gate_up_kernel$", PartitionSpec("expert", "fsdp", None, "tensor")),

@@ -22,8 +22,10 @@ from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import NumberTokenizer
 from tlinformer_jax.errors import UserError, first_line
 from tlinformer_jax.kernels import common as kernels
+from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
+from tlinformer_jax.parallel.sharding import PARTITIONED
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, Horizon, TrainState, warmup_note
 
@@ -86,6 +88,9 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     say(model_line(run))
     say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, length))}")
     say(kernels.serving())
+    if model.recurrent:
+        partitioned = any(run.mesh.shape[axis] > 1 for axis in PARTITIONED)
+        say(delta_kernel.serving(model.compute_dtype, model.delta.width, partitioned))
     every = config.train.checkpoint_every
     unit = " updates" if isinstance(every, int) else " or less"
     say(f"checkpoints: {f'every {every}{unit}, ' if every else ''}at the end")

@@ -1,0 +1,442 @@
+"""Gated DeltaNet: chunks, steps and a NumPy reference in float64 agree; decoding and devices change nothing."""
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import test_training
+from tests.decoding.test_exactness import compared, largest_error, make_decoder
+from tests.support import golden, reference
+from tests.support.models import SMALL
+from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.config.delta import delta_shape
+from tlinformer_jax.config.model import RECURRENT, ExecutionPlan
+from tlinformer_jax.decoding import cache as cache_module
+from tlinformer_jax.decoding import layered
+from tlinformer_jax.decoding.cache import LayeredCache
+from tlinformer_jax.decoding.spread import context_mesh, split_of
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.interop import params_from_reference, params_to_reference
+from tlinformer_jax.kernels import delta as delta_kernel
+from tlinformer_jax.models import delta
+from tlinformer_jax.models.layers import prepare_layers
+from tlinformer_jax.parallel.mesh import MeshConfig, target
+from tlinformer_jax.parallel.sharding import build_mesh, tree_shardings
+from tlinformer_jax.training.setup import check_sequences_divide
+
+TOLERANCE = 1e-5
+CONFIG = dataclasses.replace(SMALL, architecture="gated_deltanet")
+BATCH, HEADS, WIDTH = 2, 2, 8
+
+
+@pytest.fixture
+def own_traces():
+    """No trace of what the test patches is served to another."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def inputs(length: int, seed: int = 0, alike: bool = False) -> list[np.ndarray]:
+    """q, k of length 1, v, g, beta, and a state, float64; `alike` keys that overwrite each other and never fade."""
+    rng = np.random.default_rng(seed)
+    q, k, v = rng.standard_normal((3, BATCH, length, HEADS, WIDTH))
+    k = 1 + 0.1 * k if alike else k
+    q, k = (part / np.linalg.norm(part, axis=-1, keepdims=True) for part in (q, k))
+    # From heads that keep all to heads that keep e^-3 of what they had.
+    g = np.zeros((BATCH, length, HEADS)) if alike else -np.exp(rng.uniform(-6, 1, (BATCH, length, HEADS)))
+    beta = np.ones_like(g) if alike else rng.uniform(0, 1, g.shape)
+    return [q, k, v, g, beta, rng.standard_normal((BATCH, HEADS, WIDTH, WIDTH))]
+
+
+def by_steps(q, k, v, g, beta, state):
+    """`delta_step`, row after row."""
+    rows = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (q, k, v, g, beta))
+    state, outputs = jax.lax.scan(lambda state, row: delta.delta_step(state, *row), state, rows)
+    return jnp.moveaxis(outputs, 0, 1), state
+
+
+def by_numpy(q, k, v, g, beta, state):
+    found = [reference.delta_rule(*row) for row in zip(q, k, v, g, beta, state)]
+    return tuple(np.stack(part) for part in zip(*found))
+
+
+def values_and_gradients(function, arrays, seed=1):
+    """Outputs, the last state, and the gradients of all inputs of a random sum of them."""
+
+    def total(*arrays):
+        output, state = function(*arrays)
+        rng = np.random.default_rng(seed)
+        return jnp.sum(output * rng.standard_normal(output.shape)) + jnp.sum(state * rng.standard_normal(state.shape))
+
+    gradient = jax.grad(total, argnums=tuple(range(len(arrays))))
+    return jax.jit(lambda *arrays: (*function(*arrays), *gradient(*arrays)))(*arrays)
+
+
+@functools.cache
+def truth(length: int, alike: bool) -> list[np.ndarray]:
+    """The same of the step form in float64, whose values are those of NumPy."""
+    arrays = inputs(length, alike=alike)
+    with jax.enable_x64(True):
+        found = [np.asarray(part) for part in values_and_gradients(by_steps, [jnp.asarray(part) for part in arrays])]
+    for value, expected in zip(found, by_numpy(*arrays)):
+        np.testing.assert_allclose(value, expected, atol=1e-12)
+    return found
+
+
+def largest_difference(function, length: int, alike: bool = False) -> float:
+    """The largest error of a value or a gradient, as a share of the largest of its array."""
+    arrays = [jnp.asarray(part, jnp.float32) for part in inputs(length, alike=alike)]
+    found, expected = values_and_gradients(function, arrays), truth(length, alike)
+    return max(float(np.abs(a - b).max() / max(1, np.abs(b).max())) for a, b in zip(found, expected, strict=True))
+
+
+LENGTHS = (1, 2, 5, 63, 64, 65, 131)
+SLOW_LENGTHS = (16, 17, 127, 128, 129, 200, 513, 1000, 4096)
+CASES = [
+    pytest.param(length, chunk, marks=() if (length, chunk) in ((5, 64), (65, 16), (131, 64)) else pytest.mark.slow)
+    for length in (*LENGTHS, *SLOW_LENGTHS)
+    for chunk in (16, 32, 64, 128)
+]
+
+
+@pytest.mark.parametrize(("length", "chunk"), CASES)
+def test_chunks_equal_steps_and_numpy(length, chunk):
+    chunked = functools.partial(delta.delta_chunked, chunk=chunk)
+    assert largest_difference(chunked, length) < TOLERANCE
+    assert largest_difference(chunked, length, alike=True) < TOLERANCE
+    assert length > 200 or largest_difference(by_steps, length) < TOLERANCE
+
+
+def test_a_chunk_does_not_overflow_where_a_head_forgets_at_once():
+    """Sums of decays below -1000, whose exponentials the wrong way round are infinite."""
+    q, k, v, g, beta, state = inputs(100)
+    arrays = q, k, v, 60 * g - 20, beta, state
+    found = values_and_gradients(delta.delta_chunked, [jnp.asarray(part, jnp.float32) for part in arrays])
+    assert all(bool(jnp.isfinite(part).all()) for part in found)
+    for value, expected in zip(found, by_numpy(*arrays)):
+        np.testing.assert_allclose(value, expected, atol=TOLERANCE)
+
+
+def without_decay(monkeypatch):
+    """A chunk's rows do not fade while they are in it."""
+    real = delta._chunked
+    monkeypatch.setattr(delta, "_chunked", lambda q, k, v, g, *rest: real(q, k, v, jnp.zeros_like(g), *rest))
+
+
+def writing_all(monkeypatch):
+    """beta = 1: what a key had is replaced, not moved towards the new value."""
+    real = delta._chunked
+    monkeypatch.setattr(delta, "_chunked", lambda q, k, v, g, b, s: real(q, k, v, g, jnp.ones_like(b), s))
+
+
+def forgetting_between_chunks(monkeypatch):
+    """Each chunk begins with the sequence's first state."""
+
+    def scan(function, state, items):
+        found = [function(state, jax.tree.map(lambda array, n=n: array[n], items)) for n in range(len(items[0]))]
+        return found[-1][0], jax.tree.map(lambda *parts: jnp.stack(parts), *(outputs for _, outputs in found))
+
+    monkeypatch.setattr(delta.jax.lax, "scan", scan)
+
+
+def inverse_to_first_order(monkeypatch):
+    """(I + T)^-1 = I - T: a row corrects what the rows before wrote, but not what these corrected."""
+    monkeypatch.setattr(delta, "unit_lower_inverse", lambda lower: jnp.eye(lower.shape[-1]) - lower)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [without_decay, writing_all, forgetting_between_chunks, inverse_to_first_order],
+    ids=lambda mutate: mutate.__name__,
+)
+def test_mutations_of_the_rule_are_caught(mutate, monkeypatch, own_traces):
+    arrays = inputs(40)
+    expected, _ = by_numpy(*arrays)
+    mutate(monkeypatch)
+    output, _ = delta.delta_chunked(*(jnp.asarray(part, jnp.float32) for part in arrays), chunk=16)
+    assert np.abs(output - expected).max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 16, 32, 64, 128])
+def test_the_inverse_of_equal_keys(size):
+    """I + a triangle of ones, where a series of powers would lose every digit."""
+    lower = jnp.tril(jnp.ones((3, size, size)), -1)
+    expected = np.eye(size) - np.eye(size, k=-1)
+    np.testing.assert_allclose(delta.unit_lower_inverse(lower), np.stack([expected] * 3), atol=1e-6)
+
+
+# ---- The model
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+@pytest.mark.parametrize(
+    ("length", "plan"),
+    [
+        (70, ExecutionPlan(scan_layers=True)),
+        pytest.param(70, ExecutionPlan(scan_layers=False, checkpointing=True), marks=pytest.mark.slow),
+        pytest.param(1, ExecutionPlan(), marks=pytest.mark.slow),
+        pytest.param(300, ExecutionPlan(scan_layers=True, checkpointing=True), marks=pytest.mark.slow),
+    ],
+)
+def test_logits_equal_numpys(architecture, length, plan):
+    """Of six layers: of the hybrid four that are scanned, one of them of attention, and two that are left."""
+    config = dataclasses.replace(CONFIG, architecture=architecture, memory=plan)
+    weights = golden.random_weights(config)
+    tokens = np.random.default_rng(length).integers(0, config.vocab_size, (2, length))
+    logits = jax.jit(build_model(config).apply)(params_from_reference(weights, config), tokens)
+    expected = reference.logits(weights, config, tokens)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(logits, expected, atol=5e-5)
+
+
+def test_which_layers_attend():
+    def attends(architecture, layers):
+        config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=1, hidden_depth=layers - 2)
+        return [number for number in range(layers) if config.attends(number)]
+
+    assert attends("gated_deltanet", 9) == []
+    assert attends("gated_deltanet_hybrid", 9) == [3, 7]
+    assert attends("gated_deltanet_hybrid", 3) == [2]
+    assert attends("transformer", 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("width", [64, 128, 256, 432, 512, 640, 768, 1024, 2048])
+def test_a_layer_has_the_parameters_of_a_standard_layer(width):
+    """As declared, and to 0.1%; heads of 128 features, or 64, where there are two of them."""
+    standard = ModelConfig(d_model=width, num_heads=4, num_blocks=1, hidden_depth=0, architecture="transformer")
+    config = dataclasses.replace(standard, architecture="gated_deltanet")
+
+    def count(config):
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), tokens)["params"]["layers_0"]
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    assert abs(count(config) / count(standard) - 1) < 1e-3
+    assert config.delta.width == (128 if width >= 256 else 64 if width >= 128 else width // 4)
+    assert config.delta.inner >= width > config.delta.inner - config.delta.width
+
+
+def test_the_41m_shape():
+    assert dataclasses.astuple(delta_shape(432, 36, 1280)) == (4, 128, 996)
+    with pytest.raises(ConfigError, match=r"model\.d_ff = 8: must be at least 11 for architecture 'gated_deltanet'"):
+        dataclasses.replace(CONFIG, d_ff=8)
+    assert dataclasses.replace(CONFIG, d_ff=11).delta.feed_forward >= 1
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_it_has_no_history_to_split(architecture):
+    config = dataclasses.replace(CONFIG, architecture=architecture)
+    for axis in ("window", "context"):
+        with pytest.raises(
+            ConfigError, match=rf"mesh\.{axis} = 2: must be 1 for model.architecture = '{architecture}'"
+        ):
+            check_sequences_divide(build_mesh(MeshConfig(**{axis: 2})), config, 16, 0)
+    with pytest.raises(ConfigError, match=r"mesh\.context = 2: must be 1"):
+        split_of(context_mesh(2), config)
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_files_hold_every_parameter(architecture):
+    """Under names and shapes as PyTorch has them, there and back."""
+    config = dataclasses.replace(CONFIG, architecture=architecture, token_shift=True)
+    weights = golden.random_weights(config)
+    found = params_to_reference(params_from_reference(weights, config), config)
+    assert set(found) == set(weights)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert found["transformer.transformer_layers.0.conv.weight"].shape == (3 * 16, 4)
+
+
+def test_padded_features_change_nothing():
+    """In half precision the feed-forward is padded to a multiple of 8 features."""
+    model = build_model(CONFIG)
+    params = model.apply(params_from_reference(golden.random_weights(CONFIG), CONFIG), method=model.parameters)
+    (layer,) = prepare_layers(params.layers[:1], jnp.bfloat16)
+    assert CONFIG.delta.feed_forward % 8
+    assert layer.gate_up_kernel.shape[-1] == layer.down_kernel.shape[0] == -(-CONFIG.delta.feed_forward // 8) * 8
+    assert not layer.down_kernel[CONFIG.delta.feed_forward :].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_half_precision_is_near(architecture):
+    config = ModelConfig(
+        architecture=architecture, vocab_size=97, d_model=256, num_heads=4, num_blocks=1, dtype="float32"
+    )
+    tokens = np.random.default_rng(0).integers(0, 97, (1, 130))
+    variables = build_model(config).init(jax.random.key(0), tokens)
+    half = build_model(dataclasses.replace(config, dtype="bfloat16")).apply(variables, tokens)
+    whole = build_model(config).apply(variables, tokens)
+    assert jnp.linalg.norm(half - whole) < 0.05 * jnp.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("architecture", [RECURRENT[0], pytest.param(RECURRENT[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, pytest.param({}, marks=pytest.mark.slow)])
+def test_eight_devices_equal_one(architecture, sizes):
+    """Loss and gradients; heads are split over `tensor`."""
+    config = dataclasses.replace(CONFIG, architecture=architecture, num_blocks=2, hidden_depth=0, d_ff=28)
+    model, variables = build_model(config), params_from_reference(golden.random_weights(config), config)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 40))
+
+    def loss(variables, tokens):
+        logits = model.apply(variables, tokens)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1))
+
+    expected, gradients = jax.jit(jax.value_and_grad(loss))(variables, tokens)
+    mesh = build_mesh(MeshConfig(**sizes))
+    shardings = tree_shardings(variables, mesh)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(variables, shardings)
+        batch = jax.device_put(tokens, jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        value, found = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))(spread, batch)
+    kernel = found["params"]["layers_0"]["qkvg_kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
+    assert abs(float(value - expected)) < 1e-5
+    for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
+        assert np.linalg.norm(ours - one) <= 1e-4 * np.linalg.norm(one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4, "tensor": 2}])
+def test_an_update_of_eight_devices_equals_one(sizes, monkeypatch):
+    """The package's own step, where axes that hold copies of the parameters are manual; gradients by Adam's moments."""
+    monkeypatch.setattr(test_training, "MODEL", dataclasses.replace(test_training.MODEL, architecture="gated_deltanet"))
+    many, metrics, _ = test_training.after_one_update(build_mesh(MeshConfig(**sizes)))
+    one, expected, _ = test_training.after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]))
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
+    for ours, true in zip(jax.tree.leaves(many.opt_state), jax.tree.leaves(one.opt_state), strict=True):
+        assert np.linalg.norm(ours - np.asarray(true)) <= 1e-4 * np.linalg.norm(true)
+
+
+# ---- Decoding
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_decoding_equals_the_reference(architecture, monkeypatch, own_traces):
+    """Unequal prompts, some shorter than the convolution; the long one in chunks of four rows, the cache growing."""
+    monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
+    monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
+    config = dataclasses.replace(CONFIG, architecture=architecture, hidden_depth=0)
+    decoder = make_decoder(config)
+    assert largest_error(decoder, [1, 2, 3, 4, 17], 40, room=17) < 2e-5
+    one, many = (decoder.init_cache(1, tokens) for tokens in (10, 10_000))
+    grows = architecture == "gated_deltanet_hybrid"
+    assert (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(one)) < sum(leaf.nbytes for leaf in jax.tree.leaves(many))
+    ) == grows
+
+
+def stale_inputs(monkeypatch):
+    """The convolution's last rows are not carried from token to token."""
+    real = LayeredCache.with_states
+
+    def mutated(cache, states, active):
+        states = [dataclasses.replace(state, inputs=jnp.zeros_like(state.inputs)) for state in states]
+        return real(cache, states, active)
+
+    monkeypatch.setattr(LayeredCache, "with_states", mutated)
+
+
+def stale_state(monkeypatch):
+    """A token does not write."""
+    real = LayeredCache.with_states
+
+    def mutated(cache, states, active):
+        after = real(cache, states, active)
+        return dataclasses.replace(after, state=dataclasses.replace(after.state, state=cache.state.state))
+
+    monkeypatch.setattr(LayeredCache, "with_states", mutated)
+
+
+def padding_read(monkeypatch):
+    """The rows that pad a prompt are written into the state."""
+    real = layered.delta_mixer
+    monkeypatch.setattr(layered, "delta_mixer", lambda layer, x, state, length: real(layer, x, state))
+
+
+@pytest.mark.parametrize("mutate", [stale_inputs, stale_state, padding_read], ids=lambda mutate: mutate.__name__)
+def test_mutations_of_decoding_are_caught(mutate, monkeypatch, own_traces):
+    mutate(monkeypatch)
+    config = dataclasses.replace(CONFIG, num_blocks=1, hidden_depth=0)
+    error, _ = compared(make_decoder(config), [3, 8, 9], 14)
+    assert error > 100 * TOLERANCE
+
+
+def test_a_sequence_that_waits_is_not_changed():
+    decoder = make_decoder(dataclasses.replace(CONFIG, num_blocks=1, hidden_depth=0))
+    cache = decoder.init_cache(2, 8)
+    for row in range(2):
+        cache, _ = decoder.prefill(cache, row, np.arange(5))
+    before = jax.tree.map(np.asarray, cache.state)
+    cache, _ = decoder.step(cache, np.array([7, 9], np.int32), np.array([True, False]))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(cache.state)):
+        np.testing.assert_array_equal(new[:, 1], old[:, 1])
+        assert (new[:, 0] != old[:, 0]).any()
+    np.testing.assert_array_equal(cache.position, [6, 5])
+
+
+# ---- Kernels of another package
+
+
+@pytest.fixture
+def jla(monkeypatch):
+    """A stand-in for jax-linear-attention with its signature and layouts, in plain JAX; counts its calls."""
+    calls = []
+
+    def linear_attention(kind, q, k, v, *, impl, g, beta, initial_state, output_final_state):
+        assert (kind, impl, output_final_state) == ("gated_deltanet", "mosaic_gpu", True)
+        assert q.shape == k.shape == v.shape == (*g.shape, q.shape[-1])
+        assert g.dtype == beta.dtype == initial_state.dtype == jnp.float32
+        calls.append(q.shape)
+        return delta.delta_chunked(q, k, v, g, beta, initial_state)
+
+    module = types.ModuleType("jla")
+    module.ops = types.SimpleNamespace(linear_attention=linear_attention)
+    monkeypatch.setitem(sys.modules, "jla", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: module if name == "jla" else None)
+    return calls
+
+
+def test_the_kernels_serve_what_they_can(jla, own_traces):
+    shape = {"vocab_size": 97, "d_model": 128, "num_heads": 4, "num_blocks": 1, "hidden_depth": 0}
+    config = ModelConfig(architecture="gated_deltanet", dtype="bfloat16", memory=ExecutionPlan(), **shape)
+    tokens = np.random.default_rng(0).integers(0, 97, (1, 20))
+    variables = build_model(config).init(jax.random.key(0), tokens)
+    plain = build_model(config).apply(variables, tokens)
+    assert jla == []
+    jax.clear_caches()
+    with target("gpu", "NVIDIA H100 80GB HBM3"):
+        np.testing.assert_array_equal(build_model(config).apply(variables, tokens), plain)
+        assert jla == [(1, 20, 2, 64)]  # of the scanned layer
+        build_model(dataclasses.replace(config, dtype="float32")).apply(variables, tokens)
+        assert len(jla) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "width", "partitioned", "says"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 128, False, "delta rule: kernels of jax-linear-attention"),
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", 128, False, "Hopper"),
+        ("NVIDIA H200", "float32", 128, False, "half precision, not float32"),
+        ("NVIDIA H200", "bfloat16", 36, False, "64 or 128 features, not 36"),
+        ("NVIDIA H200", "bfloat16", 64, True, "partitioned"),
+    ],
+)
+def test_which_one_runs_is_said(kind, dtype, width, partitioned, says, jla):
+    with target("gpu", kind):
+        assert says in delta_kernel.serving(jnp.dtype(dtype), width, partitioned)
+
+
+def test_that_the_package_is_absent_is_said():
+    if importlib.util.find_spec("jla") is None:
+        with target("gpu", "NVIDIA H100"):
+            assert "pip install 'tlinformer-jax[linear-attention]'" in delta_kernel.serving(jnp.bfloat16, 64, False)
+    assert "Hopper" in delta_kernel.serving(jnp.bfloat16, 64, False)
