@@ -26,8 +26,10 @@ from tlinformer_jax.evaluation.experts import expert_rows
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
 from tlinformer_jax.models import feed_forward as module
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, token_layer
 from tlinformer_jax.models.feed_forward import Router, feed_forward
 from tlinformer_jax.models.model import prepare_params
+from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.loss import summed_loss
@@ -188,6 +190,20 @@ def test_logits_are_the_references(architecture):
 def test_decoding_equals_the_reference(architecture):
     config = dataclasses.replace(EXPERTS, architecture=architecture)
     assert largest_error(make_decoder(config), [3, 4, 5, 1, 12], 23) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_tokens_layer_attends_by_the_kernel_and_routes_by_plain_products():
+    config = dataclasses.replace(EXPERTS, architecture="transformer", d_model=24)
+    layer, rng = make_decoder(config).params.layers[1], np.random.default_rng(0)
+    x, *past = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 24), *[(2, 2, 12, 128)] * 2))
+    rows = CachedRows(KeyValue(*past), jnp.asarray([5, 100], jnp.int32))
+    plain, kernel = (
+        token_layer(layer, config, x, rope_table(jnp.asarray([5, 100]), 12), rows, None, backend)
+        for backend in ("plain", "triton_interpreted")
+    )
+    for found, expected in zip(jax.tree.leaves(kernel), jax.tree.leaves(plain)):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 # ---- Training
