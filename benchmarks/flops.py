@@ -100,8 +100,8 @@ def _hardware_forward(
         if not plan.checkpointing:
             return Forward(), layers, states
         # Only the next layer reads a layer's last product, and its input is kept.
-        last = config.attention_layers * config.feed_forward_dim
-        last += (config.num_layers - config.attention_layers) * config.delta.feed_forward
+        last = config.attention_layers * config.feed_forward_dim * config.active_experts
+        last += (config.num_layers - config.attention_layers) * config.delta.feed_forward * config.active_experts
         last_products = Forward(matrix=2.0 * length * config.d_model * last)
         return Forward(), layers, layers + last_products * -1 + states
     windows, size = num_windows(config, length), config.generation_window

@@ -247,7 +247,7 @@ def _recurrent_prefill_work(config: ModelConfig, weights: Weights, length: int) 
 
 def _layer_flops(config: ModelConfig) -> int:
     """Of one row's products with a layer's four matrices; a product with a D x D matrix is 2 * D**2."""
-    return 8 * config.d_model**2 + 6 * config.d_model * config.feed_forward_dim
+    return 8 * config.d_model**2 + 6 * config.d_model * config.feed_forward_dim * config.active_experts
 
 
 def _head_flops(config: ModelConfig) -> int:

@@ -297,6 +297,8 @@ OVERRIDES = {
         "num_blocks": 3,
         "hidden_depth": 3,
         "d_ff": 64,
+        "num_experts": 12,
+        "experts_per_token": 3,
         "history_window": "auto",
         "generation_window": 48,
         "window_overlap": 7,
@@ -345,7 +347,7 @@ OVERRIDES = {
         "num_items": 5,
         "questions": 2,
     },
-    "mesh": {"fsdp": 4, "tensor": 3, "window": 5, "context": 6},
+    "mesh": {"fsdp": 4, "tensor": 3, "window": 5, "context": 6, "expert": 2},
 }
 OTHER = {
     ("model", "memory"): {"auto": "low", "low": "auto"},

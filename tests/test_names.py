@@ -93,7 +93,7 @@ def test_an_unknown_name_lists_the_names():
         ("modle.d_model", "no such field; did you mean model.d_model?"),
         ("modle.dmodel", "no such field; did you mean model.d_model?"),
         ("modle", "no such section; did you mean model?"),
-        ("mesh.zzz", "no such field; there are context, fsdp, tensor, window"),
+        ("mesh.zzz", "no such field; there are context, expert, fsdp, tensor, window"),
         ("zzz.yyy", "no such section; there are model, train, data, mesh"),
         ("train.steps", None),
         ("data", None),

@@ -84,6 +84,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "hidden_depth": draw(st.integers(0, 2)),
         "d_ff": draw(st.sampled_from([16, 24] if architecture in model_config.RECURRENT else [8, 12])),
         "dropout": draw(st.sampled_from([0.0, 0.3])),
+        "num_experts": draw(st.sampled_from([0, 0, 3])),
         "dtype": "float32",
         "attention": "xla",
         "history_position": draw(st.sampled_from(positions)),
@@ -155,7 +156,10 @@ def check_valid(config: RunConfig, prompt: int) -> None:
 STRATUM = {"vocab_size": VOCABULARY, "d_model": 8, "num_heads": 2, "num_blocks": 2, "hidden_depth": 0, "d_ff": 8}
 STRATUM |= {"dtype": "float32", "attention": "xla", "generation_window": 3}
 STRATA = {
-    "tlinformer": ({"memory": ExecutionPlan(checkpointing=True), "history_window": 4, "dropout": 0.1}, 4),
+    "tlinformer": (
+        {"memory": ExecutionPlan(checkpointing=True), "history_window": 4, "dropout": 0.1, "num_experts": 3},
+        4,
+    ),
     "tconstformer": ({"memory": ExecutionPlan(), "history_window": 2}, 3),
     "transformer": ({"memory": ExecutionPlan(scan_layers=True), "dropout": 0.1}, 2),
     "sliding_window": ({"memory": ExecutionPlan(scan_layers=True), "history_window": 2}, 5),
@@ -195,6 +199,7 @@ def test_many_valid_configs_train_and_decode(architecture):
 NEVER = [None, (), {}, [1], b"x", 1 + 2j]
 LEAST = {
     "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1, "window_overlap": 0}
+    | {"num_experts": 0, "experts_per_token": 1}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1),
     "train": dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
     | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
@@ -210,7 +215,6 @@ CHOICES = {
         "attention": model_config.ATTENTION_BACKENDS,
         "history_position": model_config.HISTORY_POSITIONS,
         "history_window": ("auto",),
-        "history_position": model_config.HISTORY_POSITIONS,
     },
     "train": {
         "optimizer": run_module.OPTIMIZERS,
@@ -251,7 +255,7 @@ def invalid_values() -> dict[str, st.SearchStrategy]:
         for name in TEXTS.get(section, ()):
             found[f"{section}.{name}"] = st.integers() | st.booleans() | never
     found["train.keep_checkpoints"] = st.integers(max_value=0) | fractions | st.booleans() | never
-    for name in ("fsdp", "tensor", "window", "context"):
+    for name in ("fsdp", "tensor", "window", "context", "expert"):
         found[f"mesh.{name}"] = st.integers(max_value=0) | fractions | never
     return found
 
@@ -305,6 +309,7 @@ ROTARY = {"model.history_position": "rotary"}
 TOGETHER = [
     {"model.num_heads": 3, "model.d_model": 8},
     {"model.num_heads": 2, "model.d_model": 6},
+    {"model.num_experts": 2, "model.experts_per_token": 3},
     {"train.accumulation": 3, "train.batch_size": 4},
     {"train.steps": 0, "train.epochs": 0},
     {"train.schedule": "paper", "train.epochs": 0},

@@ -369,7 +369,7 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys)
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
     written = json.loads((tmp_path / "whole" / "config.json").read_text())
     # The mesh as asked for: a run may go on with other devices.
-    assert written["mesh"] == {"fsdp": 1, "tensor": 1, "window": 1, "context": 1}
+    assert written["mesh"] == {"fsdp": 1, "tensor": 1, "window": 1, "context": 1, "expert": 1}
 
     # The same files that the run left after step 2.
     part = tmp_path / "part"

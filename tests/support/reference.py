@@ -164,7 +164,7 @@ def _history_window(config, n: int) -> int:
 
 class _Layer:
     def __init__(self, weights: Weights, prefix: str, config) -> None:
-        self.weights, self.prefix, self.heads = weights, prefix, config.num_heads
+        self.weights, self.prefix, self.heads, self.config = weights, prefix, config.num_heads, config
 
     def get(self, name: str) -> np.ndarray:
         return self.weights[self.prefix + name]
@@ -185,9 +185,30 @@ class _Layer:
             + self.get("out_proj.bias")
         )
         y = _norm(v, self.get("norm2.weight"), self.get("norm2.bias"))
-        gate = y @ self.get("ffn.w1.weight").T
-        inner = gate / (1 + np.exp(-gate)) * (y @ self.get("ffn.w3.weight").T)
-        return v + inner @ self.get("ffn.w2.weight").T
+        if self.config.num_experts < 2:
+            return v + self.expert(y, "ffn.")
+        output = np.zeros_like(v)
+        for row, shares in enumerate(expert_shares(y @ self.get("ffn.router.weight").T, self.config.experts_per_token)):
+            for number in np.flatnonzero(shares):
+                output[row] += shares[number] * self.expert(y[row], f"ffn.experts.{number}.")
+        return v + output
+
+    def expert(self, y: np.ndarray, name: str) -> np.ndarray:
+        gate = y @ self.get(f"{name}w1.weight").T
+        inner = gate / (1 + np.exp(-gate)) * (y @ self.get(f"{name}w3.weight").T)
+        return inner @ self.get(f"{name}w2.weight").T
+
+
+def expert_shares(logits: np.ndarray, top: int) -> np.ndarray:
+    """What each expert's output counts for each row, 0 for those that it does not take; [rows, E]."""
+    shares = np.zeros_like(logits)
+    for row, values in enumerate(logits):
+        probabilities = np.exp(values - values.max()) / np.exp(values - values.max()).sum()
+        best = np.argsort(-probabilities)[:top]
+        shares[row, best] = probabilities[best]
+        if top > 1:
+            shares[row] /= shares[row].sum()
+    return shares
 
 
 def _norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:

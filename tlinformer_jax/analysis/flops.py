@@ -1,23 +1,26 @@
 """Model FLOPs of a training step, what the architecture asks for, whatever the implementation; and devices' peaks.
 
 Counted are products: projections, feed-forwards, attended pairs, the head; a multiplication and an addition are two
-operations. Not counted is what is done element by element, such as norms and the token shift. Heads have their true
-widths, causal attention is half the square, no masked row or key counts, and every product of the forward pass,
-computed once, has two in the backward pass. Block 0's `compress` projections are counted once per token; the last block
-has no `restore`, and of its history only keys, values and z's queries. Tokens that run again in the next window, by
-`model.window_overlap`, count as rows of both, and for the head once. A Gated DeltaNet layer is counted row by row: to
-decay its state is done element by element; to read it under a key, to write it and to read it under a query are
-products.
+operations. Of experts those that a row takes count, and the router. Not counted is what is done element by element,
+such as norms and the token shift. Heads have their true widths, causal attention is half the square, no masked row or
+key counts, and every product of the forward pass, computed once, has two in the backward pass. Block 0's `compress`
+projections are counted once per token; the last block has no `restore`, and of its history only keys, values and z's
+queries. Tokens that run again in the next window, by `model.window_overlap`, count as rows of both, and for the head
+once. A Gated DeltaNet layer is counted row by row: to decay its state is done element by element; to read it under a
+key, to write it and to read it under a query are products.
 `benchmarks.flops` counts what a device executes.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.model import attention_window
+from tlinformer_jax.models.feed_forward import EXPERTS
+from tlinformer_jax.models.model import attention_window, build_model
 from tlinformer_jax.models.windows import FIRST_WINDOW, Segment, assign_runs, num_windows, plan_segments
 from tlinformer_jax.parallel.sharding import SequenceSplit, SplitWindows
 
@@ -180,7 +183,7 @@ def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> F
 def delta_layers(config: ModelConfig, rows: int) -> Forward:
     """All Gated DeltaNet layers over `rows` rows, whose states are read and written row by row."""
     delta, layers = config.delta, config.num_layers - config.attention_layers
-    per_row = 5 * delta.inner + 2 * delta.heads + 3 * delta.feed_forward
+    per_row = 5 * delta.inner + 2 * delta.heads + _feed_forward(config, delta.feed_forward)
     return Forward(matrix=2.0 * rows * config.d_model * per_row, attention=6.0 * rows * delta.state_size) * layers
 
 
@@ -226,7 +229,21 @@ def project(config: ModelConfig, rows: int, parts: int, inner: int) -> Forward:
 
 
 def _update(config: ModelConfig, rows: int, inner: int) -> Forward:
-    return Forward(matrix=2.0 * rows * config.d_model * (inner + 3 * config.feed_forward_dim))
+    return Forward(matrix=2.0 * rows * config.d_model * (inner + _feed_forward(config, config.feed_forward_dim)))
+
+
+def _feed_forward(config: ModelConfig, width: int) -> int:
+    """Columns of the matrices of D rows that a row goes through in a feed-forward, or in experts, of that width."""
+    return 3 * width * config.active_experts + (config.num_experts if config.mixture else 0)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters without the experts that a row does not take."""
+    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    experts = sum(leaf.size for path, leaf in leaves if path[-1].key.startswith(EXPERTS))
+    total = sum(leaf.size for _, leaf in leaves)
+    return total - experts + experts * config.active_experts // max(config.num_experts, 1)
 
 
 def _attend(pairs: float, inner: int) -> Forward:

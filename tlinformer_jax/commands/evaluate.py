@@ -90,6 +90,6 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
 
 def _figures(report: "Report") -> dict[str, Any]:
     """What --json prints: the report without what the user knows, its figures at the top."""
-    parts = ("answers", "by_position", "by_window_position", "accuracy_by_position", "by_length")
+    parts = ("expert_load", "answers", "by_position", "by_window_position", "accuracy_by_position", "by_length")
     kept = {name: report[name] for name in ("step", "split", "text_file", "tokens") if name in report}
     return kept | report["figures"] | {name: report[name] for name in parts if name in report}

@@ -32,7 +32,7 @@ CHOICES = {
     "history_position": HISTORY_POSITIONS,
 }
 SMALLEST = dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_window"), 1)
-SMALLEST |= {"hidden_depth": 0, "d_ff": 1, "window_overlap": 0}
+SMALLEST |= {"hidden_depth": 0, "d_ff": 1, "num_experts": 0, "experts_per_token": 1, "window_overlap": 0}
 # Evaluation and caches have room for a whole window, so that one without a bound would take any memory.
 LONGEST_WINDOW = 1 << 20
 # A sequence of at most so many windows is differentiated as a whole. Of a longer one each window's gradients are made
@@ -118,6 +118,8 @@ class ModelConfig:
       num_blocks: B, blocks, each of hidden_depth + 2 layers.
       hidden_depth: H, hidden layers in a block between `compress` and `restore`.
       d_ff: F, feed-forward width; None means 256 * ceil((8 * D // 3) / 256).
+      num_experts: E, experts that every layer has for its feed-forward, each of width F; 0 or 1 for an ordinary one.
+      experts_per_token: experts that each row takes, by a router; not read where there are no experts.
       history_window: W_oh, rows of the summary z of the history; 'auto' lets it grow with the history n as
         8 * floor((12 * ln(n) + 7) / 8).
       generation_window: W_og, tokens that are predicted together.
@@ -146,6 +148,8 @@ class ModelConfig:
     num_blocks: int = 2
     hidden_depth: int = 2
     d_ff: int | None = None
+    num_experts: int = 0
+    experts_per_token: int = 2
     history_window: int | str = 256
     generation_window: int = 256
     window_overlap: int = 0
@@ -175,6 +179,9 @@ class ModelConfig:
             raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
         if self.generation_window > LONGEST_WINDOW:
             raise ConfigError("model.generation_window", self.generation_window, f"must be at most {LONGEST_WINDOW:,}")
+        if self.mixture and self.experts_per_token > self.num_experts:
+            allowed = f"must be at most model.num_experts = {self.num_experts}"
+            raise ConfigError("model.experts_per_token", self.experts_per_token, allowed)
         self._check_overlap()
         if not isinstance(self.token_shift, bool):
             raise ConfigError("model.token_shift", self.token_shift, "must be True or False")
@@ -226,6 +233,16 @@ class ModelConfig:
     def feed_forward_dim(self) -> int:
         """F: `d_ff`, or the rule where that is None."""
         return self.d_ff if self.d_ff is not None else 256 * math.ceil((8 * self.d_model // 3) / 256)
+
+    @property
+    def mixture(self) -> bool:
+        """Whether feed-forwards are mixtures of experts."""
+        return self.num_experts > 1
+
+    @property
+    def active_experts(self) -> int:
+        """SwiGLUs that a row goes through in a layer."""
+        return self.experts_per_token if self.mixture else 1
 
     @property
     def delta(self) -> DeltaShape:

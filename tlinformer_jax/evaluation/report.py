@@ -15,6 +15,7 @@ import numpy as np
 from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.evaluation.experts import expert_load
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.files import finite, local_path, write_text
 from tlinformer_jax.training.console import advised, evaluation_advice
@@ -90,7 +91,8 @@ def evaluate_run(
     Returns:
       JSON: what `describe` gives; split; length, batch_size, tokens that were predicted, figures (see
       `training.evaluation.summary`); if asked for, by_position, by_window_position, and by_length, a list with the same
-      for each length. Of a task also answers (`Answers.counts`) and accuracy_by_position.
+      for each length. Of a mixture of experts also expert_load, by layer. Of a task also answers (`Answers.counts`) and
+      accuracy_by_position.
 
     Raises:
       ConfigError: for a length that leaves no whole sample.
@@ -126,6 +128,8 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
     length = options.length or trained.run.config.data.sequence_length
     every = source.whole or options.length is not None
     report = _at_length(trained, source, length, every, options)
+    if (load := expert_load(trained.run, trained.params, source.stream)) is not None:
+        report["expert_load"] = np.round(load, DIGITS).tolist()
     if options.lengths:
         report["by_length"] = [_at_length(trained, source, size, True, options) for size in options.lengths]
     return report
@@ -225,6 +229,11 @@ def lines(report: Report) -> list[str]:
     name = report.get("text_file") or f"{report['split']} split"
     text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
     text += [f"  {LABELS[name]:26} {_number(value)}" for name, value in report["figures"].items()]
+    for layer, shares in enumerate(report.get("expert_load", ())):
+        name = f"experts of layer {layer}"
+        text.append(
+            f"  {name:26} {min(shares):.1%} to {max(shares):.1%} of the rows each (even: {1 / len(shares):.1%})"
+        )
     if "by_position" in report:
         whole, window = report["by_position"], report["by_window_position"]
         text += _table(("position", "tokens", "loss"), _rows(whole["edges"], whole["loss"], whole["tokens"]))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import tlinformer_jax
+from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.decoding.cache import cache_bytes_at
 from tlinformer_jax.errors import DataError
@@ -133,6 +134,7 @@ def record_of(job: Job, outcome: Outcome) -> Record:
         "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
         "config": config.to_dict(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
+        **({"active_parameters": active_parameters(model)} if model.mixture else {}),
         "steps": trained.step,
         "tokens": round(trained.step * tokens_of_step(config)),
         "seconds": {"wall": outcome.seconds},

@@ -68,6 +68,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], mode
         shape |= {"token_shift": True} if model.token_shift else {}
         shape |= {"history_position": "none"} if model.history_nope else {}
         shape |= {"window_overlap": model.window_overlap} if model.window_overlap else {}
+        shape |= {"num_experts": model.num_experts} if model.mixture else {}
         metadata["tlinformer"] = json.dumps(shape)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:

@@ -408,7 +408,10 @@ def from_safetensors(path: str | pathlib.Path, config: Config | None = None) -> 
     if config is None:
         if "tlinformer" not in metadata:
             raise ValueError(f"{path}: does not say what model it is of; give config=Config(...)")
-        config = Config(**json.loads(metadata["tlinformer"]))
+        shape = json.loads(metadata["tlinformer"])
+        if "num_experts" in shape:
+            raise ValueError(f"{path}: num_experts = {shape['num_experts']}: must be 0, this module has no experts")
+        config = Config(**shape)
     model = LanguageModel(config)
     model.load_state_dict(arrays)
     return model.train(False)

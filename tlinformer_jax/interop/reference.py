@@ -2,8 +2,9 @@
 
 The published matrices are [out, in]; query, key and value share one projection in this order; w1 and w3 of the
 feed-forward, separate there, are `gate_up_kernel` here. The tied table appears twice there, as
-`embedding.weight` and as `transformer.lm_head.weight`. The token shift is no published model's; its parameter is
-`token_shift` in a file. Nor are Gated DeltaNet's layers: their names follow the same pattern.
+`embedding.weight` and as `transformer.lm_head.weight`. The token shift and experts are no published model's; in a
+file they are `token_shift`, and of a layer `ffn.router.weight` [E, D] and `ffn.experts.0.w1.weight` and so on. Nor are
+Gated DeltaNet's layers: their names follow the same pattern.
 """
 
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
             ours: arrays[prefix + theirs].T.reshape(shape)
             for theirs, (ours, shape, _) in _layer_arrays(config, index).items()
         }
-        layer["gate_up_kernel"] = np.stack([layer.pop("gate"), layer.pop("up")], axis=1)
+        layer = _joined(layer, config)
         node = params
         for part in path[:-1]:
             node = node.setdefault(part, {})
@@ -77,8 +78,7 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
         node = params
         for part in path:
             node = node[part]
-        gate_up = node["gate_up_kernel"]
-        layer = node | {"gate": gate_up[:, 0], "up": gate_up[:, 1]}
+        layer = _apart(node, config)
         for theirs, (ours, _, shape) in _layer_arrays(config, index).items():
             arrays[prefix + theirs] = np.ascontiguousarray(layer[ours].reshape(shape[::-1]).T)
     return arrays
@@ -113,7 +113,7 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Of layer `index`'s arrays: published name -> our name, our shape, published shape.
 
-    Transposed, a published array has our order of numbers. 'gate' and 'up' are the two parts of `gate_up_kernel`.
+    Transposed, a published array has our order of numbers. For 'gate', 'up' and 'down' see `_joined`.
     """
     width, inner, heads = config.d_model, config.feed_forward_dim, (config.num_heads, config.head_dim)
     mixer: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
@@ -131,6 +131,14 @@ def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple
             "dt_bias": ("dt_bias", (delta.heads,), (delta.heads,)),
             "head_norm.weight": ("head_norm_scale", (delta.width,), (delta.width,)),
         }
+    feed_forward = {"ffn.router.weight": ("router_kernel", (width, config.num_experts), (config.num_experts, width))}
+    feed_forward = feed_forward if config.mixture else {}
+    for expert in _experts(config):
+        feed_forward |= {
+            f"ffn.{expert}w1.weight": (f"{expert}gate", (width, inner), (inner, width)),
+            f"ffn.{expert}w2.weight": (f"{expert}down", (inner, width), (width, inner)),
+            f"ffn.{expert}w3.weight": (f"{expert}up", (width, inner), (inner, width)),
+        }
     return {
         "norm1.weight": ("norm1_scale", (width,), (width,)),
         "norm1.bias": ("norm1_bias", (width,), (width,)),
@@ -139,10 +147,36 @@ def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple
         "out_proj.bias": ("out_bias", (width,), (width,)),
         "norm2.weight": ("norm2_scale", (width,), (width,)),
         "norm2.bias": ("norm2_bias", (width,), (width,)),
-        "ffn.w1.weight": ("gate", (width, inner), (inner, width)),
-        "ffn.w2.weight": ("down_kernel", (inner, width), (width, inner)),
-        "ffn.w3.weight": ("up", (width, inner), (inner, width)),
+        **feed_forward,
     }
+
+
+def _experts(config: ModelConfig) -> list[str]:
+    """Prefixes of the names of each expert's arrays; that of the only feed-forward is empty."""
+    return [f"experts.{number}." for number in range(config.num_experts)] if config.mixture else [""]
+
+
+def _joined(layer: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A layer's arrays as parameters: 'gate' and 'up' are in one array, and so are those of all experts."""
+    experts = _experts(config)
+    gate_up = [np.stack([layer.pop(f"{expert}gate"), layer.pop(f"{expert}up")], axis=1) for expert in experts]
+    down = [layer.pop(f"{expert}down") for expert in experts]
+    if config.mixture:
+        return layer | {"experts_gate_up_kernel": np.stack(gate_up), "experts_down_kernel": np.stack(down)}
+    return layer | {"gate_up_kernel": gate_up[0], "down_kernel": down[0]}
+
+
+def _apart(layer: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `_joined`."""
+    if config.mixture:
+        gate_up, down = layer["experts_gate_up_kernel"], layer["experts_down_kernel"]
+    else:
+        gate_up, down = layer["gate_up_kernel"][None], layer["down_kernel"][None]
+    parts = dict(layer)
+    for number, expert in enumerate(_experts(config)):
+        parts |= {f"{expert}gate": gate_up[number, :, 0], f"{expert}up": gate_up[number, :, 1]}
+        parts[f"{expert}down"] = down[number]
+    return parts
 
 
 def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str:

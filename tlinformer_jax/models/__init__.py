@@ -3,6 +3,7 @@
 block         compress, hidden, restore: the paper's equations
 streams       the C, z and x that they take; windows: where each window stands
 layers        the one layer: parameters, dropout, `project`, `update`; attention, rope: what it consists of
+feed_forward  the feed-forward of a layer, which may be a mixture of experts
 tlinformer    a window through all blocks, all windows of a sequence; recompute: gradients of such loops
 delta         the mixer of Gated DeltaNet
 model         the whole model, and the baselines' layers

@@ -87,7 +87,7 @@ class TokenLayerParams:
     Attributes:
       vectors: the layer's parameters, its four matrices replaced by None.
       qkv_kernel: [3, h, d_h, D]; out_kernel: [D, h, d_h].
-      gate_up_kernel: [2, F, D]; down_kernel: [D, F].
+      gate_up_kernel: [2, F, D]; down_kernel: [D, F]. Those of experts stay as they are.
     """
 
     vectors: LayerParams
@@ -100,22 +100,24 @@ class TokenLayerParams:
     def of(cls, params: LayerParams) -> "TokenLayerParams":
         """From parameters that `prepare_layers` returned, heads not padded."""
         without: dict[str, Any] = dict.fromkeys(("qkv_kernel", "out_kernel", "gate_up_kernel", "down_kernel"))
+        experts = params.router is not None
         return cls(
             dataclasses.replace(params, **without),
             qkv_kernel=jnp.moveaxis(params.qkv_kernel, 0, -1),
             out_kernel=jnp.moveaxis(params.out_kernel, -1, 0),
-            gate_up_kernel=jnp.moveaxis(params.gate_up_kernel, 0, -1),
-            down_kernel=params.down_kernel.T,
+            gate_up_kernel=params.gate_up_kernel if experts else jnp.moveaxis(params.gate_up_kernel, 0, -1),
+            down_kernel=params.down_kernel if experts else params.down_kernel.T,
         )
 
     def natural(self) -> LayerParams:
         """As `layers.project` and `layers.update` take them; inside `jit` that moves nothing."""
+        experts = self.vectors.router is not None
         return dataclasses.replace(
             self.vectors,
             qkv_kernel=jnp.moveaxis(self.qkv_kernel, -1, 0),
             out_kernel=jnp.moveaxis(self.out_kernel, 0, -1),
-            gate_up_kernel=jnp.moveaxis(self.gate_up_kernel, -1, 0),
-            down_kernel=self.down_kernel.T,
+            gate_up_kernel=self.gate_up_kernel if experts else jnp.moveaxis(self.gate_up_kernel, -1, 0),
+            down_kernel=self.down_kernel if experts else self.down_kernel.T,
         )
 
 
@@ -154,7 +156,8 @@ def token_layer(
         attended = attend_cached(query, far_query, own, past, context, config.attention_scale)
         return update(natural, x[:, None], attended[:, None])[:, 0], own
     interpret = backend == "triton_interpreted"
-    fused = x.shape[0] <= MAX_FUSED_ROWS
+    # The fused products know no experts; attention's kernel serves these layers, too.
+    fused = x.shape[0] <= MAX_FUSED_ROWS and params.vectors.router is None
 
     def projected_rows(rows: Array) -> Array:
         return _projected(params, rows, interpret) if fused else projections(params.natural(), rows[:, None])[:, 0]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.delta import CONVOLUTION
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import delta as delta_kernel
-from tlinformer_jax.models.layers import INIT_STD, LAYER_NORM_EPSILON, ResidualParams, layer_norm
+from tlinformer_jax.models.layers import INIT_STD, LAYER_NORM_EPSILON, ResidualParams, feed_forward_params, layer_norm
 from tlinformer_jax.parallel.sharding import open_axes
 
 CHUNK = 64
@@ -73,8 +73,7 @@ class DeltaLayer(nn.Module):
             out_bias=self.param("out_bias", zeros, (width,), dtype),
             norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
             norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
-            gate_up_kernel=self.param("gate_up_kernel", normal, (width, 2, inner), dtype),
-            down_kernel=self.param("down_kernel", residual, (inner, width), dtype),
+            **feed_forward_params(self, config, inner),
         )
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import rows as row_kernels
 from tlinformer_jax.kernels.common import STEP, kept, mixed, threefry
+from tlinformer_jax.models.feed_forward import EXPERTS, Router, feed_forward
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
 LAYER_NORM_EPSILON = 1e-5
@@ -29,7 +30,7 @@ INIT_STD = 0.02
 # ---- Parameters
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(kw_only=True)
 class ResidualParams:
     """Parameters that every layer has, whatever mixes its rows: D width, F feed-forward width, h heads of d_h."""
 
@@ -39,8 +40,9 @@ class ResidualParams:
     out_bias: Array  # [D]
     norm2_scale: Array  # [D]. LayerNorm before the feed-forward
     norm2_bias: Array  # [D]
-    gate_up_kernel: Array  # [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU
-    down_kernel: Array  # [F, D]. w2 of the SwiGLU
+    gate_up_kernel: Array  # [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU; of experts [E, D, 2, F]
+    down_kernel: Array  # [F, D]. w2 of the SwiGLU; of experts [E, F, D]
+    router: Router | None = None  # of a mixture of experts
 
 
 @flax.struct.dataclass
@@ -61,7 +63,6 @@ class Layer(nn.Module):
         config = self.config
         width, heads, head_dim, inner = config.d_model, config.num_heads, config.head_dim, config.feed_forward_dim
         dtype = jnp.dtype(config.param_dtype)
-        normal = nn.initializers.normal(INIT_STD)
         residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         return LayerParams(
@@ -73,9 +74,25 @@ class Layer(nn.Module):
             out_bias=self.param("out_bias", zeros, (width,), dtype),
             norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
             norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
-            gate_up_kernel=self.param("gate_up_kernel", normal, (width, 2, inner), dtype),
-            down_kernel=self.param("down_kernel", residual, (inner, width), dtype),
+            **feed_forward_params(self, config, inner),
         )
+
+
+def feed_forward_params(module: nn.Module, config: ModelConfig, inner: int) -> dict[str, Any]:
+    """Declares, in a layer's module, the fields of `ResidualParams` that are of a feed-forward of width `inner`."""
+    normal = nn.initializers.normal(INIT_STD)
+    residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
+    width, dtype = config.d_model, jnp.dtype(config.param_dtype)
+    experts = (config.num_experts,) * config.mixture
+    name = EXPERTS if config.mixture else ""
+    fields: dict[str, Any] = {
+        "gate_up_kernel": module.param(f"{name}gate_up_kernel", normal, (*experts, width, 2, inner), dtype),
+        "down_kernel": module.param(f"{name}down_kernel", residual, (*experts, inner, width), dtype),
+    }
+    if config.mixture:
+        kernel = module.param("router_kernel", normal, (width, config.num_experts), dtype)
+        fields["router"] = Router(kernel, config.experts_per_token)
+    return fields
 
 
 # ---- Dropout
@@ -192,7 +209,9 @@ def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any
     """
 
     def prepare(layer: ResidualParams) -> ResidualParams:
+        router = layer.router  # in float32
         layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
+        layer = dataclasses.replace(layer, router=router)
         if not isinstance(layer, LayerParams):
             return _pad_feed_forward(layer, 8 if jnp.dtype(dtype).itemsize < 4 else 1)
         return dataclasses.replace(
@@ -219,18 +238,15 @@ def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
 
 def _pad_feed_forward(layer: ResidualParams, multiple: int) -> ResidualParams:
     """The layer with zero weights up to a multiple of features inside: matrix units load what is aligned."""
-    padding = -layer.down_kernel.shape[0] % multiple
+    padding, experts = (0, -layer.down_kernel.shape[-2] % multiple), ((0, 0),) * (layer.down_kernel.ndim - 2)
     return dataclasses.replace(
         layer,
-        gate_up_kernel=jnp.pad(layer.gate_up_kernel, ((0, 0), (0, 0), (0, padding))),
-        down_kernel=jnp.pad(layer.down_kernel, ((0, padding), (0, 0))),
+        gate_up_kernel=jnp.pad(layer.gate_up_kernel, (*experts, (0, 0), (0, 0), padding)),
+        down_kernel=jnp.pad(layer.down_kernel, (*experts, padding, (0, 0))),
     )
 
 
 # ---- What a layer computes
-
-# Elementwise work is done again in the backward pass: cheaper than writing and reading back its float32 values.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 @jax.custom_vjp
@@ -359,12 +375,5 @@ def update(
         return x
     x = x + _add_bias(jnp.einsum("blhk,hkd->bld", attended, params.out_kernel), params.out_bias)
     x, normed = norm_branch(x, params.norm2_scale, params.norm2_bias)
-    gate_up = jnp.einsum("bld,dpf->blpf", normed, params.gate_up_kernel)
-    output = jnp.einsum("blf,fd->bld", _gated(gate_up), params.down_kernel)
+    output = feed_forward(params.router, params.gate_up_kernel, params.down_kernel, normed)
     return x + (output if dropout is None else dropout(output))
-
-
-@_recomputed
-def _gated(gate_up: Array) -> Array:
-    """silu(gate) * up of [batch, length, 2, F]."""
-    return nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope, rotate
@@ -199,6 +200,7 @@ class History(Stream):
 
             fixed = (valid if known is None else None, rope, dropout)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
+            shared = split_router_losses(shared, filled)
             restored, *projected = map_rows(restore_chunk, self.chunk, (shared, next_layer), rows, fixed, filled)
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
         return dataclasses.replace(self, **arrays)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
+from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, Embedded, part_of
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.models.rope import Rope, rope_table
@@ -164,7 +165,8 @@ def forward_windows(
         chunk, groups = run.together * (overlap + size), run.count // run.together
         in_line = functools.partial(rows_in_line, config, first=run.first, count=run.count, overlap=overlap)
         own = jax.tree.map(in_line, sequence.own)
-        shared, fixed = (blocks, sequence.reach(config, run)), sequence.fixed
+        counted = split_router_losses(blocks, (sequence.count - first) / run.together)
+        shared, fixed = (counted, sequence.reach(config, run)), sequence.fixed
         step: Any = functools.partial(_step, config, run)
         if groups == 1:
             step = jax.checkpoint(step) if plan.checkpointing else step

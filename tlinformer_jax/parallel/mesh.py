@@ -21,16 +21,18 @@ class MeshConfig:
     """Sizes of the mesh's axes. A further axis, `data`, takes the devices that these leave, and splits the batch.
 
     Attributes:
-      fsdp: splits the batch and the parameters, which are replicated over the other axes but `tensor`.
+      fsdp: splits the batch and the parameters, which are replicated over the other axes but `tensor` and `expert`.
       tensor: splits heads and the feed-forward's features.
       window: splits the generation windows of each sequence in training.
       context: splits the rows of the history, in training and in generation.
+      expert: splits the batch and the experts of `model.num_experts`.
     """
 
     fsdp: int = 1
     tensor: int = 1
     window: int = 1
     context: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
         for name, size in dataclasses.asdict(self).items():

@@ -1,8 +1,9 @@
 """The mesh of devices, which of its axes splits which dimension of which array, and what each device computes.
 
 Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
-gradient. Over `fsdp` and `tensor`, which split parameters, the compiler partitions. So on meshes without these two a
-device runs the program of one device, with the kernels that only such programs can use.
+gradient. Over `fsdp`, `tensor` and `expert`, which split parameters, the compiler partitions, but for the experts
+themselves (`models.feed_forward`). So on meshes without these three a device runs the program of one device, with the
+kernels that only such programs can use.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import MeshConfig
 
 # Axes that split the batch in training; the others hold copies of it, or of what they split no part.
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 # In evaluation sequences are independent and whole: every axis that would compute copies takes sequences of its own.
 EVALUATION_AXES = (*BATCH_AXES, "window", "context")
 # The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has
 # (V = 29 * 1733 divides badly, so the embedding is split on the width too); tensor parallelism splits heads and the
-# feed-forward's features. Over the other axes parameters are copies.
+# feed-forward's features; `expert` splits experts. Over the other axes parameters are copies.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec(None, "fsdp")),
     (r"qkv_kernel$", PartitionSpec("fsdp", None, "tensor")),
@@ -37,14 +38,16 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(A_log|dt_bias)$", PartitionSpec("tensor")),
     (r"qkv_bias$", PartitionSpec(None, "tensor")),
     (r"out_kernel$", PartitionSpec("tensor", None, "fsdp")),
+    (r"experts_gate_up_kernel$", PartitionSpec("expert", "fsdp", None, "tensor")),
+    (r"experts_down_kernel$", PartitionSpec("expert", "tensor", "fsdp")),
     (r"gate_up_kernel$", PartitionSpec("fsdp", None, "tensor")),
     (r"down_kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"(norm\w*_(scale|bias)|out_bias|shift)$", PartitionSpec()),
+    (r"(norm\w*_(scale|bias)|out_bias|shift|router_kernel)$", PartitionSpec()),
     (r"^competence/", PartitionSpec()),
     (r"/ns_coeffs$", PartitionSpec()),  # constants in Muon's state
 )
 # Axes that split parameters.
-PARTITIONED = ("fsdp", "tensor")
+PARTITIONED = ("fsdp", "tensor", "expert")
 # Marks a place of `assign_windows` that no window takes.
 NO_WINDOW = -1
 

@@ -230,7 +230,7 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
         return
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     most = {"hidden_depth": len(shapes), "num_blocks": len(shapes) // model.layers_per_block}
-    most |= dict.fromkeys(("vocab_size", "d_model", "d_ff"), largest)
+    most |= dict.fromkeys(("vocab_size", "d_model", "d_ff", "num_experts"), largest)
     for name, limit in most.items():
         value = getattr(model, name)
         if value is not None and value > limit:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tlinformer_jax.analysis.flops import attention_by_device
+from tlinformer_jax.analysis.flops import active_parameters, attention_by_device
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.run import RunConfig
@@ -35,6 +35,7 @@ MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_F
 NAMED_SAMPLES = 8
 # Names of a layer's arrays begin so.
 PARTS = {"qkv": "attention", "out": "attention", "gate_up": "feed-forward", "down": "feed-forward", "norm": "norms"}
+PARTS |= {"experts": "experts", "router": "router"}
 
 
 def say(message: str) -> None:
@@ -115,7 +116,8 @@ def model_line(run: Run) -> str:
     model = run.config.model
     count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
     devices = f"{model.compute_dtype.name} on {run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
-    return f"{model.architecture}, {model.num_layers} layers, {count:,} parameters; {devices}"
+    active = f", {active_parameters(model):,} of them active for a token" if model.mixture else ""
+    return f"{model.architecture}, {model.num_layers} layers, {count:,} parameters{active}; {devices}"
 
 
 def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.models.feed_forward import with_router_losses
 from tlinformer_jax.models.layers import Dropout, layer_norm
 from tlinformer_jax.models.model import (
     LanguageModel,
@@ -98,6 +99,7 @@ def summed_loss(
     first = start // shape.generation_window
     plan = shape.plan(num_windows(shape, length) - first)
     if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
+        typed = count_routers(typed, shape, rows["weights"], divisor)
         hidden = hidden_states(typed, shape, embed(typed, shape, inputs), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = rows_loss(hidden, typed.embedding, rows)
@@ -155,6 +157,7 @@ def window_loss(
     if x.rows.shape[1] > overlap + size:  # the first window, drawn among others
         x = jax.tree.map(lambda array: array[:, -size:], x)
     C, frame, dropout = place_in_run(shape, run, history, fixed, index)
+    params = count_routers(params, shape, rows["weights"], split.parts if split else 1)
     states = window_states(params.blocks, shape, C, x, frame, dropout)
     if overlap:
         states = states[:, overlap:]
@@ -162,6 +165,17 @@ def window_loss(
         states, rows = jax.tree.map(lambda array: split.take(pad_rows(array, -size % split.parts)), (states, rows))
     hidden = layer_norm(states, params.norm_scale, params.norm_bias)
     return rows_loss(hidden, params.embedding, rows)
+
+
+def count_routers(
+    params: ModelParams, shape: ModelConfig, weights: jax.Array, divisor: jax.Array | float
+) -> ModelParams:
+    """The parameters with the routers' losses, which count as much as these labels, `weights`, do in the loss.
+
+    So their gradient is that of a mean over micro-batches, devices and windows, each balanced by itself. The loss is
+    without them.
+    """
+    return with_router_losses(params, jnp.sum(weights) / divisor) if shape.mixture else params
 
 
 def weighted_loss(

@@ -1,0 +1,424 @@
+"""Mixtures of experts (`model.num_experts`) against NumPy in float64 and loops."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.decoding.test_exactness import TOLERANCE, largest_error, make_decoder, truth
+from tests.parallel.test_batch_split import MODEL as SPREAD
+from tests.parallel.test_batch_split import TRAIN, agree
+from tests.parallel.test_batch_split import gradient as gradient_over
+from tests.support import golden, reference
+from tests.support.models import SMALL
+from tests.support.optional import need_modules
+from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax.analysis.flops import active_parameters, training_flops
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
+from tlinformer_jax.config.run import RunConfig, TrainConfig
+from tlinformer_jax.data.tokenizers import ByteTokenizer
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.evaluation.experts import expert_rows
+from tlinformer_jax.interop import params_from_reference, params_to_reference
+from tlinformer_jax.interop.files import read_weights, write_safetensors
+from tlinformer_jax.models import feed_forward as module
+from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, token_layer
+from tlinformer_jax.models.feed_forward import Router, feed_forward
+from tlinformer_jax.models.model import prepare_params
+from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.sharding import UNSPLIT
+from tlinformer_jax.training.loss import summed_loss
+from tlinformer_jax.training.setup import build_run
+from tlinformer_jax.training.step import batch_gradient, decay_mask
+
+EXPERTS = dataclasses.replace(SMALL, hidden_depth=1, history_window=3, num_experts=5, experts_per_token=2)
+D, F, E = 6, 7, 4
+ROWS = (2, 9)
+
+
+def arrays(seed: int = 0, experts: int = E) -> tuple[np.ndarray, ...]:
+    """Rows, a router's kernel, and kernels of experts, float64."""
+    rng = np.random.default_rng(seed)
+    shapes = ((*ROWS, D), (D, experts), (experts, D, 2, F), (experts, F, D))
+    return tuple(rng.standard_normal(shape) for shape in shapes)
+
+
+def by_loop(top: int, x, router, gate_up, down) -> np.ndarray:
+    """The mixture, row by row and expert by expert."""
+    output = np.zeros_like(x)
+    for place in np.ndindex(*x.shape[:-1]):
+        (shares,) = reference.expert_shares(x[place][None] @ router, top)
+        for expert in np.flatnonzero(shares):
+            gate, up = np.einsum("d,dpf->pf", x[place], gate_up[expert])
+            output[place] += shares[expert] * (gate / (1 + np.exp(-gate)) * up) @ down[expert]
+    return output
+
+
+def mixture(top: int, x, router, gate_up, down) -> jax.Array:
+    return feed_forward(Router(router, top), gate_up, down, x)
+
+
+def slope(function, values, number: int, direction: np.ndarray, step: float = 1e-5) -> float:
+    """Of a function in float64, along a direction of one of its arguments."""
+    moved = [[*values[:number], values[number] + sign * step * direction, *values[number + 1 :]] for sign in (1, -1)]
+    return (function(*moved[0]) - function(*moved[1])) / (2 * step)
+
+
+# ---- The mixture
+
+
+@pytest.mark.parametrize("top", [1, 2, 3, E])
+def test_values_and_gradients_are_those_of_a_loop(top):
+    values, reads = arrays(), np.random.default_rng(1).standard_normal((*ROWS, D))
+    narrow = [jnp.asarray(array, jnp.float32) for array in values]
+    np.testing.assert_allclose(mixture(top, *narrow), by_loop(top, *values), atol=1e-4, rtol=1e-4)
+    gradients = jax.grad(lambda *given: jnp.sum(mixture(top, *given) * reads), argnums=(0, 1, 2, 3))(*narrow)
+    for number, gradient in enumerate(gradients):
+        direction = np.random.default_rng(number).standard_normal(gradient.shape)
+        expected = slope(lambda *given: np.sum(by_loop(top, *given) * reads), values, number, direction)
+        assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_one_expert_is_the_ordinary_feed_forward():
+    x, router, gate_up, down = (jnp.asarray(array, jnp.float32) for array in arrays(experts=1))
+    dense = feed_forward(None, gate_up[0], down[0], x)
+    np.testing.assert_allclose(mixture(1, x, router, gate_up, down), dense, rtol=1e-5, atol=1e-5)
+    alike = [jnp.repeat(array, 3, axis=0) for array in (gate_up, down)]
+    np.testing.assert_allclose(mixture(2, x, jnp.repeat(router, 3, axis=1), *alike), dense, rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_experts_does_not_matter():
+    x, router, gate_up, down = (jnp.asarray(array, jnp.float32) for array in arrays())
+    order = np.array([2, 0, 3, 1])
+    moved = mixture(2, x, router[:, order], gate_up[order], down[order])
+    np.testing.assert_allclose(moved, mixture(2, x, router, gate_up, down), rtol=1e-5, atol=1e-5)
+    wrong = mixture(2, x, router[:, order], gate_up, down)
+    assert np.abs(wrong - moved).max() > 0.1
+
+
+@pytest.mark.parametrize("expert", [0, E - 1])
+def test_no_row_is_dropped_where_all_take_one_expert(expert):
+    x, router, gate_up, down = arrays()
+    x[..., 0], router[0, expert] = 1, 100
+    found = mixture(1, *(jnp.asarray(array, jnp.float32) for array in (x, router, gate_up, down)))
+    gate, value = np.moveaxis(np.einsum("bld,dpf->blpf", x, gate_up[expert]), 2, 0)
+    np.testing.assert_allclose(found, (gate / (1 + np.exp(-gate)) * value) @ down[expert], rtol=1e-4, atol=1e-4)
+
+
+def test_routers_stay_float32_in_a_model_of_half_precision():
+    config = dataclasses.replace(EXPERTS, architecture="transformer", dtype="bfloat16")
+    model = build_model(config)
+    params = model.apply({"params": golden_scale(config)}, method=model.parameters)
+    layer = prepare_params(params, config).layers[0]
+    assert (layer.router.kernel.dtype, layer.down_kernel.dtype) == (jnp.float32, jnp.bfloat16)
+    rows = jnp.asarray(np.random.default_rng(0).standard_normal((1, 50, 16)), jnp.bfloat16)
+    expected = np.asarray(rows, np.float64) @ np.asarray(layer.router.kernel, np.float64)
+    np.testing.assert_allclose(module.router_logits(layer.router, rows), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- The router's losses
+
+
+def losses_by_loop(x: np.ndarray, router: np.ndarray, top: int) -> tuple[float, np.ndarray]:
+    """Of rows [rows, D]: both losses, and the rows of each expert."""
+    logits, experts = x @ router, router.shape[1]
+    taken, mean, z = np.zeros(experts), np.zeros(experts), 0.0
+    for values in logits:
+        total = np.exp(values).sum()
+        taken[np.argsort(-values)[:top]] += 1
+        mean += np.exp(values) / total / len(logits)
+        z += np.log(total) ** 2 / len(logits)
+    return 0.01 * experts * (taken / taken.sum() * mean).sum() + 0.001 * z, taken
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_gradients_are_those_with_the_losses_of_rows_that_are_read(top):
+    """The output's value and other gradients are as without; rows that nobody reads do not count."""
+    values = arrays(3)
+    x, router = values[:2]
+    reads = np.random.default_rng(1).standard_normal((*ROWS, D))
+    reads[0, 5:] = 0
+    read = np.concatenate([x[0, :5], x[1]])
+    narrow = [jnp.asarray(array, jnp.float32) for array in values]
+
+    def summed(x, router, gate_up, down, weight, tally):
+        return jnp.sum(feed_forward(Router(router, top, weight, tally), gate_up, down, x) * reads)
+
+    def plain(*given):
+        return jnp.sum(mixture(top, *given) * reads)
+
+    loss, found = jax.value_and_grad(summed, argnums=range(6))(*narrow, jnp.float32(7), jnp.zeros(E))
+    assert loss == plain(*narrow)
+    gradients = jax.grad(plain, argnums=range(4))(*narrow)
+    expected, taken = losses_by_loop(read, router, top)
+    assert found[4] == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_array_equal(found[5], taken)
+    direction = np.random.default_rng(2).standard_normal(router.shape)
+    moved = slope(lambda router: losses_by_loop(read, router, top)[0], [router], 0, direction)
+    assert np.sum((found[1] - gradients[1]) * direction) == pytest.approx(7 * moved, rel=1e-3)
+    assert np.abs(found[0] - gradients[0])[0, :5].min() > 0, "the losses' gradient goes on to the rows"
+    np.testing.assert_array_equal((found[0] - gradients[0])[0, 5:], 0)
+    for number in (2, 3):
+        np.testing.assert_array_equal(found[number], gradients[number])
+
+
+# ---- Models
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_the_references(architecture):
+    config = dataclasses.replace(EXPERTS, architecture=architecture)
+    tokens, expected = truth(config, 19, 2)
+    weights = golden.random_weights(config)
+    variables = params_from_reference(weights, config)
+    np.testing.assert_allclose(build_model(config).apply(variables, tokens), expected, atol=TOLERANCE)
+    back = params_to_reference(variables, config)
+    assert back.keys() == weights.keys()
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, weights[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=() if name == "tlinformer" else pytest.mark.slow) for name in ARCHITECTURES],
+)
+def test_decoding_equals_the_reference(architecture):
+    config = dataclasses.replace(EXPERTS, architecture=architecture)
+    assert largest_error(make_decoder(config), [3, 4, 5, 1, 12], 23) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_tokens_layer_attends_by_the_kernel_and_routes_by_plain_products():
+    config = dataclasses.replace(EXPERTS, architecture="transformer", d_model=24)
+    layer, rng = make_decoder(config).params.layers[1], np.random.default_rng(0)
+    x, *past = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 24), *[(2, 2, 12, 128)] * 2))
+    rows = CachedRows(KeyValue(*past), jnp.asarray([5, 100], jnp.int32))
+    plain, kernel = (
+        token_layer(layer, config, x, rope_table(jnp.asarray([5, 100]), 12), rows, None, backend)
+        for backend in ("plain", "triton_interpreted")
+    )
+    for found, expected in zip(jax.tree.leaves(kernel), jax.tree.leaves(plain)):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+# ---- Training
+
+
+def golden_scale(config: ModelConfig):
+    return params_from_reference(golden.random_weights(config), config)["params"]
+
+
+def batch_of(length: int = 16, batch: int = 2) -> dict[str, jax.Array]:
+    tokens = np.random.default_rng(3).integers(0, SMALL.vocab_size, (batch, length + 1)).astype(np.int32)
+    batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": np.ones((batch, length), np.float32)}
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def loss_and_gradient(config: ModelConfig, divisor: float = 32.0, **options):
+    """Of the batch, and of golden-scale parameters."""
+
+    def loss(params, batch):
+        return summed_loss(params, batch, jax.random.key(0), model=build_model(config), divisor=divisor, **options)[0]
+
+    return jax.jit(jax.value_and_grad(loss))(golden_scale(config), batch_of())
+
+
+def planned(config: ModelConfig, **plan) -> ModelConfig:
+    return dataclasses.replace(config, memory=ExecutionPlan(**{"scan_layers": False} | plan))
+
+
+def check_equal(found, expected, tolerance: float = 1e-4) -> None:
+    """Losses and gradients are equal, and gradients are not small against their tolerance."""
+    assert found[0] == pytest.approx(float(expected[0]), rel=1e-6)
+    for (path, array), other in zip(jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(expected[1])):
+        assert np.abs(array - other).max() < tolerance * np.abs(other).max(), jax.tree_util.keystr(path)
+
+
+def router_gradients(gradient) -> dict[str, np.ndarray]:
+    paths = jax.tree_util.tree_leaves_with_path(gradient)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths if "router" in path[-1].key}
+
+
+def without_losses(monkeypatch) -> None:
+    monkeypatch.setattr(module, "BALANCE_LOSS", 0.0)
+    monkeypatch.setattr(module, "Z_LOSS", 0.0)
+
+
+def test_training_minimises_the_mean_loss_and_each_layers_losses(monkeypatch, own_traces):
+    """The reported loss is the cross-entropy alone; its gradient that of the sum, by ordinary differentiation."""
+    config, calls = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1)), []
+    params, batch, key = golden_scale(config), batch_of(), jax.random.key(0)
+
+    def loss(params):
+        return summed_loss(params, batch, key, model=build_model(config), divisor=32.0)[0]
+
+    def recorded(output, logits, chosen, weight, tally):
+        calls.append((logits, chosen))
+        return output
+
+    def explicit(params):
+        calls.clear()
+        total = loss(params)
+        for logits, chosen in calls:
+            probabilities, experts = jax.nn.softmax(logits).reshape(-1, 5), jax.nn.one_hot(chosen, 5).reshape(-1, 5)
+            total += 0.01 * 5 * jnp.sum(jnp.mean(experts, axis=0) * jnp.mean(probabilities, axis=0))
+            total += 0.001 * jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
+        return total
+
+    found = jax.value_and_grad(loss)(params)
+    monkeypatch.setattr(module, "_with_losses", recorded)
+    plain = jax.value_and_grad(loss)(params)
+    expected = jax.grad(explicit)(params)
+    assert len(calls) == config.num_layers
+    check_equal(found, (plain[0], expected))
+    difference = [np.abs(a - b).max() for a, b in zip(*(router_gradients(g[1]).values() for g in (found, plain)))]
+    assert min(difference) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "plan"),
+    [
+        ("transformer", {"scan_layers": True, "checkpointing": True}),
+        ("tlinformer", {"scan_layers": True, "checkpointing": True}),
+        pytest.param("tlinformer", {"segments": 2, "checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("tconstformer", {"checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_scanned_checkpointed_and_windowed_gradients_are_the_plain_ones(architecture, plan):
+    config = dataclasses.replace(EXPERTS, architecture=architecture, hidden_depth=2)
+    check_equal(loss_and_gradient(planned(config, **plan)), loss_and_gradient(planned(config)))
+
+
+@pytest.mark.slow
+def test_the_losses_count_once_however_the_history_is_cut(monkeypatch, own_traces):
+    """The z-loss is a mean over rows, and so the same in chunks; the balance loss is of each chunk's own."""
+    monkeypatch.setattr(module, "BALANCE_LOSS", 0.0)
+    whole = loss_and_gradient(planned(EXPERTS, checkpointing=True))
+    check_equal(loss_and_gradient(planned(EXPERTS, checkpointing=True, chunk=2)), whole)
+    without_losses(monkeypatch)
+    jax.clear_caches()
+    plain = loss_and_gradient(planned(EXPERTS, checkpointing=True))
+    for found, other in zip(*(router_gradients(gradient).values() for _, gradient in (whole, plain))):
+        assert np.abs(found - other).max() > 1e-3 * np.abs(other).max()
+
+
+def test_micro_batches_are_balanced_each_by_itself():
+    config = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1))
+    train, batch, step = TrainConfig(batch_size=2, accumulation=2), batch_of(), jnp.int32(0)
+    params, model = golden_scale(config), build_model(config)
+    loss, _, gradient = batch_gradient(
+        batch, params, jnp.float32(32), step, model=model, config=train, split=UNSPLIT, wanted=()
+    )
+    halves = [
+        jax.value_and_grad(
+            lambda params, half=half: summed_loss(
+                params,
+                jax.tree.map(lambda rows: rows[half : half + 1], batch),
+                jax.random.key(0),
+                model=model,
+                divisor=32.0,
+            )[0]
+        )(params)
+        for half in (0, 1)
+    ]
+    check_equal((loss, gradient), jax.tree.map(jnp.add, *halves))
+
+
+# ---- Devices
+
+MESHES = {
+    "expert": ({"expert": 8}, {}),
+    "expert, data": ({"expert": 2}, {}),
+    "expert, fsdp, tensor": ({"expert": 2, "fsdp": 2, "tensor": 2}, {}),
+    "expert, window": ({"expert": 4, "window": 2}, {}),
+    "transformer": ({"expert": 4, "fsdp": 2}, {"architecture": "transformer"}),
+    "fsdp": ({"fsdp": 8}, {}),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "expert" else pytest.mark.slow) for n in MESHES])
+def test_eight_devices_train_as_one_does(name, monkeypatch, own_traces):
+    """With devices that balance their own sequences, but for the balance loss."""
+    mesh, changes = MESHES[name]
+    if "expert" not in mesh or mesh["expert"] < 8:
+        without_losses(monkeypatch)
+    config = dataclasses.replace(SPREAD, num_experts=8, experts_per_token=3, **changes)
+    found = gradient_over(config, TRAIN, mesh)
+    agree(gradient_over(config, TRAIN), found)
+    assert any(np.abs(array).max() > 0 for array in router_gradients(found[2]).values())
+
+
+def test_the_axis_is_refused_where_there_is_nothing_to_split():
+    for changes, allowed in (({}, "must be 1 for model.num_experts = 0"), ({"num_experts": 4}, "must divide 4")):
+        config = RunConfig(
+            dataclasses.replace(SMALL, vocab_size=257, **changes), TRAIN, DataConfig(), MeshConfig(expert=8)
+        )
+        with pytest.raises(ConfigError, match=f"^mesh.expert = 8: {allowed}"):
+            build_run(config, ByteTokenizer()).initial_state()
+
+
+# ---- Reports
+
+
+def test_operations_and_parameters_are_those_of_the_experts_that_a_row_takes():
+    """As of an ordinary feed-forward as wide as they, but for the router."""
+    config = dataclasses.replace(EXPERTS, hidden_depth=0)
+    dense = dataclasses.replace(config, num_experts=0, d_ff=2 * config.d_ff)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(golden_scale(model))) for model in (config, dense)]
+    routers = config.num_layers * config.d_model * 5
+    assert active_parameters(config) == active_parameters(dense) + routers == sizes[1] + routers
+    assert sizes[0] == active_parameters(config) + config.num_layers * 3 * 3 * config.d_model * config.d_ff
+    for architecture in set(ARCHITECTURES) - set(RECURRENT):  # whose own widths depend on d_ff
+        routed, wide = (dataclasses.replace(model, architecture=architecture) for model in (config, dense))
+        few, many = (dataclasses.replace(model, num_experts=number) for model in (routed,) for number in (4, 8))
+        assert training_flops(many, 19) - training_flops(few, 19) == pytest.approx(
+            training_flops(few, 19) - training_flops(wide, 19)
+        )
+        assert training_flops(many, 19) < 1.2 * training_flops(wide, 19)
+
+
+def test_the_load_of_experts_is_that_of_the_rows_that_they_take(monkeypatch):
+    config, chosen = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1)), []
+    model, params, batch = build_model(config), golden_scale(config), batch_of()
+    found = jax.jit(functools.partial(expert_rows, model=model))(params, batch)
+    real = module.choose
+    monkeypatch.setattr(module, "choose", lambda *given: chosen.append(real(*given)[1]) or real(*given))
+    with jax.disable_jit():
+        model.apply({"params": params}, batch["inputs"])
+    expected = [np.bincount(np.ravel(experts), minlength=5) for experts in chosen]
+    np.testing.assert_array_equal(found, expected)
+    windowed = expert_rows(golden_scale(EXPERTS), batch, model=build_model(planned(EXPERTS)))
+    assert windowed.shape == (EXPERTS.num_layers, 5)
+    assert windowed.sum(axis=1).min() >= 2 * 2 * 16, "two experts for each row of two sequences of 16"
+
+
+def test_a_router_and_experts_decay_and_begin_as_ordinary_kernels_do():
+    config = dataclasses.replace(EXPERTS, d_model=64, d_ff=128)
+    params = build_model(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    layer, decays = params["blocks_0"]["compress"], decay_mask(TRAIN, params)["blocks_0"]["compress"]
+    stds = {"router_kernel": 0.02, "experts_gate_up_kernel": 0.02, "experts_down_kernel": 0.02 / 12**0.5}
+    for name, std in stds.items():
+        assert layer[name].std() == pytest.approx(std, rel=0.1)
+        assert decays[name]
+
+
+def test_the_pytorch_module_refuses_experts(tmp_path):
+    need_modules("torch", "safetensors", extra="torch")
+    from tlinformer_jax.interop.pytorch import from_safetensors
+
+    path = tmp_path / "experts.safetensors"
+    write_safetensors(path, golden.random_weights(EXPERTS), EXPERTS)
+    assert params_from_reference(read_weights(path), EXPERTS)
+    with pytest.raises(ValueError, match=r"num_experts = 5: must be 0, this module has no experts$"):
+        from_safetensors(path)
+
+
+def test_more_experts_a_token_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match=r"^model.experts_per_token = 3: must be at most model.num_experts = 2$"):
+        ModelConfig(num_experts=2, experts_per_token=3)
+    ModelConfig(num_experts=1, experts_per_token=3)
