@@ -45,6 +45,6 @@ def expert_rows(params: Any, batch: DeviceBatch, *, model: LanguageModel) -> Flo
 
     def loss(tallies: Array) -> Array:
         hidden = hidden_states(with_tallies(typed, tallies), config, embed(typed, config, batch["inputs"]))
-        return weighted_loss(hidden, typed.embedding, batch, None)[0]
+        return weighted_loss(hidden, typed.embedding, batch, most=None, z_loss=0.0)[0]
 
     return jax.grad(loss)(jnp.zeros((config.num_layers, config.num_experts), jnp.float32))
