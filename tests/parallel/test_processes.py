@@ -72,12 +72,12 @@ def test_the_commands_refuse_them_with_one_line(tmp_path):
 
 def test_a_process_holds_the_rows_of_its_devices(monkeypatch):
     devices = np.array(jax.devices())
-    mesh = Mesh(devices.reshape(4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = Mesh(devices.reshape(4, 2, 1), ("data", "fsdp", "expert"), axis_types=(AxisType.Auto,) * 3)
     np.testing.assert_array_equal(process_rows(mesh, 16), np.arange(16))
 
     class Half:  # of the devices, as another process would see them
         def addressable_devices_indices_map(self, shape):
-            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp", "expert")))
             return {
                 device: index for device, index in whole.devices_indices_map(shape).items() if device.id in (1, 2, 5, 6)
             }
