@@ -14,8 +14,9 @@ Variants, KIND-LENGTH:
     4k    N = 4,096, W_oh = W_og = 256
     16k   N = 16,384, W_oh = W_og = 512
 
-s1-1k is the default; tiny is s1 in 512 bytes, a minute on a CPU. Any of them may have other text: without train_files
-that of the embedded Python reference, which is long enough for 1k and 4k.
+s1-1k is the default; tiny is s1 in 512 bytes, a minute on a CPU. s1 has a text of its own and reads no files. The
+others read books; --config.data.train_files= --config.data.validation_files= hides their needles in the embedded Python
+reference instead, which is long enough for 1k and 4k.
 
 Samples grow from 256 tokens on, each time as soon as 90% of training's answers' tokens are right. The model has width
 256, 2 blocks, H = 0 (4 layers). A run ends as soon as 99% of the validation's answers are right, after 200 M tokens at

@@ -8,7 +8,8 @@ three runs, minutes on a CPU.
 A point is named pairsP-rowsW_MODEL_lrRATE, W the rows of W_oh. All have the token shift, without which it is a matter
 of luck whether a run finds the answers at all (docs/quality.md); a model of width 128 and 4 layers; W_og = 64; samples
 that grow from 64 tokens on as soon as 80% of training's answers are right. TLinFormer's window and attention read the
-pairs themselves: what W_oh holds is all that TConstFormer has. A run ends at 99%, after 200 M tokens at the latest.
+pairs themselves. What W_oh holds is all that TConstFormer has where the pairs fill the first window, so from 32 on. A
+run ends at 99%, after 200 M tokens at the latest.
 
 The report draws the median over seeds with its bootstrap interval. Result: not yet measured.
 """

@@ -22,5 +22,5 @@ def get_sweep(variant: str = "all") -> Sweep:
         return Sweep(base, points, then=("evaluate", "evaluate@64"), study="retrieval")
     settings = [name for name in STATE if name != "tiny"] if variant == "all" else [variant]
     base, points = sweep_points(set_state, settings, MODELS, (1e-3,))
-    then = ("evaluate", *(f"evaluate@{length}" for length in LENGTHS))
+    then = tuple(f"evaluate@{length}" for length in LENGTHS)
     return Sweep(base, points, seeds=(0, 1, 2, 3, 4), then=then, study="retrieval")

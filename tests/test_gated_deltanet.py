@@ -246,7 +246,7 @@ def test_it_has_no_history_to_split(architecture):
 @pytest.mark.parametrize("architecture", RECURRENT)
 def test_files_hold_every_parameter(architecture):
     """Under names and shapes as PyTorch has them, there and back."""
-    config = dataclasses.replace(CONFIG, architecture=architecture, token_shift=True)
+    config = dataclasses.replace(CONFIG, architecture=architecture)
     weights = golden.random_weights(config)
     found = params_to_reference(params_from_reference(weights, config), config)
     assert set(found) == set(weights)

@@ -14,7 +14,7 @@ from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.models.layers import Dropout, prepare_layers
+from tlinformer_jax.models.layers import Dropout, Embedded, prepare_layers
 from tlinformer_jax.models.rope import rotary_angles
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.models.windows import num_windows, plan_segments
@@ -91,7 +91,7 @@ def test_scan_equals_plain_loop_over_windows(architecture, checkpointing):
     def scanned(params):
         embeddings = params["embedding"][tokens]
         typed = model.apply({"params": params}, method=model.parameters)
-        return forward_windows(prepare_layers(typed.blocks, jnp.float32), config, embeddings)
+        return forward_windows(prepare_layers(typed.blocks, jnp.float32), config, Embedded(embeddings))
 
     def looped(params):
         embeddings, outputs = params["embedding"][tokens], []

@@ -71,7 +71,7 @@ def test_a_file_wins_over_a_name(elsewhere):
 
 
 def test_an_unknown_name_lists_the_names():
-    names = "books, copy, large, long, niah, passkey, recall, state, tiny, wt103"
+    names = "audio, books, copy, genome, images, large, long, niah, passkey, proteins, recall, state, tiny, wt103"
     with pytest.raises(
         UserError, match=f"--config=tinny:x: must be a Python file, or one of {names}; did you mean tiny?"
     ):

@@ -2,19 +2,20 @@
 
 Prints how well n-grams that are fitted on the training split predict the validation split (--split=test: the test
 split), for each number of tokens of context up to --context (3: 4-grams). The configuration names text and tokenizer;
-nothing is trained.
+nothing is trained. With --width=28, images of 28 x 28 pixels are read by columns: the context is the pixels above.
 """
 
 import numpy as np
 from absl import flags
 
-from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, BYTES, kneser_ney_bits
+from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, BYTES, by_columns, kneser_ney_bits
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
 
 cli.define_config_flag()
 SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "Split to predict.")
 CONTEXT = flags.DEFINE_integer("context", None, f"Most tokens of context; {BYTES} of bytes, else 3.", lower_bound=0)
+WIDTH = flags.DEFINE_integer("width", None, "Of square images, to read them by columns.", lower_bound=1)
 
 
 def main() -> None:
@@ -34,12 +35,15 @@ def main() -> None:
     context = CONTEXT.value
     if context is None:
         context = BYTES if tokenizer.vocab_size <= BYTE_VOCABULARY else 3
-    for name, stream in (("train", train), (SPLIT.value, test)):
-        if len(stream.tokens) < context + 2:
-            raise UserError(f"--context={context}: must be at most {len(stream.tokens) - 2}, what the {name} split has")
-    bits = kneser_ney_bits(np.asarray(train.tokens), np.asarray(test.tokens), tokenizer.vocab_size, context)
+    rows = [np.asarray(stream.tokens) for stream in (train, test)]
+    if WIDTH.value:
+        rows = [by_columns(tokens, WIDTH.value) for tokens in rows]
+    for name, tokens in zip(("train", SPLIT.value), rows):
+        if len(tokens) < context + 2:
+            raise UserError(f"--context={context}: must be at most {len(tokens) - 2}, what the {name} split has")
+    bits = kneser_ney_bits(*rows, tokenizer.vocab_size, context)
     for size, value in enumerate(bits):
-        per_byte = value * len(test.tokens) / test.num_bytes
+        per_byte = value * len(rows[1]) / test.num_bytes
         print(f"{size} tokens of context: perplexity {2**value:.2f} per token, {per_byte:.3f} bits per byte")
 
 

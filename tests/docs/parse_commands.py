@@ -15,7 +15,15 @@ import tomllib
 from tests.docs.blocks import ROOT
 
 # Commands of the system, scripts that tests/launch runs, and what has flags of its own kind.
-OTHERS = ("source", "python3 -m venv", "sbatch", "launch/", "mkdocs", "python -m tlinformer_jax.interop.harness")
+OTHERS = (
+    "source",
+    "sudo apt-get install",
+    "python3 -m venv",
+    "sbatch",
+    "launch/",
+    "mkdocs",
+    "python -m tlinformer_jax.interop.harness",
+)
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]] | None:

@@ -95,7 +95,7 @@ def test_a_task_is_always_evaluated_on_its_test_split():
 
 def test_a_length_that_the_test_text_cannot_fill_is_refused_before_the_training(tmp_path):
     job = Job("x", run_config({"model": MODEL, "data": PASSKEY}), tmp_path, "", ("evaluate@1048576",))
-    least = "evaluate@1048576: data.sequence_length = 1048576: the text to hide keys in has only [0-9]+ tokens$"
+    least = "evaluate@1048576: data.sequence_length = 1048576: the text to hide needles in has only [0-9]+ tokens$"
     with pytest.raises(UserError, match=least):
         run_job(job)
     assert not list(tmp_path.iterdir())

@@ -69,13 +69,13 @@ def _window(
         layer = _Layer(weights, block + "compress_context_layer.", config)
         qc, kc, vc = layer.project(context, past)
         qx, kx, vx = layer.project(x, new)
-        if b == 0:
+        if b == 0 and config.token_shift:
             keyed = key_rows(weights, config, embedded)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
         far_qx = qx  # x's query of the history
         if config.history_position == "none":
             qc, _, _ = layer.project(context, None)
-            _, kc, _ = layer.project(context if b else keyed[first:n], None)
+            _, kc, _ = layer.project(keyed[first:n] if b == 0 and config.token_shift else context, None)
             far_qx, _, _ = layer.project(x, None)
         if probe is not None:
             probe.append((qc[rows], qx, far_qx, kc, vc, kx, vx))
@@ -115,7 +115,7 @@ def _baseline(weights: Weights, config, x: np.ndarray) -> np.ndarray:
             x = layer.update(x, _gated_deltanet(layer, x))
             continue
         q, k, v = layer.project(x, np.arange(len(x)))
-        if i == 0:
+        if i == 0 and config.token_shift:
             k = layer.project(key_rows(weights, config, x), np.arange(len(x)))[1]
         x = layer.update(x, _attend(q, k, v, causal=True, window=window))
     return x

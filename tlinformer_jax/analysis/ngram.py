@@ -90,3 +90,9 @@ def byte_floor(train: np.ndarray, test: np.ndarray, vocab_size: int) -> tuple[fl
     """Bits per token of the best model with 1 to BYTES tokens of context, and that number."""
     bits = kneser_ney_bits(train, test, vocab_size, BYTES)[1:]
     return min((value, size) for size, value in enumerate(bits, 1))
+
+
+def by_columns(tokens: np.ndarray, width: int) -> np.ndarray:
+    """The tokens of whole square images, after the one token before them, with the pixels of a column in a row."""
+    images = tokens[1 : 1 + (len(tokens) - 1) // width**2 * width**2].reshape(-1, width, width)
+    return np.append(tokens[:1], images.swapaxes(1, 2))

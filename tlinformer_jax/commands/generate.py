@@ -5,15 +5,20 @@ text so far stays, the figures follow, and the status is 130.
 """
 
 import json
+import math
+import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import flags
 
 from tlinformer_jax import environment
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import local_path, write_bytes
 
 if TYPE_CHECKING:
     from tlinformer_jax.decoding.stream import Generation, Stream
@@ -35,6 +40,9 @@ CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be given several times.")
 STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's end of text ends a sample.")
 STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; several come when all are done.")
+SAVE = flags.DEFINE_string(
+    "save", None, "FILE.png of the images, or FILE.wav of the sounds, that prompt and continuation make."
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
 
 # Flags that are options of the generator, by the same name.
@@ -60,6 +68,7 @@ def _generate() -> int:
     if NUM_SAMPLES.value < 1:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: must be an integer >= 1")
     workdir = cli.given_path(WORKDIR, "the directory of a run")
+    save = _saver(workdir)
 
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.sampling import GenerationConfig
@@ -75,6 +84,10 @@ def _generate() -> int:
             generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
             stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
         interrupted = _print_samples(stream)
+    if save:
+        assert generator.tokenizer is not None
+        before = generator.tokenizer.encode(prompt)
+        save([np.append(before, sample.tokens) for sample in stream.generations])
     _print_figures(stream, compilations)
     return environment.INTERRUPTED if interrupted else 0
 
@@ -88,6 +101,27 @@ def _prompt() -> str:
             raise UserError("--prompt: must hold some text; it is empty")
         return PROMPT.value
     return cli.text_of_file(PROMPT_FILE.value or "", "--prompt_file")
+
+
+def _saver(workdir: pathlib.Path) -> Callable[[list[np.ndarray]], None] | None:
+    """What writes the file of --save from the tokens of each sample; None without the flag."""
+    if not SAVE.value:
+        return None
+    from tlinformer_jax.config.run import load_config
+    from tlinformer_jax.data import domains
+
+    path, data = local_path(SAVE.value, "--save"), load_config(workdir).data
+    kinds = {"idx": (".png", domains.images_png), "wav": (".wav", domains.sounds_wav)}
+    if data.dataset not in kinds:
+        raise UserError(f"--save={path}: is for runs on data.dataset = 'idx' or 'wav', not {data.dataset!r}")
+    ending, content = kinds[data.dataset]
+    if path.suffix != ending:
+        raise UserError(f"--save={path}: must end in {ending} for data.dataset = {data.dataset!r}")
+    if data.dataset == "idx" and math.isqrt(data.sequence_length) ** 2 != data.sequence_length:
+        raise UserError(f"--save={path}: draws square images, but data.sequence_length = {data.sequence_length}")
+    if not path.parent.is_dir():
+        raise UserError(f"--save={path}: there is no folder {path.parent}")
+    return lambda samples: write_bytes(path, content(samples, data.sequence_length))
 
 
 def _print_samples(stream: "Stream") -> bool:

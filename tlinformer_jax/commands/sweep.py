@@ -32,7 +32,7 @@ from tlinformer_jax.files import local_path, open_own
 
 if TYPE_CHECKING:
     from tlinformer_jax.experiments.job import Job, Record
-    from tlinformer_jax.experiments.plan import Sweep
+    from tlinformer_jax.experiments.plan import Point, Sweep
 
 SWEEP = flags.DEFINE_string(
     "sweep", "", "Sweep file, or the name of one of the package's; NAME:VARIANT picks a variant."
@@ -44,7 +44,7 @@ SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of 
 TOGETHER = flags.DEFINE_bool(
     "together",
     False,
-    "Train points that differ in seed and learning rate alone as one program; of small models, of tasks.",
+    "Of tasks: train points that differ only in seed and learning rate as one program, without checkpoints.",
 )
 RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
 THEN = flags.DEFINE_list(
@@ -57,16 +57,17 @@ CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train
 def main() -> None:
     """Checks all points, trains those that are not finished, writes the tables."""
     from tlinformer_jax.experiments.actions import checked_actions
-    from tlinformer_jax.experiments.job import Job, groups_of, run_jobs
-    from tlinformer_jax.experiments.plan import check_data, chosen_points, load_sweep, plan_points
+    from tlinformer_jax.experiments.job import Job, run_jobs
+    from tlinformer_jax.experiments.plan import chosen_points, groups_of, load_sweep, plan_points
 
     sweep = load_sweep(SWEEP.value)
     if SEEDS.value is not None:
         sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS))
     then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
     points = plan_points(sweep, _base(sweep))
-    chosen = chosen_points(points, POINT.value, POINTS.value)
-    check_data(chosen)
+    groups = groups_of(points) if TOGETHER.value else [[point] for point in points]
+    chosen = chosen_points(groups, POINT.value, POINTS.value)
+    _check(chosen)
     if CHECK.value:
         print("\n".join(f"{number} {point.name} {point.overrides}" for number, point in enumerate(points)))
         return
@@ -93,17 +94,14 @@ def main() -> None:
         for point in points
     }
     write = functools.partial(_write, list(jobs.values()), out, results)
-    groups = [[jobs[point.name]] for point in chosen]
-    if TOGETHER.value:
-        groups = groups_of([job for group in groups for job in group])
-    failures = run_jobs(groups, RETRIES.value, finished=write)
+    failures = run_jobs([[jobs[point.name] for point in group] for group in chosen], RETRIES.value, finished=write)
     done = write()
     print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
     if done:
         _plot(done, out)
     if failures:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in failures.items())
-        cli.fail(f"{len(failures)} of {len(chosen)} points failed: {reasons}", 1)
+        cli.fail(f"{len(failures)} of {sum(map(len, chosen))} points failed: {reasons}", 1)
 
 
 def define_flags() -> None:
@@ -135,6 +133,19 @@ def define_flags() -> None:
         config_flags.DEFINE_config_dict("config", config, lock_config=True)
     except Exception as error:  # ml_collections raises what comes, for a field that does not exist
         cli.fail(cli.describe(error, sys.argv))
+
+
+def _check(groups: "list[list[Point]]") -> None:
+    """Refuses (UserError) data that are not there, and groups that one program cannot train."""
+    from tlinformer_jax.experiments.plan import check_data, check_together
+
+    check_data([point for group in groups for point in group])
+    for group in groups:
+        if len(group) > 1:
+            try:
+                check_together(group[0].config)
+            except UserError as error:
+                raise UserError(f"point {group[0].name}: {error}") from None
 
 
 def _base(sweep: "Sweep") -> Any:

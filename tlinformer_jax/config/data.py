@@ -17,7 +17,10 @@ TASKS = (*NUMBER_TASKS, *NEEDLES)
 WIKITEXT = ("wikitext103", "wikitext103-raw")
 TEXT_FILES = ("text", "lines")
 TOKENS = "tokens"
-DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *WIKITEXT, *TASKS)
+SYMBOL_FILES = ("idx", "fasta", "wav")
+IDS_256 = "ids:256"
+LETTERS = "letters:"
+DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *SYMBOL_FILES, *WIKITEXT, *TASKS)
 TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
@@ -46,20 +49,25 @@ class DataConfig:
 
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
-        of a .txt is a document), "tokens" (your own token ids, see `data.given`), "wikitext103" (with <unk>, the
-        paper's), "wikitext103-raw", "tfds:NAME" (of TensorFlow Datasets), or a task whose samples are generated:
+        of a .txt is a document), "tokens" (your own token ids, see `data.given`), "idx" (images), "fasta" (genomes,
+        proteins), "wav" (sound; see `data.domains`), "wikitext103" (with <unk>, the paper's), "wikitext103-raw",
+        "tfds:NAME" (of TensorFlow Datasets), or a task whose samples are generated:
         "recall", "recall-gap", "copy" (see `data.tasks`), "parity", "s5" (see `data.states`), "passkey", "niah-1",
         "niah-2", "niah-3" (see `data.needles`).
       tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`, of a folder that holds one, or of a
         sentencepiece `.model`. FILE.json:ENTRY names the entry of its vocabulary that ends a text; without, a folder's
         `tokenizer_config.json` says it, or the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
-        tasks without text. "ids:V" is for "tokens" of no text: V ids, and one more that ends a document.
+        tasks without text. "ids:V" is for "tokens" of no text: V ids, and one more that ends a document;
+        "idx" and "wav" have "ids:256". "letters:ACGT", for "fasta", has an id for each of these letters, and that one.
       sequence_length: N, tokens a sample.
       train_files: [text, lines] comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst, and of
         .parquet and .arrow files. [passkey, niah-2, niah-3] the text that needles are hidden in, read as "text"; "" is
         that of "pydoc". [tokens] one .npy file, or one of raw little-endian ids: FILE.bin (uint16) or FILE.bin:uint32.
-      validation_files: the same for the validation split.
-      test_files: the same for the test split. [passkey, niah-2, niah-3] "" hides needles in the validation text.
+        [idx, fasta, wav] files of any name, the first two also .gz, .xz or .zst.
+      validation_files: the same for the validation split. [idx, fasta, wav] "" takes every 20th document of train_files
+        (a FASTA record or sound of more than 65,536 letters or samples counts as several), which is not trained on.
+      test_files: the same for the test split, with a 20th of its own. [passkey, niah-2, niah-3] "" hides needles in the
+        validation text.
       text_field: [text, lines, tfds] the field of a .jsonl line or of a record, or the column, that holds the document.
       manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip. [tfds] its data_dir.
       cache_dir: where downloads and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
@@ -106,8 +114,14 @@ class DataConfig:
         if self.tokenizer.startswith("numbers:") and self.dataset not in NUMBER_TASKS:
             allowed = f"is for data.dataset = {', '.join(map(repr, NUMBER_TASKS))}"
             raise ConfigError("data.tokenizer", self.tokenizer, allowed)
-        if self.tokenizer.startswith("ids:") and self.dataset != TOKENS:
-            raise ConfigError("data.tokenizer", self.tokenizer, f"is for data.dataset = {TOKENS!r}")
+        if self.dataset in ("idx", "wav") and self.tokenizer != IDS_256:
+            raise ConfigError(
+                "data.tokenizer", self.tokenizer, f"must be {IDS_256!r} for data.dataset = {self.dataset!r}"
+            )
+        if self.tokenizer.startswith("ids:") and self.dataset not in (TOKENS, "idx", "wav"):
+            raise ConfigError("data.tokenizer", self.tokenizer, f"is for data.dataset = {TOKENS!r}, 'idx' and 'wav'")
+        if self.letters and self.dataset != "fasta":
+            raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'fasta'")
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
         if not 1 <= self.sequence_length < 2**31:
@@ -133,6 +147,20 @@ class DataConfig:
     def hides_in_files(self) -> bool:
         """Whether needles are hidden in the user's own text."""
         return self.dataset in NEEDLES and self.dataset != "niah-1" and bool(self.train_files)
+
+    @property
+    def letters(self) -> str:
+        """[fasta] The letters that "letters:ACGT" names; "" for another tokenizer."""
+        return self.tokenizer.removeprefix(LETTERS) if self.tokenizer.startswith(LETTERS) else ""
+
+    def field_of_files(self, split: str) -> str:
+        """The field that names the files of a split; these may be those of another split."""
+        if not getattr(self, f"{split}_files"):
+            if self.dataset in SYMBOL_FILES:
+                return "train_files"
+            if self.hides_in_files and split == "test":
+                return "validation_files"  # whose text hides other needles then
+        return f"{split}_files"
 
     @property
     def validation_examples(self) -> int:
@@ -180,7 +208,7 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
         value = values.get(name)
         if not isinstance(value, str) or not value or _path_fault(name, value):
             continue
-        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith(("numbers:", "ids:"))):
+        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith(("numbers:", "ids:", LETTERS))):
             continue
         try:
             here = os.path.abspath(base)

@@ -123,15 +123,13 @@ class ModelConfig:
       history_window: W_oh, rows of the summary z of the history; 'auto' lets it grow with the history n as
         8 * floor((12 * ln(n) + 7) / 8).
       generation_window: W_og, tokens that are predicted together.
-      window_overlap: o < W_og; every window but the first also runs the o tokens before it, which are not predicted
-        there: its own tokens read them as neighbours. They are no part of its history, which is as much shorter. 0 in
-        the paper.
+      window_overlap: o < W_og; every window but the first also runs the o tokens before it, so that its first tokens
+        have neighbours. Those o tokens are not predicted there, and are not in its history. 0 in the paper.
       token_shift: whether the first layer's keys are made of e_t + s * e_(t-1), the embedding of each token and a
         learned multiple of that of the token before, with a vector s of D numbers that starts at 0. Not in the paper: a
         query finds a row by the token before it, so that recall takes one layer.
-      history_position: whether the two reads that span the whole history, C's keys in `compress` and C's queries in
-        `restore`, have rotary positions: 'rotary', as in the paper, or 'none', where neither their queries nor their
-        keys are rotated (NoPE), and no distance is longer than those seen in training. All other reads stay rotary.
+      history_position: 'rotary', as in the paper, or 'none': in the reads of all of C, and in C's own, neither queries
+        nor keys are rotated (NoPE). All other reads stay rotary.
       dropout: rate on attention weights and on the feed-forward's output, in training only.
       dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU; with float16 there is
         no loss scaling, so it is for evaluation. Softmax, rotary

@@ -33,6 +33,7 @@ PAPER_MICRO_BATCH = {512: 32, 1024: 16, 2048: 8}
 TOKENS_PER_UPDATE = 131_072
 # As many as the paper takes at N = 512 on WikiText-103: ten epochs of 908.
 UPDATES = 9_080
+SMALL_TOKENS_PER_UPDATE = 65_536  # or a little less
 
 
 def set_row(config: "ConfigDict", row: str) -> None:
@@ -116,7 +117,7 @@ def set_own_recipe(config: "ConfigDict", row: str) -> None:
 
 
 def set_plus(config: "ConfigDict") -> None:
-    """Turns on what is not in the paper and has paid, by docs/quality.md."""
+    """Turns on the token shift, which makes recall easier to learn; see docs/quality.md."""
     config.model.token_shift = True
 
 
@@ -128,6 +129,32 @@ def set_tokens(config: "ConfigDict", tokens: int) -> None:
     updates = -(-tokens // TOKENS_PER_UPDATE)
     tenth = max(1, updates // 10)
     config.train.update(steps=updates, warmup_steps=tenth, eval_every=tenth, checkpoint_every=tenth)
+
+
+def set_small(config: "ConfigDict", length: int, window: int, tokens: int) -> None:
+    """Sets a model of 6 layers that sees `tokens` tokens in samples of `length`; W_oh = W_og = `window`."""
+    batch = SMALL_TOKENS_PER_UPDATE // length // 8 * 8
+    updates = tokens // (batch * length)
+    config.model.update(
+        architecture="tlinformer",
+        d_model=256,
+        num_heads=4,
+        num_blocks=2,
+        hidden_depth=1,
+        history_window=window,
+        generation_window=window,
+        dropout=0.1,
+    )
+    config.train.update(
+        steps=updates,
+        batch_size=batch,
+        learning_rate=1e-3,
+        warmup_steps=updates // 10,
+        schedule="cosine",
+        weight_decay=0.1,
+        eval_every=updates // 10,
+    )
+    config.data.sequence_length = length
 
 
 def _length(row: str, text: str) -> int:

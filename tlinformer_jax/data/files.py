@@ -26,6 +26,13 @@ STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 
 MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
 LARGEST_LINE = 1 << 28  # bytes; a line is held in memory several times
 REPORT_EVERY = 10.0  # seconds between two lines of progress
+# Packages of Debian that ship data, by the folder that they put it in.
+PACKAGES = {
+    "/usr/share/datasets/fashion-mnist/": "dataset-fashion-mnist",
+    "/usr/share/doc/bowtie/examples/": "bowtie-examples",
+    "/usr/share/doc/mmseqs2/example-data/": "mmseqs2-examples",
+    "/usr/share/asterisk/sounds/en_US_f_Allison/": "asterisk-core-sounds-en-wav",
+}
 
 TextPiece = tuple[str, bool]
 OnRead = Callable[[int], None]  # called with the number of (compressed) bytes of each read
@@ -34,22 +41,28 @@ OnRead = Callable[[int], None]  # called with the number of (compressed) bytes o
 # ---- Which files
 
 
-def find_files(patterns: str, field: str) -> list[pathlib.Path]:
-    """Expands the comma-separated globs (or plain paths) of `field` into files, each once, sorted within a glob."""
+def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathlib.Path]:
+    """Expands the comma-separated globs (or plain paths) of `field` into files, each once, sorted within a glob.
+
+    Files whose names do not end as those of texts do are refused unless `any_name`.
+    """
     found: dict[pathlib.Path, None] = {}
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
         path = pathlib.Path(pattern).expanduser().absolute()
         names = [path] if path.is_file() else sorted(glob.glob(_glob(path), recursive=True))
         matches = [match for match in map(pathlib.Path, names) if match.is_file()]  # reading a pipe would block
         if not matches:
-            raise DataError(f"{field}: no file matches {pattern!r}")
+            packages = [package for place, package in PACKAGES.items() if place in pattern]
+            told = "".join(f"; the Debian package {package} ships it" for package in packages)
+            raise DataError(f"{field}: no file matches {pattern!r}{told}")
         for match in matches:
-            if file_kind(match) is None:
+            if not any_name and file_kind(match) is None:
                 allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst; or in .parquet or .arrow"
                 raise DataError(f"{field}: {match} is not read; {allowed}")
             found[match.resolve()] = None
     if not found:
-        raise DataError(f"{field} = {patterns!r}: must hold a path or glob of .txt or .jsonl files for this split")
+        kinds = "files" if any_name else ".txt or .jsonl files"
+        raise DataError(f"{field} = {patterns!r}: must hold a path or glob of {kinds} for this split")
     return list(found)
 
 

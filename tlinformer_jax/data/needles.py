@@ -88,9 +88,9 @@ class Phrases:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, form: Form) -> "Phrases":
-        """As a tokenizer writes it, with the names that have as many tokens as most.
+        """As a tokenizer writes it. Only names of the most common token count are kept: all sentences are equally long.
 
-        DataError if its digits differ in their number of tokens.
+        DataError if the symbols of a value differ in their number of tokens.
         """
         symbols = [tokenizer.encode(f" {symbol}") for symbol in form.symbols]
         if len({len(symbol) for symbol in symbols}) > 1:
@@ -154,7 +154,7 @@ class Needles:
             fields = f"data.num_items = {self.needles} and data.questions = {self.questions}"
             raise ConfigError("data.sequence_length", length, f"must be at least {least} for {fields}")
         if len(self.text.tokens) < length:
-            allowed = f"the text to hide keys in has only {len(self.text.tokens)} tokens"
+            allowed = f"the text to hide needles in has only {len(self.text.tokens)} tokens"
             raise DataError(f"data.sequence_length = {length}: {allowed}")
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:

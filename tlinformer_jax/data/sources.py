@@ -7,8 +7,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 
-from tlinformer_jax.config.data import NEEDLES, PAIR_SIZES, SPLITS, TEXT_FILES, TFDS, TOKENS, DataConfig
-from tlinformer_jax.data import given, needles, states, tfds, wikitext103
+from tlinformer_jax.config.data import (
+    NEEDLES,
+    PAIR_SIZES,
+    SPLITS,
+    SYMBOL_FILES,
+    TEXT_FILES,
+    TFDS,
+    TOKENS,
+    DataConfig,
+)
+from tlinformer_jax.data import domains, given, needles, states, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.files import TextPiece, check_patterns, find_files, progress, read_documents
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents
@@ -23,10 +32,10 @@ DEAL = ("train", "train", "train", "train", "validation", "train", "test", "trai
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The text of one split: all that it depends on, as JSON; its documents; where it is from, for messages."""
+    """The text of one split: all that it depends on, as JSON; its tokens; where it is from, for messages."""
 
     identity: Callable[[], Identity]
-    documents: Callable[[], Iterator[TextPiece]]
+    encoded: Callable[[Tokenizer], Iterator[Encoded]]
     where: str
 
 
@@ -34,6 +43,8 @@ def available_splits(config: DataConfig) -> tuple[str, ...]:
     """The splits that `config` gives text of their own for."""
     if config.dataset in (*TEXT_FILES, TOKENS) or config.hides_in_files:
         return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
+    if config.dataset in SYMBOL_FILES:
+        return tuple(split for split in SPLITS if getattr(config, config.field_of_files(split)))
     return SPLITS
 
 
@@ -51,8 +62,9 @@ def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> S
 
     Tokens in the configuration's own cache are read all the same.
     """
-    if config.dataset in (*TEXT_FILES, *NEEDLES):
-        check_patterns(getattr(config, f"{split}_files", ""), f"data.{split}_files")
+    if config.dataset in (*TEXT_FILES, *SYMBOL_FILES, *NEEDLES) and split in SPLITS:
+        field = config.field_of_files(split)
+        check_patterns(getattr(config, field), f"data.{field}")
     found = find_split(config, split, tokenizer)
     return found or load_split(dataclasses.replace(config, cache_dir=""), split, tokenizer)
 
@@ -109,7 +121,7 @@ def _encoded(
 ) -> Generator[Encoded, None, None]:
     """The tokens of a source; DataError if the whole is not what it should be."""
     total, published = Counts(), config.dataset in wikitext103.VARIANTS
-    for tokens, counts in encode_documents(source.documents(), tokenizer):
+    for tokens, counts in source.encoded(tokenizer):
         if published:  # each document is one line, an empty one too
             counts = dataclasses.replace(counts, num_lines=counts.num_documents)
         total += counts
@@ -129,16 +141,15 @@ def _source(config: DataConfig, split: str) -> Source | None:
         identity, documents = (
             functools.partial(part, config, split) for part in (module.identity, module.read_documents)
         )
-        return Source(identity, documents, config.dataset)
-    if config.hides_in_files and split == "test" and not config.test_files:
-        split = "validation"  # whose text hides other needles then
+        return Source(identity, lambda tokenizer: encode_documents(documents(), tokenizer), config.dataset)
     if config.dataset in TEXT_FILES or config.hides_in_files:
-        return _files_source(config, split)
-    return None
+        return _text_source(config, split)
+    return _symbol_source(config, split) if config.dataset in SYMBOL_FILES else None
 
 
-def _files_source(config: DataConfig, split: str) -> Source:
-    files = find_files(getattr(config, f"{split}_files"), f"data.{split}_files")
+def _text_source(config: DataConfig, split: str) -> Source:
+    field = config.field_of_files(split)
+    files = find_files(getattr(config, field), f"data.{field}")
 
     def identity() -> Identity:
         options = {"lines": config.dataset == "lines", "text_field": config.text_field}
@@ -149,7 +160,26 @@ def _files_source(config: DataConfig, split: str) -> Source:
         for path in files:
             yield from read_documents(path, config.dataset, config.text_field, advance)
 
-    return Source(identity, documents, ", ".join(map(str, files)))
+    return Source(identity, lambda tokenizer: encode_documents(documents(), tokenizer), ", ".join(map(str, files)))
+
+
+def _symbol_source(config: DataConfig, split: str) -> Source:
+    """Images, records or sounds, see `data.domains`."""
+    field = config.field_of_files(split)
+    files = find_files(getattr(config, field), f"data.{field}", any_name=True)
+    held_out = [other for other in domains.PLACES if config.field_of_files(other) == field == "train_files"]
+
+    def identity() -> Identity:
+        options = {"dataset": config.dataset, "split": split if held_out else "", "held_out": held_out}
+        return options | {"files": [file_identity(path) for path in files]}
+
+    def encoded(tokenizer: Tokenizer) -> Iterator[Encoded]:
+        advance = progress(f"reading {split}", sum(path.stat().st_size for path in files))
+        documents = (document for path in files for document in domains.read_documents(path, config, advance))
+        return domains.encode(domains.deal(documents, split, held_out), config, tokenizer)
+
+    dealt = f", of which it gets one document of {domains.EVERY}" if split in held_out else ""
+    return Source(identity, encoded, ", ".join(map(str, files)) + dealt)
 
 
 # ---- Splits

@@ -4,7 +4,7 @@
     g1     g2 * g1     g3 * g2 * g1 ...      the labels
 
 "parity" is the group of two elements: whether so far an odd number of ones came. "s5" is that of the 120 permutations
-of five things, the word problem that constant-depth models such as attention cannot solve at all lengths.
+of five things, whose word problem models of constant depth are believed unable to solve at all lengths (TC0 and NC1).
 
 The state after a position depends on all tokens before it: as an answer, its source is the sample's first token.
 """

@@ -6,12 +6,13 @@ Every tokenizer is saved in a run's working directory and loaded from it: a trai
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from tlinformer_jax.config.data import split_tokenizer
+from tlinformer_jax.config.data import LETTERS, split_tokenizer
 from tlinformer_jax.data.subwords import (
     GPT2_FILE,
     HUGGING_FACE_FILE,
@@ -119,6 +120,41 @@ class NumberTokenizer:
         return self.name, {}
 
 
+@dataclasses.dataclass(frozen=True)
+class LetterTokenizer:
+    """An id for each of a few ASCII letters, in the order given, and one more that ends a text."""
+
+    letters: str
+
+    @property
+    def name(self) -> str:
+        return f"{LETTERS}{self.letters}"
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.letters) + 1
+
+    @property
+    def end_of_text(self) -> int:
+        return len(self.letters)
+
+    def encode(self, text: str) -> np.ndarray:
+        if wrong := text.translate(dict.fromkeys(map(ord, self.letters))):
+            raise DataError(f"tokenizer {self.name}: {wrong[0]!r} is none of its letters")
+        table = np.zeros(128, np.int32)
+        table[list(self.letters.encode())] = range(len(self.letters))
+        return table[np.frombuffer(text.encode(), np.uint8)]
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        return "".join(self.letters[token] for token in map(int, tokens) if token < len(self.letters)).encode()
+
+    def safe_cut(self, text: str) -> int:
+        return len(text)
+
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        return self.name, {}
+
+
 def build_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `config.data.tokenizer` names; a UserError if there is none, or its package is missing."""
     if name == "bytes":
@@ -130,6 +166,8 @@ def build_tokenizer(name: str) -> Tokenizer:
         if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31 - 1:
             raise ConfigError("data.tokenizer", name, f"must be {kind}:V with V from 4 to {2**31 - 2}")
         return _numbers(name)
+    if name.startswith(LETTERS):
+        return _letters(name)
     spelled, end_of_text_token = split_tokenizer(name)
     path = pathlib.Path(spelled).expanduser()
     if path.is_dir():
@@ -170,6 +208,8 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
             return ByteTokenizer()
         if name.startswith((NUMBERS, IDS)):
             return _numbers(name)
+        if name.startswith(LETTERS):
+            return _letters(name)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -187,6 +227,13 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 def _numbers(name: str) -> NumberTokenizer:
     count = int(name.split(":")[1])
     return NumberTokenizer(count) if name.startswith(NUMBERS) else NumberTokenizer(count + 1, count)
+
+
+def _letters(name: str) -> LetterTokenizer:
+    letters = name.removeprefix(LETTERS)
+    if not re.fullmatch(r"[A-Z*-]+", letters) or len(set(letters)) < len(letters):
+        raise ConfigError("data.tokenizer", name, f"must be {LETTERS} and some of A-Z, * and -, each once")
+    return LetterTokenizer(letters)
 
 
 def _in_folder(folder: pathlib.Path) -> tuple[pathlib.Path, str]:

@@ -72,7 +72,8 @@ def slide(
     if overlap:
         length = jnp.where(before > 0, length, size - overlap)
     if cache.history:
-        # The first slide, which has fewer rows to append, writes some that are not yet valid: the next one does again.
+        # The first slide appends only W_og - o rows. The o rows after them are not valid yet: the next slide writes
+        # them again.
         start, count = before, min(size, cache.capacity)
         if split is not None:
             # As many on every device. Some have one less to append: they write their last old row again,

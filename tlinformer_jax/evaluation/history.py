@@ -4,8 +4,8 @@ A window starts at position n; d >= 0 is a distance. With `model.window_overlap`
 with it; rows that it does not predict from are in no figure.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, with their positions; the
-  observation window is the last W_oh of them. With `model.token_shift` the first row that is left keeps its share of
-  the token before it. At d = 0 every layer is an ordinary causal one; at d >= n nothing is cut.
+  observation window is the last W_oh of them. With `model.token_shift` the first row that is left has a key that
+  still knows the token before it. At d = 0 every layer is an ordinary causal one; at d >= n nothing is cut.
 - *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d,
   the only ones that the cut can change.
 - *Loss by history*: mean loss of the windows that start at n, nothing cut. Other n are other tokens.
@@ -90,7 +90,7 @@ def measure_history(
 
 
 def check_measurable(config: ModelConfig, length: int) -> None:
-    """Raises a UserError for a model without windows or with 'random' rows, and for samples without history."""
+    """Raises a UserError for a model without windows, and for samples without history."""
     if not config.windowed:
         raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
     if num_windows(config, length) < 2:

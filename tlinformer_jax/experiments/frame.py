@@ -146,24 +146,34 @@ def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def _model_name(model: Mapping[str, Any], layers: int) -> str:
-    """Architecture and depth, and which rows the observation window held, where an earlier version chose others."""
-    name, selection = f"{NAMES[model['architecture']]}, {layers} layers", model.get("observed_selection", "recent")
+    """Architecture, depth, and what is not as published."""
+    name = f"{NAMES[model['architecture']]}, {layers} layers"
     if model["architecture"] in ("tlinformer", "tconstformer"):
         name += f" (B = {model['num_blocks']}, H = {model['hidden_depth']})"
-    return name if selection == "recent" else f"{name}, {selection} rows"
+    return name + _options(model)
+
+
+def _options(model: Mapping[str, Any]) -> str:
+    """The model's options that are not as published; of an earlier version also which rows were observed."""
+    options = ["token shift"] * bool(model.get("token_shift"))
+    if overlap := model.get("window_overlap"):
+        options.append(f"overlap {overlap}")
+    if model.get("history_position") == "none":
+        options.append("no positions in the history")
+    if (selection := model.get("observed_selection", "recent")) != "recent":
+        options.append(f"{selection} rows")
+    return "".join(f", {option}" for option in options)
 
 
 def _words(model: Mapping[str, Any]) -> str:
     """Architecture and windows, for a legend."""
-    if model["architecture"] == "transformer":
-        return "Transformer"
-    if model["architecture"] in RECURRENT:
-        return NAMES[model["architecture"]]
-    size, rows, selection = model["generation_window"], model["history_window"], model.get("observed_selection")
-    if model["architecture"] == "sliding_window":
-        return f"sliding window, {rows + size:,} tokens"
-    words = f"{NAMES[model['architecture']]}, window {size:,}, observation {rows}"
-    return words if selection in (None, "recent") else f"{words}, {selection} rows"
+    size, rows, architecture = model["generation_window"], model["history_window"], model["architecture"]
+    words = "Transformer" if architecture == "transformer" else NAMES[architecture]
+    if architecture == "sliding_window":
+        words += f", {rows + size:,} tokens"
+    elif architecture in ("tlinformer", "tconstformer"):
+        words += f", window {size:,}, observation {rows}"
+    return words + _options(model)
 
 
 def legends(frame: pd.DataFrame) -> pd.Series:

@@ -138,22 +138,12 @@ def finished_result(job: Job) -> Record | None:
     return result if set(job.actions) <= set(result["then"]) else None
 
 
-def groups_of(jobs: Sequence[Job]) -> list[list[Job]]:
-    """The jobs in groups that one program can train, in their order."""
-    groups: dict[Any, list[Job]] = {}
-    for job in jobs:
-        config = job.config
-        shared = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0, learning_rate=0.0))
-        groups.setdefault((shared, job.then, job.study), []).append(job)
-    return list(groups.values())
-
-
 def run_jobs(
     groups: Sequence[Sequence[Job]], retries: int, finished: Callable[[], object] = lambda: None
 ) -> dict[str, str]:
     """Runs the jobs that are not finished, one group after another, each group in a process of its own.
 
-    A group has one job, or several that one program can train. If it fails it is tried again `retries` times, unless
+    A group has one job, or several that one program trains. If it fails it is tried again `retries` times, unless
     the mistake is the user's; `finished` is called after each that finishes. Returns name -> why the last attempt
     failed, of the jobs that did not finish.
     """

@@ -7,7 +7,7 @@ import re
 import runpy
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -15,12 +15,25 @@ from tlinformer_jax.config.named import config_file
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
-from tlinformer_jax.errors import UserError
+from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.files import local_path
 
 # The part of the report that shows a sweep: against Base at the same N, by window sizes, or by right answers.
 STUDIES = ("architectures", "windows", "retrieval")
 SEED = "train.seed"
+
+
+T = TypeVar("T")
+
+
+class HasConfig(Protocol):
+    """A point, or a job."""
+
+    @property
+    def config(self) -> RunConfig: ...
+
+
+Configured = TypeVar("Configured", bound=HasConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +126,38 @@ def check_data(points: Iterable[Point]) -> None:
             raise UserError(f"point {point.name}: {error}") from None
 
 
-def chosen_points(points: Sequence[Point], job: int | None, jobs: int | None) -> list[Point]:
-    """The points of job `job`, from 0, of an array of `jobs` (None: as many as points); all if `job` is None."""
+def groups_of(points: Sequence[Configured]) -> list[list[Configured]]:
+    """Points, or jobs, in groups that differ only in seed and learning rate, which one program can train."""
+    groups: dict[RunConfig, list[Configured]] = {}
+    for point in points:
+        train = dataclasses.replace(point.config.train, seed=0, learning_rate=0.0)
+        groups.setdefault(dataclasses.replace(point.config, train=train), []).append(point)
+    return list(groups.values())
+
+
+def check_together(config: RunConfig) -> None:
+    """Refuses (ConfigError) what runs that are trained together cannot have of their own, or do not do."""
+    train, data = config.train, config.data
+    if not data.is_task:
+        raise ConfigError("data.dataset", data.dataset, "must be a task for --together")
+    if any(stage.accuracy for stage in data.stages):
+        allowed = "must have no stage that ends by accuracy for --together: runs change length at the same update"
+        raise ConfigError("data.curriculum", data.curriculum, allowed)
+    for name, only in (("accumulation", 1), ("sampled_windows", 0), ("max_skipped_updates", 0), ("max_rollbacks", 0)):
+        if getattr(train, name) != only:
+            raise ConfigError(f"train.{name}", getattr(train, name), f"must be {only} for --together")
+    if config.model.dropout:
+        raise ConfigError("model.dropout", config.model.dropout, "must be 0 for --together")
+    if train.schedule == "paper" or train.eval_every == "epoch" or not train.steps:
+        allowed = "must be set, with train.eval_every in updates and another schedule than 'paper', for --together"
+        raise ConfigError("train.steps", train.steps, allowed)
+
+
+def chosen_points(points: Sequence[T], job: int | None, jobs: int | None) -> list[T]:
+    """The points, or groups, of job `job`, from 0, of an array of `jobs` (None: as many as points).
+
+    All if `job` is None.
+    """
     if job is None:
         if jobs is not None:
             raise UserError("--points: needs --point, the number of this job")

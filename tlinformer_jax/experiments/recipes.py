@@ -97,10 +97,14 @@ def set_recall(config: "ConfigDict", name: str) -> None:
 
     `name` may end in '-plus': with `set_plus`, and without shorter samples first.
     """
-    setting = _chosen(RECALL, name.removesuffix("-plus"))
-    plus = name.endswith("-plus")
+    plus, settings = name.endswith("-plus"), RECALL
     if plus:
-        setting = dataclasses.replace(setting, curriculum="")
+        settings = {
+            name: dataclasses.replace(setting, curriculum="")
+            for name, setting in RECALL.items()
+            if not name.endswith("-grown")
+        }
+    setting = _chosen(settings, name.removesuffix("-plus"))
     config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=setting.pairs)
     _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
     if plus:
@@ -119,6 +123,7 @@ def set_capacity(config: "ConfigDict", name: str) -> None:
 def set_small_capacity(config: "ConfigDict", name: str) -> None:
     """The same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
     pairs, rows = map(int, re.findall("[0-9]+", name))
+    config.model.token_shift = True
     config.data.update(dataset="recall", tokenizer="numbers:64", num_items=pairs)
     setting = Setting(32, rows, 4, pairs)
     _set_task(config, setting, vocab_size=64, width=32, tokens_per_update=1_024, learning_rate=3e-3)
@@ -158,12 +163,10 @@ def set_niah(config: "ConfigDict", name: str) -> None:
         return
     kind, length = _chosen(NIAH_VARIANTS, name)
     dataset, needles = NIAH_KINDS[kind]
-    if dataset == "niah-1":
-        config.data.tokenizer = "gpt2"  # which has its own haystack
-    else:
-        set_books(config)
+    set_books(config)  # of which niah-1, with a haystack of its own, reads nothing
     config.data.update(dataset=dataset, num_items=needles, questions=needles)
     _set_task(config, NIAH[length], vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
+    config.train.eval_every = config.train.steps // 8
 
 
 def set_state(config: "ConfigDict", name: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, bootstrap
 
+from tlinformer_jax.config.model import RECURRENT
 from tlinformer_jax.data.tasks import REGIONS
 from tlinformer_jax.experiments.figures import plot_capacity, plot_heat_maps, shown
 from tlinformer_jax.experiments.frame import (
@@ -108,7 +109,7 @@ def _capacity_points(frame: pd.DataFrame, field: str) -> pd.DataFrame:
     """A row for each point of each curve along a field, as `plot_capacity` takes them, and what `_finding` says."""
     x, known = f"at.{field}", frame[~frame["again"]].dropna(subset=ACCURACY)
     if field.startswith("model."):
-        known = known[known[ARCHITECTURE].ne("transformer") & known[x].ne("auto")]
+        known = known[~known[ARCHITECTURE].isin(("transformer", *RECURRENT)) & known[x].ne("auto")]
     long = known.groupby(f"by.{field}")[x].transform("nunique") >= LEAST_POINTS
     rows = []
     for key, curve in known[long].groupby(f"by.{field}", sort=False):

@@ -1,8 +1,8 @@
 """Trains runs that differ in seed and learning rate alone as one program, side by side on one device.
 
 A small model leaves a GPU idle: its kernels take less time than their start. `jax.vmap` makes each kernel work for all
-copies, and the program is compiled once. Every copy has its own parameters, order of data and learning rate; none knows
-of the others. A copy whose validation reaches `train.stop_at_accuracy` has ended: its parameters of then are kept.
+copies, and the program is compiled once. Copies share nothing but the program. A copy that reaches
+`train.stop_at_accuracy` keeps the parameters of that evaluation. No checkpoints are saved.
 """
 
 import contextlib
@@ -22,20 +22,21 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.data.tasks import Split, TaskSplit, answer_batches
+from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
-from tlinformer_jax.experiments.driver import Outcome, record_of
+from tlinformer_jax.experiments.driver import LOCK_FILE, Outcome, record_of
 from tlinformer_jax.experiments.job import RESULT_FILE, Job, Record, write_result
+from tlinformer_jax.experiments.plan import check_together
 from tlinformer_jax.parallel.sharding import UNSPLIT
-from tlinformer_jax.training.console import say
+from tlinformer_jax.training.console import memory_advice, say
 from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step, summary
 from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
 from tlinformer_jax.training.step import batch_gradient, build_optimizer, compiler_options, init_state, run_horizon
+from tlinformer_jax.training.workdir import sole_run
 
-# After an update, the figures of the validation split.
+# An update, and the validation figures after it.
 Evaluated = tuple[int, dict[str, float]]
 
 
@@ -55,24 +56,6 @@ class Copies:
     rates: Float[Array, " copies"]
     ended: Any
     ended_at: Int[Array, " copies"]
-
-
-def check_together(config: RunConfig) -> None:
-    """Refuses (ConfigError) what copies cannot have of their own, or do not do."""
-    train = config.train
-    if not config.data.is_task:
-        raise ConfigError("data.dataset", config.data.dataset, "must be a task for --together")
-    if any(stage.accuracy for stage in config.data.stages):
-        allowed = "must have no stage that ends by accuracy for --together: copies change length at the same update"
-        raise ConfigError("data.curriculum", config.data.curriculum, allowed)
-    for section, name, only in (("model", "dropout", 0), ("train", "sampled_windows", 0), ("train", "accumulation", 1)):
-        value = getattr(getattr(config, section), name)
-        if value != only:
-            raise ConfigError(f"{section}.{name}", value, f"must be {only} for --together")
-    if train.eval_every == "epoch" or not train.steps:
-        raise ConfigError(
-            "train.eval_every", train.eval_every, "must be in updates, and train.steps set, for --together"
-        )
 
 
 # ---- The program
@@ -125,35 +108,40 @@ def first_copies(run: Run, jobs: Sequence[Job]) -> Copies:
 
 
 def train_together(jobs: Sequence[Job]) -> list[Record]:
-    """Trains jobs of one group (see `job.groups_of`) and carries out their actions; returns their records.
+    """Trains jobs of one group (see `plan.groups_of`) and carries out their actions; returns their records.
 
-    A group that was interrupted starts again. ConfigError for what `check_together` refuses.
+    A group that was interrupted starts again. ConfigError for what `plan.check_together` refuses.
     """
-    config = jobs[0].config
+    config, actions = jobs[0].config, jobs[0].actions
     check_together(config)
-    check_possible(checked_actions(jobs[0].actions), config)
+    check_possible(checked_actions(actions), config)
     started = time.perf_counter()
-    run, splits = _prepared(config)
-    with jax.set_mesh(run.mesh):
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            job.workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_run(job.workdir, LOCK_FILE))
+        stack.enter_context(memory_advice(config))
+        run, splits = _prepared(config)
+        stack.enter_context(jax.set_mesh(run.mesh))
         copies, evaluations, speed = _trained(run, splits, jobs)
-    seconds = (time.perf_counter() - started) / len(jobs)
-    records = []
-    for number, (job, history) in enumerate(zip(jobs, evaluations)):
-        own = dataclasses.replace(run, config=job.config)
-        own.__dict__["eval_step"] = run.eval_step  # cached: the same program for all
-        params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.ended)
-        trained = TrainedRun(own, params, history[-1][0])
-        record = record_of(job, Outcome(trained, history, seconds, {"tokens_per_second": speed}, together=len(jobs)))
-        for name in job.actions:
-            record["then"][name] = run_action(name, trained)
-        job.workdir.mkdir(parents=True, exist_ok=True)
-        write_result(job.workdir / RESULT_FILE, record)
-        records.append(record)
+        seconds = (time.perf_counter() - started) / len(jobs)
+        records = []
+        for number, (job, history) in enumerate(zip(jobs, evaluations)):
+            own = dataclasses.replace(run, config=job.config)
+            own.__dict__["eval_step"] = run.eval_step  # cached: the same program for all
+            params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.ended)
+            trained = TrainedRun(own, params, history[-1][0])
+            speeds = {"tokens_per_second": speed / len(jobs)}
+            record = record_of(job, Outcome(trained, history, seconds, speeds, together=len(jobs)))
+            for name in actions:
+                record["then"][name] = run_action(name, trained)
+            write_result(job.workdir / RESULT_FILE, record)
+            records.append(record)
     return records
 
 
 def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
-    run = build_run(config, build_tokenizer(config.data.tokenizer), PENDING)
+    run = build_run(config, build_tokenizer(config.data.tokenizer), PENDING, jax.devices()[:1])
     splits = {name: run.split(name) for name in ("train", "validation")}
     return dataclasses.replace(
         run, horizon=run_horizon(config.train, training_batches(config, splits["train"]))
@@ -202,10 +190,10 @@ def _evaluated(
 ) -> list[dict[str, float]]:
     """The figures of a split for each of `count` copies."""
     assert isinstance(split, TaskSplit)
-    model, length = run.config.model, run.config.data.sequence_length
+    length = run.config.data.sequence_length
     size = run.evaluation_batch_size(length, split.count)
     totals: dict[str, Any] = {}
-    for batch in answer_batches(split, length, size, slice(None), model.generation_window, model.observed_rows):
+    for batch in run.answer_batches(split, length, size, slice(None)):
         sums = evaluate(params, batch)
         totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
     found = {name: np.asarray(total, np.float64) for name, total in totals.items()}
@@ -214,5 +202,5 @@ def _evaluated(
     for number in range(count):
         own = {name: total[number] for name, total in found.items()}
         result = Evaluation(own["losses"], own["weights"], Answers.of(own, chance))
-        results.append(summary(result, split, model.generation_window))
+        results.append(summary(result, split, run.config.model.generation_window))
     return results

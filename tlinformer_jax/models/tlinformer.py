@@ -163,8 +163,8 @@ def forward_windows(
     for run in sequence.runs:
         overlap = run.overlap(config)
         chunk, groups = run.together * (overlap + size), run.count // run.together
-        lay = functools.partial(rows_in_line, config, first=run.first, count=run.count, overlap=overlap)
-        own = jax.tree.map(lay, sequence.own)
+        in_line = functools.partial(rows_in_line, config, first=run.first, count=run.count, overlap=overlap)
+        own = jax.tree.map(in_line, sequence.own)
         counted = split_router_losses(blocks, (sequence.count - first) / run.together)
         shared, fixed = (counted, sequence.reach(config, run)), sequence.fixed
         step: Any = functools.partial(_step, config, run)

@@ -167,7 +167,7 @@ def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, f
     if goal is not None:
         say(f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}")
     if not run.config.data.is_task:
-        prompt = "1 2 3" if isinstance(run.tokenizer, NumberTokenizer) else "..."
+        prompt = "1 2 3" if isinstance(run.tokenizer, NumberTokenizer) else run.config.data.letters[:4] or "..."
         say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="{prompt}"')
     if run.config.data.dataset == TOKENS and not run.config.data.validation_files:  # they were given, and are not kept
         say(f"next, in Python: evaluate_run(load_run({str(workdir)!r}, validation_data=...))")

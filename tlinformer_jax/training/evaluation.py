@@ -226,7 +226,8 @@ class Perplexity:
     tokens. All of them depend on the context length and on the stride (here N: samples do not overlap).
 
     Words are what stands between white space. Words, lines and bytes are scaled by the share of the stream's tokens
-    that were predicted: the first token and the dropped remainder are not. None where a stream's were not counted.
+    that were predicted: the first token and the dropped remainder are not. None where a stream's were not counted, or
+    it has none.
     """
 
     per_token: float  # exp(nats / evaluated tokens), end-of-text tokens included
@@ -241,7 +242,7 @@ def perplexity(total_nats: float, evaluated_tokens: int, stream: TokenStream) ->
     if not 0 < evaluated_tokens <= length:
         raise ValueError(f"evaluated_tokens = {evaluated_tokens}: must be 1 to {length}, the stream's length")
     share = evaluated_tokens / length
-    words, lines = stream.num_words, stream.num_lines
+    words, lines = stream.num_words or None, stream.num_lines
     return Perplexity(
         per_token=_exp(total_nats / evaluated_tokens),
         per_word=None if words is None else _per(total_nats, share * words),

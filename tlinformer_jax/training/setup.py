@@ -14,7 +14,14 @@ from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import EPOCH, RunConfig
-from tlinformer_jax.data.batches import Batch, TrainingBatches, check_holds_a_sample, evaluation_batches, num_samples
+from tlinformer_jax.data.batches import (
+    Batch,
+    Rows,
+    TrainingBatches,
+    check_holds_a_sample,
+    evaluation_batches,
+    num_samples,
+)
 from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
 from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
 from tlinformer_jax.data.sources import answer_places, load_split
@@ -132,15 +139,20 @@ class Run:
             length = self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
-        model, chance = self.config.model, None
+        chance = None
         if isinstance(stream, TaskSplit):
             chance = stream.task.chance(length)
-            windows = model.generation_window, model.observed_rows, model.window_overlap
-            batches = answer_batches(stream, length, batch_size, rows, *windows)
+            batches = self.answer_batches(stream, length, batch_size, rows)
         else:
             batches = evaluation_batches(stream, length, batch_size, rows, rest)
         with jax.set_mesh(self.mesh):
             return evaluate_split(self.eval_step, params, watch(batches), self.mesh, chance)
+
+    def answer_batches(self, stream: TaskSplit, length: int, batch_size: int, rows: Rows) -> Iterator[Batch]:
+        """`data.tasks.answer_batches` with the windows of the model."""
+        model = self.config.model
+        windows = model.generation_window, model.observed_rows, model.window_overlap
+        return answer_batches(stream, length, batch_size, rows, *windows)
 
 
 def build_run(

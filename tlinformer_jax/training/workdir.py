@@ -33,13 +33,14 @@ LOCK_FILE = ".lock"
 TEXTS_FILE = "texts.json"  # split -> SHA-256 of the tokens that the last training here has read
 ORIGIN_FILE = "init_from.json"
 # The fields of the model that decide the parameters' names and shapes.
-SHAPES = ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff", "num_experts")
+SHAPES = ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff", "token_shift")
+SHAPES += ("num_experts",)
 # A directory that holds a run with other values here is not continued; nor one with another tokenizer, compared by
 # content, or where only one of the two has the paper's schedule, whose batches are others.
 IDENTITY = (
     *(f"model.{name}" for name in SHAPES),
-    *(f"model.{name}" for name in ("history_window", "generation_window", "window_overlap", "dropout", "param_dtype")),
-    "model.experts_per_token",
+    *(f"model.{name}" for name in ("history_window", "generation_window", "history_position", "window_overlap")),
+    *(f"model.{name}" for name in ("experts_per_token", "dropout", "param_dtype")),
     *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
     *(f"data.{name}" for name in ("examples", "num_items", "questions")),
     *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "clip_norm")),

@@ -1,0 +1,36 @@
+"""A genome: the 4.9 M bases of Escherichia coli 536 (NC_008253), a token a base.
+
+    python -m tlinformer_jax.main --config=configs/genome.py --workdir=/tmp/genome
+    python -m tlinformer_jax evaluate --workdir=/tmp/genome --split=test
+    python -m tlinformer_jax generate --workdir=/tmp/genome --prompt=ATGAAA --temperature=1
+
+Data: the Debian package bowtie-examples. The chromosome is cut into stretches of 65,536 bases; of every 20 the 19th is
+for validation and the 20th for the test. `bits_per_byte` is bits per base. To beat: 2 bits (all bases alike), and
+n-grams, 1.928 with 6 bases of context:
+
+    python -m tools.ngram_floor --config=configs/genome.py --split=test --context=7
+
+Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 65 M
+tokens; docs/guides/other_data.md tells more.
+
+Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
+
+FOLDER = "/usr/share/doc/bowtie/examples/genomes"
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    config = default_config_dict()
+    recipes.set_small(config, length=2048, window=256, tokens=65_000_000)
+    config.data.update(
+        dataset="fasta",
+        tokenizer="letters:ACGT",
+        train_files=f"{FOLDER}/NC_008253.fna.gz",
+    )
+    return config

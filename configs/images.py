@@ -1,0 +1,39 @@
+"""Images as bytes: the 70,000 of Fashion-MNIST, 28 x 28 grey levels, a sample an image.
+
+    python -m tlinformer_jax.main --config=configs/images.py --workdir=/tmp/images
+    python -m tlinformer_jax evaluate --workdir=/tmp/images --split=test
+    python -m tlinformer_jax generate --workdir=/tmp/images --prompt=0 --max_new_tokens=784 --temperature=1 \
+        --num_samples=50 --save=/tmp/images.png
+
+Data: the Debian package dataset-fashion-mnist. Of every 20 of its 60,000 images the 19th is for validation; the test
+split is its 10,000. `bits_per_byte` is bits per pixel. To beat: 3.778, pixels given the two before (n-grams), and
+3.700, given the one above, the best that copying the row above can give:
+
+    python -m tools.ngram_floor --config=configs/images.py --split=test --context=2
+    python -m tools.ngram_floor --config=configs/images.py --split=test --context=1 --width=28
+
+Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 300 M
+tokens; docs/guides/other_data.md tells more.
+
+Result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
+
+FOLDER = "/usr/share/datasets/fashion-mnist"
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    config = default_config_dict()
+    recipes.set_small(config, length=784, window=112, tokens=300_000_000)
+    config.data.update(
+        dataset="idx",
+        tokenizer="ids:256",
+        train_files=f"{FOLDER}/train-images-idx3-ubyte.gz",
+        test_files=f"{FOLDER}/t10k-images-idx3-ubyte.gz",
+    )
+    return config
