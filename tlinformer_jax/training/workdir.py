@@ -33,8 +33,10 @@ LOCK_FILE = ".lock"
 TEXTS_FILE = "texts.json"  # split -> SHA-256 of the tokens that the last training here has read
 ORIGIN_FILE = "init_from.json"
 # The fields of the model that decide the parameters' names and shapes.
-SHAPES = ("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff", "token_shift")
-SHAPES += ("num_experts",)
+SHAPES = (
+    *("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff"),
+    *("num_experts", "token_shift"),
+)
 # A directory that holds a run with other values here is not continued; nor one with another tokenizer, compared by
 # content, or where only one of the two has the paper's schedule, whose batches are others.
 IDENTITY = (
