@@ -305,7 +305,7 @@ def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
 
 
 # Values that are allowed alone and not together; any of the fields may be the one that is named.
-ROTARY = {"model.history_position": "rotary"}
+ROTARY = {"model.history_position": "rotary", "model.window_overlap": 0}
 TOGETHER = [
     {"model.num_heads": 3, "model.d_model": 8},
     {"model.num_heads": 2, "model.d_model": 6},
@@ -317,7 +317,7 @@ TOGETHER = [
     ROTARY | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
     ROTARY | {"model.architecture": "transformer", "train.sampled_windows": 1},
     {"model.architecture": "sliding_window", "model.history_position": "none", "train.sampled_windows": 0}
-    | {"model.history_window": 3},
+    | {"model.history_window": 3, "model.window_overlap": 0},
     {"train.sampled_windows": 9, "model.generation_window": 4, "data.sequence_length": 24},
 ]
 
