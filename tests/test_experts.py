@@ -33,8 +33,9 @@ from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.loss import summed_loss
+from tlinformer_jax.training.optimizer import decay_mask
 from tlinformer_jax.training.setup import build_run
-from tlinformer_jax.training.step import batch_gradient, decay_mask
+from tlinformer_jax.training.step import batch_gradient
 
 EXPERTS = dataclasses.replace(SMALL, hidden_depth=1, history_window=3, num_experts=5, experts_per_token=2)
 D, F, E = 6, 7, 4

@@ -24,6 +24,8 @@ MUON_MATRICES = {
     "out_kernel": MuonDimensionNumbers((0, 1), 2),
     "gate_up_kernel": MuonDimensionNumbers(0, 2),
     "down_kernel": MuonDimensionNumbers(0, 1),
+    "experts_gate_up_kernel": MuonDimensionNumbers(1, 3),
+    "experts_down_kernel": MuonDimensionNumbers(1, 2),
 }
 
 
