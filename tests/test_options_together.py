@@ -48,16 +48,16 @@ def test_prefill_step_and_slide_are_the_references(architecture):
         np.testing.assert_allclose(alone, expected[0, length - 1], atol=TOLERANCE)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("context", [2, 8])
+@pytest.mark.parametrize("context", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_history_over_devices_is_the_references(context, monkeypatch, own_traces):
     small_caches(monkeypatch, rows_per_token=0)
     config = dataclasses.replace(CONFIG, generation_window=5, history_window=7)
     assert largest_error(spread_decoder(config, context), [5, 16, 1], 33, room=16) < TOLERANCE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axes", ["data, window, context", "window", "context"])
+@pytest.mark.parametrize(
+    "axes", ["data, window, context", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("window", "context"))]
+)
 def test_loss_and_gradients_on_eight_devices_are_those_of_one(axes):
     check(dataclasses.replace(TRAINED, **ALL), MESHES[axes])
 

@@ -136,10 +136,8 @@ def test_chunks_and_growing_caches_change_nothing(architecture, monkeypatch, own
     assert largest_error(make_decoder(shifted(architecture)), [21, 2], 46, room=21) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("architecture", "context"),
-    [("tlinformer", 2), *(pytest.param(a, 8, marks=pytest.mark.slow) for a in ("tlinformer", "tconstformer"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "context"), [("tlinformer", 2), ("tconstformer", 8)])
 def test_a_history_over_devices_equals_the_reference(architecture, context, monkeypatch, own_traces):
     """Windows of 5, which no number of devices divides; growing caches of several chunks, whose rows are not looked up
     by token, though they are many enough."""
@@ -261,15 +259,8 @@ def test_the_gradient_of_the_vector_is_the_references_slope(architecture, checkp
     assert np.vdot(gradients["shift"], direction) == pytest.approx(slope, rel=1e-3)
 
 
-SPREAD = [(axes, "tlinformer", axes == "data, window, context") for axes in MESHES if axes != "data"] + [
-    (axes, "tconstformer", False) for axes in ("window", "context")
-]
-
-
-@pytest.mark.parametrize(
-    ("axes", "architecture"),
-    [pytest.param(axes, a, marks=() if quick else pytest.mark.slow) for axes, a, quick in SPREAD],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("axes", "architecture"), [("fsdp, tensor", "tlinformer"), ("context", "tconstformer")])
 def test_loss_and_gradients_on_eight_devices_are_those_of_one(axes, architecture):
     check(dataclasses.replace(TRAINED, token_shift=True, architecture=architecture), MESHES[axes])
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import golden
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
@@ -117,8 +117,14 @@ def test_z_loss_changes_the_gradient_alone(chunk, length, multiple, monkeypatch)
         np.testing.assert_allclose(value, expectation, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "checkpointing"),
+    [
+        ("tlinformer", True),
+        ("transformer", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tlinformer", False), ("transformer", True))),
+    ],
+)
 def test_a_step_with_z_loss_has_the_gradient_of_the_models_logits(architecture, checkpointing):
     """By the whole sequence and window after window; the loss of the step stays the cross-entropy."""
     shape = dataclasses.replace(MODEL, architecture=architecture, memory=ExecutionPlan(checkpointing=checkpointing))
@@ -239,7 +245,7 @@ def after_one_update(mesh, optimizer="adamw") -> tuple[TrainState, dict[str, jax
     [
         pytest.param({}, "adamw", marks=pytest.mark.slow),
         ({"fsdp": 4}, "adamw"),
-        ({"fsdp": 4}, "muon"),
+        pytest.param({"fsdp": 4}, "muon", marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_equal_one(sizes, optimizer):
@@ -268,12 +274,13 @@ def test_eight_devices_equal_one(sizes, optimizer):
 def test_every_parameter_has_a_sharding_rule(architecture):
     """Matrices are split over both axes, the embedding over its width, vectors over 'tensor' or not at all."""
     mesh = build_mesh(MeshConfig(fsdp=2, tensor=2))
-    model = build_model(dataclasses.replace(MODEL, architecture=architecture, hidden_depth=1, token_shift=True))
+    shift = architecture not in RECURRENT
+    model = build_model(dataclasses.replace(MODEL, architecture=architecture, hidden_depth=1, token_shift=shift))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     shardings = jax.tree.leaves(tree_shardings(params, mesh))
     places = jax.tree_util.tree_leaves_with_path(params)
     delta = {"gated_deltanet": 6, "gated_deltanet_hybrid": 5}.get(architecture, 0)
-    assert len(places) == 4 + 6 * 10 + 4 * delta  # the embedding, its shift, the last norm, six layers
+    assert len(places) == 3 + shift + 6 * 10 + 4 * delta  # the embedding, its shift, the last norm, six layers
     for (path, leaf), sharding in zip(places, shardings, strict=True):
         name = path[-1].key
         known = {"embedding": 2, "qkv_bias": 2, "conv_kernel": 2, "A_log": 2, "dt_bias": 2}

@@ -161,7 +161,6 @@ def test_a_first_slide_into_a_cache_of_fewer_rows_than_a_window(monkeypatch, own
 @pytest.mark.parametrize(
     ("context", "changes"),
     [
-        (2, {}),
         pytest.param(8, {}, marks=slow),
         pytest.param(8, {"architecture": "tconstformer", "window_overlap": 4}, marks=slow),
         pytest.param(2, {"history_window": "auto", "window_overlap": 1, "token_shift": True}, marks=slow),
@@ -339,13 +338,10 @@ def test_sampled_windows_are_unbiased(architecture):
         np.testing.assert_allclose(value, expected, atol=1e-5 * np.abs(expected).max())
 
 
-SPREAD = [(axes, "tlinformer", axes == "data, window, context") for axes in MESHES if axes != "data"]
-SPREAD += [(axes, "tconstformer", False) for axes in ("window", "context")]
-
-
+@slow
 @pytest.mark.parametrize(
     ("axes", "architecture"),
-    [pytest.param(axes, a, marks=() if quick else slow) for axes, a, quick in SPREAD],
+    [("data, window, context", "tlinformer"), ("window", "tconstformer"), ("context", "tconstformer")],
 )
 def test_loss_and_gradients_on_eight_devices_are_those_of_one(axes, architecture):
     check(dataclasses.replace(TRAINED, window_overlap=3, architecture=architecture), MESHES[axes])

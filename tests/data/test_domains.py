@@ -325,6 +325,7 @@ def test_absent_data_is_one_line_with_path_and_package(name, tmp_path):
 # ---- A run
 
 
+@pytest.mark.slow
 def test_a_run_on_images_gives_bits_per_pixel_and_goes_on_bit_by_bit(tmp_path):
     images = images_of(60, 4, 4) // 64
     model = {"d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "history_window": 8}

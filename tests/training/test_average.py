@@ -49,6 +49,7 @@ def last_state(config, workdir):
         return run, checkpoints.restore(run.abstract_state)[0]
 
 
+@pytest.mark.slow
 def test_evaluations_and_readers_of_checkpoints_use_it_and_a_run_with_every_recipe_goes_on_exactly(tmp_path):
     config = run_config(tmp_path, steps=4, log_every=1, eval_every=0, checkpoint_every=2, keep_checkpoints=9, **RECIPE)
     whole, part, tuned = tmp_path / "whole", tmp_path / "part", tmp_path / "tuned"

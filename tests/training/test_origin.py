@@ -127,9 +127,10 @@ def first_logits(config, params):
     return build_model(config.model).apply({"params": jax.device_get(params)}, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "blocks", "shift"),
-    [("transformer", 1, True), pytest.param("tconstformer", 2, False, marks=pytest.mark.slow)],
+    [("transformer", 1, True), ("tconstformer", 2, False)],
 )
 def test_another_architecture_of_equal_layers_starts_with_the_same_first_window(
     architecture, blocks, shift, tmp_path, capfd
