@@ -262,9 +262,9 @@ def test_a_history_over_devices_equals_the_reference(architecture, context, chan
 def rotated_writer(module, monkeypatch):
     real = module.write_rows
 
-    def mutated(cache, row, start, layer, rows, rope, backend):
+    def mutated(cache, row, start, layer, rows, rope, *rest):
         turned = rope_table(start + jnp.arange(rows.shape[1], dtype=jnp.int32), NOPE.head_dim)
-        return real(cache, row, start, layer, rows, turned, backend)
+        return real(cache, row, start, layer, rows, turned, *rest)
 
     monkeypatch.setattr(module, "write_rows", mutated)
 
