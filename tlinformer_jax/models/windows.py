@@ -169,9 +169,9 @@ def rows_in_line(config: ModelConfig, array: jax.Array, first: int, count: int, 
     rows = array[:, first * size : (first + count) * size]
     if not overlap:
         return rows
-    before = jnp.pad(array, ((0, 0), (size, 0), *((0, 0),) * (array.ndim - 2)))[
-        :, first * size : (first + count) * size
-    ]
+    before = array[:, max(first - 1, 0) * size : (first + count - 1) * size]
+    if not first:
+        before = jnp.pad(before, ((0, 0), (size, 0), *((0, 0),) * (array.ndim - 2)))
     before, rows = (part.reshape(-1, count, size, *array.shape[2:]) for part in (before, rows))
     both = jnp.concatenate([before[:, :, size - overlap :], rows], axis=2)
     return both.reshape(-1, count * (overlap + size), *array.shape[2:])
