@@ -250,6 +250,7 @@ def without_losses(monkeypatch) -> None:
     monkeypatch.setattr(module, "Z_LOSS", 0.0)
 
 
+@pytest.mark.slow
 def test_training_minimises_the_mean_loss_and_each_layers_losses(monkeypatch, own_traces):
     """The reported loss is the cross-entropy alone; its gradient that of the sum, by ordinary differentiation."""
     config, calls = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1)), []
@@ -281,6 +282,7 @@ def test_training_minimises_the_mean_loss_and_each_layers_losses(monkeypatch, ow
     assert min(difference) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "plan"),
     [
@@ -308,6 +310,7 @@ def test_the_losses_count_once_however_the_history_is_cut(monkeypatch, own_trace
         assert np.abs(found - other).max() > 1e-3 * np.abs(other).max()
 
 
+@pytest.mark.slow
 def test_micro_batches_are_balanced_each_by_itself():
     config = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1))
     train, batch, step = TrainConfig(batch_size=2, accumulation=2), batch_of(), jnp.int32(0)
@@ -383,6 +386,7 @@ def test_operations_and_parameters_are_those_of_the_experts_that_a_row_takes():
         assert training_flops(many, 19) < 1.2 * training_flops(wide, 19)
 
 
+@pytest.mark.slow
 def test_the_load_of_experts_is_that_of_the_rows_that_they_take(monkeypatch):
     config, chosen = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1)), []
     model, params, batch = build_model(config), golden_scale(config), batch_of()

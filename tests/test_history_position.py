@@ -107,6 +107,7 @@ def test_a_block_of_its_own_reads_as_those_of_the_model(architecture):
     np.testing.assert_allclose(block_by_block(config, tokens), expected[:, -4:], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", QUICK)
 def test_history_before_the_observation_window_is_a_set(architecture):
     """In any order it gives the same logits, as nothing but rotations tells order; and with rotations it does not."""
@@ -221,6 +222,7 @@ def test_mistakes_in_the_forward_pass_are_caught(mutate, monkeypatch, own_traces
 # ---- Generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", QUICK)
 def test_prefill_step_and_slide_equal_the_reference(architecture):
     """Prompts of unequal lengths in one batch, each continued across at least three slides."""

@@ -48,7 +48,8 @@ def test_prefill_step_and_slide_are_the_references(architecture):
         np.testing.assert_allclose(alone, expected[0, length - 1], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("context", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [2, 8])
 def test_a_history_over_devices_is_the_references(context, monkeypatch, own_traces):
     small_caches(monkeypatch, rows_per_token=0)
     config = dataclasses.replace(CONFIG, generation_window=5, history_window=7)

@@ -120,9 +120,8 @@ def test_z_loss_changes_the_gradient_alone(chunk, length, multiple, monkeypatch)
 @pytest.mark.parametrize(
     ("architecture", "checkpointing"),
     [
-        ("tlinformer", True),
         ("transformer", False),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tlinformer", False), ("transformer", True))),
+        *(pytest.param("tlinformer", checkpointing, marks=pytest.mark.slow) for checkpointing in (False, True)),
     ],
 )
 def test_a_step_with_z_loss_has_the_gradient_of_the_models_logits(architecture, checkpointing):

@@ -123,6 +123,7 @@ def test_windows_from_a_position_on_are_those_of_the_whole():
 # ---- Generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [name if name == "one" else pytest.param(name, marks=slow) for name in SHAPES])
 def test_prefill_step_and_slide_equal_the_reference(shape):
     """Prompts of unequal lengths in one batch, each continued across at least three slides."""
@@ -286,6 +287,7 @@ def reference_loss(weights, config) -> float:
     return float(np.dot(losses, given["weights"].reshape(-1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "plan"),
     [
@@ -311,6 +313,7 @@ def test_loss_and_gradient_are_the_references(shape, plan):
     assert along == pytest.approx(slope, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["together", pytest.param("chunks", marks=slow)])
 def test_gradients_window_by_window_are_those_of_the_whole(plan):
     whole, parts = (

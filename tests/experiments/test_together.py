@@ -45,6 +45,7 @@ def trained(monkeypatch):
     return kept
 
 
+@pytest.mark.slow
 def test_each_is_what_it_would_be_alone(tmp_path, trained):
     """Seeds, learning rates, stages, warm-up, decay and clipping are each run's own."""
     jobs = [job(tmp_path, seed, rate) for seed, rate in ((0, 1e-2), (3, 1e-2), (0, 3e-2))]
