@@ -412,6 +412,7 @@ def test_a_router_and_experts_decay_and_begin_as_ordinary_kernels_do():
         assert decays[name]
 
 
+@pytest.mark.slow
 def test_the_pytorch_module_refuses_experts(tmp_path):
     need_modules("torch", "safetensors", extra="torch")
     from tlinformer_jax.interop.pytorch import from_safetensors
