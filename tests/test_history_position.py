@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.uncached import jit_uncached_logits
 from tests.decoding.test_context import make_decoder as spread_decoder
 from tests.decoding.test_context import small_caches
-from tests.decoding.test_exactness import TOLERANCE, compared, largest_error, make_decoder, truth
+from tests.decoding.test_exactness import TOLERANCE, check_every_way, compared, largest_error, make_decoder, truth
 from tests.parallel.test_batch_split import MESHES, check
 from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
@@ -226,13 +225,7 @@ def test_mistakes_in_the_forward_pass_are_caught(mutate, monkeypatch, own_traces
 @pytest.mark.parametrize("architecture", QUICK)
 def test_prefill_step_and_slide_equal_the_reference(architecture):
     """Prompts of unequal lengths in one batch, each continued across at least three slides."""
-    config = nope(architecture, hidden_depth=1)
-    assert largest_error(make_decoder(config), PROMPTS, FED) < TOLERANCE
-    tokens, expected = truth(config, FED, len(PROMPTS))
-    params = make_decoder(config).params
-    for length in (1, 8, 9, FED):
-        alone = jit_uncached_logits(params, config, jnp.asarray(tokens[0, :length], jnp.int32))
-        np.testing.assert_allclose(alone, expected[0, length - 1], atol=TOLERANCE)
+    check_every_way(nope(architecture, hidden_depth=1), PROMPTS, FED, alone=(1, 8, 9, FED))
 
 
 @pytest.mark.slow

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.uncached import jit_uncached_logits
 from tests.decoding.test_context import make_decoder as spread_decoder
 from tests.decoding.test_context import small_caches
-from tests.decoding.test_exactness import TOLERANCE, largest_error, make_decoder, truth
+from tests.decoding.test_exactness import TOLERANCE, check_every_way, largest_error, truth
 from tests.parallel.test_batch_split import MESHES, check
 from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
@@ -41,11 +40,7 @@ def test_the_forward_pass_is_the_references(architecture):
 @pytest.mark.parametrize("architecture", BOTH)
 def test_prefill_step_and_slide_are_the_references(architecture):
     config = dataclasses.replace(CONFIG, architecture=architecture)
-    assert largest_error(make_decoder(config), PROMPTS, FED) < TOLERANCE
-    tokens, expected = truth(config, FED, len(PROMPTS))
-    for length in (1, 8, 9, FED):
-        alone = jit_uncached_logits(make_decoder(config).params, config, jnp.asarray(tokens[0, :length], jnp.int32))
-        np.testing.assert_allclose(alone, expected[0, length - 1], atol=TOLERANCE)
+    check_every_way(config, PROMPTS, FED, alone=(1, 8, 9, FED))
 
 
 @pytest.mark.slow

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.uncached import jit_uncached_logits
 from tests.decoding.test_context import make_decoder as spread_decoder
 from tests.decoding.test_context import small_caches
-from tests.decoding.test_exactness import TOLERANCE, compared, largest_error, make_decoder, truth
+from tests.decoding.test_exactness import TOLERANCE, check_every_way, compared, largest_error, make_decoder, truth
 from tests.parallel.test_batch_split import MESHES, TRAIN, check, gradient, gradient_error
 from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
@@ -123,19 +122,14 @@ def test_windows_from_a_position_on_are_those_of_the_whole():
 # ---- Generation
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [name if name == "one" else pytest.param(name, marks=slow) for name in SHAPES])
+@slow
+@pytest.mark.parametrize("shape", SHAPES)
 def test_prefill_step_and_slide_equal_the_reference(shape):
     """Prompts of unequal lengths in one batch, each continued across at least three slides."""
     config = overlapping(**SHAPES[shape])
     size = config.generation_window
     prompts = [max(size - 1, 1), size, size + 1, 1, 3 * size]
-    decoder = make_decoder(config)
-    assert largest_error(decoder, prompts, 6 * size + 3) < TOLERANCE
-    tokens, expected = truth(config, 6 * size + 3, len(prompts))
-    for length in (1, 2 * size, 2 * size + 1):
-        alone = jit_uncached_logits(decoder.params, config, jnp.asarray(tokens[0, :length], jnp.int32))
-        np.testing.assert_allclose(alone, expected[0, length - 1], atol=TOLERANCE)
+    check_every_way(config, prompts, 6 * size + 3, alone=(1, 2 * size, 2 * size + 1))
 
 
 @slow
@@ -287,13 +281,12 @@ def reference_loss(weights, config) -> float:
     return float(np.dot(losses, given["weights"].reshape(-1)))
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize(
     ("shape", "plan"),
     [
-        ("paper's block", "checkpointing"),
-        *(pytest.param("paper's block", plan, marks=slow) for plan in PLANS if plan != "checkpointing"),
-        *(pytest.param(shape, "checkpointing", marks=slow) for shape in SHAPES if shape != "paper's block"),
+        *(("paper's block", plan) for plan in PLANS),
+        *((shape, "checkpointing") for shape in SHAPES if shape != "paper's block"),
     ],
 )
 def test_loss_and_gradient_are_the_references(shape, plan):
@@ -313,8 +306,8 @@ def test_loss_and_gradient_are_the_references(shape, plan):
     assert along == pytest.approx(slope, rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("plan", ["together", pytest.param("chunks", marks=slow)])
+@slow
+@pytest.mark.parametrize("plan", ["together", "chunks"])
 def test_gradients_window_by_window_are_those_of_the_whole(plan):
     whole, parts = (
         loss_and_gradient(overlapping(memory=dataclasses.replace(PLANS[plan], checkpointing=checkpointing)))

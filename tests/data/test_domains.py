@@ -299,7 +299,7 @@ def test_letters_are_ids_and_back(tmp_path):
     assert tokenizer.encode("TGCA").tolist() == [3, 2, 1, 0]
     assert tokenizer.decode([3, 4, 0, 127]) == b"TA"
     for text in ("ACGTN", "acgt", "é", "A\n"):
-        with pytest.raises(DataError, match=r"tokenizer letters:ACGT: .* is none of its letters"):
+        with pytest.raises(DataError, match=r"tokenizer letters:ACGT: .* is not one of its letters"):
             tokenizer.encode(text)
 
 

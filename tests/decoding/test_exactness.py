@@ -4,9 +4,11 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.uncached import jit_uncached_logits
 from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
@@ -153,6 +155,16 @@ def test_the_gpu_kernels_in_the_decoder(
     if architecture == "tlinformer":
         expected |= {"attend_history", "attend_context", "store_history"}
     assert interpreted_kernels == expected
+
+
+def check_every_way(config: ModelConfig, prompts: list[int], length: int, alone: tuple[int, ...]) -> None:
+    """Prefill, steps and slides of prompts of unequal lengths, and the uncached logits after `alone` tokens."""
+    decoder = make_decoder(config)
+    assert largest_error(decoder, prompts, length) < TOLERANCE
+    tokens, expected = truth(config, length, len(prompts))
+    for count in alone:
+        logits = jit_uncached_logits(decoder.params, config, jnp.asarray(tokens[0, :count], jnp.int32))
+        np.testing.assert_allclose(logits, expected[0, count - 1], atol=TOLERANCE)
 
 
 def stale_history(monkeypatch):

@@ -112,10 +112,9 @@ def answer_batches(
 ) -> Iterator[Arrays]:
     """Yields every sample of a split once, in order, as `evaluation_batches` does, with regions and depths of answers.
 
-    `window` is W_og; `observed` gives the rows of the observation window from the length of a history; `overlap` counts
-    the tokens before a window that run with it and are no history. Beside inputs,
-    labels and weights come int32 [rows, N] starts, as in `Samples`, and cells: at the same positions the answer's
-    region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
+    `window` is W_og; `observed` gives the rows of the observation window from the length of a history; `overlap` is
+    `model.window_overlap`. Beside inputs, labels and weights come int32 [rows, N] starts, as in `Samples`, and cells:
+    at the same positions the answer's region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
     """
     split.task.check(length)
     for start in range(0, split.count, batch_size):

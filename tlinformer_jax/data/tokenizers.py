@@ -140,7 +140,7 @@ class LetterTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         if wrong := text.translate(dict.fromkeys(map(ord, self.letters))):
-            raise DataError(f"tokenizer {self.name}: {wrong[0]!r} is none of its letters")
+            raise DataError(f"tokenizer {self.name}: {wrong[0]!r} is not one of its letters")
         table = np.zeros(128, np.int32)
         table[list(self.letters.encode())] = range(len(self.letters))
         return table[np.frombuffer(text.encode(), np.uint8)]

@@ -68,8 +68,9 @@ NIAH = {
     "16k": Setting(16384, 512, 512, curriculum="256:1000@0.9,1024:500@0.9,4096:400@0.9"),
 }
 NIAH_KINDS = {"s1": ("niah-1", 1), "s2": ("niah-2", 1), "s3": ("niah-3", 1), "mk": ("niah-2", 4)}  # dataset, needles
-NIAH_VARIANTS = {f"{kind}-{length}": (kind, length) for kind in NIAH_KINDS for length in NIAH} | {"tiny": ("", "")}
-NIAH_TINY = Setting(512, 64, 64, curriculum="256:20")  # minutes on a CPU
+NIAH_VARIANTS = {f"{kind}-{length}": (kind, length) for kind in NIAH_KINDS for length in NIAH} | {
+    "tiny": ("s1", "tiny")
+}
 STATE = {
     "parity-64": Setting(64, 16, 16, curriculum="16:1000@0.95,32:1000@0.95"),
     "parity-256": Setting(256, 32, 32, curriculum="16:1000@0.95,32:1000@0.95,64:1000@0.95,128:1000@0.95"),
@@ -100,9 +101,9 @@ def set_recall(config: "ConfigDict", name: str) -> None:
     plus, settings = name.endswith("-plus"), RECALL
     if plus:
         settings = {
-            name: dataclasses.replace(setting, curriculum="")
-            for name, setting in RECALL.items()
-            if not name.endswith("-grown")
+            known: dataclasses.replace(setting, curriculum="")
+            for known, setting in RECALL.items()
+            if not known.endswith("-grown")
         }
     setting = _chosen(settings, name.removesuffix("-plus"))
     config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=setting.pairs)
@@ -113,20 +114,12 @@ def set_recall(config: "ConfigDict", name: str) -> None:
 
 def set_capacity(config: "ConfigDict", name: str) -> None:
     """Sets recall with the token shift, named pairsP-rowsW, W the rows of W_oh; N = 1,024, W_og = 64."""
-    pairs, rows = map(int, re.findall("[0-9]+", name))
-    config.model.token_shift = True
-    config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=pairs)
-    setting = Setting(1024, rows, 64, pairs, CAPACITY_STAGES)
-    _set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
+    _set_capacity(config, name, Setting(1024, 0, 64, curriculum=CAPACITY_STAGES), 8192, 128, 32_768)
 
 
 def set_small_capacity(config: "ConfigDict", name: str) -> None:
     """The same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
-    pairs, rows = map(int, re.findall("[0-9]+", name))
-    config.model.token_shift = True
-    config.data.update(dataset="recall", tokenizer="numbers:64", num_items=pairs)
-    setting = Setting(32, rows, 4, pairs)
-    _set_task(config, setting, vocab_size=64, width=32, tokens_per_update=1_024, learning_rate=3e-3)
+    _set_capacity(config, name, Setting(32, 0, 4), 64, 32, 1_024)
     _shorten(config, 40)
 
 
@@ -139,16 +132,7 @@ def set_copy(config: "ConfigDict", name: str) -> None:
 def set_passkey(config: "ConfigDict", name: str) -> None:
     """Sets passkeys, 4 in a sample, among books in GPT-2 tokens ('tiny': among the Python reference, in bytes)."""
     setting = _chosen(PASSKEY, name)
-    config.data.update(dataset="passkey", num_items=4, questions=4)
-    if name == "tiny":
-        config.data.update(tokenizer="bytes", num_items=1, questions=1)
-        _set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
-        _shorten(config, 40)
-    else:
-        set_books(config)
-        config.data.dataset = "passkey"
-        _set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
-        config.train.eval_every = config.train.steps // 8  # an evaluation reads 1.6 M tokens
+    _set_needles(config, setting, "passkey", 1 if name == "tiny" else 4, tiny=name == "tiny")
 
 
 def set_niah(config: "ConfigDict", name: str) -> None:
@@ -156,17 +140,9 @@ def set_niah(config: "ConfigDict", name: str) -> None:
 
     All needles of a training sample are asked for.
     """
-    if name == "tiny":
-        config.data.update(dataset="niah-1", tokenizer="bytes", num_items=1, questions=1)
-        _set_task(config, NIAH_TINY, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
-        _shorten(config, 40)
-        return
     kind, length = _chosen(NIAH_VARIANTS, name)
-    dataset, needles = NIAH_KINDS[kind]
-    set_books(config)  # of which niah-1, with a haystack of its own, reads nothing
-    config.data.update(dataset=dataset, num_items=needles, questions=needles)
-    _set_task(config, NIAH[length], vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
-    config.train.eval_every = config.train.steps // 8
+    setting = PASSKEY["tiny"] if name == "tiny" else NIAH[length]
+    _set_needles(config, setting, *NIAH_KINDS[kind], tiny=name == "tiny")
 
 
 def set_state(config: "ConfigDict", name: str) -> None:
@@ -211,6 +187,32 @@ def sweep_points(
             for rate in learning_rates:
                 points[f"{setting}_{model}_lr{rate:g}"] = changed | {"train.learning_rate": rate}
     return base, points
+
+
+def _set_capacity(
+    config: "ConfigDict", name: str, setting: Setting, vocabulary: int, width: int, tokens_per_update: int
+) -> None:
+    """Recall in a setting whose W_oh and pairs `name` gives."""
+    pairs, rows = map(int, re.findall("[0-9]+", name))
+    setting = dataclasses.replace(setting, history_window=rows, pairs=pairs)
+    set_plus(config)
+    config.data.update(dataset="recall", tokenizer=f"numbers:{vocabulary}", num_items=pairs)
+    _set_task(config, setting, vocabulary, width, tokens_per_update, learning_rate=3e-3)
+
+
+def _set_needles(config: "ConfigDict", setting: Setting, dataset: str, needles: int, tiny: bool) -> None:
+    """Needles, all asked for in training, in books in GPT-2 tokens; or a trial in the Python reference in bytes."""
+    if tiny:
+        config.data.tokenizer = "bytes"
+    else:
+        set_books(config)  # of which niah-1, with a haystack of its own, reads nothing
+    config.data.update(dataset=dataset, num_items=needles, questions=needles)
+    if tiny:
+        _set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
+        _shorten(config, 40)
+    else:
+        _set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
+        config.train.eval_every = config.train.steps // 8  # an evaluation of 8,192 tokens a sample reads 1.6 M
 
 
 def _set_task(

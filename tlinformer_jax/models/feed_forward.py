@@ -57,7 +57,10 @@ class Router:
 
 def map_routers(function: Any, params: Any) -> Any:
     """A pytree of parameters with `function` applied to each router in it."""
-    is_router = lambda node: isinstance(node, Router)  # noqa: E731
+
+    def is_router(node: Any) -> bool:
+        return isinstance(node, Router)
+
     return jax.tree.map(lambda node: function(node) if is_router(node) else node, params, is_leaf=is_router)
 
 
