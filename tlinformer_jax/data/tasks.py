@@ -6,7 +6,7 @@ Sample i of a split is a pure function of the configuration, the split's name an
 An answer is one or more tokens after a question. It also stands at an earlier place, its source. The region of an
 answer is where its source lies, seen from the generation window in which its first token is predicted:
 
-    own       in the same generation window,
+    own       in the same generation window, or among the tokens before it that run with it,
     observed  in the last W_oh rows before that window, which the observation window holds,
     history   before those: TConstFormer finds it in the compressed history only; TLinFormer's window and full attention
               read it themselves; a sliding window needs layers that relay it.

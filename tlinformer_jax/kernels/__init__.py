@@ -8,5 +8,5 @@ splash    attention by JAX's own TPU kernel
 delta     the delta rule of Gated DeltaNet, by jax-linear-attention's kernels where that is installed (GPU)
 common    whether a kernel is used, and what several of them share
 
-Gains are those of docs/performance.md, "Kernels against plain XLA", on an H100.
+Gains are those of docs/performance.md, "Kernels against plain XLA", on an H100; that of delta has not been measured.
 """

@@ -2,7 +2,7 @@
 
 loop          `train_and_evaluate`, and the loop over updates
 setup         what it works on: model, mesh, shardings, splits
-step          one update: the train step, its state, the optimiser
+step          one update: the train step and its state; optimizer: optimisers and learning rates
 loss          the loss of a batch, window by window; cross_entropy: over a large vocabulary
 evaluation    the loss of a split
 callbacks     what happens between updates; metrics: where figures go; console: what the user is told; wandb
