@@ -60,11 +60,11 @@ def test_attend_few_rows(queries, width, length):
         assert (read == 0).all()
 
 
-@pytest.mark.parametrize(("width", "rotary"), [(12, True), (36, True), (36, False)])
-def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width, rotary):
+@pytest.mark.parametrize("width", [12, 36])
+def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
     key, value = normal(0, 2, 3, width, 512), normal(1, 2, 3, width, 512)
     projected = normal(2, 128, 2, 3, width + 4)
-    rope = rope_table(1_000_000 + jnp.arange(128), width) if rotary else None
+    rope = rope_table(1_000_000 + jnp.arange(128), width)
     bias = normal(3, 2, 3, width + 4)
     place = jnp.int32(1), jnp.int32(200)
     wide = [history_kernel.halves_apart(array.at[..., width:].set(0), width) for array in (projected, bias)]
@@ -104,15 +104,10 @@ def test_feature_pieces_cover_the_width_once(least):
 
 
 @pytest.mark.parametrize(
-    ("batch", "with_context", "rotary"),
-    [
-        (1, True, True),
-        (2, True, False),
-        pytest.param(5, True, True, marks=pytest.mark.slow),
-        pytest.param(3, False, True, marks=pytest.mark.slow),
-    ],
+    ("batch", "with_context"),
+    [(1, True), pytest.param(5, True, marks=pytest.mark.slow), pytest.param(3, False, marks=pytest.mark.slow)],
 )
-def test_token_layer_by_kernels_equals_plain_products(batch, with_context, rotary):
+def test_token_layer_by_kernels_equals_plain_products(batch, with_context):
     config = ModelConfig(d_model=24, num_heads=2, d_ff=40, dtype="float32", attention="xla")
     shapes = {
         "norm1_scale": (24,),
@@ -133,8 +128,8 @@ def test_token_layer_by_kernels_equals_plain_products(batch, with_context, rotar
     history = KeyValue(normal(22, batch, 2, 12, 1536), normal(23, batch, 2, 12, 1536))
     lengths = jnp.asarray([0, 127, 128, 5, 90][:batch], jnp.int32)
     long = jnp.asarray([1300, 0, 129, 1536, 1][:batch], jnp.int32)
-    context = CachedRows(history, long, rotary=rotary) if with_context else None
-    x, rope = normal(24, batch, 24), rope_table(jnp.arange(batch) * 1000 + 7, 12)
+    context = CachedRows(history, long) if with_context else None
+    x, rope = normal(24, batch, 24), rope_table(jnp.arange(batch) * 1000, 12)
     results = [
         token_layer(params, config, x, rope, CachedRows(past, lengths, 1), context, backend)
         for backend in ("plain", "triton_interpreted")

@@ -87,8 +87,9 @@ SHAPES = [
     ("tconstformer", 1, 5, 4, 22, "shift"),
     ("transformer", 0, 5, 4, 22, "shift"),
     ("sliding_window", 0, 5, 4, 22, "shift"),
-    ("tlinformer", 1, 3, 4, 22, "nope"),
-    ("tconstformer", 0, 5, 4, 22, "nope"),
+    ("tlinformer", 1, 3, 4, 22, "wavelength"),
+    ("tconstformer", 0, 5, 4, 22, "wavelength"),
+    ("transformer", 0, 5, 4, 22, "wavelength"),
     ("tlinformer", 1, 3, 4, 22, "shift", "overlap"),
     ("tconstformer", 0, "auto", 4, 22, "overlap"),
 ]
@@ -97,12 +98,12 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_every_architecture(shape, torch, tmp_path):
     """Logits as the reference's and ours; tokens generated with a cache as without."""
-    architecture, hidden_depth, history_window, generation_window, length, *options = shape
+    architecture, hidden_depth, history_window, generation_window, length, *shift = shape
     config = ModelConfig(
         architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2, hidden_depth=hidden_depth,
         d_ff=40, history_window=history_window, generation_window=generation_window, dtype="float32",
         token_shift="shift" in options, window_overlap=3 * ("overlap" in options),
-        history_position="none" if "nope" in options else "rotary",
+        longest_wavelength=20 * ("wavelength" in options),
     )  # fmt: skip
     weights = golden.random_weights(config, seed=length)
     model = loaded(tmp_path, weights, config)

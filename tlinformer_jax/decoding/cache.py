@@ -1,7 +1,6 @@
 """KV caches of the decoder: typed pytrees, passed in and returned; their room and their bytes.
 
-Keys are rotated when they are written; with `config.history_nope` the history's are not. Keys and values are
-[batch, heads, d_h, rows].
+Keys are rotated when they are written. Keys and values are [batch, heads, d_h, rows].
 """
 
 import dataclasses
@@ -93,7 +92,7 @@ class WindowedCache:
             return window, None
         length, split = self.history_length, self.split
         length = length if split is None else split.count(length)
-        return window, CachedRows(self.history[block], length, split=split, rotary=not config.history_nope)
+        return window, CachedRows(self.history[block], length, split=split)
 
     def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "WindowedCache":
         """With a new token of every active sequence; `own` are its keys and values, by layer."""

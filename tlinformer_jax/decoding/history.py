@@ -63,10 +63,8 @@ class SequenceRows:
             return split.positions(start, count)
         return start + jnp.arange(count, dtype=jnp.int32)
 
-    def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope | None:
-        """Rotations of the same rows; None where C is not rotated."""
-        if self.config.history_nope:
-            return None
+    def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
+        """Rotations of the same rows."""
         return rope_table(self.positions(start, count), self.config.head_dim)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
@@ -93,7 +91,7 @@ class CachedHistory:
     Attributes:
       at: which rows.
       layer: the block's `compress`.
-      z, z_rope: rows h .. n - 1 of C with their queries, and their rotations, if C is rotated; on every device.
+      z, z_rope: rows h .. n - 1 of C with their queries, and their rotations; on every device.
       rows: of C, this device's chunk from a row on, [1, chunk, D].
       queries: of the same rows, given them, [1, chunk, heads, d_h].
       keys: caches of keys and values of this block and those that follow, if any are kept.
@@ -104,7 +102,7 @@ class CachedHistory:
     at: SequenceRows
     layer: LayerParams
     z: Stream
-    z_rope: Rope | None
+    z_rope: Rope
     rows: Callable[[Array], Float[Array, "1 chunk D"]]
     queries: Callable[[Array, Array], Float[Array, "1 chunk heads d_h"]]
     keys: tuple[KeyValue, ...]
@@ -173,7 +171,7 @@ class CachedHistory:
 
 
 def embedded_history(
-    params: DecoderParams, at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope | None, fill: bool
+    params: DecoderParams, at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool
 ) -> CachedHistory:
     """C of block 0, the embeddings; with `fill` its keys are made, else the cache has them."""
     layer, vocabulary = params.blocks[0].compress, params.embedding[None]

@@ -120,12 +120,11 @@ def _rebuild(
     x_before = cache.tokens_before(row, length + jnp.arange(m, dtype=jnp.int32))[None] if config.token_shift else None
     # z takes rows and queries of C, which a token shift leaves as they are.
     z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width))).rows
-    nope = config.history_nope
-    C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, None if nope else z_rope, fill)
+    C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, z_rope, fill)
     embedded, context, window = embed(params, window_tokens[None], x_before), [], []
     x_rows, key_rows = embedded.rows, embedded.key_rows
     for index, block in enumerate(params.blocks):
-        x = Stream.of(block.compress, x_rows, x_rope, nope=nope, key_rows=key_rows)
+        x = Stream.of(block.compress, x_rows, x_rope, key_rows=key_rows)
         key_rows = None  # of the first layer
         window.append((x.K, x.V))
         z_rows, x_rows = compress(block.compress, config, C, C.z, x)
@@ -134,7 +133,7 @@ def _rebuild(
             context.append((z.K, z.V))
             window.append((x.K, x.V))
             z_rows, x_rows = hidden(layer, config, z, x)
-        z = Stream.of(block.restore, z_rows, z_rope, "kv", observed, nope=nope)
+        z = Stream.of(block.restore, z_rows, z_rope, "kv", observed)
         x = Stream.of(block.restore, x_rows, x_rope)
         context.append((z.K, z.V))
         window.append((x.K, x.V))

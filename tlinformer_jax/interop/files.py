@@ -66,7 +66,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], mode
     if model is not None:
         shape = {name: getattr(model, name) for name in SHAPE} | {"d_ff": model.feed_forward_dim}
         shape |= {"token_shift": True} if model.token_shift else {}
-        shape |= {"history_position": "none"} if model.history_nope else {}
+        shape |= {"longest_wavelength": model.longest_wavelength} if model.longest_wavelength else {}
         shape |= {"window_overlap": model.window_overlap} if model.window_overlap else {}
         shape |= {"num_experts": model.num_experts} if model.mixture else {}
         metadata["tlinformer"] = json.dumps(shape)

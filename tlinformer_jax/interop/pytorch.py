@@ -43,7 +43,7 @@ class Config:
       generation_window: W_og, tokens that are predicted together.
       dropout: in training, on attention weights and on the feed-forward's output.
       token_shift: whether the first layer's keys add a learned multiple of the embedding before each token's.
-      history_position: 'rotary', or 'none': reads of all of C, and C's own, have queries and keys that are not rotated.
+      longest_wavelength: feature pairs that take more positions to turn once are not rotated; 0: all are.
       window_overlap: o; every window but the first also runs the o tokens before it, which are not predicted there.
     """
 
@@ -58,7 +58,7 @@ class Config:
     generation_window: int
     dropout: float = 0.0
     token_shift: bool = False
-    history_position: str = "rotary"
+    longest_wavelength: int = 0
     window_overlap: int = 0
 
     def __post_init__(self) -> None:
@@ -94,11 +94,10 @@ class Config:
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of some rows, each [batch, heads, rows, d_h]; whether keys are rotated, and so their readers."""
+    """Keys (rotated) and values of some rows, each [batch, heads, rows, d_h]."""
 
     K: Tensor
     V: Tensor
-    rotary: bool = True
 
 
 def attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -158,10 +157,13 @@ class Layer(nn.Module):
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def project(self, u: Tensor, key_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D], not rotated; keys of `key_rows`, if given."""
+    def project(self, u: Tensor, rope: Tensor, key_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D]; Q and K are rotated, V is not.
+
+        Keys are made of `key_rows`, if given.
+        """
         Q, K, V = self.qkv_proj(self.norm1(u)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return (Q, K, V) if key_rows is None else (Q, self.project(key_rows)[1], V)
+        return rotate(Q, rope), rotate(K, rope) if key_rows is None else self.project(key_rows, rope)[1], V
 
     def update(self, u: Tensor, attended: Tensor) -> Tensor:
         """Output projection, then feed-forward, each added to what it was made from: [batch, rows, D]."""
@@ -179,29 +181,20 @@ def layers_of(module: nn.Module) -> list[Layer]:
 
 
 class Stream(NamedTuple):
-    """Rows of one of the block's streams C, z and x, with their projections under the layer that reads them.
-
-    Q and K are rotated, V is not. C is read by far_Q, and C reads far_K: the same, or with `history_position` 'none'
-    not rotated, and those of C neither.
-    """
+    """Rows of one of the block's streams C, z and x, with their projections under the layer that reads them."""
 
     rows: Tensor
     Q: Tensor
     K: Tensor
     V: Tensor
-    far_Q: Tensor
-    far_K: Tensor
 
     @classmethod
-    def of(cls, layer: Layer, rows: Tensor, rope: Tensor, config: Config, key_rows: Tensor | None = None) -> "Stream":
-        plain_Q, plain_K, V = layer.project(rows, key_rows)
-        Q, K = rotate(plain_Q, rope), rotate(plain_K, rope)
-        far = (Q, K) if config.history_position == "rotary" else (plain_Q, plain_K)
-        return cls(rows, Q, K, V, *far)
+    def of(cls, layer: Layer, rows: Tensor, rope: Tensor, key_rows: Tensor | None = None) -> "Stream":
+        return cls(rows, *layer.project(rows, rope, key_rows))
 
     def after(self, h: int) -> "Stream":
         """The rows from h on."""
-        return Stream(self.rows[:, h:], *(part[:, :, h:] for part in self[1:]))
+        return Stream(self.rows[:, h:], self.Q[:, :, h:], self.K[:, :, h:], self.V[:, :, h:])
 
 
 # The three kinds of layer, section 3 of the paper: C is the history, z its compressed observation window, x the
@@ -215,10 +208,10 @@ def compress(layer: Layer, C: Stream, z: Stream, x: Stream, x_reads_C: bool = Tr
     z is handed in as rows h .. n - 1 of C. TConstFormer's x does not read C.
     """
     p = layer.attention_dropout
-    z_attends = attend(z.far_Q, C.far_K, C.V, dropout=p)
+    z_attends = attend(z.Q, C.K, C.V, dropout=p)
     x_attends = attend_causal(x.Q, x.K, x.V, dropout=p)
     if x_reads_C:
-        x_attends = x_attends + attend(x.far_Q, C.far_K, C.V, dropout=p)
+        x_attends = x_attends + attend(x.Q, C.K, C.V, dropout=p)
     return layer.update(z.rows, z_attends), layer.update(x.rows, x_attends)
 
 
@@ -237,7 +230,7 @@ def restore(layer: Layer, C: Stream, z: Stream, x: Stream) -> tuple[Tensor, Tens
     x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
     """
     p = layer.attention_dropout
-    C_attends = attend(C.far_Q, z.far_K, z.V, dropout=p)
+    C_attends = attend(C.Q, z.K, z.V, dropout=p)
     x_attends = attend_causal(x.Q, x.K, x.V, dropout=p) + attend(x.Q, z.K, z.V, dropout=p)
     return layer.update(C.rows, C_attends), layer.update(x.rows, x_attends)
 
@@ -263,18 +256,17 @@ class Block(nn.Module):
         first, *middle, final = layers_of(self)
         n, h = C.shape[1], self.config.observed_start(C.shape[1])
         C_rope, z_rope, x_rope = rope[:, :n], rope[:, h:n], rope[:, n:]
-        config = self.config
         old, new = (None, None) if key_rows is None else (key_rows[:, :n], key_rows[:, n:])
-        history, window = Stream.of(first, C, C_rope, config, old), Stream.of(first, x, x_rope, config, new)
+        history, window = Stream.of(first, C, C_rope, old), Stream.of(first, x, x_rope, new)
         x_reads_C = self.config.architecture == "tlinformer"
         seen = history if x_reads_C else history.after(n)
-        read = [KeyValue(seen.far_K, seen.V, config.history_position == "rotary")]
+        read = [KeyValue(seen.K, seen.V)]
         z, x = compress(first, history, history.after(h), window, x_reads_C)
         for layer in middle:
-            observed, window = Stream.of(layer, z, z_rope, config), Stream.of(layer, x, x_rope, config)
+            observed, window = Stream.of(layer, z, z_rope), Stream.of(layer, x, x_rope)
             read.append(KeyValue(observed.K, observed.V))
             z, x = hidden(layer, observed, window)
-        observed, window = Stream.of(final, z, z_rope, config), Stream.of(final, x, x_rope, config)
+        observed, window = Stream.of(final, z, z_rope), Stream.of(final, x, x_rope)
         read.append(KeyValue(observed.K, observed.V))
         C, x = restore(final, history.after(n if last else 0), observed, window)
         return C, x, read
@@ -325,8 +317,8 @@ class LanguageModel(nn.Module):
             return self._head(torch.cat(windows, dim=1))
         x, key_rows = embedded, self._key_rows(embedded)
         for layer in layers_of(self):
-            own, key_rows = Stream.of(layer, x, rope, self.config, key_rows), None
-            x = layer.update(x, attend_causal(own.Q, own.K, own.V, self.config.reach, layer.attention_dropout))
+            (Q, K, V), key_rows = layer.project(x, rope, key_rows), None
+            x = layer.update(x, attend_causal(Q, K, V, self.config.reach, layer.attention_dropout))
         return self._head(x)
 
     def _key_rows(self, embedded: Tensor) -> Tensor | None:
@@ -390,10 +382,9 @@ class LanguageModel(nn.Module):
         x, key_rows = embedded[:, position - first :], self._key_rows(embedded)
         key_rows = None if key_rows is None else key_rows[:, position - first :]
         for layer, history, before in zip(layers_of(self), read, own):
-            new, key_rows = Stream.of(layer, x, rope, self.config, key_rows), None
-            K, V = torch.cat([before.K, new.K], dim=2), torch.cat([before.V, new.V], dim=2)
-            far_Q = new.Q if history.rotary else new.far_Q
-            x = layer.update(x, attend_causal(new.Q, K, V, self.config.reach) + attend(far_Q, history.K, history.V))
+            (Q, K, V), key_rows = layer.project(x, rope, key_rows), None
+            K, V = torch.cat([before.K, K], dim=2), torch.cat([before.V, V], dim=2)
+            x = layer.update(x, attend_causal(Q, K, V, self.config.reach) + attend(Q, *history))
             rows = -(self.config.reach or K.shape[2])
             kept.append(KeyValue(K[:, :, rows:], V[:, :, rows:]))
         return self._head(x[:, -1:]), kept

@@ -29,9 +29,8 @@ MIN_PART_ROWS = 128
 # Columns of a matrix that one program of `dense` makes.
 TILE = 4
 
-# Key and value [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer, and
-# whether keys are rotated and the query that reads them is to be.
-Source = tuple[jax.Array, jax.Array, jax.Array, int | None, bool]
+# Key and value [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer.
+Source = tuple[jax.Array, jax.Array, jax.Array, int | None]
 
 
 def num_parts(rows: int, softmaxes: int) -> int:
@@ -58,11 +57,11 @@ def attend(
     """
     batch, _, heads, width = projected.shape
     splits = tuple(num_parts(key.shape[-1], batch * heads) for key, *_ in sources)
-    layers, rotary = zip(*(source[3:] for source in sources))
+    layers = tuple(layer for *_, layer in sources)
     shape = (sum(splits), batch, heads)
     outputs = [jax.ShapeDtypeStruct((*shape, last), jnp.float32) for last in (width, 1, 1)]
     sums, tops, totals, own_key = call_kernel(
-        functools.partial(_attend_kernel, layers=layers, rotary=rotary, splits=splits, width=width, scale=scale),
+        functools.partial(_attend_kernel, layers=layers, splits=splits, width=width, scale=scale),
         (sum(splits), heads, batch),
         [*outputs, jax.ShapeDtypeStruct((batch, heads, width), projected.dtype)],
         [projected, rope.cos, rope.sin, *(array for source in sources for array in source[:3])],
@@ -82,9 +81,7 @@ def attend(
     return output, lse, own_key
 
 
-def _attend_kernel(
-    *refs: Any, layers: tuple, rotary: tuple[bool, ...], splits: tuple[int, ...], width: int, scale: float
-) -> None:
+def _attend_kernel(*refs: Any, layers: tuple, splits: tuple[int, ...], width: int, scale: float) -> None:
     """One part of one source, for one head of one sequence; with one part a source its sums are divided."""
     projected_ref, cos_ref, sin_ref, *source_refs = refs[:-4]
     outputs, own_key_ref = refs[-4:-1], refs[-1]
@@ -94,11 +91,7 @@ def _attend_kernel(
     def rotated(which: int) -> list[jax.Array]:
         return [_rotated_piece(projected_ref, cos_ref, sin_ref, (row, which, head), piece, width) for piece in pieces]
 
-    def not_rotated(which: int) -> list[jax.Array]:
-        return [projected_ref[row, which, head, pl.ds(*piece)].astype(jnp.float32) for piece in pieces]
-
     query = [piece * scale for piece in rotated(0)]
-    far_query = query if all(rotary) else [piece * scale for piece in not_rotated(0)]
     first = 0
     for index, count in enumerate(splits):
         key_ref, value_ref, length_ref = source_refs[3 * index : 3 * index + 3]
@@ -109,8 +102,7 @@ def _attend_kernel(
             blocks = pl.cdiv(length, LANES)
             each = pl.cdiv(blocks, count)
             begin = (part - first) * each
-            reader = query if rotary[index] else far_query
-            state = _stream(reader, refs, place, begin, jnp.minimum(begin + each, blocks), length, pieces)
+            state = _stream(query, refs, place, begin, jnp.minimum(begin + each, blocks), length, pieces)
             if index == 0:
                 own_key, own_value = rotated(1), [projected_ref[row, 2, head, pl.ds(*piece)] for piece in pieces]
                 state = _with_own(state, query, own_key, own_value, part == first)

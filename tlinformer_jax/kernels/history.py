@@ -210,7 +210,7 @@ def store(
     value: Float[Array, "batch heads d_h room"],
     projected: Float[Array, "sources 2 heads width"],
     bias: Float[Array, "2 heads width"],
-    rope: Rotations | None,
+    rope: Rotations,
     row: Array,
     start: Array,
     tokens: Int[Array, " rows"] | None = None,
@@ -226,21 +226,18 @@ def store(
       projected: keys and values, neither rotated nor biased, their features as `halves_apart` puts them: of the rows,
         or with `tokens` of the vocabulary.
       bias: of keys and values, likewise.
-      rope: rotations of the rows, [rows, d_h / 2]; None: the keys are not rotated.
+      rope: rotations of the rows, [rows, d_h / 2].
       tokens: the row of `projected` that each row to write takes, clipped to the vocabulary; None: they are in order.
     """
     rows = projected.shape[0] if tokens is None else tokens.size
     place = jnp.stack([row, start]).astype(jnp.int32)
     pairs, spread = key.shape[2] // 2, projected.shape[3] // 2
-    rotations = () if rope is None else (rope.cos, rope.sin)
-    tables = [jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in rotations]
+    cos, sin = (jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in (rope.cos, rope.sin))
     return call_kernel(
-        functools.partial(
-            _store_kernel, half=pairs, spread=spread, vocab_size=projected.shape[0], rotary=rope is not None
-        ),
+        functools.partial(_store_kernel, half=pairs, spread=spread, vocab_size=projected.shape[0]),
         (rows // STORE_TILE, projected.shape[2]),
         [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (key, value)],
-        [key, value, projected, bias, *tables, place, *(() if tokens is None else (tokens,))],
+        [key, value, projected, bias, cos, sin, place, *(() if tokens is None else (tokens,))],
         "store_history",
         interpret,
         aliases={0: 0, 1: 1},
@@ -261,9 +258,11 @@ def halves_apart(array: Array, head_dim: int) -> Array:
     )
 
 
-def _store_kernel(_, __, projected_ref, bias_ref, *refs, half: int, spread: int, vocab_size: int, rotary: bool) -> None:
+def _store_kernel(
+    _, __, projected_ref, bias_ref, cos_ref, sin_ref, place_ref, *refs, half: int, spread: int, vocab_size: int
+) -> None:
     """A tile of the rows, for one head, in halves: a feature's partner in the rotation lies in the other half."""
-    table_refs, (place_ref, *tokens_refs), (key_ref, value_ref) = refs[: 2 * rotary], refs[2 * rotary : -2], refs[-2:]
+    *tokens_refs, key_ref, value_ref = refs
     tile, head = pl.program_id(0), pl.program_id(1)
     pairs = iota(pl.next_power_of_2(spread))
     numbers = tile * STORE_TILE + iota(STORE_TILE)
@@ -283,13 +282,9 @@ def _store_kernel(_, __, projected_ref, bias_ref, *refs, half: int, spread: int,
         inside = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
         masked_store(target, jnp.transpose(block.astype(ref.dtype)), inside)
 
-    if rotary:
-        cos, sin = (masked_load(ref.at[numbers[:, None], pairs[None, :]], there) for ref in table_refs)
-        one, other = (load(0, first).astype(jnp.float32) for first in (0, spread))
-        write(key_ref, 0, one * cos - other * sin)
-        write(key_ref, half, one * sin + other * cos)
-    else:
-        write(key_ref, 0, load(0, 0))
-        write(key_ref, half, load(0, spread))
+    cos, sin = (masked_load(ref.at[numbers[:, None], pairs[None, :]], there) for ref in (cos_ref, sin_ref))
+    one, other = (load(0, first).astype(jnp.float32) for first in (0, spread))
+    write(key_ref, 0, one * cos - other * sin)
+    write(key_ref, half, one * sin + other * cos)
     write(value_ref, 0, load(1, 0))
     write(value_ref, half, load(1, spread))

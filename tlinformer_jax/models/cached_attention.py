@@ -29,7 +29,6 @@ from tlinformer_jax.models.layers import (
     update,
 )
 from tlinformer_jax.models.rope import Rope, rotate
-from tlinformer_jax.models.streams import Stream
 from tlinformer_jax.parallel.sharding import SplitRows
 
 # Above so many rows the matrix units pay, and a token's products go to XLA.
@@ -38,7 +37,7 @@ MAX_FUSED_ROWS = 4
 
 @flax.struct.dataclass
 class KeyValue:
-    """Cached keys, as a rule rotated, and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
+    """Cached keys (rotated) and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
 
     key: Array
     value: Array
@@ -58,14 +57,12 @@ class CachedRows:
       length: valid rows of each sequence, int32 [batch].
       layer: which of the layers; None for a cache of one.
       split: how the rows are split over devices, each of which has only its own here; None where it has all.
-      rotary: whether keys are rotated, and with them what reads them.
     """
 
     cache: KeyValue
     length: Array
     layer: int | None = flax.struct.field(pytree_node=False, default=None)
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
-    rotary: bool = flax.struct.field(pytree_node=False, default=True)
 
     def arrays(self) -> KeyValue:
         """Keys and values of the layer, [batch, heads, d_h, rows]."""
@@ -150,10 +147,9 @@ def token_layer(
     if backend == "plain":
         natural, keyed = params.natural(), None if key_rows is None else key_rows[:, None]
         rows = jax.tree.map(lambda table: table[:, None], rope)
-        new = Stream.of(natural, x[:, None], rows, nope=context is not None and not context.rotary, key_rows=keyed)
-        query, own = new.Q[:, 0], KeyValue(new.K[:, 0], new.V[:, 0])
-        far_query = query if new.Q_nope is None else new.Q_nope[:, 0]
-        attended = attend_cached(query, far_query, own, past, context, config.attention_scale)
+        query, key, value = (part[:, 0] for part in project(natural, x[:, None], rows, key_rows=keyed))
+        own = KeyValue(key, value)
+        attended = attend_cached(query, own, past, context, config.attention_scale)
         return update(natural, x[:, None], attended[:, None])[:, 0], own
     interpret = backend == "triton_interpreted"
     # The fused products know no experts; attention's kernel serves these layers, too.
@@ -166,9 +162,7 @@ def token_layer(
     if key_rows is not None:
         projected = projected.at[:, 1].set(projected_rows(key_rows)[:, 1])
     sources = [
-        (part.cache.key, part.cache.value, part.length, part.layer, part.rotary)
-        for part in (past, context)
-        if part is not None
+        (part.cache.key, part.cache.value, part.length, part.layer) for part in (past, context) if part is not None
     ]
     parts, lses, own_key = decode_kernel.attend(projected, rope, sources, config.attention_scale, interpret)
     if context is not None and context.split is not None:
@@ -204,21 +198,15 @@ def _updated(params: TokenLayerParams, x: Array, parts: Array, interpret: bool) 
 
 
 def attend_cached(
-    query: Float[Array, "b h d"],
-    far_query: Float[Array, "b h d"],
-    own: KeyValue,
-    past: CachedRows,
-    context: CachedRows | None,
-    scale: float,
+    query: Float[Array, "b h d"], own: KeyValue, past: CachedRows, context: CachedRows | None, scale: float
 ) -> Float[Array, "b h d"]:
     """Exact attention of one new row per sequence by plain products; as `token_layer` has it.
 
-    The new row's own key shares a softmax with `past`; the result of `context`'s own softmax is added, which
-    `far_query` reads (`Stream.far_Q`).
+    The new row's own key shares a softmax with `past`; the result of `context`'s own softmax is added.
     """
     output, _ = _softmax_sum(query, past, own, scale)
     if context is not None:
-        output = output + context.merged(*_softmax_sum(far_query, context, None, scale))
+        output = output + context.merged(*_softmax_sum(query, context, None, scale))
     return output.astype(query.dtype)
 
 
@@ -304,13 +292,13 @@ def write_rows(
     start: Array,
     layer: LayerParams,
     rows: Float[Array, "1 n D"],
-    rope: Rope | None,
+    rope: Rope,
     backend: str,
     key_rows: Float[Array, "1 n D"] | None = None,
 ) -> KeyValue:
     """Projects rows to keys and values, by a layer from `for_writing`, and writes these from row `start` on.
 
-    In place where the cache, of one layer, is donated. Without `rope` the keys are not rotated.
+    In place where the cache, of one layer, is donated.
     """
     if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], rows.shape[1], backend):
         projected, bias = unbiased_projections(layer, rows, "kv", key_rows)
@@ -324,7 +312,7 @@ def write_tokens(
     start: Array,
     table: Float[Array, "V 2 heads width"],
     tokens: Int[Array, " n"],
-    rope: Rope | None,
+    rope: Rope,
     backend: str,
 ) -> KeyValue:
     """`write_rows` of what depends on the token alone, from a table of the vocabulary by a layer from `for_writing`.
