@@ -10,7 +10,7 @@ from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.model import forward_layers
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import History
+from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame
 
@@ -37,11 +37,11 @@ def uncached_logits(params: DecoderParams, config: ModelConfig, tokens: jax.Arra
     embedded = embed(params, jnp.pad(tokens, (0, history + size - length))[None])
     past = jax.tree.map(lambda rows: rows[:, :history], embedded)
     new = jax.tree.map(lambda rows: rows[:, history:], embedded)
-    rope = rope_table(jnp.arange(history + size, dtype=jnp.int32), config.head_dim)
+    rope = rope_table(jnp.arange(history + size, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     first, observed = params.blocks[0].compress, config.observed_rows(history)
     width = max(observed, min(history, 1))
-    C = History.whole(first, past.rows, rope, rotary=not config.history_nope, key_rows=past.key_rows)
-    window = C.stream(first, new.rows, rope.rows(history, size), key_rows=new.key_rows)
+    C = History.whole(first, past.rows, rope, key_rows=past.key_rows)
+    window = Stream.of(first, new.rows, rope.rows(history, size), key_rows=new.key_rows)
     frame = WindowFrame(history, history - width, observed, width)
     hidden = window_states(params.blocks, config, C, window, frame)
     return logits_of(params, hidden[0, length - history - 1])

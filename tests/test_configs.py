@@ -302,7 +302,7 @@ OVERRIDES = {
         "history_window": "auto",
         "generation_window": 48,
         "window_overlap": 7,
-        "history_position": "none",
+        "longest_wavelength": 90,
         "token_shift": True,
         "dropout": 0.25,
         "dtype": "float32",

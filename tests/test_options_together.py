@@ -1,4 +1,4 @@
-"""The options for memory all at once: token shift, overlapping windows, a history without positions."""
+"""The options for memory all at once: token shift, overlapping windows, no slow rotations."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from tlinformer_jax import build_model
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.interop import params_from_reference
 
-ALL = {"token_shift": True, "window_overlap": 2, "history_position": "none"}
+ALL = {"token_shift": True, "window_overlap": 2, "longest_wavelength": 20}
 CONFIG = dataclasses.replace(SMALL, hidden_depth=1, history_window=3, **ALL)
 PROMPTS = [3, 8, 9, 1, 12]  # before, at and after the edges of windows of 4
 FED = 27
@@ -32,7 +32,7 @@ def test_the_forward_pass_is_the_references(architecture):
     tokens, expected = truth(config, FED, 3)
     variables = params_from_reference(golden.random_weights(config), config)
     np.testing.assert_allclose(build_model(config).apply(variables, tokens), expected, atol=TOLERANCE)
-    for name, value in (("token_shift", False), ("window_overlap", 0), ("history_position", "rotary")):
+    for name, value in (("token_shift", False), ("window_overlap", 0), ("longest_wavelength", 0)):
         without = reference.logits(golden.random_weights(config), dataclasses.replace(config, **{name: value}), tokens)
         assert np.abs(without - expected).max() > 0.1, f"{name} does nothing"
 

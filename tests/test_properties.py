@@ -67,7 +67,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
     """
     architecture = architecture or draw(st.sampled_from(model_config.ARCHITECTURES))
     heads, width = draw(st.sampled_from([(1, 16), (2, 8), (4, 4), (3, 4)]))
-    positions = model_config.HISTORY_POSITIONS if architecture in model_config.WINDOWED else ("rotary",)
+    rotates = architecture != "gated_deltanet"
     model = {
         "memory": ExecutionPlan(
             segments=draw(st.integers(1, 3)),
@@ -87,7 +87,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "num_experts": draw(st.sampled_from([0, 0, 3])),
         "dtype": "float32",
         "attention": "xla",
-        "history_position": draw(st.sampled_from(positions)),
+        "longest_wavelength": draw(st.sampled_from([0, 20])) * rotates,
         **draw(windows(architecture)),
     }
     if architecture in model_config.WINDOWED:
@@ -198,7 +198,7 @@ def test_many_valid_configs_train_and_decode(architecture):
 # Values that a field never takes, whatever it is.
 NEVER = [None, (), {}, [1], b"x", 1 + 2j]
 LEAST = {
-    "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1, "window_overlap": 0}
+    "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1, "window_overlap": 0, "longest_wavelength": 0}
     | {"num_experts": 0, "experts_per_token": 1}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1),
     "train": dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
@@ -213,7 +213,6 @@ CHOICES = {
         "dtype": model_config.COMPUTE_DTYPES,
         "param_dtype": model_config.PARAM_DTYPES,
         "attention": model_config.ATTENTION_BACKENDS,
-        "history_position": model_config.HISTORY_POSITIONS,
         "history_window": ("auto",),
     },
     "train": {
@@ -305,7 +304,7 @@ def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
 
 
 # Values that are allowed alone and not together; any of the fields may be the one that is named.
-ROTARY = {"model.history_position": "rotary", "model.window_overlap": 0}
+PLAIN = {"model.longest_wavelength": 0, "model.window_overlap": 0}
 TOGETHER = [
     {"model.num_heads": 3, "model.d_model": 8},
     {"model.num_heads": 2, "model.d_model": 6},
@@ -314,10 +313,10 @@ TOGETHER = [
     {"train.steps": 0, "train.epochs": 0},
     {"train.schedule": "paper", "train.epochs": 0},
     {"model.attention": "cudnn", "model.dropout": 0.1},
-    ROTARY | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
-    ROTARY | {"model.architecture": "transformer", "train.sampled_windows": 1},
-    {"model.architecture": "sliding_window", "model.history_position": "none", "train.sampled_windows": 0}
-    | {"model.history_window": 3, "model.window_overlap": 0},
+    PLAIN | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
+    PLAIN | {"model.architecture": "transformer", "train.sampled_windows": 1},
+    {"model.architecture": "gated_deltanet", "model.longest_wavelength": 20, "train.sampled_windows": 0}
+    | {"model.window_overlap": 0},
     {"train.sampled_windows": 9, "model.generation_window": 4, "data.sequence_length": 24},
 ]
 

@@ -129,25 +129,24 @@ def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "rows_per_token", "positions", "overlap"),
+    ("architecture", "rows_per_token", "wavelength", "overlap"),
     [
-        ("tlinformer", 4, "rotary", 0),
-        ("tlinformer", 0, "rotary", 0),
-        ("tlinformer", 4, "none", 17),
-        ("tlinformer", 0, "none", 0),
-        ("tlinformer", 0, "rotary", 17),
-        ("transformer", 4, "rotary", 0),
-        ("transformer", 0, "rotary", 0),
+        ("tlinformer", 4, 0, 0),
+        ("tlinformer", 0, 0, 0),
+        ("tlinformer", 4, 60, 17),
+        ("tlinformer", 0, 0, 17),
+        ("transformer", 4, 60, 0),
+        ("transformer", 0, 0, 0),
     ],
 )
 def test_the_gpu_kernels_in_the_decoder(
-    architecture, rows_per_token, positions, overlap, monkeypatch, interpreted_kernels
+    architecture, rows_per_token, wavelength, overlap, monkeypatch, interpreted_kernels
 ):
     """Keys stored and read by the kernels, in half precision; 64 tokens a window, as many as one of them writes."""
     monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     windows = {"history_window": 40, "generation_window": 64, "window_overlap": overlap}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
-    options = {"history_position": positions, "token_shift": not rows_per_token}
+    options = {"longest_wavelength": wavelength, "token_shift": not rows_per_token}
     config = dataclasses.replace(SMALL, architecture=architecture, **options, **windows, **half)
     # float16 keeps 11 bits; the logits' largest is about 4.
     assert largest_error(make_decoder(config), [127, 64], 131) < 0.05

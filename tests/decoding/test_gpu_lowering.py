@@ -59,19 +59,18 @@ def test_attention_to_the_compressed_context():
     assert "attend_context" in text
 
 
-@pytest.mark.parametrize("rotary", [True, False])
-def test_storing(rotary):
+def test_storing():
     cache, positions = half(2, HEADS, WIDTH, ROWS), jax.ShapeDtypeStruct((128,), jnp.int32)
 
     def store(key, value, projected, bias, positions, row, start):
-        rope = rope_table(positions, WIDTH) if rotary else None
+        rope = rope_table(positions, WIDTH)
         return history_kernel.store(key, value, projected, bias, rope, row, start)
 
     text = lowered(store, cache, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text
 
     def look_up(key, value, words, bias, positions, row, start):
-        rope = rope_table(positions, WIDTH) if rotary else None
+        rope = rope_table(positions, WIDTH)
         tokens = jnp.arange(128, dtype=jnp.int32)
         return history_kernel.store(key, value, words, bias, rope, row, start, tokens)
 
@@ -132,8 +131,7 @@ def test_attention_with_dropout(causal, window, lengths):
         assert f'"{name}"' in text
 
 
-@pytest.mark.parametrize("rotary", [True, False])
-def test_a_tokens_layer(rotary):
+def test_a_tokens_layer():
     params = jax.eval_shape(lambda: Layer(CONFIG).init_with_output(jax.random.key(0))[0])
     cache = KeyValue(half(1, HEADS, WIDTH, ROWS), half(1, HEADS, WIDTH, ROWS))
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -141,7 +139,7 @@ def test_a_tokens_layer(rotary):
     def layer(params, x, cache, lengths):
         token = TokenLayerParams.of(prepare_layers(params, jnp.bfloat16))
         rows = CachedRows(cache, lengths)
-        context = CachedRows(cache, lengths, rotary=rotary)
+        context = CachedRows(cache, lengths)
         return token_layer(token, CONFIG, x, rope_table(lengths, WIDTH), rows, context, "triton")
 
     text = lowered(layer, params, half(1, CONFIG.d_model), cache, lengths)

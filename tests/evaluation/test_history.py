@@ -40,7 +40,7 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
             for changes in (
                 {"architecture": "tconstformer"},
                 {"token_shift": True},
-                {"history_position": "none"},
+                {"longest_wavelength": 20},
                 {"window_overlap": 3},
                 {"history_window": "auto", "num_blocks": 3},
             )
@@ -92,8 +92,8 @@ def check_masses(model, found, batch):
             seen: list = []
             window_costs(model, tokens, labels, first, None, seen)
             start = first - model.window_overlap
-            for block, (qz, qx, far_qx, kc, vc, kx, vx) in enumerate(seen):
-                for name, queries in (("z", qz), ("x", far_qx[model.window_overlap :])):
+            for block, (qz, qx, kc, vc, kx, vx) in enumerate(seen):
+                for name, queries in (("z", qz), ("x", qx[model.window_overlap :])):
                     scores = np.einsum("qhd,khd->hqk", queries, kc) / scale
                     paid = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
                     for row in range(start):
@@ -104,7 +104,7 @@ def check_masses(model, found, batch):
                     double(model), f"transformer.transformer_layers.{block}.compress_context_layer.", model
                 )
                 out = layer.get("out_proj.weight").T
-                read, own = reference._attend(far_qx, kc, vc), reference._attend(qx, kx, vx, causal=True)
+                read, own = reference._attend(qx, kc, vc), reference._attend(qx, kx, vx, causal=True)
                 norms = [np.linalg.norm(part.reshape(len(qx), -1) @ out, axis=-1) for part in (read, own)]
                 shares[block] += (norms[0] / (norms[0] + norms[1]))[model.window_overlap :].sum()
     used = len(found["mass"]["edges"]) - 1

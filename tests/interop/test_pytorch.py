@@ -98,7 +98,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_every_architecture(shape, torch, tmp_path):
     """Logits as the reference's and ours; tokens generated with a cache as without."""
-    architecture, hidden_depth, history_window, generation_window, length, *shift = shape
+    architecture, hidden_depth, history_window, generation_window, length, *options = shape
     config = ModelConfig(
         architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2, hidden_depth=hidden_depth,
         d_ff=40, history_window=history_window, generation_window=generation_window, dtype="float32",

@@ -93,7 +93,7 @@ MODELS = fields(
     ("model.history_window=0", "zero"),
     ("model.history_window=half", "no number"),
     ("model.generation_window=0", "zero"),
-    ("model.history_position=learned", "unknown word"),
+    ("model.longest_wavelength=6", "shorter than the shortest"),
     ("model.window_overlap=-1", "negative"),
     ("model.window_overlap=8", "as long as the window"),
     ("model.dropout=1.0", "all dropped"),
@@ -118,10 +118,10 @@ MODELS += [
         "model.history_window = 'auto'",
     ),
     Case(
-        "a baseline without positions in its history",
+        "wavelengths of a model without positions",
         "train",
-        ("--config.model.architecture=transformer", "--config.model.history_position=none"),
-        "model.history_position = 'none'",
+        ("--config.model.architecture=gated_deltanet", "--config.model.longest_wavelength=64"),
+        "model.longest_wavelength = 64",
     ),
     Case(
         "overlapping windows without windows",

@@ -72,17 +72,12 @@ def _window(
         if b == 0 and config.token_shift:
             keyed = key_rows(weights, config, embedded)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
-        far_qx = qx  # x's query of the history
-        if config.history_position == "none":
-            qc, _, _ = layer.project(context, None)
-            _, kc, _ = layer.project(keyed[first:n] if b == 0 and config.token_shift else context, None)
-            far_qx, _, _ = layer.project(x, None)
         if probe is not None:
-            probe.append((qc[rows], qx, far_qx, kc, vc, kx, vx))
+            probe.append((qc[rows], qx, kc, vc, kx, vx))
         z = layer.update(context[rows], _attend(qc[rows], kc, vc))
         seen = _attend(qx, kx, vx, causal=True)
         if config.architecture == "tlinformer":
-            seen = seen + _attend(far_qx, kc, vc)
+            seen = seen + _attend(qx, kc, vc)
         x = layer.update(x, seen)
         for j in range(config.hidden_depth):
             layer = _Layer(weights, f"{block}hidden_layers.{j}.", config)
@@ -95,10 +90,7 @@ def _window(
         layer = _Layer(weights, block + "restore_context_shape_layer.", config)
         _, kz, vz = layer.project(z, past[rows])
         qx, kx, vx = layer.project(x, new)
-        far_kz = kz  # z's key for the history
-        if config.history_position == "none":
-            _, far_kz, _ = layer.project(z, None)
-        context = layer.update(context, _attend(qc, far_kz, vz))
+        context = layer.update(context, _attend(qc, kz, vz))
         x = layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz))
     return x
 
@@ -169,14 +161,12 @@ class _Layer:
     def get(self, name: str) -> np.ndarray:
         return self.weights[self.prefix + name]
 
-    def project(self, u: np.ndarray, positions: np.ndarray | None) -> list[np.ndarray]:
-        """Without positions nothing is rotated."""
+    def project(self, u: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
         y = _norm(u, self.get("norm1.weight"), self.get("norm1.bias"))
         qkv = y @ self.get("qkv_proj.weight").T + self.get("qkv_proj.bias")
         q, k, v = (part.reshape(len(u), self.heads, u.shape[1] // self.heads) for part in np.split(qkv, 3, axis=-1))
-        if positions is None:
-            return [q, k, v]
-        return [_rope(q, positions), _rope(k, positions), v]
+        longest = self.config.longest_wavelength
+        return [_rope(q, positions, longest), _rope(k, positions, longest), v]
 
     def update(self, u: np.ndarray, attended: np.ndarray) -> np.ndarray:
         v = (
@@ -216,9 +206,12 @@ def _norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-5) * scale + bias
 
 
-def _rope(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def _rope(x: np.ndarray, positions: np.ndarray, longest: int) -> np.ndarray:
     width = x.shape[-1]
-    angles = positions[:, None] * 10000.0 ** (-2 * np.arange(width // 2) / width)
+    frequencies = 10000.0 ** (-2 * np.arange(width // 2) / width)
+    if longest:
+        frequencies = np.where(2 * math.pi / frequencies <= longest, frequencies, 0)
+    angles = positions[:, None] * frequencies
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     rotated = np.empty_like(x)
     rotated[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin

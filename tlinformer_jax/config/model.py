@@ -22,17 +22,23 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 MEMORY = ("auto", "low")
-HISTORY_POSITIONS = ("rotary", "none")
 CHOICES = {
     "architecture": ARCHITECTURES,
     "dtype": COMPUTE_DTYPES,
     "param_dtype": PARAM_DTYPES,
     "attention": ATTENTION_BACKENDS,
     "memory": MEMORY,
-    "history_position": HISTORY_POSITIONS,
 }
 SMALLEST = dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_window"), 1)
-SMALLEST |= {"hidden_depth": 0, "d_ff": 1, "num_experts": 0, "experts_per_token": 1, "window_overlap": 0}
+SMALLEST |= {
+    "hidden_depth": 0,
+    "d_ff": 1,
+    "num_experts": 0,
+    "experts_per_token": 1,
+    "window_overlap": 0,
+    "longest_wavelength": 0,
+}
+SHORTEST_WAVELENGTH = 7  # of RoPE: 2 pi positions
 # Evaluation and caches have room for a whole window, so that one without a bound would take any memory.
 LONGEST_WINDOW = 1 << 20
 # A sequence of at most so many windows is differentiated as a whole. Of a longer one each window's gradients are made
@@ -128,8 +134,8 @@ class ModelConfig:
       token_shift: whether the first layer's keys are made of e_t + s * e_(t-1), the embedding of each token and a
         learned multiple of that of the token before, with a vector s of D numbers that starts at 0. Not in the paper: a
         query finds a row by the token before it, so that recall takes one layer.
-      history_position: 'rotary', as in the paper, or 'none': in the reads of all of C, and in C's own, neither queries
-        nor keys are rotated (NoPE). All other reads stay rotary.
+      longest_wavelength: of rotary positions, in tokens. Feature pairs that turn more slowly are not rotated (p-RoPE),
+        so that no distance makes an angle that training had not. 0: all are rotated, as in the paper.
       dropout: rate on attention weights and on the feed-forward's output, in training only.
       dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU; with float16 there is
         no loss scaling, so it is for evaluation. Softmax, rotary
@@ -154,7 +160,7 @@ class ModelConfig:
     generation_window: int = 256
     window_overlap: int = 0
     token_shift: bool = False
-    history_position: str = "rotary"
+    longest_wavelength: int = 0
     dropout: float = 0.0
     dtype: str = "auto"
     param_dtype: str = "float32"
@@ -183,6 +189,7 @@ class ModelConfig:
             allowed = f"must be at most model.num_experts = {self.num_experts}"
             raise ConfigError("model.experts_per_token", self.experts_per_token, allowed)
         self._check_overlap()
+        self._check_wavelength()
         if not isinstance(self.token_shift, bool):
             raise ConfigError("model.token_shift", self.token_shift, "must be True or False")
         rate = self.dropout
@@ -198,10 +205,6 @@ class ModelConfig:
             raise ConfigError("model.num_heads", self.num_heads, f"makes heads {self.head_dim} wide; {even}")
         if self.architecture == "sliding_window" and self.history_window == "auto":
             raise ConfigError("model.history_window", "auto", "must be an integer for architecture 'sliding_window'")
-        if self.history_nope and not self.windowed:
-            raise ConfigError(
-                "model.history_position", "none", f"must be 'rotary' for architecture {self.architecture!r}"
-            )
         if self.recurrent and self.delta.feed_forward < 1:
             least = self.feed_forward_dim + 1 - self.delta.feed_forward
             allowed = f"must be at least {least} for architecture {self.architecture!r}, whose mixer takes from it"
@@ -209,6 +212,15 @@ class ModelConfig:
         if self.recurrent and self.token_shift:
             allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"
             raise ConfigError("model.token_shift", True, allowed)
+
+    def _check_wavelength(self) -> None:
+        longest = self.longest_wavelength
+        if longest and self.architecture == "gated_deltanet":
+            allowed = "must be 0 for model.architecture = 'gated_deltanet', which has no rotary positions"
+            raise ConfigError("model.longest_wavelength", longest, allowed)
+        if 0 < longest < SHORTEST_WAVELENGTH:
+            allowed = f"must be 0 or at least {SHORTEST_WAVELENGTH}; the shortest has 2 pi tokens"
+            raise ConfigError("model.longest_wavelength", longest, allowed)
 
     def _check_overlap(self) -> None:
         overlap, size = self.window_overlap, self.generation_window
@@ -279,11 +291,6 @@ class ModelConfig:
     def windowed(self) -> bool:
         """Whether the architecture works by generation windows."""
         return self.architecture in WINDOWED
-
-    @property
-    def history_nope(self) -> bool:
-        """Whether the reads that span the whole history have no position."""
-        return self.history_position == "none"
 
     @property
     def recurrent(self) -> bool:

@@ -49,7 +49,10 @@ def step(
     nothing.
     """
     before = cache.last_token() if config.token_shift else None
-    embedded, rope = embed(params, tokens, before), rope_table(cache.position, config.head_dim)
+    embedded, rope = (
+        embed(params, tokens, before),
+        rope_table(cache.position, config.head_dim, config.longest_wavelength),
+    )
     x, key_rows = embedded.rows, embedded.key_rows
     rows: list[KeyValue] = []
     states: list[DeltaState] = []

@@ -65,7 +65,7 @@ class SequenceRows:
 
     def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
         """Rotations of the same rows."""
-        return rope_table(self.positions(start, count), self.config.head_dim)
+        return rope_table(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
         """Tokens of the same rows."""

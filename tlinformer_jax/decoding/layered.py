@@ -87,7 +87,7 @@ def _layer(
     def body(start: Int[Array, ""], carry: LayerRows) -> LayerRows:
         x, *cached = carry
         chunk = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-        rope = rope_table(start + jnp.arange(size, dtype=jnp.int32), config.head_dim)
+        rope = rope_table(start + jnp.arange(size, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
         keyed = None if key_rows is None else jax.lax.dynamic_slice_in_dim(key_rows, start, size, axis=1)
         query, *new = project(layer, chunk, rope, key_rows=keyed)
         keys, values = (

@@ -113,7 +113,7 @@ def _rebuild(
     fill = m > config.window_overlap  # not in a slide
     width = max(config.observed_rows(cache.capacity), 1)
     z_rope, x_rope = (
-        rope_table(first + jnp.arange(rows, dtype=jnp.int32), config.head_dim)
+        rope_table(first + jnp.arange(rows, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
         for first, rows in ((start, width), (length, m))
     )
     both_rope = jax.tree.map(lambda *tables: jnp.concatenate(tables), z_rope, x_rope)

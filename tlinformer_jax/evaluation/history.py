@@ -37,7 +37,7 @@ from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
 from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window, window_stream
+from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses
@@ -136,9 +136,9 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
 
 def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: Embedded) -> jax.Array:
     """A window without history; where it stands does not matter, as rotations are relative."""
-    rope = rope_table(jnp.arange(x.rows.shape[1]), config.head_dim)
-    no_rows = History.whole(blocks[0].compress, x.rows[:, :0], rope, rotary=not config.history_nope)
-    window = no_rows.stream(blocks[0].compress, x.rows, rope, key_rows=x.key_rows)
+    rope = rope_table(jnp.arange(x.rows.shape[1]), config.head_dim, config.longest_wavelength)
+    no_rows = History.whole(blocks[0].compress, x.rows[:, :0], rope)
+    window = Stream.of(blocks[0].compress, x.rows, rope, key_rows=x.key_rows)
     return window_states(blocks, config, no_rows, window, WindowFrame(0, 0, 0, 0))
 
 
@@ -163,12 +163,12 @@ def _window_states(
     rows = padded if cut is None else cut + width
     # Rows and rotations are counted from the first row that is left; its position is `start`.
     history = rows_of(embedded, start, rows)
-    rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim)
+    rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim, config.longest_wavelength)
     lengths = np.arange(padded + 1)
     observed = jnp.asarray([config.observed_rows(int(n)) for n in lengths], jnp.int32)[begin - start]
-    rotary, layer = not config.history_nope, blocks[0].compress
-    C = History.whole(layer, history.rows, rope, begin - start, rotary, history.key_rows)
-    own = C.stream(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
+    layer = blocks[0].compress
+    C = History.whole(layer, history.rows, rope, begin - start, history.key_rows)
+    own = Stream.of(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
     frame = WindowFrame(begin - start, begin - start - observed, observed, width)
     if cut is not None:
         return window_states(blocks, config, C, own, frame)[:, overlap:]
@@ -180,7 +180,7 @@ def _window_states(
         later = blocks[index + 1 :]
         restored, states = dual_window_block(block, config, C, own, placed, later)
         if restored is not None:
-            C, own = restored, restored.stream(later[0].compress, states, placed.x_rope)
+            C, own = restored, Stream.of(later[0].compress, states, placed.x_rope)
     return states[:, overlap:]
 
 
@@ -204,10 +204,10 @@ def _probe(
     together, key, n = x.K.shape[0], C.K, placed.frame.history_length
     edges = distance_edges(key.shape[1])
     bins = jnp.searchsorted(edges, n - jnp.arange(key.shape[1]), side="right") - 1
-    z, x = observed_stream(layer, C, placed, together), window_stream(C, x, placed)
+    z = observed_stream(layer, C, placed, together)
     readers = {"z": (z.Q, jnp.arange(z.Q.shape[1]) < placed.frame.observed_length)}
     if config.architecture != "tconstformer":
-        readers["x"] = (x.far_Q, real)
+        readers["x"] = (x.Q, real)
     for name, (query, counts) in readers.items():
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         seen = jnp.arange(key.shape[1]) < n
@@ -220,7 +220,7 @@ def _probe(
         if name == "x":
             read = jnp.einsum("bhqk,bkhd->bqhd", weights, C.V.astype(jnp.float32))
             scale = config.attention_scale
-            own = attend(x.Q, x.K, x.V, causal=True, backend="xla", scale=scale)
+            own = attend(query, x.K, x.V, causal=True, backend="xla", scale=scale)
             norms = [
                 jnp.linalg.norm(jnp.einsum("bqhd,hdo->bqo", part.astype(jnp.float32), layer.out_kernel), axis=-1)
                 for part in (read, own)

@@ -158,8 +158,8 @@ def _options(model: Mapping[str, Any]) -> str:
     options = ["token shift"] * bool(model.get("token_shift"))
     if overlap := model.get("window_overlap"):
         options.append(f"overlap {overlap}")
-    if model.get("history_position") == "none":
-        options.append("no positions in the history")
+    if longest := model.get("longest_wavelength"):
+        options.append(f"wavelengths to {longest:,}")
     if (selection := model.get("observed_selection", "recent")) != "recent":
         options.append(f"{selection} rows")
     return "".join(f", {option}" for option in options)

@@ -58,6 +58,8 @@ COPY = {
 }
 PASSKEY = {
     "8k": Setting(8192, 512, 512, curriculum="256:800,1024:450,2048:500,4096:600"),
+    # Shorter windows: from samples of 1,024 on, most keys stand before W_oh.
+    "8k-plus": Setting(8192, 256, 256, curriculum="256:500@0.9,1024:800@0.9,4096:500@0.9"),
     "tiny": Setting(512, 64, 64, curriculum="256:20"),  # minutes on a CPU
 }
 
@@ -130,9 +132,15 @@ def set_copy(config: "ConfigDict", name: str) -> None:
 
 
 def set_passkey(config: "ConfigDict", name: str) -> None:
-    """Sets passkeys, 4 in a sample, among books in GPT-2 tokens ('tiny': among the Python reference, in bytes)."""
+    """Sets passkeys, 4 in a sample, among books in GPT-2 tokens ('tiny': among the Python reference, in bytes).
+
+    '8k-plus' has the token shift and rotates no slow feature pairs, so that it reads further back than it was trained.
+    """
     setting = _chosen(PASSKEY, name)
     _set_needles(config, setting, "passkey", 1 if name == "tiny" else 4, tiny=name == "tiny")
+    if name.endswith("-plus"):
+        set_plus(config)
+        config.model.longest_wavelength = 64
 
 
 def set_niah(config: "ConfigDict", name: str) -> None:

@@ -114,12 +114,14 @@ def attend_causal(Q: Tensor, K: Tensor, V: Tensor, reach: int | None = None, dro
     return attend(Q, K, V, (distance >= 0) & (distance < (reach or len(rows) + 1)), dropout)
 
 
-def rotations(length: int, width: int, start: int = 0) -> Tensor:
+def rotations(length: int, width: int, start: int = 0, longest_wavelength: int = 0) -> Tensor:
     """Cosines and sines of the angles by which RoPE turns positions start .. length - 1: [2, positions, d_h / 2].
 
     In float64, because at a million positions a float32 angle is off by 0.05.
     """
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if longest_wavelength:
+        frequencies[frequencies * longest_wavelength < 2 * math.pi] = 0
     angles = torch.outer(torch.arange(start, length, dtype=torch.float64), frequencies)
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -341,7 +343,8 @@ class LanguageModel(nn.Module):
         return x, read
 
     def _rope(self, start: int, length: int) -> Tensor:
-        return rotations(length, self.config.d_model // self.config.num_heads, start)
+        config = self.config
+        return rotations(length, config.d_model // config.num_heads, start, config.longest_wavelength)
 
     def _head(self, x: Tensor) -> Tensor:
         return self.transformer.lm_head(self.transformer.norm(x))

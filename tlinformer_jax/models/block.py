@@ -16,9 +16,6 @@ is attend(Q, Kc, Vc), and `restore` maps the last equation over the rows of C (`
 chunks, or split over devices; `decoding.history`: beside a KV cache).
 
 Where z and x read the same keys they lie side by side, and share one call of `attend` and of `update`.
-
-Q and K are rotated by their rows' positions. With `config.history_nope` those of attend(Q, Kc, Vc) and of
-attend(Qc, Kz, Vz), which span any distance, are not: x then has two queries, and z two keys (`Stream.far_Q`, `far_K`).
 """
 
 import functools
@@ -46,7 +43,6 @@ from tlinformer_jax.models.streams import (
     place_window,
     project_both,
     side_by_side,
-    window_stream,
 )
 from tlinformer_jax.models.windows import WindowFrame
 
@@ -85,7 +81,7 @@ def compress(
     if config.architecture == "tconstformer":
         z_attends = C.read(z.Q, config, part_of(dropout, SHARED_ATTENTION))
     else:
-        both = C.read(beside(z.Q, x.far_Q), config, part_of(dropout, SHARED_ATTENTION))
+        both = C.read(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION))
         z_attends, x_reads = apart(both, z.Q.shape[1])
         x_attends += x_reads
     return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
@@ -130,7 +126,7 @@ def restore(
         return None, x_rows
     parts = "qkv" if len(later) > 1 else "kv"  # the last block asks nothing of C but what z asks
     restore_some = functools.partial(restore_rows, config, z.never_empty)
-    return C.restore(restore_some, (layer, z.far_K, z.V), (z.length, dropout), later[0].compress, parts), x_rows
+    return C.restore(restore_some, (layer, z.K, z.V), (z.length, dropout), later[0].compress, parts), x_rows
 
 
 def restore_rows(
@@ -195,7 +191,7 @@ def dual_window_block(
       later: the blocks that follow, which read C'.
       dropout: None outside training.
     """
-    z, x = observed_stream(params.compress, C, window, x.rows.shape[0]), window_stream(C, x, window)
+    z = observed_stream(params.compress, C, window, x.rows.shape[0])
     valid, never_empty = window.frame.observed_length, config.always_observes
     rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
 
@@ -205,7 +201,7 @@ def dual_window_block(
         return hidden(layer, config, z, x, dropout), None
 
     z_rows, x_rows = chain_layers(hidden_layer, params.hidden, rows, part_of(dropout, 1), config.plan().scan_layers)
-    z = Stream.of(params.restore, z_rows, window.z_rope, "kv", valid, never_empty, config.history_nope)
+    z = Stream.of(params.restore, z_rows, window.z_rope, "kv", valid, never_empty)
     x = Stream.of(params.restore, x_rows, window.x_rope)
     return restore(params.restore, config, C, z, x, later, part_of(dropout, 2))
 
@@ -255,11 +251,11 @@ class DualWindowBlock(nn.Module):
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         length = 0 if history is None else history.shape[1]
         rows = x[:, :0] if history is None else history.astype(x.dtype)
-        rope = rope_table(jnp.arange(length + x.shape[1]), config.head_dim)
+        rope = rope_table(jnp.arange(length + x.shape[1]), config.head_dim, config.longest_wavelength)
         observed = config.observed_rows(length)
         width = max(observed, min(length, 1))
-        C = History.whole(params.compress, rows, rope, rotary=not config.history_nope)
-        window = C.stream(params.compress, x, rope.rows(length, x.shape[1]))
+        C = History.whole(params.compress, rows, rope)
+        window = Stream.of(params.compress, x, rope.rows(length, x.shape[1]))
         placed = place_window(WindowFrame(length, length - width, observed, width), rope, x.shape[1])
         # No block follows: what is projected for it is not read.
         later = (params,) if restore and history is not None else ()

@@ -343,14 +343,11 @@ def unbiased_projections(
 def project(
     params: LayerParams,
     x: Float[Array, "batch length D"],
-    rope: Rope | None,
+    rope: Rope,
     parts: str = "qkv",
     key_rows: Float[Array, "batch length D"] | None = None,
 ) -> tuple[Float[Array, "batch length heads d_h"], ...]:
-    """Q, K and V of rows at the positions of `rope`; queries and keys rotated, values not. See `projections`.
-
-    Without `rope` nothing is rotated.
-    """
+    """Q, K and V of rows at the positions of `rope`; queries and keys rotated, values not. See `projections`."""
     if not x.shape[1]:  # no history: nothing to compile
         return (jnp.zeros((*x.shape[:2], *params.qkv_bias.shape[1:]), x.dtype),) * len(parts)
     projected = projections(params, x, parts, key_rows)

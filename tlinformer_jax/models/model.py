@@ -264,7 +264,7 @@ def forward_layers(
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch length D"]:
     """A baseline's hidden states of a whole sequence, before the final LayerNorm."""
-    rope = rope_table(jnp.arange(embeddings.rows.shape[1], dtype=jnp.int32), config.head_dim)
+    rope = rope_table(jnp.arange(embeddings.rows.shape[1], dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     window, plan = attention_window(config), config.plan()
 
     def layer(

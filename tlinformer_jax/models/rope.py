@@ -3,6 +3,9 @@
 Feature pair i of a head (features 2i and 2i + 1) turns by position * 10000^(-2i / d_h) radians. A float32 product is
 off by 0.05 rad at a million positions. Here the frequency is a 64-bit fraction of a turn, and its product with the
 position is taken modulo one turn by wrapping integers: right to 2^-32 turns.
+
+With `longest_wavelength` (p-RoPE, arXiv 2410.06205) pairs that take more positions for one turn stand still. Of the
+others training sees all angles, however far apart two positions are later.
 """
 
 import math
@@ -34,40 +37,38 @@ class Rope:
         return jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, start, length, axis=-2), self)
 
 
-def frequency_words(head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def frequency_words(head_dim: int, longest_wavelength: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies of the d_h / 2 pairs in turns per position, as 64-bit fractions: uint32 (high, low) words."""
     pairs = np.arange(head_dim // 2)
     turns = ROPE_BASE ** (-2.0 * pairs / head_dim) / (2 * math.pi)
+    if longest_wavelength:
+        turns[turns * longest_wavelength < 1] = 0.0
     fractions = [int(Fraction(float(turn)) * 2**64) for turn in turns]
     high = np.array([fraction >> 32 for fraction in fractions], np.uint32)
     low = np.array([fraction & 0xFFFFFFFF for fraction in fractions], np.uint32)
     return high, low
 
 
-def rotary_angles(positions: jax.Array, head_dim: int) -> jax.Array:
+def rotary_angles(positions: jax.Array, head_dim: int, longest_wavelength: int = 0) -> jax.Array:
     """Angles of `positions` (int32, any shape), reduced to [-pi, pi): float32 [..., head_dim / 2]."""
-    high, low = frequency_words(head_dim)
+    high, low = frequency_words(head_dim, longest_wavelength)
     position = positions.astype(jnp.uint32)[..., None]
     turn = position * high + _high_word(position, low)  # modulo 2^32, that is modulo one turn
     return jax.lax.bitcast_convert_type(turn, jnp.int32).astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
 
 
-def rope_table(positions: jax.Array, head_dim: int) -> Rope:
+def rope_table(positions: jax.Array, head_dim: int, longest_wavelength: int = 0) -> Rope:
     """Rotations of `positions` (int32, any shape); positions must not be negative."""
-    angles = rotary_angles(positions, head_dim)
+    angles = rotary_angles(positions, head_dim, longest_wavelength)
     # Asks XLA to compute the table once, not inside every layer that reads it.
     return Rope(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
-def rotate(x: jax.Array, rope: Rope | None) -> jax.Array:
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the feature pairs of x [batch, length, heads, width >= d_h] in float32; returns x's dtype.
-
-    Without `rope` x stays as it is.
 
     The pairs lie as `pairs_apart` puts them. What follows them is padding and stays.
     """
-    if rope is None:
-        return x
     cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]  # one rotation for all heads
     if cos.ndim == 4 and cos.shape[0] != x.shape[0]:
         cos, sin = (jnp.tile(table, (x.shape[0] // cos.shape[0], 1, 1, 1)) for table in (cos, sin))

@@ -1,7 +1,6 @@
 """The two streams of a block, z or C and x, with their projections; and how they lie side by side."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
 from tlinformer_jax.models.recompute import map_rows
-from tlinformer_jax.models.rope import Rope, rotate
+from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.sharding import SplitRows
 
@@ -30,11 +29,9 @@ class Stream:
 
     Attributes:
       rows: of the residual stream, [batch, rows, D].
-      Q, K, V: [batch, rows, heads, d_h], Q and K rotated; None where no one reads them. With
-        `config.history_nope` those of C are not rotated, nor is z's query of C.
+      Q, K, V: [batch, rows, heads, d_h], Q and K rotated; None where no one reads them.
       length: how many of the rows are valid, the first ones; None for all.
       never_empty: `length`, if not known, is known never to be 0, which saves attention a pass over its output.
-      Q_nope, K_nope: Q and K not rotated; None where `far_Q` and `far_K` are Q and K.
     """
 
     rows: Any
@@ -43,41 +40,21 @@ class Stream:
     V: Any = None
     length: PerWindow = None
     never_empty: bool = flax.struct.field(pytree_node=False, default=False)
-    Q_nope: Any = None
-    K_nope: Any = None
-
-    @property
-    def far_Q(self) -> Any:
-        """Q as it reads C, over any distance."""
-        return self.Q if self.Q_nope is None else self.Q_nope
-
-    @property
-    def far_K(self) -> Any:
-        """K as C reads it, over any distance."""
-        return self.K if self.K_nope is None else self.K_nope
-
-    def rotated(self: AnyStream, rope: Rope | None) -> AnyStream:
-        """A stream that is not rotated yet, at the positions of `rope`; what was not rotated is kept as well."""
-        Q, K = (None if part is None else rotate(part, rope) for part in (self.Q, self.K))
-        return dataclasses.replace(self, Q=Q, K=K, Q_nope=self.Q, K_nope=self.K)
 
     @classmethod
     def of(
         cls: type[AnyStream],
         layer: LayerParams,
         rows: Float[Array, "b n D"],
-        rope: Rope | None,
+        rope: Rope,
         parts: str = "qkv",
         length: PerWindow = None,
         never_empty: bool = False,
-        nope: bool = False,
         key_rows: Float[Array, "b n D"] | None = None,
     ) -> AnyStream:
-        """The rows, projected to `parts` (see `layers.project`); with `nope` not rotated as well."""
-        projections = project(layer, rows, None if nope else rope, parts, key_rows)
-        projected: dict[str, Any] = dict(zip(parts.upper(), projections))
-        stream = cls(rows=rows, length=length, never_empty=never_empty, **projected)
-        return stream.rotated(rope) if nope else stream
+        """The rows, projected to `parts` (see `layers.project`)."""
+        projected: dict[str, Any] = dict(zip(parts.upper(), project(layer, rows, rope, parts, key_rows)))
+        return cls(rows=rows, length=length, never_empty=never_empty, **projected)
 
 
 def project_both(
@@ -102,13 +79,11 @@ class History(Stream):
 
     Attributes:
       rope: rotations of positions 0, 1, ...
-      rotary: whether Q and K are rotated.
       split: how rows are split over devices, each of which holds only its own; None where each holds all.
       chunk: rows that are restored at a time; 0 for all at once.
     """
 
     rope: Rope | None = None
-    rotary: bool = flax.struct.field(pytree_node=False, default=True)
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
     chunk: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -119,24 +94,12 @@ class History(Stream):
         rows: Float[Array, "b n D"],
         rope: Rope,
         length: PerWindow = None,
-        rotary: bool = True,
         key_rows: Float[Array, "b n D"] | None = None,
     ) -> "History":
         """The first `length` of the rows (None: all), projected; `rope` begins at their positions."""
         valid = rows.shape[1] if length is None else length
-        projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]) if rotary else None, key_rows=key_rows)
-        return dataclasses.replace(projected, length=valid, rope=rope, rotary=rotary)
-
-    def stream(
-        self,
-        layer: LayerParams,
-        rows: Float[Array, "b m D"],
-        rope: Rope,
-        parts: str = "qkv",
-        key_rows: Float[Array, "b m D"] | None = None,
-    ) -> Stream:
-        """Other rows, at the positions of `rope`, projected as C is."""
-        return Stream.of(layer, rows, rope if self.rotary else None, parts, key_rows=key_rows)
+        projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]), key_rows=key_rows)
+        return dataclasses.replace(projected, length=valid, rope=rope)
 
     def slice(self, array: Array, start: PerWindow, length: int, batch: int | None = None) -> Array:
         """Rows start .. start + length - 1 of one of these arrays, on every device; `batch` as in `slice_rows`."""
@@ -179,15 +142,15 @@ class History(Stream):
         """
         batch = shared[-1].shape[0]
         rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
-        rope, length, (valid, dropout) = self.rope if self.rotary else None, self.length, fixed
+        rope, length, (valid, dropout) = self.rope, self.length, fixed
+        assert rope is not None
         if self.split is not None:
-            take_own = functools.partial(self.split.take, axis=0)
-            rope = jax.tree.map(take_own, rope)
+            rope = Rope(self.split.take(rope.cos, axis=0), self.split.take(rope.sin, axis=0))
             dropout = part_of(dropout, self.split.index())
             length = self.split.count(length)
         if not self.chunk:
             restored = restore_rows(*rows, shared, (valid, dropout))
-            projected = project(next_layer, restored, rope and rope.rows(0, restored.shape[1]), parts)
+            projected = project(next_layer, restored, rope.rows(0, restored.shape[1]), parts)
         else:
             # What is a plain number stays one: kernels are faster where nothing is masked.
             known = None if isinstance(valid, jax.Array) else valid
@@ -195,8 +158,7 @@ class History(Stream):
             def restore_chunk(shared: Any, fixed: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
                 (shared, next_layer), (valid, rope, dropout), (part, number) = shared, fixed, item
                 restored = restore_rows(*part, shared, (valid if known is None else known, part_of(dropout, number)))
-                rope = rope and rope.rows(number * self.chunk, self.chunk)
-                return restored, *project(next_layer, restored, rope, parts)
+                return restored, *project(next_layer, restored, rope.rows(number * self.chunk, self.chunk), parts)
 
             fixed = (valid if known is None else None, rope, dropout)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
@@ -228,12 +190,7 @@ def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch:
     """z = C[h:] with its queries under `compress`: [batch, observed_width, ...]; `batch` is that of the windows."""
     start, width = window.frame.observed_start, window.frame.observed_width
     z = C.slice(C.rows, start, width, batch)
-    return C.stream(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
-
-
-def window_stream(C: History, x: Stream, window: PlacedWindow) -> Stream:
-    """x under `compress`, projected as C is: where that is not rotated, x's rows still are for each other."""
-    return x if C.rotary else x.rotated(window.x_rope)
+    return Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
 
 
 def attention_options(config: ModelConfig, dropout: Dropout | None, keys: Stream | None = None) -> dict[str, Any]:

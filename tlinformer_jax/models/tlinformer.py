@@ -59,7 +59,7 @@ def window_states(
         later = blocks[index + 1 :]
         restored, rows = dual_window_block(block, config, history, x, window, later, part_of(dropout, index))
         if restored is not None:
-            history, x = restored, restored.stream(later[0].compress, rows, window.x_rope)
+            history, x = restored, Stream.of(later[0].compress, rows, window.x_rope)
     return rows
 
 
@@ -123,12 +123,10 @@ def prepare_sequence(
     padded = padded_length(config, count, segments, parts)
     missing = padded // parts - embeddings.rows.shape[1]
     embeddings = jax.tree.map(lambda rows: jnp.pad(rows, ((0, 0), (0, missing), (0, 0))), embeddings)
-    rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim)
+    rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
-    rotary = not config.history_nope
-    own_rope = rows_rope if rotary else None
-    history = History.of(blocks[0].compress, embeddings.rows, own_rope, key_rows=embeddings.key_rows)
-    history = dataclasses.replace(history, split=rows, rotary=rotary)
+    history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
+    history = dataclasses.replace(history, split=rows)
     return PreparedSequence(history, rope, dropout, count, segments if first else (FIRST_WINDOW, *segments))
 
 

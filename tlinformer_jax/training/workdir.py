@@ -46,7 +46,7 @@ NEUTRAL = "shift"
 # content, or where only one of the two has the paper's schedule, whose batches are others.
 IDENTITY = (
     *(f"model.{name}" for name in SHAPES),
-    *(f"model.{name}" for name in ("history_window", "generation_window", "history_position", "window_overlap")),
+    *(f"model.{name}" for name in ("history_window", "generation_window", "longest_wavelength", "window_overlap")),
     *(f"model.{name}" for name in ("experts_per_token", "dropout", "param_dtype")),
     *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
     *(f"data.{name}" for name in ("examples", "num_items", "questions")),
