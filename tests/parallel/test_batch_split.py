@@ -43,6 +43,7 @@ MESHES = {
     "context": {"context": 8},
     "data, window, context": {"window": 2, "context": 2},
     "fsdp, tensor": {"fsdp": 4, "tensor": 2},
+    "data, fsdp, tensor": {"fsdp": 2, "tensor": 2},
 }
 QUICK = ("data, window, context",)
 

@@ -31,7 +31,7 @@ from tlinformer_jax.models.layers import (
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import attention_options
 from tlinformer_jax.models.tlinformer import forward_windows
-from tlinformer_jax.parallel.sharding import constrain_batch
+from tlinformer_jax.parallel.sharding import constrain_batch, gathered
 
 # In half precision the vocabulary is padded to a multiple of this inside the product: the matrix units' loads are
 # aligned, and XLA would otherwise pad the logits by a copy.
@@ -161,10 +161,12 @@ def embed(
     them. None where the tokens are a sequence from position 0 on.
     """
 
+    table = gathered(params.embedding)
+
     def look_up(ids: Array) -> Array:
         # jnp.take fills rows past the table with NaN but counts negative ids from its end: move those past it.
         # So a wrong id is never silently taken for another.
-        rows = jnp.take(params.embedding, jnp.where(ids < 0, config.vocab_size, ids), axis=0)
+        rows = jnp.take(table, jnp.where(ids < 0, config.vocab_size, ids), axis=0)
         return constrain_batch(rows.astype(config.compute_dtype))
 
     rows = look_up(tokens)

@@ -174,6 +174,13 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec) if spec else x
 
 
+def gathered(table: jax.Array) -> jax.Array:
+    """A table whose rows can be looked up under the mesh."""
+    # XLA's partitioner aborts on a look-up in a table that one axis splits where another axis splits other parameters.
+    both = {"fsdp", "tensor"} <= open_axes().keys()
+    return jax.lax.with_sharding_constraint(table, PartitionSpec()) if both else table
+
+
 # ---- A batch split by manual axes
 #
 # Every device computes a term of the loss: those of the axis `data` of other sequences; those of the axis `window` of
