@@ -48,6 +48,13 @@ def test_training_and_evaluation_without_optional_packages(tmp_path):
     assert text.stdout.startswith(f"tlinformer, step 2, {tmp_path}/text.txt, 19 tokens\n  loss, nats per token ")
 
 
+def test_help_says_what_a_command_does_and_lists_its_flags():
+    found = command("evaluate", "--help")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("Evaluates a trained model: ")
+    assert {"--lengths", "--workdir"} <= set(re.findall(r"--\w+(?=:)", found.stdout))
+
+
 # One of each kind; tests/test_bad_inputs.py has all of them, and tests/test_model.py the model's fields.
 MISTAKES = {
     "a flag": ([*TINY, "--wrokdir=/tmp/x"], "wrokdir"),

@@ -30,10 +30,15 @@ def run() -> NoReturn:
         sys.exit(2)
     sys.argv = [f"tlinformer {name}", *(["--check"] if name == "check" else []), *sys.argv[2:]]
     command = importlib.import_module(_HOMES[name])
+    from absl.flags import FLAGS
+
     from tlinformer_jax.commands import cli
 
     if hasattr(command, "define_flags"):  # where the flags depend on the command line
         command.define_flags()
+    if {"-h", "--help", "--helpshort"} & set(sys.argv[1:]):  # absl's own help is that of this module, without flags
+        print("\n".join([command.__doc__ or "", *(FLAGS.module_help(module) for module in (command, cli))]))
+        sys.exit(0)
     cli.run(command.main)
 
 
