@@ -21,7 +21,7 @@ from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Keys of one part where attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
-# Scores that attention with dropout holds at a time, in float32.
+# Scores that attention with dropout or documents holds at a time, in float32.
 DROPOUT_SCORES = 1 << 27
 
 Queries = Float[Array, "batch queries heads d_h"]
@@ -279,13 +279,13 @@ def _attend_in_chunks(
     dropout: Dropout | None,
     documents: Documents | None,
 ) -> OutputAndLse:
-    """`_attend_xla`; with dropout, by as many queries at a time as keep the scores at DROPOUT_SCORES.
+    """`_attend_xla`; with dropout or documents, by as many queries at a time as keep the scores at DROPOUT_SCORES.
 
     Neither pass ever holds the scores of a long history: each chunk is computed again in the backward pass.
     """
     batch, queries, heads, _ = query.shape
     chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
-    if dropout is None or chunk >= queries:
+    if (dropout is None and documents is None) or chunk >= queries:
         return _attend_xla(query, key, value, scores, key_length, dropout, documents)
 
     def some(shared: Any, fixed: Any, item: tuple[Array, Array]) -> OutputAndLse:
