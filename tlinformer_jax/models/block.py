@@ -86,9 +86,8 @@ def compress(
 
     TConstFormer's x does not read C.
     """
-    x_attends = attend(
-        x.Q, x.K, x.V, causal=True, **attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
-    )
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
+    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal)
     if config.architecture == "tconstformer":
         z_attends = C.read(z.Q, config, part_of(dropout, SHARED_ATTENTION), z)
     else:
@@ -137,9 +136,8 @@ def restore(
         return None, x_rows
     parts = "qkv" if len(later) > 1 else "kv"  # the last block asks nothing of C but what z asks
     restore_some = functools.partial(restore_rows, config, z.never_empty)
-    return C.restore(
-        restore_some, (layer, z.far_K, z.V), (z.length, z.documents, dropout), later[0].compress, parts
-    ), x_rows
+    read, fixed = (layer, z.far_K, z.V), (z.length, z.documents, dropout)
+    return C.restore(restore_some, read, fixed, later[0].compress, parts), x_rows
 
 
 def restore_rows(

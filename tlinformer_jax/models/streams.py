@@ -200,11 +200,11 @@ class History(Stream):
 
             def restore_chunk(shared: Any, fixed: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
                 (shared, next_layer), (valid, read, documents, rope, dropout), (part, number) = shared, fixed, item
-                start = number * self.chunk
-                documents = jax.tree.map(lambda ids: slice_rows(ids, start, self.chunk), documents)
-                read_by = valid if known is None else known, read, part_of(dropout, number)
-                restored = restore_rows(*part, shared, read_by, documents)
-                rope = rope and rope.rows(start, self.chunk)
+                if documents is not None:
+                    documents = slice_rows(documents, number * self.chunk, self.chunk)
+                here = valid if known is None else known, read, part_of(dropout, number)
+                restored = restore_rows(*part, shared, here, documents)
+                rope = rope and rope.rows(number * self.chunk, self.chunk)
                 return restored, *project(next_layer, restored, rope, parts)
 
             fixed = (valid if known is None else None, read, documents, rope, dropout)
