@@ -357,7 +357,7 @@ OTHER = {
 
 
 # Fields that others above leave no other value.
-ALONE = {"data": {"curriculum"}}
+ALONE = {"data": {"curriculum", "document_masking"}}
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "wt103.py:paper-1k-512-0.5", "books.py", "long.py:1m"])
@@ -385,6 +385,10 @@ def test_every_field_can_be_overridden_on_the_command_line(name, tmp_path, monke
 def test_a_curriculum_can_be_overridden_on_the_command_line():
     found = from_flags("passkey.py:tiny", "data.curriculum=128:5,256:6").data
     assert found.stages == ((128, 5, 0), (256, 6, 0))
+
+
+def test_documents_can_be_kept_apart_from_the_command_line():
+    assert from_flags("tiny.py", "data.document_masking=True").data.document_masking
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "books.py:4k-1k-0.5"])

@@ -264,7 +264,7 @@ def test_a_device_that_takes_its_own_row_before_is_noticed(monkeypatch):
     model = dataclasses.replace(TRAINED, token_shift=True)
     one = gradient(model, TRAIN)
     real = loss_module.tokens_before
-    monkeypatch.setattr(loss_module, "tokens_before", lambda tokens: real(real(tokens)))
+    monkeypatch.setattr(loss_module, "tokens_before", lambda tokens, documents: real(real(tokens)))
     assert gradient_error(one, gradient(model, TRAIN, MESHES["data, window, context"])) > 0.01
     jax.clear_caches()
 

@@ -31,7 +31,7 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, ove
     length, pairs, rows, mixed = 14, [0], [0, 0], [0]
     attend, layer, mix = reference._attend, reference._Layer, reference.delta_rule
 
-    def counting_attend(q, k, v, causal=False, window=None):
+    def counting_attend(q, k, v, causal=False, window=None, ids=None):
         seen = [min(i + 1, window or len(k)) if causal else len(k) for i in range(len(q))]
         pairs[0] += sum(seen)
         return attend(q, k, v, causal, window)

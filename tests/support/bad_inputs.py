@@ -136,6 +136,18 @@ MODELS += [
         "model.token_shift = True",
     ),
     Case(
+        "documents apart beside a state that runs on",
+        "train",
+        ("--config.data.document_masking=True", "--config.model.architecture=gated_deltanet", "--config.model.d_ff=64"),
+        "data.document_masking = True",
+    ),
+    Case(
+        "documents apart where a sample is one",
+        "train",
+        ("--config.data.document_masking=True", "--config.data.dataset=copy", "--config.data.tokenizer=numbers:9"),
+        "data.document_masking = True",
+    ),
+    Case(
         "a feed-forward smaller than what Gated DeltaNet takes from it",
         "train",
         ("--config.model.architecture=gated_deltanet", "--config.model.d_ff=8"),

@@ -12,31 +12,40 @@ import numpy as np
 Weights = Mapping[str, np.ndarray]
 
 
-def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
+def logits(weights: Weights, config, tokens: np.ndarray, documents: np.ndarray | None = None) -> np.ndarray:
     """Teacher-forced logits float64 [batch, length, V] of integer tokens [batch, length].
 
-    `config` needs the fields of ModelConfig; `weights` has the published names.
+    `config` needs the fields of ModelConfig; `weights` has the published names. Rows see those of their own document
+    alone; `documents`, integers [batch, length], are one if not given. Positions start again with each.
     """
     weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     rows = []
-    for sequence in np.asarray(tokens):
+    documents = np.zeros(np.shape(tokens), int) if documents is None else documents
+    for sequence, ids in zip(np.asarray(tokens), np.asarray(documents), strict=True):
         embedded = weights["embedding.weight"][sequence]
         if config.architecture in ("tlinformer", "tconstformer"):
             starts = range(0, len(sequence), config.generation_window)
-            x = np.concatenate([_predicted(weights, config, embedded, start) for start in starts])
+            x = np.concatenate([_predicted(weights, config, embedded, start, ids) for start in starts])
         else:
-            x = _baseline(weights, config, embedded)
+            x = _baseline(weights, config, embedded, ids)
         x = _norm(x, weights["transformer.norm.weight"], weights["transformer.norm.bias"])
         rows.append(x @ weights["embedding.weight"].T)
     return np.stack(rows)
 
 
-def key_rows(weights: Weights, config, rows: np.ndarray) -> np.ndarray:
+def places(ids: np.ndarray) -> np.ndarray:
+    """Positions in their documents."""
+    return np.array([np.sum(ids[:t] == ids[t]) for t in range(len(ids))], int)
+
+
+def key_rows(weights: Weights, config, rows: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
     """What the first layer's keys are made of, of the embeddings from position 0 on."""
     if not config.token_shift:
         return rows
     shifted = rows.copy()
     for t in range(1, len(rows)):
+        if ids is not None and ids[t] != ids[t - 1]:
+            continue
         shifted[t] += 10.0 * weights["token_shift"] * rows[t - 1]
     return shifted
 
@@ -48,54 +57,66 @@ def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.take_along_axis(log_probs, np.asarray(labels)[..., None], -1).mean())
 
 
-def _predicted(weights: Weights, config, embedded: np.ndarray, start: int) -> np.ndarray:
+def _predicted(weights: Weights, config, embedded: np.ndarray, start: int, ids: np.ndarray | None = None) -> np.ndarray:
     """The window that predicts from position `start` on; the tokens before it that run with it are dropped."""
     before = min(config.window_overlap, start)
     n, stop = start - before, start + config.generation_window
-    return _window(weights, config, embedded, n, embedded[n:stop])[before:]
+    return _window(weights, config, embedded, n, embedded[n:stop], ids=ids)[before:]
 
 
 def _window(
-    weights: Weights, config, embedded: np.ndarray, n: int, x: np.ndarray, first: int = 0, probe: list | None = None
+    weights: Weights,
+    config,
+    embedded: np.ndarray,
+    n: int,
+    x: np.ndarray,
+    first: int = 0,
+    probe: list | None = None,
+    ids: np.ndarray | None = None,
 ) -> np.ndarray:
     """The window x at n; rows before `first` do not exist. `probe` gets queries, keys and values of blocks' starts."""
     m = len(x)
-    context, past = embedded[first:n], np.arange(first, n)
-    new = np.arange(n, n + m)
+    ids = np.zeros(len(embedded), int) if ids is None else ids
+    context, past = embedded[first:n], places(ids)[first:n]
+    new = places(ids)[n : n + m]
+    of_c, of_x = ids[first:n], ids[n : n + m]
     observed = min(len(context), _history_window(config, len(context))) if len(context) else 0
     rows = np.arange(len(context) - observed, len(context))
+    of_z = of_c[rows]
     for b in range(config.num_blocks):
         block = f"transformer.transformer_layers.{b}."
         layer = _Layer(weights, block + "compress_context_layer.", config)
         qc, kc, vc = layer.project(context, past)
         qx, kx, vx = layer.project(x, new)
         if b == 0 and config.token_shift:
-            keyed = key_rows(weights, config, embedded)
+            keyed = key_rows(weights, config, embedded, ids)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
         if probe is not None:
             probe.append((qc[rows], qx, kc, vc, kx, vx))
-        z = layer.update(context[rows], _attend(qc[rows], kc, vc))
-        seen = _attend(qx, kx, vx, causal=True)
+        z = layer.update(context[rows], _attend(qc[rows], kc, vc, ids=(of_z, of_c)))
+        seen = _attend(qx, kx, vx, causal=True, ids=(of_x, of_x))
         if config.architecture == "tlinformer":
-            seen = seen + _attend(qx, kc, vc)
+            seen = seen + _attend(qx, kc, vc, ids=(of_x, of_c))
         x = layer.update(x, seen)
         for j in range(config.hidden_depth):
             layer = _Layer(weights, f"{block}hidden_layers.{j}.", config)
             qz, kz, vz = layer.project(z, past[rows])
             qx, kx, vx = layer.project(x, new)
             z, x = (
-                layer.update(z, _attend(qz, kz, vz)),
-                layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz)),
+                layer.update(z, _attend(qz, kz, vz, ids=(of_z, of_z))),
+                layer.update(
+                    x, _attend(qx, kx, vx, causal=True, ids=(of_x, of_x)) + _attend(qx, kz, vz, ids=(of_x, of_z))
+                ),
             )
         layer = _Layer(weights, block + "restore_context_shape_layer.", config)
         _, kz, vz = layer.project(z, past[rows])
         qx, kx, vx = layer.project(x, new)
-        context = layer.update(context, _attend(qc, kz, vz))
-        x = layer.update(x, _attend(qx, kx, vx, causal=True) + _attend(qx, kz, vz))
+        context = layer.update(context, _attend(qc, kz, vz, ids=(of_c, of_z)))
+        x = layer.update(x, _attend(qx, kx, vx, causal=True, ids=(of_x, of_x)) + _attend(qx, kz, vz, ids=(of_x, of_z)))
     return x
 
 
-def _baseline(weights: Weights, config, x: np.ndarray) -> np.ndarray:
+def _baseline(weights: Weights, config, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
     window = None
     if config.architecture == "sliding_window":
         window = config.history_window + config.generation_window
@@ -106,10 +127,10 @@ def _baseline(weights: Weights, config, x: np.ndarray) -> np.ndarray:
         if config.architecture == "gated_deltanet" or (config.architecture == "gated_deltanet_hybrid" and not fourth):
             x = layer.update(x, _gated_deltanet(layer, x))
             continue
-        q, k, v = layer.project(x, np.arange(len(x)))
+        q, k, v = layer.project(x, places(ids))
         if i == 0 and config.token_shift:
-            k = layer.project(key_rows(weights, config, x), np.arange(len(x)))[1]
-        x = layer.update(x, _attend(q, k, v, causal=True, window=window))
+            k = layer.project(key_rows(weights, config, x, ids), places(ids))[1]
+        x = layer.update(x, _attend(q, k, v, causal=True, window=window, ids=(ids, ids)))
     return x
 
 
@@ -219,7 +240,15 @@ def _rope(x: np.ndarray, positions: np.ndarray, longest: int) -> np.ndarray:
     return rotated
 
 
-def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = False, window: int | None = None) -> np.ndarray:
+def _attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    causal: bool = False,
+    window: int | None = None,
+    ids: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """`ids` are the documents of queries and of keys; a query with no key of its own gets 0."""
     if len(k) == 0:
         return np.zeros_like(q)
     scores = np.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
@@ -227,5 +256,8 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = False, w
         distance = np.arange(len(q))[:, None] - np.arange(len(k))[None, :]
         hidden = (distance < 0) | (distance >= (window or len(k) + 1))
         scores = np.where(hidden, -np.inf, scores)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v)
+    if ids is not None:
+        scores = np.where(ids[0][:, None] == ids[1][None, :], scores, -np.inf)
+    alone = np.isneginf(scores).all(-1, keepdims=True)
+    weights = np.exp(scores - np.where(alone, 0, scores.max(-1, keepdims=True)))
+    return np.einsum("hqk,khd->qhd", weights / np.where(alone, 1, weights.sum(-1, keepdims=True)), v)

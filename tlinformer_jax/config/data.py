@@ -80,6 +80,9 @@ class DataConfig:
         more as keep an update's tokens, and so on; the rest on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as soon
         as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest; see
         `data.batches`. Evaluation always takes sequence_length.
+      document_masking: whether short documents are packed whole into samples in which none sees another, in training
+        and in evaluation; see `data.documents`. Not for tasks, nor for architectures with Gated DeltaNet; on NVIDIA
+        GPUs attention then takes model.attention = 'xla'.
     """
 
     dataset: str = "pydoc"
@@ -95,6 +98,7 @@ class DataConfig:
     num_items: int = 4
     questions: int = 1
     curriculum: str = ""
+    document_masking: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -136,6 +140,9 @@ class DataConfig:
         if self.curriculum and not self.is_task:
             allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
             raise ConfigError("data.curriculum", self.curriculum, allowed)
+        if self.document_masking and self.is_task:
+            allowed = f"must be False for data.dataset = {self.dataset!r}, each sample of which is one document"
+            raise ConfigError("data.document_masking", True, allowed)
         _ = self.stages
 
     @property

@@ -228,6 +228,10 @@ class RunConfig:
         if train.stop_at_accuracy and not data.is_task:
             allowed = f"must be 0 for data.dataset = {data.dataset!r}, which has no answers"
             raise ConfigError("train.stop_at_accuracy", train.stop_at_accuracy, allowed)
+        if data.document_masking and (model.recurrent or model.attention == "cudnn"):
+            name = "architecture" if model.recurrent else "attention"
+            allowed = f"must be False for model.{name} = {getattr(model, name)!r}, which cannot keep documents apart"
+            raise ConfigError("data.document_masking", True, allowed)
         if data.curriculum:
             self._check_curriculum()
 

@@ -4,7 +4,8 @@ Sample i is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels;
 visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function of the update's number, so
 that number is all that a resumed run needs. A process that computes only some rows of a batch reads only those.
 
-A split may also be a task, whose samples are generated (`data.tasks`).
+A split may also be a task, whose samples are generated (`data.tasks`), or documents packed into samples
+(`data.documents`).
 """
 
 import collections
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tlinformer_jax.config.data import Stage, stage_at
+from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.streams import RowStream, TokenStream, in_threads
 from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
@@ -37,6 +39,8 @@ def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
     """
     if isinstance(stream, TaskSplit):
         return stream.count
+    if isinstance(stream, DocumentStream):
+        return stream.packing(sequence_length).count
     labels = max(0, len(stream.tokens) - 1)
     return -(-labels // sequence_length) if rest else labels // sequence_length
 
@@ -54,10 +58,12 @@ def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Ba
     """Returns {inputs, labels: int32 [batch, N], weights: float32 [batch, N]} of the samples `indices`.
 
     A negative index gives a row of padding: token 0 with weight 0; so do positions past the stream's end. The weights
-    of a task are 1 at answers, else 0.
+    of a task are 1 at answers, else 0. Of packed documents also {documents: int32 [batch, N]}, see `Packing.take`.
     """
     if isinstance(stream, TaskSplit):
         return take_task_samples(stream, sequence_length, indices)[0]
+    if isinstance(stream, DocumentStream):
+        return stream.packing(sequence_length).take(stream.tokens, indices)
     if isinstance(stream, RowStream):
         real = (indices >= 0)[:, None]
         return {name: np.where(real, array[indices], 0).astype(array.dtype) for name, array in stream.rows.items()}

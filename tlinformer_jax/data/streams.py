@@ -17,7 +17,7 @@ import numpy as np
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, UserError
 
-_CHECKED_AT_ONCE = 1 << 22  # tokens
+_READ_AT_ONCE = 1 << 22  # tokens
 PIECE_CHARACTERS = 1 << 17  # of a piece, and of the group of pieces that a thread takes at once
 LARGEST_UNCUT = 1 << 28  # characters of a document that are held in memory when it has no place to cut
 ASCII_SPACE = " \t\n\r\x0b\x0c"
@@ -54,11 +54,16 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
     """Refuses (DataError) a stream that holds an id outside [0, vocab_size)."""
-    for start in range(0, len(stream.tokens), _CHECKED_AT_ONCE):
-        part = _mapped_anew(stream.tokens, start, _CHECKED_AT_ONCE)
+    for start, part in parts_of(stream.tokens):
         if int(part.max()) >= vocab_size or int(part.min()) < 0:
             where = int(np.argmax((part >= vocab_size) | (part < 0)))
             raise outside_vocabulary(f"{name}, position {start + where}", int(part[where]), vocab_size)
+
+
+def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The first position of each part of a long row, and the part."""
+    for start in range(0, len(tokens), _READ_AT_ONCE):
+        yield start, _mapped_anew(tokens, start, _READ_AT_ONCE)
 
 
 def outside_vocabulary(where: str, token: int, vocab_size: int) -> DataError:

@@ -109,7 +109,7 @@ class CachedHistory:
     filled: tuple[KeyValue, ...] = ()
     key_rows: Callable[[Array], Float[Array, "1 chunk D"]] | None = None
 
-    def read(self, query: Array, config: ModelConfig, dropout: Dropout | None) -> Array:
+    def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
         """attend(Q, Kc, Vc): keys come from the cache, or are made chunk by chunk."""
         at, scale, backend = self.at, config.attention_scale, config.attention
         if self.filled:

@@ -30,7 +30,8 @@ def expert_load(run: Run, params: Any, stream: Split) -> Float[np.ndarray, "laye
     batch = take_samples(stream, length, np.where(rows < samples, rows, -1))
     count = functools.partial(expert_rows, model=run.model)
     with jax.set_mesh(run.mesh):
-        placed = put_batch({name: batch[name] for name in ("inputs", "labels", "weights")}, run.mesh, EVALUATION_AXES)
+        read = {name: batch[name] for name in ("inputs", "labels", "weights", "documents") if name in batch}
+        placed = put_batch(read, run.mesh, EVALUATION_AXES)
         counts = np.asarray(jax.jit(count, out_shardings=replicated(run.mesh))(params, placed))
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
@@ -44,7 +45,8 @@ def expert_rows(params: Any, batch: DeviceBatch, *, model: LanguageModel) -> Flo
     typed: Any = prepare_params(model.apply({"params": params}, method=model.parameters), config)  # type: ignore[arg-type]
 
     def loss(tallies: Array) -> Array:
-        hidden = hidden_states(with_tallies(typed, tallies), config, embed(typed, config, batch["inputs"]))
+        embeddings = embed(typed, config, batch["inputs"], documents=batch.get("documents"))
+        hidden = hidden_states(with_tallies(typed, tallies), config, embeddings)
         return weighted_loss(hidden, typed.embedding, batch, most=None, z_loss=0.0)[0]
 
     return jax.grad(loss)(jnp.zeros((config.num_layers, config.num_experts), jnp.float32))

@@ -29,6 +29,7 @@ import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import num_samples, take_samples
+from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.evaluation.trained import TrainedRun
@@ -43,6 +44,7 @@ from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses
 
 SAMPLES = 64
+MASKED = "history: data.document_masking = True: must be False: the history is that of one text"
 READERS = ("x", "z")
 Sums = dict[str, jax.Array]
 
@@ -68,6 +70,8 @@ def measure_history(
       being edges[i] .. edges[i + 1] - 1, and for x and z the masses of every block; share: of every block.
     """
     config = trained.run.config.model
+    if isinstance(stream, DocumentStream):
+        raise UserError(MASKED)
     length = length or trained.run.config.data.sequence_length
     check_measurable(config, length)
     last = int(window_starts(config, num_windows(config, length))[-1])

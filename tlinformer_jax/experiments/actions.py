@@ -84,8 +84,10 @@ def check_possible(names: Sequence[str], config: "RunConfig") -> None:
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         if kind == "history":
-            from tlinformer_jax.evaluation.history import check_measurable
+            from tlinformer_jax.evaluation.history import MASKED, check_measurable
 
+            if data.document_masking:
+                raise UserError(MASKED)
             check_measurable(config.model, int(lengths[0]) if lengths else data.sequence_length)
         if kind == "samples" and tokenizer.startswith(NUMBERS):
             raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")

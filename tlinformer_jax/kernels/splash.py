@@ -3,6 +3,8 @@
 Plain twin: `models.attention._attend_xla`. Not measured: no TPU was at hand.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
@@ -22,16 +24,18 @@ def attend_splash(
     value: Float[Array, "batch keys heads d_h"],
     scores: Scores,
     key_length: Int[Array, " batch"] | None,
+    documents: tuple[Int[Array, "batch queries"], Int[Array, "batch keys"]] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch queries heads d_h"]:
     """Exact softmax attention; on a mesh every device runs the kernel on its share of batch and heads.
 
-    `key_length` are the valid keys, None for all; `interpret` is for tests without a TPU.
+    `key_length` are the valid keys, None for all; `documents`, from 0 up, are as `attend` has them; `interpret` is for
+    tests without a TPU.
     """
     lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32) if key_length is None else key_length
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array):
-        return _attend(query, key, value, lengths, scores, interpret)
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, documents: Any):
+        return _attend(query, key, value, lengths, documents, scores, interpret)
 
     axes = open_axes()
     if axes:
@@ -41,14 +45,24 @@ def attend_splash(
         # Over every axis, those of length 1 too: a kernel is refused where any is left to the compiler.
         mesh = jax.sharding.get_abstract_mesh()
         free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-        given = (rows, rows, rows, PartitionSpec(batch))
+        given = (rows, rows, rows, PartitionSpec(batch), PartitionSpec(batch))
         local = jax.shard_map(local, axis_names=free, in_specs=given, out_specs=rows, check_vma=False)
-    output = local(query, key, value, lengths)
+    output = local(query, key, value, lengths, documents)
+    if documents is not None and not scores.causal:
+        valid = jnp.arange(key.shape[1]) < lengths[:, None]
+        seen = (documents[0][:, :, None] == documents[1][:, None, :]) & valid[:, None, :]
+        return jnp.where(jnp.any(seen, axis=-1)[..., None, None], output, 0)
     return output if key_length is None else jnp.where((key_length == 0)[:, None, None, None], 0, output)
 
 
 def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, scores: Scores, interpret: bool
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    documents: tuple[jax.Array, jax.Array] | None,
+    scores: Scores,
+    interpret: bool,
 ) -> jax.Array:
     """The kernel over whole tiles."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -77,11 +91,14 @@ def _attend(
         q_seq_shards=1,
         interpret=interpret,
     )
-    # A query sees the keys of its segment: all queries and the valid keys are segment 0.
+    # A query sees the keys of its segment: all queries and the valid keys are segment 0, or each is its document.
     masked = jnp.arange(shape[1])[None] >= jnp.maximum(lengths, 1)[:, None]
-    segments = splash_attention_kernel.SegmentIds(
-        jnp.zeros((query.shape[0], shape[0]), jnp.int32), masked.astype(jnp.int32)
-    )
+    if documents is None:
+        ids = jnp.zeros((query.shape[0], shape[0]), jnp.int32), masked.astype(jnp.int32)
+    else:
+        own, keys = (jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % TILE))) for rows in documents)
+        ids = own, jnp.where(masked, -1, keys)
+    segments = splash_attention_kernel.SegmentIds(*ids)
     return jnp.swapaxes(jax.vmap(kernel)(query, key, value, segments), 1, 2)[:, :queries]
 
 

@@ -1,7 +1,7 @@
 """Exact softmax attention: the one entry point, `attend`, and the back ends behind it.
 
-What a query may see is stated by structure (causal, local window, number of valid keys) and never by a mask tensor:
-kernels can skip what is not seen.
+What a query may see is stated by structure (causal, local window, number of valid keys, documents) and never by a mask
+tensor: kernels can skip what is not seen.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
@@ -21,11 +21,13 @@ from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Keys of one part where attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
-# Scores that attention with dropout holds at a time, in float32.
+# Scores that attention with dropout or documents holds at a time, in float32.
 DROPOUT_SCORES = 1 << 27
 
 Queries = Float[Array, "batch queries heads d_h"]
 Keys = Float[Array, "batch keys heads d_h"]
+# The documents of queries and of keys; a query sees keys of its own document.
+Documents = tuple[Int[Array, "batch rows"], Int[Array, "batch keys"]]
 # An output, and the log-sum-exp of its scaled scores; softmaxes over disjoint keys are merged by these.
 OutputAndLse = tuple[Queries, Float[Array, "batch queries heads"]]
 
@@ -43,6 +45,7 @@ def attend(
     return_lse: bool = False,
     scale: float | None = None,
     never_empty: bool = False,
+    documents: Documents | None = None,
 ) -> Any:
     """Exact softmax attention.
 
@@ -57,6 +60,8 @@ def attend(
       return_lse: also return the log-sum-exp of the scaled scores, -inf where there is no valid key.
       scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
       never_empty: `key_length` is never 0; knowing it saves a pass over the output.
+      documents: a query sees only the keys of its own document; where it has none, result and gradients are 0.
+        'cudnn' and 'triton' do not have it; 'auto' then takes another.
 
     Returns:
       as the query; with `return_lse`, `OutputAndLse`.
@@ -69,25 +74,28 @@ def attend(
     if key_length is not None:
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
     scores = Scores(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale, causal, window)
-    chosen = choose_backend(query, dropout, return_lse) if backend == "auto" else backend
+    apart = documents is not None
+    chosen = choose_backend(query, dropout, return_lse, apart) if backend == "auto" else backend
     output, lse = None, None
     if query.shape[1] == 0 or key.shape[1] == 0:  # no window yet, or no history
         output, lse = jnp.zeros_like(query), no_parts(query)[1]
     elif chosen == "xla":
-        output, lse = _attend_in_chunks(query, key, value, scores, key_length, dropout)
-    elif chosen == "triton" and dropout is not None and not return_lse:
+        output, lse = _attend_in_chunks(query, key, value, scores, key_length, dropout, documents)
+    elif chosen == "triton" and dropout is not None and not return_lse and not apart:
         given = dropout.words, dropout.rate
         output = dropout_kernel.attend_with_dropout(query, key, value, scores, key_length, *given)
     elif chosen == "splash" and dropout is None and not return_lse:
-        output = attend_splash(query, key, value, scores, key_length, interpret=platform() != "tpu")
-    elif chosen == "cudnn" and dropout is None:
+        output = attend_splash(query, key, value, scores, key_length, documents, interpret=platform() != "tpu")
+    elif chosen == "cudnn" and dropout is None and not apart:
         output, lse = _attend_cudnn(query, key, value, scores, key_length, return_lse, never_empty)
     else:
-        raise ValueError(_refusal(chosen, dropout))
+        raise ValueError(_refusal(chosen, dropout, apart))
     return (output, lse) if return_lse else output
 
 
-def _refusal(backend: str, dropout: Dropout | None) -> str:
+def _refusal(backend: str, dropout: Dropout | None, apart: bool) -> str:
+    if apart and backend in ("cudnn", "triton"):
+        return f"attend: backend {backend!r} does not keep documents apart"
     if backend == "triton":
         return "attend: backend 'triton' is for dropout, and returns no log-sum-exp"
     if backend in ("cudnn", "splash"):
@@ -100,13 +108,13 @@ def head_multiple(dtype: Any, backend: str) -> int:
     return 8 if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
 
 
-def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool) -> str:
+def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False) -> str:
     """The backend that 'auto' stands for: in half precision cuDNN on NVIDIA GPUs, with dropout on one of them our own
-    kernel, 'triton'; splash on TPUs; else XLA."""
+    kernel, 'triton'; splash on TPUs; else XLA. Both kernels for GPUs have no `documents`."""
     # The other fused kernels offer neither weight dropout nor a differentiable log-sum-exp through JAX.
     if dropout is not None and not return_lse:
-        return "triton" if dropout_kernel.use_kernel(query.dtype, query.shape[-1]) else "xla"
-    if return_lse:
+        return "triton" if not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1]) else "xla"
+    if return_lse or (documents and is_nvidia_gpu()):
         return "xla"
     if fused_kernel(query.dtype):
         return "cudnn"
@@ -208,11 +216,17 @@ def merge_parts(first: OutputAndLse, second: OutputAndLse) -> OutputAndLse:
 
 
 def visible(
-    queries: int, keys: int, causal: bool, window: int | None, key_length: Array | None, start: Array | int = 0
+    queries: int,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    key_length: Array | None,
+    start: Array | int = 0,
+    documents: Documents | None = None,
 ) -> Array | None:
     """Boolean [batch or 1, 1, queries, keys]: which keys a query sees; None if it sees all.
 
-    Query i stands at position start + i, key j at j.
+    Query i stands at position start + i, key j at j; `documents` has those of all queries from position 0 on.
     """
     mask: Array | None = None
     if causal:
@@ -222,6 +236,10 @@ def visible(
     if key_length is not None:
         valid = jnp.arange(keys)[None, None, None, :] < key_length[:, None, None, None]
         mask = valid if mask is None else mask & valid
+    if documents is not None:
+        own = jax.lax.dynamic_slice_in_dim(documents[0], start, queries, axis=1)
+        same = (own[:, :, None] == documents[1][:, None, :])[:, None]
+        mask = same if mask is None else mask & same
     return mask
 
 
@@ -232,11 +250,12 @@ def _attend_xla(
     scores: Scores,
     key_length: Array | None,
     dropout: Dropout | None,
+    documents: Documents | None = None,
     start: Array | int = 0,
 ) -> OutputAndLse:
     """Attention by plain matrix products; scores and softmax in float32. Query i stands at position start + i."""
     scaled = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scores.scale
-    mask = visible(query.shape[1], key.shape[1], scores.causal, scores.window, key_length, start)
+    mask = visible(query.shape[1], key.shape[1], scores.causal, scores.window, key_length, start, documents)
     if mask is not None:
         scaled = jnp.where(mask, scaled, -jnp.inf)
     top = jnp.max(scaled, axis=-1, keepdims=True, initial=-jnp.inf)
@@ -252,23 +271,32 @@ def _attend_xla(
 
 
 def _attend_in_chunks(
-    query: Queries, key: Keys, value: Keys, scores: Scores, key_length: Array | None, dropout: Dropout | None
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    scores: Scores,
+    key_length: Array | None,
+    dropout: Dropout | None,
+    documents: Documents | None,
 ) -> OutputAndLse:
-    """`_attend_xla`; with dropout, by as many queries at a time as keep the scores at DROPOUT_SCORES.
+    """`_attend_xla`; with dropout or documents, by as many queries at a time as keep the scores at DROPOUT_SCORES.
 
     Neither pass ever holds the scores of a long history: each chunk is computed again in the backward pass.
     """
     batch, queries, heads, _ = query.shape
     chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
-    if dropout is None or chunk >= queries:
-        return _attend_xla(query, key, value, scores, key_length, dropout)
+    if (dropout is None and documents is None) or chunk >= queries:
+        return _attend_xla(query, key, value, scores, key_length, dropout, documents)
 
     def some(shared: Any, fixed: Any, item: tuple[Array, Array]) -> OutputAndLse:
-        (key, value), (key_length, dropout), (query, number) = shared, fixed, item
-        return _attend_xla(query, key, value, scores, key_length, dropout, number * chunk)
+        (key, value), (key_length, dropout, documents), (query, number) = shared, fixed, item
+        return _attend_xla(query, key, value, scores, key_length, dropout, documents, number * chunk)
 
     padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
-    found = map_rows(some, chunk, (key, value), padded, (key_length, dropout), padded.shape[1] // chunk)
+    if documents is not None:
+        documents = jnp.pad(documents[0], ((0, 0), (0, -queries % chunk))), documents[1]
+    fixed = key_length, dropout, documents
+    found = map_rows(some, chunk, (key, value), padded, fixed, padded.shape[1] // chunk)
     output, lse = (array[:, :queries] for array in found)
     return output, lse
 

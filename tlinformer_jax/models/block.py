@@ -11,6 +11,10 @@ C is the history, of n rows; z the observation window, made of the rows of C fro
 and V are a stream's projections under the layer (`Stream.of`), and `update` is the rest of the layer, row by row
 (`layers.update`). Without history C and z have no rows, attention to no keys is 0, and nothing is compiled for them.
 
+Where a sample holds several documents, each stream knows its rows' (`Stream.documents`), and in all of these reads a
+query sees the keys of its own document only. Positions need no new start: rotations tell distances, and those within a
+document are the same wherever it begins.
+
 Training, evaluation, `prefill` and `slide` all call the three functions below. How C is kept is its own matter: `read`
 is attend(Q, Kc, Vc), and `restore` maps the last equation over the rows of C (`streams.History`: all at once, in
 chunks, or split over devices; `decoding.history`: beside a KV cache).
@@ -39,6 +43,7 @@ from tlinformer_jax.models.streams import (
     apart,
     attention_options,
     beside,
+    in_window,
     observed_stream,
     place_window,
     project_both,
@@ -58,8 +63,8 @@ Cs = Float[Array, "batch n D"]
 class ReadableHistory(Protocol):
     """C as the equations need it; see `streams.History`."""
 
-    def read(self, query: Array, config: ModelConfig, dropout: Dropout | None) -> Array:
-        """attend(Q, Kc, Vc)."""
+    def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
+        """attend(Q, Kc, Vc); the queries are those of `readers`."""
 
     def restore(
         self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
@@ -77,11 +82,12 @@ def compress(
 
     TConstFormer's x does not read C.
     """
-    x_attends = attend(x.Q, x.K, x.V, causal=True, **attention_options(config, part_of(dropout, CAUSAL_ATTENTION)))
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
+    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal)
     if config.architecture == "tconstformer":
-        z_attends = C.read(z.Q, config, part_of(dropout, SHARED_ATTENTION))
+        z_attends = C.read(z.Q, config, part_of(dropout, SHARED_ATTENTION), z)
     else:
-        both = C.read(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION))
+        both = C.read(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION), z, x)
         z_attends, x_reads = apart(both, z.Q.shape[1])
         x_attends += x_reads
     return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
@@ -95,8 +101,8 @@ def hidden(
     z' = update(z, attend(Qz, Kz, Vz))
     x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
     """
-    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
-    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z)
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
+    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, z, x)
     z_attends, x_reads = apart(attend(beside(z.Q, x.Q), z.K, z.V, **shared), z.Q.shape[1])
     x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + x_reads
     return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
@@ -118,15 +124,16 @@ def restore(
 
     Qc are the queries under the block's `compress`. Without `later` blocks, which read C', it is None.
     """
-    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
-    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z)
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
+    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, x)
     x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + attend(x.Q, z.K, z.V, **shared)
     x_rows = update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
     if not later:
         return None, x_rows
     parts = "qkv" if len(later) > 1 else "kv"  # the last block asks nothing of C but what z asks
     restore_some = functools.partial(restore_rows, config, z.never_empty)
-    return C.restore(restore_some, (layer, z.K, z.V), (z.length, dropout), later[0].compress, parts), x_rows
+    read, fixed = (layer, z.K, z.V), (z.length, z.documents, dropout)
+    return C.restore(restore_some, read, fixed, later[0].compress, parts), x_rows
 
 
 def restore_rows(
@@ -136,16 +143,17 @@ def restore_rows(
     Qc: Array,
     shared: Any,
     fixed: Any,
+    documents: Array | None = None,
     attend: Callable[..., Array] = attend,
 ) -> Cs:
     """C' = update(C, attend(Qc, Kz, Vz)), for any rows of C: they do not read each other.
 
-    `shared` is (the layer, Kz, Vz), `fixed` (valid rows of z, dropout); `attend` is `attention.attend`, or what else
-    computes it.
+    `shared` is (the layer, Kz, Vz), `fixed` (valid rows of z, its documents, dropout), `documents` those of C; `attend`
+    is `attention.attend`, or what else computes it.
     """
-    (layer, Kz, Vz), (length, dropout) = shared, fixed
-    z = Stream(None, K=Kz, length=length, never_empty=never_empty)
-    options = attention_options(config, part_of(dropout, CONTEXT_ATTENTION), z)
+    (layer, Kz, Vz), (length, read, dropout) = shared, fixed
+    z = Stream(None, K=Kz, length=length, never_empty=never_empty, documents=read)
+    options = attention_options(config, part_of(dropout, CONTEXT_ATTENTION), z, Stream(C, documents=documents))
     return update(layer, C, attend(Qc, Kz, Vz, **options), part_of(dropout, CONTEXT_FEED_FORWARD))
 
 
@@ -192,17 +200,18 @@ def dual_window_block(
       dropout: None outside training.
     """
     z = observed_stream(params.compress, C, window, x.rows.shape[0])
+    z, x = in_window(window.frame, z, x)
     valid, never_empty = window.frame.observed_length, config.always_observes
     rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
 
     def hidden_layer(rows: tuple[Zs, Xs], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
         layer, dropout = item
-        z, x = project_both(layer, *rows, window.rope, valid, never_empty)
+        z, x = in_window(window.frame, *project_both(layer, *rows, window.rope, valid, never_empty))
         return hidden(layer, config, z, x, dropout), None
 
     z_rows, x_rows = chain_layers(hidden_layer, params.hidden, rows, part_of(dropout, 1), config.plan().scan_layers)
     z = Stream.of(params.restore, z_rows, window.z_rope, "kv", valid, never_empty)
-    x = Stream.of(params.restore, x_rows, window.x_rope)
+    z, x = in_window(window.frame, z, Stream.of(params.restore, x_rows, window.x_rope))
     return restore(params.restore, config, C, z, x, later, part_of(dropout, 2))
 
 

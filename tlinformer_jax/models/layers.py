@@ -167,10 +167,13 @@ class Embedded:
     Attributes:
       rows: their embeddings, [batch, length, D]; queries, values and the residual stream begin with them.
       key_rows: what keys are made of, with `config.token_shift`; None where that is `rows`.
+      documents: of the whole sequence's rows, int32 [batch, length], from 0 up; no row sees those of others. None where
+        all are one.
     """
 
     rows: Array
     key_rows: Array | None = None
+    documents: Array | None = None
 
 
 def chain_layers(

@@ -7,7 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.config.model import HYBRID_PERIOD, ModelConfig
 from tlinformer_jax.errors import DataError
@@ -29,7 +29,7 @@ from tlinformer_jax.models.layers import (
     update,
 )
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import attention_options
+from tlinformer_jax.models.streams import Stream, attention_options
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.parallel.sharding import constrain_batch, gathered
 
@@ -96,7 +96,12 @@ class LanguageModel(nn.Module):
         )
 
     def __call__(
-        self, tokens: jax.Array | None = None, *, train: bool = False, inputs_embeds: jax.Array | None = None
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        train: bool = False,
+        inputs_embeds: jax.Array | None = None,
+        documents: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the logits of the next token at every position.
 
@@ -105,6 +110,8 @@ class LanguageModel(nn.Module):
           train: apply dropout.
           inputs_embeds: [batch, length, D], given instead of tokens: rows of the embedding, or others in their
             place. `config.token_shift` applies to them as to the rows that tokens stand for.
+          documents: int32 [batch, length], which document of a packed sample each token is of, from 0 up; none sees
+            those of others. Not for architectures with Gated DeltaNet.
 
         Returns:
           float32 [batch, length, vocab_size].
@@ -112,7 +119,8 @@ class LanguageModel(nn.Module):
         Raises:
           DataError: for inputs of the wrong shape or type, or an empty sequence.
         """
-        return output_logits(self.hidden_states(tokens, train=train, inputs_embeds=inputs_embeds), self.embedding)
+        hidden = self.hidden_states(tokens, train=train, inputs_embeds=inputs_embeds, documents=documents)
+        return output_logits(hidden, self.embedding)
 
     def hidden_states(
         self,
@@ -121,6 +129,7 @@ class LanguageModel(nn.Module):
         train: bool = False,
         inputs_embeds: jax.Array | None = None,
         start: int = 0,
+        documents: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads of positions start, ...: [batch, length - start, D]; see `__call__`."""
         config = self.config
@@ -128,9 +137,10 @@ class LanguageModel(nn.Module):
         params = self.parameters()
         if inputs_embeds is None:
             assert tokens is not None  # check_inputs
-            embeddings = embed(params, config, tokens)
+            embeddings = embed(params, config, tokens, documents=documents)
         else:
-            embeddings = shifted(params.shift, constrain_batch(inputs_embeds.astype(config.compute_dtype)))
+            rows = constrain_batch(inputs_embeds.astype(config.compute_dtype))
+            embeddings = shifted(params.shift, rows, documents=documents)
         if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
             return embeddings.rows
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
@@ -154,11 +164,12 @@ def embed(
     config: ModelConfig,
     tokens: Int[Array, "batch length"],
     before: Int[Array, "batch length"] | None = None,
+    documents: Int[Array, "batch whole"] | None = None,
 ) -> Embedded:
     """What the first layer reads, in the compute dtype; NaN for ids outside the vocabulary.
 
     `before` is for the token shift: the id that precedes each token, NO_TOKEN at position 0, as `tokens_before` gives
-    them. None where the tokens are a sequence from position 0 on.
+    them. None where the tokens are a sequence from position 0 on. `documents` are those of `Embedded`.
     """
 
     table = gathered(params.embedding)
@@ -171,17 +182,29 @@ def embed(
 
     rows = look_up(tokens)
     if params.shift is None or before is None:
-        return shifted(params.shift, rows)
-    return shifted(params.shift, rows, jnp.where((before == NO_TOKEN)[..., None], 0, look_up(before)))
+        return shifted(params.shift, rows, documents=documents)
+    previous = jnp.where((before == NO_TOKEN)[..., None], 0, look_up(before))
+    return shifted(params.shift, rows, previous, documents)
 
 
-def tokens_before(tokens: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
-    """The id before each token of whole sequences, NO_TOKEN before the first."""
-    return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=NO_TOKEN)[:, :-1]
+def tokens_before(
+    tokens: Int[Array, "batch length"], documents: Int[Array, "batch length"] | None = None
+) -> Int[Array, "batch length"]:
+    """The id before each token of whole sequences, NO_TOKEN before the first, and before the first of a document."""
+    before = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=NO_TOKEN)[:, :-1]
+    return before if documents is None else jnp.where(begins(documents), NO_TOKEN, before)
+
+
+def begins(documents: Int[Array, "batch length"]) -> Bool[Array, "batch length"]:
+    """Where a document begins."""
+    return jnp.diff(documents, axis=1, prepend=-1) != 0
 
 
 def shifted(
-    shift: Float[Array, " D"] | None, rows: Float[Array, "*shape D"], previous: Float[Array, "*shape D"] | None = None
+    shift: Float[Array, " D"] | None,
+    rows: Float[Array, "*shape D"],
+    previous: Float[Array, "*shape D"] | None = None,
+    documents: Int[Array, "batch whole"] | None = None,
 ) -> Embedded:
     """The token shift: the first layer's keys are made of e_t + s * e_(t-1), with s = SHIFT_SCALE * shift.
 
@@ -192,13 +215,17 @@ def shifted(
       shift: the parameter; None without `config.token_shift`.
       rows: e_t.
       previous: e_(t-1), zeros at position 0; None where the rows are sequences [batch, length, D] from there on.
+      documents: those of `Embedded`; a document's first row has no row before it.
     """
     if shift is None:
-        return Embedded(rows)
+        return Embedded(rows, documents=documents)
     if previous is None:
         previous = jnp.pad(rows, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        if documents is not None:
+            previous = jnp.where(begins(documents)[..., None], 0, previous)
     scale = SHIFT_SCALE * shift.astype(jnp.float32)
-    return Embedded(rows, (rows.astype(jnp.float32) + scale * previous.astype(jnp.float32)).astype(rows.dtype))
+    key_rows = (rows.astype(jnp.float32) + scale * previous.astype(jnp.float32)).astype(rows.dtype)
+    return Embedded(rows, key_rows, documents)
 
 
 def hidden_states(
@@ -268,6 +295,7 @@ def forward_layers(
     """A baseline's hidden states of a whole sequence, before the final LayerNorm."""
     rope = rope_table(jnp.arange(embeddings.rows.shape[1], dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     window, plan = attention_window(config), config.plan()
+    stream = Stream(None, documents=embeddings.documents)
 
     def layer(
         x: jax.Array, item: tuple[ResidualParams, Dropout | None], key_rows: jax.Array | None = None
@@ -277,7 +305,7 @@ def forward_layers(
             mixed, _ = delta_mixer(params, x)
         else:
             assert isinstance(params, LayerParams)
-            options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION))
+            options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), stream, stream)
             mixed = attend(*project(params, x, rope, key_rows=key_rows), causal=True, window=window, **options)
         return update(params, x, mixed, part_of(dropout, FEED_FORWARD)), None
 

@@ -1,7 +1,8 @@
 """The two streams of a block, z or C and x, with their projections; and how they lie side by side."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import flax.struct
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels.common import merge_softmaxes
-from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.attention import Documents, attend
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
 from tlinformer_jax.models.recompute import map_rows
@@ -32,6 +33,7 @@ class Stream:
       Q, K, V: [batch, rows, heads, d_h], Q and K rotated; None where no one reads them.
       length: how many of the rows are valid, the first ones; None for all.
       never_empty: `length`, if not known, is known never to be 0, which saves attention a pass over its output.
+      documents: of the rows, int32 [batch, rows]; a query sees keys of its own. None where all are one.
     """
 
     rows: Any
@@ -40,6 +42,7 @@ class Stream:
     V: Any = None
     length: PerWindow = None
     never_empty: bool = flax.struct.field(pytree_node=False, default=False)
+    documents: Any = None
 
     @classmethod
     def of(
@@ -108,23 +111,25 @@ class History(Stream):
         return self.split.gather(array, start, length)
 
     def read(
-        self, query: Float[Array, "b m h k"], config: ModelConfig, dropout: Dropout | None
+        self, query: Float[Array, "b m h k"], config: ModelConfig, dropout: Dropout | None, *readers: Stream
     ) -> Float[Array, "b m h k"]:
-        """attend(Q, Kc, Vc): every query reads all valid rows."""
+        """attend(Q, Kc, Vc): every query, of the `readers`, reads all valid rows."""
+        repeated = (self.K, self.V, self.documents)
+        key, value, documents = jax.tree.map(lambda array: repeat_for_windows(array, query.shape[0]), repeated)
+        keys = dataclasses.replace(self, K=key, documents=documents)
         if self.split is None:
-            key, value = (repeat_for_windows(array, query.shape[0]) for array in (self.K, self.V))
-            options = attention_options(config, dropout, dataclasses.replace(self, K=key))
-            return attend(query, key, value, **options)
+            return attend(query, key, value, **attention_options(config, dropout, keys, *readers))
         # Each device reads its own rows. Only XLA's attention has a log-sum-exp that can be differentiated.
         output, lse = attend(
             query,
-            self.K,
-            self.V,
+            key,
+            value,
             key_length=self.split.count(self.length),
             dropout=part_of(dropout, self.split.index()),
             backend="xla",
             return_lse=True,
             scale=config.attention_scale,
+            documents=documents_of(keys, readers),
         )
         return merge_softmaxes(output.astype(jnp.float32), lse, self.split.axis)[0].astype(query.dtype)
 
@@ -134,33 +139,38 @@ class History(Stream):
         """C', projected by the layer that reads it next.
 
         Args:
-          restore_rows: C' = restore_rows(C, Q, shared, fixed), for any rows; closes over no traced values.
+          restore_rows: C' = restore_rows(C, Q, shared, fixed, documents of C), for any rows; closes over no traced
+            values.
           shared: what all rows read and gradients flow to.
-          fixed: (valid rows of z, dropout).
+          fixed: (valid rows of z, its documents, dropout).
           next_layer: the following block's `compress`.
           parts: what that reads of C': 'qkv' where it restores it in its turn, else 'kv'.
         """
         batch = shared[-1].shape[0]
         rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
-        rope, length, (valid, dropout) = self.rope, self.length, fixed
+        rope, length, (valid, read, dropout) = self.rope, self.length, fixed
         assert rope is not None
+        documents = jax.tree.map(lambda array: repeat_for_windows(array, batch), self.documents)
         if self.split is not None:
             rope = Rope(self.split.take(rope.cos, axis=0), self.split.take(rope.sin, axis=0))
             dropout = part_of(dropout, self.split.index())
             length = self.split.count(length)
         if not self.chunk:
-            restored = restore_rows(*rows, shared, (valid, dropout))
+            restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
             projected = project(next_layer, restored, rope.rows(0, restored.shape[1]), parts)
         else:
             # What is a plain number stays one: kernels are faster where nothing is masked.
             known = None if isinstance(valid, jax.Array) else valid
 
             def restore_chunk(shared: Any, fixed: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
-                (shared, next_layer), (valid, rope, dropout), (part, number) = shared, fixed, item
-                restored = restore_rows(*part, shared, (valid if known is None else known, part_of(dropout, number)))
+                (shared, next_layer), (valid, read, documents, rope, dropout), (part, number) = shared, fixed, item
+                if documents is not None:
+                    documents = slice_rows(documents, number * self.chunk, self.chunk)
+                here = valid if known is None else known, read, part_of(dropout, number)
+                restored = restore_rows(*part, shared, here, documents)
                 return restored, *project(next_layer, restored, rope.rows(number * self.chunk, self.chunk), parts)
 
-            fixed = (valid if known is None else None, rope, dropout)
+            fixed = (valid if known is None else None, read, documents, rope, dropout)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
             shared = split_router_losses(shared, filled)
             restored, *projected = map_rows(restore_chunk, self.chunk, (shared, next_layer), rows, fixed, filled)
@@ -193,10 +203,26 @@ def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch:
     return Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
 
 
-def attention_options(config: ModelConfig, dropout: Dropout | None, keys: Stream | None = None) -> dict[str, Any]:
-    """Options for `attend`; `keys` is the stream whose keys are read, where not all of them may be valid."""
-    options = {"dropout": dropout, "backend": config.attention, "scale": config.attention_scale}
-    if keys is None or keys.length is None:
+def in_window(frame: WindowFrame, z: Stream, x: Stream) -> tuple[Stream, Stream]:
+    """The streams, with the documents of their rows."""
+    if frame.x_documents is None:
+        return z, x
+    return dataclasses.replace(z, documents=frame.z_documents), dataclasses.replace(x, documents=frame.x_documents)
+
+
+def documents_of(keys: Stream, readers: Sequence[Stream]) -> Documents | None:
+    """The documents of the readers' rows, side by side, and of the keys, as `attend` takes them."""
+    if keys.documents is None:
+        return None
+    return functools.reduce(beside, [reader.documents for reader in readers]), keys.documents
+
+
+def attention_options(config: ModelConfig, dropout: Dropout | None, keys: Stream, *readers: Stream) -> dict[str, Any]:
+    """Options for `attend`: `keys` is the stream whose keys are read, `readers` those whose queries read them."""
+    options: dict[str, Any] = {"dropout": dropout, "backend": config.attention, "scale": config.attention_scale}
+    if keys.documents is not None:
+        options["documents"] = documents_of(keys, readers)
+    if keys.length is None:
         return options
     length, (batch, rows) = keys.length, keys.K.shape[:2]
     if not isinstance(length, jax.Array) and np.all(np.asarray(length) == rows):

@@ -31,8 +31,12 @@ from tlinformer_jax.models.windows import (
     padded_length,
     plan_segments,
     rows_in_line,
+    slice_rows,
 )
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
+
+# Of a sequence: rotations of positions 0, 1, ..., dropout, and the documents of all rows.
+Fixed = tuple[Rope, Dropout | None, Array | None]
 
 
 def window_states(
@@ -71,6 +75,7 @@ class PreparedSequence:
       history: the embeddings, padded, projected by block 0's `compress` layer.
       rope: rotations of positions 0, 1, ...
       dropout: None outside training.
+      documents: of all rows, on every device; None where all are one.
       count: windows; the last may reach past the sequence's end.
       runs: of the windows that are wanted, those of equal shapes together.
     """
@@ -78,13 +83,14 @@ class PreparedSequence:
     history: History
     rope: Rope
     dropout: Dropout | None
+    documents: Array | None
     count: int = flax.struct.field(pytree_node=False)
     runs: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
 
     @property
-    def fixed(self) -> tuple[Rope, Dropout | None]:
+    def fixed(self) -> Fixed:
         """What windows read and no gradient flows to."""
-        return self.rope, self.dropout
+        return self.rope, self.dropout, self.documents
 
     @property
     def own(self) -> Stream:
@@ -121,27 +127,38 @@ def prepare_sequence(
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows
     segments = plan_segments(config, count, plan, split, first)
     padded = padded_length(config, count, segments, parts)
-    missing = padded // parts - embeddings.rows.shape[1]
+    missing, documents = padded // parts - embeddings.rows.shape[1], embeddings.documents
+    embeddings = dataclasses.replace(embeddings, documents=None)
     embeddings = jax.tree.map(lambda rows: jnp.pad(rows, ((0, 0), (0, missing), (0, 0))), embeddings)
+    if documents is not None:
+        documents = jnp.pad(documents, ((0, 0), (0, padded - length)))
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
     history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
     history = dataclasses.replace(history, split=rows)
-    return PreparedSequence(history, rope, dropout, count, segments if first else (FIRST_WINDOW, *segments))
+    return PreparedSequence(history, rope, dropout, documents, count, segments if first else (FIRST_WINDOW, *segments))
 
 
 def place_in_run(
-    config: ModelConfig, run: Segment, history: History, fixed: tuple[Rope, Dropout | None], windows: PerWindow
+    config: ModelConfig, run: Segment, history: History, fixed: Fixed, windows: PerWindow
 ) -> tuple[History, WindowFrame, Dropout | None]:
     """What `window_states` takes for windows of a run: their history, where they stand, and their dropout.
 
     `windows` is the index of one, or of those that run together, int32 [g]; `fixed` is the sequence's.
     """
-    rope, dropout = fixed
-    frame = run.frame(config, windows)
+    rope, dropout, documents = fixed
+    frame, own = run.frame(config, windows), None
     rows = run.history_rows // (history.split.parts if history.split else 1)
+    if documents is not None:
+        size, batch = run.overlap(config) + config.generation_window, len(documents) * run.together
+        z_documents = slice_rows(documents, frame.observed_start, frame.observed_width, batch)
+        x_documents = slice_rows(documents, frame.history_length, size, batch)
+        frame = dataclasses.replace(frame, z_documents=z_documents, x_documents=x_documents)
+        own = (history.split.take(documents) if history.split else documents)[:, :rows]
     C = jax.tree.map(lambda array: array[:, :rows], history)
-    C = dataclasses.replace(C, length=frame.history_length, never_empty=True, rope=rope, chunk=run.history_chunk)
+    C = dataclasses.replace(
+        C, length=frame.history_length, never_empty=True, documents=own, rope=rope, chunk=run.history_chunk
+    )
     return C, frame, part_of(dropout, windows if run.together == 1 else windows[0])
 
 

@@ -24,12 +24,16 @@ class WindowFrame:
       observed_start: h, the first row of the observation window.
       observed_length: rows of the observation window that are valid, n - h.
       observed_width: rows that are computed for it; those past the valid ones are the future, which no one reads.
+      z_documents, x_documents: of the observation window's and of the generation window's rows, int32 [batch, rows];
+        None where all are one.
     """
 
     history_length: PerWindow
     observed_start: PerWindow
     observed_length: PerWindow
     observed_width: int = flax.struct.field(pytree_node=False)
+    z_documents: jax.Array | None = None
+    x_documents: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,10 +42,8 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
     """
     tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
-    splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
-    for name, split in splits.items():
-        if split is not None:
-            run.checked(name, split)
+    found = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
+    splits = {name: None if split is None else run.checked(name, split) for name, split in found.items()}
     horizon = _horizon(config, splits["train"])
     lines = [model_line(run), _memory_line(run, compile_step), *length_lines(run, horizon, splits["train"])]
     lines += [split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
@@ -75,10 +73,10 @@ def compiled_step(run: Run) -> jax.stages.Compiled:
     """A training step, compiled for the run's mesh."""
     rows, length = run.config.train.batch_size, run.config.data.sequence_length
     sharding = batch_sharding(run.mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
-        for name, dtype in (("inputs", jnp.int32), ("labels", jnp.int32), ("weights", jnp.float32))
-    }
+    dtypes: dict[str, Any] = {"inputs": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
+    if run.config.data.document_masking:
+        dtypes["documents"] = jnp.int32
+    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in dtypes.items()}
     state, shardings = run.abstract_state, run.shardings  # first: under the mesh, even a key is made on its devices
     with jax.set_mesh(run.mesh):
         step = jit_train_step(

@@ -10,19 +10,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.analysis.flops import active_parameters, attention_by_device
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, Stage
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
+from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.ordered import OrderedStream
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import NumberTokenizer
 from tlinformer_jax.errors import UserError, first_line
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.kernels import delta as delta_kernel
+from tlinformer_jax.models.attention import choose_backend
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import PARTITIONED
@@ -89,6 +93,8 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     say(model_line(run))
     say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, length))}")
     say(kernels.serving())
+    if config.data.document_masking:
+        say(f"data.document_masking: no token sees another document; attention by {masking_backend(model)!r}")
     if model.recurrent:
         partitioned = any(run.mesh.shape[axis] > 1 for axis in PARTITIONED)
         say(delta_kernel.serving(model.compute_dtype, model.delta.width, partitioned))
@@ -109,6 +115,12 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     goal = f"{bits:.3f} bits per byte, those of the best n-gram ({context} bytes of context, Kneser-Ney)"
     say(f"to beat: {goal}")
     return goal
+
+
+def masking_backend(model: ModelConfig) -> str:
+    """The back end of attention that keeps documents apart."""
+    query = jnp.zeros((1, 1, 1, model.head_dim), model.compute_dtype)
+    return choose_backend(query, None, False, documents=True) if model.attention == "auto" else model.attention
 
 
 def model_line(run: Run) -> str:
@@ -147,7 +159,10 @@ def split_line(name: str, split: Split | None, length: int) -> str:
         return f"{name} split: an iterable, read in its own order"
     if isinstance(split, TaskSplit):
         return f"{name} split: {split.count:,} samples of {length:,}, made as they are read"
-    return f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
+    text = f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
+    if isinstance(split, DocumentStream):
+        text += f" of packed documents, {split.packing(length).padding:.1%} of them padding"
+    return text
 
 
 # ---- While it trains, and at the end

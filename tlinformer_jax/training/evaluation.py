@@ -44,7 +44,13 @@ def eval_step(
     # A run of a task can be evaluated on a text as well, all of whose labels count.
     known = answers(length) if answers is not None and "starts" in batch else None
     start = 0 if known is None else known.first
-    hidden: Any = model.apply({"params": params}, batch["inputs"], start=start, method=model.hidden_states)
+    hidden: Any = model.apply(
+        {"params": params},
+        batch["inputs"],
+        start=start,
+        documents=batch.get("documents"),
+        method=model.hidden_states,
+    )
     labels, weights, sums = batch["labels"][:, start:], batch["weights"], {}
     if "starts" in batch:
         places = None if known is None else weighted_places(weights[:, start:], known.most)

@@ -79,7 +79,7 @@ def summed_loss(
 
     Args:
       params: parameters, as `model.init` names them.
-      batch: as `train_step` takes it, and `answers`.
+      batch: as `train_step` takes it, with `documents` where a sample holds several, see `Embedded`.
       key: of the dropout.
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
       model: of the parameters.
@@ -90,7 +90,7 @@ def summed_loss(
     """
     shape, inputs, sequences = model.config, batch["inputs"], split.sequence
     rows = {name: batch[name] for name in ("labels", "weights")}
-    length = inputs.shape[1]
+    length, documents = inputs.shape[1], batch.get("documents")
     known = None if answers is None else answers(length)
     most, start = (None, 0) if known is None else (known.most, known.first if windows is None else 0)
     typed = prepare_params(model.apply({"params": params}, method=model.parameters), shape)  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def summed_loss(
     plan = shape.plan(num_windows(shape, length) - first)
     if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
         typed = count_routers(typed, shape, rows["weights"], divisor)
-        hidden = hidden_states(typed, shape, embed(typed, shape, inputs), dropout, start)
+        hidden = hidden_states(typed, shape, embed(typed, shape, inputs, documents=documents), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = rows_loss(hidden, typed.embedding, rows)
         return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
@@ -108,11 +108,12 @@ def summed_loss(
     if sequences.rows is not None:
         # The rows of a device are not neighbours: the token before each lies on another device.
         padding = -length % sequences.row_parts
-        before = sequences.rows.take(pad_rows(tokens_before(inputs), padding)) if shape.token_shift else None
+        if shape.token_shift:
+            before = sequences.rows.take(pad_rows(tokens_before(inputs, documents), padding))
         inputs = sequences.rows.take(pad_rows(inputs, padding))
     if windows is not None or sequences != WHOLE:
         plan = dataclasses.replace(plan, together=1)
-    embeddings = embed(typed, shape, inputs, before)
+    embeddings = embed(typed, shape, inputs, before, documents)
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right, found = jnp.float32(0), jnp.float32(0), []
     for loop in window_loops(shape, sequence, rows, sequences, windows):

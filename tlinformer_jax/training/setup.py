@@ -22,10 +22,11 @@ from tlinformer_jax.data.batches import (
     evaluation_batches,
     num_samples,
 )
+from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
 from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
 from tlinformer_jax.data.sources import answer_places, load_split
-from tlinformer_jax.data.streams import check_token_ids
+from tlinformer_jax.data.streams import RowStream, check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError
@@ -50,6 +51,7 @@ from tlinformer_jax.training.step import TrainState, init_state
 UNTRAINED = Horizon(steps=0, decay_end=0)
 PENDING = Horizon(steps=0, decay_end=1)
 LoadSplit = Callable[[DataConfig, str, Tokenizer], Split]
+MASKED_ITERABLE = "must be False where train_data is an iterable, or validation_data holds batches"
 COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 
@@ -95,10 +97,17 @@ class Run:
         return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
-        """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
+        """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does.
+
+        With `data.document_masking` its documents are packed.
+        """
         if isinstance(stream, TaskSplit | OrderedStream):
             return stream  # its ids are the tokenizer's, or checked as they are read
         data = self.config.data
+        if data.document_masking:
+            if isinstance(stream, RowStream):
+                raise ConfigError("data.document_masking", True, MASKED_ITERABLE)
+            stream = DocumentStream.of(stream, self.tokenizer.end_of_text)
         check_holds_a_sample(stream, data.sequence_length if length is None else length, f"{name} split")
         check_token_ids(stream, self.config.model.vocab_size, f"split '{name}' of data.dataset = {data.dataset}")
         return stream
@@ -210,6 +219,8 @@ def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
     data, how = config.data, config.train
     sizes = data.sequence_length, how.batch_size
     if isinstance(train, OrderedStream):
+        if data.document_masking:
+            raise ConfigError("data.document_masking", True, MASKED_ITERABLE)
         if how.eval_every == EPOCH:
             raise ConfigError("train.eval_every", EPOCH, "must be in updates where train_data is an iterable")
         return OrderedBatches(train, *sizes, how.seed, how.equal_updates)
