@@ -11,7 +11,7 @@ from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, hi
 from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, sequence_keys
 from tlinformer_jax.decoding.spread import replicate
-from tlinformer_jax.models.cached_attention import KeyValue
+from tlinformer_jax.kernels.key_value import KeyValue
 
 GREEDY = Sampler()
 

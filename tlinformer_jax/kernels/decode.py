@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from tlinformer_jax.kernels.common import Rotations, call_kernel, feature_pieces, iota, merge_softmaxes
+from tlinformer_jax.kernels.key_value import KeyValue
 
 LANES = 128
 # Programs to aim for: a few for each of the 132 multiprocessors of an H100.
@@ -29,9 +30,9 @@ MIN_PART_ROWS = 128
 # Columns of a matrix that one program of `dense` makes.
 TILE = 4
 
-# Key and value [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer, and
+# Keys and values [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer, and
 # whether keys are rotated and the query that reads them is to be.
-Source = tuple[jax.Array, jax.Array, jax.Array, int | None, bool]
+Source = tuple[KeyValue, jax.Array, int | None, bool]
 
 
 def num_parts(rows: int, softmaxes: int) -> int:
@@ -57,15 +58,15 @@ def attend(
       rotated key of the new row.
     """
     batch, _, heads, width = projected.shape
-    splits = tuple(num_parts(key.shape[-1], batch * heads) for key, *_ in sources)
-    layers, rotary = zip(*(source[3:] for source in sources))
+    caches, lengths, layers, rotary = zip(*sources)
+    splits = tuple(num_parts(cache.rows, batch * heads) for cache in caches)
     shape = (sum(splits), batch, heads)
     outputs = [jax.ShapeDtypeStruct((*shape, last), jnp.float32) for last in (width, 1, 1)]
     sums, tops, totals, own_key = call_kernel(
         functools.partial(_attend_kernel, layers=layers, rotary=rotary, splits=splits, width=width, scale=scale),
         (sum(splits), heads, batch),
         [*outputs, jax.ShapeDtypeStruct((batch, heads, width), projected.dtype)],
-        [projected, rope.cos, rope.sin, *(array for source in sources for array in source[:3])],
+        [projected, rope.cos, rope.sin, caches, lengths],
         "attend_cached",
         interpret,
         num_warps=4,
@@ -83,11 +84,20 @@ def attend(
 
 
 def _attend_kernel(
-    *refs: Any, layers: tuple, rotary: tuple[bool, ...], splits: tuple[int, ...], width: int, scale: float
+    projected_ref,
+    cos_ref,
+    sin_ref,
+    caches: tuple[KeyValue, ...],
+    length_refs: tuple,
+    *outputs: Any,
+    layers: tuple,
+    rotary: tuple[bool, ...],
+    splits: tuple[int, ...],
+    width: int,
+    scale: float,
 ) -> None:
     """One part of one source, for one head of one sequence; with one part a source its sums are divided."""
-    projected_ref, cos_ref, sin_ref, *source_refs = refs[:-4]
-    outputs, own_key_ref = refs[-4:-1], refs[-1]
+    *outputs, own_key_ref = outputs
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     pieces = feature_pieces(width)
 
@@ -101,16 +111,16 @@ def _attend_kernel(
     far_query = query if all(rotary) else [piece * scale for piece in not_rotated(0)]
     first = 0
     for index, count in enumerate(splits):
-        key_ref, value_ref, length_ref = source_refs[3 * index : 3 * index + 3]
         place = (row, head) if layers[index] is None else (layers[index], row, head)
 
         @pl.when((part >= first) & (part < first + count))
-        def _(index=index, refs=(key_ref, value_ref), length=length_ref[row], place=place, first=first, count=count):
+        def _(index=index, length=length_refs[index][row], place=place, first=first, count=count):
             blocks = pl.cdiv(length, LANES)
             each = pl.cdiv(blocks, count)
             begin = (part - first) * each
             reader = query if rotary[index] else far_query
-            state = _stream(reader, refs, place, begin, jnp.minimum(begin + each, blocks), length, pieces)
+            ends = begin, jnp.minimum(begin + each, blocks)
+            state = _stream(reader, caches[index], place, ends, length, pieces)
             if index == 0:
                 own_key, own_value = rotated(1), [projected_ref[row, 2, head, pl.ds(*piece)] for piece in pieces]
                 state = _with_own(state, query, own_key, own_value, part == first)
@@ -138,35 +148,38 @@ def _rotated_piece(ref, cos_ref, sin_ref, place, piece: tuple[int, int], width: 
     return turned.astype(ref.dtype).astype(jnp.float32)  # rounded as it is cached
 
 
-def _stream(query, refs, place, begin, end, length, pieces):
-    """Reads blocks begin .. end - 1 of LANES rows.
+def _stream(query, cache, place, blocks, length, pieces):
+    """Reads blocks[0] .. blocks[1] - 1 of LANES rows.
 
     Returns:
       each lane's maximum and sum of weights float32 [LANES], and its weighted values, a tuple of [size, LANES].
     """
-    key_ref, value_ref = refs
     lanes = iota(LANES)
 
     def block(index, carry):
         top, total, sums = carry
         rows = pl.ds(index * LANES, LANES)
+        # All are asked for before the first is needed.
+        keys, values = ([ref[(*place, pl.ds(*piece), rows)] for piece in pieces] for ref in (cache.key, cache.value))
+        key_scale, value_scale = (
+            1.0 if ref is None else ref[(*place, rows)].astype(jnp.float32)
+            for ref in (cache.key_scale, cache.value_scale)
+        )
         scores = jnp.zeros((LANES,), jnp.float32)
-        for piece, values in zip(pieces, query):
-            key = key_ref[(*place, pl.ds(*piece), rows)]
-            scores += jnp.sum(key.astype(jnp.float32) * values[:, None], axis=0)
-        scores = jnp.where(lanes + index * LANES < length, scores, -jnp.inf)
+        for key, part in zip(keys, query):
+            scores += jnp.sum(key.astype(jnp.float32) * part[:, None], axis=0)
+        scores = jnp.where(lanes + index * LANES < length, scores * key_scale, -jnp.inf)
         new_top = jnp.maximum(top, scores)
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         factor, weight = jnp.exp(top - base), jnp.exp(scores - base)
-        new_sums = []
-        for piece, old in zip(pieces, sums):
-            value = value_ref[(*place, pl.ds(*piece), rows)]
-            new_sums.append(old * factor[None, :] + value.astype(jnp.float32) * weight[None, :])
+        share, new_sums = (weight * value_scale)[None, :], []
+        for value, old in zip(values, sums):
+            new_sums.append(old * factor[None, :] + value.astype(jnp.float32) * share)
         return new_top, total * factor + weight, tuple(new_sums)
 
     zeros = tuple(jnp.zeros((size, LANES), jnp.float32) for _, size in pieces)
     start = (jnp.full((LANES,), -jnp.inf, jnp.float32), jnp.zeros((LANES,), jnp.float32), zeros)
-    top, total, sums = jax.lax.fori_loop(begin, end, block, start)
+    top, total, sums = jax.lax.fori_loop(*blocks, block, start)
     # The lanes' states become one. The finite stand-in lets parts without a valid row merge to nothing.
     part_top = jnp.maximum(jnp.max(top), -1e30)
     factor = jnp.exp(top - part_top)

@@ -1,12 +1,14 @@
 """What a generated token runs through: a layer for one new row per sequence, and its attention to cached rows.
 
 Cached keys and values lie as [batch, heads, d_h, rows]: rows are contiguous, which streams memory on a GPU and pads
-nothing on a TPU. How many are valid differs between the sequences of a batch and is known at run time only.
+nothing on a TPU. How many are valid differs between the sequences of a batch and is known at run time only. They may
+be int8 (`kernels.key_value`).
 
 Below the token's layer stands what `prefill` and `slide` do with a cache: write many rows, read all of them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -19,6 +21,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import available, is_half, merge_softmaxes
+from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import (
     LAYER_NORM_EPSILON,
@@ -34,19 +37,6 @@ from tlinformer_jax.parallel.sharding import SplitRows
 
 # Above so many rows the matrix units pay, and a token's products go to XLA.
 MAX_FUSED_ROWS = 4
-
-
-@flax.struct.dataclass
-class KeyValue:
-    """Cached keys, as a rule rotated, and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
-
-    key: Array
-    value: Array
-
-    @property
-    def rows(self) -> int:
-        """Rows there is room for."""
-        return self.key.shape[-1]
 
 
 @flax.struct.dataclass
@@ -165,11 +155,7 @@ def token_layer(
     projected = projected_rows(x)
     if key_rows is not None:
         projected = projected.at[:, 1].set(projected_rows(key_rows)[:, 1])
-    sources = [
-        (part.cache.key, part.cache.value, part.length, part.layer, part.rotary)
-        for part in (past, context)
-        if part is not None
-    ]
+    sources = [(part.cache, part.length, part.layer, part.rotary) for part in (past, context) if part is not None]
     parts, lses, own_key = decode_kernel.attend(projected, rope, sources, config.attention_scale, interpret)
     if context is not None and context.split is not None:
         parts = jnp.stack([parts[0], context.merged(parts[1], lses[1])])
@@ -227,7 +213,7 @@ def _softmax_sum(
 ) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
     """Softmax attention in float32, and its log-sum-exp; 0 and -inf where nothing is valid."""
     cache = source.arrays()
-    scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
+    scores = _scores(query, cache) * scale
     valid = jnp.arange(cache.rows) < source.length[:, None, None]
     scores = jnp.where(valid, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
@@ -238,9 +224,7 @@ def _softmax_sum(
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    output = jnp.einsum(
-        "bhk,bhdk->bhd", weights.astype(cache.value.dtype), cache.value, preferred_element_type=jnp.float32
-    )
+    output = _weighted(weights, cache)
     if own is not None:
         own_weight = jnp.exp(own_score - top)
         total = total + own_weight
@@ -248,6 +232,23 @@ def _softmax_sum(
     safe = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
     return output / safe, lse[..., 0]
+
+
+def _scores(query: Float[Array, "b h d"], cache: KeyValue) -> Float[Array, "b h k"]:
+    """Products of a query and all keys."""
+    if cache.key_scale is None:
+        return jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32)
+    # A sum of products, since for a matrix product XLA would convert the whole cache in memory.
+    products = query.astype(jnp.float32)[..., None] * cache.key.astype(jnp.float32)
+    return jnp.sum(products, axis=-2) * cache.key_scale
+
+
+def _weighted(weights: Float[Array, "b h k"], cache: KeyValue) -> Float[Array, "b h d"]:
+    """The weighted sum of all values."""
+    if cache.value_scale is None:
+        weights = weights.astype(cache.value.dtype)
+        return jnp.einsum("bhk,bhdk->bhd", weights, cache.value, preferred_element_type=jnp.float32)
+    return jnp.sum((weights * cache.value_scale)[..., None, :] * cache.value.astype(jnp.float32), axis=-1)
 
 
 def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active: Array) -> KeyValue:
@@ -260,17 +261,20 @@ def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active:
       active: bool [batch]; of the others nothing changes.
     """
 
+    rows = cache.as_kept(jax.tree.map(lambda array: array[..., None], own))
+
     def write_one(array: Array, new: Array) -> Array:
-        at = (0, 0, 0, 0, row[0])
-        old = jax.lax.dynamic_slice(array, at, (*array.shape[:4], 1))
-        return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new[..., None], old), at)
+        at = (*[0] * (array.ndim - 1), row[0])
+        old = jax.lax.dynamic_slice(array, at, new.shape)
+        return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new, old), at)
 
     def write_all(array: Array, new: Array) -> Array:
         # Rows past the end are dropped. The indexed axes come first in what `set` takes.
-        at = jnp.where(active, row, array.shape[-1])
-        return array.at[:, jnp.arange(at.size), :, :, at].set(jnp.moveaxis(new, 1, 0), mode="drop")
+        between = [slice(None)] * (array.ndim - 3)
+        at = (slice(None), jnp.arange(row.size), *between, jnp.where(active, row, array.shape[-1]))
+        return array.at[at].set(jnp.moveaxis(new[..., 0], 1, 0), mode="drop")
 
-    return jax.tree.map(write_one if row.size == 1 else write_all, cache, own)
+    return jax.tree.map(write_one if row.size == 1 else write_all, cache, rows)
 
 
 # --- many rows of one sequence: `row` is its index in the batch, int32 []; `backend` that of the attention ---
@@ -312,10 +316,10 @@ def write_rows(
 
     In place where the cache, of one layer, is donated. Without `rope` the keys are not rotated.
     """
-    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], rows.shape[1], backend):
+    if _stores_by_kernel(layer.qkv_kernel.dtype, cache.key.shape[2], rows.shape[1], backend):
         projected, bias = unbiased_projections(layer, rows, "kv", key_rows)
-        return KeyValue(*history_kernel.store(cache.key, cache.value, projected[0], bias, rope, row, start))
-    return _write_plainly(cache, row, start, *project(layer, rows, rope, "kv", key_rows))
+        return history_kernel.store(cache, projected[0], bias, rope, row, start)
+    return write_plainly(cache, project(layer, rows, rope, "kv", key_rows), (row,), start)
 
 
 def write_tokens(
@@ -331,21 +335,27 @@ def write_tokens(
 
     The table's keys are not rotated.
     """
-    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], tokens.size, backend):
+    if _stores_by_kernel(table.dtype, cache.key.shape[2], tokens.size, backend):
         no_bias = jnp.zeros(table.shape[1:], table.dtype)
-        stored = history_kernel.store(cache.key, cache.value, table, no_bias, rope, row, start, tokens)
-        return KeyValue(*stored)
+        return history_kernel.store(cache, table, no_bias, rope, row, start, tokens)
     key, value = jnp.moveaxis(jnp.take(table, tokens, axis=0, mode="clip")[None], 2, 0)
-    return _write_plainly(cache, row, start, rotate(key, rope), value)
+    return write_plainly(cache, (rotate(key, rope), value), (row,), start)
 
 
-def _write_plainly(cache: KeyValue, row: Array, start: Array, key: Array, value: Array) -> KeyValue:
-    """Writes keys and values [1, rows, heads, d_h or more]."""
+def write_plainly(
+    cache: KeyValue, key_value: Sequence[Array], place: tuple[Array | int, ...], start: Array | int = 0
+) -> KeyValue:
+    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on.
+
+    `place` is theirs in the cache's first axes: the layer, if it is of several, and the sequence.
+    """
+    rows = KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value))
 
     def write(array: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(array, lane_rows(new, array.shape[2]), (row, 0, 0, start))
+        at = (*place, *[0] * (array.ndim - len(place) - 1), start)
+        return jax.lax.dynamic_update_slice(array, new, at)
 
-    return KeyValue(write(cache.key, key), write(cache.value, value))
+    return jax.tree.map(write, cache, cache.as_kept(rows))
 
 
 def attend_history(
@@ -363,14 +373,18 @@ def attend_history(
     """
     width = query.shape[-1]
     if use_kernels(query.dtype, cache.key.shape[2], backend):
-        read, lse = history_kernel.attend(query[0], cache.key, cache.value, row, length, scale)
+        read, lse = history_kernel.attend(query[0], cache, row, length, scale)
         return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]), lse[None]
-    shape = (1, *cache.key.shape[1:3], chunk)
 
     def body(number: Array, carry: OutputAndLse) -> OutputAndLse:
         start = number * chunk
-        parts = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
-        key, value = (_natural_rows(part, width) for part in parts)
+
+        def some(array: Array) -> Array:
+            at = (row, *[0] * (array.ndim - 2), start)
+            return jax.lax.dynamic_slice(array, at, (1, *array.shape[1:-1], chunk))
+
+        rows = jax.tree.map(some, cache).widened(query.dtype)
+        key, value = (_natural_rows(part, width) for part in (rows.key, rows.value))
         return merge_parts(carry, attend_parts(query, key, value, length - start, scale, backend))
 
     return jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
