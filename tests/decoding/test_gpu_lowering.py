@@ -30,7 +30,7 @@ def half(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def rows(kept: str, batch: int = 2) -> KeyValue:
+def cache_of(kept: str, batch: int = 2) -> KeyValue:
     """A cache of ROWS rows."""
     shape = (batch, HEADS, WIDTH, ROWS)
     if kept == "bfloat16":
@@ -55,7 +55,7 @@ def lowered(function, *arguments) -> str:
 def test_attention_to_history(kept):
     text = lowered(
         lambda *arguments: history_kernel.attend(*arguments, 0.1),
-        half(QUERIES, HEADS, 40), rows(kept), number(), number(),
+        half(QUERIES, HEADS, 40), cache_of(kept), number(), number(),
     )  # fmt: skip
     assert "attend_history" in text
     assert "triton" in text
@@ -72,7 +72,7 @@ def test_attention_to_the_compressed_context():
 @pytest.mark.parametrize("kept", ["bfloat16", "int8"])
 @pytest.mark.parametrize("rotary", [True, False])
 def test_storing(rotary, kept):
-    cache, positions = rows(kept), jax.ShapeDtypeStruct((128,), jnp.int32)
+    cache, positions = cache_of(kept), jax.ShapeDtypeStruct((128,), jnp.int32)
 
     def store(cache, projected, bias, positions, row, start):
         rope = rope_table(positions, WIDTH) if rotary else None
@@ -154,6 +154,6 @@ def test_a_tokens_layer(rotary, kept):
         context = CachedRows(history, lengths, rotary=rotary)
         return token_layer(token, CONFIG, x, rope_table(lengths, WIDTH), past, context, "triton")
 
-    text = lowered(layer, params, half(1, CONFIG.d_model), rows("bfloat16", 1), rows(kept, 1), lengths)
+    text = lowered(layer, params, half(1, CONFIG.d_model), cache_of("bfloat16", 1), cache_of(kept, 1), lengths)
     assert text.count("attend_cached") >= 1
     assert "dense" in text

@@ -37,6 +37,11 @@ REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 disc
 SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; sample i has seed + i.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, each of the same prompt.")
 CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
+CACHE_DTYPE = flags.DEFINE_string(
+    "cache_dtype",
+    "auto",
+    "Of the cached history: auto is the model's dtype, int8 takes about half of bfloat16's memory.",
+)
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be given several times.")
 STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's end of text ends a sample.")
 STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; several come when all are done.")
@@ -46,7 +51,7 @@ SAVE = flags.DEFINE_string(
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
 
 # Flags that are options of the generator, by the same name.
-SAMPLING = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED)
+OPTIONS = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED, CACHE_DTYPE)
 
 
 def main() -> None:
@@ -62,7 +67,7 @@ def main() -> None:
 def _generate() -> int:
     """Generates and prints; returns the exit status."""
     prompt = _prompt()
-    options: dict[str, Any] = {flag.name: flag.value for flag in SAMPLING}
+    options: dict[str, Any] = {flag.name: flag.value for flag in OPTIONS}
     options |= {"stop_strings": STOP.value, "logprobs": JSON.value}
     options["stop_tokens"] = None if STOP_AT_END.value else ()
     if NUM_SAMPLES.value < 1:

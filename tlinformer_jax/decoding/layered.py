@@ -39,7 +39,7 @@ def prefill(
     """
     embedded, layers, capacity, states = embed(params, prompt[None]), cache.layers, cache.capacity, cache.state
 
-    def kept(rows: Heads) -> Heads:
+    def kept(rows: Heads) -> Float[Array, "1 1 rows h k"]:
         if config.architecture == "sliding_window":
             # Row r holds the last position before `length` that is r modulo the capacity.
             position = length - 1 - (length - 1 - jnp.arange(capacity)) % capacity

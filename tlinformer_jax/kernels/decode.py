@@ -89,7 +89,11 @@ def _attend_kernel(
     sin_ref,
     caches: tuple[KeyValue, ...],
     length_refs: tuple,
-    *outputs: Any,
+    sums_ref,
+    top_ref,
+    total_ref,
+    own_key_ref,
+    *,
     layers: tuple,
     rotary: tuple[bool, ...],
     splits: tuple[int, ...],
@@ -97,7 +101,6 @@ def _attend_kernel(
     scale: float,
 ) -> None:
     """One part of one source, for one head of one sequence; with one part a source its sums are divided."""
-    *outputs, own_key_ref = outputs
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     pieces = feature_pieces(width)
 
@@ -119,8 +122,8 @@ def _attend_kernel(
             each = pl.cdiv(blocks, count)
             begin = (part - first) * each
             reader = query if rotary[index] else far_query
-            ends = begin, jnp.minimum(begin + each, blocks)
-            state = _stream(reader, caches[index], place, ends, length, pieces)
+            end = jnp.minimum(begin + each, blocks)
+            state = _stream(reader, caches[index], place, begin, end, length, pieces)
             if index == 0:
                 own_key, own_value = rotated(1), [projected_ref[row, 2, head, pl.ds(*piece)] for piece in pieces]
                 state = _with_own(state, query, own_key, own_value, part == first)
@@ -130,7 +133,7 @@ def _attend_kernel(
                     for (start, size), piece in zip(pieces, own_key):
                         own_key_ref[row, head, pl.ds(start, size)] = piece.astype(own_key_ref.dtype)
 
-            _write_part(state, outputs, (part, row, head), pieces, divide=max(splits) == 1)
+            _write_part(state, (sums_ref, top_ref, total_ref), (part, row, head), pieces, divide=max(splits) == 1)
 
         first += count
 
@@ -148,8 +151,8 @@ def _rotated_piece(ref, cos_ref, sin_ref, place, piece: tuple[int, int], width: 
     return turned.astype(ref.dtype).astype(jnp.float32)  # rounded as it is cached
 
 
-def _stream(query, cache, place, blocks, length, pieces):
-    """Reads blocks[0] .. blocks[1] - 1 of LANES rows.
+def _stream(query, cache, place, begin, end, length, pieces):
+    """Reads blocks begin .. end - 1 of LANES rows.
 
     Returns:
       each lane's maximum and sum of weights float32 [LANES], and its weighted values, a tuple of [size, LANES].
@@ -179,7 +182,7 @@ def _stream(query, cache, place, blocks, length, pieces):
 
     zeros = tuple(jnp.zeros((size, LANES), jnp.float32) for _, size in pieces)
     start = (jnp.full((LANES,), -jnp.inf, jnp.float32), jnp.zeros((LANES,), jnp.float32), zeros)
-    top, total, sums = jax.lax.fori_loop(*blocks, block, start)
+    top, total, sums = jax.lax.fori_loop(begin, end, block, start)
     # The lanes' states become one. The finite stand-in lets parts without a valid row merge to nothing.
     part_top = jnp.maximum(jnp.max(top), -1e30)
     factor = jnp.exp(top - part_top)

@@ -49,7 +49,7 @@ class KeyValue:
         if self.key_scale is None or self.value_scale is None:
             return self
         pairs = (self.key, self.key_scale), (self.value, self.value_scale)
-        return KeyValue(*((whole * jnp.float32(scale)[..., None, :]).astype(dtype) for whole, scale in pairs))
+        return KeyValue(*((whole * scale.astype(jnp.float32)[..., None, :]).astype(dtype) for whole, scale in pairs))
 
 
 def quantised(

@@ -264,7 +264,7 @@ def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active:
     rows = cache.as_kept(jax.tree.map(lambda array: array[..., None], own))
 
     def write_one(array: Array, new: Array) -> Array:
-        at = (*[0] * (array.ndim - 1), row[0])
+        at: list[Any] = [*[0] * (array.ndim - 1), row[0]]
         old = jax.lax.dynamic_slice(array, at, new.shape)
         return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new, old), at)
 
@@ -352,7 +352,7 @@ def write_plainly(
     rows = KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value))
 
     def write(array: Array, new: Array) -> Array:
-        at = (*place, *[0] * (array.ndim - len(place) - 1), start)
+        at: list[Any] = [*place, *[0] * (array.ndim - len(place) - 1), start]
         return jax.lax.dynamic_update_slice(array, new, at)
 
     return jax.tree.map(write, cache, cache.as_kept(rows))
@@ -380,7 +380,7 @@ def attend_history(
         start = number * chunk
 
         def some(array: Array) -> Array:
-            at = (row, *[0] * (array.ndim - 2), start)
+            at: list[Any] = [row, *[0] * (array.ndim - 2), start]
             return jax.lax.dynamic_slice(array, at, (1, *array.shape[1:-1], chunk))
 
         rows = jax.tree.map(some, cache).widened(query.dtype)
