@@ -28,7 +28,7 @@ from tlinformer_jax.kernels.common import (
     masked_store,
     merge_softmaxes,
 )
-from tlinformer_jax.kernels.key_value import KeyValue, row_scale, to_integers
+from tlinformer_jax.kernels.key_value import KeyValue, row_scale, to_integers, value_dtype
 
 # Queries and rows that a program of `attend` multiplies at once, its warps, and the loads it keeps under way.
 QUERY_TILE = 64
@@ -166,9 +166,8 @@ def _stream(query, cache, place, length, blocks, width: int, scale: float):
       pieces [QUERY_TILE, size].
     """
     pieces, lanes = feature_pieces(width, LEAST_PIECE), iota(ROW_TILE)
-    value_dtype = query[0].dtype
-    if cache.value_scale is not None and value_dtype == jnp.float16:
-        value_dtype = jnp.bfloat16  # a weight times a scale may be too small for float16
+    key_dtype = query[0].dtype
+    shared_dtype = key_dtype if cache.value_scale is None else value_dtype(key_dtype)
 
     def load(ref, start: int, size: int, rows: Array, dtype) -> Array:
         features = start + iota(size)
@@ -184,16 +183,16 @@ def _stream(query, cache, place, length, blocks, width: int, scale: float):
         rows = index * ROW_TILE + lanes
         scores = jnp.zeros((QUERY_TILE, ROW_TILE), jnp.float32)
         for piece, values in zip(pieces, query):
-            scores += dot(values, load(cache.key, *piece, rows, values.dtype), 0)
+            scores += dot(values, load(cache.key, *piece, rows, key_dtype), 0)
         scores = scaled(scores, cache.key_scale, rows)
         if masked:
             scores = jnp.where((rows < length)[None, :], scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         factor = jnp.exp2((top - new_top) * scale)
         weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
-        new_sums, shares = [], scaled(weights, cache.value_scale, rows).astype(value_dtype)
+        new_sums, shares = [], scaled(weights, cache.value_scale, rows).astype(shared_dtype)
         for piece, old in zip(pieces, sums):
-            value = load(cache.value, *piece, rows, value_dtype)
+            value = load(cache.value, *piece, rows, shared_dtype)
             new_sums.append(old * factor[:, None] + dot(shares, value, 1))
         return new_top, total * factor + jnp.sum(weights, axis=1), tuple(new_sums)
 

@@ -52,6 +52,11 @@ class KeyValue:
         return KeyValue(*((whole * scale.astype(jnp.float32)[..., None, :]).astype(dtype) for whole, scale in pairs))
 
 
+def value_dtype(query_dtype: jnp.dtype) -> jnp.dtype:
+    """In which weights times scales and int8 values are multiplied: their products may be too small for float16."""
+    return jnp.dtype(jnp.bfloat16) if query_dtype == jnp.float16 else jnp.dtype(query_dtype)
+
+
 def quantised(
     numbers: Float[Array, "*any d_h rows"],
 ) -> tuple[Int8[Array, "*any d_h rows"], Num[Array, "*any rows"]]:

@@ -21,7 +21,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import available, is_half, merge_softmaxes
-from tlinformer_jax.kernels.key_value import KeyValue
+from tlinformer_jax.kernels.key_value import KeyValue, value_dtype
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.layers import (
     LAYER_NORM_EPSILON,
@@ -33,10 +33,15 @@ from tlinformer_jax.models.layers import (
 )
 from tlinformer_jax.models.rope import Rope, rotate
 from tlinformer_jax.models.streams import Stream
+from tlinformer_jax.parallel.mesh import platform
 from tlinformer_jax.parallel.sharding import SplitRows
 
 # Above so many rows the matrix units pay, and a token's products go to XLA.
 MAX_FUSED_ROWS = 4
+# Most int8 rows that a token reads at once without a kernel. XLA may convert them in memory before it multiplies: so
+# few that they stay in a processor's cache; on accelerators so many that launches do not count.
+INT8_ROWS = 4096
+INT8_ROWS_ON_ACCELERATORS = 32768
 
 
 @flax.struct.dataclass
@@ -57,8 +62,17 @@ class CachedRows:
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
     rotary: bool = flax.struct.field(pytree_node=False, default=True)
 
-    def arrays(self) -> KeyValue:
-        """Keys and values of the layer, [batch, heads, d_h, rows]."""
+    def arrays(self, start: Array | int = 0, count: int | None = None) -> KeyValue:
+        """Keys and values of the layer, [batch, heads, d_h, rows]; `count` rows from `start` on, or all."""
+
+        def some(array: Array) -> Array:
+            leading = [] if self.layer is None else [self.layer]
+            at = [*leading, *[0] * (array.ndim - len(leading) - 1), start]
+            shape = [*[1] * len(leading), *array.shape[len(leading) : -1], count]
+            return jax.lax.dynamic_slice(array, at, shape).reshape(shape[len(leading) :])
+
+        if count is not None:
+            return jax.tree.map(some, self.cache)
         return self.cache if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.cache)
 
     def merged(self, output: Float[Array, "b h d"], lse: Float[Array, "b h"]) -> Float[Array, "b h d"]:
@@ -212,19 +226,43 @@ def _softmax_sum(
     query: Float[Array, "b h d"], source: CachedRows, own: KeyValue | None, scale: float
 ) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
     """Softmax attention in float32, and its log-sum-exp; 0 and -inf where nothing is valid."""
-    cache = source.arrays()
-    scores = _scores(query, cache) * scale
-    valid = jnp.arange(cache.rows) < source.length[:, None, None]
+    rows, most = source.cache.rows, INT8_ROWS if platform() == "cpu" else INT8_ROWS_ON_ACCELERATORS
+    if source.cache.key_scale is None or rows <= most:
+        return _softmax_of(query, source.arrays(), source.length, own, scale)
+    chunk = min(most, rows & -rows)
+
+    def some(start: Array) -> tuple[Array, Array]:
+        return _softmax_of(query, source.arrays(start, chunk), source.length - start, None, scale)
+
+    outputs, lse = jax.lax.map(some, jnp.arange(0, rows, chunk))
+    if own is not None:
+        outputs = jnp.concatenate([outputs, own.value.astype(jnp.float32)[None]])
+        lse = jnp.concatenate([lse, _own_score(query, own, scale)[None, ..., 0]])
+    return merge_softmaxes(outputs, lse, axis=0)
+
+
+def _softmax_of(
+    query: Float[Array, "b h d"], cache: KeyValue, length: Int[Array, " b"], own: KeyValue | None, scale: float
+) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
+    """The same, of rows at once."""
+    if cache.key_scale is None:
+        scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
+    else:
+        key = cache.key.astype(query.dtype)
+        scores = jnp.einsum("bhd,bhdk->bhk", query, key, preferred_element_type=jnp.float32) * scale * cache.key_scale
+    valid = jnp.arange(cache.rows) < length[:, None, None]
     scores = jnp.where(valid, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
     if own is not None:
-        wide = query.astype(jnp.float32) * own.key.astype(jnp.float32)
-        own_score = jnp.sum(wide, axis=-1, keepdims=True) * scale
+        own_score = _own_score(query, own, scale)
         top = jnp.maximum(top, own_score)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    output = _weighted(weights, cache)
+    value = cache.value
+    if cache.value_scale is not None:
+        weights, value = weights * cache.value_scale, value.astype(value_dtype(query.dtype))
+    output = jnp.einsum("bhk,bhdk->bhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     if own is not None:
         own_weight = jnp.exp(own_score - top)
         total = total + own_weight
@@ -234,21 +272,8 @@ def _softmax_sum(
     return output / safe, lse[..., 0]
 
 
-def _scores(query: Float[Array, "b h d"], cache: KeyValue) -> Float[Array, "b h k"]:
-    """Products of a query and all keys."""
-    if cache.key_scale is None:
-        return jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32)
-    # A sum of products, since for a matrix product XLA would convert the whole cache in memory.
-    products = query.astype(jnp.float32)[..., None] * cache.key.astype(jnp.float32)
-    return jnp.sum(products, axis=-2) * cache.key_scale
-
-
-def _weighted(weights: Float[Array, "b h k"], cache: KeyValue) -> Float[Array, "b h d"]:
-    """The weighted sum of all values."""
-    if cache.value_scale is None:
-        weights = weights.astype(cache.value.dtype)
-        return jnp.einsum("bhk,bhdk->bhd", weights, cache.value, preferred_element_type=jnp.float32)
-    return jnp.sum((weights * cache.value_scale)[..., None, :] * cache.value.astype(jnp.float32), axis=-1)
+def _own_score(query: Float[Array, "b h d"], own: KeyValue, scale: float) -> Float[Array, "b h 1"]:
+    return jnp.sum(query.astype(jnp.float32) * own.key.astype(jnp.float32), axis=-1, keepdims=True) * scale
 
 
 def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active: Array) -> KeyValue:
