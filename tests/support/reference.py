@@ -5,17 +5,20 @@ path can be compared with something that is easy to check by eye.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 Weights = Mapping[str, np.ndarray]
+# What a cache keeps of rows of keys or values [n, heads, d].
+Kept = Callable[[np.ndarray], np.ndarray]
 
 
-def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
+def logits(weights: Weights, config, tokens: np.ndarray, kept: Kept | None = None) -> np.ndarray:
     """Teacher-forced logits float64 [batch, length, V] of integer tokens [batch, length].
 
-    `config` needs the fields of ModelConfig; `weights` has the published names.
+    `config` needs the fields of ModelConfig; `weights` has the published names; `kept` is applied to the history's keys
+    and values under `compress`.
     """
     weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     rows = []
@@ -23,7 +26,7 @@ def logits(weights: Weights, config, tokens: np.ndarray) -> np.ndarray:
         embedded = weights["embedding.weight"][sequence]
         if config.architecture in ("tlinformer", "tconstformer"):
             starts = range(0, len(sequence), config.generation_window)
-            x = np.concatenate([_predicted(weights, config, embedded, start) for start in starts])
+            x = np.concatenate([_predicted(weights, config, embedded, start, kept) for start in starts])
         else:
             x = _baseline(weights, config, embedded)
         x = _norm(x, weights["transformer.norm.weight"], weights["transformer.norm.bias"])
@@ -48,15 +51,22 @@ def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.take_along_axis(log_probs, np.asarray(labels)[..., None], -1).mean())
 
 
-def _predicted(weights: Weights, config, embedded: np.ndarray, start: int) -> np.ndarray:
+def _predicted(weights: Weights, config, embedded: np.ndarray, start: int, kept: Kept | None = None) -> np.ndarray:
     """The window that predicts from position `start` on; the tokens before it that run with it are dropped."""
     before = min(config.window_overlap, start)
     n, stop = start - before, start + config.generation_window
-    return _window(weights, config, embedded, n, embedded[n:stop])[before:]
+    return _window(weights, config, embedded, n, embedded[n:stop], kept=kept)[before:]
 
 
 def _window(
-    weights: Weights, config, embedded: np.ndarray, n: int, x: np.ndarray, first: int = 0, probe: list | None = None
+    weights: Weights,
+    config,
+    embedded: np.ndarray,
+    n: int,
+    x: np.ndarray,
+    first: int = 0,
+    probe: list | None = None,
+    kept: Kept | None = None,
 ) -> np.ndarray:
     """The window x at n; rows before `first` do not exist. `probe` gets queries, keys and values of blocks' starts."""
     m = len(x)
@@ -77,6 +87,8 @@ def _window(
             qc, _, _ = layer.project(context, None)
             _, kc, _ = layer.project(keyed[first:n] if b == 0 and config.token_shift else context, None)
             far_qx, _, _ = layer.project(x, None)
+        if kept is not None and len(context):
+            kc, vc = kept(kc), kept(vc)
         if probe is not None:
             probe.append((qc[rows], qx, far_qx, kc, vc, kx, vx))
         z = layer.update(context[rows], _attend(qc[rows], kc, vc))

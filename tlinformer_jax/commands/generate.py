@@ -21,6 +21,7 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path, write_bytes
 
 if TYPE_CHECKING:
+    from tlinformer_jax.config.model import ModelConfig
     from tlinformer_jax.decoding.stream import Generation, Stream
 
 WORKDIR, STEP = cli.run_flags()
@@ -93,7 +94,7 @@ def _generate() -> int:
         assert generator.tokenizer is not None
         before = generator.tokenizer.encode(prompt)
         save([np.append(before, sample.tokens) for sample in stream.generations])
-    _print_figures(stream, compilations)
+    _print_figures(stream, compilations, generator.decoder.config)
     return environment.INTERRUPTED if interrupted else 0
 
 
@@ -163,8 +164,10 @@ def _as_json(number: int, sample: "Generation") -> dict[str, Any]:
     return {"sample": number, "seed": (SEED.value + number) % 2**32, **values}
 
 
-def _print_figures(stream: "Stream", compilations: list[float]) -> None:
+def _print_figures(stream: "Stream", compilations: list[float], config: "ModelConfig") -> None:
     """Prints speed, cache hits and memory on stderr."""
+    from tlinformer_jax.models.cached_attention import int8_readers
+
     calls = stream.calls
     if not calls:
         return
@@ -184,6 +187,8 @@ def _print_figures(stream: "Stream", compilations: list[float]) -> None:
     hits, misses = sum(sample.hits for sample in samples), sum(sample.misses for sample in samples)
     lines.append(f"{hits:,} cache hits, {misses:,} misses")
     lines.append(f"cache: {stream.cache_bytes}")
+    if CACHE_DTYPE.value == "int8":
+        lines.append(int8_readers(config))
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

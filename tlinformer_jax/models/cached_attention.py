@@ -184,6 +184,16 @@ def use_token_kernels(config: ModelConfig) -> bool:
     return config.attention != "xla" and available("decode")
 
 
+def int8_readers(config: ModelConfig) -> str:
+    """One line on what reads an int8 cache here."""
+    names = {True: "a kernel", False: "plain JAX"}
+    line = f"int8 cache: read by {names[use_token_kernels(config)]} for a token"
+    if not config.windowed:
+        return line
+    many = names[use_kernels(config.compute_dtype, config.head_dim, config.attention)]
+    return f"{line}, by {many} for prefill and slide"
+
+
 def _projected(params: TokenLayerParams, x: Array, interpret: bool) -> Array:
     """`projections` by the fused kernel: [batch, 3, heads, d_h]."""
     shape, vectors = params.qkv_kernel.shape, params.vectors
