@@ -10,8 +10,10 @@ import pytest
 
 from tests.decoding.test_context import small_caches
 from tests.decoding.test_exactness import errors_of, make_decoder, truth
-from tests.decoding.test_kernels import log_sum_exp, normal, softmax_attention
+from tests.decoding.test_kernels import in_int8, log_sum_exp, normal, softmax_attention
+from tests.decoding.test_trained_bfloat16 import decoded_logits
 from tests.support import golden, reference
+from tests.support.commands import command
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES
@@ -21,6 +23,7 @@ from tlinformer_jax.decoding.cache import init_cache
 from tlinformer_jax.decoding.decoder import Decoder, step
 from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.evaluation.trained import load_run
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import key_value
@@ -86,7 +89,7 @@ def test_rows_are_quantised_as_numpy_does(dtype):
     ("changes", "rows_per_token"),
     [
         ({}, 4),
-        ({"num_blocks": 3, "history_position": "none", "token_shift": True}, 0),
+        pytest.param({"num_blocks": 3, "history_position": "none", "token_shift": True}, 0, marks=pytest.mark.slow),
         pytest.param({"hidden_depth": 2, "window_overlap": 2}, 0, marks=pytest.mark.slow),
     ],
 )
@@ -105,7 +108,10 @@ def test_every_logit_is_that_of_a_history_quantised_in_numpy(changes, rows_per_t
     assert np.median(int8_errors(make_decoder(config), truth)) > 1e-3  # so the bound above means something
 
 
-@pytest.mark.parametrize("architecture", ["tlinformer", "transformer", "gated_deltanet_hybrid"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["tlinformer", "transformer", pytest.param("gated_deltanet_hybrid", marks=pytest.mark.slow)],
+)
 def test_the_error_of_logits_is_small_and_does_not_grow_with_slides(architecture):
     config = dataclasses.replace(CONFIG, architecture=architecture)
     decoder = make_decoder(config)
@@ -135,7 +141,7 @@ def scales_a_tenth_too_large(monkeypatch):
     )
 
 
-def scales_of_the_sequence_before(monkeypatch):
+def scales_of_the_row_before(monkeypatch):
     real = KeyValue.as_kept
 
     def mutated(self, rows):
@@ -154,7 +160,13 @@ def cut_off(monkeypatch):
 
 @pytest.mark.parametrize(
     "mutate",
-    [scales_of_keys_for_values, scales_a_tenth_too_large, scales_of_the_sequence_before, cut_off],
+    [
+        scales_of_keys_for_values,
+        *(
+            pytest.param(mutate, marks=pytest.mark.slow)
+            for mutate in (scales_a_tenth_too_large, scales_of_the_row_before, cut_off)
+        ),
+    ],
     ids=lambda mutate: mutate.__name__,
 )
 def test_mutations_are_caught(mutate, monkeypatch, own_traces):
@@ -162,7 +174,8 @@ def test_mutations_are_caught(mutate, monkeypatch, own_traces):
     assert np.median(int8_errors(make_decoder(CONFIG), quantised_truth)) > 1e-3
 
 
-@pytest.mark.parametrize("context", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [2, 8])
 def test_rows_spread_over_devices(context, monkeypatch, own_traces):
     small_caches(monkeypatch)
     config = dataclasses.replace(CONFIG, history_window=7, generation_window=5)
@@ -231,13 +244,67 @@ def test_what_does_not_grow_has_no_int8_cache(architecture):
         generator.stream([[1, 2]], cache_dtype="int4")
 
 
+RECALL = {
+    "model": {
+        "vocab_size": 32,
+        "d_model": 32,
+        "num_heads": 2,
+        "num_blocks": 2,
+        "hidden_depth": 0,
+        "d_ff": 64,
+        "history_window": 4,
+        "generation_window": 4,
+        "token_shift": True,
+        "dtype": "float32",
+    },
+    "train": {"steps": 1200, "batch_size": 64, "warmup_steps": 50, "learning_rate": 1e-2, "eval_every": 1200},
+    "data": {
+        "dataset": "recall",
+        "tokenizer": "numbers:32",
+        "sequence_length": 24,
+        "num_items": 4,
+        "examples": 80_000,
+    },
+}
+
+
+@pytest.mark.slow
+def test_a_trained_model_recalls_as_much(tmp_path):
+    """Four pairs in the first two windows, asked for over the four that follow."""
+    file = tmp_path / "recall.py"
+    file.write_text(
+        "from tlinformer_jax.config.run import default_config_dict\n\ndef get_config():\n"
+        f"    config = default_config_dict()\n    for name, fields in {RECALL!r}.items():\n"
+        "        config[name].update(fields)\n    return config\n"
+    )
+    workdir = tmp_path / "run"
+    result = command("tlinformer_jax.main", f"--config={file}", f"--workdir={workdir}", many_steps=True)
+    assert result.returncode == 0, result.stderr
+    trained = load_run(workdir)
+    model = build_model(trained.run.config.model)
+    decoder = Decoder(model, {"params": jax.device_get(trained.params)})
+    samples = trained.run.split("test").task.make(np.arange(100), 24)
+    right = {}
+    for cache_dtype in ("auto", "int8"):
+        chosen = [decoded_logits(decoder, row, 8, cache_dtype).argmax(-1) for row in samples.tokens]
+        # The logits after position t are at t - 8, and the token after it is an answer where `answers` says so.
+        right[cache_dtype] = (
+            np.stack(chosen)[:, :-1][samples.answers[:, 8:]] == samples.tokens[:, 9:][samples.answers[:, 8:]]
+        )
+    print({name: float(found.mean()) for name, found in right.items()})
+    assert right["auto"].size == 400
+    assert right["auto"].mean() > 0.95
+    assert right["int8"].mean() >= right["auto"].mean() - 0.01
+    assert (right["int8"] == right["auto"]).mean() >= 0.99
+
+
 # --- the GPU kernels, interpreted
 
 
 def int8_cache(*shape: int, seed: int = 0) -> tuple[KeyValue, np.ndarray, np.ndarray]:
     """A cache, and its keys and values in float64."""
-    (key, key_scale), (value, value_scale) = (quantised(normal(number, *shape)) for number in (seed, seed + 1))
-    cache, pairs = KeyValue(key, value, key_scale, value_scale), ((key, key_scale), (value, value_scale))
+    cache = in_int8(KeyValue(normal(seed, *shape), normal(seed + 1, *shape)))
+    pairs = (cache.key, cache.key_scale), (cache.value, cache.value_scale)
     return cache, *(
         np.asarray(whole, np.float64) * np.asarray(scale, np.float64)[..., None, :] for whole, scale in pairs
     )

@@ -8,7 +8,7 @@ import pytest
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import feature_pieces
-from tlinformer_jax.kernels.key_value import KeyValue
+from tlinformer_jax.kernels.key_value import KeyValue, quantised
 from tlinformer_jax.models.cached_attention import CachedRows, TokenLayerParams, token_layer
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
 from tlinformer_jax.models.rope import rope_table, rotate
@@ -16,6 +16,11 @@ from tlinformer_jax.models.rope import rope_table, rotate
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def in_int8(cache: KeyValue) -> KeyValue:
+    (key, key_scale), (value, value_scale) = quantised(cache.key), quantised(cache.value)
+    return KeyValue(key, value, key_scale, value_scale)
 
 
 def log_sum_exp(query, key, scale):
@@ -107,15 +112,17 @@ def test_feature_pieces_cover_the_width_once(least):
 
 
 @pytest.mark.parametrize(
-    ("batch", "with_context", "rotary"),
+    ("batch", "with_context", "rotary", "int8"),
     [
-        (1, True, True),
-        (2, True, False),
-        pytest.param(5, True, True, marks=pytest.mark.slow),
-        pytest.param(3, False, True, marks=pytest.mark.slow),
+        (1, True, True, False),
+        (2, True, False, False),
+        (2, True, True, True),
+        pytest.param(5, True, True, False, marks=pytest.mark.slow),
+        pytest.param(3, False, True, False, marks=pytest.mark.slow),
+        pytest.param(3, False, True, True, marks=pytest.mark.slow),
     ],
 )
-def test_token_layer_by_kernels_equals_plain_products(batch, with_context, rotary):
+def test_token_layer_by_kernels_equals_plain_products(batch, with_context, rotary, int8):
     config = ModelConfig(d_model=24, num_heads=2, d_ff=40, dtype="float32", attention="xla")
     shapes = {
         "norm1_scale": (24,),
@@ -134,6 +141,8 @@ def test_token_layer_by_kernels_equals_plain_products(batch, with_context, rotar
     # Room for several parts of the long source; every sequence has a length of its own, one of them none.
     past = KeyValue(normal(20, 2, batch, 2, 12, 128), normal(21, 2, batch, 2, 12, 128))
     history = KeyValue(normal(22, batch, 2, 12, 1536), normal(23, batch, 2, 12, 1536))
+    if int8:  # the window's rows where there is no history, as in a Transformer
+        past, history = past if with_context else in_int8(past), in_int8(history)
     lengths = jnp.asarray([0, 127, 128, 5, 90][:batch], jnp.int32)
     long = jnp.asarray([1300, 0, 129, 1536, 1][:batch], jnp.int32)
     context = CachedRows(history, long, rotary=rotary) if with_context else None
