@@ -270,7 +270,7 @@ def _store_kernel(
     pairs = iota(pl.next_power_of_2(spread))
     numbers = tile * STORE_TILE + iota(STORE_TILE)
     to = place_ref[1] + numbers
-    there, inside = (pairs < spread)[None, :], (pairs < half)[None, :]
+    there = (pairs < spread)[None, :]
     # Past the history the ids may be anything.
     sources = numbers if tokens_ref is None else jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)
 
@@ -285,13 +285,16 @@ def _store_kernel(
 
     def write(ref, scale_ref, halves: list[Array]) -> None:
         if scale_ref is not None:
-            wide = [jnp.where(inside, block.astype(projected_ref.dtype).astype(jnp.float32), 0.0) for block in halves]
+            wide = [
+                jnp.where((pairs < half)[None, :], block.astype(projected_ref.dtype).astype(jnp.float32), 0.0)
+                for block in halves
+            ]
             scale = row_scale(jnp.maximum(*(jnp.max(jnp.abs(block), axis=1) for block in wide)))
             halves = [to_integers(block, scale[:, None]) for block in wide]
             masked_store(scale_ref.at[place_ref[0], head, to], scale.astype(scale_ref.dtype))
         for first, block in zip((0, half), halves):
             target = ref.at[place_ref[0], head, first + pairs[:, None], to[None, :]]
-            mask = jnp.broadcast_to(jnp.transpose(inside), (pairs.shape[0], STORE_TILE))
+            mask = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
             masked_store(target, jnp.transpose(block.astype(ref.dtype)), mask)
 
     keys = load(0)
