@@ -15,7 +15,8 @@ from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import rows as row_kernels
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.kernels.key_value import KeyValue
-from tlinformer_jax.models.cached_attention import CachedRows, TokenLayerParams, token_layer
+from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
+from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import Layer, prepare_layers
 from tlinformer_jax.models.rope import rope_table
 

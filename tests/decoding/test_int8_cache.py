@@ -28,8 +28,8 @@ from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import key_value
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
-from tlinformer_jax.models import cached_attention
-from tlinformer_jax.models.cached_attention import CachedRows, attend_cached
+from tlinformer_jax.models import cached_rows
+from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
 from tlinformer_jax.models.rope import rope_table, rotate
 
 # Several blocks read what the blocks before restored; windows slide five times.
@@ -98,7 +98,7 @@ def test_every_logit_is_that_of_a_history_quantised_in_numpy(changes, rows_per_t
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
-    monkeypatch.setattr(cached_attention, "INT8_ROWS", 8)
+    monkeypatch.setattr(cached_rows, "INT8_ROWS", 8)
     monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     config = dataclasses.replace(CONFIG, **changes)
     errors = int8_errors(make_decoder(config), quantised_truth, room=13)
@@ -326,7 +326,7 @@ def test_attend_history(queries, width, length):
 
 @pytest.mark.parametrize("chunk", [4096, 256])
 def test_a_token_by_plain_products(chunk, monkeypatch):
-    monkeypatch.setattr(cached_attention, "INT8_ROWS", chunk)
+    monkeypatch.setattr(cached_rows, "INT8_ROWS", chunk)
     cache, key, value = int8_cache(3, 2, 12, 1536)
     lengths, query, own = [1536, 1, 700], normal(5, 3, 2, 12), KeyValue(normal(6, 3, 2, 12), normal(7, 3, 2, 12))
     rows = CachedRows(cache, jnp.asarray(lengths, jnp.int32))

@@ -9,7 +9,8 @@ from tlinformer_jax import ModelConfig
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import feature_pieces
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
-from tlinformer_jax.models.cached_attention import CachedRows, TokenLayerParams, token_layer
+from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
+from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
 from tlinformer_jax.models.rope import rope_table, rotate
 

@@ -19,7 +19,8 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.sampling import INT8
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.kernels.key_value import SCALE_DTYPE, KeyValue
-from tlinformer_jax.models.cached_attention import CachedRows, write_row
+from tlinformer_jax.models.cached_attention import write_row
+from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.delta import DeltaState
 from tlinformer_jax.models.model import NO_TOKEN
 from tlinformer_jax.parallel.mesh import platform

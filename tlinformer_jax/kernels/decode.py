@@ -1,6 +1,6 @@
 """GPU kernels of a generated token, in Pallas for Triton.
 
-Plain twins: `models.cached_attention.attend_cached`, `models.layers.project` and `update`. Gain: 1.4 to 1.9 times the
+Plain twins: `models.cached_rows.attend_cached`, `models.layers.project` and `update`. Gain: 1.4 to 1.9 times the
 tokens per second of a step.
 
 `attend` is split over the cached rows and reads each byte once, up to the last valid row. Rows are contiguous in
