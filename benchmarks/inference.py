@@ -47,6 +47,7 @@ MAX_QUADRATIC = flags.DEFINE_integer(
     lower_bound=0,
 )
 CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
+CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "Of keys and values that grow with a sequence: auto or int8.")
 SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.", lower_bound=0, upper_bound=2**32 - 1)
 PROFILE = flags.DEFINE_string("profile", "", "Directory for traces of a hit loop and a slide at the largest length.")
 OUT = flags.DEFINE_string("out", "", "Directory for inference.json and plots; none: print only.")
@@ -70,6 +71,7 @@ def main() -> None:
     base = _base_config()
     configs = [dataclasses.replace(base, architecture=name) for name in dict.fromkeys(ARCHITECTURES.value)]
     mesh = _mesh(configs)
+    _check_cache_dtype(configs)
     out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
     plan = Plan(
@@ -81,6 +83,7 @@ def main() -> None:
         max_uncached_length=MAX_UNCACHED.value,
         max_quadratic_prefill=MAX_QUADRATIC.value,
         seed=SEED.value,
+        cache_dtype=CACHE_DTYPE.value,
     )
     workdir = local_path(WORKDIR.value, "--workdir") if WORKDIR.value and not RANDOM_WEIGHTS.value else None
     use_compilation_cache()
@@ -102,6 +105,19 @@ def _mesh(configs: list[ModelConfig]) -> Any:
     except ConfigError as error:
         raise ConfigError("--context", error.value, error.allowed) from None
     return mesh
+
+
+def _check_cache_dtype(configs: list[ModelConfig]) -> None:
+    """Refuses one that there is not, or that a model's cache cannot have."""
+    from tlinformer_jax.decoding.cache import check_cache_dtype
+    from tlinformer_jax.decoding.sampling import GenerationConfig
+
+    try:
+        GenerationConfig(cache_dtype=CACHE_DTYPE.value)
+        for config in configs:
+            check_cache_dtype(config, CACHE_DTYPE.value)
+    except ConfigError as error:
+        raise ConfigError("--cache_dtype", error.value, error.allowed) from None
 
 
 def _workdir_config() -> ModelConfig:

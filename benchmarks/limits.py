@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from benchmarks.timing import Timing, time_calls
 from tlinformer_jax.analysis.flops import delta_layers
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding.cache import history_of, tree_bytes
+from tlinformer_jax.decoding.cache import history_of, paper_row_bytes, row_bytes, tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
 
 # Back to back in one timed call, so that the device does not wait for the host between them.
@@ -113,14 +113,24 @@ def cached_rows(config: ModelConfig, history: float, window: float, devices: int
         return config.attention_layers * (history + window)
     if config.architecture == "sliding_window":
         return config.num_layers * min(history + window, int(config.history_window) + config.generation_window - 1)
-    kept = history / devices if config.architecture == "tlinformer" else 0
-    observed = config.observed_rows(int(history))
-    return config.num_blocks * (kept + (config.hidden_depth + 1) * observed) + config.num_layers * window
+    observed = config.num_blocks * (config.hidden_depth + 1) * config.observed_rows(int(history))
+    return _growing_rows(config, history, window, devices) + observed + config.num_layers * window
 
 
-def row_bytes(config: ModelConfig) -> int:
-    """Bytes of one row's key and value under one layer."""
-    return 2 * config.d_model * config.compute_dtype.itemsize
+def _growing_rows(config: ModelConfig, history: float, window: float, devices: int) -> float:
+    """Those of `cached_rows` that grow with the sequence, which `cache_dtype` is about."""
+    if config.windowed:
+        return config.num_blocks * history / devices if config.architecture == "tlinformer" else 0
+    return config.attention_layers * (history + window) if config.grows else 0
+
+
+def cached_bytes(
+    config: ModelConfig, history: float, window: float, devices: int = 1, cache_dtype: str = "auto"
+) -> float:
+    """Bytes of `cached_rows`; `cache_dtype` is that of `sampling.GenerationConfig`."""
+    growing = _growing_rows(config, history, window, devices)
+    others = cached_rows(config, history, window, devices) - growing
+    return growing * row_bytes(config, cache_dtype) + others * row_bytes(config)
 
 
 def state_bytes(config: ModelConfig) -> int:
@@ -128,22 +138,29 @@ def state_bytes(config: ModelConfig) -> int:
     return 4 * (config.num_layers - config.attention_layers) * config.delta.state_size
 
 
-def equation_7(config: ModelConfig, batch: int, length: int) -> int:
-    """The cache's bytes by the paper's equation 7, which leaves the windows out; of a baseline, of all layers of
-    attention."""
+def equation_7(config: ModelConfig, batch: int, length: int, cache_dtype: str = "auto") -> int:
+    """The cache's bytes by the paper's equation 7, which leaves the windows out, and int8's scales; of a baseline, of
+    all layers of attention."""
     layers = config.num_blocks if config.windowed else config.attention_layers
-    return batch * length * row_bytes(config) * layers
+    return batch * length * paper_row_bytes(config, cache_dtype) * layers
 
 
 def hit_work(
-    config: ModelConfig, weights: Weights, batch: int, history: float, window: float, devices: int = 1
+    config: ModelConfig,
+    weights: Weights,
+    batch: int,
+    history: float,
+    window: float,
+    devices: int = 1,
+    cache_dtype: str = "auto",
 ) -> Work:
     """One token for every sequence of a batch: the weights once, the cache of each, its states read and written; of
-    one device. Arguments as `cached_rows`."""
+    one device. Arguments as `cached_bytes`."""
     rows, recurrent = batch * cached_rows(config, history, window, devices), delta_layers(config, 1)
     layers = config.attention_layers * _layer_flops(config) + recurrent.matrix
+    cached = cached_bytes(config, history, window, devices, cache_dtype) + 2 * state_bytes(config)
     return Work(
-        bytes=weights.layers + weights.table + rows * row_bytes(config) + 2 * batch * state_bytes(config),
+        bytes=weights.layers + weights.table + batch * cached,
         dense=batch * (layers + _head_flops(config)),
         pairs=rows + batch * config.attention_layers,  # and each token its own key
         width=config.d_model,
@@ -151,13 +168,15 @@ def hit_work(
     )
 
 
-def slide_work(config: ModelConfig, weights: Weights, history: int, devices: int = 1) -> Work:
+def slide_work(
+    config: ModelConfig, weights: Weights, history: int, devices: int = 1, cache_dtype: str = "auto"
+) -> Work:
     """A slide of one sequence to `history` rows: block 0 reads its rows, the others' are made and written; of one of
     the devices that the history is split over. Rows that overlap the window before run again."""
     known = max(history - config.generation_window, 0) if config.architecture == "tlinformer" else 0
     dense, pairs = _history_work(config, history, known, devices)
     overlap = config.window_overlap
-    bytes_moved = weights.layers + cached_rows(config, history, overlap, devices) * row_bytes(config)
+    bytes_moved = weights.layers + cached_bytes(config, history, overlap, devices, cache_dtype)
     return Work(
         bytes=bytes_moved,
         dense=dense + overlap * config.num_layers * _layer_flops(config),
@@ -166,16 +185,18 @@ def slide_work(config: ModelConfig, weights: Weights, history: int, devices: int
     )
 
 
-def prefill_work(config: ModelConfig, weights: Weights, length: int, devices: int = 1) -> Work:
+def prefill_work(
+    config: ModelConfig, weights: Weights, length: int, devices: int = 1, cache_dtype: str = "auto"
+) -> Work:
     """Keys and values of a prompt of `length` tokens from nothing, and the logits after its last token; of one of the
     devices that the history is split over."""
     if not config.windowed:
-        return _baseline_prefill_work(config, weights, length)
+        return _baseline_prefill_work(config, weights, length, cache_dtype)
     history = history_of(config, length)
     window = length - history
     dense, pairs = _history_work(config, history, 0, devices)
     return Work(
-        bytes=weights.layers + weights.table + cached_rows(config, history, window, devices) * row_bytes(config),
+        bytes=weights.layers + weights.table + cached_bytes(config, history, window, devices, cache_dtype),
         dense=dense + window * config.num_layers * _layer_flops(config) + _head_flops(config),
         pairs=pairs + _window_pairs(config, window, history, devices),
         width=config.d_model,
@@ -215,9 +236,9 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
     return dense, pairs
 
 
-def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int) -> Work:
+def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int, cache_dtype: str) -> Work:
     if config.recurrent:
-        return _recurrent_prefill_work(config, weights, length)
+        return _recurrent_prefill_work(config, weights, length, cache_dtype)
     full = config.num_layers - 1  # of the last layer only keys and values are needed, and the last row
     reach = length
     if config.architecture == "sliding_window":
@@ -225,19 +246,19 @@ def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int) -
     pairs = reach * (reach + 1) // 2 + (length - reach) * reach
     each, square = _layer_flops(config), 2 * config.d_model**2
     return Work(
-        bytes=weights.layers + weights.table + cached_rows(config, length, 0) * row_bytes(config),
+        bytes=weights.layers + weights.table + cached_bytes(config, length, 0, 1, cache_dtype),
         dense=length * (full * each + 2 * square) + each - 2 * square + _head_flops(config),
         pairs=full * pairs + reach,
         width=config.d_model,
     )
 
 
-def _recurrent_prefill_work(config: ModelConfig, weights: Weights, length: int) -> Work:
+def _recurrent_prefill_work(config: ModelConfig, weights: Weights, length: int, cache_dtype: str) -> Work:
     """With the last layer on all rows, of which only what it remembers is needed."""
     recurrent = delta_layers(config, 1)
     layers = config.attention_layers * _layer_flops(config) + recurrent.matrix
     return Work(
-        bytes=weights.layers + weights.table + cached_rows(config, length, 0) * row_bytes(config) + state_bytes(config),
+        bytes=weights.layers + weights.table + cached_bytes(config, length, 0, 1, cache_dtype) + state_bytes(config),
         dense=length * layers + _head_flops(config),
         pairs=config.attention_layers * length * (length + 1) // 2,
         width=config.d_model,

@@ -75,7 +75,7 @@ def prefill(session: Session, weights: Weights, ceilings: Ceilings, budget: floa
     """Prefill alone, of the first sequence."""
     prompt = session.prompts()[0]
     timing = time_calls(lambda: session.prefill_row(0, prompt), budget)
-    work = limits.prefill_work(session.config, weights, session.length, session.devices)
+    work = limits.prefill_work(session.config, weights, session.length, session.devices, session.cache_dtype)
     return limits.against(timing, work, ceilings)
 
 
@@ -112,10 +112,11 @@ def _window_work(session: Session, weights: Weights, window: int) -> list[Work]:
     devices, begin = session.devices, window * size
     history = history_of(config, begin + 1) if config.windowed else begin
     rows = range(begin - history, begin - history + size)
-    hits = [limits.hit_work(config, weights, session.batch, history, row, devices) for row in rows]
+    kept = devices, session.cache_dtype
+    hits = [limits.hit_work(config, weights, session.batch, history, row, *kept) for row in rows]
     if not config.windowed or history == 0:
         return hits
-    return hits + [limits.slide_work(config, weights, history, devices)] * session.batch
+    return hits + [limits.slide_work(config, weights, history, *kept)] * session.batch
 
 
 def sustained(session: Session, weights: Weights, ceilings: Ceilings, budget: float) -> dict[str, Any]:
@@ -129,7 +130,8 @@ def sustained(session: Session, weights: Weights, ceilings: Ceilings, budget: fl
     timing = time_calls(lambda: session.loop(size), budget, prepare=rewind, compiled=True).per(size)
     session.check()
     mean = overlap + (size - 1) / 2
-    work = limits.hit_work(session.config, weights, session.batch, history, mean, session.devices)
+    kept = session.devices, session.cache_dtype
+    work = limits.hit_work(session.config, weights, session.batch, history, mean, *kept)
     return limits.against(timing, work, ceilings) | {
         "steps": size,
         "history": history,
@@ -149,7 +151,7 @@ def slide(session: Session, weights: Weights, ceilings: Ceilings, budget: float)
         return session.cache
 
     timing = time_calls(call, budget, prepare=lambda: session.rewind(before, window))
-    work = limits.slide_work(session.config, weights, after, session.devices)
+    work = limits.slide_work(session.config, weights, after, session.devices, session.cache_dtype)
     return limits.against(timing, work, ceilings) | {"history_before": before, "history_after": after}
 
 
@@ -182,5 +184,6 @@ def longest(session: Session, fill: Callable[[], str]) -> dict[str, Any]:
 def used_bytes(session: Session) -> int:
     """Bytes of the valid keys and values in the cache, and of the states, on one device."""
     config = session.config
-    rows = limits.cached_rows(config, session.history, session.window, session.devices)
-    return int(session.batch * (rows * limits.row_bytes(config) + limits.state_bytes(config)))
+    kept = session.devices, session.cache_dtype
+    cached = limits.cached_bytes(config, session.history, session.window, *kept)
+    return int(session.batch * (cached + limits.state_bytes(config)))

@@ -39,6 +39,7 @@ class Plan:
         as 'transformer'; above, its cache is filled with random rows, and Figure 9's protocol and 'prefill' are left
         out.
       seed: of prompts.
+      cache_dtype: see `sampling.GenerationConfig`.
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -49,6 +50,7 @@ class Plan:
     max_uncached_length: int
     max_quadratic_prefill: int
     seed: int
+    cache_dtype: str = "auto"
 
 
 class Memory:
@@ -93,7 +95,7 @@ def measure_row(
         "length": length,
         "batch": batch,
         "devices": decoder.devices,
-        "equation_7_bytes": limits.equation_7(config, batch, length),
+        "equation_7_bytes": limits.equation_7(config, batch, length, plan.cache_dtype),
         "elapsed_seconds": {},
     }
     memory = Memory(decoder)
@@ -140,7 +142,7 @@ def measure_longest(plan: Plan, decoder: Decoder, report: Callable[[Row], None])
         row: Row = {"architecture": decoder.config.architecture, "length": length}
         memory = Memory(decoder)
         try:
-            session = Session(decoder, 1, length, decoder.config.generation_window, plan.seed)
+            session = Session(decoder, 1, length, decoder.config.generation_window, plan.seed, plan.cache_dtype)
             row |= parts.longest(session, functools.partial(fill, plan, session))
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             row |= {"fits": False, "error": _out_of_memory(error, "longest")}
@@ -168,7 +170,8 @@ def _parts_of(plan: Plan, session: Session) -> list[str]:
 
 def new_session(plan: Plan, decoder: Decoder, length: int, batch: int) -> Session:
     """A session with room for all parts."""
-    return Session(decoder, batch, length, (plan.windows + 2) * decoder.config.generation_window, plan.seed)
+    room = (plan.windows + 2) * decoder.config.generation_window
+    return Session(decoder, batch, length, room, plan.seed, plan.cache_dtype)
 
 
 def fill(plan: Plan, session: Session) -> str:

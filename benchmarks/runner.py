@@ -21,6 +21,7 @@ from benchmarks.timing import device_facts
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import load_config
 from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.models.cached_attention import int8_readers
 from tlinformer_jax.models.model import build_model
 
 
@@ -71,6 +72,8 @@ def run_benchmark(
     for config in configs:
         decoder, origin = _decoder(config, plan.seed, workdir, mesh)
         report.values["weights"][config.architecture] = origin
+        if plan.cache_dtype == "int8":
+            print(f"{config.architecture}: {int8_readers(config)}", flush=True)
         _measure(plan, decoder, ceilings, report, profile)
         del decoder  # its weights would count as the next one's memory
         gc.collect()

@@ -11,7 +11,7 @@ from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, hi
 from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, sequence_keys
 from tlinformer_jax.decoding.spread import replicate
-from tlinformer_jax.models.cached_attention import KeyValue
+from tlinformer_jax.kernels.key_value import KeyValue
 
 GREEDY = Sampler()
 
@@ -26,13 +26,16 @@ class Session:
       cache: as it is now; with room for the prompt and `room` tokens more.
       history: n of every sequence; of a baseline, tokens so far.
       window: rows in every generation window; 0 for a baseline.
+      cache_dtype: of what grows, see `sampling.GenerationConfig`.
     """
 
-    def __init__(self, decoder: Decoder, batch: int, length: int, room: int, seed: int) -> None:
-        self.decoder, self.batch, self.length = decoder, batch, length
+    def __init__(
+        self, decoder: Decoder, batch: int, length: int, room: int, seed: int, cache_dtype: str = "auto"
+    ) -> None:
+        self.decoder, self.batch, self.length, self.cache_dtype = decoder, batch, length, cache_dtype
         self.config = decoder.config
         self.history = self.window = 0
-        self.cache: Cache = decoder.init_cache(batch, length + room, length + room)
+        self.cache: Cache = decoder.init_cache(batch, length + room, length + room, cache_dtype)
         # No token's number: over several devices, an empty array crashes XLA's shardy-xla pass of JAX 0.11.2.
         self._stop = jnp.full((1,), -1, jnp.int32)
         self._random = np.random.default_rng(seed)
@@ -178,13 +181,14 @@ class Session:
 def _random_rows(cache: LayeredCache, key: jax.Array) -> LayeredCache:
     """Normal numbers in every row, one layer at a time, so that no more than one layer exists twice."""
 
-    def fill(array: jax.Array, key: jax.Array) -> jax.Array:
-        def body(layer: jax.Array, array: jax.Array) -> jax.Array:
-            rows = jax.random.normal(jax.random.fold_in(key, layer), array.shape[1:], array.dtype)
-            return jax.lax.dynamic_update_index_in_dim(array, rows, layer, 0)
+    def body(layer: jax.Array, layers: KeyValue) -> KeyValue:
+        shape = layers.key.shape[1:]
+        keys = jax.random.split(jax.random.fold_in(key, layer))
+        rows = layers.as_kept(KeyValue(*(jax.random.normal(one, shape, jnp.float32) for one in keys)))
+        return jax.tree.map(
+            lambda array, new: jax.lax.dynamic_update_index_in_dim(array, new.astype(array.dtype), layer, 0),
+            layers,
+            rows,
+        )
 
-        return jax.lax.fori_loop(0, array.shape[0], body, array)
-
-    keys = jax.random.split(key)
-    layers = cache.layers
-    return dataclasses.replace(cache, layers=KeyValue(fill(layers.key, keys[0]), fill(layers.value, keys[1])))
+    return dataclasses.replace(cache, layers=jax.lax.fori_loop(0, cache.layers.key.shape[0], body, cache.layers))

@@ -25,8 +25,10 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.evaluation.experts import expert_rows
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
+from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models import feed_forward as module
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, token_layer
+from tlinformer_jax.models.cached_attention import token_layer
+from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.feed_forward import Router, feed_forward
 from tlinformer_jax.models.model import prepare_params
 from tlinformer_jax.models.rope import rope_table

@@ -105,6 +105,20 @@ def test_cache_bytes_are_the_arrays_and_equation_7(finished):
     assert set(protocol["token_cache_bytes"]) == {row_of(values, "tlinformer", 10)["cache_bytes"]}
 
 
+def test_an_int8_cache_is_measured_and_counted():
+    """Prefilled, and of the Transformer above max_quadratic_prefill filled at random."""
+    plan = dataclasses.replace(PLAN, parts=("sustained",), lengths=((16, 1),), cache_dtype="int8")
+    values = runner.run_benchmark(plan, CONFIGS)
+    for row, filled in zip(values["rows"], ("prefill", "random"), strict=True):
+        config = dataclasses.replace(SMALL, architecture=row["architecture"])
+        assert row["cache_bytes"] == tree_bytes(init_cache(config, 1, row["capacity"], cache_dtype="int8"))
+        layers = 1 if config.windowed else 2
+        assert row["equation_7_bytes"] == 2 * 16 * 16 * layers
+        assert row["used_bytes"] == 2 * (16 + 2 * 2) * layers * 16 + 2 * 16 * 4 * 6 * config.windowed
+        assert row["filled"] == filled
+        assert row["sustained"]["seconds"] > 0
+
+
 def test_every_row_has_its_parts_and_no_others(finished):
     _, values = finished
     found = {(row["architecture"], row["length"]): set(row["elapsed_seconds"]) for row in values["rows"]}
@@ -371,6 +385,10 @@ MISTAKES = {
     "a config file, its override and a flag": (
         ["--config=configs/tiny.py", "--config.model.d_model=18", "--num_heads=5"],
         "model.num_heads = 5: must divide model.d_model = 18",
+    ),
+    "an int8 cache of what does not grow": (
+        ["--cache_dtype=int8", "--architectures=transformer,tconstformer"],
+        "--cache_dtype = 'int8': is for caches that grow, which those of model.architecture = 'tconstformer' do not",
     ),
     "a missing config file": (["--config=configs/none.py"], "configs/none.py"),
     "a directory that cannot be written": (["--out=/proc/none"], "--out=/proc/none"),

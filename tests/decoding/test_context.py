@@ -17,7 +17,7 @@ from tlinformer_jax.decoding.decoder import Decoder, step
 from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.models import cached_attention
+from tlinformer_jax.models import cached_rows
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 from tools.collectives import Collective, collectives
@@ -123,7 +123,7 @@ def merge_without_weights(monkeypatch):
     def mean(output, lse, axis):
         return (jax.lax.pmean(output, axis) if isinstance(axis, str) else output.mean(axis)), lse
 
-    for module in (history, cached_attention):
+    for module in (history, cached_rows):
         monkeypatch.setattr(module, "merge_softmaxes", mean)
 
 

@@ -35,24 +35,39 @@ def make_decoder(config: ModelConfig) -> Decoder:
 
 
 def compared(decoder: Decoder, prompts: list[int], length: int, room: int | None = None) -> tuple[float, bool]:
+    """The largest error of a logit by `errors_of`, against the reference; and whether positions were always right."""
+    errors, in_place = errors_of(decoder, prompts, *truth(decoder.config, length, len(prompts)), room)
+    return float(np.nanmax(errors)), in_place
+
+
+def errors_of(
+    decoder: Decoder,
+    prompts: list[int],
+    tokens: np.ndarray,
+    expected: np.ndarray,
+    room: int | None = None,
+    cache_dtype: str = "auto",
+) -> tuple[np.ndarray, bool]:
     """Feeds each sequence its first `prompts[row]` tokens by `prefill`, the rest one by one; compares every logit.
 
     Args:
       decoder: with golden-scale weights.
       prompts: prompt lengths, one a sequence.
-      length: tokens that every sequence has in the end.
+      tokens: that every sequence has in the end, [batch, length].
+      expected: logits, [batch, length, V].
       room: tokens the first cache is made for; None makes it large enough for all.
+      cache_dtype: of the cache.
 
     Returns:
-      the largest error of a logit, and whether the cache always had as many positions as it was fed tokens.
+      the largest error of a logit at each position, [batch, length], NaN before a prompt's last; and whether the cache
+      always had as many positions as it was fed tokens.
     """
-    config = decoder.config
-    tokens, expected = truth(config, length, len(prompts))
-    cache = decoder.init_cache(len(prompts), room or length)
-    lengths, errors, in_place = np.array(prompts), [], True
+    config, length = decoder.config, tokens.shape[1]
+    cache = decoder.init_cache(len(prompts), room or length, cache_dtype=cache_dtype)
+    lengths, errors, in_place = np.array(prompts), np.full(tokens.shape, np.nan), True
     for row, prompt in enumerate(prompts):
         cache, logits = decoder.prefill(cache, row, tokens[row, :prompt])
-        errors.append(np.abs(np.asarray(logits) - expected[row, prompt - 1]).max())
+        errors[row, prompt - 1] = np.abs(np.asarray(logits) - expected[row, prompt - 1]).max()
     while (lengths < length).any():
         active = lengths < length
         cache = decoder.grow(cache, int(lengths[active].max()) + 1)
@@ -62,10 +77,10 @@ def compared(decoder: Decoder, prompts: list[int], length: int, room: int | None
         fed = tokens[np.arange(len(prompts)), np.minimum(lengths, length - 1)].astype(np.int32)
         cache, logits = decoder.step(cache, fed, active)
         for row in np.flatnonzero(active):
-            errors.append(np.abs(np.asarray(logits[row]) - expected[row, lengths[row]]).max())
+            errors[row, lengths[row]] = np.abs(np.asarray(logits[row]) - expected[row, lengths[row]]).max()
         lengths += active
         in_place = in_place and np.array_equal(cache.position, lengths)
-    return float(max(errors)), in_place
+    return errors, in_place
 
 
 def largest_error(decoder: Decoder, prompts: list[int], length: int, room: int | None = None) -> float:

@@ -128,7 +128,7 @@ def test_every_option_reaches_the_generator(workdir, monkeypatch, capsys):
 
     monkeypatch.setattr(Generator, "stream", noted)
     options = ["--max_new_tokens=3", "--temperature=0.5", "--top_k=4", "--top_p=0.9", "--min_p=0.1", "--seed=8"]
-    options += ["--repetition_penalty=1.5", "--stop=a", "--stop=b,c", "--nostop_at_end", "--json"]
+    options += ["--repetition_penalty=1.5", "--stop=a", "--stop=b,c", "--nostop_at_end", "--json", "--cache_dtype=int8"]
     with pytest.raises(UserError, match="enough"):
         run(capsys, f"--workdir={workdir}", "--prompt=x", *options)
     assert asked == {
@@ -143,7 +143,21 @@ def test_every_option_reaches_the_generator(workdir, monkeypatch, capsys):
         "stop_strings": ["a", "b,c"],
         "stop_tokens": (),
         "logprobs": True,
+        "cache_dtype": "int8",
     }
+
+
+def test_an_int8_cache_is_said_with_what_reads_it(workdir, capsys):
+    arguments = (f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW)
+    (status, out, err), (_, _, exact) = run(capsys, *arguments, "--cache_dtype=int8"), run(capsys, *arguments)
+    assert status == 0
+    assert out
+    assert "\nint8 cache: read by plain JAX for a token, by plain JAX for prefill and slide\n" in err
+    sizes = [re.search(r"^cache: (.*)[\d,]+ bytes \(history ([\d,]+)", text, re.M).groups() for text in (err, exact)]
+    assert sizes[0][0].startswith("int8, ")
+    small, large = (int(size.replace(",", "")) for _, size in sizes)
+    assert small * 4 * 8 == large * (8 + 2)  # 8 features a head with a scale of two bytes, in place of float32's 8 * 4
+    assert "int8" not in exact
 
 
 def test_ctrl_c_prints_what_there_is_and_the_figures(workdir):

@@ -14,7 +14,9 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import rows as row_kernels
 from tlinformer_jax.kernels.common import Scores
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, TokenLayerParams, token_layer
+from tlinformer_jax.kernels.key_value import KeyValue
+from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
+from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import Layer, prepare_layers
 from tlinformer_jax.models.rope import rope_table
 
@@ -29,6 +31,15 @@ def half(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
+def cache_of(kept: str, batch: int = 2) -> KeyValue:
+    """A cache of ROWS rows."""
+    shape = (batch, HEADS, WIDTH, ROWS)
+    if kept == "bfloat16":
+        return KeyValue(half(*shape), half(*shape))
+    integers, scales = jax.ShapeDtypeStruct(shape, jnp.int8), half(batch, HEADS, ROWS)
+    return KeyValue(integers, integers, scales, scales)
+
+
 def number() -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -41,11 +52,11 @@ def lowered(function, *arguments) -> str:
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_attention_to_history():
-    cache = half(2, HEADS, WIDTH, ROWS)
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+def test_attention_to_history(kept):
     text = lowered(
         lambda *arguments: history_kernel.attend(*arguments, 0.1),
-        half(QUERIES, HEADS, 40), cache, cache, number(), number(),
+        half(QUERIES, HEADS, 40), cache_of(kept), number(), number(),
     )  # fmt: skip
     assert "attend_history" in text
     assert "triton" in text
@@ -59,22 +70,23 @@ def test_attention_to_the_compressed_context():
     assert "attend_context" in text
 
 
-def test_storing():
-    cache, positions = half(2, HEADS, WIDTH, ROWS), jax.ShapeDtypeStruct((128,), jnp.int32)
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+def test_storing(kept):
+    cache, positions = cache_of(kept), jax.ShapeDtypeStruct((128,), jnp.int32)
 
-    def store(key, value, projected, bias, positions, row, start):
+    def store(cache, projected, bias, positions, row, start):
         rope = rope_table(positions, WIDTH)
-        return history_kernel.store(key, value, projected, bias, rope, row, start)
+        return history_kernel.store(cache, projected, bias, rope, row, start)
 
-    text = lowered(store, cache, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
+    text = lowered(store, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text
 
-    def look_up(key, value, words, bias, positions, row, start):
+    def look_up(cache, words, bias, positions, row, start):
         rope = rope_table(positions, WIDTH)
         tokens = jnp.arange(128, dtype=jnp.int32)
-        return history_kernel.store(key, value, words, bias, rope, row, start, tokens)
+        return history_kernel.store(cache, words, bias, rope, row, start, tokens)
 
-    text = lowered(look_up, cache, cache, half(500, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
+    text = lowered(look_up, cache, half(500, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text
 
 
@@ -131,17 +143,17 @@ def test_attention_with_dropout(causal, window, lengths):
         assert f'"{name}"' in text
 
 
-def test_a_tokens_layer():
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+def test_a_tokens_layer(kept):
     params = jax.eval_shape(lambda: Layer(CONFIG).init_with_output(jax.random.key(0))[0])
-    cache = KeyValue(half(1, HEADS, WIDTH, ROWS), half(1, HEADS, WIDTH, ROWS))
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
 
-    def layer(params, x, cache, lengths):
+    def layer(params, x, window, history, lengths):
         token = TokenLayerParams.of(prepare_layers(params, jnp.bfloat16))
-        rows = CachedRows(cache, lengths)
-        context = CachedRows(cache, lengths)
-        return token_layer(token, CONFIG, x, rope_table(lengths, WIDTH), rows, context, "triton")
+        past = CachedRows(window, lengths)
+        context = CachedRows(history, lengths)
+        return token_layer(token, CONFIG, x, rope_table(lengths, WIDTH), past, context, "triton")
 
-    text = lowered(layer, params, half(1, CONFIG.d_model), cache, lengths)
+    text = lowered(layer, params, half(1, CONFIG.d_model), cache_of("bfloat16", 1), cache_of(kept, 1), lengths)
     assert text.count("attend_cached") >= 1
     assert "dense" in text

@@ -8,13 +8,20 @@ import pytest
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import feature_pieces
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, TokenLayerParams, token_layer
+from tlinformer_jax.kernels.key_value import KeyValue, quantised
+from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
+from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
 from tlinformer_jax.models.rope import rope_table, rotate
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def in_int8(cache: KeyValue) -> KeyValue:
+    (key, key_scale), (value, value_scale) = quantised(cache.key), quantised(cache.value)
+    return KeyValue(key, value, key_scale, value_scale)
 
 
 def log_sum_exp(query, key, scale):
@@ -35,7 +42,7 @@ def softmax_attention(query, key, value, scale):
 def test_attend_history(queries, width, length):
     key, value = normal(0, 2, 2, width, 768), normal(1, 2, 2, width, 768)
     query = normal(2, queries, 2, width + 4)  # its padding must not count
-    read, lse = history_kernel.attend(query, key, value, jnp.int32(1), jnp.int32(length), 0.3, interpret=True)
+    read, lse = history_kernel.attend(query, KeyValue(key, value), jnp.int32(1), jnp.int32(length), 0.3, interpret=True)
     truth = softmax_attention(query[..., :width], key[1, ..., :length], value[1, ..., :length], 0.3)
     np.testing.assert_allclose(read, truth, atol=2e-5)
     np.testing.assert_allclose(lse, log_sum_exp(query[..., :width], key[1, ..., :length], 0.3), atol=2e-5)
@@ -43,7 +50,9 @@ def test_attend_history(queries, width, length):
 
 def test_attend_history_without_rows_is_zero():
     key, value = normal(0, 1, 2, 8, 256), normal(1, 1, 2, 8, 256)
-    read, lse = history_kernel.attend(normal(2, 4, 2, 8), key, value, jnp.int32(0), jnp.int32(0), 0.3, interpret=True)
+    read, lse = history_kernel.attend(
+        normal(2, 4, 2, 8), KeyValue(key, value), jnp.int32(0), jnp.int32(0), 0.3, interpret=True
+    )
     assert (np.asarray(read) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
 
@@ -68,13 +77,13 @@ def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
     bias = normal(3, 2, 3, width + 4)
     place = jnp.int32(1), jnp.int32(200)
     wide = [history_kernel.halves_apart(array.at[..., width:].set(0), width) for array in (projected, bias)]
-    new_key, new_value = history_kernel.store(key, value, *wide, rope, *place, interpret=True)
+    new = history_kernel.store(KeyValue(key, value), *wide, rope, *place, interpret=True)
     biased = projected[..., :width] + bias[..., :width]
     true_key = rotate(biased[None, :, 0], rope)[0]
-    for new, old, rows in ((new_key, key, true_key), (new_value, value, biased[:, 1])):
+    for found, old, rows in ((new.key, key, true_key), (new.value, value, biased[:, 1])):
         expected = np.array(old)
         expected[1, :, :, 200:328] = np.moveaxis(np.asarray(rows), 0, -1)
-        np.testing.assert_allclose(new, expected, atol=1e-6)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_store_looks_rows_up():
@@ -86,9 +95,9 @@ def test_store_looks_rows_up():
     )
     rope, tokens = rope_table(jnp.arange(128), 12), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
     place = jnp.int32(1), jnp.int32(64)
-    found = history_kernel.store(key, value, words, bias, rope, *place, tokens, interpret=True)
-    expected = history_kernel.store(key, value, words[tokens], bias, rope, *place, interpret=True)
-    for one, other in zip(found, expected, strict=True):
+    found = history_kernel.store(KeyValue(key, value), words, bias, rope, *place, tokens, interpret=True)
+    expected = history_kernel.store(KeyValue(key, value), words[tokens], bias, rope, *place, interpret=True)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -104,10 +113,16 @@ def test_feature_pieces_cover_the_width_once(least):
 
 
 @pytest.mark.parametrize(
-    ("batch", "with_context"),
-    [(1, True), pytest.param(5, True, marks=pytest.mark.slow), pytest.param(3, False, marks=pytest.mark.slow)],
+    ("batch", "with_context", "int8"),
+    [
+        (1, True, False),
+        (2, True, True),
+        pytest.param(5, True, False, marks=pytest.mark.slow),
+        pytest.param(3, False, False, marks=pytest.mark.slow),
+        pytest.param(3, False, True, marks=pytest.mark.slow),
+    ],
 )
-def test_token_layer_by_kernels_equals_plain_products(batch, with_context):
+def test_token_layer_by_kernels_equals_plain_products(batch, with_context, int8):
     config = ModelConfig(d_model=24, num_heads=2, d_ff=40, dtype="float32", attention="xla")
     shapes = {
         "norm1_scale": (24,),
@@ -126,10 +141,12 @@ def test_token_layer_by_kernels_equals_plain_products(batch, with_context):
     # Room for several parts of the long source; every sequence has a length of its own, one of them none.
     past = KeyValue(normal(20, 2, batch, 2, 12, 128), normal(21, 2, batch, 2, 12, 128))
     history = KeyValue(normal(22, batch, 2, 12, 1536), normal(23, batch, 2, 12, 1536))
+    if int8:  # the window's rows where there is no history, as in a Transformer
+        past, history = past if with_context else in_int8(past), in_int8(history)
     lengths = jnp.asarray([0, 127, 128, 5, 90][:batch], jnp.int32)
     long = jnp.asarray([1300, 0, 129, 1536, 1][:batch], jnp.int32)
     context = CachedRows(history, long) if with_context else None
-    x, rope = normal(24, batch, 24), rope_table(jnp.arange(batch) * 1000, 12)
+    x, rope = normal(24, batch, 24), rope_table(jnp.arange(batch) * 1000 + 7, 12)
     results = [
         token_layer(params, config, x, rope, CachedRows(past, lengths, 1), context, backend)
         for backend in ("plain", "triton_interpreted")

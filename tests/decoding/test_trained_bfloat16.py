@@ -36,9 +36,9 @@ def trained(workdir: pathlib.Path, architecture: str):
     return config.model, {"params": jax.device_get(params)}, tokens
 
 
-def decoded_logits(decoder: Decoder, tokens: np.ndarray, prompt: int) -> np.ndarray:
+def decoded_logits(decoder: Decoder, tokens: np.ndarray, prompt: int, cache_dtype: str = "auto") -> np.ndarray:
     """Logits [length - prompt, V] of a sequence whose first `prompt` tokens are prefilled, the rest fed one by one."""
-    cache = decoder.init_cache(1, len(tokens))
+    cache = decoder.init_cache(1, len(tokens), cache_dtype=cache_dtype)
     cache, _ = decoder.prefill(cache, 0, tokens[:prompt])
     rows = []
     for length in range(prompt, len(tokens)):

@@ -402,6 +402,7 @@ GENERATION = [
     Case("more than all the mass", "generate", ("--top_p=1.5",), "--top_p=1.5"),
     Case("a negative mass", "generate", ("--min_p=-0.1",), "--min_p=-0.1"),
     Case("no penalty at all", "generate", ("--repetition_penalty=0",), "--repetition_penalty=0"),
+    Case("a cache of four bits", "generate", ("--cache_dtype=int4",), "--cache_dtype=int4"),
     Case("a negative seed", "generate", ("--seed=-1",), "--seed=-1"),
     Case("no samples", "generate", ("--num_samples=0",), "--num_samples=0"),
     Case("an empty stop text", "generate", ("--stop=",), "--stop="),

@@ -5,18 +5,23 @@ path can be compared with something that is easy to check by eye.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 Weights = Mapping[str, np.ndarray]
+# What a cache keeps of rows of keys or values [n, heads, d].
+Kept = Callable[[np.ndarray], np.ndarray]
 
 
-def logits(weights: Weights, config, tokens: np.ndarray, documents: np.ndarray | None = None) -> np.ndarray:
+def logits(
+    weights: Weights, config, tokens: np.ndarray, documents: np.ndarray | None = None, kept: Kept | None = None
+) -> np.ndarray:
     """Teacher-forced logits float64 [batch, length, V] of integer tokens [batch, length].
 
     `config` needs the fields of ModelConfig; `weights` has the published names. Rows see those of their own document
-    alone; `documents`, integers [batch, length], are one if not given. Positions start again with each.
+    alone; `documents`, integers [batch, length], are one if not given. Positions start again with each. `kept` is
+    applied to the history's keys and values under `compress`.
     """
     weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     rows = []
@@ -25,7 +30,7 @@ def logits(weights: Weights, config, tokens: np.ndarray, documents: np.ndarray |
         embedded = weights["embedding.weight"][sequence]
         if config.architecture in ("tlinformer", "tconstformer"):
             starts = range(0, len(sequence), config.generation_window)
-            x = np.concatenate([_predicted(weights, config, embedded, start, ids) for start in starts])
+            x = np.concatenate([_predicted(weights, config, embedded, start, ids, kept) for start in starts])
         else:
             x = _baseline(weights, config, embedded, ids)
         x = _norm(x, weights["transformer.norm.weight"], weights["transformer.norm.bias"])
@@ -57,11 +62,13 @@ def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.take_along_axis(log_probs, np.asarray(labels)[..., None], -1).mean())
 
 
-def _predicted(weights: Weights, config, embedded: np.ndarray, start: int, ids: np.ndarray | None = None) -> np.ndarray:
+def _predicted(
+    weights: Weights, config, embedded: np.ndarray, start: int, ids: np.ndarray | None = None, kept: Kept | None = None
+) -> np.ndarray:
     """The window that predicts from position `start` on; the tokens before it that run with it are dropped."""
     before = min(config.window_overlap, start)
     n, stop = start - before, start + config.generation_window
-    return _window(weights, config, embedded, n, embedded[n:stop], ids=ids)[before:]
+    return _window(weights, config, embedded, n, embedded[n:stop], ids=ids, kept=kept)[before:]
 
 
 def _window(
@@ -73,6 +80,7 @@ def _window(
     first: int = 0,
     probe: list | None = None,
     ids: np.ndarray | None = None,
+    kept: Kept | None = None,
 ) -> np.ndarray:
     """The window x at n; rows before `first` do not exist. `probe` gets queries, keys and values of blocks' starts."""
     m = len(x)
@@ -91,6 +99,8 @@ def _window(
         if b == 0 and config.token_shift:
             keyed = key_rows(weights, config, embedded, ids)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
+        if kept is not None and len(context):
+            kc, vc = kept(kc), kept(vc)
         if probe is not None:
             probe.append((qc[rows], qx, kc, vc, kx, vx))
         z = layer.update(context[rows], _attend(qc[rows], kc, vc, ids=(of_z, of_c)))

@@ -21,6 +21,7 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path, write_bytes
 
 if TYPE_CHECKING:
+    from tlinformer_jax.config.model import ModelConfig
     from tlinformer_jax.decoding.stream import Generation, Stream
 
 WORKDIR, STEP = cli.run_flags()
@@ -37,6 +38,11 @@ REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 disc
 SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; sample i has seed + i.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, each of the same prompt.")
 CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
+CACHE_DTYPE = flags.DEFINE_string(
+    "cache_dtype",
+    "auto",
+    "Of the cached history: auto is the model's dtype, int8 takes about half of bfloat16's memory.",
+)
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be given several times.")
 STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's end of text ends a sample.")
 STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; several come when all are done.")
@@ -46,7 +52,7 @@ SAVE = flags.DEFINE_string(
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
 
 # Flags that are options of the generator, by the same name.
-SAMPLING = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED)
+OPTIONS = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED, CACHE_DTYPE)
 
 
 def main() -> None:
@@ -62,7 +68,7 @@ def main() -> None:
 def _generate() -> int:
     """Generates and prints; returns the exit status."""
     prompt = _prompt()
-    options: dict[str, Any] = {flag.name: flag.value for flag in SAMPLING}
+    options: dict[str, Any] = {flag.name: flag.value for flag in OPTIONS}
     options |= {"stop_strings": STOP.value, "logprobs": JSON.value}
     options["stop_tokens"] = None if STOP_AT_END.value else ()
     if NUM_SAMPLES.value < 1:
@@ -88,7 +94,7 @@ def _generate() -> int:
         assert generator.tokenizer is not None
         before = generator.tokenizer.encode(prompt)
         save([np.append(before, sample.tokens) for sample in stream.generations])
-    _print_figures(stream, compilations)
+    _print_figures(stream, compilations, generator.decoder.config)
     return environment.INTERRUPTED if interrupted else 0
 
 
@@ -158,8 +164,10 @@ def _as_json(number: int, sample: "Generation") -> dict[str, Any]:
     return {"sample": number, "seed": (SEED.value + number) % 2**32, **values}
 
 
-def _print_figures(stream: "Stream", compilations: list[float]) -> None:
+def _print_figures(stream: "Stream", compilations: list[float], config: "ModelConfig") -> None:
     """Prints speed, cache hits and memory on stderr."""
+    from tlinformer_jax.models.cached_attention import int8_readers
+
     calls = stream.calls
     if not calls:
         return
@@ -179,6 +187,8 @@ def _print_figures(stream: "Stream", compilations: list[float]) -> None:
     hits, misses = sum(sample.hits for sample in samples), sum(sample.misses for sample in samples)
     lines.append(f"{hits:,} cache hits, {misses:,} misses")
     lines.append(f"cache: {stream.cache_bytes}")
+    if CACHE_DTYPE.value == "int8":
+        lines.append(int8_readers(config))
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

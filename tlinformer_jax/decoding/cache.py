@@ -1,6 +1,7 @@
 """KV caches of the decoder: typed pytrees, passed in and returned; their room and their bytes.
 
-Keys are rotated when they are written. Keys and values are [batch, heads, d_h, rows].
+Keys are rotated when they are written. Keys and values are [batch, heads, d_h, rows]. What grows with a sequence may be
+kept in int8 (`kernels.key_value`).
 """
 
 import dataclasses
@@ -15,7 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.cached_attention import CachedRows, KeyValue, write_row
+from tlinformer_jax.decoding.sampling import INT8
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.kernels.key_value import SCALE_DTYPE, KeyValue
+from tlinformer_jax.models.cached_attention import write_row
+from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.delta import DeltaState
 from tlinformer_jax.models.model import NO_TOKEN
 from tlinformer_jax.parallel.mesh import platform
@@ -62,6 +67,11 @@ class WindowedCache:
     window_length: Int[Array, " batch"]
     capacity: int = flax.struct.field(pytree_node=False)
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def cache_dtype(self) -> str:
+        """'int8' or 'auto', see `sampling.GenerationConfig`."""
+        return self.history[0].cache_dtype if self.history else "auto"
 
     @property
     def room(self) -> int:
@@ -123,6 +133,11 @@ class LayeredCache:
     capacity: int = flax.struct.field(pytree_node=False)
     last: Int[Array, " batch"] | None = None
     state: DeltaState | None = None
+
+    @property
+    def cache_dtype(self) -> str:
+        """'int8' or 'auto', see `sampling.GenerationConfig`."""
+        return self.layers.cache_dtype
 
     @property
     def position(self) -> Int[Array, " batch"]:
@@ -228,14 +243,34 @@ def for_chunks(
     return jax.lax.fori_loop(0, -(-length // (per_round * size)), one_round, carry)
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows | None = None) -> Cache:
-    """An empty cache for `batch` sequences of up to `capacity` rows, a multiple of the split's parts."""
+def check_cache_dtype(config: ModelConfig, cache_dtype: str) -> None:
+    """Refuses an int8 cache where nothing grows with a sequence."""
+    if cache_dtype == INT8 and not has_growing_rows(config):
+        allowed = f"is for caches that grow, which those of model.architecture = {config.architecture!r} do not"
+        raise ConfigError("generation.cache_dtype", cache_dtype, allowed)
 
-    def rows(count: int, *leading: int, parts: int = 1) -> KeyValue:
-        # Zeros, because a masked value still gets weight 0. Two arrays, because they are donated.
+
+def has_growing_rows(config: ModelConfig) -> bool:
+    """Whether keys and values that grow with a sequence are cached: TConstFormer keeps its tokens alone."""
+    return config.grows and config.architecture != "tconstformer"
+
+
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, split: SplitRows | None = None, cache_dtype: str = "auto"
+) -> Cache:
+    """An empty cache for `batch` sequences of up to `capacity` rows, a multiple of the split's parts."""
+    check_cache_dtype(config, cache_dtype)
+
+    def rows(count: int, *leading: int, parts: int = 1, dtype: str = "auto") -> KeyValue:
+        # Zeros, because a masked value still gets weight 0. Arrays of their own, because they are donated.
         width = parts * padded_rows(count // parts)
         shape = (*leading, batch, config.num_heads, config.head_dim, width)
-        return KeyValue(*(jnp.zeros(shape, config.compute_dtype) for _ in range(2)))
+        if dtype != INT8:
+            return KeyValue(*(jnp.zeros(shape, config.compute_dtype) for _ in range(2)))
+        scales = (*shape[:-2], width)
+        return KeyValue(
+            *(jnp.zeros(shape, jnp.int8) for _ in range(2)), *(jnp.zeros(scales, SCALE_DTYPE) for _ in range(2))
+        )
 
     def lengths() -> Int[Array, " batch"]:
         return jnp.zeros((batch,), jnp.int32)
@@ -245,14 +280,14 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, split: SplitRows 
         attention = config.attention_layers
         recurrent = config.num_layers - attention
         state = DeltaState.empty(config, recurrent, batch) if recurrent else None
-        return LayeredCache(rows(capacity, attention), lengths(), capacity, last, state)
+        return LayeredCache(rows(capacity, attention, dtype=cache_dtype), lengths(), capacity, last, state)
     observed, own = max(config.observed_rows(capacity), 1), config.window_overlap + config.generation_window
     parts = 1 if split is None else split.parts
     kept = config.num_blocks if config.architecture == "tlinformer" else 0
     return WindowedCache(
         # The slice of an observation window may reach past its valid rows.
         tokens=jnp.zeros((batch, capacity + max(own, observed)), jnp.int32),
-        history=tuple(rows(capacity, parts=parts) for _ in range(kept)),
+        history=tuple(rows(capacity, parts=parts, dtype=cache_dtype) for _ in range(kept)),
         context=rows(observed, config.num_blocks * (config.hidden_depth + 1)),
         window=rows(own, config.num_layers),
         history_length=lengths(),
@@ -286,11 +321,13 @@ class CacheBytes:
         2 * tokens * D * bytes * layers / (H + 2); for the baselines without the divisor, by their layers of
         attention; None for caches that do not grow.
       devices: that the history is split over; each has everything else whole.
+      cache_dtype: of what grows: 'auto', or 'int8', with scales in `parts` and without in `paper`.
     """
 
     parts: dict[str, PartBytes]
     paper: int | None
     devices: int = 1
+    cache_dtype: str = "auto"
 
     @property
     def allocated(self) -> int:
@@ -306,7 +343,8 @@ class CacheBytes:
         parts = ", ".join(f"{name} {part.allocated:,}" for name, part in self.parts.items())
         devices = "" if self.devices == 1 else f"on each of {self.devices} devices "
         paper = "" if self.paper is None else f"; by the paper's formula {self.paper:,}"
-        return f"{devices}{self.allocated:,} bytes ({parts}), of which {self.used:,} are in use{paper}"
+        kept = "" if self.cache_dtype == "auto" else f"{self.cache_dtype}, "
+        return f"{kept}{devices}{self.allocated:,} bytes ({parts}), of which {self.used:,} are in use{paper}"
 
 
 def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> CacheBytes:
@@ -315,11 +353,13 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
     A full window has not been slid.
     """
     tokens, batch = sum(lengths), len(lengths)
-    row = 2 * config.d_model * config.compute_dtype.itemsize  # key and value of one token under one layer
-    paper, devices = tokens * (config.num_layers if config.windowed else config.attention_layers) * row, 1
+    cache_dtype = cache.cache_dtype
+    row, kept_row = row_bytes(config), row_bytes(config, cache_dtype)
+    layers = config.num_layers if config.windowed else config.attention_layers
+    paper, devices = tokens * layers * paper_row_bytes(config, cache_dtype), 1
     if isinstance(cache, LayeredCache):
         held = sum(min(length, cache.capacity) for length in lengths)
-        sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.attention_layers * row)}
+        sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.attention_layers * kept_row)}
         sizes["lengths"] = (cache.length, 4 * batch)
         if cache.state is not None:
             sizes["state"] = (cache.state, tree_bytes(cache.state))
@@ -333,7 +373,7 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
         layers = config.num_blocks * (config.hidden_depth + 1)
         numbers = (cache.history_length, cache.observed_length, cache.window_length)
         sizes = {
-            "history": (cache.history, kept * row),
+            "history": (cache.history, kept * kept_row),
             "context": (cache.context, observed * layers * row),
             "window": (cache.window, (tokens - sum(histories)) * config.num_layers * row),
             "tokens": (cache.tokens, 4 * tokens),
@@ -341,8 +381,18 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
         }
         paper //= config.layers_per_block
     parts = {name: PartBytes(tree_bytes(arrays), used) for name, (arrays, used) in sizes.items()}
-    grows = config.grows and config.architecture != "tconstformer"
-    return CacheBytes(parts, paper if grows else None, devices)
+    return CacheBytes(parts, paper if has_growing_rows(config) else None, devices, cache_dtype)
+
+
+def row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:
+    """Bytes of the key and the value of one token under one layer; in int8 with their scales."""
+    scales = 2 * config.num_heads * jnp.dtype(SCALE_DTYPE).itemsize if cache_dtype == INT8 else 0
+    return paper_row_bytes(config, cache_dtype) + scales
+
+
+def paper_row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:
+    """The same without scales, which the paper does not know."""
+    return 2 * config.d_model * (1 if cache_dtype == INT8 else config.compute_dtype.itemsize)
 
 
 def cache_bytes_at(config: ModelConfig, tokens: int) -> CacheBytes:

@@ -26,7 +26,8 @@ from tlinformer_jax.decoding.cache import (
 )
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params, embed, logits_of
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, mark_seen, sample
-from tlinformer_jax.models.cached_attention import KeyValue, token_layer
+from tlinformer_jax.kernels.key_value import KeyValue
+from tlinformer_jax.models.cached_attention import token_layer
 from tlinformer_jax.models.delta import DeltaParams, DeltaState, delta_mixer
 from tlinformer_jax.models.layers import update
 from tlinformer_jax.models.model import LanguageModel
@@ -185,10 +186,13 @@ class Decoder:
         sharding = None if mesh is None else NamedSharding(mesh, spread.WHOLE)
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
 
-    def init_cache(self, batch: int, tokens: int, final: int | None = None) -> Cache:
-        """An empty cache for sequences of up to `tokens` tokens, in the end `final` if known."""
+    def init_cache(self, batch: int, tokens: int, final: int | None = None, cache_dtype: str = "auto") -> Cache:
+        """An empty cache for sequences of up to `tokens` tokens, in the end `final` if known.
+
+        `cache_dtype` is that of `sampling.GenerationConfig`.
+        """
         capacity = capacity_for(self.config, tokens, final, self.devices)
-        return spread.init_spread_cache(self.config, batch, capacity, self.mesh)
+        return spread.init_spread_cache(self.config, batch, capacity, self.mesh, cache_dtype)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
         """Fills sequence `row` from its prompt, int [length >= 1]; returns also the next token's logits."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
+from tlinformer_jax.decoding.cache import check_cache_dtype
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig
 from tlinformer_jax.decoding.spread import split_of
@@ -113,6 +114,7 @@ class Generator:
     ) -> Stream:
         """Checks everything, then prepares a stream; `chunk` is the default."""
         config = GenerationConfig.of(options)
+        check_cache_dtype(self.decoder.config, config.cache_dtype)
         # Python takes a single text for a list of its characters.
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
             raise UserError("prompts: must be a list of texts, or of lists of token ids")

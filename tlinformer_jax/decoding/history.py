@@ -18,9 +18,9 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed
 from tlinformer_jax.kernels.common import merge_softmaxes
+from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_attention import (
-    KeyValue,
     attend_context,
     attend_history,
     for_writing,

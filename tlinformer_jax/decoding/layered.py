@@ -10,7 +10,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import LayeredCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.models.attention import attend_chunk, fused_kernel
-from tlinformer_jax.models.cached_attention import KeyValue, lane_rows
+from tlinformer_jax.models.cached_attention import write_plainly
 from tlinformer_jax.models.delta import DeltaParams, DeltaState, delta_mixer
 from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.model import attention_window
@@ -39,13 +39,12 @@ def prefill(
     """
     embedded, layers, capacity, states = embed(params, prompt[None]), cache.layers, cache.capacity, cache.state
 
-    def write(array: Array, rows: Array, index: int) -> Array:
+    def kept(rows: Heads) -> Float[Array, "1 1 rows h k"]:
         if config.architecture == "sliding_window":
             # Row r holds the last position before `length` that is r modulo the capacity.
             position = length - 1 - (length - 1 - jnp.arange(capacity)) % capacity
             rows = jnp.take(rows, jnp.maximum(position, 0), axis=1)
-        rows = lane_rows(rows, config.head_dim)[None, ..., : array.shape[-1]]
-        return jax.lax.dynamic_update_slice(array, rows, (index, row, 0, 0, 0))
+        return rows[None, :, : layers.rows]
 
     x, key_rows = embedded.rows, embedded.key_rows
     for number, layer in enumerate(params.wide_layers):
@@ -56,7 +55,7 @@ def prefill(
             continue
         x, key, value = _layer(layer, config, x, length, key_rows)
         key_rows = None  # of the first layer
-        layers = KeyValue(write(layers.key, key, index), write(layers.value, value, index))
+        layers = write_plainly(layers, [kept(key), kept(value)], (index, row))
     last = jax.lax.dynamic_index_in_dim(x[0], length - 1, keepdims=False)
     end = None if cache.last is None else cache.last.at[row].set(prompt[length - 1])
     cache = dataclasses.replace(cache, layers=layers, length=cache.length.at[row].set(length), last=end, state=states)

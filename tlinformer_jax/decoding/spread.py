@@ -22,8 +22,6 @@ from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 
 AXIS = "context"
 WHOLE = PartitionSpec()
-# Of keys and values [batch, heads, d_h, rows].
-SPLIT_ROWS = PartitionSpec(None, None, None, AXIS)
 
 
 def context_mesh(context: int) -> Mesh | None:
@@ -65,13 +63,17 @@ def cache_specs(cache: Cache) -> Any:
     """A cache whose arrays are replaced by how they lie on a mesh."""
     specs: Any = jax.tree.map(lambda _: WHOLE, cache)
     if isinstance(cache, WindowedCache):
-        specs = dataclasses.replace(specs, history=jax.tree.map(lambda _: SPLIT_ROWS, cache.history))
+        # Rows are the last axis of keys, values and scales.
+        split = jax.tree.map(lambda array: PartitionSpec(*[None] * (array.ndim - 1), AXIS), cache.history)
+        specs = dataclasses.replace(specs, history=split)
     return specs
 
 
-def init_spread_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None) -> Cache:
+def init_spread_cache(
+    config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None, cache_dtype: str = "auto"
+) -> Cache:
     """`cache.init_cache` on the devices of a mesh: no device ever has more of it than its share."""
-    make = functools.partial(init_cache, config, batch, capacity, split_of(mesh, config))
+    make = functools.partial(init_cache, config, batch, capacity, split_of(mesh, config), cache_dtype)
     if mesh is None:
         return make()
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(jax.eval_shape(make)))
@@ -109,7 +111,7 @@ def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
     """
     split = cache.split if isinstance(cache, WindowedCache) else None
     batch = cache.position.shape[0]
-    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split))
+    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split, cache.cache_dtype))
 
     def copied(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
         if array.shape == shape.shape:

@@ -177,7 +177,8 @@ class Stream(Iterator[Piece]):
     def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Prefills the prompts and draws each one's first token; returns as `_advance`."""
         decoder, prompts = self._decoder, self._prompts
-        cache, logits = decoder.init_cache(len(prompts), max(map(len, prompts)), self._final), []
+        longest, cache_dtype = max(map(len, prompts)), self._config.cache_dtype
+        cache, logits = decoder.init_cache(len(prompts), longest, self._final, cache_dtype), []
         for row, prompt in enumerate(prompts):
             cache, of_row = decoder.prefill(cache, row, prompt)
             logits.append(of_row)

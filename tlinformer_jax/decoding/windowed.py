@@ -23,8 +23,9 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache
 from tlinformer_jax.decoding.history import SequenceRows, embedded_history
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
+from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.block import compress, hidden, restore
-from tlinformer_jax.models.cached_attention import KeyValue, for_writing, lane_rows, write_rows
+from tlinformer_jax.models.cached_attention import for_writing, write_plainly, write_rows
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import Stream, project_both
 
@@ -142,16 +143,14 @@ def _rebuild(
     cache = dataclasses.replace(
         cache,
         history=C.filled,
-        context=_store(config, cache.context, row, context),
-        window=_store(config, cache.window, row, window) if m else cache.window,
+        context=_store(cache.context, row, context),
+        window=_store(cache.window, row, window) if m else cache.window,
         history_length=cache.history_length.at[row].set(length),
         observed_length=cache.observed_length.at[row].set(observed),
     )
     return cache, x_rows
 
 
-def _store(config: ModelConfig, cache: KeyValue, row: Int[Array, ""], layers: list[tuple[Array, Array]]) -> KeyValue:
+def _store(cache: KeyValue, row: Int[Array, ""], layers: list[tuple[Array, Array]]) -> KeyValue:
     """Writes a sequence's keys and values [1, rows, heads, d_h or more] of every layer."""
-    key, value = (lane_rows(jnp.stack(arrays), config.head_dim) for arrays in zip(*layers))
-    at = (0, row, 0, 0, 0)
-    return jax.tree.map(lambda array, new: jax.lax.dynamic_update_slice(array, new, at), cache, KeyValue(key, value))
+    return write_plainly(cache, [jnp.stack(arrays) for arrays in zip(*layers)], (0, row))

@@ -1,6 +1,6 @@
 """GPU kernels of a generated token, in Pallas for Triton.
 
-Plain twins: `models.cached_attention.attend_cached`, `models.layers.project` and `update`. Gain: 1.4 to 1.9 times the
+Plain twins: `models.cached_rows.attend_cached`, `models.layers.project` and `update`. Gain: 1.4 to 1.9 times the
 tokens per second of a step.
 
 `attend` is split over the cached rows and reads each byte once, up to the last valid row. Rows are contiguous in
@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from tlinformer_jax.kernels.common import Rotations, call_kernel, feature_pieces, iota, merge_softmaxes
+from tlinformer_jax.kernels.key_value import KeyValue
 
 LANES = 128
 # Programs to aim for: a few for each of the 132 multiprocessors of an H100.
@@ -29,8 +30,8 @@ MIN_PART_ROWS = 128
 # Columns of a matrix that one program of `dense` makes.
 TILE = 4
 
-# Key and value [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer.
-Source = tuple[jax.Array, jax.Array, jax.Array, int | None]
+# Keys and values [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer.
+Source = tuple[KeyValue, jax.Array, int | None]
 
 
 def num_parts(rows: int, softmaxes: int) -> int:
@@ -56,15 +57,15 @@ def attend(
       rotated key of the new row.
     """
     batch, _, heads, width = projected.shape
-    splits = tuple(num_parts(key.shape[-1], batch * heads) for key, *_ in sources)
-    layers = tuple(layer for *_, layer in sources)
+    caches, lengths, layers = zip(*sources)
+    splits = tuple(num_parts(cache.rows, batch * heads) for cache in caches)
     shape = (sum(splits), batch, heads)
     outputs = [jax.ShapeDtypeStruct((*shape, last), jnp.float32) for last in (width, 1, 1)]
     sums, tops, totals, own_key = call_kernel(
         functools.partial(_attend_kernel, layers=layers, splits=splits, width=width, scale=scale),
         (sum(splits), heads, batch),
         [*outputs, jax.ShapeDtypeStruct((batch, heads, width), projected.dtype)],
-        [projected, rope.cos, rope.sin, *(array for source in sources for array in source[:3])],
+        [projected, rope.cos, rope.sin, caches, lengths],
         "attend_cached",
         interpret,
         num_warps=4,
@@ -81,10 +82,23 @@ def attend(
     return output, lse, own_key
 
 
-def _attend_kernel(*refs: Any, layers: tuple, splits: tuple[int, ...], width: int, scale: float) -> None:
+def _attend_kernel(
+    projected_ref,
+    cos_ref,
+    sin_ref,
+    caches: tuple[KeyValue, ...],
+    length_refs: tuple,
+    sums_ref,
+    top_ref,
+    total_ref,
+    own_key_ref,
+    *,
+    layers: tuple,
+    splits: tuple[int, ...],
+    width: int,
+    scale: float,
+) -> None:
     """One part of one source, for one head of one sequence; with one part a source its sums are divided."""
-    projected_ref, cos_ref, sin_ref, *source_refs = refs[:-4]
-    outputs, own_key_ref = refs[-4:-1], refs[-1]
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     pieces = feature_pieces(width)
 
@@ -94,15 +108,15 @@ def _attend_kernel(*refs: Any, layers: tuple, splits: tuple[int, ...], width: in
     query = [piece * scale for piece in rotated(0)]
     first = 0
     for index, count in enumerate(splits):
-        key_ref, value_ref, length_ref = source_refs[3 * index : 3 * index + 3]
         place = (row, head) if layers[index] is None else (layers[index], row, head)
 
         @pl.when((part >= first) & (part < first + count))
-        def _(index=index, refs=(key_ref, value_ref), length=length_ref[row], place=place, first=first, count=count):
+        def _(index=index, length=length_refs[index][row], place=place, first=first, count=count):
             blocks = pl.cdiv(length, LANES)
             each = pl.cdiv(blocks, count)
             begin = (part - first) * each
-            state = _stream(query, refs, place, begin, jnp.minimum(begin + each, blocks), length, pieces)
+            end = jnp.minimum(begin + each, blocks)
+            state = _stream(query, caches[index], place, begin, end, length, pieces)
             if index == 0:
                 own_key, own_value = rotated(1), [projected_ref[row, 2, head, pl.ds(*piece)] for piece in pieces]
                 state = _with_own(state, query, own_key, own_value, part == first)
@@ -112,7 +126,7 @@ def _attend_kernel(*refs: Any, layers: tuple, splits: tuple[int, ...], width: in
                     for (start, size), piece in zip(pieces, own_key):
                         own_key_ref[row, head, pl.ds(start, size)] = piece.astype(own_key_ref.dtype)
 
-            _write_part(state, outputs, (part, row, head), pieces, divide=max(splits) == 1)
+            _write_part(state, (sums_ref, top_ref, total_ref), (part, row, head), pieces, divide=max(splits) == 1)
 
         first += count
 
@@ -130,30 +144,33 @@ def _rotated_piece(ref, cos_ref, sin_ref, place, piece: tuple[int, int], width: 
     return turned.astype(ref.dtype).astype(jnp.float32)  # rounded as it is cached
 
 
-def _stream(query, refs, place, begin, end, length, pieces):
+def _stream(query, cache, place, begin, end, length, pieces):
     """Reads blocks begin .. end - 1 of LANES rows.
 
     Returns:
       each lane's maximum and sum of weights float32 [LANES], and its weighted values, a tuple of [size, LANES].
     """
-    key_ref, value_ref = refs
     lanes = iota(LANES)
 
     def block(index, carry):
         top, total, sums = carry
         rows = pl.ds(index * LANES, LANES)
+        # All are asked for before the first is needed.
+        keys, values = ([ref[(*place, pl.ds(*piece), rows)] for piece in pieces] for ref in (cache.key, cache.value))
+        key_scale, value_scale = (
+            1.0 if ref is None else ref[(*place, rows)].astype(jnp.float32)
+            for ref in (cache.key_scale, cache.value_scale)
+        )
         scores = jnp.zeros((LANES,), jnp.float32)
-        for piece, values in zip(pieces, query):
-            key = key_ref[(*place, pl.ds(*piece), rows)]
-            scores += jnp.sum(key.astype(jnp.float32) * values[:, None], axis=0)
-        scores = jnp.where(lanes + index * LANES < length, scores, -jnp.inf)
+        for key, part in zip(keys, query):
+            scores += jnp.sum(key.astype(jnp.float32) * part[:, None], axis=0)
+        scores = jnp.where(lanes + index * LANES < length, scores * key_scale, -jnp.inf)
         new_top = jnp.maximum(top, scores)
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         factor, weight = jnp.exp(top - base), jnp.exp(scores - base)
-        new_sums = []
-        for piece, old in zip(pieces, sums):
-            value = value_ref[(*place, pl.ds(*piece), rows)]
-            new_sums.append(old * factor[None, :] + value.astype(jnp.float32) * weight[None, :])
+        share, new_sums = (weight * value_scale)[None, :], []
+        for value, old in zip(values, sums):
+            new_sums.append(old * factor[None, :] + value.astype(jnp.float32) * share)
         return new_top, total * factor + weight, tuple(new_sums)
 
     zeros = tuple(jnp.zeros((size, LANES), jnp.float32) for _, size in pieces)

@@ -7,7 +7,7 @@ feed_forward  the feed-forward of a layer, which may be a mixture of experts
 tlinformer    a window through all blocks, all windows of a sequence; recompute: gradients of such loops
 delta         the mixer of Gated DeltaNet
 model         the whole model, and the baselines' layers
-cached_attention    the layer of a generated token, and attention to cached rows
+cached_attention    the layer of a generated token, and a cache's rows written and read; cached_rows: read by one row
 
 The names below are imported on first use: configuration alone does not need JAX.
 """

@@ -1,12 +1,14 @@
 """What a generated token runs through: a layer for one new row per sequence, and its attention to cached rows.
 
 Cached keys and values lie as [batch, heads, d_h, rows]: rows are contiguous, which streams memory on a GPU and pads
-nothing on a TPU. How many are valid differs between the sequences of a batch and is known at run time only.
+nothing on a TPU. How many are valid differs between the sequences of a batch and is known at run time only. They may
+be int8 (`kernels.key_value`).
 
 Below the token's layer stands what `prefill` and `slide` do with a cache: write many rows, read all of them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -18,8 +20,10 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
-from tlinformer_jax.kernels.common import available, is_half, merge_softmaxes
+from tlinformer_jax.kernels.common import available, is_half
+from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
+from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
 from tlinformer_jax.models.layers import (
     LAYER_NORM_EPSILON,
     LayerParams,
@@ -29,52 +33,9 @@ from tlinformer_jax.models.layers import (
     update,
 )
 from tlinformer_jax.models.rope import Rope, rotate
-from tlinformer_jax.parallel.sharding import SplitRows
 
 # Above so many rows the matrix units pay, and a token's products go to XLA.
 MAX_FUSED_ROWS = 4
-
-
-@flax.struct.dataclass
-class KeyValue:
-    """Cached keys (rotated) and values, each [..., batch, heads, d_h, rows]; leading axes count layers."""
-
-    key: Array
-    value: Array
-
-    @property
-    def rows(self) -> int:
-        """Rows there is room for."""
-        return self.key.shape[-1]
-
-
-@flax.struct.dataclass
-class CachedRows:
-    """The first `length` rows of a cache, for one softmax.
-
-    Attributes:
-      cache: keys and values, of one layer or of several.
-      length: valid rows of each sequence, int32 [batch].
-      layer: which of the layers; None for a cache of one.
-      split: how the rows are split over devices, each of which has only its own here; None where it has all.
-    """
-
-    cache: KeyValue
-    length: Array
-    layer: int | None = flax.struct.field(pytree_node=False, default=None)
-    split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
-
-    def arrays(self) -> KeyValue:
-        """Keys and values of the layer, [batch, heads, d_h, rows]."""
-        return self.cache if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.cache)
-
-    def merged(self, output: Float[Array, "b h d"], lse: Float[Array, "b h"]) -> Float[Array, "b h d"]:
-        """What the softmax over the rows of all devices gives, from that over these."""
-        if self.split is None:
-            return output
-        # By one collective: for a token's few queries latency costs more than bytes.
-        both = jax.lax.all_gather(jnp.concatenate([output, lse[..., None]], axis=-1), self.split.axis)
-        return merge_softmaxes(both[..., :-1], both[..., -1], axis=0)[0]
 
 
 @flax.struct.dataclass
@@ -161,9 +122,7 @@ def token_layer(
     projected = projected_rows(x)
     if key_rows is not None:
         projected = projected.at[:, 1].set(projected_rows(key_rows)[:, 1])
-    sources = [
-        (part.cache.key, part.cache.value, part.length, part.layer) for part in (past, context) if part is not None
-    ]
+    sources = [(part.cache, part.length, part.layer) for part in (past, context) if part is not None]
     parts, lses, own_key = decode_kernel.attend(projected, rope, sources, config.attention_scale, interpret)
     if context is not None and context.split is not None:
         parts = jnp.stack([parts[0], context.merged(parts[1], lses[1])])
@@ -176,6 +135,16 @@ def token_layer(
 def use_token_kernels(config: ModelConfig) -> bool:
     """Whether the GPU kernels of a token's layer run here, and are wanted."""
     return config.attention != "xla" and available("decode")
+
+
+def int8_readers(config: ModelConfig) -> str:
+    """One line on what reads an int8 cache here."""
+    names = {True: "a kernel", False: "plain JAX"}
+    line = f"int8 cache: read by {names[use_token_kernels(config)]} for a token"
+    if not config.windowed:
+        return line
+    many = names[use_kernels(config.compute_dtype, config.head_dim, config.attention)]
+    return f"{line}, by {many} for prefill and slide"
 
 
 def _projected(params: TokenLayerParams, x: Array, interpret: bool) -> Array:
@@ -197,47 +166,6 @@ def _updated(params: TokenLayerParams, x: Array, parts: Array, interpret: bool) 
     return decode_kernel.dense(inner[None], params.down_kernel, residual=x, interpret=interpret)
 
 
-def attend_cached(
-    query: Float[Array, "b h d"], own: KeyValue, past: CachedRows, context: CachedRows | None, scale: float
-) -> Float[Array, "b h d"]:
-    """Exact attention of one new row per sequence by plain products; as `token_layer` has it.
-
-    The new row's own key shares a softmax with `past`; the result of `context`'s own softmax is added.
-    """
-    output, _ = _softmax_sum(query, past, own, scale)
-    if context is not None:
-        output = output + context.merged(*_softmax_sum(query, context, None, scale))
-    return output.astype(query.dtype)
-
-
-def _softmax_sum(
-    query: Float[Array, "b h d"], source: CachedRows, own: KeyValue | None, scale: float
-) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
-    """Softmax attention in float32, and its log-sum-exp; 0 and -inf where nothing is valid."""
-    cache = source.arrays()
-    scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
-    valid = jnp.arange(cache.rows) < source.length[:, None, None]
-    scores = jnp.where(valid, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-    if own is not None:
-        wide = query.astype(jnp.float32) * own.key.astype(jnp.float32)
-        own_score = jnp.sum(wide, axis=-1, keepdims=True) * scale
-        top = jnp.maximum(top, own_score)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    output = jnp.einsum(
-        "bhk,bhdk->bhd", weights.astype(cache.value.dtype), cache.value, preferred_element_type=jnp.float32
-    )
-    if own is not None:
-        own_weight = jnp.exp(own_score - top)
-        total = total + own_weight
-        output = output + own_weight * own.value.astype(jnp.float32)
-    safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
-    return output / safe, lse[..., 0]
-
-
 def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active: Array) -> KeyValue:
     """Writes one new row per active sequence into every layer's cache, in place where the cache is donated.
 
@@ -248,17 +176,20 @@ def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active:
       active: bool [batch]; of the others nothing changes.
     """
 
+    rows = cache.as_kept(jax.tree.map(lambda array: array[..., None], own))
+
     def write_one(array: Array, new: Array) -> Array:
-        at = (0, 0, 0, 0, row[0])
-        old = jax.lax.dynamic_slice(array, at, (*array.shape[:4], 1))
-        return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new[..., None], old), at)
+        at: list[Any] = [*[0] * (array.ndim - 1), row[0]]
+        old = jax.lax.dynamic_slice(array, at, new.shape)
+        return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new, old), at)
 
     def write_all(array: Array, new: Array) -> Array:
         # Rows past the end are dropped. The indexed axes come first in what `set` takes.
-        at = jnp.where(active, row, array.shape[-1])
-        return array.at[:, jnp.arange(at.size), :, :, at].set(jnp.moveaxis(new, 1, 0), mode="drop")
+        between = [slice(None)] * (array.ndim - 3)
+        at = (slice(None), jnp.arange(row.size), *between, jnp.where(active, row, array.shape[-1]))
+        return array.at[at].set(jnp.moveaxis(new[..., 0], 1, 0), mode="drop")
 
-    return jax.tree.map(write_one if row.size == 1 else write_all, cache, own)
+    return jax.tree.map(write_one if row.size == 1 else write_all, cache, rows)
 
 
 # --- many rows of one sequence: `row` is its index in the batch, int32 []; `backend` that of the attention ---
@@ -300,10 +231,10 @@ def write_rows(
 
     In place where the cache, of one layer, is donated.
     """
-    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], rows.shape[1], backend):
+    if _stores_by_kernel(layer.qkv_kernel.dtype, cache.key.shape[2], rows.shape[1], backend):
         projected, bias = unbiased_projections(layer, rows, "kv", key_rows)
-        return KeyValue(*history_kernel.store(cache.key, cache.value, projected[0], bias, rope, row, start))
-    return _write_plainly(cache, row, start, *project(layer, rows, rope, "kv", key_rows))
+        return history_kernel.store(cache, projected[0], bias, rope, row, start)
+    return write_plainly(cache, project(layer, rows, rope, "kv", key_rows), (row,), start)
 
 
 def write_tokens(
@@ -319,21 +250,27 @@ def write_tokens(
 
     The table's keys are not rotated.
     """
-    if _stores_by_kernel(cache.key.dtype, cache.key.shape[2], tokens.size, backend):
+    if _stores_by_kernel(table.dtype, cache.key.shape[2], tokens.size, backend):
         no_bias = jnp.zeros(table.shape[1:], table.dtype)
-        stored = history_kernel.store(cache.key, cache.value, table, no_bias, rope, row, start, tokens)
-        return KeyValue(*stored)
+        return history_kernel.store(cache, table, no_bias, rope, row, start, tokens)
     key, value = jnp.moveaxis(jnp.take(table, tokens, axis=0, mode="clip")[None], 2, 0)
-    return _write_plainly(cache, row, start, rotate(key, rope), value)
+    return write_plainly(cache, (rotate(key, rope), value), (row,), start)
 
 
-def _write_plainly(cache: KeyValue, row: Array, start: Array, key: Array, value: Array) -> KeyValue:
-    """Writes keys and values [1, rows, heads, d_h or more]."""
+def write_plainly(
+    cache: KeyValue, key_value: Sequence[Array], place: tuple[Array | int, ...], start: Array | int = 0
+) -> KeyValue:
+    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on.
+
+    `place` is theirs in the cache's first axes: the layer, if it is of several, and the sequence.
+    """
+    rows = KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value))
 
     def write(array: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(array, lane_rows(new, array.shape[2]), (row, 0, 0, start))
+        at: list[Any] = [*place, *[0] * (array.ndim - len(place) - 1), start]
+        return jax.lax.dynamic_update_slice(array, new, at)
 
-    return KeyValue(write(cache.key, key), write(cache.value, value))
+    return jax.tree.map(write, cache, cache.as_kept(rows))
 
 
 def attend_history(
@@ -351,14 +288,18 @@ def attend_history(
     """
     width = query.shape[-1]
     if use_kernels(query.dtype, cache.key.shape[2], backend):
-        read, lse = history_kernel.attend(query[0], cache.key, cache.value, row, length, scale)
+        read, lse = history_kernel.attend(query[0], cache, row, length, scale)
         return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]), lse[None]
-    shape = (1, *cache.key.shape[1:3], chunk)
 
     def body(number: Array, carry: OutputAndLse) -> OutputAndLse:
         start = number * chunk
-        parts = (jax.lax.dynamic_slice(part, (row, 0, 0, start), shape) for part in (cache.key, cache.value))
-        key, value = (_natural_rows(part, width) for part in parts)
+
+        def some(array: Array) -> Array:
+            at: list[Any] = [row, *[0] * (array.ndim - 2), start]
+            return jax.lax.dynamic_slice(array, at, (1, *array.shape[1:-1], chunk))
+
+        rows = jax.tree.map(some, cache).widened(query.dtype)
+        key, value = (_natural_rows(part, width) for part in (rows.key, rows.value))
         return merge_parts(carry, attend_parts(query, key, value, length - start, scale, backend))
 
     return jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
