@@ -32,7 +32,7 @@ from tlinformer_jax.files import local_path, open_own
 
 if TYPE_CHECKING:
     from tlinformer_jax.experiments.job import Job, Record
-    from tlinformer_jax.experiments.plan import Point, Sweep
+    from tlinformer_jax.experiments.plan import Sweep
 
 SWEEP = flags.DEFINE_string(
     "sweep", "", "Sweep file, or the name of one of the package's; NAME:VARIANT picks a variant."
@@ -57,7 +57,7 @@ CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train
 def main() -> None:
     """Checks all points, trains those that are not finished, writes the tables."""
     from tlinformer_jax.experiments.actions import checked_actions
-    from tlinformer_jax.experiments.job import Job, run_jobs
+    from tlinformer_jax.experiments.job import run_jobs
     from tlinformer_jax.experiments.plan import chosen_points, groups_of, load_sweep, plan_points
 
     sweep = load_sweep(SWEEP.value)
@@ -79,22 +79,15 @@ def main() -> None:
     results = cli.writable_workdir(RESULTS.value, "--results") if RESULTS.value else None
     command = shlex.join(["python", "-m", "tlinformer_jax", "sweep", *sys.argv[1:]])
     stem = pathlib.Path(SWEEP.value.partition(":")[0]).stem
-    jobs = {
-        point.name: Job(
-            name=point.name,
-            config=point.config,
-            workdir=out / point.name,
-            command=command,
-            then=then,
-            study=sweep.study,
-            sweep=stem,
-            point=point.point,
-            overrides=point.overrides,
-        )
-        for point in points
-    }
-    write = functools.partial(_write, list(jobs.values()), out, results)
-    failures = run_jobs([[jobs[point.name] for point in group] for group in chosen], RETRIES.value, finished=write)
+
+    def placed(points: "list[Job]") -> "list[Job]":
+        return [
+            dataclasses.replace(point, workdir=out / point.name, command=command, then=then, sweep=stem)
+            for point in points
+        ]
+
+    write = functools.partial(_write, placed(points), out, results)
+    failures = run_jobs([placed(group) for group in chosen], RETRIES.value, finished=write)
     done = write()
     print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
     if done:
@@ -135,7 +128,7 @@ def define_flags() -> None:
         cli.fail(cli.describe(error, sys.argv))
 
 
-def _check(groups: "list[list[Point]]") -> None:
+def _check(groups: "list[list[Job]]") -> None:
     """Refuses (UserError) data that are not there, and groups that one program cannot train."""
     from tlinformer_jax.experiments.plan import check_data, check_together
 

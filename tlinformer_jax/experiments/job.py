@@ -44,17 +44,17 @@ MISTAKE = 2  # exit status for a user's mistake, which a second attempt would re
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run to train; study, point and overrides are those of `plan`."""
+    """A run to train."""
 
     name: str
     config: RunConfig
-    workdir: pathlib.Path  # also gets the record, result.json
-    command: str  # as a user types it
+    workdir: pathlib.Path = pathlib.Path()  # also gets the record, result.json
+    command: str = ""  # as a user types it
     then: tuple[str, ...] = ()  # actions of `experiments.actions` after the training
-    study: str = "architectures"
+    study: str = "architectures"  # one of `plan.STUDIES`
     sweep: str | None = None  # name of the sweep's file
-    point: str | None = None
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    point: str | None = None  # its name there
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # the fields that it sets besides the seed
 
     @property
     def actions(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import re
 import runpy
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -16,24 +16,14 @@ from tlinformer_jax.config.run import RunConfig, TrainConfig, run_config
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.files import local_path
 
 # The part of the report that shows a sweep: against Base at the same N, by window sizes, or by right answers.
 STUDIES = ("architectures", "windows", "retrieval")
 SEED = "train.seed"
 
-
 T = TypeVar("T")
-
-
-class HasConfig(Protocol):
-    """A point, or a job."""
-
-    @property
-    def config(self) -> RunConfig: ...
-
-
-Configured = TypeVar("Configured", bound=HasConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +38,6 @@ class Sweep:
     seeds: Sequence[int] = (0,)  # of all other points; a point is trained once with each
     then: Sequence[str] = ()  # actions of `experiments.actions` after the training of each point
     study: str = "windows"
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One run of a sweep: `name` of its folder, 'POINT-seedS', and the fields that it sets besides the seed."""
-
-    name: str
-    point: str
-    overrides: dict[str, Any]
-    config: RunConfig
 
 
 def load_sweep(where: str) -> Sweep:
@@ -90,10 +70,13 @@ def load_sweep(where: str) -> Sweep:
     return sweep
 
 
-def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Point]:
-    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own."""
+def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job]:
+    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own; named POINT-seedSEED.
+
+    Where they are trained, and by which command, is not said yet.
+    """
     sections = _plain(sweep.base if base is None else base)
-    points: list[Point] = []
+    points: list[Job] = []
     for name, overrides in sweep.points.items():
         fields = dict(overrides)
         seeds = fields.pop(SEED, sweep.seeds)
@@ -104,16 +87,17 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Poi
             configs = [run_config(_changed(sections, {**fields, SEED: seed})) for seed in seeds]
         except UserError as error:
             raise UserError(f"point {name}: {error}") from None
-        points += [Point(f"{name}-seed{seed}", name, fields, config) for seed, config in zip(seeds, configs)]
+        for seed, config in zip(seeds, configs):
+            points.append(Job(f"{name}-seed{seed}", config, study=sweep.study, point=name, overrides=fields))
     (name, times), *_ = collections.Counter(point.name for point in points).most_common(1)
     if times > 1:
         raise UserError(f"point {name}: is there twice; names and seeds must differ")
     return points
 
 
-def check_data(points: Iterable[Point]) -> None:
+def check_data(points: Iterable[Job]) -> None:
     """Checks that tokenizers and files of all points exist and fit the vocabularies (else UserError)."""
-    different: dict[Any, Point] = {}
+    different: dict[Any, Job] = {}
     for point in points:
         different.setdefault((point.config.data, point.config.model.vocab_size), point)
     for (data, vocabulary), point in different.items():
@@ -126,9 +110,9 @@ def check_data(points: Iterable[Point]) -> None:
             raise UserError(f"point {point.name}: {error}") from None
 
 
-def groups_of(points: Sequence[Configured]) -> list[list[Configured]]:
-    """Points, or jobs, in groups that differ only in seed and learning rate, which one program can train."""
-    groups: dict[RunConfig, list[Configured]] = {}
+def groups_of(points: Sequence[Job]) -> list[list[Job]]:
+    """Jobs in groups that differ only in seed and learning rate, which one program can train."""
+    groups: dict[RunConfig, list[Job]] = {}
     for point in points:
         train = dataclasses.replace(point.config.train, seed=0, learning_rate=0.0)
         groups.setdefault(dataclasses.replace(point.config, train=train), []).append(point)
