@@ -4,10 +4,11 @@ Entry points (`tlinformer_jax.commands.cli`) print a `UserError` on stderr and e
 get an ordinary exception; it is also a `ValueError`.
 """
 
+import contextlib
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -37,6 +38,15 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A file, corpus, tokenizer or token stream cannot be used as it is."""
+
+
+@contextlib.contextmanager
+def failure_told(message: str, kind: type[UserError] = DataError) -> Iterator[None]:
+    """Turns an OSError of the body into a UserError: `message`, with the reason in brackets."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{message} ({error.strerror or error})") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

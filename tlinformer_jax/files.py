@@ -108,14 +108,10 @@ def read_json(path: pathlib.Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with `sha256`, the hash of all of them as JSON: a change of any of them shows."""
-    return values | {"sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
-
-
 def sealed_text(values: dict[str, Any]) -> str:
-    """The values as JSON, with their hash."""
-    return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
+    """The values as JSON with `sha256`, the hash of all of them: a change of any of them shows."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json.dumps(values | {"sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def unsealed(text: str) -> dict[str, Any]:

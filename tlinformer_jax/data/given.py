@@ -58,29 +58,25 @@ class TokenFile:
     def open(self, name: str) -> np.ndarray:
         """Its ids, memory-mapped. A DataError names the argument or field, `name`, that the file was given as."""
         path = local_path(self.path, name)
+        where = f"{name} = {str(path)!r}"
         if path.suffix not in (".npy", ".bin"):
-            raise DataError(f"{name} = {str(path)!r}: must be a file of token ids, .npy or .bin")
+            raise DataError(f"{where}: must be a file of token ids, .npy or .bin")
         if self.dtype not in DTYPES:
-            raise DataError(f"{name} = {str(path)!r}: dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
+            raise DataError(f"{where}: dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
         try:
             if path.suffix == ".npy":
                 return np.load(path, mmap_mode="r", allow_pickle=False)
             dtype = np.dtype(self.dtype).newbyteorder("<")
             size = path.stat().st_size
             if size % dtype.itemsize or not size:
-                told = f"its {size} bytes are no whole {self.dtype} ids; see TokenFile(path, dtype)"
-                raise DataError(f"{name} = {str(path)!r}: {told}")
+                raise DataError(f"{where}: its {size} bytes are no whole {self.dtype} ids; see TokenFile(path, dtype)")
             ids = np.memmap(path, dtype, mode="r")
+        except DataError:
+            raise
         except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"{name} = {str(path)!r}: cannot be read ({getattr(error, 'strerror', None) or error})"
-            ) from None
+            raise DataError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
         if self.dtype == "uint16" and len(ids) > 1 and not ids[1 : 1 << 20 : 2].any():
-            raise DataError(
-                f"{name} = {str(path)!r}: every second uint16 is 0, as in a file of uint32: TokenFile(path, 'uint32')"
-            )
+            raise DataError(f"{where}: every second uint16 is 0, as in a file of uint32: TokenFile(path, 'uint32')")
         return ids
 
 
@@ -145,14 +141,9 @@ def given_loader(
     positions: pathlib.Path | None = None,
     writes: bool = False,
 ) -> Callable[[DataConfig, str, Tokenizer], TokenStream]:
-    """What `sources.load_split` is for files, for the caller's data.
+    """What `sources.load_split` is for files, for the caller's data by split, "train" and "validation".
 
-    Args:
-      data: by split, "train" and "validation".
-      vocab_size: of the model.
-      batch_size: of training.
-      positions: the file of positions in the training data; None keeps none.
-      writes: whether this process writes it.
+    `positions` is the file of positions in an iterable of training data, if any is kept; this process may write it.
     """
 
     def load(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
@@ -160,7 +151,7 @@ def given_loader(
         if file := token_file(given):
             return array_stream(file.open(name), name, str(file))
         if hasattr(given, "__array__"):
-            return array_stream(np.asarray(given) if not isinstance(given, np.ndarray) else given, name)
+            return array_stream(given if isinstance(given, np.ndarray) else np.asarray(given), name)
         if not isinstance(given, Iterable) or isinstance(given, Mapping | bytes):
             allowed = "must be token ids, a .npy or .bin file or an iterable of documents or batches"
             raise DataError(f"{name}: {allowed}, not {type(given).__name__}")
