@@ -42,11 +42,11 @@ class DataError(UserError):
 
 @contextlib.contextmanager
 def failure_told(message: str, kind: type[UserError] = DataError) -> Iterator[None]:
-    """Turns an OSError of the body into a UserError: `message`, with the reason in brackets."""
+    """Turns a failure to read or write in the body into a UserError: `message`, with the reason in brackets."""
     try:
         yield
-    except OSError as error:
-        raise kind(f"{message} ({error.strerror or error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise kind(f"{message} ({getattr(error, 'strerror', None) or error})") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.cache import exclusive
 from tlinformer_jax.data.files import TextPiece, decode_line, file_blocks, progress, read_column
 from tlinformer_jax.data.streams import Counts
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import DataError, failure_told
 
 ZIP_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # our names -> the zip's
 USER_AGENT = "Mozilla/5.0 (compatible; tlinformer_jax)"  # the host refuses Python's default client
@@ -117,25 +117,22 @@ def check_manual_dir(config: DataConfig) -> None:
 def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
     """Downloads the zip to `path`, whole or not at all."""
     draft = path.with_name(f"{path.name}.draft")
-    try:
+    with failure_told(f"{path}: WikiText-103 cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.with_name(f"{path.name}.lock")):
             if path.is_file():
                 return
             try:
                 with draft.open("wb") as file:
-                    for block in _downloaded(facts):
-                        file.write(block)
+                    file.writelines(_downloaded(facts))
                     file.flush()
                     os.fsync(file.fileno())
                 _check_zip(draft, facts)
                 draft.replace(path)
+            except DataError as error:
+                raise _missing(config, facts, str(error)) from None
             finally:
                 draft.unlink(missing_ok=True)
-    except DataError as error:
-        raise _missing(config, facts, str(error)) from None
-    except OSError as error:
-        raise DataError(f"{path}: WikiText-103 cannot be written ({error.strerror or error})") from None
 
 
 def _downloaded(facts: Facts) -> Iterator[bytes]:
