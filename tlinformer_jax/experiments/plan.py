@@ -4,20 +4,17 @@ import collections
 import copy
 import dataclasses
 import re
-import runpy
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.named import config_file
+from tlinformer_jax.config.named import load_python
 from tlinformer_jax.config.run import RunConfig, TrainConfig, run_config
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.experiments.job import Job
-from tlinformer_jax.files import local_path
 
 # The part of the report that shows a sweep: against Base at the same N, by window sizes, or by right answers.
 STUDIES = ("architectures", "windows", "retrieval")
@@ -42,28 +39,7 @@ class Sweep:
 
 def load_sweep(where: str) -> Sweep:
     """The sweep of a Python file, `FILE.py` or `FILE.py:VARIANT`, or of one of the package's by its name."""
-    what = f"--sweep={where}"
-    if not where:
-        raise UserError("--sweep: must name a sweep file, or one of the package's, such as windows")
-    path, _, variant = config_file(where, "--sweep").partition(":")
-    try:
-        file = local_path(path, "--sweep")
-        file.read_bytes()  # for its OSError: runpy would not say that a folder is one
-        get_sweep = runpy.run_path(str(file), run_name=f"sweep_{file.stem}").get("get_sweep")
-        if not callable(get_sweep):
-            raise UserError(f"{what}: must be a Python file with a function get_sweep; it has none")
-        sweep = get_sweep(*filter(None, [variant]))
-    except UserError:
-        raise
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror}); must be a Python file with a function get_sweep"
-        raise UserError(f"{what}: {reason}") from None
-    except SyntaxError as error:
-        raise UserError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        said = "".join(f": {text}" for text in str(error).strip().splitlines()[:1])
-        raise UserError(f"{what}: {type(error).__name__} in {last.filename}, line {last.lineno}{said}") from None
+    sweep, what = load_python(where, "--sweep", "get_sweep"), f"--sweep={where}"
     if not isinstance(sweep, Sweep):
         raise UserError(f"{what}: get_sweep must return a Sweep, not {type(sweep).__name__}")
     _check_sweep(sweep, what)
