@@ -7,9 +7,9 @@ Variants: base-512, 512-512-0.382, 512-512-0.5 (the default), 512-512-0.618, bas
 2k-512-0.5 and 2k-2k-0.5 under our recipe, where any two may be compared; each also with `paper-` before it, as the
 paper trained it, where only rows of one N may be, and dropout is not equal (`tlinformer_jax/config/recipes.py`).
 
-Needs: `pip install "tlinformer-jax[data]"`; 190 MB of download, or its zip or parquet files in a directory that
---config.data.manual_dir=DIR names; one accelerator. Where our recipe's 131,072 tokens at once are too many for its
-memory, --config.train.accumulation=4 computes them in four parts, and the result is the same but for dropout's draws.
+Needs: `pip install "tlinformer-jax[data]"`; 190 MB of download, or its zip or parquet files in the folder `downloads`
+of data.cache_dir; one accelerator. Where our recipe's 131,072 tokens at once are too many for its memory,
+--config.train.accumulation=4 computes them in four parts, and the result is the same but for dropout's draws.
 
 Result: not yet measured.
 """

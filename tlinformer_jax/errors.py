@@ -5,10 +5,12 @@ get an ordinary exception; it is also a `ValueError`.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -38,6 +40,51 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A file, corpus, tokenizer or token stream cannot be used as it is."""
+
+
+# ---- What a field may hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which values a field takes, and how a refusal says it."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def integer(least: int, most: int | None = None, pattern: str | None = None, told: str = "") -> Rule:
+    """An integer, or a text of a pattern, which `told` describes."""
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, str):
+            return pattern is not None and re.fullmatch(pattern, value) is not None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and least <= value and (most is None or value <= most)
+
+    bounds = f">= {least}" if most is None else f"from {least} to {most}"
+    return Rule(f"must be an integer {bounds}{told}", holds)
+
+
+def number(told: str, holds: Callable[[float], bool]) -> Rule:
+    """A number for which `holds` does."""
+    return Rule(told, lambda value: isinstance(value, int | float) and not isinstance(value, bool) and holds(value))
+
+
+def one_of(*choices: str) -> Rule:
+    """One of some words."""
+    return Rule(f"must be one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
+
+
+def check_fields(section: str, values: object, rules: Mapping[str, Rule]) -> None:
+    """Refuses (ConfigError) the first field of `values` that breaks its rule."""
+    for name, rule in rules.items():
+        value = getattr(values, name)
+        if not rule.holds(value):
+            raise ConfigError(f"{section}.{name}", value, rule.allowed)
+
+
+# ---- Messages
 
 
 @contextlib.contextmanager

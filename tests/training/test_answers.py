@@ -217,7 +217,7 @@ PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400,
 
 
 def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_questions():
-    data = PASSKEYS | {"num_items": 20, "questions": 20, "sequence_length": 1800}
+    data = PASSKEYS | {"num_items": 20, "sequence_length": 1800}
     run = build_run(changed(model={"vocab_size": 257}, data=data), build_tokenizer("bytes"))
     split, params = run.split("validation"), run.initial_state().params
     (batch,) = answer_batches(split, 800, 2, slice(None), 4, run.config.model.observed_rows)
@@ -324,6 +324,6 @@ def test_what_has_no_answers_cannot_wait_for_them():
     with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 2: must be a number from 0 to 1"):
         changed(train={"stop_at_accuracy": 2})
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' for train\.schedule = 'paper'"):
-        changed(train={"schedule": "paper", "epochs": 1}, data=grown)
+        changed(train={"schedule": "paper", "steps": "1epoch"}, data=grown)
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must end before train.steps = 3, and has 3"):
         changed(train={"steps": 3}, data=grown)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, check_fields, integer
 from tlinformer_jax.files import path_fault
 
 PAIR_SIZES = {"recall": 2, "recall-gap": 3}  # tokens of a pair
@@ -24,7 +24,7 @@ DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *SYMBOL_FILES, *WIKITEXT, *TASKS)
 TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
-PATHS = (*FILES, "tokenizer", "manual_dir", "cache_dir")
+PATHS = (*FILES, "tokenizer", "cache_dir")
 MOST_NEEDLES = 100  # the names of passkeys, of two digits
 STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
@@ -69,13 +69,13 @@ class DataConfig:
       test_files: the same for the test split, with a 20th of its own. [passkey, niah-2, niah-3] "" hides needles in the
         validation text.
       text_field: [text, lines, tfds] the field of a .jsonl line or of a record, or the column, that holds the document.
-      manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip. [tfds] its data_dir.
-      cache_dir: where downloads and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
+      cache_dir: where tokens and downloads are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
+        [wikitext103] Its zip or parquet files are taken from the folder `downloads` there, else the zip is downloaded.
+        [tfds] Its data sets are in the folder `tensorflow_datasets` there.
       examples: [tasks] different samples of the training split; an epoch takes each once.
       num_items: [recall, recall-gap] pairs of a key and a value in a sample of N tokens, fewer in proportion in a
-        shorter one. [passkey, niah-1, niah-2, niah-3] needles hidden in a sample.
-      questions: [passkey, niah-1, niah-2, niah-3] needles that a training sample asks for, one after the other;
-        evaluation asks for one.
+        shorter one. [passkey, niah-1, niah-2, niah-3] needles hidden in a sample; training asks for all of them, one
+        after the other, evaluation for one.
       curriculum: [tasks] "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
         more as keep an update's tokens, and so on; the rest on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as soon
         as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest; see
@@ -89,11 +89,9 @@ class DataConfig:
     validation_files: str = ""
     test_files: str = ""
     text_field: str = "text"
-    manual_dir: str = ""
     cache_dir: str = ""
     examples: int = 100_000
     num_items: int = 4
-    questions: int = 1
     curriculum: str = ""
 
     def __post_init__(self) -> None:
@@ -124,15 +122,9 @@ class DataConfig:
             raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'fasta'")
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
-        if not 1 <= self.sequence_length < 2**31:
-            allowed = f"must be from 1 to {2**31 - 1}: positions are int32"
-            raise ConfigError("data.sequence_length", self.sequence_length, allowed)
-        most_items = MOST_NEEDLES if self.dataset in NEEDLES else 2**31 - 1
-        for name, most in (("examples", 2**31 - 1), ("num_items", most_items), ("questions", MOST_NEEDLES)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"data.{name}", getattr(self, name), f"must be from 1 to {most}")
-        if self.dataset in NEEDLES and self.questions > self.num_items:
-            raise ConfigError("data.questions", self.questions, f"must be at most data.num_items = {self.num_items}")
+        most = dict.fromkeys(("sequence_length", "examples"), 2**31 - 1)
+        most["num_items"] = MOST_NEEDLES if self.dataset in NEEDLES else 2**31 - 1
+        check_fields("data", self, {name: integer(1, bound) for name, bound in most.items()})
         if self.curriculum and not self.is_task:
             allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
             raise ConfigError("data.curriculum", self.curriculum, allowed)

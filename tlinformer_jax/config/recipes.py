@@ -78,8 +78,7 @@ def set_paper_recipe(config: "ConfigDict", row: str) -> None:
     set_row(config, row)
     config.model.dropout = 0.1 if row == "512-512-0.5" else 0.2
     config.train.update(
-        steps=0,
-        epochs=10,
+        steps="10epochs",
         batch_size=PAPER_BATCH,
         accumulation=PAPER_BATCH // PAPER_MICRO_BATCH[config.data.sequence_length],
         learning_rate=3e-4,

@@ -13,7 +13,7 @@ With one needle in a sample they are RULER's S-NIAH-1, 2 and 3, with more of the
 The text is a stretch of the corpus. Every digit is encoded by itself with a space before it. Names and values are drawn
 anew for every sample; the names are different. An evaluation sample asks for one needle, and its depth goes through all
 possible ones with the sample's number, so that each is asked for equally often; in short samples the question covers
-the last depths. In training needles lie anywhere, and several may be asked for one after the other.
+the last depths. In training needles lie anywhere, and all are asked for, one after the other.
 """
 
 import collections
@@ -151,8 +151,8 @@ class Needles:
             allowed = f"must be at most {len(self.phrases.names)}, the names that data.tokenizer writes at one length"
             raise ConfigError("data.num_items", self.needles, allowed)
         if length < least:
-            fields = f"data.num_items = {self.needles} and data.questions = {self.questions}"
-            raise ConfigError("data.sequence_length", length, f"must be at least {least} for {fields}")
+            allowed = f"must be at least {least} for data.num_items = {self.needles}"
+            raise ConfigError("data.sequence_length", length, allowed)
         if len(self.text.tokens) < length:
             allowed = f"the text to hide needles in has only {len(self.text.tokens)} tokens"
             raise DataError(f"data.sequence_length = {length}: {allowed}")

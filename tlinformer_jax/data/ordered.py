@@ -47,8 +47,9 @@ class Items:
 
     def _begin(self, item: int) -> None:
         """Starts an epoch at an item; it is the first one where there are no indices."""
-        ahead = (self._data[number] for number in range(item, len(self._data))) if self._indexed else iter(self._data)
-        self._iterator, self._item = ahead, item if self._indexed else 0
+        self._item = item if self._indexed else 0
+        indices = range(self._item, len(self._data)) if self._indexed else ()
+        self._iterator: Any = (self._data[number] for number in indices) if self._indexed else iter(self._data)
 
     @property
     def number(self) -> int:

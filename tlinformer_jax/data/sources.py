@@ -91,8 +91,6 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     source = _source(config, split)
     text = find_tokens(config.cache_path, _identity(source, tokenizer)) if source else None
     if source and text is None:
-        if config.dataset in wikitext103.VARIANTS:
-            wikitext103.check_manual_dir(config)
         return None
     return _split_of(text, config, split, tokenizer)
 
@@ -105,7 +103,7 @@ def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> Answ
     if config.dataset == "copy":
         return AnswerPlaces(length // 2, length // 2)
     if form := needles.FORMS.get(config.dataset):
-        return needles.Phrases.of(tokenizer, form).places(length, config.questions)
+        return needles.Phrases.of(tokenizer, form).places(length, config.num_items)
     return AnswerPlaces(0, length) if config.is_task else None
 
 
@@ -204,7 +202,7 @@ def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenize
         task = states.StateTracking(key, tokenizer.vocab_size, group)
     else:
         assert text is not None
-        form, questions = needles.FORMS[config.dataset], config.questions if trains else 1
+        form, questions = needles.FORMS[config.dataset], config.num_items if trains else 1
         task = needles.Needles(key, form, text, tokenizer, config.num_items, questions, in_turn=not trains)
     task.check(config.sequence_length)
     for length, *_ in config.stages:

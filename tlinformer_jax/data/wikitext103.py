@@ -75,21 +75,18 @@ def identity(config: DataConfig, split: str) -> dict[str, Any]:
 
 
 def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
-    """The rows of a split in order, each a document, from `manual_dir` if it is given, else from the downloaded zip."""
+    """The rows of a split in order, each a document, from files in the cache's `downloads`, else from the network."""
     return ((row if row.strip() else "", True) for row in _rows(config, split))
 
 
 def _rows(config: DataConfig, split: str) -> Iterator[str]:
     facts = VARIANTS[config.dataset]
-    check_manual_dir(config)
-    directory = pathlib.Path(config.manual_dir) if config.manual_dir else config.cache_path / "downloads"
+    directory = config.cache_path / "downloads"
     path = directory / facts.zip_name
-    if config.manual_dir and not path.is_file():
+    if not path.is_file():
         if paths := facts.parquet_files(directory, split):
             advance = progress("reading parquet files", sum(path.stat().st_size for path in paths))
             return (text or "" for path in paths for text in read_column(path, "text", advance))
-        raise DataError(f"{directory}: parquet files of other splits, but no {split}-*-of-*.parquet")
-    if not path.is_file():
         _download(config, facts, path)
     _check_zip(path, facts)
     return _zip_rows(path, facts.member.format(ZIP_SPLITS[split]))
@@ -101,17 +98,7 @@ def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
     most_off = VARIANTS[config.dataset].words_tolerance * words
     if counts.num_documents != rows or abs(counts.num_words - words) > most_off:
         found = f"{config.dataset} {split} has {counts.num_documents} rows and {counts.num_words} words"
-        raise DataError(f"{config.manual_dir or config.cache_path}: {found}, must have {rows} and {words}")
-
-
-def check_manual_dir(config: DataConfig) -> None:
-    """Refuses (DataError) a directory that was named but holds none of the files: nothing is downloaded instead."""
-    facts, directory = VARIANTS[config.dataset], pathlib.Path(config.manual_dir)
-    if not config.manual_dir or (directory / facts.zip_name).is_file():
-        return
-    if not any(facts.parquet_files(directory, split) for split in ZIP_SPLITS):
-        reason = f"data.manual_dir = {config.manual_dir!r} holds neither {facts.zip_name} nor parquet files"
-        raise _missing(config, facts, reason)
+        raise DataError(f"{config.cache_path}: {found}, must have {rows} and {words}")
 
 
 def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
@@ -130,7 +117,7 @@ def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
                 _check_zip(draft, facts)
                 draft.replace(path)
             except DataError as error:
-                raise _missing(config, facts, str(error)) from None
+                raise _missing(config, facts, path.parent, str(error)) from None
             finally:
                 draft.unlink(missing_ok=True)
 
@@ -144,12 +131,12 @@ def _downloaded(facts: Facts) -> Iterator[bytes]:
         raise DataError(f"{facts.url}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _missing(config: DataConfig, facts: Facts, reason: str) -> DataError:
+def _missing(config: DataConfig, facts: Facts, folder: pathlib.Path, reason: str) -> DataError:
     return DataError(
         f"{config.dataset} is not here: {reason}\n"
         f"  Get {facts.zip_name} ({facts.size:,} bytes) from {facts.url}, or the parquet files of "
         f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.zip_name.removesuffix('.zip')},\n"
-        f"  put the zip or the parquet files into one directory and name it: --config.data.manual_dir=DIRECTORY"
+        f"  and put the zip or the parquet files into {folder}"
     )
 
 

@@ -103,14 +103,14 @@ def check_together(config: RunConfig) -> None:
     if any(stage.accuracy for stage in data.stages):
         allowed = "must have no stage that ends by accuracy for --together: runs change length at the same update"
         raise ConfigError("data.curriculum", data.curriculum, allowed)
-    for name in ("accumulation", "sampled_windows", "ema", "max_skipped_updates", "max_rollbacks"):
+    for name in ("accumulation", "sampled_windows", "ema", "max_skipped_updates"):
         only = TrainConfig.__dataclass_fields__[name].default
         if getattr(train, name) != only:
             raise ConfigError(f"train.{name}", getattr(train, name), f"must be {only} for --together")
     if config.model.dropout:
         raise ConfigError("model.dropout", config.model.dropout, "must be 0 for --together")
-    if train.schedule == "paper" or train.eval_every == "epoch" or not train.steps:
-        allowed = "must be set, with train.eval_every in updates and another schedule than 'paper', for --together"
+    if train.schedule == "paper" or train.eval_every == "epoch" or train.epochs:
+        allowed = "must be updates, with train.eval_every in updates and another schedule than 'paper', for --together"
         raise ConfigError("train.steps", train.steps, allowed)
 
 

@@ -206,7 +206,7 @@ def _set_needles(config: "ConfigDict", setting: Setting, dataset: str, needles: 
         config.data.tokenizer = "bytes"
     else:
         set_books(config)  # of which niah-1, with a haystack of its own, reads nothing
-    config.data.update(dataset=dataset, num_items=needles, questions=needles)
+    config.data.update(dataset=dataset, num_items=needles)
     if tiny:
         _set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
         _shorten(config, 40)

@@ -160,7 +160,7 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
     evaluations: list[list[Evaluated]] = [[] for _ in jobs]
     batches = [training_batches(job.config, splits["train"]) for job in jobs]
     speeds, tokens = [], len(jobs) * train.batch_size * run.config.data.sequence_length
-    every, last = int(train.eval_every or train.steps), run.horizon.steps
+    every, last = int(train.eval_every or train.updates), run.horizon.steps
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(contextlib.closing(each.prefetched(0))) for each in batches]
         for first in range(0, last, every):
