@@ -25,13 +25,31 @@ from tlinformer_jax.config.run import (
     seconds,
 )
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.experiments import recipes as retrieval_recipes
+from tlinformer_jax.experiments.recipes import MODELS
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import init_state
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def module_of(path: pathlib.Path):
+    """A config file as a module."""
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RECALL, COPY = (module_of(CONFIGS / "recall.py").RECALL, module_of(CONFIGS / "copy.py").COPY)
+TASKS = {
+    "recall": RECALL,
+    "copy": COPY,
+    "passkey": module_of(CONFIGS / "passkey.py").PASSKEY,
+    "niah": module_of(CONFIGS / "niah.py").VARIANTS,
+    "state": module_of(CONFIGS / "state.py").STATE,
+}
 
 # Table 1's rows: architecture, N, (W_oh, W_og), the paper's micro-batch and dropout.
 ROWS = {
@@ -53,11 +71,7 @@ VARIANTS = [
     *(("books", variant) for variant in BOOKS),
     *(("long", variant) for variant in ("64k", "1m")),
     *(("large", variant) for variant in ("125m", "350m", "1b3")),
-    *(("recall", variant) for variant in retrieval_recipes.RECALL),
-    *(("copy", variant) for variant in retrieval_recipes.COPY),
-    *(("passkey", variant) for variant in retrieval_recipes.PASSKEY),
-    *(("niah", variant) for variant in retrieval_recipes.NIAH_VARIANTS),
-    *(("state", variant) for variant in retrieval_recipes.STATE),
+    *((name, variant) for name, variants in TASKS.items() for variant in variants),
     *((name, None) for name in ("images", "genome", "proteins", "audio")),
 ]
 OF_41M = ("wt103", "books", "long")
@@ -66,10 +80,7 @@ OF_41M = ("wt103", "books", "long")
 def get_config(name: str | pathlib.Path, *variant: str | None):
     """Calls `get_config` of configs/NAME.py, or of the file that a path names."""
     path = name if isinstance(name, pathlib.Path) else CONFIGS / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*(text for text in variant if text is not None))
+    return module_of(path).get_config(*(text for text in variant if text is not None))
 
 
 def load(name: str, *variant: str | None) -> RunConfig:
@@ -145,16 +156,7 @@ def test_table_1_is_covered_and_defaults_are_our_recipe():
         assert get_config(name) == get_config(name, "512-512-0.5")
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        *(f"recall.py:{name}" for name in retrieval_recipes.RECALL),
-        *(f"copy.py:{name}" for name in retrieval_recipes.COPY),
-        *(f"passkey.py:{name}" for name in retrieval_recipes.PASSKEY),
-        *(f"niah.py:{name}" for name in retrieval_recipes.NIAH_VARIANTS),
-        *(f"state.py:{name}" for name in retrieval_recipes.STATE),
-    ],
-)
+@pytest.mark.parametrize("variant", [f"{name}.py:{part}" for name, variants in TASKS.items() for part in variants])
 def test_no_sample_of_a_task_is_seen_twice(variant):
     config = from_flags(variant)
     last = (config.data.sequence_length, config.train.steps - sum(stage.updates for stage in config.data.stages))
@@ -167,7 +169,7 @@ def test_no_sample_of_a_task_is_seen_twice(variant):
 
 
 def test_retrieval_settings_bind_where_they_say_so():
-    for name, setting in retrieval_recipes.RECALL.items():
+    for name, setting in RECALL.items():
         config = load("recall", name)
         windows = (config.model.history_window, config.model.generation_window)
         assert name.startswith(f"{config.data.sequence_length}-{config.data.num_items}")
@@ -176,11 +178,11 @@ def test_retrieval_settings_bind_where_they_say_so():
         binds = setting.pairs >= 4 * windows[0] and setting.length >= 32 * windows[0]
         assert binds == name.endswith("tight")
         assert 3 * sum(windows) >= 0.75 * setting.length  # what README says of a sliding window's reach
-    for name in retrieval_recipes.COPY:
+    for name in COPY:
         config = load("copy", name)
         reach = int(config.model.history_window) + config.model.generation_window
         assert (config.data.sequence_length // 2 > reach) == name.endswith("tight")
-    depths = {name: blocks * (hidden + 2) for name, (_, blocks, hidden) in retrieval_recipes.MODELS.items()}
+    depths = {name: blocks * (hidden + 2) for name, (_, blocks, hidden) in MODELS.items()}
     assert all(name.endswith(f"-{depth}") for name, depth in depths.items())
 
 

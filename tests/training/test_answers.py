@@ -10,7 +10,7 @@ import pytest
 
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.config.run import RunConfig, default_config_dict, run_config
+from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
 from tlinformer_jax.data.tokenizers import build_tokenizer
@@ -20,7 +20,7 @@ from tlinformer_jax.evaluation.text import evaluate_text
 from tlinformer_jax.evaluation.trained import TrainedRun, load_run
 from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
-from tlinformer_jax.experiments.recipes import set_niah, set_state
+from tlinformer_jax.experiments.recipes import package_config
 from tlinformer_jax.training import callbacks, loop
 from tlinformer_jax.training.evaluation import CELLS, answer_sums, eval_step
 from tlinformer_jax.training.loss import summed_loss
@@ -303,10 +303,9 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("set_task", "chance"), [(set_niah, 1e-7), (set_state, 0.5)])
-def test_tiny_settings_of_the_memory_suite_train(set_task, chance, tmp_path):
-    config = default_config_dict()
-    set_task(config, "tiny")
+@pytest.mark.parametrize(("name", "chance"), [("niah", 1e-7), ("state", 0.5)])
+def test_tiny_settings_of_the_memory_suite_train(name, chance, tmp_path):
+    config = package_config(name)("tiny")
     config.data.curriculum = ""
     config.train.update(steps=2, warmup_steps=1, eval_every=1)
     result = run_job(Job("tiny", run_config(config), tmp_path, "command", study="retrieval"))
