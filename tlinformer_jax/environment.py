@@ -16,20 +16,17 @@ from tlinformer_jax.errors import first_line
 INTERRUPTED = 130
 # Settings of JAX, with their defaults, that would change what is computed or make it fail: what is computed is decided
 # by the run's configuration alone.
-NOT_USED = {
-    "JAX_ENABLE_X64": "false",
+NOT_USED: dict[str, Any] = {
+    "JAX_ENABLE_X64": False,
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     "JAX_NUMPY_RANK_PROMOTION": "allow",
     "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
-    "JAX_THREEFRY_PARTITIONABLE": "true",
+    "JAX_THREEFRY_PARTITIONABLE": True,
     "JAX_TRANSFER_GUARD": "allow",
     "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": "allow",
     "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE": "allow",
     "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": "allow",
 }
-SWITCHES = dict.fromkeys(("1", "t", "y", "yes", "on"), "true") | dict.fromkeys(
-    ("", "0", "f", "n", "no", "off"), "false"
-)
 
 
 class PatientStream(io.TextIOWrapper):
@@ -121,9 +118,8 @@ def _patient(stream: Any) -> PatientStream:
 
 def _leave_out_settings() -> None:
     for name, default in NOT_USED.items():
-        value = os.environ.pop(name, default)
-        if SWITCHES.get(value.lower(), value.lower()) == default:
-            continue
-        if "jax" in sys.modules:
-            sys.modules["jax"].config.update(name.lower(), {"true": True, "false": False}.get(default, default))
-        print(f"{name}={value} is not used: the run's configuration says what is computed", file=sys.stderr)
+        value = os.environ.pop(name, None)
+        if value is not None:
+            if "jax" in sys.modules:
+                sys.modules["jax"].config.update(name.lower(), default)
+            print(f"{name}={value} is not used: the run's configuration says what is computed", file=sys.stderr)

@@ -52,8 +52,8 @@ class DataConfig:
         of a .txt is a document), "tokens" (your own token ids, see `data.given`), "idx" (images), "fasta" (genomes,
         proteins), "wav" (sound; see `data.domains`), "wikitext103" (with <unk>, the paper's), "wikitext103-raw",
         "tfds:NAME" (of TensorFlow Datasets), or a task whose samples are generated:
-        "recall", "recall-gap", "copy" (see `data.tasks`), "parity", "s5" (see `data.states`), "passkey", "niah-1",
-        "niah-2", "niah-3" (see `data.needles`).
+        "recall", "recall-gap", "copy", "parity", "s5" (see `data.tasks`), "passkey", "niah-1", "niah-2", "niah-3" (see
+        `data.needles`).
       tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`, of a folder that holds one, or of a
         sentencepiece `.model`. FILE.json:ENTRY names the entry of its vocabulary that ends a text; without, a folder's
         `tokenizer_config.json` says it, or the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for

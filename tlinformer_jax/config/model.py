@@ -177,7 +177,13 @@ class ModelConfig:
         if self.mixture and self.experts_per_token > self.num_experts:
             allowed = f"must be at most model.num_experts = {self.num_experts}"
             raise ConfigError("model.experts_per_token", self.experts_per_token, allowed)
-        self._check_overlap()
+        if self.window_overlap and not self.windowed:
+            allowed = f"must be 0 for model.architecture = {self.architecture!r}"
+            raise ConfigError("model.window_overlap", self.window_overlap, allowed)
+        # With as many as W_og the second window, too, would be one without history.
+        if self.window_overlap >= self.generation_window:
+            allowed = f"must be less than model.generation_window = {self.generation_window}"
+            raise ConfigError("model.window_overlap", self.window_overlap, allowed)
         if self.attention in ("cudnn", "splash") and self.dropout > 0:
             allowed = "has no attention dropout; take 'auto', or model.dropout = 0"
             raise ConfigError("model.attention", self.attention, allowed)
@@ -199,15 +205,6 @@ class ModelConfig:
         if self.recurrent and self.token_shift:
             allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"
             raise ConfigError("model.token_shift", True, allowed)
-
-    def _check_overlap(self) -> None:
-        overlap, size = self.window_overlap, self.generation_window
-        if overlap and not self.windowed:
-            allowed = f"must be 0 for model.architecture = {self.architecture!r}"
-            raise ConfigError("model.window_overlap", overlap, allowed)
-        # With as many as W_og the second window, too, would be one without history.
-        if overlap >= size:
-            raise ConfigError("model.window_overlap", overlap, f"must be less than model.generation_window = {size}")
 
     @property
     def head_dim(self) -> int:

@@ -39,7 +39,7 @@ WORDS = """
     title tooth
 """
 NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NOISE_TOKENS = 1 << 21
+NOISE_TOKENS = 1 << 21  # of it again and again, the haystack of niah-1
 DECIMAL, HEXADECIMAL = "0123456789", "0123456789abcdef"
 
 
@@ -68,12 +68,6 @@ FORMS = {
     "niah-2": Form(*MAGIC, tuple(WORDS.split()), DECIMAL, size=7),
     "niah-3": Form(*MAGIC, tuple(WORDS.split()), HEXADECIMAL, size=32, draws=8),
 }
-
-
-def load_noise(tokenizer: Tokenizer) -> TokenStream:
-    """The haystack of niah-1."""
-    tokens = np.resize(tokenizer.encode(NOISE), NOISE_TOKENS)
-    return TokenStream(tokens, num_bytes=0, num_documents=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ from tlinformer_jax.config.data import (
     TOKENS,
     DataConfig,
 )
-from tlinformer_jax.data import domains, given, needles, states, tfds, wikitext103
+from tlinformer_jax.data import domains, given, needles, tasks, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.files import TextPiece, check_patterns, find_files, progress, read_documents
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents
-from tlinformer_jax.data.tasks import AnswerPlaces, Copying, Recall, Split, Task, TaskSplit, key_of, pairs_of
+from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -98,7 +98,7 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
 def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPlaces | None:
     """Where the labels of a task's sample of `length` tokens count; None for text, where all do."""
     if pair_size := PAIR_SIZES.get(config.dataset):
-        pairs = pairs_of(length, config.num_items, config.sequence_length)
+        pairs = tasks.pairs_of(length, config.num_items, config.sequence_length)
         return AnswerPlaces(pair_size * pairs, pairs)
     if config.dataset == "copy":
         return AnswerPlaces(length // 2, length // 2)
@@ -186,20 +186,23 @@ def _symbol_source(config: DataConfig, split: str) -> Source:
 def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
     """A text from files or the embedded corpus, or the task that the configuration makes of it."""
     if config.dataset == "niah-1":
-        text = needles.load_noise(tokenizer)
+        text = TokenStream(np.resize(tokenizer.encode(needles.NOISE), needles.NOISE_TOKENS), 0, 1)
     elif text is None and config.dataset in ("pydoc", *NEEDLES):
-        text = load_pydoc(split, tokenizer)
+        parts = list(encode_documents(((article, True) for article in pydoc_articles(split)), tokenizer))
+        tokens = np.concatenate([part for part, _ in parts])
+        counts = sum((counts for _, counts in parts), Counts())
+        text = TokenStream(tokens, **vars(counts), sha256=hashlib.sha256(tokens.tobytes()).hexdigest())
     if not config.is_task:
         assert text is not None
         return text
-    key, trains = key_of(config.dataset, split), split == "train"
-    task: Task
+    key, trains = tasks.key_of(config.dataset, split), split == "train"
+    task: tasks.Task
     if pair_size := PAIR_SIZES.get(config.dataset):
-        task = Recall(key, tokenizer.vocab_size, config.num_items, config.sequence_length, pair_size)
+        task = tasks.Recall(key, tokenizer.vocab_size, config.num_items, config.sequence_length, pair_size)
     elif config.dataset == "copy":
-        task = Copying(key, tokenizer.vocab_size)
-    elif group := states.GROUPS.get(config.dataset):
-        task = states.StateTracking(key, tokenizer.vocab_size, group)
+        task = tasks.Copying(key, tokenizer.vocab_size)
+    elif group := tasks.GROUPS.get(config.dataset):
+        task = tasks.StateTracking(key, tokenizer.vocab_size, group)
     else:
         assert text is not None
         form, questions = needles.FORMS[config.dataset], config.num_items if trains else 1
@@ -225,35 +228,25 @@ def pydoc_articles(split: str) -> list[str]:
     return [article for place, group in enumerate(_groups()) if DEAL[place % len(DEAL)] == split for article in group]
 
 
-def load_pydoc(split: str, tokenizer: Tokenizer) -> TokenStream:
-    """The split as a token stream, an end-of-text after every article."""
-    encoded = list(encode_documents(((article, True) for article in pydoc_articles(split)), tokenizer))
-    tokens = np.concatenate([part for part, _ in encoded])
-    counts = sum((counts for _, counts in encoded), Counts())
-    return TokenStream(tokens, **vars(counts), sha256=hashlib.sha256(tokens.tobytes()).hexdigest())
-
-
-def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
-    """The connected components of articles that share `size` consecutive words; those with most characters first."""
-    groups: list[tuple[list[int], set[tuple[str, ...]]]] = []
-    for number, article in enumerate(articles):
-        words = article.split()
-        members, shingles = [number], set(zip(*(words[start:] for start in range(size))))
-        apart = []
-        for group in groups:
-            if shingles.isdisjoint(group[1]):
-                apart.append(group)
-            else:
-                members, shingles = group[0] + members, shingles | group[1]
-        groups = [*apart, (sorted(members), shingles)]
-    found = []
-    for members in sorted(members for members, _ in groups):
-        found.append([articles[number] for number in members])
-    return sorted(found, key=lambda group: -sum(map(len, group)))
-
-
 @functools.cache
 def _groups() -> list[list[str]]:
     from pydoc_data.topics import topics
 
     return group_by_shingles([topics[key] for key in sorted(topics)])
+
+
+def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
+    """The connected components of articles that share `size` consecutive words; those with most characters first."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    owners: dict[tuple[str, ...], int] = {}
+    links = [(number, number) for number in range(len(articles))]
+    for number, article in enumerate(articles):
+        words = article.split()
+        shingles = zip(*(words[start:] for start in range(size)))
+        links += [(number, owners.setdefault(shingle, number)) for shingle in shingles]
+    graph = coo_array((np.ones(len(links)), tuple(zip(*links))), shape=(len(articles), len(articles)))
+    count, labels = connected_components(graph, directed=False)
+    groups = [[article for article, own in zip(articles, labels) if own == label] for label in range(count)]
+    return sorted(groups, key=lambda group: -sum(map(len, group)))

@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -57,8 +57,17 @@ class Tokenizer(Protocol):
         """What a working directory holds of it: the content of TOKENIZER_FILE, and the files beside that one."""
 
 
+class _Named:
+    """A tokenizer whose name says all of it."""
+
+    name: Any
+
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        return self.name, {}
+
+
 @dataclasses.dataclass(frozen=True)
-class ByteTokenizer:
+class ByteTokenizer(_Named):
     """UTF-8 bytes as tokens 0..255; 256 ends a text."""
 
     name: str = "bytes"
@@ -74,12 +83,9 @@ class ByteTokenizer:
     def safe_cut(self, text: str) -> int:
         return len(text)
 
-    def saved(self) -> tuple[str, dict[str, bytes]]:
-        return self.name, {}
-
 
 @dataclasses.dataclass(frozen=True)
-class NumberTokenizer:
+class NumberTokenizer(_Named):
     """Token ids written as numbers with spaces between, for what is no text.
 
     "numbers:V", for tasks, has the ids 0 .. V - 1, of which 0 ends a text; "ids:V" has one more, V, for that.
@@ -107,12 +113,9 @@ class NumberTokenizer:
     def safe_cut(self, text: str) -> int:
         return subwords.cut_before_space(text)
 
-    def saved(self) -> tuple[str, dict[str, bytes]]:
-        return self.name, {}
-
 
 @dataclasses.dataclass(frozen=True)
-class LetterTokenizer:
+class LetterTokenizer(_Named):
     """An id for each of a few ASCII letters, in the order given, and one more that ends a text."""
 
     letters: str
@@ -141,9 +144,6 @@ class LetterTokenizer:
 
     def safe_cut(self, text: str) -> int:
         return len(text)
-
-    def saved(self) -> tuple[str, dict[str, bytes]]:
-        return self.name, {}
 
 
 def build_tokenizer(name: str) -> Tokenizer:

@@ -12,7 +12,6 @@ import jax
 
 import tlinformer_jax
 from tlinformer_jax.analysis.flops import active_parameters
-from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.decoding.cache import cache_bytes_at
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.evaluation.trained import TrainedRun
@@ -73,12 +72,13 @@ def logged(job: Job, trained: Trained) -> dict[str, Any]:
     ]
     if trained.figures:
         evaluations = [each for each in evaluations if each[0] != trained.step] + [(trained.step, trained.figures)]
-    attempts = read_attempts(job.workdir)
+    attempts, names = read_attempts(job.workdir), ("tokens_per_second", "mfu")
+    speeds = {name: [event[key] for event in events if event.get(key := f"train/{name}") is not None] for name in names}
     return {
         "evaluations": evaluations,
         "seconds": attempts["seconds"],
         "attempts": attempts["count"],
-        "speed": {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},
+        "speed": {name: statistics.median(found) if found else None for name, found in speeds.items()},
     }
 
 
@@ -108,9 +108,11 @@ def record_of(
       peak: the most memory in bytes, None if not known.
     """
     config, device = trained.run.config, jax.devices()[0]
-    model = config.model
+    model, train = config.model, config.train
+    # Where windows are sampled, the expected number.
+    tokens_of_step = train.batch_size * trained_tokens(model, config.data.sequence_length, train.sampled_windows)
     cache = cache_bytes_at(model, config.data.sequence_length)
-    least, figures = config.train.stop_at_accuracy, dict(evaluations[-1][1])
+    least, figures = train.stop_at_accuracy, dict(evaluations[-1][1])
     target = {"accuracy": least, "reached": figures.get("accuracy", 0) >= least}
     measured = ("loss", *(["accuracy"] if config.data.is_task else []))
     return {
@@ -124,7 +126,7 @@ def record_of(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
         **({"active_parameters": active_parameters(model)} if model.mixture else {}),
         "steps": trained.step,
-        "tokens": round(trained.step * tokens_of_step(config)),
+        "tokens": round(trained.step * tokens_of_step),
         "seconds": {"wall": seconds},
         "attempts": attempts,
         "together": together,
@@ -137,18 +139,6 @@ def record_of(
         "target": target | {"most_steps": trained.run.horizon.steps} if least else None,
         "then": {},
     }
-
-
-def tokens_of_step(config: RunConfig) -> float:
-    """Tokens that an update is trained on; the expected number where windows are sampled."""
-    train = config.train
-    return train.batch_size * trained_tokens(config.model, config.data.sequence_length, train.sampled_windows)
-
-
-def median(events: Sequence[dict[str, Any]], name: str) -> float | None:
-    """The median of what was logged as `name`; None if nothing was."""
-    values = [event[name] for event in events if event.get(name) is not None]
-    return statistics.median(values) if values else None
 
 
 @contextlib.contextmanager
