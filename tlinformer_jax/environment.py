@@ -33,12 +33,9 @@ class PatientStream(io.TextIOWrapper):
     """A stream for messages that drops what cannot be written, so that a message never ends the command.
 
     It handles errors in the text layer, since a signal that raises in the byte layer would make the buffer write twice.
-
-    Attributes:
-      lost: whether a write has failed, for example because the reader of a pipe has ended.
     """
 
-    lost = False
+    lost = False  # whether a write has failed, for example because the reader of a pipe has ended
 
     def write(self, text: str) -> int:
         try:

@@ -15,23 +15,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong; the message says what, where, and what is allowed.
+    """Something outside the program is wrong; the message says what, where, and what is allowed."""
 
-    Attributes:
-      status: with which an entry point ends.
-    """
-
-    status = 2
+    status = 2  # with which an entry point ends
 
 
 class ConfigError(UserError):
-    """A configuration field holds a value that is not allowed.
-
-    Attributes:
-      field: dotted name of the field, as a config file or `--config.FIELD=` spells it.
-      value: the refused value.
-      allowed: what the field may hold.
-    """
+    """A configuration field, by its dotted name, holds a value that is not allowed."""
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed

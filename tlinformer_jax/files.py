@@ -31,11 +31,7 @@ def path_fault(text: str) -> str | None:
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-    """The absolute path that a user gave as `name` (a flag or a field); `~` is the home directory.
-
-    Raises:
-      UserError: for an empty path, a URL, control characters, and where `~` or the current directory is not there.
-    """
+    """The absolute path that a user gave as `name` (a flag or a field), `~` resolved; UserError for what is no path."""
     try:
         text = os.fspath(path)
     except TypeError:
@@ -70,11 +66,7 @@ def plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def open_own(path: pathlib.Path, mode: str = "r", buffering: int = -1) -> Any:
-    """Opens a regular file of a working directory: follows no link, waits for no pipe. Text is UTF-8.
-
-    Raises:
-      OSError: as `open` does; also for a link and for what is no regular file.
-    """
+    """Opens a regular file of a working directory; OSError for a link, a pipe and the like. Text is UTF-8."""
 
     def opener(name: str, flags: int) -> int:
         try:

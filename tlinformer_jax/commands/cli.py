@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from tlinformer_jax import environment
 from tlinformer_jax.config.named import load_python
-from tlinformer_jax.errors import ConfigError, DataError, UserError
+from tlinformer_jax.errors import ConfigError, DataError, UserError, failure_told
 from tlinformer_jax.files import local_path, path_fault
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ FLAG_OF_OPTION = {"stop_strings": "stop"}  # where they differ
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
-    A `UserError`, and a flag or config file that cannot be parsed, becomes one line on stderr and status 2, or 1 where
-    memory does not suffice. SIGTERM, SIGHUP and Ctrl-C, unless `main` handles them, remove what is half-written and end
-    with status 143, 129 and 130.
+    A `UserError` becomes one line on stderr and its status. SIGTERM, SIGHUP and Ctrl-C, unless `main` handles them, are
+    raised, so that what is half-written is removed, and end with status 143, 129 and 130.
     """
 
     def guarded(_: Sequence[str]) -> None:
@@ -138,13 +137,11 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
     if not path:
         raise UserError(f"{flag}: must name a directory")
     workdir = local_path(path, flag)
-    try:
+    with failure_told(f"{flag}={path}: must be a directory that can be written"):
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"{flag}={path}: must be a directory that can be written ({error.strerror})") from None
     return workdir
 
 

@@ -20,6 +20,8 @@ TOKENS = "tokens"
 SYMBOL_FILES = ("idx", "fasta", "wav")
 IDS_256 = "ids:256"
 LETTERS = "letters:"
+# Tokenizers of what is no text.
+ONLY_FOR = {"numbers:": NUMBER_TASKS, "ids:": (TOKENS, "idx", "wav"), LETTERS: ("fasta",)}
 DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *SYMBOL_FILES, *WIKITEXT, *TASKS)
 TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
@@ -109,17 +111,13 @@ class DataConfig:
             raise ConfigError("data.dataset", self.dataset, allowed)
         if not self.tokenizer:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
-        if self.tokenizer.startswith("numbers:") and self.dataset not in NUMBER_TASKS:
-            allowed = f"is for data.dataset = {', '.join(map(repr, NUMBER_TASKS))}"
-            raise ConfigError("data.tokenizer", self.tokenizer, allowed)
+        for prefix, datasets in ONLY_FOR.items():
+            if self.tokenizer.startswith(prefix) and self.dataset not in datasets:
+                allowed = f"is for data.dataset = {', '.join(map(repr, datasets))}"
+                raise ConfigError("data.tokenizer", self.tokenizer, allowed)
         if self.dataset in ("idx", "wav") and self.tokenizer != IDS_256:
-            raise ConfigError(
-                "data.tokenizer", self.tokenizer, f"must be {IDS_256!r} for data.dataset = {self.dataset!r}"
-            )
-        if self.tokenizer.startswith("ids:") and self.dataset not in (TOKENS, "idx", "wav"):
-            raise ConfigError("data.tokenizer", self.tokenizer, f"is for data.dataset = {TOKENS!r}, 'idx' and 'wav'")
-        if self.letters and self.dataset != "fasta":
-            raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'fasta'")
+            allowed = f"must be {IDS_256!r} for data.dataset = {self.dataset!r}"
+            raise ConfigError("data.tokenizer", self.tokenizer, allowed)
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
         most = dict.fromkeys(("sequence_length", "examples"), 2**31 - 1)
@@ -200,7 +198,7 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
         value = values.get(name)
         if not isinstance(value, str) or not value or _path_fault(name, value):
             continue
-        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith(("numbers:", "ids:", LETTERS))):
+        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith(tuple(ONLY_FOR))):
             continue
         try:
             here = os.path.abspath(base)

@@ -16,13 +16,7 @@ SWEEP = "sweep_"
 
 
 def config_file(given: str, flag: str = "--config") -> str:
-    """The file, or FILE.py:VARIANT, that the value of --config or --sweep means.
-
-    The name of a file that comes with the package becomes its path; a path stays as it is.
-
-    Raises:
-      UserError: for a name that the package does not have.
-    """
+    """The file, or FILE.py:VARIANT, that --config or --sweep means: a path, or the name of one of the package's."""
     name, colon, variant = given.partition(":")
     if not re.fullmatch(r"[\w-]+", name) or pathlib.Path(name).is_file():
         return given

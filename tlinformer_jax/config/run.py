@@ -264,14 +264,10 @@ SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fiel
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that nested mappings (a ConfigDict, parsed JSON) describe.
+    """The configuration that nested mappings (a ConfigDict, parsed JSON) describe; UserError for what is not allowed.
 
     What they leave out has the default of its dataclass. But without a section `model` the model is SMALL_MODEL, and
     `vocab_size` is by default "auto": the tokenizer's entries, rounded up to a multiple of VOCABULARY_MULTIPLE.
-
-    Raises:
-      ConfigError: for a section or field that does not exist, and for every value that is not allowed.
-      DataError: for a file that is no tokenizer.
     """
     if not hasattr(values, "items"):
         raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
@@ -323,10 +319,7 @@ def add_defaults(config: "ConfigDict") -> None:
 
 
 def unknown_field(name: str) -> str | None:
-    """What is wrong with the name of a field ('model.width') or section; None for one that exists.
-
-    It tells the field that was meant, of the same name in another section or spelled alike, or all of the section.
-    """
+    """What is wrong with the name of a field ('model.width') or section, and which was meant; None if it exists."""
     fields = {section: sorted(field.name for field in dataclasses.fields(kind)) for section, kind in SECTIONS.items()}
     section, _, field = name.partition(".")
     if section in fields and (not field or field in fields[section]):
@@ -350,11 +343,7 @@ def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:
-    """Reads the configuration of a working directory; relative paths in it start from that directory.
-
-    Raises:
-      DataError: if there is none, or one that is damaged or does not fit this version.
-    """
+    """Reads the configuration of a working directory, from which relative paths in it start; DataError without one."""
     path = workdir / CONFIG_FILE
     try:
         values = read_json(path)

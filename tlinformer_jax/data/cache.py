@@ -49,10 +49,9 @@ def file_identity(path: pathlib.Path) -> Identity:
 
 
 def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:
-    """Opens the tokens of `identity`, all that they depend on as JSON, below the cache directory `root`.
+    """The tokens of `identity`, all that they depend on as JSON, memory-mapped; and whether they were there.
 
-    Where there are none, `encode` first yields them and their counts in order. Returns the stream, memory-mapped, and
-    whether it was found. A cache that cannot be written is a DataError.
+    Where they are not, `encode` first yields them and their counts in order.
     """
     final = _directory(root, identity)
     if stream := find_tokens(root, identity):

@@ -49,19 +49,15 @@ def available_splits(config: DataConfig) -> tuple[str, ...]:
 
 
 def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """Returns the tokens of "train", "validation" or "test", with `end_of_text` after every document; or the task.
+    """The tokens of "train", "validation" or "test", with `end_of_text` after every document; or the task.
 
-    Tokenises with all cores on the first call; later calls, of any process, map the cached result. A split that is not
-    there, a missing package, files, caches and downloads that cannot be used are each a UserError.
+    Tokenises with all cores on the first call; later calls, of any process, map the cached result.
     """
     return open_split(config, split, tokenizer)[0]
 
 
 def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """`load_split` for a configuration that somebody else may have written: writes in this user's own cache only.
-
-    Tokens in the configuration's own cache are read all the same.
-    """
+    """`load_split` for a configuration that somebody else may have written: writes in this user's own cache only."""
     if config.dataset in (*TEXT_FILES, *SYMBOL_FILES, *NEEDLES) and split in SPLITS:
         field = config.field_of_files(split)
         check_patterns(getattr(config, field), f"data.{field}")

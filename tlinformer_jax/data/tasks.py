@@ -113,9 +113,9 @@ def answer_batches(
 ) -> Iterator[Arrays]:
     """Yields every sample of a split once, in order, as `evaluation_batches` does, with regions and depths of answers.
 
-    `window` is W_og; `observed` gives the rows of the observation window from the length of a history; `overlap` is
-    `model.window_overlap`. Beside inputs, labels and weights come int32 [rows, N] starts, as in `Samples`, and cells:
-    at the same positions the answer's region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
+    `window` is W_og; `observed` gives the rows of the observation window from the length of a history. Beside inputs,
+    labels and weights come int32 [rows, N] starts, as in `Samples`, and cells: at the same positions the answer's
+    region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
     """
     split.task.check(length)
     for start in range(0, split.count, batch_size):
@@ -176,10 +176,8 @@ class Recall:
 
     Keys are different ids of the vocabulary's lower half, without 0; values and the filler any of the upper half. The
     gap before a question is drawn by a power law that favours small gaps, as in Zoology, where the protocol is from.
-    A sample of `full_length` tokens has `pairs` pairs, a shorter one, of a curriculum, fewer in proportion.
-
-    In "recall-gap" a pair is a key, a filler and the value (`pair_size` 3); the questions stay as they are. There
-    knowing the token before does not join a value with its key.
+    A sample of `full_length` tokens has `pairs` pairs, a shorter one, of a curriculum, fewer in proportion. In
+    "recall-gap" a filler stands between key and value (`pair_size` 3), so that the token before does not join them.
     """
 
     key: int

@@ -13,7 +13,7 @@ import jax
 import tlinformer_jax
 from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.decoding.cache import cache_bytes_at
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import failure_told
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
@@ -33,9 +33,8 @@ def run_job(
 ) -> Record | None:
     """Trains a job or continues it, then carries out its actions; result.json is rewritten after each part.
 
-    A finished job is left as it is. `profile` and `init_from`, and what is raised, are those of `train_run`; an action
-    that does not exist and a result.json of another configuration are refused too. Returns the record; None if a signal
-    stopped the training.
+    A finished job is left as it is. `profile` and `init_from` are those of `train_run`. Returns the record; None if a
+    signal stopped the training.
     """
     check_possible(checked_actions(job.actions), job.config)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
@@ -157,10 +156,8 @@ def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _write_attempts(workdir: pathlib.Path, **attempts: float | None) -> None:
-    try:
+    with failure_told(f"workdir {workdir}: {ATTEMPTS_FILE} cannot be written"):
         write_text(workdir / ATTEMPTS_FILE, json.dumps(attempts) + "\n")
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: {ATTEMPTS_FILE} cannot be written ({error.strerror})") from None
 
 
 def read_attempts(workdir: pathlib.Path) -> dict[str, Any]:
