@@ -277,7 +277,7 @@ def test_a_gz_that_is_cut_off_is_refused(tmp_path, dataset):
     [
         ("idx", "bytes", "must be 'ids:256' for data.dataset = 'idx'"),
         ("wav", "ids:255", "must be 'ids:256' for data.dataset = 'wav'"),
-        ("fasta", "ids:256", "is for data.dataset = 'tokens', 'idx' and 'wav'"),
+        ("fasta", "ids:256", "is for data.dataset = 'tokens', 'idx', 'wav'"),
         ("fasta", "numbers:64", "is for data.dataset"),
         ("text", "letters:ACGT", "is for data.dataset = 'fasta'"),
         ("fasta", "letters:ACA", "must be letters: and some of A-Z, * and -, each once"),

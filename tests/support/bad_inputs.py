@@ -173,7 +173,7 @@ TRAINING = fields(
     ("train.keep_checkpoints=0", "zero"),
     ("train.keep_checkpoints=2+", "no number of the best"),
     ("train.max_skipped_updates=-1", "negative"),
-    ("train.max_skipped_updates=1+1", "a return, and checkpoints by time"),
+    ("train.max_skipped_updates=1+", "no number of returns"),
     ("mesh.fsdp=0", "zero"),
 )
 TRAINING += [
