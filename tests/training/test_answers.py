@@ -288,7 +288,7 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
     config = changed(
         model={"vocab_size": 257, "architecture": "transformer"},
         train={"steps": 5, "eval_every": 0, "batch_size": 8, "checkpoint_every": 4},
-        data=data | {"examples": 80},
+        data=data | {"examples": 80, "num_items": 1},
     )
     shapes = []
     put_batch = loop.put_batch
