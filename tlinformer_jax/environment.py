@@ -69,8 +69,17 @@ def settle() -> None:
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
         elif name != "stdin" and stream is getattr(sys, f"__{name}__"):
-            setattr(sys, name, _patient(stream))
-    _leave_out_settings()
+            stream.flush()
+            raw = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 (open until the process ends)
+            by_line = stream.line_buffering or stream.write_through  # the latter with `python -u`
+            patient = PatientStream(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
+            setattr(sys, name, patient)
+    for name, default in NOT_USED.items():
+        value = os.environ.pop(name, None)
+        if value is not None:
+            if "jax" in sys.modules:
+                sys.modules["jax"].config.update(name.lower(), default)
+            print(f"{name}={value} is not used: the run's configuration says what is computed", file=sys.stderr)
 
 
 def reader_is_gone() -> bool:
@@ -104,19 +113,3 @@ def _missing_device(asked: str) -> str | None:
         why = f" ({str(error).split(' (set JAX_PLATFORMS')[0].splitlines()[0]})" if refused else ""
         return f"JAX_PLATFORMS={asked}: must name devices that are here, or be unset for those that are{why}"
     return None
-
-
-def _patient(stream: Any) -> PatientStream:
-    stream.flush()
-    raw = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 (open until the process ends)
-    by_line = stream.line_buffering or stream.write_through  # the latter with `python -u`
-    return PatientStream(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
-
-
-def _leave_out_settings() -> None:
-    for name, default in NOT_USED.items():
-        value = os.environ.pop(name, None)
-        if value is not None:
-            if "jax" in sys.modules:
-                sys.modules["jax"].config.update(name.lower(), default)
-            print(f"{name}={value} is not used: the run's configuration says what is computed", file=sys.stderr)

@@ -73,6 +73,9 @@ def main() -> None:
         return
     if importlib.util.find_spec("pandas") is None:  # before anything is trained
         raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")
+    from tlinformer_jax.experiments.figures import plot_sweep
+    from tlinformer_jax.experiments.frame import frame_of
+
     if RESULTS.value:
         local_path(RESULTS.value, "--results")  # before anything is made
     out = cli.writable_workdir(OUT.value, "--out")
@@ -91,7 +94,10 @@ def main() -> None:
     done = write()
     print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
     if done:
-        _plot(done, out)
+        try:
+            plot_sweep(frame_of(done), out)
+        except ImportError as error:
+            print(f"no plots: {error}; pip install 'tlinformer-jax[report]' has matplotlib", file=sys.stderr)
     if failures:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in failures.items())
         cli.fail(f"{len(failures)} of {sum(map(len, chosen))} points failed: {reasons}", 1)
@@ -172,16 +178,6 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
                 write_result(results / f"{result['name']}.json", result)
         write_tables(done, out)
     return done
-
-
-def _plot(done: "list[Record]", out: pathlib.Path) -> None:
-    from tlinformer_jax.experiments.figures import plot_sweep
-    from tlinformer_jax.experiments.frame import frame_of
-
-    try:
-        plot_sweep(frame_of(done), out)
-    except ImportError as error:
-        print(f"no plots: {error}; pip install 'tlinformer-jax[report]' has matplotlib", file=sys.stderr)
 
 
 def train_point() -> None:

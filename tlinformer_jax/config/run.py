@@ -349,12 +349,10 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
         values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it holds no sections")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        reason = f"no readable {CONFIG_FILE} ({error.strerror}); train into it first"
-        raise DataError(f"workdir {workdir}: {reason}") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({why})") from None
+        advice = "; train into it first" if isinstance(error, FileNotFoundError | NotADirectoryError) else ""
+        raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({why}){advice}") from None
     try:
         if isinstance(values.get("data"), dict):
             values["data"] = absolute_paths(values["data"], workdir)

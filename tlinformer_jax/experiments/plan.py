@@ -42,7 +42,21 @@ def load_sweep(where: str) -> Sweep:
     sweep, what = load_python(where, "--sweep", "get_sweep"), f"--sweep={where}"
     if not isinstance(sweep, Sweep):
         raise UserError(f"{what}: get_sweep must return a Sweep, not {type(sweep).__name__}")
-    _check_sweep(sweep, what)
+    if not hasattr(sweep.base, "items"):
+        raise UserError(f"{what}: Sweep.base must be a ConfigDict, not {type(sweep.base).__name__}")
+    if not isinstance(sweep.points, Mapping) or not sweep.points:
+        raise UserError(f"{what}: Sweep.points must name at least one point")
+    for name, overrides in sweep.points.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
+            raise UserError(
+                f"{what}: point {name!r}: must be letters, digits, '.', '_', '+' and '-', as a folder's name"
+            )
+        if not isinstance(overrides, Mapping):
+            raise UserError(f"{what}: point {name}: must be a dictionary of fields, not {type(overrides).__name__}")
+    if not isinstance(sweep.seeds, list | tuple) or not sweep.seeds:
+        raise UserError(f"{what}: Sweep.seeds must be a list of at least one integer")
+    if sweep.study not in STUDIES:
+        raise UserError(f"{what}: Sweep.study = {sweep.study!r}: must be one of {', '.join(STUDIES)}")
     return sweep
 
 
@@ -140,25 +154,6 @@ def overrides_between(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict
         for name, value in fields.items()
         if name not in before.get(section, {}) or before[section][name] != value
     }
-
-
-def _check_sweep(sweep: Sweep, what: str) -> None:
-    """Raises a UserError that names the field of what is not a sweep."""
-    if not hasattr(sweep.base, "items"):
-        raise UserError(f"{what}: Sweep.base must be a ConfigDict, not {type(sweep.base).__name__}")
-    if not isinstance(sweep.points, Mapping) or not sweep.points:
-        raise UserError(f"{what}: Sweep.points must name at least one point")
-    for name, overrides in sweep.points.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
-            raise UserError(
-                f"{what}: point {name!r}: must be letters, digits, '.', '_', '+' and '-', as a folder's name"
-            )
-        if not isinstance(overrides, Mapping):
-            raise UserError(f"{what}: point {name}: must be a dictionary of fields, not {type(overrides).__name__}")
-    if not isinstance(sweep.seeds, list | tuple) or not sweep.seeds:
-        raise UserError(f"{what}: Sweep.seeds must be a list of at least one integer")
-    if sweep.study not in STUDIES:
-        raise UserError(f"{what}: Sweep.study = {sweep.study!r}: must be one of {', '.join(STUDIES)}")
 
 
 def _plain(values: Any) -> dict[str, Any]:
