@@ -24,6 +24,10 @@ seeds found the answers (64:3000@0.8), 3 of 5 after 95% of training's answers we
 (docs/measurements/recall_competence_h100.json). The runs in docs/results.md had one stage of 800 updates, whatever was
 learned by then.
 
+A 'tight' setting has more pairs than W_oh has rows and samples far longer than W_oh. Pairs fill whole generation
+windows, so that in 'recall' no answer is in the generation window of its question; evaluations tell apart which of them
+are in W_oh. A sliding window of W_oh + W_og rows reaches all answers in every setting, since its layers relay them.
+
 The model has width 128, 2 blocks, H = 0 (4 layers); configs/sweep_recall.py has the others, and what was found. A run
 ends as soon as 99% of the validation's answers are right, after 200 M tokens at the latest.
 """

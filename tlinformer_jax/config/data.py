@@ -44,10 +44,9 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text or task, tokenizer and sample length. Every field is a plain value, so that a flag can override it.
+    """Text or task, tokenizer and sample length. A name in brackets is the dataset that reads the field.
 
-    A name in brackets is the dataset that reads the field. Paths are made absolute, so that a stored configuration
-    means the same files from any directory.
+    Paths are made absolute, so that a stored configuration means the same files from any directory.
 
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
@@ -221,10 +220,7 @@ def split_tokenizer(name: str) -> tuple[str, str]:
 
 
 def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:
-    """Tokens of a sample of update `update` (from 0), and the samples of all updates before it.
-
-    Each of `stages` counts with all its updates; a row of `sequence_length` tokens holds as many samples as fit.
-    """
+    """Tokens of a sample of update `update` (from 0), and the samples of all updates before it."""
     before = 0
     for length, updates, _ in stages:
         size = batch_size * (sequence_length // length)

@@ -66,8 +66,7 @@ def set_books(config: "ConfigDict") -> None:
 def set_own_recipe(config: "ConfigDict", row: str) -> None:
     """Sets row `row` as this project trains it, so that any two rows may be compared.
 
-    Every row sees 131,072 tokens an update over the same number of updates, with the same dropout, under a cosine
-    that reaches 0 at the last update; biases and LayerNorms do not decay. What is not named here is as in the paper.
+    Every row sees 131,072 tokens an update over as many updates, with the same dropout; the rest is as in the paper.
     """
     set_row(config, row)
     length = config.data.sequence_length

@@ -294,7 +294,7 @@ def default_config_dict() -> "ConfigDict":
 
 
 def add_defaults(config: "ConfigDict") -> None:
-    """Adds the defaults that a config file leaves out, as `run_config` takes them, so that flags can override them.
+    """Adds the defaults that a config file leaves out, so that flags can override them.
 
     A field whose value is not of its default's type comes to take any; `run_config` says what is not allowed.
     """

@@ -5,8 +5,7 @@
     CACHE_DIR/tokens/<key>.lock         held while the cache is being made
     CACHE_DIR/tokens/<key>.tmp-*        one being made, or left by a run that was killed
 
-A cache is made in a temporary directory, flushed to the disk and renamed, so one under its name is complete. The lock
-spares a second process the work. On a file system without locks both work, and the first to rename wins.
+A cache is made in a temporary directory and renamed, so one under its name is complete. Without locks the first wins.
 """
 
 import contextlib

@@ -6,9 +6,8 @@
 
 A pixel, letter or sample is one byte, so an evaluation's bits per byte are bits per pixel, letter or sample.
 
-Records and sounds vary in length and have the tokenizer's end of text after each, as texts have. Images do not: they
-stand one after the other behind a single 0, so that where N is the size of an image, every sample is one. Its first
-input is the last pixel of the image before, mostly background; its labels are its own pixels.
+Records and sounds have the tokenizer's end of text after each, as texts have. Images stand one after the other behind a
+single 0: where N is the size of an image, every sample is one, whose first input is the last pixel of the one before.
 """
 
 import itertools

@@ -11,9 +11,8 @@ an iterable, which is read in its own order:
 
 A training that goes on must read what it has not read yet. Arrays and files are read at any place. Of an iterable the
 working directory keeps a list of positions (POSITIONS_FILE): with `len` and indices, or with iterators that have
-`get_state` and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable,
-such as a generator, the items before it are read again and dropped. A position also holds a hash of the batch that
-follows it, by which data that has changed, or comes in another order, is noticed.
+`get_state` and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable
+the items before it are read again and dropped. A hash of the batch that follows tells whether the data has changed.
 """
 
 import dataclasses

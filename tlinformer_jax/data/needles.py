@@ -72,7 +72,7 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Phrases:
-    """A form in tokens: int64 [names, tokens of a name], [symbols, tokens of a symbol], and the parts of sentences."""
+    """A form in tokens: int64 [names, tokens of a name], [symbols, tokens of a symbol], and parts of sentences."""
 
     names: np.ndarray
     symbols: np.ndarray
@@ -82,10 +82,7 @@ class Phrases:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, form: Form) -> "Phrases":
-        """As a tokenizer writes it. Only names of the most common token count are kept: all sentences are equally long.
-
-        DataError if the symbols of a value differ in their number of tokens.
-        """
+        """As a tokenizer writes it. Only names of the most common token count are kept: all sentences are as long."""
         symbols = [tokenizer.encode(f" {symbol}") for symbol in form.symbols]
         if len({len(symbol) for symbol in symbols}) > 1:
             raise DataError(f"data.tokenizer = {tokenizer.name!r}: must encode all digits in equally many tokens")

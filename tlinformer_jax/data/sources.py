@@ -49,10 +49,7 @@ def available_splits(config: DataConfig) -> tuple[str, ...]:
 
 
 def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """The tokens of "train", "validation" or "test", with `end_of_text` after every document; or the task.
-
-    Tokenises with all cores on the first call; later calls, of any process, map the cached result.
-    """
+    """The tokens of a split, `end_of_text` after every document, tokenised at the first call; or the task."""
     return open_split(config, split, tokenizer)[0]
 
 

@@ -131,9 +131,9 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> dict[int, str]:
-        """The text that the decoder gets for each entry, in which a private character stands for each byte above 127.
+        """What the decoder gets for each entry: private characters for bytes above 127, else turned into U+FFFD.
 
-        The library itself turns parts of characters into U+FFFD. Empty for a decoder without bytes.
+        Empty for a decoder without bytes.
         """
         settings = json.loads(self.definition)
         kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(settings.get("decoder"))))
@@ -303,8 +303,7 @@ _UP_TO_LAST_SPACE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 def cut_before_space(text: str) -> int:
     """The last place between a visible character and a space or newline; 0 if there is none.
 
-    GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character, and its
-    only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
+    GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character.
     """
     found = _UP_TO_LAST_SPACE.match(text)
     return found.end() if found else 0

@@ -11,7 +11,7 @@ answer is where its source lies, seen from the generation window in which its fi
     history   before those: TConstFormer finds it in the compressed history only; TLinFormer's window and full attention
               read it themselves; a sliding window needs layers that relay it.
 
-For models without windows the regions are those of the configuration's window fields.
+Models without windows have the regions of the configuration's window fields.
 """
 
 import dataclasses

@@ -3,8 +3,7 @@
 A row is a line with its leading space and its newline (" = Title = \\n"); a blank line is the empty string.
 
 Hashes: Hugging Face `datasets`' dataset_infos.json. Words are counted without an end-of-line mark; the published counts
-(103,227,021, 217,646 and 245,569) have one a line. The raw files spell out what the others write as <unk>. Their word
-counts are not published and may differ by a thousandth, which still reveals any cut or foreign file.
+have one a line. Those of the raw files are not published and may differ by a thousandth.
 """
 
 import dataclasses

@@ -31,10 +31,9 @@ LOCK_FILE = ".result.lock"  # held until the actions are done, longer than the t
 def run_job(
     job: Job, profile: str | pathlib.Path | None = None, init_from: str | pathlib.Path | None = None
 ) -> Record | None:
-    """Trains a job or continues it, then carries out its actions; result.json is rewritten after each part.
+    """Trains a job or continues it, then carries out its actions; a finished job is left as it is.
 
-    A finished job is left as it is. `profile` and `init_from` are those of `train_run`. Returns the record; None if a
-    signal stopped the training.
+    result.json is rewritten after each part. Returns the record; None if a signal stopped the training.
     """
     check_possible(checked_actions(job.actions), job.config)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):

@@ -191,10 +191,7 @@ def counted(frame: pd.DataFrame) -> Any:
 
 
 def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
-    """A row for each run and action of a kind, such as 'evaluate' and 'evaluate@8192', whose result has `part`.
-
-    It has the run's columns and what the action gave, in 'done' and by parts in 'done.NAME'.
-    """
+    """A row for each run and action of a kind, 'evaluate' or 'evaluate@8192', whose result, in 'done', has `part`."""
     found = [
         (place, done)
         for place, then in frame["then"].items()

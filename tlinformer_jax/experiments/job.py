@@ -1,7 +1,6 @@
 """A run that a sweep or the training command asks for, its record, and the processes that train it. Without JAX.
 
-Each job of a sweep gets a process of its own: a crash, a kill by the system or memory that is not freed then costs one
-run and not the sweep, and the peak of a device's memory is counted by process. Starting one takes a few seconds.
+Each job of a sweep gets a process of its own, so that a crash costs one run and the peak of a device's memory is its.
 """
 
 import collections

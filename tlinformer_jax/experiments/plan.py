@@ -61,10 +61,7 @@ def load_sweep(where: str) -> Sweep:
 
 
 def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job]:
-    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own; named POINT-seedSEED.
-
-    Where they are trained, and by which command, is not said yet.
-    """
+    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own; named POINT-seedSEED."""
     sections = _plain(sweep.base if base is None else base)
     points: list[Job] = []
     for name, overrides in sweep.points.items():

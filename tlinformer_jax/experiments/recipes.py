@@ -1,9 +1,4 @@
-"""What the config and sweep files of the tasks with answers share: models of equal depth, the recipe, a sweep's points.
-
-A 'tight' setting has more pairs than W_oh has rows and samples far longer than W_oh. Pairs fill whole generation
-windows, so that in 'recall' no answer is in the generation window of its question; evaluations tell apart which of them
-are in W_oh. A sliding window of W_oh + W_og rows reaches all answers in every setting, since its layers relay them.
-"""
+"""What the config and sweep files of the tasks with answers share: models of equal depth, recipe, a sweep's points."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -87,7 +87,7 @@ RUN_COLUMNS |= {"config.data.dataset": "corpus", "config.data.tokenizer": "token
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the report of all records in a directory, NAME.json, and its figures beside it in `figures`."""
+    """Writes the report of all records in a directory, NAME.json, and its figures into `figures`."""
     frame, figures = frame_of(read_records(folder)), out.parent / "figures"
     with failure_told(f"{out}: cannot be written"):
         figures.mkdir(parents=True, exist_ok=True)
