@@ -16,7 +16,7 @@ from absl import flags
 from benchmarks.report import BASELINE, MODEL, ratios
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, log_axes, save, short
+from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save
 from tlinformer_jax.files import local_path
 
 Row = dict[str, Any]
@@ -61,6 +61,21 @@ def write_plots(values: Row, folder: pathlib.Path) -> list[pathlib.Path]:
     axes.title.set_fontsize(8)
     save(sheet, files[2])
     return files
+
+
+def log_axes(axes: Any) -> None:
+    """Logarithmic axes: tokens at x as 1K and 1M, plain numbers at y."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter(short)
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}", minor_locator=NullLocator())
+
+
+def short(value: float, _: Any = None) -> str:
+    """A number of tokens as 512, 8K or 1M, of a thousand and a million."""
+    size, unit = next(((size, unit) for size, unit in ((1e6, "M"), (1e3, "K")) if value >= size), (1, ""))
+    return f"{value / size:g}{unit}"
 
 
 def figure9_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks.cost import training_cost
+from benchmarks.plots import log_axes
 from benchmarks.training import (
     BATCH_TOKENS,
     LENGTHS,
@@ -34,7 +35,7 @@ from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.experiments.drawing import draw_curves, figure_of, log_axes, save
+from tlinformer_jax.experiments.drawing import draw_curves, figure_of, save
 from tlinformer_jax.files import local_path, markdown, write_text
 
 WINDOWS = flags.DEFINE_list("windows", ["0", "256", "1024"], "W_oh and W_og of each TLinFormer; 0 is the Transformer.")

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, log_axes, save
+from benchmarks.plots import log_axes
+from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save
 
 # Of a row; what each is, `training.time_job` says.
 COLUMNS = (

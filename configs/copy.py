@@ -15,11 +15,18 @@ the validation's answers are right, after 200 M tokens at the latest.
 from ml_collections import ConfigDict
 
 from tlinformer_jax.config.run import default_config_dict
-from tlinformer_jax.experiments import recipes as retrieval_recipes
+from tlinformer_jax.experiments.recipes import Setting, chosen, set_task
+
+COPY = {
+    "128": Setting(128, 64, 64),  # W_oh holds the whole segment
+    "256-tight": Setting(256, 32, 32),  # half of the segment is more than both windows
+    "512-tight": Setting(512, 32, 64),
+}
 
 
 def get_config(variant: str = "256-tight") -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
     config = default_config_dict()
-    retrieval_recipes.set_copy(config, variant)
+    config.data.update(dataset="copy", tokenizer="numbers:17")
+    set_task(config, chosen(COPY, variant), vocab_size=17, width=128, tokens_per_update=32_768, learning_rate=1e-3)
     return config

@@ -28,11 +28,23 @@ Needs: what configs/books.py needs, s1 without the files. Result: not yet measur
 from ml_collections import ConfigDict
 
 from tlinformer_jax.config.run import default_config_dict
-from tlinformer_jax.experiments import recipes as retrieval_recipes
+from tlinformer_jax.experiments.recipes import Setting, chosen, set_needles
+
+# Stages end as soon as training answers.
+LENGTHS = {
+    "tiny": Setting(512, 64, 64, curriculum="256:20"),
+    "1k": Setting(1024, 128, 128, curriculum="256:1000@0.9"),
+    "4k": Setting(4096, 256, 256, curriculum="256:1000@0.9,1024:500@0.9"),
+    "16k": Setting(16384, 512, 512, curriculum="256:1000@0.9,1024:500@0.9,4096:400@0.9"),
+}
+KINDS = {"s1": ("niah-1", 1), "s2": ("niah-2", 1), "s3": ("niah-3", 1), "mk": ("niah-2", 4)}  # dataset, needles
+VARIANTS = {f"{kind}-{length}": (kind, length) for kind in KINDS for length in LENGTHS if length != "tiny"}
+VARIANTS["tiny"] = ("s1", "tiny")
 
 
 def get_config(variant: str = "s1-1k") -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
     config = default_config_dict()
-    retrieval_recipes.set_niah(config, variant)
+    kind, length = chosen(VARIANTS, variant)
+    set_needles(config, LENGTHS[length], *KINDS[kind], tiny=variant == "tiny")
     return config

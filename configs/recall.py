@@ -24,18 +24,51 @@ seeds found the answers (64:3000@0.8), 3 of 5 after 95% of training's answers we
 (docs/measurements/recall_competence_h100.json). The runs in docs/results.md had one stage of 800 updates, whatever was
 learned by then.
 
+A 'tight' setting has more pairs than W_oh has rows and samples far longer than W_oh. Pairs fill whole generation
+windows, so that in 'recall' no answer is in the generation window of its question; evaluations tell apart which of them
+are in W_oh. A sliding window of W_oh + W_og rows reaches all answers in every setting, since its layers relay them.
+
 The model has width 128, 2 blocks, H = 0 (4 layers); configs/sweep_recall.py has the others, and what was found. A run
 ends as soon as 99% of the validation's answers are right, after 200 M tokens at the latest.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
+from tlinformer_jax.config.recipes import set_plus
 from tlinformer_jax.config.run import default_config_dict
-from tlinformer_jax.experiments import recipes as retrieval_recipes
+from tlinformer_jax.experiments.recipes import Setting, chosen, set_task
+
+RECALL = {
+    # The protocol's own (length, pairs); the pairs fill the first window, W_oh could hold all of them.
+    "64-4": Setting(64, 8, 8, 4),
+    "128-8": Setting(128, 16, 16, 8),
+    "256-16": Setting(256, 32, 32, 16),
+    "512-64": Setting(512, 128, 128, 64, "64:600,128:600,256:800"),
+    # Binding: 4 times as many pairs as rows of W_oh, 32 times as long; the pairs fill the first window.
+    "256-32-tight": Setting(256, 8, 64, 32, "64:3000@0.8,128:2000@0.8"),
+    "512-64-tight": Setting(512, 16, 128, 64, "64:600,128:600,256:800"),
+    "1024-128-tight": Setting(1024, 32, 256, 128, "64:600,128:600,256:800,512:800"),
+    # Two of the protocol's, on shorter samples first. Last, so that the points of sweeps keep their numbers.
+    "128-8-grown": Setting(128, 16, 16, 8, "64:2000"),
+    "256-16-grown": Setting(256, 32, 32, 16, "64:1500,128:1500"),
+}
 
 
 def get_config(variant: str = "512-64-tight") -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    plus, settings = variant.endswith("-plus"), RECALL
+    if plus:
+        settings = {
+            name: dataclasses.replace(setting, curriculum="")
+            for name, setting in RECALL.items()
+            if not name.endswith("-grown")
+        }
+    setting = chosen(settings, variant.removesuffix("-plus"))
     config = default_config_dict()
-    retrieval_recipes.set_recall(config, variant)
+    config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=setting.pairs)
+    set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
+    if plus:
+        set_plus(config)
     return config

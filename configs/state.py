@@ -20,11 +20,26 @@ Result: not yet measured.
 from ml_collections import ConfigDict
 
 from tlinformer_jax.config.run import default_config_dict
-from tlinformer_jax.experiments import recipes as retrieval_recipes
+from tlinformer_jax.experiments.recipes import Setting, chosen, set_task, shorten
+
+STATE = {
+    "parity-64": Setting(64, 16, 16, curriculum="16:1000@0.95,32:1000@0.95"),
+    "parity-256": Setting(256, 32, 32, curriculum="16:1000@0.95,32:1000@0.95,64:1000@0.95,128:1000@0.95"),
+    "s5-64": Setting(64, 16, 16, curriculum="8:1000@0.95,16:1000@0.95,32:1000@0.95"),
+    "s5-256": Setting(256, 32, 32, curriculum="8:1000@0.95,16:1000@0.95,32:1000@0.95,64:1000@0.95,128:1000@0.95"),
+    "tiny": Setting(32, 8, 8, curriculum="16:20"),
+}
 
 
 def get_config(variant: str = "parity-64") -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
+    setting, tiny = chosen(STATE, variant), variant == "tiny"
+    dataset = "s5" if variant.startswith("s5") else "parity"
+    vocabulary = {"parity": 4, "s5": 240}[dataset]
+    width, tokens = (32, 4_096) if tiny else (128, 32_768)
     config = default_config_dict()
-    retrieval_recipes.set_state(config, variant)
+    config.data.update(dataset=dataset, tokenizer=f"numbers:{vocabulary}")
+    set_task(config, setting, vocabulary, width, tokens_per_update=tokens, learning_rate=1e-3)
+    if tiny:
+        shorten(config, 40)
     return config

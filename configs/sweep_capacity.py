@@ -14,12 +14,19 @@ run ends at 99%, after 200 M tokens at the latest.
 The report draws the median over seeds with its bootstrap interval. Result: not yet measured.
 """
 
+import re
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax.config.recipes import set_plus
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import set_capacity, set_small_capacity, sweep_points
+from tlinformer_jax.experiments.recipes import Setting, set_task, shorten, sweep_points
 
 PAIRS, ROWS = (4, 8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16, 32, 64, 128)
 WINDOWED = ("tlin-4", "tconst-4")  # attention has no W_oh
+STAGES = "64:1000@0.8,128:1000@0.8,256:1000@0.8,512:1000@0.8"
 
 
 def get_sweep(variant: str = "all") -> Sweep:
@@ -27,14 +34,38 @@ def get_sweep(variant: str = "all") -> Sweep:
     by_pairs, by_rows = [f"pairs{n}-rows32" for n in PAIRS], [f"pairs64-rows{n}" for n in ROWS]
     if variant == "tiny":
         settings = [f"pairs{n}-rows4" for n in (1, 2, 4)]
-        base, points = sweep_points(set_small_capacity, settings, WINDOWED[:1], (3e-3,))
+        base, points = sweep_points(_tiny, settings, WINDOWED[:1], (3e-3,))
         return Sweep(base, points, then=("evaluate",), study="retrieval")
     if variant not in ("all", "pairs", "rows"):
         raise ConfigError("variant", variant, "must be one of all, pairs, rows, tiny")
     if variant == "rows":
-        base, points = sweep_points(set_capacity, by_rows, WINDOWED, (3e-3,))
+        base, points = sweep_points(_config, by_rows, WINDOWED, (3e-3,))
     else:
-        base, points = sweep_points(set_capacity, by_pairs, (*WINDOWED, "attention-4"), (3e-3,))
+        base, points = sweep_points(_config, by_pairs, (*WINDOWED, "attention-4"), (3e-3,))
     if variant == "all":
-        points |= sweep_points(set_capacity, [by_pairs[0], *by_rows], WINDOWED, (3e-3,))[1]
+        points |= sweep_points(_config, [by_pairs[0], *by_rows], WINDOWED, (3e-3,))[1]
     return Sweep(base, points, seeds=(0, 1, 2, 3, 4), then=("evaluate",), study="retrieval")
+
+
+def _config(name: str) -> ConfigDict:
+    """Recall of the pairs, with the rows of W_oh, that a point's name gives."""
+    pairs, rows = map(int, re.findall("[0-9]+", name))
+    config = _recall(pairs, 8192)
+    set_task(config, Setting(1024, rows, 64, pairs, STAGES), 8192, 128, tokens_per_update=32_768, learning_rate=3e-3)
+    return config
+
+
+def _tiny(name: str) -> ConfigDict:
+    """The same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
+    pairs, rows = map(int, re.findall("[0-9]+", name))
+    config = _recall(pairs, 64)
+    set_task(config, Setting(32, rows, 4, pairs), 64, 32, tokens_per_update=1_024, learning_rate=3e-3)
+    shorten(config, 40)
+    return config
+
+
+def _recall(pairs: int, vocabulary: int) -> ConfigDict:
+    config = default_config_dict()
+    set_plus(config)
+    config.data.update(dataset="recall", tokenizer=f"numbers:{vocabulary}", num_items=pairs)
+    return config

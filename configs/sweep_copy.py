@@ -12,13 +12,14 @@ the learning rate 0.001, one seed: all find 99% but the sliding window in 512-ti
 """
 
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import COPY, MODELS, set_copy, sweep_points
+from tlinformer_jax.experiments.recipes import MODELS, package_config, sweep_points
 
+SETTINGS = ("128", "256-tight", "512-tight")
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 
 
 def get_sweep(variant: str = "all") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
-    settings = tuple(COPY) if variant == "all" else (variant,)
-    base, points = sweep_points(set_copy, settings, tuple(MODELS)[1:], LEARNING_RATES)
+    settings = SETTINGS if variant == "all" else (variant,)
+    base, points = sweep_points(package_config("copy"), settings, tuple(MODELS)[1:], LEARNING_RATES)
     return Sweep(base, points, then=("evaluate",), study="retrieval")

@@ -11,7 +11,7 @@ Result: not yet measured.
 """
 
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import NIAH, NIAH_KINDS, set_niah, sweep_points
+from tlinformer_jax.experiments.recipes import package_config, sweep_points
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 
@@ -19,10 +19,10 @@ MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 def get_sweep(variant: str = "4k") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
     if variant == "tiny":
-        base, points = sweep_points(set_niah, ("tiny",), MODELS[:2], (3e-3,))
+        base, points = sweep_points(package_config("niah"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate", "evaluate@1024"), study="retrieval")
-    settings = [f"{kind}-{variant}" for kind in NIAH_KINDS] if variant in NIAH else [variant]
-    base, points = sweep_points(set_niah, settings, MODELS, (1e-3,))
+    settings = [f"{kind}-{variant}" for kind in ("s1", "s2", "s3", "mk")] if "-" not in variant else [variant]
+    base, points = sweep_points(package_config("niah"), settings, MODELS, (1e-3,))
     length = base.data.sequence_length
     then = tuple(f"evaluate@{part * length}" for part in (1, 4, 16))
     return Sweep(base, points, seeds=(0, 1, 2), then=then, study="retrieval")

@@ -17,7 +17,7 @@ measured: 0.0003.
 """
 
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import set_passkey, sweep_points
+from tlinformer_jax.experiments.recipes import package_config, sweep_points
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
@@ -26,8 +26,8 @@ LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
 def get_sweep(variant: str = "8k") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
     if variant == "tiny":
-        base, points = sweep_points(set_passkey, ("tiny",), MODELS[:2], (3e-3,))
+        base, points = sweep_points(package_config("passkey"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate@256", "evaluate@512", "evaluate@1024"), study="retrieval")
     settings, models = ("8k", MODELS[:1]) if variant == "tlin" else (variant, MODELS)
-    base, points = sweep_points(set_passkey, (settings,), models, (3e-4, 1e-3, 3e-3))
+    base, points = sweep_points(package_config("passkey"), (settings,), models, (3e-4, 1e-3, 3e-3))
     return Sweep(base, points, then=tuple(f"evaluate@{length}" for length in LENGTHS), study="retrieval")

@@ -32,10 +32,12 @@ samples of 128 and 256.
 
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import MODELS, RECALL, set_recall, sweep_points
+from tlinformer_jax.experiments.recipes import MODELS, package_config, sweep_points
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TIGHT = ("256-32-tight", "512-64-tight", "1024-128-tight")
+SETTINGS = ("64-4", "128-8", "256-16", "512-64", *TIGHT)
+GROWN = ("128-8-grown", "256-16-grown")
 
 
 def get_sweep(variant: str = "all") -> Sweep:
@@ -43,20 +45,20 @@ def get_sweep(variant: str = "all") -> Sweep:
     if variant == "tiny":
         return _tiny()
     models, rates = tuple(MODELS), LEARNING_RATES
-    settings = tuple(RECALL) if variant == "all" else (variant,)
+    settings = (*SETTINGS, *GROWN) if variant == "all" else (variant,)
     if variant == "seeds":
         settings, models, rates = TIGHT, models[1:], (3e-3,)
     if variant == "plus":
         return _plus()
-    base, points = sweep_points(set_recall, settings, models, rates)
+    base, points = sweep_points(package_config("recall"), settings, models, rates)
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
 
 def _plus() -> Sweep:
     """Each setting with the token shift and without shorter samples first; and TLinFormer without the shift."""
     models = [name for name in MODELS if name.endswith("-4")]
-    settings = [f"{setting}-plus" for setting in RECALL if not setting.endswith("-grown")]
-    base, points = sweep_points(set_recall, settings, models, (3e-3,))
+    settings = [f"{setting}-plus" for setting in SETTINGS]
+    base, points = sweep_points(package_config("recall"), settings, models, (3e-3,))
     plain = {"model.token_shift": False}
     points |= {name.replace("-plus", "-plain"): fields | plain for name, fields in points.items() if "_tlin-4" in name}
     return Sweep(base, points, then=("evaluate",), study="retrieval")

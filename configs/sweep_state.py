@@ -9,7 +9,7 @@ Result: not yet measured.
 """
 
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import STATE, set_state, sweep_points
+from tlinformer_jax.experiments.recipes import package_config, sweep_points
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 LENGTHS = (32, 64, 128, 256, 512, 1024)
@@ -18,9 +18,9 @@ LENGTHS = (32, 64, 128, 256, 512, 1024)
 def get_sweep(variant: str = "all") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
     if variant == "tiny":
-        base, points = sweep_points(set_state, ("tiny",), MODELS[:2], (3e-3,))
+        base, points = sweep_points(package_config("state"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate", "evaluate@64"), study="retrieval")
-    settings = [name for name in STATE if name != "tiny"] if variant == "all" else [variant]
-    base, points = sweep_points(set_state, settings, MODELS, (1e-3,))
+    settings = ("parity-64", "parity-256", "s5-64", "s5-256") if variant == "all" else (variant,)
+    base, points = sweep_points(package_config("state"), settings, MODELS, (1e-3,))
     then = tuple(f"evaluate@{length}" for length in LENGTHS)
     return Sweep(base, points, seeds=(0, 1, 2, 3, 4), then=then, study="retrieval")

@@ -57,7 +57,7 @@ def test_figures_are_those_of_hand_and_nothing_is_written(tmp_path):
 
 
 def test_epochs_are_counted_once_the_text_is_tokenised(tmp_path):
-    config = config_of(tmp_path, train={"steps": 0, "epochs": 3})
+    config = config_of(tmp_path, train={"steps": "3epochs"})
     assert "3 epochs, steps of 256 tokens; their number is known when the text is tokenised" in check_run(config)
     load_split(config.data, "train", ByteTokenizer())
     before = sorted(path.name for path in tmp_path.rglob("*"))
@@ -102,7 +102,6 @@ MISTAKES = {
     "batch": ({"train": {"batch_size": 12}}, "train.batch_size = 12: must be divisible by 8"),
     "mesh": ({"mesh": {"fsdp": 3}}, "must multiply to a divisor of the 8 devices"),
     "fsdp": ({"model": {"d_model": 12}, "mesh": {"fsdp": 8}}, "mesh.fsdp = 8"),
-    "manual directory": ({"data": {"dataset": "wikitext103", "manual_dir": "none"}}, "holds neither"),
     "length": ({"data": {"dataset": "pydoc", "sequence_length": 10**7}}, "data.sequence_length = 10000000"),
 }
 

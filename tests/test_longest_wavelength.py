@@ -63,7 +63,7 @@ def test_pairs_rotate_up_to_the_wavelength(longest):
 
 
 def test_what_is_refused():
-    allowed = r"model\.longest_wavelength = 6: must be 0 or at least 7"
+    allowed = r"model\.longest_wavelength = 6: must be 0, or an integer >= 7"
     with pytest.raises(ConfigError, match=allowed):
         ModelConfig(longest_wavelength=6)
     with pytest.raises(ConfigError, match=r"model\.longest_wavelength = 64: must be 0 for .* 'gated_deltanet'"):

@@ -103,7 +103,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "warmup_steps": 0,
         "z_loss": draw(st.sampled_from([0.0, 1e-4])),
         "ema": draw(st.sampled_from([0.0, 0.9])),
-        "epochs": 1,
+        "steps": "1epoch",
         "optimizer": draw(st.sampled_from(run_module.OPTIMIZERS)),
         "schedule": draw(st.sampled_from([*run_module.SCHEDULES, "wsd:0.2"])),
     }
@@ -201,10 +201,10 @@ LEAST = {
     "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1, "window_overlap": 0, "longest_wavelength": 0}
     | {"num_experts": 0, "experts_per_token": 1}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1),
-    "train": dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
-    | dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
-    | dict.fromkeys(("checkpoint_every", "max_skipped_updates", "max_rollbacks"), 0),
-    "data": dict.fromkeys(("sequence_length", "examples", "num_items", "questions"), 1),
+    "train": dict.fromkeys(("steps", "batch_size", "accumulation", "log_every"), 1)
+    | dict.fromkeys(("sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
+    | dict.fromkeys(("checkpoint_every", "max_skipped_updates"), 0),
+    "data": dict.fromkeys(("sequence_length", "examples", "num_items"), 1),
 }
 CHOICES = {
     "model": {
@@ -229,7 +229,7 @@ RATES = {
     "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0), "ema": 1.0}
     | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
 }
-TEXTS = {"data": ("tokenizer", "train_files", "text_field", "manual_dir", "cache_dir", "curriculum")}
+TEXTS = {"data": ("tokenizer", "train_files", "text_field", "cache_dir", "curriculum")}
 
 
 def invalid_values() -> dict[str, st.SearchStrategy]:
@@ -310,8 +310,7 @@ TOGETHER = [
     {"model.num_heads": 2, "model.d_model": 6},
     {"model.num_experts": 2, "model.experts_per_token": 3},
     {"train.accumulation": 3, "train.batch_size": 4},
-    {"train.steps": 0, "train.epochs": 0},
-    {"train.schedule": "paper", "train.epochs": 0},
+    {"train.schedule": "paper", "train.steps": 7},
     {"model.attention": "cudnn", "model.dropout": 0.1},
     PLAIN | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
     PLAIN | {"model.architecture": "transformer", "train.sampled_windows": 1},

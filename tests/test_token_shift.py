@@ -290,7 +290,7 @@ def test_a_small_rate_moves_it_and_nothing_makes_it_decay(schedule):
     optimizer = build_optimizer(train, horizon)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(SHIFT_SCALE * updates["shift"], -3e-3, rtol=1e-3)
-    decays = decay_mask(dataclasses.replace(TRAIN, schedule=schedule, epochs=1), params)
+    decays = decay_mask(dataclasses.replace(TRAIN, schedule=schedule, steps="1epoch"), params)
     assert not decays["shift"]
     assert decays["embedding"]
 

@@ -340,7 +340,7 @@ def test_bfloat16_parameters_stay_bfloat16(accumulation, optimizer):
 
 def test_decay_spares_vectors_but_for_the_papers_schedule():
     params = golden_state().params
-    everything = decay_mask(dataclasses.replace(TRAIN, schedule="paper", epochs=1), params)
+    everything = decay_mask(dataclasses.replace(TRAIN, schedule="paper", steps="1epoch"), params)
     matrices = decay_mask(TRAIN, params)
     assert all(jax.tree.leaves(everything))
     layer = matrices["blocks_0"]["restore"]

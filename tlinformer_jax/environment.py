@@ -16,32 +16,26 @@ from tlinformer_jax.errors import first_line
 INTERRUPTED = 130
 # Settings of JAX, with their defaults, that would change what is computed or make it fail: what is computed is decided
 # by the run's configuration alone.
-NOT_USED = {
-    "JAX_ENABLE_X64": "false",
+NOT_USED: dict[str, Any] = {
+    "JAX_ENABLE_X64": False,
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     "JAX_NUMPY_RANK_PROMOTION": "allow",
     "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
-    "JAX_THREEFRY_PARTITIONABLE": "true",
+    "JAX_THREEFRY_PARTITIONABLE": True,
     "JAX_TRANSFER_GUARD": "allow",
     "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": "allow",
     "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE": "allow",
     "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": "allow",
 }
-SWITCHES = dict.fromkeys(("1", "t", "y", "yes", "on"), "true") | dict.fromkeys(
-    ("", "0", "f", "n", "no", "off"), "false"
-)
 
 
 class PatientStream(io.TextIOWrapper):
     """A stream for messages that drops what cannot be written, so that a message never ends the command.
 
     It handles errors in the text layer, since a signal that raises in the byte layer would make the buffer write twice.
-
-    Attributes:
-      lost: whether a write has failed, for example because the reader of a pipe has ended.
     """
 
-    lost = False
+    lost = False  # whether a write has failed, for example because the reader of a pipe has ended
 
     def write(self, text: str) -> int:
         try:
@@ -75,8 +69,17 @@ def settle() -> None:
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
         elif name != "stdin" and stream is getattr(sys, f"__{name}__"):
-            setattr(sys, name, _patient(stream))
-    _leave_out_settings()
+            stream.flush()
+            raw = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 (open until the process ends)
+            by_line = stream.line_buffering or stream.write_through  # the latter with `python -u`
+            patient = PatientStream(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
+            setattr(sys, name, patient)
+    for name, default in NOT_USED.items():
+        value = os.environ.pop(name, None)
+        if value is not None:
+            if "jax" in sys.modules:
+                sys.modules["jax"].config.update(name.lower(), default)
+            print(f"{name}={value} is not used: the run's configuration says what is computed", file=sys.stderr)
 
 
 def reader_is_gone() -> bool:
@@ -110,20 +113,3 @@ def _missing_device(asked: str) -> str | None:
         why = f" ({str(error).split(' (set JAX_PLATFORMS')[0].splitlines()[0]})" if refused else ""
         return f"JAX_PLATFORMS={asked}: must name devices that are here, or be unset for those that are{why}"
     return None
-
-
-def _patient(stream: Any) -> PatientStream:
-    stream.flush()
-    raw = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 (open until the process ends)
-    by_line = stream.line_buffering or stream.write_through  # the latter with `python -u`
-    return PatientStream(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
-
-
-def _leave_out_settings() -> None:
-    for name, default in NOT_USED.items():
-        value = os.environ.pop(name, default)
-        if SWITCHES.get(value.lower(), value.lower()) == default:
-            continue
-        if "jax" in sys.modules:
-            sys.modules["jax"].config.update(name.lower(), {"true": True, "false": False}.get(default, default))
-        print(f"{name}={value} is not used: the run's configuration says what is computed", file=sys.stderr)

@@ -4,31 +4,24 @@ Entry points (`tlinformer_jax.commands.cli`) print a `UserError` on stderr and e
 get an ordinary exception; it is also a `ValueError`.
 """
 
+import contextlib
+import dataclasses
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong; the message says what, where, and what is allowed.
+    """Something outside the program is wrong; the message says what, where, and what is allowed."""
 
-    Attributes:
-      status: with which an entry point ends.
-    """
-
-    status = 2
+    status = 2  # with which an entry point ends
 
 
 class ConfigError(UserError):
-    """A configuration field holds a value that is not allowed.
-
-    Attributes:
-      field: dotted name of the field, as a config file or `--config.FIELD=` spells it.
-      value: the refused value.
-      allowed: what the field may hold.
-    """
+    """A configuration field, by its dotted name, holds a value that is not allowed."""
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
@@ -37,6 +30,60 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A file, corpus, tokenizer or token stream cannot be used as it is."""
+
+
+# ---- What a field may hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which values a field takes, and how a refusal says it."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def integer(least: int, most: int | None = None, pattern: str | None = None, told: str = "") -> Rule:
+    """An integer, or a text of a pattern, which `told` describes."""
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, str):
+            return pattern is not None and re.fullmatch(pattern, value) is not None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and least <= value and (most is None or value <= most)
+
+    bounds = f">= {least}" if most is None else f"from {least} to {most}"
+    return Rule(f"must be an integer {bounds}{told}", holds)
+
+
+def number(told: str, holds: Callable[[float], bool]) -> Rule:
+    """A number for which `holds` does."""
+    return Rule(told, lambda value: isinstance(value, int | float) and not isinstance(value, bool) and holds(value))
+
+
+def one_of(*choices: str) -> Rule:
+    """One of some words."""
+    return Rule(f"must be one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
+
+
+def check_fields(section: str, values: object, rules: Mapping[str, Rule]) -> None:
+    """Refuses (ConfigError) the first field of `values` that breaks its rule."""
+    for name, rule in rules.items():
+        value = getattr(values, name)
+        if not rule.holds(value):
+            raise ConfigError(f"{section}.{name}", value, rule.allowed)
+
+
+# ---- Messages
+
+
+@contextlib.contextmanager
+def failure_told(message: str, kind: type[UserError] = DataError) -> Iterator[None]:
+    """Turns a failure to read or write in the body into a UserError: `message`, with the reason in brackets."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        raise kind(f"{message} ({getattr(error, 'strerror', None) or error})") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -31,11 +31,7 @@ def path_fault(text: str) -> str | None:
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-    """The absolute path that a user gave as `name` (a flag or a field); `~` is the home directory.
-
-    Raises:
-      UserError: for an empty path, a URL, control characters, and where `~` or the current directory is not there.
-    """
+    """The absolute path that a user gave as `name` (a flag or a field), `~` resolved; UserError for what is no path."""
     try:
         text = os.fspath(path)
     except TypeError:
@@ -70,11 +66,7 @@ def plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def open_own(path: pathlib.Path, mode: str = "r", buffering: int = -1) -> Any:
-    """Opens a regular file of a working directory: follows no link, waits for no pipe. Text is UTF-8.
-
-    Raises:
-      OSError: as `open` does; also for a link and for what is no regular file.
-    """
+    """Opens a regular file of a working directory; OSError for a link, a pipe and the like. Text is UTF-8."""
 
     def opener(name: str, flags: int) -> int:
         try:
@@ -108,14 +100,10 @@ def read_json(path: pathlib.Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with `sha256`, the hash of all of them as JSON: a change of any of them shows."""
-    return values | {"sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
-
-
 def sealed_text(values: dict[str, Any]) -> str:
-    """The values as JSON, with their hash."""
-    return json.dumps(sealed(values), indent=1, sort_keys=True) + "\n"
+    """The values as JSON with `sha256`, the hash of all of them: a change of any of them shows."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json.dumps(values | {"sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def unsealed(text: str) -> dict[str, Any]:

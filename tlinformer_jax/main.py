@@ -61,21 +61,25 @@ def main() -> None:
 
 
 def _train(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None, cluster: "Cluster | None") -> None:
-    if THEN.value is not None:
+    """Trains; with --then also writes result.json into the working directory, and does what --then names."""
+    if THEN.value is None:
+        from tlinformer_jax.commands.prepare import prepare
+        from tlinformer_jax.parallel.processes import joined
+        from tlinformer_jax.training.loop import train_and_evaluate
+
         if cluster is not None:
-            raise UserError(f"--then={','.join(THEN.value)}: is for one process")
-        _train_and_record(config, workdir, profile)
+            # First, since joining waits for all processes only so long, and leaves SIGTERM to JAX.
+            list(prepare(config.data, config.model.vocab_size))
+        with joined(cluster):
+            train_and_evaluate(config, workdir, profile, INIT_FROM.value)
         return
-
-    from tlinformer_jax.commands.prepare import prepare
-    from tlinformer_jax.parallel.processes import joined
-    from tlinformer_jax.training.loop import train_and_evaluate
-
     if cluster is not None:
-        # First, since joining waits for all processes only so long, and leaves SIGTERM to JAX.
-        list(prepare(config.data, config.model.vocab_size))
-    with joined(cluster):
-        train_and_evaluate(config, workdir, profile, INIT_FROM.value)
+        raise UserError(f"--then={','.join(THEN.value)}: is for one process")
+    from tlinformer_jax.experiments.driver import run_job
+    from tlinformer_jax.experiments.job import Job
+
+    command = shlex.join(["python", "-m", "tlinformer_jax.main", *sys.argv[1:]])
+    run_job(Job(workdir.name, config, workdir, command, tuple(THEN.value)), profile, INIT_FROM.value)
 
 
 def _check(config: "RunConfig") -> None:
@@ -87,15 +91,6 @@ def _check(config: "RunConfig") -> None:
         check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
     with memory_advice(config):
         print(check_run(config, CHECK_COMPILE.value))
-
-
-def _train_and_record(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None) -> None:
-    """Trains, writes result.json into the working directory, and does what --then names."""
-    from tlinformer_jax.experiments.driver import run_job
-    from tlinformer_jax.experiments.job import Job
-
-    command = shlex.join(["python", "-m", "tlinformer_jax.main", *sys.argv[1:]])
-    run_job(Job(workdir.name, config, workdir, command, tuple(THEN.value or ())), profile, INIT_FROM.value)
 
 
 if __name__ == "__main__":

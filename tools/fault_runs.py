@@ -61,8 +61,7 @@ def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
         {
             "model": shape | windows | {"dropout": 0.1, "dtype": "float32"},
             "train": {
-                "steps": 0,
-                "epochs": 3,
+                "steps": "3epochs",
                 "batch_size": 24,
                 "accumulation": 2,
                 "learning_rate": 1e-2,

@@ -230,6 +230,7 @@ BAD = {
     "half an image": ("idx", GOOD[:-1], "truncated: its header says 2 images of 6 bytes"),
     "an image too few": ("idx", GOOD[:-6], "truncated: its header says 2 images of 6 bytes"),
     "a byte too many": ("idx", GOOD + b"x", "too long: its header says 2 images of 6 bytes"),
+    "an image too many": ("idx", GOOD + GOOD[-6:], "too long: its header says 2 images of 6 bytes"),
     "images of nothing": ("idx", idx_bytes(np.zeros((2, 0, 3))), "an image has 0 x 3 values; must be 1 to"),
     "huge images": ("idx", struct.pack(">HBB3I", 0, 8, 3, 1, 1 << 20, 1 << 20), "has 1048576 x 1048576 values"),
     "no record": ("fasta", b"ACGT\n", "line 1: a FASTA file begins with a line that begins with '>'"),
@@ -277,7 +278,7 @@ def test_a_gz_that_is_cut_off_is_refused(tmp_path, dataset):
     [
         ("idx", "bytes", "must be 'ids:256' for data.dataset = 'idx'"),
         ("wav", "ids:255", "must be 'ids:256' for data.dataset = 'wav'"),
-        ("fasta", "ids:256", "is for data.dataset = 'tokens', 'idx' and 'wav'"),
+        ("fasta", "ids:256", "is for data.dataset = 'tokens', 'idx', 'wav'"),
         ("fasta", "numbers:64", "is for data.dataset"),
         ("text", "letters:ACGT", "is for data.dataset = 'fasta'"),
         ("fasta", "letters:ACA", "must be letters: and some of A-Z, * and -, each once"),

@@ -420,7 +420,7 @@ def test_a_run_that_cannot_be_is_refused_with_nothing_written(tmp_path, config, 
 
 def test_epochs_of_an_iterable_are_not_known(tmp_path):
     for train, message in (
-        ({"steps": 0, "epochs": 1}, "epochs are not known"),
+        ({"steps": "1epoch"}, "epochs are not known"),
         ({"eval_every": "epoch"}, "in updates"),
     ):
         config = run_config()

@@ -247,7 +247,7 @@ def test_a_column_of_text_has_a_document_a_row(tmp_path, kind):
     assert documents(path) == ["First é\n", "Second"]
     assert documents(path, text_field="title", dataset="lines") == ["a", "b", "c", "d"]
     for field, message in (
-        ("body", "no column 'body' .data.text_field.; it has 'title', 'text', 'year'"),
+        ("body", "must have one column 'body' .data.text_field., not 0; it has 'title', 'text', 'year'"),
         ("year", "not int64"),
     ):
         with pytest.raises(DataError, match=message):
@@ -265,7 +265,7 @@ def test_two_columns_of_one_name_and_bytes_that_are_no_text_are_refused(tmp_path
     broken = pyarrow.StringArray.from_buffers(1, offsets, pyarrow.py_buffer(b"\xff\xfe"))
     twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
     for table, message in (
-        (twice, r"a\.parquet: column 'text' \(data.text_field\) must be there once, not 2 times"),
+        (twice, r"a\.parquet: must have one column 'text' \(data.text_field\), not 2; it has"),
         (pyarrow.table({"text": broken}), r"a\.parquet: column 'text' \(data.text_field\) is not valid UTF-8"),
     ):
         parquet.write_table(table, path)

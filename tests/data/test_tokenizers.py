@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.optional import need_modules
+from tlinformer_jax.data import subwords
 from tlinformer_jax.data import tokenizers as ours
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -281,7 +282,7 @@ def test_a_working_directory_without_a_tokenizer_is_refused(tmp_path, content):
 
 def test_a_changed_gpt2_vocabulary_is_refused(gpt2, tmp_path):
     ours.save_tokenizer(gpt2, tmp_path)
-    path = tmp_path / ours.GPT2_FILE
+    path = tmp_path / subwords.GPT2_FILE
     path.write_bytes(path.read_bytes().replace(b'"the"', b'"teh"'))
     with pytest.raises(DataError, match="sha256"):
         ours.load_tokenizer(tmp_path)

@@ -72,8 +72,9 @@ def config_for(tmp_path: pathlib.Path, **changes) -> DataConfig:
 
 @pytest.fixture
 def manual(tmp_path) -> pathlib.Path:
-    directory = tmp_path / "manual"
-    directory.mkdir()
+    """The cache's folder for what a user has downloaded."""
+    directory = tmp_path / "cache" / "downloads"
+    directory.mkdir(parents=True)
     return directory
 
 
@@ -94,7 +95,7 @@ def test_rows_and_counts(tmp_path, monkeypatch, manual, kind, variant):
         place = manual / f"{variant.replace('wikitext103', 'wikitext-103')}-v1" if "folder" in kind else manual
         place.mkdir(exist_ok=True)
         write_parquet(place)
-    config = config_for(tmp_path, manual_dir=str(manual), dataset=variant)
+    config = config_for(tmp_path, dataset=variant)
     for split, rows in ROWS.items():
         assert list(known.read_documents(config, split)) == [(row, True) for row in rows]
         stream = load_split(config, split, ByteTokenizer())
@@ -107,7 +108,7 @@ def test_rows_and_counts(tmp_path, monkeypatch, manual, kind, variant):
 def test_gpt2_tokens_of_every_row_and_an_end_after_each(tmp_path, monkeypatch, manual):
     expect_zip(monkeypatch, write_zip(manual, "wikitext103"))
     tokenizer = build_tokenizer("gpt2")
-    config = config_for(tmp_path, manual_dir=str(manual), tokenizer="gpt2")
+    config = config_for(tmp_path, tokenizer="gpt2")
     stream = load_split(config, "train", tokenizer)
     expected = np.concatenate([np.append(tokenizer.encode(row), 50256) for row in ROWS["train"]])
     np.testing.assert_array_equal(stream.tokens, expected)
@@ -116,25 +117,22 @@ def test_gpt2_tokens_of_every_row_and_an_end_after_each(tmp_path, monkeypatch, m
 
 def test_once_tokenised_the_files_are_not_needed(tmp_path, monkeypatch, manual):
     expect_zip(monkeypatch, write_zip(manual, "wikitext103"))
-    config = config_for(tmp_path, manual_dir=str(manual))
+    config = config_for(tmp_path)
     load_split(config, "train", ByteTokenizer())
     (manual / "wikitext-103-v1.zip").unlink()
     assert open_split(config, "train", ByteTokenizer())[1]
-    with pytest.raises(DataError, match="holds neither"):
-        find_split(config, "validation", ByteTokenizer())
-    (manual / "wikitext-103-v1.zip").touch()
     assert find_split(config, "validation", ByteTokenizer()) is None
 
 
 def _is_nothing_prepared(tmp_path) -> bool:
-    found = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    found = [path.name for path in (tmp_path / "cache" / "tokens").rglob("*") if path.is_file()]
     return not [name for name in found if not name.endswith(".lock")]
 
 
 def test_a_zip_with_another_checksum_is_refused(tmp_path, manual):
     write_zip(manual, "wikitext103")
     with pytest.raises(DataError, match=r"wikitext-103-v1\.zip: not the published file or damaged: sha256") as caught:
-        load_split(config_for(tmp_path, manual_dir=str(manual)), "train", ByteTokenizer())
+        load_split(config_for(tmp_path), "train", ByteTokenizer())
     assert "\n" not in str(caught.value)
     assert _is_nothing_prepared(tmp_path)
 
@@ -145,14 +143,14 @@ def test_parquet_files_with_other_counts_are_refused(tmp_path, monkeypatch, manu
     rows = ROWS["validation"][:-1] if wrong == "rows" else ["", " = Valid = \n", " one \n"]
     write_parquet(manual, ROWS | {"validation": rows})
     with pytest.raises(DataError, match=r"validation has \d rows and \d words, must have 3 and 5"):
-        load_split(config_for(tmp_path, manual_dir=str(manual)), "validation", ByteTokenizer())
+        load_split(config_for(tmp_path), "validation", ByteTokenizer())
     assert _is_nothing_prepared(tmp_path)
 
 
 def test_raw_words_may_differ_by_a_thousandth(tmp_path, monkeypatch, manual):
     write_parquet(manual)
     near, far = ({**WORDS, "train": round(WORDS["train"] * factor)} for factor in (1.0005, 1.01))
-    config = config_for(tmp_path, manual_dir=str(manual), dataset="wikitext103-raw")
+    config = config_for(tmp_path, dataset="wikitext103-raw")
     expect(monkeypatch, "wikitext103-raw", words=far)
     with pytest.raises(DataError, match="train has 3500 rows and 8400 words, must have 3500 and 8484"):
         load_split(config, "train", ByteTokenizer())
@@ -160,11 +158,14 @@ def test_raw_words_may_differ_by_a_thousandth(tmp_path, monkeypatch, manual):
     assert load_split(config, "train", ByteTokenizer()).num_words == WORDS["train"]
 
 
-def test_a_split_without_parquet_files_is_named(tmp_path, monkeypatch, manual):
-    expect(monkeypatch)
+def test_a_split_without_parquet_files_is_downloaded(tmp_path, monkeypatch, manual):
+    data = write_zip(tmp_path, "wikitext103")
     write_parquet(manual, {"train": ROWS["train"], "test": ROWS["test"]})
-    with pytest.raises(DataError, match="no validation-"):
-        load_split(config_for(tmp_path, manual_dir=str(manual)), "validation", ByteTokenizer())
+    with serving(data) as (url, agents):
+        expect_zip(monkeypatch, data, url=url)
+        for split in ("train", "validation"):
+            assert [row for row, _ in known.read_documents(config_for(tmp_path), split)] == ROWS[split]
+            assert len(agents) == (split == "validation")
 
 
 def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch, manual):
@@ -172,7 +173,7 @@ def test_a_parquet_file_that_is_none_is_named(tmp_path, monkeypatch, manual):
     write_parquet(manual)
     (manual / "test-00000-of-00001.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet: cannot be read as parquet") as caught:
-        load_split(config_for(tmp_path, manual_dir=str(manual)), "test", ByteTokenizer())
+        load_split(config_for(tmp_path), "test", ByteTokenizer())
     assert "\n" not in str(caught.value)
 
 
@@ -181,13 +182,7 @@ def _assert_three_helpful_lines(message: str) -> None:
     assert len(lines) == 3
     assert "wikitext-103-v1.zip" in lines[1]
     assert "https://huggingface.co/datasets/Salesforce/wikitext" in lines[1]
-    assert "--config.data.manual_dir=" in lines[2]
-
-
-def test_an_empty_manual_directory_says_in_three_lines_what_to_do(tmp_path, manual):
-    with pytest.raises(DataError, match=r"holds neither wikitext-103-v1\.zip nor parquet files") as caught:
-        load_split(config_for(tmp_path, manual_dir=str(manual)), "train", ByteTokenizer())
-    _assert_three_helpful_lines(str(caught.value))
+    assert lines[2].endswith("/cache/downloads")
 
 
 @contextlib.contextmanager
@@ -217,7 +212,7 @@ def serving(data: bytes):
 
 
 def test_the_zip_is_downloaded_once_by_a_named_client(tmp_path, monkeypatch, manual):
-    data = write_zip(manual, "wikitext103")
+    data = write_zip(tmp_path, "wikitext103")
     with serving(data) as (url, agents):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(url)
@@ -229,7 +224,7 @@ def test_the_zip_is_downloaded_once_by_a_named_client(tmp_path, monkeypatch, man
 
 
 def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch, manual):
-    data = write_zip(manual, "wikitext103")
+    data = write_zip(tmp_path, "wikitext103")
     with serving(data[:-1]) as (url, _):
         expect_zip(monkeypatch, data, url=url)
         with pytest.raises(DataError, match="not the published file or damaged") as caught:
@@ -249,7 +244,7 @@ def test_no_network_says_in_three_lines_what_to_do(tmp_path, monkeypatch):
 
 
 def test_a_damaged_download_is_refused_later_too(tmp_path, monkeypatch, manual):
-    data = write_zip(manual, "wikitext103")
+    data = write_zip(tmp_path, "wikitext103")
     with serving(data) as (url, _):
         expect_zip(monkeypatch, data, url=url)
         load_split(config_for(tmp_path), "train", ByteTokenizer())
@@ -261,7 +256,7 @@ def test_a_damaged_download_is_refused_later_too(tmp_path, monkeypatch, manual):
 
 def test_a_full_disk_while_downloading_is_one_clear_line(tmp_path, monkeypatch, manual):
     """A limit on the size of a file makes a real write fail, as a full disk does."""
-    data = write_zip(manual, "wikitext103") + bytes(30_000)
+    data = write_zip(tmp_path, "wikitext103") + bytes(30_000)
     config, old = config_for(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     with serving(data) as (url, _):
         expect_zip(monkeypatch, data, url=url)

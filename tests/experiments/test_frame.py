@@ -62,7 +62,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group():
 
 def test_records_of_other_versions_have_defaults_for_what_they_lack_and_keep_what_was_removed():
     older, newer = made_result("a", 1.0), made_result("b", 1.0, 1)
-    del older["config"]["data"]["questions"]
+    del older["config"]["data"]["text_field"]
     assert seeds_of(older, newer) == [[0, 1]]
     older["config"]["model"]["removed_option"] = "on"
     assert seeds_of(older, newer) == [[0], [1]]

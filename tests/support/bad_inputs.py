@@ -157,8 +157,8 @@ MODELS += [
 
 TRAINING = fields(
     ("train.steps=-1", "negative"),
-    ("train.steps=0", "zero, and no epochs"),
-    ("train.epochs=-1", "negative"),
+    ("train.steps=0", "zero"),
+    ("train.steps=0epochs", "no epochs"),
     ("train.batch_size=0", "zero"),
     ("train.accumulation=3", "does not divide the batch"),
     ("train.accumulation=0", "zero"),
@@ -170,7 +170,7 @@ TRAINING = fields(
     ("train.warmup_steps=-1", "negative"),
     ("train.optimizer=sgd", "unknown name"),
     ("train.schedule=linear", "unknown name"),
-    ("train.schedule=paper", "a schedule by epochs, and no epochs"),
+    ("train.schedule=paper", "a schedule by epochs, and updates"),
     ("train.schedule=cosine:-1", "a negative end"),
     ("train.schedule=wsd:1.5", "more than all steps"),
     ("train.weight_decay=-1", "negative"),
@@ -185,7 +185,7 @@ TRAINING = fields(
     ("train.keep_checkpoints=0", "zero"),
     ("train.keep_checkpoints=2+", "no number of the best"),
     ("train.max_skipped_updates=-1", "negative"),
-    ("train.max_rollbacks=-1", "negative"),
+    ("train.max_skipped_updates=1+", "no number of returns"),
     ("mesh.fsdp=0", "zero"),
 )
 TRAINING += [
@@ -239,10 +239,10 @@ DATA += [
     Case("a cache in a file", "train", ("--config.data.cache_dir={d}/binary.txt",), "data.cache_dir"),
     Case("a cache where nothing can be written", "train", ("--config.data.cache_dir=/proc/cache",), "data.cache_dir"),
     Case(
-        "WikiText where there is none",
+        "WikiText that is damaged",
         "train",
-        ("--config.data.dataset=wikitext103", "--config.data.manual_dir={d}/none"),
-        "data.manual_dir",
+        ("--config.data.dataset=wikitext103", "--config.data.cache_dir={d}/cache/damaged"),
+        "cache/damaged/downloads/wikitext-103-v1.zip: not the published file",
     ),
     Case("to prepare a damaged text", "prepare", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
     Case("to prepare for too small a model", "prepare", ("--config.model.vocab_size=9",), "model.vocab_size = 9"),

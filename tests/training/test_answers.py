@@ -10,7 +10,7 @@ import pytest
 
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.config.run import RunConfig, default_config_dict, run_config
+from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
 from tlinformer_jax.data.tokenizers import build_tokenizer
@@ -20,7 +20,7 @@ from tlinformer_jax.evaluation.text import evaluate_text
 from tlinformer_jax.evaluation.trained import TrainedRun, load_run
 from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
-from tlinformer_jax.experiments.recipes import set_niah, set_state
+from tlinformer_jax.experiments.recipes import package_config
 from tlinformer_jax.training import callbacks, loop
 from tlinformer_jax.training.evaluation import CELLS, answer_sums, eval_step
 from tlinformer_jax.training.loss import summed_loss
@@ -217,7 +217,7 @@ PASSKEYS = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 1400,
 
 
 def test_an_evaluation_asks_for_less_than_training_and_may_be_shorter_than_its_questions():
-    data = PASSKEYS | {"num_items": 20, "questions": 20, "sequence_length": 1800}
+    data = PASSKEYS | {"num_items": 20, "sequence_length": 1800}
     run = build_run(changed(model={"vocab_size": 257}, data=data), build_tokenizer("bytes"))
     split, params = run.split("validation"), run.initial_state().params
     (batch,) = answer_batches(split, 800, 2, slice(None), 4, run.config.model.observed_rows)
@@ -288,7 +288,7 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
     config = changed(
         model={"vocab_size": 257, "architecture": "transformer"},
         train={"steps": 5, "eval_every": 0, "batch_size": 8, "checkpoint_every": 4},
-        data=data | {"examples": 80},
+        data=data | {"examples": 80, "num_items": 1},
     )
     shapes = []
     put_batch = loop.put_batch
@@ -303,10 +303,9 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("set_task", "chance"), [(set_niah, 1e-7), (set_state, 0.5)])
-def test_tiny_settings_of_the_memory_suite_train(set_task, chance, tmp_path):
-    config = default_config_dict()
-    set_task(config, "tiny")
+@pytest.mark.parametrize(("name", "chance"), [("niah", 1e-7), ("state", 0.5)])
+def test_tiny_settings_of_the_memory_suite_train(name, chance, tmp_path):
+    config = package_config(name)("tiny")
     config.data.curriculum = ""
     config.train.update(steps=2, warmup_steps=1, eval_every=1)
     result = run_job(Job("tiny", run_config(config), tmp_path, "command", study="retrieval"))
@@ -324,6 +323,6 @@ def test_what_has_no_answers_cannot_wait_for_them():
     with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 2: must be a number from 0 to 1"):
         changed(train={"stop_at_accuracy": 2})
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' for train\.schedule = 'paper'"):
-        changed(train={"schedule": "paper", "epochs": 1}, data=grown)
+        changed(train={"schedule": "paper", "steps": "1epoch"}, data=grown)
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must end before train.steps = 3, and has 3"):
         changed(train={"steps": 3}, data=grown)

@@ -10,7 +10,8 @@ import pytest
 from tests.training.test_resume import run_config
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import load_config, save_config
-from tlinformer_jax.data.tokenizers import HUGGING_FACE_FILE, build_tokenizer, load_tokenizer
+from tlinformer_jax.data.subwords import HUGGING_FACE_FILE
+from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.training.loop import PENDING, train_and_evaluate
 from tlinformer_jax.training.setup import build_run
@@ -66,7 +67,7 @@ def test_another_tokenizer_under_the_same_path_is_refused_and_the_runs_own_copy_
     ("section", "fields", "says"),
     [
         ("model", {"hidden_depth": 1}, r"model\.hidden_depth: 0 -> 1"),
-        ("train", {"schedule": "paper", "epochs": 1}, r"train\.schedule: 'cosine:0.1' -> 'paper'"),
+        ("train", {"schedule": "paper", "steps": "1epoch"}, r"train\.schedule: 'cosine:0.1' -> 'paper'"),
         ("train", {"optimizer": "muon"}, r"train\.optimizer: 'adamw' -> 'muon'"),
         ("train", {"schedule": "constant"}, None),
     ],
@@ -113,7 +114,7 @@ def test_a_stored_configuration_means_the_same_files_from_any_directory(tmp_path
         folder.mkdir()
         (folder / "t.txt").write_text(f"{folder.name} " * 99)
     monkeypatch.chdir(one)
-    paths = {"train_files": "t.txt, *.txt", "validation_files": "t.txt", "cache_dir": "cache", "manual_dir": "~/x"}
+    paths = {"train_files": "t.txt, *.txt", "validation_files": "t.txt", "cache_dir": "cache"}
     config = with_data(run_config(tmp_path), **paths, tokenizer="tok.json")
     save_config(config, tmp_path)
     monkeypatch.chdir(two)
@@ -121,7 +122,6 @@ def test_a_stored_configuration_means_the_same_files_from_any_directory(tmp_path
     assert data == config.data
     assert data.cache_path == one / "cache"
     assert data.tokenizer == str(one / "tok.json")
-    assert data.manual_dir == str(pathlib.Path.home() / "x")
     run = build_run(with_data(load_config(tmp_path), tokenizer="bytes"), build_tokenizer("bytes"))
     assert bytes(run.split("validation").tokens[:3].astype("uint8")) == b"one"
     assert len(run.split("train").tokens) == len(run.split("validation").tokens)  # the pattern is the same file again

@@ -103,7 +103,7 @@ def test_muon_decays_what_adamw_decays(schedule):
     params = params_from_reference(golden.random_weights(MODEL), MODEL)["params"]
     changes = []
     for name in OPTIMIZERS:
-        config = dataclasses.replace(TRAIN, optimizer=name, schedule=schedule, epochs=1, warmup_steps=0)
+        config = dataclasses.replace(TRAIN, optimizer=name, schedule=schedule, steps="1epoch", warmup_steps=0)
         transformation = build_optimizer(config, HORIZON)
         zeros = jax.tree.map(jnp.zeros_like, params)
         changes.append(transformation.update(zeros, transformation.init(params), params)[0])

@@ -54,7 +54,7 @@ SHORT = {"steps": 9, "log_every": 1, "eval_every": 0, "checkpoint_every": 3, "ke
 def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_the_bad_batches(
     tmp_path, spoil, monkeypatch, capfd
 ):
-    config = run_config(tmp_path, **SHORT, max_skipped_updates=1, max_rollbacks=2)
+    config = run_config(tmp_path, **SHORT, max_skipped_updates="1+2")
     # Updates 6 and 7 are bad; the checkpoint of 6 is none to go back to. What follows has the state of step 3:
     # as if updates 4 to 7 had been skipped, by which a run without rollbacks is told what to expect.
     spoil(3, 4, 5, 6)
@@ -107,7 +107,7 @@ def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_t
 
 @pytest.mark.slow
 def test_when_no_rollback_is_left_it_stops_and_the_first_may_go_to_the_beginning(tmp_path, spoil, capfd):
-    config = run_config(tmp_path, **{**SHORT, "log_every": 4}, max_rollbacks=1)
+    config = run_config(tmp_path, **{**SHORT, "log_every": 4}, max_skipped_updates="0+1")
     spoil(1, 4)
     with pytest.raises(DivergedError, match=r"at step 5 .* holds samples .*, after 1 rollbacks; lower train\.learning"):
         train_and_evaluate(config, tmp_path / "run")
@@ -129,12 +129,13 @@ def test_when_no_rollback_is_left_it_stops_and_the_first_may_go_to_the_beginning
 
 
 def test_rollbacks_need_checkpoints():
-    with pytest.raises(ConfigError, match=r"train\.max_rollbacks = 1: must be 0 where .*checkpoint_every = '10min'"):
-        TrainConfig(max_rollbacks=1)
-    with pytest.raises(ConfigError, match=r"train\.max_rollbacks = 1: must be 0 where .*checkpoint_every = 0"):
-        TrainConfig(max_rollbacks=1, checkpoint_every=0)
-    with pytest.raises(ConfigError, match=r"train\.max_rollbacks = -1: must be an integer >= 0"):
-        TrainConfig(max_rollbacks=-1)
+    said = r"^train\.max_skipped_updates = '0\+1': must name no return where train.checkpoint_every = "
+    with pytest.raises(ConfigError, match=said + "'10min'"):
+        TrainConfig(max_skipped_updates="0+1")
+    with pytest.raises(ConfigError, match=said + "0"):
+        TrainConfig(max_skipped_updates="0+1", checkpoint_every=0)
+    with pytest.raises(ConfigError, match=r"train\.max_skipped_updates = '0\+': must be an integer >= 0, or such as"):
+        TrainConfig(max_skipped_updates="0+")
 
 
 def test_the_last_regular_checkpoint_is_kept(tmp_path):
@@ -148,7 +149,7 @@ def test_the_last_regular_checkpoint_is_kept(tmp_path):
 
 def test_a_rollback_takes_up_muons_state_and_the_average_of_the_parameters_too(tmp_path, spoil):
     recipe = {"steps": 3, "checkpoint_every": 2, "optimizer": "muon", "ema": 0.5}
-    config = run_config(tmp_path, **{**SHORT, **recipe, "keep_checkpoints": 9}, max_rollbacks=1)
+    config = run_config(tmp_path, **{**SHORT, **recipe, "keep_checkpoints": 9}, max_skipped_updates="0+1")
     spoil(2)
     train_and_evaluate(config, tmp_path / "run")
     after = last_state(config, tmp_path / "run")

@@ -8,15 +8,14 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
 from tlinformer_jax import environment
-from tlinformer_jax.config.named import config_file
-from tlinformer_jax.errors import ConfigError, DataError, UserError
+from tlinformer_jax.config.named import load_python
+from tlinformer_jax.errors import ConfigError, DataError, UserError, failure_told
 from tlinformer_jax.files import local_path, path_fault
 
 if TYPE_CHECKING:
@@ -28,9 +27,8 @@ FLAG_OF_OPTION = {"stop_strings": "stop"}  # where they differ
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
-    A `UserError`, and a flag or config file that cannot be parsed, becomes one line on stderr and status 2, or 1 where
-    memory does not suffice. SIGTERM, SIGHUP and Ctrl-C, unless `main` handles them, remove what is half-written and end
-    with status 143, 129 and 130.
+    A `UserError` becomes one line on stderr and its status. SIGTERM, SIGHUP and Ctrl-C, unless `main` handles them, are
+    raised, so that what is half-written is removed, and end with status 143, 129 and 130.
     """
 
     def guarded(_: Sequence[str]) -> None:
@@ -139,13 +137,11 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
     if not path:
         raise UserError(f"{flag}: must name a directory")
     workdir = local_path(path, flag)
-    try:
+    with failure_told(f"{flag}={path}: must be a directory that can be written"):
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"{flag}={path}: must be a directory that can be written ({error.strerror})") from None
     return workdir
 
 
@@ -184,39 +180,27 @@ def define_config_flag(
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, help, lock_config=False, **settings)
-    flag = settings.get("flag_values", flags.FLAGS)["config"]
-    flag.parser = _CompletedConfig(flag.parser)
+    settings.get("flag_values", flags.FLAGS)["config"].parser = _CompletedConfig()
 
 
 class _CompletedConfig(flags.ArgumentParser):
-    """Reads a config file by `parser`, and adds the fields that it leaves out."""
-
-    def __init__(self, parser: flags.ArgumentParser) -> None:
-        self._parser = parser
+    """Reads a config file, and adds the fields that it leaves out."""
 
     def parse(self, argument: str) -> Any:
         from ml_collections import ConfigDict
 
         from tlinformer_jax.config.run import add_defaults
 
-        if not argument:
-            raise UserError("--config: must name a config file, or one of the package's, such as tiny; it is empty")
-        try:
-            config = self._parser.parse(config_file(argument))
-        except TypeError as error:
-            file, colon, variant = argument.partition(":")
-            if colon and "get_config() takes 0 positional" in str(error):
-                raise UserError(
-                    f"--config={argument}: must be {file}; it has no variants, such as {variant!r}"
-                ) from None
-            raise
-        if isinstance(config, ConfigDict):  # `config_values` refuses anything else
-            add_defaults(config)
-            config.lock()
+        config = load_python(argument, "--config", "get_config")
+        if not isinstance(config, ConfigDict):
+            told = f"get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
+            raise UserError(f"--config={argument}: {told}")
+        add_defaults(config)
+        config.lock()
         return config
 
     def flag_type(self) -> str:
-        return str(self._parser.flag_type())
+        return "config file"
 
 
 def config_given() -> bool:
@@ -225,30 +209,10 @@ def config_given() -> bool:
 
 
 def config_values() -> Any:
-    """The loaded config of the flag --config, a `DEFINE_config_file`."""
-    from ml_collections import config_flags
-
-    config, flag = flags.FLAGS.config, flags.FLAGS["config"]
-    if config is None and not flag.present:
+    """The loaded config of the flag --config."""
+    if flags.FLAGS.config is None:
         raise UserError("--config: must name a config file, or one of the package's, such as tiny")
-    path = config_flags.get_config_filename(flag)
-    try:
-        if not hasattr(config, "items"):
-            raise UserError(
-                f"--config={path}: get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
-            )
-    except OSError as error:  # config_flags raises it at the first access
-        raise UserError(f"--config={path}: {_why_unreadable(path)}") from error
-    return config
-
-
-def _why_unreadable(path: str) -> str:
-    """Why a config file could not be loaded."""
-    try:
-        pathlib.Path(path.split(":", 1)[0]).read_bytes()
-    except OSError as error:
-        return f"cannot be read ({error.strerror}); must be a Python file with a function get_config"
-    return "cannot be loaded; it reads a file that is not there"
+    return flags.FLAGS.config
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -265,8 +229,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             text = re.sub(pattern, meaning, text)
         fail(text)
     except Exception as error:
-        # Raised by the config file, or by config_flags for fields that do not exist.
-        fail(describe(error, argv))
+        fail(str(_user_error(error) or describe(error, argv)))
     if len(rest) > 1:
         fail(f"{rest[1]}: unexpected argument; flags are written --name=value")
     return rest
@@ -274,24 +237,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def describe(error: Exception, argv: Sequence[str]) -> str:
     """One line for an exception from config_flags; it names the override that caused it."""
-    if isinstance(error, SyntaxError):
-        return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
-    if not isinstance(error, AttributeError | KeyError | TypeError | ValueError | OSError):
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"--config: {type(error).__name__} in {last.filename}, line {last.lineno}: {_first_line(error)}"
     from tlinformer_jax.config.run import unknown_field
 
-    text = _first_line(error)
-    if isinstance(error, AttributeError) and "'get_config'" in text:
-        (path,) = [argument.split("=", 1)[1] for argument in argv if re.match(r"--?config=", argument)][-1:] or ["..."]
-        return f"--config={path}: must be a Python file with a function get_config; it has none"
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
-        if match and isinstance(error, AttributeError | KeyError):
-            missing = unknown_field(match[1])
-            if missing is not None:
-                return f"{argument}: {missing}"
-    return f"--config: {text}"
+        if match and isinstance(error, AttributeError | KeyError) and (missing := unknown_field(match[1])):
+            return f"{argument}: {missing}"
+    return f"--config: {_first_line(error)}"
 
 
 # Messages of absl and Python about a flag's value, and their meaning.

@@ -7,7 +7,7 @@ lengths than the trained one. --out=FILE.json keeps all of it, with what it was 
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -15,7 +15,7 @@ from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from tlinformer_jax.evaluation.report import EvaluationOptions, Report
+    from tlinformer_jax.evaluation.report import EvaluationOptions
 
 cli.define_process_flags()
 WORKDIR, STEP = cli.run_flags()
@@ -29,6 +29,11 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 JSON = flags.DEFINE_bool("json", False, "Print the figures as one JSON object.")
 OUT = flags.DEFINE_string("out", None, "File to write the whole result to as JSON.")
+# What --json prints of a report before its figures, and after them.
+JSON_PARTS = (
+    ("step", "split", "text_file", "tokens"),
+    ("expert_load", "answers", "by_position", "by_window_position", "accuracy_by_position", "by_length"),
+)
 
 
 def main() -> None:
@@ -84,12 +89,8 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
         report = evaluate_run(trained, stream, options, split=SPLIT.value, command=command)
     if out is not None:
         write_report(report, out)
-    if is_first:
-        print(json.dumps(_figures(report)) if JSON.value else "\n".join(lines(report)))
-
-
-def _figures(report: "Report") -> dict[str, Any]:
-    """What --json prints: the report without what the user knows, its figures at the top."""
-    parts = ("expert_load", "answers", "by_position", "by_window_position", "accuracy_by_position", "by_length")
-    kept = {name: report[name] for name in ("step", "split", "text_file", "tokens") if name in report}
-    return kept | report["figures"] | {name: report[name] for name in parts if name in report}
+    if is_first and JSON.value:
+        head, tail = ({name: report[name] for name in names if name in report} for names in JSON_PARTS)
+        print(json.dumps(head | report["figures"] | tail))
+    elif is_first:
+        print("\n".join(lines(report)))

@@ -22,7 +22,7 @@ from tlinformer_jax.files import local_path, write_bytes
 
 if TYPE_CHECKING:
     from tlinformer_jax.config.model import ModelConfig
-    from tlinformer_jax.decoding.stream import Generation, Stream
+    from tlinformer_jax.decoding.stream import Stream
 
 WORKDIR, STEP = cli.run_flags()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
@@ -51,6 +51,7 @@ SAVE = flags.DEFINE_string(
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
 
+JSON_FIELDS = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")  # of a sample
 # Flags that are options of the generator, by the same name.
 OPTIONS = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED, CACHE_DTYPE)
 
@@ -58,15 +59,15 @@ OPTIONS = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY,
 def main() -> None:
     """Restores a checkpoint's parameters, continues the prompt, prints text and figures."""
     try:
-        status = _generate()
+        interrupted = _generate()
     except KeyboardInterrupt:  # before there was any text
-        status = environment.INTERRUPTED
-    if status:
-        sys.exit(status)
+        interrupted = True
+    if interrupted:
+        sys.exit(environment.INTERRUPTED)
 
 
-def _generate() -> int:
-    """Generates and prints; returns the exit status."""
+def _generate() -> bool:
+    """Generates and prints; returns whether it was interrupted."""
     prompt = _prompt()
     options: dict[str, Any] = {flag.name: flag.value for flag in OPTIONS}
     options |= {"stop_strings": STOP.value, "logprobs": JSON.value}
@@ -95,7 +96,7 @@ def _generate() -> int:
         before = generator.tokenizer.encode(prompt)
         save([np.append(before, sample.tokens) for sample in stream.generations])
     _print_figures(stream, compilations, generator.decoder.config)
-    return environment.INTERRUPTED if interrupted else 0
+    return interrupted
 
 
 def _prompt() -> str:
@@ -149,19 +150,14 @@ def _print_samples(stream: "Stream") -> bool:
             print("".join(piece.text for piece in rest), end="")
     for number, sample in enumerate(stream.generations):
         if JSON.value:
-            print(json.dumps(_as_json(number, sample)))
+            values = {name: getattr(sample, name) for name in JSON_FIELDS}
+            print(json.dumps({"sample": number, "seed": (SEED.value + number) % 2**32, **values}))
         elif live:
             print()
         else:
             print(sample.text if NUM_SAMPLES.value == 1 else f"--- sample {number}\n{sample.text}")
     sys.stdout.flush()
     return interrupted or environment.reader_is_gone()
-
-
-def _as_json(number: int, sample: "Generation") -> dict[str, Any]:
-    fields = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")
-    values = {name: getattr(sample, name) for name in fields}
-    return {"sample": number, "seed": (SEED.value + number) % 2**32, **values}
 
 
 def _print_figures(stream: "Stream", compilations: list[float], config: "ModelConfig") -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.errors import UserError
+from tlinformer_jax.errors import UserError, failure_told
 
 WORKDIR, STEP = cli.run_flags()
 OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and figures; made if it is missing.")
@@ -71,10 +71,9 @@ def _write(report: dict[str, Any], out: pathlib.Path) -> None:
     try:
         from tlinformer_jax.experiments.figures import history_tables, plot_history
 
-        for name, table in history_tables(report).items():
-            table.to_csv(out / f"{name}.csv", index=False)
-        plot_history([("", report)], out)
+        with failure_told(f"--out={out}: cannot be written"):
+            for name, table in history_tables(report).items():
+                table.to_csv(out / f"{name}.csv", index=False)
+            plot_history([("", report)], out)
     except ImportError as error:
         print(f"no CSV files or figures: {error}; pip install 'tlinformer-jax[report]' has it", file=sys.stderr)
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written ({error.strerror})") from None

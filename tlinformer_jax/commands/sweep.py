@@ -32,7 +32,7 @@ from tlinformer_jax.files import local_path, open_own
 
 if TYPE_CHECKING:
     from tlinformer_jax.experiments.job import Job, Record
-    from tlinformer_jax.experiments.plan import Point, Sweep
+    from tlinformer_jax.experiments.plan import Sweep
 
 SWEEP = flags.DEFINE_string(
     "sweep", "", "Sweep file, or the name of one of the package's; NAME:VARIANT picks a variant."
@@ -57,7 +57,7 @@ CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train
 def main() -> None:
     """Checks all points, trains those that are not finished, writes the tables."""
     from tlinformer_jax.experiments.actions import checked_actions
-    from tlinformer_jax.experiments.job import Job, run_jobs
+    from tlinformer_jax.experiments.job import run_jobs
     from tlinformer_jax.experiments.plan import chosen_points, groups_of, load_sweep, plan_points
 
     sweep = load_sweep(SWEEP.value)
@@ -73,32 +73,31 @@ def main() -> None:
         return
     if importlib.util.find_spec("pandas") is None:  # before anything is trained
         raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")
+    from tlinformer_jax.experiments.figures import plot_sweep
+    from tlinformer_jax.experiments.frame import frame_of
+
     if RESULTS.value:
         local_path(RESULTS.value, "--results")  # before anything is made
     out = cli.writable_workdir(OUT.value, "--out")
     results = cli.writable_workdir(RESULTS.value, "--results") if RESULTS.value else None
     command = shlex.join(["python", "-m", "tlinformer_jax", "sweep", *sys.argv[1:]])
     stem = pathlib.Path(SWEEP.value.partition(":")[0]).stem
-    jobs = {
-        point.name: Job(
-            name=point.name,
-            config=point.config,
-            workdir=out / point.name,
-            command=command,
-            then=then,
-            study=sweep.study,
-            sweep=stem,
-            point=point.point,
-            overrides=point.overrides,
-        )
-        for point in points
-    }
-    write = functools.partial(_write, list(jobs.values()), out, results)
-    failures = run_jobs([[jobs[point.name] for point in group] for group in chosen], RETRIES.value, finished=write)
+
+    def placed(points: "list[Job]") -> "list[Job]":
+        return [
+            dataclasses.replace(point, workdir=out / point.name, command=command, then=then, sweep=stem)
+            for point in points
+        ]
+
+    write = functools.partial(_write, placed(points), out, results)
+    failures = run_jobs([placed(group) for group in chosen], RETRIES.value, finished=write)
     done = write()
     print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)
     if done:
-        _plot(done, out)
+        try:
+            plot_sweep(frame_of(done), out)
+        except ImportError as error:
+            print(f"no plots: {error}; pip install 'tlinformer-jax[report]' has matplotlib", file=sys.stderr)
     if failures:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in failures.items())
         cli.fail(f"{len(failures)} of {sum(map(len, chosen))} points failed: {reasons}", 1)
@@ -135,7 +134,7 @@ def define_flags() -> None:
         cli.fail(cli.describe(error, sys.argv))
 
 
-def _check(groups: "list[list[Point]]") -> None:
+def _check(groups: "list[list[Job]]") -> None:
     """Refuses (UserError) data that are not there, and groups that one program cannot train."""
     from tlinformer_jax.experiments.plan import check_data, check_together
 
@@ -179,16 +178,6 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
                 write_result(results / f"{result['name']}.json", result)
         write_tables(done, out)
     return done
-
-
-def _plot(done: "list[Record]", out: pathlib.Path) -> None:
-    from tlinformer_jax.experiments.figures import plot_sweep
-    from tlinformer_jax.experiments.frame import frame_of
-
-    try:
-        plot_sweep(frame_of(done), out)
-    except ImportError as error:
-        print(f"no plots: {error}; pip install 'tlinformer-jax[report]' has matplotlib", file=sys.stderr)
 
 
 def train_point() -> None:

@@ -2,6 +2,6 @@
 
 run           the section `train`, and a run's whole configuration: read, checked, stored, compared
 model, data   the sections of these names; `mesh` is in parallel/mesh
-recipes       what config files share: the paper's recipe and ours
+recipes       what config files share: the rows of Table 1, our recipe
 named         the config files that come with the package, by name
 """

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, check_fields, integer
 from tlinformer_jax.files import path_fault
 
 PAIR_SIZES = {"recall": 2, "recall-gap": 3}  # tokens of a pair
@@ -20,11 +20,13 @@ TOKENS = "tokens"
 SYMBOL_FILES = ("idx", "fasta", "wav")
 IDS_256 = "ids:256"
 LETTERS = "letters:"
+# Tokenizers of what is no text.
+ONLY_FOR = {"numbers:": NUMBER_TASKS, "ids:": (TOKENS, "idx", "wav"), LETTERS: ("fasta",)}
 DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *SYMBOL_FILES, *WIKITEXT, *TASKS)
 TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
-PATHS = (*FILES, "tokenizer", "manual_dir", "cache_dir")
+PATHS = (*FILES, "tokenizer", "cache_dir")
 MOST_NEEDLES = 100  # the names of passkeys, of two digits
 STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
@@ -42,18 +44,17 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text or task, tokenizer and sample length. Every field is a plain value, so that a flag can override it.
+    """Text or task, tokenizer and sample length. A name in brackets is the dataset that reads the field.
 
-    A name in brackets is the dataset that reads the field. Paths are made absolute, so that a stored configuration
-    means the same files from any directory.
+    Paths are made absolute, so that a stored configuration means the same files from any directory.
 
     Attributes:
       dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
         of a .txt is a document), "tokens" (your own token ids, see `data.given`), "idx" (images), "fasta" (genomes,
         proteins), "wav" (sound; see `data.domains`), "wikitext103" (with <unk>, the paper's), "wikitext103-raw",
         "tfds:NAME" (of TensorFlow Datasets), or a task whose samples are generated:
-        "recall", "recall-gap", "copy" (see `data.tasks`), "parity", "s5" (see `data.states`), "passkey", "niah-1",
-        "niah-2", "niah-3" (see `data.needles`).
+        "recall", "recall-gap", "copy", "parity", "s5" (see `data.tasks`), "passkey", "niah-1", "niah-2", "niah-3" (see
+        `data.needles`).
       tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`, of a folder that holds one, or of a
         sentencepiece `.model`. FILE.json:ENTRY names the entry of its vocabulary that ends a text; without, a folder's
         `tokenizer_config.json` says it, or the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
@@ -69,13 +70,13 @@ class DataConfig:
       test_files: the same for the test split, with a 20th of its own. [passkey, niah-2, niah-3] "" hides needles in the
         validation text.
       text_field: [text, lines, tfds] the field of a .jsonl line or of a record, or the column, that holds the document.
-      manual_dir: [wikitext103] a directory with its zip or parquet files; "" downloads the zip. [tfds] its data_dir.
-      cache_dir: where downloads and tokens are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
+      cache_dir: where tokens and downloads are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
+        [wikitext103] Its zip or parquet files are taken from the folder `downloads` there, else the zip is downloaded.
+        [tfds] Its data sets are in the folder `tensorflow_datasets` there.
       examples: [tasks] different samples of the training split; an epoch takes each once.
       num_items: [recall, recall-gap] pairs of a key and a value in a sample of N tokens, fewer in proportion in a
-        shorter one. [passkey, niah-1, niah-2, niah-3] needles hidden in a sample.
-      questions: [passkey, niah-1, niah-2, niah-3] needles that a training sample asks for, one after the other;
-        evaluation asks for one.
+        shorter one. [passkey, niah-1, niah-2, niah-3] needles hidden in a sample; training asks for all of them, one
+        after the other, evaluation for one.
       curriculum: [tasks] "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
         more as keep an update's tokens, and so on; the rest on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as soon
         as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest; see
@@ -92,11 +93,9 @@ class DataConfig:
     validation_files: str = ""
     test_files: str = ""
     text_field: str = "text"
-    manual_dir: str = ""
     cache_dir: str = ""
     examples: int = 100_000
     num_items: int = 4
-    questions: int = 1
     curriculum: str = ""
     document_masking: bool = False
 
@@ -115,28 +114,18 @@ class DataConfig:
             raise ConfigError("data.dataset", self.dataset, allowed)
         if not self.tokenizer:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
-        if self.tokenizer.startswith("numbers:") and self.dataset not in NUMBER_TASKS:
-            allowed = f"is for data.dataset = {', '.join(map(repr, NUMBER_TASKS))}"
-            raise ConfigError("data.tokenizer", self.tokenizer, allowed)
+        for prefix, datasets in ONLY_FOR.items():
+            if self.tokenizer.startswith(prefix) and self.dataset not in datasets:
+                allowed = f"is for data.dataset = {', '.join(map(repr, datasets))}"
+                raise ConfigError("data.tokenizer", self.tokenizer, allowed)
         if self.dataset in ("idx", "wav") and self.tokenizer != IDS_256:
-            raise ConfigError(
-                "data.tokenizer", self.tokenizer, f"must be {IDS_256!r} for data.dataset = {self.dataset!r}"
-            )
-        if self.tokenizer.startswith("ids:") and self.dataset not in (TOKENS, "idx", "wav"):
-            raise ConfigError("data.tokenizer", self.tokenizer, f"is for data.dataset = {TOKENS!r}, 'idx' and 'wav'")
-        if self.letters and self.dataset != "fasta":
-            raise ConfigError("data.tokenizer", self.tokenizer, "is for data.dataset = 'fasta'")
+            allowed = f"must be {IDS_256!r} for data.dataset = {self.dataset!r}"
+            raise ConfigError("data.tokenizer", self.tokenizer, allowed)
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
-        if not 1 <= self.sequence_length < 2**31:
-            allowed = f"must be from 1 to {2**31 - 1}: positions are int32"
-            raise ConfigError("data.sequence_length", self.sequence_length, allowed)
-        most_items = MOST_NEEDLES if self.dataset in NEEDLES else 2**31 - 1
-        for name, most in (("examples", 2**31 - 1), ("num_items", most_items), ("questions", MOST_NEEDLES)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"data.{name}", getattr(self, name), f"must be from 1 to {most}")
-        if self.dataset in NEEDLES and self.questions > self.num_items:
-            raise ConfigError("data.questions", self.questions, f"must be at most data.num_items = {self.num_items}")
+        most = dict.fromkeys(("sequence_length", "examples"), 2**31 - 1)
+        most["num_items"] = MOST_NEEDLES if self.dataset in NEEDLES else 2**31 - 1
+        check_fields("data", self, {name: integer(1, bound) for name, bound in most.items()})
         if self.curriculum and not self.is_task:
             allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
             raise ConfigError("data.curriculum", self.curriculum, allowed)
@@ -215,7 +204,7 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
         value = values.get(name)
         if not isinstance(value, str) or not value or _path_fault(name, value):
             continue
-        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith(("numbers:", "ids:", LETTERS))):
+        if name == "tokenizer" and (value in ("bytes", "gpt2") or value.startswith(tuple(ONLY_FOR))):
             continue
         try:
             here = os.path.abspath(base)
@@ -238,10 +227,7 @@ def split_tokenizer(name: str) -> tuple[str, str]:
 
 
 def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:
-    """Tokens of a sample of update `update` (from 0), and the samples of all updates before it.
-
-    Each of `stages` counts with all its updates; a row of `sequence_length` tokens holds as many samples as fit.
-    """
+    """Tokens of a sample of update `update` (from 0), and the samples of all updates before it."""
     before = 0
     for length, updates, _ in stages:
         size = batch_size * (sequence_length // length)

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from tlinformer_jax.config.delta import DeltaShape, delta_shape
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, Rule, check_fields, integer, number, one_of
 from tlinformer_jax.parallel.mesh import platform
 
 ARCHITECTURES = (
@@ -22,22 +22,6 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 MEMORY = ("auto", "low")
-CHOICES = {
-    "architecture": ARCHITECTURES,
-    "dtype": COMPUTE_DTYPES,
-    "param_dtype": PARAM_DTYPES,
-    "attention": ATTENTION_BACKENDS,
-    "memory": MEMORY,
-}
-SMALLEST = dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window", "history_window"), 1)
-SMALLEST |= {
-    "hidden_depth": 0,
-    "d_ff": 1,
-    "num_experts": 0,
-    "experts_per_token": 1,
-    "window_overlap": 0,
-    "longest_wavelength": 0,
-}
 SHORTEST_WAVELENGTH = 7  # of RoPE: 2 pi positions
 # Evaluation and caches have room for a whole window, so that one without a bound would take any memory.
 LONGEST_WINDOW = 1 << 20
@@ -103,6 +87,27 @@ def make_plan(memory: str, platform: str, windows: int, window: int, layers: int
         scan_layers=platform == "cpu" or deep,
         checkpointing=low or (windowed and not few),
     )
+
+
+RULES = {
+    "architecture": one_of(*ARCHITECTURES),
+    "dtype": one_of(*COMPUTE_DTYPES),
+    "param_dtype": one_of(*PARAM_DTYPES),
+    "attention": one_of(*ATTENTION_BACKENDS),
+    "memory": Rule(one_of(*MEMORY).allowed, lambda memory: memory in MEMORY or isinstance(memory, ExecutionPlan)),
+    "vocab_size": integer(1, 2**31 - 1),  # tokens are int32
+    **dict.fromkeys(("d_model", "num_heads", "num_blocks", "experts_per_token"), integer(1)),
+    **dict.fromkeys(("hidden_depth", "num_experts", "window_overlap"), integer(0)),
+    "d_ff": Rule(integer(1).allowed, lambda size: size is None or integer(1).holds(size)),
+    "longest_wavelength": Rule(
+        f"must be 0, or an integer >= {SHORTEST_WAVELENGTH} as the shortest has 2 pi tokens",
+        lambda longest: integer(0).holds(longest) and not 0 < longest < SHORTEST_WAVELENGTH,
+    ),
+    "history_window": integer(1, pattern="auto", told=" or 'auto'"),
+    "generation_window": integer(1, LONGEST_WINDOW),
+    "token_shift": Rule("must be True or False", lambda shift: isinstance(shift, bool)),
+    "dropout": number("must be a number in [0, 1)", lambda rate: 0 <= rate < 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,31 +176,21 @@ class ModelConfig:
         for name in ("dtype", "param_dtype"):
             if not isinstance(getattr(self, name), str):  # jnp.bfloat16 and friends are welcome too
                 object.__setattr__(self, name, _dtype_name(f"model.{name}", getattr(self, name)))
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices and not isinstance(value, ExecutionPlan):
-                raise ConfigError(f"model.{name}", value, f"must be one of {', '.join(choices)}")
-        for name, least in SMALLEST.items():
-            value = getattr(self, name)
-            special = (name, value) in (("history_window", "auto"), ("d_ff", None))
-            if not special and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                also = " or 'auto'" if name == "history_window" else ""
-                raise ConfigError(f"model.{name}", value, f"must be an integer >= {least}{also}")
-        if self.vocab_size > 2**31 - 1:
-            raise ConfigError("model.vocab_size", self.vocab_size, f"must be at most {2**31 - 1}: tokens are int32")
-        if self.generation_window > LONGEST_WINDOW:
-            raise ConfigError("model.generation_window", self.generation_window, f"must be at most {LONGEST_WINDOW:,}")
+        check_fields("model", self, RULES)
         if self.mixture and self.experts_per_token > self.num_experts:
             allowed = f"must be at most model.num_experts = {self.num_experts}"
             raise ConfigError("model.experts_per_token", self.experts_per_token, allowed)
-        self._check_overlap()
-        self._check_wavelength()
-        if not isinstance(self.token_shift, bool):
-            raise ConfigError("model.token_shift", self.token_shift, "must be True or False")
-        rate = self.dropout
-        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate < 1:
-            raise ConfigError("model.dropout", rate, "must be a number in [0, 1)")
-        if self.attention in ("cudnn", "splash") and rate > 0:
+        if self.window_overlap and not self.windowed:
+            allowed = f"must be 0 for model.architecture = {self.architecture!r}"
+            raise ConfigError("model.window_overlap", self.window_overlap, allowed)
+        # With as many as W_og the second window, too, would be one without history.
+        if self.window_overlap >= self.generation_window:
+            allowed = f"must be less than model.generation_window = {self.generation_window}"
+            raise ConfigError("model.window_overlap", self.window_overlap, allowed)
+        if self.longest_wavelength and self.architecture == "gated_deltanet":
+            allowed = "must be 0 for model.architecture = 'gated_deltanet', which has no rotary positions"
+            raise ConfigError("model.longest_wavelength", self.longest_wavelength, allowed)
+        if self.attention in ("cudnn", "splash") and self.dropout > 0:
             allowed = "has no attention dropout; take 'auto', or model.dropout = 0"
             raise ConfigError("model.attention", self.attention, allowed)
         if self.d_model % self.num_heads:
@@ -212,24 +207,6 @@ class ModelConfig:
         if self.recurrent and self.token_shift:
             allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"
             raise ConfigError("model.token_shift", True, allowed)
-
-    def _check_wavelength(self) -> None:
-        longest = self.longest_wavelength
-        if longest and self.architecture == "gated_deltanet":
-            allowed = "must be 0 for model.architecture = 'gated_deltanet', which has no rotary positions"
-            raise ConfigError("model.longest_wavelength", longest, allowed)
-        if 0 < longest < SHORTEST_WAVELENGTH:
-            allowed = f"must be 0 or at least {SHORTEST_WAVELENGTH}; the shortest has 2 pi tokens"
-            raise ConfigError("model.longest_wavelength", longest, allowed)
-
-    def _check_overlap(self) -> None:
-        overlap, size = self.window_overlap, self.generation_window
-        if overlap and not self.windowed:
-            allowed = f"must be 0 for model.architecture = {self.architecture!r}"
-            raise ConfigError("model.window_overlap", overlap, allowed)
-        # With as many as W_og the second window, too, would be one without history.
-        if overlap >= size:
-            raise ConfigError("model.window_overlap", overlap, f"must be less than model.generation_window = {size}")
 
     @property
     def head_dim(self) -> int:

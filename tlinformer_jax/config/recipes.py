@@ -1,4 +1,4 @@
-"""What the config files share: the rows of the paper's Table 1 by name, the paper's recipe, and this project's own.
+"""What the config files share: the rows of the paper's Table 1 by name, and this project's recipe.
 
 A row is named `base-N`, a causal transformer on sequences of N tokens, or `N-T-r`, a TLinFormer whose windows hold T
 tokens, of which the share r is the history window and the rest the generation window. N and T are plain numbers, or
@@ -26,9 +26,6 @@ TABLE_1 = (
     "2k-2k-0.5",
 )
 GRAMMAR = "must be base-N or N-T-r: lengths such as 512 or 2k, and the history window's share 0 < r < 1 of the window T"
-
-PAPER_BATCH = 256
-PAPER_MICRO_BATCH = {512: 32, 1024: 16, 2048: 8}
 
 TOKENS_PER_UPDATE = 131_072
 # As many as the paper takes at N = 512 on WikiText-103: ten epochs of 908.
@@ -66,37 +63,10 @@ def set_books(config: "ConfigDict") -> None:
     )
 
 
-def set_paper_recipe(config: "ConfigDict", row: str) -> None:
-    """Sets row `row` of Table 1 as the paper trains it, its quirks included.
-
-    - Dropout is 0.2, but 0.1 for TLinFormer 512-512-0.5: that row has an advantage.
-    - `schedule = 'paper'`: the cosine's length counts micro-batches while its argument counts updates, so the rate ends
-      above 97% of its peak; an epoch's last update holds what is left of the epoch, its gradient still divided by the
-      full number of micro-batches; every parameter decays, biases and LayerNorms too.
-    - An update holds 256 sequences at every N, so ten epochs are half as many updates where N is twice as long.
-    """
-    set_row(config, row)
-    config.model.dropout = 0.1 if row == "512-512-0.5" else 0.2
-    config.train.update(
-        steps=0,
-        epochs=10,
-        batch_size=PAPER_BATCH,
-        accumulation=PAPER_BATCH // PAPER_MICRO_BATCH[config.data.sequence_length],
-        learning_rate=3e-4,
-        warmup_steps=2000,
-        schedule="paper",
-        weight_decay=0.06,
-        clip_norm=1.0,
-        eval_every="epoch",
-        checkpoint_every=500,
-    )
-
-
 def set_own_recipe(config: "ConfigDict", row: str) -> None:
     """Sets row `row` as this project trains it, so that any two rows may be compared.
 
-    Every row sees 131,072 tokens an update over the same number of updates, with the same dropout, under a cosine
-    that reaches 0 at the last update; biases and LayerNorms do not decay. What is not named here is as in the paper.
+    Every row sees 131,072 tokens an update over as many updates, with the same dropout; the rest is as in the paper.
     """
     set_row(config, row)
     length = config.data.sequence_length

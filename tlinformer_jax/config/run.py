@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tlinformer_jax.config.data import DataConfig, absolute_paths
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.errors import ConfigError, DataError, Rule, check_fields, integer, number, one_of
 from tlinformer_jax.files import read_json, write_text
 from tlinformer_jax.parallel.mesh import MeshConfig
 
@@ -31,20 +32,43 @@ VOCABULARY_MULTIPLE = 128
 SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "paper")
-KEPT = re.compile(r"([1-9]\d*)(?:\+(\d+))?")
+EPOCHS = re.compile(r"([1-9]\d*)epochs?")
+AND_MORE = re.compile(r"(\d+)(?:\+(\d+))?")  # two counts
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
-WSD = re.compile(r"wsd:(0?\.\d+|1(?:\.0*)?)")
+WSD = re.compile(r"wsd:((?=.*[1-9])0?\.\d+|1(?:\.0*)?)")
 EPOCH = "epoch"
 # A JAX key takes 32 bits; dropout uses seed + 1.
 LARGEST_SEED = 2**32 - 2
-DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
+DURATION = re.compile(r"((?=.*[1-9])\d+(?:\.\d+)?)(s|min|h)")
 UNITS = {"s": 1, "min": 60, "h": 3600}
 # Evaluation keeps no activations for a gradient, so small micro-batches are evaluated several at a time.
 EVALUATION_TOKENS = 16_384
-SMALLEST = dict.fromkeys(("batch_size", "accumulation", "log_every"), 1)
-SMALLEST |= dict.fromkeys(("steps", "epochs", "sampled_windows", "seed", "warmup_steps"), 0)
-SMALLEST |= dict.fromkeys(("max_skipped_updates", "max_rollbacks"), 0)
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "z_loss", "clip_norm")
+RULES = {
+    "steps": integer(1, pattern=EPOCHS.pattern, told=", or epochs such as '10epochs'"),
+    **dict.fromkeys(("batch_size", "accumulation", "log_every"), integer(1)),
+    **dict.fromkeys(("sampled_windows", "warmup_steps"), integer(0)),
+    "seed": integer(0, LARGEST_SEED),
+    "optimizer": one_of(*OPTIMIZERS),
+    "schedule": Rule(
+        f"must be one of {', '.join(SCHEDULES)}, or 'cosine:0.1' to end at that share of the peak, "
+        "or 'wsd:0.2' to fall over that share of the steps, more than 0 and at most 1",
+        lambda name: name in SCHEDULES or any(form.fullmatch(str(name)) for form in (COSINE_TO, WSD)),
+    ),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "z_loss", "clip_norm"),
+        number("must be a finite number >= 0", lambda value: 0 <= value < math.inf),
+    ),
+    "ema": number("must be a number >= 0 and < 1", lambda decay: 0 <= decay < 1),
+    "eval_every": integer(0, pattern=EPOCH, told=f", or {EPOCH!r}"),
+    "checkpoint_every": integer(0, pattern=DURATION.pattern, told=", or a time such as '30s', '10min' or '1.5h'"),
+    "keep_checkpoints": integer(
+        1, pattern=r"[1-9]\d*(\+\d+)?", told=", or such as '2+1': the latest two and the best one"
+    ),
+    "max_skipped_updates": integer(
+        0, pattern=AND_MORE.pattern, told=", or such as '3+1': after more than three, one return to a checkpoint"
+    ),
+    "stop_at_accuracy": number("must be a number from 0 to 1", lambda share: 0 <= share <= 1),
+}
 
 
 # ---- The section `train`: length, optimiser, evaluations and checkpoints
@@ -55,8 +79,7 @@ class TrainConfig:
     """A step is one update of the parameters.
 
     Attributes:
-      steps: updates in all; 0 means as many as `epochs` take.
-      epochs: passes over the training samples; read only where `steps` is 0.
+      steps: updates in all; or passes over the training samples, such as '10epochs'.
       batch_size: sequences an update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in, one after the other; divides batch_size.
       sampled_windows: generation windows of each sequence to train on, drawn without replacement for every
@@ -87,15 +110,14 @@ class TrainConfig:
       keep_checkpoints: how many of the latest are kept; '2+1' also keeps the one with the lowest validation loss, '2+3'
         the best three, and then an evaluation that is among the best saves a checkpoint too.
       max_skipped_updates: an update whose loss or gradient is not finite is skipped; after more than so many in a row
-        the run stops, and its last checkpoint stays. 0 stops at the first.
-      max_rollbacks: how often, instead of stopping, the run takes up parameters and optimiser of the last checkpoint at
-        a multiple of checkpoint_every, and goes on with the batches that follow the bad ones.
+        the run stops, and its last checkpoint stays; 0 stops at the first. '3+1': instead of stopping it takes up, once
+        in all, parameters and optimiser of the last checkpoint at a multiple of checkpoint_every, and goes on with the
+        batches that follow the bad ones.
       stop_at_accuracy: of tasks: the run ends at the first evaluation with at least this share of answers right; 0
         goes on to the last update.
     """
 
-    steps: int = 1000
-    epochs: int = 0
+    steps: int | str = 1000
     batch_size: int = 64
     accumulation: int = 1
     sampled_windows: int = 0
@@ -112,45 +134,16 @@ class TrainConfig:
     eval_every: int | str = 0
     checkpoint_every: int | str = "10min"
     keep_checkpoints: int | str = 2
-    max_skipped_updates: int = 0
-    max_rollbacks: int = 0
+    max_skipped_updates: int | str = 0
     stop_at_accuracy: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in SMALLEST.items():
-            if not _is_integer(getattr(self, name), least):
-                raise ConfigError(f"train.{name}", getattr(self, name), f"must be an integer >= {least}")
-        if self.seed > LARGEST_SEED:
-            raise ConfigError("train.seed", self.seed, f"must be at most {LARGEST_SEED}")
-        for name in NOT_NEGATIVE:
-            if not _is_number(getattr(self, name)) or getattr(self, name) == float("inf"):
-                raise ConfigError(f"train.{name}", getattr(self, name), "must be a finite number >= 0")
-        if not _is_number(self.stop_at_accuracy) or self.stop_at_accuracy > 1:
-            raise ConfigError("train.stop_at_accuracy", self.stop_at_accuracy, "must be a number from 0 to 1")
-        if not _is_number(self.ema) or self.ema >= 1:
-            raise ConfigError("train.ema", self.ema, "must be a number >= 0 and < 1")
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError("train.optimizer", self.optimizer, f"must be one of {', '.join(OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES and not COSINE_TO.fullmatch(str(self.schedule)) and not self.decay_share:
-            allowed = f"must be one of {', '.join(SCHEDULES)}, or 'cosine:0.1' to end at that share of the peak"
-            allowed += ", or 'wsd:0.2' to fall over that share of the steps, more than 0 and at most 1"
-            raise ConfigError("train.schedule", self.schedule, allowed)
-        if self.eval_every != EPOCH and not _is_integer(self.eval_every, 0):
-            raise ConfigError("train.eval_every", self.eval_every, f"must be an integer >= 0, or {EPOCH!r}")
-        if not _is_integer(self.checkpoint_every, 0) and not seconds(self.checkpoint_every):
-            allowed = "must be an integer >= 0, or a time such as '30s', '10min' or '1.5h'"
-            raise ConfigError("train.checkpoint_every", self.checkpoint_every, allowed)
-        kept = self.keep_checkpoints
-        if isinstance(kept, bool) or not KEPT.fullmatch(str(kept)):
-            allowed = "must be an integer >= 1, or such as '2+1': the latest two and the best one"
-            raise ConfigError("train.keep_checkpoints", kept, allowed)
-        if not self.steps and not self.epochs:
-            raise ConfigError("train.steps", 0, "must be at least 1 where train.epochs is 0")
+        check_fields("train", self, RULES)
         if self.schedule == "paper" and not self.epochs:
-            raise ConfigError("train.epochs", 0, "must be at least 1 for train.schedule = 'paper'")
-        if self.max_rollbacks and not (isinstance(self.checkpoint_every, int) and self.checkpoint_every):
-            allowed = f"must be 0 where train.checkpoint_every = {self.checkpoint_every!r} is no number of updates"
-            raise ConfigError("train.max_rollbacks", self.max_rollbacks, allowed)
+            raise ConfigError("train.steps", self.steps, "must be epochs, '10epochs', for train.schedule = 'paper'")
+        if self.rollbacks and not (isinstance(self.checkpoint_every, int) and self.checkpoint_every):
+            allowed = f"must name no return where train.checkpoint_every = {self.checkpoint_every!r} is no number"
+            raise ConfigError("train.max_skipped_updates", self.max_skipped_updates, f"{allowed} of updates")
         if self.batch_size % self.accumulation:
             allowed = f"must divide train.batch_size = {self.batch_size}"
             raise ConfigError("train.accumulation", self.accumulation, allowed)
@@ -161,11 +154,30 @@ class TrainConfig:
         return self.batch_size // self.accumulation
 
     @property
+    def epochs(self) -> int:
+        """Passes over the training samples; 0 where `steps` counts updates."""
+        match = EPOCHS.fullmatch(str(self.steps))
+        return int(match[1]) if match else 0
+
+    @property
+    def updates(self) -> int:
+        """Updates in all; 0 where `steps` counts epochs."""
+        return 0 if self.epochs else int(self.steps)
+
+    @property
     def kept(self) -> tuple[int, int]:
         """How many of the latest checkpoints are kept, and of the best."""
-        match = KEPT.fullmatch(str(self.keep_checkpoints))
-        assert match
-        return int(match[1]), int(match[2] or 0)
+        return _counts(self.keep_checkpoints)
+
+    @property
+    def skippable(self) -> int:
+        """Updates in a row that may be skipped."""
+        return _counts(self.max_skipped_updates)[0]
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run may return to a checkpoint."""
+        return _counts(self.max_skipped_updates)[1]
 
     @property
     def cosine_end(self) -> float:
@@ -195,13 +207,11 @@ def seconds(every: int | str | None) -> float:
     return float(match[1]) * UNITS[match[2]] if match else 0.0
 
 
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number >= 0; not for NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+def _counts(given: int | str) -> tuple[int, int]:
+    """The counts of such as '2+1'."""
+    match = AND_MORE.fullmatch(str(given))
+    assert match
+    return int(match[1]), int(match[2] or 0)
 
 
 # ---- All sections
@@ -242,10 +252,10 @@ class RunConfig:
             allowed = f"must be '' for train.sampled_windows = {train.sampled_windows}"
         elif not train.equal_updates:
             allowed = f"must be '' for train.schedule = {train.schedule!r}"
-        elif 0 < train.steps <= updates:
+        elif 0 < train.updates <= updates:
             allowed = f"must end before train.steps = {train.steps}, and has {updates} updates"
-        elif not train.steps and any(stage.accuracy for stage in stages):
-            allowed = "must have no @ACCURACY where train.steps is 0: the updates of an epoch would not be known"
+        elif train.epochs and any(stage.accuracy for stage in stages):
+            allowed = "must have no @ACCURACY where train.steps are epochs: their updates would not be known"
         if allowed:
             raise ConfigError("data.curriculum", self.data.curriculum, allowed)
 
@@ -258,14 +268,10 @@ SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fiel
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that nested mappings (a ConfigDict, parsed JSON) describe.
+    """The configuration that nested mappings (a ConfigDict, parsed JSON) describe; UserError for what is not allowed.
 
     What they leave out has the default of its dataclass. But without a section `model` the model is SMALL_MODEL, and
     `vocab_size` is by default "auto": the tokenizer's entries, rounded up to a multiple of VOCABULARY_MULTIPLE.
-
-    Raises:
-      ConfigError: for a section or field that does not exist, and for every value that is not allowed.
-      DataError: for a file that is no tokenizer.
     """
     if not hasattr(values, "items"):
         raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
@@ -292,7 +298,7 @@ def default_config_dict() -> "ConfigDict":
 
 
 def add_defaults(config: "ConfigDict") -> None:
-    """Adds the defaults that a config file leaves out, as `run_config` takes them, so that flags can override them.
+    """Adds the defaults that a config file leaves out, so that flags can override them.
 
     A field whose value is not of its default's type comes to take any; `run_config` says what is not allowed.
     """
@@ -317,10 +323,7 @@ def add_defaults(config: "ConfigDict") -> None:
 
 
 def unknown_field(name: str) -> str | None:
-    """What is wrong with the name of a field ('model.width') or section; None for one that exists.
-
-    It tells the field that was meant, of the same name in another section or spelled alike, or all of the section.
-    """
+    """What is wrong with the name of a field ('model.width') or section, and which was meant; None if it exists."""
     fields = {section: sorted(field.name for field in dataclasses.fields(kind)) for section, kind in SECTIONS.items()}
     section, _, field = name.partition(".")
     if section in fields and (not field or field in fields[section]):
@@ -344,22 +347,16 @@ def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:
-    """Reads the configuration of a working directory; relative paths in it start from that directory.
-
-    Raises:
-      DataError: if there is none, or one that is damaged or does not fit this version.
-    """
+    """Reads the configuration of a working directory, from which relative paths in it start; DataError without one."""
     path = workdir / CONFIG_FILE
     try:
         values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it holds no sections")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        reason = f"no readable {CONFIG_FILE} ({error.strerror}); train into it first"
-        raise DataError(f"workdir {workdir}: {reason}") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({why})") from None
+        advice = "; train into it first" if isinstance(error, FileNotFoundError | NotADirectoryError) else ""
+        raise DataError(f"workdir {workdir}: no readable {CONFIG_FILE} ({why}){advice}") from None
     try:
         if isinstance(values.get("data"), dict):
             values["data"] = absolute_paths(values["data"], workdir)

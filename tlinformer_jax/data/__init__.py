@@ -6,6 +6,6 @@ tokenizers    text to ids and back; subwords: those with learned vocabularies
 streams       a split as one row of tokens, and how text becomes it
 cache         tokens are cached
 batches       batches are made of it, and read ahead
-tasks         samples that are generated, and their batches; needles, states: tasks with a file of their own
+tasks         samples that are generated, and their batches; needles: what is hidden in text
 given         token ids that the caller brings; ordered: training on an iterable of them
 """

@@ -5,8 +5,7 @@
     CACHE_DIR/tokens/<key>.lock         held while the cache is being made
     CACHE_DIR/tokens/<key>.tmp-*        one being made, or left by a run that was killed
 
-A cache is made in a temporary directory, flushed to the disk and renamed, so one under its name is complete. The lock
-spares a second process the work. On a file system without locks both work, and the first to rename wins.
+A cache is made in a temporary directory and renamed, so one under its name is complete. Without locks the first wins.
 """
 
 import contextlib
@@ -26,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream
-from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import read_json, sealed, sync_folder, write_text
+from tlinformer_jax.errors import DataError, failure_told
+from tlinformer_jax.files import read_own, sealed_text, sync_folder, unsealed, write_text
 
-FORMAT = 3  # part of every cache's key, so that other formats are never opened
+FORMAT = 4  # part of every cache's key, so that other formats are never opened
 META_FILE = "meta.json"
 TOKENS_FILE = "tokens.bin"
 ENDS = 1 << 20  # bytes hashed at a file's head and at its tail
@@ -40,22 +39,18 @@ Encode = Callable[[], Generator[Encoded, None, None]]
 
 def file_identity(path: pathlib.Path) -> Identity:
     """Path, size, modification time [ns] and hash of head and tail of a file."""
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            ends = hashlib.sha256(file.read(ENDS))
-            file.seek(max(0, status.st_size - ENDS))
-            ends.update(file.read(ENDS))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with failure_told(f"{path}: cannot be read"), path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        ends = hashlib.sha256(file.read(ENDS))
+        file.seek(max(0, status.st_size - ENDS))
+        ends.update(file.read(ENDS))
     return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "ends": ends.hexdigest()}
 
 
 def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:
-    """Opens the tokens of `identity`, all that they depend on as JSON, below the cache directory `root`.
+    """The tokens of `identity`, all that they depend on as JSON, memory-mapped; and whether they were there.
 
-    Where there are none, `encode` first yields them and their counts in order. Returns the stream, memory-mapped, and
-    whether it was found. A cache that cannot be written is a DataError.
+    Where they are not, `encode` first yields them and their counts in order.
     """
     final = _directory(root, identity)
     if stream := find_tokens(root, identity):
@@ -107,14 +102,12 @@ def _open_sound(directory: pathlib.Path) -> TokenStream | None:
     if not directory.exists():
         return None
     try:
-        meta = read_json(directory / META_FILE)
-        if sealed({name: value for name, value in meta.items() if name != "sha256"}) != meta:
-            raise ValueError(f"{META_FILE}: its content is not what its own hash says")
+        meta = unsealed(read_own(directory / META_FILE))
         found = file_identity(directory / TOKENS_FILE)
         for name in ("size", "ends"):
             if found[name] != meta["tokens"][name]:
                 raise ValueError(f"{TOKENS_FILE}: {name} is {found[name]}, not {meta['tokens'][name]}")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         print(f"{directory}: damaged token cache ({error}); it is made again", file=sys.stderr)
         return None
     tokens = np.memmap(directory / TOKENS_FILE, np.dtype(meta["dtype"]), mode="r")
@@ -142,7 +135,7 @@ def _make(final: pathlib.Path, identity: Identity, encode: Encode) -> None:
             "counts": dataclasses.asdict(counts),
             "tokens": {"size": written["size"], "ends": written["ends"], "sha256": digest.hexdigest()},
         }
-        write_text(temporary / META_FILE, json.dumps(sealed(meta), indent=1) + "\n")
+        write_text(temporary / META_FILE, sealed_text(meta))
         try:
             temporary.rename(final)
         except OSError:

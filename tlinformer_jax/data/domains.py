@@ -6,9 +6,8 @@
 
 A pixel, letter or sample is one byte, so an evaluation's bits per byte are bits per pixel, letter or sample.
 
-Records and sounds vary in length and have the tokenizer's end of text after each, as texts have. Images do not: they
-stand one after the other behind a single 0, so that where N is the size of an image, every sample is one. Its first
-input is the last pixel of the image before, mostly background; its labels are its own pixels.
+Records and sounds have the tokenizer's end of text after each, as texts have. Images stand one after the other behind a
+single 0: where N is the size of an image, every sample is one, whose first input is the last pixel of the one before.
 """
 
 import itertools
@@ -25,7 +24,7 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.files import OnRead, read_blocks, read_lines
 from tlinformer_jax.data.streams import Counts, Encoded, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import DataError, failure_told
 
 Document = np.ndarray | str  # uint8 [length], or letters
 
@@ -85,43 +84,33 @@ def encode(documents: Iterable[Document], config: DataConfig, tokenizer: Tokeniz
 def read_idx(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
     """The images of an IDX file, uint8 [pixels] each: what its first dimension counts."""
     blocks = read_blocks(path, on_read)
-    head = b""
-    for block in blocks:
-        head += block
-        if len(head) >= 4 and len(head) >= 4 + 4 * head[3]:
-            break
-    if head[:3] != bytes([0, 0, UNSIGNED_BYTES]) or not 2 <= head[3] <= 8:
-        told = f"an IDX file of images begins with the bytes 00 00 08 and at least 02, not {head[:4].hex(' ')!r}"
+    data = bytearray()
+    while (len(data) < 4 or len(data) < 4 + 4 * data[3]) and (block := next(blocks, b"")):
+        data += block
+    if data[:3] != bytes([0, 0, UNSIGNED_BYTES]) or not 2 <= data[3] <= 8:
+        told = f"an IDX file of images begins with the bytes 00 00 08 and at least 02, not {data[:4].hex(' ')!r}"
         raise DataError(f"{path}: {told}")
-    start = 4 + 4 * head[3]
-    if len(head) < start:
+    start = 4 + 4 * data[3]
+    if len(data) < start:
         raise DataError(f"{path}: truncated: it ends within its IDX header")
-    count, *sides = struct.unpack(f">{head[3]}I", head[4:start])
-    size = int(np.prod(sides, dtype=object))
+    count, *sides = struct.unpack(f">{data[3]}I", data[4:start])
+    size = math.prod(sides)
     if not 1 <= size <= LARGEST_IMAGE:
         raise DataError(f"{path}: an image has {' x '.join(map(str, sides))} values; must be 1 to {LARGEST_IMAGE:,}")
+    del data[:start]
     found = 0
-    for found, image in enumerate(_cut(itertools.chain([head[start:]], blocks), size), 1):
-        if found > count or len(image) < size:
+    for block in itertools.chain([b""], blocks):
+        data += block
+        whole = min(len(data) // size, count - found)
+        yield from np.frombuffer(bytes(data[: whole * size]), np.uint8).reshape(whole, size)
+        del data[: whole * size]
+        found += whole
+        if found == count and data:
             break
-        yield np.frombuffer(image, np.uint8)
-    else:
-        if found == count:
-            return
-    kind = "truncated" if found <= count else "too long"
-    raise DataError(f"{path}: {kind}: its header says {count:,} images of {size:,} bytes, which is not what follows")
-
-
-def _cut(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """The content in parts of `size` bytes; the last may be shorter."""
-    rest = b""
-    for block in blocks:
-        rest += block
-        whole = len(rest) - len(rest) % size
-        yield from (rest[start : start + size] for start in range(0, whole, size))
-        rest = rest[whole:]
-    if rest:
-        yield rest
+    if found < count or data:
+        kind = "truncated" if found < count else "too long"
+        told = f"its header says {count:,} images of {size:,} bytes, which is not what follows"
+        raise DataError(f"{path}: {kind}: {told}")
 
 
 def png(image: np.ndarray) -> bytes:
@@ -185,7 +174,7 @@ def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[st
 def read_wav(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
     """The one sound of a WAV file as levels, uint8 [samples]; none if it is empty."""
     try:
-        with wave.open(str(path), "rb") as file:
+        with failure_told(f"{path}: cannot be read"), wave.open(str(path), "rb") as file:
             channels, width, rate, count = file.getparams()[:4]
             if (channels, width, rate) != (1, 2, RATE):
                 told = f"has {channels} channels of {8 * width} bit at {rate} Hz; must be 1 of 16 bit at {RATE} Hz"
@@ -195,8 +184,6 @@ def read_wav(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
                 parts.append(mu_law(np.frombuffer(data[: len(data) // width * width], "<i2")))
     except (wave.Error, EOFError) as error:
         raise DataError(f"{path}: cannot be read as WAV ({str(error) or 'it ends within its header'})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     levels = np.concatenate(parts)
     if len(levels) != count:
         raise DataError(f"{path}: truncated: its header says {count:,} samples, but {len(levels):,} follow")

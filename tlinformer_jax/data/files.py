@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from tlinformer_jax.errors import DataError, first_line
+from tlinformer_jax.errors import DataError, failure_told, first_line
 
 COMPRESSED = (".gz", ".xz", ".zst")
 COLUMNS = (".parquet", ".arrow")  # a document a row
@@ -49,8 +49,10 @@ def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathli
     found: dict[pathlib.Path, None] = {}
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
         path = pathlib.Path(pattern).expanduser().absolute()
-        names = [path] if path.is_file() else sorted(glob.glob(_glob(path), recursive=True))
-        matches = [match for match in map(pathlib.Path, names) if match.is_file()]  # reading a pipe would block
+        folder = _existing_folder(path)
+        names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
+        found_files = [path] if path.is_file() else [folder / name for name in sorted(names)]
+        matches = [match for match in found_files if match.is_file()]  # reading a pipe would block
         if not matches:
             packages = [package for place, package in PACKAGES.items() if place in pattern]
             told = "".join(f"; the Debian package {package} ships it" for package in packages)
@@ -80,14 +82,8 @@ def check_patterns(patterns: str, field: str) -> None:
                 raise DataError(f"{field}: {told}; name the folders, or evaluate one text as --text_file")
 
 
-def _glob(pattern: pathlib.Path) -> str:
-    """The pattern for `glob`; the name of a folder that exists is no wildcard."""
-    folder = _existing_folder(pattern)
-    return os.path.join(glob.escape(str(folder)), pattern.relative_to(folder))
-
-
 def _existing_folder(pattern: pathlib.Path) -> pathlib.Path:
-    """The deepest folder of a path that exists."""
+    """The deepest folder of a path that exists: its name is no wildcard."""
     return next(filter(os.path.isdir, pattern.absolute().parents), pathlib.Path("/"))
 
 
@@ -187,12 +183,9 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
                 source.seek(0)
                 batches = pyarrow.ipc.open_stream(source)
                 schema = batches.schema
-        if column not in schema.names:
-            told = f"no column {column!r} (data.text_field); it has {', '.join(map(repr, schema.names))}"
-            raise DataError(f"{path}: {told}")
-        if schema.names.count(column) > 1:
-            told = f"column {column!r} (data.text_field) must be there once, not {schema.names.count(column)} times"
-            raise DataError(f"{path}: {told}")
+        if schema.names.count(column) != 1:
+            told = f"must have one column {column!r} (data.text_field), not {schema.names.count(column)}"
+            raise DataError(f"{path}: {told}; it has {', '.join(map(repr, schema.names))}")
         if not any(map(str(schema.field(column).type).endswith, ("string", "string_view"))):
             told = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
             raise DataError(f"{path}: {told}")
@@ -210,12 +203,9 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
 
 def read_blocks(path: pathlib.Path, on_read: OnRead) -> Iterator[bytes]:
     """Yields the file's content, decompressed by its ending."""
-    try:
-        with path.open("rb") as file:
-            raw = file_blocks(file, on_read)
-            yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with failure_told(f"{path}: cannot be read"), path.open("rb") as file:
+        raw = file_blocks(file, on_read)
+        yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
 
 
 def file_blocks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:

@@ -11,9 +11,8 @@ an iterable, which is read in its own order:
 
 A training that goes on must read what it has not read yet. Arrays and files are read at any place. Of an iterable the
 working directory keeps a list of positions (POSITIONS_FILE): with `len` and indices, or with iterators that have
-`get_state` and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable,
-such as a generator, the items before it are read again and dropped. A position also holds a hash of the batch that
-follows it, by which data that has changed, or comes in another order, is noticed.
+`get_state` and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable
+the items before it are read again and dropped. A hash of the batch that follows tells whether the data has changed.
 """
 
 import dataclasses
@@ -58,29 +57,25 @@ class TokenFile:
     def open(self, name: str) -> np.ndarray:
         """Its ids, memory-mapped. A DataError names the argument or field, `name`, that the file was given as."""
         path = local_path(self.path, name)
+        where = f"{name} = {str(path)!r}"
         if path.suffix not in (".npy", ".bin"):
-            raise DataError(f"{name} = {str(path)!r}: must be a file of token ids, .npy or .bin")
+            raise DataError(f"{where}: must be a file of token ids, .npy or .bin")
         if self.dtype not in DTYPES:
-            raise DataError(f"{name} = {str(path)!r}: dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
+            raise DataError(f"{where}: dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
         try:
             if path.suffix == ".npy":
                 return np.load(path, mmap_mode="r", allow_pickle=False)
             dtype = np.dtype(self.dtype).newbyteorder("<")
             size = path.stat().st_size
             if size % dtype.itemsize or not size:
-                told = f"its {size} bytes are no whole {self.dtype} ids; see TokenFile(path, dtype)"
-                raise DataError(f"{name} = {str(path)!r}: {told}")
+                raise DataError(f"{where}: its {size} bytes are no whole {self.dtype} ids; see TokenFile(path, dtype)")
             ids = np.memmap(path, dtype, mode="r")
+        except DataError:
+            raise
         except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"{name} = {str(path)!r}: cannot be read ({getattr(error, 'strerror', None) or error})"
-            ) from None
+            raise DataError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
         if self.dtype == "uint16" and len(ids) > 1 and not ids[1 : 1 << 20 : 2].any():
-            raise DataError(
-                f"{name} = {str(path)!r}: every second uint16 is 0, as in a file of uint32: TokenFile(path, 'uint32')"
-            )
+            raise DataError(f"{where}: every second uint16 is 0, as in a file of uint32: TokenFile(path, 'uint32')")
         return ids
 
 
@@ -145,14 +140,9 @@ def given_loader(
     positions: pathlib.Path | None = None,
     writes: bool = False,
 ) -> Callable[[DataConfig, str, Tokenizer], TokenStream]:
-    """What `sources.load_split` is for files, for the caller's data.
+    """What `sources.load_split` is for files, for the caller's data by split, "train" and "validation".
 
-    Args:
-      data: by split, "train" and "validation".
-      vocab_size: of the model.
-      batch_size: of training.
-      positions: the file of positions in the training data; None keeps none.
-      writes: whether this process writes it.
+    `positions` is the file of positions in an iterable of training data, if any is kept; this process may write it.
     """
 
     def load(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
@@ -160,7 +150,7 @@ def given_loader(
         if file := token_file(given):
             return array_stream(file.open(name), name, str(file))
         if hasattr(given, "__array__"):
-            return array_stream(np.asarray(given) if not isinstance(given, np.ndarray) else given, name)
+            return array_stream(given if isinstance(given, np.ndarray) else np.asarray(given), name)
         if not isinstance(given, Iterable) or isinstance(given, Mapping | bytes):
             allowed = "must be token ids, a .npy or .bin file or an iterable of documents or batches"
             raise DataError(f"{name}: {allowed}, not {type(given).__name__}")

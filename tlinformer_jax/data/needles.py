@@ -13,7 +13,7 @@ With one needle in a sample they are RULER's S-NIAH-1, 2 and 3, with more of the
 The text is a stretch of the corpus. Every digit is encoded by itself with a space before it. Names and values are drawn
 anew for every sample; the names are different. An evaluation sample asks for one needle, and its depth goes through all
 possible ones with the sample's number, so that each is asked for equally often; in short samples the question covers
-the last depths. In training needles lie anywhere, and several may be asked for one after the other.
+the last depths. In training needles lie anywhere, and all are asked for, one after the other.
 """
 
 import collections
@@ -39,7 +39,7 @@ WORDS = """
     title tooth
 """
 NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NOISE_TOKENS = 1 << 21
+NOISE_TOKENS = 1 << 21  # of it again and again, the haystack of niah-1
 DECIMAL, HEXADECIMAL = "0123456789", "0123456789abcdef"
 
 
@@ -70,15 +70,9 @@ FORMS = {
 }
 
 
-def load_noise(tokenizer: Tokenizer) -> TokenStream:
-    """The haystack of niah-1."""
-    tokens = np.resize(tokenizer.encode(NOISE), NOISE_TOKENS)
-    return TokenStream(tokens, num_bytes=0, num_documents=1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Phrases:
-    """A form in tokens: int64 [names, tokens of a name], [symbols, tokens of a symbol], and the parts of sentences."""
+    """A form in tokens: int64 [names, tokens of a name], [symbols, tokens of a symbol], and parts of sentences."""
 
     names: np.ndarray
     symbols: np.ndarray
@@ -88,10 +82,7 @@ class Phrases:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, form: Form) -> "Phrases":
-        """As a tokenizer writes it. Only names of the most common token count are kept: all sentences are equally long.
-
-        DataError if the symbols of a value differ in their number of tokens.
-        """
+        """As a tokenizer writes it. Only names of the most common token count are kept: all sentences are as long."""
         symbols = [tokenizer.encode(f" {symbol}") for symbol in form.symbols]
         if len({len(symbol) for symbol in symbols}) > 1:
             raise DataError(f"data.tokenizer = {tokenizer.name!r}: must encode all digits in equally many tokens")
@@ -151,8 +142,8 @@ class Needles:
             allowed = f"must be at most {len(self.phrases.names)}, the names that data.tokenizer writes at one length"
             raise ConfigError("data.num_items", self.needles, allowed)
         if length < least:
-            fields = f"data.num_items = {self.needles} and data.questions = {self.questions}"
-            raise ConfigError("data.sequence_length", length, f"must be at least {least} for {fields}")
+            allowed = f"must be at least {least} for data.num_items = {self.needles}"
+            raise ConfigError("data.sequence_length", length, allowed)
         if len(self.text.tokens) < length:
             allowed = f"the text to hide needles in has only {len(self.text.tokens)} tokens"
             raise DataError(f"data.sequence_length = {length}: {allowed}")

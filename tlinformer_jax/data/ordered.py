@@ -9,14 +9,14 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from tlinformer_jax.data.batches import ALL, Batch, Reader, Rows, TrainingBatches
 from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabulary
-from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.errors import ConfigError, DataError, failure_told
 from tlinformer_jax.files import open_own, read_own
 
 RECORD_EVERY = 1.0  # seconds between two positions, and at least a hundredth of the time so far
@@ -27,30 +27,6 @@ IGNORED = -100  # the label of a token that does not count in the loss, as PyTor
 # ---- The items
 
 
-class ByIndex:
-    """The items of a sequence, as an iterator that can seek."""
-
-    def __init__(self, data: Any) -> None:
-        self._data, self._next = data, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if self._next >= len(self._data):
-            raise StopIteration
-        self._next += 1
-        return self._data[self._next - 1]
-
-    def get_state(self) -> int:
-        """The index of the next item."""
-        return self._next
-
-    def set_state(self, state: int) -> None:
-        """Makes the item of that index the next one."""
-        self._next = state
-
-
 class Items:
     """Reads an iterable item by item, again from its start where it ends and can be read again.
 
@@ -59,14 +35,21 @@ class Items:
     """
 
     def __init__(self, data: Iterable[Any], name: str) -> None:
-        indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-        self._new: Callable[[], Any] = lambda: ByIndex(data) if indexed else iter(data)
-        self._iterator: Any = self._new()
+        self._data: Any = data
         self._name = name
+        self._indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+        self._begin(0)
         self._once = self._iterator is data
-        self.seeks = hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state")
-        self._epoch = self._item = 0
+        self._has_state = hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state")
+        self.seeks = self._indexed or self._has_state
+        self._epoch = 0
         self._start = self.position()
+
+    def _begin(self, item: int) -> None:
+        """Starts an epoch at an item; it is the first one where there are no indices."""
+        self._item = item if self._indexed else 0
+        indices = range(self._item, len(self._data)) if self._indexed else ()
+        self._iterator: Any = (self._data[number] for number in indices) if self._indexed else iter(self._data)
 
     @property
     def number(self) -> int:
@@ -84,7 +67,7 @@ class Items:
 
     def position(self) -> dict[str, Any]:
         """Where the next item stands, as JSON."""
-        state = self._iterator.get_state() if self.seeks else None
+        state = self._iterator.get_state() if self._has_state else None
         if isinstance(state, bytes):
             state = {"base64": base64.b64encode(state).decode()}
         return {"epoch": self._epoch, "item": self._item, "state": state}
@@ -92,15 +75,15 @@ class Items:
     def seek(self, position: Mapping[str, Any] | None) -> None:
         """Makes the item at `position` the next one, None the first one."""
         position = position or self._start
-        if self.seeks:
+        if self._has_state:
             state = position["state"]
             encoded = isinstance(state, dict) and state.keys() == {"base64"}
             self._iterator.set_state(base64.b64decode(state["base64"]) if encoded else state)
-        else:
-            if not self._once:
-                self._iterator, self._item = self._new(), 0
-            elif self._item > position["item"]:
-                raise DataError(f"{self._name}: cannot be read again; give a new iterator to each training")
+        elif not self._once:
+            self._begin(position["item"])
+        elif self._item > position["item"]:
+            raise DataError(f"{self._name}: cannot be read again; give a new iterator to each training")
+        if not self.seeks:
             for _ in range(position["item"] - self._item):
                 next(self._iterator, None)
         self._epoch, self._item = position["epoch"], position["item"]
@@ -110,7 +93,8 @@ class Items:
             return item
         if self._once or not self._item:
             raise DataError(f"{self._name}: ends after {self._item} items, before the training does")
-        self._epoch, self._item, self._iterator = self._epoch + 1, 0, self._new()
+        self._epoch += 1
+        self._begin(0)
         for item in self.rest():
             return item
         raise DataError(f"{self._name}: must hold more than None; it has {self._item} items, all of them None")
@@ -135,16 +119,18 @@ class Shape:
 
     def read(self, item: Any, number: int) -> np.ndarray | Batch:
         """A document, int [length], its end included, or a batch; DataError naming what is wrong with the item."""
-        where = f"{self.name}, item {number}"
+        where = of_ids = f"{self.name}, item {number}"
         if isinstance(item, str | bytes):
             raise DataError(f"{where}: must be token ids, not text; data.dataset = 'text' reads text")
-        if not isinstance(item, Mapping):
-            ids = self._ids(item, where)
-            return np.append(ids, self.end_of_text) if ids.ndim == 1 else self._batch({"tokens": ids}, where)
-        name = next((name for name in (*IDS, "inputs") if name in item), None)
+        name: str | None = "tokens"
+        if isinstance(item, Mapping):
+            name = next((name for name in (*IDS, "inputs") if name in item), None)
+            of_ids = f"{where}, {name!r}"
+        else:
+            item = {"tokens": item}
         if name is None:
             raise DataError(f"{where}: must have 'input_ids', 'tokens' or 'inputs' and 'labels'; it has {list(item)}")
-        ids = self._ids(item[name], f"{where}, {name!r}")
+        ids = self._ids(item[name], of_ids)
         if name == "inputs" or ids.ndim == 2:
             return self._batch(dict(item) | {"tokens" if name != "inputs" else name: ids}, where)
         for other, left_out in (("attention_mask", 0), ("labels", IGNORED)):
@@ -162,12 +148,9 @@ class Shape:
             return np.empty(0, np.int64)
         if ids.dtype.kind not in "iu":
             raise DataError(f"{where}: must be integers, token ids; its dtype is {ids.dtype}")
-        if ids.ndim == 0:
-            raise DataError(
-                f"{where}: must be a document [length] or a batch [batch, length]; one row of ids is an array"
-            )
-        if ids.ndim > 2:
-            raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; it is {list(ids.shape)}")
+        if ids.ndim not in (1, 2):
+            told = f"it is {list(ids.shape)}" if ids.ndim else "one row of ids is an array"
+            raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; {told}")
         for wrong in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
             raise outside_vocabulary(where, int(wrong), self.vocab_size)
         return ids
@@ -330,14 +313,13 @@ class OrderedBatches(TrainingBatches):
     def _tell(self, start_step: int, place: Mapping[str, Any] | None) -> None:
         """Says how a run goes on."""
         place = place or {"epoch": 0, "item": 0}
-        if start_step and self.stream.items.seeks:
-            self._say(f"goes on at item {place['item']:,} of its epoch {place['epoch']}")
+        if self.stream.items.seeks:
+            if start_step:
+                self._say(f"goes on at item {place['item']:,} of its epoch {place['epoch']}")
         elif start_step:
             self._say(f"cannot seek: its first {place['item']:,} items are read again and dropped")
-        elif not self.stream.items.seeks:
-            self._say(
-                "cannot seek: a run that goes on must be given the same items again, and reads past the first ones"
-            )
+        else:
+            self._say("cannot seek: a run that goes on needs the same items again, and reads past the first ones")
 
     def _say(self, message: str) -> None:
         if self.stream.writes:
@@ -350,21 +332,21 @@ def _digest(batch: Batch) -> str:
 
 def _add_position(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
     try:
-        with open_own(path, "a") as file:
+        with failure_told(f"{path}: cannot be written"), open_own(path, "a") as file:
             file.write(f"\n{json.dumps(entry)}\n")  # on a line of its own also after one that a kill has cut
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+    except DataError:
+        raise
     except (TypeError, ValueError) as error:
         raise DataError(f"train_data: get_state must return bytes, or what JSON can hold ({error})") from None
 
 
 def _last_position(path: pathlib.Path | None, step: int) -> dict[str, Any] | None:
     """The last recorded position at or before update `step`; None if there is none."""
+    if path is None or not path.exists():
+        return None
     found = None
-    try:
-        lines = read_own(path).splitlines() if path is not None and path.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    with failure_told(f"{path}: cannot be read"):
+        lines = read_own(path).splitlines()
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # blank, or cut by a kill
             entry = json.loads(line)

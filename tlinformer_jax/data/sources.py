@@ -17,11 +17,11 @@ from tlinformer_jax.config.data import (
     TOKENS,
     DataConfig,
 )
-from tlinformer_jax.data import domains, given, needles, states, tfds, wikitext103
+from tlinformer_jax.data import domains, given, needles, tasks, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.files import TextPiece, check_patterns, find_files, progress, read_documents
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents
-from tlinformer_jax.data.tasks import AnswerPlaces, Copying, Recall, Split, Task, TaskSplit, key_of, pairs_of
+from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -49,19 +49,12 @@ def available_splits(config: DataConfig) -> tuple[str, ...]:
 
 
 def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """Returns the tokens of "train", "validation" or "test", with `end_of_text` after every document; or the task.
-
-    Tokenises with all cores on the first call; later calls, of any process, map the cached result. A split that is not
-    there, a missing package, files, caches and downloads that cannot be used are each a UserError.
-    """
+    """The tokens of a split, `end_of_text` after every document, tokenised at the first call; or the task."""
     return open_split(config, split, tokenizer)[0]
 
 
 def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """`load_split` for a configuration that somebody else may have written: writes in this user's own cache only.
-
-    Tokens in the configuration's own cache are read all the same.
-    """
+    """`load_split` for a configuration that somebody else may have written: writes in this user's own cache only."""
     if config.dataset in (*TEXT_FILES, *SYMBOL_FILES, *NEEDLES) and split in SPLITS:
         field = config.field_of_files(split)
         check_patterns(getattr(config, field), f"data.{field}")
@@ -91,8 +84,6 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     source = _source(config, split)
     text = find_tokens(config.cache_path, _identity(source, tokenizer)) if source else None
     if source and text is None:
-        if config.dataset in wikitext103.VARIANTS:
-            wikitext103.check_manual_dir(config)
         return None
     return _split_of(text, config, split, tokenizer)
 
@@ -100,12 +91,12 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
 def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPlaces | None:
     """Where the labels of a task's sample of `length` tokens count; None for text, where all do."""
     if pair_size := PAIR_SIZES.get(config.dataset):
-        pairs = pairs_of(length, config.num_items, config.sequence_length)
+        pairs = tasks.pairs_of(length, config.num_items, config.sequence_length)
         return AnswerPlaces(pair_size * pairs, pairs)
     if config.dataset == "copy":
         return AnswerPlaces(length // 2, length // 2)
     if form := needles.FORMS.get(config.dataset):
-        return needles.Phrases.of(tokenizer, form).places(length, config.questions)
+        return needles.Phrases.of(tokenizer, form).places(length, config.num_items)
     return AnswerPlaces(0, length) if config.is_task else None
 
 
@@ -188,23 +179,26 @@ def _symbol_source(config: DataConfig, split: str) -> Source:
 def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
     """A text from files or the embedded corpus, or the task that the configuration makes of it."""
     if config.dataset == "niah-1":
-        text = needles.load_noise(tokenizer)
+        text = TokenStream(np.resize(tokenizer.encode(needles.NOISE), needles.NOISE_TOKENS), 0, 1)
     elif text is None and config.dataset in ("pydoc", *NEEDLES):
-        text = load_pydoc(split, tokenizer)
+        parts = list(encode_documents(((article, True) for article in pydoc_articles(split)), tokenizer))
+        tokens = np.concatenate([part for part, _ in parts])
+        counts = sum((counts for _, counts in parts), Counts())
+        text = TokenStream(tokens, **vars(counts), sha256=hashlib.sha256(tokens.tobytes()).hexdigest())
     if not config.is_task:
         assert text is not None
         return text
-    key, trains = key_of(config.dataset, split), split == "train"
-    task: Task
+    key, trains = tasks.key_of(config.dataset, split), split == "train"
+    task: tasks.Task
     if pair_size := PAIR_SIZES.get(config.dataset):
-        task = Recall(key, tokenizer.vocab_size, config.num_items, config.sequence_length, pair_size)
+        task = tasks.Recall(key, tokenizer.vocab_size, config.num_items, config.sequence_length, pair_size)
     elif config.dataset == "copy":
-        task = Copying(key, tokenizer.vocab_size)
-    elif group := states.GROUPS.get(config.dataset):
-        task = states.StateTracking(key, tokenizer.vocab_size, group)
+        task = tasks.Copying(key, tokenizer.vocab_size)
+    elif group := tasks.GROUPS.get(config.dataset):
+        task = tasks.StateTracking(key, tokenizer.vocab_size, group)
     else:
         assert text is not None
-        form, questions = needles.FORMS[config.dataset], config.questions if trains else 1
+        form, questions = needles.FORMS[config.dataset], config.num_items if trains else 1
         task = needles.Needles(key, form, text, tokenizer, config.num_items, questions, in_turn=not trains)
     task.check(config.sequence_length)
     for length, *_ in config.stages:
@@ -227,35 +221,25 @@ def pydoc_articles(split: str) -> list[str]:
     return [article for place, group in enumerate(_groups()) if DEAL[place % len(DEAL)] == split for article in group]
 
 
-def load_pydoc(split: str, tokenizer: Tokenizer) -> TokenStream:
-    """The split as a token stream, an end-of-text after every article."""
-    encoded = list(encode_documents(((article, True) for article in pydoc_articles(split)), tokenizer))
-    tokens = np.concatenate([part for part, _ in encoded])
-    counts = sum((counts for _, counts in encoded), Counts())
-    return TokenStream(tokens, **vars(counts), sha256=hashlib.sha256(tokens.tobytes()).hexdigest())
-
-
-def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
-    """The connected components of articles that share `size` consecutive words; those with most characters first."""
-    groups: list[tuple[list[int], set[tuple[str, ...]]]] = []
-    for number, article in enumerate(articles):
-        words = article.split()
-        members, shingles = [number], set(zip(*(words[start:] for start in range(size))))
-        apart = []
-        for group in groups:
-            if shingles.isdisjoint(group[1]):
-                apart.append(group)
-            else:
-                members, shingles = group[0] + members, shingles | group[1]
-        groups = [*apart, (sorted(members), shingles)]
-    found = []
-    for members in sorted(members for members, _ in groups):
-        found.append([articles[number] for number in members])
-    return sorted(found, key=lambda group: -sum(map(len, group)))
-
-
 @functools.cache
 def _groups() -> list[list[str]]:
     from pydoc_data.topics import topics
 
     return group_by_shingles([topics[key] for key in sorted(topics)])
+
+
+def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
+    """The connected components of articles that share `size` consecutive words; those with most characters first."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    owners: dict[tuple[str, ...], int] = {}
+    links = [(number, number) for number in range(len(articles))]
+    for number, article in enumerate(articles):
+        words = article.split()
+        shingles = zip(*(words[start:] for start in range(size)))
+        links += [(number, owners.setdefault(shingle, number)) for shingle in shingles]
+    graph = coo_array((np.ones(len(links)), tuple(zip(*links))), shape=(len(articles), len(articles)))
+    count, labels = connected_components(graph, directed=False)
+    groups = [[article for article, own in zip(articles, labels) if own == label] for label in range(count)]
+    return sorted(groups, key=lambda group: -sum(map(len, group)))

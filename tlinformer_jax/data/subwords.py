@@ -3,6 +3,7 @@
 Each is a `tokenizers.Tokenizer`. The libraries are optional, and imported where they are used.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -49,10 +50,8 @@ class Gpt2Tokenizer:
 
     @functools.cached_property
     def _encoding(self) -> Any:
-        try:
+        with _needed("tiktoken", self.name):
             import tiktoken
-        except ImportError:
-            raise ConfigError("data.tokenizer", self.name, "needs tiktoken: pip install tiktoken") from None
         to_byte, entries = _printable_bytes(), json.loads(self.vocabulary)
         del entries[GPT2_END_OF_TEXT]
         ranks = {bytes(to_byte[c] for c in text): number for text, number in entries.items()}
@@ -82,10 +81,8 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        try:
+        with _needed("tokenizers", self.name):
             import tokenizers
-        except ImportError:
-            raise ConfigError("data.tokenizer", self.name, "needs tokenizers: pip install tokenizers") from None
         settings = json.loads(self.definition)
         for token in settings.get("added_tokens") or []:
             # Only tokens marked special can be told to pass for ordinary text, below.
@@ -134,9 +131,9 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> dict[int, str]:
-        """The text that the decoder gets for each entry, in which a private character stands for each byte above 127.
+        """What the decoder gets for each entry: private characters for bytes above 127, else turned into U+FFFD.
 
-        The library itself turns parts of characters into U+FFFD. Empty for a decoder without bytes.
+        Empty for a decoder without bytes.
         """
         settings = json.loads(self.definition)
         kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(settings.get("decoder"))))
@@ -183,10 +180,8 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _processor(self) -> Any:
-        try:
+        with _needed("sentencepiece", self.name):
             import sentencepiece
-        except ImportError:
-            raise ConfigError("data.tokenizer", self.name, "needs sentencepiece: pip install sentencepiece") from None
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
     @functools.cached_property
@@ -228,6 +223,15 @@ class SentencePieceTokenizer:
         return SENTENCEPIECE_FILE, {SENTENCEPIECE_FILE: self.model}
 
 
+@contextlib.contextmanager
+def _needed(package: str, tokenizer: str) -> Iterator[None]:
+    """Says of a missing package that the tokenizer needs it."""
+    try:
+        yield
+    except ImportError:
+        raise ConfigError("data.tokenizer", tokenizer, f"needs {package}: pip install {package}") from None
+
+
 def hugging_face_tokenizer(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
     """The tokenizer of a `tokenizer.json` at `path`; without a name of the end, the usual ones are tried."""
     names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
@@ -245,12 +249,7 @@ def hugging_face_tokenizer(definition: str, path: pathlib.Path, end_of_text_toke
 
 
 def sentencepiece_tokenizer(model: bytes, path: pathlib.Path) -> SentencePieceTokenizer:
-    """The tokenizer of a sentencepiece model, the bytes of the file `path`.
-
-    Raises:
-      ConfigError: where the package sentencepiece is missing.
-      DataError: for what is no such model, or has no </s>.
-    """
+    """The tokenizer of a sentencepiece model, the bytes of the file `path`; DataError for what is none."""
     tokenizer = SentencePieceTokenizer(model)
     try:
         end = tokenizer.end_of_text
@@ -304,8 +303,7 @@ _UP_TO_LAST_SPACE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 def cut_before_space(text: str) -> int:
     """The last place between a visible character and a space or newline; 0 if there is none.
 
-    GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character, and its
-    only look-ahead belongs to runs of spaces. (Python's \\S never matches a Unicode space.)
+    GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character.
     """
     found = _UP_TO_LAST_SPACE.match(text)
     return found.end() if found else 0

@@ -1,7 +1,7 @@
 """Synthetic tasks: splits whose samples are generated, and whose loss counts at the answers only.
 
 Sample i of a split is a pure function of the configuration, the split's name and i, so tasks are batched as text is
-(`data.batches`). Here are recall and copying; `data.needles` has what is hidden in text, `data.states` state tracking.
+(`data.batches`). Here are recall, copying and state tracking; `data.needles` has what is hidden in text.
 
 An answer is one or more tokens after a question. It also stands at an earlier place, its source. The region of an
 answer is where its source lies, seen from the generation window in which its first token is predicted:
@@ -11,11 +11,12 @@ answer is where its source lies, seen from the generation window in which its fi
     history   before those: TConstFormer finds it in the compressed history only; TLinFormer's window and full attention
               read it themselves; a sliding window needs layers that relay it.
 
-For models without windows the regions are those of the configuration's window fields.
+Models without windows have the regions of the configuration's window fields.
 """
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -112,9 +113,9 @@ def answer_batches(
 ) -> Iterator[Arrays]:
     """Yields every sample of a split once, in order, as `evaluation_batches` does, with regions and depths of answers.
 
-    `window` is W_og; `observed` gives the rows of the observation window from the length of a history; `overlap` is
-    `model.window_overlap`. Beside inputs, labels and weights come int32 [rows, N] starts, as in `Samples`, and cells:
-    at the same positions the answer's region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
+    `window` is W_og; `observed` gives the rows of the observation window from the length of a history. Beside inputs,
+    labels and weights come int32 [rows, N] starts, as in `Samples`, and cells: at the same positions the answer's
+    region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
     """
     split.task.check(length)
     for start in range(0, split.count, batch_size):
@@ -175,10 +176,8 @@ class Recall:
 
     Keys are different ids of the vocabulary's lower half, without 0; values and the filler any of the upper half. The
     gap before a question is drawn by a power law that favours small gaps, as in Zoology, where the protocol is from.
-    A sample of `full_length` tokens has `pairs` pairs, a shorter one, of a curriculum, fewer in proportion.
-
-    In "recall-gap" a pair is a key, a filler and the value (`pair_size` 3); the questions stay as they are. There
-    knowing the token before does not join a value with its key.
+    A sample of `full_length` tokens has `pairs` pairs, a shorter one, of a curriculum, fewer in proportion. In
+    "recall-gap" a filler stands between key and value (`pair_size` 3), so that the token before does not join them.
     """
 
     key: int
@@ -229,6 +228,67 @@ def chance_by_elimination(pairs: int) -> float:
 def pairs_of(length: int, pairs: int, full_length: int) -> int:
     """The pairs of a sample of `length` tokens, where one of `full_length` has `pairs`."""
     return max(1, pairs * min(length, full_length) // full_length)
+
+
+# ---- State tracking
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A group by its permutations of a few things, of which permutation a moves thing i to place a[i]."""
+
+    permutations: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.permutations)
+
+    def products(self) -> np.ndarray:
+        """[a, b] is the number of the permutation that does b, then a; int64 [size, size]."""
+        number = {permutation: place for place, permutation in enumerate(self.permutations)}
+        rows = [[number[tuple(a[i] for i in b)] for b in self.permutations] for a in self.permutations]
+        return np.array(rows)
+
+
+# "parity": whether so far an odd number of ones came. "s5": the 120 permutations of five things, whose word problem
+# models of constant depth are believed unable to solve at all lengths (TC0 and NC1).
+GROUPS = {
+    "parity": Group(((0, 1), (1, 0))),
+    "s5": Group(tuple(itertools.permutations(range(5)))),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StateTracking:
+    """State tracking: a sample is a word over a group, and the label of every position is the product up to there.
+
+        g1          g2           g3 ...          random elements of the group
+        g1     g2 * g1     g3 * g2 * g1 ...      the labels
+
+    The state after a position depends on all tokens before it: as an answer, its source is the sample's first token. Of
+    the ids, the first `group.size` are the elements, the next as many the states.
+    """
+
+    key: int  # of the random numbers
+    vocabulary: int
+    group: Group
+
+    def chance(self, length: int) -> float:
+        return 1 / self.group.size
+
+    def check(self, length: int) -> None:
+        if self.vocabulary < 2 * self.group.size:
+            allowed = f"must have at least {2 * self.group.size} ids: the elements of the group, and the states"
+            raise ConfigError("data.tokenizer", f"numbers:{self.vocabulary}", allowed)
+
+    def make(self, numbers: np.ndarray, length: int) -> Samples:
+        tokens, products = below(random_bits(self.key, numbers, length + 1), self.group.size), self.group.products()
+        states = tokens[:, :-1].copy()
+        for place in range(1, length):
+            states[:, place] = products[tokens[:, place], states[:, place - 1]]
+        ends = np.broadcast_to(np.arange(length), states.shape)
+        samples = Samples.of(tokens, ends, np.zeros_like(states))
+        return dataclasses.replace(samples, labels=(self.group.size + states).astype(np.int32))
 
 
 # ---- Random numbers by SplitMix64, each a function of a key, of the sample's number and of its place in the sample, so

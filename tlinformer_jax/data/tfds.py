@@ -34,14 +34,14 @@ def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
 
 
 def _builder(config: DataConfig) -> Any:
-    """The data set's builder, whose files are below `data.manual_dir` or, without one, below the cache directory."""
+    """The data set's builder, whose files are below the cache directory."""
     try:
         import tensorflow_datasets
     except ImportError:
         needed = "needs the package tensorflow-datasets: pip install 'tlinformer-jax[data]'"
         raise ConfigError("data.dataset", config.dataset, needed) from None
     name = config.dataset.removeprefix(TFDS)
-    folder = config.manual_dir or str(config.cache_path / "tensorflow_datasets")
+    folder = str(config.cache_path / "tensorflow_datasets")
     try:
         return tensorflow_datasets.builder(name, data_dir=folder, file_format="array_record")
     except Exception as error:

@@ -8,25 +8,16 @@ import json
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from tlinformer_jax.config.data import LETTERS, split_tokenizer
-from tlinformer_jax.data.subwords import (
-    GPT2_FILE,
-    HUGGING_FACE_FILE,
-    SENTENCEPIECE_FILE,
-    TOKENIZER_FILE,
-    Gpt2Tokenizer,
-    cut_before_space,
-    hugging_face_tokenizer,
-    installed_gpt2_vocabulary,
-    sentencepiece_tokenizer,
-)
-from tlinformer_jax.errors import ConfigError, DataError, UserError
+from tlinformer_jax.data import subwords
+from tlinformer_jax.errors import ConfigError, DataError, failure_told
 from tlinformer_jax.files import open_own, read_json, read_own, write_bytes, write_text
 
+TOKENIZER_FILE = subwords.TOKENIZER_FILE
 NUMBERS, IDS = "numbers:", "ids:"
 # Of a tokenizer in a folder that `transformers` has saved, the first that is there.
 FOLDER_FILES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -66,8 +57,17 @@ class Tokenizer(Protocol):
         """What a working directory holds of it: the content of TOKENIZER_FILE, and the files beside that one."""
 
 
+class _Named:
+    """A tokenizer whose name says all of it."""
+
+    name: Any
+
+    def saved(self) -> tuple[str, dict[str, bytes]]:
+        return self.name, {}
+
+
 @dataclasses.dataclass(frozen=True)
-class ByteTokenizer:
+class ByteTokenizer(_Named):
     """UTF-8 bytes as tokens 0..255; 256 ends a text."""
 
     name: str = "bytes"
@@ -83,12 +83,9 @@ class ByteTokenizer:
     def safe_cut(self, text: str) -> int:
         return len(text)
 
-    def saved(self) -> tuple[str, dict[str, bytes]]:
-        return self.name, {}
-
 
 @dataclasses.dataclass(frozen=True)
-class NumberTokenizer:
+class NumberTokenizer(_Named):
     """Token ids written as numbers with spaces between, for what is no text.
 
     "numbers:V", for tasks, has the ids 0 .. V - 1, of which 0 ends a text; "ids:V" has one more, V, for that.
@@ -114,14 +111,11 @@ class NumberTokenizer:
         return "".join(f"{token} " for token in map(int, tokens) if token != self.end_of_text).encode()
 
     def safe_cut(self, text: str) -> int:
-        return cut_before_space(text)
-
-    def saved(self) -> tuple[str, dict[str, bytes]]:
-        return self.name, {}
+        return subwords.cut_before_space(text)
 
 
 @dataclasses.dataclass(frozen=True)
-class LetterTokenizer:
+class LetterTokenizer(_Named):
     """An id for each of a few ASCII letters, in the order given, and one more that ends a text."""
 
     letters: str
@@ -151,23 +145,13 @@ class LetterTokenizer:
     def safe_cut(self, text: str) -> int:
         return len(text)
 
-    def saved(self) -> tuple[str, dict[str, bytes]]:
-        return self.name, {}
-
 
 def build_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `config.data.tokenizer` names; a UserError if there is none, or its package is missing."""
-    if name == "bytes":
-        return ByteTokenizer()
     if name == "gpt2":
-        return Gpt2Tokenizer(installed_gpt2_vocabulary())
-    if name.startswith((NUMBERS, IDS)):
-        kind, count = name.split(":", 1)
-        if not count.isdecimal() or len(count) > 10 or not 4 <= int(count) < 2**31 - 1:
-            raise ConfigError("data.tokenizer", name, f"must be {kind}:V with V from 4 to {2**31 - 2}")
-        return _numbers(name)
-    if name.startswith(LETTERS):
-        return _letters(name)
+        return subwords.Gpt2Tokenizer(subwords.installed_gpt2_vocabulary())
+    if simple := _simple(name):
+        return simple
     spelled, end_of_text_token = split_tokenizer(name)
     path = pathlib.Path(spelled).expanduser()
     if path.is_dir():
@@ -175,12 +159,10 @@ def build_tokenizer(name: str) -> Tokenizer:
     if not path.is_file():
         allowed = "must be 'bytes', 'gpt2' or the path of a tokenizer.json file, its folder or a sentencepiece .model"
         raise ConfigError("data.tokenizer", name, allowed)
-    try:
+    with failure_told(f"{path}: cannot be read as a tokenizer"):
         if path.suffix == ".model":
-            return sentencepiece_tokenizer(path.read_bytes(), path)
-        return hugging_face_tokenizer(path.read_text(encoding="utf-8"), path, end_of_text_token)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a tokenizer.json ({error})") from None
+            return subwords.sentencepiece_tokenizer(path.read_bytes(), path)
+        return subwords.hugging_face_tokenizer(path.read_text(encoding="utf-8"), path, end_of_text_token)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
@@ -196,22 +178,20 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     path = directory / TOKENIZER_FILE
     try:
         name = read_json(path)["tlinformer_jax"]
+        kind, _, end_of_text_token = name.partition(":")
         if name == "gpt2":
-            return Gpt2Tokenizer(read_own(directory / GPT2_FILE).encode())
-        if name.startswith(f"{HUGGING_FACE_FILE}:"):
-            file = directory / HUGGING_FACE_FILE
-            return hugging_face_tokenizer(read_own(file), file, name.removeprefix(f"{HUGGING_FACE_FILE}:"))
-        if name == SENTENCEPIECE_FILE:
-            with open_own(directory / SENTENCEPIECE_FILE, "rb") as file:
-                return sentencepiece_tokenizer(file.read(), directory / SENTENCEPIECE_FILE)
-        if name == "bytes":
-            return ByteTokenizer()
-        if name.startswith((NUMBERS, IDS)):
-            return _numbers(name)
-        if name.startswith(LETTERS):
-            return _letters(name)
-    except UserError:
+            return subwords.Gpt2Tokenizer(read_own(directory / subwords.GPT2_FILE).encode())
+        if kind == subwords.HUGGING_FACE_FILE:
+            return subwords.hugging_face_tokenizer(read_own(directory / kind), directory / kind, end_of_text_token)
+        if name == subwords.SENTENCEPIECE_FILE:
+            with open_own(directory / name, "rb") as file:
+                return subwords.sentencepiece_tokenizer(file.read(), directory / name)
+        if simple := _simple(name):
+            return simple
+    except DataError:
         raise
+    except ConfigError as error:
+        raise DataError(f"{path}: {error}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: no readable tokenizer ({getattr(error, 'strerror', None) or error})") from None
     raise DataError(f"{path}: unknown tokenizer format")
@@ -224,16 +204,20 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise ConfigError("model.vocab_size", vocab_size, allowed)
 
 
-def _numbers(name: str) -> NumberTokenizer:
-    count = int(name.split(":")[1])
-    return NumberTokenizer(count) if name.startswith(NUMBERS) else NumberTokenizer(count + 1, count)
-
-
-def _letters(name: str) -> LetterTokenizer:
-    letters = name.removeprefix(LETTERS)
-    if not re.fullmatch(r"[A-Z*-]+", letters) or len(set(letters)) < len(letters):
-        raise ConfigError("data.tokenizer", name, f"must be {LETTERS} and some of A-Z, * and -, each once")
-    return LetterTokenizer(letters)
+def _simple(name: str) -> Tokenizer | None:
+    """The tokenizer of a name that says all of it, else None."""
+    kind, _, rest = name.partition(":")
+    if name == "bytes":
+        return ByteTokenizer()
+    if f"{kind}:" in (NUMBERS, IDS):
+        if not rest.isdecimal() or len(rest) > 10 or not 4 <= int(rest) < 2**31 - 1:
+            raise ConfigError("data.tokenizer", name, f"must be {kind}:V with V from 4 to {2**31 - 2}")
+        return NumberTokenizer(int(rest)) if f"{kind}:" == NUMBERS else NumberTokenizer(int(rest) + 1, int(rest))
+    if f"{kind}:" == LETTERS:
+        if not re.fullmatch(r"[A-Z*-]+", rest) or len(set(rest)) < len(rest):
+            raise ConfigError("data.tokenizer", name, f"must be {LETTERS} and some of A-Z, * and -, each once")
+        return LetterTokenizer(rest)
+    return None
 
 
 def _in_folder(folder: pathlib.Path) -> tuple[pathlib.Path, str]:

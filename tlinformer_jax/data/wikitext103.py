@@ -3,8 +3,7 @@
 A row is a line with its leading space and its newline (" = Title = \\n"); a blank line is the empty string.
 
 Hashes: Hugging Face `datasets`' dataset_infos.json. Words are counted without an end-of-line mark; the published counts
-(103,227,021, 217,646 and 245,569) have one a line. The raw files spell out what the others write as <unk>. Their word
-counts are not published and may differ by a thousandth, which still reveals any cut or foreign file.
+have one a line. Those of the raw files are not published and may differ by a thousandth.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.cache import exclusive
 from tlinformer_jax.data.files import TextPiece, decode_line, file_blocks, progress, read_column
 from tlinformer_jax.data.streams import Counts
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import DataError, failure_told
 
 ZIP_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # our names -> the zip's
 USER_AGENT = "Mozilla/5.0 (compatible; tlinformer_jax)"  # the host refuses Python's default client
@@ -75,21 +74,18 @@ def identity(config: DataConfig, split: str) -> dict[str, Any]:
 
 
 def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
-    """The rows of a split in order, each a document, from `manual_dir` if it is given, else from the downloaded zip."""
+    """The rows of a split in order, each a document, from files in the cache's `downloads`, else from the network."""
     return ((row if row.strip() else "", True) for row in _rows(config, split))
 
 
 def _rows(config: DataConfig, split: str) -> Iterator[str]:
     facts = VARIANTS[config.dataset]
-    check_manual_dir(config)
-    directory = pathlib.Path(config.manual_dir) if config.manual_dir else config.cache_path / "downloads"
+    directory = config.cache_path / "downloads"
     path = directory / facts.zip_name
-    if config.manual_dir and not path.is_file():
+    if not path.is_file():
         if paths := facts.parquet_files(directory, split):
             advance = progress("reading parquet files", sum(path.stat().st_size for path in paths))
             return (text or "" for path in paths for text in read_column(path, "text", advance))
-        raise DataError(f"{directory}: parquet files of other splits, but no {split}-*-of-*.parquet")
-    if not path.is_file():
         _download(config, facts, path)
     _check_zip(path, facts)
     return _zip_rows(path, facts.member.format(ZIP_SPLITS[split]))
@@ -101,41 +97,28 @@ def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
     most_off = VARIANTS[config.dataset].words_tolerance * words
     if counts.num_documents != rows or abs(counts.num_words - words) > most_off:
         found = f"{config.dataset} {split} has {counts.num_documents} rows and {counts.num_words} words"
-        raise DataError(f"{config.manual_dir or config.cache_path}: {found}, must have {rows} and {words}")
-
-
-def check_manual_dir(config: DataConfig) -> None:
-    """Refuses (DataError) a directory that was named but holds none of the files: nothing is downloaded instead."""
-    facts, directory = VARIANTS[config.dataset], pathlib.Path(config.manual_dir)
-    if not config.manual_dir or (directory / facts.zip_name).is_file():
-        return
-    if not any(facts.parquet_files(directory, split) for split in ZIP_SPLITS):
-        reason = f"data.manual_dir = {config.manual_dir!r} holds neither {facts.zip_name} nor parquet files"
-        raise _missing(config, facts, reason)
+        raise DataError(f"{config.cache_path}: {found}, must have {rows} and {words}")
 
 
 def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
     """Downloads the zip to `path`, whole or not at all."""
     draft = path.with_name(f"{path.name}.draft")
-    try:
+    with failure_told(f"{path}: WikiText-103 cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.with_name(f"{path.name}.lock")):
             if path.is_file():
                 return
             try:
                 with draft.open("wb") as file:
-                    for block in _downloaded(facts):
-                        file.write(block)
+                    file.writelines(_downloaded(facts))
                     file.flush()
                     os.fsync(file.fileno())
                 _check_zip(draft, facts)
                 draft.replace(path)
+            except DataError as error:
+                raise _missing(config, facts, path.parent, str(error)) from None
             finally:
                 draft.unlink(missing_ok=True)
-    except DataError as error:
-        raise _missing(config, facts, str(error)) from None
-    except OSError as error:
-        raise DataError(f"{path}: WikiText-103 cannot be written ({error.strerror or error})") from None
 
 
 def _downloaded(facts: Facts) -> Iterator[bytes]:
@@ -147,12 +130,12 @@ def _downloaded(facts: Facts) -> Iterator[bytes]:
         raise DataError(f"{facts.url}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _missing(config: DataConfig, facts: Facts, reason: str) -> DataError:
+def _missing(config: DataConfig, facts: Facts, folder: pathlib.Path, reason: str) -> DataError:
     return DataError(
         f"{config.dataset} is not here: {reason}\n"
         f"  Get {facts.zip_name} ({facts.size:,} bytes) from {facts.url}, or the parquet files of "
         f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.zip_name.removesuffix('.zip')},\n"
-        f"  put the zip or the parquet files into one directory and name it: --config.data.manual_dir=DIRECTORY"
+        f"  and put the zip or the parquet files into {folder}"
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
-from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.errors import ConfigError, UserError, failure_told
 from tlinformer_jax.evaluation.experts import expert_load
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.files import finite, local_path, write_text
@@ -162,14 +162,12 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
 def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
     """The file that `flag` names, if it can be written, else UserError; nothing is left of the trial."""
     target = local_path(path, flag)
-    try:
+    with failure_told(f"{flag}={path}: must be a file that can be written"):
         if target.is_dir():
             raise UserError(f"{flag}={path}: must be a file, not a directory")
         draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
         draft.write_bytes(b"")
         draft.unlink()
-    except OSError as error:
-        raise UserError(f"{flag}={path}: must be a file that can be written ({error.strerror})") from None
     return target
 
 
@@ -178,10 +176,8 @@ def write_report(report: Report, target: pathlib.Path) -> None:
     text = json.dumps(report, indent=1, allow_nan=False)
     # Lists of numbers stay on one line each.
     text = re.sub(r"\[\n[^][{}\"]+\]", lambda found: " ".join(found[0].split()), text)
-    try:
+    with failure_told(f"{target}: cannot be written"):
         write_text(target, text + "\n")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
 
 
 def bin_edges(length: int, bins: int = BINS) -> np.ndarray:

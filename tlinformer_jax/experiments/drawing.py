@@ -65,48 +65,25 @@ def scale_x(axes: Any, kind: str, places: Iterable[float] = ()) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def log_axes(axes: Any) -> None:
-    """Logarithmic axes: tokens at x as 1K and 1M, plain numbers at y."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_major_formatter(short)
-    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}", minor_locator=NullLocator())
-
-
-def short(value: float, _: Any = None) -> str:
-    """A number of tokens as 512, 8K or 1M, of a thousand and a million."""
-    size, unit = next(((size, unit) for size, unit in ((1e6, "M"), (1e3, "K")) if value >= size), (1, ""))
-    return f"{value / size:g}{unit}"
-
-
 def annotate(axes: Any, notes: Iterable[tuple[str, float, float]]) -> None:
     """Writes a text beside each point, where it covers neither a point nor another text and is not cut."""
+    from matplotlib.transforms import Bbox
+
     notes = list(notes)
     axes.margins(0.1)
     axes.figure.draw_without_rendering()  # only now it is known where a point lies
     unit = 72 / axes.figure.dpi
-    frame = [bound * unit for bound in axes.bbox.extents]
+    frame = Bbox.from_extents(*(bound * unit for bound in axes.bbox.extents))
     places = axes.transData.transform([(x, y) for _, x, y in notes]) * unit
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in places]
     for (text, *point), (x, y) in zip(notes, places):
         width, height = 4.6 * len(text), 9
-        boxes = [
-            (x + dx, y + dy, x + dx + width, y + dy + height)
-            for dx, dy in ((5, 3), (-5 - width, 3), (5, -12), (-5 - width, -12), (-width / 2, 6), (-width / 2, -15))
-        ]
-        free = [box for box in boxes if _inside(box, frame) and not any(_overlap(box, other) for other in taken)]
-        box = (free or boxes)[0]
+        shifts = ((5, 3), (-5 - width, 3), (5, -12), (-5 - width, -12), (-width / 2, 6), (-width / 2, -15))
+        boxes = [Bbox.from_bounds(x + dx, y + dy, width, height) for dx, dy in shifts]
+        inside = [box for box in boxes if frame.contains(*box.min) and frame.contains(*box.max)]
+        box = next((box for box in inside if not box.count_overlaps(taken)), boxes[0])
         taken.append(box)
-        axes.annotate(text, point, xytext=(box[0] - x, box[1] - y), textcoords="offset points", fontsize=8)
-
-
-def _inside(box: Sequence[float], frame: Sequence[float]) -> bool:
-    return frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
-
-
-def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+        axes.annotate(text, point, xytext=(box.x0 - x, box.y0 - y), textcoords="offset points", fontsize=8)
 
 
 def save(figure: Any, file: pathlib.Path) -> pathlib.Path:

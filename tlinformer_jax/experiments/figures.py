@@ -27,10 +27,7 @@ def shown(file: pathlib.Path, title: str) -> list[str]:
 
 
 def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file: pathlib.Path, x_scale: str) -> None:
-    """Draws a panel for each title: a line for each label of a table label, x, y, and what y is.
-
-    A label looks the same in all panels.
-    """
+    """Draws a panel for each title: a line for each label of a table label, x, y, and what y is."""
     figure, axes = figure_of(1, len(panels))
     looks = styles(pd.concat(points for points, _ in panels.values())["label"])
     for place, (title, (points, y_name)) in zip(axes, panels.items()):
@@ -45,10 +42,7 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
 
 
 def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
-    """Draws shares of right answers, 0 to 1, of each run under its title; NaN is grey.
-
-    They have a row for each length, drawn upwards, and columns by depth, the last what the last windows hold.
-    """
+    """Draws shares of right answers of each run: a row for each length, columns by depth, the last the last windows."""
     columns = min(2, len(maps))
     figure, panels = figure_of(-(-len(maps) // columns), columns, (5.6, 3.6))
     for axes, (title, shares) in zip(panels, maps.items()):
@@ -69,10 +63,7 @@ def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None
 
 
 def plot_capacity(curves: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
-    """Draws a panel for each x: by model (label) the median share of right answers over seeds, its interval, the runs.
-
-    The tables have the columns label, x, median, low, high and runs, the shares of all seeds.
-    """
+    """Draws a panel for each x: by model the median share of right answers over seeds, low and high, the runs."""
     figure, axes = figure_of(1, len(curves))
     looks = styles(pd.concat(curves.values())["label"])
     for place, (x_name, points) in zip(axes, curves.items()):

@@ -65,11 +65,10 @@ def frame_of(records: Sequence[Record]) -> pd.DataFrame:
 def _derived(record: Record) -> dict[str, Any]:
     """Columns that are made of several parts of a record.
 
-    label: the point's name in its sweep, else the run's; words: architecture and windows; ours: not the Transformer;
-    setting and model: the task and the model in words; total: W_oh + W_og; share: W_oh / total; chance: of a guess
-    among the answers of a sample that are not used yet; reported.*: shares of right answers on the split `split`;
-    found: see `_found_at`; group: equal for runs that differ in their seeds only; by.FIELD: the same, with that field
-    left open too, whose value is at.FIELD; base: equal for a model and the Transformer it is compared with.
+    label: the point's name in its sweep, else the run's; words, setting, model: for legends and heads; ours: not the
+    Transformer; total: W_oh + W_og; share: W_oh / total; reported.*: shares of right answers on the split `split`;
+    group: equal for runs that differ in their seeds only; by.FIELD: the same, with that field left open too, whose
+    value is at.FIELD; base: equal for a model and the Transformer it is compared with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
@@ -192,10 +191,7 @@ def counted(frame: pd.DataFrame) -> Any:
 
 
 def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
-    """A row for each run and action of a kind, such as 'evaluate' and 'evaluate@8192', whose result has `part`.
-
-    It has the run's columns and what the action gave, in 'done' and by parts in 'done.NAME'.
-    """
+    """A row for each run and action of a kind, 'evaluate' or 'evaluate@8192', whose result, in 'done', has `part`."""
     found = [
         (place, done)
         for place, then in frame["then"].items()
@@ -220,8 +216,7 @@ def mean(form: str, unit: float = 1.0) -> Callable[[pd.Series], str]:
 def median_update(runs: pd.DataFrame) -> str:
     """The median update of finding the answers (columns found and steps); '' where it was not recorded.
 
-    A run that never found them counts as one that may at any update after its last: where that leaves the median open,
-    the result is what it is greater than.
+    A run that never found them may at any update after its last: the median may be open, '> 500'.
     """
     runs = runs.dropna(subset="found")
     if runs.empty:
@@ -268,10 +263,9 @@ def curves_of(points: pd.DataFrame) -> dict[int, pd.DataFrame]:
 
 
 def knee(curve: pd.Series) -> Hashable | None:
-    """Where going further along the index begins to gain little; small values are the good ones.
+    """Where going further along the index begins to gain little: the point farthest below the chord, if there is one.
 
-    With both axes scaled to [0, 1] it is the point farthest below the chord from the first point to the last. None for
-    fewer than three points, and where no point lies below the chord.
+    The chord goes from the first point to the last, both axes scaled to [0, 1]; small values are the good ones.
     """
     curve = curve.sort_index()
     x, y = curve.index.to_numpy(float), curve.to_numpy(float)

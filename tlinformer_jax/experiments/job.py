@@ -1,7 +1,6 @@
 """A run that a sweep or the training command asks for, its record, and the processes that train it. Without JAX.
 
-Each job of a sweep gets a process of its own: a crash, a kill by the system or memory that is not freed then costs one
-run and not the sweep, and the peak of a device's memory is counted by process. Starting one takes a few seconds.
+Each job of a sweep gets a process of its own, so that a crash costs one run and the peak of a device's memory is its.
 """
 
 import collections
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
-from tlinformer_jax.errors import DataError, UserError
+from tlinformer_jax.errors import DataError, UserError, failure_told
 from tlinformer_jax.files import finite, open_own, write_text
 
 Record = dict[str, Any]
@@ -44,17 +43,17 @@ MISTAKE = 2  # exit status for a user's mistake, which a second attempt would re
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run to train; study, point and overrides are those of `plan`."""
+    """A run to train."""
 
     name: str
     config: RunConfig
-    workdir: pathlib.Path  # also gets the record, result.json
-    command: str  # as a user types it
+    workdir: pathlib.Path = pathlib.Path()  # also gets the record, result.json
+    command: str = ""  # as a user types it
     then: tuple[str, ...] = ()  # actions of `experiments.actions` after the training
-    study: str = "architectures"
+    study: str = "architectures"  # one of `plan.STUDIES`
     sweep: str | None = None  # name of the sweep's file
-    point: str | None = None
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    point: str | None = None  # its name there
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # the fields that it sets besides the seed
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -77,20 +76,17 @@ class Job:
 
 def write_result(path: pathlib.Path, result: Record) -> None:
     """Writes a record, whole or not at all (DataError); numbers that are not finite become null."""
-    try:
-        parts = [f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in finite(result).items()]
+    parts = [f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in finite(result).items()]
+    with failure_told(f"{path}: cannot be written"):
         write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_result(path: pathlib.Path) -> Record:
     """Reads a record; DataError for what cannot be read or is not one."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+        with failure_told(f"{path}: cannot be read"):
+            result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
         raise DataError(f"{path}: is no JSON ({error})") from None
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise DataError(f"{path}: is no record of a run; its 'format' must be {FORMAT!r}")
@@ -143,9 +139,8 @@ def run_jobs(
 ) -> dict[str, str]:
     """Runs the jobs that are not finished, one group after another, each group in a process of its own.
 
-    A group has one job, or several that one program trains. If it fails it is tried again `retries` times, unless
-    the mistake is the user's; `finished` is called after each that finishes. Returns name -> why the last attempt
-    failed, of the jobs that did not finish.
+    A group that fails is tried again `retries` times, unless the mistake is the user's; `finished` is called after each
+    that finishes. Returns name -> why the last attempt failed, of the jobs that did not finish.
     """
     left = [[job for job in group if finished_result(job) is None] for group in groups]  # refuses before any runs
     failures: dict[str, str] = {}
@@ -178,10 +173,8 @@ def run_in_process(jobs: Sequence[Job]) -> tuple[int, str]:
     """
     lines: collections.deque[str] = collections.deque([""], maxlen=1)
     for job in jobs:
-        try:
+        with failure_told(f"{job.workdir}: must be a directory that can be written"):
             job.workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{job.workdir}: must be a directory that can be written ({error.strerror})") from None
     pipe = subprocess.PIPE
     with (
         open_own(jobs[0].workdir / LOG_FILE, "a") as log,

@@ -4,36 +4,23 @@ import collections
 import copy
 import dataclasses
 import re
-import runpy
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.named import config_file
+from tlinformer_jax.config.named import load_python
 from tlinformer_jax.config.run import RunConfig, TrainConfig, run_config
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.files import local_path
+from tlinformer_jax.experiments.job import Job
 
 # The part of the report that shows a sweep: against Base at the same N, by window sizes, or by right answers.
 STUDIES = ("architectures", "windows", "retrieval")
 SEED = "train.seed"
 
-
 T = TypeVar("T")
-
-
-class HasConfig(Protocol):
-    """A point, or a job."""
-
-    @property
-    def config(self) -> RunConfig: ...
-
-
-Configured = TypeVar("Configured", bound=HasConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,50 +37,33 @@ class Sweep:
     study: str = "windows"
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One run of a sweep: `name` of its folder, 'POINT-seedS', and the fields that it sets besides the seed."""
-
-    name: str
-    point: str
-    overrides: dict[str, Any]
-    config: RunConfig
-
-
 def load_sweep(where: str) -> Sweep:
     """The sweep of a Python file, `FILE.py` or `FILE.py:VARIANT`, or of one of the package's by its name."""
-    what = f"--sweep={where}"
-    if not where:
-        raise UserError("--sweep: must name a sweep file, or one of the package's, such as windows")
-    path, _, variant = config_file(where, "--sweep").partition(":")
-    try:
-        file = local_path(path, "--sweep")
-        file.read_bytes()  # for its OSError: runpy would not say that a folder is one
-        get_sweep = runpy.run_path(str(file), run_name=f"sweep_{file.stem}").get("get_sweep")
-        if not callable(get_sweep):
-            raise UserError(f"{what}: must be a Python file with a function get_sweep; it has none")
-        sweep = get_sweep(*filter(None, [variant]))
-    except UserError:
-        raise
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror}); must be a Python file with a function get_sweep"
-        raise UserError(f"{what}: {reason}") from None
-    except SyntaxError as error:
-        raise UserError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        said = "".join(f": {text}" for text in str(error).strip().splitlines()[:1])
-        raise UserError(f"{what}: {type(error).__name__} in {last.filename}, line {last.lineno}{said}") from None
+    sweep, what = load_python(where, "--sweep", "get_sweep"), f"--sweep={where}"
     if not isinstance(sweep, Sweep):
         raise UserError(f"{what}: get_sweep must return a Sweep, not {type(sweep).__name__}")
-    _check_sweep(sweep, what)
+    if not hasattr(sweep.base, "items"):
+        raise UserError(f"{what}: Sweep.base must be a ConfigDict, not {type(sweep.base).__name__}")
+    if not isinstance(sweep.points, Mapping) or not sweep.points:
+        raise UserError(f"{what}: Sweep.points must name at least one point")
+    for name, overrides in sweep.points.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
+            raise UserError(
+                f"{what}: point {name!r}: must be letters, digits, '.', '_', '+' and '-', as a folder's name"
+            )
+        if not isinstance(overrides, Mapping):
+            raise UserError(f"{what}: point {name}: must be a dictionary of fields, not {type(overrides).__name__}")
+    if not isinstance(sweep.seeds, list | tuple) or not sweep.seeds:
+        raise UserError(f"{what}: Sweep.seeds must be a list of at least one integer")
+    if sweep.study not in STUDIES:
+        raise UserError(f"{what}: Sweep.study = {sweep.study!r}: must be one of {', '.join(STUDIES)}")
     return sweep
 
 
-def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Point]:
-    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own."""
+def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job]:
+    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own; named POINT-seedSEED."""
     sections = _plain(sweep.base if base is None else base)
-    points: list[Point] = []
+    points: list[Job] = []
     for name, overrides in sweep.points.items():
         fields = dict(overrides)
         seeds = fields.pop(SEED, sweep.seeds)
@@ -104,16 +74,17 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Poi
             configs = [run_config(_changed(sections, {**fields, SEED: seed})) for seed in seeds]
         except UserError as error:
             raise UserError(f"point {name}: {error}") from None
-        points += [Point(f"{name}-seed{seed}", name, fields, config) for seed, config in zip(seeds, configs)]
+        for seed, config in zip(seeds, configs):
+            points.append(Job(f"{name}-seed{seed}", config, study=sweep.study, point=name, overrides=fields))
     (name, times), *_ = collections.Counter(point.name for point in points).most_common(1)
     if times > 1:
         raise UserError(f"point {name}: is there twice; names and seeds must differ")
     return points
 
 
-def check_data(points: Iterable[Point]) -> None:
+def check_data(points: Iterable[Job]) -> None:
     """Checks that tokenizers and files of all points exist and fit the vocabularies (else UserError)."""
-    different: dict[Any, Point] = {}
+    different: dict[Any, Job] = {}
     for point in points:
         different.setdefault((point.config.data, point.config.model.vocab_size), point)
     for (data, vocabulary), point in different.items():
@@ -126,9 +97,9 @@ def check_data(points: Iterable[Point]) -> None:
             raise UserError(f"point {point.name}: {error}") from None
 
 
-def groups_of(points: Sequence[Configured]) -> list[list[Configured]]:
-    """Points, or jobs, in groups that differ only in seed and learning rate, which one program can train."""
-    groups: dict[RunConfig, list[Configured]] = {}
+def groups_of(points: Sequence[Job]) -> list[list[Job]]:
+    """Jobs in groups that differ only in seed and learning rate, which one program can train."""
+    groups: dict[RunConfig, list[Job]] = {}
     for point in points:
         train = dataclasses.replace(point.config.train, seed=0, learning_rate=0.0)
         groups.setdefault(dataclasses.replace(point.config, train=train), []).append(point)
@@ -143,14 +114,14 @@ def check_together(config: RunConfig) -> None:
     if any(stage.accuracy for stage in data.stages):
         allowed = "must have no stage that ends by accuracy for --together: runs change length at the same update"
         raise ConfigError("data.curriculum", data.curriculum, allowed)
-    for name in ("accumulation", "sampled_windows", "ema", "max_skipped_updates", "max_rollbacks"):
+    for name in ("accumulation", "sampled_windows", "ema", "max_skipped_updates"):
         only = TrainConfig.__dataclass_fields__[name].default
         if getattr(train, name) != only:
             raise ConfigError(f"train.{name}", getattr(train, name), f"must be {only} for --together")
     if config.model.dropout:
         raise ConfigError("model.dropout", config.model.dropout, "must be 0 for --together")
-    if train.schedule == "paper" or train.eval_every == "epoch" or not train.steps:
-        allowed = "must be set, with train.eval_every in updates and another schedule than 'paper', for --together"
+    if train.schedule == "paper" or train.eval_every == "epoch" or train.epochs:
+        allowed = "must be updates, with train.eval_every in updates and another schedule than 'paper', for --together"
         raise ConfigError("train.steps", train.steps, allowed)
 
 
@@ -180,25 +151,6 @@ def overrides_between(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict
         for name, value in fields.items()
         if name not in before.get(section, {}) or before[section][name] != value
     }
-
-
-def _check_sweep(sweep: Sweep, what: str) -> None:
-    """Raises a UserError that names the field of what is not a sweep."""
-    if not hasattr(sweep.base, "items"):
-        raise UserError(f"{what}: Sweep.base must be a ConfigDict, not {type(sweep.base).__name__}")
-    if not isinstance(sweep.points, Mapping) or not sweep.points:
-        raise UserError(f"{what}: Sweep.points must name at least one point")
-    for name, overrides in sweep.points.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
-            raise UserError(
-                f"{what}: point {name!r}: must be letters, digits, '.', '_', '+' and '-', as a folder's name"
-            )
-        if not isinstance(overrides, Mapping):
-            raise UserError(f"{what}: point {name}: must be a dictionary of fields, not {type(overrides).__name__}")
-    if not isinstance(sweep.seeds, list | tuple) or not sweep.seeds:
-        raise UserError(f"{what}: Sweep.seeds must be a list of at least one integer")
-    if sweep.study not in STUDIES:
-        raise UserError(f"{what}: Sweep.study = {sweep.study!r}: must be one of {', '.join(STUDIES)}")
 
 
 def _plain(values: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import failure_told
 from tlinformer_jax.experiments.figures import plot_history, plot_lines, plot_sweep, shown
 from tlinformer_jax.experiments.frame import (
     ARCHITECTURE,
@@ -87,18 +87,11 @@ RUN_COLUMNS |= {"config.data.dataset": "corpus", "config.data.tokenizer": "token
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the report of all records in a directory, NAME.json, and its figures beside it in `figures`.
-
-    Raises:
-      DataError: if there are no records, a file is not one, or something cannot be written.
-      ImportError: where matplotlib is not installed.
-    """
+    """Writes the report of all records in a directory, NAME.json, and its figures into `figures`."""
     frame, figures = frame_of(read_records(folder)), out.parent / "figures"
-    try:
+    with failure_told(f"{out}: cannot be written"):
         figures.mkdir(parents=True, exist_ok=True)
         write_text(out, "\n".join(report_lines(frame, figures)) + "\n")
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
@@ -113,10 +106,8 @@ def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
         values = points_of(frame).to_json(orient="records", indent=1)
         texts = {"sweep.csv": rows.to_csv(index=False), "sweep.json": values, "sweep.md": "\n".join(lines) + "\n"}
     for name, text in texts.items():
-        try:
+        with failure_told(f"{out / name}: cannot be written"):
             write_text(out / name, text)
-        except OSError as error:
-            raise DataError(f"{out / name}: cannot be written ({error.strerror})") from None
 
 
 def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:

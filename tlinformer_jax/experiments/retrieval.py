@@ -1,7 +1,6 @@
 """The report's part on tasks with answers: how many runs found them, how soon, and what is right where.
 
-Whether a run finds the answers is a matter of luck as well: runs are counted and listed, and no mean is taken over
-those that found them and those that did not.
+Whether a run finds the answers is a matter of luck as well: runs are counted and listed, and no mean is taken.
 """
 
 import itertools

@@ -26,7 +26,7 @@ from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
-from tlinformer_jax.experiments.driver import LOCK_FILE, Outcome, record_of
+from tlinformer_jax.experiments.driver import LOCK_FILE, record_of
 from tlinformer_jax.experiments.job import RESULT_FILE, Job, Record, write_result
 from tlinformer_jax.experiments.plan import check_together
 from tlinformer_jax.parallel.sharding import UNSPLIT
@@ -133,7 +133,7 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
             params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.ended)
             trained = TrainedRun(own, params, history[-1][0])
             speeds = {"tokens_per_second": speed / len(jobs)}
-            record = record_of(job, Outcome(trained, history, seconds, speeds, together=len(jobs)))
+            record = record_of(job, trained, history, seconds, speeds, together=len(jobs))
             for name in actions:
                 record["then"][name] = run_action(name, trained)
             write_result(job.workdir / RESULT_FILE, record)
@@ -160,7 +160,7 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
     evaluations: list[list[Evaluated]] = [[] for _ in jobs]
     batches = [training_batches(job.config, splits["train"]) for job in jobs]
     speeds, tokens = [], len(jobs) * train.batch_size * run.config.data.sequence_length
-    every, last = int(train.eval_every or train.steps), run.horizon.steps
+    every, last = int(train.eval_every or train.updates), run.horizon.steps
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(contextlib.closing(each.prefetched(0))) for each in batches]
         for first in range(0, last, every):

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, check_fields, integer
 
 _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("target", default=None)
 
@@ -35,9 +35,7 @@ class MeshConfig:
     expert: int = 1
 
     def __post_init__(self) -> None:
-        for name, size in dataclasses.asdict(self).items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"mesh.{name}", size, "must be an integer >= 1")
+        check_fields("mesh", self, dict.fromkeys(dataclasses.asdict(self), integer(1)))
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Sizes of all axes for `num_devices` devices."""

@@ -201,7 +201,7 @@ class Session:
 
     def check_finite(self, view: TrainingView) -> None:
         """Ends a run of which more than train.max_skipped_updates in a row were skipped, naming the update."""
-        if int(view.state.skips.in_a_row) > self.run.config.train.max_skipped_updates:
+        if int(view.state.skips.in_a_row) > self.run.config.train.skippable:
             text, done = describe_divergence(self.run, view.state, self.reader.batches), int(view.state.skips.rollbacks)
             again = f", after {done} rollbacks" if done else ""
             raise DivergedError(f"{text}{again}")

@@ -94,7 +94,7 @@ def _horizon(config: RunConfig, train: Split | None) -> Horizon | None:
     """How long the run is; None where only the tokens can tell."""
     if train is not None:
         return run_horizon(config.train, training_batches(config, train))
-    return Horizon(config.train.steps, config.train.steps) if config.train.steps else None
+    return Horizon(config.train.updates, config.train.updates) if config.train.updates else None
 
 
 def _memory_line(run: Run, compile_step: bool) -> str:

@@ -193,7 +193,7 @@ def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, f
 
 def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
     """Names the last skipped update, the parameters whose gradient was not finite, and the batch."""
-    skips, step, most = state.skips, int(state.step), run.config.train.max_skipped_updates
+    skips, step, most = state.skips, int(state.step), run.config.train.skippable
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
     where = "the loss is not finite"
     if int(skips.nonfinite):

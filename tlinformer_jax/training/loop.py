@@ -130,7 +130,7 @@ def train_run(
         stack.enter_context(memory_advice(config))
         stack.enter_context(directory.sole_run(workdir))
         stop = stack.enter_context(StopRequest())
-        regular = int(train.checkpoint_every) if train.max_rollbacks else 0
+        regular = int(train.checkpoint_every) if train.rollbacks else 0
         checkpoints = stack.enter_context(Checkpoints(workdir, *train.kept, fingerprint(config), regular))
         stack.enter_context(jax.set_mesh(run.mesh))
 
@@ -198,7 +198,7 @@ def first_state(
         state = state.starting_from(params)
         if jax.process_index() == 0:
             directory.remember_origin(dataclasses.replace(origin, step=step), workdir)
-    if origin is not None or run.config.train.max_rollbacks:
+    if origin is not None or run.config.train.rollbacks:
         checkpoints.save(state, overlap=False)
     console.say(console.parameter_table(state.params))
     return state, False
@@ -262,11 +262,11 @@ def roll_back(session: Session, view: TrainingView, error: DivergedError) -> Tra
     checkpoint count as skipped.
 
     Raises:
-      DivergedError: of the same text, after train.max_rollbacks of them; or where no such checkpoint is left.
+      DivergedError: of the same text, where train.max_skipped_updates allows no more, or no such checkpoint is left.
     """
     run, state = session.run, view.state
     done = int(state.skips.rollbacks)
-    if done >= run.config.train.max_rollbacks:
+    if done >= run.config.train.rollbacks:
         raise DivergedError(f"{error}; lower train.learning_rate") from None
     for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
         leaf.delete()  # a device may not hold two of them

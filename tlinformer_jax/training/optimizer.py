@@ -38,8 +38,8 @@ class Horizon:
 
 
 def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
-    """The length of a run over `batches`; see TrainConfig.steps, epochs and schedule."""
-    steps = config.steps or batches.updates_for_epochs(config.epochs)
+    """The length of a run over `batches`; see TrainConfig.steps and schedule."""
+    steps = config.updates or batches.updates_for_epochs(config.epochs)
     if config.schedule == "paper":
         return Horizon(steps, config.epochs * -(-batches.samples_per_epoch // config.micro_batch_size))
     return Horizon(steps, steps)

@@ -208,7 +208,7 @@ def train_step(
     }
     if window_losses:
         metrics["window_losses"] = aux["window_losses"]
-    good, stopped, skips = count_skips(state.skips, loss, grads, config.max_skipped_updates)
+    good, stopped, skips = count_skips(state.skips, loss, grads, config.skippable)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else next_average(state.ema, params, config.ema, done)
     params, opt_state, ema = jax.tree.map(

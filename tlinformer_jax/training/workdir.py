@@ -49,7 +49,7 @@ IDENTITY = (
     *(f"model.{name}" for name in ("history_window", "generation_window", "longest_wavelength", "window_overlap")),
     *(f"model.{name}" for name in ("experts_per_token", "dropout", "param_dtype")),
     *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
-    *(f"data.{name}" for name in ("examples", "num_items", "questions")),
+    *(f"data.{name}" for name in ("examples", "num_items")),
     *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema")),
 )
 
