@@ -53,6 +53,14 @@ class Rotations(Protocol):
     def sin(self) -> jax.Array: ...
 
 
+def usable(name: str, dtype: Any) -> bool:
+    """Whether the kernel of an operation of training takes arrays of this dtype here.
+
+    Not in a program of several devices: XLA cannot split a kernel's operands over them.
+    """
+    return is_half(dtype) and available(name) and not open_axes()
+
+
 def available(name: str) -> bool:
     """Whether the kernel of an operation can be used here: on an NVIDIA GPU for which Pallas has a working back end."""
     assert name in OPERATIONS
@@ -99,11 +107,6 @@ def why_no_triton() -> str | None:
 
 def _probe(kernel: Any, shape: jax.ShapeDtypeStruct, array: jax.Array) -> Any:
     return call_kernel(kernel, (1,), shape, [array], "probe", False, num_warps=1, num_stages=1)
-
-
-def unsplit() -> bool:
-    """Whether what is traced runs on one device: XLA cannot split a kernel's operands over several."""
-    return not open_axes()
 
 
 def call_kernel(

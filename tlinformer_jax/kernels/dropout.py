@@ -23,16 +23,14 @@ from tlinformer_jax.kernels.common import (
     LEAST_PIECE,
     LOG2_E,
     Scores,
-    available,
     call_kernel,
     dot,
     iota,
-    is_half,
     kept,
     masked_load,
     masked_store,
     threefry,
-    unsplit,
+    usable,
 )
 
 # Wider heads would not fit a program's registers.
@@ -70,7 +68,7 @@ class Options(NamedTuple):
 
 def use_kernel(dtype: Any, width: int) -> bool:
     """Whether the kernels take heads of this dtype and width here."""
-    return is_half(dtype) and width <= MOST_WIDTH and available("dropout") and unsplit()
+    return width <= MOST_WIDTH and usable("dropout", dtype)
 
 
 def attend_with_dropout(

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.data.tasks import AnswerPlaces
-from tlinformer_jax.kernels import rows as row_kernels
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.kernels.common import usable
 from tlinformer_jax.models.model import output_logits, padded_vocabulary
 
 # Tokens of a micro-batch whose logits are held at a time.
@@ -105,9 +106,9 @@ def _chunk_slope(
 
     That one is in rows' dtype, [batch, c, padded V].
     """
-    if row_kernels.use_loss_kernel() and rows.dtype != jnp.float32:
+    if usable("loss", rows.dtype):
         logits = output_logits(rows, table).reshape(-1, table.shape[0])
-        losses, slope = row_kernels.loss_and_slope(
+        losses, slope = loss_kernel.loss_and_slope(
             logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype, z_loss
         )
         hits = jnp.argmax(logits[:, :vocab_size], axis=-1) == targets.reshape(-1)
