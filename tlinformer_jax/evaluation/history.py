@@ -40,7 +40,7 @@ from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window, window_stream
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
-from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses
+from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_hits
 
 SAMPLES = 64
 READERS = ("x", "z")
@@ -121,7 +121,7 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     def losses_of(window: jax.Array | int, states: jax.Array) -> Sums:
         hidden = layer_norm(states, params.norm_scale, params.norm_bias)
         own = [jax.lax.dynamic_slice_in_dim(rows, window * size, size, axis=1) for rows in (labels, weights)]
-        losses = token_losses(hidden, params.embedding, own[0], LOSS_CHUNK) * own[1]
+        losses = token_losses_and_hits(hidden, params.embedding, own[0], LOSS_CHUNK)[0] * own[1]
         return {"losses": jnp.sum(losses), "tokens": jnp.sum(own[1])}
 
     def one(window: jax.Array) -> Sums:

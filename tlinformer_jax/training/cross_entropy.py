@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.kernels import loss as loss_kernel
@@ -18,29 +19,15 @@ LOSS_CHUNK = 8192
 AnswersOf = Callable[[int], AnswerPlaces | None]
 
 
-def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
-    """Cross-entropy in nats of every token, float32 [batch, length]; for evaluation.
-
-    A gradient would compute the logits twice. Those of `chunk` tokens are held at a time. The head `embedding`, [V, D],
-    reads `hidden`, [batch, length, D]; `labels` are int32 [batch, length].
-    """
-    table = _table(embedding, hidden.dtype)
-
-    @jax.checkpoint
-    def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        rows, targets = part
-        return _chunk_losses(rows, table, targets, embedding.shape[0])[0]
-
-    parts = _chunks(hidden, chunk), _chunks(labels, chunk)
-    return _whole(jax.lax.map(losses, parts), hidden.shape[1])
-
-
 def token_losses_and_hits(
-    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """`token_losses`, and whether the label is what greedy decoding would choose, bool [batch, length].
+    hidden: Float[Array, "batch length D"],
+    embedding: Float[Array, "V D"],
+    labels: Int[Array, "batch length"],
+    chunk: int,
+) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
+    """Cross-entropy in nats of every token, and whether greedy decoding would choose the label; for evaluation.
 
-    Of equal logits the first counts as chosen.
+    The logits of `chunk` tokens are held at a time. Of equal logits the first counts as chosen.
     """
     table = _table(embedding, hidden.dtype)
 
@@ -61,12 +48,10 @@ def summed_losses_and_hits(
     """Sum of weights * cross-entropy in nats, and the weight of the labels that greedy decoding would choose.
 
     For training; the second has no gradient, and costs nothing where it is not read. The first has the gradient of
-    weights * (cross-entropy + z_loss * Z^2), where Z is the log-sum-exp of a token's logits: what is reported is the
-    cross-entropy, whatever is trained beside it.
+    weights * (cross-entropy + z_loss * Z^2), where Z is the log-sum-exp of a token's logits.
 
-    Its gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is
-    rounded to hidden's dtype before it is multiplied, as the logits' own product was. The embedding's gradient is
-    summed in float32. Arguments are those of `token_losses`, and `weights`, float32 [batch, length].
+    Gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is rounded to
+    hidden's dtype before it is multiplied, as the logits' own product was. The embedding's is summed in float32.
     """
     losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
     return jnp.sum(losses * weights), jnp.sum(hits * weights)
