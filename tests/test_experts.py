@@ -315,9 +315,7 @@ def test_micro_batches_are_balanced_each_by_itself():
     config = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1))
     train, batch, step = TrainConfig(batch_size=2, accumulation=2), batch_of(), jnp.int32(0)
     params, model = golden_scale(config), build_model(config)
-    loss, _, gradient = batch_gradient(
-        batch, params, jnp.float32(32), step, model=model, config=train, split=UNSPLIT, wanted=()
-    )
+    loss, _, gradient = batch_gradient(batch, params, jnp.float32(32), step, model=model, config=train, split=UNSPLIT)
     halves = [
         jax.value_and_grad(
             lambda params, half=half: summed_loss(

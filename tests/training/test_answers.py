@@ -141,7 +141,7 @@ def test_the_states_of_a_word_are_its_labels():
     options = {"model": run.model, "answers": run.answers}
     loss, beside = jax.jit(lambda params: summed_loss(params, batch, jax.random.key(0), **options))(trained.params)
     assert loss == pytest.approx(losses.sum(), rel=1e-5)
-    assert beside.right == right.sum()
+    assert beside == right.sum()
 
 
 COPY = {"dataset": "copy", "tokenizer": "numbers:2048"}
@@ -181,7 +181,7 @@ def test_what_no_answer_needs_is_left_out_and_loss_and_gradient_are_the_same(mod
     for value, truth in zip(jax.tree.leaves((loss, found)), jax.tree.leaves((true_loss, truths)), strict=True):
         assert np.linalg.norm(value - truth) <= 1e-5 * np.linalg.norm(truth)
     # Right answers are counted along: those whose label has the greatest logit.
-    assert beside.right == same.right == ((chosen == batch["labels"]) * batch["weights"]).sum() >= run.answers(18).most
+    assert beside == same == ((chosen == batch["labels"]) * batch["weights"]).sum() >= run.answers(18).most
     assert read.cost_analysis()["flops"] < share * every.cost_analysis()["flops"]
 
 

@@ -1,8 +1,7 @@
 """A checkpoint on the disk: `checkpoints/STEP` holds Orbax's `state/` and `manifest.json`, and appears by one rename.
 
 The manifest names every file with its size and SHA-256, and holds a hash of itself, so damage is noticed before a
-checkpoint is used. Nothing is read or written through a link below the working directory. What is passed over is named
-on stderr. `training.saving` writes checkpoints.
+checkpoint is used. No link below the working directory is followed. `training.saving` writes checkpoints.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,23 +43,14 @@ NO_CHECKPOINT, NO_GOOD_CHECKPOINT = -1, -2
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-      step: updates done; also the position in the data, since batches are a function of it.
-      files: path within the checkpoint -> (bytes, SHA-256 in hexadecimal), without the manifest.
-      code_version: of this package.
-      config_sha256: `config.run.fingerprint` of the run's configuration; empty where none was given.
-      validation_loss: nats per token, if the step has been evaluated.
-      after_skip: whether the last update was left out as not finite; no rollback ends there.
-    """
-
-    step: int
-    files: dict[str, tuple[int, str]]
+    step: int  # updates done; also the position in the data, since batches are a function of it
+    files: dict[str, tuple[int, str]]  # path within the checkpoint -> (bytes, SHA-256), without the manifest
     code_version: str
-    config_sha256: str
-    validation_loss: float | None = None
-    after_skip: bool = False
+    config_sha256: str  # `config.run.fingerprint` of the run's configuration; empty where none was given
+    validation_loss: float | None = None  # nats per token, if the step has been evaluated
+    after_skip: bool = False  # whether the last update was left out as not finite; no rollback ends there
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -129,9 +119,8 @@ def _files_below(folder: pathlib.Path) -> list[str]:
 def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -> Manifest | None:
     """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
 
-    Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name;
-    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged. With `every`, only the
-    `regular_steps` are considered.
+    Process 0 looks and tells the others. What is passed over is named on stderr; with `set_aside`, for the run that
+    trains here, damaged ones are renamed to STEP.damaged. With `every`, only the `regular_steps` are considered.
     """
     step = NO_CHECKPOINT
     if jax.process_index() == 0:
@@ -145,50 +134,47 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -
         for name in passed_over[:1]:
             more = f" (and {len(passed_over) - 1} more)" if passed_over[1:] else ""
             say(f"checkpoint {folder / name}: {others[name]}; it is not used{more}")
-        if set_aside and step >= 0:
-            for number in damaged:
-                set_aside_damaged(folder / str(number))
+        for number in damaged if set_aside and step >= 0 else ():
+            set_aside_damaged(folder / str(number))
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step == NO_GOOD_CHECKPOINT:
         raise DataError(f"{folder}: none of its checkpoints can be used; see the lines above")
     return None if step == NO_CHECKPOINT else read_manifest(folder / str(step))
 
 
-def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
-    """The parameters of the newest checkpoint that passes its verification, as (step, params); writes nothing.
-
-    Of a run with `train.ema` they are the averaged ones, as in its evaluations.
-    Newer damaged ones are named on stderr, and so is a configuration that has changed since. With `step` that
-    checkpoint is read and no other. `abstract_params` has jax.ShapeDtypeStruct leaves with shardings.
-
-    Raises:
-      DataError: if the directory holds no checkpoint that can be used, or not the one that was asked for, or one whose
-        parameters are not those of `abstract_params`.
-    """
+def existing_folder(workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of the checkpoints of a working directory; DataError where there is none."""
     folder = (workdir / FOLDER).absolute()
     if folder.is_symlink():
         raise DataError(f"workdir {workdir}: {FOLDER} is a link, which is not followed")
     if not os.path.isdir(folder):
         raise DataError(f"workdir {workdir}: holds no checkpoint; train into it first")
+    return folder
+
+
+def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
+    """The parameters of the newest good checkpoint, or of that of `step`, as (step, params); writes nothing.
+
+    Of a run with `train.ema` they are the averaged ones, as in its evaluations. That the configuration has changed
+    since is told on stderr. `abstract_params` has jax.ShapeDtypeStruct leaves with shardings.
+
+    Raises:
+      DataError: if there is no such checkpoint that can be used, or its parameters are not those of `abstract_params`.
+    """
+    folder = existing_folder(workdir)
     found = newest_good(folder) if step is None else _checkpoint_of(workdir, step)
     if found is None:
         raise DataError(f"workdir {workdir}: holds no finished checkpoint; train into it first")
-    here = folder / str(found.step)
+    here, name = folder / str(found.step), "params"
     if (workdir / CONFIG_FILE).exists() and found.config_sha256 not in ("", fingerprint(load_config(workdir))):
         say(f"checkpoint {here}: {CONFIG_FILE} has changed since it was written")
-    name = "ema" if _has_average(here) else "params"
+    with contextlib.suppress(Exception):  # of many types; `read_arrays` will tell
+        name = "ema" if any(path[0] == "ema" for path in _stored_arrays(here)) else name
     return found.step, read_arrays(here, {name: abstract_params})[name]
 
 
-def _has_average(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint holds averaged parameters; not where it cannot be read, which `read_arrays` will tell."""
-    with contextlib.suppress(Exception):  # of many types, as in `stored_shapes`
-        return any(path[0] == "ema" for path in _stored_arrays(folder))
-    return False
-
-
 def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
-    folder = (workdir / FOLDER).absolute()
+    folder = existing_folder(workdir)
     steps, _ = list_steps(folder)
     if step not in steps:
         there = ", ".join(map(str, reversed(steps))) or "none"
@@ -207,10 +193,17 @@ def load_params(
     """
     step = best_step(workdir) if best else step
     check_size(workdir, config, step)
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), parameter_shapes(config)
+    )
     return restore_params(workdir, abstract, step)
+
+
+def parameter_shapes(config: ModelConfig) -> Any:
+    """Shape and dtype of each parameter of a model."""
+    init = build_model(config).init
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
@@ -218,10 +211,8 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
 
     Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
     """
-    folder = (workdir / FOLDER).absolute()
-    steps = list_steps(folder)[0] if os.path.isdir(folder) and not folder.is_symlink() else []
-    shapes = None
-    for number in [number for number in steps if step in (None, number)]:
+    folder, shapes = existing_folder(workdir), None
+    for number in [number for number in list_steps(folder)[0] if step in (None, number)]:
         with contextlib.suppress(DataError):
             shapes = stored_shapes(folder / str(number))
             break
@@ -262,31 +253,27 @@ def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
     return sorted(steps, reverse=True), dict(newest_first)
 
 
+def manifests(folder: pathlib.Path) -> Iterator[tuple[int, Manifest]]:
+    """The steps in `folder` with their manifests, newest first, without those whose manifest is damaged."""
+    for step in list_steps(folder)[0]:
+        with contextlib.suppress(DataError):
+            yield step, read_manifest(folder / str(step))
+
+
 def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
     """The multiples of `every` among the steps, newest first; without those right after an update that was left out."""
-    found = []
-    for step in list_steps(folder)[0]:
-        if step % every == 0:
-            with contextlib.suppress(DataError):
-                found += [] if read_manifest(folder / str(step)).after_skip else [step]
-    return found
+    return [step for step, manifest in manifests(folder) if step % every == 0 and not manifest.after_skip]
 
 
 def validation_losses(folder: pathlib.Path) -> dict[int, float]:
     """Step -> validation loss of those checkpoints in `folder` that have one."""
-    losses = {}
-    for step in list_steps(folder)[0]:
-        with contextlib.suppress(DataError):
-            loss = read_manifest(folder / str(step)).validation_loss
-            if loss is not None and math.isfinite(loss):
-                losses[step] = loss
-    return losses
+    losses = {step: manifest.validation_loss for step, manifest in manifests(folder)}
+    return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
 def best_step(workdir: pathlib.Path) -> int:
     """The step of the lowest validation loss among the checkpoints of a working directory."""
-    folder = (workdir / FOLDER).absolute()
-    losses = validation_losses(folder) if folder.is_dir() and not folder.is_symlink() else {}
+    losses = validation_losses(existing_folder(workdir))
     if not losses:
         raise DataError(f"workdir {workdir}: holds no checkpoint that has been evaluated")
     return min(losses, key=lambda step: (losses[step], step))

@@ -11,7 +11,7 @@ sequences of a micro-batch take the same windows.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -44,20 +44,9 @@ from tlinformer_jax.training.cross_entropy import (
 )
 
 DeviceBatch = dict[str, jax.Array]
-RowsLoss = Callable[[jax.Array, jax.Array, DeviceBatch], tuple[jax.Array, jax.Array]]
-WindowLoss = Callable[[Any, Any, Any, Any], tuple[Float[Array, ""], Float[Array, ""]]]
-
-
-class LossAux(NamedTuple):
-    """What is summed along with the loss, without a gradient.
-
-    Attributes:
-      window_losses: of each window that is run, float32 [windows], where one is computed after the other, else [0].
-      right: weight of the labels that greedy decoding would choose, float32 [].
-    """
-
-    window_losses: jax.Array
-    right: jax.Array
+LossAndRight = tuple[Float[Array, ""], Float[Array, ""]]
+RowsLoss = Callable[[jax.Array, jax.Array, DeviceBatch], LossAndRight]
+WindowLoss = Callable[[Any, Any, Any, Any], LossAndRight]
 
 
 def summed_loss(
@@ -71,8 +60,10 @@ def summed_loss(
     answers: AnswersOf | None = None,
     divisor: jax.Array | float = 1.0,
     z_loss: float = 0.0,
-) -> tuple[jax.Array, LossAux]:
+) -> LossAndRight:
     """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
+
+    And, without a gradient, the weight of the labels that greedy decoding would choose.
 
     The hidden states of a whole sequence, and one cross-entropy; or, for a long sequence, those of a window and its
     cross-entropy, window after window. Where devices share the batch, or its sequences, it is this device's share.
@@ -103,7 +94,7 @@ def summed_loss(
         hidden = hidden_states(typed, shape, embed(typed, shape, inputs), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = rows_loss(hidden, typed.embedding, rows)
-        return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
+        return total / divisor, right
     before = None
     if sequences.rows is not None:
         # The rows of a device are not neighbours: the token before each lies on another device.
@@ -114,16 +105,15 @@ def summed_loss(
         plan = dataclasses.replace(plan, together=1)
     embeddings = embed(typed, shape, inputs, before)
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
-    total, right, found = jnp.float32(0), jnp.float32(0), []
+    total, right = jnp.float32(0), jnp.float32(0)
     for loop in window_loops(shape, sequence, rows, sequences, windows):
         branches = tuple(functools.partial(window_loss, shape, run, rows_loss) for run in loop.runs)
         shared, steps = (typed, loop.history), (loop.indices, loop.rows)
-        (loss, hits), each = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
+        loss, hits = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
         total, right = total + loss, right + hits
-        found.append(loop.gathered(each))
-    # Other micro-batches draw other windows.
-    each = jnp.concatenate(found) if windows is None else jnp.zeros(0, jnp.float32)
-    return total * window_weight(shape, length, windows) / divisor, LossAux(each, right)
+    # n / k, by which sampled windows count.
+    weight = 1.0 if windows is None else num_windows(shape, length) / windows.shape[0]
+    return total * weight / divisor, right
 
 
 def window_loss(
@@ -134,18 +124,17 @@ def window_loss(
     step: tuple[jax.Array, DeviceBatch],
     shared: tuple[ModelParams, History],
     x: Stream | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> LossAndRight:
     """`weighted_loss` of a generation window, or of those that run together, as `sum_with_gradients` takes it.
 
     Where rows are split over devices, it is that of this device's rows of the window, and `x` is None.
 
     Args:
-      shape: of the model.
       run: of windows, whose static shapes it has.
       rows_loss: `weighted_loss` with its settings.
       fixed: that of the sequence.
-      step: (the window's index, its labels and weights).
-      shared: (parameters from `prepare_params`, the history).
+      step: the window's index, its labels and weights.
+      shared: parameters from `prepare_params`, and the history.
       x: the window's own rows, after those that overlap the window before.
     """
     (params, history), (index, rows) = shared, step
@@ -180,7 +169,7 @@ def count_routers(
 
 def weighted_loss(
     hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, z_loss: float
-) -> tuple[jax.Array, jax.Array]:
+) -> LossAndRight:
     """`summed_losses_and_hits`; of tasks, where at most `most` rows of a sample have weights, of those rows alone."""
     if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
         hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
@@ -198,8 +187,8 @@ def sum_with_gradients(
     fixed: Any,
     steps: Any,
     which: Int[Array, " steps"] | None,
-) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Float[Array, " steps"]]:
-    """The sum of the windows' losses, and each window's, such that differentiation keeps nothing of any window.
+) -> LossAndRight:
+    """The sum of the windows' losses such that differentiation keeps nothing of any window.
 
     Why this is not simply differentiated. A window reads all of the history before it, so what its backward pass
     needs (the attention's inputs, the feed-forward's inner values of C, z and x) is as large as its history. Over a
@@ -229,25 +218,21 @@ def sum_with_gradients(
     needs exists while it runs only. That is how sampled windows, each with a history of its own length, share a loop.
 
     Args:
-      branches: window_loss(fixed, step, shared, part) -> two float32 [], the loss, and what is summed along with it
-        and has no gradient; must not close over traced values.
+      branches: window_loss(fixed, step, shared, part) -> the loss, and what is summed along with it and has no
+        gradient; must not close over traced values.
       shared: pytree of floating arrays that every window reads; differentiated.
       parts: pytree of floating arrays [steps, ...] (or empty), a slice for each window; differentiated.
       fixed: pytree that every window reads; not differentiated.
       steps: pytree of arrays [steps, ...], a slice for each window; not differentiated.
       which: the branch of each window; None with a single branch.
-
-    Returns:
-      both sums; and each window's loss, float32 [steps]. Gradients flow through the sum of losses alone.
     """
 
-    def body(sums: Any, item: Any) -> tuple[Any, Array]:
+    def body(sums: Any, item: Any) -> tuple[Any, None]:
         part, step, index = item
         run = branches[0] if index is None else functools.partial(jax.lax.switch, index, branches)
-        values = run(fixed, step, shared, part)
-        return jax.tree.map(jnp.add, sums, values), values[0]
+        return jax.tree.map(jnp.add, sums, run(fixed, step, shared, part)), None
 
-    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))
+    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))[0]
 
 
 def _forward(branches, shared, parts, fixed, steps, which):
@@ -258,8 +243,8 @@ def _forward(branches, shared, parts, fixed, steps, which):
         return jax.lax.switch(item[2], choices, carry, item)
 
     body = choices[0] if which is None else chosen
-    (sums, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
-    return (sums, each), (rounded(total, shared), part_gradients)
+    (sums, total), part_gradients = jax.lax.scan(body, start, (parts, steps, which))
+    return sums, (rounded(total, shared), part_gradients)
 
 
 def _add_loss_and_gradient(branch, shared, fixed, carry, item):
@@ -267,11 +252,11 @@ def _add_loss_and_gradient(branch, shared, fixed, carry, item):
     (sums, total), (part, step, _) = carry, item
     loss, pull, aux = jax.vjp(functools.partial(branch, fixed, step), shared, part, has_aux=True)
     gradient, part_gradient = pull(jnp.ones_like(loss))
-    return (jax.tree.map(jnp.add, sums, (loss, aux)), add_wide(total, gradient)), (loss, part_gradient)
+    return (jax.tree.map(jnp.add, sums, (loss, aux)), add_wide(total, gradient)), part_gradient
 
 
 def _backward(branches, gradients, cotangents):
-    (slope, _), _ = cotangents
+    slope, _ = cotangents
     shared, parts = jax.tree.map(lambda array: (array.astype(jnp.float32) * slope).astype(array.dtype), gradients)
     return shared, parts, None, None, None
 
@@ -290,34 +275,16 @@ def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -
     return jnp.sort(jax.random.permutation(key, windows)[:count]).astype(jnp.int32)
 
 
-def window_weight(config: ModelConfig, length: int, windows: jax.Array | None) -> float:
-    """n / k, by which the sampled windows' losses count."""
-    return 1.0 if windows is None else num_windows(config, length) / windows.shape[0]
-
-
 @flax.struct.dataclass
 class WindowLoop:
-    """Windows that one loop goes through, as `sum_with_gradients` takes them.
+    """Windows that one loop goes through, as `sum_with_gradients` takes them."""
 
-    Attributes:
-      runs: the static shapes that its windows have, a branch for each.
-      count: windows of all devices together.
-      history: what its windows reach of it.
-      own: the windows' rows; None where devices share them.
-      indices: of the windows, int32 [steps], or of those that run together, [steps, g].
-      rows: what goes along with the tokens, such as labels, [steps, ...]; zeros where there is no window.
-      which: of `runs`, for each window; None with a single one.
-      places: where windows are split over devices, those of this device's among all `count`; else None.
-    """
-
-    runs: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
-    count: int = flax.struct.field(pytree_node=False)
-    history: History
-    own: Stream | None
-    indices: Array
-    rows: Any
-    which: Array | None = None
-    places: Array | None = None
+    runs: tuple[Segment, ...] = flax.struct.field(pytree_node=False)  # the static shapes they have, a branch for each
+    history: History  # what they reach of it
+    own: Stream | None  # their rows; None where devices share them
+    indices: Array  # int32 [steps], or of those that run together, [steps, g]
+    rows: Any  # what goes along with the tokens, such as labels, [steps, ...]; zeros where there is no window
+    which: Array | None = None  # of `runs`, for each window; None with a single one
 
     def on_device(self, split: SplitWindows | None, assigned: np.ndarray) -> "WindowLoop":
         """The loop over this device's windows, as `assign_windows` has dealt them out; itself where none split them."""
@@ -334,15 +301,7 @@ class WindowLoop:
 
         own, indices, which = jax.tree.map(taken, (self.own, self.indices, self.which))
         rows = jax.tree.map(masked, self.rows)
-        return self.replace(own=own, indices=indices, rows=rows, which=which, places=places)  # type: ignore[attr-defined]
-
-    def gathered(self, each: Float[Array, " steps"]) -> Float[Array, " count"]:
-        """Each window's loss at its place among those of all devices, zeros for others'."""
-        each = jax.lax.stop_gradient(each)
-        if self.places is None:
-            return each
-        at = jnp.where(self.places < 0, self.count, self.places)
-        return jnp.zeros(self.count, each.dtype).at[at].add(each, mode="drop")
+        return WindowLoop(self.runs, self.history, own, indices, rows, which)
 
 
 def window_loops(
@@ -358,7 +317,7 @@ def window_loops(
     if windows is None:
         for run, assigned in zip(runs, assign_runs(runs, parts)):
             own, indices = sequence.windows(config, run, run.overlap(config)), jnp.asarray(run.windows)
-            loop = WindowLoop((run,), run.count, sequence.reach(config, run), own, indices, run.rows(config, rows))
+            loop = WindowLoop((run,), sequence.reach(config, run), own, indices, run.rows(config, rows))
             yield loop.on_device(split.windows, assigned)
         return
     every = Segment(0, (0,) * sequence.count, 0, 0)  # of it only which windows it has is read
@@ -367,8 +326,8 @@ def window_loops(
     # Each takes the branch of the run that it lies in.
     firsts = jnp.asarray([run.first for run in runs[1:]], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
-    loop = WindowLoop(runs, windows.shape[0], sequence.history, own, windows, taken, which)
-    yield loop.on_device(split.windows, assign_windows(loop.count, parts, np.zeros(parts)))
+    loop = WindowLoop(runs, sequence.history, own, windows, taken, which)
+    yield loop.on_device(split.windows, assign_windows(windows.shape[0], parts, np.zeros(parts)))
 
 
 def pad_rows(array: Array, count: int) -> Array:

@@ -37,13 +37,12 @@ class Checkpoints:
     """The checkpoints of a working directory, for the one run that trains into it.
 
     Saving is asynchronous: a thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint
-    appear and deletes older ones, never before there are `keep` newer ones that this run has written or verified. The
-    thread reads a copy of the state on its devices, while training goes on; where memory may not suffice for a copy,
-    or with several processes, training waits for the reading. Leaving the context waits for the save under way.
+    appear and deletes older ones. It reads a copy of the state on its devices, while training goes on; where memory may
+    not suffice for a copy, or with several processes, training waits for the reading. Leaving the context waits for the
+    save under way.
 
     Args:
-      workdir: the working directory.
-      keep: how many of the latest are kept.
+      keep: how many of the latest, written or verified by this run, are kept.
       keep_best: how many of those with the lowest validation loss are kept besides.
       config_sha256: of the run's configuration, for the manifests.
       regular: updates between those that a rollback may end at, the last of which is always kept; 0 for none.
@@ -53,8 +52,7 @@ class Checkpoints:
         self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "", regular: int = 0
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
-        self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
-        self._regular = regular
+        self._keep, self._keep_best, self._config_sha256, self._regular = keep, keep_best, config_sha256, regular
         self._good: set[int] = set()  # written or verified by this run
         self._latest: int | None = None
         self._main = jax.process_index() == 0
@@ -110,8 +108,8 @@ class Checkpoints:
     def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
         """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
 
-        `state` has abstract (jax.ShapeDtypeStruct) leaves with shardings; with `regular`, for a rollback, only regular
-        checkpoints are considered: which those are does not depend on where a run was interrupted.
+        `state` has jax.ShapeDtypeStruct leaves with shardings. With `regular`, for a rollback, only regular checkpoints
+        are considered: which those are does not depend on where a run was interrupted.
         """
         self._wait()
         found = stored.newest_good(self._folder, set_aside=True, every=self._regular if regular else 0)
@@ -153,7 +151,7 @@ class Checkpoints:
                 self._plain = self._opened.enter_context(plain_path(self._folder))
             self._orbax.save(self._plain / draft.name / STATE, args=ocp.args.PyTreeSave(_fields(state)))
         except Exception as error:
-            raise _failure(draft, error) from error
+            raise DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})") from error
 
     def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
         """The part of a save that runs in the thread; `state` is given where it is still to be written."""
@@ -164,18 +162,18 @@ class Checkpoints:
             if self._main:
                 if fault := stored.misfit(draft, shapes, ("shape", "dtype")):
                     raise OSError(f"read back, {fault}")
-                step, version = int(draft.stem), tlinformer_jax.__version__
+                step, version, final = int(draft.stem), tlinformer_jax.__version__, draft.with_suffix("")
                 hashes = stored.hash_files(draft)
                 manifest = Manifest(step, hashes, version, self._config_sha256, after_skip=after_skip)
                 stored.write_manifest(draft, manifest)
-                if os.path.lexists(self._folder / str(step)):
-                    stored.set_aside_damaged(self._folder / str(step))
-                draft.rename(self._folder / str(step))
+                if os.path.lexists(final):
+                    stored.set_aside_damaged(final)
+                draft.rename(final)
                 sync_folder(self._folder)
                 self._good.add(step)
                 self._delete_unwanted()
         except Exception as error:
-            raise _failure(draft, error) from error
+            raise DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})") from error
 
     def _delete_unwanted(self) -> None:
         latest = sorted(self._good)[-self._keep :]
@@ -231,8 +229,3 @@ def _fields(state: TrainState) -> dict[str, Any]:
     """The state as the mapping in which it is saved, without fields that are None."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _failure(draft: pathlib.Path, error: Exception) -> DataError:
-    """The error of a save that has failed."""
-    return DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})")

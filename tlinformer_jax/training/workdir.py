@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tlinformer_jax.config.run import CONFIG_FILE, RunConfig, differences, load_config, save_config
@@ -27,8 +26,7 @@ from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_token
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import local_path, open_own, read_json, write_text
 from tlinformer_jax.interop.reference import layer_names
-from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import check_size, restore_params
+from tlinformer_jax.training.checkpoint import check_size, parameter_shapes, restore_params
 from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import Run
 
@@ -221,10 +219,7 @@ def _renamed(name: str, layers: Mapping[str, str]) -> str:
 
 
 def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the parameters."""
-    init = build_model(config.model).init
-    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return {name: leaf.shape for name, leaf in flatten_dict(params, sep="/").items()}
+    return {name: leaf.shape for name, leaf in flatten_dict(parameter_shapes(config.model), sep="/").items()}
 
 
 def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
