@@ -428,4 +428,3 @@ def test_the_traced_steps_are_never_the_first_and_always_within_the_run(first, l
     inside = events[events.index("start") + 1 : events.index("stop")] if "start" in events else []
     assert inside == traced
     assert events.count("start") == events.count("stop")
-    assert not any(Trace(None, first, last, throughput).is_due(step) for step in range(first + 1, last + 1))

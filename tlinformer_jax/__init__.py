@@ -21,7 +21,7 @@ _HOMES = {
     "TrainingView": "tlinformer_jax.training.callbacks",
     "WandB": "tlinformer_jax.training.wandb",
     "load_run": "tlinformer_jax.evaluation.trained",
-    "TrainedRun": "tlinformer_jax.evaluation.trained",
+    "TrainedRun": "tlinformer_jax.training.setup",
     "evaluate_run": "tlinformer_jax.evaluation.report",
     "text_perplexity": "tlinformer_jax.evaluation.text",
     "TextFigures": "tlinformer_jax.evaluation.text",

@@ -31,7 +31,6 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
@@ -41,6 +40,7 @@ from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observe
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_hits
+from tlinformer_jax.training.setup import TrainedRun
 
 SAMPLES = 64
 READERS = ("x", "z")

@@ -16,10 +16,10 @@ from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.experts import expert_load
-from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.files import finite, local_path, write_text
 from tlinformer_jax.training.console import advised, evaluation_advice
 from tlinformer_jax.training.evaluation import Answers, Evaluation, summary
+from tlinformer_jax.training.setup import TrainedRun
 
 Report = dict[str, Any]
 LONGEST = 2**31 - 1  # positions are int32

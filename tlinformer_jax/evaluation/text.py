@@ -10,8 +10,9 @@ from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_piece
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.evaluation.report import EvaluationOptions, Report, Source, describe, evaluate_source
-from tlinformer_jax.evaluation.trained import TrainedRun, load_run
+from tlinformer_jax.evaluation.trained import load_run
 from tlinformer_jax.files import finite
+from tlinformer_jax.training.setup import TrainedRun
 
 
 @dataclasses.dataclass(frozen=True)

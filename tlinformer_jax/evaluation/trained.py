@@ -1,8 +1,7 @@
-"""A run together with the parameters that it has trained."""
+"""A run of a working directory, with the parameters that it has trained."""
 
 import dataclasses
 import pathlib
-from typing import Any
 
 from tlinformer_jax.config.run import load_config
 from tlinformer_jax.data.given import TokenData, given_loader
@@ -11,16 +10,7 @@ from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.files import local_path
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.checkpoint import check_size, restore_params
-from tlinformer_jax.training.setup import LoadSplit, Run, build_run
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedRun:
-    """A run with its model's parameters, on its mesh, after `step` updates: `evaluate_run` and the like take it."""
-
-    run: Run
-    params: Any
-    step: int
+from tlinformer_jax.training.setup import LoadSplit, TrainedRun, build_run
 
 
 def load_run(

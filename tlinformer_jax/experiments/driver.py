@@ -16,14 +16,14 @@ from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.decoding.cache import cache_bytes_at
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
 from tlinformer_jax.files import write_text
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.training.console import clock, memory_advice, peak_bytes, say
-from tlinformer_jax.training.loop import Trained, train_run
+from tlinformer_jax.training.loop import train_run
 from tlinformer_jax.training.metrics import METRICS_FILE
+from tlinformer_jax.training.setup import TrainedRun
 from tlinformer_jax.training.workdir import sole_run
 
 ATTEMPTS_FILE = "attempts.json"
@@ -57,7 +57,7 @@ def run_job(
         write_result(job.workdir / RESULT_FILE, result)
         for name in job.actions:
             started = time.perf_counter()
-            result["then"][name] = run_action(name, TrainedRun(trained.run, trained.params, trained.step))
+            result["then"][name] = run_action(name, trained)
             write_result(job.workdir / RESULT_FILE, result)
             say(f"{name}: done  ({clock(time.perf_counter() - started)})")
         return result
@@ -86,7 +86,7 @@ class Outcome:
     peak: int | None = None
 
 
-def outcome_of(job: Job, trained: Trained, peak: int | None) -> Outcome:
+def outcome_of(job: Job, trained: TrainedRun, peak: int | None) -> Outcome:
     """The outcome of a run, from its result and what it has logged."""
     lines = (job.workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
@@ -102,7 +102,7 @@ def outcome_of(job: Job, trained: Trained, peak: int | None) -> Outcome:
         evaluations = [each for each in evaluations if each[0] != trained.step] + [(trained.step, trained.figures)]
     attempts = read_attempts(job.workdir)
     return Outcome(
-        TrainedRun(trained.run, trained.params, trained.step),
+        trained,
         evaluations,
         attempts["seconds"],
         {name: median(events, f"train/{name}") for name in ("tokens_per_second", "mfu")},

@@ -46,13 +46,9 @@ class DivergedError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingView:
-    """What a callback sees of a training, after an update.
+    """What a callback sees of a training, after update `step` of `last_step`.
 
     Attributes:
-      config: of the run.
-      workdir: its directory.
-      step: updates done.
-      last_step: updates of the whole run.
       state: parameters, optimiser and the rest. The next update reuses their memory: copy what you keep.
       outputs: of the update, as `train_step` returns them, on the devices.
       evaluation: figures of the latest evaluation, as `evaluation.summary` names them, and its `step`; else empty.
@@ -80,13 +76,9 @@ class TrainingView:
 
 
 class Callback:
-    """Something that is done after updates; a subclass says what, in `__call__`.
+    """Something that is done after updates; a subclass says what, in `__call__`."""
 
-    Attributes:
-      every: so many updates, counted from the run's first, or a time such as '10min', '30s' or '1.5h'; 0 for never.
-    """
-
-    every: int | str
+    every: int | str  # so many updates, counted from the run's first, or a time such as '10min' or '1.5h'; 0 for never
 
     def __call__(self, view: TrainingView) -> bool | None:
         """Does it; the run ends after this update if the result is `True`."""
@@ -194,17 +186,12 @@ class Session:
     throughput: Throughput
     stop: StopRequest
 
-    @property
-    def last_step(self) -> int:
-        """Updates of the whole run."""
-        return self.run.horizon.steps
-
     def check_finite(self, view: TrainingView) -> None:
         """Ends a run of which more than train.max_skipped_updates in a row were skipped, naming the update."""
         if int(view.state.skips.in_a_row) > self.run.config.train.max_skipped_updates:
-            text, done = describe_divergence(self.run, view.state, self.reader.batches), int(view.state.skips.rollbacks)
+            done = int(view.state.skips.rollbacks)
             again = f", after {done} rollbacks" if done else ""
-            raise DivergedError(f"{text}{again}")
+            raise DivergedError(f"{describe_divergence(self.run, view.state, self.reader.batches)}{again}")
 
 
 @dataclasses.dataclass
@@ -219,9 +206,8 @@ class Log(Callback):
     others: tuple[Callback, ...]
 
     def is_due(self, step: int) -> bool:
-        if step in (1, self.session.last_step) or super().is_due(step) or self.session.reader.ended() is not None:
-            return True
-        return any(other.is_due(step) for other in self.others)
+        ends = step in (1, self.session.run.horizon.steps) or self.session.reader.ended() is not None
+        return ends or super().is_due(step) or any(other.is_due(step) for other in self.others)
 
     def __call__(self, view: TrainingView) -> None:
         jax.block_until_ready(view.outputs)
@@ -244,7 +230,7 @@ class Save(Callback):
         self.timer = Timer(seconds(self.every))
 
     def is_due(self, step: int) -> bool:
-        return super().is_due(step) and step != self.session.last_step
+        return super().is_due(step) and step != self.session.run.horizon.steps
 
     def __call__(self, view: TrainingView) -> None:
         if view.step != view.last_step:  # then `finish` does
@@ -263,10 +249,7 @@ class Evaluate(Callback):
     """Evaluates on the validation split, after each epoch where `every` is 'epoch', and always at the end.
 
     The checkpoint's manifest gets the loss; a state that is among the best is saved for it. Ends a run that is accurate
-    enough (train.stop_at_accuracy).
-
-    Attributes:
-      figures: of the latest evaluation, with its `step`; empty before.
+    enough (train.stop_at_accuracy). `figures` are those of the latest evaluation, with its `step`; empty before.
     """
 
     every: int | str
@@ -275,7 +258,7 @@ class Evaluate(Callback):
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def is_due(self, step: int) -> bool:
-        if step == self.session.last_step:
+        if step == self.session.run.horizon.steps:
             return False
         if self.every != EPOCH:
             return super().is_due(step)
@@ -306,24 +289,20 @@ class Evaluate(Callback):
 
 
 class Trace(Callback):
-    """Traces TRACED updates for xprof, WARMUP updates after the first one, or earlier where the run is shorter.
+    """Traces TRACED of the updates after `first` for xprof, WARMUP later, or earlier where the run is shorter.
 
-    Args:
-      folder: receives the trace; None traces nothing.
-      first: updates done before.
-      last: the run's last update.
-      throughput: the time of a trace does not count as training.
+    The time of a trace does not count as training.
     """
 
     every = 0
 
-    def __init__(self, folder: pathlib.Path | None, first: int, last: int, throughput: Throughput) -> None:
+    def __init__(self, folder: pathlib.Path, first: int, last: int, throughput: Throughput) -> None:
         self._folder, self._throughput = folder, throughput
         self._begin = first + 1 + max(0, min(WARMUP, last - first - 1 - TRACED))
         self._end = min(last, self._begin + TRACED)
 
     def is_due(self, step: int) -> bool:
-        return self._folder is not None and self._begin < self._end and step in (self._begin, self._end)
+        return self._begin < self._end and step in (self._begin, self._end)
 
     def __call__(self, view: TrainingView) -> None:
         jax.block_until_ready(view.outputs)

@@ -2,37 +2,26 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.sources import find_split
-from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.training.console import length_lines, model_line, split_line
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
 from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
-from tlinformer_jax.training.step import jit_train_step
 
 
-@dataclasses.dataclass(frozen=True)
-class StateBytes:
-    """Memory of the train state in bytes, on the device that holds most.
-
-    The gradients are in the parameters' dtype; with accumulation their float32 sum is counted too.
-    """
+class StateBytes(NamedTuple):
+    """Memory of the train state in bytes, on the device that holds most."""
 
     parameters: int
-    gradients: int
+    gradients: int  # in the parameters' dtype; with accumulation, and their float32 sum
     optimizer: int
-
-    @property
-    def total(self) -> int:
-        """Of all three."""
-        return self.parameters + self.gradients + self.optimizer
 
 
 def check_run(config: RunConfig, compile_step: bool = False) -> str:
@@ -46,13 +35,20 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
     for name, split in splits.items():
         if split is not None:
             run.checked(name, split)
-    horizon = _horizon(config, splits["train"])
-    lines = [model_line(run), _memory_line(run, compile_step), *length_lines(run, horizon, splits["train"])]
+    horizon = None  # where only the tokens can tell
+    if splits["train"] is not None:
+        horizon = run_horizon(config.train, training_batches(config, splits["train"]))
+    elif config.train.steps:
+        horizon = Horizon(config.train.steps, config.train.steps)
+    state = state_bytes(run)
+    parameters, gradients, optimizer, total = map(size_text, (*state, sum(state)))
+    memory = f"memory by device: parameters {parameters}, gradients {gradients}, optimizer state {optimizer}"
+    memory += f"; together {total}{'' if compile_step else ' + activations'}"
+    lines = [model_line(run), memory, *length_lines(run, horizon, splits["train"])]
     lines += [split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
     if compile_step:
-        total, temporary = step_bytes(dataclasses.replace(run, horizon=horizon or PENDING))
-        rest = f"{size_text(temporary)} are activations, gradients and the like"
-        lines.append(f"compiled step by device: {size_text(total)}, of which {rest}")
+        both = map(size_text, step_bytes(dataclasses.replace(run, horizon=horizon or PENDING)))
+        lines.append("compiled step by device: {}, of which {} are activations, gradients and the like".format(*both))
     return "\n".join(lines)
 
 
@@ -79,31 +75,14 @@ def compiled_step(run: Run) -> jax.stages.Compiled:
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
         for name, dtype in (("inputs", jnp.int32), ("labels", jnp.int32), ("weights", jnp.float32))
     }
-    state, shardings = run.abstract_state, run.shardings  # first: under the mesh, even a key is made on its devices
+    state, step = run.abstract_state, run.train_step()  # first: under the mesh, even a key is made on its devices
     with jax.set_mesh(run.mesh):
-        step = jit_train_step(
-            shardings, sharding, model=run.model, config=run.config.train, horizon=run.horizon, answers=run.answers
-        )
         return step.lower(state, batch).compile()
 
 
 def _device_bytes(tree: Any, itemsize: int | None = None) -> int:
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize) for leaf in leaves)
-
-
-def _horizon(config: RunConfig, train: Split | None) -> Horizon | None:
-    """How long the run is; None where only the tokens can tell."""
-    if train is not None:
-        return run_horizon(config.train, training_batches(config, train))
-    return Horizon(config.train.steps, config.train.steps) if config.train.steps else None
-
-
-def _memory_line(run: Run, compile_step: bool) -> str:
-    state = state_bytes(run)
-    parts = {"parameters": state.parameters, "gradients": state.gradients, "optimizer state": state.optimizer}
-    line = f"memory by device: {', '.join(f'{name} {size_text(size)}' for name, size in parts.items())}"
-    return f"{line}; together {size_text(state.total)}{'' if compile_step else ' + activations'}"
 
 
 def size_text(count: int) -> str:

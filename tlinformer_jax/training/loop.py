@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.files import local_path
 from tlinformer_jax.models.windows import trained_tokens
-from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
+from tlinformer_jax.parallel.sharding import process_rows, put_batch
 from tlinformer_jax.training import console
 from tlinformer_jax.training import workdir as directory
 from tlinformer_jax.training.callbacks import (
@@ -42,29 +41,17 @@ from tlinformer_jax.training.setup import (
     PENDING,
     LoadSplit,
     Run,
+    TrainedRun,
     build_run,
     flops_per_token,
     given_data,
     training_batches,
     use_compilation_cache,
 )
-from tlinformer_jax.training.step import TrainState, jit_train_step
+from tlinformer_jax.training.step import TrainState
 from tlinformer_jax.training.stopping import StopRequest
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The result of a training: its fixed parts, and the parameters after its last step.
-
-    The figures are the last evaluation's, as `evaluation.summary` names them; None if the run was stopped before.
-    """
-
-    run: Run
-    params: Any
-    figures: dict[str, float] | None
-    step: int
 
 
 def train_and_evaluate(
@@ -114,7 +101,7 @@ def train_run(
     train_data: TokenData | None = None,
     validation_data: TokenData | None = None,
     callbacks: GivenCallbacks = (),
-) -> Trained:
+) -> TrainedRun:
     """What `train_and_evaluate` does, which says what the arguments are; returns more of what came of it."""
     # ---- Everything is checked before anything is written
     config = config if isinstance(config, RunConfig) else run_config(config)
@@ -152,8 +139,8 @@ def train_run(
         save = Save(train.checkpoint_every, session)
         evaluate = Evaluate(train.eval_every, session, save)
         logging = Log(train.log_every, session, (save, evaluate))
-        tracing = Trace(trace, first, last, session.throughput)
-        schedule = Schedule([logging, tracing, save, evaluate, *asked])
+        tracing = [Trace(trace, first, last, session.throughput)] if trace else []
+        schedule = Schedule([logging, *tracing, save, evaluate, *asked])
         view = TrainingView(config, workdir, first, last, state)
         if evaluated or not evaluate.is_due(first) or not evaluate(view):
             view = train_steps(session, view, schedule, evaluate)
@@ -165,7 +152,7 @@ def train_run(
         console.describe_end_of_run(run, workdir, figures, goal)
     else:
         console.say(f"stopped after step {view.step}, as asked; the same command goes on from there")
-    return Trained(run, view.params, figures if finished else None, view.step)
+    return TrainedRun(run, view.params, view.step, figures if finished else None)
 
 
 def prepare(
@@ -205,20 +192,12 @@ def first_state(
 
 
 def train_steps(session: Session, view: TrainingView, schedule: Schedule, evaluate: Evaluate) -> TrainingView:
-    """Makes the updates after `view`: all that are left, or those until a stop is asked for or a callback ends the run.
+    """The updates after `view`, up to the last or until a stop is asked for or a callback ends the run.
 
     After each of them the callbacks that are due are called.
     """
     run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
-    update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]] = jit_train_step(
-        run.shardings,
-        batch_sharding(run.mesh),
-        model=run.model,
-        config=config.train,
-        horizon=run.horizon,
-        answers=run.answers,
-        stages=config.data.stages,
-    )
+    update = run.train_step()
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
     first, state = view.step, view.state
     throughput.restart()
@@ -264,25 +243,23 @@ def roll_back(session: Session, view: TrainingView, error: DivergedError) -> Tra
     Raises:
       DivergedError: of the same text, after train.max_rollbacks of them; or where no such checkpoint is left.
     """
-    run, state = session.run, view.state
+    run, state, train = session.run, view.state, view.config.train
     done = int(state.skips.rollbacks)
-    if done >= run.config.train.max_rollbacks:
+    if done >= train.max_rollbacks:
         raise DivergedError(f"{error}; lower train.learning_rate") from None
     for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
         leaf.delete()  # a device may not hold two of them
     restored = session.checkpoints.restore(run.abstract_state, regular=True)
     if restored is None:
-        every = run.config.train.checkpoint_every
-        raise DivergedError(
-            f"{error}; no checkpoint at a multiple of train.checkpoint_every = {every} is left"
-        ) from None
+        left = f"no checkpoint at a multiple of train.checkpoint_every = {train.checkpoint_every} is left"
+        raise DivergedError(f"{error}; {left}") from None
     older = restored[0]
     console.say(f"{error}; going on from the parameters of step {int(older.step)}, with the batches after {view.step}")
     skipped = view.step - int(older.step) + int(older.skips.total)
-    values = {"in_a_row": 0, "total": skipped, "rollbacks": done + 1}
     # With the layout that they had, or the next step would be compiled anew.
-    place = functools.partial(jax.device_put, device=state.step.sharding)
-    skips = dataclasses.replace(state.skips, **{name: place(jnp.int32(value)) for name, value in values.items()})
+    in_a_row, total, rollbacks, step = (
+        jax.device_put(jnp.int32(value), state.step.sharding) for value in (0, skipped, done + 1, view.step)
+    )
+    skips = dataclasses.replace(state.skips, in_a_row=in_a_row, total=total, rollbacks=rollbacks)
     # Which stages of a curriculum have ended stays decided: the batches so far were theirs.
-    step, competence = place(jnp.int32(view.step)), state.competence
-    return dataclasses.replace(older, step=step, skips=skips, competence=competence)
+    return dataclasses.replace(older, step=step, skips=skips, competence=state.competence)

@@ -48,21 +48,13 @@ def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
 def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTransformation:
     """The optimiser that the configuration names, after clipping by the global norm."""
     optimizer = OPTIMIZERS[config.optimizer](config, learning_rate_schedule(config, horizon))
-    if config.clip_norm == 0:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
 
 
 def adamw(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay."""
-    return optax.adamw(
-        schedule,
-        b1=BETA1,
-        b2=BETA2,
-        eps=EPSILON,
-        weight_decay=config.weight_decay,
-        mask=lambda params: decay_mask(config, params),
-    )
+    mask = functools.partial(decay_mask, config)
+    return optax.adamw(schedule, BETA1, BETA2, EPSILON, weight_decay=config.weight_decay, mask=mask)
 
 
 def muon(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -83,10 +75,7 @@ def muon(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransfo
 
 
 # Name -> optimiser; `train.optimizer` takes the names in `config.run.OPTIMIZERS`.
-OPTIMIZERS: dict[str, Callable[[TrainConfig, optax.Schedule], optax.GradientTransformation]] = {
-    "adamw": adamw,
-    "muon": muon,
-}
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:

@@ -44,7 +44,7 @@ from tlinformer_jax.parallel.sharding import (
 )
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split, jit_eval_step
 from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import TrainState, init_state
+from tlinformer_jax.training.step import TrainState, init_state, jit_train_step
 
 # Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
@@ -114,6 +114,18 @@ class Run:
         parts = ways(self.mesh, EVALUATION_AXES)
         return -(-min(batch_size, 1 << (samples - 1).bit_length()) // parts) * parts
 
+    def train_step(self) -> Any:
+        """The jitted train step, to be called under `jax.set_mesh`, with its state's memory reused."""
+        return jit_train_step(
+            self.shardings,
+            batch_sharding(self.mesh),
+            model=self.model,
+            config=self.config.train,
+            horizon=self.horizon,
+            answers=self.answers,
+            stages=self.config.data.stages,
+        )
+
     @functools.cached_property
     def eval_step(self) -> Any:
         """The jitted evaluation step."""
@@ -154,6 +166,16 @@ class Run:
         model = self.config.model
         windows = model.generation_window, model.observed_rows, model.window_overlap
         return answer_batches(stream, length, batch_size, rows, *windows)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run with its model's parameters, on its mesh, after `step` updates: `evaluate_run` and the like take it."""
+
+    run: Run
+    params: Any
+    step: int
+    figures: dict[str, float] | None = None  # of the last evaluation of a training, if that was not stopped before
 
 
 def build_run(

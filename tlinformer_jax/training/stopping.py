@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from tlinformer_jax.environment import INTERRUPTED
 
+SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 T = TypeVar("T")
 
 
@@ -22,19 +23,16 @@ class Stopped(Exception):
 class StopRequest:
     """Notices SIGTERM, SIGHUP and SIGINT while used as a context manager; a second SIGINT ends the process at once.
 
-    An ignored SIGHUP, as under nohup, stays ignored. Python runs handlers between two of its own instructions only, so
-    not during a compilation; a thread therefore listens too, answers the user, and acts on the second SIGINT.
+    An ignored SIGHUP, as under nohup, stays ignored. Python runs no handler during a compilation; a thread therefore
+    listens too, answers the user, and acts on the second SIGINT. Outside the main thread Python takes no signals.
 
     Where `jax.distributed` is initialised, SIGTERM belongs to JAX, which tells the other processes; all stop at the
-    same call of `poll`, and must make the same calls. Other signals are passed on as SIGTERM. Outside the main thread,
-    where Python takes no signals, only what JAX notices counts.
+    same call of `poll`, and must make the same calls. Other signals are passed on as SIGTERM.
     """
 
     def __init__(self) -> None:
-        self._noticed = False
-        self._together = jax.distributed.is_initialized()
-        self._polls = 0
-        self._interrupts = 0
+        self._noticed, self._together = False, jax.distributed.is_initialized()
+        self._polls = self._interrupts = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -45,12 +43,10 @@ class StopRequest:
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
-        numbers = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-        if self._together:
-            numbers.discard(signal.SIGTERM)
+        others = {signal.SIGTERM} if self._together else set()
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            numbers.discard(signal.SIGHUP)
-        for number in numbers:
+            others.add(signal.SIGHUP)
+        for number in SIGNALS - others:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -91,7 +87,7 @@ class StopRequest:
                 self._answer(number)
 
     def _answer(self, number: int) -> None:
-        if number not in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if number not in SIGNALS:
             return
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:

@@ -1,9 +1,8 @@
 """A run's working directory: its lock, whether it holds this run, what is written into it, and where it started from.
 
 A run started by `--init_from=WORKDIR` takes another run's parameters; optimiser and step are those of a new run. The
-other run may have another architecture of equal layers: they are counted through all blocks, from the first. Its
-directory remembers the other one and saves step 0 at once: the other directory is needed no more, and the same command,
-with or without the flag, goes on.
+other run may have another architecture of equal layers: they are counted through all blocks. Step 0 is saved at once,
+so that the other directory is needed no more, and the same command, with or without the flag, goes on.
 """
 
 import contextlib
@@ -42,13 +41,11 @@ SHAPES = (
 NEUTRAL = "shift"
 # A directory that holds a run with other values here is not continued; nor one with another tokenizer, compared by
 # content, or where only one of the two has the paper's schedule, whose batches are others.
+WINDOWS = ("history_window", "generation_window", "history_position", "window_overlap")
 IDENTITY = (
-    *(f"model.{name}" for name in SHAPES),
-    *(f"model.{name}" for name in ("history_window", "generation_window", "history_position", "window_overlap")),
-    *(f"model.{name}" for name in ("experts_per_token", "dropout", "param_dtype")),
-    *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
-    *(f"data.{name}" for name in ("examples", "num_items", "questions")),
-    *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema")),
+    *(f"model.{name}" for name in (*SHAPES, *WINDOWS, "experts_per_token", "dropout", "param_dtype")),
+    *(f"data.{name}" for name in ["dataset", "sequence_length", "curriculum", "examples", "num_items", "questions"]),
+    *(f"train.{name}" for name in ["batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema"]),
 )
 
 
@@ -59,21 +56,19 @@ IDENTITY = (
 def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Holds the lock of the working directory; process 0 does so for all processes of a run.
 
-    The system releases it when the process ends, however that happens. The file `name` says which process and host
-    hold it; it stays, but only the lock on it counts, so the file of a killed run is no obstacle.
+    The system releases it when the process ends, however that happens. The file `name`, which says who holds it, stays:
+    only the lock on it counts.
     """
     if jax.process_index() != 0:
         yield
         return
     with contextlib.ExitStack() as stack:
-        try:
+        with _writing(workdir, name):
             file = stack.enter_context(open_own(workdir / name, "a+"))
             _lock(file, workdir)
             # Past the file's buffer, which would raise once more when it is closed.
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on host {platform.node()}\n".encode())
-        except OSError as error:
-            raise DataError(f"workdir {workdir}: {name} cannot be written ({error.strerror})") from None
         yield
 
 
@@ -148,13 +143,20 @@ def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
 
 def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
     """Writes configuration, hashes of the texts and, where there is none yet, the tokenizer into the directory."""
-    try:
+    with _writing(workdir, "its configuration"):
         if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
             save_tokenizer(run.tokenizer, workdir)
         write_text(workdir / TEXTS_FILE, json.dumps(_text_hashes(splits), indent=1) + "\n")
         save_config(run.config, workdir)
+
+
+@contextlib.contextmanager
+def _writing(workdir: pathlib.Path, what: str) -> Iterator[None]:
+    """Names what cannot be written into a working directory."""
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"workdir {workdir}: its configuration cannot be written ({error.strerror})") from None
+        raise DataError(f"workdir {workdir}: {what} cannot be written ({error.strerror})") from None
 
 
 # ---- Where it started from
@@ -170,20 +172,18 @@ class Origin:
 
 def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.Path | None) -> Origin | None:
     """The origin that a working directory remembers, or that --init_from asks for; None for random parameters."""
-    there, begun = _remembered_origin(workdir), (workdir / CONFIG_FILE).exists()
-    origin = there
+    origin, begun = _remembered_origin(workdir), (workdir / CONFIG_FILE).exists()
     if asked is not None:
-        wanted = Origin(local_path(asked, "init_from"))
-        allowed = None
-        if wanted.workdir == workdir.absolute():
+        wanted, allowed = local_path(asked, "init_from"), None
+        if wanted == workdir.absolute():
             allowed = "must be another directory than workdir"
-        elif there is not None and there.workdir != wanted.workdir:
-            allowed = f"must be {there.workdir}, from which the run in {workdir} started"
-        elif there is None and begun:
+        elif origin is not None and origin.workdir != wanted:
+            allowed = f"must be {origin.workdir}, from which the run in {workdir} started"
+        elif origin is None and begun:
             allowed = f"needs a new workdir; {workdir} holds a run that began from scratch"
         if allowed:
             raise ConfigError("init_from", str(asked), allowed)
-        origin = there or wanted
+        origin = origin or Origin(wanted)
     if origin is not None and not begun:
         check_origin(origin, config)
     return origin
@@ -223,10 +223,7 @@ def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 
 def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
-    """The parameters that a run starts from, in its own dtype and shardings, and the step they are of.
-
-    What the origin lacks is as in `fresh`, the parameters of a run without one.
-    """
+    """The step and the parameters that a run starts from, in its dtype and shardings; what is not there is `fresh`."""
     name = load_tokenizer(origin.workdir).name
     if name != run.tokenizer.name:
         say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
@@ -249,10 +246,8 @@ def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
 
 def remember_origin(origin: Origin, workdir: pathlib.Path) -> None:
     """Writes the origin into the working directory."""
-    try:
+    with _writing(workdir, ORIGIN_FILE):
         write_text(workdir / ORIGIN_FILE, json.dumps({"workdir": str(origin.workdir), "step": origin.step}) + "\n")
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: {ORIGIN_FILE} cannot be written ({error.strerror})") from None
 
 
 def _remembered_origin(workdir: pathlib.Path) -> Origin | None:
