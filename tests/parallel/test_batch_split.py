@@ -1,4 +1,4 @@
-"""Training over every axis of the mesh: loss, windows' losses and gradients are those of one device."""
+"""Training over every axis of the mesh: loss and gradients are those of one device."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.flops import attention_by_device
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces

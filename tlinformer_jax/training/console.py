@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tlinformer_jax.analysis.flops import active_parameters, attention_by_device
+from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.run import RunConfig
@@ -97,9 +97,6 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     say(f"checkpoints: {f'every {every}{unit}, ' if every else ''}at the end")
     for line in (*length_lines(run, run.horizon, train), *(split_line(*item, length) for item in splits.items())):
         say(line)
-    if (parts := run.mesh.shape["window"]) > 1:
-        loads = attention_by_device(model, length, parts)
-        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
     if config.data.dataset != "pydoc" or not is_of_bytes(run):
         return None
     assert not isinstance(train, TaskSplit)
