@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -59,8 +59,7 @@ class EvaluationOptions:
                 raise ConfigError(f"evaluation.{name}", value, f"must be an integer from 1 to {LONGEST}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """The tokens that are evaluated."""
 
     name: str  # in messages
@@ -93,10 +92,6 @@ def evaluate_run(
       `training.evaluation.summary`); if asked for, by_position, by_window_position, and by_length, a list with the same
       for each length. Of a mixture of experts also expert_load, by layer. Of a task also answers (`Answers.counts`) and
       accuracy_by_position.
-
-    Raises:
-      ConfigError: for a length that leaves no whole sample.
-      OutOfMemoryError: if a device's memory does not suffice.
     """
     if stream is None:
         stream = trained.run.split(split, None if options.length is None else 1)
@@ -125,8 +120,7 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
             assert not isinstance(source.stream, TaskSplit)  # which has samples of any length
             most = len(source.stream.tokens) - 1
             raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what {source.name} can fill")
-    length = options.length or trained.run.config.data.sequence_length
-    every = source.whole or options.length is not None
+    length, every = options.length or trained.run.config.data.sequence_length, source.whole or bool(options.length)
     report = _at_length(trained, source, length, every, options)
     if (load := expert_load(trained.run, trained.params, source.stream)) is not None:
         report["expert_load"] = np.round(load, DIGITS).tolist()
@@ -230,10 +224,8 @@ def lines(report: Report) -> list[str]:
     text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
     text += [f"  {LABELS[name]:26} {_number(value)}" for name, value in report["figures"].items()]
     for layer, shares in enumerate(report.get("expert_load", ())):
-        name = f"experts of layer {layer}"
-        text.append(
-            f"  {name:26} {min(shares):.1%} to {max(shares):.1%} of the rows each (even: {1 / len(shares):.1%})"
-        )
+        spread = f"{min(shares):.1%} to {max(shares):.1%} of the rows each (even: {1 / len(shares):.1%})"
+        text.append(f"  {f'experts of layer {layer}':26} {spread}")
     if "by_position" in report:
         whole, window = report["by_position"], report["by_window_position"]
         text += _table(("position", "tokens", "loss"), _rows(whole["edges"], whole["loss"], whole["tokens"]))
@@ -243,13 +235,10 @@ def lines(report: Report) -> list[str]:
         text += _table(heads, [(row[0][0], *(place[2] for place in row)) for row in zip(*curves)])
     if "by_length" in report:
         columns = ("loss", *(TASK_COLUMNS if "answers" in report else TEXT_COLUMNS))
-        sizes = ("length", "batch_size", "tokens")
-        rows = [
-            (*(f"{part[name]:,}" for name in sizes), *(_number(part["figures"].get(name)) for name in columns))
-            for part in report["by_length"]
-        ]
+        sizes = [[f"{part[name]:,}" for name in ("length", "batch_size", "tokens")] for part in report["by_length"]]
+        values = [[_number(part["figures"].get(name)) for name in columns] for part in report["by_length"]]
         heads = ("length", "sequences at a time", "tokens", *(name.replace("_", " ") for name in columns))
-        text += _table(heads, rows)
+        text += _table(heads, [(*size, *figures) for size, figures in zip(sizes, values)])
     return text
 
 

@@ -19,8 +19,7 @@ from tlinformer_jax.training.setup import TrainedRun
 class TextFigures:
     """A model's figures of a text: loss in nats per token, its exponential, exp(nats / words), nats / ln 2 / bytes.
 
-    All tokens are predicted, the first one from an end-of-text. Words are what stands between white space; without any,
-    perplexity_per_word is None.
+    All tokens are predicted, the first one from an end-of-text. Words are what stands between white space.
     """
 
     tokens: int
@@ -49,13 +48,10 @@ def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: 
     figures, counted = report["figures"], tokens.counted
     assert isinstance(counted, TokenStream)
     return TextFigures(
-        tokens=report["tokens"],
-        words=counted.num_words or 0,
-        bytes=counted.num_bytes,
-        loss=figures["loss"],
-        perplexity=figures["perplexity"],
-        perplexity_per_word=figures["perplexity_per_word"] if counted.num_words else None,
-        bits_per_byte=figures["bits_per_byte"],
+        report["tokens"],
+        counted.num_words or 0,
+        counted.num_bytes,
+        *map(figures.get, ("loss", "perplexity", "perplexity_per_word", "bits_per_byte")),
     )
 
 

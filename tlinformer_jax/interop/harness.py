@@ -59,7 +59,7 @@ class HarnessModel(TemplateLM):
     ) -> None:
         """Loads the newest good checkpoint, or that of `step`; `others` is what lm-eval hands to every model.
 
-        A sample has `max_length` tokens (None: as in training), a continuation `max_gen_toks` where a task does not say.
+        A sample has `max_length` tokens (None: as in training), a continuation `max_gen_toks` unless a task says.
         """
         super().__init__()
         trained = load_run(workdir, step)

@@ -31,10 +31,8 @@ EVALUATION_AXES = (*BATCH_AXES, "window", "context")
 # feed-forward's features; `expert` splits experts. Over the other axes parameters are copies.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec(None, "fsdp")),
-    (r"qkv_kernel$", PartitionSpec("fsdp", None, "tensor")),
-    (r"qkvg_kernel$", PartitionSpec("fsdp", None, "tensor")),
+    (r"(qkv|qkvg|rates)_kernel$", PartitionSpec("fsdp", None, "tensor")),
     (r"conv_kernel$", PartitionSpec(None, None, "tensor")),
-    (r"rates_kernel$", PartitionSpec("fsdp", None, "tensor")),
     (r"(A_log|dt_bias)$", PartitionSpec("tensor")),
     (r"qkv_bias$", PartitionSpec(None, "tensor")),
     (r"out_kernel$", PartitionSpec("tensor", None, "fsdp")),
@@ -65,16 +63,15 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
 def connect(mesh: Mesh) -> None:
     """Lets the processes of a mesh connect, group of devices by group; every process calls it.
 
-    On CPUs a group connects when a program first needs it. Of two groups that need not wait for each other, one process
-    may begin with the one and another process with the other, and then both wait in vain.
+    On CPUs a group connects when a program first needs it. Of two groups one process may begin with the one and another
+    process with the other, and then both wait in vain.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
     axes = [name for name, size in mesh.shape.items() if size > 1]
     for count in range(1, len(axes) + 1):
         for names in itertools.combinations(axes, count):
-            add = functools.partial(jax.lax.psum, axis_name=names)
-            whole = PartitionSpec()
+            add, whole = functools.partial(jax.lax.psum, axis_name=names), PartitionSpec()
             everywhere = jax.shard_map(add, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
             jax.block_until_ready(jax.jit(everywhere)(np.float32(1)))
 
@@ -199,8 +196,7 @@ class SplitRows:
 
     Row r lies on device r mod parts, at place r div parts: whatever length a history has, all devices hold equally much
     of it, and what is appended lies at the end everywhere. Attention does not ask for the order of keys, so each device
-    attends to its own rows and the results are merged by their log-sum-exps. What devices tell each other grows with
-    the rows that read, never with those that are read.
+    attends to its own rows and the results are merged by their log-sum-exps.
     """
 
     axis: str
@@ -215,10 +211,7 @@ class SplitRows:
         return (start + jnp.arange(count, dtype=jnp.int32)) * self.parts + self.index()
 
     def take(self, rows: jax.Array, axis: int = 1) -> jax.Array:
-        """This device's [batch, length / parts, ...] of an array [batch, length, ...] that every device holds whole.
-
-        The rows may lie along another `axis`; their number is a multiple of `parts`.
-        """
+        """This device's rows of an array that every device holds whole; their number is a multiple of `parts`."""
         shape = rows.shape[:axis], rows.shape[axis + 1 :]
         parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
         return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
@@ -249,17 +242,14 @@ class SequenceSplit:
 
     @property
     def window_parts(self) -> int:
-        """Devices that windows are split over."""
         return self.windows.parts if self.windows else 1
 
     @property
     def row_parts(self) -> int:
-        """Devices that rows are split over."""
         return self.rows.parts if self.rows else 1
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Of the mesh, that split sequences."""
         return tuple(split.axis for split in (self.windows, self.rows) if split)
 
 
@@ -279,7 +269,6 @@ class BatchSplit:
 
     @classmethod
     def of(cls, mesh: AbstractMesh) -> "BatchSplit":
-        """That over a mesh."""
         sizes = dict(mesh.shape)
         manual = tuple(name for name, size in sizes.items() if name not in PARTITIONED or size == 1)
         if all(sizes[name] == 1 for name in manual):
@@ -296,12 +285,12 @@ class BatchSplit:
         return jax.lax.axis_index(self.batch) if self.batch else 0
 
     def psum(self, values: Any) -> Any:
-        """The sums over the parts of the batch and of its sequences, of a pytree of each device's values."""
+        """The sums of each device's values over the parts of the batch and of its sequences."""
         axes = (*self.batch, *self.sequence.axes)
         return jax.lax.psum(values, axes) if axes else values
 
     def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(batch, *whole)`, run by every device on its part of the batch, [batch, ...], and on what all have.
+        """`function(batch, *whole)`, run by every device on its part of the batch and on what all have.
 
         The results of `function` are the same on all devices.
         """
@@ -326,10 +315,8 @@ def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) ->
     """Deals `count` windows out to `parts` devices, in rounds of neighbours, whose shapes are alike.
 
     Of a round, whoever has least so far gets the longest window: its cost grows with its index, which starts at
-    `first`. What each device has so far is `loads`, float64 [parts], which is changed.
-
-    Returns:
-      places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.
+    `first`. What each device has so far is `loads`, float64 [parts], which is changed. Returns places 0 .. count - 1,
+    int32 [rounds, parts], with NO_WINDOW in the first round where they do not go into whole rounds.
     """
     rounds = -(-count // parts)
     assigned = np.full((rounds, parts), NO_WINDOW, np.int32)
