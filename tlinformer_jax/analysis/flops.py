@@ -1,12 +1,11 @@
 """Model FLOPs of a training step, what the architecture asks for, whatever the implementation; and devices' peaks.
 
-Counted are products: projections, feed-forwards, attended pairs, the head; a multiplication and an addition are two
-operations. Of experts those that a row takes count, and the router; what is done element by element does not. Heads
-have their true widths, causal attention is half the square, no masked row or key counts, and every product of the
-forward pass has two in the backward pass. Block 0's `compress` projections are counted once per token; the last block
-has no `restore`, and of its history only keys, values and z's queries. Tokens that run again in the next window, by
-`model.window_overlap`, count as rows of both, and for the head once. A Gated DeltaNet layer reads its state under a
-key, writes it and reads it under a query, row by row. `benchmarks.flops` counts what a device executes.
+Counted are products: projections, feed-forwards, attended pairs, the head, of experts those that a row takes; a
+multiplication and an addition are two operations. Heads have their true widths, causal attention is half the square,
+and every product of the forward pass has two in the backward pass. Block 0's `compress` projections are counted once
+per token; the last block has no `restore`, and of its history only keys, values and z's queries. Rows that run in two
+windows, by `model.window_overlap`, count twice. A Gated DeltaNet layer reads its state twice and writes it once, row by
+row. `benchmarks.flops` counts what a device executes.
 """
 
 import dataclasses

@@ -1,16 +1,12 @@
 """What the history contributes to a trained model, measured without any training.
 
-A window starts at position n; d >= 0 is a distance. With `model.window_overlap` n is that of the first row that runs
-with it; rows that it does not predict from are in no figure.
+A window starts at position n, with `model.window_overlap` that of the first row that runs with it; d is a distance.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, with their positions; the
-  observation window is the last W_oh of them. With `model.token_shift` the first row that is left has a key that
-  still knows the token before it. At d = 0 every layer is an ordinary causal one; at d >= n nothing is cut.
-- *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d,
-  the only ones that the cut can change.
+  observation window is the last W_oh of them. At d = 0 every layer is an ordinary causal one.
+- *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d.
 - *Loss by history*: mean loss of the windows that start at n, nothing cut. Other n are other tokens.
-- *Loss of the same tokens*: of the windows whose history is at least as long as the largest distance, the mean loss
-  with cuts at each distance.
+- *Loss of the same tokens*: of the windows whose history is at least as long as the largest distance.
 - *Mass*: the `compress` layer of each block reads the history by two softmaxes: for the window's tokens ('x', not in
   TConstFormer) and for the observation window ('z'). The mass of a bin of distances r is the mean, over queries, heads,
   windows and samples, of the weights on rows n - r.

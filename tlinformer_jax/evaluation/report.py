@@ -82,10 +82,8 @@ def evaluate_run(
 
         print(evaluate_run(load_run("runs/tiny"), split="train")["figures"]["loss"])
 
-    Without `options.length` the figures are over the split's whole samples, as in training: the first token is not
-    predicted, and what follows the last whole sample is left out. Those of `options.length` and `options.lengths` are
-    over every token but the first, the last sample being shorter: all lengths share the same tokens, and differ in how
-    much of the text before it each token sees.
+    Without `options.length` the figures are over the split's whole samples, as in training. Those of `options.length`
+    and `options.lengths` are over every token but the first, the last sample being shorter: of the same tokens.
 
     Returns:
       JSON: what `describe` gives; split; length, batch_size, tokens that were predicted, figures (see

@@ -1,7 +1,7 @@
 """Processes that run together: found out from the surroundings or told by flags, joined by `jax.distributed`.
 
-A run of several processes lives as long as all of them do. Whichever ends early is noticed by the others, through a
-broken connection or by missing heartbeats, and they end too: with one line and a status that is not 0, never waiting.
+A run of several processes lives as long as all of them do. If one ends early the others notice and end too: with one
+line and a status that is not 0, never waiting.
 """
 
 import contextlib

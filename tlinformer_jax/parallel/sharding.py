@@ -2,8 +2,7 @@
 
 Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
 gradient. Over `fsdp`, `tensor` and `expert`, which split parameters, the compiler partitions, but for the experts
-themselves (`models.feed_forward`). So on meshes without these three a device runs the program of one device, with the
-kernels that only such programs can use.
+themselves (`models.feed_forward`).
 """
 
 import dataclasses
@@ -194,9 +193,8 @@ class SplitWindows:
 class SplitRows:
     """Rows of a sequence split over an axis of the mesh of size `parts`; used inside `jax.shard_map`.
 
-    Row r lies on device r mod parts, at place r div parts: whatever length a history has, all devices hold equally much
-    of it, and what is appended lies at the end everywhere. Attention does not ask for the order of keys, so each device
-    attends to its own rows and the results are merged by their log-sum-exps.
+    Row r lies on device r mod parts, at place r div parts: all devices hold equally much of any history, and what is
+    appended lies at the end everywhere. Each device attends to its own rows; log-sum-exps merge the results.
     """
 
     axis: str

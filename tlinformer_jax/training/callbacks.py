@@ -2,8 +2,7 @@
 
     train_and_evaluate(config, workdir, callbacks=[Call(lambda view: print(view.metrics["loss"]), every=100)])
 
-After an update the loop calls each callback that is due, with a `TrainingView`. The built-in ones come first, so that a
-user's callback sees what they have found.
+The built-in ones come first, so that a user's callback sees what they have found.
 """
 
 import bisect
@@ -196,10 +195,7 @@ class Session:
 
 @dataclasses.dataclass
 class Log(Callback):
-    """Writes and prints the figures of an update; also wherever one of `others` is due, and where a stage ends.
-
-    Which updates are logged must not depend on where a run was taken up again.
-    """
+    """Writes and prints the figures of an update; also wherever one of `others` is due, and where a stage ends."""
 
     every: int
     session: Session
@@ -289,10 +285,7 @@ class Evaluate(Callback):
 
 
 class Trace(Callback):
-    """Traces TRACED of the updates after `first` for xprof, WARMUP later, or earlier where the run is shorter.
-
-    The time of a trace does not count as training.
-    """
+    """Traces TRACED of the updates after `first` for xprof, WARMUP later, or earlier where the run is shorter."""
 
     every = 0
 

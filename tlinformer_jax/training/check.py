@@ -25,10 +25,7 @@ class StateBytes(NamedTuple):
 
 
 def check_run(config: RunConfig, compile_step: bool = False) -> str:
-    """Checks a configuration against tokenizer, data and devices, and says what the run would take; writes nothing.
-
-    With `compile_step` a training step is compiled, for the memory that it takes.
-    """
+    """Checks a configuration against tokenizer, data and devices, and says what the run would take; writes nothing."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
     splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}

@@ -153,13 +153,10 @@ def existing_folder(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
-    """The parameters of the newest good checkpoint, or of that of `step`, as (step, params); writes nothing.
+    """The step and the parameters of the newest good checkpoint, or of that of `step`; writes nothing.
 
-    Of a run with `train.ema` they are the averaged ones, as in its evaluations. That the configuration has changed
-    since is told on stderr. `abstract_params` has jax.ShapeDtypeStruct leaves with shardings.
-
-    Raises:
-      DataError: if there is no such checkpoint that can be used, or its parameters are not those of `abstract_params`.
+    Of a run with `train.ema` they are the averaged ones, as in its evaluations. `abstract_params` has
+    jax.ShapeDtypeStruct leaves with shardings. DataError if no such checkpoint can be used.
     """
     folder = existing_folder(workdir)
     found = newest_good(folder) if step is None else _checkpoint_of(workdir, step)
@@ -187,10 +184,7 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
 def load_params(
     workdir: pathlib.Path, config: ModelConfig, step: int | None = None, best: bool = False
 ) -> tuple[int, Any]:
-    """`restore_params` for a model of this configuration, to the first device, after `check_size`.
-
-    With `best`, the parameters of the lowest validation loss among the checkpoints that are kept.
-    """
+    """`restore_params` for a model of this configuration, to the first device; `best` is that of the lowest loss."""
     step = best_step(workdir) if best else step
     check_size(workdir, config, step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,8 +1,4 @@
-"""Published weights made a working directory, and a working directory made published weights.
-
-Nothing of the weights' file is ever executed, and what is written appears under its name when it is complete, or not
-at all.
-"""
+"""Published weights made a working directory, and a working directory made published weights."""
 
 import os
 import pathlib
@@ -22,10 +18,7 @@ from tlinformer_jax.training.setup import build_run
 
 
 def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
-    """Makes a new working directory, at step 0, of published weights; returns a line that says so.
-
-    `source` is a .pt, .pth or .safetensors file; `config` is of the model, its tokenizer and its data.
-    """
+    """Makes a new working directory, at step 0, of a .pt, .pth or .safetensors file; returns a line that says so."""
     workdir = workdir.absolute()
     _check_new(workdir)
     run = build_run(config, build_tokenizer(config.data.tokenizer))

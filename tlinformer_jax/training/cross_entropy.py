@@ -87,10 +87,7 @@ summed_losses_and_hits.defvjp(_forward, _backward)
 def _chunk_slope(
     rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, z_loss: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses and hits [batch, c], and the gradient of the losses' weighted sum, with z_loss, by the logits.
-
-    That one is in rows' dtype, [batch, c, padded V].
-    """
+    """Losses and hits [batch, c], and the gradient of the losses' weighted sum by the logits, [batch, c, padded V]."""
     if usable("loss", rows.dtype):
         logits = output_logits(rows, table).reshape(-1, table.shape[0])
         losses, slope = loss_kernel.loss_and_slope(
@@ -145,9 +142,9 @@ def _whole(chunks: jax.Array, length: int) -> jax.Array:
 
 
 def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
-    """Where a sample's labels count, int32 [batch, most]: the head, most of a small model's work, reads these alone.
+    """Where a sample's labels count, int32 [batch, most]; None if there are no more places than these.
 
-    At most `most` of the `weights` [batch, length] of a sample are not 0. None if there are no more places than these.
+    The head, most of a small model's work, reads these alone. At most `most` weights of a sample are not 0.
     """
     return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
 

@@ -36,10 +36,7 @@ CELLS = len(REGIONS) * DEPTHS
 def eval_step(
     params: Any, batch: DeviceBatch, *, model: LanguageModel, answers: AnswersOf | None = None
 ) -> dict[str, jax.Array]:
-    """Sums of a batch by position: losses (nats) and weights, each float32 [N].
-
-    Of a task's batch also what `answer_sums` says; `answers` are as `train_step` takes them.
-    """
+    """Sums of a batch by position: losses (nats) and weights, each float32 [N]; of a task's also `answer_sums`."""
     length = batch["labels"].shape[1]
     # A run of a task can be evaluated on a text as well, all of whose labels count.
     known = answers(length) if answers is not None and "starts" in batch else None
@@ -172,9 +169,9 @@ def evaluate_split(
 
 
 def summary(result: Evaluation, stream: Split, generation_window: int) -> dict[str, float]:
-    """The figures of a split: loss in nats per token, and of a task, whose loss is of the answers, those of `Answers`.
+    """The figures of a split: loss in nats per token; of a task, whose loss is of the answers, those of `Answers`.
 
-    Of a text also those of `perplexities`, loss_first_window, and loss_later_windows where samples have more windows.
+    Of a text those of `perplexities`, loss_first_window, and loss_later_windows where samples have more windows.
     """
     if not isinstance(stream, TokenStream):
         assert result.answers is not None
@@ -189,10 +186,8 @@ def summary(result: Evaluation, stream: Split, generation_window: int) -> dict[s
 def perplexities(nats: float, tokens: int, stream: TokenStream) -> dict[str, float]:
     """Perplexity per token, per word and per word with line ends, and bits per byte, of `tokens` tokens of `stream`.
 
-    All are made of one sum of `nats`. That per token depends on the tokenizer, and on how many easy end-of-text tokens
-    the stream holds; per word and per byte the nats are shared out over the text, whatever cut it into tokens. Results
-    on WikiText-103 count line ends as words. Words, lines and bytes count by the share of the stream's tokens that were
-    predicted: its first token and the dropped remainder were not. What was not counted, or is not there, has no figure.
+    Words, lines and bytes count by the share of the stream's tokens that were predicted: its first token and the
+    dropped remainder were not. What was not counted, or is not there, has no figure.
     """
     share, words, lines = tokens / len(stream.tokens), stream.num_words, stream.num_lines
     figures = {"perplexity": _exp(nats / tokens)}

@@ -70,7 +70,7 @@ def train_and_evaluate(
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
-      workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
+      workdir: receives configuration, tokenizer, metrics and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
       init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
       train_data: token ids to train on, for data.dataset = "tokens": an array, a file (its path, or a TokenFile) or
@@ -83,8 +83,7 @@ def train_and_evaluate(
       The figures of the last evaluation, such as loss, perplexity, bits_per_byte; empty if it was stopped before.
 
     Raises:
-      ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
-        cannot be written.
+      ConfigError, DataError: for what a user can mend.
       DivergedError: when loss or gradient are no longer finite and no rollback is left; the last checkpoint stays.
       OutOfMemoryError: where a device has too little memory, with what would take less.
     """
@@ -192,10 +191,7 @@ def first_state(
 
 
 def train_steps(session: Session, view: TrainingView, schedule: Schedule, evaluate: Evaluate) -> TrainingView:
-    """The updates after `view`, up to the last or until a stop is asked for or a callback ends the run.
-
-    After each of them the callbacks that are due are called.
-    """
+    """The updates after `view`, each with the callbacks due after it, until all are made or something asks to stop."""
     run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
     update = run.train_step()
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
@@ -238,10 +234,7 @@ def roll_back(session: Session, view: TrainingView, error: DivergedError) -> Tra
     """The state to go on from after a divergence: parameters and optimiser of the last regular checkpoint.
 
     The step stays, so that batches remain a function of it: the bad ones lie behind, and the updates since that
-    checkpoint count as skipped.
-
-    Raises:
-      DivergedError: of the same text, after train.max_rollbacks of them; or where no such checkpoint is left.
+    checkpoint count as skipped. Raises the error after train.max_rollbacks of them.
     """
     run, state, train = session.run, view.state, view.config.train
     done = int(state.skips.rollbacks)

@@ -3,9 +3,8 @@
 A long sequence is computed window after window, each window's gradient made together with its loss.
 
 Window sampling: a training step on k of a sequence's n windows. Windows are independent given the embeddings, so the
-gradient of k of them, drawn without replacement with equal probabilities and weighted by n / k, is right in
-expectation; a step on a very long sequence then costs its embeddings, block 0's projections and k windows. All
-sequences of a micro-batch take the same windows.
+gradient of k of them, drawn with equal probabilities and weighted by n / k, is right in expectation. All sequences of a
+micro-batch take the same windows.
 """
 
 import dataclasses
@@ -61,21 +60,16 @@ def summed_loss(
     divisor: jax.Array | float = 1.0,
     z_loss: float = 0.0,
 ) -> LossAndRight:
-    """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
-
-    And, without a gradient, the weight of the labels that greedy decoding would choose.
+    """Cross-entropy in nats, weighted and summed over a batch; and the weight of the labels that are chosen greedily.
 
     The hidden states of a whole sequence, and one cross-entropy; or, for a long sequence, those of a window and its
     cross-entropy, window after window. Where devices share the batch, or its sequences, it is this device's share.
 
     Args:
-      params: parameters, as `model.init` names them.
       batch: as `train_step` takes it, and `answers`.
       key: of the dropout.
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
-      model: of the parameters.
       split: of the batch over devices.
-      answers: where labels count.
       divisor: of the sum.
       z_loss: of the gradient, see `TrainConfig`.
     """
@@ -127,15 +121,9 @@ def window_loss(
 ) -> LossAndRight:
     """`weighted_loss` of a generation window, or of those that run together, as `sum_with_gradients` takes it.
 
-    Where rows are split over devices, it is that of this device's rows of the window, and `x` is None.
-
-    Args:
-      run: of windows, whose static shapes it has.
-      rows_loss: `weighted_loss` with its settings.
-      fixed: that of the sequence.
-      step: the window's index, its labels and weights.
-      shared: parameters from `prepare_params`, and the history.
-      x: the window's own rows, after those that overlap the window before.
+    `step` are the window's index, its labels and weights; `shared` the parameters and the history; `x` the window's own
+    rows, after those that overlap the window before. Where rows are split over devices, it is that of this device's
+    rows of the window, and `x` is None.
     """
     (params, history), (index, rows) = shared, step
     size, split, overlap = shape.generation_window, history.split, run.overlap(shape)
@@ -161,8 +149,7 @@ def count_routers(
 ) -> ModelParams:
     """The parameters with the routers' losses, which count as much as these labels, `weights`, do in the loss.
 
-    So their gradient is that of a mean over micro-batches, devices and windows, each balanced by itself. The loss is
-    without them.
+    So their gradient is that of a mean over micro-batches, devices and windows, each balanced by itself.
     """
     return with_router_losses(params, jnp.sum(weights) / divisor) if shape.mixture else params
 
@@ -191,31 +178,23 @@ def sum_with_gradients(
     """The sum of the windows' losses such that differentiation keeps nothing of any window.
 
     Why this is not simply differentiated. A window reads all of the history before it, so what its backward pass
-    needs (the attention's inputs, the feed-forward's inner values of C, z and x) is as large as its history. Over a
-    sequence of N tokens JAX would keep that for every window until the last one is done: memory that grows with
-    N^2 / W_og. `jax.checkpoint` around each window would keep nothing, but compute each window twice, and add up the
-    gradients of what the windows share in its own dtype: in bfloat16 the sum over a thousand windows stops growing
-    after a few hundred.
+    needs is as large as its history. Over N tokens JAX would keep that for every window until the last one is done:
+    memory that grows with N^2 / W_og. `jax.checkpoint` around each window would compute each window twice, and add up
+    the gradients of what the windows share in its own dtype: in bfloat16 that sum stops growing after a few hundred.
 
-    But the loss is a sum. The gradient of a sum can be made term by term, and the only thing that the rest of the
-    program can still change about a term's gradient is a factor, the slope of whatever is done with the sum. So when
-    this function is differentiated, its *forward* pass runs, window after window,
+    But the loss is a sum. Its gradient can be made term by term, and all that the rest of the program can still change
+    about a term's gradient is a factor, the slope of whatever is done with the sum. So when this function is
+    differentiated, its *forward* pass runs, window after window,
 
         loss_w, pull = jax.vjp(window_loss, shared, part_w)        the window's forward pass
         gradient    += pull(1)                                     at once its backward pass, added up in float32
 
-    and keeps the summed gradient alone. The backward pass multiplies it with the slope. So:
-
-    - memory is that of one window, of the shared arrays' gradient in float32, and of the parts' gradients;
-    - nothing is computed twice: the work is that of differentiating everything at once;
-    - the loop's carry is (sum, gradient), whatever the length of the sequence.
+    and keeps the summed gradient alone, which the backward pass multiplies with the slope. Memory is that of one window
+    and of the gradients; nothing is computed twice.
 
     What is shared (parameters, and the history with its projections) and what is a window's own (its rows) are
-    differentiated; the chain goes on from there to the embeddings and to the parameters that made them, outside of
-    the loop. Not differentiated are rotations, dropout, labels and window indices.
-
-    Windows of different static shapes can take turns: where `which` chooses among several branches, what one of them
-    needs exists while it runs only. That is how sampled windows, each with a history of its own length, share a loop.
+    differentiated; not rotations, dropout, labels and window indices. Windows of different static shapes, such as
+    sampled ones, can take turns: `which` chooses among several branches.
 
     Args:
       branches: window_loss(fixed, step, shared, part) -> the loss, and what is summed along with it and has no
@@ -265,10 +244,7 @@ sum_with_gradients.defvjp(_forward, _backward)
 
 
 def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -> jax.Array | None:
-    """`count` different windows of a sequence of `length` tokens, int32 [count]; None if those are all.
-
-    They are sorted, so that a loop through them goes from short histories to long ones.
-    """
+    """`count` different windows of a sequence of `length` tokens, int32 [count], ascending; None if those are all."""
     windows = num_windows(config, length)
     if count == 0 or count >= windows:
         return None

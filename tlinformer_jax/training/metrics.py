@@ -26,8 +26,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 class TensorBoardWriter:
     """TensorBoard events without TensorFlow; those of steps after `step` that are there already are hidden.
 
-    By tensorboardX's file writer. Its SummaryWriter writes in a thread, and once a full disk has killed the thread the
-    run would wait for it for ever. Every method raises OSError instead.
+    tensorboardX's SummaryWriter would wait for ever once a full disk has killed its thread: here OSError is raised.
     """
 
     def __init__(self, folder: pathlib.Path, step: int = 0) -> None:

@@ -58,10 +58,7 @@ def adamw(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransf
 
 
 def muon(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for the hidden matrices, all of which decay; AdamW for the rest.
-
-    `optax.contrib.muon` has an AdamW of its own, which would not let only some of its parameters decay.
-    """
+    """Muon for the hidden matrices, all of which decay; AdamW for the rest."""
     matrices = optax.contrib.muon(
         schedule,
         weight_decay=config.weight_decay,
@@ -105,10 +102,7 @@ def _fall(peak: float, updates: int, update: Any) -> Any:
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all.
-
-    The token shift, which the paper does not have, never does.
-    """
+    """Which parameters decay: kernels and embeddings; with the paper's schedule all. The token shift never does."""
 
     def decays(name: str) -> bool:
         return name != "shift" and (config.schedule == "paper" or name.endswith(("kernel", "embedding")))

@@ -1,8 +1,7 @@
 """Saving a run's checkpoints while it trains, and deleting those no longer wanted.
 
 Besides `checkpoints/STEP` (see `training.checkpoint`) there are `STEP.saving` and `STEP.deleting`, which a killed run
-leaves half-done and the next one removes, and `STEP.damaged`: a checkpoint that failed its verification and was set
-aside by a run that went on from an older one, or whatever else had the name under which a checkpoint was to appear.
+leaves half-done and the next one removes, and `STEP.damaged`: what was in the way, or did not pass its verification.
 """
 
 import concurrent.futures
@@ -36,10 +35,9 @@ TIMEOUT, TIMEOUT_DISTRIBUTED = 100 * 365 * 86_400, 86_400
 class Checkpoints:
     """The checkpoints of a working directory, for the one run that trains into it.
 
-    Saving is asynchronous: a thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint
-    appear and deletes older ones. It reads a copy of the state on its devices, while training goes on; where memory may
-    not suffice for a copy, or with several processes, training waits for the reading. Leaving the context waits for the
-    save under way.
+    A thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint appear, deletes older ones.
+    It reads a copy of the state on its devices, while training goes on; where memory may not suffice for a copy, or
+    with several processes, training waits for the reading. Leaving the context waits for the save under way.
 
     Args:
       keep: how many of the latest, written or verified by this run, are kept.

@@ -104,10 +104,9 @@ class Run:
         return stream
 
     def evaluation_batch_size(self, length: int, samples: int, batch_size: int | None = None) -> int:
-        """Sequences of a batch of evaluation: `batch_size`, or what `TrainConfig.evaluation_batch_size` says.
+        """Sequences of a batch of evaluation: `batch_size`, or what the configuration says, rounded to the mesh.
 
-        Rounded up to what the mesh splits evenly. A batch that the split's samples do not fill is cut to the next power
-        of two, so that texts of many sizes compile few shapes.
+        A batch that samples do not fill is cut to a power of two, so that texts of many sizes compile few shapes.
         """
         if batch_size is None:
             batch_size = self.config.train.evaluation_batch_size(self.config.data.sequence_length, length)
@@ -145,8 +144,7 @@ class Run:
     ) -> Evaluation:
         """Evaluates the parameters on a split in samples of `length` (None: data.sequence_length).
 
-        `watch` passes the batches on, and may raise to give up; `batch_size` as in `evaluation_batch_size`; with `rest`
-        the tokens after the last whole sample count too.
+        `watch` passes the batches on, and may raise to give up; with `rest` a shorter last sample counts too.
         """
         if length is None:
             length = self.config.data.sequence_length

@@ -47,9 +47,8 @@ class Skips:
 class Competence:
     """What decides when the stages of a curriculum end: as soon as training answers well enough.
 
-    As part of the state it lets a resumed run change stage at the same update. `recent` are the shares of the answers'
-    tokens that were right in the last updates of each stage, the latest last, -inf before the first; `ends` the update
-    of the run after which each stage ends, 0 while undecided.
+    `recent` are the shares of the answers' tokens that were right in the last updates of each stage, -inf before the
+    first; `ends` the update of the run after which each stage ends, 0 while undecided.
     """
 
     recent: Float[Array, "stages recent"]
@@ -261,10 +260,7 @@ def _accumulate(gradient: Any, draws: Any, params: Any, batch: DeviceBatch, part
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
-    """Whether an update counts, whether the run has stopped before it, and the skips after it.
-
-    `most` updates in a row may be skipped.
-    """
+    """Whether an update counts, whether the run has stopped before it, and the skips after it, of `most` in a row."""
     # The squares' sums are those of the gradient's norm, so they cost nothing; they are finite for all that clipping
     # could bear.
     bad = ~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]))

@@ -24,7 +24,7 @@ class StopRequest:
     """Notices SIGTERM, SIGHUP and SIGINT while used as a context manager; a second SIGINT ends the process at once.
 
     An ignored SIGHUP, as under nohup, stays ignored. Python runs no handler during a compilation; a thread therefore
-    listens too, answers the user, and acts on the second SIGINT. Outside the main thread Python takes no signals.
+    listens too, answers the user, and acts on the second SIGINT.
 
     Where `jax.distributed` is initialised, SIGTERM belongs to JAX, which tells the other processes; all stop at the
     same call of `poll`, and must make the same calls. Other signals are passed on as SIGTERM.
