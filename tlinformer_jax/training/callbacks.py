@@ -1,4 +1,4 @@
-"""What happens between updates: callbacks, of a user and those that log, trace, save and evaluate.
+"""What happens between updates: callbacks, of a user and those that log, trace, save and evaluate; requests to stop.
 
     train_and_evaluate(config, workdir, callbacks=[Call(lambda view: print(view.metrics["loss"]), every=100)])
 
@@ -6,12 +6,16 @@ The built-in ones come first, so that a user's callback sees what they have foun
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +24,7 @@ from jax.experimental import multihost_utils
 from tlinformer_jax.config.run import EPOCH, RunConfig, seconds
 from tlinformer_jax.data.batches import StagedReader
 from tlinformer_jax.data.tasks import Split
+from tlinformer_jax.environment import INTERRUPTED
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training.console import describe_divergence, describe_stage, say
 from tlinformer_jax.training.evaluation import summary
@@ -27,8 +32,9 @@ from tlinformer_jax.training.metrics import MetricsLog, Throughput, log_evaluati
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import Run
 from tlinformer_jax.training.step import TrainState
-from tlinformer_jax.training.stopping import Stopped, StopRequest
 
+SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+T = TypeVar("T")
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
 # How often the clock is read in a callback's time; each look waits for the devices.
 LOOKS = 20
@@ -132,11 +138,8 @@ class Schedule:
 
     def due(self, step: int, outputs: object) -> list[Callback]:
         """Those that are, in their order."""
-        timed = [timer.due(outputs) for timer in self._timers]
-        for timer, now in zip(self._timers, timed):
-            if now:
-                timer.restart()
-        return [callback for callback, now in zip(self.callbacks, timed) if now or callback.is_due(step)]
+        timed = zip(self.callbacks, [timer.due(outputs) for timer in self._timers])
+        return [callback for callback, now in timed if now or callback.is_due(step)]
 
 
 class Timer:
@@ -152,7 +155,7 @@ class Timer:
         self._began = self._looked = time.monotonic()
 
     def due(self, result: object) -> bool:
-        """Whether they have; all processes call it once after every step, with what the step returned."""
+        """Whether they have since it last said so; all processes call it after every step, with what that returned."""
         if not self._seconds:
             return False
         self._left -= 1
@@ -167,7 +170,99 @@ class Timer:
         if jax.process_count() > 1:
             late, gap = map(int, multihost_utils.broadcast_one_to_all(np.array([late, gap], np.int32)))
         self._looked, self._left, self._gap = now, gap, gap
+        if late:
+            self.restart()
         return bool(late)
+
+
+# ---- Requests to stop, by a user or a scheduler
+
+
+class Stopped(Exception):
+    """An evaluation was given up because a stop was asked for."""
+
+
+class StopRequest:
+    """Notices SIGTERM, SIGHUP and SIGINT while used as a context manager; a second SIGINT ends the process at once.
+
+    An ignored SIGHUP, as under nohup, stays ignored. Python runs no handler during a compilation; a thread therefore
+    listens too, answers the user, and acts on the second SIGINT.
+
+    Where `jax.distributed` is initialised, SIGTERM belongs to JAX, which tells the other processes; all stop at the
+    same call of `poll`, and must make the same calls. Other signals are passed on as SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self._noticed, self._together = False, jax.distributed.is_initialized()
+        self._polls = self._interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        others = {signal.SIGTERM} if self._together else set()
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            others.add(signal.SIGHUP)
+        for number in SIGNALS - others:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writing)
+        self._listener.join()
+        os.close(self._reading)
+
+    def __bool__(self) -> bool:
+        """Whether a stop is asked for, and agreed on where there are several processes."""
+        return self._noticed
+
+    def poll(self) -> bool:
+        """The same, after having asked the other processes."""
+        if self._together and not self._noticed:
+            self._polls += 1
+            self._noticed = multihost_utils.reached_preemption_sync_point(self._polls)
+        return self._noticed
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a stop is asked for."""
+        for item in items:
+            if self.poll():
+                raise Stopped
+            yield item
+
+    def _handle(self, *_: Any) -> None:
+        self._noticed = self._noticed or not self._together
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._reading, 64):
+            for number in filter(SIGNALS.__contains__, numbers):
+                self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            _tell("stopped at once; what was not saved is lost")
+            os._exit(INTERRUPTED)
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the other processes
+        again = "; once more stops at once" if number == signal.SIGINT else ""
+        _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
+
+
+def _tell(message: str) -> None:
+    """Writes a line to stderr past Python's buffers, which another thread may hold locked."""
+    with contextlib.suppress(OSError):  # stderr is closed
+        os.write(2, f"{message}\n".encode())
 
 
 # ---- The built-in callbacks
@@ -207,11 +302,12 @@ class Log(Callback):
 
     def __call__(self, view: TrainingView) -> None:
         jax.block_until_ready(view.outputs)
+        session = self.session
         if int(view.outputs["step"]) == view.step:  # or it has diverged before
-            speed = {} if view.compiled else self.session.throughput.report(view.step)
-            log_step(self.session.log, view.step, view.last_step, view.outputs, speed)
-        self.session.check_finite(view)
-        if (stage := self.session.reader.ended()) is not None:
+            speed = {} if view.compiled else session.throughput.report(view.step)
+            log_step(session.log, view.step, view.last_step, view.outputs, speed)
+        session.check_finite(view)
+        if (stage := session.reader.ended()) is not None:
             say(describe_stage(stage, view.step, view.state.competence))
 
 
@@ -262,18 +358,18 @@ class Evaluate(Callback):
         return ended(1 + bisect.bisect_left(range(1, 2**40), step, key=ended)) == step
 
     def __call__(self, view: TrainingView) -> bool:
-        run, checkpoints, started = self.session.run, self.session.checkpoints, time.perf_counter()
+        session, run, started = self.session, self.session.run, time.perf_counter()
         try:
-            result = run.evaluate(view.params, self.session.validation, self.session.stop.watch)
+            result = run.evaluate(view.params, session.validation, session.stop.watch)
         except Stopped:
             return False
-        figures = summary(result, self.session.validation, run.config.model.generation_window)
-        log_evaluation(self.session.log, run, view.step, figures, time.perf_counter() - started)
+        figures = summary(result, session.validation, run.config.model.generation_window)
+        log_evaluation(session.log, run, view.step, figures, time.perf_counter() - started)
         self.figures = {"step": view.step, **figures}
-        if checkpoints.is_among_best(figures["loss"]):
+        if session.checkpoints.is_among_best(figures["loss"]):
             self.save.finish(view)
-        checkpoints.record_validation(view.step, figures["loss"])
-        self.session.throughput.restart(keep_saving=True)
+        session.checkpoints.record_validation(view.step, figures["loss"])
+        session.throughput.restart(keep_saving=True)
         least = run.config.train.stop_at_accuracy
         return least > 0 and figures["accuracy"] >= least
 

@@ -201,12 +201,8 @@ class OutOfMemoryError(UserError):
 
 def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
     """Turns a device's running out of memory in training into an `OutOfMemoryError` with advice."""
-    return advised(
-        lambda: (
-            f"a step holds less with {', or '.join(memory_savers(config, jax.device_count()))} "
-            "(--check_compile tells what it takes)"
-        )
-    )
+    text = "a step holds less with {} (--check_compile tells what it takes)"
+    return advised(lambda: text.format(", or ".join(memory_savers(config, jax.device_count()))))
 
 
 def memory_savers(config: RunConfig, devices: int) -> list[str]:
@@ -215,10 +211,8 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
     advice = []
     if model.memory == "auto":
         advice.append("model.memory = 'low' (now 'auto')")
-    if train.micro_batch_size > 1:
-        advice.append(
-            f"a larger train.accumulation (now {train.accumulation}, {train.micro_batch_size} sequences at a time)"
-        )
+    if (rows := train.micro_batch_size) > 1:
+        advice.append(f"a larger train.accumulation (now {train.accumulation}, {rows} sequences at a time)")
     if train.batch_size > 1:
         advice.append(f"a smaller train.batch_size (now {train.batch_size})")
     if devices > 1 and config.mesh.fsdp == 1:
@@ -242,11 +236,10 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of the runtime is about a device's main memory."""
-    if isinstance(error, MemoryError):
-        return True
     text = str(error).lower()
     # A kernel that needs more shared memory than a core has fails with the same name.
-    return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
+    exhausted = ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
+    return exhausted or isinstance(error, MemoryError)
 
 
 def peak_bytes() -> int | None:

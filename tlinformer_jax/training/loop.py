@@ -28,6 +28,7 @@ from tlinformer_jax.training.callbacks import (
     Save,
     Schedule,
     Session,
+    StopRequest,
     Trace,
     TrainingView,
     as_callbacks,
@@ -49,7 +50,6 @@ from tlinformer_jax.training.setup import (
     use_compilation_cache,
 )
 from tlinformer_jax.training.step import TrainState
-from tlinformer_jax.training.stopping import StopRequest
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
 
@@ -66,7 +66,7 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
 
-    SIGTERM, or SIGINT once, makes it save after the running step and return; see `stopping.StopRequest`.
+    SIGTERM, or SIGINT once, makes it save after the running step and return; see `callbacks.StopRequest`.
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.

@@ -95,7 +95,7 @@ class Run:
         return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
-        """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does."""
+        """`stream`, the split `name`, if it fits the configuration."""
         if isinstance(stream, TaskSplit | OrderedStream):
             return stream  # its ids are the tokenizer's, or checked as they are read
         data = self.config.data
@@ -146,11 +146,9 @@ class Run:
 
         `watch` passes the batches on, and may raise to give up; with `rest` a shorter last sample counts too.
         """
-        if length is None:
-            length = self.config.data.sequence_length
+        length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
-        rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
-        chance = None
+        rows, chance = process_rows(self.mesh, batch_size, EVALUATION_AXES), None
         if isinstance(stream, TaskSplit):
             chance = stream.task.chance(length)
             batches = self.answer_batches(stream, length, batch_size, rows)
@@ -181,7 +179,7 @@ def build_run(
 ) -> Run:
     """Builds and cross-checks the fixed parts of a run; the horizon matters to training only."""
     check_vocab(tokenizer, config.model.vocab_size)
-    mesh = build_mesh(config.mesh) if devices is None else build_mesh(config.mesh, devices)
+    mesh = build_mesh(config.mesh, devices)
     if mesh.shape["expert"] > 1 and not config.model.mixture:
         allowed = f"must be 1 for model.num_experts = {config.model.num_experts}"
         raise ConfigError("mesh.expert", mesh.shape["expert"], allowed)
@@ -201,8 +199,7 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
             raise ConfigError(f"mesh.{name}", mesh.shape[name], allowed)
-    windows = num_windows(config, length)
-    windows = min(windows, sampled_windows or windows)
+    windows = min(num_windows(config, length), sampled_windows or length)
     if mesh.shape["window"] > windows:
         raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")
 
@@ -247,7 +244,6 @@ def flops_per_token(run: Run, length: int) -> float:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless the user has chosen a place or has no home."""
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):
-        place = os.path.expanduser(COMPILATION_CACHE)
-        if os.path.isabs(place):
-            jax.config.update("jax_compilation_cache_dir", place)
+    place = os.path.expanduser(COMPILATION_CACHE)
+    if not getattr(jax.config, "jax_compilation_cache_dir", None) and os.path.isabs(place):
+        jax.config.update("jax_compilation_cache_dir", place)
