@@ -227,24 +227,22 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
 
 def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
     """The steps that have a folder; and other numeric names -> what is wrong with them. Both newest first."""
-    steps, others = [], {}
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.isascii() or not entry.name.isdigit():
-                    continue
-                if entry.is_symlink():
-                    others[entry.name] = "is a link, which is not followed"
-                elif not entry.is_dir(follow_symlinks=False):
-                    others[entry.name] = "is no folder"
-                elif not STEP.fullmatch(entry.name) or int(entry.name) > LAST_STEP:
-                    others[entry.name] = "has no valid step number as its name"
-                else:
-                    steps.append(int(entry.name))
+        names = [name for name in os.listdir(folder) if name.isascii() and name.isdigit()]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
-    newest_first = sorted(others.items(), key=lambda item: item[0].lstrip("0").rjust(256, "0"), reverse=True)
-    return sorted(steps, reverse=True), dict(newest_first)
+    names.sort(key=lambda name: name.lstrip("0").rjust(256, "0"), reverse=True)
+    faults = {name: _fault_of_step(folder / name) for name in names}
+    return [int(name) for name in names if not faults[name]], {name: faults[name] for name in names if faults[name]}
+
+
+def _fault_of_step(path: pathlib.Path) -> str:
+    if path.is_symlink():
+        return "is a link, which is not followed"
+    if not path.is_dir():
+        return "is no folder"
+    valid = STEP.fullmatch(path.name) and int(path.name) <= LAST_STEP
+    return "" if valid else "has no valid step number as its name"
 
 
 def manifests(folder: pathlib.Path) -> Iterator[tuple[int, Manifest]]:

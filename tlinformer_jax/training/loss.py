@@ -10,9 +10,8 @@ micro-batch take the same windows.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,11 +250,10 @@ def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -
     return jnp.sort(jax.random.permutation(key, windows)[:count]).astype(jnp.int32)
 
 
-@flax.struct.dataclass
-class WindowLoop:
+class WindowLoop(NamedTuple):
     """Windows that one loop goes through, as `sum_with_gradients` takes them."""
 
-    runs: tuple[Segment, ...] = flax.struct.field(pytree_node=False)  # the static shapes they have, a branch for each
+    runs: tuple[Segment, ...]  # the static shapes they have, a branch for each
     history: History  # what they reach of it
     own: Stream | None  # their rows; None where devices share them
     indices: Array  # int32 [steps], or of those that run together, [steps, g]
@@ -267,17 +265,11 @@ class WindowLoop:
         if split is None:
             return self
         places = split.mine(assigned)
-
-        def taken(array: Array) -> Array:
-            return jnp.take(array, jnp.maximum(places, 0), axis=0)
-
-        def masked(array: Array) -> Array:
-            there = (places >= 0).reshape(-1, *(1,) * (array.ndim - 1))
-            return jnp.where(there, taken(array), jnp.zeros_like(array, shape=(len(places), *array.shape[1:])))
-
-        own, indices, which = jax.tree.map(taken, (self.own, self.indices, self.which))
-        rows = jax.tree.map(masked, self.rows)
-        return WindowLoop(self.runs, self.history, own, indices, rows, which)
+        beyond = jnp.where(places < 0, assigned.size, places)
+        take = functools.partial(jnp.take, indices=jnp.maximum(places, 0), axis=0)
+        fill = functools.partial(jnp.take, indices=beyond, axis=0, mode="fill", fill_value=0)
+        own, indices, which = jax.tree.map(take, (self.own, self.indices, self.which))
+        return self._replace(own=own, indices=indices, rows=jax.tree.map(fill, self.rows), which=which)
 
 
 def window_loops(
