@@ -41,7 +41,7 @@ from tlinformer_jax.models.windows import (
     padded_length,
     plan_segments,
 )
-from tlinformer_jax.parallel.sharding import SequenceSplit, SplitWindows
+from tlinformer_jax.parallel.sharding import SequenceSplit
 
 
 def hardware_flops(
@@ -148,7 +148,7 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     As by a fused kernel, which skips masked keys, with true heads. By plain products all devices execute the same,
     because their windows have the same static shapes.
     """
-    split, windows = SequenceSplit(SplitWindows("window", parts)), num_windows(config, length)
+    split, windows = SequenceSplit(parts), num_windows(config, length)
     plan = dataclasses.replace(config.plan(windows), together=1)
     runs = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
     size, overlap = config.generation_window, config.window_overlap

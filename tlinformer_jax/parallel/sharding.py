@@ -178,18 +178,6 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitWindows:
-    """Windows split over an axis of the mesh, manual where this is used; `parts` is its size."""
-
-    axis: str
-    parts: int
-
-    def mine(self, assigned: np.ndarray) -> jax.Array:
-        """This device's column of [rounds, parts], int32 [rounds]."""
-        return jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index(self.axis)]
-
-
-@dataclasses.dataclass(frozen=True)
 class SplitRows:
     """Rows of a sequence split over an axis of the mesh of size `parts`; used inside `jax.shard_map`.
 
@@ -233,14 +221,10 @@ class SplitRows:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceSplit:
-    """The two splits; None where sequences are not split in this way."""
+    """How each sequence is split: its windows over `window_parts` devices of the axis `window`, and its rows."""
 
-    windows: SplitWindows | None = None
+    window_parts: int = 1
     rows: SplitRows | None = None
-
-    @property
-    def window_parts(self) -> int:
-        return self.windows.parts if self.windows else 1
 
     @property
     def row_parts(self) -> int:
@@ -248,7 +232,7 @@ class SequenceSplit:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return tuple(split.axis for split in (self.windows, self.rows) if split)
+        return ("window",) * (self.window_parts > 1) + ((self.rows.axis,) if self.rows else ())
 
 
 WHOLE = SequenceSplit()
@@ -271,11 +255,8 @@ class BatchSplit:
         manual = tuple(name for name, size in sizes.items() if name not in PARTITIONED or size == 1)
         if all(sizes[name] == 1 for name in manual):
             return cls()
-        window, context = sizes.get("window", 1), sizes.get("context", 1)
-        split = SequenceSplit(
-            SplitWindows("window", window) if window > 1 else None,
-            SplitRows("context", context) if context > 1 else None,
-        )
+        context = sizes.get("context", 1)
+        split = SequenceSplit(sizes.get("window", 1), SplitRows("context", context) if context > 1 else None)
         return cls(manual, tuple(name for name in BATCH_AXES if name in manual and sizes[name] > 1), split)
 
     def shard_index(self) -> jax.Array | int:

@@ -32,7 +32,7 @@ from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_run, prepare_sequence, window_states
 from tlinformer_jax.models.windows import Segment, assign_runs, num_windows
-from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, SplitWindows, assign_windows
+from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, assign_windows
 from tlinformer_jax.training.cross_entropy import (
     LOSS_CHUNK,
     AnswersOf,
@@ -260,11 +260,11 @@ class WindowLoop(NamedTuple):
     rows: Any  # what goes along with the tokens, such as labels, [steps, ...]; zeros where there is no window
     which: Array | None = None  # of `runs`, for each window; None with a single one
 
-    def on_device(self, split: SplitWindows | None, assigned: np.ndarray) -> "WindowLoop":
-        """The loop over this device's windows, as `assign_windows` has dealt them out; itself where none split them."""
-        if split is None:
+    def on_device(self, assigned: np.ndarray) -> "WindowLoop":
+        """The loop over this device's windows, as `assign_windows` has dealt them out."""
+        if assigned.shape[1] == 1:
             return self
-        places = split.mine(assigned)
+        places = jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index("window")]
         beyond = jnp.where(places < 0, assigned.size, places)
         take = functools.partial(jnp.take, indices=jnp.maximum(places, 0), axis=0)
         fill = functools.partial(jnp.take, indices=beyond, axis=0, mode="fill", fill_value=0)
@@ -286,7 +286,7 @@ def window_loops(
         for run, assigned in zip(runs, assign_runs(runs, parts)):
             own, indices = sequence.windows(config, run, run.overlap(config)), jnp.asarray(run.windows)
             loop = WindowLoop((run,), sequence.reach(config, run), own, indices, run.rows(config, rows))
-            yield loop.on_device(split.windows, assigned)
+            yield loop.on_device(assigned)
         return
     every = Segment(0, (0,) * sequence.count, 0, 0)  # of it only which windows it has is read
     arrays = sequence.windows(config, every, config.window_overlap), every.rows(config, rows)
@@ -295,7 +295,7 @@ def window_loops(
     firsts = jnp.asarray([run.first for run in runs[1:]], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
     loop = WindowLoop(runs, sequence.history, own, windows, taken, which)
-    yield loop.on_device(split.windows, assign_windows(windows.shape[0], parts, np.zeros(parts)))
+    yield loop.on_device(assign_windows(windows.shape[0], parts, np.zeros(parts)))
 
 
 def pad_rows(array: Array, count: int) -> Array:
