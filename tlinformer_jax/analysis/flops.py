@@ -91,7 +91,7 @@ def training_flops(
 
 
 def trained_windows(config: ModelConfig, length: int, sampled_windows: int, first: int) -> tuple[float, int]:
-    """The expected share of windows that are trained on, and how many are skipped at the start."""
+    """The expected share of windows that are trained on, and those skipped at the start."""
     drawn = config.windowed and sampled_windows
     share = min(1.0, sampled_windows / num_windows(config, length)) if drawn else 1.0
     return share, first // config.generation_window if share == 1 else 0
@@ -129,7 +129,7 @@ def delta_layers(config: ModelConfig, rows: int) -> Forward:
 
 
 def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
-    """A window with history through all blocks, block 0's `compress` projections being known."""
+    """A window with history through all blocks, block 0's `compress` projections known."""
     rows, observed, both = shape.rows, shape.observed, shape.observed + shape.rows
     blocks, last = config.num_blocks, config.num_blocks - 1
     readers = both if config.architecture == "tlinformer" else observed
@@ -146,14 +146,14 @@ def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
 
 
 def restored(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
-    """The history between blocks: restored, and projected for the block that follows; the last one's has no queries."""
+    """The history between blocks: restored, and projected for the next block."""
     between = config.num_blocks - 1
     restore = _attend(shape.history * shape.observed_keys, inner) + _update(config, shape.history, inner)
     return restore * between + project(config, shape.history, (3 * between - 1) * (between > 0), inner)
 
 
 def project(config: ModelConfig, rows: int, parts: int, inner: int) -> Forward:
-    """Projections of rows, each to `parts` times `inner`, the width of all heads."""
+    """Projections of rows, each to `parts` times `inner`."""
     return Forward(matrix=2.0 * rows * config.d_model * parts * inner)
 
 
@@ -162,7 +162,7 @@ def _update(config: ModelConfig, rows: int, inner: int) -> Forward:
 
 
 def _feed_forward(config: ModelConfig, width: int) -> int:
-    """Columns of the matrices of D rows that a row goes through in a feed-forward, or in experts, of that width."""
+    """Columns of D rows that a row goes through in a feed-forward of that width."""
     return 3 * width * config.active_experts + (config.num_experts if config.mixture else 0)
 
 
@@ -180,14 +180,14 @@ def _attend(pairs: float, inner: int) -> Forward:
 
 
 def causal_pairs(rows: int, window: int | None = None) -> float:
-    """Pairs of a query and a key at or before it, at most `window` of them per query."""
+    """Pairs of a query and a key at or before it, at most `window` per query."""
     if window is None or window >= rows:
         return rows * (rows + 1) / 2
     return window * (window + 1) / 2 + (rows - window) * window
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak of a device in products of `dtype`, FLOP/s; None where it is not known or dtype is no half precision."""
+    """Peak of a device in half precision, FLOP/s; None where it is not known."""
     if dtype not in ("bfloat16", "float16"):
         return None
     kind = device_kind.lower()

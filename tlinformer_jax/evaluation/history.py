@@ -84,7 +84,7 @@ def measure_history(
 
 
 def check_measurable(config: ModelConfig, length: int) -> None:
-    """Raises a UserError for a model without windows, and for samples without history."""
+    """Refuses a model without windows, and samples without history."""
     if not config.windowed:
         raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
     if num_windows(config, length) < 2:
@@ -98,7 +98,7 @@ def window_starts(config: ModelConfig, windows: int) -> np.ndarray:
 
 
 def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None) -> Sums:
-    """Sums over a batch: losses and tokens of each window; where nothing is cut, those of `_probe` too."""
+    """Losses and tokens of each window; where nothing is cut, those of `_probe` too."""
     dtype = config.compute_dtype
     blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
     size, length = config.generation_window, batch["inputs"].shape[1]
@@ -126,7 +126,7 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
 
 
 def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: Embedded) -> jax.Array:
-    """A window without history; where it stands does not matter, as rotations are relative."""
+    """A window without history."""
     rope = rope_table(jnp.arange(x.rows.shape[1]), config.head_dim)
     no_rows = History.whole(blocks[0].compress, x.rows[:, :0], rope, rotary=not config.history_nope)
     window = no_rows.stream(blocks[0].compress, x.rows, rope, key_rows=x.key_rows)
@@ -142,7 +142,7 @@ def _window_states(
     width: int,
     length: int,
 ) -> tuple[jax.Array, Sums]:
-    """A window with history, cut at `cut` (None: not at all): [batch, W_og, D]; and what is probed where it is not."""
+    """A window with history, cut or not, [batch, W_og, D]; what is probed if not."""
     overlap = config.window_overlap
     begin, size = window * config.generation_window - overlap, overlap + config.generation_window
     x = rows_of(embedded, begin, size)
@@ -181,7 +181,7 @@ def rows_of(embedded: Embedded, start: jax.Array | int, count: int) -> Embedded:
 def _probe(
     config: ModelConfig, layer: LayerParams, index: int, C: History, x: Stream, placed: PlacedWindow, real: jax.Array
 ) -> Sums:
-    """Sums of block `index`, whose `layer` reads C: mass_x_B and mass_z_B [bins], queries_x_B, queries_z_B, share_B."""
+    """Sums of block `index`: mass_x_B and mass_z_B [bins], queries_x_B, queries_z_B, share_B."""
     probed: Sums = {}
     together, key, n, scale = x.K.shape[0], C.K, placed.frame.history_length, config.attention_scale
     edges = distance_edges(key.shape[1])
@@ -244,7 +244,7 @@ def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dic
 
 
 def _masses(config: ModelConfig, sums: dict[str, Any]) -> dict[str, Any]:
-    """mass and share of `measure_history`; nothing for x where it does not read the history."""
+    """mass and share of `measure_history`."""
     totals = {name: value.sum(0) for name, value in sums.items()}
     used = max(int(np.flatnonzero(value).max()) + 1 for name, value in totals.items() if "mass" in name)
 

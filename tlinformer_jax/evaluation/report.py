@@ -111,7 +111,7 @@ def describe(trained: TrainedRun, command: Sequence[str]) -> Report:
 
 
 def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOptions) -> Report:
-    """The part of `evaluate_run` that begins with `length`; NaN and infinite numbers are kept."""
+    """The part of `evaluate_run` that begins with `length`."""
     for name, length in (("length", options.length), *(("lengths", length) for length in options.lengths)):
         may_be_short = source.whole and name == "length"
         if length is not None and not may_be_short and num_samples(source.stream, length) < 1:
@@ -152,7 +152,7 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
 
 
 def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
-    """The file that `flag` names, if it can be written, else UserError; nothing is left of the trial."""
+    """The file that `flag` names, if it can be written, else UserError."""
     target = local_path(path, flag)
     try:
         if target.is_dir():
@@ -177,20 +177,20 @@ def write_report(report: Report, target: pathlib.Path) -> None:
 
 
 def bin_edges(length: int, bins: int = BINS) -> np.ndarray:
-    """Edges, int64 [bins + 1] from 0 to length, of at most `bins` bins of positions as equal as integers allow."""
+    """Edges, int64 [bins + 1] from 0 to length, of `bins` bins at most."""
     bins = min(bins, length)
     return np.arange(bins + 1, dtype=np.int64) * length // bins
 
 
 def by_position(result: Evaluation, bins: int = BINS) -> dict[str, list[Any]]:
-    """Edges of bins of positions in the sample; of each bin the mean loss in nats, None without tokens, and tokens."""
+    """Edges of bins of positions in the sample; mean loss and tokens of each bin."""
     edges = bin_edges(len(result.losses), bins)
     loss, tokens = _means(result.losses, result.weights, edges)
     return {"edges": edges.tolist(), "loss": loss, "tokens": tokens}
 
 
 def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dict[str, list[Any]]:
-    """The same by position in windows of `window` tokens: of the sample's first, and of later ones where it has any."""
+    """The same by position in windows: of the sample's first, and of later ones."""
     length = len(result.losses)
     edges = bin_edges(min(window, length), bins)
     rows = [np.pad(sums, (0, -length % window)).reshape(-1, window) for sums in (result.losses, result.weights)]
@@ -202,7 +202,7 @@ def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dic
 
 
 def accuracy_by_position(answers: Answers, bins: int = BINS) -> dict[str, list[int]]:
-    """Right answers and answers by the position in the sample at which their last token is predicted."""
+    """Right answers and answers by the position of their last token."""
     edges = bin_edges(len(answers.answers), bins)
     right, count = (np.add.reduceat(sums, edges[:-1]) for sums in (answers.right, answers.answers))
     return {"edges": edges.tolist(), "right": [int(sums) for sums in right], "answers": [int(sums) for sums in count]}
@@ -216,7 +216,7 @@ def _means(losses: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> tuple[
 
 
 def lines(report: Report) -> list[str]:
-    """A report to read: figures, losses by position in at most MOST_ROWS rows, figures by length."""
+    """A report to read: figures, losses by position, figures by length."""
     config = report["workdir_config"]["model"]
     name = report.get("text_file") or f"{report['split']} split"
     text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
@@ -241,7 +241,7 @@ def lines(report: Report) -> list[str]:
 
 
 def _rows(edges: Sequence[int], means: Sequence[float | None], tokens: Sequence[int]) -> list[tuple[str, ...]]:
-    """Positions, tokens and mean loss of bins; neighbours are joined until they are at most MOST_ROWS."""
+    """Positions, tokens and mean loss; bins are joined to at most MOST_ROWS."""
     starts = np.arange(0, len(tokens), -(-len(tokens) // MOST_ROWS))
     bounds = [*np.asarray(edges)[starts], edges[-1]]
     losses = np.nan_to_num(np.asarray(means, float)) * tokens

@@ -58,14 +58,14 @@ def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: 
 def evaluate_text(
     trained: TrainedRun, text: str, options: EvaluationOptions, *, text_file: str, command: Sequence[str] = ()
 ) -> Report:
-    """What `evaluate_run` returns, of all tokens of a text at every length, with text_file in the place of split."""
+    """What `evaluate_run` returns, of all tokens of a text at every length."""
     source = text_source(text, trained.run.tokenizer, text_file)
     head = describe(trained, command) | {"text_file": text_file}
     return finite(head | evaluate_source(trained, source, options))
 
 
 def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:
-    """The tokens of a text after an end-of-text; DataError for what holds no token, or is no text."""
+    """The tokens of a text after an end-of-text."""
     if not isinstance(text, str):
         raise DataError(f"{name}: must be a str, not {type(text).__name__}")
     try:

@@ -92,7 +92,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The state_dict of a file of `torch.save` (PyTorch 1.6 or later: a zip archive, whose checksums are verified)."""
+    """The state_dict of a file of `torch.save`: a zip archive, whose checksums are verified."""
     try:
         import torch
     except ImportError:
@@ -127,7 +127,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 
 
 def _state_dict(loaded: Any, kind: type, path: pathlib.Path) -> dict[str, Any]:
-    """The names and tensors of a model: the whole structure, or what it keeps under one of MODEL_KEYS."""
+    """The names and tensors of a model: all, or those under one of MODEL_KEYS."""
     held = f"a {type(loaded).__name__}"
     if isinstance(loaded, dict):
         found = next((loaded[key] for key in MODEL_KEYS if isinstance(loaded.get(key), dict)), loaded)

@@ -46,7 +46,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 @register_model("tlinformer")
 class HarnessModel(TemplateLM):
-    """The model of a working directory, on one device; by default its samples are as long as in training."""
+    """The model of a working directory, on one device."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):
         return {"model_name": self._named, "max_length": self.max_length}
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text, every token counted once, in samples as of `evaluate --text_file`."""
+        """Log-probability of each text, in samples as of `evaluate --text_file`."""
         samples, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
             tokens = [self.eot_token_id, *self.tok_encode(text)]
@@ -103,7 +103,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **others: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after the end of its context, and whether it is the likeliest."""
+        """Log-probability of each continuation; whether it is the likeliest."""
         lengths = [len(continuation) for _, _, continuation in requests]
         samples = [
             [*context, *continuation][-(max(self.max_length, length) + 1) :]
@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
         ]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context up to one of the task's stop strings, which is left out."""
+        """The continuation of each context up to one of the task's stop strings."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -131,7 +131,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _generation_options(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `Generator.run` for what a task asks; greedy unless it says do_sample or a temperature."""
+        """Options of `Generator.run` for what a task asks; greedy by default."""
         until = asked.get("until") or []
         options = {name: value for name, value in asked.items() if name in SAMPLING and value is not None}
         if not asked.get("do_sample", bool(options.get("temperature"))):

@@ -29,7 +29,7 @@ SHIFT_SCALE = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Shape of a model; fields of `ModelConfig` in tlinformer_jax by the same names."""
+    """Shape of a model; fields of tlinformer_jax's `ModelConfig` by the same names."""
 
     architecture: str  # of ARCHITECTURES
     vocab_size: int  # V
@@ -60,7 +60,7 @@ class Config:
 
     @property
     def reach(self) -> int | None:
-        """Positions that a query of a baseline sees, its own included; None for all before it."""
+        """Positions that a query of a baseline sees; None for all before it."""
         return int(self.history_window) + self.generation_window if self.architecture == "sliding_window" else None
 
     def window_start(self, position: int) -> int:
@@ -68,7 +68,7 @@ class Config:
         return max(0, position - position % self.generation_window - self.window_overlap)
 
     def observed_start(self, n: int) -> int:
-        """h, the first row of the observation window, which is the last W_oh rows of n."""
+        """h, the first of the last W_oh rows of n."""
         width = self.history_window
         if width == "auto":
             width = 8 * math.floor((12 * math.log(n) + 7) / 8) if n else 0
@@ -76,7 +76,7 @@ class Config:
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of some rows, each [batch, heads, rows, d_h]; whether keys are rotated, and so their readers."""
+    """Keys, maybe rotated, and values of some rows: [batch, heads, rows, d_h]."""
 
     K: Tensor
     V: Tensor
@@ -91,7 +91,7 @@ def attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, dropout:
 
 
 def attend_causal(Q: Tensor, K: Tensor, V: Tensor, reach: int | None = None, dropout: float = 0.0) -> Tensor:
-    """The same for queries of the last rows of K: each sees the rows up to its own, at most `reach` of them."""
+    """The same for queries of the last rows of K: each sees `reach` rows up to its own."""
     rows = torch.arange(K.shape[-2], device=K.device)
     distance = rows[K.shape[-2] - Q.shape[-2] :, None] - rows
     return attend(Q, K, V, (distance >= 0) & (distance < (reach or len(rows) + 1)), dropout)
@@ -142,12 +142,12 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def project(self, u: Tensor, key_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D], not rotated; keys of `key_rows`, if given."""
+        """Q, K, V [batch, heads, rows, d_h], not rotated; keys of `key_rows`, if given."""
         Q, K, V = self.qkv_proj(self.norm1(u)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return (Q, K, V) if key_rows is None else (Q, self.project(key_rows)[1], V)
 
     def update(self, u: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, then feed-forward, each added to what it was made from: [batch, rows, D]."""
+        """Output projection, then feed-forward, each added to its input."""
         v = u + self.out_proj(attended.transpose(1, 2).flatten(-2))
         return v + self.dropout(self.ffn(self.norm2(v)))
 
@@ -262,7 +262,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A causal language model: tied embedding, blocks or layers, final LayerNorm, head."""
+    """Tied embedding, blocks or layers, final LayerNorm, head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, length, V] of tokens [batch, length]; row i predicts token i + 1."""
+        """Logits [batch, length, V]; row i predicts token i + 1."""
         embedded, rope = self.embedding(tokens), rotations(self.config, tokens.shape[1])
         if self.config.windowed:
             size, windows = self.config.generation_window, []
@@ -299,13 +299,13 @@ class LanguageModel(nn.Module):
         return self._head(x)
 
     def _key_rows(self, embedded: Tensor) -> Tensor | None:
-        """What the first layer's keys are made of with a token shift, of the embeddings from position 0 on."""
+        """What the first layer's keys are made of with a token shift."""
         if not self.config.token_shift:
             return None
         return embedded + SHIFT_SCALE * self.token_shift * F.pad(embedded, (0, 0, 1, 0))[:, :-1]
 
     def _window(self, embedded: Tensor, n: int, rope: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """The window x = rows n, n + 1, ... after the history C = rows 0 .. n - 1, through all blocks."""
+        """Rows n, n + 1, ... after the history of n rows, through all blocks."""
         C, x, key_rows = embedded[:, :n], embedded[:, n:], self._key_rows(embedded)
         read: list[KeyValue] = []
         for index, block in enumerate(part for part in self.modules() if isinstance(part, Block)):
@@ -334,7 +334,7 @@ class LanguageModel(nn.Module):
         return tokens
 
     def _slide(self, history: Tensor) -> tuple[list[KeyValue], list[KeyValue]]:
-        """For each layer the keys and values of the history that the next window reads, and the window's own: none."""
+        """For each layer what the next window reads; and the window's own: nothing yet."""
         embedded, n, heads = self.embedding(history), history.shape[1], self.config.num_heads
         empty = embedded.new_zeros(len(history), heads, 0, embedded.shape[-1] // heads)
         none = [KeyValue(empty, empty)] * self.config.num_layers
@@ -383,7 +383,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path: str | pathlib.Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and arrays of a file: 8 bytes with the header's length, the header in JSON, the arrays' bytes."""
+    """Metadata and arrays: 8 bytes with the header's length, JSON, the arrays' bytes."""
     data = torch.from_file(str(path), size=pathlib.Path(path).stat().st_size, dtype=torch.uint8)
     length = int.from_bytes(bytes(data[:8].tolist()), "little")
     arrays, name = {}, "its header"

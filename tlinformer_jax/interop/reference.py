@@ -58,7 +58,7 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
 
 
 def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """The inverse of `params_from_reference`: published names to float32 NumPy arrays, both tied entries included."""
+    """Published names to float32 arrays, both tied entries included."""
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), variables["params"])
     arrays = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
     arrays |= {theirs: params[ours] for ours, theirs in FINAL_NORM.items()}
@@ -133,12 +133,12 @@ def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple
 
 
 def _experts(config: ModelConfig) -> list[str]:
-    """Prefixes of the names of each expert's arrays; that of the only feed-forward is empty."""
+    """Prefixes of the names of each expert's arrays; '' for an only feed-forward."""
     return [f"experts.{number}." for number in range(config.num_experts)] if config.mixture else [""]
 
 
 def _joined(layer: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """A layer's arrays as parameters: 'gate' and 'up' are in one array, and so are those of all experts."""
+    """A layer's parameters: 'gate' and 'up' of all experts are in one array."""
     experts = _experts(config)
     gate_up = [np.stack([layer.pop(f"{expert}gate"), layer.pop(f"{expert}up")], axis=1) for expert in experts]
     down = [layer.pop(f"{expert}down") for expert in experts]
@@ -161,7 +161,7 @@ def _apart(layer: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str:
-    """What is wrong with the values of an array of the right shape; '' if nothing is."""
+    """What is wrong with the values of an array of the right shape."""
     if array is None or array.shape != shape:
         return ""
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):

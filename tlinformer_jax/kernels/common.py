@@ -62,7 +62,7 @@ def usable(name: str, dtype: Any) -> bool:
 
 
 def available(name: str) -> bool:
-    """Whether the kernel of an operation can be used here: on an NVIDIA GPU for which Pallas has a working back end."""
+    """Whether there is an NVIDIA GPU for which Pallas has a working back end."""
     assert name in OPERATIONS
     return is_nvidia_gpu() and why_no_triton() is None
 
@@ -84,7 +84,7 @@ def serving() -> str:
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """Why a Triton kernel cannot be lowered by this JAX; None if it can. Tried once."""
+    """Why a Triton kernel cannot be lowered by this JAX; None if it can."""
     found: list[str] = []
 
     def lower() -> None:
@@ -119,7 +119,7 @@ def call_kernel(
     aliases: dict[int, int] | None = None,
     **options: int,
 ) -> Any:
-    """Runs a kernel on whole arrays; `aliases` maps operands to the outputs that are written in their place."""
+    """Runs a kernel on whole arrays; `aliases` maps operands to outputs in their place."""
     from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
 
     call = pl.pallas_call(
@@ -156,7 +156,7 @@ def iota(size: int) -> Array:
 
 
 def dot(left: Array, right: Array, contracted: int) -> Array:
-    """Product of left [m, k] and right over right's axis `contracted`, accumulated in float32."""
+    """Product of left [m, k] and right over axis `contracted`, in float32."""
     axes = (((1,), (contracted,)), ((), ()))
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
@@ -208,7 +208,7 @@ def merge_softmaxes(
 
 
 def threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds of a pair of counters under a key of two words, all uint32."""
+    """Threefry-2x32 with 20 rounds of a pair of counters, all uint32."""
     schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     x, y = counter[0] + first, counter[1] + second
     for group in range(5):
@@ -221,7 +221,7 @@ def threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[
 
 
 def kept(first: jax.Array, second: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
-    """Whether weights are kept, by their row's state and their key's number, which broadcast."""
+    """Whether weights are kept, by their row's state and their key's number."""
     bits = mixed(first + keys.astype(jnp.uint32) * np.uint32(STEP), second)
     return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 

@@ -50,7 +50,7 @@ def loss_and_slope(
 def _kernel(
     logits_ref, target_ref, weight_ref, loss_ref, slope_ref, *, vocab_size: int, columns: int, z_loss: float
 ) -> None:
-    """One token. Each of COLUMNS lanes has a running maximum and sum of its own until the last column is read."""
+    """One token. Each of COLUMNS lanes has a running maximum and sum of its own."""
     token = pl.program_id(0)
     lanes = iota(COLUMNS)
     full = vocab_size // COLUMNS

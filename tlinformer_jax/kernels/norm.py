@@ -32,7 +32,7 @@ def layer_norm_backward(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "*any D"], Float[Array, " D"], Float[Array, " D"]]:
-    """Gradients of x, in its dtype, and of scale and bias, float32; `skip` is added to the first."""
+    """Gradients of x, scale and bias; `skip` is added to the first."""
     width, rows = x.shape[-1], math.prod(x.shape[:-1])
     programs = min(PROGRAMS, pl.cdiv(rows, ROWS))
     operands = [array.reshape(rows, width) for array in (x, gradient, *(() if skip is None else (skip,)))]

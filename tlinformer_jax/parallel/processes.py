@@ -38,7 +38,7 @@ LOST_SIGNS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes that this one belongs to, by what they were found; the rest is None where JAX finds it out."""
+    """The processes of a run, by what they were found; None where JAX finds it out."""
 
     found: str
     coordinator_address: str | None = None
@@ -107,7 +107,7 @@ def _surroundings(environment: Mapping[str, str]) -> str:
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether JAX will run on a TPU, one of several hosts perhaps: what it asks then tells it of the others."""
+    """Whether JAX will run on a TPU, one of several hosts perhaps."""
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu").split(",")
     return bool(wanted and chips and importlib.util.find_spec("libtpu"))
@@ -154,7 +154,7 @@ def _join(cluster: Cluster) -> None:
 
 
 def _check_free(address: str) -> None:
-    """Refuses a port of this machine that is in use: JAX's service would crash on it."""
+    """Refuses a port of this machine that is in use: JAX would crash on it."""
     try:
         probe = socket.socket(socket.AF_INET6)
     except OSError:  # this kernel has no IPv6

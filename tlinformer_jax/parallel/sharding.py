@@ -53,7 +53,7 @@ NO_WINDOW = -1
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), every axis for the compiler to partition (AxisType.Auto)."""
+    """The mesh over `devices` (default: all), every axis of type Auto."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
@@ -117,7 +117,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> NamedSharding:
-    """Sharding of a batch's arrays: sequences split over `axes`, in training the batch axes."""
+    """Sequences split over `axes`, in training the batch axes."""
     return NamedSharding(mesh, PartitionSpec(axes))
 
 
@@ -136,7 +136,7 @@ def process_rows(mesh: Mesh, batch_size: int, axes: tuple[str, ...] = BATCH_AXES
 
 
 def put_batch(batch: Any, mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> Any:
-    """Device arrays of the global batch from the rows that `process_rows` names, in their order."""
+    """Device arrays of the global batch from the rows that `process_rows` names."""
     sharding = batch_sharding(mesh, axes)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
@@ -155,7 +155,7 @@ def open_axes() -> dict[str, int]:
 
 
 def batch_spec(batch: int) -> PartitionSpec:
-    """How the leading axis of arrays with a batch of so many sequences is split over the open axes, if evenly."""
+    """How a batch of so many sequences is split over the open axes, if evenly."""
     axes = open_axes()
     for candidates in (EVALUATION_AXES, BATCH_AXES):
         names = tuple(name for name in candidates if name in axes)
@@ -165,7 +165,7 @@ def batch_spec(batch: int) -> PartitionSpec:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the leading axis of x split as `batch_spec` says; x as it is where nothing splits it."""
+    """Keeps the leading axis of x split as `batch_spec` says."""
     spec = batch_spec(x.shape[0])
     return jax.lax.with_sharding_constraint(x, spec) if spec else x
 
@@ -189,15 +189,15 @@ class SplitRows:
     parts: int
 
     def count(self, length: jax.Array | int) -> jax.Array:
-        """Rows 0 .. length - 1 that lie on this device, int32, of the shape of `length`."""
+        """Rows 0 .. length - 1 that lie on this device, int32."""
         return jnp.maximum(length - self.index() + self.parts - 1, 0) // self.parts
 
     def positions(self, start: jax.Array | int, count: int) -> jax.Array:
-        """Positions in the sequence of this device's rows start .. start + count - 1, int32 [count]."""
+        """Positions of this device's rows start .. start + count - 1, int32."""
         return (start + jnp.arange(count, dtype=jnp.int32)) * self.parts + self.index()
 
     def take(self, rows: jax.Array, axis: int = 1) -> jax.Array:
-        """This device's rows of an array that every device holds whole; their number is a multiple of `parts`."""
+        """This device's rows of an array that is whole everywhere; a multiple of `parts`."""
         shape = rows.shape[:axis], rows.shape[axis + 1 :]
         parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
         return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
@@ -221,7 +221,7 @@ class SplitRows:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceSplit:
-    """How each sequence is split: its windows over `window_parts` devices of the axis `window`, and its rows."""
+    """How sequences are split: windows over the axis `window`, and rows."""
 
     window_parts: int = 1
     rows: SplitRows | None = None
@@ -264,7 +264,7 @@ class BatchSplit:
         return jax.lax.axis_index(self.batch) if self.batch else 0
 
     def psum(self, values: Any) -> Any:
-        """The sums of each device's values over the parts of the batch and of its sequences."""
+        """The sums over the parts of the batch and of its sequences."""
         axes = (*self.batch, *self.sequence.axes)
         return jax.lax.psum(values, axes) if axes else values
 

@@ -43,7 +43,7 @@ WARMUP, TRACED = 10, 3
 
 
 class DivergedError(UserError):
-    """Loss or gradient were not finite in more updates in a row than train.max_skipped_updates allows."""
+    """More updates in a row were not finite than train.max_skipped_updates allows."""
 
 
 # ---- The interface
@@ -71,12 +71,12 @@ class TrainingView:
 
     @property
     def params(self) -> Any:
-        """The parameters that evaluations use, as `model.init` names them; averaged where train.ema is not 0."""
+        """The parameters that evaluations use; averaged where train.ema is not 0."""
         return self.state.evaluated
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
-        """Of the update, after waiting for the devices: loss, grad_norm, learning_rate, tokens; of tasks accuracy."""
+        """The update's loss, grad_norm, learning_rate, tokens; waits for the devices."""
         return {name: float(self.outputs[name]) for name in METRICS if name in self.outputs}
 
 
@@ -94,7 +94,7 @@ class Callback:
         return isinstance(self.every, int) and self.every > 0 and step > 0 and step % self.every == 0
 
     def finish(self, view: TrainingView) -> None:
-        """Called once, when training has ended or was asked to stop; not after an error."""
+        """Called once, when training has ended or was asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Call(Callback):
 
 
 def asks_to_end(result: Any) -> bool:
-    """Whether what a callback returned is a true bool, of Python, NumPy or JAX: other values are by-products."""
+    """Whether a callback returned a true bool, of Python, NumPy or JAX."""
     return str(getattr(result, "dtype", type(result).__name__)) == "bool" and bool(result)
 
 
@@ -155,7 +155,7 @@ class Timer:
         self._began = self._looked = time.monotonic()
 
     def due(self, result: object) -> bool:
-        """Whether they have since it last said so; all processes call it after every step, with what that returned."""
+        """Whether it is time again; all processes ask after every step."""
         if not self._seconds:
             return False
         self._left -= 1
@@ -223,7 +223,7 @@ class StopRequest:
         os.close(self._reading)
 
     def __bool__(self) -> bool:
-        """Whether a stop is asked for, and agreed on where there are several processes."""
+        """Whether a stop is asked for, and agreed on by all processes."""
         return self._noticed
 
     def poll(self) -> bool:
@@ -260,7 +260,7 @@ class StopRequest:
 
 
 def _tell(message: str) -> None:
-    """Writes a line to stderr past Python's buffers, which another thread may hold locked."""
+    """Writes to stderr past Python's buffers, which another thread may hold locked."""
     with contextlib.suppress(OSError):  # stderr is closed
         os.write(2, f"{message}\n".encode())
 
@@ -281,7 +281,7 @@ class Session:
     stop: StopRequest
 
     def check_finite(self, view: TrainingView) -> None:
-        """Ends a run of which more than train.max_skipped_updates in a row were skipped, naming the update."""
+        """Ends a run of which too many updates in a row were skipped."""
         if int(view.state.skips.in_a_row) > self.run.config.train.max_skipped_updates:
             done = int(view.state.skips.rollbacks)
             again = f", after {done} rollbacks" if done else ""
@@ -290,7 +290,7 @@ class Session:
 
 @dataclasses.dataclass
 class Log(Callback):
-    """Writes and prints the figures of an update; also wherever one of `others` is due, and where a stage ends."""
+    """Logs an update; also wherever one of `others` is due, and where a stage ends."""
 
     every: int
     session: Session
@@ -313,7 +313,7 @@ class Log(Callback):
 
 @dataclasses.dataclass
 class Save(Callback):
-    """Saves a checkpoint, and always at the end; the figures up to it reach the disk first."""
+    """Saves a checkpoint, and always at the end."""
 
     every: int | str
     session: Session
@@ -381,7 +381,7 @@ class Evaluate(Callback):
 
 
 class Trace(Callback):
-    """Traces TRACED of the updates after `first` for xprof, WARMUP later, or earlier where the run is shorter."""
+    """Traces TRACED updates for xprof, WARMUP after `first`, or earlier in a short run."""
 
     every = 0
 

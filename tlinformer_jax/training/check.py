@@ -25,7 +25,7 @@ class StateBytes(NamedTuple):
 
 
 def check_run(config: RunConfig, compile_step: bool = False) -> str:
-    """Checks a configuration against tokenizer, data and devices, and says what the run would take; writes nothing."""
+    """What a run would take, as text, after checking its configuration; writes nothing."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
     splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
@@ -50,7 +50,7 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
 
 
 def state_bytes(run: Run) -> StateBytes:
-    """Memory of the train state and the gradients, by device, from shapes and shardings."""
+    """From shapes and shardings."""
     params = run.abstract_state.params
     parameters = _device_bytes(params)
     summed = _device_bytes(params, itemsize=4) if run.config.train.accumulation > 1 else 0
@@ -58,7 +58,7 @@ def state_bytes(run: Run) -> StateBytes:
 
 
 def step_bytes(run: Run) -> tuple[int, int]:
-    """Memory of a compiled training step by device, in bytes: in all, and what of it is temporary."""
+    """Memory of a compiled step by device, in bytes: in all, and what is temporary."""
     found: Any = compiled_step(run).memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return kept + found.temp_size_in_bytes, found.temp_size_in_bytes

@@ -54,7 +54,7 @@ class Manifest:
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
-    """Sizes and hashes of all files below `folder`, each brought to the disk before it is read."""
+    """Sizes and hashes of all files below `folder`, which are brought to the disk."""
     found = {}
     for path in _files_below(folder):
         with open_own(folder / path, "rb") as file:
@@ -86,7 +86,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def verify(folder: pathlib.Path) -> Manifest:
-    """Compares every file of the checkpoint in `folder` with its manifest, which is returned."""
+    """Compares every file of the checkpoint in `folder` with its manifest."""
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
     for path in sorted(present - set(manifest.files)):
@@ -107,7 +107,7 @@ def verify(folder: pathlib.Path) -> Manifest:
 
 
 def _files_below(folder: pathlib.Path) -> list[str]:
-    """The paths of all files and links below `folder`, without the manifest and its draft."""
+    """The paths of all files and links below `folder`, without the manifest."""
     own = (MANIFEST_FILE, f"{MANIFEST_FILE}.draft")
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for name in (path.relative_to(folder).as_posix() for path in paths) if name not in own)
@@ -143,7 +143,7 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -
 
 
 def existing_folder(workdir: pathlib.Path) -> pathlib.Path:
-    """The folder of the checkpoints of a working directory; DataError where there is none."""
+    """The folder of the checkpoints; DataError where there is none."""
     folder = (workdir / FOLDER).absolute()
     if folder.is_symlink():
         raise DataError(f"workdir {workdir}: {FOLDER} is a link, which is not followed")
@@ -184,7 +184,7 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
 def load_params(
     workdir: pathlib.Path, config: ModelConfig, step: int | None = None, best: bool = False
 ) -> tuple[int, Any]:
-    """`restore_params` for a model of this configuration, to the first device; `best` is that of the lowest loss."""
+    """`restore_params` to the first device; `best` is that of the lowest loss."""
     step = best_step(workdir) if best else step
     check_size(workdir, config, step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -226,7 +226,7 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
 
 
 def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
-    """The steps that have a folder; and other numeric names -> what is wrong with them. Both newest first."""
+    """The steps that have a folder; other numeric names and their faults. Newest first."""
     try:
         names = [name for name in os.listdir(folder) if name.isascii() and name.isdigit()]
     except OSError as error:
@@ -246,14 +246,14 @@ def _fault_of_step(path: pathlib.Path) -> str:
 
 
 def manifests(folder: pathlib.Path) -> Iterator[tuple[int, Manifest]]:
-    """The steps in `folder` with their manifests, newest first, without those whose manifest is damaged."""
+    """The steps with a manifest that can be read, newest first."""
     for step in list_steps(folder)[0]:
         with contextlib.suppress(DataError):
             yield step, read_manifest(folder / str(step))
 
 
 def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
-    """The multiples of `every` among the steps, newest first; without those right after an update that was left out."""
+    """The multiples of `every`, newest first; not those right after a skipped update."""
     return [step for step, manifest in manifests(folder) if step % every == 0 and not manifest.after_skip]
 
 
@@ -264,7 +264,7 @@ def validation_losses(folder: pathlib.Path) -> dict[int, float]:
 
 
 def best_step(workdir: pathlib.Path) -> int:
-    """The step of the lowest validation loss among the checkpoints of a working directory."""
+    """The step of the lowest validation loss."""
     losses = validation_losses(existing_folder(workdir))
     if not losses:
         raise DataError(f"workdir {workdir}: holds no checkpoint that has been evaluated")
@@ -297,7 +297,7 @@ def set_aside_damaged(path: pathlib.Path) -> None:
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of the parameters in a checkpoint that has not been verified, without reading them."""
+    """Path -> shape of the parameters in a checkpoint that has not been verified."""
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
@@ -309,7 +309,7 @@ def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]
 
 
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """Names the first array of `tree` that a checkpoint lacks, or that differs there; None if all fit."""
+    """Names the first array of `tree` that a checkpoint lacks, or that differs there."""
     stored = _stored_arrays(folder)
     for path, leaf in ocp.tree.to_flat_dict(tree).items():
         if path not in stored:
@@ -328,7 +328,7 @@ def _stored_arrays(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
 
 
 def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint that `tree` names (jax.ShapeDtypeStruct with shardings), in the stored dtype."""
+    """The arrays of a checkpoint that `tree` names, in the stored dtype."""
     how = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), tree)
     try:
         fault = misfit(folder, tree)

@@ -57,7 +57,7 @@ def is_of_bytes(run: Run) -> bool:
 
 @contextlib.contextmanager
 def compilation(step: int, length: int) -> Iterator[None]:
-    """Says that step `step` is compiled, on samples of `length` tokens, and how long that took."""
+    """Says that step `step` is compiled, and how long that took."""
     began = time.perf_counter()
     say(f"compiling the step for samples of {length:,} tokens; this may take a minute or more")
     yield
@@ -65,7 +65,7 @@ def compilation(step: int, length: int) -> Iterator[None]:
 
 
 def parameter_table(params: Any) -> str:
-    """The parameters by layer and part, those of equal layers of all blocks together; and their sum."""
+    """The parameters by layer and part, equal layers of all blocks together."""
     sizes: dict[str, list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *layer, name = (str(key.key) for key in path)
@@ -83,7 +83,7 @@ def parameter_table(params: Any) -> str:
 
 
 def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
-    """Says what is about to be trained, and on what; returns what is to be beaten, where that is known."""
+    """Says what is trained, and on what; returns what is to be beaten, if known."""
     config, model, length = run.config, run.config.model, run.config.data.sequence_length
     train, validation = splits["train"], splits["validation"]
     say(model_line(run))
@@ -118,7 +118,7 @@ def model_line(run: Run) -> str:
 
 
 def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:
-    """The work of a run: FLOPs, steps and tokens; `horizon` and `train` are None where they are not known yet."""
+    """FLOPs, steps and tokens; `horizon` and `train` are None where not yet known."""
     config, length = run.config, run.config.data.sequence_length
     predicted = trained_tokens(config.model, length, config.train.sampled_windows)
     step = config.train.batch_size * length
@@ -174,7 +174,7 @@ def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, f
 
 
 def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
-    """Names the last skipped update, the parameters whose gradient was not finite, and the batch."""
+    """Names the last skipped update, the parameters that were not finite, and the batch."""
     skips, step, most = state.skips, int(state.step), run.config.train.max_skipped_updates
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
     where = "the loss is not finite"
@@ -200,13 +200,13 @@ class OutOfMemoryError(UserError):
 
 
 def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    """Turns a device's running out of memory in training into an `OutOfMemoryError` with advice."""
+    """`advised` for training."""
     text = "a step holds less with {} (--check_compile tells what it takes)"
     return advised(lambda: text.format(", or ".join(memory_savers(config, jax.device_count()))))
 
 
 def memory_savers(config: RunConfig, devices: int) -> list[str]:
-    """The fields of `config` that can still be changed to save memory, cheapest first, each with its value."""
+    """The fields that can still be changed to save memory, cheapest first."""
     model, train, length = config.model, config.train, config.data.sequence_length
     advice = []
     if model.memory == "auto":
@@ -223,7 +223,7 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
 
 @contextlib.contextmanager
 def advised(advice: Callable[[], str]) -> Iterator[None]:
-    """Turns a device's running out of memory into an `OutOfMemoryError` that ends in `advice`."""
+    """Turns running out of memory into an `OutOfMemoryError` that ends in `advice`."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
@@ -243,7 +243,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def peak_bytes() -> int | None:
-    """Peak bytes in use on the first device since the process began; None where it does not count them."""
+    """Peak bytes in use on the first device; None where it does not count them."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -253,7 +253,7 @@ def evaluation_advice(batch_size: int) -> str:
 
 
 def generation_advice(num_samples: int, max_new_tokens: int) -> str:
-    """What saves memory in a generation of `num_samples` times `max_new_tokens` tokens."""
+    """What saves memory in a generation."""
     return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
 
 

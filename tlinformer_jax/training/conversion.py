@@ -18,7 +18,7 @@ from tlinformer_jax.training.setup import build_run
 
 
 def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
-    """Makes a new working directory, at step 0, of a .pt, .pth or .safetensors file; returns a line that says so."""
+    """Makes a new working directory, at step 0, of published weights."""
     workdir = workdir.absolute()
     _check_new(workdir)
     run = build_run(config, build_tokenizer(config.data.tokenizer))
@@ -42,7 +42,7 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
 
 
 def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
-    """Writes the last checkpoint's parameters as float32 under the published names; returns a line that says so."""
+    """Writes the last checkpoint's parameters as float32 under the published names."""
     if target.suffix != SAFETENSORS:
         raise UserError(f"--to={target}: must end in {SAFETENSORS}")
     config = load_config(workdir).model
@@ -60,7 +60,7 @@ def _check_new(workdir: pathlib.Path) -> None:
 
 
 def _fill(directory: pathlib.Path, run: Any, params: Any) -> None:
-    """Writes configuration, tokenizer and checkpoint; the optimiser is as before the first update."""
+    """Writes configuration, tokenizer and checkpoint."""
     state = run.initial_state().starting_from(jax.device_put(params, run.shardings.params))
     with Checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(state)

@@ -87,7 +87,7 @@ summed_losses_and_hits.defvjp(_forward, _backward)
 def _chunk_slope(
     rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, z_loss: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses and hits [batch, c], and the gradient of the losses' weighted sum by the logits, [batch, c, padded V]."""
+    """Losses and hits [batch, c], and the losses' gradient by the logits, [batch, c, V]."""
     if usable("loss", rows.dtype):
         logits = output_logits(rows, table).reshape(-1, table.shape[0])
         losses, slope = loss_kernel.loss_and_slope(
@@ -107,7 +107,7 @@ def _chunk_slope(
 def _chunk_losses(
     rows: jax.Array, table: jax.Array, targets: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [batch, c], logits [batch, c, padded V] (-inf past the vocabulary), their log-sum-exp [batch, c]."""
+    """Losses [batch, c], logits [batch, c, padded V], their log-sum-exp [batch, c]."""
     logits = output_logits(rows, table)
     if table.shape[0] != vocab_size:
         logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)
@@ -155,6 +155,6 @@ def at_places(array: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def put_back(array: jax.Array, places: jax.Array, length: int, rest: Any) -> jax.Array:
-    """The inverse of `at_places`, [batch, length] of [batch, most], with `rest` elsewhere."""
+    """The inverse of `at_places`, with `rest` elsewhere."""
     rows = jnp.arange(array.shape[0])[:, None]
     return jnp.full((array.shape[0], length), rest, array.dtype).at[rows, places].set(array)

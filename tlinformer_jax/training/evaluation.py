@@ -36,7 +36,7 @@ CELLS = len(REGIONS) * DEPTHS
 def eval_step(
     params: Any, batch: DeviceBatch, *, model: LanguageModel, answers: AnswersOf | None = None
 ) -> dict[str, jax.Array]:
-    """Sums of a batch by position: losses (nats) and weights, each float32 [N]; of a task's also `answer_sums`."""
+    """Sums of a batch by position: losses and weights; of a task's also `answer_sums`."""
     length = batch["labels"].shape[1]
     # A run of a task can be evaluated on a text as well, all of whose labels count.
     known = answers(length) if answers is not None and "starts" in batch else None
@@ -60,7 +60,7 @@ def eval_step(
 def jit_eval_step(
     model: LanguageModel, param_shardings: Any, batch_sharding: Any, answers: AnswersOf | None = None
 ) -> Any:
-    """`eval_step`, compiled for the shardings of its arguments; every process gets the whole sums."""
+    """`eval_step`, compiled; every process gets the whole sums."""
     return jax.jit(
         functools.partial(eval_step, model=model, answers=answers),
         in_shardings=(param_shardings, batch_sharding),
@@ -115,7 +115,7 @@ class Answers:
         return cls(sums["right"], sums["answers"], right, count, chance)
 
     def figures(self) -> dict[str, float]:
-        """accuracy, the share of answers that are right; accuracy_REGION where there are answers; chance."""
+        """accuracy, of all answers and of each region; chance."""
         asked = self.answers.sum()
         figures = {"accuracy": float(self.right.sum() / asked) if asked else math.nan}
         for region, right, count in zip(REGIONS, self.right_cells.sum(axis=1), self.answer_cells.sum(axis=1)):
@@ -124,7 +124,7 @@ class Answers:
         return figures | {"chance": self.chance}
 
     def counts(self) -> dict[str, Any]:
-        """Right and all answers of each region by depth, as JSON: REGION -> {right, answers}, integers [DEPTHS]."""
+        """Right and all answers of each region by depth, as JSON."""
         return {
             region: {"right": right.astype(int).tolist(), "answers": count.astype(int).tolist()}
             for region, right, count in zip(REGIONS, self.right_cells, self.answer_cells)
@@ -150,7 +150,7 @@ class Evaluation:
         return int(self.weights.sum())
 
     def mean(self, start: int, stop: int) -> float:
-        """Mean cross-entropy in nats per token over positions start .. stop - 1; NaN if there are none."""
+        """Mean loss over positions start .. stop - 1; NaN if there are none."""
         weight = self.weights[start:stop].sum()
         return float(self.losses[start:stop].sum() / weight) if weight else math.nan
 
@@ -158,7 +158,7 @@ class Evaluation:
 def evaluate_split(
     step: Callable[[Any, Any], Any], params: Any, batches: Iterator[Batch], mesh: Mesh, chance: float | None = None
 ) -> Evaluation:
-    """Runs the jitted evaluation step over all batches of a split; `chance` is that of a task, else None."""
+    """Sums `step` over a split; `chance` is that of a task, else None."""
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
         sums = step(params, put_batch(batch, mesh, EVALUATION_AXES))
@@ -201,7 +201,7 @@ def perplexities(nats: float, tokens: int, stream: TokenStream) -> dict[str, flo
 
 
 def _exp(value: float) -> float:
-    """exp, but infinite where a float cannot hold it (an untrained model's figure per word)."""
+    """exp, but infinite where a float cannot hold it."""
     try:
         return math.exp(value)
     except OverflowError:

@@ -101,7 +101,7 @@ def train_run(
     validation_data: TokenData | None = None,
     callbacks: GivenCallbacks = (),
 ) -> TrainedRun:
-    """What `train_and_evaluate` does, which says what the arguments are; returns more of what came of it."""
+    """What `train_and_evaluate` does; returns more of what came of it."""
     # ---- Everything is checked before anything is written
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = local_path(workdir, "workdir")
@@ -157,7 +157,7 @@ def train_run(
 def prepare(
     config: RunConfig, workdir: pathlib.Path, load: LoadSplit = load_split
 ) -> tuple[Run, dict[str, Split], TrainingBatches]:
-    """The run, its splits and its batches, checked against each other and against the working directory."""
+    """The run, its splits and its batches, checked against the working directory."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     directory.check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
     run = dataclasses.replace(build_run(config, tokenizer, PENDING), load_split=load)
@@ -171,7 +171,7 @@ def prepare(
 def first_state(
     run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: directory.Origin | None = None
 ) -> tuple[TrainState, bool]:
-    """The state to go on from, that of the newest good checkpoint or a new one; and whether it has been evaluated."""
+    """The newest good checkpoint's state or a new one; whether it has been evaluated."""
     restored = checkpoints.restore(run.abstract_state)
     if restored is not None:
         state, manifest = restored
@@ -191,7 +191,7 @@ def first_state(
 
 
 def train_steps(session: Session, view: TrainingView, schedule: Schedule, evaluate: Evaluate) -> TrainingView:
-    """The updates after `view`, each with the callbacks due after it, until all are made or something asks to stop."""
+    """The updates after `view`, each with the callbacks due after it."""
     run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
     update = run.train_step()
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)

@@ -156,7 +156,7 @@ def count_routers(
 def weighted_loss(
     hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, z_loss: float
 ) -> LossAndRight:
-    """`summed_losses_and_hits`; of tasks, where at most `most` rows of a sample have weights, of those rows alone."""
+    """`summed_losses_and_hits`; of tasks, of the `most` rows that have weights alone."""
     if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
         hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
     return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK, z_loss)
@@ -243,7 +243,7 @@ sum_with_gradients.defvjp(_forward, _backward)
 
 
 def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -> jax.Array | None:
-    """`count` different windows of a sequence of `length` tokens, int32 [count], ascending; None if those are all."""
+    """`count` different windows, int32 [count], ascending; None if those are all."""
     windows = num_windows(config, length)
     if count == 0 or count >= windows:
         return None

@@ -157,7 +157,7 @@ class Throughput:
         self.restart()
 
     def restart(self, keep_saving: bool = False) -> None:
-        """Forgets the time since the last report, but that of checkpoints where `keep_saving`."""
+        """Forgets the time since the last report, but saving where `keep_saving`."""
         self._saved = self._saved if keep_saving else 0.0
         self._since = time.perf_counter() - self._saved
         self._steps, self._tokens, self._waited = 0, 0.0, 0.0
@@ -213,7 +213,7 @@ def build_throughput(run: Run) -> Throughput:
 
 
 def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
-    """Writes and prints the figures of a step of `last`; `speed` is what `Throughput.report` returns, or empty."""
+    """Writes and prints the figures of a step; `speed` is a `Throughput.report`, or empty."""
     names = ("loss", "grad_norm", "learning_rate", *(["accuracy"] if "accuracy" in metrics else []))
     values = {f"train/{name}": float(metrics[name]) for name in names}
     line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
@@ -234,7 +234,7 @@ def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], 
 
 
 def log_evaluation(log: MetricsLog, run: Run, step: int, figures: Mapping[str, float], seconds: float) -> None:
-    """Writes and prints the figures of an evaluation; of a model of bytes, bits per byte come first."""
+    """Writes and prints the figures of an evaluation; bits per byte first for bytes."""
     log.write(step, {f"eval/{name}": value for name, value in figures.items()})
     first = "bits_per_byte" if is_of_bytes(run) else "loss"
     names = sorted(figures, key=lambda name: name != first)

@@ -31,14 +31,14 @@ MUON_MATRICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """How long a run is, once its data is known: updates in all, and the update at which a cosine would end."""
+    """Updates in all, and the update at which a cosine would end."""
 
     steps: int
     decay_end: int
 
 
 def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
-    """The length of a run over `batches`; see TrainConfig.steps, epochs and schedule."""
+    """The length of a run over `batches`."""
     steps = config.steps or batches.updates_for_epochs(config.epochs)
     if config.schedule == "paper":
         return Horizon(steps, config.epochs * -(-batches.samples_per_epoch // config.micro_batch_size))
@@ -46,7 +46,7 @@ def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
 
 
 def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTransformation:
-    """The optimiser that the configuration names, after clipping by the global norm."""
+    """The configured optimiser, after clipping by the global norm."""
     optimizer = OPTIMIZERS[config.optimizer](config, learning_rate_schedule(config, horizon))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
 
@@ -97,12 +97,12 @@ def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Sched
 
 
 def _fall(peak: float, updates: int, update: Any) -> Any:
-    """From `peak` at update 0 to 0 at update `updates`, as 1 - sqrt (arXiv 2405.18392)."""
+    """From `peak` at update 0 to 0 at `updates`, as 1 - sqrt (arXiv 2405.18392)."""
     return peak * (1.0 - jnp.sqrt(jnp.clip(update / updates, 0.0, 1.0)))
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay: kernels and embeddings; with the paper's schedule all. The token shift never does."""
+    """Which parameters decay: kernels and embeddings; with the paper's schedule all."""
 
     def decays(name: str) -> bool:
         return name != "shift" and (config.schedule == "paper" or name.endswith(("kernel", "embedding")))

@@ -118,7 +118,7 @@ class Checkpoints:
         return TrainState(**stored.read_arrays(self._folder / str(found.step), _fields(state))), found
 
     def record_validation(self, step: int, loss: float) -> None:
-        """Adds the validation loss to the manifest of `step`, if it is saved; deletes what is no longer wanted."""
+        """Adds the validation loss to the manifest of `step`, if it is saved."""
         self._wait()
         folder = self._folder / str(step)
         if self._main and step in self._good and folder.is_dir():
@@ -126,7 +126,7 @@ class Checkpoints:
             self._delete_unwanted()
 
     def is_among_best(self, loss: float) -> bool:
-        """Whether a checkpoint with this validation loss would be one of those that `keep_best` keeps."""
+        """Whether `keep_best` would keep a checkpoint with this loss."""
         if self._keep_best == 0:
             return False
         self._wait()
@@ -152,7 +152,7 @@ class Checkpoints:
             raise DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})") from error
 
     def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
-        """The part of a save that runs in the thread; `state` is given where it is still to be written."""
+        """The part of a save that runs in the thread; writes `state` if given."""
         if state is not None:
             self._write(draft, state)
         try:
@@ -192,7 +192,7 @@ class Checkpoints:
 
 
 def _clear(folder: pathlib.Path) -> None:
-    """Makes the folder of the checkpoints, or removes what a killed run has left in it half-done."""
+    """Makes the folder, or removes what a killed run has left in it half-done."""
     own_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
@@ -207,7 +207,7 @@ def _clear(folder: pathlib.Path) -> None:
 
 
 def copy_on_devices(tree: Any) -> Any:
-    """A copy of a pytree of arrays on their devices; None where the peak use so far leaves no room for it."""
+    """A copy of a pytree on its devices; None where there may be no room for it."""
     shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
     for device in jax.local_devices():
         stats = device.memory_stats()
@@ -224,6 +224,6 @@ def copy_on_devices(tree: Any) -> Any:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The state as the mapping in which it is saved, without fields that are None."""
+    """The state as the mapping that is saved, without what is None."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if value is not None}

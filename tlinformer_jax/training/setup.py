@@ -80,7 +80,7 @@ class Run:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def answers(self, length: int) -> AnswerPlaces | None:
-        """Where the labels of a sample of `length` tokens count; None for everywhere."""
+        """Where the labels of a sample count; None for everywhere."""
         return answer_places(self.config.data, self.tokenizer, length)
 
     def initial_state(self) -> TrainState:
@@ -91,7 +91,7 @@ class Run:
         return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
-        """A split of the corpus or of the task, checked to hold samples of `length` (None: data.sequence_length)."""
+        """A split that holds samples of `length` (None: data.sequence_length)."""
         return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
@@ -114,7 +114,7 @@ class Run:
         return -(-min(batch_size, 1 << (samples - 1).bit_length()) // parts) * parts
 
     def train_step(self) -> Any:
-        """The jitted train step, to be called under `jax.set_mesh`, with its state's memory reused."""
+        """The jitted train step, to be called under `jax.set_mesh`."""
         return jit_train_step(
             self.shardings,
             batch_sharding(self.mesh),
@@ -166,7 +166,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run with its model's parameters, on its mesh, after `step` updates: `evaluate_run` and the like take it."""
+    """A run with its model's parameters, on its mesh, after `step` updates."""
 
     run: Run
     params: Any
@@ -177,7 +177,7 @@ class TrainedRun:
 def build_run(
     config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds and cross-checks the fixed parts of a run; the horizon matters to training only."""
+    """Builds and cross-checks the fixed parts of a run."""
     check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.mesh, devices)
     if mesh.shape["expert"] > 1 and not config.model.mixture:
@@ -194,7 +194,7 @@ def build_run(
 
 
 def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled_windows: int) -> None:
-    """Refuses axes of the mesh that split a sequence of `length` tokens where it cannot be split so."""
+    """Refuses a mesh that splits sequences of `length` tokens where they cannot be split."""
     for name in ("window", "context"):
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
@@ -207,7 +207,7 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
 def given_data(
     config: RunConfig, workdir: pathlib.Path, train_data: TokenData | None, validation_data: TokenData | None
 ) -> tuple[RunConfig, LoadSplit]:
-    """The configuration of a run on the caller's data, if it is given, and what loads its splits."""
+    """The configuration of a run on the caller's data, if given; what loads its splits."""
     given = {"train": train_data, "validation": validation_data}
     if train_data is None and validation_data is None:
         return config, load_split
@@ -217,7 +217,7 @@ def given_data(
 
 
 def check_kernel(config: ModelConfig) -> None:
-    """Refuses cuDNN's attention where there is no GPU ('splash' is interpreted where there is no TPU)."""
+    """Refuses cuDNN's attention where there is no GPU."""
     if config.attention == "cudnn" and platform() != "gpu":
         raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {platform()} here")
 
@@ -243,7 +243,7 @@ def flops_per_token(run: Run, length: int) -> float:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user has chosen a place or has no home."""
+    """Keeps compiled programs between runs, unless the user has chosen a place."""
     place = os.path.expanduser(COMPILATION_CACHE)
     if not getattr(jax.config, "jax_compilation_cache_dir", None) and os.path.isabs(place):
         jax.config.update("jax_compilation_cache_dir", place)

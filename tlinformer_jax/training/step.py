@@ -32,7 +32,7 @@ def _count(value: int = 0) -> Any:
 
 @flax.struct.dataclass
 class Skips:
-    """Updates left out because the loss or the gradient was not finite; all int32 []."""
+    """Updates left out because loss or gradient were not finite; all int32 []."""
 
     in_a_row: jax.Array = _count()  # above train.max_skipped_updates, nothing changes the state any more
     total: jax.Array = _count()  # of the run, with those that rollbacks have undone
@@ -72,7 +72,7 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
     def starting_from(self, params: Any) -> "TrainState":
-        """This state with other parameters, which are also the first of the average."""
+        """This state with other parameters, also the first of the average."""
         ema = None if self.ema is None else first_average(params)
         return dataclasses.replace(self, params=params, ema=ema)
 
@@ -86,7 +86,7 @@ def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
 def init_state(
     rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon, stages: tuple[Stage, ...] = ()
 ) -> TrainState:
-    """The state before the first update; depends on `rng` and the configurations only."""
+    """The state before the first update."""
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
     opt_state = build_optimizer(config, horizon).init(params)
     ema = first_average(params) if config.ema else None
@@ -98,12 +98,12 @@ def init_state(
 
 @jax.jit
 def first_average(params: Any) -> Any:
-    """A copy in float32: the state, whose memory the next update reuses, may hold no array twice."""
+    """A copy in float32: the donated state may hold no array twice."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
 
 
 def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any:
-    """The average after one more update; `updates` counts those before it, int32 []."""
+    """The average after one more update, after `updates` before it."""
     kept = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
     return jax.tree.map(lambda mean, leaf: mean + (1.0 - kept) * (leaf.astype(jnp.float32) - mean), ema, params)
 
@@ -198,7 +198,7 @@ def train_step(
 def record_accuracy(
     competence: Competence, number: int, goal: float, accuracy: jax.Array, step: jax.Array
 ) -> Competence:
-    """What is known after update `step` + 1, of stage `number`, which ends at a mean accuracy of `goal` over WINDOW."""
+    """What is known after an update of stage `number`, which ends at mean accuracy `goal`."""
     recent = jnp.append(competence.recent[number, 1:], accuracy)
     reached = (competence.ends[number] == 0) & (jnp.mean(recent) >= goal)
     ends = competence.ends.at[number].set(jnp.where(reached, step + 1 + LAG, competence.ends[number]))
@@ -243,7 +243,7 @@ def batch_gradient(
 
 
 def _accumulate(gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[LossAndRight, Any]:
-    """Sums losses and gradients over `parts` micro-batches, in float32; the gradients get the parameters' dtype."""
+    """Sums losses and gradients over `parts` micro-batches, in float32."""
     # Micro-batches take rows in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
@@ -260,7 +260,7 @@ def _accumulate(gradient: Any, draws: Any, params: Any, batch: DeviceBatch, part
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
-    """Whether an update counts, whether the run has stopped before it, and the skips after it, of `most` in a row."""
+    """Whether an update counts, whether the run has stopped before it, the skips after it."""
     # The squares' sums are those of the gradient's norm, so they cost nothing; they are finite for all that clipping
     # could bear.
     bad = ~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]))

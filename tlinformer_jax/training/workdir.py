@@ -89,7 +89,7 @@ def _lock(file: Any, workdir: pathlib.Path) -> None:
 
 
 def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Makes the working directory, or checks that it holds the same run; says what else has changed."""
+    """Makes the directory, or checks that it holds the same run."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,7 +108,7 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> None:
-    """Refuses another tokenizer (`name` in the configuration) than that of a run in the working directory."""
+    """Refuses another tokenizer than that of a run in the working directory."""
     if not any((workdir / file).exists() for file in (CONFIG_FILE, TOKENIZER_FILE)):
         return
     there = load_tokenizer(workdir).name
@@ -118,7 +118,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> N
 
 
 def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Says which of the splits have other tokens than when the directory's run last trained."""
+    """Says which splits have changed since the directory's run last trained."""
     path = workdir / TEXTS_FILE
     try:
         recorded = dict(read_json(path))
@@ -142,7 +142,7 @@ def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
 
 
 def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Writes configuration, hashes of the texts and, where there is none yet, the tokenizer into the directory."""
+    """Writes configuration, hashes of the texts, and the tokenizer if there is none."""
     with _writing(workdir, "its configuration"):
         if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
             save_tokenizer(run.tokenizer, workdir)
@@ -164,14 +164,14 @@ def _writing(workdir: pathlib.Path, what: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a run's first parameters come from: another run's directory and a step, None for the newest good one."""
+    """Another run's directory and a step, None for the newest good one."""
 
     workdir: pathlib.Path
     step: int | None = None
 
 
 def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.Path | None) -> Origin | None:
-    """The origin that a working directory remembers, or that --init_from asks for; None for random parameters."""
+    """The origin that is remembered, or that --init_from asks for."""
     origin, begun = _remembered_origin(workdir), (workdir / CONFIG_FILE).exists()
     if asked is not None:
         wanted, allowed = local_path(asked, "init_from"), None
@@ -190,7 +190,7 @@ def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.P
 
 
 def check_origin(origin: Origin, config: RunConfig) -> None:
-    """Refuses a run whose parameters have other names or shapes, naming the first, and the fields that make it so."""
+    """Refuses a run whose parameters have other names or shapes, naming the first."""
     other = load_config(origin.workdir)
     check_size(origin.workdir, other.model, origin.step)
     layers = _same_layers(other, config)
@@ -207,7 +207,7 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
 
 
 def _same_layers(one: RunConfig, other: RunConfig) -> dict[str, str]:
-    """Path of each layer's parameters in the one model -> that of the same layer in the other."""
+    """Path of each layer's parameters in the one model -> in the other."""
     paths = [["/".join(path) for path, _ in layer_names(config.model)] for config in (one, other)]
     return dict(zip(*paths))
 
@@ -223,7 +223,7 @@ def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 
 def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
-    """The step and the parameters that a run starts from, in its dtype and shardings; what is not there is `fresh`."""
+    """The step and the parameters to start from; what is not there is `fresh`."""
     name = load_tokenizer(origin.workdir).name
     if name != run.tokenizer.name:
         say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
