@@ -22,7 +22,7 @@ from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.evaluation.experts import expert_rows
+from tlinformer_jax.evaluation.report import expert_rows
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
 from tlinformer_jax.models import feed_forward as module

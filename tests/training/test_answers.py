@@ -15,13 +15,12 @@ from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
-from tlinformer_jax.evaluation.text import evaluate_text
-from tlinformer_jax.evaluation.trained import load_run
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, evaluate_text
 from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.experiments.recipes import set_niah, set_state
 from tlinformer_jax.training import callbacks, loop
+from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.evaluation import CELLS, answer_sums, eval_step
 from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.setup import TrainedRun, build_run, flops_per_token

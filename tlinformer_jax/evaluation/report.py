@@ -1,6 +1,7 @@
 """An evaluation as one small JSON object, figures by position and by sequence length included, and as lines to read."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -10,16 +11,24 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from tlinformer_jax.data.batches import num_samples
+from tlinformer_jax.data.batches import num_samples, take_samples
+from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_pieces, smallest_dtype
 from tlinformer_jax.data.tasks import Split, TaskSplit
-from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.experts import expert_load
+from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.errors import ConfigError, DataError, UserError
 from tlinformer_jax.files import finite, local_path, write_text
+from tlinformer_jax.models.feed_forward import with_tallies
+from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
+from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_batch, replicated
+from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.console import advised, evaluation_advice
 from tlinformer_jax.training.evaluation import Answers, Evaluation, summary
-from tlinformer_jax.training.setup import TrainedRun
+from tlinformer_jax.training.loss import DeviceBatch, weighted_loss
+from tlinformer_jax.training.setup import Run, TrainedRun
 
 Report = dict[str, Any]
 LONGEST = 2**31 - 1  # positions are int32
@@ -259,3 +268,109 @@ def _table(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.5g}"
+
+
+# ---- Of any text: with a run in memory, or with the directory that it has left
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFigures:
+    """A model's figures of a text: loss in nats per token, its exponential, exp(nats / words), nats / ln 2 / bytes.
+
+    All tokens are predicted, the first one from an end-of-text. Words are what stands between white space.
+    """
+
+    tokens: int
+    words: int
+    bytes: int
+    loss: float
+    perplexity: float
+    perplexity_per_word: float | None
+    bits_per_byte: float
+
+
+def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: int | None = None) -> TextFigures:
+    """The figures of a text in samples of `length` tokens (None: as trained) that do not overlap; the last is shorter.
+
+        from tlinformer_jax import load_run, text_perplexity
+
+        figures = text_perplexity("runs/tiny", "The for statement is used to iterate.")
+        run = load_run("runs/tiny")  # for many texts: restores and compiles once
+        losses = [text_perplexity(run, text).loss for text in ("A class.", "A function.")]
+
+    Raises a UserError for an empty text, a length that is not allowed, or a directory that cannot be used.
+    """
+    trained = source if isinstance(source, TrainedRun) else load_run(source)
+    tokens = text_source(text, trained.run.tokenizer)
+    report = evaluate_source(trained, tokens, EvaluationOptions(length=length))
+    figures, counted = report["figures"], tokens.counted
+    assert isinstance(counted, TokenStream)
+    return TextFigures(
+        report["tokens"],
+        counted.num_words or 0,
+        counted.num_bytes,
+        *map(figures.get, ("loss", "perplexity", "perplexity_per_word", "bits_per_byte")),
+    )
+
+
+def evaluate_text(
+    trained: TrainedRun, text: str, options: EvaluationOptions, *, text_file: str, command: Sequence[str] = ()
+) -> Report:
+    """What `evaluate_run` returns, of all tokens of a text at every length."""
+    source = text_source(text, trained.run.tokenizer, text_file)
+    head = describe(trained, command) | {"text_file": text_file}
+    return finite(head | evaluate_source(trained, source, options))
+
+
+def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:
+    """The tokens of a text after an end-of-text."""
+    if not isinstance(text, str):
+        raise DataError(f"{name}: must be a str, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{name}: must be text; it holds parts of characters (surrogates)") from None
+    # In pieces, where the tokenizer allows it: some take long over a long text.
+    pieces = cut_documents([(text, True)], tokenizer.safe_cut)
+    encoded, counts = encode_pieces(pieces, tokenizer, smallest_dtype(tokenizer.vocab_size))
+    if len(encoded) < 2:
+        raise DataError(f"{name}: must hold some text; it holds no token")
+    # The end-of-text that follows every document comes to the front.
+    stream = TokenStream(np.roll(encoded, 1), counts.num_bytes, 1, counts.num_words, counts.num_lines)
+    return Source(name, stream, dataclasses.replace(stream, tokens=encoded[:-1]), whole=True)
+
+
+# ---- How evenly a model's experts are used
+
+
+def expert_load(run: Run, params: Any, stream: Split) -> Float[np.ndarray, "layers E"] | None:
+    """The share of each layer's rows that its experts are given, on the first samples of a split.
+
+    Samples are as long as those of training. None where there are no experts, or no whole sample.
+    """
+    length = run.config.data.sequence_length
+    samples = num_samples(stream, length)
+    if not run.config.model.mixture or samples < 1:
+        return None
+    rows = process_rows(run.mesh, run.evaluation_batch_size(length, samples), EVALUATION_AXES)
+    batch = take_samples(stream, length, np.where(rows < samples, rows, -1))
+    count = functools.partial(expert_rows, model=run.model)
+    with jax.set_mesh(run.mesh):
+        placed = put_batch({name: batch[name] for name in ("inputs", "labels", "weights")}, run.mesh, EVALUATION_AXES)
+        counts = np.asarray(jax.jit(count, out_shardings=replicated(run.mesh))(params, placed))
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def expert_rows(params: Any, batch: DeviceBatch, *, model: LanguageModel) -> Float[Array, "layers E"]:
+    """How many rows each expert of each layer is given, of those that the loss depends on.
+
+    In the windowed architectures a row of the history counts in each window that restores it.
+    """
+    config = model.config
+    typed: Any = prepare_params(model.apply({"params": params}, method=model.parameters), config)  # type: ignore[arg-type]
+
+    def loss(tallies: Array) -> Array:
+        hidden = hidden_states(with_tallies(typed, tallies), config, embed(typed, config, batch["inputs"]))
+        return weighted_loss(hidden, typed.embedding, batch, most=None, z_loss=0.0)[0]
+
+    return jax.grad(loss)(jnp.zeros((config.num_layers, config.num_experts), jnp.float32))

@@ -20,8 +20,8 @@ import numpy as np
 
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.trained import load_run
 from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_hits
 
 

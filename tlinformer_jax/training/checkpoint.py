@@ -23,10 +23,15 @@ from jax.experimental import multihost_utils
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
+from tlinformer_jax.data.given import TokenData, given_loader
+from tlinformer_jax.data.sources import load_stored_split
+from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import DataError, first_line
-from tlinformer_jax.files import open_own, plain_path, read_own, sealed_text, unsealed, write_text
+from tlinformer_jax.files import local_path, open_own, plain_path, read_own, sealed_text, unsealed, write_text
 from tlinformer_jax.models.model import build_model
+from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.console import say
+from tlinformer_jax.training.setup import LoadSplit, TrainedRun, build_run
 
 FOLDER = "checkpoints"
 STATE = "state"  # Orbax's folder in that of a checkpoint
@@ -192,6 +197,25 @@ def load_params(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), parameter_shapes(config)
     )
     return restore_params(workdir, abstract, step)
+
+
+def load_run(
+    workdir: str | pathlib.Path, step: int | None = None, *, validation_data: TokenData | None = None
+) -> TrainedRun:
+    """A run of a working directory with its newest good checkpoint's parameters, or those of `step`, on all devices.
+
+    `validation_data` takes the place of the configuration's, as in `train_and_evaluate`.
+    """
+    workdir = local_path(workdir, "workdir")
+    # Any machine will do, whatever mesh the training had.
+    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    check_size(workdir, config.model, step)
+    load: LoadSplit = load_stored_split
+    if validation_data is not None:
+        load = given_loader({"validation": validation_data}, config.model.vocab_size)
+    run = dataclasses.replace(build_run(config, load_tokenizer(workdir)), load_split=load)
+    step, params = restore_params(workdir, run.abstract_state.params, step)
+    return TrainedRun(run, params, step)
 
 
 def parameter_shapes(config: ModelConfig) -> Any:
