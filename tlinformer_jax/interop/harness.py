@@ -12,7 +12,7 @@ or its own command with our model, `tlinformer`, among the others:
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -123,7 +123,7 @@ class HarnessModel(TemplateLM):
         texts = [""] * len(requests)
         for numbers in groups.values():
             options = self._generation_options(requests[numbers[0]].args[1])
-            for part in _parts(numbers, self.batch_size):
+            for part in self._batches(numbers):
                 contexts = [self.tok_encode(requests[number].args[0])[-self.max_length :] for number in part]
                 prompts = [context or [self.eot_token_id] for context in contexts]
                 for number, generation in zip(part, self._generator.run(prompts, **options)):
@@ -144,6 +144,9 @@ class HarnessModel(TemplateLM):
             "stop_tokens": (self.eot_token_id,),
         }
 
+    def _batches(self, numbers: list[int]) -> list[list[int]]:
+        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+
     @functools.cached_property
     def _generator(self) -> Generator:
         return Generator(self._model, self._variables, self._tokens)
@@ -155,7 +158,7 @@ class HarnessModel(TemplateLM):
         """
         found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(samples)
         order = sorted((n for n, sample in enumerate(samples) if len(sample) > 1), key=lambda n: -len(samples[n]))
-        for part in _parts(order, self.batch_size):
+        for part in self._batches(order):
             width = max(16, 1 << (len(samples[part[0]]) - 2).bit_length())
             tokens = np.zeros((self.batch_size, width + 1), np.int32)
             for row, number in enumerate(part):
@@ -174,11 +177,6 @@ def _losses_and_hits(
     """Of [batch, length + 1] tokens, but the first of each row."""
     hidden: Any = model.apply(variables, tokens[:, :-1], method=model.hidden_states)
     return token_losses_and_hits(hidden, variables["params"]["embedding"], tokens[:, 1:], LOSS_CHUNK)
-
-
-def _parts(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import PARTITIONED
-from tlinformer_jax.training.optimizer import Horizon, warmup_note
+from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
@@ -51,7 +51,6 @@ def clock(seconds: float) -> str:
 
 
 def is_of_bytes(run: Run) -> bool:
-    """Whether tokens are bytes."""
     return run.tokenizer.vocab_size <= BYTE_VOCABULARY
 
 
@@ -132,8 +131,12 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
         text += f", {seen / num_samples(train, length):.2f} epochs"
     if predicted < length:
         text += f"; of them {horizon.steps * config.train.batch_size * predicted:,.0f} in sampled windows"
-    note = warmup_note(config.train, horizon)
-    return [*lines, text, *([note] if note else [])]
+    lines.append(text)
+    if (warmup := config.train.warmup_steps) > horizon.steps:
+        reached = f"{horizon.steps / warmup:.0%} of train.learning_rate at most"
+        more = f"note: train.warmup_steps = {warmup} is more than the run's {horizon.steps} updates"
+        lines.append(f"{more}: the learning rate rises to {reached}")
+    return lines
 
 
 def split_line(name: str, split: Split | None, length: int) -> str:

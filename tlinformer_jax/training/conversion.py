@@ -20,7 +20,11 @@ from tlinformer_jax.training.setup import build_run
 def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
     """Makes a new working directory, at step 0, of published weights."""
     workdir = workdir.absolute()
-    _check_new(workdir)
+    try:
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise DataError(f"workdir {workdir}: must be a new or an empty directory")
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: cannot be read ({error.strerror or error})") from None
     run = build_run(config, build_tokenizer(config.data.tokenizer))
     arrays = read_weights(source)
     try:
@@ -32,7 +36,11 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
         draft = workdir.with_name(f".{workdir.name}.{os.getpid()}.draft")
         try:
             draft.mkdir()
-            _fill(draft, run, params)
+            state = run.initial_state().starting_from(jax.device_put(params, run.shardings.params))
+            with Checkpoints(draft, keep=1) as checkpoints:
+                checkpoints.save(state)
+            save_tokenizer(run.tokenizer, draft)
+            save_config(run.config, draft)
             draft.rename(workdir)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -49,23 +57,6 @@ def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
     step, params = load_params(workdir, config)
     write_safetensors(target, params_to_reference({"params": params}, config), config)
     return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
-
-
-def _check_new(workdir: pathlib.Path) -> None:
-    try:
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-            raise DataError(f"workdir {workdir}: must be a new or an empty directory")
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: cannot be read ({error.strerror or error})") from None
-
-
-def _fill(directory: pathlib.Path, run: Any, params: Any) -> None:
-    """Writes configuration, tokenizer and checkpoint."""
-    state = run.initial_state().starting_from(jax.device_put(params, run.shardings.params))
-    with Checkpoints(directory, keep=1) as checkpoints:
-        checkpoints.save(state)
-    save_tokenizer(run.tokenizer, directory)
-    save_config(run.config, directory)
 
 
 def _size(params: Any) -> int:

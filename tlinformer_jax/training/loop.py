@@ -35,7 +35,7 @@ from tlinformer_jax.training.callbacks import (
     asks_to_end,
 )
 from tlinformer_jax.training.console import memory_advice
-from tlinformer_jax.training.metrics import MetricsLog, build_throughput
+from tlinformer_jax.training.metrics import MetricsLog, Throughput
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
@@ -134,7 +134,7 @@ def train_run(
         rows = process_rows(run.mesh, train.batch_size)
         ends = None if state.competence is None else state.competence.ends
         reader = stack.enter_context(StagedReader(batches, ends, first, rows))
-        session = Session(run, splits["validation"], reader, checkpoints, log, build_throughput(run), stop)
+        session = Session(run, splits["validation"], reader, checkpoints, log, Throughput.of(run), stop)
         save = Save(train.checkpoint_every, session)
         evaluate = Evaluate(train.eval_every, session, save)
         logging = Log(train.log_every, session, (save, evaluate))

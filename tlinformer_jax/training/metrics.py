@@ -150,6 +150,12 @@ class Throughput:
     `flops_per_token` are model FLOPs, to be set anew after a restart; `peak_flops` those of all devices a second.
     """
 
+    @classmethod
+    def of(cls, run: Run) -> "Throughput":
+        peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
+        per_token = flops_per_token(run, run.config.data.sequence_length)
+        return cls(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
+
     def __init__(self, total_steps: int, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
         self._total = total_steps
         self.flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -200,13 +206,6 @@ class Throughput:
             figures["mfu"] = speed / self._peak_flops
         self.restart()
         return figures
-
-
-def build_throughput(run: Run) -> Throughput:
-    """Of a run on its devices."""
-    peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
-    per_token = flops_per_token(run, run.config.data.sequence_length)
-    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
 
 
 # ---- Events

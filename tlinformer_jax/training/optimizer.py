@@ -113,13 +113,3 @@ def decay_mask(config: TrainConfig, params: Any) -> Any:
 def _by_name(params: Any, value: Callable[[str], Any]) -> Any:
     """A value for each parameter, found by its own name ('qkv_kernel')."""
     return jax.tree_util.tree_map_with_path(lambda path, _: value(path[-1].key), params)
-
-
-def warmup_note(config: TrainConfig, horizon: Horizon) -> str | None:
-    """A warning where the warm-up is longer than the run, else None."""
-    if config.warmup_steps <= horizon.steps:
-        return None
-    return (
-        f"note: train.warmup_steps = {config.warmup_steps} is more than the run's {horizon.steps} updates: "
-        f"the learning rate rises to {horizon.steps / config.warmup_steps:.0%} of train.learning_rate at most"
-    )
