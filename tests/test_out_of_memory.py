@@ -122,7 +122,7 @@ def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp
     for module, fault, arguments, advice in (
         (
             "evaluate",
-            "from tlinformer_jax.training import setup; setup.evaluate_split = full",
+            "from tlinformer_jax.training import setup; setup.put_batch = full",
             ("--batch_size=2",),
             "a smaller --batch_size (now 2)",
         ),

@@ -1,22 +1,17 @@
 """Evaluation of a split: loss by position, answers of a task that are right, and the figures made of them."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
-from tlinformer_jax.data.batches import Batch
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split
 from tlinformer_jax.models.model import LanguageModel
-from tlinformer_jax.parallel.sharding import EVALUATION_AXES, put_batch, replicated
 from tlinformer_jax.training.cross_entropy import (
     LOSS_CHUNK,
     AnswersOf,
@@ -25,7 +20,7 @@ from tlinformer_jax.training.cross_entropy import (
     token_losses_and_hits,
     weighted_places,
 )
-from tlinformer_jax.training.step import DeviceBatch, compiler_options
+from tlinformer_jax.training.step import DeviceBatch
 
 CELLS = len(REGIONS) * DEPTHS
 
@@ -55,18 +50,6 @@ def eval_step(
         return sums
     hits = jnp.pad(hits, ((0, 0), (start, 0)), constant_values=True)
     return sums | answer_sums(hits, batch["starts"], batch["cells"])
-
-
-def jit_eval_step(
-    model: LanguageModel, param_shardings: Any, batch_sharding: Any, answers: AnswersOf | None = None
-) -> Any:
-    """`eval_step`, compiled; every process gets the whole sums."""
-    return jax.jit(
-        functools.partial(eval_step, model=model, answers=answers),
-        in_shardings=(param_shardings, batch_sharding),
-        out_shardings=replicated(batch_sharding.mesh),
-        compiler_options=compiler_options(),
-    )
 
 
 def answer_sums(
@@ -153,19 +136,6 @@ class Evaluation:
         """Mean loss over positions start .. stop - 1; NaN if there are none."""
         weight = self.weights[start:stop].sum()
         return float(self.losses[start:stop].sum() / weight) if weight else math.nan
-
-
-def evaluate_split(
-    step: Callable[[Any, Any], Any], params: Any, batches: Iterator[Batch], mesh: Mesh, chance: float | None = None
-) -> Evaluation:
-    """Sums `step` over a split; `chance` is that of a task, else None."""
-    totals: dict[str, np.ndarray] = {}
-    for batch in batches:
-        sums = step(params, put_batch(batch, mesh, EVALUATION_AXES))
-        for name, part in sums.items():
-            totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)
-    answers = None if chance is None else Answers.of(totals, chance)
-    return Evaluation(totals["losses"], totals["weights"], answers)
 
 
 def summary(result: Evaluation, stream: Split, generation_window: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tlinformer_jax.analysis.flops import training_flops
@@ -39,12 +40,14 @@ from tlinformer_jax.parallel.sharding import (
     check_batch_divides,
     connect,
     process_rows,
+    put_batch,
+    replicated,
     tree_shardings,
     ways,
 )
-from tlinformer_jax.training.evaluation import Evaluation, evaluate_split, jit_eval_step
+from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step
 from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import TrainState, init_state, jit_train_step
+from tlinformer_jax.training.step import TrainState, compiler_options, init_state, jit_train_step
 
 # Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
@@ -127,10 +130,14 @@ class Run:
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        """The jitted evaluation step."""
+        """The jitted evaluation step; every process gets the whole sums."""
         check_kernel(self.config.model)
-        sharding = batch_sharding(self.mesh, EVALUATION_AXES)
-        return jit_eval_step(self.model, self.shardings.params, sharding, self.answers)
+        return jax.jit(
+            functools.partial(eval_step, model=self.model, answers=self.answers),
+            in_shardings=(self.shardings.params, batch_sharding(self.mesh, EVALUATION_AXES)),
+            out_shardings=replicated(self.mesh),
+            compiler_options=compiler_options(),
+        )
 
     def evaluate(
         self,
@@ -154,8 +161,14 @@ class Run:
             batches = self.answer_batches(stream, length, batch_size, rows)
         else:
             batches = evaluation_batches(stream, length, batch_size, rows, rest)
+        totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
-            return evaluate_split(self.eval_step, params, watch(batches), self.mesh, chance)
+            for batch in watch(batches):
+                sums = self.eval_step(params, put_batch(batch, self.mesh, EVALUATION_AXES))
+                for name, part in sums.items():
+                    totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)
+        answers = None if chance is None else Answers.of(totals, chance)
+        return Evaluation(totals["losses"], totals["weights"], answers)
 
     def answer_batches(self, stream: TaskSplit, length: int, batch_size: int, rows: Rows) -> Iterator[Batch]:
         """`data.tasks.answer_batches` with the windows of the model."""
