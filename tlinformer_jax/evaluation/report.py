@@ -292,13 +292,11 @@ class TextFigures:
 def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: int | None = None) -> TextFigures:
     """The figures of a text in samples of `length` tokens (None: as trained) that do not overlap; the last is shorter.
 
-        from tlinformer_jax import load_run, text_perplexity
+    from tlinformer_jax import load_run, text_perplexity
 
-        figures = text_perplexity("runs/tiny", "The for statement is used to iterate.")
-        run = load_run("runs/tiny")  # for many texts: restores and compiles once
-        losses = [text_perplexity(run, text).loss for text in ("A class.", "A function.")]
-
-    Raises a UserError for an empty text, a length that is not allowed, or a directory that cannot be used.
+    figures = text_perplexity("runs/tiny", "The for statement is used to iterate.")
+    run = load_run("runs/tiny")  # for many texts: restores and compiles once
+    losses = [text_perplexity(run, text).loss for text in ("A class.", "A function.")]
     """
     trained = source if isinstance(source, TrainedRun) else load_run(source)
     tokens = text_source(text, trained.run.tokenizer)
@@ -344,10 +342,7 @@ def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:
 
 
 def expert_load(run: Run, params: Any, stream: Split) -> Float[np.ndarray, "layers E"] | None:
-    """The share of each layer's rows that its experts are given, on the first samples of a split.
-
-    Samples are as long as those of training. None where there are no experts, or no whole sample.
-    """
+    """The share of each layer's rows that its experts are given, on the first samples of a split."""
     length = run.config.data.sequence_length
     samples = num_samples(stream, length)
     if not run.config.model.mixture or samples < 1:
@@ -362,10 +357,7 @@ def expert_load(run: Run, params: Any, stream: Split) -> Float[np.ndarray, "laye
 
 
 def expert_rows(params: Any, batch: DeviceBatch, *, model: LanguageModel) -> Float[Array, "layers E"]:
-    """How many rows each expert of each layer is given, of those that the loss depends on.
-
-    In the windowed architectures a row of the history counts in each window that restores it.
-    """
+    """How many rows each expert of each layer is given, of those that the loss depends on."""
     config = model.config
     typed: Any = prepare_params(model.apply({"params": params}, method=model.parameters), config)  # type: ignore[arg-type]
 

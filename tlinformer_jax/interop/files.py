@@ -30,10 +30,7 @@ OPTIONAL, PLAIN = ("token_shift", "history_position", "window_overlap", "num_exp
 
 
 def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a file under their names, in the file's own dtypes; prefixes of wrappers are taken off.
-
-    DataError if it cannot be read, is damaged, or holds anything but tensors.
-    """
+    """The arrays of a file under their names, in its dtypes; prefixes of wrappers are taken off."""
     if path.suffix not in (SAFETENSORS, *TORCH):
         raise DataError(f"{path}: must end in {SAFETENSORS}, {' or '.join(TORCH)}")
     try:

@@ -319,10 +319,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int) -> Tensor:
-        """The tokens [batch, length >= 1] and after them the likeliest ones.
-
-        What a window reads of the history is made when it begins.
-        """
+        """The tokens [batch, length >= 1] and after them the likeliest ones."""
         start = None
         for _ in range(max_new_tokens):
             last = tokens.shape[1] - 1
@@ -362,10 +359,7 @@ class LanguageModel(nn.Module):
 
 
 def from_safetensors(path: str | pathlib.Path, config: Config | None = None) -> LanguageModel:
-    """The model that `tlinformer convert --to` has written, in evaluation mode, on the CPU.
-
-    `config` is for a file that does not say what it is of.
-    """
+    """The model that `tlinformer convert --to` has written; `config` is for a file that does not say."""
     metadata, arrays = read_safetensors(path)
     if config is None:
         if "tlinformer" not in metadata:

@@ -25,11 +25,8 @@ FINAL_NORM = {"norm_scale": "transformer.norm.weight", "norm_bias": "transformer
 def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Flax variables for `build_model(config).apply`, in config.param_dtype, from a published checkpoint.
 
-    `state_dict` has published names and arrays. The tied head may be left out; if there, it must equal the embedding.
-
-    Raises:
-      DataError: one message that lists every missing, extra, misshapen or contradicting entry, and every one that
-        holds other things than finite numbers.
+    The tied head may be left out. A DataError lists every missing, extra, misshapen or contradicting entry, and every
+    one that holds other things than finite numbers.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
     shapes = reference_shapes(config)

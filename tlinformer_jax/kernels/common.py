@@ -30,17 +30,11 @@ STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
 class Scores(NamedTuple):
-    """Which products of queries and keys count; known when a kernel is compiled.
-
-    Attributes:
-      scale: of the products, positive.
-      causal: query i sees keys 0 .. i only.
-      window: with `causal`, the last `window` of those; None for all.
-    """
+    """Which products of queries and keys count; known when a kernel is compiled."""
 
     scale: float
-    causal: bool = False
-    window: int | None = None
+    causal: bool = False  # query i sees keys 0 .. i only
+    window: int | None = None  # the last of those; None for all
 
 
 class Rotations(Protocol):

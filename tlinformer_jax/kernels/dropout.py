@@ -81,10 +81,7 @@ def attend_with_dropout(
 ) -> Float[Array, "batch queries heads d_h"]:
     """Softmax attention whose weights are each zeroed with probability `rate`, the others divided by 1 - rate.
 
-    Args:
-      key_length: valid keys; None for all. Where a query sees no key the result is 0.
-      words: the mask's; see `dropout.Dropout`.
-      interpret: run on the CPU, for tests.
+    `key_length` are the valid keys, None for all: a query that sees none gets 0. `words` are those of `layers.Dropout`.
     """
     return _attend(Options(scores, rate, tiles, interpret), query, key, value, key_length, words)
 

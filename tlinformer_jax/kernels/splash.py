@@ -24,10 +24,7 @@ def attend_splash(
     key_length: Int[Array, " batch"] | None,
     interpret: bool = False,
 ) -> Float[Array, "batch queries heads d_h"]:
-    """Exact softmax attention; on a mesh every device runs the kernel on its share of batch and heads.
-
-    `key_length` are the valid keys, None for all; `interpret` is for tests without a TPU.
-    """
+    """Exact softmax attention; on a mesh every device runs the kernel on its share of batch and heads."""
     lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32) if key_length is None else key_length
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array):

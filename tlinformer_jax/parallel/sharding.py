@@ -103,10 +103,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of any pytree that holds parameters or their like (optimiser moments): by the parameters' rules.
-
-    Scalars are replicated.
-    """
+    """Shardings of a pytree that holds parameters or their like: by the parameters' rules."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
@@ -269,10 +266,7 @@ class BatchSplit:
         return jax.lax.psum(values, axes) if axes else values
 
     def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(batch, *whole)`, run by every device on its part of the batch and on what all have.
-
-        The results of `function` are the same on all devices.
-        """
+        """`function(batch, *whole)`, run by every device on its part of the batch; its results are the same on all."""
         if not self.manual:
             return function
 

@@ -25,10 +25,7 @@ def token_losses_and_hits(
     labels: Int[Array, "batch length"],
     chunk: int,
 ) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
-    """Cross-entropy in nats of every token, and whether greedy decoding would choose the label; for evaluation.
-
-    The logits of `chunk` tokens are held at a time. Of equal logits the first counts as chosen.
-    """
+    """Cross-entropy in nats of every token; whether greedy decoding would choose its label."""
     table = _table(embedding, hidden.dtype)
 
     def both(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -47,11 +44,9 @@ def summed_losses_and_hits(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of weights * cross-entropy in nats, and the weight of the labels that greedy decoding would choose.
 
-    For training; the second has no gradient, and costs nothing where it is not read. The first has the gradient of
-    weights * (cross-entropy + z_loss * Z^2), where Z is the log-sum-exp of a token's logits.
-
-    Gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is rounded to
-    hidden's dtype before it is multiplied, as the logits' own product was. The embedding's is summed in float32.
+    For training. The first has the gradient of weights * (cross-entropy + z_loss * Z^2), where Z is the log-sum-exp
+    of a token's logits; the second has none. Gradients are made along with the loss, chunk by chunk: logits are
+    computed once, and their gradient is rounded to hidden's dtype.
     """
     losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
     return jnp.sum(losses * weights), jnp.sum(hits * weights)
@@ -142,10 +137,7 @@ def _whole(chunks: jax.Array, length: int) -> jax.Array:
 
 
 def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
-    """Where a sample's labels count, int32 [batch, most]; None if there are no more places than these.
-
-    The head, most of a small model's work, reads these alone. At most `most` weights of a sample are not 0.
-    """
+    """Where a sample's labels count, int32 [batch, most]; None if there are no more places than these."""
     return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
 
 

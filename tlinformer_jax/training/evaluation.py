@@ -57,9 +57,8 @@ def answer_sums(
 ) -> dict[str, jax.Array]:
     """Right and all answers of a batch, by where they are asked and by where their sources lie.
 
-    An answer is right if greedy decoding writes all of it: each token is the one chosen after those before it. `hits`
-    says whether the token after each position is; `starts` are those of `data.tasks.Samples`, `cells` those of
-    `data.tasks.answer_batches`.
+    An answer is right if greedy decoding writes all of it. `hits` says whether the token after each position is chosen;
+    `starts` are those of `data.tasks.Samples`, `cells` those of `data.tasks.answer_batches`.
     """
     misses = jnp.cumsum(~hits, axis=1, dtype=jnp.int32)
     before = jnp.pad(misses, ((0, 0), (1, 0)))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,8 +88,8 @@ def train_and_evaluate(
       DivergedError: when loss or gradient are no longer finite and no rollback is left; the last checkpoint stays.
       OutOfMemoryError: where a device has too little memory, with what would take less.
     """
-    given = {"train_data": train_data, "validation_data": validation_data}
-    return train_run(config, workdir, profile, init_from, **given, callbacks=callbacks).figures or {}
+    given = {"train": train_data, "validation": validation_data}
+    return train_run(config, workdir, profile, init_from, given, callbacks).figures or {}
 
 
 def train_run(
@@ -96,9 +97,7 @@ def train_run(
     workdir: str | pathlib.Path,
     profile: str | pathlib.Path | None = None,
     init_from: str | pathlib.Path | None = None,
-    *,
-    train_data: TokenData | None = None,
-    validation_data: TokenData | None = None,
+    given: Mapping[str, TokenData | None] = types.MappingProxyType({}),
     callbacks: GivenCallbacks = (),
 ) -> TrainedRun:
     """What `train_and_evaluate` does; returns more of what came of it."""
@@ -109,7 +108,7 @@ def train_run(
     trace = local_path(profile, "profile") if profile else None
     use_compilation_cache()
     origin = directory.find_origin(config, workdir, init_from)
-    config, load = given_data(config, workdir, train_data, validation_data)
+    config, load = given_data(config, workdir, given)
     run, splits, batches = prepare(config, workdir, load)
     train, main = config.train, jax.process_index() == 0
     with contextlib.ExitStack() as stack:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -218,11 +218,10 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
 
 
 def given_data(
-    config: RunConfig, workdir: pathlib.Path, train_data: TokenData | None, validation_data: TokenData | None
+    config: RunConfig, workdir: pathlib.Path, given: Mapping[str, TokenData | None]
 ) -> tuple[RunConfig, LoadSplit]:
     """The configuration of a run on the caller's data, if given; what loads its splits."""
-    given = {"train": train_data, "validation": validation_data}
-    if train_data is None and validation_data is None:
+    if not any(data is not None for data in given.values()):
         return config, load_split
     config = dataclasses.replace(config, data=with_given_files(config.data, given))
     sizes, main = (config.model.vocab_size, config.train.batch_size), jax.process_index() == 0

@@ -112,10 +112,7 @@ def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any
 
 
 def jit_train_step(state_shardings: TrainState, batch_sharding: Any, **settings: Any) -> Any:
-    """`train_step` with these `settings`, compiled for the shardings of its arguments; it reuses the state's memory.
-
-    To be called under `jax.set_mesh` of their mesh, which decides how the batch is shared out.
-    """
+    """`train_step` with these `settings`, compiled for these shardings; to be called under `jax.set_mesh`."""
     return jax.jit(
         functools.partial(train_step, **settings),
         in_shardings=(state_shardings, batch_sharding),
