@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tlinformer_jax.errors import UserError
+from tlinformer_jax.errors import DataError, UserError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # Paths that Orbax and what it stands on take as they are: no wildcard, nothing that stands for a bucket.
@@ -152,6 +152,15 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         os.fsync(file.fileno())
     draft.replace(path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def writing(name: str) -> Iterator[None]:
+    """Raises a DataError that names what cannot be written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{name} cannot be written ({error.strerror or error})") from None
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -15,10 +15,9 @@ import tlinformer_jax
 from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.decoding.cache import cache_bytes_at
-from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
-from tlinformer_jax.files import write_text
+from tlinformer_jax.files import write_text, writing
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.training.console import clock, memory_advice, peak_bytes, say
 from tlinformer_jax.training.loop import train_run
@@ -179,11 +178,9 @@ def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _write_attempts(workdir: pathlib.Path, count: int, seconds: float, since: float | None) -> None:
-    try:
+    with writing(f"workdir {workdir}: {ATTEMPTS_FILE}"):
         text = json.dumps({"count": count, "seconds": seconds, "since": since})
         write_text(workdir / ATTEMPTS_FILE, text + "\n")
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: {ATTEMPTS_FILE} cannot be written ({error.strerror})") from None
 
 
 def read_attempts(workdir: pathlib.Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax
 from tlinformer_jax.config.run import RunConfig, load_config, save_config
 from tlinformer_jax.data.tokenizers import build_tokenizer, save_tokenizer
 from tlinformer_jax.errors import DataError, UserError
+from tlinformer_jax.files import writing
 from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
 from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
 from tlinformer_jax.training.checkpoint import load_params
@@ -31,7 +32,7 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
         params = params_from_reference(arrays, config.model)["params"]
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
-    try:
+    with writing(f"workdir {workdir}:"):
         workdir.parent.mkdir(parents=True, exist_ok=True)
         draft = workdir.with_name(f".{workdir.name}.{os.getpid()}.draft")
         try:
@@ -44,8 +45,6 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
             draft.rename(workdir)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
     return f"{workdir}: {config.model.architecture}, {_size(params):,} parameters, step 0, from {source}"
 
 

@@ -12,7 +12,7 @@ import jax
 
 from tlinformer_jax.analysis.flops import peak_flops
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import finite, open_own, own_folder, write_text
+from tlinformer_jax.files import finite, open_own, own_folder, write_text, writing
 from tlinformer_jax.training.console import clock, is_of_bytes, say
 from tlinformer_jax.training.setup import Run, flops_per_token
 
@@ -87,15 +87,15 @@ class MetricsLog:
     def __init__(
         self, workdir: pathlib.Path, active: bool = True, step: int = 0, keep_evaluation: bool = False
     ) -> None:
-        self._active, self._workdir = active, workdir
+        self._active, self._name = active, f"workdir {workdir}: "
         if active:
             path, board = workdir / METRICS_FILE, workdir / TENSORBOARD_FOLDER
-            with self._writing(METRICS_FILE), open_own(path, "ab"):
+            with writing(self._name + METRICS_FILE), open_own(path, "ab"):
                 pass  # before anything else is touched
-            with self._writing(TENSORBOARD_FOLDER):
+            with writing(self._name + TENSORBOARD_FOLDER):
                 own_folder(board)
                 self._board = TensorBoardWriter(board, step)
-            with self._writing(METRICS_FILE):
+            with writing(self._name + METRICS_FILE):
                 cut_back(path, step, keep_evaluation)
                 self._file = open_own(path, "ab", buffering=0)  # unbuffered, so that a full disk is told once
 
@@ -112,18 +112,18 @@ class MetricsLog:
         if not self._active:
             return
         line = json.dumps({"step": step, **finite(dict(scalars))}).encode() + b"\n"
-        with self._writing(METRICS_FILE):
+        with writing(self._name + METRICS_FILE):
             while line:  # a write may take a part only
                 line = line[self._file.write(line) :]
-        with self._writing(TENSORBOARD_FOLDER):
+        with writing(self._name + TENSORBOARD_FOLDER):
             self._board.write_scalars(step, scalars)
 
     def sync(self) -> None:
         """Brings what was written to the disk; called before a checkpoint."""
         if self._active:
-            with self._writing(METRICS_FILE):
+            with writing(self._name + METRICS_FILE):
                 os.fsync(self._file.fileno())
-            with self._writing(TENSORBOARD_FOLDER):
+            with writing(self._name + TENSORBOARD_FOLDER):
                 self._board.flush()
 
     def close(self) -> None:
@@ -133,15 +133,8 @@ class MetricsLog:
             finally:
                 self._active = False
                 self._file.close()
-                with self._writing(TENSORBOARD_FOLDER):
+                with writing(self._name + TENSORBOARD_FOLDER):
                     self._board.close()
-
-    @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(f"workdir {self._workdir}: {name} cannot be written ({error.strerror or error})") from None
 
 
 class Throughput:

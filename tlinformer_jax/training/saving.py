@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 import tlinformer_jax
 from tlinformer_jax.errors import DataError, first_line
-from tlinformer_jax.files import own_folder, plain_path, sync_folder
+from tlinformer_jax.files import own_folder, plain_path, sync_folder, writing
 from tlinformer_jax.training import checkpoint as stored
 from tlinformer_jax.training.checkpoint import FOLDER, STATE, Manifest, read_manifest
 from tlinformer_jax.training.console import is_out_of_memory, say
@@ -55,10 +55,8 @@ class Checkpoints:
         self._latest: int | None = None
         self._main = jax.process_index() == 0
         if self._main:
-            try:
+            with writing(f"workdir {workdir}: {FOLDER}"):
                 _clear(self._folder)
-            except OSError as error:
-                raise DataError(f"workdir {workdir}: {FOLDER} cannot be written ({error.strerror})") from None
         timeout = TIMEOUT if jax.process_count() == 1 else TIMEOUT_DISTRIBUTED
         self._orbax = ocp.AsyncCheckpointer(
             # Compressing float32 saves a tenth of the bytes, and takes CPU time from the input pipeline.

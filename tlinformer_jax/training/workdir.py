@@ -23,7 +23,7 @@ from tlinformer_jax.config.run import CONFIG_FILE, RunConfig, differences, load_
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer, save_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import local_path, open_own, read_json, write_text
+from tlinformer_jax.files import local_path, open_own, read_json, write_text, writing
 from tlinformer_jax.interop.reference import layer_names
 from tlinformer_jax.training.checkpoint import check_size, parameter_shapes, restore_params
 from tlinformer_jax.training.console import say
@@ -63,7 +63,7 @@ def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        with _writing(workdir, name):
+        with writing(f"workdir {workdir}: {name}"):
             file = stack.enter_context(open_own(workdir / name, "a+"))
             _lock(file, workdir)
             # Past the file's buffer, which would raise once more when it is closed.
@@ -143,20 +143,11 @@ def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
 
 def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
     """Writes configuration, hashes of the texts, and the tokenizer if there is none."""
-    with _writing(workdir, "its configuration"):
+    with writing(f"workdir {workdir}: its configuration"):
         if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
             save_tokenizer(run.tokenizer, workdir)
         write_text(workdir / TEXTS_FILE, json.dumps(_text_hashes(splits), indent=1) + "\n")
         save_config(run.config, workdir)
-
-
-@contextlib.contextmanager
-def _writing(workdir: pathlib.Path, what: str) -> Iterator[None]:
-    """Names what cannot be written into a working directory."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: {what} cannot be written ({error.strerror})") from None
 
 
 # ---- Where it started from
@@ -237,16 +228,13 @@ def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
     step, found = restore_params(origin.workdir, unflatten_dict(known, sep="/"), origin.step)
     own, found = flatten_dict(fresh, sep="/"), flatten_dict(found, sep="/")
     params = unflatten_dict({name: found.get(_renamed(name, layers), leaf) for name, leaf in own.items()}, sep="/")
-    cast = jax.jit(
-        lambda tree: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, abstract),
-        out_shardings=run.shardings.params,
-    )
-    return step, cast(params)
+    params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, abstract)
+    return step, jax.device_put(params, run.shardings.params)
 
 
 def remember_origin(origin: Origin, workdir: pathlib.Path) -> None:
     """Writes the origin into the working directory."""
-    with _writing(workdir, ORIGIN_FILE):
+    with writing(f"workdir {workdir}: {ORIGIN_FILE}"):
         write_text(workdir / ORIGIN_FILE, json.dumps({"workdir": str(origin.workdir), "step": origin.step}) + "\n")
 
 
