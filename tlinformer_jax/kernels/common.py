@@ -87,8 +87,9 @@ def why_no_triton() -> str | None:
 
         shape = jax.ShapeDtypeStruct((16,), jnp.float32)
         try:
-            function = functools.partial(_probe, copy, shape)
-            jax.jit(function).trace(shape).lower(lowering_platforms=("cuda",))
+            call = functools.partial(call_kernel, copy, (1,), shape, num_warps=1, num_stages=1)
+            function = jax.jit(lambda array: call([array], "probe", False))
+            function.trace(shape).lower(lowering_platforms=("cuda",))
         except (ImportError, NotImplementedError) as error:
             found.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
 
@@ -97,10 +98,6 @@ def why_no_triton() -> str | None:
     thread.start()
     thread.join()
     return found[0] if found else None
-
-
-def _probe(kernel: Any, shape: jax.ShapeDtypeStruct, array: jax.Array) -> Any:
-    return call_kernel(kernel, (1,), shape, [array], "probe", False, num_warps=1, num_stages=1)
 
 
 def call_kernel(
