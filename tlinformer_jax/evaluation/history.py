@@ -53,8 +53,7 @@ def measure_history(
 ) -> dict[str, Any]:
     """Measures what this module defines, in `samples` samples of `length` tokens (None: as trained) at most.
 
-    They are spread evenly over the split. `distances`, at which the history is cut, rise; () is 0 and the powers of 4
-    from 16 that cut something.
+    `distances`, at which the history is cut, rise; () is 0 and the powers of 4 from 16 that cut something.
 
     Returns:
       JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, or 'all' for

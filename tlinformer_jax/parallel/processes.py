@@ -54,7 +54,7 @@ def find_cluster(
 ) -> Cluster | None:
     """The processes to join, by three flags or by variables of SLURM, Open MPI, Kubernetes or TPU pods; None if alone.
 
-    All three flags are given, or none, or num_processes = 1 alone, which runs alone whatever the variables say.
+    All three flags are given, or none, or num_processes = 1 alone.
     """
     values = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     given = {name: value for name, value in values.items() if value is not None}
@@ -71,8 +71,7 @@ def find_cluster(
 def joined(cluster: Cluster | None) -> Iterator[None]:
     """Runs what is inside together with the other processes of `cluster`; for entry points, before JAX is used.
 
-    An error inside is told on stderr and ends the process at once: an orderly end would wait for the others, who
-    wait for this one.
+    An error inside ends the process at once: an orderly end would wait for the others, who wait for this one.
     """
     if cluster is None:
         yield
@@ -176,8 +175,7 @@ _kept_alive: list[Any] = []  # C calls the handler, which Python must not collec
 def _say_at_abort(message: str) -> None:
     """Makes `message` the last line, and the status 1, where JAX's client aborts the process.
 
-    It does when it loses the service or the service another process: from a thread that no exception reaches, and that
-    Python's own handlers of signals would not survive.
+    It does when it loses another process: from a thread that no exception and no handler of Python's reaches.
     """
 
     def handle(_: int) -> None:

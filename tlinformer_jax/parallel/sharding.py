@@ -25,9 +25,8 @@ from tlinformer_jax.parallel.mesh import MeshConfig
 BATCH_AXES = ("data", "fsdp", "expert")
 # In evaluation sequences are independent and whole: every axis that would compute copies takes sequences of its own.
 EVALUATION_AXES = (*BATCH_AXES, "window", "context")
-# The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has
-# (V = 29 * 1733 divides badly, so the embedding is split on the width too); tensor parallelism splits heads and the
-# feed-forward's features; `expert` splits experts. Over the other axes parameters are copies.
+# The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has;
+# tensor parallelism heads and the feed-forward's features. Over the other axes parameters are copies.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec(None, "fsdp")),
     (r"(qkv|qkvg|rates)_kernel$", PartitionSpec("fsdp", None, "tensor")),
@@ -62,8 +61,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
 def connect(mesh: Mesh) -> None:
     """Lets the processes of a mesh connect, group of devices by group; every process calls it.
 
-    On CPUs a group connects when a program first needs it. Of two groups one process may begin with the one and another
-    process with the other, and then both wait in vain.
+    On CPUs a group connects when a program first needs it: two processes could begin with two, and wait for ever.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
@@ -169,9 +167,8 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 # ---- A batch split by manual axes
 #
-# Every device computes a term of the loss: those of the axis `data` of other sequences; those of the axis `window` of
-# other windows; those of the axis `context` hold the history in parts and take other rows of a window's loss. The sum
-# of the terms is the loss, and the sum of their gradients its gradient.
+# Every device computes a term of the loss, of other sequences (`data`), windows (`window`), or rows of a window
+# (`context`). The sum of the terms is the loss, and the sum of their gradients its gradient.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,9 +284,8 @@ UNSPLIT = BatchSplit()
 def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
     """Deals `count` windows out to `parts` devices, in rounds of neighbours, whose shapes are alike.
 
-    Of a round, whoever has least so far gets the longest window: its cost grows with its index, which starts at
-    `first`. What each device has so far is `loads`, float64 [parts], which is changed. Returns places 0 .. count - 1,
-    int32 [rounds, parts], with NO_WINDOW in the first round where they do not go into whole rounds.
+    Of a round, whoever has least so far (`loads`, float64 [parts], which is changed) gets the longest window. Returns
+    places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.
     """
     rounds = -(-count // parts)
     assigned = np.full((rounds, parts), NO_WINDOW, np.int32)

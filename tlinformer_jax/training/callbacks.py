@@ -185,11 +185,9 @@ class Stopped(Exception):
 class StopRequest:
     """Notices SIGTERM, SIGHUP and SIGINT while used as a context manager; a second SIGINT ends the process at once.
 
-    An ignored SIGHUP, as under nohup, stays ignored. Python runs no handler during a compilation; a thread therefore
-    listens too, answers the user, and acts on the second SIGINT.
-
-    Where `jax.distributed` is initialised, SIGTERM belongs to JAX, which tells the other processes; all stop at the
-    same call of `poll`, and must make the same calls. Other signals are passed on as SIGTERM.
+    An ignored SIGHUP, as under nohup, stays ignored. Python runs no handler during a compilation: a thread answers.
+    Where `jax.distributed` is initialised, SIGTERM belongs to JAX, and other signals are passed on as SIGTERM: all
+    processes stop at the same call of `poll`, and must make the same calls.
     """
 
     def __init__(self) -> None:

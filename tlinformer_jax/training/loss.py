@@ -2,9 +2,8 @@
 
 A long sequence is computed window after window, each window's gradient made together with its loss.
 
-Window sampling: a training step on k of a sequence's n windows. Windows are independent given the embeddings, so the
-gradient of k of them, drawn with equal probabilities and weighted by n / k, is right in expectation. All sequences of a
-micro-batch take the same windows.
+Window sampling: a training step on k of a sequence's n windows, the same in all sequences of a micro-batch. Windows are
+independent given the embeddings, so the gradient of k of them, weighted by n / k, is right in expectation.
 """
 
 import dataclasses
@@ -176,14 +175,12 @@ def sum_with_gradients(
 ) -> LossAndRight:
     """The sum of the windows' losses such that differentiation keeps nothing of any window.
 
-    Why this is not simply differentiated. A window reads all of the history before it, so what its backward pass
-    needs is as large as its history. Over N tokens JAX would keep that for every window until the last one is done:
-    memory that grows with N^2 / W_og. `jax.checkpoint` around each window would compute each window twice, and add up
-    the gradients of what the windows share in its own dtype: in bfloat16 that sum stops growing after a few hundred.
+    A window reads all of the history before it, so what its backward pass needs is as large as its history. Over N
+    tokens JAX would keep that for every window: memory that grows with N^2 / W_og. `jax.checkpoint` around each window
+    would compute it twice, and add up what windows share in bfloat16, where such a sum stops growing.
 
-    But the loss is a sum. Its gradient can be made term by term, and all that the rest of the program can still change
-    about a term's gradient is a factor, the slope of whatever is done with the sum. So when this function is
-    differentiated, its *forward* pass runs, window after window,
+    But the loss is a sum, so its gradient can be made term by term, and all that the rest of the program can still
+    change is a factor, the slope of whatever is done with the sum. So the *forward* pass runs, window after window,
 
         loss_w, pull = jax.vjp(window_loss, shared, part_w)        the window's forward pass
         gradient    += pull(1)                                     at once its backward pass, added up in float32
@@ -191,14 +188,12 @@ def sum_with_gradients(
     and keeps the summed gradient alone, which the backward pass multiplies with the slope. Memory is that of one window
     and of the gradients; nothing is computed twice.
 
-    What is shared (parameters, and the history with its projections) and what is a window's own (its rows) are
-    differentiated; not rotations, dropout, labels and window indices. Windows of different static shapes, such as
-    sampled ones, can take turns: `which` chooses among several branches.
+    Windows of different static shapes, such as sampled ones, can take turns: `which` chooses among several branches.
 
     Args:
       branches: window_loss(fixed, step, shared, part) -> the loss, and what is summed along with it and has no
         gradient; must not close over traced values.
-      shared: pytree of floating arrays that every window reads; differentiated.
+      shared: pytree of floating arrays that every window reads, parameters and history; differentiated.
       parts: pytree of floating arrays [steps, ...] (or empty), a slice for each window; differentiated.
       fixed: pytree that every window reads; not differentiated.
       steps: pytree of arrays [steps, ...], a slice for each window; not differentiated.

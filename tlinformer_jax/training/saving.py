@@ -36,8 +36,8 @@ class Checkpoints:
     """The checkpoints of a working directory, for the one run that trains into it.
 
     A thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint appear, deletes older ones.
-    It reads a copy of the state on its devices, while training goes on; where memory may not suffice for a copy, or
-    with several processes, training waits for the reading. Leaving the context waits for the save under way.
+    It reads a copy of the state on its devices; where there may be no room for one, or with several processes, training
+    waits for the reading.
 
     Args:
       keep: how many of the latest, written or verified by this run, are kept.

@@ -144,8 +144,7 @@ def train_step(
 
     The loss is the weighted mean over the batch, however many micro-batches compute it; with the paper's schedule, the
     gradient is that of the weighted sum over the batch's full size. Where loss or gradient are not finite, parameters
-    and optimiser stay as they were; after more than config.max_skipped_updates of those in a row the whole state does,
-    whatever the batch.
+    and optimiser stay; after more than config.max_skipped_updates of those in a row the whole state does.
 
     Args:
       batch: inputs and labels int32 [batch, N], weights float32 [batch, N].

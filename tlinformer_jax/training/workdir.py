@@ -1,8 +1,7 @@
 """A run's working directory: its lock, whether it holds this run, what is written into it, and where it started from.
 
-A run started by `--init_from=WORKDIR` takes another run's parameters; optimiser and step are those of a new run. The
-other run may have another architecture of equal layers: they are counted through all blocks. Step 0 is saved at once,
-so that the other directory is needed no more, and the same command, with or without the flag, goes on.
+A run started by `--init_from=WORKDIR` takes another run's parameters, of an architecture with equal layers. Step 0 is
+saved at once, so that the other directory is needed no more, and the same command, with or without the flag, goes on.
 """
 
 import contextlib
