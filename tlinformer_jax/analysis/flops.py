@@ -18,9 +18,8 @@ from tlinformer_jax.models.feed_forward import EXPERTS
 from tlinformer_jax.models.model import attention_window, build_model
 from tlinformer_jax.models.windows import num_windows
 
-# Dense bfloat16 products, FLOP/s per device as JAX counts devices, by a part of `device_kind` in lower case; the
-# first that fits decides. NVIDIA: the datasheets of A100, H100, H200, L4 and B200, which state twice these figures
-# "with sparsity". TPU: the "System architecture" pages of cloud.google.com/tpu/docs, per chip (v2, v3: per core).
+# Dense bfloat16 products, FLOP/s per device, by a part of `device_kind` in lower case; the first that fits decides.
+# NVIDIA's datasheets state twice these figures "with sparsity"; for TPUs see cloud.google.com/tpu/docs.
 PEAKS = (
     ("h100 pcie", 756e12),
     ("h100 nvl", 835e12),
@@ -132,8 +131,7 @@ def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
     rows, observed, both = shape.rows, shape.observed, shape.observed + shape.rows
     blocks, last = config.num_blocks, config.num_blocks - 1
     readers = both if config.architecture == "tlinformer" else observed
-    # Compress, the hidden layers, restore; then what later blocks project that block 0 knows: the window, and of the
-    # last one the observation window's queries.
+    # Compress, the hidden layers, restore; then what later blocks project that block 0 knows.
     total = _attend(readers * shape.history_keys, inner) + _update(config, both, inner)
     hidden = project(config, both, 3, inner) + _attend(both * shape.observed_keys, inner) + _update(config, both, inner)
     total += hidden * config.hidden_depth

@@ -24,10 +24,9 @@ class _Level:
 
 
 def kneser_ney_bits(train: np.ndarray, test: np.ndarray, vocab_size: int, context: int) -> list[float]:
-    """Mean bits per token of n-gram models with 0, 1, ... `context` tokens of context, fitted on `train`.
+    """Mean bits per token of n-grams with 0, 1, ... `context` tokens of context, fitted on `train`.
 
-    Over all tokens of `test` but the first. A token is predicted from less where it has less context than the model
-    sees, or one that training has not. `train` must hold more than context + 1 tokens, `test` at least 2.
+    Over all tokens of `test` but the first. A token is predicted from less context where training has not seen it.
     """
     bits = []
     lower = np.full(len(test) - 1, 1.0 / vocab_size)

@@ -1,4 +1,4 @@
-"""An evaluation as one small JSON object, figures by position and by sequence length included, and as lines to read."""
+"""An evaluation as one small JSON object, figures by position and by length included, and as lines to read."""
 
 import dataclasses
 import functools
@@ -275,7 +275,7 @@ def _number(value: float | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TextFigures:
-    """A model's figures of a text: loss in nats per token, its exponential, exp(nats / words), nats / ln 2 / bytes.
+    """Loss in nats per token, its exponential, exp(nats / words), nats / ln 2 / bytes.
 
     All tokens are predicted, the first one from an end-of-text. Words are what stands between white space.
     """

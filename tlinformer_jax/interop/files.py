@@ -1,7 +1,4 @@
-"""Files of weights, by name of each array: `.safetensors`, and `.pt` of `torch.save` (read only).
-
-Neither executes anything of a file: safetensors has nothing to execute, and `torch.load` gets `weights_only=True`.
-"""
+"""Files of weights: `.safetensors`, and `.pt` of `torch.save` (read only). Nothing of a file is executed."""
 
 import json
 import os
@@ -45,7 +42,7 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], model: ModelConfig | None = None) -> None:
-    """Writes a new file that is complete as soon as it has its name; DataError if it exists or cannot be written.
+    """Writes a new file that is complete as soon as it has its name.
 
     Its metadata say what `model` it is of, for `pytorch.from_safetensors`.
     """

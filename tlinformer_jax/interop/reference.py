@@ -1,8 +1,7 @@
 """The published checkpoint's names and layouts, to and from this library's parameters.
 
-The published matrices are [out, in]; query, key and value share one projection in this order; w1 and w3 of the
-feed-forward, separate there, are `gate_up_kernel` here. The tied table appears twice there. The token shift, experts
-and Gated DeltaNet's layers are no published model's; their names follow the same pattern.
+The published matrices are [out, in]; w1 and w3 of the feed-forward, separate there, are `gate_up_kernel` here. The tied
+table appears twice there. The token shift, experts and Gated DeltaNet's layers are no published model's.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What the kernels share: whether and how they are called, loads and products, merged softmaxes, dropout's hash."""
+"""What the kernels share: whether and how they are called, loads and products, dropout's hash."""
 
 import functools
 import threading

@@ -1,7 +1,6 @@
 """Processes that run together: found out from the surroundings or told by flags, joined by `jax.distributed`.
 
-A run of several processes lives as long as all of them do. If one ends early the others notice and end too: with one
-line and a status that is not 0, never waiting.
+A run lives as long as all of them do. If one ends early the others end too: with one line, never waiting.
 """
 
 import contextlib
@@ -52,9 +51,9 @@ def find_cluster(
     process_id: int | None,
     environment: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """The processes to join, by three flags or by variables of SLURM, Open MPI, Kubernetes or TPU pods; None if alone.
+    """The processes to join, by three flags or by variables of SLURM, Open MPI, Kubernetes or TPU pods.
 
-    All three flags are given, or none, or num_processes = 1 alone.
+    All three flags are given, or none, or num_processes = 1 alone. None if this process is alone.
     """
     values = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     given = {name: value for name, value in values.items() if value is not None}

@@ -234,7 +234,7 @@ WHOLE = SequenceSplit()
 
 @dataclasses.dataclass(frozen=True)
 class BatchSplit:
-    """How a batch is split: the mesh's manual axes, those of them that split the batch, and how each sequence is split.
+    """How a batch is split: the mesh's manual axes, those that split the batch, and how each sequence is split.
 
     No axis is manual where the compiler partitions everything, or there is one device.
     """

@@ -1,4 +1,4 @@
-"""What happens between updates: callbacks, of a user and those that log, trace, save and evaluate; requests to stop.
+"""What happens between updates: callbacks, of a user and built-in ones, and requests to stop.
 
     train_and_evaluate(config, workdir, callbacks=[Call(lambda view: print(view.metrics["loss"]), every=100)])
 
@@ -89,8 +89,13 @@ class Callback:
         """Does it; the run ends after this update if the result is `True`."""
         raise NotImplementedError
 
+    @functools.cached_property
+    def timer(self) -> "Timer":
+        """Decides where `every` is a time."""
+        return Timer(seconds(self.every))
+
     def is_due(self, step: int) -> bool:
-        """Whether to call it after update `step`; where `every` is a time, the clock decides."""
+        """Whether to call it after update `step`; where `every` is a time, `timer` decides."""
         return isinstance(self.every, int) and self.every > 0 and step > 0 and step % self.every == 0
 
     def finish(self, view: TrainingView) -> None:
@@ -129,17 +134,10 @@ def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> l
     return found
 
 
-class Schedule:
-    """Which callbacks are due; all processes ask once after every update."""
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
-        self._timers = [getattr(callback, "timer", None) or Timer(seconds(callback.every)) for callback in callbacks]
-
-    def due(self, step: int, outputs: object) -> list[Callback]:
-        """Those that are, in their order."""
-        timed = zip(self.callbacks, [timer.due(outputs) for timer in self._timers])
-        return [callback for callback, now in timed if now or callback.is_due(step)]
+def due_callbacks(callbacks: Sequence[Callback], step: int, outputs: object) -> list[Callback]:
+    """Those to call after update `step`, in their order; all processes ask once after every update."""
+    timed = [callback.timer.due(outputs) for callback in callbacks]
+    return [callback for callback, now in zip(callbacks, timed) if now or callback.is_due(step)]
 
 
 class Timer:
@@ -183,7 +181,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGHUP and SIGINT while used as a context manager; a second SIGINT ends the process at once.
+    """Notices SIGTERM, SIGHUP and SIGINT as a context manager; a second SIGINT ends the process at once.
 
     An ignored SIGHUP, as under nohup, stays ignored. Python runs no handler during a compilation: a thread answers.
     Where `jax.distributed` is initialised, SIGTERM belongs to JAX, and other signals are passed on as SIGTERM: all
@@ -316,9 +314,6 @@ class Save(Callback):
     every: int | str
     session: Session
 
-    def __post_init__(self) -> None:
-        self.timer = Timer(seconds(self.every))
-
     def is_due(self, step: int) -> bool:
         return super().is_due(step) and step != self.session.run.horizon.steps
 
@@ -338,8 +333,8 @@ class Save(Callback):
 class Evaluate(Callback):
     """Evaluates on the validation split, after each epoch where `every` is 'epoch', and always at the end.
 
-    The checkpoint's manifest gets the loss; a state that is among the best is saved for it. Ends a run that is accurate
-    enough (train.stop_at_accuracy). `figures` are those of the latest evaluation, with its `step`; empty before.
+    The checkpoint's manifest gets the loss; a state that is among the best is saved. Ends a run that is accurate
+    enough. `figures` are those of the latest evaluation, with its `step`.
     """
 
     every: int | str

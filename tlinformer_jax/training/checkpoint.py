@@ -1,7 +1,6 @@
 """A checkpoint on the disk: `checkpoints/STEP` holds Orbax's `state/` and `manifest.json`, and appears by one rename.
 
-The manifest names every file with its size and SHA-256, and holds a hash of itself, so damage is noticed before a
-checkpoint is used. No link below the working directory is followed. `training.saving` writes checkpoints.
+The manifest names every file with its size and SHA-256, and holds a hash of itself, so damage is noticed before use.
 """
 
 import contextlib
@@ -122,7 +121,7 @@ def _files_below(folder: pathlib.Path) -> list[str]:
 
 
 def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -> Manifest | None:
-    """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
+    """The manifest of the newest checkpoint that passes its verification; None if there is none at all.
 
     Process 0 looks and tells the others. What is passed over is named on stderr; with `set_aside`, for the run that
     trains here, damaged ones are renamed to STEP.damaged. With `every`, only the `regular_steps` are considered.
@@ -202,7 +201,7 @@ def load_params(
 def load_run(
     workdir: str | pathlib.Path, step: int | None = None, *, validation_data: TokenData | None = None
 ) -> TrainedRun:
-    """A run of a working directory with its newest good checkpoint's parameters, or those of `step`, on all devices.
+    """A run with its newest good checkpoint's parameters, or those of `step`, on all devices.
 
     `validation_data` takes the place of the configuration's, as in `train_and_evaluate`.
     """

@@ -1,4 +1,4 @@
-"""What a run tells its user: what is trained on what, what to do next, what to change where memory is short."""
+"""What a run tells its user: what is trained on what, what to do next, where memory is short."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""Evaluation of a split: loss by position, answers of a task that are right, and the figures made of them."""
+"""Evaluation of a split: loss by position, right answers of a task, and the figures made of them."""
 
 import dataclasses
 import math
@@ -138,10 +138,7 @@ class Evaluation:
 
 
 def summary(result: Evaluation, stream: Split, generation_window: int) -> dict[str, float]:
-    """The figures of a split: loss in nats per token; of a task, whose loss is of the answers, those of `Answers`.
-
-    Of a text those of `perplexities`, loss_first_window, and loss_later_windows where samples have more windows.
-    """
+    """The figures of a split: its loss, and those of `Answers` for a task, of `perplexities` for a text."""
     if not isinstance(stream, TokenStream):
         assert result.answers is not None
         return {"loss": result.loss, **result.answers.figures()}
@@ -155,8 +152,8 @@ def summary(result: Evaluation, stream: Split, generation_window: int) -> dict[s
 def perplexities(nats: float, tokens: int, stream: TokenStream) -> dict[str, float]:
     """Perplexity per token, per word and per word with line ends, and bits per byte, of `tokens` tokens of `stream`.
 
-    Words, lines and bytes count by the share of the stream's tokens that were predicted: its first token and the
-    dropped remainder were not. What was not counted, or is not there, has no figure.
+    Words, lines and bytes count by the share of the stream's tokens that were predicted. What was not counted, or is
+    not there, has no figure.
     """
     share, words, lines = tokens / len(stream.tokens), stream.num_words, stream.num_lines
     figures = {"perplexity": _exp(nats / tokens)}

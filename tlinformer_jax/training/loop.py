@@ -27,13 +27,13 @@ from tlinformer_jax.training.callbacks import (
     Evaluate,
     Log,
     Save,
-    Schedule,
     Session,
     StopRequest,
     Trace,
     TrainingView,
     as_callbacks,
     asks_to_end,
+    due_callbacks,
 )
 from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, Throughput
@@ -138,11 +138,11 @@ def train_run(
         evaluate = Evaluate(train.eval_every, session, save)
         logging = Log(train.log_every, session, (save, evaluate))
         tracing = [Trace(trace, first, last, session.throughput)] if trace else []
-        schedule = Schedule([logging, *tracing, save, evaluate, *asked])
+        every: list[Callback] = [logging, *tracing, save, evaluate, *asked]
         view = TrainingView(config, workdir, first, last, state)
         if evaluated or not evaluate.is_due(first) or not evaluate(view):
-            view = train_steps(session, view, schedule, evaluate)
-        for callback in schedule.callbacks:
+            view = train_steps(session, view, every, evaluate)
+        for callback in every:
             callback.finish(dataclasses.replace(view, evaluation=evaluate.figures))
     figures = {name: value for name, value in evaluate.figures.items() if name != "step"}
     finished = evaluate.figures.get("step") == view.step and (view.step == last or not stop)
@@ -189,13 +189,17 @@ def first_state(
     return state, False
 
 
-def train_steps(session: Session, view: TrainingView, schedule: Schedule, evaluate: Evaluate) -> TrainingView:
+def train_steps(
+    session: Session, view: TrainingView, callbacks: Sequence[Callback], evaluate: Evaluate
+) -> TrainingView:
     """The updates after `view`, each with the callbacks due after it."""
     run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
     update = run.train_step()
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
     first, state = view.step, view.state
     throughput.restart()
+    for callback in callbacks:
+        callback.timer.restart()
     for step in range(first + 1, view.last_step + 1):
         if session.stop.poll():
             break
@@ -215,7 +219,7 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
         # ---- What is due after it
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
-        for callback in schedule.due(step, outputs):
+        for callback in due_callbacks(callbacks, step, outputs):
             try:
                 ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
             except DivergedError as error:

@@ -1,9 +1,8 @@
 """The loss of a batch: the model gives hidden states, of a sequence or of a window; here they meet their labels.
 
-A long sequence is computed window after window, each window's gradient made together with its loss.
-
-Window sampling: a training step on k of a sequence's n windows, the same in all sequences of a micro-batch. Windows are
-independent given the embeddings, so the gradient of k of them, weighted by n / k, is right in expectation.
+A long sequence is computed window after window, each window's gradient made together with its loss. Windows are
+independent given the embeddings, so the gradient of k of n windows, weighted by n / k, is right in expectation: a step
+may sample them, the same in all sequences of a micro-batch.
 """
 
 import dataclasses
@@ -145,10 +144,7 @@ def window_loss(
 def count_routers(
     params: ModelParams, shape: ModelConfig, weights: jax.Array, divisor: jax.Array | float
 ) -> ModelParams:
-    """The parameters with the routers' losses, which count as much as these labels, `weights`, do in the loss.
-
-    So their gradient is that of a mean over micro-batches, devices and windows, each balanced by itself.
-    """
+    """The parameters with the routers' losses, which count as much as these labels, `weights`, do in the loss."""
     return with_router_losses(params, jnp.sum(weights) / divisor) if shape.mixture else params
 
 

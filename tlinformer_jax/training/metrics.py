@@ -24,7 +24,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class TensorBoardWriter:
-    """TensorBoard events without TensorFlow; those of steps after `step` that are there already are hidden.
+    """TensorBoard events without TensorFlow; those of steps after `step` are hidden.
 
     tensorboardX's SummaryWriter would wait for ever once a full disk has killed its thread: here OSError is raised.
     """

@@ -17,8 +17,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 # The root mean square of Muon's updates at rate 1: that of AdamW's, so both take the same rates and the same weight
 # decay (arXiv 2502.16982).
 MUON_RMS = 0.2
-# The matrices that Muon trains, with the axes that each reads and writes. An axis that is not named counts several
-# matrices: Q, K and V, and the feed-forward's two, are orthogonalised one by one.
+# The matrices that Muon trains, with the axes that each reads and writes; others count several matrices.
 MUON_MATRICES = {
     "qkv_kernel": MuonDimensionNumbers(0, (2, 3)),
     "out_kernel": MuonDimensionNumbers((0, 1), 2),

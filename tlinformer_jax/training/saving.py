@@ -27,8 +27,7 @@ from tlinformer_jax.training.console import is_out_of_memory, say
 from tlinformer_jax.training.step import TrainState
 
 SAVING, DELETING = ".saving", ".deleting"
-# Orbax gives up a save after so many seconds of wall-clock time, even where the clock has only jumped: a century for
-# one process; a day for several, of which one may hang.
+# Orbax gives up a save after so many seconds, even where the clock has jumped: a day for several processes.
 TIMEOUT, TIMEOUT_DISTRIBUTED = 100 * 365 * 86_400, 86_400
 
 
@@ -85,7 +84,7 @@ class Checkpoints:
             self._opened.close()
 
     def save(self, state: TrainState, overlap: bool = True) -> None:
-        """Starts saving `state` under its step, if that is not saved yet; its arrays may be donated on return.
+        """Starts saving `state` under its step; its arrays may be donated on return.
 
         With `overlap` a copy is read while training goes on; before the first step its memory is not known.
         """
@@ -105,7 +104,7 @@ class Checkpoints:
         """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
 
         `state` has jax.ShapeDtypeStruct leaves with shardings. With `regular`, for a rollback, only regular checkpoints
-        are considered: which those are does not depend on where a run was interrupted.
+        count: which those are does not depend on where a run was interrupted.
         """
         self._wait()
         found = stored.newest_good(self._folder, set_aside=True, every=self._regular if regular else 0)

@@ -36,8 +36,8 @@ class Skips:
 
     in_a_row: jax.Array = _count()  # above train.max_skipped_updates, nothing changes the state any more
     total: jax.Array = _count()  # of the run, with those that rollbacks have undone
-    # At the last of them: the first leaf of the parameters, in the order of jax.tree, whose gradient was not finite, -1
-    # if it was the loss alone; and the number of such leaves.
+    # At the last of them: the first parameter, in the order of jax.tree, whose gradient was not finite (-1: the loss
+    # alone), and the number of such ones.
     first_nonfinite: jax.Array = _count(-1)
     nonfinite: jax.Array = _count()
     rollbacks: jax.Array = _count()  # how often the run went back to older parameters, see `loop.roll_back`
@@ -257,8 +257,7 @@ def _accumulate(gradient: Any, draws: Any, params: Any, batch: DeviceBatch, part
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
     """Whether an update counts, whether the run has stopped before it, the skips after it."""
-    # The squares' sums are those of the gradient's norm, so they cost nothing; they are finite for all that clipping
-    # could bear.
+    # The squares' sums are those of the gradient's norm, so they cost nothing.
     bad = ~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]))
     stopped = skips.in_a_row > most
     good = jnp.isfinite(loss) & ~jnp.any(bad) & ~stopped

@@ -1,7 +1,7 @@
-"""A run's working directory: its lock, whether it holds this run, what is written into it, and where it started from.
+"""A run's working directory: its lock, whether it holds this run, what is written, where it started from.
 
 A run started by `--init_from=WORKDIR` takes another run's parameters, of an architecture with equal layers. Step 0 is
-saved at once, so that the other directory is needed no more, and the same command, with or without the flag, goes on.
+saved at once, so that the other directory is needed no more, and the same command goes on.
 """
 
 import contextlib
@@ -55,8 +55,7 @@ IDENTITY = (
 def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Holds the lock of the working directory; process 0 does so for all processes of a run.
 
-    The system releases it when the process ends, however that happens. The file `name`, which says who holds it, stays:
-    only the lock on it counts.
+    The system releases it when the process ends. The file `name`, which says who holds it, stays.
     """
     if jax.process_index() != 0:
         yield
