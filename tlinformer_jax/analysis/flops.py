@@ -1,10 +1,9 @@
 """Model FLOPs of a training step, what the architecture asks for, whatever the implementation; and devices' peaks.
 
 Counted are products, of experts those that a row takes; a multiplication and an addition are two operations. Causal
-attention is half the square, and every product of the forward pass has two in the backward pass. Block 0's `compress`
-projections are counted once per token; the last block has no `restore`, and of its history only keys, values and z's
-queries. Rows that run in two windows, by `model.window_overlap`, count twice. `benchmarks.flops` counts what a device
-executes.
+attention is half the square; a product of the forward pass has two in the backward pass. Block 0's `compress`
+projections count once per token; the last block has no `restore`. Rows that run in two windows count twice.
+`benchmarks.flops` counts what a device executes.
 """
 
 import dataclasses

@@ -3,13 +3,12 @@
 A window starts at position n, with `model.window_overlap` that of the first row that runs with it; d is a distance.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, with their positions; the
-  observation window is the last W_oh of them. At d = 0 every layer is an ordinary causal one.
+  observation window is the last W_oh of them.
 - *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d.
 - *Loss by history*: mean loss of the windows that start at n, nothing cut. Other n are other tokens.
 - *Loss of the same tokens*: of the windows whose history is at least as long as the largest distance.
-- *Mass*: the `compress` layer of each block reads the history by two softmaxes: for the window's tokens ('x', not in
-  TConstFormer) and for the observation window ('z'). The mass of a bin of distances r is the mean, over queries, heads,
-  windows and samples, of the weights on rows n - r.
+- *Mass*: how much of the `compress` layers' softmaxes, of the window's tokens ('x', not in TConstFormer) and of the
+  observation window ('z'), falls on rows n - r with r in a bin: the mean over queries, heads, windows and samples.
 - *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b from its own window, O
   the output projection of the `compress` layer without its bias.
 """

@@ -85,7 +85,7 @@ def evaluate_run(
     split: str = "validation",
     command: Sequence[str] = (),
 ) -> Report:
-    """Evaluates parameters on the split of that name; `stream` is what `Run.split` gives, and is read if left out.
+    """Evaluates parameters on the split of that name, or on `stream`, that split read before.
 
         from tlinformer_jax import evaluate_run, load_run
 
@@ -97,8 +97,7 @@ def evaluate_run(
     Returns:
       JSON: what `describe` gives; split; length, batch_size, tokens that were predicted, figures (see
       `training.evaluation.summary`); if asked for, by_position, by_window_position, and by_length, a list with the same
-      for each length. Of a mixture of experts also expert_load, by layer. Of a task also answers (`Answers.counts`) and
-      accuracy_by_position.
+      for each length. Of a mixture of experts also expert_load, of a task answers and accuracy_by_position.
     """
     if stream is None:
         stream = trained.run.split(split, None if options.length is None else 1)

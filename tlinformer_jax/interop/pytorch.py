@@ -36,14 +36,14 @@ class Config:
     d_model: int  # D, the width
     num_heads: int  # of attention, each of d_h = D / num_heads features
     num_blocks: int  # B
-    hidden_depth: int  # H, layers of a block between `compress` and `restore`; baselines have B * (H + 2) layers
+    hidden_depth: int  # H, layers of a block between `compress` and `restore`
     d_ff: int  # width of the feed-forward
     history_window: int | str  # W_oh, rows of the compressed history, or 'auto', which grows with it
     generation_window: int  # W_og, tokens that are predicted together
     dropout: float = 0.0  # in training, on attention weights and on the feed-forward's output
-    token_shift: bool = False  # whether the first layer's keys add a learned multiple of the embedding before each
+    token_shift: bool = False  # the first layer's keys add a multiple of the embedding before
     history_position: str = "rotary"  # or 'none': reads of all of C, and C's own, are not rotated
-    window_overlap: int = 0  # o; windows but the first also run the o tokens before them, which are not predicted there
+    window_overlap: int = 0  # o; later windows also run the o tokens before them
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -98,7 +98,7 @@ def attend_causal(Q: Tensor, K: Tensor, V: Tensor, reach: int | None = None, dro
 
 
 def rotations(config: Config, length: int, start: int = 0) -> Tensor:
-    """Cosines and sines of the angles by which RoPE turns positions start .. length - 1: [2, positions, d_h / 2].
+    """Cosines and sines of RoPE's angles at positions start .. length - 1: [2, positions, d_h / 2].
 
     In float64, because at a million positions a float32 angle is off by 0.05.
     """
@@ -162,9 +162,9 @@ def layers_of(module: nn.Module) -> list[Layer]:
 
 
 class Stream(NamedTuple):
-    """Rows of one of the block's streams C, z and x, with their projections under the layer that reads them.
+    """Rows of C, z or x, with their projections under the layer that reads them.
 
-    Q and K are rotated. C is read by far_Q, and C reads far_K: the same, or with `history_position` 'none' not rotated.
+    Q and K are rotated. C is read by far_Q, and C reads far_K: with `history_position` 'none' not rotated.
     """
 
     rows: Tensor
@@ -275,7 +275,7 @@ class LanguageModel(nn.Module):
         head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         head.weight = self.embedding.weight
         self.transformer = nn.ModuleDict({"transformer_layers": layers, "norm": norm, "lm_head": head})
-        # As the paper: normal with 0.02, less for what is projected and added to the residual; biases 0.
+        # As the paper: normal with 0.02, less for what is added to the residual; biases 0.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 residual = name.endswith(("qkv_proj.weight", "out_proj.weight", "w2.weight"))

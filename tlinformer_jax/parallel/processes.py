@@ -153,19 +153,14 @@ def _join(cluster: Cluster) -> None:
 
 def _check_free(address: str) -> None:
     """Refuses a port of this machine that is in use: JAX would crash on it."""
+    port, both = int(address.rsplit(":", 1)[1]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        probe = socket.socket(socket.AF_INET6)
-    except OSError:  # this kernel has no IPv6
-        probe = socket.socket(socket.AF_INET)
-    with probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that has ended leaves for a while
-        try:
-            probe.bind(("", int(address.rsplit(":", 1)[1])))
-        except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                raise UserError(
-                    f"--coordinator_address={address}: process 0 cannot listen on this port ({error.strerror})"
-                ) from None
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            why = os.strerror(error.errno)
+            raise UserError(f"--coordinator_address={address}: process 0 cannot listen on this port ({why})") from None
 
 
 _kept_alive: list[Any] = []  # C calls the handler, which Python must not collect

@@ -1,8 +1,7 @@
-"""The mesh of devices, which of its axes splits which dimension of which array, and what each device computes.
+"""The mesh of devices, which axis splits which dimension of which array, and what each device computes.
 
 Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
-gradient. Over `fsdp`, `tensor` and `expert`, which split parameters, the compiler partitions, but for the experts
-themselves (`models.feed_forward`).
+gradient. Over `fsdp`, `tensor` and `expert`, which split parameters, the compiler partitions.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from tlinformer_jax.parallel.mesh import MeshConfig
 
 # Axes that split the batch in training; the others hold copies of it, or of what they split no part.
 BATCH_AXES = ("data", "fsdp", "expert")
-# In evaluation sequences are independent and whole: every axis that would compute copies takes sequences of its own.
+# In evaluation every axis that would compute copies takes sequences of its own.
 EVALUATION_AXES = (*BATCH_AXES, "window", "context")
 # The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has;
 # tensor parallelism heads and the feed-forward's features. Over the other axes parameters are copies.
@@ -104,7 +103,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings of a pytree that holds parameters or their like: by the parameters' rules."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = PartitionSpec() if leaf.ndim == 0 else parameter_spec(name, leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
@@ -140,10 +139,7 @@ def put_batch(batch: Any, mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> Any
 
 
 def open_axes() -> dict[str, int]:
-    """Sizes of the mesh's axes that the compiler partitions over: longer than 1, and not manual (`jax.shard_map`).
-
-    Without any, the program being traced is that of one device.
-    """
+    """Sizes of the mesh's axes that the compiler partitions over; without any, the program is that of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types)
     return {name: mesh.shape[name] for name, kind in kinds if mesh.shape[name] > 1 and kind != AxisType.Manual}
@@ -175,8 +171,8 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 class SplitRows:
     """Rows of a sequence split over an axis of the mesh of size `parts`; used inside `jax.shard_map`.
 
-    Row r lies on device r mod parts, at place r div parts: all devices hold equally much of any history, and what is
-    appended lies at the end everywhere. Each device attends to its own rows; log-sum-exps merge the results.
+    Row r lies on device r mod parts, at place r div parts: what is appended lies at the end everywhere. Each device
+    attends to its own rows; log-sum-exps merge the results.
     """
 
     axis: str

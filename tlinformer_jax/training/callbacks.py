@@ -83,7 +83,7 @@ class TrainingView:
 class Callback:
     """Something that is done after updates; a subclass says what, in `__call__`."""
 
-    every: int | str  # so many updates, counted from the run's first, or a time such as '10min' or '1.5h'; 0 for never
+    every: int | str  # so many updates, or a time such as '10min'; 0 for never
 
     def __call__(self, view: TrainingView) -> bool | None:
         """Does it; the run ends after this update if the result is `True`."""

@@ -49,12 +49,12 @@ NO_CHECKPOINT, NO_GOOD_CHECKPOINT = -1, -2
 class Manifest:
     """What a checkpoint holds."""
 
-    step: int  # updates done; also the position in the data, since batches are a function of it
-    files: dict[str, tuple[int, str]]  # path within the checkpoint -> (bytes, SHA-256), without the manifest
+    step: int  # updates done; also the position in the data
+    files: dict[str, tuple[int, str]]  # path -> (bytes, SHA-256), without the manifest
     code_version: str
-    config_sha256: str  # `config.run.fingerprint` of the run's configuration; empty where none was given
+    config_sha256: str  # `config.run.fingerprint`; empty where none was given
     validation_loss: float | None = None  # nats per token, if the step has been evaluated
-    after_skip: bool = False  # whether the last update was left out as not finite; no rollback ends there
+    after_skip: bool = False  # whether the last update was left out; no rollback ends there
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:

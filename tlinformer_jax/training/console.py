@@ -1,6 +1,7 @@
 """What a run tells its user: what is trained on what, what to do next, where memory is short."""
 
 import contextlib
+import datetime
 import pathlib
 import re
 import shlex
@@ -46,8 +47,7 @@ def say(message: str) -> None:
 
 def clock(seconds: float) -> str:
     """A duration as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def is_of_bytes(run: Run) -> bool:
@@ -182,7 +182,7 @@ def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
     where = "the loss is not finite"
     if int(skips.nonfinite):
-        name = "/".join(str(key.key) for key in paths[int(skips.first_nonfinite)])
+        name = jax.tree_util.keystr(paths[int(skips.first_nonfinite)], simple=True, separator="/")
         where = f"the gradient of {name} is not finite"
         if int(skips.nonfinite) > 1:
             where += f", nor are {int(skips.nonfinite) - 1} of the other {len(paths) - 1}"

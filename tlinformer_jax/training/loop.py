@@ -67,25 +67,24 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
 
-    SIGTERM, or SIGINT once, makes it save after the running step and return; see `callbacks.StopRequest`.
+    SIGTERM, or SIGINT once, makes it save after the running step and return.
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
       workdir: receives configuration, tokenizer, metrics and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
-      init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
+      init_from: another run's working directory, whose parameters a new run starts from.
       train_data: token ids to train on, for data.dataset = "tokens": an array, a file (its path, or a TokenFile) or
-        an iterable of documents or batches; None for those that the configuration names.
+        an iterable of documents or batches.
       validation_data: token ids to evaluate on; both are given, or none.
-      callbacks: what else is done after updates: each a Callback, or a function of a TrainingView. An error in one ends
-        the run; its checkpoints stay.
+      callbacks: what else is done after updates: Callbacks, or functions of a TrainingView.
 
     Returns:
       The figures of the last evaluation, such as loss, perplexity, bits_per_byte; empty if it was stopped before.
 
     Raises:
       ConfigError, DataError: for what a user can mend.
-      DivergedError: when loss or gradient are no longer finite and no rollback is left; the last checkpoint stays.
+      DivergedError: when loss or gradient are no longer finite and no rollback is left.
       OutOfMemoryError: where a device has too little memory, with what would take less.
     """
     given = {"train": train_data, "validation": validation_data}
@@ -125,7 +124,7 @@ def train_run(
             directory.save_description(run, splits, workdir)
         goal = console.describe(run, splits)
         first, last = int(state.step), run.horizon.steps
-        # Repeated are an evaluation that can end the run, to know whether it has, and the last one, for its figures.
+        # An evaluation that can end the run is repeated, and the last one, for its figures.
         evaluated = evaluated and not train.stop_at_accuracy and first < last
 
         # ---- Train
@@ -236,8 +235,8 @@ def train_steps(
 def roll_back(session: Session, view: TrainingView, error: DivergedError) -> TrainState:
     """The state to go on from after a divergence: parameters and optimiser of the last regular checkpoint.
 
-    The step stays, so that batches remain a function of it: the bad ones lie behind, and the updates since that
-    checkpoint count as skipped. Raises the error after train.max_rollbacks of them.
+    The step stays: the bad batches lie behind, and the updates since that checkpoint count as skipped. Raises the error
+    after train.max_rollbacks of them.
     """
     run, state, train = session.run, view.state, view.config.train
     done = int(state.skips.rollbacks)

@@ -57,10 +57,10 @@ def summed_loss(
     divisor: jax.Array | float = 1.0,
     z_loss: float = 0.0,
 ) -> LossAndRight:
-    """Cross-entropy in nats, weighted and summed over a batch; and the weight of the labels that are chosen greedily.
+    """Cross-entropy in nats, weighted and summed over a batch; and the weight of the labels that are right.
 
-    The hidden states of a whole sequence, and one cross-entropy; or, for a long sequence, those of a window and its
-    cross-entropy, window after window. Where devices share the batch, or its sequences, it is this device's share.
+    Of the hidden states of a whole sequence, or window after window. Where devices share the batch, or its sequences,
+    it is this device's share.
 
     Args:
       batch: as `train_step` takes it, and `answers`.
@@ -118,9 +118,8 @@ def window_loss(
 ) -> LossAndRight:
     """`weighted_loss` of a generation window, or of those that run together, as `sum_with_gradients` takes it.
 
-    `step` are the window's index, its labels and weights; `shared` the parameters and the history; `x` the window's own
-    rows, after those that overlap the window before. Where rows are split over devices, it is that of this device's
-    rows of the window, and `x` is None.
+    `step` are the window's index, its labels and weights; `shared` parameters and history; `x` the window's own rows,
+    after those that overlap. Where rows are split over devices, it is of this device's rows, and `x` is None.
     """
     (params, history), (index, rows) = shared, step
     size, split, overlap = shape.generation_window, history.split, run.overlap(shape)

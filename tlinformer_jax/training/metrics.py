@@ -34,6 +34,7 @@ class TensorBoardWriter:
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._file = EventsWriter(str(folder / "events"))
+        self.flush, self.close = self._file.flush, self._file.close
         self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
         self.flush()
 
@@ -48,15 +49,9 @@ class TensorBoardWriter:
 
         self._file.write_event(Event(wall_time=time.time(), step=step, **content))
 
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
 
 def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
-    """Drops the events after `step` from a metrics.jsonl, and that step's evaluation unless `keep_evaluation`.
+    """Drops the events after `step`, and that step's evaluation unless `keep_evaluation`.
 
     Damaged lines go too: the last one, torn by a kill, in silence; those before it are counted on stderr.
     """
@@ -78,7 +73,7 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """Writes each event to metrics.jsonl and to TensorBoard; a DataError names what cannot be written.
 
     Only where `active`, which process 0 of a run alone is. The run goes on from `step`: see `cut_back`.
@@ -98,9 +93,6 @@ class MetricsLog:
             with writing(self._name + METRICS_FILE):
                 cut_back(path, step, keep_evaluation)
                 self._file = open_own(path, "ab", buffering=0)  # unbuffered, so that a full disk is told once
-
-    def __enter__(self) -> "MetricsLog":
-        return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
         # A second error would hide the one under way.
@@ -138,7 +130,7 @@ class MetricsLog:
 
 
 class Throughput:
-    """Speed of the training steps, saving included, compilation and evaluation excluded; and the time left.
+    """Speed of the training steps, saving included, compilation and evaluation excluded.
 
     `flops_per_token` are model FLOPs, to be set anew after a restart; `peak_flops` those of all devices a second.
     """
@@ -182,8 +174,8 @@ class Throughput:
     def report(self, step: int) -> dict[str, float]:
         """The figures since the last report, all steps up to `step` being done.
 
-        tflops are model FLOPs a second in 1e12; mfu is their share of the devices' peak, where that is known;
-        input_wait and save_wait are shares of the time; eta are the seconds left at the mean speed so far.
+        tflops are model FLOPs a second in 1e12; mfu is their share of the devices' peak; input_wait and save_wait are
+        shares of the time; eta are the seconds left at the mean speed so far.
         """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         self._all_steps, self._all_seconds = self._all_steps + self._steps, self._all_seconds + elapsed

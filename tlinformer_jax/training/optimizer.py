@@ -14,8 +14,7 @@ from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
-# The root mean square of Muon's updates at rate 1: that of AdamW's, so both take the same rates and the same weight
-# decay (arXiv 2502.16982).
+# The root mean square of Muon's updates at rate 1: that of AdamW's (arXiv 2502.16982).
 MUON_RMS = 0.2
 # The matrices that Muon trains, with the axes that each reads and writes; others count several matrices.
 MUON_MATRICES = {
@@ -78,7 +77,7 @@ def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Sched
     """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
 
     The warm-up reaches the peak at its last update, and what falls its end at the run's last; both one update later
-    with the paper's schedule, whose first update has rate 0.
+    with the paper's schedule.
     """
     after_warmup = max(1, horizon.decay_end - config.warmup_steps)
     if config.schedule == "constant":

@@ -1,7 +1,7 @@
 """Saving a run's checkpoints while it trains, and deleting those no longer wanted.
 
-Besides `checkpoints/STEP` (see `training.checkpoint`) there are `STEP.saving` and `STEP.deleting`, which a killed run
-leaves half-done and the next one removes, and `STEP.damaged`: what was in the way, or did not pass its verification.
+Besides `checkpoints/STEP` there are `STEP.saving` and `STEP.deleting`, which a killed run leaves half-done and the next
+one removes, and `STEP.damaged`: what was in the way, or did not pass its verification.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ SAVING, DELETING = ".saving", ".deleting"
 TIMEOUT, TIMEOUT_DISTRIBUTED = 100 * 365 * 86_400, 86_400
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of a working directory, for the one run that trains into it.
 
     A thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint appear, deletes older ones.
@@ -67,9 +67,6 @@ class Checkpoints:
         self._plain: pathlib.Path | None = None  # the folder's path for Orbax, from the first save on
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
         try:

@@ -34,13 +34,13 @@ def _count(value: int = 0) -> Any:
 class Skips:
     """Updates left out because loss or gradient were not finite; all int32 []."""
 
-    in_a_row: jax.Array = _count()  # above train.max_skipped_updates, nothing changes the state any more
-    total: jax.Array = _count()  # of the run, with those that rollbacks have undone
+    in_a_row: jax.Array = _count()  # above train.max_skipped_updates, the state stays
+    total: jax.Array = _count()  # with those that rollbacks have undone
     # At the last of them: the first parameter, in the order of jax.tree, whose gradient was not finite (-1: the loss
     # alone), and the number of such ones.
     first_nonfinite: jax.Array = _count(-1)
     nonfinite: jax.Array = _count()
-    rollbacks: jax.Array = _count()  # how often the run went back to older parameters, see `loop.roll_back`
+    rollbacks: jax.Array = _count()  # see `loop.roll_back`
 
 
 @flax.struct.dataclass
@@ -64,7 +64,7 @@ class TrainState:
     opt_state: Any  # it has seen `step` - `skips.total` updates
     skips: Skips = flax.struct.field(default_factory=Skips)
     competence: Competence | None = None  # None where no stage of a curriculum ends by competence
-    ema: Any = None  # moving average of the parameters, float32; None without `train.ema`
+    ema: Any = None  # moving average of the parameters; None without `train.ema`
 
     @property
     def evaluated(self) -> Any:
@@ -153,8 +153,7 @@ def train_step(
 
     Returns:
       the state after the update; loss (nats; an estimate where windows are sampled), grad_norm (before clipping),
-      learning_rate, tokens; step and skips of the new state. In a stage that ends by competence also accuracy, the
-      share of the answers' tokens that were right, and the new stage_ends.
+      learning_rate, tokens, step and skips; in a stage that ends by competence also accuracy and stage_ends.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
@@ -214,8 +213,7 @@ def batch_gradient(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """`summed_loss` of a batch and its gradient, summed over micro-batches and over the devices that share it.
 
-    `batch` is this device's part; `divisor` is that of the summed loss; `step`, with the seed, is the key of dropout
-    and sampled windows. Returns the loss, the weight of the labels that are right, and the gradient.
+    `batch` is this device's part; `divisor` that of the summed loss; `step`, with the seed, the key of what is drawn.
     """
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
 

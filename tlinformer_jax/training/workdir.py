@@ -36,10 +36,9 @@ SHAPES = (
     *("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff"),
     *("num_experts", "token_shift"),
 )
-# A parameter that changes nothing as it begins: a run whose origin lacks it begins with it all the same.
+# A parameter that changes nothing as it begins: the origin may lack it.
 NEUTRAL = "shift"
-# A directory that holds a run with other values here is not continued; nor one with another tokenizer, compared by
-# content, or where only one of the two has the paper's schedule, whose batches are others.
+# A run with other values here is not continued; nor where only one of the two has the paper's schedule.
 WINDOWS = ("history_window", "generation_window", "history_position", "window_overlap")
 IDENTITY = (
     *(f"model.{name}" for name in (*SHAPES, *WINDOWS, "experts_per_token", "dropout", "param_dtype")),
