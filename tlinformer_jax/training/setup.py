@@ -192,7 +192,7 @@ def build_run(
 ) -> Run:
     """Builds and cross-checks the fixed parts of a run."""
     check_vocab(tokenizer, config.model.vocab_size)
-    mesh = build_mesh(config.mesh, devices)
+    mesh = build_mesh(config.mesh) if devices is None else build_mesh(config.mesh, devices)
     if mesh.shape["expert"] > 1 and not config.model.mixture:
         allowed = f"must be 1 for model.num_experts = {config.model.num_experts}"
         raise ConfigError("mesh.expert", mesh.shape["expert"], allowed)
