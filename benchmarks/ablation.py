@@ -18,8 +18,8 @@ from unittest import mock
 
 # What decides whether a kernel is used, and its value without the kernel.
 GATES: dict[str, tuple[str, str, Any]] = {
-    "loss": ("kernels.rows", "use_loss_kernel", lambda *_: False),
-    "norm": ("kernels.rows", "use_norm_kernel", lambda *_: False),
+    "loss": ("training.cross_entropy", "usable", lambda *_: False),
+    "norm": ("models.layers", "usable", lambda *_: False),
     "dropout": ("kernels.dropout", "use_kernel", lambda *_: False),
     "token": ("models.cached_attention", "use_token_kernels", lambda _: False),
     "dense": ("models.cached_attention", "MAX_FUSED_ROWS", 0),

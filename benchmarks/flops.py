@@ -12,16 +12,19 @@ projections and the windows' own rows, counts once.
 """
 
 import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
 
 from tlinformer_jax.analysis.flops import (
     Forward,
+    WindowShape,
     causal_layers,
     causal_pairs,
     delta_layers,
     peak_flops,
     project,
     restored,
-    segment_shapes,
     trained_windows,
     window,
 )
@@ -30,7 +33,15 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.delta import CHUNK, SMALL
 from tlinformer_jax.models.model import attention_window, padded_vocabulary
-from tlinformer_jax.models.windows import num_windows, padded_length, plan_segments
+from tlinformer_jax.models.windows import (
+    FIRST_WINDOW,
+    Segment,
+    assign_runs,
+    num_windows,
+    padded_length,
+    plan_segments,
+)
+from tlinformer_jax.parallel.sharding import SequenceSplit
 
 
 def hardware_flops(
@@ -115,3 +126,40 @@ def _hardware_forward(
             total = total + window(config, shape, inner)
             again = again + (restored(config, shape, inner) if segment.history_chunk else Forward())
     return project(config, padded_length(config, windows, segments), 3, inner), total, again
+
+
+def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:
+    """The windows with history as the loop of a segment executes them."""
+    rows, together = segment.history_rows, segment.together
+    for number, observed in enumerate(segment.observed):
+        history = int(segment.starts(config, segment.first + number))
+        keys = (history, observed) if fused else (rows, segment.observed_width)
+        # Windows that run together restore as many chunks as the last of them needs.
+        longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))
+        restored = longest + -longest % segment.history_chunk if segment.history_chunk else rows
+        yield WindowShape(
+            config.window_overlap + config.generation_window, restored, segment.observed_width, *keys, causal
+        )
+
+
+def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndarray:
+    """Forward FLOPs of attention in the windows that each device of the mesh's axis `window` computes, float64 [parts].
+
+    As by a fused kernel, which skips masked keys, with true heads. By plain products all devices execute the same,
+    because their windows have the same static shapes.
+    """
+    split, windows = SequenceSplit(parts), num_windows(config, length)
+    plan = dataclasses.replace(config.plan(windows), together=1)
+    runs = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
+    size, overlap = config.generation_window, config.window_overlap
+    loads = np.zeros(parts)
+    for run, assigned in zip(runs, assign_runs(runs, parts)):
+        if run is FIRST_WINDOW:
+            costs = [causal_layers(config, size, config.d_model, causal_pairs(size)).attention]
+        else:
+            causal = causal_pairs(overlap + size)
+            shapes = segment_shapes(config, run, causal, True)
+            costs = [window(config, shape, config.d_model).attention for shape in shapes]
+        # Where no window is left, a device computes the run's first one in vain.
+        loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
+    return loads

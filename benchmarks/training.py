@@ -31,7 +31,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks.flags import define_config_flag
-from benchmarks.training_report import COLUMNS, best_rows, line, plot_training, table, window_differences, write_results
+from benchmarks.training_report import COLUMNS, best_rows, line, plot_training, table, write_results
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig, run_config
@@ -52,8 +52,6 @@ PROFILE = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
 
 GROUP = 5
-# Windows whose losses are kept.
-FIRST_WINDOWS = 64
 # Kernels in the table of a profile, of the 100 to 300 that a step has.
 TRACED_KERNELS = 60
 
@@ -128,8 +126,7 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     """Times one row.
 
     Returns:
-      window_losses, in nats per token, and the columns in COLUMNS: batch in sequences; tokens, those that a step
-      predicts; tokens_per_second of those;
+      the columns in COLUMNS: batch in sequences; tokens, those that a step predicts; tokens_per_second of those;
       step_bytes, what the compiled step needs of the device's memory; peak_bytes, the process's so far (None where
       unknown); losses in nats; error, None or why there are no figures. With a profile also kernels, the table of the
       three steps that were traced.
@@ -201,9 +198,8 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         shardings = tree_shardings(jax.eval_shape(initial, jax.random.key(0)), mesh)
         state = jax.jit(initial, out_shardings=shardings)(jax.random.key(0))
         batch = put_batch(_random_batch(config), mesh)
-        lowered = jit_train_step(
-            shardings, batch_sharding(mesh), model=model, config=train, horizon=horizon, window_losses=True
-        ).lower(state, batch)
+        step = jit_train_step(shardings, batch_sharding(mesh), model=model, config=train, horizon=horizon)
+        lowered = step.lower(state, batch)
         started = time.perf_counter()
         compiled = lowered.compile()
         figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}
@@ -223,7 +219,6 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         "first_loss": float(outputs[0]["loss"]),
         "last_loss": float(outputs[-1]["loss"]),
         "peak_bytes": peak_bytes(),
-        "window_losses": _window_losses(config, outputs[0]["window_losses"]),
     }
 
 
@@ -257,17 +252,6 @@ def _random_batch(config: RunConfig) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, dtype=np.int32)
     weights = np.ones(tokens[:, 1:].shape, np.float32)
     return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
-
-
-def _window_losses(config: RunConfig, sums: Any) -> list[float]:
-    """Mean losses of the first windows; empty where the step has none of each window."""
-    from tlinformer_jax.models.windows import num_windows
-
-    size = config.model.generation_window
-    if len(sums) != num_windows(config.model, config.data.sequence_length):
-        return []
-    whole = min(FIRST_WINDOWS, config.data.sequence_length // size)
-    return [float(value) / (size * config.train.batch_size) for value in sums[:whole]]
 
 
 def _bytes(compiled: Any) -> int | None:
@@ -335,8 +319,6 @@ def main() -> None:
         if folder is not None:
             write_results(folder, report | {"rows": rows})
     print(table(rows), flush=True)
-    for text in window_differences(rows):
-        print(text, flush=True)
     if folder is not None:
         plot_training(best_rows(rows), f"{report['devices']} x {device}", folder)
 

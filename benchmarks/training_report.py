@@ -80,25 +80,6 @@ def write_results(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
     (folder / "training.md").write_text(table(report["rows"]))
 
 
-def window_differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How far the first windows' losses of a model's rows of batch 1 are from its first row's, a line each."""
-    lines: list[str] = []
-    first: dict[tuple[str, str], tuple[int, list[float]]] = {}
-    for row in rows:
-        losses = row.get("window_losses")
-        if not losses or row["batch"] != 1:
-            continue
-        start, truth = first.setdefault((row["architecture"], row["setting"]), (row["length"], losses))
-        if truth is not losses:
-            pairs = list(zip(losses, truth))
-            most = max(abs(value - expected) for value, expected in pairs)
-            lines.append(
-                f"{row['architecture']}: losses of the first {len(pairs)} windows at N = {row['length']:,} and "
-                f"{start:,} differ by at most {most:.1e}; they range from {min(truth):.4f} to {max(truth):.4f}"
-            )
-    return lines
-
-
 def plot_training(rows: Sequence[Mapping[str, Any]], device: str, folder: pathlib.Path) -> list[pathlib.Path]:
     """Draws one line per architecture; returns the files, none where matplotlib is missing, which it then says."""
     if importlib.util.find_spec("matplotlib") is None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tlinformer_jax.kernels import common
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, threefry
 from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
@@ -117,7 +118,7 @@ def test_auto_takes_the_kernel_where_it_can(monkeypatch):
     """On one NVIDIA GPU in half precision, with dropout and without the log-sum-exp."""
     half, dropout = jnp.zeros((1, 2, 1, 40), jnp.bfloat16), Dropout.by_key(jax.random.key(0), 0.1)
     assert attention.choose_backend(half, dropout, False) == "xla"
-    monkeypatch.setattr(dropout_kernel, "available", lambda name: True)
+    monkeypatch.setattr(common, "available", lambda name: True)
     assert attention.choose_backend(half, dropout, False) == "triton"
     assert attention.choose_backend(half, dropout, True) == "xla"
     assert attention.choose_backend(half, None, False) == "xla"

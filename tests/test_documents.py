@@ -21,13 +21,13 @@ from tlinformer_jax.data.streams import Piece, TokenStream, encode_pieces
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.history import measure_history
-from tlinformer_jax.evaluation.trained import load_run
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import attention, block, model, streams
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.check import check_run
+from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.setup import build_run

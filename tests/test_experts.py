@@ -22,7 +22,7 @@ from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.evaluation.experts import expert_rows
+from tlinformer_jax.evaluation.report import expert_rows
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
 from tlinformer_jax.kernels.key_value import KeyValue
@@ -317,9 +317,7 @@ def test_micro_batches_are_balanced_each_by_itself():
     config = planned(dataclasses.replace(EXPERTS, architecture="transformer", num_blocks=1))
     train, batch, step = TrainConfig(batch_size=2, accumulation=2), batch_of(), jnp.int32(0)
     params, model = golden_scale(config), build_model(config)
-    loss, _, gradient = batch_gradient(
-        batch, params, jnp.float32(32), step, model=model, config=train, split=UNSPLIT, wanted=()
-    )
+    loss, _, gradient = batch_gradient(batch, params, jnp.float32(32), step, model=model, config=train, split=UNSPLIT)
     halves = [
         jax.value_and_grad(
             lambda params, half=half: summed_loss(

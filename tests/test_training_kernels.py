@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.kernels import common
-from tlinformer_jax.kernels import rows as row_kernels
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.models import layers
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.parallel.mesh import target
@@ -26,11 +27,11 @@ def plain_layer_norm(x, scale, bias):
 @pytest.mark.parametrize("shape", [(3, 7, 36), (2, 30, 20)])  # rows that fill no tile, several tiles a program
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_layer_norm_gradients(shape, skips, by_kernel, monkeypatch):
-    monkeypatch.setattr(row_kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(norm_kernel, "PROGRAMS", 3)
     if by_kernel:
-        real = row_kernels.layer_norm_backward
-        monkeypatch.setattr(row_kernels, "use_norm_kernel", lambda x: True)
-        monkeypatch.setattr(row_kernels, "layer_norm_backward", lambda *arrays: real(*arrays, interpret=True))
+        real = norm_kernel.layer_norm_backward
+        monkeypatch.setattr(layers, "usable", lambda *_: True)
+        monkeypatch.setattr(norm_kernel, "layer_norm_backward", lambda *arrays: real(*arrays, interpret=True))
     x, gradient, skip = 3 * normal(0, *shape) + 1, normal(1, *shape), normal(2, *shape)
     scale, bias = normal(3, shape[-1]), normal(4, shape[-1])
 
@@ -52,7 +53,7 @@ def test_layer_norm_gradients(shape, skips, by_kernel, monkeypatch):
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize(("vocab_size", "columns"), [(37, 48), (32, 48), (64, 64)])
 def test_loss_and_slope(vocab_size, columns, z_loss, monkeypatch):
-    monkeypatch.setattr(row_kernels, "COLUMNS", 16)
+    monkeypatch.setattr(loss_kernel, "COLUMNS", 16)
     logits, weights = 10 * normal(0, 5, columns), jnp.array([1.0, 0.5, 0.0, 2.0, 1.0])
     targets = jnp.array([0, 3, vocab_size - 1, 7, 9])
 
@@ -64,7 +65,7 @@ def test_loss_and_slope(vocab_size, columns, z_loss, monkeypatch):
         return ((losses(logits) + z_loss * norm**2) * weights).sum()
 
     how = {"z_loss": z_loss, "interpret": True}
-    found, slope = row_kernels.loss_and_slope(logits, targets, weights, vocab_size, jnp.float32, **how)
+    found, slope = loss_kernel.loss_and_slope(logits, targets, weights, vocab_size, jnp.float32, **how)
     np.testing.assert_allclose(found, losses(logits), atol=1e-5)
     np.testing.assert_allclose(slope, jax.grad(trained)(logits), atol=2e-5)
 
@@ -81,10 +82,10 @@ def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
 
         return jax.value_and_grad(total, argnums=(0, 1))(hidden, table)
 
-    expected, real = outcome(), row_kernels.loss_and_slope
-    monkeypatch.setattr(row_kernels, "COLUMNS", 16)
-    monkeypatch.setattr(row_kernels, "use_loss_kernel", lambda: True)
-    monkeypatch.setattr(row_kernels, "loss_and_slope", lambda *arguments: real(*arguments, interpret=True))
+    expected, real = outcome(), loss_kernel.loss_and_slope
+    monkeypatch.setattr(loss_kernel, "COLUMNS", 16)
+    monkeypatch.setattr(loss, "usable", lambda *_: True)
+    monkeypatch.setattr(loss_kernel, "loss_and_slope", lambda *arguments: real(*arguments, interpret=True))
     found = outcome()
     assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
     for value, truth in zip(found[1], expected[1], strict=True):
@@ -95,12 +96,27 @@ def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_kernels_run_on_one_device_only(devices, monkeypatch):
     """XLA cannot split them over a mesh, and would compute them as a whole on every device."""
-    monkeypatch.setattr(row_kernels, "available", lambda name: True)
+    monkeypatch.setattr(common, "available", lambda name: True)
     with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
-        assert row_kernels.use_loss_kernel() == (devices == 1)
-        assert row_kernels.use_norm_kernel(jnp.zeros((2, 8), jnp.bfloat16)) == (devices == 1)
-        assert not row_kernels.use_norm_kernel(jnp.zeros((2, 8), jnp.float32))
-        assert not row_kernels.use_norm_kernel(jnp.zeros((0, 8), jnp.bfloat16))  # a first window's history
+        assert common.usable("loss", jnp.bfloat16) == (devices == 1)
+        assert not common.usable("norm", jnp.float32)
+
+
+def test_the_norms_kernel_is_not_given_what_it_does_not_take(monkeypatch):
+    """Rows that would not fit its registers, and a first window's history, which has none."""
+    monkeypatch.setattr(layers, "usable", lambda *_: True)
+    monkeypatch.setattr(norm_kernel, "layer_norm_backward", None)
+    monkeypatch.setattr(norm_kernel, "MOST_WIDTH", 16)
+
+    def slope(*shape):
+        scale = jnp.ones(shape[-1])
+        total = lambda x: layers.layer_norm(x, scale, scale).sum().astype(jnp.float32)  # noqa: E731
+        return jax.grad(total)(jnp.ones(shape, jnp.bfloat16))
+
+    for shape in ((2, 17), (0, 8)):
+        assert slope(*shape).shape == shape
+    with pytest.raises(TypeError, match="not callable"):
+        slope(2, 8)
 
 
 def test_rows_past_the_count_are_not_computed():

@@ -20,11 +20,11 @@ _HOMES = {
     "Call": "tlinformer_jax.training.callbacks",
     "TrainingView": "tlinformer_jax.training.callbacks",
     "WandB": "tlinformer_jax.training.wandb",
-    "load_run": "tlinformer_jax.evaluation.trained",
-    "TrainedRun": "tlinformer_jax.evaluation.trained",
+    "load_run": "tlinformer_jax.training.checkpoint",
+    "TrainedRun": "tlinformer_jax.training.setup",
     "evaluate_run": "tlinformer_jax.evaluation.report",
-    "text_perplexity": "tlinformer_jax.evaluation.text",
-    "TextFigures": "tlinformer_jax.evaluation.text",
+    "text_perplexity": "tlinformer_jax.evaluation.report",
+    "TextFigures": "tlinformer_jax.evaluation.report",
 }
 __all__ = ["__version__", *_HOMES]
 

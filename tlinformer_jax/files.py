@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tlinformer_jax.errors import UserError
+from tlinformer_jax.errors import UserError, failure_told
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # Paths that Orbax and what it stands on take as they are: no wildcard, nothing that stands for a bucket.
@@ -140,6 +140,11 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         os.fsync(file.fileno())
     draft.replace(path)
     sync_folder(path.parent)
+
+
+def writing(name: str) -> contextlib.AbstractContextManager[None]:
+    """Raises a DataError that names what cannot be written inside."""
+    return failure_told(f"{name} cannot be written")
 
 
 def sync_folder(folder: pathlib.Path) -> None:

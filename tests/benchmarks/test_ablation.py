@@ -10,9 +10,10 @@ import pytest
 
 from benchmarks.ablation import GATES, SHARED, without
 from tests.support.commands import ROOT
+from tlinformer_jax.kernels import common
 from tlinformer_jax.kernels import dropout as dropout_kernel
-from tlinformer_jax.kernels import rows as row_kernels
-from tlinformer_jax.models import ModelConfig, cached_attention
+from tlinformer_jax.models import ModelConfig, cached_attention, layers
+from tlinformer_jax.training import cross_entropy
 
 X = jnp.zeros((2, 16), jnp.bfloat16)
 
@@ -20,8 +21,8 @@ X = jnp.zeros((2, 16), jnp.bfloat16)
 def used() -> dict[str, bool]:
     """Which kernels would be used for shapes that all of them take."""
     return {
-        "loss": row_kernels.use_loss_kernel(),
-        "norm": row_kernels.use_norm_kernel(X),
+        "loss": cross_entropy.usable("loss", X.dtype),
+        "norm": layers.usable("norm", X.dtype),
         "dropout": dropout_kernel.use_kernel(X.dtype, 36),
         "token": cached_attention.use_token_kernels(ModelConfig()),
         "dense": cached_attention.MAX_FUSED_ROWS > 0,
@@ -31,10 +32,8 @@ def used() -> dict[str, bool]:
 
 @pytest.mark.parametrize("kernel", [*GATES, *SHARED])
 def test_one_kernel_is_left_out(kernel, monkeypatch):
-    for module in (row_kernels, dropout_kernel, cached_attention):
+    for module in (common, cached_attention):
         monkeypatch.setattr(module, "available", lambda name: True)
-    for module in (row_kernels, dropout_kernel):
-        monkeypatch.setattr(module, "unsplit", lambda: True)
     monkeypatch.setattr(cached_attention, "use_kernels", lambda *_: True)
     for name in SHARED.values():
         monkeypatch.setattr(cached_attention, name, lambda: cached_attention.use_kernels())

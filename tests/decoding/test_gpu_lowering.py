@@ -12,7 +12,8 @@ import pytest
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels import history as history_kernel
-from tlinformer_jax.kernels import rows as row_kernels
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
@@ -94,7 +95,7 @@ def test_loss_and_slope():
     rows, wide = 16, jax.ShapeDtypeStruct((16, 50304), jnp.float32)
     targets, weights = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)
     text = lowered(
-        lambda *arguments: row_kernels.loss_and_slope(*arguments, CONFIG.vocab_size, jnp.bfloat16),
+        lambda *arguments: loss_kernel.loss_and_slope(*arguments, CONFIG.vocab_size, jnp.bfloat16),
         wide, targets, weights,
     )  # fmt: skip
     assert "loss_and_slope" in text
@@ -104,7 +105,7 @@ def test_loss_and_slope():
 def test_layer_norm_backward(skip):
     rows, scale = half(64, CONFIG.d_model), jax.ShapeDtypeStruct((CONFIG.d_model,), jnp.float32)
     text = lowered(
-        lambda x, gradient, skip, scale: row_kernels.layer_norm_backward(x, gradient, skip, scale, 1e-5),
+        lambda x, gradient, skip, scale: norm_kernel.layer_norm_backward(x, gradient, skip, scale, 1e-5),
         rows, rows, skip, scale,
     )  # fmt: skip
     assert "layer_norm_backward" in text
@@ -115,8 +116,8 @@ def test_calls_of_equal_shapes_share_a_kernel():
     rows, scale = half(64, CONFIG.d_model), jax.ShapeDtypeStruct((CONFIG.d_model,), jnp.float32)
 
     def two(x, gradient, scale):
-        one = row_kernels.layer_norm_backward(x, gradient, None, scale, 1e-5)[0]
-        return row_kernels.layer_norm_backward(one, gradient, None, scale, 1e-5)
+        one = norm_kernel.layer_norm_backward(x, gradient, None, scale, 1e-5)[0]
+        return norm_kernel.layer_norm_backward(one, gradient, None, scale, 1e-5)
 
     text = lowered(two, rows, rows, scale)
     calls = [re.sub(r"%\w+", "", line) for line in text.splitlines() if "stablehlo.custom_call" in line]

@@ -23,7 +23,6 @@ from tlinformer_jax.decoding.cache import init_cache
 from tlinformer_jax.decoding.decoder import Decoder, step
 from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.evaluation.trained import load_run
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import key_value
@@ -31,6 +30,7 @@ from tlinformer_jax.kernels.key_value import KeyValue, quantised
 from tlinformer_jax.models import cached_rows
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
 from tlinformer_jax.models.rope import rope_table, rotate
+from tlinformer_jax.training.checkpoint import load_run
 
 # Several blocks read what the blocks before restored; windows slide five times.
 CONFIG = dataclasses.replace(SMALL, hidden_depth=0, history_window=5)

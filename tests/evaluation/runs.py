@@ -9,11 +9,10 @@ from tests.support import golden, reference
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
-from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig
 from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.setup import build_run
+from tlinformer_jax.training.setup import TrainedRun, build_run
 
 MODEL = ModelConfig(
     vocab_size=257,

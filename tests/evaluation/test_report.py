@@ -13,8 +13,6 @@ from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, lines, writable_file, write_report
 from tlinformer_jax.files import finite
-from tlinformer_jax.parallel.sharding import batch_sharding
-from tlinformer_jax.training.evaluation import jit_eval_step
 
 TOKENS = np.random.default_rng(3).integers(0, 257, 68).astype(np.uint16)  # 5 samples of 12, 7 labels are left
 STREAM = TokenStream(TOKENS, num_bytes=68, num_documents=1, num_words=10, num_lines=2)
@@ -146,11 +144,10 @@ def test_no_array_of_all_tokens_times_the_vocabulary(monkeypatch):
     size, length = 2048, 8192
     run = trained(dataclasses.replace(MODEL, vocab_size=size, generation_window=64)).run
     monkeypatch.setattr("tlinformer_jax.training.evaluation.LOSS_CHUNK", 1024)
-    step = jit_eval_step(run.model, run.shardings.params, batch_sharding(run.mesh))
     row = jax.ShapeDtypeStruct((run.mesh.size, length), np.int32)
     batch = {"inputs": row, "labels": row, "weights": jax.ShapeDtypeStruct(row.shape, np.float32)}
     with jax.set_mesh(run.mesh):
-        memory = step.lower(run.abstract_state.params, batch).compile().memory_analysis()
+        memory = run.eval_step.lower(run.abstract_state.params, batch).compile().memory_analysis()
     assert memory.temp_size_in_bytes < length * size * 4 / 4, memory
 
 

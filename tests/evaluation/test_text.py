@@ -9,8 +9,7 @@ import pytest
 from tests.evaluation.runs import LENGTH, costs, trained
 from tlinformer_jax import text_perplexity
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.evaluation.report import EvaluationOptions
-from tlinformer_jax.evaluation.text import evaluate_text, text_source
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_text, text_source
 
 LONG = "Größe is a word.\nSo is this one, said he.\n"  # 44 bytes
 SHORT = "two words"

@@ -15,7 +15,7 @@ from tests.support.commands import check_refusal, command
 from tests.support.optional import need_modules
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.trained import load_run
+from tlinformer_jax.training.checkpoint import load_run
 
 with_lm_eval = pytest.mark.slow  # .ci/run installs it for these alone
 SHRUNK = (

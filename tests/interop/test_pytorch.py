@@ -122,11 +122,12 @@ def test_every_architecture(shape, torch, tmp_path):
 
 
 def test_positions_are_exact_where_float32_is_not(torch):
-    from tlinformer_jax.interop.pytorch import rotations
+    from tlinformer_jax.interop.pytorch import Config, rotations
 
+    config = Config("tlinformer", 1, 36, 1, 1, 0, 1, 8, 8)
     for start in (0, 1_000_000, 2**31 - 9):
         exact = rope_table(np.arange(start, start + 8).astype(np.int32), 36)
-        found = rotations(start + 8, 36, start).numpy()
+        found = rotations(config, start + 8, start).numpy()
         np.testing.assert_allclose(found, [exact.cos, exact.sin], atol=2e-6, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""Training over every axis of the mesh: loss, windows' losses and gradients are those of one device."""
+"""Training over every axis of the mesh: loss and gradients are those of one device."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.flops import attention_by_device
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.analysis.flops import attention_by_device
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces
@@ -56,13 +56,13 @@ def batch(rows: int = 8) -> dict[str, jax.Array]:
 
 
 def gradient(model, train, mesh=None, data=None, answers=None):
-    """(loss, windows' losses, gradients) of the batch, on one device or over a mesh."""
+    """(loss, weight of the right labels, gradients) of the batch, on one device or over a mesh."""
     return program(model, train, mesh, answers)(batch() if data is None else data, golden_scale(model)["params"], 3)
 
 
 def program(model, train, mesh=None, answers=None):
     """What `gradient` calls: a function of batch, parameters and number of the update, compiled once."""
-    options = {"model": build_model(model), "config": train, "wanted": ("window_losses",), "answers": answers}
+    options = {"model": build_model(model), "config": train, "answers": answers}
     divisor = jnp.float32(100)
     if mesh is None:
         alone = jax.jit(functools.partial(batch_gradient, split=UNSPLIT, **options))
@@ -94,9 +94,7 @@ def gradient_error(one, many) -> float:
 
 def agree(one, many):
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
-    (losses,), (spread,) = one[1].values(), many[1].values()
-    if losses.size:  # where one device computes windows one after the other
-        np.testing.assert_allclose(spread, losses, rtol=1e-5)
+    assert many[1] == one[1]
     assert gradient_error(one, many) < 1e-4
 
 
@@ -139,8 +137,7 @@ def test_windows_before_the_first_answer_are_left_out_on_any_mesh(mesh, first):
     data = batch()
     data["weights"] = jnp.where(jnp.arange(LENGTH) < first, 0, 1.0) * jnp.maximum(data["weights"], 0.5)
     left_out = gradient(MODEL, TRAIN, mesh, data, lambda length: AnswerPlaces(first, length - first))
-    padded = {name: np.pad(losses, (first // 4, 0)) for name, losses in left_out[1].items()}
-    agree(gradient(MODEL, TRAIN, None, data), (left_out[0], padded, left_out[2]))
+    agree(gradient(MODEL, TRAIN, None, data), left_out)
     # Where labels before it do have weights, those of the windows left out are missed.
     wrong = gradient(MODEL, TRAIN, mesh, batch(), lambda length: AnswerPlaces(first, length))
     assert abs(wrong[0] / gradient(MODEL, TRAIN, None, batch())[0] - 1) > 0.1

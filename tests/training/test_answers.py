@@ -15,16 +15,15 @@ from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
-from tlinformer_jax.evaluation.text import evaluate_text
-from tlinformer_jax.evaluation.trained import TrainedRun, load_run
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, evaluate_text
 from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.experiments.recipes import package_config
 from tlinformer_jax.training import callbacks, loop
+from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.evaluation import CELLS, answer_sums, eval_step
 from tlinformer_jax.training.loss import summed_loss
-from tlinformer_jax.training.setup import build_run, flops_per_token
+from tlinformer_jax.training.setup import TrainedRun, build_run, flops_per_token
 
 SECTIONS = {
     "model": {
@@ -141,7 +140,7 @@ def test_the_states_of_a_word_are_its_labels():
     options = {"model": run.model, "answers": run.answers}
     loss, beside = jax.jit(lambda params: summed_loss(params, batch, jax.random.key(0), **options))(trained.params)
     assert loss == pytest.approx(losses.sum(), rel=1e-5)
-    assert beside.right == right.sum()
+    assert beside == right.sum()
 
 
 COPY = {"dataset": "copy", "tokenizer": "numbers:2048"}
@@ -181,7 +180,7 @@ def test_what_no_answer_needs_is_left_out_and_loss_and_gradient_are_the_same(mod
     for value, truth in zip(jax.tree.leaves((loss, found)), jax.tree.leaves((true_loss, truths)), strict=True):
         assert np.linalg.norm(value - truth) <= 1e-5 * np.linalg.norm(truth)
     # Right answers are counted along: those whose label has the greatest logit.
-    assert beside.right == same.right == ((chosen == batch["labels"]) * batch["weights"]).sum() >= run.answers(18).most
+    assert beside == same == ((chosen == batch["labels"]) * batch["weights"]).sum() >= run.answers(18).most
     assert read.cost_analysis()["flops"] < share * every.cost_analysis()["flops"]
 
 

@@ -14,7 +14,7 @@ from tests.support.optional import need_modules
 from tests.training.test_resume import assert_same_parameters, events, run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training import callbacks as module
-from tlinformer_jax.training.callbacks import Call, Callback, Schedule, as_callbacks
+from tlinformer_jax.training.callbacks import Call, Callback, as_callbacks, due_callbacks
 from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.loop import train_and_evaluate, train_run
 from tlinformer_jax.training.wandb import WandB
@@ -78,10 +78,10 @@ def test_a_callback_can_end_the_run_which_is_then_saved_and_evaluated(tmp_path):
 def test_a_time_counts_from_one_call_to_the_next(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    schedule, due = Schedule([Call(lambda view: None, every="1min"), Call(lambda view: None, every=7)]), []
+    callbacks, due = [Call(lambda view: None, every="1min"), Call(lambda view: None, every=7)], []
     for step in range(1, 181):
         now[0] += 1.0
-        due.append([callback.every for callback in schedule.due(step, ())])
+        due.append([callback.every for callback in due_callbacks(callbacks, step, ())])
     timed = [step for step, found in enumerate(due, 1) if "1min" in found]
     assert len(timed) == 3
     assert all(50 <= gap <= 60 for gap in np.diff([0, *timed]))

@@ -269,15 +269,15 @@ def test_a_folder_that_cannot_be_read_or_written_is_told_in_a_line(sound, tmp_pa
     """Faked, since nothing is unreadable to root."""
     workdir = tmp_path / "run"
     shutil.copytree(sound, workdir)
-    scan, denied = os.scandir, PermissionError(errno.EACCES, "Permission denied")
+    names, denied = os.listdir, PermissionError(errno.EACCES, "Permission denied")
 
-    def scandir(path):
+    def listdir(path):
         if str(path).endswith("/checkpoints"):
             raise denied
-        return scan(path)
+        return names(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", scandir)
+        patch.setattr(os, "listdir", listdir)
         with pytest.raises(DataError, match=r"checkpoints: cannot be read \(Permission denied\)"):
             restore_params(workdir, abstract(state_of(0).params))
     with monkeypatch.context() as patch:

@@ -9,11 +9,11 @@ import threading
 import pytest
 
 from tests.support.commands import ROOT, check_refusal, command, command_line
-from tlinformer_jax.training.stopping import Stopped, StopRequest
+from tlinformer_jax.training.callbacks import Stopped, StopRequest
 
 WAIT = """
 import hashlib, signal, sys, time
-from tlinformer_jax.training.stopping import StopRequest
+from tlinformer_jax.training.callbacks import StopRequest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which may run the tests, ignores it
 with StopRequest() as stop:

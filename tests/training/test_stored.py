@@ -12,8 +12,8 @@ from tests.support import golden
 from tlinformer_jax.config.run import load_config, run_config
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.evaluation.trained import load_run
 from tlinformer_jax.interop.files import write_safetensors
+from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.conversion import weights_to_workdir, workdir_to_weights
 from tlinformer_jax.training.workdir import Origin, check_origin
 

@@ -1,32 +1,24 @@
 """Model FLOPs of a training step, what the architecture asks for, whatever the implementation; and devices' peaks.
 
-Counted are products: projections, feed-forwards, attended pairs, the head; a multiplication and an addition are two
-operations. Of experts those that a row takes count, and the router. Not counted is what is done element by element,
-such as norms and the token shift. Heads have their true widths, causal attention is half the square, no masked row or
-key counts, and every product of the forward pass, computed once, has two in the backward pass. Block 0's `compress`
-projections are counted once per token; the last block has no `restore`, and of its history only keys, values and z's
-queries. Tokens that run again in the next window, by `model.window_overlap`, count as rows of both, and for the head
-once. A Gated DeltaNet layer is counted row by row: to decay its state is done element by element; to read it under a
-key, to write it and to read it under a query are products.
+Counted are products, of experts those that a row takes; a multiplication and an addition are two operations. Causal
+attention is half the square; a product of the forward pass has two in the backward pass. Block 0's `compress`
+projections count once per token; the last block has no `restore`. Rows that run in two windows count twice.
 `benchmarks.flops` counts what a device executes.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.feed_forward import EXPERTS
 from tlinformer_jax.models.model import attention_window, build_model
-from tlinformer_jax.models.windows import FIRST_WINDOW, Segment, assign_runs, num_windows, plan_segments
-from tlinformer_jax.parallel.sharding import SequenceSplit, SplitWindows
+from tlinformer_jax.models.windows import num_windows
 
-# Dense bfloat16 products, FLOP/s per device as JAX counts devices, by a part of `device_kind` in lower case; the
-# first that fits decides. NVIDIA: the datasheets of A100, H100, H200, L4 and B200, which state twice these figures
-# "with sparsity". TPU: the "System architecture" pages of cloud.google.com/tpu/docs, per chip (v2, v3: per core).
+# Dense bfloat16 products, FLOP/s per device, by a part of `device_kind` in lower case; the first that fits decides.
+# NVIDIA's datasheets state twice these figures "with sparsity"; for TPUs see cloud.google.com/tpu/docs.
 PEAKS = (
     ("h100 pcie", 756e12),
     ("h100 nvl", 835e12),
@@ -49,15 +41,10 @@ PEAKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """Operations of a forward pass, by what their backward pass costs.
+    """Operations of a forward pass, by what their backward pass costs."""
 
-    Attributes:
-      matrix: projections and feed-forwards.
-      attention: scores and weighted values.
-    """
-
-    matrix: float = 0.0
-    attention: float = 0.0
+    matrix: float = 0.0  # projections and feed-forwards
+    attention: float = 0.0  # scores and weighted values
 
     def __add__(self, other: "Forward") -> "Forward":
         return Forward(self.matrix + other.matrix, self.attention + other.attention)
@@ -67,27 +54,18 @@ class Forward:
 
     @property
     def total(self) -> float:
-        """All operations."""
         return self.matrix + self.attention
 
 
-@dataclasses.dataclass(frozen=True)
-class WindowShape:
-    """What one window with history computes.
+class WindowShape(NamedTuple):
+    """What one window with history computes."""
 
-    Attributes:
-      rows: that run in the generation window.
-      history: rows of the history stream that are restored; observed: rows of the observation window.
-      history_keys: keys that a query of the history reads; observed_keys: of the observation window.
-      causal_pairs: queries times keys of the window's causal attention.
-    """
-
-    rows: int
-    history: int
-    observed: int
-    history_keys: int
-    observed_keys: int
-    causal_pairs: float
+    rows: int  # that run in the generation window
+    history: int  # rows of the history stream that are restored
+    observed: int  # rows of the observation window
+    history_keys: int  # that a query of the history reads
+    observed_keys: int  # that a query of the observation window reads
+    causal_pairs: float  # queries times keys of the window's causal attention
 
 
 def training_flops(
@@ -100,10 +78,8 @@ def training_flops(
 ) -> float:
     """Model FLOPs of a training step's forward and backward passes on `batch` sequences of `length` tokens.
 
-    Args:
-      sampled_windows: windows that are drawn and trained on, so that the expected count is given; 0 for all.
-      read: tokens of a sequence that the head reads; None for all.
-      first: position of the first of them: windows before it are not run where none are drawn.
+    Of `sampled_windows` that are drawn (0: all are run) the expected count. The head reads `read` tokens of a sequence
+    (None: all); windows before that of the `first` of them are not run where none are drawn.
     """
     share, skipped = trained_windows(config, length, sampled_windows, first)
     outside, inside = _model_forward(config, length, skipped)
@@ -112,37 +88,14 @@ def training_flops(
 
 
 def trained_windows(config: ModelConfig, length: int, sampled_windows: int, first: int) -> tuple[float, int]:
-    """The expected share of windows that are trained on, and how many are skipped at the start."""
+    """The expected share of windows that are trained on, and those skipped at the start."""
     drawn = config.windowed and sampled_windows
     share = min(1.0, sampled_windows / num_windows(config, length)) if drawn else 1.0
     return share, first // config.generation_window if share == 1 else 0
 
 
-def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndarray:
-    """Forward FLOPs of attention in the windows that each device of the mesh's axis `window` computes, float64 [parts].
-
-    As by a fused kernel, which skips masked keys, with true heads. By plain products all devices execute the same,
-    because their windows have the same static shapes.
-    """
-    split, windows = SequenceSplit(SplitWindows("window", parts)), num_windows(config, length)
-    plan = dataclasses.replace(config.plan(windows), together=1)
-    runs = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
-    size, overlap = config.generation_window, config.window_overlap
-    loads = np.zeros(parts)
-    for run, assigned in zip(runs, assign_runs(runs, parts)):
-        if run is FIRST_WINDOW:
-            costs = [causal_layers(config, size, config.d_model, causal_pairs(size)).attention]
-        else:
-            causal = causal_pairs(overlap + size)
-            shapes = segment_shapes(config, run, causal, True)
-            costs = [window(config, shape, config.d_model).attention for shape in shapes]
-        # Where no window is left, a device computes the run's first one in vain.
-        loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
-    return loads
-
-
 def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forward, Forward]:
-    """Model FLOPs of a sequence's forward pass without the head: outside the windows, and in those not skipped."""
+    """Of a sequence without the head: outside the windows, and in those not skipped."""
     inner = config.d_model
     if not config.windowed:
         attention = causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
@@ -155,23 +108,8 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     for begin in range(size * max(skipped, 1), length, size):
         start = begin - config.window_overlap
         rows, observed = min(begin + size, length) - start, config.observed_rows(start)
-        shape = WindowShape(rows, start, observed, start, observed, causal_pairs(rows))
-        total = total + window(config, shape, inner)
+        total += window(config, WindowShape(rows, start, observed, start, observed, causal_pairs(rows)), inner)
     return project(config, length, 3, inner), total
-
-
-def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:
-    """The windows with history as the loop of a segment executes them."""
-    rows, together = segment.history_rows, segment.together
-    for number, observed in enumerate(segment.observed):
-        history = int(segment.starts(config, segment.first + number))
-        keys = (history, observed) if fused else (rows, segment.observed_width)
-        # Windows that run together restore as many chunks as the last of them needs.
-        longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))
-        restored = longest + -longest % segment.history_chunk if segment.history_chunk else rows
-        yield WindowShape(
-            config.window_overlap + config.generation_window, restored, segment.observed_width, *keys, causal
-        )
 
 
 def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:
@@ -181,50 +119,37 @@ def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> F
 
 
 def delta_layers(config: ModelConfig, rows: int) -> Forward:
-    """All Gated DeltaNet layers over `rows` rows, whose states are read and written row by row."""
+    """All Gated DeltaNet layers over `rows` rows."""
     delta, layers = config.delta, config.num_layers - config.attention_layers
     per_row = 5 * delta.inner + 2 * delta.heads + _feed_forward(config, delta.feed_forward)
     return Forward(matrix=2.0 * rows * config.d_model * per_row, attention=6.0 * rows * delta.state_size) * layers
 
 
 def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
-    """A window with history through all blocks, block 0's `compress` projections being known."""
-    rows, observed = shape.rows, shape.observed
-    causal = _attend(shape.causal_pairs, inner)
-    readers = observed + (rows if config.architecture == "tlinformer" else 0)
-    compress = _attend(readers * shape.history_keys, inner) + causal + _update(config, observed + rows, inner)
-    hidden = (
-        project(config, observed + rows, 3, inner)
-        + _attend((observed + rows) * shape.observed_keys, inner)
-        + causal
-        + _update(config, observed + rows, inner)
-    )
-    restore = (
-        project(config, observed, 2, inner)
-        + project(config, rows, 3, inner)
-        + _attend(rows * shape.observed_keys, inner)
-        + causal
-        + _update(config, rows, inner)
-    )
+    """A window with history through all blocks, block 0's `compress` projections known."""
+    rows, observed, both = shape.rows, shape.observed, shape.observed + shape.rows
     blocks, last = config.num_blocks, config.num_blocks - 1
-    total = (compress + hidden * config.hidden_depth + restore) * blocks + restored(config, shape, inner)
-    # Later blocks project what block 0 knows already: the window, and the last one its observation window's queries.
-    total = total + project(config, rows, 3, inner) * last
+    readers = both if config.architecture == "tlinformer" else observed
+    # Compress, the hidden layers, restore; then what later blocks project that block 0 knows.
+    total = _attend(readers * shape.history_keys, inner) + _update(config, both, inner)
+    hidden = project(config, both, 3, inner) + _attend(both * shape.observed_keys, inner) + _update(config, both, inner)
+    total += hidden * config.hidden_depth
+    total += project(config, observed, 2, inner) + project(config, rows, 3, inner)
+    total += _attend(rows * shape.observed_keys, inner) + _update(config, rows, inner)
+    total += _attend(shape.causal_pairs, inner) * config.layers_per_block
+    total = total * blocks + restored(config, shape, inner) + project(config, rows, 3, inner) * last
     return total + project(config, observed, 1, inner) if last else total
 
 
 def restored(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
-    """The history between blocks: restored, and projected for the block that follows; the last one's has no queries."""
+    """The history between blocks: restored, and projected for the next block."""
     between = config.num_blocks - 1
-    if not between:
-        return Forward()
     restore = _attend(shape.history * shape.observed_keys, inner) + _update(config, shape.history, inner)
-    projected = project(config, shape.history, 3 * between - 1, inner)
-    return restore * between + projected
+    return restore * between + project(config, shape.history, (3 * between - 1) * (between > 0), inner)
 
 
 def project(config: ModelConfig, rows: int, parts: int, inner: int) -> Forward:
-    """Projections of rows, each to `parts` times `inner`, the width of all heads."""
+    """Projections of rows, each to `parts` times `inner`."""
     return Forward(matrix=2.0 * rows * config.d_model * parts * inner)
 
 
@@ -233,7 +158,7 @@ def _update(config: ModelConfig, rows: int, inner: int) -> Forward:
 
 
 def _feed_forward(config: ModelConfig, width: int) -> int:
-    """Columns of the matrices of D rows that a row goes through in a feed-forward, or in experts, of that width."""
+    """Columns of D rows that a row goes through in a feed-forward of that width."""
     return 3 * width * config.active_experts + (config.num_experts if config.mixture else 0)
 
 
@@ -251,14 +176,14 @@ def _attend(pairs: float, inner: int) -> Forward:
 
 
 def causal_pairs(rows: int, window: int | None = None) -> float:
-    """Pairs of a query and a key at or before it, at most `window` of them per query."""
+    """Pairs of a query and a key at or before it, at most `window` per query."""
     if window is None or window >= rows:
         return rows * (rows + 1) / 2
     return window * (window + 1) / 2 + (rows - window) * window
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak of a device in products of `dtype`, FLOP/s; None where it is not known or dtype is no half precision."""
+    """Peak of a device in half precision, FLOP/s; None where it is not known."""
     if dtype not in ("bfloat16", "float16"):
         return None
     kind = device_kind.lower()

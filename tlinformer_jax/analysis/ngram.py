@@ -14,7 +14,7 @@ BYTE_VOCABULARY = 512  # tokens of a vocabulary up to this size count as bytes
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
-    """The n-grams of one length: int64 [n-grams] of training, and int64 [tokens] of the tokens to predict."""
+    """The n-grams of one length, of training and of the tokens to predict."""
 
     contexts: np.ndarray  # of each n-gram, the number of its context, rising
     counts: np.ndarray  # how often each was seen
@@ -24,10 +24,9 @@ class _Level:
 
 
 def kneser_ney_bits(train: np.ndarray, test: np.ndarray, vocab_size: int, context: int) -> list[float]:
-    """Mean bits per token of n-gram models with 0, 1, ... `context` tokens of context, fitted on `train`.
+    """Mean bits per token of n-grams with 0, 1, ... `context` tokens of context, fitted on `train`.
 
-    Over all tokens of `test` but the first. A token is predicted from less where it has less context than the model
-    sees, or one that training has not. `train` must hold more than context + 1 tokens, `test` at least 2.
+    Over all tokens of `test` but the first. A token is predicted from less context where training has not seen it.
     """
     bits = []
     lower = np.full(len(test) - 1, 1.0 / vocab_size)
@@ -67,7 +66,7 @@ def _levels(train: np.ndarray, test: np.ndarray, vocab_size: int, context: int) 
 
 
 def _mixed(level: _Level, counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Probabilities of the tokens asked for, by n-grams that weigh `counts`; `lower` has one token less of context."""
+    """Probabilities of the tokens asked for; `lower` has one token less of context."""
     taken = _discounts(counts)[np.minimum(counts, 3)]
     total, left = np.bincount(level.contexts, counts), np.bincount(level.contexts, taken)
     place = np.where(level.asked_contexts < len(total), level.asked_contexts, -1)
@@ -77,7 +76,7 @@ def _mixed(level: _Level, counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """What is taken from a count of 0, 1, 2, and 3 or more, float64 [4]; half where there is too little to estimate."""
+    """What is taken from a count of 0, 1, 2, and 3 or more; half if not to be estimated."""
     seen = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].astype(np.float64)
     if not seen.all():
         return np.array([0.0, 0.5, 0.5, 0.5])
@@ -93,6 +92,6 @@ def byte_floor(train: np.ndarray, test: np.ndarray, vocab_size: int) -> tuple[fl
 
 
 def by_columns(tokens: np.ndarray, width: int) -> np.ndarray:
-    """The tokens of whole square images, after the one token before them, with the pixels of a column in a row."""
+    """Whole square images with the pixels of a column in a row, after the first token."""
     images = tokens[1 : 1 + (len(tokens) - 1) // width**2 * width**2].reshape(-1, width, width)
     return np.append(tokens[:1], images.swapaxes(1, 2))

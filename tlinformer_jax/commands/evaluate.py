@@ -71,9 +71,8 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
     """Evaluates; the first process prints the report, and writes it where --out says."""
     import jax
 
-    from tlinformer_jax.evaluation.report import evaluate_run, lines, writable_file, write_report
-    from tlinformer_jax.evaluation.text import evaluate_text
-    from tlinformer_jax.evaluation.trained import load_run
+    from tlinformer_jax.evaluation.report import evaluate_run, evaluate_text, lines, writable_file, write_report
+    from tlinformer_jax.training.checkpoint import load_run
     from tlinformer_jax.training.workdir import tell_changed_texts
 
     is_first = jax.process_index() == 0

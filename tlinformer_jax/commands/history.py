@@ -27,7 +27,7 @@ def main() -> None:
     """Measures, prints a table of the cuts, and writes what --out asks for."""
     from tlinformer_jax.evaluation.history import measure_history
     from tlinformer_jax.evaluation.report import describe
-    from tlinformer_jax.evaluation.trained import load_run
+    from tlinformer_jax.training.checkpoint import load_run
     from tlinformer_jax.training.console import advised, evaluation_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 

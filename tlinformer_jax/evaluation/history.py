@@ -1,19 +1,14 @@
 """What the history contributes to a trained model, measured without any training.
 
-A window starts at position n; d >= 0 is a distance. With `model.window_overlap` n is that of the first row that runs
-with it; rows that it does not predict from are in no figure.
+A window starts at position n, with `model.window_overlap` that of the first row that runs with it; d is a distance.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, with their positions; the
-  observation window is the last W_oh of them. With `model.token_shift` the first row that is left has a key that
-  still knows the token before it. At d = 0 every layer is an ordinary causal one; at d >= n nothing is cut.
-- *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d,
-  the only ones that the cut can change.
+  observation window is the last W_oh of them.
+- *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d.
 - *Loss by history*: mean loss of the windows that start at n, nothing cut. Other n are other tokens.
-- *Loss of the same tokens*: of the windows whose history is at least as long as the largest distance, the mean loss
-  with cuts at each distance.
-- *Mass*: the `compress` layer of each block reads the history by two softmaxes: for the window's tokens ('x', not in
-  TConstFormer) and for the observation window ('z'). The mass of a bin of distances r is the mean, over queries, heads,
-  windows and samples, of the weights on rows n - r. In later blocks a row is what the blocks before have made of it.
+- *Loss of the same tokens*: of the windows whose history is at least as long as the largest distance.
+- *Mass*: how much of the `compress` layers' softmaxes, of the window's tokens ('x', not in TConstFormer) and of the
+  observation window ('z'), falls on rows n - r with r in a bin: the mean over queries, heads, windows and samples.
 - *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b from its own window, O
   the output projection of the `compress` layer without its bias.
 """
@@ -32,7 +27,6 @@ from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
@@ -41,11 +35,11 @@ from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
-from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses
+from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_hits
+from tlinformer_jax.training.setup import TrainedRun
 
 SAMPLES = 64
 MASKED = "history: data.document_masking = True: must be False: the history is that of one text"
-READERS = ("x", "z")
 Sums = dict[str, jax.Array]
 
 
@@ -58,16 +52,14 @@ def measure_history(
     distances: Sequence[int] = (),
     batch_size: int = 1,
 ) -> dict[str, Any]:
-    """Measures what this module defines, in at most `samples` samples of `length` tokens (None: as trained).
+    """Measures what this module defines, in `samples` samples of `length` tokens (None: as trained) at most.
 
-    They are spread evenly over the split. `distances`, at which the history is cut, rise; () is 0 and the powers of 4
-    from 16 that cut something.
+    `distances`, at which the history is cut, rise; () is 0 and the powers of 4 from 16 that cut something.
 
     Returns:
-      JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, and 'all' for
-      nothing cut, -> mean loss of each window, None without tokens; cuts: {distance, loss, change, affected_tokens,
-      affected_change} of each; same_tokens: {tokens, distances (None: nothing cut), losses}; mass: edges of bins, bin i
-      being edges[i] .. edges[i + 1] - 1, and for x and z the masses of every block; share: of every block.
+      JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, or 'all' for
+      nothing cut, -> mean loss of each window, None without tokens; cuts and same_tokens, see `_losses`; mass: edges of
+      bins, bin i being edges[i] .. edges[i + 1] - 1, and for x and z the masses of every block; share: of every block.
     """
     config = trained.run.config.model
     if isinstance(stream, DocumentStream):
@@ -94,14 +86,12 @@ def measure_history(
 
 
 def check_measurable(config: ModelConfig, length: int) -> None:
-    """Raises a UserError for a model without windows, and for samples without history."""
+    """Refuses a model without windows, and samples without history."""
     if not config.windowed:
         raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
     if num_windows(config, length) < 2:
-        raise UserError(
-            f"history: samples of {length} tokens: must be longer than model.generation_window = "
-            f"{config.generation_window}"
-        )
+        allowed = f"must be longer than model.generation_window = {config.generation_window}"
+        raise UserError(f"history: samples of {length} tokens: {allowed}")
 
 
 def window_starts(config: ModelConfig, windows: int) -> np.ndarray:
@@ -110,7 +100,7 @@ def window_starts(config: ModelConfig, windows: int) -> np.ndarray:
 
 
 def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None) -> Sums:
-    """Sums over a batch: losses and tokens of each window; where nothing is cut, those of `_probe` too."""
+    """Losses and tokens of each window; where nothing is cut, those of `_probe` too."""
     dtype = config.compute_dtype
     blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
     size, length = config.generation_window, batch["inputs"].shape[1]
@@ -125,12 +115,11 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     def losses_of(window: jax.Array | int, states: jax.Array) -> Sums:
         hidden = layer_norm(states, params.norm_scale, params.norm_bias)
         own = [jax.lax.dynamic_slice_in_dim(rows, window * size, size, axis=1) for rows in (labels, weights)]
-        losses = token_losses(hidden, params.embedding, own[0], LOSS_CHUNK) * own[1]
+        losses = token_losses_and_hits(hidden, params.embedding, own[0], LOSS_CHUNK)[0] * own[1]
         return {"losses": jnp.sum(losses), "tokens": jnp.sum(own[1])}
 
     def one(window: jax.Array) -> Sums:
-        probed: Sums = {}
-        states = _window_states(blocks, config, embedded, window, cut, width, probed, length)
+        states, probed = _window_states(blocks, config, embedded, window, cut, width, length)
         return losses_of(window, states) | probed
 
     first = losses_of(0, _first_states(blocks, config, rows_of(embedded, 0, size)))
@@ -139,7 +128,7 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
 
 
 def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: Embedded) -> jax.Array:
-    """A window without history; where it stands does not matter, as rotations are relative."""
+    """A window without history."""
     rope = rope_table(jnp.arange(x.rows.shape[1]), config.head_dim, config.longest_wavelength)
     no_rows = History.whole(blocks[0].compress, x.rows[:, :0], rope)
     window = Stream.of(blocks[0].compress, x.rows, rope, key_rows=x.key_rows)
@@ -153,15 +142,14 @@ def _window_states(
     window: jax.Array,
     cut: int | None,
     width: int,
-    probed: Sums,
     length: int,
-) -> jax.Array:
-    """A window with history, cut at `cut` (None: not at all): [batch, W_og, D]; fills `probed` where it is not cut."""
+) -> tuple[jax.Array, Sums]:
+    """A window with history, cut or not, [batch, W_og, D]; what is probed if not."""
     overlap = config.window_overlap
     begin, size = window * config.generation_window - overlap, overlap + config.generation_window
     x = rows_of(embedded, begin, size)
     if cut == 0:
-        return _first_states(blocks, config, x)[:, overlap:]
+        return _first_states(blocks, config, x)[:, overlap:], {}
     start = jnp.int32(0) if cut is None else jnp.maximum(begin - cut, 0)
     padded = embedded.rows.shape[1]
     rows = padded if cut is None else cut + width
@@ -175,17 +163,16 @@ def _window_states(
     own = Stream.of(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
     frame = WindowFrame(begin - start, begin - start - observed, observed, width)
     if cut is not None:
-        return window_states(blocks, config, C, own, frame)[:, overlap:]
-    own_rows = jnp.arange(size)
-    real = (own_rows >= overlap) & (begin + own_rows < length)
-    placed = place_window(frame, rope, size)
+        return window_states(blocks, config, C, own, frame)[:, overlap:], {}
+    real = (jnp.arange(size) >= overlap) & (begin + jnp.arange(size) < length)
+    placed, probed = place_window(frame, rope, size), Sums()
     for index, block in enumerate(blocks):
         probed |= _probe(config, block.compress, index, C, own, placed, real)
         later = blocks[index + 1 :]
         restored, states = dual_window_block(block, config, C, own, placed, later)
         if restored is not None:
             C, own = restored, Stream.of(later[0].compress, states, placed.x_rope)
-    return states[:, overlap:]
+    return states[:, overlap:], probed
 
 
 def rows_of(embedded: Embedded, start: jax.Array | int, count: int) -> Embedded:
@@ -194,41 +181,30 @@ def rows_of(embedded: Embedded, start: jax.Array | int, count: int) -> Embedded:
 
 
 def _probe(
-    config: ModelConfig,
-    layer: LayerParams,
-    index: int,
-    C: History,
-    x: Stream,
-    placed: PlacedWindow,
-    real: jax.Array,
+    config: ModelConfig, layer: LayerParams, index: int, C: History, x: Stream, placed: PlacedWindow, real: jax.Array
 ) -> Sums:
-    """Sums of block `index`, whose compress layer reads C: mass_x_B and mass_z_B by bin, [bins], queries_x_B and
-    queries_z_B, share_B."""
+    """Sums of block `index`: mass_x_B and mass_z_B [bins], queries_x_B, queries_z_B, share_B."""
     probed: Sums = {}
-    together, key, n = x.K.shape[0], C.K, placed.frame.history_length
+    together, key, n, scale = x.K.shape[0], C.K, placed.frame.history_length, config.attention_scale
     edges = distance_edges(key.shape[1])
     bins = jnp.searchsorted(edges, n - jnp.arange(key.shape[1]), side="right") - 1
     z = observed_stream(layer, C, placed, together)
     readers = {"z": (z.Q, jnp.arange(z.Q.shape[1]) < placed.frame.observed_length)}
     if config.architecture != "tconstformer":
         readers["x"] = (x.Q, real)
+    seen = jnp.arange(key.shape[1]) < n
     for name, (query, counts) in readers.items():
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        seen = jnp.arange(key.shape[1]) < n
-        weights = jax.nn.softmax(scores * config.attention_scale, axis=-1, where=seen)
+        weights = jax.nn.softmax(scores * scale, axis=-1, where=seen)
         paid = jnp.sum(jnp.mean(weights, axis=1) * counts[None, :, None], axis=(0, 1))
-        probed[f"mass_{name}_{index}"] = (
-            jnp.zeros(len(edges)).at[jnp.where(seen, bins, len(edges))].add(paid, mode="drop")
-        )
+        binned = jnp.zeros(len(edges)).at[jnp.where(seen, bins, len(edges))].add(paid, mode="drop")
+        probed[f"mass_{name}_{index}"] = binned
         probed[f"queries_{name}_{index}"] = together * jnp.sum(counts, dtype=jnp.float32)
         if name == "x":
             read = jnp.einsum("bhqk,bkhd->bqhd", weights, C.V.astype(jnp.float32))
-            scale = config.attention_scale
-            own = attend(query, x.K, x.V, causal=True, backend="xla", scale=scale)
-            norms = [
-                jnp.linalg.norm(jnp.einsum("bqhd,hdo->bqo", part.astype(jnp.float32), layer.out_kernel), axis=-1)
-                for part in (read, own)
-            ]
+            own = attend(x.Q, x.K, x.V, causal=True, backend="xla", scale=scale)
+            parts = jnp.stack([read, own.astype(jnp.float32)])
+            norms = jnp.linalg.norm(jnp.einsum("nbqhd,hdo->nbqo", parts, layer.out_kernel), axis=-1)
             probed[f"share_{index}"] = jnp.sum(norms[0] / (norms[0] + norms[1]) * counts)
     return probed
 
@@ -243,25 +219,24 @@ def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dic
     tokens: np.ndarray = totals["all"]["tokens"]
     starts = window_starts(config, len(tokens))
     losses: dict[str, np.ndarray] = {name: sums["losses"] for name, sums in totals.items()}
-    cuts = []
-    for distance in distances:
-        lost, affected = losses[str(distance)] - losses["all"], starts > distance
-        cuts.append(
-            {
-                "distance": distance,
-                "loss": _mean(losses[str(distance)], tokens),
-                "change": _mean(lost, tokens),
-                "affected_tokens": int(tokens[affected].sum()),
-                "affected_change": _mean(lost[affected], tokens[affected]),
-            }
-        )
-    same = starts >= max(distances, default=0)
     names = [*map(str, distances), "all"]
+
+    def of_cut(distance: int) -> dict[str, Any]:
+        lost, affected = losses[str(distance)] - losses["all"], starts > distance
+        return {
+            "distance": distance,
+            "loss": _mean(losses[str(distance)], tokens),
+            "change": _mean(lost, tokens),
+            "affected_tokens": int(tokens[affected].sum()),
+            "affected_change": _mean(lost[affected], tokens[affected]),
+        }
+
+    same = starts >= max(distances, default=0)
     return {
         "starts": starts.tolist(),
         "tokens": [int(count) for count in tokens],
         "losses": {name: [_mean(*pair) for pair in zip(losses[name], tokens)] for name in names},
-        "cuts": cuts,
+        "cuts": [of_cut(distance) for distance in distances],
         "same_tokens": {
             "tokens": int(tokens[same].sum()),
             "distances": [*distances, None],
@@ -271,7 +246,7 @@ def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dic
 
 
 def _masses(config: ModelConfig, sums: dict[str, Any]) -> dict[str, Any]:
-    """mass and share of `measure_history`; nothing for x where it does not read the history."""
+    """mass and share of `measure_history`."""
     totals = {name: value.sum(0) for name, value in sums.items()}
     used = max(int(np.flatnonzero(value).max()) + 1 for name, value in totals.items() if "mass" in name)
 
@@ -279,9 +254,8 @@ def _masses(config: ModelConfig, sums: dict[str, Any]) -> dict[str, Any]:
         found = [block for block in range(config.num_blocks) if f"{name}_{block}" in totals]
         return [totals[f"{name}_{block}"] / totals[f"{queries}_{block}"] for block in found]
 
-    mass: dict[str, Any] = {"edges": [2**power for power in range(used + 1)]}
-    for reader in READERS:
-        mass[reader] = [part[:used].tolist() for part in by_block(f"mass_{reader}", f"queries_{reader}")]
+    x, z = ([part[:used].tolist() for part in by_block(f"mass_{name}", f"queries_{name}")] for name in ("x", "z"))
+    mass = {"edges": [2**power for power in range(used + 1)], "x": x, "z": z}
     return {"mass": mass, "share": [float(share) for share in by_block("share", "queries_x")]}
 
 

@@ -1,25 +1,34 @@
-"""An evaluation as one small JSON object, figures by position and by sequence length included, and as lines to read."""
+"""An evaluation as one small JSON object, figures by position and by length included, and as lines to read."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from tlinformer_jax.data.batches import num_samples
+from tlinformer_jax.data.batches import num_samples, take_samples
+from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_pieces, smallest_dtype
 from tlinformer_jax.data.tasks import Split, TaskSplit
-from tlinformer_jax.errors import ConfigError, UserError, failure_told
-from tlinformer_jax.evaluation.experts import expert_load
-from tlinformer_jax.evaluation.trained import TrainedRun
+from tlinformer_jax.data.tokenizers import Tokenizer
+from tlinformer_jax.errors import ConfigError, DataError, UserError, failure_told
 from tlinformer_jax.files import finite, local_path, write_text
+from tlinformer_jax.models.feed_forward import with_tallies
+from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
+from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_batch, replicated
+from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.console import advised, evaluation_advice
 from tlinformer_jax.training.evaluation import Answers, Evaluation, summary
+from tlinformer_jax.training.loss import DeviceBatch, weighted_loss
+from tlinformer_jax.training.setup import Run, TrainedRun
 
 Report = dict[str, Any]
 LONGEST = 2**31 - 1  # positions are int32
@@ -59,8 +68,7 @@ class EvaluationOptions:
                 raise ConfigError(f"evaluation.{name}", value, f"must be an integer from 1 to {LONGEST}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """The tokens that are evaluated."""
 
     name: str  # in messages
@@ -77,26 +85,19 @@ def evaluate_run(
     split: str = "validation",
     command: Sequence[str] = (),
 ) -> Report:
-    """Evaluates parameters on the split of that name; `stream` is what `Run.split` gives, and is read if left out.
+    """Evaluates parameters on the split of that name, or on `stream`, that split read before.
 
         from tlinformer_jax import evaluate_run, load_run
 
         print(evaluate_run(load_run("runs/tiny"), split="train")["figures"]["loss"])
 
-    Without `options.length` the figures are over the split's whole samples, as in training: the first token is not
-    predicted, and what follows the last whole sample is left out. Those of `options.length` and `options.lengths` are
-    over every token but the first, the last sample being shorter: all lengths share the same tokens, and differ in how
-    much of the text before it each token sees.
+    Without `options.length` the figures are over the split's whole samples, as in training. Those of `options.length`
+    and `options.lengths` are over every token but the first, the last sample being shorter: of the same tokens.
 
     Returns:
       JSON: what `describe` gives; split; length, batch_size, tokens that were predicted, figures (see
       `training.evaluation.summary`); if asked for, by_position, by_window_position, and by_length, a list with the same
-      for each length. Of a mixture of experts also expert_load, by layer. Of a task also answers (`Answers.counts`) and
-      accuracy_by_position.
-
-    Raises:
-      ConfigError: for a length that leaves no whole sample.
-      OutOfMemoryError: if a device's memory does not suffice.
+      for each length. Of a mixture of experts also expert_load, of a task answers and accuracy_by_position.
     """
     if stream is None:
         stream = trained.run.split(split, None if options.length is None else 1)
@@ -118,15 +119,14 @@ def describe(trained: TrainedRun, command: Sequence[str]) -> Report:
 
 
 def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOptions) -> Report:
-    """The part of `evaluate_run` that begins with `length`; NaN and infinite numbers are kept."""
+    """The part of `evaluate_run` that begins with `length`."""
     for name, length in (("length", options.length), *(("lengths", length) for length in options.lengths)):
         may_be_short = source.whole and name == "length"
         if length is not None and not may_be_short and num_samples(source.stream, length) < 1:
             assert not isinstance(source.stream, TaskSplit)  # which has samples of any length
             most = len(source.stream.tokens) - 1
             raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what {source.name} can fill")
-    length = options.length or trained.run.config.data.sequence_length
-    every = source.whole or options.length is not None
+    length, every = options.length or trained.run.config.data.sequence_length, source.whole or bool(options.length)
     report = _at_length(trained, source, length, every, options)
     if (load := expert_load(trained.run, trained.params, source.stream)) is not None:
         report["expert_load"] = np.round(load, DIGITS).tolist()
@@ -160,7 +160,7 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
 
 
 def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
-    """The file that `flag` names, if it can be written, else UserError; nothing is left of the trial."""
+    """The file that `flag` names, if it can be written, else UserError."""
     target = local_path(path, flag)
     with failure_told(f"{flag}={path}: must be a file that can be written"):
         if target.is_dir():
@@ -181,20 +181,20 @@ def write_report(report: Report, target: pathlib.Path) -> None:
 
 
 def bin_edges(length: int, bins: int = BINS) -> np.ndarray:
-    """Edges, int64 [bins + 1] from 0 to length, of at most `bins` bins of positions as equal as integers allow."""
+    """Edges, int64 [bins + 1] from 0 to length, of `bins` bins at most."""
     bins = min(bins, length)
     return np.arange(bins + 1, dtype=np.int64) * length // bins
 
 
 def by_position(result: Evaluation, bins: int = BINS) -> dict[str, list[Any]]:
-    """Edges of bins of positions in the sample; of each bin the mean loss in nats, None without tokens, and tokens."""
+    """Edges of bins of positions in the sample; mean loss and tokens of each bin."""
     edges = bin_edges(len(result.losses), bins)
     loss, tokens = _means(result.losses, result.weights, edges)
     return {"edges": edges.tolist(), "loss": loss, "tokens": tokens}
 
 
 def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dict[str, list[Any]]:
-    """The same by position in windows of `window` tokens: of the sample's first, and of later ones where it has any."""
+    """The same by position in windows: of the sample's first, and of later ones."""
     length = len(result.losses)
     edges = bin_edges(min(window, length), bins)
     rows = [np.pad(sums, (0, -length % window)).reshape(-1, window) for sums in (result.losses, result.weights)]
@@ -206,7 +206,7 @@ def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dic
 
 
 def accuracy_by_position(answers: Answers, bins: int = BINS) -> dict[str, list[int]]:
-    """Right answers and answers by the position in the sample at which their last token is predicted."""
+    """Right answers and answers by the position of their last token."""
     edges = bin_edges(len(answers.answers), bins)
     right, count = (np.add.reduceat(sums, edges[:-1]) for sums in (answers.right, answers.answers))
     return {"edges": edges.tolist(), "right": [int(sums) for sums in right], "answers": [int(sums) for sums in count]}
@@ -220,16 +220,14 @@ def _means(losses: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> tuple[
 
 
 def lines(report: Report) -> list[str]:
-    """A report to read: figures, losses by position in at most MOST_ROWS rows, figures by length."""
+    """A report to read: figures, losses by position, figures by length."""
     config = report["workdir_config"]["model"]
     name = report.get("text_file") or f"{report['split']} split"
     text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
     text += [f"  {LABELS[name]:26} {_number(value)}" for name, value in report["figures"].items()]
     for layer, shares in enumerate(report.get("expert_load", ())):
-        name = f"experts of layer {layer}"
-        text.append(
-            f"  {name:26} {min(shares):.1%} to {max(shares):.1%} of the rows each (even: {1 / len(shares):.1%})"
-        )
+        spread = f"{min(shares):.1%} to {max(shares):.1%} of the rows each (even: {1 / len(shares):.1%})"
+        text.append(f"  {f'experts of layer {layer}':26} {spread}")
     if "by_position" in report:
         whole, window = report["by_position"], report["by_window_position"]
         text += _table(("position", "tokens", "loss"), _rows(whole["edges"], whole["loss"], whole["tokens"]))
@@ -239,18 +237,15 @@ def lines(report: Report) -> list[str]:
         text += _table(heads, [(row[0][0], *(place[2] for place in row)) for row in zip(*curves)])
     if "by_length" in report:
         columns = ("loss", *(TASK_COLUMNS if "answers" in report else TEXT_COLUMNS))
-        sizes = ("length", "batch_size", "tokens")
-        rows = [
-            (*(f"{part[name]:,}" for name in sizes), *(_number(part["figures"].get(name)) for name in columns))
-            for part in report["by_length"]
-        ]
+        sizes = [[f"{part[name]:,}" for name in ("length", "batch_size", "tokens")] for part in report["by_length"]]
+        values = [[_number(part["figures"].get(name)) for name in columns] for part in report["by_length"]]
         heads = ("length", "sequences at a time", "tokens", *(name.replace("_", " ") for name in columns))
-        text += _table(heads, rows)
+        text += _table(heads, [(*size, *figures) for size, figures in zip(sizes, values)])
     return text
 
 
 def _rows(edges: Sequence[int], means: Sequence[float | None], tokens: Sequence[int]) -> list[tuple[str, ...]]:
-    """Positions, tokens and mean loss of bins; neighbours are joined until they are at most MOST_ROWS."""
+    """Positions, tokens and mean loss; bins are joined to at most MOST_ROWS."""
     starts = np.arange(0, len(tokens), -(-len(tokens) // MOST_ROWS))
     bounds = [*np.asarray(edges)[starts], edges[-1]]
     losses = np.nan_to_num(np.asarray(means, float)) * tokens
@@ -268,3 +263,103 @@ def _table(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.5g}"
+
+
+# ---- Of any text: with a run in memory, or with the directory that it has left
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFigures:
+    """Loss in nats per token, its exponential, exp(nats / words), nats / ln 2 / bytes.
+
+    All tokens are predicted, the first one from an end-of-text. Words are what stands between white space.
+    """
+
+    tokens: int
+    words: int
+    bytes: int
+    loss: float
+    perplexity: float
+    perplexity_per_word: float | None
+    bits_per_byte: float
+
+
+def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: int | None = None) -> TextFigures:
+    """The figures of a text in samples of `length` tokens (None: as trained) that do not overlap; the last is shorter.
+
+    from tlinformer_jax import load_run, text_perplexity
+
+    figures = text_perplexity("runs/tiny", "The for statement is used to iterate.")
+    run = load_run("runs/tiny")  # for many texts: restores and compiles once
+    losses = [text_perplexity(run, text).loss for text in ("A class.", "A function.")]
+    """
+    trained = source if isinstance(source, TrainedRun) else load_run(source)
+    tokens = text_source(text, trained.run.tokenizer)
+    report = evaluate_source(trained, tokens, EvaluationOptions(length=length))
+    figures, counted = report["figures"], tokens.counted
+    assert isinstance(counted, TokenStream)
+    return TextFigures(
+        report["tokens"],
+        counted.num_words or 0,
+        counted.num_bytes,
+        *map(figures.get, ("loss", "perplexity", "perplexity_per_word", "bits_per_byte")),
+    )
+
+
+def evaluate_text(
+    trained: TrainedRun, text: str, options: EvaluationOptions, *, text_file: str, command: Sequence[str] = ()
+) -> Report:
+    """What `evaluate_run` returns, of all tokens of a text at every length."""
+    source = text_source(text, trained.run.tokenizer, text_file)
+    head = describe(trained, command) | {"text_file": text_file}
+    return finite(head | evaluate_source(trained, source, options))
+
+
+def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:
+    """The tokens of a text after an end-of-text."""
+    if not isinstance(text, str):
+        raise DataError(f"{name}: must be a str, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{name}: must be text; it holds parts of characters (surrogates)") from None
+    # In pieces, where the tokenizer allows it: some take long over a long text.
+    pieces = cut_documents([(text, True)], tokenizer.safe_cut)
+    encoded, counts = encode_pieces(pieces, tokenizer, smallest_dtype(tokenizer.vocab_size))
+    if len(encoded) < 2:
+        raise DataError(f"{name}: must hold some text; it holds no token")
+    # The end-of-text that follows every document comes to the front.
+    stream = TokenStream(np.roll(encoded, 1), counts.num_bytes, 1, counts.num_words, counts.num_lines)
+    return Source(name, stream, dataclasses.replace(stream, tokens=encoded[:-1]), whole=True)
+
+
+# ---- How evenly a model's experts are used
+
+
+def expert_load(run: Run, params: Any, stream: Split) -> Float[np.ndarray, "layers E"] | None:
+    """The share of each layer's rows that its experts are given, on the first samples of a split."""
+    length = run.config.data.sequence_length
+    samples = num_samples(stream, length)
+    if not run.config.model.mixture or samples < 1:
+        return None
+    rows = process_rows(run.mesh, run.evaluation_batch_size(length, samples), EVALUATION_AXES)
+    batch = take_samples(stream, length, np.where(rows < samples, rows, -1))
+    count = functools.partial(expert_rows, model=run.model)
+    with jax.set_mesh(run.mesh):
+        read = {name: batch[name] for name in ("inputs", "labels", "weights", "documents") if name in batch}
+        placed = put_batch(read, run.mesh, EVALUATION_AXES)
+        counts = np.asarray(jax.jit(count, out_shardings=replicated(run.mesh))(params, placed))
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def expert_rows(params: Any, batch: DeviceBatch, *, model: LanguageModel) -> Float[Array, "layers E"]:
+    """How many rows each expert of each layer is given, of those that the loss depends on."""
+    config = model.config
+    typed: Any = prepare_params(model.apply({"params": params}, method=model.parameters), config)  # type: ignore[arg-type]
+
+    def loss(tallies: Array) -> Array:
+        embeddings = embed(typed, config, batch["inputs"], documents=batch.get("documents"))
+        hidden = hidden_states(with_tallies(typed, tallies), config, embeddings)
+        return weighted_loss(hidden, typed.embedding, batch, most=None, z_loss=0.0)[0]
+
+    return jax.grad(loss)(jnp.zeros((config.num_layers, config.num_experts), jnp.float32))

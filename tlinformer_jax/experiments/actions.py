@@ -10,7 +10,7 @@ from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tlinformer_jax.config.run import RunConfig
-    from tlinformer_jax.evaluation.trained import TrainedRun
+    from tlinformer_jax.training.setup import TrainedRun
 
 # None ends in a space: a word's first token includes the space before it.
 PROMPTS = ("The", "It was", '"I do not', "In the beginning")

@@ -14,14 +14,14 @@ import tlinformer_jax
 from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.decoding.cache import cache_bytes_at
 from tlinformer_jax.errors import failure_told
-from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
 from tlinformer_jax.files import write_text
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.training.console import clock, memory_advice, peak_bytes, say
-from tlinformer_jax.training.loop import Trained, train_run
+from tlinformer_jax.training.loop import train_run
 from tlinformer_jax.training.metrics import METRICS_FILE
+from tlinformer_jax.training.setup import TrainedRun
 from tlinformer_jax.training.workdir import sole_run
 
 ATTEMPTS_FILE = "attempts.json"
@@ -49,18 +49,17 @@ def run_job(
         after = peak_bytes()
         # The peak counts the whole process: it is this run's only if this run has raised it.
         peak = after if after is not None and after > (before or 0) else None
-        run = TrainedRun(trained.run, trained.params, trained.step)
-        result = record_of(job, run, **logged(job, trained), peak=peak)
+        result = record_of(job, trained, **logged(job, trained), peak=peak)
         write_result(job.workdir / RESULT_FILE, result)
         for name in job.actions:
             started = time.perf_counter()
-            result["then"][name] = run_action(name, run)
+            result["then"][name] = run_action(name, trained)
             write_result(job.workdir / RESULT_FILE, result)
             say(f"{name}: done  ({clock(time.perf_counter() - started)})")
         return result
 
 
-def logged(job: Job, trained: Trained) -> dict[str, Any]:
+def logged(job: Job, trained: TrainedRun) -> dict[str, Any]:
     """What a run has logged of itself, as `record_of` takes it."""
     events = [json.loads(line) for line in (job.workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     evaluations = [

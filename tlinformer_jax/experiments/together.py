@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.evaluation.trained import TrainedRun
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.driver import LOCK_FILE, record_of
 from tlinformer_jax.experiments.job import RESULT_FILE, Job, Record, write_result
@@ -33,7 +32,7 @@ from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.console import memory_advice, say
 from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step, summary
 from tlinformer_jax.training.optimizer import build_optimizer, run_horizon
-from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
+from tlinformer_jax.training.setup import PENDING, Run, TrainedRun, build_run, training_batches
 from tlinformer_jax.training.step import batch_gradient, compiler_options, init_state
 from tlinformer_jax.training.workdir import sole_run
 

@@ -1,7 +1,4 @@
-"""Files of weights, by name of each array: `.safetensors`, and `.pt` of `torch.save` (read only).
-
-Neither executes anything of a file: safetensors has nothing to execute, and `torch.load` gets `weights_only=True`.
-"""
+"""Files of weights: `.safetensors`, and `.pt` of `torch.save` (read only). Nothing of a file is executed."""
 
 import json
 import os
@@ -25,20 +22,16 @@ SHAPE = (
     "architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "history_window",
     "generation_window", "dropout",
 )  # fmt: skip
+# Those that are written where they are not what a model has without them.
+OPTIONAL, PLAIN = ("token_shift", "longest_wavelength", "window_overlap", "num_experts"), ModelConfig()
 
 
 def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a file under their names, in the file's own dtypes; prefixes of wrappers are taken off.
-
-    Raises:
-      DataError: if the file cannot be read, is damaged, or holds anything but tensors; the message says which.
-      ConfigError: if the package that reads such files is missing.
-    """
+    """The arrays of a file under their names, in its dtypes; prefixes of wrappers are taken off."""
     if path.suffix not in (SAFETENSORS, *TORCH):
         raise DataError(f"{path}: must end in {SAFETENSORS}, {' or '.join(TORCH)}")
     try:
-        with path.open("rb"):
-            pass
+        path.open("rb").close()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     arrays = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_torch(path)
@@ -49,13 +42,9 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], model: ModelConfig | None = None) -> None:
-    """Writes a file that is complete as soon as it has its name.
+    """Writes a new file that is complete as soon as it has its name.
 
     Its metadata say what `model` it is of, for `pytorch.from_safetensors`.
-
-    Raises:
-      DataError: if it exists or cannot be written.
-      ConfigError: if the package safetensors is missing.
     """
     numpy = _safetensors()
     if path.exists():
@@ -65,11 +54,8 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], mode
     metadata = {"format": "pt"}  # matrices are [out, in], as readers for PyTorch expect them
     if model is not None:
         shape = {name: getattr(model, name) for name in SHAPE} | {"d_ff": model.feed_forward_dim}
-        shape |= {"token_shift": True} if model.token_shift else {}
-        shape |= {"longest_wavelength": model.longest_wavelength} if model.longest_wavelength else {}
-        shape |= {"window_overlap": model.window_overlap} if model.window_overlap else {}
-        shape |= {"num_experts": model.num_experts} if model.mixture else {}
-        metadata["tlinformer"] = json.dumps(shape)
+        changed = {name: getattr(model, name) for name in OPTIONAL if getattr(model, name) != getattr(PLAIN, name)}
+        metadata["tlinformer"] = json.dumps(shape | changed)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         numpy.save_file(dict(arrays), draft, metadata=metadata)
@@ -100,7 +86,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The state_dict of a file of `torch.save` (PyTorch 1.6 or later: a zip archive, whose checksums are verified)."""
+    """The state_dict of a file of `torch.save`: a zip archive, whose checksums are verified."""
     try:
         import torch
     except ImportError:
@@ -135,7 +121,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 
 
 def _state_dict(loaded: Any, kind: type, path: pathlib.Path) -> dict[str, Any]:
-    """The names and tensors of a model: the whole structure, or what it keeps under one of MODEL_KEYS."""
+    """The names and tensors of a model: all, or those under one of MODEL_KEYS."""
     held = f"a {type(loaded).__name__}"
     if isinstance(loaded, dict):
         found = next((loaded[key] for key in MODEL_KEYS if isinstance(loaded.get(key), dict)), loaded)

@@ -12,7 +12,7 @@ or its own command with our model, `tlinformer`, among the others:
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -20,8 +20,8 @@ import numpy as np
 
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.trained import load_run
 from tlinformer_jax.models.model import LanguageModel
+from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_hits
 
 
@@ -40,17 +40,13 @@ except ImportError:
     needed = "needs the package lm-eval: pip install 'tlinformer-jax[lm-eval]'"
     _fail(UserError(f"tlinformer_jax.interop.harness: {needed}"))
 
-# What a task may say of a generation, and what `Generator` calls it.
-SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+# What a task may say of a generation; `Generator.run` has the same names.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @register_model("tlinformer")
 class HarnessModel(TemplateLM):
-    """The model of a working directory, on one device.
-
-    The model itself has no longest text. What it was trained on has: by default a token is scored with what a training
-    sample had before it at most.
-    """
+    """The model of a working directory, on one device."""
 
     def __init__(
         self,
@@ -61,18 +57,9 @@ class HarnessModel(TemplateLM):
         max_gen_toks: int = 256,
         **others: Any,
     ) -> None:
-        """Loads a model.
+        """Loads the newest good checkpoint, or that of `step`; `others` is what lm-eval hands to every model.
 
-        Args:
-          workdir: of a run.
-          step: of the checkpoint; the newest good one if not given.
-          max_length: tokens of a sample; None for as many as in training.
-          batch_size: sequences at a time.
-          max_gen_toks: most tokens of a continuation, where a task does not say.
-          **others: what lm-eval hands to every model, of which this one needs nothing.
-
-        Raises:
-          UserError: if the directory holds no run, no checkpoint or no tokenizer that fits.
+        A sample has `max_length` tokens (None: as in training), a continuation `max_gen_toks` unless a task says.
         """
         super().__init__()
         trained = load_run(workdir, step)
@@ -87,29 +74,21 @@ class HarnessModel(TemplateLM):
         self._named = f"{workdir}, step {trained.step}"
 
     @property
-    def eot_token_id(self) -> int:
-        """Stands before a text, as in training."""
+    def eot_token_id(self) -> int:  # stands before a text, as in training
         return self._tokens.end_of_text
 
     @property
-    def tokenizer_name(self) -> str:
-        """In lm-eval's cache of requests."""
+    def tokenizer_name(self) -> str:  # in lm-eval's cache of requests
         return self._tokens.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
-        """Token ids; there are no special ones to add."""
         return self._tokens.encode(string).tolist()
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval stores of the model beside its results."""
         return {"model_name": self._named, "max_length": self.max_length}
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text, every token counted once.
-
-        In samples as of `tlinformer evaluate --text_file`: an end-of-text, then max_length tokens at a time, each
-        sample after the last token of the one before.
-        """
+        """Log-probability of each text, in samples as of `evaluate --text_file`."""
         samples, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
             tokens = [self.eot_token_id, *self.tok_encode(text)]
@@ -124,10 +103,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **others: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after its context, and whether it is the likeliest, token by token.
-
-        A context that is too long loses its beginning.
-        """
+        """Log-probability of each continuation; whether it is the likeliest."""
         lengths = [len(continuation) for _, _, continuation in requests]
         samples = [
             [*context, *continuation][-(max(self.max_length, length) + 1) :]
@@ -140,27 +116,24 @@ class HarnessModel(TemplateLM):
         ]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context up to one of the task's stop strings, which is left out."""
+        """The continuation of each context up to one of the task's stop strings."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         texts = [""] * len(requests)
         for numbers in groups.values():
             options = self._generation_options(requests[numbers[0]].args[1])
-            for part in _parts(numbers, self.batch_size):
-                prompts = [self._prompt(requests[number].args[0]) for number in part]
+            for part in self._batches(numbers):
+                contexts = [self.tok_encode(requests[number].args[0])[-self.max_length :] for number in part]
+                prompts = [context or [self.eot_token_id] for context in contexts]
                 for number, generation in zip(part, self._generator.run(prompts, **options)):
                     texts[number] = generation.text
         return texts
 
-    def _prompt(self, context: str) -> list[int]:
-        """The end of a context; an end-of-text in place of an empty one."""
-        return self.tok_encode(context)[-self.max_length :] or [self.eot_token_id]
-
     def _generation_options(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `Generator.run` for what a task asks; greedy unless it says do_sample or a temperature."""
+        """Options of `Generator.run` for what a task asks; greedy by default."""
         until = asked.get("until") or []
-        options = {SAMPLING[name]: value for name, value in asked.items() if name in SAMPLING and value is not None}
+        options = {name: value for name, value in asked.items() if name in SAMPLING and value is not None}
         if not asked.get("do_sample", bool(options.get("temperature"))):
             options = {}
         elif "temperature" not in options:
@@ -171,6 +144,9 @@ class HarnessModel(TemplateLM):
             "stop_tokens": (self.eot_token_id,),
         }
 
+    def _batches(self, numbers: list[int]) -> list[list[int]]:
+        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+
     @functools.cached_property
     def _generator(self) -> Generator:
         return Generator(self._model, self._variables, self._tokens)
@@ -178,12 +154,11 @@ class HarnessModel(TemplateLM):
     def _scores(self, samples: Sequence[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For every token of a sample but the first its loss in nats, and whether it is the likeliest.
 
-        Samples of similar lengths are computed together, padded at the end, where no token before sees it: to a power
-        of two, so that few programs are compiled.
+        Samples of similar lengths are computed together, padded to a power of two: few programs are compiled.
         """
         found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(samples)
         order = sorted((n for n, sample in enumerate(samples) if len(sample) > 1), key=lambda n: -len(samples[n]))
-        for part in _parts(order, self.batch_size):
+        for part in self._batches(order):
             width = max(16, 1 << (len(samples[part[0]]) - 2).bit_length())
             tokens = np.zeros((self.batch_size, width + 1), np.int32)
             for row, number in enumerate(part):
@@ -202,11 +177,6 @@ def _losses_and_hits(
     """Of [batch, length + 1] tokens, but the first of each row."""
     hidden: Any = model.apply(variables, tokens[:, :-1], method=model.hidden_states)
     return token_losses_and_hits(hidden, variables["params"]["embedding"], tokens[:, 1:], LOSS_CHUNK)
-
-
-def _parts(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]
 
 
 if __name__ == "__main__":

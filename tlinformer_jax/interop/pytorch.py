@@ -9,8 +9,7 @@ A model trained with tlinformer_jax, written by `tlinformer convert --workdir=DI
     longer = model.generate(tokens, max_new_tokens=100)  # greedy
 
 Parameters have the names that are in the file, so `torch.save(model.state_dict(), "model.pt")` makes a file that
-`tlinformer convert --from=model.pt` takes back. In training, `model.train()` turns dropout on; windows are run one
-after the other, and nothing is fused: this is the model to read and to use, not the fastest one.
+`tlinformer convert --from=model.pt` takes back. This is the model to read and to use, not the fastest one.
 """
 
 import dataclasses
@@ -23,62 +22,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
 # The token shift's vector is this times its parameter, so that a small learning rate moves it.
 SHIFT_SCALE = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Shape of a model; fields of `ModelConfig` in tlinformer_jax by the same names.
+    """Shape of a model; fields of tlinformer_jax's `ModelConfig` by the same names."""
 
-    Attributes:
-      architecture: 'tlinformer', 'tconstformer', 'transformer' or 'sliding_window'.
-      vocab_size: V.
-      d_model: D, the width.
-      num_heads: attention heads, each of d_h = D / num_heads features.
-      num_blocks: B.
-      hidden_depth: H, layers of a block between `compress` and `restore`; baselines have B * (H + 2) layers.
-      d_ff: width of the feed-forward.
-      history_window: W_oh, rows of the compressed history, or 'auto', which grows with it.
-      generation_window: W_og, tokens that are predicted together.
-      dropout: in training, on attention weights and on the feed-forward's output.
-      token_shift: whether the first layer's keys add a learned multiple of the embedding before each token's.
-      longest_wavelength: feature pairs that take more positions to turn once are not rotated; 0: all are.
-      window_overlap: o; every window but the first also runs the o tokens before it, which are not predicted there.
-    """
-
-    architecture: str
-    vocab_size: int
-    d_model: int
-    num_heads: int
-    num_blocks: int
-    hidden_depth: int
-    d_ff: int
-    history_window: int | str
-    generation_window: int
-    dropout: float = 0.0
-    token_shift: bool = False
-    longest_wavelength: int = 0
-    window_overlap: int = 0
+    architecture: str  # of ARCHITECTURES
+    vocab_size: int  # V
+    d_model: int  # D, the width
+    num_heads: int  # of attention, each of d_h = D / num_heads features
+    num_blocks: int  # B
+    hidden_depth: int  # H, layers of a block between `compress` and `restore`
+    d_ff: int  # width of the feed-forward
+    history_window: int | str  # W_oh, rows of the compressed history, or 'auto', which grows with it
+    generation_window: int  # W_og, tokens that are predicted together
+    dropout: float = 0.0  # in training, on attention weights and on the feed-forward's output
+    token_shift: bool = False  # the first layer's keys add a multiple of the embedding before
+    longest_wavelength: int = 0  # feature pairs that take more positions to turn once are not rotated; 0: all are
+    window_overlap: int = 0  # o; later windows also run the o tokens before them
 
     def __post_init__(self) -> None:
-        known = ("tlinformer", "tconstformer", "transformer", "sliding_window")
-        if self.architecture not in known:
-            raise ValueError(f"architecture = {self.architecture!r}: must be one of {', '.join(known)} in PyTorch")
+        if self.architecture not in ARCHITECTURES:
+            allowed = f"must be one of {', '.join(ARCHITECTURES)} in PyTorch"
+            raise ValueError(f"architecture = {self.architecture!r}: {allowed}")
 
     @property
     def num_layers(self) -> int:
-        """Layers in all, in every architecture."""
         return self.num_blocks * (self.hidden_depth + 2)
 
     @property
     def windowed(self) -> bool:
-        """Whether the model works by generation windows."""
         return self.architecture in ("tlinformer", "tconstformer")
 
     @property
     def reach(self) -> int | None:
-        """Positions that a query of a baseline sees, its own included; None for all before it."""
+        """Positions that a query of a baseline sees; None for all before it."""
         return int(self.history_window) + self.generation_window if self.architecture == "sliding_window" else None
 
     def window_start(self, position: int) -> int:
@@ -86,7 +68,7 @@ class Config:
         return max(0, position - position % self.generation_window - self.window_overlap)
 
     def observed_start(self, n: int) -> int:
-        """h, the first row of the observation window, which is the last W_oh rows of n."""
+        """h, the first of the last W_oh rows of n."""
         width = self.history_window
         if width == "auto":
             width = 8 * math.floor((12 * math.log(n) + 7) / 8) if n else 0
@@ -108,20 +90,21 @@ def attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, dropout:
 
 
 def attend_causal(Q: Tensor, K: Tensor, V: Tensor, reach: int | None = None, dropout: float = 0.0) -> Tensor:
-    """The same for queries of the last rows of K: each sees the rows up to its own, at most `reach` of them."""
+    """The same for queries of the last rows of K: each sees `reach` rows up to its own."""
     rows = torch.arange(K.shape[-2], device=K.device)
     distance = rows[K.shape[-2] - Q.shape[-2] :, None] - rows
     return attend(Q, K, V, (distance >= 0) & (distance < (reach or len(rows) + 1)), dropout)
 
 
-def rotations(length: int, width: int, start: int = 0, longest_wavelength: int = 0) -> Tensor:
-    """Cosines and sines of the angles by which RoPE turns positions start .. length - 1: [2, positions, d_h / 2].
+def rotations(config: Config, length: int, start: int = 0) -> Tensor:
+    """Cosines and sines of RoPE's angles at positions start .. length - 1: [2, positions, d_h / 2].
 
     In float64, because at a million positions a float32 angle is off by 0.05.
     """
+    width = config.d_model // config.num_heads
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    if longest_wavelength:
-        frequencies[frequencies * longest_wavelength < 2 * math.pi] = 0
+    if config.longest_wavelength:
+        frequencies[frequencies * config.longest_wavelength < 2 * math.pi] = 0
     angles = torch.outer(torch.arange(start, length, dtype=torch.float64), frequencies)
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -160,15 +143,12 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def project(self, u: Tensor, rope: Tensor, key_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K, V [batch, heads, rows, d_h] of rows [batch, rows, D]; Q and K are rotated, V is not.
-
-        Keys are made of `key_rows`, if given.
-        """
+        """Q, K, V [batch, heads, rows, d_h], Q and K rotated; keys of `key_rows`, if given."""
         Q, K, V = self.qkv_proj(self.norm1(u)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return rotate(Q, rope), rotate(K, rope) if key_rows is None else self.project(key_rows, rope)[1], V
 
     def update(self, u: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, then feed-forward, each added to what it was made from: [batch, rows, D]."""
+        """Output projection, then feed-forward, each added to its input."""
         v = u + self.out_proj(attended.transpose(1, 2).flatten(-2))
         return v + self.dropout(self.ffn(self.norm2(v)))
 
@@ -178,7 +158,7 @@ class Layer(nn.Module):
 
 
 def layers_of(module: nn.Module) -> list[Layer]:
-    """Its layers, in the order in which they are run: that in which they were made."""
+    """Its layers, in the order in which they are run."""
     return [part for part in module.modules() if isinstance(part, Layer)]
 
 
@@ -252,15 +232,15 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, list[KeyValue]]:
         """The next C [batch, n, D] and x [batch, m, D], and what x reads of the history in each layer.
 
-        `rope` is that of positions 0 .. n + m - 1, and so are `key_rows`, what keys are made of in the first block. The
-        last block's C has no rows, as nobody reads it.
+        `rope` and `key_rows`, of which the first block's keys are made, are of all n + m rows. Nobody reads the last
+        block's C: it has no rows.
         """
-        first, *middle, final = layers_of(self)
-        n, h = C.shape[1], self.config.observed_start(C.shape[1])
+        config, (first, *middle, final) = self.config, layers_of(self)
+        n, h = C.shape[1], config.observed_start(C.shape[1])
         C_rope, z_rope, x_rope = rope[:, :n], rope[:, h:n], rope[:, n:]
         old, new = (None, None) if key_rows is None else (key_rows[:, :n], key_rows[:, n:])
         history, window = Stream.of(first, C, C_rope, old), Stream.of(first, x, x_rope, new)
-        x_reads_C = self.config.architecture == "tlinformer"
+        x_reads_C = config.architecture == "tlinformer"
         seen = history if x_reads_C else history.after(n)
         read = [KeyValue(seen.K, seen.V)]
         z, x = compress(first, history, history.after(h), window, x_reads_C)
@@ -274,19 +254,8 @@ class Block(nn.Module):
         return C, x, read
 
 
-class Transformer(nn.Module):
-    """What is between the embedding and the logits."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        kind, count = (Block, config.num_blocks) if config.windowed else (Layer, config.num_layers)
-        self.transformer_layers = nn.ModuleList(kind(config) for _ in range(count))
-        self.norm = nn.LayerNorm(config.d_model)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-
-
 class LanguageModel(nn.Module):
-    """A causal language model: tied embedding, blocks or layers, final LayerNorm, head."""
+    """Tied embedding, blocks or layers, final LayerNorm, head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -294,28 +263,27 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.token_shift:
             self.token_shift = nn.Parameter(torch.zeros(config.d_model))
-        self.transformer = Transformer(config)
-        self.transformer.lm_head.weight = self.embedding.weight
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """As the paper: normal with 0.02, less for what is projected and added to the residual; biases 0."""
+        kind, count = (Block, config.num_blocks) if config.windowed else (Layer, config.num_layers)
+        layers, norm = nn.ModuleList(kind(config) for _ in range(count)), nn.LayerNorm(config.d_model)
+        head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        head.weight = self.embedding.weight
+        self.transformer = nn.ModuleDict({"transformer_layers": layers, "norm": norm, "lm_head": head})
+        # As the paper: normal with 0.02, less for what is added to the residual; biases 0.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 residual = name.endswith(("qkv_proj.weight", "out_proj.weight", "w2.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, length, V] of tokens [batch, length]; row i predicts token i + 1."""
-        embedded, rope = self.embedding(tokens), self._rope(0, tokens.shape[1])
+        """Logits [batch, length, V]; row i predicts token i + 1."""
+        embedded, rope = self.embedding(tokens), rotations(self.config, tokens.shape[1])
         if self.config.windowed:
             size, windows = self.config.generation_window, []
             for first in range(0, tokens.shape[1], size):
                 n = self.config.window_start(first)
-                rows, _ = self._window(embedded[:, : first + size], n, rope)
-                windows.append(rows[:, first - n :])
+                windows.append(self._window(embedded[:, : first + size], n, rope)[0][:, first - n :])
             return self._head(torch.cat(windows, dim=1))
         x, key_rows = embedded, self._key_rows(embedded)
         for layer in layers_of(self):
@@ -324,37 +292,27 @@ class LanguageModel(nn.Module):
         return self._head(x)
 
     def _key_rows(self, embedded: Tensor) -> Tensor | None:
-        """What the first layer's keys are made of with a token shift, of the embeddings from position 0 on."""
+        """What the first layer's keys are made of with a token shift."""
         if not self.config.token_shift:
             return None
         return embedded + SHIFT_SCALE * self.token_shift * F.pad(embedded, (0, 0, 1, 0))[:, :-1]
 
     def _window(self, embedded: Tensor, n: int, rope: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """The window x = rows n, n + 1, ... after the history C = rows 0 .. n - 1, through all blocks.
-
-        Nothing is carried over from window to window but the embeddings.
-        """
+        """Rows n, n + 1, ... after the history of n rows, through all blocks."""
         C, x, key_rows = embedded[:, :n], embedded[:, n:], self._key_rows(embedded)
         read: list[KeyValue] = []
-        for index, block in enumerate(self.transformer.transformer_layers):
+        for index, block in enumerate(part for part in self.modules() if isinstance(part, Block)):
             last = index == self.config.num_blocks - 1
             C, x, of_block = block(C, x, rope[:, : embedded.shape[1]], last, key_rows)
             read, key_rows = read + of_block, None
         return x, read
 
-    def _rope(self, start: int, length: int) -> Tensor:
-        config = self.config
-        return rotations(length, config.d_model // config.num_heads, start, config.longest_wavelength)
-
     def _head(self, x: Tensor) -> Tensor:
-        return self.transformer.lm_head(self.transformer.norm(x))
+        return self.transformer["lm_head"](self.transformer["norm"](x))
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int) -> Tensor:
-        """The tokens [batch, length >= 1] and after them the likeliest ones.
-
-        While a window is generated what it reads of the history stays: it is made again when the window is full.
-        """
+        """The tokens [batch, length >= 1] and after them the likeliest ones."""
         start = None
         for _ in range(max_new_tokens):
             last = tokens.shape[1] - 1
@@ -362,16 +320,15 @@ class LanguageModel(nn.Module):
             if n != start:
                 start, done, (read, own) = n, n, self._slide(tokens[:, :n])
             logits, own = self._step(tokens, done, read, own)
-            done = last + 1
-            tokens = torch.cat([tokens, logits.argmax(-1)], dim=1)
+            done, tokens = last + 1, torch.cat([tokens, logits.argmax(-1)], dim=1)
         return tokens
 
     def _slide(self, history: Tensor) -> tuple[list[KeyValue], list[KeyValue]]:
-        """For each layer the keys and values of the history that the next window reads, and the window's own: none."""
-        embedded, n = self.embedding(history), history.shape[1]
-        empty = embedded.new_zeros(len(history), self.config.num_heads, 0, embedded.shape[-1] // self.config.num_heads)
+        """For each layer what the next window reads; and the window's own: nothing yet."""
+        embedded, n, heads = self.embedding(history), history.shape[1], self.config.num_heads
+        empty = embedded.new_zeros(len(history), heads, 0, embedded.shape[-1] // heads)
         none = [KeyValue(empty, empty)] * self.config.num_layers
-        return (self._window(embedded, n, self._rope(0, n))[1] if n else none), none
+        return (self._window(embedded, n, rotations(self.config, n))[1] if n else none), none
 
     def _step(
         self, tokens: Tensor, position: int, read: list[KeyValue], own: list[KeyValue]
@@ -381,8 +338,8 @@ class LanguageModel(nn.Module):
         The second line of each of the three equations, and a baseline's only one.
         """
         first = max(position - 1, 0)  # the token shift reads the token before the new ones
-        embedded, rope, kept = self.embedding(tokens[:, first:]), self._rope(position, tokens.shape[1]), []
-        x, key_rows = embedded[:, position - first :], self._key_rows(embedded)
+        embedded, rope = self.embedding(tokens[:, first:]), rotations(self.config, tokens.shape[1], position)
+        x, key_rows, kept = embedded[:, position - first :], self._key_rows(embedded), []
         key_rows = None if key_rows is None else key_rows[:, position - first :]
         for layer, history, before in zip(layers_of(self), read, own):
             (Q, K, V), key_rows = layer.project(x, rope, key_rows), None
@@ -394,17 +351,14 @@ class LanguageModel(nn.Module):
 
 
 def from_safetensors(path: str | pathlib.Path, config: Config | None = None) -> LanguageModel:
-    """The model that `tlinformer convert --to` has written, in evaluation mode, on the CPU.
-
-    `config` is for a file that does not say what it is of.
-    """
+    """The model that `tlinformer convert --to` has written; `config` is for a file that does not say."""
     metadata, arrays = read_safetensors(path)
     if config is None:
         if "tlinformer" not in metadata:
             raise ValueError(f"{path}: does not say what model it is of; give config=Config(...)")
         shape = json.loads(metadata["tlinformer"])
-        if "num_experts" in shape:
-            raise ValueError(f"{path}: num_experts = {shape['num_experts']}: must be 0, this module has no experts")
+        if (experts := shape.pop("num_experts", 0)) > 1:
+            raise ValueError(f"{path}: num_experts = {experts}: must be 0, this module has no experts")
         config = Config(**shape)
     model = LanguageModel(config)
     model.load_state_dict(arrays)
@@ -415,10 +369,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path: str | pathlib.Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and arrays of a file: 8 bytes with the header's length, the header in JSON, the arrays' bytes.
-
-    The same as `safetensors.torch.load_file`, without that package.
-    """
+    """Metadata and arrays: 8 bytes with the header's length, JSON, the arrays' bytes."""
     data = torch.from_file(str(path), size=pathlib.Path(path).stat().st_size, dtype=torch.uint8)
     length = int.from_bytes(bytes(data[:8].tolist()), "little")
     arrays, name = {}, "its header"

@@ -1,12 +1,11 @@
 """The published checkpoint's names and layouts, to and from this library's parameters.
 
-The published matrices are [out, in]; query, key and value share one projection in this order; w1 and w3 of the
-feed-forward, separate there, are `gate_up_kernel` here. The tied table appears twice there, as
-`embedding.weight` and as `transformer.lm_head.weight`. The token shift and experts are no published model's; in a
-file they are `token_shift`, and of a layer `ffn.router.weight` [E, D] and `ffn.experts.0.w1.weight` and so on. Nor are
-Gated DeltaNet's layers: their names follow the same pattern.
+The published matrices are [out, in]; w1 and w3 of the feed-forward, separate there, are `gate_up_kernel` here. The tied
+table appears twice there. The token shift, experts and Gated DeltaNet's layers are no published model's.
 """
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,19 +22,10 @@ FINAL_NORM = {"norm_scale": "transformer.norm.weight", "norm_bias": "transformer
 
 
 def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Flax variables from a published checkpoint.
+    """Flax variables for `build_model(config).apply`, in config.param_dtype, from a published checkpoint.
 
-    Args:
-      state_dict: published names to arrays (anything NumPy converts). The tied head may be left out; if there, it
-        must equal the embedding.
-      config: of the model the checkpoint belongs to.
-
-    Returns:
-      {"params": ...} for `build_model(config).apply`, in config.param_dtype.
-
-    Raises:
-      DataError: one message that lists every missing, extra, misshapen or contradicting entry, and every one that
-        holds other things than finite numbers.
+    The tied head may be left out. A DataError lists every missing, extra, misshapen or contradicting entry, and every
+    one that holds other things than finite numbers.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
     shapes = reference_shapes(config)
@@ -56,29 +46,21 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     params |= {ours: arrays[theirs] for ours, theirs in FINAL_NORM.items()}
     params |= {"shift": arrays[SHIFT]} if config.token_shift else {}
     for index, (path, prefix) in enumerate(layer_names(config)):
-        layer = {
-            ours: arrays[prefix + theirs].T.reshape(shape)
-            for theirs, (ours, shape, _) in _layer_arrays(config, index).items()
-        }
-        layer = _joined(layer, config)
-        node = params
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = layer
+        names = _layer_arrays(config, index).items()
+        layer = {ours: arrays[prefix + theirs].T.reshape(shape) for theirs, (ours, shape, _) in names}
+        node = functools.reduce(lambda node, part: node.setdefault(part, {}), path, params)
+        node |= _joined(layer, config)
     return {"params": jax.tree.map(lambda array: jax.numpy.asarray(array, config.param_dtype), params)}
 
 
 def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """The inverse of `params_from_reference`: published names to float32 NumPy arrays, both tied entries included."""
+    """Published names to float32 arrays, both tied entries included."""
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), variables["params"])
     arrays = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
     arrays |= {theirs: params[ours] for ours, theirs in FINAL_NORM.items()}
     arrays |= {SHIFT: params["shift"]} if config.token_shift else {}
     for index, (path, prefix) in enumerate(layer_names(config)):
-        node = params
-        for part in path:
-            node = node[part]
-        layer = _apart(node, config)
+        layer = _apart(functools.reduce(operator.getitem, path, params), config)
         for theirs, (ours, _, shape) in _layer_arrays(config, index).items():
             arrays[prefix + theirs] = np.ascontiguousarray(layer[ours].reshape(shape[::-1]).T)
     return arrays
@@ -89,15 +71,10 @@ def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
     top = "transformer.transformer_layers"
     if not config.windowed:
         return [((f"layers_{i}",), f"{top}.{i}.") for i in range(config.num_layers)]
-    names: list[tuple[tuple[str, ...], str]] = []
-    for block in range(config.num_blocks):
-        names.append(((f"blocks_{block}", "compress"), f"{top}.{block}.compress_context_layer."))
-        names += [
-            ((f"blocks_{block}", f"hidden_{depth}"), f"{top}.{block}.hidden_layers.{depth}.")
-            for depth in range(config.hidden_depth)
-        ]
-        names.append(((f"blocks_{block}", "restore"), f"{top}.{block}.restore_context_shape_layer."))
-    return names
+    hidden = [(f"hidden_{depth}", f"hidden_layers.{depth}") for depth in range(config.hidden_depth)]
+    layers = [("compress", "compress_context_layer"), *hidden, ("restore", "restore_context_shape_layer")]
+    blocks = range(config.num_blocks)
+    return [((f"blocks_{block}", ours), f"{top}.{block}.{theirs}.") for block in blocks for ours, theirs in layers]
 
 
 def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -152,12 +129,12 @@ def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple
 
 
 def _experts(config: ModelConfig) -> list[str]:
-    """Prefixes of the names of each expert's arrays; that of the only feed-forward is empty."""
+    """Prefixes of the names of each expert's arrays; '' for an only feed-forward."""
     return [f"experts.{number}." for number in range(config.num_experts)] if config.mixture else [""]
 
 
 def _joined(layer: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """A layer's arrays as parameters: 'gate' and 'up' are in one array, and so are those of all experts."""
+    """A layer's parameters: 'gate' and 'up' of all experts are in one array."""
     experts = _experts(config)
     gate_up = [np.stack([layer.pop(f"{expert}gate"), layer.pop(f"{expert}up")], axis=1) for expert in experts]
     down = [layer.pop(f"{expert}down") for expert in experts]
@@ -180,7 +157,7 @@ def _apart(layer: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str:
-    """What is wrong with the values of an array of the right shape; '' if nothing is."""
+    """What is wrong with the values of an array of the right shape."""
     if array is None or array.shape != shape:
         return ""
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):

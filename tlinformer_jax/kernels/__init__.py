@@ -1,7 +1,8 @@
 """Kernels in Pallas, each with its plain twin, which takes its place where a kernel cannot be used.
 
 dropout   attention with dropout on its weights, in training (GPU)
-rows      LayerNorm's backward pass; cross-entropy and its gradient: in training (GPU)
+norm      LayerNorm's backward pass (GPU)
+loss      cross-entropy and its gradient, in training (GPU)
 decode    a generated token: attention to the cache, projections, the rest of a layer (GPU)
 history   `prefill` and `slide`: writing and reading a cached history (GPU)
 key_value cached keys and values, in the compute dtype or in int8

@@ -1,4 +1,4 @@
-"""What the kernels share: whether and how they are called, loads and products, merged softmaxes, dropout's hash."""
+"""What the kernels share: whether and how they are called, loads and products, dropout's hash."""
 
 import functools
 import threading
@@ -30,17 +30,11 @@ STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
 class Scores(NamedTuple):
-    """Which products of queries and keys count; known when a kernel is compiled.
-
-    Attributes:
-      scale: of the products, positive.
-      causal: query i sees keys 0 .. i only.
-      window: with `causal`, the last `window` of those; None for all.
-    """
+    """Which products of queries and keys count; known when a kernel is compiled."""
 
     scale: float
-    causal: bool = False
-    window: int | None = None
+    causal: bool = False  # query i sees keys 0 .. i only
+    window: int | None = None  # the last of those; None for all
 
 
 class Rotations(Protocol):
@@ -53,8 +47,16 @@ class Rotations(Protocol):
     def sin(self) -> jax.Array: ...
 
 
+def usable(name: str, dtype: Any) -> bool:
+    """Whether the kernel of an operation of training takes arrays of this dtype here.
+
+    Not in a program of several devices: XLA cannot split a kernel's operands over them.
+    """
+    return is_half(dtype) and available(name) and not open_axes()
+
+
 def available(name: str) -> bool:
-    """Whether the kernel of an operation can be used here: on an NVIDIA GPU for which Pallas has a working back end."""
+    """Whether there is an NVIDIA GPU for which Pallas has a working back end."""
     assert name in OPERATIONS
     return is_nvidia_gpu() and why_no_triton() is None
 
@@ -76,7 +78,7 @@ def serving() -> str:
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """Why a Triton kernel cannot be lowered by this JAX; None if it can. Tried once."""
+    """Why a Triton kernel cannot be lowered by this JAX; None if it can."""
     found: list[str] = []
 
     def lower() -> None:
@@ -85,8 +87,9 @@ def why_no_triton() -> str | None:
 
         shape = jax.ShapeDtypeStruct((16,), jnp.float32)
         try:
-            function = functools.partial(_probe, copy, shape)
-            jax.jit(function).trace(shape).lower(lowering_platforms=("cuda",))
+            call = functools.partial(call_kernel, copy, (1,), shape, num_warps=1, num_stages=1)
+            function = jax.jit(lambda array: call([array], "probe", False))
+            function.trace(shape).lower(lowering_platforms=("cuda",))
         except (ImportError, NotImplementedError) as error:
             found.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
 
@@ -95,15 +98,6 @@ def why_no_triton() -> str | None:
     thread.start()
     thread.join()
     return found[0] if found else None
-
-
-def _probe(kernel: Any, shape: jax.ShapeDtypeStruct, array: jax.Array) -> Any:
-    return call_kernel(kernel, (1,), shape, [array], "probe", False, num_warps=1, num_stages=1)
-
-
-def unsplit() -> bool:
-    """Whether what is traced runs on one device: XLA cannot split a kernel's operands over several."""
-    return not open_axes()
 
 
 def call_kernel(
@@ -116,7 +110,7 @@ def call_kernel(
     aliases: dict[int, int] | None = None,
     **options: int,
 ) -> Any:
-    """Runs a kernel on whole arrays; `aliases` maps operands to the outputs that are written in their place."""
+    """Runs a kernel on whole arrays; `aliases` maps operands to outputs in their place."""
     from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
 
     call = pl.pallas_call(
@@ -153,7 +147,7 @@ def iota(size: int) -> Array:
 
 
 def dot(left: Array, right: Array, contracted: int) -> Array:
-    """Product of left [m, k] and right over right's axis `contracted`, accumulated in float32."""
+    """Product of left [m, k] and right over axis `contracted`, in float32."""
     axes = (((1,), (contracted,)), ((), ()))
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
@@ -205,7 +199,7 @@ def merge_softmaxes(
 
 
 def threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds of a pair of counters under a key of two words, all uint32."""
+    """Threefry-2x32 with 20 rounds of a pair of counters, all uint32."""
     schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     x, y = counter[0] + first, counter[1] + second
     for group in range(5):
@@ -218,7 +212,7 @@ def threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[
 
 
 def kept(first: jax.Array, second: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
-    """Whether weights are kept, by their row's state and their key's number, which broadcast."""
+    """Whether weights are kept, by their row's state and their key's number."""
     bits = mixed(first + keys.astype(jnp.uint32) * np.uint32(STEP), second)
     return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 

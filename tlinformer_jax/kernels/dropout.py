@@ -2,12 +2,9 @@
 
 Plain twin: `models.attention._attend_in_chunks`. Gain: without it a step takes 85% longer at N = 512.
 
-Nothing of size queries x keys goes through memory, in the forward or in the backward pass: a program takes a tile of
-the queries, or of the keys, and runs over the other side. Which weights are dropped is a function of their place
-(`models.layers`), so that every kernel finds it again. The backward pass is two kernels: one for the queries'
-gradient, one for that of keys and values.
-
-Scores and softmax are float32, in units of log2; products take the inputs' dtype and accumulate in float32.
+Nothing of size queries x keys goes through memory. Which weights are dropped is a function of their place, so that
+every kernel finds it again. Scores and softmax are float32, in units of log2; products take the inputs' dtype and
+accumulate in float32.
 """
 
 import functools
@@ -23,16 +20,14 @@ from tlinformer_jax.kernels.common import (
     LEAST_PIECE,
     LOG2_E,
     Scores,
-    available,
     call_kernel,
     dot,
     iota,
-    is_half,
     kept,
     masked_load,
     masked_store,
     threefry,
-    unsplit,
+    usable,
 )
 
 # Wider heads would not fit a program's registers.
@@ -40,7 +35,7 @@ MOST_WIDTH = 128
 
 
 class Tile(NamedTuple):
-    """What a program of a kernel works on at once, its warps, and the loads it keeps under way."""
+    """What a program works on at once, its warps, and the loads it keeps under way."""
 
     queries: int
     keys: int
@@ -70,7 +65,7 @@ class Options(NamedTuple):
 
 def use_kernel(dtype: Any, width: int) -> bool:
     """Whether the kernels take heads of this dtype and width here."""
-    return is_half(dtype) and width <= MOST_WIDTH and available("dropout") and unsplit()
+    return width <= MOST_WIDTH and usable("dropout", dtype)
 
 
 def attend_with_dropout(
@@ -86,10 +81,7 @@ def attend_with_dropout(
 ) -> Float[Array, "batch queries heads d_h"]:
     """Softmax attention whose weights are each zeroed with probability `rate`, the others divided by 1 - rate.
 
-    Args:
-      key_length: valid keys; None for all. Where a query sees no key the result is 0.
-      words: the mask's; see `dropout.Dropout`.
-      interpret: run on the CPU, for tests.
+    `key_length` are the valid keys, None for all: a query that sees none gets 0. `words` are those of `layers.Dropout`.
     """
     return _attend(Options(scores, rate, tiles, interpret), query, key, value, key_length, words)
 
@@ -114,7 +106,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 # Compiled on their own: XLA compiles a kernel once for all calls that are equal in every byte, line numbers included.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(options: Options, query, key, value, key_length, words) -> tuple[Array, Array]:
-    """The output, and the log-sum-exp to base 2, float32 [batch, heads, queries]: +inf where there is no key."""
+    """The output, and the log-sum-exp to base 2 [batch, heads, queries]: +inf without keys."""
     batch, queries, heads, _ = query.shape
     outputs = [
         jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -152,7 +144,7 @@ def _backward(options: Options, saved, gradient: Array) -> tuple[Array, Array, A
 
 
 def _call(kernel, options: Options, tile: Tile, rows: int, outputs, operands, name: str) -> Any:
-    """Runs a kernel whose programs take a tile of `rows` queries or keys each, of one head of one batch row."""
+    """Runs a kernel whose programs take a tile of rows of one head of one batch row."""
     batch, _, heads, _ = operands[0].shape
     size = tile.keys if kernel is _key_kernel else tile.queries
     return call_kernel(
@@ -207,7 +199,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
 def _query_kernel(
     query_ref, key_ref, value_ref, words_ref, output_ref, gradient_ref, lse_ref, *refs, options: Options, tile: Tile
 ) -> None:
-    """The queries' gradient of a tile of them, and what the other kernel needs of their rows."""
+    """The gradient of a tile of queries, and what the other kernel needs of their rows."""
     *length_refs, result_ref, delta_ref, first_ref, second_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
@@ -241,7 +233,7 @@ def _query_kernel(
 
 
 def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, options: Options, tile: Tile) -> None:
-    """Gradients of a tile of keys and values. Scores lie transposed, [keys, queries], as the products want them."""
+    """Gradients of a tile of keys and values. Scores lie transposed, [keys, queries]."""
     row_refs = lse_ref, *refs[:3]
     *length_refs, key_result_ref, value_result_ref = refs[3:]
     head, row = pl.program_id(1), pl.program_id(2)
@@ -275,7 +267,7 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
 
 
 def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
-    """Valid keys, and their blocks that a tile of queries sees: consecutive (first, end, whether to mask)."""
+    """Valid keys, and the blocks that a tile of queries sees: (first, end, masked)."""
     start, length = pl.program_id(0) * tile.queries, _valid_keys(key_ref, length_refs)
     first: Any = 0
     full, last = length // tile.keys, pl.cdiv(length, tile.keys)
@@ -289,7 +281,7 @@ def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
 
 
 def _query_blocks(queries: int, length, options: Options, tile: Tile):
-    """The blocks of queries that see a tile of keys: consecutive (first, end, whether to mask)."""
+    """The blocks of queries that see a tile of keys: (first, end, masked)."""
     start: Any = pl.program_id(0) * tile.keys
     end: Any = pl.cdiv(queries, tile.queries)
     # None, where none of the keys is valid.
@@ -305,13 +297,13 @@ def _query_blocks(queries: int, length, options: Options, tile: Tile):
 
 
 def _valid_keys(key_ref, length_refs) -> Any:
-    """The program's valid keys; a number known when the kernel is compiled, unless lengths are given."""
+    """The program's valid keys; known at compilation, unless lengths are given."""
     keys = key_ref.shape[1]
     return jnp.clip(length_refs[0][pl.program_id(2)], 0, keys) if length_refs else keys
 
 
 def _loop(blocks, block, carry):
-    """Carries through consecutive ranges of blocks, each (first, end, whether to mask)."""
+    """Carries through consecutive ranges of blocks."""
     for first, end, masked in blocks:
         if isinstance(end, Array) or isinstance(first, Array) or first < end:
             carry = jax.lax.fori_loop(first, end, functools.partial(block, masked=masked), carry)
@@ -329,7 +321,7 @@ def _masked(scores: Array, queries: Array, keys: Array, length, options: Options
 
 
 def _row_states(words_ref, queries: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """States of the mask of the program's rows, uint32 [queries] each; `shape` is [batch, queries, heads, d_h]."""
+    """States of the mask of the program's rows; `shape` is [batch, queries, heads, d_h]."""
     softmax = (pl.program_id(2) * shape[2] + pl.program_id(1)).astype(jnp.uint32)
     softmax += words_ref[2] * np.uint32(shape[0] * shape[2])
     rows = queries.astype(jnp.uint32)
@@ -337,7 +329,7 @@ def _row_states(words_ref, queries: Array, shape: tuple[int, ...]) -> tuple[Arra
 
 
 def _features(ref) -> Array:
-    """Numbers of a head's features, filled up to a power of two that the matrix units take."""
+    """Numbers of a head's features, filled up to what the matrix units take."""
     return iota(max(LEAST_PIECE, pl.next_power_of_2(ref.shape[3])))
 
 
@@ -346,7 +338,7 @@ def _zeros(rows: int, ref) -> Array:
 
 
 def _load(ref, place, rows: Array, count) -> Array:
-    """Rows of one head, [rows, features]: 0 past row `count`, unless that is None, and past the width."""
+    """Rows of one head: 0 past row `count`, unless that is None, and past the width."""
     features, (row, head) = _features(ref), place
     mask = (features < ref.shape[3])[None, :]
     if count is not None:

@@ -29,8 +29,7 @@ def attend_splash(
 ) -> Float[Array, "batch queries heads d_h"]:
     """Exact softmax attention; on a mesh every device runs the kernel on its share of batch and heads.
 
-    `key_length` are the valid keys, None for all; `documents`, from 0 up, are as `attend` has them; `interpret` is for
-    tests without a TPU.
+    `documents`, ids from 0 up, are as `attend` has them.
     """
     lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32) if key_length is None else key_length
 
@@ -69,13 +68,17 @@ def _attend(
 
     queries, heads = query.shape[1:3]
     query = (query.astype(jnp.float32) * scores.scale).astype(query.dtype)
-    query, key, value = (_whole_tiles(jnp.swapaxes(rows, 1, 2)) for rows in (query, key, value))
+    query, key, value = (
+        jnp.pad(jnp.swapaxes(rows, 1, 2), ((0, 0), (0, 0), (0, -rows.shape[1] % TILE), (0, 0)))
+        for rows in (query, key, value)
+    )
     shape = (query.shape[2], key.shape[2])
     if scores.window is not None:
         mask: splash_attention_mask.Mask = splash_attention_mask.LocalMask(shape, (scores.window - 1, 0), 0)
     else:
         mask = splash_attention_mask.CausalMask(shape) if scores.causal else splash_attention_mask.FullMask(shape)
-    q_tile, k_tile = (_tile(length) for length in shape)
+    tiles = range(TILE, LARGEST_TILE + 1, TILE)
+    q_tile, k_tile = (max(tile for tile in tiles if length % tile == 0) for length in shape)
     blocks = splash_attention_kernel.BlockSizes(
         block_q=q_tile,
         block_kv=k_tile,
@@ -100,13 +103,3 @@ def _attend(
         ids = own, jnp.where(masked, -1, keys)
     segments = splash_attention_kernel.SegmentIds(*ids)
     return jnp.swapaxes(jax.vmap(kernel)(query, key, value, segments), 1, 2)[:, :queries]
-
-
-def _whole_tiles(rows: jax.Array) -> jax.Array:
-    """[batch, heads, length, d_h] with zeros up to a whole number of tiles."""
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % TILE), (0, 0)))
-
-
-def _tile(length: int) -> int:
-    """The largest tile up to LARGEST_TILE that divides a length of whole tiles."""
-    return max(tile for tile in range(TILE, LARGEST_TILE + 1, TILE) if length % tile == 0)

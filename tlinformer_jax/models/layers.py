@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.kernels import rows as row_kernels
-from tlinformer_jax.kernels.common import STEP, kept, mixed, threefry
+from tlinformer_jax.kernels import norm as norm_kernel
+from tlinformer_jax.kernels.common import STEP, kept, mixed, threefry, usable
 from tlinformer_jax.models.feed_forward import EXPERTS, Router, feed_forward
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
@@ -273,8 +273,9 @@ def _norm_backward(skips: bool, kept: tuple[Array, ...], gradients: Any) -> tupl
     """Gradients of x, scale and bias; elementwise work is done again from x in the compute dtype."""
     x, scale, bias = kept
     skip, gradient = gradients if skips else (None, gradients)
-    if row_kernels.use_norm_kernel(x):
-        x_gradient, *sums = row_kernels.layer_norm_backward(x, gradient, skip, scale, LAYER_NORM_EPSILON)
+    # A first window's history has no rows.
+    if x.size > 0 and x.shape[-1] <= norm_kernel.MOST_WIDTH and usable("norm", x.dtype):
+        x_gradient, *sums = norm_kernel.layer_norm_backward(x, gradient, skip, scale, LAYER_NORM_EPSILON)
     else:
         x_gradient, *sums = _plain_norm_backward(x, gradient, scale)
         x_gradient = x_gradient if skip is None else x_gradient + skip

@@ -1,8 +1,7 @@
 """The devices that a program is for, without JAX: the sizes of their mesh, and their kind.
 
-What depends on the kind of device, such as the choice of a kernel, asks here. It is that of JAX's default device or,
-inside `target`, of one that is not there: so a program can be compiled for a TPU on a machine without one
-(`tools/training_topology.py`).
+What depends on the kind of device asks here. It is that of JAX's default device or, inside `target`, of one that is not
+there: so programs for a TPU compile without one.
 """
 
 import contextlib

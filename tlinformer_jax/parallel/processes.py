@@ -1,7 +1,6 @@
 """Processes that run together: found out from the surroundings or told by flags, joined by `jax.distributed`.
 
-A run of several processes lives as long as all of them do. Whichever ends early is noticed by the others, through a
-broken connection or by missing heartbeats, and they end too: with one line and a status that is not 0, never waiting.
+A run lives as long as all of them do. If one ends early the others end too: with one line, never waiting.
 """
 
 import contextlib
@@ -38,10 +37,7 @@ LOST_SIGNS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes that this one belongs to, by what they were found, and as the flags say it.
-
-    The rest is None where JAX finds it out.
-    """
+    """The processes of a run, by what they were found; None where JAX finds it out."""
 
     found: str
     coordinator_address: str | None = None
@@ -55,12 +51,9 @@ def find_cluster(
     process_id: int | None,
     environment: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """The processes to join, by three flags or by variables of SLURM, Open MPI, Kubernetes or TPU pods; None if alone.
+    """The processes to join, by three flags or by variables of SLURM, Open MPI, Kubernetes or TPU pods.
 
-    All three flags are given, or none, or num_processes = 1 alone, which runs alone whatever the variables say.
-
-    Raises:
-      UserError: naming the flag that is missing or not allowed.
+    All three flags are given, or none, or num_processes = 1 alone. None if this process is alone.
     """
     values = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     given = {name: value for name, value in values.items() if value is not None}
@@ -77,8 +70,7 @@ def find_cluster(
 def joined(cluster: Cluster | None) -> Iterator[None]:
     """Runs what is inside together with the other processes of `cluster`; for entry points, before JAX is used.
 
-    An error inside is told on stderr and ends the process at once: an orderly end would wait for the others, who
-    wait for this one.
+    An error inside ends the process at once: an orderly end would wait for the others, who wait for this one.
     """
     if cluster is None:
         yield
@@ -113,10 +105,9 @@ def _surroundings(environment: Mapping[str, str]) -> str:
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether JAX will run on a TPU, one of several hosts perhaps: what it asks then tells it of the others."""
-    platforms = environment.get("JAX_PLATFORMS", "")
+    """Whether JAX will run on a TPU, one of several hosts perhaps."""
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    wanted = not platforms or "tpu" in platforms.split(",")
+    wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu").split(",")
     return bool(wanted and chips and importlib.util.find_spec("libtpu"))
 
 
@@ -138,7 +129,6 @@ def _check_flags(values: Mapping[str, Any]) -> None:
 
 
 def _join(cluster: Cluster) -> None:
-    """Connects with the other processes."""
     import jax
 
     if cluster.coordinator_address and cluster.process_id == 0:
@@ -162,20 +152,15 @@ def _join(cluster: Cluster) -> None:
 
 
 def _check_free(address: str) -> None:
-    """Refuses a port of this machine that is in use: JAX's service would crash on it."""
+    """Refuses a port of this machine that is in use: JAX would crash on it."""
+    port, both = int(address.rsplit(":", 1)[1]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        probe = socket.socket(socket.AF_INET6)
-    except OSError:  # this kernel has no IPv6
-        probe = socket.socket(socket.AF_INET)
-    with probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that has ended leaves for a while
-        try:
-            probe.bind(("", int(address.rsplit(":", 1)[1])))
-        except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                raise UserError(
-                    f"--coordinator_address={address}: process 0 cannot listen on this port ({error.strerror})"
-                ) from None
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            why = os.strerror(error.errno)
+            raise UserError(f"--coordinator_address={address}: process 0 cannot listen on this port ({why})") from None
 
 
 _kept_alive: list[Any] = []  # C calls the handler, which Python must not collect
@@ -184,8 +169,7 @@ _kept_alive: list[Any] = []  # C calls the handler, which Python must not collec
 def _say_at_abort(message: str) -> None:
     """Makes `message` the last line, and the status 1, where JAX's client aborts the process.
 
-    That is what it does when it loses the service or the service another process: after a page of its own, from a
-    thread that no exception reaches, and that Python's own handlers of signals would not survive.
+    It does when it loses another process: from a thread that no exception and no handler of Python's reaches.
     """
 
     def handle(_: int) -> None:
@@ -200,36 +184,33 @@ def _say_at_abort(message: str) -> None:
 
 def _last_words(error: BaseException) -> int:
     """Tells an error on stderr; returns the exit status."""
+    status, told = 1, ""
     if _is_loss(error):
-        print(f"error: {LOST} ({first_line(error)}); {AGAIN}", file=sys.stderr, flush=True)
-        return 1
-    if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.status
-    if isinstance(error, KeyboardInterrupt):
-        print("error: interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    if isinstance(error, SystemExit):
+        told = f"{LOST} ({first_line(error)}); {AGAIN}"
+    elif isinstance(error, UserError):
+        status, told = error.status, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        status, told = INTERRUPTED, "interrupted"
+    elif isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if not isinstance(error, Exception):  # what `cli` raises at SIGTERM and SIGHUP
-        print(f"error: ended by {error}", file=sys.stderr, flush=True)
-        return getattr(error, "number", signal.SIGTERM) + 128
-    if told := describe_failure(error):
-        print(f"error: {told}", file=sys.stderr, flush=True)
-        return 2
-    traceback.print_exception(error)
+    elif not isinstance(error, Exception):  # what `cli` raises at SIGTERM and SIGHUP
+        status, told = getattr(error, "number", signal.SIGTERM) + 128, f"ended by {error}"
+    elif told := describe_failure(error) or "":
+        status = 2
+    else:
+        traceback.print_exception(error)
+    if told:
+        print(f"error: {told}", file=sys.stderr)
     sys.stderr.flush()
-    return 1
+    return status
 
 
 def _is_loss(error: BaseException | None) -> bool:
     """Whether an error comes of a connection to another process."""
     import jax
 
-    while error is not None:
-        # JAX raises a ValueError where the host fetches what a collective should have computed.
-        ours = isinstance(error, UserError)
-        if not ours and isinstance(error, jax.errors.JaxRuntimeError | ValueError) and LOST_SIGNS.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
+    if error is None:
+        return False
+    # JAX raises a ValueError where the host fetches what a collective should have computed.
+    theirs = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, UserError)
+    return bool(theirs and LOST_SIGNS.search(str(error))) or _is_loss(error.__cause__)

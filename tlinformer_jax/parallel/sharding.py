@@ -1,9 +1,7 @@
-"""The mesh of devices, which of its axes splits which dimension of which array, and what each device computes.
+"""The mesh of devices, which axis splits which dimension of which array, and what each device computes.
 
 Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
-gradient. Over `fsdp`, `tensor` and `expert`, which split parameters, the compiler partitions, but for the experts
-themselves (`models.feed_forward`). So on meshes without these three a device runs the program of one device, with the
-kernels that only such programs can use.
+gradient. Over `fsdp`, `tensor` and `expert`, which split parameters, the compiler partitions.
 """
 
 import dataclasses
@@ -24,17 +22,14 @@ from tlinformer_jax.parallel.mesh import MeshConfig
 
 # Axes that split the batch in training; the others hold copies of it, or of what they split no part.
 BATCH_AXES = ("data", "fsdp", "expert")
-# In evaluation sequences are independent and whole: every axis that would compute copies takes sequences of its own.
+# In evaluation every axis that would compute copies takes sequences of its own.
 EVALUATION_AXES = (*BATCH_AXES, "window", "context")
-# The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has
-# (V = 29 * 1733 divides badly, so the embedding is split on the width too); tensor parallelism splits heads and the
-# feed-forward's features; `expert` splits experts. Over the other axes parameters are copies.
+# The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has;
+# tensor parallelism heads and the feed-forward's features. Over the other axes parameters are copies.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec(None, "fsdp")),
-    (r"qkv_kernel$", PartitionSpec("fsdp", None, "tensor")),
-    (r"qkvg_kernel$", PartitionSpec("fsdp", None, "tensor")),
+    (r"(qkv|qkvg|rates)_kernel$", PartitionSpec("fsdp", None, "tensor")),
     (r"conv_kernel$", PartitionSpec(None, None, "tensor")),
-    (r"rates_kernel$", PartitionSpec("fsdp", None, "tensor")),
     (r"(A_log|dt_bias)$", PartitionSpec("tensor")),
     (r"qkv_bias$", PartitionSpec(None, "tensor")),
     (r"out_kernel$", PartitionSpec("tensor", None, "fsdp")),
@@ -56,7 +51,7 @@ NO_WINDOW = -1
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), every axis for the compiler to partition (AxisType.Auto)."""
+    """The mesh over `devices` (default: all), every axis of type Auto."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
@@ -65,16 +60,14 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
 def connect(mesh: Mesh) -> None:
     """Lets the processes of a mesh connect, group of devices by group; every process calls it.
 
-    On CPUs a group connects when a program first needs it. Of two groups that need not wait for each other, one process
-    may begin with the one and another process with the other, and then both wait in vain.
+    On CPUs a group connects when a program first needs it: two processes could begin with two, and wait for ever.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
     axes = [name for name, size in mesh.shape.items() if size > 1]
     for count in range(1, len(axes) + 1):
         for names in itertools.combinations(axes, count):
-            add = functools.partial(jax.lax.psum, axis_name=names)
-            whole = PartitionSpec()
+            add, whole = functools.partial(jax.lax.psum, axis_name=names), PartitionSpec()
             everywhere = jax.shard_map(add, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
             jax.block_until_ready(jax.jit(everywhere)(np.float32(1)))
 
@@ -107,13 +100,10 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of any pytree that holds parameters or their like (optimiser moments): by the parameters' rules.
-
-    Scalars are replicated.
-    """
+    """Shardings of a pytree that holds parameters or their like: by the parameters' rules."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = PartitionSpec() if leaf.ndim == 0 else parameter_spec(name, leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
@@ -121,7 +111,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> NamedSharding:
-    """Sharding of a batch's arrays: sequences split over `axes`, in training the batch axes."""
+    """Sequences split over `axes`, in training the batch axes."""
     return NamedSharding(mesh, PartitionSpec(axes))
 
 
@@ -140,7 +130,7 @@ def process_rows(mesh: Mesh, batch_size: int, axes: tuple[str, ...] = BATCH_AXES
 
 
 def put_batch(batch: Any, mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> Any:
-    """Device arrays of the global batch from the rows that `process_rows` names, in their order."""
+    """Device arrays of the global batch from the rows that `process_rows` names."""
     sharding = batch_sharding(mesh, axes)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
@@ -149,17 +139,14 @@ def put_batch(batch: Any, mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> Any
 
 
 def open_axes() -> dict[str, int]:
-    """Sizes of the mesh's axes that the compiler partitions over: longer than 1, and not manual (`jax.shard_map`).
-
-    Without any, the program being traced is that of one device.
-    """
+    """Sizes of the mesh's axes that the compiler partitions over; without any, the program is that of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types)
     return {name: mesh.shape[name] for name, kind in kinds if mesh.shape[name] > 1 and kind != AxisType.Manual}
 
 
 def batch_spec(batch: int) -> PartitionSpec:
-    """How the leading axis of arrays with a batch of so many sequences is split over the open axes, if evenly."""
+    """How a batch of so many sequences is split over the open axes, if evenly."""
     axes = open_axes()
     for candidates in (EVALUATION_AXES, BATCH_AXES):
         names = tuple(name for name in candidates if name in axes)
@@ -169,7 +156,7 @@ def batch_spec(batch: int) -> PartitionSpec:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the leading axis of x split as `batch_spec` says; x as it is where nothing splits it."""
+    """Keeps the leading axis of x split as `batch_spec` says."""
     spec = batch_spec(x.shape[0])
     return jax.lax.with_sharding_constraint(x, spec) if spec else x
 
@@ -183,49 +170,31 @@ def gathered(table: jax.Array) -> jax.Array:
 
 # ---- A batch split by manual axes
 #
-# Every device computes a term of the loss: those of the axis `data` of other sequences; those of the axis `window` of
-# other windows; those of the axis `context` hold the history in parts and take other rows of a window's loss. The sum
-# of the terms is the loss, and the sum of their gradients its gradient.
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitWindows:
-    """Windows split over an axis of the mesh, manual where this is used; `parts` is its size."""
-
-    axis: str
-    parts: int
-
-    def mine(self, assigned: np.ndarray) -> jax.Array:
-        """This device's column of [rounds, parts], int32 [rounds]."""
-        return jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index(self.axis)]
+# Every device computes a term of the loss, of other sequences (`data`), windows (`window`), or rows of a window
+# (`context`). The sum of the terms is the loss, and the sum of their gradients its gradient.
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitRows:
     """Rows of a sequence split over an axis of the mesh of size `parts`; used inside `jax.shard_map`.
 
-    Row r lies on device r mod parts, at place r div parts: whatever length a history has, all devices hold equally much
-    of it, and what is appended lies at the end everywhere. Attention does not ask for the order of keys, so each device
-    attends to its own rows and the results are merged by their log-sum-exps. What devices tell each other grows with
-    the rows that read, never with those that are read.
+    Row r lies on device r mod parts, at place r div parts: what is appended lies at the end everywhere. Each device
+    attends to its own rows; log-sum-exps merge the results.
     """
 
     axis: str
     parts: int
 
     def count(self, length: jax.Array | int) -> jax.Array:
-        """Rows 0 .. length - 1 that lie on this device, int32, of the shape of `length`."""
+        """Rows 0 .. length - 1 that lie on this device, int32."""
         return jnp.maximum(length - self.index() + self.parts - 1, 0) // self.parts
 
     def positions(self, start: jax.Array | int, count: int) -> jax.Array:
-        """Positions in the sequence of this device's rows start .. start + count - 1, int32 [count]."""
+        """Positions of this device's rows start .. start + count - 1, int32."""
         return (start + jnp.arange(count, dtype=jnp.int32)) * self.parts + self.index()
 
     def take(self, rows: jax.Array, axis: int = 1) -> jax.Array:
-        """This device's [batch, length / parts, ...] of an array [batch, length, ...] that every device holds whole.
-
-        The rows may lie along another `axis`; their number is a multiple of `parts`.
-        """
+        """This device's rows of an array that is whole everywhere; a multiple of `parts`."""
         shape = rows.shape[:axis], rows.shape[axis + 1 :]
         parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
         return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
@@ -249,25 +218,18 @@ class SplitRows:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceSplit:
-    """The two splits; None where sequences are not split in this way."""
+    """How sequences are split: windows over the axis `window`, and rows."""
 
-    windows: SplitWindows | None = None
+    window_parts: int = 1
     rows: SplitRows | None = None
 
     @property
-    def window_parts(self) -> int:
-        """Devices that windows are split over."""
-        return self.windows.parts if self.windows else 1
-
-    @property
     def row_parts(self) -> int:
-        """Devices that rows are split over."""
         return self.rows.parts if self.rows else 1
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Of the mesh, that split sequences."""
-        return tuple(split.axis for split in (self.windows, self.rows) if split)
+        return ("window",) * (self.window_parts > 1) + ((self.rows.axis,) if self.rows else ())
 
 
 WHOLE = SequenceSplit()
@@ -275,7 +237,7 @@ WHOLE = SequenceSplit()
 
 @dataclasses.dataclass(frozen=True)
 class BatchSplit:
-    """How a batch is split: the mesh's manual axes, those of them that split the batch, and how each sequence is split.
+    """How a batch is split: the mesh's manual axes, those that split the batch, and how each sequence is split.
 
     No axis is manual where the compiler partitions everything, or there is one device.
     """
@@ -286,16 +248,12 @@ class BatchSplit:
 
     @classmethod
     def of(cls, mesh: AbstractMesh) -> "BatchSplit":
-        """That over a mesh."""
         sizes = dict(mesh.shape)
         manual = tuple(name for name, size in sizes.items() if name not in PARTITIONED or size == 1)
         if all(sizes[name] == 1 for name in manual):
             return cls()
-        window, context = sizes.get("window", 1), sizes.get("context", 1)
-        split = SequenceSplit(
-            SplitWindows("window", window) if window > 1 else None,
-            SplitRows("context", context) if context > 1 else None,
-        )
+        context = sizes.get("context", 1)
+        split = SequenceSplit(sizes.get("window", 1), SplitRows("context", context) if context > 1 else None)
         return cls(manual, tuple(name for name in BATCH_AXES if name in manual and sizes[name] > 1), split)
 
     def shard_index(self) -> jax.Array | int:
@@ -303,15 +261,12 @@ class BatchSplit:
         return jax.lax.axis_index(self.batch) if self.batch else 0
 
     def psum(self, values: Any) -> Any:
-        """The sums over the parts of the batch and of its sequences, of a pytree of each device's values."""
+        """The sums over the parts of the batch and of its sequences."""
         axes = (*self.batch, *self.sequence.axes)
         return jax.lax.psum(values, axes) if axes else values
 
     def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(batch, *whole)`, run by every device on its part of the batch, [batch, ...], and on what all have.
-
-        The results of `function` are the same on all devices.
-        """
+        """`function(batch, *whole)`, run by every device on its part of the batch; its results are the same on all."""
         if not self.manual:
             return function
 
@@ -332,11 +287,8 @@ UNSPLIT = BatchSplit()
 def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
     """Deals `count` windows out to `parts` devices, in rounds of neighbours, whose shapes are alike.
 
-    Of a round, whoever has least so far gets the longest window: its cost grows with its index, which starts at
-    `first`. What each device has so far is `loads`, float64 [parts], which is changed.
-
-    Returns:
-      places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.
+    Of a round, whoever has least so far (`loads`, float64 [parts], which is changed) gets the longest window. Returns
+    places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.
     """
     rounds = -(-count // parts)
     assigned = np.full((rounds, parts), NO_WINDOW, np.int32)

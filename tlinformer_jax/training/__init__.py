@@ -8,5 +8,5 @@ evaluation    the loss of a split
 callbacks     what happens between updates; metrics: where figures go; console: what the user is told; wandb
 saving        writes checkpoints while a run trains; checkpoint: their form on the disk, verified and read
 workdir       the run's directory: its lock, its configuration, where it started from
-check         what a run would take; conversion: published weights; stopping: signals
+check         what a run would take; conversion: published weights
 """

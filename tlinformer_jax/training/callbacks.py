@@ -1,18 +1,21 @@
-"""What happens between updates: callbacks, of a user and those that log, trace, save and evaluate.
+"""What happens between updates: callbacks, of a user and built-in ones, and requests to stop.
 
     train_and_evaluate(config, workdir, callbacks=[Call(lambda view: print(view.metrics["loss"]), every=100)])
 
-After an update the loop calls each callback that is due, with a `TrainingView`. The built-in ones come first, so that a
-user's callback sees what they have found.
+The built-in ones come first, so that a user's callback sees what they have found.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from jax.experimental import multihost_utils
 from tlinformer_jax.config.run import EPOCH, RunConfig, seconds
 from tlinformer_jax.data.batches import StagedReader
 from tlinformer_jax.data.tasks import Split
+from tlinformer_jax.environment import INTERRUPTED
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training.console import describe_divergence, describe_stage, say
 from tlinformer_jax.training.evaluation import summary
@@ -28,8 +32,9 @@ from tlinformer_jax.training.metrics import MetricsLog, Throughput, log_evaluati
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import Run
 from tlinformer_jax.training.step import TrainState
-from tlinformer_jax.training.stopping import Stopped, StopRequest
 
+SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+T = TypeVar("T")
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
 # How often the clock is read in a callback's time; each look waits for the devices.
 LOOKS = 20
@@ -38,7 +43,7 @@ WARMUP, TRACED = 10, 3
 
 
 class DivergedError(UserError):
-    """Loss or gradient were not finite in more updates in a row than train.max_skipped_updates allows."""
+    """More updates in a row were not finite than train.max_skipped_updates allows."""
 
 
 # ---- The interface
@@ -46,13 +51,9 @@ class DivergedError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingView:
-    """What a callback sees of a training, after an update.
+    """What a callback sees of a training, after update `step` of `last_step`.
 
     Attributes:
-      config: of the run.
-      workdir: its directory.
-      step: updates done.
-      last_step: updates of the whole run.
       state: parameters, optimiser and the rest. The next update reuses their memory: copy what you keep.
       outputs: of the update, as `train_step` returns them, on the devices.
       evaluation: figures of the latest evaluation, as `evaluation.summary` names them, and its `step`; else empty.
@@ -70,34 +71,35 @@ class TrainingView:
 
     @property
     def params(self) -> Any:
-        """The parameters that evaluations use, as `model.init` names them; averaged where train.ema is not 0."""
+        """The parameters that evaluations use; averaged where train.ema is not 0."""
         return self.state.evaluated
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
-        """Of the update, after waiting for the devices: loss, grad_norm, learning_rate, tokens; of tasks accuracy."""
+        """The update's loss, grad_norm, learning_rate, tokens; waits for the devices."""
         return {name: float(self.outputs[name]) for name in METRICS if name in self.outputs}
 
 
 class Callback:
-    """Something that is done after updates; a subclass says what, in `__call__`.
+    """Something that is done after updates; a subclass says what, in `__call__`."""
 
-    Attributes:
-      every: so many updates, counted from the run's first, or a time such as '10min', '30s' or '1.5h'; 0 for never.
-    """
-
-    every: int | str
+    every: int | str  # so many updates, or a time such as '10min'; 0 for never
 
     def __call__(self, view: TrainingView) -> bool | None:
         """Does it; the run ends after this update if the result is `True`."""
         raise NotImplementedError
 
+    @functools.cached_property
+    def timer(self) -> "Timer":
+        """Decides where `every` is a time."""
+        return Timer(seconds(self.every))
+
     def is_due(self, step: int) -> bool:
-        """Whether to call it after update `step`; where `every` is a time, the clock decides."""
+        """Whether to call it after update `step`; where `every` is a time, `timer` decides."""
         return isinstance(self.every, int) and self.every > 0 and step > 0 and step % self.every == 0
 
     def finish(self, view: TrainingView) -> None:
-        """Called once, when training has ended or was asked to stop; not after an error."""
+        """Called once, when training has ended or was asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Call(Callback):
 
 
 def asks_to_end(result: Any) -> bool:
-    """Whether what a callback returned is a true bool, of Python, NumPy or JAX: other values are by-products."""
+    """Whether a callback returned a true bool, of Python, NumPy or JAX."""
     return str(getattr(result, "dtype", type(result).__name__)) == "bool" and bool(result)
 
 
@@ -132,20 +134,10 @@ def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> l
     return found
 
 
-class Schedule:
-    """Which callbacks are due; all processes ask once after every update."""
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
-        self._timers = [getattr(callback, "timer", None) or Timer(seconds(callback.every)) for callback in callbacks]
-
-    def due(self, step: int, outputs: object) -> list[Callback]:
-        """Those that are, in their order."""
-        timed = [timer.due(outputs) for timer in self._timers]
-        for timer, now in zip(self._timers, timed):
-            if now:
-                timer.restart()
-        return [callback for callback, now in zip(self.callbacks, timed) if now or callback.is_due(step)]
+def due_callbacks(callbacks: Sequence[Callback], step: int, outputs: object) -> list[Callback]:
+    """Those to call after update `step`, in their order; all processes ask once after every update."""
+    timed = [callback.timer.due(outputs) for callback in callbacks]
+    return [callback for callback, now in zip(callbacks, timed) if now or callback.is_due(step)]
 
 
 class Timer:
@@ -161,7 +153,7 @@ class Timer:
         self._began = self._looked = time.monotonic()
 
     def due(self, result: object) -> bool:
-        """Whether they have; all processes call it once after every step, with what the step returned."""
+        """Whether it is time again; all processes ask after every step."""
         if not self._seconds:
             return False
         self._left -= 1
@@ -176,7 +168,97 @@ class Timer:
         if jax.process_count() > 1:
             late, gap = map(int, multihost_utils.broadcast_one_to_all(np.array([late, gap], np.int32)))
         self._looked, self._left, self._gap = now, gap, gap
+        if late:
+            self.restart()
         return bool(late)
+
+
+# ---- Requests to stop, by a user or a scheduler
+
+
+class Stopped(Exception):
+    """An evaluation was given up because a stop was asked for."""
+
+
+class StopRequest:
+    """Notices SIGTERM, SIGHUP and SIGINT as a context manager; a second SIGINT ends the process at once.
+
+    An ignored SIGHUP, as under nohup, stays ignored. Python runs no handler during a compilation: a thread answers.
+    Where `jax.distributed` is initialised, SIGTERM belongs to JAX, and other signals are passed on as SIGTERM: all
+    processes stop at the same call of `poll`, and must make the same calls.
+    """
+
+    def __init__(self) -> None:
+        self._noticed, self._together = False, jax.distributed.is_initialized()
+        self._polls = self._interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        others = {signal.SIGTERM} if self._together else set()
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            others.add(signal.SIGHUP)
+        for number in SIGNALS - others:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writing)
+        self._listener.join()
+        os.close(self._reading)
+
+    def __bool__(self) -> bool:
+        """Whether a stop is asked for, and agreed on by all processes."""
+        return self._noticed
+
+    def poll(self) -> bool:
+        """The same, after having asked the other processes."""
+        if self._together and not self._noticed:
+            self._polls += 1
+            self._noticed = multihost_utils.reached_preemption_sync_point(self._polls)
+        return self._noticed
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a stop is asked for."""
+        for item in items:
+            if self.poll():
+                raise Stopped
+            yield item
+
+    def _handle(self, *_: Any) -> None:
+        self._noticed = self._noticed or not self._together
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._reading, 64):
+            for number in filter(SIGNALS.__contains__, numbers):
+                self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            _tell("stopped at once; what was not saved is lost")
+            os._exit(INTERRUPTED)
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the other processes
+        again = "; once more stops at once" if number == signal.SIGINT else ""
+        _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
+
+
+def _tell(message: str) -> None:
+    """Writes to stderr past Python's buffers, which another thread may hold locked."""
+    with contextlib.suppress(OSError):  # stderr is closed
+        os.write(2, f"{message}\n".encode())
 
 
 # ---- The built-in callbacks
@@ -194,57 +276,46 @@ class Session:
     throughput: Throughput
     stop: StopRequest
 
-    @property
-    def last_step(self) -> int:
-        """Updates of the whole run."""
-        return self.run.horizon.steps
-
     def check_finite(self, view: TrainingView) -> None:
-        """Ends a run of which more than train.max_skipped_updates in a row were skipped, naming the update."""
+        """Ends a run of which more than train.max_skipped_updates in a row were skipped."""
         if int(view.state.skips.in_a_row) > self.run.config.train.skippable:
-            text, done = describe_divergence(self.run, view.state, self.reader.batches), int(view.state.skips.rollbacks)
+            done = int(view.state.skips.rollbacks)
             again = f", after {done} rollbacks" if done else ""
-            raise DivergedError(f"{text}{again}")
+            raise DivergedError(f"{describe_divergence(self.run, view.state, self.reader.batches)}{again}")
 
 
 @dataclasses.dataclass
 class Log(Callback):
-    """Writes and prints the figures of an update; also wherever one of `others` is due, and where a stage ends.
-
-    Which updates are logged must not depend on where a run was taken up again.
-    """
+    """Logs an update; also wherever one of `others` is due, and where a stage ends."""
 
     every: int
     session: Session
     others: tuple[Callback, ...]
 
     def is_due(self, step: int) -> bool:
-        if step in (1, self.session.last_step) or super().is_due(step) or self.session.reader.ended() is not None:
-            return True
-        return any(other.is_due(step) for other in self.others)
+        ends = step in (1, self.session.run.horizon.steps) or self.session.reader.ended() is not None
+        return ends or super().is_due(step) or any(other.is_due(step) for other in self.others)
 
     def __call__(self, view: TrainingView) -> None:
         jax.block_until_ready(view.outputs)
+        session = self.session
         if int(view.outputs["step"]) == view.step:  # or it has diverged before
-            speed = {} if view.compiled else self.session.throughput.report(view.step)
-            log_step(self.session.log, view.step, view.last_step, view.outputs, speed)
-        self.session.check_finite(view)
-        if (stage := self.session.reader.ended()) is not None:
+            speed = {} if view.compiled else session.throughput.report(view.step)
+            log_step(session.log, view.step, view.last_step, view.outputs, speed)
+        session.check_finite(view)
+        if (stage := session.reader.ended()) is not None:
             say(describe_stage(stage, view.step, view.state.competence))
 
 
 @dataclasses.dataclass
 class Save(Callback):
-    """Saves a checkpoint, and always at the end; the figures up to it reach the disk first."""
+    """Saves a checkpoint, and always at the end."""
 
     every: int | str
     session: Session
 
-    def __post_init__(self) -> None:
-        self.timer = Timer(seconds(self.every))
-
     def is_due(self, step: int) -> bool:
-        return super().is_due(step) and step != self.session.last_step
+        return super().is_due(step) and step != self.session.run.horizon.steps
 
     def __call__(self, view: TrainingView) -> None:
         if view.step != view.last_step:  # then `finish` does
@@ -262,11 +333,8 @@ class Save(Callback):
 class Evaluate(Callback):
     """Evaluates on the validation split, after each epoch where `every` is 'epoch', and always at the end.
 
-    The checkpoint's manifest gets the loss; a state that is among the best is saved for it. Ends a run that is accurate
-    enough (train.stop_at_accuracy).
-
-    Attributes:
-      figures: of the latest evaluation, with its `step`; empty before.
+    The checkpoint's manifest gets the loss; a state that is among the best is saved. Ends a run that is accurate
+    enough. `figures` are those of the latest evaluation, with its `step`.
     """
 
     every: int | str
@@ -275,7 +343,7 @@ class Evaluate(Callback):
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def is_due(self, step: int) -> bool:
-        if step == self.session.last_step:
+        if step == self.session.run.horizon.steps:
             return False
         if self.every != EPOCH:
             return super().is_due(step)
@@ -283,18 +351,18 @@ class Evaluate(Callback):
         return ended(1 + bisect.bisect_left(range(1, 2**40), step, key=ended)) == step
 
     def __call__(self, view: TrainingView) -> bool:
-        run, checkpoints, started = self.session.run, self.session.checkpoints, time.perf_counter()
+        session, run, started = self.session, self.session.run, time.perf_counter()
         try:
-            result = run.evaluate(view.params, self.session.validation, self.session.stop.watch)
+            result = run.evaluate(view.params, session.validation, session.stop.watch)
         except Stopped:
             return False
-        figures = summary(result, self.session.validation, run.config.model.generation_window)
-        log_evaluation(self.session.log, run, view.step, figures, time.perf_counter() - started)
+        figures = summary(result, session.validation, run.config.model.generation_window)
+        log_evaluation(session.log, run, view.step, figures, time.perf_counter() - started)
         self.figures = {"step": view.step, **figures}
-        if checkpoints.is_among_best(figures["loss"]):
+        if session.checkpoints.is_among_best(figures["loss"]):
             self.save.finish(view)
-        checkpoints.record_validation(view.step, figures["loss"])
-        self.session.throughput.restart(keep_saving=True)
+        session.checkpoints.record_validation(view.step, figures["loss"])
+        session.throughput.restart(keep_saving=True)
         least = run.config.train.stop_at_accuracy
         return least > 0 and figures["accuracy"] >= least
 
@@ -306,24 +374,17 @@ class Evaluate(Callback):
 
 
 class Trace(Callback):
-    """Traces TRACED updates for xprof, WARMUP updates after the first one, or earlier where the run is shorter.
-
-    Args:
-      folder: receives the trace; None traces nothing.
-      first: updates done before.
-      last: the run's last update.
-      throughput: the time of a trace does not count as training.
-    """
+    """Traces TRACED updates for xprof, WARMUP after `first`, or earlier in a short run."""
 
     every = 0
 
-    def __init__(self, folder: pathlib.Path | None, first: int, last: int, throughput: Throughput) -> None:
+    def __init__(self, folder: pathlib.Path, first: int, last: int, throughput: Throughput) -> None:
         self._folder, self._throughput = folder, throughput
         self._begin = first + 1 + max(0, min(WARMUP, last - first - 1 - TRACED))
         self._end = min(last, self._begin + TRACED)
 
     def is_due(self, step: int) -> bool:
-        return self._folder is not None and self._begin < self._end and step in (self._begin, self._end)
+        return self._begin < self._end and step in (self._begin, self._end)
 
     def __call__(self, view: TrainingView) -> None:
         jax.block_until_ready(view.outputs)

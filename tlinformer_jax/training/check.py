@@ -2,60 +2,53 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.sources import find_split
-from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.training.console import length_lines, model_line, split_line
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
 from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
-from tlinformer_jax.training.step import jit_train_step
 
 
-@dataclasses.dataclass(frozen=True)
-class StateBytes:
-    """Memory of the train state in bytes, on the device that holds most.
-
-    The gradients are in the parameters' dtype; with accumulation their float32 sum is counted too.
-    """
+class StateBytes(NamedTuple):
+    """Memory of the train state in bytes, on the device that holds most."""
 
     parameters: int
-    gradients: int
+    gradients: int  # in the parameters' dtype; with accumulation, and their float32 sum
     optimizer: int
-
-    @property
-    def total(self) -> int:
-        """Of all three."""
-        return self.parameters + self.gradients + self.optimizer
 
 
 def check_run(config: RunConfig, compile_step: bool = False) -> str:
-    """Checks a configuration against tokenizer, data and devices, and says what the run would take; writes nothing.
-
-    With `compile_step` a training step is compiled, for the memory that it takes.
-    """
+    """What a run would take, as text, after checking its configuration; writes nothing."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
-    found = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
-    splits = {name: None if split is None else run.checked(name, split) for name, split in found.items()}
-    horizon = _horizon(config, splits["train"])
-    lines = [model_line(run), _memory_line(run, compile_step), *length_lines(run, horizon, splits["train"])]
+    splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
+    splits = {name: None if split is None else run.checked(name, split) for name, split in splits.items()}
+    horizon = None  # where only the tokens can tell
+    if splits["train"] is not None:
+        horizon = run_horizon(config.train, training_batches(config, splits["train"]))
+    elif config.train.updates:
+        horizon = Horizon(config.train.updates, config.train.updates)
+    state = state_bytes(run)
+    parameters, gradients, optimizer, total = map(size_text, (*state, sum(state)))
+    memory = f"memory by device: parameters {parameters}, gradients {gradients}, optimizer state {optimizer}"
+    memory += f"; together {total}{'' if compile_step else ' + activations'}"
+    lines = [model_line(run), memory, *length_lines(run, horizon, splits["train"])]
     lines += [split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
     if compile_step:
-        total, temporary = step_bytes(dataclasses.replace(run, horizon=horizon or PENDING))
-        rest = f"{size_text(temporary)} are activations, gradients and the like"
-        lines.append(f"compiled step by device: {size_text(total)}, of which {rest}")
+        both = map(size_text, step_bytes(dataclasses.replace(run, horizon=horizon or PENDING)))
+        lines.append("compiled step by device: {}, of which {} are activations, gradients and the like".format(*both))
     return "\n".join(lines)
 
 
 def state_bytes(run: Run) -> StateBytes:
-    """Memory of the train state and the gradients, by device, from shapes and shardings."""
+    """From shapes and shardings."""
     params = run.abstract_state.params
     parameters = _device_bytes(params)
     summed = _device_bytes(params, itemsize=4) if run.config.train.accumulation > 1 else 0
@@ -63,7 +56,7 @@ def state_bytes(run: Run) -> StateBytes:
 
 
 def step_bytes(run: Run) -> tuple[int, int]:
-    """Memory of a compiled training step by device, in bytes: in all, and what of it is temporary."""
+    """Memory of a compiled step by device, in bytes: in all, and what is temporary."""
     found: Any = compiled_step(run).memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
@@ -77,31 +70,14 @@ def compiled_step(run: Run) -> jax.stages.Compiled:
     if run.config.data.document_masking:
         dtypes["documents"] = jnp.int32
     batch = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    state, shardings = run.abstract_state, run.shardings  # first: under the mesh, even a key is made on its devices
+    state, step = run.abstract_state, run.train_step()  # first: under the mesh, even a key is made on its devices
     with jax.set_mesh(run.mesh):
-        step = jit_train_step(
-            shardings, sharding, model=run.model, config=run.config.train, horizon=run.horizon, answers=run.answers
-        )
         return step.lower(state, batch).compile()
 
 
 def _device_bytes(tree: Any, itemsize: int | None = None) -> int:
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize) for leaf in leaves)
-
-
-def _horizon(config: RunConfig, train: Split | None) -> Horizon | None:
-    """How long the run is; None where only the tokens can tell."""
-    if train is not None:
-        return run_horizon(config.train, training_batches(config, train))
-    return Horizon(config.train.updates, config.train.updates) if config.train.updates else None
-
-
-def _memory_line(run: Run, compile_step: bool) -> str:
-    state = state_bytes(run)
-    parts = {"parameters": state.parameters, "gradients": state.gradients, "optimizer state": state.optimizer}
-    line = f"memory by device: {', '.join(f'{name} {size_text(size)}' for name, size in parts.items())}"
-    return f"{line}; together {size_text(state.total)}{'' if compile_step else ' + activations'}"
 
 
 def size_text(count: int) -> str:

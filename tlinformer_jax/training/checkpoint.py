@@ -1,8 +1,6 @@
 """A checkpoint on the disk: `checkpoints/STEP` holds Orbax's `state/` and `manifest.json`, and appears by one rename.
 
-The manifest names every file with its size and SHA-256, and holds a hash of itself, so damage is noticed before a
-checkpoint is used. Nothing is read or written through a link below the working directory. What is passed over is named
-on stderr. `training.saving` writes checkpoints.
+The manifest names every file with its size and SHA-256, and holds a hash of itself, so damage is noticed before use.
 """
 
 import contextlib
@@ -13,7 +11,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,10 +22,15 @@ from jax.experimental import multihost_utils
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, fingerprint, load_config
+from tlinformer_jax.data.given import TokenData, given_loader
+from tlinformer_jax.data.sources import load_stored_split
+from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import DataError, first_line
-from tlinformer_jax.files import open_own, plain_path, read_own, sealed_text, unsealed, write_text
+from tlinformer_jax.files import local_path, open_own, plain_path, read_own, sealed_text, unsealed, write_text
 from tlinformer_jax.models.model import build_model
+from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.console import say
+from tlinformer_jax.training.setup import LoadSplit, TrainedRun, build_run
 
 FOLDER = "checkpoints"
 STATE = "state"  # Orbax's folder in that of a checkpoint
@@ -44,27 +47,18 @@ NO_CHECKPOINT, NO_GOOD_CHECKPOINT = -1, -2
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-      step: updates done; also the position in the data, since batches are a function of it.
-      files: path within the checkpoint -> (bytes, SHA-256 in hexadecimal), without the manifest.
-      code_version: of this package.
-      config_sha256: `config.run.fingerprint` of the run's configuration; empty where none was given.
-      validation_loss: nats per token, if the step has been evaluated.
-      after_skip: whether the last update was left out as not finite; no rollback ends there.
-    """
-
-    step: int
-    files: dict[str, tuple[int, str]]
+    step: int  # updates done; also the position in the data
+    files: dict[str, tuple[int, str]]  # path -> (bytes, SHA-256), without the manifest
     code_version: str
-    config_sha256: str
-    validation_loss: float | None = None
-    after_skip: bool = False
+    config_sha256: str  # `config.run.fingerprint`; empty where none was given
+    validation_loss: float | None = None  # nats per token, if the step has been evaluated
+    after_skip: bool = False  # whether the last update was left out; no rollback ends there
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
-    """Sizes and hashes of all files below `folder`, each brought to the disk before it is read."""
+    """Sizes and hashes of all files below `folder`, which are brought to the disk."""
     found = {}
     for path in _files_below(folder):
         with open_own(folder / path, "rb") as file:
@@ -96,7 +90,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def verify(folder: pathlib.Path) -> Manifest:
-    """Compares every file of the checkpoint in `folder` with its manifest, which is returned."""
+    """Compares every file of the checkpoint in `folder` with its manifest."""
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
     for path in sorted(present - set(manifest.files)):
@@ -117,7 +111,7 @@ def verify(folder: pathlib.Path) -> Manifest:
 
 
 def _files_below(folder: pathlib.Path) -> list[str]:
-    """The paths of all files and links below `folder`, without the manifest and its draft."""
+    """The paths of all files and links below `folder`, without the manifest."""
     own = (MANIFEST_FILE, f"{MANIFEST_FILE}.draft")
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for name in (path.relative_to(folder).as_posix() for path in paths) if name not in own)
@@ -127,11 +121,10 @@ def _files_below(folder: pathlib.Path) -> list[str]:
 
 
 def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -> Manifest | None:
-    """The manifest of the newest checkpoint in `folder` that passes its verification; None if there is none at all.
+    """The manifest of the newest checkpoint that passes its verification; None if there is none at all.
 
-    Process 0 looks and tells the others. Those that fail are named on stderr, and so is what only has a step's name;
-    with `set_aside`, for the run that trains here, they are renamed to STEP.damaged. With `every`, only the
-    `regular_steps` are considered.
+    Process 0 looks and tells the others. What is passed over is named on stderr; with `set_aside`, for the run that
+    trains here, damaged ones are renamed to STEP.damaged. With `every`, only the `regular_steps` are considered.
     """
     step = NO_CHECKPOINT
     if jax.process_index() == 0:
@@ -145,50 +138,44 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -
         for name in passed_over[:1]:
             more = f" (and {len(passed_over) - 1} more)" if passed_over[1:] else ""
             say(f"checkpoint {folder / name}: {others[name]}; it is not used{more}")
-        if set_aside and step >= 0:
-            for number in damaged:
-                set_aside_damaged(folder / str(number))
+        for number in damaged if set_aside and step >= 0 else ():
+            set_aside_damaged(folder / str(number))
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step == NO_GOOD_CHECKPOINT:
         raise DataError(f"{folder}: none of its checkpoints can be used; see the lines above")
     return None if step == NO_CHECKPOINT else read_manifest(folder / str(step))
 
 
-def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
-    """The parameters of the newest checkpoint that passes its verification, as (step, params); writes nothing.
-
-    Of a run with `train.ema` they are the averaged ones, as in its evaluations.
-    Newer damaged ones are named on stderr, and so is a configuration that has changed since. With `step` that
-    checkpoint is read and no other. `abstract_params` has jax.ShapeDtypeStruct leaves with shardings.
-
-    Raises:
-      DataError: if the directory holds no checkpoint that can be used, or not the one that was asked for, or one whose
-        parameters are not those of `abstract_params`.
-    """
+def existing_folder(workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of the checkpoints; DataError where there is none."""
     folder = (workdir / FOLDER).absolute()
     if folder.is_symlink():
         raise DataError(f"workdir {workdir}: {FOLDER} is a link, which is not followed")
     if not os.path.isdir(folder):
         raise DataError(f"workdir {workdir}: holds no checkpoint; train into it first")
+    return folder
+
+
+def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
+    """The step and the parameters of the newest good checkpoint, or of that of `step`; writes nothing.
+
+    Of a run with `train.ema` they are the averaged ones, as in its evaluations. `abstract_params` has
+    jax.ShapeDtypeStruct leaves with shardings. DataError if no such checkpoint can be used.
+    """
+    folder = existing_folder(workdir)
     found = newest_good(folder) if step is None else _checkpoint_of(workdir, step)
     if found is None:
         raise DataError(f"workdir {workdir}: holds no finished checkpoint; train into it first")
-    here = folder / str(found.step)
+    here, name = folder / str(found.step), "params"
     if (workdir / CONFIG_FILE).exists() and found.config_sha256 not in ("", fingerprint(load_config(workdir))):
         say(f"checkpoint {here}: {CONFIG_FILE} has changed since it was written")
-    name = "ema" if _has_average(here) else "params"
+    with contextlib.suppress(Exception):  # of many types; `read_arrays` will tell
+        name = "ema" if any(path[0] == "ema" for path in _stored_arrays(here)) else name
     return found.step, read_arrays(here, {name: abstract_params})[name]
 
 
-def _has_average(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint holds averaged parameters; not where it cannot be read, which `read_arrays` will tell."""
-    with contextlib.suppress(Exception):  # of many types, as in `stored_shapes`
-        return any(path[0] == "ema" for path in _stored_arrays(folder))
-    return False
-
-
 def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
-    folder = (workdir / FOLDER).absolute()
+    folder = existing_folder(workdir)
     steps, _ = list_steps(folder)
     if step not in steps:
         there = ", ".join(map(str, reversed(steps))) or "none"
@@ -201,16 +188,39 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
 def load_params(
     workdir: pathlib.Path, config: ModelConfig, step: int | None = None, best: bool = False
 ) -> tuple[int, Any]:
-    """`restore_params` for a model of this configuration, to the first device, after `check_size`.
-
-    With `best`, the parameters of the lowest validation loss among the checkpoints that are kept.
-    """
+    """`restore_params` to the first device; `best` is that of the lowest loss."""
     step = best_step(workdir) if best else step
     check_size(workdir, config, step)
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), parameter_shapes(config)
+    )
     return restore_params(workdir, abstract, step)
+
+
+def load_run(
+    workdir: str | pathlib.Path, step: int | None = None, *, validation_data: TokenData | None = None
+) -> TrainedRun:
+    """A run with its newest good checkpoint's parameters, or those of `step`, on all devices.
+
+    `validation_data` takes the place of the configuration's, as in `train_and_evaluate`.
+    """
+    workdir = local_path(workdir, "workdir")
+    # Any machine will do, whatever mesh the training had.
+    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    check_size(workdir, config.model, step)
+    load: LoadSplit = load_stored_split
+    if validation_data is not None:
+        load = given_loader({"validation": validation_data}, config.model.vocab_size)
+    run = dataclasses.replace(build_run(config, load_tokenizer(workdir)), load_split=load)
+    step, params = restore_params(workdir, run.abstract_state.params, step)
+    return TrainedRun(run, params, step)
+
+
+def parameter_shapes(config: ModelConfig) -> Any:
+    """Shape and dtype of each parameter of a model."""
+    init = build_model(config).init
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
@@ -218,10 +228,8 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
 
     Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
     """
-    folder = (workdir / FOLDER).absolute()
-    steps = list_steps(folder)[0] if os.path.isdir(folder) and not folder.is_symlink() else []
-    shapes = None
-    for number in [number for number in steps if step in (None, number)]:
+    folder, shapes = existing_folder(workdir), None
+    for number in [number for number in list_steps(folder)[0] if step in (None, number)]:
         with contextlib.suppress(DataError):
             shapes = stored_shapes(folder / str(number))
             break
@@ -241,52 +249,46 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
 
 
 def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
-    """The steps that have a folder; and other numeric names -> what is wrong with them. Both newest first."""
-    steps, others = [], {}
+    """The steps that have a folder; other numeric names and their faults. Newest first."""
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.isascii() or not entry.name.isdigit():
-                    continue
-                if entry.is_symlink():
-                    others[entry.name] = "is a link, which is not followed"
-                elif not entry.is_dir(follow_symlinks=False):
-                    others[entry.name] = "is no folder"
-                elif not STEP.fullmatch(entry.name) or int(entry.name) > LAST_STEP:
-                    others[entry.name] = "has no valid step number as its name"
-                else:
-                    steps.append(int(entry.name))
+        names = [name for name in os.listdir(folder) if name.isascii() and name.isdigit()]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
-    newest_first = sorted(others.items(), key=lambda item: item[0].lstrip("0").rjust(256, "0"), reverse=True)
-    return sorted(steps, reverse=True), dict(newest_first)
+    names.sort(key=lambda name: name.lstrip("0").rjust(256, "0"), reverse=True)
+    faults = {name: _fault_of_step(folder / name) for name in names}
+    return [int(name) for name in names if not faults[name]], {name: faults[name] for name in names if faults[name]}
+
+
+def _fault_of_step(path: pathlib.Path) -> str:
+    if path.is_symlink():
+        return "is a link, which is not followed"
+    if not path.is_dir():
+        return "is no folder"
+    valid = STEP.fullmatch(path.name) and int(path.name) <= LAST_STEP
+    return "" if valid else "has no valid step number as its name"
+
+
+def manifests(folder: pathlib.Path) -> Iterator[tuple[int, Manifest]]:
+    """The steps with a manifest that can be read, newest first."""
+    for step in list_steps(folder)[0]:
+        with contextlib.suppress(DataError):
+            yield step, read_manifest(folder / str(step))
 
 
 def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
-    """The multiples of `every` among the steps, newest first; without those right after an update that was left out."""
-    found = []
-    for step in list_steps(folder)[0]:
-        if step % every == 0:
-            with contextlib.suppress(DataError):
-                found += [] if read_manifest(folder / str(step)).after_skip else [step]
-    return found
+    """The multiples of `every`, newest first; not those right after a skipped update."""
+    return [step for step, manifest in manifests(folder) if step % every == 0 and not manifest.after_skip]
 
 
 def validation_losses(folder: pathlib.Path) -> dict[int, float]:
     """Step -> validation loss of those checkpoints in `folder` that have one."""
-    losses = {}
-    for step in list_steps(folder)[0]:
-        with contextlib.suppress(DataError):
-            loss = read_manifest(folder / str(step)).validation_loss
-            if loss is not None and math.isfinite(loss):
-                losses[step] = loss
-    return losses
+    losses = {step: manifest.validation_loss for step, manifest in manifests(folder)}
+    return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
 def best_step(workdir: pathlib.Path) -> int:
-    """The step of the lowest validation loss among the checkpoints of a working directory."""
-    folder = (workdir / FOLDER).absolute()
-    losses = validation_losses(folder) if folder.is_dir() and not folder.is_symlink() else {}
+    """The step of the lowest validation loss."""
+    losses = validation_losses(existing_folder(workdir))
     if not losses:
         raise DataError(f"workdir {workdir}: holds no checkpoint that has been evaluated")
     return min(losses, key=lambda step: (losses[step], step))
@@ -318,7 +320,7 @@ def set_aside_damaged(path: pathlib.Path) -> None:
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of the parameters in a checkpoint that has not been verified, without reading them."""
+    """Path -> shape of the parameters in a checkpoint that has not been verified."""
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
@@ -330,7 +332,7 @@ def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]
 
 
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """Names the first array of `tree` that a checkpoint lacks, or that differs there; None if all fit."""
+    """Names the first array of `tree` that a checkpoint lacks, or that differs there."""
     stored = _stored_arrays(folder)
     for path, leaf in ocp.tree.to_flat_dict(tree).items():
         if path not in stored:
@@ -349,7 +351,7 @@ def _stored_arrays(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
 
 
 def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint that `tree` names (jax.ShapeDtypeStruct with shardings), in the stored dtype."""
+    """The arrays of a checkpoint that `tree` names, in the stored dtype."""
     how = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), tree)
     try:
         fault = misfit(folder, tree)

@@ -1,6 +1,7 @@
-"""What a run tells its user: what is trained on what, what to do next, what to change where memory is short."""
+"""What a run tells its user: what is trained on what, what to do next, where memory is short."""
 
 import contextlib
+import datetime
 import pathlib
 import re
 import shlex
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.analysis.flops import active_parameters, attention_by_device
+from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.model import ModelConfig
@@ -30,7 +31,7 @@ from tlinformer_jax.models.attention import choose_backend
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import PARTITIONED
-from tlinformer_jax.training.optimizer import Horizon, warmup_note
+from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
@@ -50,18 +51,16 @@ def say(message: str) -> None:
 
 def clock(seconds: float) -> str:
     """A duration as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def is_of_bytes(run: Run) -> bool:
-    """Whether tokens are bytes."""
     return run.tokenizer.vocab_size <= BYTE_VOCABULARY
 
 
 @contextlib.contextmanager
 def compilation(step: int, length: int) -> Iterator[None]:
-    """Says that step `step` is compiled, on samples of `length` tokens, and how long that took."""
+    """Says that step `step` is compiled, and how long that took."""
     began = time.perf_counter()
     say(f"compiling the step for samples of {length:,} tokens; this may take a minute or more")
     yield
@@ -69,7 +68,7 @@ def compilation(step: int, length: int) -> Iterator[None]:
 
 
 def parameter_table(params: Any) -> str:
-    """The parameters by layer and part, those of equal layers of all blocks together; and their sum."""
+    """The parameters by layer and part, equal layers of all blocks together."""
     sizes: dict[str, list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *layer, name = (str(key.key) for key in path)
@@ -87,7 +86,7 @@ def parameter_table(params: Any) -> str:
 
 
 def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
-    """Says what is about to be trained, and on what; returns what is to be beaten, where that is known."""
+    """Says what is trained, and on what; returns what is to be beaten, if known."""
     config, model, length = run.config, run.config.model, run.config.data.sequence_length
     train, validation = splits["train"], splits["validation"]
     say(model_line(run))
@@ -103,9 +102,6 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     say(f"checkpoints: {f'every {every}{unit}, ' if every else ''}at the end")
     for line in (*length_lines(run, run.horizon, train), *(split_line(*item, length) for item in splits.items())):
         say(line)
-    if (parts := run.mesh.shape["window"]) > 1:
-        loads = attention_by_device(model, length, parts)
-        say(f"windows over {parts} devices: the busiest has {loads.max() / loads.mean():.3f} times the mean attention")
     if config.data.dataset != "pydoc" or not is_of_bytes(run):
         return None
     assert not isinstance(train, TaskSplit)
@@ -133,7 +129,7 @@ def model_line(run: Run) -> str:
 
 
 def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:
-    """The work of a run: FLOPs, steps and tokens; `horizon` and `train` are None where they are not known yet."""
+    """FLOPs, steps and tokens; `horizon` and `train` are None where not yet known."""
     config, length = run.config, run.config.data.sequence_length
     predicted = trained_tokens(config.model, length, config.train.sampled_windows)
     step = config.train.batch_size * length
@@ -147,8 +143,12 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
         text += f", {seen / num_samples(train, length):.2f} epochs"
     if predicted < length:
         text += f"; of them {horizon.steps * config.train.batch_size * predicted:,.0f} in sampled windows"
-    note = warmup_note(config.train, horizon)
-    return [*lines, text, *([note] if note else [])]
+    lines.append(text)
+    if (warmup := config.train.warmup_steps) > horizon.steps:
+        reached = f"{horizon.steps / warmup:.0%} of train.learning_rate at most"
+        more = f"note: train.warmup_steps = {warmup} is more than the run's {horizon.steps} updates"
+        lines.append(f"{more}: the learning rate rises to {reached}")
+    return lines
 
 
 def split_line(name: str, split: Split | None, length: int) -> str:
@@ -192,12 +192,12 @@ def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, f
 
 
 def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
-    """Names the last skipped update, the parameters whose gradient was not finite, and the batch."""
+    """Names the last skipped update, the parameters that were not finite, and the batch."""
     skips, step, most = state.skips, int(state.step), run.config.train.skippable
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(run.abstract_state.params)]
     where = "the loss is not finite"
     if int(skips.nonfinite):
-        name = "/".join(str(key.key) for key in paths[int(skips.first_nonfinite)])
+        name = jax.tree_util.keystr(paths[int(skips.first_nonfinite)], simple=True, separator="/")
         where = f"the gradient of {name} is not finite"
         if int(skips.nonfinite) > 1:
             where += f", nor are {int(skips.nonfinite) - 1} of the other {len(paths) - 1}"
@@ -218,25 +218,19 @@ class OutOfMemoryError(UserError):
 
 
 def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    """Turns a device's running out of memory in training into an `OutOfMemoryError` with advice."""
-    return advised(
-        lambda: (
-            f"a step holds less with {', or '.join(memory_savers(config, jax.device_count()))} "
-            "(--check_compile tells what it takes)"
-        )
-    )
+    """`advised` for training."""
+    text = "a step holds less with {} (--check_compile tells what it takes)"
+    return advised(lambda: text.format(", or ".join(memory_savers(config, jax.device_count()))))
 
 
 def memory_savers(config: RunConfig, devices: int) -> list[str]:
-    """The fields of `config` that can still be changed to save memory, cheapest first, each with its value."""
+    """The fields that can still be changed to save memory, cheapest first."""
     model, train, length = config.model, config.train, config.data.sequence_length
     advice = []
     if model.memory == "auto":
         advice.append("model.memory = 'low' (now 'auto')")
-    if train.micro_batch_size > 1:
-        advice.append(
-            f"a larger train.accumulation (now {train.accumulation}, {train.micro_batch_size} sequences at a time)"
-        )
+    if (rows := train.micro_batch_size) > 1:
+        advice.append(f"a larger train.accumulation (now {train.accumulation}, {rows} sequences at a time)")
     if train.batch_size > 1:
         advice.append(f"a smaller train.batch_size (now {train.batch_size})")
     if devices > 1 and config.mesh.fsdp == 1:
@@ -247,7 +241,7 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
 
 @contextlib.contextmanager
 def advised(advice: Callable[[], str]) -> Iterator[None]:
-    """Turns a device's running out of memory into an `OutOfMemoryError` that ends in `advice`."""
+    """Turns running out of memory into an `OutOfMemoryError` that ends in `advice`."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
@@ -260,15 +254,14 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of the runtime is about a device's main memory."""
-    if isinstance(error, MemoryError):
-        return True
     text = str(error).lower()
     # A kernel that needs more shared memory than a core has fails with the same name.
-    return ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
+    exhausted = ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
+    return exhausted or isinstance(error, MemoryError)
 
 
 def peak_bytes() -> int | None:
-    """Peak bytes in use on the first device since the process began; None where it does not count them."""
+    """Peak bytes in use on the first device; None where it does not count them."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -278,7 +271,7 @@ def evaluation_advice(batch_size: int) -> str:
 
 
 def generation_advice(num_samples: int, max_new_tokens: int) -> str:
-    """What saves memory in a generation of `num_samples` times `max_new_tokens` tokens."""
+    """What saves memory in a generation."""
     return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
 
 

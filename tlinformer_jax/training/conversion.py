@@ -1,8 +1,4 @@
-"""Published weights made a working directory, and a working directory made published weights.
-
-Nothing of the weights' file is ever executed, and what is written appears under its name when it is complete, or not
-at all.
-"""
+"""Published weights made a working directory, and a working directory made published weights."""
 
 import os
 import pathlib
@@ -14,6 +10,7 @@ import jax
 from tlinformer_jax.config.run import RunConfig, load_config, save_config
 from tlinformer_jax.data.tokenizers import build_tokenizer, save_tokenizer
 from tlinformer_jax.errors import DataError, UserError
+from tlinformer_jax.files import writing
 from tlinformer_jax.interop.files import SAFETENSORS, read_weights, write_safetensors
 from tlinformer_jax.interop.reference import params_from_reference, params_to_reference
 from tlinformer_jax.training.checkpoint import load_params
@@ -22,57 +19,43 @@ from tlinformer_jax.training.setup import build_run
 
 
 def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
-    """Makes a new working directory, at step 0, of published weights; returns a line that says so.
-
-    `source` is a .pt, .pth or .safetensors file; `config` is of the model, its tokenizer and its data.
-    """
+    """Makes a new working directory, at step 0, of published weights."""
     workdir = workdir.absolute()
-    _check_new(workdir)
+    try:
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise DataError(f"workdir {workdir}: must be a new or an empty directory")
+    except OSError as error:
+        raise DataError(f"workdir {workdir}: cannot be read ({error.strerror or error})") from None
     run = build_run(config, build_tokenizer(config.data.tokenizer))
     arrays = read_weights(source)
     try:
         params = params_from_reference(arrays, config.model)["params"]
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
-    try:
+    with writing(f"workdir {workdir}:"):
         workdir.parent.mkdir(parents=True, exist_ok=True)
         draft = workdir.with_name(f".{workdir.name}.{os.getpid()}.draft")
         try:
             draft.mkdir()
-            _fill(draft, run, params)
+            state = run.initial_state().starting_from(jax.device_put(params, run.shardings.params))
+            with Checkpoints(draft, keep=1) as checkpoints:
+                checkpoints.save(state)
+            save_tokenizer(run.tokenizer, draft)
+            save_config(run.config, draft)
             draft.rename(workdir)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
     return f"{workdir}: {config.model.architecture}, {_size(params):,} parameters, step 0, from {source}"
 
 
 def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
-    """Writes the last checkpoint's parameters as float32 under the published names; returns a line that says so."""
+    """Writes the last checkpoint's parameters as float32 under the published names."""
     if target.suffix != SAFETENSORS:
         raise UserError(f"--to={target}: must end in {SAFETENSORS}")
     config = load_config(workdir).model
     step, params = load_params(workdir, config)
     write_safetensors(target, params_to_reference({"params": params}, config), config)
     return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
-
-
-def _check_new(workdir: pathlib.Path) -> None:
-    try:
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-            raise DataError(f"workdir {workdir}: must be a new or an empty directory")
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: cannot be read ({error.strerror or error})") from None
-
-
-def _fill(directory: pathlib.Path, run: Any, params: Any) -> None:
-    """Writes configuration, tokenizer and checkpoint; the optimiser is as before the first update."""
-    state = run.initial_state().starting_from(jax.device_put(params, run.shardings.params))
-    with Checkpoints(directory, keep=1) as checkpoints:
-        checkpoints.save(state)
-    save_tokenizer(run.tokenizer, directory)
-    save_config(run.config, directory)
 
 
 def _size(params: Any) -> int:

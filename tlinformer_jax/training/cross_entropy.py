@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.data.tasks import AnswerPlaces
-from tlinformer_jax.kernels import rows as row_kernels
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.kernels.common import usable
 from tlinformer_jax.models.model import output_logits, padded_vocabulary
 
 # Tokens of a micro-batch whose logits are held at a time.
@@ -17,30 +19,13 @@ LOSS_CHUNK = 8192
 AnswersOf = Callable[[int], AnswerPlaces | None]
 
 
-def token_losses(hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int) -> jax.Array:
-    """Cross-entropy in nats of every token, float32 [batch, length]; for evaluation.
-
-    A gradient would compute the logits twice. Those of `chunk` tokens are held at a time. The head `embedding`, [V, D],
-    reads `hidden`, [batch, length, D]; `labels` are int32 [batch, length].
-    """
-    table = _table(embedding, hidden.dtype)
-
-    @jax.checkpoint
-    def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        rows, targets = part
-        return _chunk_losses(rows, table, targets, embedding.shape[0])[0]
-
-    parts = _chunks(hidden, chunk), _chunks(labels, chunk)
-    return _whole(jax.lax.map(losses, parts), hidden.shape[1])
-
-
 def token_losses_and_hits(
-    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """`token_losses`, and whether the label is what greedy decoding would choose, bool [batch, length].
-
-    Of equal logits the first counts as chosen.
-    """
+    hidden: Float[Array, "batch length D"],
+    embedding: Float[Array, "V D"],
+    labels: Int[Array, "batch length"],
+    chunk: int,
+) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
+    """Cross-entropy in nats of every token; whether greedy decoding would choose its label."""
     table = _table(embedding, hidden.dtype)
 
     def both(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -59,13 +44,9 @@ def summed_losses_and_hits(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of weights * cross-entropy in nats, and the weight of the labels that greedy decoding would choose.
 
-    For training; the second has no gradient, and costs nothing where it is not read. The first has the gradient of
-    weights * (cross-entropy + z_loss * Z^2), where Z is the log-sum-exp of a token's logits: what is reported is the
-    cross-entropy, whatever is trained beside it.
-
-    Its gradients are made along with the loss, chunk by chunk: logits are computed once, and their gradient is
-    rounded to hidden's dtype before it is multiplied, as the logits' own product was. The embedding's gradient is
-    summed in float32. Arguments are those of `token_losses`, and `weights`, float32 [batch, length].
+    For training. The first has the gradient of weights * (cross-entropy + z_loss * Z^2), where Z is the log-sum-exp
+    of a token's logits; the second has none. Gradients are made along with the loss, chunk by chunk: logits are
+    computed once, and their gradient is rounded to hidden's dtype.
     """
     losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
     return jnp.sum(losses * weights), jnp.sum(hits * weights)
@@ -101,13 +82,10 @@ summed_losses_and_hits.defvjp(_forward, _backward)
 def _chunk_slope(
     rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, z_loss: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses and hits [batch, c], and the gradient of the losses' weighted sum, with z_loss, by the logits.
-
-    That one is in rows' dtype, [batch, c, padded V].
-    """
-    if row_kernels.use_loss_kernel() and rows.dtype != jnp.float32:
+    """Losses and hits [batch, c], and the losses' gradient by the logits, [batch, c, V]."""
+    if usable("loss", rows.dtype):
         logits = output_logits(rows, table).reshape(-1, table.shape[0])
-        losses, slope = row_kernels.loss_and_slope(
+        losses, slope = loss_kernel.loss_and_slope(
             logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype, z_loss
         )
         hits = jnp.argmax(logits[:, :vocab_size], axis=-1) == targets.reshape(-1)
@@ -124,7 +102,7 @@ def _chunk_slope(
 def _chunk_losses(
     rows: jax.Array, table: jax.Array, targets: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [batch, c], logits [batch, c, padded V] (-inf past the vocabulary), their log-sum-exp [batch, c]."""
+    """Losses [batch, c], logits [batch, c, padded V], their log-sum-exp [batch, c]."""
     logits = output_logits(rows, table)
     if table.shape[0] != vocab_size:
         logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)
@@ -159,10 +137,7 @@ def _whole(chunks: jax.Array, length: int) -> jax.Array:
 
 
 def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
-    """Where a sample's labels count, int32 [batch, most]: the head, most of a small model's work, reads these alone.
-
-    At most `most` of the `weights` [batch, length] of a sample are not 0. None if there are no more places than these.
-    """
+    """Where a sample's labels count, int32 [batch, most]; None if there are no more places than these."""
     return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
 
 
@@ -172,6 +147,6 @@ def at_places(array: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def put_back(array: jax.Array, places: jax.Array, length: int, rest: Any) -> jax.Array:
-    """The inverse of `at_places`, [batch, length] of [batch, most], with `rest` elsewhere."""
+    """The inverse of `at_places`, with `rest` elsewhere."""
     rows = jnp.arange(array.shape[0])[:, None]
     return jnp.full((array.shape[0], length), rest, array.dtype).at[rows, places].set(array)

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.files import local_path
 from tlinformer_jax.models.windows import trained_tokens
-from tlinformer_jax.parallel.sharding import batch_sharding, process_rows, put_batch
+from tlinformer_jax.parallel.sharding import process_rows, put_batch
 from tlinformer_jax.training import console
 from tlinformer_jax.training import workdir as directory
 from tlinformer_jax.training.callbacks import (
@@ -27,44 +27,32 @@ from tlinformer_jax.training.callbacks import (
     Evaluate,
     Log,
     Save,
-    Schedule,
     Session,
+    StopRequest,
     Trace,
     TrainingView,
     as_callbacks,
     asks_to_end,
+    due_callbacks,
 )
 from tlinformer_jax.training.console import memory_advice
-from tlinformer_jax.training.metrics import MetricsLog, build_throughput
+from tlinformer_jax.training.metrics import MetricsLog, Throughput
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
     PENDING,
     LoadSplit,
     Run,
+    TrainedRun,
     build_run,
     flops_per_token,
     given_data,
     training_batches,
     use_compilation_cache,
 )
-from tlinformer_jax.training.step import TrainState, jit_train_step
-from tlinformer_jax.training.stopping import StopRequest
+from tlinformer_jax.training.step import TrainState
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The result of a training: its fixed parts, and the parameters after its last step.
-
-    The figures are the last evaluation's, as `evaluation.summary` names them; None if the run was stopped before.
-    """
-
-    run: Run
-    params: Any
-    figures: dict[str, float] | None
-    step: int
 
 
 def train_and_evaluate(
@@ -79,30 +67,28 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
 
-    SIGTERM, or SIGINT once, makes it save after the running step and return; see `stopping.StopRequest`.
+    SIGTERM, or SIGINT once, makes it save after the running step and return.
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
-      workdir: receives config.json, the tokenizer, texts.json, metrics.jsonl, TensorBoard events and checkpoints.
+      workdir: receives configuration, tokenizer, metrics and checkpoints.
       profile: a directory for a trace of a few training steps, or None.
-      init_from: another run's working directory, whose parameters a new run starts from; None for random ones.
+      init_from: another run's working directory, whose parameters a new run starts from.
       train_data: token ids to train on, for data.dataset = "tokens": an array, a file (its path, or a TokenFile) or
-        an iterable of documents or batches; None for those that the configuration names.
+        an iterable of documents or batches.
       validation_data: token ids to evaluate on; both are given, or none.
-      callbacks: what else is done after updates: each a Callback, or a function of a TrainingView. An error in one ends
-        the run; its checkpoints stay.
+      callbacks: what else is done after updates: Callbacks, or functions of a TrainingView.
 
     Returns:
       The figures of the last evaluation, such as loss, perplexity, bits_per_byte; empty if it was stopped before.
 
     Raises:
-      ConfigError, DataError: for what a user can mend, before anything is trained; DataError also where a checkpoint
-        cannot be written.
-      DivergedError: when loss or gradient are no longer finite and no rollback is left; the last checkpoint stays.
+      ConfigError, DataError: for what a user can mend.
+      DivergedError: when loss or gradient are no longer finite and no rollback is left.
       OutOfMemoryError: where a device has too little memory, with what would take less.
     """
-    given = {"train_data": train_data, "validation_data": validation_data}
-    return train_run(config, workdir, profile, init_from, **given, callbacks=callbacks).figures or {}
+    given = {"train": train_data, "validation": validation_data}
+    return train_run(config, workdir, profile, init_from, given, callbacks).figures or {}
 
 
 def train_run(
@@ -110,12 +96,10 @@ def train_run(
     workdir: str | pathlib.Path,
     profile: str | pathlib.Path | None = None,
     init_from: str | pathlib.Path | None = None,
-    *,
-    train_data: TokenData | None = None,
-    validation_data: TokenData | None = None,
+    given: Mapping[str, TokenData | None] = types.MappingProxyType({}),
     callbacks: GivenCallbacks = (),
-) -> Trained:
-    """What `train_and_evaluate` does, which says what the arguments are; returns more of what came of it."""
+) -> TrainedRun:
+    """What `train_and_evaluate` does; returns more of what came of it."""
     # ---- Everything is checked before anything is written
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = local_path(workdir, "workdir")
@@ -123,7 +107,7 @@ def train_run(
     trace = local_path(profile, "profile") if profile else None
     use_compilation_cache()
     origin = directory.find_origin(config, workdir, init_from)
-    config, load = given_data(config, workdir, train_data, validation_data)
+    config, load = given_data(config, workdir, given)
     run, splits, batches = prepare(config, workdir, load)
     train, main = config.train, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -140,7 +124,7 @@ def train_run(
             directory.save_description(run, splits, workdir)
         goal = console.describe(run, splits)
         first, last = int(state.step), run.horizon.steps
-        # Repeated are an evaluation that can end the run, to know whether it has, and the last one, for its figures.
+        # An evaluation that can end the run is repeated, and the last one, for its figures.
         evaluated = evaluated and not train.stop_at_accuracy and first < last
 
         # ---- Train
@@ -148,16 +132,16 @@ def train_run(
         rows = process_rows(run.mesh, train.batch_size)
         ends = None if state.competence is None else state.competence.ends
         reader = stack.enter_context(StagedReader(batches, ends, first, rows))
-        session = Session(run, splits["validation"], reader, checkpoints, log, build_throughput(run), stop)
+        session = Session(run, splits["validation"], reader, checkpoints, log, Throughput.of(run), stop)
         save = Save(train.checkpoint_every, session)
         evaluate = Evaluate(train.eval_every, session, save)
         logging = Log(train.log_every, session, (save, evaluate))
-        tracing = Trace(trace, first, last, session.throughput)
-        schedule = Schedule([logging, tracing, save, evaluate, *asked])
+        tracing = [Trace(trace, first, last, session.throughput)] if trace else []
+        every: list[Callback] = [logging, *tracing, save, evaluate, *asked]
         view = TrainingView(config, workdir, first, last, state)
         if evaluated or not evaluate.is_due(first) or not evaluate(view):
-            view = train_steps(session, view, schedule, evaluate)
-        for callback in schedule.callbacks:
+            view = train_steps(session, view, every, evaluate)
+        for callback in every:
             callback.finish(dataclasses.replace(view, evaluation=evaluate.figures))
     figures = {name: value for name, value in evaluate.figures.items() if name != "step"}
     finished = evaluate.figures.get("step") == view.step and (view.step == last or not stop)
@@ -165,13 +149,13 @@ def train_run(
         console.describe_end_of_run(run, workdir, figures, goal)
     else:
         console.say(f"stopped after step {view.step}, as asked; the same command goes on from there")
-    return Trained(run, view.params, figures if finished else None, view.step)
+    return TrainedRun(run, view.params, view.step, figures if finished else None)
 
 
 def prepare(
     config: RunConfig, workdir: pathlib.Path, load: LoadSplit = load_split
 ) -> tuple[Run, dict[str, Split], TrainingBatches]:
-    """The run, its splits and its batches, checked against each other and against the working directory."""
+    """The run, its splits and its batches, checked against the working directory."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     directory.check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
     run = dataclasses.replace(build_run(config, tokenizer, PENDING), load_split=load)
@@ -185,7 +169,7 @@ def prepare(
 def first_state(
     run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: directory.Origin | None = None
 ) -> tuple[TrainState, bool]:
-    """The state to go on from, that of the newest good checkpoint or a new one; and whether it has been evaluated."""
+    """The newest good checkpoint's state or a new one; whether it has been evaluated."""
     restored = checkpoints.restore(run.abstract_state)
     if restored is not None:
         state, manifest = restored
@@ -204,24 +188,17 @@ def first_state(
     return state, False
 
 
-def train_steps(session: Session, view: TrainingView, schedule: Schedule, evaluate: Evaluate) -> TrainingView:
-    """Makes the updates after `view`: all that are left, or those until a stop is asked for or a callback ends the run.
-
-    After each of them the callbacks that are due are called.
-    """
+def train_steps(
+    session: Session, view: TrainingView, callbacks: Sequence[Callback], evaluate: Evaluate
+) -> TrainingView:
+    """The updates after `view`, each with the callbacks due after it."""
     run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
-    update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]] = jit_train_step(
-        run.shardings,
-        batch_sharding(run.mesh),
-        model=run.model,
-        config=config.train,
-        horizon=run.horizon,
-        answers=run.answers,
-        stages=config.data.stages,
-    )
+    update = run.train_step()
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
     first, state = view.step, view.state
     throughput.restart()
+    for callback in callbacks:
+        callback.timer.restart()
     for step in range(first + 1, view.last_step + 1):
         if session.stop.poll():
             break
@@ -241,7 +218,7 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
         # ---- What is due after it
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
-        for callback in schedule.due(step, outputs):
+        for callback in due_callbacks(callbacks, step, outputs):
             try:
                 ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
             except DivergedError as error:
@@ -258,31 +235,26 @@ def train_steps(session: Session, view: TrainingView, schedule: Schedule, evalua
 def roll_back(session: Session, view: TrainingView, error: DivergedError) -> TrainState:
     """The state to go on from after a divergence: parameters and optimiser of the last regular checkpoint.
 
-    The step stays, so that batches remain a function of it: the bad ones lie behind, and the updates since that
-    checkpoint count as skipped.
-
-    Raises:
-      DivergedError: of the same text, where train.max_skipped_updates allows no more, or no such checkpoint is left.
+    The step stays: the bad batches lie behind, and the updates since that checkpoint count as skipped. Raises the error
+    where train.max_skipped_updates allows no more returns.
     """
-    run, state = session.run, view.state
+    run, state, train = session.run, view.state, view.config.train
     done = int(state.skips.rollbacks)
-    if done >= run.config.train.rollbacks:
+    if done >= train.rollbacks:
         raise DivergedError(f"{error}; lower train.learning_rate") from None
     for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
         leaf.delete()  # a device may not hold two of them
     restored = session.checkpoints.restore(run.abstract_state, regular=True)
     if restored is None:
-        every = run.config.train.checkpoint_every
-        raise DivergedError(
-            f"{error}; no checkpoint at a multiple of train.checkpoint_every = {every} is left"
-        ) from None
+        left = f"no checkpoint at a multiple of train.checkpoint_every = {train.checkpoint_every} is left"
+        raise DivergedError(f"{error}; {left}") from None
     older = restored[0]
     console.say(f"{error}; going on from the parameters of step {int(older.step)}, with the batches after {view.step}")
     skipped = view.step - int(older.step) + int(older.skips.total)
-    values = {"in_a_row": 0, "total": skipped, "rollbacks": done + 1}
     # With the layout that they had, or the next step would be compiled anew.
-    place = functools.partial(jax.device_put, device=state.step.sharding)
-    skips = dataclasses.replace(state.skips, **{name: place(jnp.int32(value)) for name, value in values.items()})
+    in_a_row, total, rollbacks, step = (
+        jax.device_put(jnp.int32(value), state.step.sharding) for value in (0, skipped, done + 1, view.step)
+    )
+    skips = dataclasses.replace(state.skips, in_a_row=in_a_row, total=total, rollbacks=rollbacks)
     # Which stages of a curriculum have ended stays decided: the batches so far were theirs.
-    step, competence = place(jnp.int32(view.step)), state.competence
-    return dataclasses.replace(older, step=step, skips=skips, competence=competence)
+    return dataclasses.replace(older, step=step, skips=skips, competence=state.competence)

@@ -1,11 +1,8 @@
 """The loss of a batch: the model gives hidden states, of a sequence or of a window; here they meet their labels.
 
-A long sequence is computed window after window, each window's gradient made together with its loss.
-
-Window sampling: a training step on k of a sequence's n windows. Windows are independent given the embeddings, so the
-gradient of k of them, drawn without replacement with equal probabilities and weighted by n / k, is right in
-expectation; a step on a very long sequence then costs its embeddings, block 0's projections and k windows. All
-sequences of a micro-batch take the same windows.
+A long sequence is computed window after window, each window's gradient made together with its loss. Windows are
+independent given the embeddings, so the gradient of k of n windows, weighted by n / k, is right in expectation: a step
+may sample them, the same in all sequences of a micro-batch.
 """
 
 import dataclasses
@@ -13,7 +10,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +30,7 @@ from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_run, prepare_sequence, window_states
 from tlinformer_jax.models.windows import Segment, assign_runs, num_windows
-from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, SplitWindows, assign_windows
+from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, assign_windows
 from tlinformer_jax.training.cross_entropy import (
     LOSS_CHUNK,
     AnswersOf,
@@ -44,20 +40,9 @@ from tlinformer_jax.training.cross_entropy import (
 )
 
 DeviceBatch = dict[str, jax.Array]
-RowsLoss = Callable[[jax.Array, jax.Array, DeviceBatch], tuple[jax.Array, jax.Array]]
-WindowLoss = Callable[[Any, Any, Any, Any], tuple[Float[Array, ""], Float[Array, ""]]]
-
-
-class LossAux(NamedTuple):
-    """What is summed along with the loss, without a gradient.
-
-    Attributes:
-      window_losses: of each window that is run, float32 [windows], where one is computed after the other, else [0].
-      right: weight of the labels that greedy decoding would choose, float32 [].
-    """
-
-    window_losses: jax.Array
-    right: jax.Array
+LossAndRight = tuple[Float[Array, ""], Float[Array, ""]]
+RowsLoss = Callable[[jax.Array, jax.Array, DeviceBatch], LossAndRight]
+WindowLoss = Callable[[Any, Any, Any, Any], LossAndRight]
 
 
 def summed_loss(
@@ -71,20 +56,17 @@ def summed_loss(
     answers: AnswersOf | None = None,
     divisor: jax.Array | float = 1.0,
     z_loss: float = 0.0,
-) -> tuple[jax.Array, LossAux]:
-    """Cross-entropy in nats, weighted and summed over a batch; of all windows, or estimated from the given ones.
+) -> LossAndRight:
+    """Cross-entropy in nats, weighted and summed over a batch; and the weight of the labels that are right.
 
-    The hidden states of a whole sequence, and one cross-entropy; or, for a long sequence, those of a window and its
-    cross-entropy, window after window. Where devices share the batch, or its sequences, it is this device's share.
+    Of the hidden states of a whole sequence, or window after window. Where devices share the batch, or its sequences,
+    it is this device's share.
 
     Args:
-      params: parameters, as `model.init` names them.
-      batch: as `train_step` takes it, with `documents` where a sample holds several, see `Embedded`.
+      batch: as `train_step` takes it, and `answers`; with `documents` where a sample holds several, see `Embedded`.
       key: of the dropout.
       windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
-      model: of the parameters.
       split: of the batch over devices.
-      answers: where labels count.
       divisor: of the sum.
       z_loss: of the gradient, see `TrainConfig`.
     """
@@ -103,7 +85,7 @@ def summed_loss(
         hidden = hidden_states(typed, shape, embed(typed, shape, inputs, documents=documents), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = rows_loss(hidden, typed.embedding, rows)
-        return total / divisor, LossAux(jnp.zeros(0, jnp.float32), right)
+        return total / divisor, right
     before = None
     if sequences.rows is not None:
         # The rows of a device are not neighbours: the token before each lies on another device.
@@ -115,16 +97,15 @@ def summed_loss(
         plan = dataclasses.replace(plan, together=1)
     embeddings = embed(typed, shape, inputs, before, documents)
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
-    total, right, found = jnp.float32(0), jnp.float32(0), []
+    total, right = jnp.float32(0), jnp.float32(0)
     for loop in window_loops(shape, sequence, rows, sequences, windows):
         branches = tuple(functools.partial(window_loss, shape, run, rows_loss) for run in loop.runs)
         shared, steps = (typed, loop.history), (loop.indices, loop.rows)
-        (loss, hits), each = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
+        loss, hits = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
         total, right = total + loss, right + hits
-        found.append(loop.gathered(each))
-    # Other micro-batches draw other windows.
-    each = jnp.concatenate(found) if windows is None else jnp.zeros(0, jnp.float32)
-    return total * window_weight(shape, length, windows) / divisor, LossAux(each, right)
+    # n / k, by which sampled windows count.
+    weight = 1.0 if windows is None else num_windows(shape, length) / windows.shape[0]
+    return total * weight / divisor, right
 
 
 def window_loss(
@@ -135,19 +116,11 @@ def window_loss(
     step: tuple[jax.Array, DeviceBatch],
     shared: tuple[ModelParams, History],
     x: Stream | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> LossAndRight:
     """`weighted_loss` of a generation window, or of those that run together, as `sum_with_gradients` takes it.
 
-    Where rows are split over devices, it is that of this device's rows of the window, and `x` is None.
-
-    Args:
-      shape: of the model.
-      run: of windows, whose static shapes it has.
-      rows_loss: `weighted_loss` with its settings.
-      fixed: that of the sequence.
-      step: (the window's index, its labels and weights).
-      shared: (parameters from `prepare_params`, the history).
-      x: the window's own rows, after those that overlap the window before.
+    `step` are the window's index, its labels and weights; `shared` parameters and history; `x` the window's own rows,
+    after those that overlap. Where rows are split over devices, it is of this device's rows, and `x` is None.
     """
     (params, history), (index, rows) = shared, step
     size, split, overlap = shape.generation_window, history.split, run.overlap(shape)
@@ -171,18 +144,14 @@ def window_loss(
 def count_routers(
     params: ModelParams, shape: ModelConfig, weights: jax.Array, divisor: jax.Array | float
 ) -> ModelParams:
-    """The parameters with the routers' losses, which count as much as these labels, `weights`, do in the loss.
-
-    So their gradient is that of a mean over micro-batches, devices and windows, each balanced by itself. The loss is
-    without them.
-    """
+    """The parameters with the routers' losses, which count as much as these labels, `weights`, do in the loss."""
     return with_router_losses(params, jnp.sum(weights) / divisor) if shape.mixture else params
 
 
 def weighted_loss(
     hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, z_loss: float
-) -> tuple[jax.Array, jax.Array]:
-    """`summed_losses_and_hits`; of tasks, where at most `most` rows of a sample have weights, of those rows alone."""
+) -> LossAndRight:
+    """`summed_losses_and_hits`; of tasks, of the `most` rows that have weights alone."""
     if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
         hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
     return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK, z_loss)
@@ -199,56 +168,40 @@ def sum_with_gradients(
     fixed: Any,
     steps: Any,
     which: Int[Array, " steps"] | None,
-) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Float[Array, " steps"]]:
-    """The sum of the windows' losses, and each window's, such that differentiation keeps nothing of any window.
+) -> LossAndRight:
+    """The sum of the windows' losses such that differentiation keeps nothing of any window.
 
-    Why this is not simply differentiated. A window reads all of the history before it, so what its backward pass
-    needs (the attention's inputs, the feed-forward's inner values of C, z and x) is as large as its history. Over a
-    sequence of N tokens JAX would keep that for every window until the last one is done: memory that grows with
-    N^2 / W_og. `jax.checkpoint` around each window would keep nothing, but compute each window twice, and add up the
-    gradients of what the windows share in its own dtype: in bfloat16 the sum over a thousand windows stops growing
-    after a few hundred.
+    A window reads all of the history before it, so what its backward pass needs is as large as its history. Over N
+    tokens JAX would keep that for every window: memory that grows with N^2 / W_og. `jax.checkpoint` around each window
+    would compute it twice, and add up what windows share in bfloat16, where such a sum stops growing.
 
-    But the loss is a sum. The gradient of a sum can be made term by term, and the only thing that the rest of the
-    program can still change about a term's gradient is a factor, the slope of whatever is done with the sum. So when
-    this function is differentiated, its *forward* pass runs, window after window,
+    But the loss is a sum, so its gradient can be made term by term, and all that the rest of the program can still
+    change is a factor, the slope of whatever is done with the sum. So the *forward* pass runs, window after window,
 
         loss_w, pull = jax.vjp(window_loss, shared, part_w)        the window's forward pass
         gradient    += pull(1)                                     at once its backward pass, added up in float32
 
-    and keeps the summed gradient alone. The backward pass multiplies it with the slope. So:
+    and keeps the summed gradient alone, which the backward pass multiplies with the slope. Memory is that of one window
+    and of the gradients; nothing is computed twice.
 
-    - memory is that of one window, of the shared arrays' gradient in float32, and of the parts' gradients;
-    - nothing is computed twice: the work is that of differentiating everything at once;
-    - the loop's carry is (sum, gradient), whatever the length of the sequence.
-
-    What is shared (parameters, and the history with its projections) and what is a window's own (its rows) are
-    differentiated; the chain goes on from there to the embeddings and to the parameters that made them, outside of
-    the loop. Not differentiated are rotations, dropout, labels and window indices.
-
-    Windows of different static shapes can take turns: where `which` chooses among several branches, what one of them
-    needs exists while it runs only. That is how sampled windows, each with a history of its own length, share a loop.
+    Windows of different static shapes, such as sampled ones, can take turns: `which` chooses among several branches.
 
     Args:
-      branches: window_loss(fixed, step, shared, part) -> two float32 [], the loss, and what is summed along with it
-        and has no gradient; must not close over traced values.
-      shared: pytree of floating arrays that every window reads; differentiated.
+      branches: window_loss(fixed, step, shared, part) -> the loss, and what is summed along with it and has no
+        gradient; must not close over traced values.
+      shared: pytree of floating arrays that every window reads, parameters and history; differentiated.
       parts: pytree of floating arrays [steps, ...] (or empty), a slice for each window; differentiated.
       fixed: pytree that every window reads; not differentiated.
       steps: pytree of arrays [steps, ...], a slice for each window; not differentiated.
       which: the branch of each window; None with a single branch.
-
-    Returns:
-      both sums; and each window's loss, float32 [steps]. Gradients flow through the sum of losses alone.
     """
 
-    def body(sums: Any, item: Any) -> tuple[Any, Array]:
+    def body(sums: Any, item: Any) -> tuple[Any, None]:
         part, step, index = item
         run = branches[0] if index is None else functools.partial(jax.lax.switch, index, branches)
-        values = run(fixed, step, shared, part)
-        return jax.tree.map(jnp.add, sums, values), values[0]
+        return jax.tree.map(jnp.add, sums, run(fixed, step, shared, part)), None
 
-    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))
+    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))[0]
 
 
 def _forward(branches, shared, parts, fixed, steps, which):
@@ -259,8 +212,8 @@ def _forward(branches, shared, parts, fixed, steps, which):
         return jax.lax.switch(item[2], choices, carry, item)
 
     body = choices[0] if which is None else chosen
-    (sums, total), (each, part_gradients) = jax.lax.scan(body, start, (parts, steps, which))
-    return (sums, each), (rounded(total, shared), part_gradients)
+    (sums, total), part_gradients = jax.lax.scan(body, start, (parts, steps, which))
+    return sums, (rounded(total, shared), part_gradients)
 
 
 def _add_loss_and_gradient(branch, shared, fixed, carry, item):
@@ -268,11 +221,11 @@ def _add_loss_and_gradient(branch, shared, fixed, carry, item):
     (sums, total), (part, step, _) = carry, item
     loss, pull, aux = jax.vjp(functools.partial(branch, fixed, step), shared, part, has_aux=True)
     gradient, part_gradient = pull(jnp.ones_like(loss))
-    return (jax.tree.map(jnp.add, sums, (loss, aux)), add_wide(total, gradient)), (loss, part_gradient)
+    return (jax.tree.map(jnp.add, sums, (loss, aux)), add_wide(total, gradient)), part_gradient
 
 
 def _backward(branches, gradients, cotangents):
-    (slope, _), _ = cotangents
+    slope, _ = cotangents
     shared, parts = jax.tree.map(lambda array: (array.astype(jnp.float32) * slope).astype(array.dtype), gradients)
     return shared, parts, None, None, None
 
@@ -281,69 +234,33 @@ sum_with_gradients.defvjp(_forward, _backward)
 
 
 def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -> jax.Array | None:
-    """`count` different windows of a sequence of `length` tokens, int32 [count]; None if those are all.
-
-    They are sorted, so that a loop through them goes from short histories to long ones.
-    """
+    """`count` different windows, int32 [count], ascending; None if those are all."""
     windows = num_windows(config, length)
     if count == 0 or count >= windows:
         return None
     return jnp.sort(jax.random.permutation(key, windows)[:count]).astype(jnp.int32)
 
 
-def window_weight(config: ModelConfig, length: int, windows: jax.Array | None) -> float:
-    """n / k, by which the sampled windows' losses count."""
-    return 1.0 if windows is None else num_windows(config, length) / windows.shape[0]
+class WindowLoop(NamedTuple):
+    """Windows that one loop goes through, as `sum_with_gradients` takes them."""
 
+    runs: tuple[Segment, ...]  # the static shapes they have, a branch for each
+    history: History  # what they reach of it
+    own: Stream | None  # their rows; None where devices share them
+    indices: Array  # int32 [steps], or of those that run together, [steps, g]
+    rows: Any  # what goes along with the tokens, such as labels, [steps, ...]; zeros where there is no window
+    which: Array | None = None  # of `runs`, for each window; None with a single one
 
-@flax.struct.dataclass
-class WindowLoop:
-    """Windows that one loop goes through, as `sum_with_gradients` takes them.
-
-    Attributes:
-      runs: the static shapes that its windows have, a branch for each.
-      count: windows of all devices together.
-      history: what its windows reach of it.
-      own: the windows' rows; None where devices share them.
-      indices: of the windows, int32 [steps], or of those that run together, [steps, g].
-      rows: what goes along with the tokens, such as labels, [steps, ...]; zeros where there is no window.
-      which: of `runs`, for each window; None with a single one.
-      places: where windows are split over devices, those of this device's among all `count`; else None.
-    """
-
-    runs: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
-    count: int = flax.struct.field(pytree_node=False)
-    history: History
-    own: Stream | None
-    indices: Array
-    rows: Any
-    which: Array | None = None
-    places: Array | None = None
-
-    def on_device(self, split: SplitWindows | None, assigned: np.ndarray) -> "WindowLoop":
-        """The loop over this device's windows, as `assign_windows` has dealt them out; itself where none split them."""
-        if split is None:
+    def on_device(self, assigned: np.ndarray) -> "WindowLoop":
+        """The loop over this device's windows, as `assign_windows` has dealt them out."""
+        if assigned.shape[1] == 1:
             return self
-        places = split.mine(assigned)
-
-        def taken(array: Array) -> Array:
-            return jnp.take(array, jnp.maximum(places, 0), axis=0)
-
-        def masked(array: Array) -> Array:
-            there = (places >= 0).reshape(-1, *(1,) * (array.ndim - 1))
-            return jnp.where(there, taken(array), jnp.zeros_like(array, shape=(len(places), *array.shape[1:])))
-
-        own, indices, which = jax.tree.map(taken, (self.own, self.indices, self.which))
-        rows = jax.tree.map(masked, self.rows)
-        return self.replace(own=own, indices=indices, rows=rows, which=which, places=places)  # type: ignore[attr-defined]
-
-    def gathered(self, each: Float[Array, " steps"]) -> Float[Array, " count"]:
-        """Each window's loss at its place among those of all devices, zeros for others'."""
-        each = jax.lax.stop_gradient(each)
-        if self.places is None:
-            return each
-        at = jnp.where(self.places < 0, self.count, self.places)
-        return jnp.zeros(self.count, each.dtype).at[at].add(each, mode="drop")
+        places = jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index("window")]
+        beyond = jnp.where(places < 0, assigned.size, places)
+        take = functools.partial(jnp.take, indices=jnp.maximum(places, 0), axis=0)
+        fill = functools.partial(jnp.take, indices=beyond, axis=0, mode="fill", fill_value=0)
+        own, indices, which = jax.tree.map(take, (self.own, self.indices, self.which))
+        return self._replace(own=own, indices=indices, rows=jax.tree.map(fill, self.rows), which=which)
 
 
 def window_loops(
@@ -359,8 +276,8 @@ def window_loops(
     if windows is None:
         for run, assigned in zip(runs, assign_runs(runs, parts)):
             own, indices = sequence.windows(config, run, run.overlap(config)), jnp.asarray(run.windows)
-            loop = WindowLoop((run,), run.count, sequence.reach(config, run), own, indices, run.rows(config, rows))
-            yield loop.on_device(split.windows, assigned)
+            loop = WindowLoop((run,), sequence.reach(config, run), own, indices, run.rows(config, rows))
+            yield loop.on_device(assigned)
         return
     every = Segment(0, (0,) * sequence.count, 0, 0)  # of it only which windows it has is read
     arrays = sequence.windows(config, every, config.window_overlap), every.rows(config, rows)
@@ -368,8 +285,8 @@ def window_loops(
     # Each takes the branch of the run that it lies in.
     firsts = jnp.asarray([run.first for run in runs[1:]], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
-    loop = WindowLoop(runs, windows.shape[0], sequence.history, own, windows, taken, which)
-    yield loop.on_device(split.windows, assign_windows(loop.count, parts, np.zeros(parts)))
+    loop = WindowLoop(runs, sequence.history, own, windows, taken, which)
+    yield loop.on_device(assign_windows(windows.shape[0], parts, np.zeros(parts)))
 
 
 def pad_rows(array: Array, count: int) -> Array:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import time
@@ -13,7 +12,7 @@ import jax
 
 from tlinformer_jax.analysis.flops import peak_flops
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import open_own, own_folder, write_text
+from tlinformer_jax.files import finite, open_own, own_folder, write_text, writing
 from tlinformer_jax.training.console import clock, is_of_bytes, say
 from tlinformer_jax.training.setup import Run, flops_per_token
 
@@ -25,44 +24,36 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class TensorBoardWriter:
-    """TensorBoard events without TensorFlow; those of steps after `step` that are there already are hidden.
+    """TensorBoard events without TensorFlow; those of steps after `step` are hidden.
 
-    By tensorboardX's file writer. Its SummaryWriter writes in a thread, and once a full disk has killed the thread the
-    run would wait for it for ever. Every method raises OSError instead.
+    tensorboardX's SummaryWriter would wait for ever once a full disk has killed its thread: here OSError is raised.
     """
 
     def __init__(self, folder: pathlib.Path, step: int = 0) -> None:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         self._file = EventsWriter(str(folder / "events"))
-        start = SessionLog(status=SessionLog.START)
-        self._file.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
-        self._file.flush()
+        self.flush, self.close = self._file.flush, self._file.close
+        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._write(step, summary=Summary(value=values))
 
-    def flush(self) -> None:
-        self._file.flush()
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
 
-    def close(self) -> None:
-        self._file.close()
+        self._file.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
-    """Drops the events after `step` from a metrics.jsonl, and a line that a kill has torn; whole or not at all.
+    """Drops the events after `step`, and that step's evaluation unless `keep_evaluation`.
 
-    Damaged lines go too; those before the last one, which no kill explains, are counted on stderr.
-
-    Args:
-      path: of the file, which may be missing.
-      step: the run goes on from.
-      keep_evaluation: whether that step's evaluation stays; not where it will be repeated.
+    Damaged lines go too: the last one, torn by a kill, in silence; those before it are counted on stderr.
     """
     if not path.exists():
         return
@@ -82,91 +73,73 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-class MetricsLog:
-    """Writes each event to metrics.jsonl and to TensorBoard.
+class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
+    """Writes each event to metrics.jsonl and to TensorBoard; a DataError names what cannot be written.
 
-    Every method raises a DataError where something cannot be written (disk full, say), naming it.
-
-    Args:
-      workdir: the working directory.
-      active: whether to write at all; process 0 of a run alone does.
-      step: the run goes on from; later events that are there were of lost steps and are dropped.
-      keep_evaluation: whether that step's evaluation stays.
+    Only where `active`, which process 0 of a run alone is. The run goes on from `step`: see `cut_back`.
     """
 
     def __init__(
         self, workdir: pathlib.Path, active: bool = True, step: int = 0, keep_evaluation: bool = False
     ) -> None:
-        self._active, self._workdir = active, workdir
+        self._active, self._name = active, f"workdir {workdir}: "
         if active:
-            with self._writing(METRICS_FILE), open_own(workdir / METRICS_FILE, "ab"):
+            path, board = workdir / METRICS_FILE, workdir / TENSORBOARD_FOLDER
+            with writing(self._name + METRICS_FILE), open_own(path, "ab"):
                 pass  # before anything else is touched
-            with self._writing(TENSORBOARD_FOLDER):
-                own_folder(workdir / TENSORBOARD_FOLDER)
-                self._board = TensorBoardWriter(workdir / TENSORBOARD_FOLDER, step)
-            with self._writing(METRICS_FILE):
-                cut_back(workdir / METRICS_FILE, step, keep_evaluation)
-                # Unbuffered, so that a full disk is told once.
-                self._file = open_own(workdir / METRICS_FILE, "ab", buffering=0)
-
-    def __enter__(self) -> "MetricsLog":
-        return self
+            with writing(self._name + TENSORBOARD_FOLDER):
+                own_folder(board)
+                self._board = TensorBoardWriter(board, step)
+            with writing(self._name + METRICS_FILE):
+                cut_back(path, step, keep_evaluation)
+                self._file = open_own(path, "ab", buffering=0)  # unbuffered, so that a full disk is told once
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        try:
+        # A second error would hide the one under way.
+        with contextlib.suppress(DataError) if kind else contextlib.nullcontext():
             self.close()
-        except DataError:
-            if kind is None:  # or it would hide the error under way
-                raise
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records one event; the JSON line is on disk when this returns."""
         if not self._active:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
-        line = json.dumps({"step": step, **finite}).encode() + b"\n"
-        with self._writing(METRICS_FILE):
+        line = json.dumps({"step": step, **finite(dict(scalars))}).encode() + b"\n"
+        with writing(self._name + METRICS_FILE):
             while line:  # a write may take a part only
                 line = line[self._file.write(line) :]
-        with self._writing(TENSORBOARD_FOLDER):
+        with writing(self._name + TENSORBOARD_FOLDER):
             self._board.write_scalars(step, scalars)
 
     def sync(self) -> None:
         """Brings what was written to the disk; called before a checkpoint."""
         if self._active:
-            with self._writing(METRICS_FILE):
+            with writing(self._name + METRICS_FILE):
                 os.fsync(self._file.fileno())
-            with self._writing(TENSORBOARD_FOLDER):
+            with writing(self._name + TENSORBOARD_FOLDER):
                 self._board.flush()
 
     def close(self) -> None:
-        """Flushes and closes both."""
         if self._active:
             try:
                 self.sync()
             finally:
                 self._active = False
                 self._file.close()
-                with self._writing(TENSORBOARD_FOLDER):
+                with writing(self._name + TENSORBOARD_FOLDER):
                     self._board.close()
-
-    @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
-        """Names the file that cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            raise DataError(f"workdir {self._workdir}: {name} cannot be written ({error.strerror or error})") from None
 
 
 class Throughput:
-    """Speed of the training steps, saving included, compilation and evaluation excluded; and the time left.
+    """Speed of the training steps, saving included, compilation and evaluation excluded.
 
-    Args:
-      total_steps: of the run.
-      flops_per_token: model FLOPs, by `analysis.flops`; may be set anew after a restart.
-      peak_flops: of all devices together, FLOP/s; None where it is not known.
+    `flops_per_token` are model FLOPs, to be set anew after a restart; `peak_flops` those of all devices a second.
     """
+
+    @classmethod
+    def of(cls, run: Run) -> "Throughput":
+        peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
+        per_token = flops_per_token(run, run.config.data.sequence_length)
+        return cls(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
 
     def __init__(self, total_steps: int, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
         self._total = total_steps
@@ -175,7 +148,7 @@ class Throughput:
         self.restart()
 
     def restart(self, keep_saving: bool = False) -> None:
-        """Forgets the time since the last report, but that of checkpoints where `keep_saving`."""
+        """Forgets the time since the last report, but saving where `keep_saving`."""
         self._saved = self._saved if keep_saving else 0.0
         self._since = time.perf_counter() - self._saved
         self._steps, self._tokens, self._waited = 0, 0.0, 0.0
@@ -201,10 +174,8 @@ class Throughput:
     def report(self, step: int) -> dict[str, float]:
         """The figures since the last report, all steps up to `step` being done.
 
-        Returns:
-          tokens_per_second; tflops, model FLOPs per second in 1e12; mfu, their fraction of the devices' peak, where
-          that is known; input_wait and save_wait, the fractions of the time spent waiting for batches and for
-          checkpoints; eta, the seconds left at the mean speed so far.
+        tflops are model FLOPs a second in 1e12; mfu is their share of the devices' peak; input_wait and save_wait are
+        shares of the time; eta are the seconds left at the mean speed so far.
         """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         self._all_steps, self._all_seconds = self._all_steps + self._steps, self._all_seconds + elapsed
@@ -222,31 +193,22 @@ class Throughput:
         return figures
 
 
-def build_throughput(run: Run) -> Throughput:
-    """Measures the run's speed in tokens, in model FLOPs, and as a fraction of the devices' peak."""
-    peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
-    per_token = flops_per_token(run, run.config.data.sequence_length)
-    return Throughput(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
-
-
 # ---- Events
 
 
 def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], speed: Mapping[str, float]) -> None:
-    """Writes and prints the figures of a step of `last`; `speed` is what `Throughput.report` returns, or empty."""
+    """Writes and prints the figures of a step; `speed` is a `Throughput.report`, or empty."""
     names = ("loss", "grad_norm", "learning_rate", *(["accuracy"] if "accuracy" in metrics else []))
     values = {f"train/{name}": float(metrics[name]) for name in names}
     line = f"step {step}/{last}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.3f}"
     if "accuracy" in metrics:
         line += f"  accuracy {values['train/accuracy']:.3f}"
-    skips = metrics["skips"]
-    for name, count, text in (
-        ("skipped_updates", skips.total, "skipped"),
-        ("rollbacks", skips.rollbacks, "rolled back"),
-    ):
-        if int(count):
-            values[f"train/{name}"] = int(count)
-            line += f"  {int(count)} {text}"
+    if skipped := int(metrics["skips"].total):
+        values["train/skipped_updates"] = skipped
+        line += f"  {skipped} skipped"
+    if rollbacks := int(metrics["skips"].rollbacks):
+        values["train/rollbacks"] = rollbacks
+        line += f"  {rollbacks} rolled back"
     if speed:
         values |= {f"train/{name}": value for name, value in speed.items() if name != "eta"}
         used = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else f"  {speed['tflops']:.3g} TFLOP/s"
@@ -256,7 +218,7 @@ def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], 
 
 
 def log_evaluation(log: MetricsLog, run: Run, step: int, figures: Mapping[str, float], seconds: float) -> None:
-    """Writes and prints the figures of an evaluation; of a model of bytes, bits per byte come first."""
+    """Writes and prints the figures of an evaluation; bits per byte first for bytes."""
     log.write(step, {f"eval/{name}": value for name, value in figures.items()})
     first = "bits_per_byte" if is_of_bytes(run) else "loss"
     names = sorted(figures, key=lambda name: name != first)

@@ -14,11 +14,9 @@ from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
-# The root mean square of Muon's updates at rate 1: that of AdamW's, so both take the same rates and the same weight
-# decay (arXiv 2502.16982).
+# The root mean square of Muon's updates at rate 1: that of AdamW's (arXiv 2502.16982).
 MUON_RMS = 0.2
-# The matrices that Muon trains, with the axes that each reads and writes. An axis that is not named counts several
-# matrices: Q, K and V, and the feed-forward's two, are orthogonalised one by one.
+# The matrices that Muon trains, with the axes that each reads and writes; others count several matrices.
 MUON_MATRICES = {
     "qkv_kernel": MuonDimensionNumbers(0, (2, 3)),
     "out_kernel": MuonDimensionNumbers((0, 1), 2),
@@ -31,14 +29,14 @@ MUON_MATRICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """How long a run is, once its data is known: updates in all, and the update at which a cosine would end."""
+    """Updates in all, and the update at which a cosine would end."""
 
     steps: int
     decay_end: int
 
 
 def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
-    """The length of a run over `batches`; see TrainConfig.steps and schedule."""
+    """The length of a run over `batches`."""
     steps = config.updates or batches.updates_for_epochs(config.epochs)
     if config.schedule == "paper":
         return Horizon(steps, config.epochs * -(-batches.samples_per_epoch // config.micro_batch_size))
@@ -46,30 +44,19 @@ def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
 
 
 def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTransformation:
-    """The optimiser that the configuration names, after clipping by the global norm."""
+    """The configured optimiser, after clipping by the global norm."""
     optimizer = OPTIMIZERS[config.optimizer](config, learning_rate_schedule(config, horizon))
-    if config.clip_norm == 0:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
 
 
 def adamw(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay."""
-    return optax.adamw(
-        schedule,
-        b1=BETA1,
-        b2=BETA2,
-        eps=EPSILON,
-        weight_decay=config.weight_decay,
-        mask=lambda params: decay_mask(config, params),
-    )
+    mask = functools.partial(decay_mask, config)
+    return optax.adamw(schedule, BETA1, BETA2, EPSILON, weight_decay=config.weight_decay, mask=mask)
 
 
 def muon(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for the hidden matrices, all of which decay; AdamW for the rest.
-
-    `optax.contrib.muon` has an AdamW of its own, which would not let only some of its parameters decay.
-    """
+    """Muon for the hidden matrices, all of which decay; AdamW for the rest."""
     matrices = optax.contrib.muon(
         schedule,
         weight_decay=config.weight_decay,
@@ -83,17 +70,14 @@ def muon(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransfo
 
 
 # Name -> optimiser; `train.optimizer` takes the names in `config.run.OPTIMIZERS`.
-OPTIMIZERS: dict[str, Callable[[TrainConfig, optax.Schedule], optax.GradientTransformation]] = {
-    "adamw": adamw,
-    "muon": muon,
-}
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
     """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
 
     The warm-up reaches the peak at its last update, and what falls its end at the run's last; both one update later
-    with the paper's schedule, whose first update has rate 0.
+    with the paper's schedule.
     """
     after_warmup = max(1, horizon.decay_end - config.warmup_steps)
     if config.schedule == "constant":
@@ -111,15 +95,12 @@ def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Sched
 
 
 def _fall(peak: float, updates: int, update: Any) -> Any:
-    """From `peak` at update 0 to 0 at update `updates`, as 1 - sqrt (arXiv 2405.18392)."""
+    """From `peak` at update 0 to 0 at `updates`, as 1 - sqrt (arXiv 2405.18392)."""
     return peak * (1.0 - jnp.sqrt(jnp.clip(update / updates, 0.0, 1.0)))
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay, as a pytree of bools: kernels and embeddings; with the paper's schedule all.
-
-    The token shift, which the paper does not have, never does.
-    """
+    """Which parameters decay: kernels and embeddings; with the paper's schedule all."""
 
     def decays(name: str) -> bool:
         return name != "shift" and (config.schedule == "paper" or name.endswith(("kernel", "embedding")))
@@ -130,13 +111,3 @@ def decay_mask(config: TrainConfig, params: Any) -> Any:
 def _by_name(params: Any, value: Callable[[str], Any]) -> Any:
     """A value for each parameter, found by its own name ('qkv_kernel')."""
     return jax.tree_util.tree_map_with_path(lambda path, _: value(path[-1].key), params)
-
-
-def warmup_note(config: TrainConfig, horizon: Horizon) -> str | None:
-    """A warning where the warm-up is longer than the run, else None."""
-    if config.warmup_steps <= horizon.steps:
-        return None
-    return (
-        f"note: train.warmup_steps = {config.warmup_steps} is more than the run's {horizon.steps} updates: "
-        f"the learning rate rises to {horizon.steps / config.warmup_steps:.0%} of train.learning_rate at most"
-    )

@@ -1,8 +1,7 @@
 """Saving a run's checkpoints while it trains, and deleting those no longer wanted.
 
-Besides `checkpoints/STEP` (see `training.checkpoint`) there are `STEP.saving` and `STEP.deleting`, which a killed run
-leaves half-done and the next one removes, and `STEP.damaged`: a checkpoint that failed its verification and was set
-aside by a run that went on from an older one, or whatever else had the name under which a checkpoint was to appear.
+Besides `checkpoints/STEP` there are `STEP.saving` and `STEP.deleting`, which a killed run leaves half-done and the next
+one removes, and `STEP.damaged`: what was in the way, or did not pass its verification.
 """
 
 import concurrent.futures
@@ -21,29 +20,26 @@ from jax.experimental import multihost_utils
 
 import tlinformer_jax
 from tlinformer_jax.errors import DataError, first_line
-from tlinformer_jax.files import own_folder, plain_path, sync_folder
+from tlinformer_jax.files import own_folder, plain_path, sync_folder, writing
 from tlinformer_jax.training import checkpoint as stored
 from tlinformer_jax.training.checkpoint import FOLDER, STATE, Manifest, read_manifest
 from tlinformer_jax.training.console import is_out_of_memory, say
 from tlinformer_jax.training.step import TrainState
 
 SAVING, DELETING = ".saving", ".deleting"
-# Orbax gives up a save after so many seconds of wall-clock time, even where the clock has only jumped: a century for
-# one process; a day for several, of which one may hang.
+# Orbax gives up a save after so many seconds, even where the clock has jumped: a day for several processes.
 TIMEOUT, TIMEOUT_DISTRIBUTED = 100 * 365 * 86_400, 86_400
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of a working directory, for the one run that trains into it.
 
-    Saving is asynchronous: a thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint
-    appear and deletes older ones, never before there are `keep` newer ones that this run has written or verified. The
-    thread reads a copy of the state on its devices, while training goes on; where memory may not suffice for a copy,
-    or with several processes, training waits for the reading. Leaving the context waits for the save under way.
+    A thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint appear, deletes older ones.
+    It reads a copy of the state on its devices; where there may be no room for one, or with several processes, training
+    waits for the reading.
 
     Args:
-      workdir: the working directory.
-      keep: how many of the latest are kept.
+      keep: how many of the latest, written or verified by this run, are kept.
       keep_best: how many of those with the lowest validation loss are kept besides.
       config_sha256: of the run's configuration, for the manifests.
       regular: updates between those that a rollback may end at, the last of which is always kept; 0 for none.
@@ -53,16 +49,13 @@ class Checkpoints:
         self, workdir: pathlib.Path, keep: int, keep_best: int = 0, config_sha256: str = "", regular: int = 0
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
-        self._keep, self._keep_best, self._config_sha256 = keep, keep_best, config_sha256
-        self._regular = regular
+        self._keep, self._keep_best, self._config_sha256, self._regular = keep, keep_best, config_sha256, regular
         self._good: set[int] = set()  # written or verified by this run
         self._latest: int | None = None
         self._main = jax.process_index() == 0
         if self._main:
-            try:
+            with writing(f"workdir {workdir}: {FOLDER}"):
                 _clear(self._folder)
-            except OSError as error:
-                raise DataError(f"workdir {workdir}: {FOLDER} cannot be written ({error.strerror})") from None
         timeout = TIMEOUT if jax.process_count() == 1 else TIMEOUT_DISTRIBUTED
         self._orbax = ocp.AsyncCheckpointer(
             # Compressing float32 saves a tenth of the bytes, and takes CPU time from the input pipeline.
@@ -74,9 +67,6 @@ class Checkpoints:
         self._plain: pathlib.Path | None = None  # the folder's path for Orbax, from the first save on
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
         try:
@@ -91,7 +81,7 @@ class Checkpoints:
             self._opened.close()
 
     def save(self, state: TrainState, overlap: bool = True) -> None:
-        """Starts saving `state` under its step, if that is not saved yet; its arrays may be donated on return.
+        """Starts saving `state` under its step; its arrays may be donated on return.
 
         With `overlap` a copy is read while training goes on; before the first step its memory is not known.
         """
@@ -110,8 +100,8 @@ class Checkpoints:
     def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
         """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
 
-        `state` has abstract (jax.ShapeDtypeStruct) leaves with shardings; with `regular`, for a rollback, only regular
-        checkpoints are considered: which those are does not depend on where a run was interrupted.
+        `state` has jax.ShapeDtypeStruct leaves with shardings. With `regular`, for a rollback, only regular checkpoints
+        count: which those are does not depend on where a run was interrupted.
         """
         self._wait()
         found = stored.newest_good(self._folder, set_aside=True, every=self._regular if regular else 0)
@@ -122,7 +112,7 @@ class Checkpoints:
         return TrainState(**stored.read_arrays(self._folder / str(found.step), _fields(state))), found
 
     def record_validation(self, step: int, loss: float) -> None:
-        """Adds the validation loss to the manifest of `step`, if it is saved; deletes what is no longer wanted."""
+        """Adds the validation loss to the manifest of `step`, if it is saved."""
         self._wait()
         folder = self._folder / str(step)
         if self._main and step in self._good and folder.is_dir():
@@ -130,7 +120,7 @@ class Checkpoints:
             self._delete_unwanted()
 
     def is_among_best(self, loss: float) -> bool:
-        """Whether a checkpoint with this validation loss would be one of those that `keep_best` keeps."""
+        """Whether `keep_best` would keep a checkpoint with this loss."""
         if self._keep_best == 0:
             return False
         self._wait()
@@ -153,10 +143,10 @@ class Checkpoints:
                 self._plain = self._opened.enter_context(plain_path(self._folder))
             self._orbax.save(self._plain / draft.name / STATE, args=ocp.args.PyTreeSave(_fields(state)))
         except Exception as error:
-            raise _failure(draft, error) from error
+            raise DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})") from error
 
     def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
-        """The part of a save that runs in the thread; `state` is given where it is still to be written."""
+        """The part of a save that runs in the thread; writes `state` if given."""
         if state is not None:
             self._write(draft, state)
         try:
@@ -164,18 +154,18 @@ class Checkpoints:
             if self._main:
                 if fault := stored.misfit(draft, shapes, ("shape", "dtype")):
                     raise OSError(f"read back, {fault}")
-                step, version = int(draft.stem), tlinformer_jax.__version__
+                step, version, final = int(draft.stem), tlinformer_jax.__version__, draft.with_suffix("")
                 hashes = stored.hash_files(draft)
                 manifest = Manifest(step, hashes, version, self._config_sha256, after_skip=after_skip)
                 stored.write_manifest(draft, manifest)
-                if os.path.lexists(self._folder / str(step)):
-                    stored.set_aside_damaged(self._folder / str(step))
-                draft.rename(self._folder / str(step))
+                if os.path.lexists(final):
+                    stored.set_aside_damaged(final)
+                draft.rename(final)
                 sync_folder(self._folder)
                 self._good.add(step)
                 self._delete_unwanted()
         except Exception as error:
-            raise _failure(draft, error) from error
+            raise DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})") from error
 
     def _delete_unwanted(self) -> None:
         latest = sorted(self._good)[-self._keep :]
@@ -196,7 +186,7 @@ class Checkpoints:
 
 
 def _clear(folder: pathlib.Path) -> None:
-    """Makes the folder of the checkpoints, or removes what a killed run has left in it half-done."""
+    """Makes the folder, or removes what a killed run has left in it half-done."""
     own_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
@@ -211,7 +201,7 @@ def _clear(folder: pathlib.Path) -> None:
 
 
 def copy_on_devices(tree: Any) -> Any:
-    """A copy of a pytree of arrays on their devices; None where the peak use so far leaves no room for it."""
+    """A copy of a pytree on its devices; None where there may be no room for it."""
     shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
     for device in jax.local_devices():
         stats = device.memory_stats()
@@ -228,11 +218,6 @@ def copy_on_devices(tree: Any) -> Any:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The state as the mapping in which it is saved, without fields that are None."""
+    """The state as the mapping that is saved, without what is None."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _failure(draft: pathlib.Path, error: Exception) -> DataError:
-    """The error of a save that has failed."""
-    return DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})")

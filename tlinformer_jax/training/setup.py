@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tlinformer_jax.analysis.flops import training_flops
@@ -40,12 +41,14 @@ from tlinformer_jax.parallel.sharding import (
     check_batch_divides,
     connect,
     process_rows,
+    put_batch,
+    replicated,
     tree_shardings,
     ways,
 )
-from tlinformer_jax.training.evaluation import Evaluation, evaluate_split, jit_eval_step
+from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step
 from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import TrainState, init_state
+from tlinformer_jax.training.step import TrainState, compiler_options, init_state, jit_train_step
 
 # Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
@@ -82,7 +85,7 @@ class Run:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def answers(self, length: int) -> AnswerPlaces | None:
-        """Where the labels of a sample of `length` tokens count; None for everywhere."""
+        """Where the labels of a sample count; None for everywhere."""
         return answer_places(self.config.data, self.tokenizer, length)
 
     def initial_state(self) -> TrainState:
@@ -93,14 +96,11 @@ class Run:
         return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
-        """A split of the corpus or of the task, checked to hold samples of `length` (None: data.sequence_length)."""
+        """A split that holds samples of `length` (None: data.sequence_length)."""
         return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
-        """`stream`, the split `name`, if it fits the configuration; takes and raises what `split` does.
-
-        With `data.document_masking` its documents are packed.
-        """
+        """`stream`, the split `name`, if it fits the configuration; with `data.document_masking`, packed."""
         if isinstance(stream, TaskSplit | OrderedStream):
             return stream  # its ids are the tokenizer's, or checked as they are read
         data = self.config.data
@@ -113,22 +113,37 @@ class Run:
         return stream
 
     def evaluation_batch_size(self, length: int, samples: int, batch_size: int | None = None) -> int:
-        """Sequences of a batch of evaluation: `batch_size`, or what `TrainConfig.evaluation_batch_size` says.
+        """Sequences of a batch of evaluation: `batch_size`, or what the configuration says, rounded to the mesh.
 
-        Rounded up to what the mesh splits evenly. A batch that the split's samples do not fill is cut to the next power
-        of two, so that texts of many sizes compile few shapes.
+        A batch that samples do not fill is cut to a power of two, so that texts of many sizes compile few shapes.
         """
         if batch_size is None:
             batch_size = self.config.train.evaluation_batch_size(self.config.data.sequence_length, length)
         parts = ways(self.mesh, EVALUATION_AXES)
         return -(-min(batch_size, 1 << (samples - 1).bit_length()) // parts) * parts
 
+    def train_step(self) -> Any:
+        """The jitted train step, to be called under `jax.set_mesh`."""
+        return jit_train_step(
+            self.shardings,
+            batch_sharding(self.mesh),
+            model=self.model,
+            config=self.config.train,
+            horizon=self.horizon,
+            answers=self.answers,
+            stages=self.config.data.stages,
+        )
+
     @functools.cached_property
     def eval_step(self) -> Any:
-        """The jitted evaluation step."""
+        """The jitted evaluation step; every process gets the whole sums."""
         check_kernel(self.config.model)
-        sharding = batch_sharding(self.mesh, EVALUATION_AXES)
-        return jit_eval_step(self.model, self.shardings.params, sharding, self.answers)
+        return jax.jit(
+            functools.partial(eval_step, model=self.model, answers=self.answers),
+            in_shardings=(self.shardings.params, batch_sharding(self.mesh, EVALUATION_AXES)),
+            out_shardings=replicated(self.mesh),
+            compiler_options=compiler_options(),
+        )
 
     def evaluate(
         self,
@@ -142,21 +157,24 @@ class Run:
     ) -> Evaluation:
         """Evaluates the parameters on a split in samples of `length` (None: data.sequence_length).
 
-        `watch` passes the batches on, and may raise to give up; `batch_size` as in `evaluation_batch_size`; with `rest`
-        the tokens after the last whole sample count too.
+        `watch` passes the batches on, and may raise to give up; with `rest` a shorter last sample counts too.
         """
-        if length is None:
-            length = self.config.data.sequence_length
+        length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
-        rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
-        chance = None
+        rows, chance = process_rows(self.mesh, batch_size, EVALUATION_AXES), None
         if isinstance(stream, TaskSplit):
             chance = stream.task.chance(length)
             batches = self.answer_batches(stream, length, batch_size, rows)
         else:
             batches = evaluation_batches(stream, length, batch_size, rows, rest)
+        totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
-            return evaluate_split(self.eval_step, params, watch(batches), self.mesh, chance)
+            for batch in watch(batches):
+                sums = self.eval_step(params, put_batch(batch, self.mesh, EVALUATION_AXES))
+                for name, part in sums.items():
+                    totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)
+        answers = None if chance is None else Answers.of(totals, chance)
+        return Evaluation(totals["losses"], totals["weights"], answers)
 
     def answer_batches(self, stream: TaskSplit, length: int, batch_size: int, rows: Rows) -> Iterator[Batch]:
         """`data.tasks.answer_batches` with the windows of the model."""
@@ -165,10 +183,20 @@ class Run:
         return answer_batches(stream, length, batch_size, rows, *windows)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run with its model's parameters, on its mesh, after `step` updates."""
+
+    run: Run
+    params: Any
+    step: int
+    figures: dict[str, float] | None = None  # of the last evaluation of a training, if that was not stopped before
+
+
 def build_run(
     config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds and cross-checks the fixed parts of a run; the horizon matters to training only."""
+    """Builds and cross-checks the fixed parts of a run."""
     check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.mesh) if devices is None else build_mesh(config.mesh, devices)
     if mesh.shape["expert"] > 1 and not config.model.mixture:
@@ -185,23 +213,21 @@ def build_run(
 
 
 def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled_windows: int) -> None:
-    """Refuses axes of the mesh that split a sequence of `length` tokens where it cannot be split so."""
+    """Refuses a mesh that splits sequences of `length` tokens where they cannot be split."""
     for name in ("window", "context"):
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
             raise ConfigError(f"mesh.{name}", mesh.shape[name], allowed)
-    windows = num_windows(config, length)
-    windows = min(windows, sampled_windows or windows)
+    windows = min(num_windows(config, length), sampled_windows or length)
     if mesh.shape["window"] > windows:
         raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")
 
 
 def given_data(
-    config: RunConfig, workdir: pathlib.Path, train_data: TokenData | None, validation_data: TokenData | None
+    config: RunConfig, workdir: pathlib.Path, given: Mapping[str, TokenData | None]
 ) -> tuple[RunConfig, LoadSplit]:
-    """The configuration of a run on the caller's data, if it is given, and what loads its splits."""
-    given = {"train": train_data, "validation": validation_data}
-    if train_data is None and validation_data is None:
+    """The configuration of a run on the caller's data, if given; what loads its splits."""
+    if not any(data is not None for data in given.values()):
         return config, load_split
     config = dataclasses.replace(config, data=with_given_files(config.data, given))
     sizes, main = (config.model.vocab_size, config.train.batch_size), jax.process_index() == 0
@@ -209,7 +235,7 @@ def given_data(
 
 
 def check_kernel(config: ModelConfig) -> None:
-    """Refuses cuDNN's attention where there is no GPU ('splash' is interpreted where there is no TPU)."""
+    """Refuses cuDNN's attention where there is no GPU."""
     if config.attention == "cudnn" and platform() != "gpu":
         raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {platform()} here")
 
@@ -237,8 +263,7 @@ def flops_per_token(run: Run, length: int) -> float:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user has chosen a place or has no home."""
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):
-        place = os.path.expanduser(COMPILATION_CACHE)
-        if os.path.isabs(place):
-            jax.config.update("jax_compilation_cache_dir", place)
+    """Keeps compiled programs between runs, unless the user has chosen a place."""
+    place = os.path.expanduser(COMPILATION_CACHE)
+    if not getattr(jax.config, "jax_compilation_cache_dir", None) and os.path.isabs(place):
+        jax.config.update("jax_compilation_cache_dir", place)

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.data import Stage
 from tlinformer_jax.config.run import TrainConfig
@@ -16,7 +17,7 @@ from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu
 from tlinformer_jax.parallel.sharding import BatchSplit, replicated
 from tlinformer_jax.training.cross_entropy import AnswersOf
-from tlinformer_jax.training.loss import DeviceBatch, LossAux, draw_windows, summed_loss
+from tlinformer_jax.training.loss import DeviceBatch, LossAndRight, draw_windows, summed_loss
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 
 WINDOW = 20  # updates whose mean accuracy decides whether a stage of a curriculum ends
@@ -31,59 +32,39 @@ def _count(value: int = 0) -> Any:
 
 @flax.struct.dataclass
 class Skips:
-    """Updates left out because the loss or the gradient was not finite; all int32 [].
+    """Updates left out because loss or gradient were not finite; all int32 []."""
 
-    Attributes:
-      in_a_row: up to the present step; above train.max_skipped_updates, nothing changes the state any more.
-      total: of the run, with those that rollbacks have undone.
-      first_nonfinite: at the last of them, the first leaf of the parameters, in the order of jax.tree, whose gradient
-        was not finite; -1 if it was the loss alone.
-      nonfinite: the number of such leaves.
-      rollbacks: how often the run went back to older parameters, see `loop.roll_back`.
-    """
-
-    in_a_row: jax.Array = _count()
-    total: jax.Array = _count()
+    in_a_row: jax.Array = _count()  # above train.max_skipped_updates, the state stays
+    total: jax.Array = _count()  # with those that rollbacks have undone
+    # At the last of them: the first parameter, in the order of jax.tree, whose gradient was not finite (-1: the loss
+    # alone), and the number of such ones.
     first_nonfinite: jax.Array = _count(-1)
     nonfinite: jax.Array = _count()
-    rollbacks: jax.Array = _count()
+    rollbacks: jax.Array = _count()  # see `loop.roll_back`
 
 
 @flax.struct.dataclass
 class Competence:
     """What decides when the stages of a curriculum end: as soon as training answers well enough.
 
-    As part of the state it lets a resumed run change stage at the same update.
-
-    Attributes:
-      recent: share of the answers' tokens that were right, in the last updates of each stage, float32 [stages, WINDOW],
-        the latest last; -inf before the first.
-      ends: update of the run after which each stage ends, int32 [stages]; 0 while undecided.
+    `recent` are the shares of the answers' tokens that were right in the last updates of each stage, -inf before the
+    first; `ends` the update of the run after which each stage ends, 0 while undecided.
     """
 
-    recent: jax.Array
-    ends: jax.Array
+    recent: Float[Array, "stages recent"]
+    ends: Int[Array, " stages"]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes.
+    """All that training changes."""
 
-    Attributes:
-      step: updates done, int32 []; those that were skipped count.
-      params: parameters, as `model.init` names them.
-      opt_state: of the optimiser; it has seen `step` - `skips.total` updates.
-      skips: updates that were left out, or undone by a rollback.
-      competence: what ends the stages of a curriculum; None where none ends by competence.
-      ema: moving average of the parameters, float32; None without `train.ema`.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
+    step: jax.Array  # updates done, int32 []; those that were skipped count
+    params: Any  # as `model.init` names them
+    opt_state: Any  # it has seen `step` - `skips.total` updates
     skips: Skips = flax.struct.field(default_factory=Skips)
-    competence: Competence | None = None
-    ema: Any = None
+    competence: Competence | None = None  # None where no stage of a curriculum ends by competence
+    ema: Any = None  # moving average of the parameters; None without `train.ema`
 
     @property
     def evaluated(self) -> Any:
@@ -91,13 +72,12 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
     def starting_from(self, params: Any) -> "TrainState":
-        """This state with other parameters, which are also the first of the average."""
+        """This state with other parameters, also the first of the average."""
         ema = None if self.ema is None else first_average(params)
         return dataclasses.replace(self, params=params, ema=ema)
 
 
 def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
-    """The state before the first update; None if no stage ends by competence."""
     if not any(stage.accuracy for stage in stages):
         return None
     return Competence(jnp.full((len(stages), WINDOW), -jnp.inf, jnp.float32), jnp.zeros(len(stages), jnp.int32))
@@ -106,7 +86,7 @@ def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
 def init_state(
     rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon, stages: tuple[Stage, ...] = ()
 ) -> TrainState:
-    """The state before the first update; depends on `rng` and the configurations only."""
+    """The state before the first update."""
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
     opt_state = build_optimizer(config, horizon).init(params)
     ema = first_average(params) if config.ema else None
@@ -118,12 +98,12 @@ def init_state(
 
 @jax.jit
 def first_average(params: Any) -> Any:
-    """A copy in float32: the state, whose memory the next update reuses, may hold no array twice."""
+    """A copy in float32: the donated state may hold no array twice."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
 
 
 def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any:
-    """The average after one more update; `updates` counts those before it, int32 []."""
+    """The average after one more update, after `updates` before it."""
     kept = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
     return jax.tree.map(lambda mean, leaf: mean + (1.0 - kept) * (leaf.astype(jnp.float32) - mean), ema, params)
 
@@ -132,11 +112,7 @@ def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any
 
 
 def jit_train_step(state_shardings: TrainState, batch_sharding: Any, **settings: Any) -> Any:
-    """`train_step` with these `settings`, compiled for the shardings of its arguments.
-
-    The old state's memory is reused. To be called under `jax.set_mesh` of their mesh, which decides how the batch is
-    shared out.
-    """
+    """`train_step` with these `settings`, compiled for these shardings; to be called under `jax.set_mesh`."""
     return jax.jit(
         functools.partial(train_step, **settings),
         in_shardings=(state_shardings, batch_sharding),
@@ -161,30 +137,23 @@ def train_step(
     model: LanguageModel,
     config: TrainConfig,
     horizon: Horizon,
-    window_losses: bool = False,
     answers: AnswersOf | None = None,
     stages: tuple[Stage, ...] = (),
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update.
 
+    The loss is the weighted mean over the batch, however many micro-batches compute it; with the paper's schedule, the
+    gradient is that of the weighted sum over the batch's full size. Where loss or gradient are not finite, parameters
+    and optimiser stay; after more than config.max_skipped_updates of those in a row the whole state does.
+
     Args:
-      state: before the update.
-      batch: inputs and labels int32 [batch, N], weights float32 [batch, N]. The loss is the weighted mean over
-        all of it, however many micro-batches compute it; with the paper's schedule, the gradient is
-        that of the weighted sum over the batch's full size.
-      model: of the parameters.
-      config: of the run.
-      horizon: how long the run is.
-      window_losses: whether to return those of `LossAux`, summed over the batch.
+      batch: inputs and labels int32 [batch, N], weights float32 [batch, N].
       answers: of a task, where the labels of a sample have weights.
       stages: of the curriculum.
 
     Returns:
-      the state after the update, and scalars: loss (nats; an estimate where windows are sampled), grad_norm (before
-      clipping), learning_rate, tokens; step and skips of the new state. In a stage that ends by competence, accuracy,
-      the share of the answers' tokens that were right, and the new stage_ends. Where loss or gradient are not finite,
-      parameters and optimiser stay as they were; after more than config.max_skipped_updates of those in a row, the
-      whole state does, whatever the batch.
+      the state after the update; loss (nats; an estimate where windows are sampled), grad_norm (before clipping),
+      learning_rate, tokens, step and skips; in a stage that ends by competence also accuracy and stage_ends.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
@@ -192,11 +161,8 @@ def train_step(
     length = batch["inputs"].shape[1]
     # The number of the stage that these samples belong to, if it ends by competence.
     stage = next((number for number, one in enumerate(stages) if one.length == length and one.accuracy), None)
-    wanted = ("window_losses",) * window_losses + ("right",) * (stage is not None)
-    gradient = functools.partial(
-        batch_gradient, model=model, config=config, split=split, wanted=wanted, answers=answers
-    )
-    loss, aux, grads = split.over_devices(gradient)(batch, state.params, divisor, state.step)
+    gradient = functools.partial(batch_gradient, model=model, config=config, split=split, answers=answers)
+    loss, right, grads = split.over_devices(gradient)(batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
     done = state.step - state.skips.total
     rate = learning_rate_schedule(config, horizon)(done)
@@ -206,8 +172,6 @@ def train_step(
         "learning_rate": jnp.asarray(rate, jnp.float32),
         "tokens": tokens,
     }
-    if window_losses:
-        metrics["window_losses"] = aux["window_losses"]
     good, stopped, skips = count_skips(state.skips, loss, grads, config.skippable)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else next_average(state.ema, params, config.ema, done)
@@ -218,7 +182,7 @@ def train_step(
     )
     competence = state.competence
     if stage is not None and competence is not None:
-        metrics["accuracy"] = aux["right"] / tokens
+        metrics["accuracy"] = right / tokens
         recorded = record_accuracy(competence, stage, stages[stage].accuracy, metrics["accuracy"], state.step)
         competence = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), recorded, competence)
         metrics["stage_ends"] = competence.ends
@@ -229,10 +193,7 @@ def train_step(
 def record_accuracy(
     competence: Competence, number: int, goal: float, accuracy: jax.Array, step: jax.Array
 ) -> Competence:
-    """What is known after an update of stage `number`, which ends at a mean accuracy of `goal` over WINDOW updates.
-
-    `accuracy` is the update's, float32 []; `step` counts the updates before it, int32 [].
-    """
+    """What is known after an update of stage `number`, which ends at mean accuracy `goal`."""
     recent = jnp.append(competence.recent[number, 1:], accuracy)
     reached = (competence.ends[number] == 0) & (jnp.mean(recent) >= goal)
     ends = competence.ends.at[number].set(jnp.where(reached, step + 1 + LAG, competence.ends[number]))
@@ -248,16 +209,11 @@ def batch_gradient(
     model: LanguageModel,
     config: TrainConfig,
     split: BatchSplit,
-    wanted: tuple[str, ...] = (),
     answers: AnswersOf | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-    """The loss of a batch with its gradient, summed over micro-batches and over the devices that share it.
+) -> tuple[jax.Array, jax.Array, Any]:
+    """`summed_loss` of a batch and its gradient, summed over micro-batches and over the devices that share it.
 
-    `batch` is this device's part; `divisor` is that of the summed loss; `step`, with the seed, is the key of dropout
-    and sampled windows; `wanted` names fields of `LossAux` to sum as well.
-
-    Returns:
-      the loss, float32 []; what is wanted besides, by name; the gradient.
+    `batch` is this device's part; `divisor` that of the summed loss; `step`, with the seed, the key of what is drawn.
     """
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
 
@@ -274,17 +230,14 @@ def batch_gradient(
     )
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     if config.accumulation == 1:
-        (loss, aux), grads = gradient(params, batch, *draws(0))
+        (loss, right), grads = gradient(params, batch, *draws(0))
     else:
-        (loss, aux), grads = _accumulate(gradient, draws, params, batch, config.accumulation)
-    loss, grads = split.psum((loss, grads))
-    return loss, split.psum({name: getattr(aux, name) for name in wanted}), grads
+        (loss, right), grads = _accumulate(gradient, draws, params, batch, config.accumulation)
+    return split.psum((loss, right, grads))
 
 
-def _accumulate(
-    gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int
-) -> tuple[tuple[jax.Array, LossAux], Any]:
-    """Sums losses and gradients over `parts` micro-batches, in float32; the gradients get the parameters' dtype."""
+def _accumulate(gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[LossAndRight, Any]:
+    """Sums losses and gradients over `parts` micro-batches, in float32."""
     # Micro-batches take rows in turn, so that each micro-batch stays split over all devices.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
@@ -301,13 +254,8 @@ def _accumulate(
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
-    """Judges an update, of which `most` in a row may be skipped.
-
-    Returns:
-      whether the update counts, bool []; whether the run has stopped before it, bool []; the skips after it.
-    """
-    # The squares' sums are those of the gradient's norm, so they cost nothing; they are finite for all that clipping
-    # could bear.
+    """Whether an update counts, whether the run has stopped before it, the skips after it."""
+    # The squares' sums are those of the gradient's norm, so they cost nothing.
     bad = ~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]))
     stopped = skips.in_a_row > most
     good = jnp.isfinite(loss) & ~jnp.any(bad) & ~stopped

@@ -17,15 +17,9 @@ ID_FILE = "wandb_id.txt"
 
 @dataclasses.dataclass
 class WandB(Callback):
-    """Sends loss, learning rate and the like of an update, and the figures of each evaluation, to Weights & Biases.
+    """Sends the figures of updates and of evaluations to Weights & Biases.
 
-    A training that goes on in the same directory goes on in the same run there. WANDB_MODE=offline sends nothing, and
-    keeps the run below the directory for `wandb sync`.
-
-    Attributes:
-      project: of Weights & Biases.
-      every: as for any callback.
-      settings: more arguments for `wandb.init`.
+    A training that goes on in the same directory goes on in the same run there. `settings` are for `wandb.init`.
     """
 
     project: str

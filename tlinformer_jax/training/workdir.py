@@ -1,9 +1,7 @@
-"""A run's working directory: its lock, whether it holds this run, what is written into it, and where it started from.
+"""A run's working directory: its lock, whether it holds this run, what is written, where it started from.
 
-A run started by `--init_from=WORKDIR` takes another run's parameters; optimiser and step are those of a new run. The
-other run may have another architecture of equal layers: they are counted through all blocks, from the first. Its
-directory remembers the other one and saves step 0 at once: the other directory is needed no more, and the same command,
-with or without the flag, goes on.
+A run started by `--init_from=WORKDIR` takes another run's parameters, of an architecture with equal layers. Step 0 is
+saved at once, so that the other directory is needed no more, and the same command goes on.
 """
 
 import contextlib
@@ -18,17 +16,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tlinformer_jax.config.run import CONFIG_FILE, RunConfig, differences, load_config, save_config
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer, save_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.files import local_path, open_own, read_json, write_text
+from tlinformer_jax.files import local_path, open_own, read_json, write_text, writing
 from tlinformer_jax.interop.reference import layer_names
-from tlinformer_jax.models.model import build_model
-from tlinformer_jax.training.checkpoint import check_size, restore_params
+from tlinformer_jax.training.checkpoint import check_size, parameter_shapes, restore_params
 from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import Run
 
@@ -40,17 +36,14 @@ SHAPES = (
     *("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff"),
     *("num_experts", "token_shift"),
 )
-# A parameter that changes nothing as it begins: a run whose origin lacks it begins with it all the same.
+# A parameter that changes nothing as it begins: the origin may lack it.
 NEUTRAL = "shift"
-# A directory that holds a run with other values here is not continued; nor one with another tokenizer, compared by
-# content, or where only one of the two has the paper's schedule, whose batches are others.
+# A run with other values here is not continued; nor where only one of the two has the paper's schedule.
+WINDOWS = ("history_window", "generation_window", "longest_wavelength", "window_overlap")
 IDENTITY = (
-    *(f"model.{name}" for name in SHAPES),
-    *(f"model.{name}" for name in ("history_window", "generation_window", "longest_wavelength", "window_overlap")),
-    *(f"model.{name}" for name in ("experts_per_token", "dropout", "param_dtype")),
-    *(f"data.{name}" for name in ("dataset", "sequence_length", "curriculum")),
-    *(f"data.{name}" for name in ("examples", "num_items")),
-    *(f"train.{name}" for name in ("batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema")),
+    *(f"model.{name}" for name in (*SHAPES, *WINDOWS, "experts_per_token", "dropout", "param_dtype")),
+    *(f"data.{name}" for name in ["dataset", "sequence_length", "curriculum", "examples", "num_items"]),
+    *(f"train.{name}" for name in ["batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema"]),
 )
 
 
@@ -61,21 +54,18 @@ IDENTITY = (
 def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Holds the lock of the working directory; process 0 does so for all processes of a run.
 
-    The system releases it when the process ends, however that happens. The file `name` says which process and host
-    hold it; it stays, but only the lock on it counts, so the file of a killed run is no obstacle.
+    The system releases it when the process ends. The file `name`, which says who holds it, stays.
     """
     if jax.process_index() != 0:
         yield
         return
     with contextlib.ExitStack() as stack:
-        try:
+        with writing(f"workdir {workdir}: {name}"):
             file = stack.enter_context(open_own(workdir / name, "a+"))
             _lock(file, workdir)
             # Past the file's buffer, which would raise once more when it is closed.
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on host {platform.node()}\n".encode())
-        except OSError as error:
-            raise DataError(f"workdir {workdir}: {name} cannot be written ({error.strerror})") from None
         yield
 
 
@@ -96,7 +86,7 @@ def _lock(file: Any, workdir: pathlib.Path) -> None:
 
 
 def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Makes the working directory, or checks that it holds the same run; says what else has changed."""
+    """Makes the directory, or checks that it holds the same run."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,7 +105,7 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> None:
-    """Refuses another tokenizer (`name` in the configuration) than that of a run in the working directory."""
+    """Refuses another tokenizer than that of a run in the working directory."""
     if not any((workdir / file).exists() for file in (CONFIG_FILE, TOKENIZER_FILE)):
         return
     there = load_tokenizer(workdir).name
@@ -125,7 +115,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> N
 
 
 def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Says which of the splits have other tokens than when the directory's run last trained."""
+    """Says which splits have changed since the directory's run last trained."""
     path = workdir / TEXTS_FILE
     try:
         recorded = dict(read_json(path))
@@ -149,14 +139,12 @@ def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
 
 
 def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Writes configuration, hashes of the texts and, where there is none yet, the tokenizer into the directory."""
-    try:
+    """Writes configuration, hashes of the texts, and the tokenizer if there is none."""
+    with writing(f"workdir {workdir}: its configuration"):
         if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
             save_tokenizer(run.tokenizer, workdir)
         write_text(workdir / TEXTS_FILE, json.dumps(_text_hashes(splits), indent=1) + "\n")
         save_config(run.config, workdir)
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: its configuration cannot be written ({error.strerror})") from None
 
 
 # ---- Where it started from
@@ -164,35 +152,33 @@ def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Pat
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a run's first parameters come from: another run's directory and a step, None for the newest good one."""
+    """Another run's directory and a step, None for the newest good one."""
 
     workdir: pathlib.Path
     step: int | None = None
 
 
 def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.Path | None) -> Origin | None:
-    """The origin that a working directory remembers, or that --init_from asks for; None for random parameters."""
-    there, begun = _remembered_origin(workdir), (workdir / CONFIG_FILE).exists()
-    origin = there
+    """The origin that is remembered, or that --init_from asks for."""
+    origin, begun = _remembered_origin(workdir), (workdir / CONFIG_FILE).exists()
     if asked is not None:
-        wanted = Origin(local_path(asked, "init_from"))
-        allowed = None
-        if wanted.workdir == workdir.absolute():
+        wanted, allowed = local_path(asked, "init_from"), None
+        if wanted == workdir.absolute():
             allowed = "must be another directory than workdir"
-        elif there is not None and there.workdir != wanted.workdir:
-            allowed = f"must be {there.workdir}, from which the run in {workdir} started"
-        elif there is None and begun:
+        elif origin is not None and origin.workdir != wanted:
+            allowed = f"must be {origin.workdir}, from which the run in {workdir} started"
+        elif origin is None and begun:
             allowed = f"needs a new workdir; {workdir} holds a run that began from scratch"
         if allowed:
             raise ConfigError("init_from", str(asked), allowed)
-        origin = there or wanted
+        origin = origin or Origin(wanted)
     if origin is not None and not begun:
         check_origin(origin, config)
     return origin
 
 
 def check_origin(origin: Origin, config: RunConfig) -> None:
-    """Refuses a run whose parameters have other names or shapes, naming the first, and the fields that make it so."""
+    """Refuses a run whose parameters have other names or shapes, naming the first."""
     other = load_config(origin.workdir)
     check_size(origin.workdir, other.model, origin.step)
     layers = _same_layers(other, config)
@@ -209,7 +195,7 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
 
 
 def _same_layers(one: RunConfig, other: RunConfig) -> dict[str, str]:
-    """Path of each layer's parameters in the one model -> that of the same layer in the other."""
+    """Path of each layer's parameters in the one model -> in the other."""
     paths = [["/".join(path) for path, _ in layer_names(config.model)] for config in (one, other)]
     return dict(zip(*paths))
 
@@ -221,17 +207,11 @@ def _renamed(name: str, layers: Mapping[str, str]) -> str:
 
 
 def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the parameters."""
-    init = build_model(config.model).init
-    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return {name: leaf.shape for name, leaf in flatten_dict(params, sep="/").items()}
+    return {name: leaf.shape for name, leaf in flatten_dict(parameter_shapes(config.model), sep="/").items()}
 
 
 def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
-    """The parameters that a run starts from, in its own dtype and shardings, and the step they are of.
-
-    What the origin lacks is as in `fresh`, the parameters of a run without one.
-    """
+    """The step and the parameters to start from; what is not there is `fresh`."""
     name = load_tokenizer(origin.workdir).name
     if name != run.tokenizer.name:
         say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
@@ -245,19 +225,14 @@ def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
     step, found = restore_params(origin.workdir, unflatten_dict(known, sep="/"), origin.step)
     own, found = flatten_dict(fresh, sep="/"), flatten_dict(found, sep="/")
     params = unflatten_dict({name: found.get(_renamed(name, layers), leaf) for name, leaf in own.items()}, sep="/")
-    cast = jax.jit(
-        lambda tree: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, abstract),
-        out_shardings=run.shardings.params,
-    )
-    return step, cast(params)
+    params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, abstract)
+    return step, jax.device_put(params, run.shardings.params)
 
 
 def remember_origin(origin: Origin, workdir: pathlib.Path) -> None:
     """Writes the origin into the working directory."""
-    try:
+    with writing(f"workdir {workdir}: {ORIGIN_FILE}"):
         write_text(workdir / ORIGIN_FILE, json.dumps({"workdir": str(origin.workdir), "step": origin.step}) + "\n")
-    except OSError as error:
-        raise DataError(f"workdir {workdir}: {ORIGIN_FILE} cannot be written ({error.strerror})") from None
 
 
 def _remembered_origin(workdir: pathlib.Path) -> Origin | None:
