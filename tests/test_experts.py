@@ -336,7 +336,7 @@ def test_micro_batches_are_balanced_each_by_itself():
 # ---- Devices
 
 MESHES = {
-    "expert": ({"expert": 8}, {}),
+    "expert": ({"expert": 8}, {"num_blocks": 1}),
     "expert, data": ({"expert": 2}, {}),
     "expert, fsdp, tensor": ({"expert": 2, "fsdp": 2, "tensor": 2}, {}),
     "expert, window": ({"expert": 4, "window": 2}, {}),
