@@ -7,8 +7,8 @@ instead.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -69,7 +69,7 @@ def run_all() -> list[Result]:
         shutil.rmtree(folder)
 
 
-def run_case(group, case, folder: pathlib.Path, before: dict[str, str]) -> Result:
+def run_case(group, case, folder: pathlib.Path, before: dict[str, tuple[int, int]]) -> Result:
     """Runs one case over the files in `folder`, of which the first case found `before`."""
     status, out, err = forks.forked(case.command, case.argv(str(folder)), folder)
     after = contents(folder)
@@ -83,14 +83,16 @@ def run_case(group, case, folder: pathlib.Path, before: dict[str, str]) -> Resul
     return Result(group, case.what, command.replace("{d}", "DIR"), says, status, out, shown_err, changed)
 
 
-def contents(folder: pathlib.Path) -> dict[str, str]:
-    """Path -> hash of every file below `folder`, without locks and the cache of tokens."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] != "cache")
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if path.name != ".lock"
-    }
+def contents(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
+    """Path -> size and time of change of every file below `folder`, without locks and the cache of tokens."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        if place == str(folder):
+            folders.remove("cache")
+        for name in set(names) - {".lock"}:
+            status = os.lstat(os.path.join(place, name))
+            found[os.path.relpath(os.path.join(place, name), folder)] = (status.st_size, status.st_mtime_ns)
+    return found
 
 
 def table(results: list[Result]) -> str:
