@@ -27,6 +27,7 @@ def trained(workdir: pathlib.Path, architecture: str):
         *("--config.model.d_model=48", "--config.model.num_heads=2"),
         "--config.train.eval_every=0",
         f"--workdir={workdir}",
+        many_steps=True,
     )
     assert result.returncode == 0, result.stderr
     config = load_config(workdir)
