@@ -3,7 +3,7 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_capacity.py:rows --out=runs/capacity --results=docs/results
 
 Variants: pairs (4 to 256 pairs: 105 runs), rows (W_oh of 1 to 128: 80 runs), all (the default, 175 runs), and tiny,
-two runs, a minute on a CPU.
+three runs, minutes on a CPU.
 
 A point is named pairsP-rowsW_MODEL_lrRATE, W the rows of W_oh. All have the token shift, without which it is a matter
 of luck whether a run finds the answers at all (docs/quality.md); a model of width 128 and 4 layers; W_og = 64; samples
@@ -26,7 +26,7 @@ def get_sweep(variant: str = "all") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
     by_pairs, by_rows = [f"pairs{n}-rows32" for n in PAIRS], [f"pairs64-rows{n}" for n in ROWS]
     if variant == "tiny":
-        settings = [f"pairs{n}-rows4" for n in (1, 4)]
+        settings = [f"pairs{n}-rows4" for n in (1, 2, 4)]
         base, points = sweep_points(set_small_capacity, settings, WINDOWED[:1], (3e-3,))
         return Sweep(base, points, then=("evaluate",), study="retrieval")
     if variant not in ("all", "pairs", "rows"):

@@ -209,7 +209,7 @@ def test_the_process_of_a_sweep_needs_no_jax():
         ("sweep_capacity.py", 175, 3),
         ("sweep_capacity.py:pairs", 105, 3),
         ("sweep_capacity.py:rows", 80, 2),
-        ("sweep_capacity.py:tiny", 2, 1),
+        ("sweep_capacity.py:tiny", 3, 1),
         ("sweep_state.py", 80, 4),
         ("sweep_state.py:s5-64", 20, 4),
         ("sweep_state.py:tiny", 2, 2),

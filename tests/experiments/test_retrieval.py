@@ -295,5 +295,5 @@ def test_the_capacity_sweep_runs_and_is_reported(tmp_path):
     write_report(tmp_path / "records", tmp_path / "results.md")
     lines = (tmp_path / "results.md").read_text().splitlines()
     table = lines[lines.index("Against pairs in a sample:") :]
-    assert [line.split(" | ")[1] for line in table if line.startswith("| TLinFormer")][:2] == ["1", "4"]
+    assert [line.split(" | ")[1] for line in table if line.startswith("| TLinFormer")][:3] == ["1", "2", "4"]
     assert (tmp_path / "figures" / "results_capacity.png").exists()
