@@ -3,9 +3,7 @@
 import json
 import re
 
-import pytest
-
-from tests.support.commands import ROOT, check_refusal, command
+from tests.support.commands import ROOT, check_refusal, command, in_forks
 
 TINY = ["--config=configs/tiny.py"]
 SHRUNK = [
@@ -61,36 +59,25 @@ MISTAKES = {
     "a field": ([*TINY, "--config.model.widnow=1"], "--config.model.widnow=1"),
     "the text": ([*TINY, "--config.data.sequence_length=9000000"], "data.sequence_length"),
     "the devices": ([*TINY, "--config.mesh.fsdp=3"], "must multiply to a divisor of the 1 devices"),
+    "a file": ([*TINY, "--config.data.dataset=text", "--config.data.train_files=/none.txt"], "data.train_files"),
+    "the quickstart's": ([*TINY, "--config.model.num_heads=7"], "model.num_heads = 7"),
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_get_one_line_and_status_2(name, tmp_path):
-    arguments, message = MISTAKES[name]
-    workdir = tmp_path / "run"
-    result = command("tlinformer_jax.main", *arguments, f"--workdir={workdir}")
-    check_refusal(result, message)
-    assert not (workdir / "config.json").exists()
+def test_mistakes_get_one_line_and_status_2_and_leave_no_folder_of_their_own(tmp_path):
+    (tmp_path / "old").mkdir()
+    workdirs = ["run"] * len(MISTAKES) + ["old"]
+    mistakes = [*MISTAKES.values(), MISTAKES["a file"]]
+    cases = [[*arguments, f"--workdir={tmp_path}/{name}"] for (arguments, _), name in zip(mistakes, workdirs)]
+    results = in_forks([("tlinformer_jax.main", case) for case in cases])
+    for result, (_, message) in zip(results, mistakes, strict=True):
+        check_refusal(result, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    assert results[[*MISTAKES].index("the quickstart's")].stderr.strip() in page
 
 
 def test_unwritable_workdir(tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
     check_refusal(command("tlinformer_jax.main", *TINY, f"--workdir={blocker}/run"), "--workdir")
-
-
-@pytest.mark.parametrize("existed", [False, True])
-def test_a_run_that_is_refused_leaves_no_folder_of_its_own(existed, tmp_path):
-    workdir = tmp_path / "run"
-    if existed:
-        workdir.mkdir()
-    options = ("--config.data.dataset=text", f"--config.data.train_files={tmp_path}/none.txt")
-    done = command("tlinformer_jax.main", "--config=configs/tiny.py", *options, f"--workdir={workdir}")
-    assert done.returncode == 2, done.stderr
-    assert workdir.exists() == existed
-
-
-def test_the_quickstart_shows_what_the_command_prints():
-    page = (ROOT / "docs" / "quickstart.md").read_text()
-    result = command("tlinformer_jax.main", *TINY, "--config.model.num_heads=7", "--workdir=/tmp/x")
-    assert result.stderr.strip() in page

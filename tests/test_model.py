@@ -51,7 +51,8 @@ def test_parameter_count_of_the_41m_shape(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_causality_and_full_awareness_by_gradients(architecture):
     """d logits[t] / d embedding[s] is exactly 0 for s > t, and non-zero for every s <= t that t may see."""
-    config = dataclasses.replace(SMALL, architecture=architecture, history_window=4)
+    plan = ExecutionPlan(segments=2 if architecture == "tlinformer" else 1)
+    config = dataclasses.replace(SMALL, architecture=architecture, history_window=4, memory=plan)
     model, variables = build_model(config), golden_scale(config)
     length = 22  # five full windows and a short one
     embeddings = jnp.asarray(np.random.default_rng(0).standard_normal((1, length, config.d_model)), jnp.float32)
@@ -139,7 +140,7 @@ def test_segments_cover_every_window_once():
 
 
 def test_dropout_acts_in_training_only_and_is_the_same_under_checkpointing():
-    config = dataclasses.replace(SMALL, hidden_depth=0)
+    config = dataclasses.replace(SMALL, hidden_depth=0, memory=ExecutionPlan())
     variables = golden_scale(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 11)))
 

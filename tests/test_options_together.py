@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_the_forward_pass_is_the_references(architecture):
     config = dataclasses.replace(CONFIG, architecture=architecture)
     tokens, expected = truth(config, FED, 3)
     variables = params_from_reference(golden.random_weights(config), config)
-    np.testing.assert_allclose(build_model(config).apply(variables, tokens), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(jax.jit(build_model(config).apply)(variables, tokens), expected, atol=TOLERANCE)
     for name, value in (("token_shift", False), ("window_overlap", 0), ("longest_wavelength", 0)):
         without = reference.logits(golden.random_weights(config), dataclasses.replace(config, **{name: value}), tokens)
         assert np.abs(without - expected).max() > 0.1, f"{name} does nothing"

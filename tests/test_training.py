@@ -107,9 +107,9 @@ def test_z_loss_changes_the_gradient_alone(chunk, length, multiple, monkeypatch)
         norm = jax.nn.logsumexp(hidden @ table.T, axis=-1)
         return 3 * ((plain_losses(hidden, table, labels) + 0.1 * norm**2) * weights).sum()
 
-    loss, gradients = jax.value_and_grad(ours, argnums=(0, 1))(hidden, table)
+    loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(hidden, table)
     np.testing.assert_allclose(loss, 3 * (plain_losses(hidden, table, labels) * weights).sum(), rtol=1e-6)
-    for value, expectation in zip(gradients, jax.grad(plain, argnums=(0, 1))(hidden, table), strict=True):
+    for value, expectation in zip(gradients, jax.jit(jax.grad(plain, argnums=(0, 1)))(hidden, table), strict=True):
         np.testing.assert_allclose(value, expectation, rtol=1e-5, atol=1e-5)
 
 
@@ -135,9 +135,11 @@ def test_a_step_with_z_loss_has_the_gradient_of_the_models_logits(architecture, 
         return ((losses + z_loss * norm**2) * batch["weights"]).sum() / divisor
 
     config = dataclasses.replace(TRAIN, z_loss=0.1)
-    loss, _, grads = batch_gradient(batch, params, divisor, jnp.int32(0), model=model, config=config, split=UNSPLIT)
-    assert float(loss) == pytest.approx(float(plain(params, 0.0)), rel=1e-5)
-    for value, truth in zip(jax.tree.leaves(grads), jax.tree.leaves(jax.grad(plain)(params, 0.1)), strict=True):
+    ours = jax.jit(functools.partial(batch_gradient, model=model, config=config, split=UNSPLIT))
+    loss, _, grads = ours(batch, params, divisor, jnp.int32(0))
+    assert float(loss) == pytest.approx(float(jax.jit(plain)(params, 0.0)), rel=1e-5)
+    true_grads = jax.jit(jax.grad(plain))(params, 0.1)
+    for value, truth in zip(jax.tree.leaves(grads), jax.tree.leaves(true_grads), strict=True):
         np.testing.assert_allclose(value, truth, atol=1e-5 * max(1.0, float(jnp.abs(truth).max())), rtol=1e-4)
 
 
@@ -156,8 +158,8 @@ def test_training_loss_and_its_gradients_equal_plain_cross_entropy(chunk, length
 
     inputs = (hidden, table, weights)
     np.testing.assert_allclose(ours(*inputs), plain(*inputs), rtol=1e-6)
-    loss, gradients = jax.value_and_grad(ours, argnums=(0, 1, 2))(*inputs)
-    truth, expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(*inputs)
+    loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(*inputs)
+    truth, expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*inputs)
     np.testing.assert_allclose(loss, truth, rtol=1e-6)
     for value, expectation in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(value, expectation, rtol=1e-5, atol=1e-5)

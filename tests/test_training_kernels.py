@@ -45,7 +45,7 @@ def test_layer_norm_gradients(shape, skips, by_kernel, monkeypatch):
         return (plain_layer_norm(x, scale, bias) * gradient).sum() + (x * skip).sum() * skips
 
     np.testing.assert_allclose(layers.layer_norm(x, scale, bias), plain_layer_norm(x, scale, bias), atol=1e-5)
-    ours, true = (jax.grad(function, argnums=(0, 1, 2))(x, scale, bias) for function in (total, truth))
+    ours, true = (jax.jit(jax.grad(function, (0, 1, 2)))(x, scale, bias) for function in (total, truth))
     for value, expected in zip(ours, true, strict=True):
         np.testing.assert_allclose(value, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
@@ -67,7 +67,7 @@ def test_loss_and_slope(vocab_size, columns, z_loss, monkeypatch):
     how = {"z_loss": z_loss, "interpret": True}
     found, slope = loss_kernel.loss_and_slope(logits, targets, weights, vocab_size, jnp.float32, **how)
     np.testing.assert_allclose(found, losses(logits), atol=1e-5)
-    np.testing.assert_allclose(slope, jax.grad(trained)(logits), atol=2e-5)
+    np.testing.assert_allclose(slope, jax.jit(jax.grad(trained))(logits), atol=2e-5)
 
 
 def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
@@ -80,7 +80,7 @@ def test_the_loss_by_the_kernel_equals_the_plain_one(monkeypatch):
         def total(hidden, table):
             return loss.summed_losses_and_hits(hidden, table, labels, weights, 12, 0.01)[0]
 
-        return jax.value_and_grad(total, argnums=(0, 1))(hidden, table)
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(hidden, table)
 
     expected, real = outcome(), loss_kernel.loss_and_slope
     monkeypatch.setattr(loss_kernel, "COLUMNS", 16)

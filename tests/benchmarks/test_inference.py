@@ -396,13 +396,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_get_one_line_and_status_2(name):
-    arguments, message = MISTAKES[name]
-    result = command(*arguments)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+def test_mistakes_get_one_line_and_status_2():
+    results = commands.in_forks([("benchmarks.inference", arguments) for arguments, _ in MISTAKES.values()])
+    for result, (_, message) in zip(results, MISTAKES.values(), strict=True):
+        commands.check_refusal(result, message)
 
 
 def test_the_command_needs_neither_ml_collections_nor_matplotlib(tmp_path):

@@ -65,13 +65,13 @@ def test_every_logit_is_the_references(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("context", "rows_per_token"), [(8, 0), (3, 4)])
-def test_growing_caches_keep_every_row_in_its_place(context, rows_per_token, monkeypatch, own_traces):
+@pytest.mark.parametrize(("context", "rows_per_token", "length"), [(8, 0, 91), (3, 4, 61)])
+def test_growing_caches_keep_every_row_in_its_place(context, rows_per_token, length, monkeypatch, own_traces):
+    """Through at least two larger classes; every class is a program of its own, which is what this costs."""
     small_caches(monkeypatch, rows_per_token)
-    config = dataclasses.replace(ODD, num_blocks=3)
-    decoder = make_decoder(config, context)
-    assert decoder.init_cache(2, 21).capacity < 96
-    assert largest_error(decoder, [21, 2], 101, room=21) < TOLERANCE
+    decoder = make_decoder(ODD, context)
+    assert decoder.init_cache(2, 21).capacity * 1.2 < length - ODD.generation_window
+    assert largest_error(decoder, [21, 2], length, room=21) < TOLERANCE
 
 
 @pytest.mark.slow

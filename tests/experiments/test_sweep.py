@@ -30,7 +30,7 @@ def get_sweep(variant="four"):
     base.data.update(dataset="pydoc", tokenizer="bytes", sequence_length=32)
     points = {
         "first": {"model.history_window": 8},
-        "long": {"model.history_window": 16, "train.steps": 1500},
+        "long": {"model.history_window": 16, "train.steps": 600},
         "wrong": {"model.history_window": 24, "mesh.fsdp": 3},
         "last": {"model.history_window": 24},
     }
@@ -91,7 +91,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert times(out / "first-seed0") == finished
     assert f"continuing from step {saved} in {out}/long-seed0" in done.stderr
     result = read_result(out / "long-seed0" / "result.json")
-    assert (result["attempts"], result["steps"]) == (2, 1500)
+    assert (result["attempts"], result["steps"]) == (2, 600)
     assert result["then"]["evaluate"]
     rows = {row["name"]: row for row in csv.DictReader((out / "sweep.csv").open())}
     assert list(rows) == ["first-seed0", "long-seed0", "last-seed0"]

@@ -1,5 +1,6 @@
 """The commands as a user types them, in a process of their own."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -39,9 +40,20 @@ def command(
     return run_line(line, environment | ({"XLA_FLAGS": ""} if many_steps else {}))
 
 
-def run_line(line: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+def in_forks(cases: list[tuple[str, list[str]]]) -> list[subprocess.CompletedProcess]:
+    """Runs modules or commands with their arguments, each in a fork of one process, which imports only once."""
+    line, environment = command_line("tests.support.forks")
+    done = run_line(line, environment, json.dumps(cases))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return [subprocess.CompletedProcess(case[1], *result) for case, result in zip(cases, found, strict=True)]
+
+
+def run_line(line: list[str], environment: dict[str, str], text: str = "") -> subprocess.CompletedProcess:
     """Runs what `command_line` returned, perhaps changed, in the project's directory."""
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    return subprocess.run(
+        line, cwd=ROOT, env=environment, input=text, capture_output=True, text=True, check=False, timeout=TIMEOUT
+    )
 
 
 def check_refusal(result: subprocess.CompletedProcess, message: str) -> None:

@@ -1,23 +1,23 @@
 """Runs the bad inputs and writes the table of docs/reliability.md: `python -m tests.support.refusals [--write]`.
 
-Each case runs as the command does, in a process of its own: a fork of this one, which has imported what the commands
-import but has not used JAX, so that a hundred cases take minutes less than a hundred starts. Prints one JSON object a
-case; `--write` puts the table into the document instead.
+Each case runs in a fork of this process. Prints one JSON object a case; `--write` puts the table into the document
+instead.
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import pathlib
-import runpy
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
+
+from tests.support import forks
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -53,25 +53,27 @@ def run_all() -> list[Result]:
     """Runs every case."""
     from tests.support import bad_files, bad_inputs
 
-    _import_what_commands_import()
+    forks.import_what_commands_import()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="bad-inputs-"))
     try:
         bad_files.write_files(folder)
-        status, _, err = forked("train", [f"--config={folder}/small.py", f"--workdir={folder}/run"], folder)
+        status, _, err = forks.forked("train", [f"--config={folder}/small.py", f"--workdir={folder}/run"], folder)
         assert status == 0, err
         for name, change in bad_files.CHANGES.items():
             shutil.copytree(folder / "run", folder / name)
             change(folder / name)
         with _held(folder / "held" / ".lock"):
-            return [run_case(group, case, folder) for group, cases in bad_inputs.GROUPS.items() for case in cases]
+            before = contents(folder)
+            return [
+                run_case(group, case, folder, before) for group, cases in bad_inputs.GROUPS.items() for case in cases
+            ]
     finally:
         shutil.rmtree(folder)
 
 
-def run_case(group, case, folder: pathlib.Path) -> Result:
-    """Runs one case over the files in `folder`."""
-    before = contents(folder)
-    status, out, err = forked(case.command, case.argv(str(folder)), folder)
+def run_case(group, case, folder: pathlib.Path, before: dict[str, str]) -> Result:
+    """Runs one case over the files in `folder`, of which the first case found `before`."""
+    status, out, err = forks.forked(case.command, case.argv(str(folder)), folder)
     after = contents(folder)
     shutil.rmtree(folder / "new", ignore_errors=True)  # so that no case meets what another has left
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
@@ -83,45 +85,23 @@ def run_case(group, case, folder: pathlib.Path) -> Result:
     return Result(group, case.what, command.replace("{d}", "DIR"), says, status, out, shown_err, changed)
 
 
-def forked(command: str, arguments: list[str], folder: pathlib.Path) -> tuple[int, str, str]:
-    """Status, stdout and stderr of `python -m tlinformer_jax COMMAND ARGUMENTS`."""
-    outputs = [folder / ".out", folder / ".err"]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            for number, path in enumerate(outputs, 1):
-                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-            os.chdir(ROOT)
-            module = command if "." in command else "tlinformer_jax"  # a benchmark or tool, or a command of ours
-            sys.argv = [module, *([] if "." in command else [command]), *arguments]
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            status = 0
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    _, code = os.waitpid(pid, 0)
-    out, err = (path.read_text(encoding="utf-8", errors="replace") for path in outputs)
-    for path in outputs:
-        path.unlink()
-    return os.waitstatus_to_exitcode(code), out, err
-
-
 def contents(folder: pathlib.Path) -> dict[str, str]:
     """Path -> hash of every file below `folder`, without locks and the cache of tokens."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] != "cache")
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if path.name != ".lock"
-    }
+    found = {}
+    for place, folders, names in os.walk(folder):
+        if place == str(folder):
+            folders.remove("cache")
+        for path in (pathlib.Path(place, name) for name in names if name != ".lock"):
+            if path.is_file():
+                status = path.stat()
+                found[str(path.relative_to(folder))] = _digest(path, status.st_size, status.st_mtime_ns)
+    return found
+
+
+@functools.cache
+def _digest(path: pathlib.Path, size: int, changed: int) -> str:
+    """The hash of a file, made again where its size or its time of change is another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def table(results: list[Result]) -> str:
@@ -165,21 +145,6 @@ def _held(path: pathlib.Path) -> Iterator[None]:
         file.write("process 12 on host other\n")
         file.flush()
         yield
-
-
-def _import_what_commands_import() -> None:
-    import ml_collections.config_flags  # noqa: F401
-    from jax._src import xla_bridge
-
-    import tlinformer_jax.decoding.generator
-    import tlinformer_jax.evaluation.report
-    import tlinformer_jax.experiments.driver
-    import tlinformer_jax.experiments.report
-    import tlinformer_jax.training.check
-    import tlinformer_jax.training.conversion
-    import tlinformer_jax.training.loop  # noqa: F401
-
-    assert not xla_bridge._backends, "a process that has used JAX must not be forked"
 
 
 if __name__ == "__main__":

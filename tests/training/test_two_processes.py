@@ -12,7 +12,7 @@ from tests.support.processes import SMALL, saved_steps, start, start_many, start
 MAIN = "tlinformer_jax.main"
 # Three windows: the first, and one with history for each of two devices.
 WINDOWS = ("--config=configs/tiny.py", "--config.data.sequence_length=96", "--config.train.log_every=1")
-WINDOWS += ("--config.train.steps=3", "--config.train.eval_every=0")
+WINDOWS += ("--config.train.steps=3", "--config.train.eval_every=0", "--config.model.num_blocks=1")
 SPEED = ("tokens_per_second", "tflops", "mfu", "input_wait", "save_wait")
 
 
