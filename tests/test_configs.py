@@ -332,6 +332,7 @@ OVERRIDES = {
         "max_skipped_updates": 4,
         "max_rollbacks": 2,
         "stop_at_accuracy": 0.9,
+        "deterministic": True,
     },
     "data": {
         "tokenizer": "/some/tokenizer.json:</s>",

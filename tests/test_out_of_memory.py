@@ -91,10 +91,10 @@ def test_the_command_ends_with_status_1_and_no_traceback(arguments, tmp_path):
     line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *arguments)
     fault = f"""
 import jax
-from tlinformer_jax.training import check, loop
+from tlinformer_jax.training import setup
 def jit_train_step(*_, **__):
     raise jax.errors.JaxRuntimeError({MESSAGE!r})
-check.jit_train_step = loop.jit_train_step = jit_train_step
+setup.jit_train_step = jit_train_step
 """
     line[2] = fault + line[2]
     result = run_line(line, environment)

@@ -146,7 +146,7 @@ def test_no_array_of_all_tokens_times_the_vocabulary(monkeypatch):
     size, length = 2048, 8192
     run = trained(dataclasses.replace(MODEL, vocab_size=size, generation_window=64)).run
     monkeypatch.setattr("tlinformer_jax.training.evaluation.LOSS_CHUNK", 1024)
-    step = jit_eval_step(run.model, run.shardings.params, batch_sharding(run.mesh))
+    step = jit_eval_step(run.model, run.config.train, run.shardings.params, batch_sharding(run.mesh))
     row = jax.ShapeDtypeStruct((run.mesh.size, length), np.int32)
     batch = {"inputs": row, "labels": row, "weights": jax.ShapeDtypeStruct(row.shape, np.float32)}
     with jax.set_mesh(run.mesh):

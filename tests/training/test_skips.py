@@ -10,7 +10,7 @@ import pytest
 from tests.training.test_resume import run_config
 from tlinformer_jax.config.run import OPTIMIZERS, TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.training import loop
+from tlinformer_jax.training import setup
 from tlinformer_jax.training.callbacks import DivergedError
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.optimizer import Horizon
@@ -80,7 +80,7 @@ def test_what_is_not_finite_is_found(loss, grads, first, number):
 def test_a_run_names_the_step_and_the_parameters_and_keeps_its_last_checkpoint(tmp_path, monkeypatch):
     """Update 3 on, one bias's gradient is NaN; what is logged only every 4 steps is found all the same."""
     config = run_config(tmp_path, steps=8, log_every=4, eval_every=0, checkpoint_every=2, max_skipped_updates=1)
-    whole = loop.jit_train_step
+    whole = setup.jit_train_step
 
     def poisoned(*shardings, **settings):
         step = whole(*shardings, **settings)
@@ -91,9 +91,10 @@ def test_a_run_names_the_step_and_the_parameters_and_keeps_its_last_checkpoint(t
                 state.params["blocks_0"]["restore"] = {**spoilt, "qkv_bias": spoilt["qkv_bias"] * jnp.nan}
             return step(state, batch)
 
+        run.lower = step.lower
         return run
 
-    monkeypatch.setattr(loop, "jit_train_step", poisoned)
+    monkeypatch.setattr(setup, "jit_train_step", poisoned)
     message = r"at step 4 the .* not finite.*train\.max_skipped_updates = 1 before it were skipped"
     with pytest.raises(DivergedError, match=message):
         train_and_evaluate(config, tmp_path / "run")

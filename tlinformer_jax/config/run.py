@@ -92,6 +92,9 @@ class TrainConfig:
         a multiple of checkpoint_every, and goes on with the batches that follow the bad ones.
       stop_at_accuracy: of tasks: the run ends at the first evaluation with at least this share of answers right; 0
         goes on to the last update.
+      deterministic: on a GPU, two runs, and a run killed and resumed, end with the same bits on the same kind of device
+        and version of JAX, more slowly. Without it XLA times kernels before it chooses, and sums the embedding's
+        gradient in whatever order its threads come to it. On CPUs and TPUs runs repeat themselves anyway.
     """
 
     steps: int = 1000
@@ -115,6 +118,7 @@ class TrainConfig:
     max_skipped_updates: int = 0
     max_rollbacks: int = 0
     stop_at_accuracy: float = 0.0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name, least in SMALLEST.items():
@@ -127,6 +131,8 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}", getattr(self, name), "must be a finite number >= 0")
         if not _is_number(self.stop_at_accuracy) or self.stop_at_accuracy > 1:
             raise ConfigError("train.stop_at_accuracy", self.stop_at_accuracy, "must be a number from 0 to 1")
+        if not isinstance(self.deterministic, bool):
+            raise ConfigError("train.deterministic", self.deterministic, "must be True or False")
         if not _is_number(self.ema) or self.ema >= 1:
             raise ConfigError("train.ema", self.ema, "must be a number >= 0 and < 1")
         if self.optimizer not in OPTIMIZERS:

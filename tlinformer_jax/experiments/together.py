@@ -151,7 +151,7 @@ def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
 
 def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[Copies, list[list[Evaluated]], float]:
     """The copies when all have ended, the evaluations of each, and tokens a second of all copies together."""
-    train, options = run.config.train, compiler_options()
+    train, options = run.config.train, compiler_options(run.config.train)
     update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, compiler_options=options)
     end = jax.jit(end_copies, donate_argnums=0)
     sums_of = functools.partial(eval_step, model=run.model, answers=run.answers)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.batches import Batch
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split
@@ -62,14 +63,18 @@ def eval_step(
 
 
 def jit_eval_step(
-    model: LanguageModel, param_shardings: Any, batch_sharding: Any, answers: AnswersOf | None = None
+    model: LanguageModel,
+    config: TrainConfig,
+    param_shardings: Any,
+    batch_sharding: Any,
+    answers: AnswersOf | None = None,
 ) -> Any:
     """`eval_step`, compiled for the shardings of its arguments; every process gets the whole sums."""
     return jax.jit(
         functools.partial(eval_step, model=model, answers=answers),
         in_shardings=(param_shardings, batch_sharding),
         out_shardings=replicated(batch_sharding.mesh),
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options(config),
     )
 
 

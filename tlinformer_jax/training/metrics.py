@@ -1,6 +1,7 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard events, and a line on stderr."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -32,13 +33,19 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: pathlib.Path, step: int = 0) -> None:
+        self._folder, self._step = folder, step
+
+    @functools.cached_property
+    def _file(self) -> Any:
+        """Opened when first used, after the first update: tensorboardX imports PyTorch where that is installed."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._file = EventsWriter(str(folder / "events"))
+        file = EventsWriter(str(self._folder / "events"))
         start = SessionLog(status=SessionLog.START)
-        self._file.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
-        self._file.flush()
+        file.write_event(Event(wall_time=time.time(), step=self._step + 1, session_log=start))
+        file.flush()
+        return file
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         from tensorboardX.proto.event_pb2 import Event

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tlinformer_jax.analysis.flops import training_flops
@@ -44,7 +45,7 @@ from tlinformer_jax.parallel.sharding import (
 )
 from tlinformer_jax.training.evaluation import Evaluation, evaluate_split, jit_eval_step
 from tlinformer_jax.training.optimizer import Horizon
-from tlinformer_jax.training.step import TrainState, init_state
+from tlinformer_jax.training.step import TrainState, init_state, jit_train_step
 
 # Of runs that do not train, and of those whose length is known only with their data.
 UNTRAINED = Horizon(steps=0, decay_end=0)
@@ -115,11 +116,35 @@ class Run:
         return -(-min(batch_size, 1 << (samples - 1).bit_length()) // parts) * parts
 
     @functools.cached_property
+    def train_step(self) -> Any:
+        """The jitted training step."""
+        return jit_train_step(
+            self.shardings,
+            batch_sharding(self.mesh),
+            model=self.model,
+            config=self.config.train,
+            horizon=self.horizon,
+            answers=self.answers,
+            stages=self.config.data.stages,
+        )
+
+    def compiled_train_step(self) -> jax.stages.Compiled:
+        """The training step, compiled for samples of data.sequence_length; calls of `train_step` then use it."""
+        shape, sharding = (self.config.train.batch_size, self.config.data.sequence_length), batch_sharding(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, dtype in (("inputs", jnp.int32), ("labels", jnp.int32), ("weights", jnp.float32))
+        }
+        state = self.abstract_state  # first: under the mesh, even a key is made on its devices
+        with jax.set_mesh(self.mesh):
+            return self.train_step.lower(state, batch).compile()
+
+    @functools.cached_property
     def eval_step(self) -> Any:
         """The jitted evaluation step."""
         check_kernel(self.config.model)
         sharding = batch_sharding(self.mesh, EVALUATION_AXES)
-        return jit_eval_step(self.model, self.shardings.params, sharding, self.answers)
+        return jit_eval_step(self.model, self.config.train, self.shardings.params, sharding, self.answers)
 
     def evaluate(
         self,
