@@ -333,6 +333,7 @@ OVERRIDES = {
         "keep_checkpoints": "5+3",
         "max_skipped_updates": 4,
         "stop_at_accuracy": 0.9,
+        "deterministic": True,
     },
     "data": {
         "tokenizer": "/some/tokenizer.json:</s>",

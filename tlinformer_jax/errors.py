@@ -66,6 +66,9 @@ def one_of(*choices: str) -> Rule:
     return Rule(f"must be one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
+TRUE_OR_FALSE = Rule("must be True or False", lambda value: isinstance(value, bool))
+
+
 def check_fields(section: str, values: object, rules: Mapping[str, Rule]) -> None:
     """Refuses (ConfigError) the first field of `values` that breaks its rule."""
     for name, rule in rules.items():

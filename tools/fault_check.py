@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import warnings
 from typing import Any
 
 import jax
@@ -47,9 +46,12 @@ def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Everything that the newest checkpoint holds, by path: parameters, optimiser, step, skips."""
     found = newest_good(workdir / FOLDER)
     assert found is not None, "a run that ended has saved"
-    with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the machine is the one that has written it
-        tree = checkpointer.restore(workdir.absolute() / FOLDER / str(found.step) / STATE)
+    folder = workdir.absolute() / FOLDER / str(found.step) / STATE
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(folder).item_metadata.tree
+        # As NumPy arrays: they may be of devices that this process does not use.
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        tree = checkpointer.restore(folder, restore_args=how)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

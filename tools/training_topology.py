@@ -48,7 +48,6 @@ def compile_for(config: "RunConfig", name: str) -> tuple[str, Any]:
 
     from tlinformer_jax.data.tokenizers import ByteTokenizer
     from tlinformer_jax.parallel.mesh import target
-    from tlinformer_jax.training.check import compiled_step
     from tlinformer_jax.training.console import is_out_of_memory, model_line
     from tlinformer_jax.training.setup import PENDING, build_run
 
@@ -57,7 +56,7 @@ def compile_for(config: "RunConfig", name: str) -> tuple[str, Any]:
         # No text is read, so the tokenizer that every vocabulary holds stands in for the real one.
         run = build_run(config, ByteTokenizer(), PENDING, devices)
         try:
-            return model_line(run), compiled_step(run)
+            return model_line(run), run.compiled_train_step()
         except jax.errors.JaxRuntimeError as error:
             reason = next(line for line in str(error).splitlines() if line.strip()).strip()[:300]
             if is_out_of_memory(error):

@@ -66,6 +66,19 @@ def test_each_is_what_it_would_be_alone(tmp_path, trained):
 
 
 @pytest.mark.slow
+def test_runs_on_a_text_are_what_they_would_be_alone(tmp_path, trained):
+    text = {"data__dataset": "pydoc", "data__tokenizer": "bytes", "data__curriculum": "", "model__vocab_size": 257}
+    jobs = [job(tmp_path, seed, rate, **text) for seed, rate in ((0, 1e-2), (3, 3e-2))]
+    records = train_together(jobs)
+    alone = train_run(jobs[1].config, tmp_path / "alone")
+    params = jax.tree.map(lambda leaf: leaf[1], trained[-1][0].params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, alone.params)
+    assert records[1]["validation"] == pytest.approx(alone.figures, rel=1e-4)
+    assert records[0]["validation"]["loss"] != records[1]["validation"]["loss"]
+    assert finished_result(jobs[1])["steps"] == 6, "no copy has a goal that would end it"
+
+
+@pytest.mark.slow
 def test_a_run_that_has_reached_its_goal_keeps_its_parameters(tmp_path, trained, monkeypatch):
     """The first reaches it at the first evaluation; the second never, and goes on to the end."""
     real = together._evaluated
@@ -106,7 +119,6 @@ def test_groups_differ_in_seed_and_rate_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"data__dataset": "pydoc", "data__tokenizer": "bytes", "model__vocab_size": 257}, "data.dataset"),
         ({"data__curriculum": "8:2@0.5"}, "data.curriculum"),
         ({"model__dropout": 0.1}, "model.dropout"),
         ({"train__sampled_windows": 1}, "train.sampled_windows"),

@@ -52,7 +52,7 @@ def import_what_commands_import() -> None:
     from jax._src import xla_bridge
 
     import tlinformer_jax.decoding.generator
-    import tlinformer_jax.evaluation.text
+    import tlinformer_jax.evaluation.report
     import tlinformer_jax.experiments.driver
     import tlinformer_jax.experiments.report
     import tlinformer_jax.training.check

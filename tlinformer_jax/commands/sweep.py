@@ -44,7 +44,7 @@ SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of 
 TOGETHER = flags.DEFINE_bool(
     "together",
     False,
-    "Of tasks: train points that differ only in seed and learning rate as one program, without checkpoints.",
+    "Train points that differ only in seed and learning rate as one program, without checkpoints.",
 )
 RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
 THEN = flags.DEFINE_list(

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from tlinformer_jax.config.delta import DeltaShape, delta_shape
-from tlinformer_jax.errors import ConfigError, Rule, check_fields, integer, number, one_of
+from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, Rule, check_fields, integer, number, one_of
 from tlinformer_jax.parallel.mesh import platform
 
 ARCHITECTURES = (
@@ -105,7 +105,7 @@ RULES = {
     ),
     "history_window": integer(1, pattern="auto", told=" or 'auto'"),
     "generation_window": integer(1, LONGEST_WINDOW),
-    "token_shift": Rule("must be True or False", lambda shift: isinstance(shift, bool)),
+    "token_shift": TRUE_OR_FALSE,
     "dropout": number("must be a number in [0, 1)", lambda rate: 0 <= rate < 1),
 }
 

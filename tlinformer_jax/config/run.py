@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tlinformer_jax.config.data import DataConfig, absolute_paths
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.errors import ConfigError, DataError, Rule, check_fields, integer, number, one_of
+from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, DataError, Rule, check_fields, integer, number, one_of
 from tlinformer_jax.files import read_json, write_text
 from tlinformer_jax.parallel.mesh import MeshConfig
 
@@ -68,6 +68,7 @@ RULES = {
         0, pattern=AND_MORE.pattern, told=", or such as '3+1': after more than three, one return to a checkpoint"
     ),
     "stop_at_accuracy": number("must be a number from 0 to 1", lambda share: 0 <= share <= 1),
+    "deterministic": TRUE_OR_FALSE,
 }
 
 
@@ -115,6 +116,9 @@ class TrainConfig:
         batches that follow the bad ones.
       stop_at_accuracy: of tasks: the run ends at the first evaluation with at least this share of answers right; 0
         goes on to the last update.
+      deterministic: on a GPU, two runs, and a run killed and resumed, end with the same bits on the same kind of device
+        and version of JAX, more slowly. Without it XLA times kernels before it chooses, and sums the embedding's
+        gradient in whatever order its threads come to it. On CPUs and TPUs runs repeat themselves anyway.
     """
 
     steps: int | str = 1000
@@ -136,6 +140,7 @@ class TrainConfig:
     keep_checkpoints: int | str = 2
     max_skipped_updates: int | str = 0
     stop_at_accuracy: float = 0.0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_fields("train", self, RULES)

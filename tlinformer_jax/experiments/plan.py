@@ -109,8 +109,6 @@ def groups_of(points: Sequence[Job]) -> list[list[Job]]:
 def check_together(config: RunConfig) -> None:
     """Refuses (ConfigError) what runs that are trained together cannot have of their own, or do not do."""
     train, data = config.train, config.data
-    if not data.is_task:
-        raise ConfigError("data.dataset", data.dataset, "must be a task for --together")
     if any(stage.accuracy for stage in data.stages):
         allowed = "must have no stage that ends by accuracy for --together: runs change length at the same update"
         raise ConfigError("data.curriculum", data.curriculum, allowed)

@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.data.batches import num_samples
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
@@ -150,7 +151,7 @@ def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
 
 def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[Copies, list[list[Evaluated]], float]:
     """The copies when all have ended, the evaluations of each, and tokens a second of all copies together."""
-    train, options = run.config.train, compiler_options()
+    train, options = run.config.train, compiler_options(run.config.train)
     update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, compiler_options=options)
     end = jax.jit(end_copies, donate_argnums=0)
     sums_of = functools.partial(eval_step, model=run.model, answers=run.answers)
@@ -171,15 +172,16 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
             jax.block_until_ready(losses)
             speeds.append(len(steps) * tokens / (time.perf_counter() - started))
             figures = _evaluated(run, evaluate, copies.params, splits["validation"], len(jobs))
-            accuracies = [each["accuracy"] for each in figures]
             going = np.asarray(copies.ended_at) == 0
             for history, each, goes in zip(evaluations, figures, going):
                 if goes:
                     history.append((steps[-1] + 1, each))
-            reached = np.array(accuracies) >= (train.stop_at_accuracy or math.inf)
+            goal = train.stop_at_accuracy or math.inf  # which only tasks have
+            reached = np.array([each.get("accuracy", 0.0) >= goal for each in figures])
             copies = end(copies, jnp.asarray(reached), jnp.int32(steps[-1] + 1))
-            shown = " ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-            say(f"update {steps[-1] + 1}: {speeds[-1]:,.0f} tokens/s; right {shown}")
+            shown = "accuracy" if "accuracy" in figures[0] else "loss"
+            values = " ".join(f"{each[shown]:.3f}" for each in figures)
+            say(f"update {steps[-1] + 1}: {speeds[-1]:,.0f} tokens/s; {shown} {values}")
             if all(np.asarray(copies.ended_at)):
                 break
     return copies, evaluations, statistics.median(speeds)
@@ -189,18 +191,17 @@ def _evaluated(
     run: Run, evaluate: Callable[[Any, Any], Any], params: Any, split: Split, count: int
 ) -> list[dict[str, float]]:
     """The figures of a split for each of `count` copies."""
-    assert isinstance(split, TaskSplit)
     length = run.config.data.sequence_length
-    size = run.evaluation_batch_size(length, split.count)
+    size = run.evaluation_batch_size(length, num_samples(split, length))
     totals: dict[str, Any] = {}
-    for batch in run.answer_batches(split, length, size, slice(None)):
+    for batch in run.evaluation_batches(split, length, size, slice(None)):
         sums = evaluate(params, batch)
         totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
     found = {name: np.asarray(total, np.float64) for name, total in totals.items()}
-    chance = split.task.chance(length)
     results = []
     for number in range(count):
         own = {name: total[number] for name, total in found.items()}
-        result = Evaluation(own["losses"], own["weights"], Answers.of(own, chance))
+        answers = Answers.of(own, split.task.chance(length)) if isinstance(split, TaskSplit) else None
+        result = Evaluation(own["losses"], own["weights"], answers)
         results.append(summary(result, split, run.config.model.generation_window))
     return results

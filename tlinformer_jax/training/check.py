@@ -5,12 +5,10 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer
-from tlinformer_jax.parallel.sharding import batch_sharding
 from tlinformer_jax.training.console import length_lines, model_line, split_line
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
 from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
@@ -57,22 +55,9 @@ def state_bytes(run: Run) -> StateBytes:
 
 def step_bytes(run: Run) -> tuple[int, int]:
     """Memory of a compiled step by device, in bytes: in all, and what is temporary."""
-    found: Any = compiled_step(run).memory_analysis()
+    found: Any = run.compiled_train_step().memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
-
-
-def compiled_step(run: Run) -> jax.stages.Compiled:
-    """A training step, compiled for the run's mesh."""
-    rows, length = run.config.train.batch_size, run.config.data.sequence_length
-    sharding = batch_sharding(run.mesh)
-    dtypes: dict[str, Any] = {"inputs": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
-    if run.config.data.document_masking:
-        dtypes["documents"] = jnp.int32
-    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    state, step = run.abstract_state, run.train_step()  # first: under the mesh, even a key is made on its devices
-    with jax.set_mesh(run.mesh):
-        return step.lower(state, batch).compile()
 
 
 def _device_bytes(tree: Any, itemsize: int | None = None) -> int:

@@ -1,10 +1,12 @@
 """The training loop: `train_and_evaluate(config, workdir)`."""
 
+import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import pathlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +55,8 @@ from tlinformer_jax.training.setup import (
 from tlinformer_jax.training.step import TrainState
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
+# An update: (state, batch) -> (state after it, outputs)
+Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
 def train_and_evaluate(
@@ -119,11 +123,17 @@ def train_run(
         stack.enter_context(jax.set_mesh(run.mesh))
 
         # ---- Where the run stands
-        state, evaluated = first_state(run, workdir, checkpoints, origin)
+        restored = checkpoints.restore(run.abstract_state)
+        first, last = (0 if restored is None else restored[1].step), run.horizon.steps
+        update = stack.enter_context(compiling_early(run)) if first < last else run.train_step
+        if restored is None:
+            state, evaluated = first_state(run, workdir, checkpoints, origin), False
+        else:
+            state, evaluated = restored[0], restored[1].validation_loss is not None
+            console.say(f"continuing from step {first} in {workdir}")
         if main:
             directory.save_description(run, splits, workdir)
         goal = console.describe(run, splits)
-        first, last = int(state.step), run.horizon.steps
         # An evaluation that can end the run is repeated, and the last one, for its figures.
         evaluated = evaluated and not train.stop_at_accuracy and first < last
 
@@ -140,7 +150,7 @@ def train_run(
         every: list[Callback] = [logging, *tracing, save, evaluate, *asked]
         view = TrainingView(config, workdir, first, last, state)
         if evaluated or not evaluate.is_due(first) or not evaluate(view):
-            view = train_steps(session, view, every, evaluate)
+            view = train_steps(session, view, update, every, evaluate)
         for callback in every:
             callback.finish(dataclasses.replace(view, evaluation=evaluate.figures))
     figures = {name: value for name, value in evaluate.figures.items() if name != "step"}
@@ -168,13 +178,8 @@ def prepare(
 
 def first_state(
     run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: directory.Origin | None = None
-) -> tuple[TrainState, bool]:
-    """The newest good checkpoint's state or a new one; whether it has been evaluated."""
-    restored = checkpoints.restore(run.abstract_state)
-    if restored is not None:
-        state, manifest = restored
-        console.say(f"continuing from step {int(state.step)} in {workdir}")
-        return state, manifest.validation_loss is not None
+) -> TrainState:
+    """The state of a new run, with random parameters or those of another run; saved if it may be needed again."""
     state = run.initial_state()
     if origin is not None:
         step, params = directory.initial_params(origin, run, state.params)
@@ -185,15 +190,34 @@ def first_state(
     if origin is not None or run.config.train.rollbacks:
         checkpoints.save(state, overlap=False)
     console.say(console.parameter_table(state.params))
-    return state, False
+    return state
+
+
+@contextlib.contextmanager
+def compiling_early(run: Run) -> Iterator[Update]:
+    """The training step, compiled by a thread while the caller prepares the run; its first call waits for that.
+
+    XLA compiles without Python's lock, so that on two cores the state's program is compiled meanwhile. In a curriculum
+    the first step's length depends on the state, and nothing is compiled early.
+    """
+    if run.config.data.curriculum:
+        yield run.train_step
+        return
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compilation") as thread:
+        compiled = thread.submit(contextvars.copy_context().run, run.compiled_train_step)
+
+        def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+            compiled.result()  # raises what the compilation has raised
+            return run.train_step(state, batch)
+
+        yield update
 
 
 def train_steps(
-    session: Session, view: TrainingView, callbacks: Sequence[Callback], evaluate: Evaluate
+    session: Session, view: TrainingView, update: Update, callbacks: Sequence[Callback], evaluate: Evaluate
 ) -> TrainingView:
     """The updates after `view`, each with the callbacks due after it."""
     run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
-    update = run.train_step()
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
     first, state = view.step, view.state
     throughput.restart()

@@ -1,6 +1,7 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard events, and a line on stderr."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -30,24 +31,37 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: pathlib.Path, step: int = 0) -> None:
+        self._folder, self._step = folder, step
+
+    @functools.cached_property
+    def _file(self) -> Any:
+        """Opened when first used, after the first update: tensorboardX imports PyTorch where that is installed."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._file = EventsWriter(str(folder / "events"))
-        self.flush, self.close = self._file.flush, self._file.close
-        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
-        self.flush()
+        file = EventsWriter(str(self._folder / "events"))
+        file.write_event(event(self._step + 1, session_log=SessionLog(status=SessionLog.START)))
+        file.flush()
+        return file
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(step, summary=Summary(value=values))
+        self._file.write_event(event(step, summary=Summary(value=values)))
 
-    def _write(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+    def flush(self) -> None:
+        self._file.flush()
 
-        self._file.write_event(Event(wall_time=time.time(), step=step, **content))
+    def close(self) -> None:
+        self._file.close()
+
+
+def event(step: int, **content: Any) -> Any:
+    """An event of TensorBoard, of now."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    return Event(wall_time=time.time(), step=step, **content)
 
 
 def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:

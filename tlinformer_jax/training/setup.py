@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -122,8 +123,9 @@ class Run:
         parts = ways(self.mesh, EVALUATION_AXES)
         return -(-min(batch_size, 1 << (samples - 1).bit_length()) // parts) * parts
 
+    @functools.cached_property
     def train_step(self) -> Any:
-        """The jitted train step, to be called under `jax.set_mesh`."""
+        """The jitted training step."""
         return jit_train_step(
             self.shardings,
             batch_sharding(self.mesh),
@@ -134,6 +136,17 @@ class Run:
             stages=self.config.data.stages,
         )
 
+    def compiled_train_step(self) -> jax.stages.Compiled:
+        """The training step, compiled for samples of data.sequence_length; calls of `train_step` then use it."""
+        shape, sharding = (self.config.train.batch_size, self.config.data.sequence_length), batch_sharding(self.mesh)
+        dtypes: dict[str, Any] = {"inputs": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
+        if self.config.data.document_masking:
+            dtypes["documents"] = jnp.int32
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+        state = self.abstract_state  # first: under the mesh, even a key is made on its devices
+        with jax.set_mesh(self.mesh):
+            return self.train_step.lower(state, batch).compile()
+
     @functools.cached_property
     def eval_step(self) -> Any:
         """The jitted evaluation step; every process gets the whole sums."""
@@ -142,7 +155,7 @@ class Run:
             functools.partial(eval_step, model=self.model, answers=self.answers),
             in_shardings=(self.shardings.params, batch_sharding(self.mesh, EVALUATION_AXES)),
             out_shardings=replicated(self.mesh),
-            compiler_options=compiler_options(),
+            compiler_options=compiler_options(self.config.train),
         )
 
     def evaluate(
@@ -161,12 +174,9 @@ class Run:
         """
         length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
-        rows, chance = process_rows(self.mesh, batch_size, EVALUATION_AXES), None
-        if isinstance(stream, TaskSplit):
-            chance = stream.task.chance(length)
-            batches = self.answer_batches(stream, length, batch_size, rows)
-        else:
-            batches = evaluation_batches(stream, length, batch_size, rows, rest)
+        rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
+        batches = self.evaluation_batches(stream, length, batch_size, rows, rest)
+        chance = stream.task.chance(length) if isinstance(stream, TaskSplit) else None
         totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
             for batch in watch(batches):
@@ -176,8 +186,12 @@ class Run:
         answers = None if chance is None else Answers.of(totals, chance)
         return Evaluation(totals["losses"], totals["weights"], answers)
 
-    def answer_batches(self, stream: TaskSplit, length: int, batch_size: int, rows: Rows) -> Iterator[Batch]:
-        """`data.tasks.answer_batches` with the windows of the model."""
+    def evaluation_batches(
+        self, stream: Split, length: int, batch_size: int, rows: Rows, rest: bool = False
+    ) -> Iterator[Batch]:
+        """The batches of a split in order; of a task with where its answers lie, by the windows of the model."""
+        if not isinstance(stream, TaskSplit):
+            return evaluation_batches(stream, length, batch_size, rows, rest)
         model = self.config.model
         windows = model.generation_window, model.observed_rows, model.window_overlap
         return answer_batches(stream, length, batch_size, rows, *windows)

@@ -14,7 +14,7 @@ from tlinformer_jax.config.data import Stage
 from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.batches import LAG
 from tlinformer_jax.models.model import LanguageModel
-from tlinformer_jax.parallel.mesh import is_nvidia_gpu
+from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 from tlinformer_jax.parallel.sharding import BatchSplit, replicated
 from tlinformer_jax.training.cross_entropy import AnswersOf
 from tlinformer_jax.training.loss import DeviceBatch, LossAndRight, draw_windows, summed_loss
@@ -118,16 +118,29 @@ def jit_train_step(state_shardings: TrainState, batch_sharding: Any, **settings:
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, replicated(batch_sharding.mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options(settings["config"]),
     )
 
 
-def compiler_options() -> dict[str, Any] | None:
-    """Options for XLA: on NVIDIA GPUs products go to cuBLAS, whose trial of Triton's kernels beside it is left out.
+# Kernels are not timed to choose among them, none adds by atomics, and what scatters (the embedding's gradient) sorts
+# first: without the last, it would go through the tokens one by one.
+DETERMINISTIC = {
+    "xla_gpu_deterministic_ops": True,
+    "xla_gpu_exclude_nondeterministic_ops": True,
+    "xla_gpu_enable_scatter_determinism_expander": True,
+}
 
-    On an H100 these were never faster at the shapes of training, and trying them took a third of the compilation.
+
+def compiler_options(config: TrainConfig) -> dict[str, Any] | None:
+    """Options for XLA, for the device's kind.
+
+    On NVIDIA GPUs products go to cuBLAS, whose trial of Triton's kernels beside it is left out: on an H100 these were
+    never faster at the shapes of training, and trying them took a third of the compilation.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if is_nvidia_gpu() else None
+    options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False} if is_nvidia_gpu() else {}
+    if config.deterministic and platform() == "gpu":
+        options |= DETERMINISTIC
+    return options or None
 
 
 def train_step(

@@ -1,0 +1,50 @@
+"""Runs that differ are told apart from runs that repeat themselves."""
+
+import pathlib
+
+import pytest
+
+from tests.support.commands import check_refusal, command
+from tests.training.test_resume import run_config
+from tlinformer_jax.training.loop import train_and_evaluate
+
+SHRUNK = ["--config=tiny", "--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1"]
+SHRUNK += ["--config.data.sequence_length=32", "--config.train.batch_size=4", "--config.train.warmup_steps=3"]
+
+
+@pytest.mark.slow
+def test_a_difference_is_told_by_the_log_and_the_arrays(tmp_path, monkeypatch):
+    from tools import repeatability
+
+    def run(name: str, **train) -> repeatability.Run:
+        config = run_config(tmp_path, steps=3, log_every=1, eval_every=0, **train)
+        train_and_evaluate(config, tmp_path / name / "run")
+        monkeypatch.setattr(repeatability.Run, "__init__", lambda self: None)
+        found = repeatability.Run()
+        found.workdir = tmp_path / name / "run"
+        return found
+
+    one, same, other = run("one"), run("same"), run("other", learning_rate=2e-2)
+    assert repeatability.difference(one, same) is None
+    told = repeatability.difference(one, other)
+    assert "arrays differ; step 1: train/learning_rate 0.0099" in told
+
+
+@pytest.mark.slow
+def test_the_command_kills_resumes_compares_and_tells_the_cost(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = command("tools.repeatability", "--updates=60", *SHRUNK)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[2] == "| a second run | equal to the last bit |"
+    assert lines[3].startswith("| killed and resumed from update ")
+    assert lines[3].endswith("0 | equal to the last bit |")
+    assert "without: it costs" in lines[5]
+    assert not [path for path in pathlib.Path(tmp_path).iterdir() if path.name.startswith("repeatability-")]
+
+
+@pytest.mark.slow
+def test_what_a_run_refuses_is_told_in_its_words():
+    check_refusal(
+        command("tools.repeatability", *SHRUNK, "--config.train.batch_size=0"), "train.batch_size = 0: must be"
+    )

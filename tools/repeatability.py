@@ -1,0 +1,155 @@
+"""Do runs repeat themselves, and what does it cost? `python -m tools.repeatability --updates=300 [--config=FILE]`.
+
+Trains on this machine's devices with train.deterministic: once whole, once more, and once killed (SIGKILL) and
+resumed; every array of the final states and everything that was logged is compared bit for bit. Then twice without it.
+Each run is a process that compiles its programs itself, since a cached program would hide what XLA chooses by timing.
+The first runs of both kinds, which give the speeds, have the machine to themselves; the others share it, which
+disturbs XLA's timing as much as can be. Prints a table; the exit status is 1 if a run with the option differs.
+
+The configuration is DEFAULT, or what --config and --config.FIELD say.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+
+from tlinformer_jax.commands import cli
+from tlinformer_jax.config.run import run_config
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import markdown
+
+cli.define_config_flag()
+UPDATES = flags.DEFINE_integer("updates", 300, "Updates of each run.", lower_bound=12)
+# The embedded corpus, and a model for which a GPU takes its own attention and our kernels.
+DEFAULT = (
+    "--config=tiny",
+    *("--config.model.d_model=256", "--config.model.num_heads=4"),
+    *("--config.model.history_window=64", "--config.model.generation_window=64", "--config.model.dropout=0.1"),
+    *("--config.data.sequence_length=512", "--config.train.batch_size=32", "--config.train.learning_rate=1e-3"),
+)
+LOG_FILE = "log.txt"
+RESUMED = "continuing from step "
+HANGS_AFTER = 300.0  # seconds
+
+
+class Run:
+    """A training process, started at once; its output goes into log.txt of `folder`."""
+
+    def __init__(self, folder: pathlib.Path, deterministic: bool) -> None:
+        folder.mkdir(exist_ok=True)
+        self.workdir, self.log = folder / "run", folder / LOG_FILE
+        given = [argument for argument in sys.argv[1:] if argument.lstrip("-").startswith("config")]
+        command = [sys.executable, "-m", "tlinformer_jax.main", *(given or DEFAULT), f"--workdir={self.workdir}"]
+        train = {"steps": UPDATES.value, "eval_every": 0, "deterministic": deterministic}
+        train |= {"checkpoint_every": UPDATES.value // 3, "log_every": UPDATES.value // 12}
+        command += [f"--config.train.{field}={value}" for field, value in train.items()]
+        settings = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | settings)
+
+    def finish(self) -> "Run":
+        """Waits for its end."""
+        status = self.process.wait(HANGS_AFTER)
+        if status:
+            raise UserError(f"a run ended with status {status}: {self.last_line()}")
+        return self
+
+    def kill_after_saving(self) -> None:
+        """Kills it as soon as it has a checkpoint, some updates later."""
+        ends = time.monotonic() + HANGS_AFTER
+        while not any(path.name.isdecimal() for path in self.workdir.glob("checkpoints/*")):
+            if self.process.poll() is not None or time.monotonic() > ends:
+                raise UserError(f"a run has not saved before its end: {self.last_line()}")
+            time.sleep(0.01)
+        self.process.kill()
+        self.process.wait()
+
+    def last_line(self) -> str:
+        """Of its output."""
+        return (self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+
+    def resumed_at(self) -> int:
+        """The step that its last process went on from."""
+        found = self.log.read_text(encoding="utf-8", errors="replace").rpartition(RESUMED)
+        return int(found[2].split()[0]) if found[1] else 0
+
+
+def main() -> None:
+    """Trains, compares, prints."""
+    if cli.config_given():
+        run_config(cli.config_values())  # refused before anything is made
+    root = pathlib.Path(tempfile.mkdtemp(prefix="repeatability-"))
+    runs: list[Run] = []
+
+    def start(name: str, deterministic: bool) -> Run:
+        runs.append(Run(root / name, deterministic))
+        return runs[-1]
+
+    try:
+        whole, free = start("whole", True).finish(), start("free", False).finish()
+        killed, again, free_again = start("killed", True), start("again", True), start("free-again", False)
+        killed.kill_after_saving()
+        killed = start("killed", True).finish()
+        again.finish(), free_again.finish()
+    finally:
+        for run in runs:
+            with contextlib.suppress(ProcessLookupError):
+                run.process.kill()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # what follows only reads
+    differences = {
+        "a second run": difference(whole, again),
+        f"killed and resumed from update {killed.resumed_at()}": difference(whole, killed),
+    }
+    rows = [(name, found or "equal to the last bit") for name, found in differences.items()]
+    rows.append(("two runs without the option", difference(free, free_again) or "equal to the last bit"))
+    print("\n".join(markdown(("train.deterministic", f"after {UPDATES.value} updates"), rows)))
+    speeds, losses = [speed(run) for run in (whole, free)], [last_loss(run) for run in (whole, free)]
+    cost = 1 - speeds[0] / speeds[1]
+    print(f"{speeds[0]:,.0f} tokens/s with it, {speeds[1]:,.0f} without: it costs {cost:.1%}")
+    print(f"validation loss {losses[0]:.4f} with it, {losses[1]:.4f} without")
+    if any(differences.values()) or not killed.resumed_at():
+        print(f"what the runs have left is in {root}")
+        sys.exit(1)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def difference(one: Run, other: Run) -> str | None:
+    """The first difference in what two runs logged, and how many arrays of their final states differ; None if none."""
+    from tools.fault_check import final_state, log_difference, logged
+
+    first, second = final_state(one.workdir), final_state(other.workdir)
+    differ = [name for name, array in first.items() if array.tobytes() != second[name].tobytes()]
+    told = [f"{len(differ)} of {len(first)} arrays differ"] if differ else []
+    if found := log_difference(logged(one.workdir), logged(other.workdir)):
+        told.append(found)
+    return "; ".join(told) or None
+
+
+def speed(run: Run) -> float:
+    """Median of the logged tokens/s."""
+    return statistics.median(event["train/tokens_per_second"] for event in events(run, "train/tokens_per_second"))
+
+
+def last_loss(run: Run) -> float:
+    """Of the validation split, after the last update."""
+    return float(events(run, "eval/loss")[-1]["eval/loss"])
+
+
+def events(run: Run, name: str) -> list[dict[str, Any]]:
+    """What it logged that has a figure `name`."""
+    lines = (run.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event.get(name) is not None]
+
+
+if __name__ == "__main__":
+    cli.run(main)
