@@ -223,7 +223,7 @@ CHOICES = {
     },
     "data": {"dataset": data_config.DATASETS},
 }
-SWITCHES = {"model": ("token_shift",), "train": ("deterministic",)}
+SWITCHES = {"model": ("token_shift",), "train": ("deterministic",), "data": ("document_masking",)}
 RATES = {
     "model": {"dropout": 1.0},
     "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0), "ema": 1.0}
