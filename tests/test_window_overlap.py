@@ -233,7 +233,7 @@ def overlap_misplaced(monkeypatch):
     """A slide rotates the overlapping rows as if each stood one further."""
     real = windowed.rope_table
     overlap = OVERLAPPING.window_overlap
-    monkeypatch.setattr(windowed, "rope_table", lambda at, width: real(at + (at.shape == (overlap,)), width))
+    monkeypatch.setattr(windowed, "rope_table", lambda at, *rest: real(at + (at.shape == (overlap,)), *rest))
 
 
 def history_of_the_published_model(monkeypatch):

@@ -59,7 +59,11 @@ class Run:
 
     def finish(self) -> "Run":
         """Waits for its end."""
-        status = self.process.wait(HANGS_AFTER)
+        try:
+            status = self.process.wait(HANGS_AFTER)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise UserError(f"a run took more than {HANGS_AFTER:g} s: {self.last_line()}") from None
         if status:
             raise UserError(f"a run ended with status {status}: {self.last_line()}")
         return self

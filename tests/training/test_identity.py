@@ -68,6 +68,7 @@ def test_another_tokenizer_under_the_same_path_is_refused_and_the_runs_own_copy_
     [
         ("model", {"hidden_depth": 1}, r"model\.hidden_depth: 0 -> 1"),
         ("train", {"schedule": "paper", "steps": "1epoch"}, r"train\.schedule: 'cosine:0.1' -> 'paper'"),
+        ("data", {"document_masking": True}, r"data\.document_masking: False -> True"),
         ("train", {"optimizer": "muon"}, r"train\.optimizer: 'adamw' -> 'muon'"),
         ("train", {"schedule": "constant"}, None),
     ],

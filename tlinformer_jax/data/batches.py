@@ -48,10 +48,9 @@ def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
 def check_holds_a_sample(stream: Split, sequence_length: int, name: str, rest: bool = False) -> None:
     """Refuses (DataError) a split that is shorter than one sample, or with `rest`, than two tokens."""
     if not isinstance(stream, TaskSplit) and num_samples(stream, sequence_length, rest) < 1:
-        raise DataError(
-            f"data.sequence_length = {sequence_length}: the {name} has only {len(stream.tokens)} tokens; "
-            "it must hold at least one sample of sequence_length + 1"
-        )
+        least = "two tokens" if isinstance(stream, DocumentStream) else "one sample of sequence_length + 1"
+        held = f"the {name} has only {len(stream.tokens)} tokens; it must hold at least {least}"
+        raise DataError(f"data.sequence_length = {sequence_length}: {held}")
 
 
 def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Batch:

@@ -32,7 +32,8 @@ PARTS = {
 DEFAULTS = {
     section: {field.name: field.default for field in dataclasses.fields(kind)} for section, kind in SECTIONS.items()
 }
-# Fields that say where a run finds its text and how it reads it, and so do not change its figures.
+# Fields that say where a run finds its text and how it reads it, and so do not change its figures; some are fields of
+# earlier records alone.
 PLACES = ("manual_dir", "cache_dir", "full_hash", "num_workers")
 FILES = ("train_files", "validation_files", "test_files")
 COMMAND = (sys.executable, "-m", "tlinformer_jax.commands.sweep")  # reads a job from its stdin

@@ -43,11 +43,11 @@ from tlinformer_jax.models.streams import (
     apart,
     attention_options,
     beside,
-    in_window,
     observed_stream,
     place_window,
     project_both,
     side_by_side,
+    with_documents,
 )
 from tlinformer_jax.models.windows import WindowFrame
 
@@ -200,18 +200,18 @@ def dual_window_block(
       dropout: None outside training.
     """
     z = observed_stream(params.compress, C, window, x.rows.shape[0])
-    z, x = in_window(window.frame, z, x)
+    z, x = with_documents(window.frame, z, x)
     valid, never_empty = window.frame.observed_length, config.always_observes
     rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
 
     def hidden_layer(rows: tuple[Zs, Xs], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
         layer, dropout = item
-        z, x = in_window(window.frame, *project_both(layer, *rows, window.rope, valid, never_empty))
+        z, x = with_documents(window.frame, *project_both(layer, *rows, window.rope, valid, never_empty))
         return hidden(layer, config, z, x, dropout), None
 
     z_rows, x_rows = chain_layers(hidden_layer, params.hidden, rows, part_of(dropout, 1), config.plan().scan_layers)
     z = Stream.of(params.restore, z_rows, window.z_rope, "kv", valid, never_empty)
-    z, x = in_window(window.frame, z, Stream.of(params.restore, x_rows, window.x_rope))
+    z, x = with_documents(window.frame, z, Stream.of(params.restore, x_rows, window.x_rope))
     return restore(params.restore, config, C, z, x, later, part_of(dropout, 2))
 
 

@@ -60,9 +60,10 @@ class CachedRows:
 def attend_cached(
     query: Float[Array, "b h d"], own: KeyValue, past: CachedRows, context: CachedRows | None, scale: float
 ) -> Float[Array, "b h d"]:
-    """Exact attention of one new row per sequence by plain products; as `token_layer` has it.
+    """Exact attention of one new row per sequence by plain products.
 
-    The new row's own key shares a softmax with `past`; the result of `context`'s own softmax is added.
+    `past`, `context` and `own` are as in `cached_attention.token_layer`: the new row's own key shares a
+    softmax with `past`; the result of `context`'s own softmax is added.
     """
     output, _ = _softmax_sum(query, past, own, scale)
     if context is not None:
@@ -92,7 +93,7 @@ def _softmax_sum(
 def _softmax_of(
     query: Float[Array, "b h d"], cache: KeyValue, length: Int[Array, " b"], own: KeyValue | None, scale: float
 ) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
-    """The same, of rows at once."""
+    """`_softmax_sum` of all rows at once, without chunks."""
     if cache.key_scale is None:
         scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
     else:

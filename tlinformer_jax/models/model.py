@@ -134,6 +134,8 @@ class LanguageModel(nn.Module):
         """What the head reads of positions start, ...: [batch, length - start, D]; see `__call__`."""
         config = self.config
         check_inputs(config, tokens, inputs_embeds)
+        if documents is not None and config.recurrent:
+            raise DataError(f"documents: must be None for model.architecture = {config.architecture!r}")
         params = self.parameters()
         if inputs_embeds is None:
             assert tokens is not None  # check_inputs

@@ -203,8 +203,8 @@ def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch:
     return Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
 
 
-def in_window(frame: WindowFrame, z: Stream, x: Stream) -> tuple[Stream, Stream]:
-    """The streams, with the documents of their rows."""
+def with_documents(frame: WindowFrame, z: Stream, x: Stream) -> tuple[Stream, Stream]:
+    """Both streams, each told the documents of its rows."""
     if frame.x_documents is None:
         return z, x
     return dataclasses.replace(z, documents=frame.z_documents), dataclasses.replace(x, documents=frame.x_documents)

@@ -36,7 +36,7 @@ from tlinformer_jax.models.windows import (
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
 # Of a sequence: rotations of positions 0, 1, ..., dropout, and the documents of all rows.
-Fixed = tuple[Rope, Dropout | None, Array | None]
+Constants = tuple[Rope, Dropout | None, Array | None]
 
 
 def window_states(
@@ -88,7 +88,7 @@ class PreparedSequence:
     runs: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
 
     @property
-    def fixed(self) -> Fixed:
+    def fixed(self) -> Constants:
         """What windows read and no gradient flows to."""
         return self.rope, self.dropout, self.documents
 
@@ -140,7 +140,7 @@ def prepare_sequence(
 
 
 def place_in_run(
-    config: ModelConfig, run: Segment, history: History, fixed: Fixed, windows: PerWindow
+    config: ModelConfig, run: Segment, history: History, fixed: Constants, windows: PerWindow
 ) -> tuple[History, WindowFrame, Dropout | None]:
     """What `window_states` takes for windows of a run: their history, where they stand, and their dropout.
 

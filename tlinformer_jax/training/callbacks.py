@@ -183,7 +183,8 @@ class Stopped(Exception):
 class StopRequest:
     """Notices SIGTERM, SIGHUP and SIGINT as a context manager; a second SIGINT ends the process at once.
 
-    An ignored SIGHUP, as under nohup, stays ignored. Python runs no handler during a compilation: a thread answers.
+    An ignored SIGHUP, as under nohup, stays ignored. Where the main thread compiles, Python runs no
+    handler: a thread answers.
     Where `jax.distributed` is initialised, SIGTERM belongs to JAX, and other signals are passed on as SIGTERM: all
     processes stop at the same call of `poll`, and must make the same calls.
     """

@@ -28,6 +28,7 @@ from tlinformer_jax.errors import UserError, first_line
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.attention import choose_backend
+from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import PARTITIONED
@@ -116,7 +117,8 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
 def masking_backend(model: ModelConfig) -> str:
     """The back end of attention that keeps documents apart."""
     query = jnp.zeros((1, 1, 1, model.head_dim), model.compute_dtype)
-    return choose_backend(query, None, False, documents=True) if model.attention == "auto" else model.attention
+    dropout = Dropout.by_key(jax.random.key(0), model.dropout) if model.dropout else None
+    return choose_backend(query, dropout, False, documents=True) if model.attention == "auto" else model.attention
 
 
 def model_line(run: Run) -> str:

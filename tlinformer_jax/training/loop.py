@@ -20,6 +20,7 @@ from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.files import local_path
 from tlinformer_jax.models.windows import trained_tokens
+from tlinformer_jax.parallel.mesh import platform
 from tlinformer_jax.parallel.sharding import process_rows, put_batch
 from tlinformer_jax.training import console
 from tlinformer_jax.training import workdir as directory
@@ -197,20 +198,24 @@ def first_state(
 def compiling_early(run: Run) -> Iterator[Update]:
     """The training step, compiled by a thread while the caller prepares the run; its first call waits for that.
 
-    XLA compiles without Python's lock, so that on two cores the state's program is compiled meanwhile. In a curriculum
-    the first step's length depends on the state, and nothing is compiled early.
+    XLA compiles without Python's lock, so that the program that makes the first state is compiled at the same time. Not
+    in a curriculum, where the first step's length depends on the state; nor on accelerators, where XLA times kernels
+    while it compiles, which other work on the device would disturb.
     """
-    if run.config.data.curriculum:
+    if run.config.data.curriculum or platform() != "cpu":
         yield run.train_step
         return
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compilation") as thread:
-        compiled = thread.submit(contextvars.copy_context().run, run.compiled_train_step)
+    thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compilation")
+    compiled = thread.submit(contextvars.copy_context().run, run.compiled_train_step)
 
-        def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-            compiled.result()  # raises what the compilation has raised
-            return run.train_step(state, batch)
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        compiled.result()  # raises what the compilation has raised
+        return run.train_step(state, batch)
 
+    try:
         yield update
+    finally:
+        thread.shutdown(wait=False)  # XLA cannot be interrupted; an error is told without waiting
 
 
 def train_steps(
@@ -222,7 +227,7 @@ def train_steps(
     first, state = view.step, view.state
     throughput.restart()
     for callback in callbacks:
-        callback.timer.restart()
+        vars(callback).pop("timer", None)  # of an earlier training
     for step in range(first + 1, view.last_step + 1):
         if session.stop.poll():
             break

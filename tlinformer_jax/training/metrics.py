@@ -1,6 +1,7 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard events, and a line on stderr."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -51,10 +52,12 @@ class TensorBoardWriter:
         self._file.write_event(event(step, summary=Summary(value=values)))
 
     def flush(self) -> None:
-        self._file.flush()
+        if "_file" in vars(self):
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if "_file" in vars(self):
+            self._file.close()
 
 
 def event(step: int, **content: Any) -> Any:
@@ -103,6 +106,8 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
                 pass  # before anything else is touched
             with writing(self._name + TENSORBOARD_FOLDER):
                 own_folder(board)
+                if not os.access(board, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
                 self._board = TensorBoardWriter(board, step)
             with writing(self._name + METRICS_FILE):
                 cut_back(path, step, keep_evaluation)

@@ -42,7 +42,10 @@ NEUTRAL = "shift"
 WINDOWS = ("history_window", "generation_window", "longest_wavelength", "window_overlap")
 IDENTITY = (
     *(f"model.{name}" for name in (*SHAPES, *WINDOWS, "experts_per_token", "dropout", "param_dtype")),
-    *(f"data.{name}" for name in ["dataset", "sequence_length", "curriculum", "examples", "num_items"]),
+    *(
+        f"data.{name}"
+        for name in ["dataset", "sequence_length", "curriculum", "examples", "num_items", "document_masking"]
+    ),
     *(f"train.{name}" for name in ["batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema"]),
 )
 
