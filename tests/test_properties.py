@@ -239,7 +239,7 @@ def invalid_values() -> dict[str, st.SearchStrategy]:
     for section in SECTIONS:
         for name, least in LEAST.get(section, {}).items():
             wrong = st.integers(max_value=least - 1) | fractions | st.booleans() | never
-            found[f"{section}.{name}"] = wrong if name == "d_ff" else wrong | st.just("3")
+            found[f"{section}.{name}"] = wrong if name in ("d_ff", "max_skipped_updates") else wrong | st.just("3")
         for name, choices in CHOICES.get(section, {}).items():
             words = st.text(st.characters(codec="utf-8"), min_size=1).filter(
                 lambda word, choices=choices: not set(map(str.strip, word.split(","))) <= {"", *choices}
