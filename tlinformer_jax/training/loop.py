@@ -227,7 +227,8 @@ def train_steps(
     first, state = view.step, view.state
     throughput.restart()
     for callback in callbacks:
-        vars(callback).pop("timer", None)  # of an earlier training
+        vars(callback).pop("timer", None)  # that of an earlier training
+        callback.timer.restart()
     for step in range(first + 1, view.last_step + 1):
         if session.stop.poll():
             break
