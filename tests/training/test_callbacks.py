@@ -39,7 +39,9 @@ class Recorder(Callback):
 def test_a_callback_sees_each_update_that_is_due_and_what_was_logged_and_saved(tmp_path):
     config, recorder, steps = run_config(tmp_path, log_every=1, eval_every=3), Recorder(), []
     given = (recorder, lambda view: steps.append(view.step), Call(lambda view: None, every=0))
+    of_an_earlier_run = recorder.timer
     train_and_evaluate(config, tmp_path / "run", callbacks=given)
+    assert recorder.timer is not of_an_earlier_run
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [(step, evaluated) for step, _, evaluated, _ in recorder.seen] == [(2, None), (4, 3), (6, 3)]
     assert recorder.finished == [(6, 6)]
