@@ -160,6 +160,6 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
             causal = causal_pairs(overlap + size)
             shapes = segment_shapes(config, run, causal, True)
             costs = [window(config, shape, config.d_model).attention for shape in shapes]
-        # Where no window is left, a device computes the run's first one in vain.
+        # A device that has no window left computes the run's first one again, and its result is not used.
         loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
     return loads

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from benchmarks.timing import Timing, time_calls
 from tlinformer_jax.analysis.flops import delta_layers
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding.cache import history_of, paper_row_bytes, row_bytes, tree_bytes
+from tlinformer_jax.decoding.cache import history_of
+from tlinformer_jax.decoding.memory import paper_row_bytes, row_bytes, tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
 
 # Back to back in one timed call, so that the device does not wait for the host between them.

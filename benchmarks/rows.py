@@ -12,8 +12,8 @@ import jax
 from benchmarks import limits, parts
 from benchmarks.limits import Ceilings
 from benchmarks.session import Session
-from tlinformer_jax.decoding.cache import tree_bytes
 from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.memory import tree_bytes
 from tlinformer_jax.training.console import peak_bytes
 
 # In the order in which they are measured.

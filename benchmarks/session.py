@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, history_of, tree_bytes
+from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, history_of
 from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
+from tlinformer_jax.decoding.memory import tree_bytes
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, sequence_keys
 from tlinformer_jax.decoding.spread import replicate
 from tlinformer_jax.kernels.key_value import KeyValue

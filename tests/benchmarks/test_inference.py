@@ -19,7 +19,8 @@ from tests.support import commands
 from tests.support.figures import check_lines
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.run import run_config, save_config
-from tlinformer_jax.decoding.cache import init_cache, tree_bytes
+from tlinformer_jax.decoding.cache import init_cache
+from tlinformer_jax.decoding.memory import tree_bytes
 
 command = functools.partial(commands.command, "benchmarks.inference")
 SMALL = ModelConfig(

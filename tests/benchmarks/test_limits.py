@@ -14,8 +14,9 @@ from benchmarks.limits import Weights
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.decoding import layered, windowed
-from tlinformer_jax.decoding.cache import init_cache, row_bytes, tree_bytes
+from tlinformer_jax.decoding.cache import init_cache
 from tlinformer_jax.decoding.decoder import step
+from tlinformer_jax.decoding.memory import row_bytes, tree_bytes
 from tlinformer_jax.decoding.params import decoder_params
 
 PAPER = ModelConfig(dtype="bfloat16")

@@ -14,8 +14,8 @@ from benchmarks.uncached import jit_uncached_logits
 from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import build_model
-from tlinformer_jax.decoding.cache import tree_bytes
 from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.memory import tree_bytes
 from tlinformer_jax.interop import params_from_reference
 
 

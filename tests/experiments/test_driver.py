@@ -11,7 +11,8 @@ import pytest
 
 from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.config.run import run_config
-from tlinformer_jax.decoding.cache import cache_bytes, cache_bytes_at, capacity_for, init_cache
+from tlinformer_jax.decoding.cache import capacity_for, init_cache
+from tlinformer_jax.decoding.memory import cache_bytes, cache_bytes_at
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments import actions, driver
 from tlinformer_jax.experiments.actions import checked_actions

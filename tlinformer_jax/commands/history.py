@@ -12,7 +12,8 @@ from typing import Any
 from absl import flags
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.errors import UserError, failure_told
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import writing
 
 WORKDIR, STEP = cli.run_flags()
 OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and figures; made if it is missing.")
@@ -71,7 +72,7 @@ def _write(report: dict[str, Any], out: pathlib.Path) -> None:
     try:
         from tlinformer_jax.experiments.figures import history_tables, plot_history
 
-        with failure_told(f"--out={out}: cannot be written"):
+        with writing(f"--out={out}:"):
             for name, table in history_tables(report).items():
                 table.to_csv(out / f"{name}.csv", index=False)
             plot_history([("", report)], out)

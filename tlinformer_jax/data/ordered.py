@@ -17,7 +17,7 @@ import numpy as np
 from tlinformer_jax.data.batches import ALL, Batch, Reader, Rows, TrainingBatches
 from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabulary
 from tlinformer_jax.errors import ConfigError, DataError, failure_told
-from tlinformer_jax.files import open_own, read_own
+from tlinformer_jax.files import open_own, read_own, writing
 
 RECORD_EVERY = 1.0  # seconds between two positions, and at least a hundredth of the time so far
 IDS = ("input_ids", "tokens")  # names of token ids in a dict
@@ -332,7 +332,7 @@ def _digest(batch: Batch) -> str:
 
 def _add_position(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
     try:
-        with failure_told(f"{path}: cannot be written"), open_own(path, "a") as file:
+        with writing(f"{path}:"), open_own(path, "a") as file:
             file.write(f"\n{json.dumps(entry)}\n")  # on a line of its own also after one that a kill has cut
     except DataError:
         raise

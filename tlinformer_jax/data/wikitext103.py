@@ -21,7 +21,8 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.cache import exclusive
 from tlinformer_jax.data.files import TextPiece, decode_line, file_blocks, progress, read_column
 from tlinformer_jax.data.streams import Counts
-from tlinformer_jax.errors import DataError, failure_told
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.files import writing
 
 ZIP_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # our names -> the zip's
 USER_AGENT = "Mozilla/5.0 (compatible; tlinformer_jax)"  # the host refuses Python's default client
@@ -103,7 +104,7 @@ def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
 def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
     """Downloads the zip to `path`, whole or not at all."""
     draft = path.with_name(f"{path.name}.draft")
-    with failure_told(f"{path}: WikiText-103 cannot be written"):
+    with writing(f"{path}: WikiText-103"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.with_name(f"{path.name}.lock")):
             if path.is_file():

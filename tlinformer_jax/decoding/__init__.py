@@ -23,7 +23,7 @@ _HOMES = {
     "Generator": "tlinformer_jax.decoding.generator",
     "Piece": "tlinformer_jax.decoding.stream",
     "Stream": "tlinformer_jax.decoding.stream",
-    "cache_bytes": "tlinformer_jax.decoding.cache",
+    "cache_bytes": "tlinformer_jax.decoding.memory",
     "context_mesh": "tlinformer_jax.decoding.spread",
 }
 __all__ = list(_HOMES)

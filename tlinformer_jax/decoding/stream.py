@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.decoding.cache import Cache, CacheBytes, WindowedCache, cache_bytes
+from tlinformer_jax.decoding.cache import Cache, WindowedCache
 from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
+from tlinformer_jax.decoding.memory import CacheBytes, cache_bytes
 from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, seen_tokens, sequence_keys
 from tlinformer_jax.errors import UserError
 

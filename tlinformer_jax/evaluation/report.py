@@ -20,7 +20,7 @@ from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_piece
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError, UserError, failure_told
-from tlinformer_jax.files import finite, local_path, write_text
+from tlinformer_jax.files import finite, local_path, write_text, writing
 from tlinformer_jax.models.feed_forward import with_tallies
 from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
 from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_batch, replicated
@@ -176,7 +176,7 @@ def write_report(report: Report, target: pathlib.Path) -> None:
     text = json.dumps(report, indent=1, allow_nan=False)
     # Lists of numbers stay on one line each.
     text = re.sub(r"\[\n[^][{}\"]+\]", lambda found: " ".join(found[0].split()), text)
-    with failure_told(f"{target}: cannot be written"):
+    with writing(f"{target}:"):
         write_text(target, text + "\n")
 
 

@@ -12,11 +12,10 @@ import jax
 
 import tlinformer_jax
 from tlinformer_jax.analysis.flops import active_parameters
-from tlinformer_jax.decoding.cache import cache_bytes_at
-from tlinformer_jax.errors import failure_told
+from tlinformer_jax.decoding.memory import cache_bytes_at
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
-from tlinformer_jax.files import write_text
+from tlinformer_jax.files import write_text, writing
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.training.console import clock, memory_advice, peak_bytes, say
 from tlinformer_jax.training.loop import train_run
@@ -154,7 +153,7 @@ def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _write_attempts(workdir: pathlib.Path, **attempts: float | None) -> None:
-    with failure_told(f"workdir {workdir}: {ATTEMPTS_FILE} cannot be written"):
+    with writing(f"workdir {workdir}: {ATTEMPTS_FILE}"):
         write_text(workdir / ATTEMPTS_FILE, json.dumps(attempts) + "\n")
 
 

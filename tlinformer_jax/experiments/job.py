@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.errors import DataError, UserError, failure_told
-from tlinformer_jax.files import finite, open_own, write_text
+from tlinformer_jax.files import finite, open_own, write_text, writing
 
 Record = dict[str, Any]
 RESULT_FILE = "result.json"
@@ -78,7 +78,7 @@ class Job:
 def write_result(path: pathlib.Path, result: Record) -> None:
     """Writes a record, whole or not at all (DataError); numbers that are not finite become null."""
     parts = [f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in finite(result).items()]
-    with failure_told(f"{path}: cannot be written"):
+    with writing(f"{path}:"):
         write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 

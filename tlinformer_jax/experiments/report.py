@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from tlinformer_jax.errors import failure_told
 from tlinformer_jax.experiments.figures import plot_history, plot_lines, plot_sweep, shown
 from tlinformer_jax.experiments.frame import (
     ARCHITECTURE,
@@ -36,7 +35,7 @@ from tlinformer_jax.experiments.frame import (
 )
 from tlinformer_jax.experiments.job import Record
 from tlinformer_jax.experiments.retrieval import capacity_lines, length_lines, question_lines, retrieval_lines
-from tlinformer_jax.files import write_text
+from tlinformer_jax.files import write_text, writing
 
 # Heading -> heading and definitions, of the sections that have some; fixed text, whatever the records.
 TEXT = pathlib.Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
@@ -89,7 +88,7 @@ RUN_COLUMNS |= {"config.data.dataset": "corpus", "config.data.tokenizer": "token
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Writes the report of all records in a directory, NAME.json, and its figures into `figures`."""
     frame, figures = frame_of(read_records(folder)), out.parent / "figures"
-    with failure_told(f"{out}: cannot be written"):
+    with writing(f"{out}:"):
         figures.mkdir(parents=True, exist_ok=True)
         write_text(out, "\n".join(report_lines(frame, figures)) + "\n")
 
@@ -106,7 +105,7 @@ def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
         values = points_of(frame).to_json(orient="records", indent=1)
         texts = {"sweep.csv": rows.to_csv(index=False), "sweep.json": values, "sweep.md": "\n".join(lines) + "\n"}
     for name, text in texts.items():
-        with failure_told(f"{out / name}: cannot be written"):
+        with writing(f"{out / name}:"):
             write_text(out / name, text)
 
 

@@ -56,6 +56,7 @@ def clock(seconds: float) -> str:
 
 
 def is_of_bytes(run: Run) -> bool:
+    """Whether a token is a byte, so that a byte n-gram compares with the run."""
     return run.tokenizer.vocab_size <= BYTE_VOCABULARY
 
 

@@ -78,6 +78,7 @@ class TrainState:
 
 
 def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
+    """Before the first update; None where every stage ends by its updates alone."""
     if not any(stage.accuracy for stage in stages):
         return None
     return Competence(jnp.full((len(stages), WINDOW), -jnp.inf, jnp.float32), jnp.zeros(len(stages), jnp.int32))

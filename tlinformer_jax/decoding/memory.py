@@ -1,0 +1,123 @@
+"""Bytes of a KV cache: allocated and in use, and by the paper's equation 7."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.decoding.cache import Cache, LayeredCache, capacity_for, has_growing_rows, history_of, init_cache
+from tlinformer_jax.decoding.sampling import INT8
+from tlinformer_jax.kernels.key_value import SCALE_DTYPE
+
+
+@dataclasses.dataclass(frozen=True)
+class PartBytes:
+    """Bytes of one part of a cache: allocated, and of these in use."""
+
+    allocated: int
+    used: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a cache on one device; of a split history on the first device, which has most.
+
+    Attributes:
+      parts: by the names of the cache's fields; its counts of rows are `lengths`.
+      paper: of all devices together by the paper's equation 7,
+        2 * tokens * D * bytes * layers / (H + 2); for the baselines without the divisor, by their layers of
+        attention; None for caches that do not grow.
+      devices: that the history is split over; each has everything else whole.
+      cache_dtype: of what grows: 'auto', or 'int8', with scales in `parts` and without in `paper`.
+    """
+
+    parts: dict[str, PartBytes]
+    paper: int | None
+    devices: int = 1
+    cache_dtype: str = "auto"
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of all arrays."""
+        return sum(part.allocated for part in self.parts.values())
+
+    @property
+    def used(self) -> int:
+        """Bytes in use."""
+        return sum(part.used for part in self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {part.allocated:,}" for name, part in self.parts.items())
+        devices = "" if self.devices == 1 else f"on each of {self.devices} devices "
+        paper = "" if self.paper is None else f"; by the paper's formula {self.paper:,}"
+        kept = "" if self.cache_dtype == "auto" else f"{self.cache_dtype}, "
+        return f"{kept}{devices}{self.allocated:,} bytes ({parts}), of which {self.used:,} are in use{paper}"
+
+
+def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> CacheBytes:
+    """Bytes by part of a cache, which may be donated or abstract, for sequences of these lengths.
+
+    A full window has not been slid.
+    """
+    tokens, batch = sum(lengths), len(lengths)
+    cache_dtype = cache.cache_dtype
+    row, kept_row = row_bytes(config), row_bytes(config, cache_dtype)
+    layers = config.num_layers if config.windowed else config.attention_layers
+    paper, devices = tokens * layers * paper_row_bytes(config, cache_dtype), 1
+    if isinstance(cache, LayeredCache):
+        held = sum(min(length, cache.capacity) for length in lengths)
+        sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.attention_layers * kept_row)}
+        sizes["lengths"] = (cache.length, 4 * batch)
+        if cache.state is not None:
+            sizes["state"] = (cache.state, tree_bytes(cache.state))
+        if cache.last is not None:
+            sizes["last"] = (cache.last, 4 * batch)
+    else:
+        devices = 1 if cache.split is None else cache.split.parts
+        histories = [history_of(config, length) for length in lengths]
+        kept = sum(-(-history // devices) for history in histories) * len(cache.history)
+        observed = sum(config.observed_rows(history) for history in histories)
+        layers = config.num_blocks * (config.hidden_depth + 1)
+        numbers = (cache.history_length, cache.observed_length, cache.window_length)
+        sizes = {
+            "history": (cache.history, kept * kept_row),
+            "context": (cache.context, observed * layers * row),
+            "window": (cache.window, (tokens - sum(histories)) * config.num_layers * row),
+            "tokens": (cache.tokens, 4 * tokens),
+            "lengths": (numbers, 4 * batch * len(numbers)),
+        }
+        paper //= config.layers_per_block
+    parts = {name: PartBytes(tree_bytes(arrays), used) for name, (arrays, used) in sizes.items()}
+    return CacheBytes(parts, paper if has_growing_rows(config) else None, devices, cache_dtype)
+
+
+def row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:
+    """Bytes of the key and the value of one token under one layer; in int8 with their scales."""
+    scales = 2 * config.num_heads * jnp.dtype(SCALE_DTYPE).itemsize if cache_dtype == INT8 else 0
+    return paper_row_bytes(config, cache_dtype) + scales
+
+
+def paper_row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:
+    """The same without scales, which the paper does not know."""
+    return 2 * config.d_model * (1 if cache_dtype == INT8 else config.compute_dtype.itemsize)
+
+
+def cache_bytes_at(config: ModelConfig, tokens: int) -> CacheBytes:
+    """Bytes of the cache of one sequence of `tokens` tokens, without allocating one."""
+    cache = jax.eval_shape(functools.partial(init_cache, config, 1, capacity_for(config, tokens)))
+    return cache_bytes(config, cache, [tokens])
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a pytree's arrays, or of their shapes, on one device."""
+
+    def shape(leaf: Any) -> tuple[int, ...]:
+        sharding = getattr(leaf, "sharding", None)
+        return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
