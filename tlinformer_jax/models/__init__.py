@@ -1,13 +1,17 @@
 """The architectures, from the paper's block to logits.
 
-block         compress, hidden, restore: the paper's equations
-streams       the C, z and x that they take; windows: where each window stands
-layers        the one layer: parameters, dropout, `project`, `update`; attention, rope: what it consists of
-feed_forward  the feed-forward of a layer, which may be a mixture of experts
-tlinformer    a window through all blocks, all windows of a sequence; recompute: gradients of such loops
-delta         the mixer of Gated DeltaNet
-model         the whole model, and the baselines' layers
-cached_attention    the layer of a generated token, and a cache's rows written and read; cached_rows: read by one row
+block             compress, hidden, restore: the paper's equations
+streams           C, z and x with their projections
+windows           positions of generation windows
+layers            the layer of all architectures: parameters, dropout, `project`, `update`
+attention, rope   softmax attention, rotary positions
+feed_forward      the feed-forward of a layer, which may be a mixture of experts
+tlinformer        a window through all blocks; all windows of a sequence
+recompute         loops whose gradients need the memory of one step
+delta             the mixer of Gated DeltaNet
+model             the whole model, and the baselines' layers
+cached_attention  the layer of a generated token; writing and reading many cached rows
+cached_rows       attention of a generated token to cached rows
 
 The names below are imported on first use: configuration alone does not need JAX.
 """

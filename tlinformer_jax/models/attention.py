@@ -1,7 +1,7 @@
-"""Exact softmax attention: the one entry point, `attend`, and the back ends behind it.
+"""Exact softmax attention: the entry point `attend` and its back ends.
 
-What a query may see is stated by structure (causal, local window, number of valid keys, documents) and never by a mask
-tensor: kernels can skip what is not seen.
+Callers say which keys a query sees by structure (causal, local window, number of valid keys, documents), never by a
+mask tensor, so that kernels can skip the other keys.
 """
 
 import math
@@ -19,16 +19,16 @@ from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.recompute import map_rows
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
-# Keys of one part where attention to many keys is split; a power of two.
+# Keys per part when attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
-# Scores that attention with dropout or documents holds at a time, in float32.
+# Most float32 scores that attention with dropout or documents holds at a time.
 DROPOUT_SCORES = 1 << 27
 
 Queries = Float[Array, "batch queries heads d_h"]
 Keys = Float[Array, "batch keys heads d_h"]
-# The documents of queries and of keys; a query sees keys of its own document.
+# The documents of queries and of keys; a query sees only keys of its own document.
 Documents = tuple[Int[Array, "batch rows"], Int[Array, "batch keys"]]
-# An output, and the log-sum-exp of its scaled scores; softmaxes over disjoint keys are merged by these.
+# The output and the log-sum-exp of the scaled scores, by which softmaxes over disjoint keys are merged.
 OutputAndLse = tuple[Queries, Float[Array, "batch queries heads"]]
 
 
@@ -47,27 +47,26 @@ def attend(
     never_empty: bool = False,
     documents: Documents | None = None,
 ) -> Any:
-    """Exact softmax attention.
+    """Computes exact softmax attention.
 
     Args:
-      causal: query i sees keys 0 .. i only (queries and keys start at the same position).
-      window: with `causal`, query i sees the last `window` of those keys.
-      key_length: only so many keys are valid, the first ones; a scalar or int32 [batch]. Where it is 0 the result is
-        0, never NaN.
-      dropout: on the attention weights; the mask is drawn per softmax.
-      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU, elsewhere interpreted) or 'triton'
+      causal: query i sees only keys 0 .. i (queries and keys start at the same position).
+      window: query i sees only the last `window` keys up to its own; needs `causal`.
+      key_length: number of valid keys, which come first; a scalar or int32 [batch]. If 0, the result is 0, never NaN.
+      dropout: dropout of the attention weights, with a separate mask for each softmax.
+      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU, interpreted elsewhere) or 'triton'
         (NVIDIA, half precision, for dropout only). Only XLA's log-sum-exp is differentiable.
-      return_lse: also return the log-sum-exp of the scaled scores, -inf where there is no valid key.
-      scale: of the scores; None is 1 / sqrt(d_h). Padded heads need that of their true width.
-      never_empty: `key_length` is never 0; knowing it saves a pass over the output.
-      documents: a query sees only the keys of its own document; where it has none, result and gradients are 0.
-        'cudnn' and 'triton' do not have it; 'auto' then takes another.
+      return_lse: also return the log-sum-exp of the scaled scores, -inf if no key is valid.
+      scale: factor of the scores; None for 1 / sqrt(d_h). Padded heads must pass the scale of their true width.
+      never_empty: `key_length` is never 0; this saves a pass over the output.
+      documents: a query sees only keys of its own document; if there are none, result and gradients are 0. 'cudnn' and
+        'triton' do not support documents; 'auto' then chooses another back end.
 
     Returns:
-      as the query; with `return_lse`, `OutputAndLse`.
+      the output, shaped as the query; with `return_lse`, `OutputAndLse`.
 
     Raises:
-      ValueError: for a window without `causal`, and what the back end does not have.
+      ValueError: for a window without `causal`, or an option that the back end does not support.
     """
     if window is not None and not causal:
         raise ValueError("attend: window needs causal=True")
@@ -77,7 +76,7 @@ def attend(
     apart = documents is not None
     chosen = choose_backend(query, dropout, return_lse, apart) if backend == "auto" else backend
     output, lse = None, None
-    if query.shape[1] == 0 or key.shape[1] == 0:  # no window yet, or no history
+    if query.shape[1] == 0 or key.shape[1] == 0:  # no observation window, or no history
         output, lse = jnp.zeros_like(query), no_parts(query)[1]
     elif chosen == "xla":
         output, lse = _attend_in_chunks(query, key, value, scores, key_length, dropout, documents)
@@ -104,14 +103,17 @@ def _refusal(backend: str, dropout: Dropout | None, apart: bool) -> str:
 
 
 def head_multiple(dtype: Any, backend: str) -> int:
-    """Features that heads are padded to a multiple of, see `layers.prepare_layers`: 8 for cuDNN, else 1."""
+    """Returns the multiple to which `layers.prepare_layers` pads the features of a head: 8 for cuDNN, else 1."""
     return 8 if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
 
 
 def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False) -> str:
-    """The backend that 'auto' stands for: in half precision cuDNN on NVIDIA GPUs, with dropout on one of them our own
-    kernel, 'triton'; splash on TPUs; else XLA. Both kernels for GPUs have no `documents`."""
-    # The other fused kernels offer neither weight dropout nor a differentiable log-sum-exp through JAX.
+    """Returns the back end for 'auto'.
+
+    In half precision it is cuDNN on NVIDIA GPUs (with dropout our own kernel, 'triton') and splash on TPUs; otherwise
+    it is XLA. The two GPU kernels do not support `documents`.
+    """
+    # cuDNN and splash offer neither dropout of weights nor a differentiable log-sum-exp through JAX.
     if dropout is not None and not return_lse:
         return "triton" if not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1]) else "xla"
     if return_lse or (documents and is_nvidia_gpu()):
@@ -122,7 +124,7 @@ def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, do
 
 
 def fused_kernel(dtype: Any) -> bool:
-    """Whether cuDNN's kernel can take queries of this dtype here: half precision, on an NVIDIA GPU."""
+    """Returns whether cuDNN's kernel can run: half precision on an NVIDIA GPU."""
     return is_half(dtype) and is_nvidia_gpu()
 
 
@@ -134,10 +136,10 @@ def attend_parts(
     scale: float,
     backend: str = "auto",
 ) -> OutputAndLse:
-    """Attention of a few queries of one sequence to some of the many keys they read, float32; not differentiable.
+    """Computes attention of a few queries to many keys of one sequence, in float32; not differentiable.
 
-    A fused kernel gives each block of queries to one multiprocessor; with few queries most would idle, so the keys
-    are split into parts that run as a batch. `key_length` may be negative or too large.
+    A fused kernel assigns each block of queries to one multiprocessor. With few queries most multiprocessors would
+    idle, so the keys are split into parts that run as a batch. `key_length` is clipped to 0 .. keys.
     """
     keys = key.shape[1]
     key_length = jnp.clip(key_length, 0, keys)
@@ -162,17 +164,17 @@ def attend_chunk(
     scale: float,
     backend: str = "auto",
 ) -> Queries:
-    """Causal attention of a chunk of a sequence's rows to all rows up to their own; not differentiable.
+    """Computes causal attention of one chunk of queries to all rows up to their own; not differentiable.
 
     Args:
-      query: of rows start .. start + queries - 1; start is a multiple of their number.
-      key: of rows 0, 1, ..., at least up to those.
-      window: rows that each query sees, its own included; None for all before it.
+      query: queries of rows start .. start + queries - 1; `start` is a multiple of their number.
+      key: keys of rows 0, 1, ..., at least up to the chunk's last row.
+      window: rows that each query sees, including its own; None for all rows up to its own.
     """
     size = query.shape[1]
     options: dict[str, Any] = {"backend": _with_lse(query, backend), "scale": scale}
     if window is not None:
-        # The rows that the chunk's window reaches, with stand-ins for the queries before the chunk.
+        # Keep only keys that a window of the chunk reaches; zeros stand in for the queries before the chunk.
         reach = min(key.shape[1] - size, window - 1)
         first = jnp.maximum(start - reach, 0)
         key, value = (jax.lax.dynamic_slice_in_dim(part, first, size + reach, axis=1) for part in (key, value))
@@ -195,22 +197,22 @@ def attend_chunk(
         keys, values = rows(number)
         return merge_parts(parts, attend_parts(query, keys, values, jnp.int32(size), **options))
 
-    # As many rows at a time as there are queries, so that the scores in memory do not grow with the sequence.
+    # One chunk of keys at a time, so that the memory for scores does not grow with the sequence.
     return jax.lax.fori_loop(0, start // size, block, parts)[0].astype(query.dtype)
 
 
 def _with_lse(query: Array, backend: str) -> str:
-    """The back end that a configured one stands for where the log-sum-exp is wanted, and no gradient."""
+    """Returns the back end to use for a log-sum-exp without gradients, given the configured `backend`."""
     return "cudnn" if backend == "cudnn" or (backend == "auto" and fused_kernel(query.dtype)) else "xla"
 
 
 def no_parts(query: Queries) -> OutputAndLse:
-    """What attention of `query` to no key at all gives, as `merge_parts` takes it."""
+    """Returns the output and log-sum-exp of attention to no keys, as the initial value for `merge_parts`."""
     return jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
 
 
 def merge_parts(first: OutputAndLse, second: OutputAndLse) -> OutputAndLse:
-    """`merge_softmaxes` of two."""
+    """Merges two softmaxes over disjoint keys."""
     output, lse = jax.tree.map(lambda *arrays: jnp.stack(arrays), first, second)
     return merge_softmaxes(output, lse, axis=0)
 
@@ -224,9 +226,9 @@ def visible(
     start: Array | int = 0,
     documents: Documents | None = None,
 ) -> Array | None:
-    """Boolean [batch or 1, 1, queries, keys]: which keys a query sees; None if it sees all.
+    """Returns which keys each query sees, bool [batch or 1, 1, queries, keys]; None if all.
 
-    Query i stands at position start + i, key j at j; `documents` has those of all queries from position 0 on.
+    Query i is at position start + i, key j at position j; `documents[0]` begins at position 0, not at `start`.
     """
     mask: Array | None = None
     if causal:
@@ -253,13 +255,13 @@ def _attend_xla(
     documents: Documents | None = None,
     start: Array | int = 0,
 ) -> OutputAndLse:
-    """Attention by plain matrix products; scores and softmax in float32. Query i stands at position start + i."""
+    """Computes attention by plain matrix products, with float32 scores; query i is at position start + i."""
     scaled = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scores.scale
     mask = visible(query.shape[1], key.shape[1], scores.causal, scores.window, key_length, start, documents)
     if mask is not None:
         scaled = jnp.where(mask, scaled, -jnp.inf)
     top = jnp.max(scaled, axis=-1, keepdims=True, initial=-jnp.inf)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # rows that see nothing stay finite
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # finite even for rows that see no key
     weights = jnp.exp(scaled - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, -jnp.inf)
@@ -279,9 +281,9 @@ def _attend_in_chunks(
     dropout: Dropout | None,
     documents: Documents | None,
 ) -> OutputAndLse:
-    """`_attend_xla`; with dropout or documents, by as many queries at a time as keep the scores at DROPOUT_SCORES.
+    """Runs `_attend_xla`; with dropout or documents, in chunks of queries with at most DROPOUT_SCORES scores.
 
-    Neither pass ever holds the scores of a long history: each chunk is computed again in the backward pass.
+    Neither pass ever holds all scores of a long history: the backward pass computes each chunk again.
     """
     batch, queries, heads, _ = query.shape
     chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
@@ -310,9 +312,9 @@ def _attend_cudnn(
     return_lse: bool,
     never_empty: bool,
 ) -> tuple[Queries, Array | None]:
-    """cuDNN's fused kernel; heads are padded to a multiple of 8 features, which changes no score."""
+    """Calls cuDNN's fused kernel; heads are padded to a multiple of 8 features, which does not change the scores."""
     queries, keys, width = query.shape[1], key.shape[1], query.shape[-1]
-    # JAX refuses to differentiate the kernel at odd lengths; with the log-sum-exp it is not differentiated.
+    # JAX refuses to differentiate the kernel at odd lengths. With `return_lse` it is never differentiated.
     odd_queries, odd_keys = (0, 0) if return_lse else (queries % 2, keys % 2)
     if odd_keys and key_length is None and not (scores.causal and queries <= keys):
         key_length, never_empty = jnp.full(query.shape[:1], keys, jnp.int32), True

@@ -1,4 +1,4 @@
-"""The paper's block, section 3: a generation window x and a compressed history z, layer by layer.
+"""The paper's block (section 3): three kinds of layer, two equations each.
 
     compress:  z  = update(C[h:], attend(Qc[h:], Kc, Vc))
                x  = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
@@ -7,19 +7,20 @@
     restore:   C' = update(C, attend(Qc, Kz, Vz))
                x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
 
-C is the history, of n rows; z the observation window, made of the rows of C from h on; x the generation window. Q, K
-and V are a stream's projections under the layer (`Stream.of`), and `update` is the rest of the layer, row by row
-(`layers.update`). Without history C and z have no rows, attention to no keys is 0, and nothing is compiled for them.
+C is the history: the n rows before the generation window. z is the observation window, which compresses the history; it
+starts as rows h .. n - 1 of C. x is the generation window. The layer projects each stream to Q, K and V (`Stream.of`).
+`attend` is softmax attention (`attention.attend`). `update` is the rest of the layer: output projection, feed-forward
+and both residuals, row by row (`layers.update`).
 
-Where a sample holds several documents, each stream knows its rows' (`Stream.documents`), and in all of these reads a
-query sees the keys of its own document only. Positions need no new start: rotations tell distances, and those within a
-document are the same wherever it begins.
+Training, evaluation, `prefill` and `slide` all call the three functions below, but store C in different ways. So C has
+two methods: `read` is attend(Q, Kc, Vc), and `restore` computes C' for every row. `streams.History` restores all rows
+at once, in chunks, or split over devices; `decoding.history` works from a KV cache.
 
-Training, evaluation, `prefill` and `slide` all call the three functions below. How C is kept is its own matter: `read`
-is attend(Q, Kc, Vc), and `restore` maps the last equation over the rows of C (`streams.History`: all at once, in
-chunks, or split over devices; `decoding.history`: beside a KV cache).
+Rows of z and x that read the same keys are concatenated, "side by side", and share one call of `attend` or `update`.
+The first window has no history: C and z have no rows, attention to no keys is 0, and nothing is compiled for them.
 
-Where z and x read the same keys they lie side by side, and share one call of `attend` and of `update`.
+If a sample packs several documents, a query sees only the keys of its own document (`Stream.documents`). Positions do
+not restart with a document: rotary embeddings encode distances, which do not depend on where the document begins.
 """
 
 import functools
@@ -51,9 +52,9 @@ from tlinformer_jax.models.streams import (
 )
 from tlinformer_jax.models.windows import WindowFrame
 
-# Parts of a layer that draw dropout masks of their own.
+# Parts of a layer that draw separate dropout masks.
 SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
-# Rows of z, of x, and of C.
+# Rows of z, x and C.
 Zs = Float[Array, "batch width D"]
 Xs = Float[Array, "batch m D"]
 Cs = Float[Array, "batch n D"]
@@ -61,26 +62,26 @@ Cs = Float[Array, "batch n D"]
 
 @runtime_checkable
 class ReadableHistory(Protocol):
-    """C as the equations need it; see `streams.History`."""
+    """The history C, as the equations use it; see `streams.History`."""
 
     def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
-        """attend(Q, Kc, Vc); the queries are those of `readers`."""
+        """Returns attend(Q, Kc, Vc), where Q are the queries of the `readers`, side by side."""
 
     def restore(
         self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
     ) -> Any:
-        """C' of every row by `restore_rows`, ready for the layer that reads it next."""
+        """Returns C', computed by `restore_rows` and projected to `parts` by `next_layer`."""
 
 
 def compress(
     layer: LayerParams, config: ModelConfig, C: ReadableHistory, z: Stream, x: Stream, dropout: Dropout | None = None
 ) -> tuple[Zs, Xs]:
-    """The first layer, which compresses the history. Of z, rows h .. n - 1 of C, it takes rows and queries.
+    """Runs the first layer, which compresses the history.
 
         z = update(C[h:], attend(Qc[h:], Kc, Vc))
         x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
 
-    TConstFormer's x does not read C.
+    The argument z contains C[h:] and Qc[h:]. In TConstFormer x does not read C.
     """
     causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
     x_attends = attend(x.Q, x.K, x.V, causal=True, **causal)
@@ -96,7 +97,7 @@ def compress(
 def hidden(
     layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None = None
 ) -> tuple[Zs, Xs]:
-    """A layer between the first and the last.
+    """Runs a layer between the first and the last.
 
     z' = update(z, attend(Qz, Kz, Vz))
     x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
@@ -117,12 +118,12 @@ def restore(
     later: Sequence["BlockParams"] = (),
     dropout: Dropout | None = None,
 ) -> tuple[Any, Xs]:
-    """The last layer, which gives the history back its length.
+    """Runs the last layer, which restores the history to its full length.
 
         C' = update(C, attend(Qc, Kz, Vz))
         x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
 
-    Qc are the queries under the block's `compress`. Without `later` blocks, which read C', it is None.
+    Qc are the queries of C from the block's `compress` layer. C' is None if no `later` block reads it.
     """
     causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
     shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, x)
@@ -130,7 +131,7 @@ def restore(
     x_rows = update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
     if not later:
         return None, x_rows
-    parts = "qkv" if len(later) > 1 else "kv"  # the last block asks nothing of C but what z asks
+    parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
     restore_some = functools.partial(restore_rows, config, z.never_empty)
     read, fixed = (layer, z.K, z.V), (z.length, z.documents, dropout)
     return C.restore(restore_some, read, fixed, later[0].compress, parts), x_rows
@@ -146,10 +147,13 @@ def restore_rows(
     documents: Array | None = None,
     attend: Callable[..., Array] = attend,
 ) -> Cs:
-    """C' = update(C, attend(Qc, Kz, Vz)), for any rows of C: they do not read each other.
+    """Returns C' = update(C, attend(Qc, Kz, Vz)) for any rows of C, since rows of C do not read each other.
 
-    `shared` is (the layer, Kz, Vz), `fixed` (valid rows of z, its documents, dropout), `documents` those of C; `attend`
-    is `attention.attend`, or what else computes it.
+    Args:
+      shared: (the layer, Kz, Vz).
+      fixed: (number of valid rows of z, documents of z, dropout).
+      documents: documents of these rows of C; None if the sample is a single document.
+      attend: `attention.attend`, or another implementation of it.
     """
     (layer, Kz, Vz), (length, read, dropout) = shared, fixed
     z = Stream(None, K=Kz, length=length, never_empty=never_empty, documents=read)
@@ -160,7 +164,7 @@ def restore_rows(
 def _update(
     layer: LayerParams, rows: tuple[Zs, Xs], attended: tuple[Array, Array], dropout: Dropout | None
 ) -> tuple[Zs, Xs]:
-    """(update(z, ...), update(x, ...)), side by side."""
+    """Returns update(z, ...) and update(x, ...), computed side by side."""
     return side_by_side(
         lambda rows, attended: update(layer, rows, attended, part_of(dropout, FEED_FORWARD)), rows, attended
     )
@@ -175,7 +179,7 @@ class BlockParams:
     restore: LayerParams
 
     def layers(self) -> tuple[LayerParams, ...]:
-        """All layers of the block in order."""
+        """Returns all layers in order."""
         return (self.compress, *self.hidden, self.restore)
 
 
@@ -188,15 +192,14 @@ def dual_window_block(
     later: Sequence[BlockParams] = (),
     dropout: Dropout | None = None,
 ) -> tuple[History | None, Xs]:
-    """One block for one generation window, or for g windows that run together.
+    """Runs one block on one generation window, or on g windows together; returns C' and the next x.
 
     Args:
-      params: of the block, from `prepare_layers`.
-      config: of the model.
-      C: the history, from position 0 on, projected by `compress`.
-      x: the windows' rows, projected likewise; of g windows [batch * g, m, D].
-      window: where they stand.
-      later: the blocks that follow, which read C'.
+      params: the block's parameters, from `prepare_layers`.
+      C: the history from position 0 on, projected by `params.compress`.
+      x: the windows' rows, projected by `params.compress`; [batch * g, m, D] for g windows.
+      window: the windows' positions and rotations.
+      later: the blocks that follow; C' is None if there are none.
       dropout: None outside training.
     """
     z = observed_stream(params.compress, C, window, x.rows.shape[0])
@@ -218,9 +221,9 @@ def dual_window_block(
 class DualWindowBlock(nn.Module):
     """One dual-window block as a Flax module, for use in any model.
 
-    It maps a generation window x and its history C to the next x and C. Positions run 0 .. n - 1 over the
-    history and n .. n + m - 1 over the window, which is as long as the x it is given. Of the configuration
-    `vocab_size`, `generation_window` and `num_blocks` (but for the initial scale) do not matter here.
+    The block maps a generation window x of m rows and its history C of n rows to the next x and C. Positions are
+    0 .. n - 1 in the history and n .. n + m - 1 in the window. The block ignores `config.vocab_size` and
+    `config.generation_window`; `config.num_blocks` only affects the scale of the initial weights.
 
     Examples:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
@@ -236,19 +239,19 @@ class DualWindowBlock(nn.Module):
         self.restore_layer = Layer(self.config, name="restore")
 
     def parameters(self) -> BlockParams:
-        """The block's parameters as a typed pytree."""
+        """Returns the block's parameters as a typed pytree."""
         return BlockParams(self.compress_layer(), tuple(layer() for layer in self.hidden_layers), self.restore_layer())
 
     def __call__(
         self, x: jax.Array, history: jax.Array | None = None, *, restore: bool = True, train: bool = False
     ) -> tuple[jax.Array, jax.Array | None]:
-        """x, and C' (None if `restore` is false or there is no history).
+        """Returns the next x, and C' (None if `restore` is false or `history` is None).
 
         Args:
           x: the generation window, [batch, m, D], m >= 1.
-          history: C, [batch, n, D]; None or n = 0 where there is none.
+          history: C, [batch, n, D]; None or n = 0 if there is no history.
           restore: whether to return C'.
-          train: apply dropout, drawn from the rng stream 'dropout'.
+          train: whether to apply dropout, drawn from the rng stream 'dropout'.
         """
         config = self.config
         params = prepare_layers(
@@ -266,7 +269,7 @@ class DualWindowBlock(nn.Module):
         C = History.whole(params.compress, rows, rope)
         window = Stream.of(params.compress, x, rope.rows(length, x.shape[1]))
         placed = place_window(WindowFrame(length, length - width, observed, width), rope, x.shape[1])
-        # No block follows: what is projected for it is not read.
+        # C' is only computed for a block that follows. The stand-in's projections of C' are not used.
         later = (params,) if restore and history is not None else ()
         restored, x = dual_window_block(params, config, C, window, placed, later, dropout)
         return x, None if restored is None else restored.rows

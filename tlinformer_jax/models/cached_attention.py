@@ -1,10 +1,10 @@
-"""What a generated token runs through: a layer for one new row per sequence, and its attention to cached rows.
+"""A layer for one new row per sequence, and functions that write and read many cached rows.
 
-Cached keys and values lie as [batch, heads, d_h, rows]: rows are contiguous, which streams memory on a GPU and pads
-nothing on a TPU. How many are valid differs between the sequences of a batch and is known at run time only. They may
-be int8 (`kernels.key_value`).
+A generated token runs `token_layer`; `prefill` and `slide` write many rows and read all of them.
 
-Below the token's layer stands what `prefill` and `slide` do with a cache: write many rows, read all of them.
+Cached keys and values are [batch, heads, d_h, rows]: the row axis is contiguous, so that a GPU streams memory and a TPU
+needs no padding. The number of valid rows differs between sequences and is known only at run time. Rows may be int8
+(`kernels.key_value`).
 """
 
 import dataclasses
@@ -34,18 +34,20 @@ from tlinformer_jax.models.layers import (
 )
 from tlinformer_jax.models.rope import Rope, rotate
 
-# Above so many rows the matrix units pay, and a token's products go to XLA.
+# With more sequences than this, XLA's products on the matrix units are faster than the token kernels.
 MAX_FUSED_ROWS = 4
 
 
 @flax.struct.dataclass
 class TokenLayerParams:
-    """A layer's parameters as a single row wants them: what one output feature needs is contiguous.
+    """A layer's parameters for a single row: the weights of each output feature are contiguous.
 
     Attributes:
-      vectors: the layer's parameters, its four matrices replaced by None.
-      qkv_kernel: [3, h, d_h, D]; out_kernel: [D, h, d_h].
-      gate_up_kernel: [2, F, D]; down_kernel: [D, F]. Those of experts stay as they are.
+      vectors: the layer's parameters with None for the four matrices.
+      qkv_kernel: [3, h, d_h, D].
+      out_kernel: [D, h, d_h].
+      gate_up_kernel: [2, F, D], or [E, D, 2, F] for experts, as in `LayerParams`.
+      down_kernel: [D, F], or [E, F, D] for experts, as in `LayerParams`.
     """
 
     vectors: LayerParams
@@ -56,7 +58,7 @@ class TokenLayerParams:
 
     @classmethod
     def of(cls, params: LayerParams) -> "TokenLayerParams":
-        """From parameters that `prepare_layers` returned, heads not padded."""
+        """Converts parameters from `prepare_layers`, whose heads must not be padded."""
         without: dict[str, Any] = dict.fromkeys(("qkv_kernel", "out_kernel", "gate_up_kernel", "down_kernel"))
         experts = params.router is not None
         return cls(
@@ -68,7 +70,7 @@ class TokenLayerParams:
         )
 
     def natural(self) -> LayerParams:
-        """As `layers.project` and `layers.update` take them; inside `jit` that moves nothing."""
+        """Returns the parameters for `layers.project` and `layers.update`; inside `jit` this copies no memory."""
         experts = self.vectors.router is not None
         return dataclasses.replace(
             self.vectors,
@@ -89,19 +91,18 @@ def token_layer(
     backend: str | None = None,
     key_rows: Float[Array, "batch D"] | None = None,
 ) -> tuple[Float[Array, "batch D"], KeyValue]:
-    """A layer for one new row per sequence, which attends to what is cached and to itself.
+    """Runs a layer on one new row per sequence, which attends to cached rows and to itself.
 
     Args:
-      params: of the layer.
-      config: of the model.
-      x: the new rows; rope: rotations of their positions, [batch, d_h / 2].
-      past: rows that share a softmax with the new row's own key: its generation window's, or a baseline's cache.
-      context: rows with a softmax of their own: history or compressed context; None, or none valid: they add 0.
-      backend: 'plain', 'triton', or 'triton_interpreted' (on the CPU, for tests); None takes what fits.
-      key_rows: what the keys are made of, see `layers.Embedded`; None where that is x.
+      x: the new rows.
+      rope: rotations of the new rows' positions, [batch, d_h / 2].
+      past: rows that share a softmax with the new row's own key: its generation window, or a baseline's cache.
+      context: rows with a separate softmax: history or compressed context. None, or no valid row, adds 0.
+      backend: 'plain', 'triton', or 'triton_interpreted' (for tests on the CPU); None to choose automatically.
+      key_rows: input of the keys, see `layers.Embedded`; None if that is x.
 
     Returns:
-      x, and the new row's key (rotated) and value, each [batch, heads, d_h].
+      the next x, and the new row's key (rotated) and value, each [batch, heads, d_h].
     """
     if backend is None:
         backend = "triton" if use_token_kernels(config) else "plain"
@@ -113,7 +114,7 @@ def token_layer(
         attended = attend_cached(query, own, past, context, config.attention_scale)
         return update(natural, x[:, None], attended[:, None])[:, 0], own
     interpret = backend == "triton_interpreted"
-    # The fused products know no experts; attention's kernel serves these layers, too.
+    # The fused products do not support experts; the attention kernel does not depend on the feed-forward.
     fused = x.shape[0] <= MAX_FUSED_ROWS and params.vectors.router is None
 
     def projected_rows(rows: Array) -> Array:
@@ -133,12 +134,12 @@ def token_layer(
 
 
 def use_token_kernels(config: ModelConfig) -> bool:
-    """Whether the GPU kernels of a token's layer run here, and are wanted."""
+    """Returns whether the GPU kernels of `token_layer` can run here and the configuration allows them."""
     return config.attention != "xla" and available("decode")
 
 
 def int8_readers(config: ModelConfig) -> str:
-    """One line on what reads an int8 cache here."""
+    """Returns a line that says which code reads an int8 cache here."""
     names = {True: "a kernel", False: "plain JAX"}
     line = f"int8 cache: read by {names[use_token_kernels(config)]} for a token"
     if not config.windowed:
@@ -148,7 +149,7 @@ def int8_readers(config: ModelConfig) -> str:
 
 
 def _projected(params: TokenLayerParams, x: Array, interpret: bool) -> Array:
-    """`projections` by the fused kernel: [batch, 3, heads, d_h]."""
+    """Computes `layers.projections` by the fused kernel: [batch, 3, heads, d_h]."""
     shape, vectors = params.qkv_kernel.shape, params.vectors
     norm = (vectors.norm1_scale, vectors.norm1_bias, LAYER_NORM_EPSILON)
     kernel, bias = params.qkv_kernel.reshape(-1, shape[-1]), vectors.qkv_bias.reshape(-1)
@@ -156,7 +157,7 @@ def _projected(params: TokenLayerParams, x: Array, interpret: bool) -> Array:
 
 
 def _updated(params: TokenLayerParams, x: Array, parts: Array, interpret: bool) -> Array:
-    """`update` by fused kernels, of attention's parts [parts, batch, heads, d_h]: [batch, D]."""
+    """Computes `layers.update` by fused kernels from attention's parts [parts, batch, heads, d_h]: [batch, D]."""
     vectors = params.vectors
     attended = parts.reshape(*parts.shape[:2], -1)
     out_kernel = params.out_kernel.reshape(x.shape[-1], -1)
@@ -167,13 +168,13 @@ def _updated(params: TokenLayerParams, x: Array, parts: Array, interpret: bool) 
 
 
 def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active: Array) -> KeyValue:
-    """Writes one new row per active sequence into every layer's cache, in place where the cache is donated.
+    """Writes one new row per active sequence into the cache of every layer, in place if the cache is donated.
 
     Args:
-      cache: of all layers.
+      cache: keys and values of all layers.
       own: new keys and values, each [layers, batch, heads, d_h].
-      row: where.
-      active: bool [batch]; of the others nothing changes.
+      row: each sequence's row to write.
+      active: bool [batch]; the other sequences do not change.
     """
 
     rows = cache.as_kept(jax.tree.map(lambda array: array[..., None], own))
@@ -184,7 +185,7 @@ def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active:
         return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new, old), at)
 
     def write_all(array: Array, new: Array) -> Array:
-        # Rows past the end are dropped. The indexed axes come first in what `set` takes.
+        # Inactive sequences write past the end, which drops their row. `set` expects the indexed axes first.
         between = [slice(None)] * (array.ndim - 3)
         at = (slice(None), jnp.arange(row.size), *between, jnp.where(active, row, array.shape[-1]))
         return array.at[at].set(jnp.moveaxis(new[..., 0], 1, 0), mode="drop")
@@ -192,21 +193,23 @@ def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active:
     return jax.tree.map(write_one if row.size == 1 else write_all, cache, rows)
 
 
-# --- many rows of one sequence: `row` is its index in the batch, int32 []; `backend` that of the attention ---
+# ---- Many rows of one sequence
+#
+# Below, `row` is the sequence's index in the batch, int32 [], and `backend` is the attention's.
 
 
 def lane_rows(rows: Float[Array, "*any n heads width"], head_dim: int) -> Float[Array, "*any heads d_h n"]:
-    """Keys or values of many rows as a cache keeps them, without a head's padding.
+    """Converts keys or values of many rows to the order of axes in a cache, and removes the padding of heads.
 
-    The layout is pinned: left free, XLA would copy the whole cache to the layout of what is written, and back.
+    The memory layout is fixed: otherwise XLA would copy the whole cache to the layout of the written rows, and back.
     """
     moved = jnp.moveaxis(rows[..., :head_dim], -3, -1)
     return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
 
 
 def for_writing(layer: LayerParams, rows: int, backend: str) -> LayerParams:
-    """A layer as `write_rows` takes it for so many rows at a time; to be called outside loops."""
-    head_dim = layer.out_kernel.shape[-1] // layer.out_kernel.shape[0]  # D / heads; the kernels' heads are padded
+    """Prepares a layer for calls of `write_rows` with `rows` rows each; call it outside loops."""
+    head_dim = layer.out_kernel.shape[-1] // layer.out_kernel.shape[0]  # D / heads, without padding
     if not _stores_by_kernel(layer.qkv_kernel.dtype, head_dim, rows, backend):
         return layer
     kernel, bias = (history_kernel.halves_apart(array, head_dim) for array in (layer.qkv_kernel, layer.qkv_bias))
@@ -227,9 +230,9 @@ def write_rows(
     backend: str,
     key_rows: Float[Array, "1 n D"] | None = None,
 ) -> KeyValue:
-    """Projects rows to keys and values, by a layer from `for_writing`, and writes these from row `start` on.
+    """Projects rows to keys and values and writes these into a layer's cache from row `start` on.
 
-    In place where the cache, of one layer, is donated.
+    `layer` is from `for_writing`. The write is in place if the cache is donated.
     """
     if _stores_by_kernel(layer.qkv_kernel.dtype, cache.key.shape[2], rows.shape[1], backend):
         projected, bias = unbiased_projections(layer, rows, "kv", key_rows)
@@ -246,9 +249,9 @@ def write_tokens(
     rope: Rope,
     backend: str,
 ) -> KeyValue:
-    """`write_rows` of what depends on the token alone, from a table of the vocabulary by a layer from `for_writing`.
+    """Does the same as `write_rows`, but looks up the keys and values of tokens in a table of the vocabulary.
 
-    The table's keys are not rotated.
+    The table is projected by a layer from `for_writing`; its keys are not rotated.
     """
     if _stores_by_kernel(table.dtype, cache.key.shape[2], tokens.size, backend):
         no_bias = jnp.zeros(table.shape[1:], table.dtype)
@@ -260,9 +263,9 @@ def write_tokens(
 def write_plainly(
     cache: KeyValue, key_value: Sequence[Array], place: tuple[Array | int, ...], start: Array | int = 0
 ) -> KeyValue:
-    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on.
+    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on, in plain JAX.
 
-    `place` is theirs in the cache's first axes: the layer, if it is of several, and the sequence.
+    `place` is the index in the cache's first axes: the layer (if the cache has several) and the sequence.
     """
     rows = KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value))
 
@@ -282,9 +285,9 @@ def attend_history(
     chunk: int,
     backend: str,
 ) -> OutputAndLse:
-    """Attention of a few queries to the first `length` cached rows of a sequence, float32.
+    """Computes attention of a few queries to the first `length` cached rows of a sequence, in float32.
 
-    `chunk` rows are taken at once where no kernel reads the cache as it lies; it divides the room.
+    Without a kernel that reads the cache directly, `chunk` rows are read at a time; `chunk` divides the cache's rows.
     """
     width = query.shape[-1]
     if use_kernels(query.dtype, cache.key.shape[2], backend):
@@ -306,7 +309,7 @@ def attend_history(
 
 
 def _natural_rows(rows: Array, width: int) -> Array:
-    """Cached keys or values as attention takes many: [..., rows, heads, width], zero-padded."""
+    """Converts cached keys or values to `attend`'s order of axes, [..., rows, heads, width], padded with zeros."""
     moved = jnp.moveaxis(rows, -1, -3)
     return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
 
@@ -320,7 +323,7 @@ def attend_context(
     key_length: Array,
     **options: Any,
 ) -> Float[Array, "1 queries heads width"]:
-    """`attend` of many queries to the few rows of a compressed context; not differentiable."""
+    """Computes `attend` from many queries to the few rows of a compressed context; not differentiable."""
     if use_kernels(query.dtype, head_dim, options["backend"]):
         padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
         key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
@@ -329,6 +332,6 @@ def attend_context(
 
 
 def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:
-    """Whether `kernels.history` runs here, is wanted, and takes heads of this dtype and width."""
+    """Returns whether `kernels.history` can run here for this dtype and head width, and `backend` allows it."""
     takes = is_half(dtype) and head_dim <= history_kernel.MOST_WIDTH
     return takes and backend != "xla" and available("history")

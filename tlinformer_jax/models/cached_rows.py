@@ -1,6 +1,6 @@
-"""Cached rows as one new row per sequence reads them, by plain products; the kernel's twin.
+"""Attention of one new row per sequence to cached rows, in plain JAX; the reference for the kernel.
 
-Keys and values are [batch, heads, d_h, rows]. In int8 only a chunk of them is ever converted in memory.
+Keys and values are [batch, heads, d_h, rows]. Only a chunk of int8 rows is ever converted in memory.
 """
 
 import flax.struct
@@ -13,8 +13,8 @@ from tlinformer_jax.kernels.key_value import KeyValue, value_dtype
 from tlinformer_jax.parallel.mesh import platform
 from tlinformer_jax.parallel.sharding import SplitRows
 
-# Most int8 rows that a token reads at once without a kernel. XLA may convert them in memory before it multiplies: so
-# few that they stay in a processor's cache; on accelerators so many that launches do not count.
+# Most int8 rows that a token reads at once without a kernel. XLA may convert them in memory before the product: on CPUs
+# the converted rows should fit into the processor's cache; on accelerators fewer, larger chunks launch fewer kernels.
 INT8_ROWS = 4096
 INT8_ROWS_ON_ACCELERATORS = 32768
 
@@ -24,10 +24,10 @@ class CachedRows:
     """The first `length` rows of a cache, for one softmax.
 
     Attributes:
-      cache: keys and values, of one layer or of several.
-      length: valid rows of each sequence, int32 [batch].
-      layer: which of the layers; None for a cache of one.
-      split: how the rows are split over devices, each of which has only its own here; None where it has all.
+      cache: keys and values of one layer or of several.
+      length: number of valid rows of each sequence, int32 [batch].
+      layer: index of the layer to read; None if the cache has a single layer.
+      split: how the rows are split over devices; `cache` then contains this device's rows. None if it contains all.
     """
 
     cache: KeyValue
@@ -36,7 +36,7 @@ class CachedRows:
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
 
     def arrays(self, start: Array | int = 0, count: int | None = None) -> KeyValue:
-        """Keys and values of the layer, [batch, heads, d_h, rows]; `count` rows from `start` on, or all."""
+        """Returns keys and values of the layer, [batch, heads, d_h, rows]: `count` rows from `start` on, or all."""
 
         def some(array: Array) -> Array:
             leading = [] if self.layer is None else [self.layer]
@@ -49,10 +49,10 @@ class CachedRows:
         return self.cache if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.cache)
 
     def merged(self, output: Float[Array, "b h d"], lse: Float[Array, "b h"]) -> Float[Array, "b h d"]:
-        """What the softmax over the rows of all devices gives, from that over these."""
+        """Merges this device's softmax with those of the other devices; returns the output over all rows."""
         if self.split is None:
             return output
-        # By one collective: for a token's few queries latency costs more than bytes.
+        # A single collective: for the few queries of a token, latency costs more than bytes.
         both = jax.lax.all_gather(jnp.concatenate([output, lse[..., None]], axis=-1), self.split.axis)
         return merge_softmaxes(both[..., :-1], both[..., -1], axis=0)[0]
 
@@ -60,10 +60,10 @@ class CachedRows:
 def attend_cached(
     query: Float[Array, "b h d"], own: KeyValue, past: CachedRows, context: CachedRows | None, scale: float
 ) -> Float[Array, "b h d"]:
-    """Exact attention of one new row per sequence by plain products.
+    """Computes exact attention of one new row per sequence.
 
-    `past`, `context` and `own` are as in `cached_attention.token_layer`: the new row's own key shares a
-    softmax with `past`; the result of `context`'s own softmax is added.
+    One softmax covers `past` and the new row's own key; a second softmax covers `context`; their results are added. See
+    `cached_attention.token_layer`.
     """
     output, _ = _softmax_sum(query, past, own, scale)
     if context is not None:
@@ -74,7 +74,7 @@ def attend_cached(
 def _softmax_sum(
     query: Float[Array, "b h d"], source: CachedRows, own: KeyValue | None, scale: float
 ) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
-    """Softmax attention in float32, and its log-sum-exp; 0 and -inf where nothing is valid."""
+    """Returns softmax attention in float32 and its log-sum-exp; 0 and -inf if no row is valid."""
     rows, most = source.cache.rows, INT8_ROWS if platform() == "cpu" else INT8_ROWS_ON_ACCELERATORS
     if source.cache.key_scale is None or rows <= most:
         return _softmax_of(query, source.arrays(), source.length, own, scale)
@@ -93,7 +93,7 @@ def _softmax_sum(
 def _softmax_of(
     query: Float[Array, "b h d"], cache: KeyValue, length: Int[Array, " b"], own: KeyValue | None, scale: float
 ) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
-    """`_softmax_sum` of all rows at once, without chunks."""
+    """Computes `_softmax_sum` of all rows at once, without chunks."""
     if cache.key_scale is None:
         scores = jnp.einsum("bhd,bhdk->bhk", query, cache.key, preferred_element_type=jnp.float32) * scale
     else:

@@ -1,11 +1,12 @@
-"""Gated DeltaNet (arXiv 2412.06464): rows that read and write a state of constant size, instead of attending.
+"""Gated DeltaNet (arXiv 2412.06464): instead of attending, rows read and write a state of constant size.
 
-Of every head, with queries q, keys k, values v, a decay g <= 0 and a write strength beta of each row, the state S is
+Each row has a query q, key k and value v, a decay g <= 0 and a write strength beta. A row changes the state S of each
+head and reads its output o:
 
     S <- exp(g) S;   S <- S + beta k (v - S^T k)^T;   o = S^T q / sqrt(d_k)
 
-`delta_step` computes this row by row, for decoding, and `delta_chunked` chunk by chunk, for many rows. The state, the
-decay and the write strength are float32 in both.
+`delta_step` computes one row, for decoding; `delta_chunked` computes many rows, chunk by chunk. In both, the state, the
+decay and the write strength are float32.
 """
 
 import math
@@ -24,10 +25,10 @@ from tlinformer_jax.models.layers import INIT_STD, LAYER_NORM_EPSILON, ResidualP
 from tlinformer_jax.parallel.sharding import open_axes
 
 CHUNK = 64
-# Matrices up to this size are inverted level by level with masks, larger ones by halves.
+# Triangular matrices up to this size are inverted level by level with masks, larger ones by halves.
 SMALL = 16
 UNIT_EPSILON = 1e-6
-# Ranges that the decay's parameters are drawn from: exp(A_log), uniformly, and softplus(dt_bias), log-uniformly.
+# Initial ranges of the decay's parameters: exp(A_log) is uniform, softplus(dt_bias) is log-uniform.
 RATES, STEPS = (1.0, 16.0), (1e-3, 1e-1)
 
 Rows = Float[Array, "batch length heads d"]
@@ -39,9 +40,9 @@ State = Float[Array, "batch heads d d"]
 class DeltaParams(ResidualParams):
     """Parameters of one Gated DeltaNet layer: h heads of d features (`config.delta`)."""
 
-    qkvg_kernel: Array  # [D, 4, h, d]. Queries, keys, values, the output's gate
-    conv_kernel: Array  # [4, 3, h, d]. Of the rows from t - 3 to t, for each feature of queries, keys and values
-    rates_kernel: Array  # [D, 2, h]. w_a and w_b: of the decay and of the write strength
+    qkvg_kernel: Array  # [D, 4, h, d]. Queries, keys, values and the gate of the output
+    conv_kernel: Array  # [4, 3, h, d]. Weights of rows t - 3 .. t, for each feature of queries, keys and values
+    rates_kernel: Array  # [D, 2, h]. w_a (decay) and w_b (write strength)
     A_log: Array  # [h]
     dt_bias: Array  # [h]
     head_norm_scale: Array  # [d]. RMSNorm of each head's output
@@ -93,11 +94,11 @@ def _init_steps(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 @flax.struct.dataclass
 class DeltaState:
-    """What a layer knows of the rows before; float32 whatever the compute dtype, but for the inputs.
+    """A layer's state after the rows so far.
 
     Attributes:
-      state: S of every head, [batch, heads, d, d]: keys by values.
-      inputs: of the convolution, the last three rows, [batch, 3, 3 (queries, keys, values), heads, d].
+      state: S of every head, float32 [batch, heads, d (keys), d (values)].
+      inputs: the convolution's last three inputs, [batch, 3, 3 (queries, keys, values), heads, d], compute dtype.
     """
 
     state: Array
@@ -105,7 +106,7 @@ class DeltaState:
 
     @classmethod
     def empty(cls, config: ModelConfig, *leading: int) -> "DeltaState":
-        """Of sequences without a row yet; the leading axes end with the batch."""
+        """Returns the state before the first row; the `leading` axes end with the batch."""
         heads, width = config.delta.heads, config.delta.width
         inputs = jnp.zeros((*leading, CONVOLUTION - 1, 3, heads, width), config.compute_dtype)
         return cls(jnp.zeros((*leading, heads, width, width), jnp.float32), inputs)
@@ -117,13 +118,13 @@ def delta_mixer(
     before: DeltaState | None = None,
     length: Int[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "batch length heads d"], DeltaState]:
-    """What a layer's mixer gives to its rows, before the output projection; and what the rows after them need.
+    """Runs a layer's mixer; returns its output before the output projection, and the state for later rows.
 
     Args:
       params: from `prepare_layers`.
       x: rows of the residual stream.
-      before: what there is of earlier rows; None at the beginning.
-      length: how many of the rows are real, the first ones; the others change nothing. None for all.
+      before: state after earlier rows; None at the beginning of a sequence.
+      length: number of real rows, which come first; the others do not change the state. None if all are real.
     """
     batch, rows, _ = x.shape
     _, heads, features = params.qkvg_kernel.shape[1:]
@@ -152,12 +153,12 @@ def delta_mixer(
 
 
 def _wide(array: Array) -> Any:
-    """The dtype of states: float32, or float64 for float64."""
+    """Returns the dtype of states: float32, or float64 for float64."""
     return jnp.promote_types(array.dtype, jnp.float32)
 
 
 def _gates(params: DeltaParams, normed: Float[Array, "batch length D"]) -> tuple[Gates, Gates]:
-    """g = -exp(A_log) * softplus(w_a x + dt_bias) and beta = sigmoid(w_b x), not below float32."""
+    """Returns g = -exp(A_log) * softplus(w_a x + dt_bias) and beta = sigmoid(w_b x), at least in float32."""
     wide = _wide(normed)
     rates = jnp.einsum("bld,dph->blph", normed, params.rates_kernel, preferred_element_type=wide)
     steps = jax.nn.softplus(rates[:, :, 0] + params.dt_bias.astype(wide))
@@ -168,7 +169,7 @@ def _gates(params: DeltaParams, normed: Float[Array, "batch length D"]) -> tuple
 def _convolved(
     inputs: Float[Array, "batch padded 3 heads d"], kernel: Float[Array, "taps 3 heads d"]
 ) -> Float[Array, "batch length 3 heads d"]:
-    """SiLU of the causal convolution of each feature, of the rows after the first three; q and k of length 1."""
+    """Applies a causal convolution and SiLU to the rows after the first three; scales q and k to unit length."""
     wide = _wide(inputs)
     rows = inputs.shape[1] - CONVOLUTION + 1
     taps = (inputs[:, tap : tap + rows].astype(wide) * kernel[tap].astype(wide) for tap in range(CONVOLUTION))
@@ -180,7 +181,7 @@ def _convolved(
 
 @jax.checkpoint
 def _gated_norm(output: Rows, gate: Rows, scale: Float[Array, " d"]) -> Rows:
-    """RMSNorm(o) * SiLU(gate), by head."""
+    """Returns RMSNorm(o) * SiLU(gate), with a separate norm for each head."""
     wide = _wide(output)
     rows = output.astype(wide)
     normed = rows * jax.lax.rsqrt(jnp.mean(jnp.square(rows), axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
@@ -191,7 +192,7 @@ def _gated_norm(output: Rows, gate: Rows, scale: Float[Array, " d"]) -> Rows:
 
 
 def delta_rows(query: Rows, key: Rows, value: Rows, decay: Gates, write: Gates, state: State) -> tuple[Rows, State]:
-    """`delta_chunked`, by the kernels of jax-linear-attention where they can."""
+    """Computes `delta_chunked`, by the kernels of jax-linear-attention if they can run."""
     plain = delta_kernel.why_plain(query.dtype, query.shape[-1], bool(open_axes())) is not None
     return (delta_chunked if plain else delta_kernel.delta_rows)(query, key, value, decay, write, state)
 
@@ -204,7 +205,7 @@ def delta_step(
     decay: Float[Array, "batch heads"],
     write: Float[Array, "batch heads"],
 ) -> tuple[State, Float[Array, "batch heads d"]]:
-    """One row: the state after it, and its output in the dtype of the query. Arguments as of `delta_chunked`."""
+    """Computes one row; returns the next state, and the output in the query's dtype. See `delta_chunked`."""
     wide = state.dtype
     q, k, v = (part.astype(wide) for part in (query, key, value))
     state = jnp.exp(decay)[..., None, None] * state
@@ -217,23 +218,22 @@ def delta_step(
 def delta_chunked(
     query: Rows, key: Rows, value: Rows, decay: Gates, write: Gates, state: State, chunk: int = CHUNK
 ) -> tuple[Rows, State]:
-    """Many rows: their outputs in the dtype of the query, and the state after them.
+    """Computes many rows; returns their outputs in the query's dtype, and the state after them.
 
-    Of a chunk with rows i, j, and G = cumsum(g) in it, L_ij = exp(G_i - G_j) for i >= j, else 0:
+    For a chunk with rows i and j, let G = cumsum(g) within the chunk and L_ij = exp(G_i - G_j) for i >= j, else 0:
 
         A = (I + tril(beta K K^T * L, -1))^-1;   U = A (beta V);   W = A (beta K * exp(G));   V' = U - W S
         O = ((Q * exp(G)) S + (Q K^T * L) V') / sqrt(d_k);   S <- exp(G_C) S + (K * exp(G_C - G))^T V'
 
     Only V' and S are computed chunk after chunk. No exponent is positive. Products take operands of the query's dtype
-    and add up in float32; the inverse is float32. The backward pass computes all of this again.
+    and sum in float32; the inverse is float32. The backward pass computes all of this again.
 
     Args:
-      query, key: of unit length.
-      value: what is to be stored under the key.
-      decay: g <= 0. With write = 0 and decay = 0 a row changes nothing.
+      query, key: scaled to unit length.
+      decay: g <= 0. A row with write = 0 and decay = 0 does not change the state.
       write: beta, in [0, 1].
-      state: before the first row, [batch, heads, keys, values].
-      chunk: rows of a chunk: 16, 32, 64, ... A sequence shorter than it has a smaller one.
+      state: state before the first row, [batch, heads, keys, values].
+      chunk: rows per chunk: 16, 32, 64, ...; reduced for shorter sequences.
     """
     rows = query.shape[1]
     while chunk > SMALL and chunk // 2 >= rows:
@@ -241,7 +241,7 @@ def delta_chunked(
     padding = -rows % chunk
 
     def chunks(array: Array) -> Array:
-        """[chunks, batch, heads, chunk, ...] of [batch, length, heads, ...]."""
+        """Reshapes [batch, length, heads, ...] to [chunks, batch, heads, chunk, ...]."""
         array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
         array = array.reshape(array.shape[0], -1, chunk, *array.shape[2:])
         return jnp.moveaxis(array, (1, 3), (0, 2))
@@ -291,10 +291,10 @@ def _chunked(
 
 @jax.custom_vjp
 def unit_lower_inverse(lower: Float[Array, "*shape n n"]) -> Float[Array, "*shape n n"]:
-    """(I + lower)^-1 of strictly lower triangular matrices of size 1, 2, 4, ...
+    """Returns (I + lower)^-1 of strictly lower triangular matrices of size 1, 2, 4, ...
 
-    By blocks: the inverse of [[a, 0], [b, c]] is [[a', 0], [-c' b a', c']], as stable as substitution row by row. The
-    series I - lower + lower^2 - ... would be fewer products, but of equal keys its terms have 18 digits that cancel.
+    The inverse of [[a, 0], [b, c]] is [[a', 0], [-c' b a', c']], which is as stable as substitution row by row. The
+    series I - lower + lower^2 - ... would need fewer products, but for equal keys its terms reach 18 digits and cancel.
     """
     size = lower.shape[-1]
     if size > SMALL:
@@ -311,7 +311,7 @@ def unit_lower_inverse(lower: Float[Array, "*shape n n"]) -> Float[Array, "*shap
     index = jnp.arange(size)
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
     block = 1
-    while block < size:  # all blocks of a size at once: what couples the two halves of a block twice as large
+    while block < size:  # joins all pairs of neighbouring blocks at once
         place = index // block
         couples = (place[:, None] == place[None, :] + 1) & (place[:, None] % 2 == 1)
         inverse = inverse - _exact(inverse, _exact(jnp.where(couples, lower, 0), inverse))
@@ -320,7 +320,7 @@ def unit_lower_inverse(lower: Float[Array, "*shape n n"]) -> Float[Array, "*shap
 
 
 def _exact(left: Array, right: Array) -> Array:
-    """A product of small matrices, exact in their dtype."""
+    """Multiplies small matrices in the full precision of their dtype."""
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -1,18 +1,19 @@
-"""The feed-forward of a layer: one SwiGLU, or a mixture of experts, SwiGLUs of which each row takes a few.
+"""The feed-forward of a layer: one SwiGLU, or a mixture of experts, in which each row uses a few of many SwiGLUs.
 
-A row goes to the experts with its highest router probabilities, and their outputs are added up with these as weights.
-Of several experts the weights are made to sum to 1 (as in Mixtral); of a single one it is the probability itself (as in
-Switch), or else the router would learn nothing from the loss. Rows are sorted by expert, and `jax.lax.ragged_dot`
-multiplies each run of them with its expert: no expert has a capacity, and no row is dropped.
+A row uses the experts with the highest router probabilities; its output is the sum of theirs, weighted by these
+probabilities. With several experts per row the weights are normalised to sum to 1 (as in Mixtral). With one expert per
+row the weight is the probability itself (as in Switch); otherwise the loss would give the router no gradient. Rows are
+sorted by expert, and `jax.lax.ragged_dot` multiplies the rows of each expert with its matrices. Experts have no
+capacity limit, and no row is dropped.
 
-Training adds two losses for each call of the router, so that experts are used alike and logits stay small:
+Training adds two losses for each call of the router, which balance the load of the experts and keep logits small:
 
     BALANCE_LOSS * E * sum_e share_e * mean_rows(p_e)  +  Z_LOSS * mean_rows(logsumexp(logits)^2)
 
-with share_e, of the places at experts that the rows take, those at expert e. Nothing reports these two, only their
-gradients matter, so they are not handed through all the functions between here and the loss: `_with_losses` is the
-identity, and its backward pass adds the losses' gradient to that of the logits. It also knows there what no forward
-pass knows, the rows that nobody reads, such as padding and the future: their gradient is 0. They do not count.
+where share_e is the fraction of all (row, expert) assignments that go to expert e. Only the gradients of these losses
+matter, so they are not passed through all functions up to the training loss. Instead `_with_losses` is the identity,
+and its backward pass adds the losses' gradient to that of the logits. The backward pass also knows which rows nobody
+reads, such as padding and the future: their gradient is 0. The losses leave these rows out.
 """
 
 import functools
@@ -29,7 +30,7 @@ from tlinformer_jax.parallel.sharding import batch_spec, constrain_batch, open_a
 
 BALANCE_LOSS, Z_LOSS = 0.01, 0.001
 EXPERT_AXIS = "expert"
-# Names of the parameters that every expert has of its own begin so.
+# Prefix of parameters that have an axis of experts.
 EXPERTS = "experts_"
 
 Rows = Float[Array, "batch length D"]
@@ -39,14 +40,14 @@ Weights = Float[Array, "batch length top"]
 
 @flax.struct.dataclass
 class Router:
-    """Chooses the experts of a row.
+    """Parameters of a router, which chooses the experts of each row.
 
     Attributes:
       kernel: [D, E].
-      top: experts of a row.
-      weight: what its losses count in the gradient, float32 []; None where they are not wanted. Its gradient is the
-        losses themselves.
-      tally: zeros, float32 [E], where there is a weight. Its gradient is how many rows each expert was given.
+      top: experts per row.
+      weight: weight of the router's losses in the gradient, float32 []; None for no losses. The gradient of this
+        weight is the value of the losses.
+      tally: float32 zeros [E] if there is a weight. Its gradient is the number of rows that each expert was given.
     """
 
     kernel: Array
@@ -56,7 +57,7 @@ class Router:
 
 
 def map_routers(function: Any, params: Any) -> Any:
-    """A pytree of parameters with `function` applied to each router in it."""
+    """Applies `function` to each router in a pytree of parameters."""
 
     def is_router(node: Any) -> bool:
         return isinstance(node, Router)
@@ -65,33 +66,32 @@ def map_routers(function: Any, params: Any) -> Any:
 
 
 def with_router_losses(params: Any, weight: jax.Array) -> Any:
-    """The parameters with routers whose losses count `weight` times in gradients."""
+    """Sets the weight of the losses of all routers to `weight`, with tallies of zeros."""
     return map_routers(
         lambda router: router.replace(weight=weight, tally=jnp.zeros(router.kernel.shape[1:], jnp.float32)), params
     )
 
 
 def with_tallies(params: Any, tallies: Float[Array, "layers E"]) -> Any:
-    """The parameters with a tally for each router, in their order, and losses that count nothing."""
+    """Gives each router its tally, in order, and sets the weight of the losses to 0."""
     remaining = iter(tallies)
     return map_routers(lambda router: router.replace(weight=jnp.float32(0), tally=next(remaining)), params)
 
 
 def split_router_losses(params: Any, calls: jax.Array | float) -> Any:
-    """The same parameters for each of several `calls` of a router, whose losses then count together as one's do."""
+    """Divides the weight of the routers' losses by `calls`, so that so many calls together count as one."""
     return map_routers(
         lambda router: router if router.weight is None else router.replace(weight=router.weight / calls), params
     )
 
 
 def feed_forward(router: Router | None, gate_up_kernel: Array, down_kernel: Array, x: Rows) -> Rows:
-    """Of normalised rows; row by row.
+    """Applies the feed-forward to normalised rows x, row by row.
 
     Args:
       router: None for a single SwiGLU.
-      gate_up_kernel: [D, 2, F], of experts [E, D, 2, F].
-      down_kernel: [F, D], of experts [E, F, D].
-      x: the rows.
+      gate_up_kernel: [D, 2, F], or [E, D, 2, F] for experts.
+      down_kernel: [F, D], or [E, F, D] for experts.
     """
     if router is None:
         gate_up = jnp.einsum("bld,dpf->blpf", x, gate_up_kernel)
@@ -104,10 +104,10 @@ def feed_forward(router: Router | None, gate_up_kernel: Array, down_kernel: Arra
     return _with_losses(output, logits, chosen, router.weight, router.tally)
 
 
-# Elementwise work is done again in the backward pass: cheaper than writing and reading back its float32 values.
+# The backward pass repeats this elementwise work: cheaper than to store its float32 values and read them back.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gated(gate_up: Array) -> Array:
-    """silu(gate) * up of [batch, length, 2, F]."""
+    """Returns silu(gate) * up for [batch, length, 2 (gate, up), F]."""
     return nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
 
 
@@ -115,13 +115,13 @@ def _gated(gate_up: Array) -> Array:
 
 
 def router_logits(router: Router, x: Rows) -> Float[Array, "batch length E"]:
-    """In float32, products too, whatever the model's dtype: a rounded logit would choose another expert."""
+    """Computes the router's logits in exact float32 products, since a rounded logit could choose another expert."""
     wide, kernel = x.astype(jnp.float32), router.kernel.astype(jnp.float32)
     return jnp.einsum("bld,de->ble", wide, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 def choose(logits: Float[Array, "batch length E"], top: int) -> tuple[Weights, Chosen]:
-    """The experts of each row, the likeliest first, and their weights, float32."""
+    """Returns the float32 weights and the indices of each row's experts, most probable first."""
     weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), top)
     return (weights / jnp.sum(weights, axis=-1, keepdims=True) if top > 1 else weights), chosen
 
@@ -129,7 +129,7 @@ def choose(logits: Float[Array, "batch length E"], top: int) -> tuple[Weights, C
 def router_losses(
     logits: Float[Array, "batch length E"], chosen: Chosen, counts: Float[Array, "batch length"]
 ) -> tuple[Float[Array, ""], Float[Array, " E"]]:
-    """Both losses over the rows that count (1, others 0), and how many of these each expert was given."""
+    """Returns the sum of both losses over rows with `counts` 1 (not 0), and the number of these rows per expert."""
     experts, rows = logits.shape[-1], jnp.maximum(jnp.sum(counts), 1.0)
     taken = jnp.sum(jax.nn.one_hot(chosen, experts) * counts[..., None, None], axis=(0, 1, 2))
     mean = jnp.sum(jax.nn.softmax(logits) * counts[..., None], axis=(0, 1)) / rows
@@ -140,7 +140,7 @@ def router_losses(
 
 @jax.custom_vjp
 def _with_losses(output: Rows, logits: Array, chosen: Chosen, weight: Array, tally: Array) -> Rows:
-    """The output as it is. To its gradient that of weight * losses + tally . (rows given to each expert) is added."""
+    """Returns the output; the backward pass adds the gradient of weight * losses + tally . (rows of each expert)."""
     del logits, chosen, weight, tally
     return output
 
@@ -159,10 +159,10 @@ _with_losses.defvjp(lambda output, logits, chosen, weight, tally: (output, (logi
 
 
 def _over_devices(x: Rows, weights: Weights, chosen: Chosen, gate_up_kernel: Array, down_kernel: Array) -> Rows:
-    """`_experts` over the axes of the mesh that the compiler would partition: it cannot partition a sort well.
+    """Runs `_experts` in a `shard_map`, since the compiler cannot partition a sort well.
 
-    Each device sorts its own sequences' rows. The axis `expert` splits the experts: its devices exchange their rows,
-    each computes those of its experts, and the results are added up.
+    Each device sorts the rows of its own sequences. The axis `expert` splits the experts: devices along this axis
+    exchange their rows, each device computes the outputs of its experts, and the outputs are summed.
     """
     experts, axes = gate_up_kernel.shape[0], open_axes()
     here = EXPERT_AXIS in axes
@@ -186,15 +186,15 @@ def _over_devices(x: Rows, weights: Weights, chosen: Chosen, gate_up_kernel: Arr
 def _experts(
     x: Rows, weights: Weights, chosen: Chosen, gate_up_kernel: Array, down_kernel: Array, first: Array | None = None
 ) -> Rows:
-    """The weighted sum of the experts' outputs; of the experts from number `first` on alone, where that is given."""
+    """Returns the weighted sum of the experts' outputs; `first` is the index of the first expert on this device."""
     experts, width = gate_up_kernel.shape[:2]
     top, number = chosen.shape[-1], chosen.reshape(-1) - (0 if first is None else first)
-    # Places at experts elsewhere come last, and belong to none of the runs.
+    # Assignments to experts on other devices are sorted to the end, after the groups of this device's experts.
     number = jnp.where((number >= 0) & (number < experts), number, experts)
     order = jnp.argsort(number, stable=True)
     inverse = jnp.argsort(order)
     sizes = jnp.sum(number[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-    # What lies past the last run is not defined, nor is its gradient.
+    # Values of rows past the last group, and their gradients, are undefined.
     own = None if first is None else (jnp.arange(number.size) < jnp.sum(sizes))[:, None]
     places = jnp.repeat(x.reshape(-1, width), top, axis=0)
     rows = _masked(_permuted(places, order, inverse), own)
@@ -211,7 +211,7 @@ def _masked(rows: Array, own: Array | None) -> Array:
 
 @jax.custom_vjp
 def _permuted(rows: Array, order: Array, inverse: Array) -> Array:
-    """rows[order]. JAX would make the gradient a scatter, which is slow, and on a GPU not the same every time."""
+    """Returns rows[order]. JAX's gradient would be a scatter, which is slow and, on a GPU, not deterministic."""
     del inverse
     return rows[order]
 

@@ -1,7 +1,7 @@
-"""The one layer that serves every role of every architecture, as pure functions of its parameters.
+"""The layer that every architecture uses, as pure functions of its parameters.
 
-`compress`, `hidden`, `restore` and the baseline's layers differ only in what attends to what between `project` and
-`update`. The Flax module here only declares parameters: all else takes plain pytrees.
+`compress`, `hidden`, `restore` and the baseline's layers call the same `project` and `update`. They differ only in
+which rows attend to which in between. The Flax module here only declares parameters; the functions take plain pytrees.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ INIT_STD = 0.02
 
 @flax.struct.dataclass(kw_only=True)
 class ResidualParams:
-    """Parameters that every layer has, whatever mixes its rows: D width, F feed-forward width, h heads of d_h."""
+    """Parameters of a layer with any mixer; model width D, feed-forward width F, h heads of d_h features, E experts."""
 
     norm1_scale: Array  # [D]. LayerNorm before the mixer
     norm1_bias: Array  # [D]
@@ -40,14 +40,14 @@ class ResidualParams:
     out_bias: Array  # [D]
     norm2_scale: Array  # [D]. LayerNorm before the feed-forward
     norm2_bias: Array  # [D]
-    gate_up_kernel: Array  # [D, 2, F]. w1 (gate, through silu) and w3 (up) of the SwiGLU; of experts [E, D, 2, F]
-    down_kernel: Array  # [F, D]. w2 of the SwiGLU; of experts [E, F, D]
-    router: Router | None = None  # of a mixture of experts
+    gate_up_kernel: Array  # [D, 2, F], or [E, D, 2, F] for experts. w1 (gate, through silu) and w3 (up) of the SwiGLU
+    down_kernel: Array  # [F, D], or [E, F, D] for experts. w2 of the SwiGLU
+    router: Router | None = None  # None without a mixture of experts
 
 
 @flax.struct.dataclass
 class LayerParams(ResidualParams):
-    """Parameters of one layer of attention."""
+    """Parameters of one attention layer."""
 
     qkv_kernel: Array  # [D, 3, h, d_h]. Queries, keys, values in this order
     qkv_bias: Array  # [3, h, d_h]
@@ -79,7 +79,7 @@ class Layer(nn.Module):
 
 
 def feed_forward_params(module: nn.Module, config: ModelConfig, inner: int) -> dict[str, Any]:
-    """Declares, in a layer's module, the fields of `ResidualParams` that are of a feed-forward of width `inner`."""
+    """Declares in `module` the `ResidualParams` fields of a feed-forward of width `inner`."""
     normal = nn.initializers.normal(INIT_STD)
     residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
     width, dtype = config.d_model, jnp.dtype(config.param_dtype)
@@ -97,20 +97,20 @@ def feed_forward_params(module: nn.Module, config: ModelConfig, inner: int) -> d
 
 # ---- Dropout
 #
-# Which values it drops is a function of a key and of a value's place, cheap enough for a GPU kernel. A row of values,
-# such as a query's attention weights, has a state of 64 bits: Threefry-2x32 of its matrix's and its own number under
-# the key. A value's number and that state give 32 bits by a few integer operations (`kernels.common`). The value is
-# dropped if they are below rate * 2^32.
+# A mask is a function of a key and of each value's index, cheap enough for a GPU kernel. A row of values, such as a
+# query's attention weights, has a 64-bit state: Threefry-2x32 of (index of its matrix, index of the row) under the key.
+# A few integer operations hash this state and the value's index in the row to 32 bits (`kernels.common`). The value is
+# dropped if these bits, as an integer, are below rate * 2^32.
 
 
 @flax.struct.dataclass
 class Dropout:
-    """Dropout to apply: `rate` of the values. None stands for no dropout.
+    """Dropout at a given rate, with its random key. Functions that take a Dropout take None for no dropout.
 
     Attributes:
-      words: the key's two words, and the number of this device's part of the batch, uint32 [3]: masks do not
-        depend on how many devices a batch is split over.
-      rate: in [0, 1).
+      words: the two words of the key and the index of this device's part of the batch, uint32 [3]. With this index,
+        masks do not depend on how many devices a batch is split over.
+      rate: fraction of values that are dropped, in [0, 1).
     """
 
     words: jax.Array
@@ -118,29 +118,29 @@ class Dropout:
 
     @classmethod
     def by_key(cls, key: jax.Array, rate: float, shard: jax.Array | int = 0) -> "Dropout":
-        """The dropout that a key of `jax.random` draws, which is then for nothing else; `shard` of the batch."""
+        """Makes a dropout from a `jax.random` key, which must not be used again; `shard` is the part of the batch."""
         return cls(jnp.append(jax.random.bits(key, (2,), jnp.uint32), jnp.asarray(shard).astype(jnp.uint32)), rate)
 
     def fold_in(self, number: jax.Array | int) -> "Dropout":
-        """An independent dropout for part `number`."""
-        # Few operations: a program has hundreds of parts, and Threefry for each would take long to compile.
+        """Returns an independent dropout for part `number`."""
+        # A program has hundreds of parts. Threefry for each part would take long to compile.
         number = jnp.asarray(number).astype(jnp.uint32)
         first = mixed(self.words[0] + (number + np.uint32(1)) * np.uint32(STEP), self.words[1])
         return Dropout(jnp.stack([first, mixed(self.words[1] + first, number), self.words[2]]), self.rate)
 
     def __call__(self, x: jax.Array, first_row: jax.Array | int = 0) -> jax.Array:
-        """Zeroes values of x [..., rows, features], the rows from `first_row` on, and scales the others up."""
+        """Drops values of x [..., rows, features] and scales the others up; the first row has index `first_row`."""
         return _drop(x, self.words, first_row, self.rate)
 
 
 def part_of(dropout: Dropout | None, number: jax.Array | int) -> Dropout | None:
-    """An independent dropout for part `number`, or None."""
+    """Returns an independent dropout for part `number`; None if `dropout` is None."""
     return None if dropout is None else dropout.fold_in(number)
 
 
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def _drop(x: jax.Array, words: jax.Array, first_row: jax.Array | int, rate: float) -> jax.Array:
-    # Computed again in the backward pass: a mask is as many bytes as half of x.
+    # The backward pass computes the mask again: storing it would take half as many bytes as x.
     *leading, rows, width = (1,) * max(0, 2 - x.ndim) + x.shape
     mask = dropout_mask(words, math.prod(leading), 1, rows, width, rate, first_row).reshape(x.shape)
     return jnp.where(mask, x / (1.0 - rate), jnp.zeros_like(x))
@@ -149,7 +149,7 @@ def _drop(x: jax.Array, words: jax.Array, first_row: jax.Array | int, rate: floa
 def dropout_mask(
     words: jax.Array, batch: int, heads: int, queries: int, keys: int, rate: float, first_row: jax.Array | int = 0
 ) -> jax.Array:
-    """Which attention weights are kept, bool [batch, heads, queries, keys]."""
+    """Returns which attention weights are kept, bool [batch, heads, queries, keys]."""
     softmax = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1, 1)
     softmax += words[2] * np.uint32(batch * heads)
     row = jnp.arange(queries, dtype=jnp.uint32)[:, None] + jnp.asarray(first_row).astype(jnp.uint32)
@@ -157,18 +157,18 @@ def dropout_mask(
     return kept(*state, jnp.arange(keys), rate)
 
 
-# ---- Layers before they run
+# ---- Inputs and preparation
 
 
 @flax.struct.dataclass
 class Embedded:
-    """What the first layer reads of tokens.
+    """Embedded tokens, the input of the first layer.
 
     Attributes:
-      rows: their embeddings, [batch, length, D]; queries, values and the residual stream begin with them.
-      key_rows: what keys are made of, with `config.token_shift`; None where that is `rows`.
-      documents: of the whole sequence's rows, int32 [batch, length], from 0 up; no row sees those of others. None where
-        all are one.
+      rows: the embeddings, [batch, length, D]; the first layer's queries and values and the residual stream.
+      key_rows: input of the first layer's keys with `config.token_shift`; None if that is `rows`.
+      documents: the document of each row of the whole sequence, int32 [batch, length], counted from 0; a row sees only
+        its own document. None if the sample is a single document.
     """
 
     rows: Array
@@ -184,10 +184,10 @@ def chain_layers(
     scan: bool,
     period: int = 1,
 ) -> Any:
-    """Feeds x through layers: `x, _ = function(x, (layer, dropout of the layer))` for each, in order.
+    """Applies layers in order: `x, _ = function(x, (layer, dropout of the layer))` for each.
 
-    With `scan` as many layers as it takes until their kinds repeat, `period`, are compiled once, and a loop goes over
-    the stacked parameters. What is left at the end is compiled by itself.
+    With `scan`, `period` layers, after which the kinds of layers repeat, are compiled once, and a loop runs them with
+    stacked parameters. The last layers that fill no whole period are compiled separately.
     """
     items = [(layer, part_of(dropout, depth)) for depth, layer in enumerate(layers)]
 
@@ -204,15 +204,15 @@ def chain_layers(
 
 
 def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:
-    """A pytree of layers' parameters as the functions below take it; once per forward pass, outside all scans.
+    """Converts a pytree of layer parameters to the form that the functions below take.
 
-    Matrices are cast to the compute dtype, vectors stay as they are. Of attention, the features of queries and keys
-    are reordered for `rotate`, and heads are padded with zero weights to a multiple of `attention.head_multiple`
-    features: so they come out of the projection as the kernel wants them.
+    Called once per forward pass, outside all scans. Matrices are cast to the compute dtype; vectors stay as they are.
+    For attention, the features of queries and keys are reordered for `rotate`, and heads are padded with zero weights
+    to a multiple of `head_multiple` features, so that projections come out in the layout that the kernel needs.
     """
 
     def prepare(layer: ResidualParams) -> ResidualParams:
-        router = layer.router  # in float32
+        router = layer.router  # stays float32
         layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
         layer = dataclasses.replace(layer, router=router)
         if not isinstance(layer, LayerParams):
@@ -228,19 +228,19 @@ def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any
 
 
 def _rotary_order(qkv: Array) -> Array:
-    """[..., 3, heads, d_h] with the features of queries and keys, not of values, reordered for `rotate`."""
+    """Reorders the features of queries and keys in [..., 3, heads, d_h] for `rotate`; values stay as they are."""
     return jnp.concatenate([pairs_apart(qkv[..., :2, :, :]), qkv[..., 2:, :, :]], axis=-3)
 
 
 def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
-    """`array` with zeros after the features of a head, which lie along `axis`."""
+    """Pads the features of each head, along `axis`, with zeros to a multiple of `multiple`."""
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, -array.shape[axis] % multiple)
     return jnp.pad(array, padding) if padding[axis][1] else array
 
 
 def _pad_feed_forward(layer: ResidualParams, multiple: int) -> ResidualParams:
-    """The layer with zero weights up to a multiple of features inside: matrix units load what is aligned."""
+    """Pads the inner feed-forward features with zero weights to a multiple, for aligned loads of matrix units."""
     padding, experts = (0, -layer.down_kernel.shape[-2] % multiple), ((0, 0),) * (layer.down_kernel.ndim - 2)
     return dataclasses.replace(
         layer,
@@ -249,12 +249,12 @@ def _pad_feed_forward(layer: ResidualParams, multiple: int) -> ResidualParams:
     )
 
 
-# ---- What a layer computes
+# ---- The layer's computations
 
 
 @jax.custom_vjp
 def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
-    """LayerNorm over the last axis with the biased variance, statistics in float32; returns x's dtype."""
+    """Applies LayerNorm over the last axis with the biased variance, in float32; returns x's dtype."""
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
     centred = wide - mean
@@ -265,15 +265,15 @@ def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
 
 @jax.custom_vjp
 def norm_branch(x: Array, scale: Array, bias: Array) -> tuple[Array, Array]:
-    """x and `layer_norm` of it: where a branch leaves the residual stream, and both gradients of x meet."""
+    """Returns x and `layer_norm(x)`, so that one backward pass adds the gradients of residual and branch."""
     return x, layer_norm(x, scale, bias)
 
 
 def _norm_backward(skips: bool, kept: tuple[Array, ...], gradients: Any) -> tuple[Array, ...]:
-    """Gradients of x, scale and bias; elementwise work is done again from x in the compute dtype."""
+    """Returns gradients of x, scale and bias; recomputes the normalised rows from x instead of storing them."""
     x, scale, bias = kept
     skip, gradient = gradients if skips else (None, gradients)
-    # A first window's history has no rows.
+    # The history of the first window has no rows.
     if x.size > 0 and x.shape[-1] <= norm_kernel.MOST_WIDTH and usable("norm", x.dtype):
         x_gradient, *sums = norm_kernel.layer_norm_backward(x, gradient, skip, scale, LAYER_NORM_EPSILON)
     else:
@@ -283,7 +283,7 @@ def _norm_backward(skips: bool, kept: tuple[Array, ...], gradients: Any) -> tupl
 
 
 def _plain_norm_backward(x: Array, gradient: Array, scale: Array) -> tuple[Array, ...]:
-    """Gradients of x, in its dtype, and of scale and bias, float32."""
+    """Returns the gradient of x in x's dtype, and those of scale and bias in float32."""
     wide, slope = x.astype(jnp.float32), gradient.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + LAYER_NORM_EPSILON)
@@ -300,13 +300,13 @@ norm_branch.defvjp(lambda *arrays: (norm_branch(*arrays), arrays), functools.par
 
 @jax.custom_vjp
 def _add_bias(x: Array, bias: Array) -> Array:
-    """x [rows..., ...] + bias [...]."""
-    # As a vector: what cuBLAS adds in its product's epilogue.
+    """Returns x [rows..., ...] + bias [...]."""
+    # cuBLAS can add a bias in the epilogue of its product only if the bias is a vector.
     return (x.reshape(-1, bias.size) + bias.astype(x.dtype).reshape(-1)).reshape(x.shape)
 
 
 def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
-    # Apart from what makes the gradient: in one kernel with the rotation the sum takes three times as long.
+    # The barrier keeps the sum out of the kernel that rotates the gradient: fused, it would take three times as long.
     gradient = jax.lax.optimization_barrier(gradient)
     axes = tuple(range(gradient.ndim - bias.ndim))
     return gradient, jnp.sum(gradient.astype(jnp.float32), axis=axes).astype(bias.dtype)
@@ -321,10 +321,9 @@ def projections(
     parts: str = "qkv",
     key_rows: Float[Array, "batch length D"] | None = None,
 ) -> Float[Array, "batch length parts heads d_h"]:
-    """The wanted parts of the normalised, projected rows, not rotated.
+    """Normalises and projects rows to the given parts, without rotation.
 
-    `parts` is a run of 'qkv' ('qkv', 'kv', 'q'): what is not named is not computed. Keys are made of `key_rows` instead
-    where these are given, see `Embedded`.
+    `parts` is a substring of 'qkv'; other parts are not computed. Keys come from `key_rows` if given (see `Embedded`).
     """
     projected, bias = unbiased_projections(params, x, parts, key_rows)
     return _add_bias(projected, bias)
@@ -333,7 +332,7 @@ def projections(
 def unbiased_projections(
     params: LayerParams, x: Array, parts: str, key_rows: Array | None = None
 ) -> tuple[Array, Array]:
-    """The two summands of `projections`: products [batch, length, parts, heads, d_h], bias [parts, heads, d_h]."""
+    """Returns the summands of `projections`: products [batch, length, parts, heads, d_h], bias [parts, heads, d_h]."""
     first = "qkv".index(parts)
     if key_rows is not None and "k" in parts and len(parts) > 1:
         each = [unbiased_projections(params, key_rows if part == "k" else x, part) for part in parts]
@@ -351,11 +350,11 @@ def project(
     parts: str = "qkv",
     key_rows: Float[Array, "batch length D"] | None = None,
 ) -> tuple[Float[Array, "batch length heads d_h"], ...]:
-    """Q, K and V of rows at the positions of `rope`; queries and keys rotated, values not. See `projections`."""
+    """Returns Q, K and V (those in `parts`) of rows at the positions of `rope`, Q and K rotated; see `projections`."""
     if not x.shape[1]:  # no history: nothing to compile
         return (jnp.zeros((*x.shape[:2], *params.qkv_bias.shape[1:]), x.dtype),) * len(parts)
     projected = projections(params, x, parts, key_rows)
-    turned = len(parts.rstrip("v"))  # queries and keys are rotated together, as if they were more heads
+    turned = len(parts.rstrip("v"))  # one call rotates queries and keys, with the parts as additional heads
     batch, length, _, heads, width = projected.shape
     rotated = rotate(projected[:, :, :turned].reshape(batch, length, turned * heads, width), rope)
     values = [projected[:, :, -1]] if parts.endswith("v") else []
@@ -368,9 +367,9 @@ def update(
     attended: Float[Array, "batch length heads d_h"],
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch length D"]:
-    """The output projection of what the mixer, such as attention, gave these rows, then the feed-forward.
+    """Applies the output projection to `attended` (the mixer's output), then the feed-forward, each with its residual.
 
-    Each has its residual. Dropout is on the feed-forward's output.
+    Dropout is applied to the feed-forward's output only.
     """
     if not x.shape[1]:
         return x

@@ -33,13 +33,13 @@ from tlinformer_jax.models.streams import Stream, attention_options
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.parallel.sharding import constrain_batch, gathered
 
-# In half precision the vocabulary is padded to a multiple of this inside the product: the matrix units' loads are
-# aligned, and XLA would otherwise pad the logits by a copy.
+# In half precision the head's product pads the vocabulary to a multiple of this: loads of the matrix units are then
+# aligned, and XLA need not pad the logits by a copy.
 VOCABULARY_MULTIPLE = 128
-# Stands for the token before position 0, which there is not.
+# The "token before" position 0.
 NO_TOKEN = -1
-# The token shift's s is this times its parameter. Adam moves a parameter by about the learning rate in an update: at
-# 3e-4, s itself would hardly leave 0 in a run, where it has to reach the order of 1.
+# Factor from the token shift's parameter to s. An update of Adam changes a parameter by about the learning rate: at
+# 3e-4 and without this factor, s would hardly leave 0 in a run, but must reach the order of 1.
 SHIFT_SCALE = 10.0
 
 
@@ -48,17 +48,17 @@ class ModelParams:
     """A model's parameters as a typed pytree."""
 
     embedding: jax.Array  # [V, D]; also the output head
-    blocks: tuple[BlockParams, ...]  # of the windowed architectures
-    layers: tuple[LayerParams | DeltaParams, ...]  # of the baselines
+    blocks: tuple[BlockParams, ...]  # windowed architectures only
+    layers: tuple[LayerParams | DeltaParams, ...]  # baselines only
     norm_scale: jax.Array  # [D]. Final LayerNorm
     norm_bias: jax.Array  # [D]
-    shift: jax.Array | None = None  # [D], with config.token_shift; see `shifted`
+    shift: jax.Array | None = None  # [D]; None without config.token_shift; see `shifted`
 
 
 class LanguageModel(nn.Module):
     """A causal language model of any architecture.
 
-    `model.init(rng, tokens)` makes the variables, `model.apply(variables, tokens)` the logits. With
+    `model.init(rng, tokens)` returns the variables, `model.apply(variables, tokens)` the logits. With
     `train=True` and a positive `config.dropout`, `apply` needs `rngs={"dropout": key}`.
 
     Attributes:
@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
         self.shift = self.param("shift", nn.initializers.zeros, (config.d_model,), dtype) if shifts else None
 
     def parameters(self) -> ModelParams:
-        """The parameters as a typed pytree, in their stored dtype."""
+        """Returns the parameters as a typed pytree, in their stored dtype."""
         return ModelParams(
             embedding=self.embedding,
             blocks=tuple(block.parameters() for block in self.blocks),
@@ -107,17 +107,17 @@ class LanguageModel(nn.Module):
 
         Args:
           tokens: integer [batch, length], length >= 1, in [0, vocab_size); other ids give NaN.
-          train: apply dropout.
-          inputs_embeds: [batch, length, D], given instead of tokens: rows of the embedding, or others in their
-            place. `config.token_shift` applies to them as to the rows that tokens stand for.
-          documents: int32 [batch, length], which document of a packed sample each token is of, from 0 up; none sees
-            those of others. Not for architectures with Gated DeltaNet.
+          train: whether to apply dropout.
+          inputs_embeds: embeddings [batch, length, D], instead of tokens. `config.token_shift` applies to them as it
+            does to embedded tokens.
+          documents: each token's document in a packed sample, int32 [batch, length], counted from 0; a token sees only
+            its own document. Not supported by architectures with Gated DeltaNet.
 
         Returns:
           float32 [batch, length, vocab_size].
 
         Raises:
-          DataError: for inputs of the wrong shape or type, or an empty sequence.
+          DataError: if an input has the wrong shape or type, or the sequence is empty.
         """
         hidden = self.hidden_states(tokens, train=train, inputs_embeds=inputs_embeds, documents=documents)
         return output_logits(hidden, self.embedding)
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
         start: int = 0,
         documents: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head reads of positions start, ...: [batch, length - start, D]; see `__call__`."""
+        """Returns the input of the head at positions start, ...: [batch, length - start, D]; see `__call__`."""
         config = self.config
         check_inputs(config, tokens, inputs_embeds)
         if documents is not None and config.recurrent:
@@ -143,19 +143,19 @@ class LanguageModel(nn.Module):
         else:
             rows = constrain_batch(inputs_embeds.astype(config.compute_dtype))
             embeddings = shifted(params.shift, rows, documents=documents)
-        if self.is_initializing():  # the parameters are declared; their shapes do not depend on the sequence
+        if self.is_initializing():  # all parameters are declared by now
             return embeddings.rows
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         return hidden_states(prepare_params(params, config), config, embeddings, dropout, start)
 
 
 def build_model(config: ModelConfig) -> LanguageModel:
-    """Returns the model that `config` describes."""
+    """Returns the model for a configuration."""
     return LanguageModel(config)
 
 
 def prepare_params(params: ModelParams, config: ModelConfig) -> ModelParams:
-    """Blocks and layers as the forward pass takes them, by `prepare_layers`; once for all windows."""
+    """Prepares blocks and layers by `prepare_layers`, once for all windows."""
     multiple = head_multiple(config.compute_dtype, config.attention)
     blocks, layers = prepare_layers((params.blocks, params.layers), config.compute_dtype, multiple)
     return dataclasses.replace(params, blocks=blocks, layers=layers)
@@ -168,17 +168,17 @@ def embed(
     before: Int[Array, "batch length"] | None = None,
     documents: Int[Array, "batch whole"] | None = None,
 ) -> Embedded:
-    """What the first layer reads, in the compute dtype; NaN for ids outside the vocabulary.
+    """Embeds tokens in the compute dtype; ids outside the vocabulary become NaN.
 
-    `before` is for the token shift: the id that precedes each token, NO_TOKEN at position 0, as `tokens_before` gives
-    them. None where the tokens are a sequence from position 0 on. `documents` are those of `Embedded`.
+    Args:
+      before: the id before each token, from `tokens_before`, for the token shift; None if `tokens` begin at position 0.
+      documents: see `Embedded`.
     """
 
     table = gathered(params.embedding)
 
     def look_up(ids: Array) -> Array:
-        # jnp.take fills rows past the table with NaN but counts negative ids from its end: move those past it.
-        # So a wrong id is never silently taken for another.
+        # jnp.take returns NaN for ids past the table but counts negative ids from its end, so these are moved past it.
         rows = jnp.take(table, jnp.where(ids < 0, config.vocab_size, ids), axis=0)
         return constrain_batch(rows.astype(config.compute_dtype))
 
@@ -192,13 +192,13 @@ def embed(
 def tokens_before(
     tokens: Int[Array, "batch length"], documents: Int[Array, "batch length"] | None = None
 ) -> Int[Array, "batch length"]:
-    """The id before each token of whole sequences, NO_TOKEN before the first, and before the first of a document."""
+    """Returns the id before each token; NO_TOKEN for the first token of a sequence and of each document."""
     before = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=NO_TOKEN)[:, :-1]
     return before if documents is None else jnp.where(begins(documents), NO_TOKEN, before)
 
 
 def begins(documents: Int[Array, "batch length"]) -> Bool[Array, "batch length"]:
-    """Where a document begins."""
+    """Returns whether each row is the first of a document."""
     return jnp.diff(documents, axis=1, prepend=-1) != 0
 
 
@@ -208,16 +208,16 @@ def shifted(
     previous: Float[Array, "*shape D"] | None = None,
     documents: Int[Array, "batch whole"] | None = None,
 ) -> Embedded:
-    """The token shift: the first layer's keys are made of e_t + s * e_(t-1), with s = SHIFT_SCALE * shift.
+    """Applies the token shift: the input of the first layer's keys is e_t + s * e_(t-1), with s = SHIFT_SCALE * shift.
 
-    A query then finds a row by the token before it: recall becomes one hop, where else one layer must first tell each
-    row what precedes it. Rows of the history never read each other in block 0, so that no layer could.
+    A query can then find a row by the token before it, so that recall takes one layer. Otherwise an earlier layer would
+    have to copy that token to the row, which block 0 cannot do: rows of the history do not read each other there.
 
     Args:
       shift: the parameter; None without `config.token_shift`.
       rows: e_t.
-      previous: e_(t-1), zeros at position 0; None where the rows are sequences [batch, length, D] from there on.
-      documents: those of `Embedded`; a document's first row has no row before it.
+      previous: e_(t-1), zeros at position 0; None if `rows` are sequences [batch, length, D] from position 0 on.
+      documents: see `Embedded`; the first row of a document has no previous row.
     """
     if shift is None:
         return Embedded(rows, documents=documents)
@@ -237,14 +237,13 @@ def hidden_states(
     dropout: Dropout | None = None,
     start: int = 0,
 ) -> Float[Array, "batch rest D"]:
-    """What the head reads, after the final LayerNorm; the loss multiplies it with the embedding.
+    """Returns the hidden states after the final LayerNorm, which the head multiplies with the embedding.
 
     Args:
       params: from `prepare_params`.
-      config: of the model.
-      embeddings: of a whole sequence, in the compute dtype.
+      embeddings: embeddings of a whole sequence, in the compute dtype.
       dropout: None outside training.
-      start: the first position that is wanted: generation windows before it are not run.
+      start: first position to return; generation windows before it are not run.
     """
     if config.windowed:
         first, rest = divmod(start, config.generation_window)
@@ -255,18 +254,18 @@ def hidden_states(
 
 
 def output_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-    """Logits float32 [..., V] of hidden states [..., D]: a product in their dtype, accumulated in float32."""
+    """Returns logits, float32 [..., V], of hidden states [..., D]: a product in their dtype, summed in float32."""
     return jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def padded_vocabulary(vocab_size: int, dtype: Any) -> int:
-    """Rows of the head where it is multiplied with many tokens in `dtype`."""
+    """Returns the number of rows to which the head is padded for products with many tokens in `dtype`."""
     half = jnp.dtype(dtype).itemsize < 4
     return vocab_size + (-vocab_size % VOCABULARY_MULTIPLE if half else 0)
 
 
 def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:
-    """Refuses, by a DataError, inputs that the model cannot take."""
+    """Raises a DataError if the model cannot take these inputs."""
     if (tokens is None) == (inputs_embeds is None):
         raise DataError("model inputs: give either tokens or inputs_embeds")
     if tokens is not None:
@@ -282,7 +281,7 @@ def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:
 
 
 def attention_window(config: ModelConfig) -> int | None:
-    """Positions a baseline's query sees, itself included; None for all before it."""
+    """Returns how many positions a baseline's query sees, including its own; None for all up to its own."""
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window
     return None
@@ -294,7 +293,7 @@ def forward_layers(
     embeddings: Embedded,
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch length D"]:
-    """A baseline's hidden states of a whole sequence, before the final LayerNorm."""
+    """Returns a baseline's hidden states of a whole sequence, before the final LayerNorm."""
     rope = rope_table(jnp.arange(embeddings.rows.shape[1], dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     window, plan = attention_window(config), config.plan()
     stream = Stream(None, documents=embeddings.documents)

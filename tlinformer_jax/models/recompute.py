@@ -1,7 +1,7 @@
-"""Loops over steps that share arrays, whose gradients are summed in float32 and whose memory is that of one step.
+"""Loops over steps that share arrays: gradients of shared arrays are summed in float32, in the memory of one step.
 
-`jax.checkpoint` in a `jax.lax.scan` would add them up in the arrays' dtype: in bfloat16 the sum over a thousand windows
-stops growing after a few hundred.
+`jax.checkpoint` in a `jax.lax.scan` would sum these gradients in the arrays' dtype. In bfloat16 a sum over a thousand
+windows stops growing after a few hundred.
 """
 
 import functools
@@ -16,34 +16,34 @@ Branch = Callable[[Any, Any, tuple[Any, Any]], Any]
 
 
 def wide_zeros(shared: Any) -> Any:
-    """float32 zeros in the shapes of a pytree, to sum its gradients in."""
+    """Returns float32 zeros in the shapes of a pytree, to sum gradients in."""
     return jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), shared)
 
 
 def add_wide(total: Any, gradient: Any) -> Any:
-    """A float32 sum and one more gradient."""
+    """Adds a gradient to a float32 sum of gradients."""
     return jax.tree.map(lambda sum_, new: sum_ + new.astype(jnp.float32), total, gradient)
 
 
 def rounded(total: Any, shared: Any) -> Any:
-    """The sum of gradients in the dtypes of what they are gradients of."""
+    """Casts a sum of gradients to the dtypes of the arrays in `shared`."""
     return jax.tree.map(lambda sum_, array: sum_.astype(array.dtype), total, shared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def map_rows(branch: Branch, chunk: int, shared: Any, rows: Any, fixed: Any, count: jax.Array) -> Any:
-    """Outputs of `branch(shared, fixed, (chunk of rows, number))` for the first `count` chunks, side by side.
+    """Applies `branch(shared, fixed, (chunk of rows, index))` to the first `count` chunks; concatenates the outputs.
 
-    Rows past them, known at run time only, cost nothing: `jax.lax.scan` would take every chunk, and a
+    Later chunks cost nothing although `count` is known only at run time: `jax.lax.scan` would run every chunk, and
     `jax.lax.while_loop` has no gradient. The backward pass computes each chunk again.
 
     Args:
       branch: one step; returns a pytree of arrays [batch, chunk, ...].
-      chunk: rows of a step; divides length.
-      shared: what every step reads; differentiated, gradients summed in float32.
-      rows: arrays [batch, length, ...]; differentiated. Outputs and gradients of those left out are 0.
-      fixed: what every step reads and no gradient flows to.
-      count: int32 []; more than length / chunk counts as that.
+      chunk: rows of one step; divides `length`.
+      shared: differentiable values that every step reads; their gradients are summed in float32.
+      rows: differentiable arrays [batch, length, ...]. Outputs and gradients of skipped rows are 0.
+      fixed: values that every step reads; they get no gradient.
+      count: number of chunks, int32 []; at most length / chunk chunks run.
     """
 
     def body(number, outputs):

@@ -1,4 +1,4 @@
-"""The two streams of a block, z or C and x, with their projections; and how they lie side by side."""
+"""The streams of a block (C, z and x) with their projections, and how z and x are concatenated side by side."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ AnyStream = TypeVar("AnyStream", bound="Stream")
 
 @flax.struct.dataclass
 class Stream:
-    """Rows, and their queries, keys and values under the layer that they are about to enter.
+    """Rows of the residual stream, with their queries, keys and values for the next layer.
 
     Attributes:
-      rows: of the residual stream, [batch, rows, D].
-      Q, K, V: [batch, rows, heads, d_h], Q and K rotated; None where no one reads them.
-      length: how many of the rows are valid, the first ones; None for all.
-      never_empty: `length`, if not known, is known never to be 0, which saves attention a pass over its output.
-      documents: of the rows, int32 [batch, rows]; a query sees keys of its own. None where all are one.
+      rows: [batch, rows, D].
+      Q, K, V: [batch, rows, heads, d_h], Q and K rotated; None if not needed.
+      length: number of valid rows, which come first; None if all are valid.
+      never_empty: whether `length` is known to be positive; then attention saves a pass over its output.
+      documents: each row's document, int32 [batch, rows]; None if the sample is a single document.
     """
 
     rows: Any
@@ -55,7 +55,7 @@ class Stream:
         never_empty: bool = False,
         key_rows: Float[Array, "b n D"] | None = None,
     ) -> AnyStream:
-        """The rows, projected to `parts` (see `layers.project`)."""
+        """Projects the rows to `parts` by `layers.project`."""
         projected: dict[str, Any] = dict(zip(parts.upper(), project(layer, rows, rope, parts, key_rows)))
         return cls(rows=rows, length=length, never_empty=never_empty, **projected)
 
@@ -68,22 +68,22 @@ def project_both(
     length: PerWindow,
     never_empty: bool = False,
 ) -> tuple[Stream, Stream]:
-    """`Stream.of` z and of x by one product; `rope` has both's rotations side by side, `length` is that of z."""
+    """Projects z and x by one product; `rope` contains the rotations of both, side by side; `length` is z's."""
     z_parts, x_parts = side_by_side(lambda rows: project(layer, rows, rope), (z_rows, x_rows))
     return Stream(z_rows, *z_parts, length, never_empty), Stream(x_rows, *x_parts)  # type: ignore[call-arg]
 
 
 @flax.struct.dataclass
 class History(Stream):
-    """C at the entrance of a block, whole: how training and uncached evaluation read and restore it.
+    """The history C at the entrance of a block, for training and evaluation without a cache.
 
-    Rows past `length` are the future, which no one reads. Windows that run together may share one history, whose
-    batch is then that of the sequences.
+    Rows past `length` are the future; no query reads them. Windows that run together may share the history of their
+    sequence: its batch size is then the number of sequences, not of windows.
 
     Attributes:
       rope: rotations of positions 0, 1, ...
-      split: how rows are split over devices, each of which holds only its own; None where each holds all.
-      chunk: rows that are restored at a time; 0 for all at once.
+      split: how the rows are split over devices; None if each device holds all rows.
+      chunk: rows restored at a time; 0 for all at once.
     """
 
     rope: Rope | None = None
@@ -99,13 +99,13 @@ class History(Stream):
         length: PerWindow = None,
         key_rows: Float[Array, "b n D"] | None = None,
     ) -> "History":
-        """The first `length` of the rows (None: all), projected; `rope` begins at their positions."""
+        """Projects the rows to a history with `length` valid rows (None: all); `rope` begins at the first row."""
         valid = rows.shape[1] if length is None else length
         projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]), key_rows=key_rows)
         return dataclasses.replace(projected, length=valid, rope=rope)
 
     def slice(self, array: Array, start: PerWindow, length: int, batch: int | None = None) -> Array:
-        """Rows start .. start + length - 1 of one of these arrays, on every device; `batch` as in `slice_rows`."""
+        """Returns rows start .. start + length - 1 of a field's `array` on every device; see `slice_rows`."""
         if self.split is None:
             return slice_rows(array, start, length, batch)
         return self.split.gather(array, start, length)
@@ -113,13 +113,13 @@ class History(Stream):
     def read(
         self, query: Float[Array, "b m h k"], config: ModelConfig, dropout: Dropout | None, *readers: Stream
     ) -> Float[Array, "b m h k"]:
-        """attend(Q, Kc, Vc): every query, of the `readers`, reads all valid rows."""
+        """Returns attend(Q, Kc, Vc): every query reads all valid rows. The queries are those of the `readers`."""
         repeated = (self.K, self.V, self.documents)
         key, value, documents = jax.tree.map(lambda array: repeat_for_windows(array, query.shape[0]), repeated)
         keys = dataclasses.replace(self, K=key, documents=documents)
         if self.split is None:
             return attend(query, key, value, **attention_options(config, dropout, keys, *readers))
-        # Each device reads its own rows. Only XLA's attention has a log-sum-exp that can be differentiated.
+        # Each device attends to its own rows. Only XLA's attention has a differentiable log-sum-exp.
         output, lse = attend(
             query,
             key,
@@ -136,15 +136,15 @@ class History(Stream):
     def restore(
         self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
     ) -> "History":
-        """C', projected by the layer that reads it next.
+        """Returns C', projected by `next_layer`.
 
         Args:
-          restore_rows: C' = restore_rows(C, Q, shared, fixed, documents of C), for any rows; closes over no traced
-            values.
-          shared: what all rows read and gradients flow to.
-          fixed: (valid rows of z, its documents, dropout).
-          next_layer: the following block's `compress`.
-          parts: what that reads of C': 'qkv' where it restores it in its turn, else 'kv'.
+          restore_rows: computes C' = restore_rows(C, Q, shared, fixed, documents of C) for any rows; must not close
+            over traced values.
+          shared: differentiable values that all rows read.
+          fixed: (number of valid rows of z, documents of z, dropout).
+          next_layer: the `compress` layer of the next block.
+          parts: 'qkv' if the next block restores C' again, else 'kv'.
         """
         batch = shared[-1].shape[0]
         rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
@@ -159,7 +159,7 @@ class History(Stream):
             restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
             projected = project(next_layer, restored, rope.rows(0, restored.shape[1]), parts)
         else:
-            # What is a plain number stays one: kernels are faster where nothing is masked.
+            # A plain number must not become an array: kernels are faster if they know that nothing is masked.
             known = None if isinstance(valid, jax.Array) else valid
 
             def restore_chunk(shared: Any, fixed: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
@@ -180,7 +180,7 @@ class History(Stream):
 
 @flax.struct.dataclass
 class PlacedWindow:
-    """Where generation windows stand, with the rotations of z, of x, and of both side by side."""
+    """Positions of generation windows, with the rotations of z, of x, and of both side by side."""
 
     frame: WindowFrame
     z_rope: Rope
@@ -189,7 +189,7 @@ class PlacedWindow:
 
 
 def place_window(frame: WindowFrame, rope: Rope, rows: int) -> PlacedWindow:
-    """Gives all rows their rotations: `rows` of each generation window; `rope` has those of positions 0, 1, ..."""
+    """Looks up the rotations of z and of `rows` rows of x in `rope`, the rotations of positions 0, 1, ..."""
     z_rope, x_rope = rope.rows(frame.observed_start, frame.observed_width), rope.rows(frame.history_length, rows)
     return PlacedWindow(
         frame, z_rope, x_rope, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), z_rope, x_rope)
@@ -197,28 +197,28 @@ def place_window(frame: WindowFrame, rope: Rope, rows: int) -> PlacedWindow:
 
 
 def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch: int) -> Stream:
-    """z = C[h:] with its queries under `compress`: [batch, observed_width, ...]; `batch` is that of the windows."""
+    """Returns z = C[h:] with its `compress` queries, `batch` windows of `observed_width` rows."""
     start, width = window.frame.observed_start, window.frame.observed_width
     z = C.slice(C.rows, start, width, batch)
     return Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
 
 
 def with_documents(frame: WindowFrame, z: Stream, x: Stream) -> tuple[Stream, Stream]:
-    """Both streams, each told the documents of its rows."""
+    """Sets the documents of both streams' rows."""
     if frame.x_documents is None:
         return z, x
     return dataclasses.replace(z, documents=frame.z_documents), dataclasses.replace(x, documents=frame.x_documents)
 
 
 def documents_of(keys: Stream, readers: Sequence[Stream]) -> Documents | None:
-    """The documents of the readers' rows, side by side, and of the keys, as `attend` takes them."""
+    """Returns the documents of the readers' rows, side by side, and those of the keys, for `attend`."""
     if keys.documents is None:
         return None
     return functools.reduce(beside, [reader.documents for reader in readers]), keys.documents
 
 
 def attention_options(config: ModelConfig, dropout: Dropout | None, keys: Stream, *readers: Stream) -> dict[str, Any]:
-    """Options for `attend`: `keys` is the stream whose keys are read, `readers` those whose queries read them."""
+    """Returns options for `attend`; `readers` are the streams whose queries read the keys of stream `keys`."""
     options: dict[str, Any] = {"dropout": dropout, "backend": config.attention, "scale": config.attention_scale}
     if keys.documents is not None:
         options["documents"] = documents_of(keys, readers)
@@ -226,19 +226,19 @@ def attention_options(config: ModelConfig, dropout: Dropout | None, keys: Stream
         return options
     length, (batch, rows) = keys.length, keys.K.shape[:2]
     if not isinstance(length, jax.Array) and np.all(np.asarray(length) == rows):
-        return options  # kernels are faster where nothing is masked
+        return options  # kernels are faster if nothing is masked
     if np.ndim(length):
         length = jnp.tile(jnp.asarray(length, jnp.int32), batch // len(length))
     return {**options, "key_length": length, "never_empty": keys.never_empty}
 
 
 def beside(z: Array, x: Array) -> Array:
-    """Rows of both streams side by side, [batch, rows of z + rows of x, ...]; without history z has none."""
+    """Concatenates rows of z and x along axis 1; z has no rows if there is no history."""
     return jnp.concatenate([z, x], axis=1) if z.shape[1] else x
 
 
 def apart(both: Array, width: int) -> tuple[Array, Array]:
-    """The inverse of `beside`; `width` is the rows of z."""
+    """Splits the result of `beside` again; `width` is the number of rows of z."""
     if not width:
         return both[:, :0], both
     z, x = jax.lax.split(both, (width, both.shape[1] - width), axis=1)
@@ -246,7 +246,7 @@ def apart(both: Array, width: int) -> tuple[Array, Array]:
 
 
 def side_by_side(function: Callable[..., Any], *pairs: tuple[Array, Array]) -> tuple[Any, Any]:
-    """(function(z ...), function(x ...)) by one call, for a function that works row by row."""
+    """Returns (function(z ...), function(x ...)) from one call of a function that works row by row."""
     width = pairs[0][0].shape[1]
     found = function(*(beside(*pair) for pair in pairs))
     parts = [apart(array, width) for array in jax.tree.leaves(found)]

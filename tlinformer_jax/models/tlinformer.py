@@ -1,7 +1,7 @@
 """TLinFormer and TConstFormer: one generation window through all blocks, and all windows of a sequence.
 
-Windows are independent of each other given the embeddings, so a loop over them carries nothing. Computed once for all
-of them are the embeddings and their projections by block 0's `compress` layer, as history and as window alike.
+Given the embeddings, windows are independent of each other, so a loop over windows carries no state. The embeddings and
+their projections by block 0's `compress` layer are computed once for all windows; both C and x are slices of them.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from tlinformer_jax.models.windows import (
 )
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
-# Of a sequence: rotations of positions 0, 1, ..., dropout, and the documents of all rows.
+# A sequence's rotations of positions 0, 1, ..., its dropout, and the documents of all its rows.
 Constants = tuple[Rope, Dropout | None, Array | None]
 
 
@@ -47,14 +47,13 @@ def window_states(
     frame: WindowFrame,
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch rows D"]:
-    """A generation window, or g windows that run together, through all blocks, before the final LayerNorm.
+    """Runs a generation window, or g windows together, through all blocks; the final LayerNorm is not applied.
 
     Args:
       blocks: parameters, from `prepare_layers`.
-      config: of the model.
       C: embeddings from position 0 on, projected by block 0's `compress` layer.
-      x: embeddings of the windows, projected likewise; of g windows [batch * g, m, D].
-      frame: where they stand.
+      x: embeddings of the windows, projected by the same layer; [batch * g, m, D] for g windows.
+      frame: positions of the windows.
       dropout: None outside training.
     """
     assert C.rope is not None
@@ -69,15 +68,15 @@ def window_states(
 
 @flax.struct.dataclass
 class PreparedSequence:
-    """What is computed once for all windows of a sequence.
+    """Values that are computed once for all windows of a sequence.
 
     Attributes:
-      history: the embeddings, padded, projected by block 0's `compress` layer.
+      history: the padded embeddings, projected by block 0's `compress` layer.
       rope: rotations of positions 0, 1, ...
       dropout: None outside training.
-      documents: of all rows, on every device; None where all are one.
-      count: windows; the last may reach past the sequence's end.
-      runs: of the windows that are wanted, those of equal shapes together.
+      documents: documents of all rows, the same on every device; None if the sample is a single document.
+      count: number of windows; the last may reach past the sequence's end.
+      runs: the windows to compute, in loops of equal shapes.
     """
 
     history: History
@@ -89,24 +88,26 @@ class PreparedSequence:
 
     @property
     def fixed(self) -> Constants:
-        """What windows read and no gradient flows to."""
+        """Values that windows read and that get no gradient."""
         return self.rope, self.dropout, self.documents
 
     @property
     def own(self) -> Stream:
-        """All rows, projected as C is, for the windows that they belong to."""
+        """All rows with their projections, to be sliced into the windows' x."""
         return Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
 
-    def windows(self, config: ModelConfig, run: Segment, overlap: int) -> Stream | None:
-        """The rows of a run's windows, with `overlap` before each, by `window_rows`; None where devices share them, who
-        look them up window by window."""
-        return run.rows(config, self.own, overlap) if self.history.split is None else None
+    def windows(self, config: ModelConfig, segment: Segment, overlap: int) -> Stream | None:
+        """Returns the rows of a segment's windows, each with `overlap` rows before it (see `window_rows`).
 
-    def reach(self, config: ModelConfig, run: Segment) -> History:
-        """No more of the history than the run reads, so that the gradients of the other rows need no sum."""
-        rows, split = run.history_rows, self.history.split
+        None if rows are split over devices, which then gather the rows of one window at a time.
+        """
+        return segment.rows(config, self.own, overlap) if self.history.split is None else None
+
+    def reach(self, config: ModelConfig, segment: Segment) -> History:
+        """Returns the rows of the history that the segment reads, so that only their gradients are summed."""
+        rows, split = segment.history_rows, self.history.split
         if split is not None:
-            rows = -(-max(rows, (run.first + run.count) * config.generation_window) // split.parts)
+            rows = -(-max(rows, (segment.first + segment.count) * config.generation_window) // split.parts)
         return jax.tree.map(lambda array: array[:, :rows], self.history)
 
 
@@ -120,9 +121,9 @@ def prepare_sequence(
     split: SequenceSplit = WHOLE,
     first: int = 0,
 ) -> PreparedSequence:
-    """Prepares a sequence of `length` tokens for its windows, of which those from `first` on are wanted.
+    """Prepares a sequence of `length` tokens to compute its windows from index `first` on.
 
-    Where devices share its rows, the embeddings are those of this device's.
+    If rows are split over devices, `embeddings` contains this device's rows.
     """
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows
     segments = plan_segments(config, count, plan, split, first)
@@ -140,26 +141,28 @@ def prepare_sequence(
 
 
 def place_in_run(
-    config: ModelConfig, run: Segment, history: History, fixed: Constants, windows: PerWindow
+    config: ModelConfig, segment: Segment, history: History, fixed: Constants, windows: PerWindow
 ) -> tuple[History, WindowFrame, Dropout | None]:
-    """What `window_states` takes for windows of a run: their history, where they stand, and their dropout.
+    """Returns the arguments C, frame and dropout of `window_states` for windows of a segment.
 
-    `windows` is the index of one, or of those that run together, int32 [g]; `fixed` is the sequence's.
+    Args:
+      fixed: `PreparedSequence.fixed`.
+      windows: index of one window, or of g windows that run together, int32 [g].
     """
     rope, dropout, documents = fixed
-    frame, own = run.frame(config, windows), None
-    rows = run.history_rows // (history.split.parts if history.split else 1)
+    frame, own = segment.frame(config, windows), None
+    rows = segment.history_rows // (history.split.parts if history.split else 1)
     if documents is not None:
-        size, batch = run.overlap(config) + config.generation_window, len(documents) * run.together
+        size, batch = segment.overlap(config) + config.generation_window, len(documents) * segment.together
         z_documents = slice_rows(documents, frame.observed_start, frame.observed_width, batch)
         x_documents = slice_rows(documents, frame.history_length, size, batch)
         frame = dataclasses.replace(frame, z_documents=z_documents, x_documents=x_documents)
         own = (history.split.take(documents) if history.split else documents)[:, :rows]
     C = jax.tree.map(lambda array: array[:, :rows], history)
     C = dataclasses.replace(
-        C, length=frame.history_length, never_empty=True, documents=own, rope=rope, chunk=run.history_chunk
+        C, length=frame.history_length, never_empty=True, documents=own, rope=rope, chunk=segment.history_chunk
     )
-    return C, frame, part_of(dropout, windows if run.together == 1 else windows[0])
+    return C, frame, part_of(dropout, windows if segment.together == 1 else windows[0])
 
 
 def forward_windows(
@@ -169,20 +172,20 @@ def forward_windows(
     dropout: Dropout | None = None,
     first: int = 0,
 ) -> Float[Array, "batch rest D"]:
-    """Hidden states of a whole sequence, window by window, from window `first` on; before the final LayerNorm."""
+    """Returns hidden states from window `first` on, computed window by window, before the final LayerNorm."""
     batch, length, width = embeddings.rows.shape
     size = config.generation_window
     plan = config.plan(num_windows(config, length) - first)
     sequence = prepare_sequence(blocks, config, embeddings, length, plan, dropout, first=first)
     outputs = []
-    for run in sequence.runs:
-        overlap = run.overlap(config)
-        chunk, groups = run.together * (overlap + size), run.count // run.together
-        in_line = functools.partial(rows_in_line, config, first=run.first, count=run.count, overlap=overlap)
+    for segment in sequence.runs:
+        overlap = segment.overlap(config)
+        chunk, groups = segment.together * (overlap + size), segment.count // segment.together
+        in_line = functools.partial(rows_in_line, config, first=segment.first, count=segment.count, overlap=overlap)
         own = jax.tree.map(in_line, sequence.own)
-        counted = split_router_losses(blocks, (sequence.count - first) / run.together)
-        shared, fixed = (counted, sequence.reach(config, run)), sequence.fixed
-        step: Any = functools.partial(_step, config, run)
+        counted = split_router_losses(blocks, (sequence.count - first) / segment.together)
+        shared, fixed = (counted, sequence.reach(config, segment)), sequence.fixed
+        step: Any = functools.partial(_step, config, segment)
         if groups == 1:
             step = jax.checkpoint(step) if plan.checkpointing else step
             states = step(shared, fixed, (own, 0))
@@ -193,18 +196,21 @@ def forward_windows(
             states = jax.lax.map(functools.partial(step, shared, fixed), (parts, jnp.arange(groups)))
             states = jnp.moveaxis(states, 0, 1).reshape(batch, -1, width)
         if overlap:
-            states = states.reshape(batch, run.count, -1, width)[:, :, overlap:].reshape(batch, -1, width)
+            states = states.reshape(batch, segment.count, -1, width)[:, :, overlap:].reshape(batch, -1, width)
         outputs.append(states)
     return jnp.concatenate(outputs, axis=1)[:, : length - first * size]
 
 
-def _step(config: ModelConfig, run: Segment, shared: Any, fixed: Any, item: tuple[Stream, Any]) -> Array:
-    """One window, or as many as run together, by their rows [batch, together * (o + W_og), ...]; for `map_rows`."""
+def _step(config: ModelConfig, segment: Segment, shared: Any, fixed: Any, item: tuple[Stream, Any]) -> Array:
+    """Runs one window, or `segment.together` windows, as a step of `map_rows` or `jax.lax.map`.
+
+    x has the windows' rows one after another, [batch, together * (overlap + W_og), ...].
+    """
     (blocks, history), (x, number) = shared, item
-    size, batch = run.overlap(config) + config.generation_window, x.rows.shape[0]
-    windows: PerWindow = run.first + number * run.together
-    if run.together > 1:
-        windows = windows + np.arange(run.together, dtype=np.int32)
+    size, batch = segment.overlap(config) + config.generation_window, x.rows.shape[0]
+    windows: PerWindow = segment.first + number * segment.together
+    if segment.together > 1:
+        windows = windows + np.arange(segment.together, dtype=np.int32)
     own = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[2:]), x)
-    C, frame, dropout = place_in_run(config, run, history, fixed, windows)
-    return window_states(blocks, config, C, own, frame, dropout).reshape(batch, run.together * size, -1)
+    C, frame, dropout = place_in_run(config, segment, history, fixed, windows)
+    return window_states(blocks, config, C, own, frame, dropout).reshape(batch, segment.together * size, -1)

@@ -1,4 +1,4 @@
-"""Generation windows: where each stands, and how a sequence's windows are cut into loops of equal shapes."""
+"""Generation windows: their positions, and how a sequence's windows are grouped into loops of equal shapes."""
 
 import dataclasses
 from typing import Any
@@ -11,21 +11,22 @@ import numpy as np
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit, assign_windows
 
-# A position or length: one for all windows (a number), or one for each of the windows that run together, int32 [g].
+# A position or length: a number for all windows, or int32 [g] for g windows that run together.
 PerWindow = Any
 
 
 @flax.struct.dataclass
 class WindowFrame:
-    """Where generation windows and their historical observation windows stand; g windows may run together.
+    """Positions of generation windows and of their observation windows; g windows may run together.
 
     Attributes:
-      history_length: n, the position of the first row that runs in the generation window.
-      observed_start: h, the first row of the observation window.
-      observed_length: rows of the observation window that are valid, n - h.
-      observed_width: rows that are computed for it; those past the valid ones are the future, which no one reads.
-      z_documents, x_documents: of the observation window's and of the generation window's rows, int32 [batch, rows];
-        None where all are one.
+      history_length: n, the position of the first row that runs with the generation window.
+      observed_start: h, the position of the first row of the observation window.
+      observed_length: number of valid rows of the observation window, n - h.
+      observed_width: number of computed rows of the observation window. Rows past the valid ones are the future; no
+        query reads them.
+      z_documents, x_documents: documents of the rows of the observation and the generation window, int32 [batch, rows];
+        None if the sample is a single document.
     """
 
     history_length: PerWindow
@@ -38,15 +39,15 @@ class WindowFrame:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Consecutive windows that one loop handles with one static history length.
+    """Consecutive windows that one loop computes with one static history length.
 
     Attributes:
       first: index of the first window.
-      observed: valid rows of the observation window, one number per window.
+      observed: each window's number of valid rows in the observation window.
       observed_width: the largest of `observed`.
-      history_rows: rows of history that every window of the segment reads, the valid ones first.
-      history_chunk: rows of it that a device restores at a time, a divisor of its part of them; 0 for all at once.
-      together: windows that are computed together, as if they were more sequences; divides their number.
+      history_rows: rows of history that each window of the segment reads; the valid rows come first.
+      history_chunk: rows of history that a device restores at a time, a divisor of its rows; 0 for all at once.
+      together: windows that are computed together, like more sequences of a batch; divides the number of windows.
     """
 
     first: int
@@ -58,34 +59,34 @@ class Segment:
 
     @property
     def count(self) -> int:
-        """Number of windows."""
+        """The number of windows."""
         return len(self.observed)
 
     @property
     def windows(self) -> np.ndarray:
-        """Indices of the windows, int32 [count / together, together], or [count] where each runs alone."""
+        """Indices of the windows, int32 [count / together, together], or [count] if `together` is 1."""
         windows = np.arange(self.first, self.first + self.count, dtype=np.int32)
         return windows if self.together == 1 else windows.reshape(-1, self.together)
 
     def overlap(self, config: ModelConfig) -> int:
-        """Rows before a window that run with it; the first window has none."""
+        """Returns how many rows before each window run with it; none before the first window of a sequence."""
         return config.window_overlap if self.first else 0
 
     def starts(self, config: ModelConfig, windows: PerWindow) -> PerWindow:
-        """n, the position of the first row that runs in each window."""
+        """Returns n, the position of the first row that runs with each window."""
         begin, overlap = windows * config.generation_window, self.overlap(config)
         return begin - overlap if overlap else begin
 
     def rows(self, config: ModelConfig, arrays: Any, overlap: int = 0) -> Any:
-        """The windows' rows of a pytree of arrays [batch, rows, ...], with `overlap` before each; by `window_rows`."""
+        """Returns the windows' rows, each with `overlap` rows before, of a pytree of arrays; see `window_rows`."""
         return jax.tree.map(
             lambda array: window_rows(config, array, self.first, self.count, self.together, overlap), arrays
         )
 
     def frame(self, config: ModelConfig, windows: PerWindow) -> WindowFrame:
-        """The frame of windows of this segment, given by their indices.
+        """Returns the frame of windows of this segment, given their indices.
 
-        Lengths that all its windows share become plain numbers: attention then knows which keys are never masked.
+        A length that all windows share is a plain number, so that attention knows which keys are never masked.
         """
         if self.count == self.together:
             windows = self.windows[0]
@@ -104,12 +105,12 @@ FIRST_WINDOW = Segment(first=0, observed=(0,), observed_width=0, history_rows=0)
 
 
 def num_windows(config: ModelConfig, length: int) -> int:
-    """Generation windows of a sequence of `length` tokens; the last may be shorter."""
+    """Returns the number of generation windows of a sequence of `length` tokens; the last may be shorter."""
     return -(-length // config.generation_window)
 
 
 def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> float:
-    """Tokens of a sequence that a step predicts: all, or the expected number of those of the sampled windows."""
+    """Returns how many tokens of a sequence a step predicts; their expected number if windows are sampled."""
     windows = num_windows(config, length)
     return length * sampled_windows / windows if 0 < sampled_windows < windows else float(length)
 
@@ -117,36 +118,36 @@ def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> fl
 def plan_segments(
     config: ModelConfig, windows: int, plan: ExecutionPlan, split: SequenceSplit = WHOLE, first: int = 1
 ) -> tuple[Segment, ...]:
-    """Cuts windows first .. windows - 1 into runs with static shapes; window 0, which has no history, is none of them.
+    """Groups windows first .. windows - 1 into segments; window 0, which has no history, belongs to none of them.
 
-    There are at most `plan.segments` runs, and one more for what does not fill a group of `plan.together`. Where
-    devices share windows or rows, every run but the first is of whole rounds of windows.
+    There are at most `plan.segments` segments, and one more for windows that fill no group of `plan.together`. If
+    windows are split over devices, each segment except the first contains whole rounds of one window per device.
     """
     first = max(first, 1)
     count = windows - first
     if count < 1:
         return ()
     together = min(plan.together, count)
-    alone = count % together  # the first ones, whose histories are the shortest
+    alone = count % together  # the first windows, whose histories are the shortest
     groups = np.arange(first + alone, windows).reshape(-1, together)
     missing = -len(groups) % split.window_parts  # in the first round of a split
     rounds = np.arange((len(groups) + missing) // split.window_parts)
     parts = np.array_split(rounds, min(plan.segments, len(rounds)))
     ends = [(part[-1] + 1) * split.window_parts - missing for part in parts]
-    runs = [(groups[start:end].reshape(-1), together) for start, end in zip([0, *ends], ends)]
+    segments = [(groups[start:end].reshape(-1), together) for start, end in zip([0, *ends], ends)]
     if alone:
-        runs = [(np.arange(first, first + alone), alone), *runs]
-    return tuple(_segment(config, part, size, plan.chunk, split.row_parts) for part, size in runs)
+        segments = [(np.arange(first, first + alone), alone), *segments]
+    return tuple(_segment(config, part, size, plan.chunk, split.row_parts) for part, size in segments)
 
 
-def assign_runs(runs: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
-    """By `assign_windows`, for each run of windows; longest windows first, as short ones even out."""
+def assign_runs(segments: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
+    """Applies `assign_windows` to each segment, long windows first, so that short ones balance the load at the end."""
     loads = np.zeros(parts)
-    return [assign_windows(run.count, parts, loads, run.first) for run in reversed(runs)][::-1]
+    return [assign_windows(segment.count, parts, loads, segment.first) for segment in reversed(segments)][::-1]
 
 
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...], row_parts: int = 1) -> int:
-    """Rows to which a sequence is padded: every window's slices lie inside, and `row_parts` divides it."""
+    """Returns the rows of a padded sequence: enough for every window's slices, and divisible by `row_parts`."""
     rows = max([windows * config.generation_window] + [segment.history_rows for segment in segments])
     return rows + -rows % row_parts
 
@@ -154,9 +155,9 @@ def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ..
 def window_rows(
     config: ModelConfig, array: jax.Array, first: int, count: int, together: int = 1, overlap: int = 0
 ) -> jax.Array:
-    """The rows of windows first .. first + count - 1, of [batch, rows, ...].
+    """Returns the rows of windows first .. first + count - 1 of an array [batch, rows, ...].
 
-    They are [count / together, batch * together, overlap + W_og, ...]; see `rows_in_line`.
+    The result is [count / together, batch * together, overlap + W_og, ...]; see `rows_in_line`.
     """
     batch, size = array.shape[0], overlap + config.generation_window
     rows = rows_in_line(config, array, first, count, overlap)
@@ -165,9 +166,9 @@ def window_rows(
 
 
 def rows_in_line(config: ModelConfig, array: jax.Array, first: int, count: int, overlap: int = 0) -> jax.Array:
-    """The same rows, window after window: [batch, count * (overlap + W_og), ...].
+    """Returns the same rows as `window_rows`, window after window: [batch, count * (overlap + W_og), ...].
 
-    Each window's follow the `overlap` rows before it; before the first window these are zeros.
+    Each window begins with the `overlap` rows before it; before the first window these are zeros.
     """
     size = config.generation_window
     rows = array[:, first * size : (first + count) * size]
@@ -193,10 +194,10 @@ def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int
 
 
 def slice_rows(array: jax.Array, start: PerWindow, length: int, batch: int | None = None) -> jax.Array:
-    """Rows start .. start + length - 1 of [sequences, rows, ...].
+    """Returns rows start .. start + length - 1 of an array [sequences, rows, ...].
 
-    With a start for each of g windows that run together the result is [batch = sequences * g, length, ...], and the
-    array may have a row for each of these, too.
+    If `start` has one position for each of g windows that run together, the result is [batch, length, ...] with batch =
+    sequences * g, and the array may have sequences * g entries, too.
     """
     if not np.ndim(start):
         return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
@@ -211,5 +212,5 @@ def slice_rows(array: jax.Array, start: PerWindow, length: int, batch: int | Non
 
 
 def repeat_for_windows(array: jax.Array, batch: int) -> jax.Array:
-    """What the windows of a sequence share, repeated for each of them: [batch, ...] of [sequences, ...]."""
+    """Repeats an array [sequences, ...], which windows of a sequence share, for each window: [batch, ...]."""
     return array if array.shape[0] == batch else jnp.repeat(array, batch // array.shape[0], axis=0)
