@@ -1,4 +1,4 @@
-"""What the kernels share: whether and how they are called, loads and products, dropout's hash."""
+"""Code that kernels share: checks whether they can run, calls, loads, products, and the hash of dropout."""
 
 import functools
 import threading
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu
 from tlinformer_jax.parallel.sharding import open_axes
 
-# Operation -> what computes it where `available` says so; plain JAX computes it elsewhere.
+# Kernel -> operation that it computes if `available`; otherwise plain JAX does.
 OPERATIONS = {
     "norm": "LayerNorm's gradient",
     "loss": "loss and its gradient",
@@ -22,19 +22,19 @@ OPERATIONS = {
     "history": "prefill and slide",
 }
 LOG2_E = 1.4426950408889634
-# The matrix units' least inner dimension.
+# Smallest inner dimension of the matrix units.
 LEAST_PIECE = 16
 
-# Step of the first word from key to key (2^32 over the golden ratio), and two multipliers that mix 32 bits well.
+# Step of the first word from key to key (2^32 / golden ratio), and two multipliers that mix 32 bits well.
 STEP, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
 class Scores(NamedTuple):
-    """Which products of queries and keys count; known when a kernel is compiled."""
+    """Scale of the scores and which of them are computed; known when a kernel is compiled."""
 
     scale: float
-    causal: bool = False  # query i sees keys 0 .. i only
-    window: int | None = None  # the last of those; None for all
+    causal: bool = False  # query i sees only keys 0 .. i
+    window: int | None = None  # query i sees only the last `window` of these keys; None for all
 
 
 class Rotations(Protocol):
@@ -48,26 +48,26 @@ class Rotations(Protocol):
 
 
 def usable(name: str, dtype: Any) -> bool:
-    """Whether the kernel of an operation of training takes arrays of this dtype here.
+    """Returns whether a training kernel can run here for arrays of this dtype.
 
-    Not in a program of several devices: XLA cannot split a kernel's operands over them.
+    False if the compiler partitions the program over devices: XLA cannot split a kernel's operands.
     """
     return is_half(dtype) and available(name) and not open_axes()
 
 
 def available(name: str) -> bool:
-    """Whether there is an NVIDIA GPU for which Pallas has a working back end."""
+    """Returns whether there is an NVIDIA GPU and Pallas has a working back end for it."""
     assert name in OPERATIONS
     return is_nvidia_gpu() and why_no_triton() is None
 
 
 def is_half(dtype: Any) -> bool:
-    """Whether the kernels for half precision take arrays of this dtype."""
+    """Returns whether this is a dtype of the half-precision kernels."""
     return dtype in (jnp.bfloat16, jnp.float16)
 
 
 def serving() -> str:
-    """One line on which kernels serve which operations on this machine."""
+    """Returns a line that says which kernels compute which operations on this machine."""
     if not is_nvidia_gpu():
         return "kernels: none of our own here, plain JAX"
     reason = why_no_triton()
@@ -78,7 +78,7 @@ def serving() -> str:
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """Why a Triton kernel cannot be lowered by this JAX; None if it can."""
+    """Returns why this JAX cannot lower a Triton kernel; None if it can."""
     found: list[str] = []
 
     def lower() -> None:
@@ -93,7 +93,7 @@ def why_no_triton() -> str | None:
         except (ImportError, NotImplementedError) as error:
             found.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
 
-    # In a thread of its own, where no mesh is set and nothing is being traced.
+    # A separate thread has no mesh set and no trace under way.
     thread = threading.Thread(target=lower)
     thread.start()
     thread.join()
@@ -110,8 +110,8 @@ def call_kernel(
     aliases: dict[int, int] | None = None,
     **options: int,
 ) -> Any:
-    """Runs a kernel on whole arrays; `aliases` maps operands to outputs in their place."""
-    from jax.experimental.pallas import triton  # only where there is a GPU: it is optional in jaxlib
+    """Runs a kernel on whole arrays; `aliases` maps operands to outputs that share their memory."""
+    from jax.experimental.pallas import triton  # imported only with a GPU: optional in jaxlib
 
     call = pl.pallas_call(
         kernel,
@@ -126,7 +126,7 @@ def call_kernel(
 
 
 def masked_load(ref: Any, mask: Array | None = None, other: float = 0, **options: Any) -> Array:
-    """What a reference points to, `other` where masked out."""
+    """Loads the values of a reference; masked-out values are `other`."""
     from jax.experimental.pallas import triton
 
     if mask is None:
@@ -135,27 +135,27 @@ def masked_load(ref: Any, mask: Array | None = None, other: float = 0, **options
 
 
 def masked_store(ref: Any, value: Array, mask: Array | None = None, **options: Any) -> None:
-    """Writes to what a reference points to, but where masked out."""
+    """Stores values to a reference, except masked-out ones."""
     from jax.experimental.pallas import triton
 
     triton.store(ref, value, mask=mask, **options)
 
 
 def iota(size: int) -> Array:
-    """0 .. size - 1."""
+    """Returns int32 0 .. size - 1."""
     return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
 def dot(left: Array, right: Array, contracted: int) -> Array:
-    """Product of left [m, k] and right over axis `contracted`, in float32."""
+    """Multiplies left [m, k] and right over right's axis `contracted`, in float32."""
     axes = (((1,), (contracted,)), ((), ()))
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
 def feature_pieces(width: int, least: int = 1) -> tuple[tuple[int, int], ...]:
-    """(start, size) of pieces that cover `width` features; sizes are powers of two from `least` on.
+    """Returns (start, size) of pieces that cover `width` features; sizes are powers of two, at least `least`.
 
-    With `least` 16, 36 features are 32 and 16, of which 12 are padding.
+    For example with `least` 16, 36 features become pieces of 32 and 16, the latter with 12 features of padding.
     """
     pieces, start = [], 0
     while start < width:
@@ -172,16 +172,16 @@ def merge_softmaxes(
     axis: int | str,
     total: Float[Array, "*sets"] | float = 1.0,
 ) -> tuple[Array, Array]:
-    """Exact attention to the union of disjoint sets of keys, from the attention to each of them.
+    """Merges attention to disjoint sets of keys into exact attention to their union.
 
     Args:
-      output: of each set, [..., d_h]; or sums of values times exp(score - lse), with `total`, the sum of the weights.
-      lse: log-sum-exp of the set's scaled scores, [...]; -inf where there is no valid key.
-      axis: what counts the sets: an axis of lse, or a manual axis of the mesh by its name.
-      total: 1 where `output` is normalised.
+      output: each set's output; or its sum of values times exp(score - lse), not normalised, with `total`.
+      lse: log-sum-exp of each set's scaled scores; -inf if the set has no valid key.
+      axis: the axis of the sets: an axis of `lse`, or the name of a manual axis of the mesh.
+      total: each set's sum of exp(score - lse); 1 if `output` is normalised.
 
     Returns:
-      both without that axis, on every device; 0 and -inf where no set has a valid key.
+      output and log-sum-exp without that axis, on every device; 0 and -inf if no set has a valid key.
     """
     if isinstance(axis, str):
         largest = functools.partial(jax.lax.pmax, axis_name=axis)
@@ -199,7 +199,7 @@ def merge_softmaxes(
 
 
 def threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds of a pair of counters, all uint32."""
+    """Applies Threefry-2x32 with 20 rounds under the key (first, second) to a pair of counters, all uint32."""
     schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     x, y = counter[0] + first, counter[1] + second
     for group in range(5):
@@ -212,12 +212,12 @@ def threefry(first: jax.Array, second: jax.Array, *counter: jax.Array) -> tuple[
 
 
 def kept(first: jax.Array, second: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
-    """Whether weights are kept, by their row's state and their key's number."""
+    """Returns which weights dropout keeps, given their row's state (first, second) and their keys' indices."""
     bits = mixed(first + keys.astype(jnp.uint32) * np.uint32(STEP), second)
     return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def mixed(bits: jax.Array, joined: jax.Array) -> jax.Array:
-    """32 bits through two rounds of shift, xor and multiplication, 32 others joining in between."""
+    """Hashes 32 bits by two rounds of shift, xor and multiplication; `joined` enters between the rounds."""
     bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(FIRST)
     return (bits ^ (bits >> np.uint32(15)) ^ joined) * np.uint32(SECOND)

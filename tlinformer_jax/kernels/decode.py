@@ -1,12 +1,12 @@
 """GPU kernels of a generated token, in Pallas for Triton.
 
-Plain twins: `models.cached_rows.attend_cached`, `models.layers.project` and `update`. Gain: 1.4 to 1.9 times the
+Plain versions: `models.cached_rows.attend_cached`, `models.layers.project` and `update`. Gain: 1.4 to 1.9 times the
 tokens per second of a step.
 
 `attend` is split over the cached rows and reads each byte once, up to the last valid row. Rows are contiguous in
-memory, one lane each: a lane keeps its own running maximum, sum and weighted values until the last row is read.
-`dense` is a product of a few rows with a matrix, with LayerNorm before it and activation or residual after it: what
-matters at this size is how few kernels there are.
+memory, and each lane reads one row of a block: it keeps its own running maximum, sum and weighted values until the last
+block. `dense` multiplies a few rows with a matrix, with a LayerNorm before and an activation or residual after: at this
+size the time depends on the number of kernels.
 """
 
 import functools
@@ -23,19 +23,19 @@ from tlinformer_jax.kernels.common import Rotations, call_kernel, feature_pieces
 from tlinformer_jax.kernels.key_value import KeyValue
 
 LANES = 128
-# Programs to aim for: a few for each of the 132 multiprocessors of an H100.
+# Target number of programs: eight for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
-# A part of fewer rows than this costs more to merge than it saves.
+# A part with fewer rows costs more to merge than it saves.
 MIN_PART_ROWS = 128
-# Columns of a matrix that one program of `dense` makes.
+# Columns of the result that one program of `dense` computes.
 TILE = 4
 
-# Keys and values [batch, heads, d_h, rows] or [layers, batch, heads, d_h, rows], valid rows int32 [batch], layer.
+# (keys and values, [batch, heads, d_h, rows] or with layers first; valid rows, int32 [batch]; index of the layer)
 Source = tuple[KeyValue, jax.Array, int | None]
 
 
 def num_parts(rows: int, softmaxes: int) -> int:
-    """Parts to split a cache with room for `rows` in, where a batch has `softmaxes` sequences times heads."""
+    """Returns the number of parts for a cache of `rows` rows; `softmaxes` is batch * heads."""
     return max(1, min(PROGRAMS // softmaxes, -(-rows // MIN_PART_ROWS)))
 
 
@@ -48,13 +48,14 @@ def attend(
 ) -> tuple[
     Float[Array, "sources batch heads d_h"], Float[Array, "sources batch heads"], Float[Array, "batch heads d_h"]
 ]:
-    """Softmax attention of one new row per sequence to each of `sources`; its own key belongs to the first.
+    """Computes softmax attention of one new row per sequence to each source; the first includes the row's own key.
 
-    `projected` are query, key and value of the new row, not rotated.
+    Args:
+      projected: query, key and value of the new row, not rotated.
 
     Returns:
-      what each source's softmax gives, float32, to be added; its log-sum-exp, -inf where no row is valid; and the
-      rotated key of the new row.
+      each source's output, float32, to be added up; its log-sum-exp, -inf if no row is valid; and the new row's rotated
+      key.
     """
     batch, _, heads, width = projected.shape
     caches, lengths, layers = zip(*sources)
@@ -72,7 +73,7 @@ def attend(
         num_stages=3,
     )
     tops, totals = tops[..., 0], totals[..., 0]
-    if max(splits) == 1:  # the kernel has divided already
+    if max(splits) == 1:  # the kernel has already divided by the totals
         lse = jnp.where(totals > 0, tops + jnp.log(jnp.where(totals > 0, totals, 1.0)), -jnp.inf)
         return sums, lse, own_key
     ends = np.cumsum(splits)
@@ -98,7 +99,7 @@ def _attend_kernel(
     width: int,
     scale: float,
 ) -> None:
-    """One part of one source, for one head of one sequence; with one part a source its sums are divided."""
+    """Computes one part of a source for one head of a sequence; divides by the total if each source has one part."""
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     pieces = feature_pieces(width)
 
@@ -132,7 +133,7 @@ def _attend_kernel(
 
 
 def _rotated_piece(ref, cos_ref, sin_ref, place, piece: tuple[int, int], width: int) -> jax.Array:
-    """A piece of a rotated query or key, float32; a feature's partner lies half a head away (`rope.rotate`)."""
+    """Returns a piece of a rotated query or key, float32; features of a pair are half a head apart (`rope.rotate`)."""
     start, size = piece
     half = width // 2
     feature = start + iota(size)
@@ -141,21 +142,17 @@ def _rotated_piece(ref, cos_ref, sin_ref, place, piece: tuple[int, int], width: 
     own = ref[(*place, feature)].astype(jnp.float32)
     partner = ref[(*place, jnp.where(is_first, feature + half, feature - half))].astype(jnp.float32)
     turned = own * cos_ref[place[0], pair] + jnp.where(is_first, -partner, partner) * sin_ref[place[0], pair]
-    return turned.astype(ref.dtype).astype(jnp.float32)  # rounded as it is cached
+    return turned.astype(ref.dtype).astype(jnp.float32)  # rounded like cached keys
 
 
 def _stream(query, cache, place, begin, end, length, pieces):
-    """Reads blocks begin .. end - 1 of LANES rows.
-
-    Returns:
-      each lane's maximum and sum of weights float32 [LANES], and its weighted values, a tuple of [size, LANES].
-    """
+    """Reads blocks begin .. end - 1 of LANES rows; returns maximum, sum of weights, and weighted values in pieces."""
     lanes = iota(LANES)
 
     def block(index, carry):
         top, total, sums = carry
         rows = pl.ds(index * LANES, LANES)
-        # All are asked for before the first is needed.
+        # All loads start before the first value is used.
         keys, values = ([ref[(*place, pl.ds(*piece), rows)] for piece in pieces] for ref in (cache.key, cache.value))
         key_scale, value_scale = (
             1.0 if ref is None else ref[(*place, rows)].astype(jnp.float32)
@@ -176,14 +173,14 @@ def _stream(query, cache, place, begin, end, length, pieces):
     zeros = tuple(jnp.zeros((size, LANES), jnp.float32) for _, size in pieces)
     start = (jnp.full((LANES,), -jnp.inf, jnp.float32), jnp.zeros((LANES,), jnp.float32), zeros)
     top, total, sums = jax.lax.fori_loop(begin, end, block, start)
-    # The lanes' states become one. The finite stand-in lets parts without a valid row merge to nothing.
+    # Merge the lanes. The maximum must be finite so that a part without valid rows adds 0 when parts are merged.
     part_top = jnp.maximum(jnp.max(top), -1e30)
     factor = jnp.exp(top - part_top)
     return part_top, jnp.sum(total * factor), [jnp.sum(values * factor[None, :], axis=1) for values in sums]
 
 
 def _with_own(state, query, own_key, own_value, wanted):
-    """The state with the new row's own key and value, if `wanted`."""
+    """Adds the new row's own key and value to the state, if `wanted`."""
     top, total, sums = state
     score = sum(jnp.sum(key * values) for key, values in zip(own_key, query))
     new_top = jnp.where(wanted, jnp.maximum(top, score), top)
@@ -213,13 +210,13 @@ def dense(
     dtype: Any = None,
     interpret: bool = False,
 ) -> Float[Array, "batch columns"]:
-    """Product of a few rows, the sum of the parts, with a matrix, in one kernel; float32 inside.
+    """Multiplies a few rows, which are sums of the parts, with a matrix in one kernel; computes in float32.
 
     Args:
-      norm: scale, bias and epsilon of a LayerNorm of the rows.
-      gated: of two matrices: silu of the product with the first times the product with the second.
-      bias: added; residual: likewise.
-      dtype: of the result; None is x's.
+      norm: scale, bias and epsilon of a LayerNorm applied to the rows first.
+      gated: whether there are two matrices; the result is silu(product with the first) * product with the second.
+      bias, residual: added to the result.
+      dtype: dtype of the result; None for x's.
     """
     columns = kernel.shape[-2]
     tile = min(TILE, columns & -columns)
@@ -237,7 +234,7 @@ def dense(
 
 
 def _dense_kernel(*refs: Any, tile: int, gated: bool, epsilon: float | None, has_bias: bool, has_residual: bool):
-    """A tile of the columns, for all rows."""
+    """Computes a tile of columns for all rows."""
     x_ref, kernel_ref, *rest = refs[:-1]
     output_ref = refs[-1]
     norm_refs, rest = (rest[:2], rest[2:]) if epsilon is not None else ((), rest)
@@ -245,7 +242,7 @@ def _dense_kernel(*refs: Any, tile: int, gated: bool, epsilon: float | None, has
     parts, batch, inner = x_ref.shape
     pieces = feature_pieces(inner)
     matrices = range(2 if gated else 1)
-    # The weights are asked for first: they do not wait for the rows' statistics.
+    # Load the weights first: they do not depend on the statistics of the rows.
     weights = [
         [kernel_ref[(matrix, columns, pl.ds(*piece)) if gated else (columns, pl.ds(*piece))] for piece in pieces]
         for matrix in matrices
@@ -265,7 +262,7 @@ def _dense_kernel(*refs: Any, tile: int, gated: bool, epsilon: float | None, has
 
 
 def _input_row(x_ref, row: int, parts: int, pieces, norm_refs, epsilon: float | None, inner: int) -> list[jax.Array]:
-    """One row of the input, its parts added and normalised if asked: float32 pieces."""
+    """Returns one input row, the sum of its parts, in float32 pieces; normalised if there is an epsilon."""
     values = [sum(x_ref[part, row, pl.ds(*piece)].astype(jnp.float32) for part in range(parts)) for piece in pieces]
     if epsilon is None:
         return values

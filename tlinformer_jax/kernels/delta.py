@@ -1,6 +1,6 @@
-"""The delta rule of Gated DeltaNet by the kernels of jax-linear-attention, for Hopper GPUs; an optional package.
+"""The delta rule of Gated DeltaNet by the kernels of jax-linear-attention, an optional package, for Hopper GPUs.
 
-Its plain twin is `models.delta.delta_chunked`, which everything else uses.
+The plain version, for all other devices, is `models.delta.delta_chunked`.
 """
 
 import importlib.util
@@ -19,9 +19,9 @@ State = Float[Array, "batch heads d d"]
 
 
 def why_plain(dtype: Any, width: int, partitioned: bool) -> str | None:
-    """Why plain JAX computes heads of `width` features in `dtype` here; None where the kernels do.
+    """Returns why the kernels cannot compute heads of `width` features in `dtype` here; None if they can.
 
-    `partitioned` says that the compiler partitions the program over devices, as over mesh.fsdp and mesh.tensor.
+    `partitioned` is true if the compiler partitions the program over devices (mesh.fsdp, mesh.tensor).
     """
     if not is_nvidia_gpu() or not any(name in device_kind().lower() for name in HOPPER):
         return "the kernels of jax-linear-attention are for Hopper GPUs"
@@ -35,13 +35,13 @@ def why_plain(dtype: Any, width: int, partitioned: bool) -> str | None:
 
 
 def serving(dtype: Any, width: int, partitioned: bool) -> str:
-    """One line on what computes the delta rule."""
+    """Returns a line that says which code computes the delta rule."""
     reason = why_plain(dtype, width, partitioned)
     return f"delta rule: {'kernels of jax-linear-attention' if reason is None else f'plain JAX ({reason})'}"
 
 
 def delta_rows(query: Rows, key: Rows, value: Rows, decay: Gates, write: Gates, state: State) -> tuple[Rows, State]:
-    """`models.delta.delta_chunked` by the kernels, where `why_plain` is None."""
+    """Computes `models.delta.delta_chunked` by the kernels; only if `why_plain` returns None."""
     from jla import ops
 
     return ops.linear_attention(

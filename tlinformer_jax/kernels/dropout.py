@@ -1,10 +1,10 @@
-"""GPU kernels of exact attention with dropout on the weights, for training, in Pallas for Triton.
+"""GPU kernels of exact attention with dropout of the weights, for training, in Pallas for Triton.
 
-Plain twin: `models.attention._attend_in_chunks`. Gain: without it a step takes 85% longer at N = 512.
+Plain version: `models.attention._attend_in_chunks`. Gain: without the kernels a step takes 85% longer at N = 512.
 
-Nothing of size queries x keys goes through memory. Which weights are dropped is a function of their place, so that
-every kernel finds it again. Scores and softmax are float32, in units of log2; products take the inputs' dtype and
-accumulate in float32.
+No array of size queries x keys is stored. A weight is dropped or kept by a hash of its indices, so that each kernel
+computes the same mask again. Scores and softmax are float32, to base 2; products take operands of the inputs' dtype and
+sum in float32.
 """
 
 import functools
@@ -30,12 +30,12 @@ from tlinformer_jax.kernels.common import (
     usable,
 )
 
-# Wider heads would not fit a program's registers.
+# Wider heads would not fit into a program's registers.
 MOST_WIDTH = 128
 
 
 class Tile(NamedTuple):
-    """What a program works on at once, its warps, and the loads it keeps under way."""
+    """Rows per iteration of a program, its warps, and its pipeline stages."""
 
     queries: int
     keys: int
@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Of the forward kernel, of the gradient of the queries, and of that of keys and values."""
+    """Tiles of the forward kernel, of the queries' gradient, and of the keys' and values' gradients."""
 
     forward: Tile = Tile(128, 64, 8, 2)
     query: Tile = Tile(64, 64, 4, 3)
@@ -55,7 +55,7 @@ TILES = Tiles()
 
 
 class Options(NamedTuple):
-    """What is known when a kernel is compiled; `rate` of dropout."""
+    """Values known when a kernel is compiled."""
 
     scores: Scores
     rate: float
@@ -64,7 +64,7 @@ class Options(NamedTuple):
 
 
 def use_kernel(dtype: Any, width: int) -> bool:
-    """Whether the kernels take heads of this dtype and width here."""
+    """Returns whether the kernels can run here for heads of this dtype and width."""
     return width <= MOST_WIDTH and usable("dropout", dtype)
 
 
@@ -79,9 +79,10 @@ def attend_with_dropout(
     interpret: bool = False,
     tiles: Tiles = TILES,
 ) -> Float[Array, "batch queries heads d_h"]:
-    """Softmax attention whose weights are each zeroed with probability `rate`, the others divided by 1 - rate.
+    """Computes softmax attention with weights zeroed with probability `rate` and otherwise divided by 1 - rate.
 
-    `key_length` are the valid keys, None for all: a query that sees none gets 0. `words` are those of `layers.Dropout`.
+    `key_length` is the number of valid keys (None for all); the output of a query that sees no key is 0. For `words`
+    see `models.layers.Dropout`.
     """
     return _attend(Options(scores, rate, tiles, interpret), query, key, value, key_length, words)
 
@@ -103,10 +104,10 @@ def _attend_backward(options: Options, saved, gradient):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# Compiled on their own: XLA compiles a kernel once for all calls that are equal in every byte, line numbers included.
+# A separate jit, since XLA compiles a kernel only once for calls that are equal in every byte, line numbers included.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(options: Options, query, key, value, key_length, words) -> tuple[Array, Array]:
-    """The output, and the log-sum-exp to base 2 [batch, heads, queries]: +inf without keys."""
+    """Returns the output, and the log-sum-exp to base 2, [batch, heads, queries]: +inf for queries without keys."""
     batch, queries, heads, _ = query.shape
     outputs = [
         jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -118,7 +119,7 @@ def _forward(options: Options, query, key, value, key_length, words) -> tuple[Ar
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(options: Options, saved, gradient: Array) -> tuple[Array, Array, Array]:
-    """Gradients of query, key and value."""
+    """Returns the gradients of query, key and value."""
     query, key, value, key_length, words, output, lse = saved
     lengths = () if key_length is None else (key_length,)
     rows = [jax.ShapeDtypeStruct(lse.shape, dtype) for dtype in (jnp.float32, jnp.uint32, jnp.uint32)]
@@ -144,7 +145,7 @@ def _backward(options: Options, saved, gradient: Array) -> tuple[Array, Array, A
 
 
 def _call(kernel, options: Options, tile: Tile, rows: int, outputs, operands, name: str) -> Any:
-    """Runs a kernel whose programs take a tile of rows of one head of one batch row."""
+    """Runs a kernel in which each program computes a tile of rows of one head of one sequence."""
     batch, _, heads, _ = operands[0].shape
     size = tile.keys if kernel is _key_kernel else tile.queries
     return call_kernel(
@@ -160,7 +161,7 @@ def _call(kernel, options: Options, tile: Tile, rows: int, outputs, operands, na
 
 
 def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Options, tile: Tile) -> None:
-    """Output and log-sum-exp of a tile of the queries."""
+    """Computes output and log-sum-exp of a tile of queries."""
     *length_refs, output_ref, lse_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
@@ -186,7 +187,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
 
     length, blocks = _key_blocks(key_ref, length_refs, options, tile)
     zeros = _zeros(tile.queries, query_ref)
-    # Finite, so that rows that see no key stay so.
+    # The maximum is finite, so that rows that see no key do not become NaN.
     carry = (jnp.full((tile.queries,), -1e30, jnp.float32), jnp.zeros((tile.queries,), jnp.float32), zeros)
     top, total, sums = _loop(blocks, block, carry)
     safe = jnp.where(total > 0, total, 1.0)
@@ -199,7 +200,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
 def _query_kernel(
     query_ref, key_ref, value_ref, words_ref, output_ref, gradient_ref, lse_ref, *refs, options: Options, tile: Tile
 ) -> None:
-    """The gradient of a tile of queries, and what the other kernel needs of their rows."""
+    """Computes the gradient of a tile of queries, and the values of their rows that `_key_kernel` needs."""
     *length_refs, result_ref, delta_ref, first_ref, second_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
@@ -233,20 +234,20 @@ def _query_kernel(
 
 
 def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, options: Options, tile: Tile) -> None:
-    """Gradients of a tile of keys and values. Scores lie transposed, [keys, queries]."""
+    """Computes the gradients of a tile of keys and values. Scores are transposed: [keys, queries]."""
     row_refs = lse_ref, *refs[:3]
     *length_refs, key_result_ref, value_result_ref = refs[3:]
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.keys + iota(tile.keys)
     count, place = query_ref.shape[1], (row, head)
     length = _valid_keys(key_ref, length_refs)
-    # Keys that are not valid are read as 0; what comes of them is dropped at the end.
+    # Invalid keys are read as 0; their gradients are set to 0 at the end.
     key, value = (_load(ref, place, numbers, length) for ref in (key_ref, value_ref))
 
     def block(index, carry, masked: bool):
         key_sums, value_sums = carry
         rows = index * tile.queries + iota(tile.queries)
-        # Rows past the last query have gradient 0.
+        # The gradient of rows past the last query is read as 0.
         query, gradient = (_load(ref, place, rows, count) for ref in (query_ref, gradient_ref))
         lse, delta, first, second = (_load_numbers(ref, place, rows)[None, :] for ref in row_refs)
         scores = dot(key, query, 1) * (options.scores.scale * LOG2_E)
@@ -267,7 +268,7 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
 
 
 def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
-    """Valid keys, and the blocks that a tile of queries sees: (first, end, masked)."""
+    """Returns the number of valid keys, and ranges (first, end, masked) of key blocks that a tile of queries sees."""
     start, length = pl.program_id(0) * tile.queries, _valid_keys(key_ref, length_refs)
     first: Any = 0
     full, last = length // tile.keys, pl.cdiv(length, tile.keys)
@@ -281,10 +282,10 @@ def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
 
 
 def _query_blocks(queries: int, length, options: Options, tile: Tile):
-    """The blocks of queries that see a tile of keys: (first, end, masked)."""
+    """Returns ranges (first, end, masked) of query blocks that see a tile of keys."""
     start: Any = pl.program_id(0) * tile.keys
     end: Any = pl.cdiv(queries, tile.queries)
-    # None, where none of the keys is valid.
+    # No blocks if no key of the tile is valid.
     if isinstance(length, Array):
         end = jnp.where(start < length, jnp.int32(end), jnp.int32(0))
     if not options.scores.causal:
@@ -297,13 +298,13 @@ def _query_blocks(queries: int, length, options: Options, tile: Tile):
 
 
 def _valid_keys(key_ref, length_refs) -> Any:
-    """The program's valid keys; known at compilation, unless lengths are given."""
+    """Returns the number of valid keys; a plain number unless lengths are given."""
     keys = key_ref.shape[1]
     return jnp.clip(length_refs[0][pl.program_id(2)], 0, keys) if length_refs else keys
 
 
 def _loop(blocks, block, carry):
-    """Carries through consecutive ranges of blocks."""
+    """Runs `block` over consecutive ranges of blocks."""
     for first, end, masked in blocks:
         if isinstance(end, Array) or isinstance(first, Array) or first < end:
             carry = jax.lax.fori_loop(first, end, functools.partial(block, masked=masked), carry)
@@ -311,7 +312,7 @@ def _loop(blocks, block, carry):
 
 
 def _masked(scores: Array, queries: Array, keys: Array, length, options: Options) -> Array:
-    """Scores, -inf where queries do not see keys, by their numbers, which broadcast."""
+    """Sets scores to -inf if the query does not see the key; `queries` and `keys` are indices that broadcast."""
     conditions = [] if length is None else [keys < length]
     if options.scores.causal:
         conditions.append(keys <= queries)
@@ -321,7 +322,7 @@ def _masked(scores: Array, queries: Array, keys: Array, length, options: Options
 
 
 def _row_states(words_ref, queries: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """States of the mask of the program's rows; `shape` is [batch, queries, heads, d_h]."""
+    """Returns the mask states of the program's rows; `shape` is (batch, queries, heads, d_h)."""
     softmax = (pl.program_id(2) * shape[2] + pl.program_id(1)).astype(jnp.uint32)
     softmax += words_ref[2] * np.uint32(shape[0] * shape[2])
     rows = queries.astype(jnp.uint32)
@@ -329,7 +330,7 @@ def _row_states(words_ref, queries: Array, shape: tuple[int, ...]) -> tuple[Arra
 
 
 def _features(ref) -> Array:
-    """Numbers of a head's features, filled up to what the matrix units take."""
+    """Returns indices of a head's features, padded to a size that the matrix units support."""
     return iota(max(LEAST_PIECE, pl.next_power_of_2(ref.shape[3])))
 
 
@@ -338,7 +339,7 @@ def _zeros(rows: int, ref) -> Array:
 
 
 def _load(ref, place, rows: Array, count) -> Array:
-    """Rows of one head: 0 past row `count`, unless that is None, and past the width."""
+    """Loads rows of one head; 0 past the width, and from row `count` on (None: no limit)."""
     features, (row, head) = _features(ref), place
     mask = (features < ref.shape[3])[None, :]
     if count is not None:
@@ -347,14 +348,14 @@ def _load(ref, place, rows: Array, count) -> Array:
 
 
 def _store(ref, place, rows: Array, values: Array) -> None:
-    """Writes rows of one head."""
+    """Stores rows of one head."""
     features, (row, head) = _features(ref), place
     mask = (rows < ref.shape[1])[:, None] & (features < ref.shape[3])[None, :]
     masked_store(ref.at[row, rows[:, None], head, features[None, :]], values.astype(ref.dtype), mask)
 
 
 def _load_numbers(ref, place, rows: Array) -> Array:
-    """A number for each row of one head, [rows]; 0 past the last."""
+    """Loads a number for each row of one head; 0 past the last row."""
     return masked_load(ref.at[(*place, rows)], rows < ref.shape[2])
 
 

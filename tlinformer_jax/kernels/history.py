@@ -1,12 +1,12 @@
 """GPU kernels of prefill and slide, in Pallas for Triton.
 
-`store` brings many rows into the cache, `attend` reads all of it for a few queries, and `attend_few` reads a compressed
-context for many. Their plain twins are in `models.cached_attention`: `write_rows`, `attend_history`, `attend_context`
-without kernels. Gain: at a million tokens a slide takes 6%, 32% and 3.3% longer without them, a prefill 35%, 31% and
-5.4%.
+`store` writes many rows into the cache, `attend` reads the whole cache for a few queries, and `attend_few` reads a
+compressed context for many queries. The plain versions are in `models.cached_attention`: `write_rows`, `attend_history`
+and `attend_context` without kernels. Gain: at a million tokens a slide takes 6%, 32% and 3.3% longer without them, a
+prefill 35%, 31% and 5.4%.
 
-Keys and values lie as [batch, heads, d_h, rows] (`models.cached_attention`), which is also the order in which the
-matrix units want the keys. Of an int8 cache `attend` reads integers, and `store` makes them.
+Keys and values are [batch, heads, d_h, rows] (`models.cached_attention`); the matrix units need this order of the keys,
+too. With an int8 cache `attend` reads integers and `store` writes them.
 """
 
 import functools
@@ -30,16 +30,16 @@ from tlinformer_jax.kernels.common import (
 )
 from tlinformer_jax.kernels.key_value import KeyValue, row_scale, to_integers, value_dtype
 
-# Queries and rows that a program of `attend` multiplies at once, its warps, and the loads it keeps under way.
+# Queries and rows that a program of `attend` multiplies at once, its warps, and its pipeline stages.
 QUERY_TILE = 64
 ROW_TILE = 64
 WARPS = 4
 STAGES = 3
-# Programs to aim for: eight for each of the 132 multiprocessors of an H100.
+# Target number of programs: eight for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
 # Rows that a program of `store` writes.
 STORE_TILE = 64
-# Wider heads would not fit a multiprocessor's shared memory at these tiles.
+# With these tiles wider heads would not fit into a multiprocessor's shared memory.
 MOST_WIDTH = 128
 
 
@@ -51,12 +51,12 @@ def attend(
     scale: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "queries heads d_h"], Float[Array, "queries heads"]]:
-    """Softmax attention of a few queries to the first `length` cached rows of sequence `row`, split over the rows.
+    """Computes softmax attention of a few rotated queries to the first `length` cached rows of sequence `row`.
 
-    Features of the rotated queries past d_h are padding.
+    The work is split over the rows. Features of the queries past d_h are padding.
 
     Returns:
-      float32, 0 where no row is valid; and the log-sum-exp of the scaled scores, there -inf.
+      the output, float32, and the log-sum-exp of the scaled scores; 0 and -inf if no row is valid.
     """
     queries, heads, _ = query.shape
     width, room = cache.key.shape[2:]
@@ -87,7 +87,7 @@ def attend(
 def _attend_kernel(
     query_ref, cache, place_ref, sums_ref, tops_ref, totals_ref, *, scale, queries, width, parts
 ) -> None:
-    """One part of the rows, for a tile of the queries and one head; scores are in units of log2 once scaled."""
+    """Computes one part of the rows for a tile of queries and one head; scaled scores are to base 2."""
     tile, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     numbers = tile * QUERY_TILE + iota(QUERY_TILE)
     pieces = feature_pieces(width, LEAST_PIECE)
@@ -113,10 +113,10 @@ def attend_few(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "queries heads width"]:
-    """Softmax attention of many queries to a few rows, such as the history's to the compressed context.
+    """Computes softmax attention of many queries to a few rows, as from the history to the compressed context.
 
-    The rows are a multiple of ROW_TILE, the first `length` of them valid; where none is the result is 0. Features past
-    d_h are padding, in the result 0.
+    The number of rows is a multiple of ROW_TILE; the first `length` rows are valid, and the result is 0 if none is.
+    Features past d_h are padding, and 0 in the result.
     """
     queries, heads, _ = query.shape
     return call_kernel(
@@ -132,7 +132,7 @@ def attend_few(
 
 
 def _attend_few_kernel(query_ref, cache, length_ref, output_ref, *, scale, queries, width) -> None:
-    """All rows, for a tile of the queries and one head."""
+    """Computes all rows for a tile of queries and one head."""
     tile, head = pl.program_id(0), pl.program_id(1)
     numbers = tile * QUERY_TILE + iota(QUERY_TILE)
     query = _load_queries(query_ref, numbers, head, queries, width)
@@ -147,7 +147,7 @@ def _attend_few_kernel(query_ref, cache, length_ref, output_ref, *, scale, queri
 
 
 def _load_queries(ref, numbers: Array, head: Array, queries: int, width: int) -> list[Array]:
-    """The queries `numbers` of one head in pieces [QUERY_TILE, size], 0 past the last query and the width."""
+    """Loads the queries `numbers` of one head in pieces [QUERY_TILE, size]; 0 past the last query and the width."""
     loaded = []
     for start, size in feature_pieces(width, LEAST_PIECE):
         features = start + iota(size)
@@ -157,12 +157,12 @@ def _load_queries(ref, numbers: Array, head: Array, queries: int, width: int) ->
 
 
 def _stream(query, cache, place, length, blocks, width: int, scale: float):
-    """Reads blocks[0] .. blocks[1] - 1 of ROW_TILE rows, up to the `length` valid ones, for a tile of queries.
+    """Reads blocks[0] .. blocks[1] - 1 of ROW_TILE rows, of which `length` are valid, for a tile of queries.
 
-    `place` is that of the rows in the first axes of the cache [batch, heads, d_h, room].
+    `place` is (sequence, head), the index of the rows in the cache.
 
     Returns:
-      each query's largest score (not scaled) and sum of weights float32 [QUERY_TILE], and its weighted values in
+      each query's largest score before scaling and its sum of weights, float32 [QUERY_TILE], and its weighted values in
       pieces [QUERY_TILE, size].
     """
     pieces, lanes = feature_pieces(width, LEAST_PIECE), iota(ROW_TILE)
@@ -171,7 +171,7 @@ def _stream(query, cache, place, length, blocks, width: int, scale: float):
 
     def load(ref, start: int, size: int, rows: Array, dtype) -> Array:
         features = start + iota(size)
-        # Every row up to the cache's end may be read; what is not valid gets no weight.
+        # Rows up to the cache's end can be read without a mask: the weight of invalid rows is 0.
         mask = None if start + size <= width else (features < width)[:, None]
         return masked_load(ref.at[(*place, features[:, None], rows[None, :])], mask).astype(dtype)
 
@@ -197,7 +197,7 @@ def _stream(query, cache, place, length, blocks, width: int, scale: float):
         return new_top, total * factor + jnp.sum(weights, axis=1), tuple(new_sums)
 
     carry = (
-        # Finite, so that parts without a valid row merge to nothing.
+        # Finite, so that a part without valid rows adds 0 when parts are merged.
         jnp.full((QUERY_TILE,), -1e30, jnp.float32),
         jnp.zeros((QUERY_TILE,), jnp.float32),
         tuple(jnp.zeros((QUERY_TILE, size), jnp.float32) for _, size in pieces),
@@ -219,18 +219,18 @@ def store(
     tokens: Int[Array, " rows"] | None = None,
     interpret: bool = False,
 ) -> KeyValue:
-    """Finishes keys and values of many rows of sequence `row` and writes them into its cache, from row `start` on.
+    """Adds the bias to keys and values, rotates the keys, and writes both to sequence `row` from row `start` on.
 
-    Adds the projections' bias and rotates the keys on the way, which as operations of their own would each read and
-    write all of it again. A multiple of STORE_TILE rows is written, in place.
+    One kernel does all of this, since separate operations would each read and write all rows again. The number of rows
+    is a multiple of STORE_TILE; the cache is changed in place.
 
     Args:
       cache: [batch, heads, d_h, room].
-      projected: keys and values, neither rotated nor biased, their features as `halves_apart` puts them: of the rows,
-        or with `tokens` of the vocabulary.
-      bias: of keys and values, likewise.
+      projected: products of keys and values, without bias and rotation, with features ordered by `halves_apart`; those
+        of the rows, or with `tokens` those of the whole vocabulary.
+      bias: bias of keys and values, in the same order of features.
       rope: rotations of the rows, [rows, d_h / 2].
-      tokens: the row of `projected` that each row to write takes, clipped to the vocabulary; None: they are in order.
+      tokens: index into `projected` for each row, clipped to the vocabulary; None if `projected` contains the rows.
     """
     rows = projected.shape[0] if tokens is None else tokens.size
     place = jnp.stack([row, start]).astype(jnp.int32)
@@ -252,7 +252,7 @@ def store(
 def halves_apart(array: Array, head_dim: int) -> Array:
     """Moves the second half of a head's features to the middle of the padded width, for `store`.
 
-    Both halves then begin where whole words of memory do: 36 features of 40 become 18, 2 of padding, 18, 2 of padding.
+    Both halves then begin at a whole word of memory: 36 features of 40 become 18, 2 of padding, 18, 2 of padding.
     """
     pairs, spread = head_dim // 2, array.shape[-1] // 2
     padding = [(0, 0)] * (array.ndim - 1) + [(0, spread - pairs)]
@@ -264,13 +264,13 @@ def halves_apart(array: Array, head_dim: int) -> Array:
 def _store_kernel(
     _, projected_ref, bias_ref, table_refs, place_ref, tokens_ref, cache, *, half: int, spread: int, vocab_size: int
 ) -> None:
-    """A tile of the rows, for one head, in halves: a feature's partner in the rotation lies in the other half."""
+    """Stores a tile of rows of one head, in halves: the two features of a rotated pair are in different halves."""
     tile, head = pl.program_id(0), pl.program_id(1)
     pairs = iota(pl.next_power_of_2(spread))
     numbers = tile * STORE_TILE + iota(STORE_TILE)
     to = place_ref[1] + numbers
     there = (pairs < spread)[None, :]
-    # Past the history the ids may be anything.
+    # Ids past the history are arbitrary, so clip them.
     sources = numbers if tokens_ref is None else jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)
 
     def load(part: int) -> list[Array]:
@@ -278,7 +278,7 @@ def _store_kernel(
         for first in (0, spread):
             rows = masked_load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)
             bias = masked_load(bias_ref.at[part, head, first + pairs], pairs < spread)
-            # Rounded where the plain path rounds, so that both cache the same keys.
+            # Round here like the plain version, so that both cache the same keys.
             halves.append((rows.astype(jnp.float32) + bias.astype(jnp.float32)).astype(rows.dtype))
         return halves
 

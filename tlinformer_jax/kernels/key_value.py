@@ -1,8 +1,8 @@
 """Cached keys and values, in the compute dtype or in int8.
 
-In int8 each row of each head has one scale, its largest number over 127: a number x is kept as x / scale, rounded to
-the nearest integer. So none moves by more than half a scale. Who reads never multiplies a whole cache by its scales: a
-score is (q . k) * key_scale, and value_scale joins the weight that the row gets.
+In int8 each row of each head has one scale, its largest absolute value over 127. A number x is stored as x / scale,
+rounded to the nearest integer, so its error is at most half a scale. Readers never multiply a whole cache by its
+scales: a score is (q . k) * key_scale, and a row's attention weight is multiplied by value_scale.
 """
 
 import flax.struct
@@ -17,9 +17,9 @@ SCALE_DTYPE = jnp.bfloat16
 
 @flax.struct.dataclass
 class KeyValue:
-    """Cached keys, as a rule rotated, and values, each [..., batch, heads, d_h, rows]; leading axes count layers.
+    """Cached keys (usually rotated) and values, each [..., batch, heads, d_h, rows]; leading axes count layers.
 
-    In int8 they have scales, [..., batch, heads, rows]; else these are None.
+    The scales are [..., batch, heads, rows] for int8; otherwise None.
     """
 
     key: Array
@@ -29,7 +29,7 @@ class KeyValue:
 
     @property
     def rows(self) -> int:
-        """Rows there is room for."""
+        """Number of rows that fit."""
         return self.key.shape[-1]
 
     @property
@@ -38,14 +38,14 @@ class KeyValue:
         return "auto" if self.key_scale is None else "int8"
 
     def as_kept(self, rows: "KeyValue") -> "KeyValue":
-        """Keys and values of other rows as this cache keeps its own."""
+        """Converts keys and values of new rows to this cache's dtype, with scales if it is int8."""
         if self.key_scale is None:
             return rows
         (key, key_scale), (value, value_scale) = quantised(rows.key), quantised(rows.value)
         return KeyValue(key, value, key_scale, value_scale)
 
     def widened(self, dtype: jnp.dtype) -> "KeyValue":
-        """Without scales, in `dtype`: for a few rows only."""
+        """Returns int8 keys and values as numbers of `dtype`, without scales; for a few rows only."""
         if self.key_scale is None or self.value_scale is None:
             return self
         pairs = (self.key, self.key_scale), (self.value, self.value_scale)
@@ -53,29 +53,29 @@ class KeyValue:
 
 
 def value_dtype(query_dtype: jnp.dtype) -> jnp.dtype:
-    """In which weights times scales and int8 values are multiplied: their products may be too small for float16."""
+    """Returns the dtype of the product of (weights * scales) and int8 values; float16 would underflow."""
     return jnp.dtype(jnp.bfloat16) if query_dtype == jnp.float16 else jnp.dtype(query_dtype)
 
 
 def quantised(
     numbers: Float[Array, "*any d_h rows"],
 ) -> tuple[Int8[Array, "*any d_h rows"], Num[Array, "*any rows"]]:
-    """Rows as integers, and the scale of each."""
+    """Returns rows as integers, and the scale of each row."""
     wide = numbers.astype(jnp.float32)
     scale = row_scale(jnp.max(jnp.abs(wide), axis=-2))
     return to_integers(wide, scale[..., None, :]), scale.astype(SCALE_DTYPE)
 
 
 def row_scale(largest: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """What rows whose largest absolute number is `largest` are divided by: float32, rounded up to a bfloat16.
+    """Returns the scale of rows with largest absolute value `largest`: float32, rounded up to a bfloat16 value.
 
-    It is rounded by its bits, since XLA may leave out a conversion to bfloat16 and back.
+    Rounding works on the bits, since XLA may remove a conversion to bfloat16 and back.
     """
     bits = jax.lax.bitcast_convert_type(largest / LARGEST, jnp.uint32)
     return jax.lax.bitcast_convert_type((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000), jnp.float32)
 
 
 def to_integers(numbers: Float[Array, "*any"], scale: Float[Array, "*scales"]) -> Int8[Array, "*any"]:
-    """Multiples of `scale`, to the nearest; 0 where that is 0."""
+    """Returns numbers / scale, rounded to the nearest integer; 0 if `scale` is 0."""
     multiples = numbers / jnp.where(scale > 0, scale, 1.0)
-    return (multiples + jnp.where(multiples < 0, -0.5, 0.5)).astype(jnp.int8)  # the conversion cuts off
+    return (multiples + jnp.where(multiples < 0, -0.5, 0.5)).astype(jnp.int8)  # the conversion truncates

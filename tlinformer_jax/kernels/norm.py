@@ -1,7 +1,7 @@
 """LayerNorm's backward pass in training, which reads each row once: a GPU kernel in Pallas for Triton.
 
-Its plain twin, `models.layers._plain_norm_backward`, writes a product of x and the gradient and reads it back. Without
-the kernel a step takes 4.4% longer at N = 512, and 6.3% at 8,192.
+The plain version, `models.layers._plain_norm_backward`, stores a product of x and the gradient and reads it back.
+Without the kernel a step takes 4.4% longer at N = 512, and 6.3% at 8,192.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.kernels.common import call_kernel, iota, masked_load, masked_store
 
-# Rows that a program works on at once, its warps, and programs to aim for: four for each of an H100's multiprocessors.
+# Rows per iteration of a program, its warps, and the target number of programs: four for each multiprocessor of an H100.
 ROWS = 8
 WARPS = 8
 PROGRAMS = 528
@@ -22,7 +22,7 @@ PROGRAMS = 528
 MOST_WIDTH = 2048
 
 
-# Compiled on its own: XLA compiles a kernel once for all calls that are equal in every byte, line numbers included.
+# A separate jit, since XLA compiles a kernel only once for calls that are equal in every byte, line numbers included.
 @functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
 def layer_norm_backward(
     x: Float[Array, "*any D"],
@@ -32,7 +32,7 @@ def layer_norm_backward(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "*any D"], Float[Array, " D"], Float[Array, " D"]]:
-    """Gradients of x, scale and bias; `skip` is added to the first."""
+    """Returns the gradients of x (plus `skip`, if given), scale and bias."""
     width, rows = x.shape[-1], math.prod(x.shape[:-1])
     programs = min(PROGRAMS, pl.cdiv(rows, ROWS))
     operands = [array.reshape(rows, width) for array in (x, gradient, *(() if skip is None else (skip,)))]
@@ -54,7 +54,7 @@ def layer_norm_backward(
 
 
 def _kernel(scale_ref, x_ref, gradient_ref, *refs, rows: int, width: int, programs: int, epsilon: float, skips: bool):
-    """Every `programs`-th tile of the rows."""
+    """Computes every `programs`-th tile of rows."""
     skip_ref = refs[0] if skips else None
     output_ref, scale_sum_ref, bias_sum_ref = refs[-3:]
     block, program = pl.next_power_of_2(width), pl.program_id(0)

@@ -1,6 +1,6 @@
-"""Attention by splash attention, the TPU kernel that is shipped with JAX.
+"""Attention by splash attention, JAX's own TPU kernel.
 
-Plain twin: `models.attention._attend_xla`. Not measured: no TPU was at hand.
+Plain version: `models.attention._attend_xla`. The gain was not measured: no TPU was at hand.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.parallel.sharding import batch_spec, open_axes
 
-# Rows of a tile; lengths are padded to whole tiles. The kernel takes larger tiles where they fit.
+# Rows of a tile; lengths are padded to whole tiles. Larger tiles are used if they divide the length.
 TILE = 128
 LARGEST_TILE = 512
 
@@ -27,9 +27,9 @@ def attend_splash(
     documents: tuple[Int[Array, "batch queries"], Int[Array, "batch keys"]] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch queries heads d_h"]:
-    """Exact softmax attention; on a mesh every device runs the kernel on its share of batch and heads.
+    """Computes exact softmax attention; on a mesh every device runs the kernel on its part of the batch and heads.
 
-    `documents`, ids from 0 up, are as `attend` has them.
+    `documents` are numbered from 0; see `models.attention.attend`.
     """
     lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32) if key_length is None else key_length
 
@@ -41,7 +41,7 @@ def attend_splash(
         (batch,) = batch_spec(query.shape[0]) or (None,)
         heads = "tensor" if "tensor" in axes and query.shape[2] % axes["tensor"] == 0 else None
         rows = PartitionSpec(batch, None, heads)
-        # Over every axis, those of length 1 too: a kernel is refused where any is left to the compiler.
+        # Every axis becomes manual, even axes of length 1: JAX refuses a kernel if the compiler partitions any axis.
         mesh = jax.sharding.get_abstract_mesh()
         free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
         given = (rows, rows, rows, PartitionSpec(batch), PartitionSpec(batch))
@@ -63,7 +63,7 @@ def _attend(
     scores: Scores,
     interpret: bool,
 ) -> jax.Array:
-    """The kernel over whole tiles."""
+    """Pads lengths to whole tiles and calls the kernel."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     queries, heads = query.shape[1:3]
@@ -94,7 +94,7 @@ def _attend(
         q_seq_shards=1,
         interpret=interpret,
     )
-    # A query sees the keys of its segment: all queries and the valid keys are segment 0, or each is its document.
+    # A query sees the keys of its segment: its document, or 0 for all queries and valid keys.
     masked = jnp.arange(shape[1])[None] >= jnp.maximum(lengths, 1)[:, None]
     if documents is None:
         ids = jnp.zeros((query.shape[0], shape[0]), jnp.int32), masked.astype(jnp.int32)
