@@ -1,13 +1,16 @@
 """From a prompt to text, with a cache.
 
-generator     prompts in, tokens or text out
-stream        a running generation: when the host calls the device, when a window slides
-decoder       the token step, the loop on the device, one interface to all architectures
-windowed      `prefill` and `slide` of TLinFormer and TConstFormer; history: their C, in chunks
-layered       `prefill` of the Transformer and the sliding window
-cache         the caches' types, sizes and bytes; spread: over several devices
-sampling      options, and the choice of the next token
-params        parameters as the decoder reads them
+generator  prompts in, tokens or text out
+stream     a running generation: when the host calls the device, when a window slides
+decoder    the token step, the loop on the device, one interface to all architectures
+windowed   `prefill` and `slide` of TLinFormer and TConstFormer
+history    C in `prefill` and `slide`, in chunks of rows
+layered    `prefill` of the baselines
+cache      types and sizes of the caches
+memory     bytes of a cache
+spread     generation on several devices
+sampling   options, and sampling of the next token
+params     parameters in the form that the decoder reads
 
 The names below are imported on first use, so that importing the package is cheap.
 """

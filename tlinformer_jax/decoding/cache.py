@@ -1,7 +1,7 @@
-"""KV caches of the decoder: typed pytrees, passed in and returned; and their room.
+"""KV caches of the decoder, as typed pytrees that are passed in and returned, and their capacities.
 
-Keys are rotated when they are written. Keys and values are [batch, heads, d_h, rows]. What grows with a sequence may be
-kept in int8 (`kernels.key_value`).
+Keys are rotated when they are written. Keys and values are [batch, heads, d_h, rows]. Keys and values that grow with a
+sequence may be int8 (`kernels.key_value`).
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from tlinformer_jax.parallel.sharding import SplitRows
 
 Carry = TypeVar("Carry")
 
-# Capacities are rounded up to a length class, at most 1.3 times the rows needed: three per octave.
+# Capacities are rounded up to a length class, at most 1.3 times the rows needed. There are three classes per octave.
 CLASS_STEPS = (16, 20, 26)
 SMALLEST_CLASS = 1024
 # Rows of history that `prefill` and `slide` process at once.
 CHUNK_ROWS = 32768
-# A loop of unknown length waits for the host once per round. It takes about this many rounds.
+# A loop of unknown length waits for the host once per round. This is about the number of rounds.
 ROUNDS = 4
 
 
@@ -40,20 +40,20 @@ class WindowedCache:
     """State of TLinFormer or TConstFormer between tokens.
 
     Attributes:
-      tokens: ids of history and generation window. A slide needs the history's again, because
-        every block but the first sees a history that depends on the window.
-      history: per block, keys and values of all history rows under `compress`; empty for
-        TConstFormer, whose window does not read them.
-      context: of the compressed context, under each block's hidden and `restore` layers,
+      tokens: ids of history and generation window. A slide reads those of the history again, because the history of
+        every block but the first depends on the window.
+      history: for each block, keys and values of all history rows in its `compress` layer; empty for TConstFormer,
+        whose window does not read the history.
+      context: keys and values of the compressed context in each block's hidden and `restore` layers,
         [num_blocks * (hidden_depth + 1), batch, heads, d_h, observed capacity].
-      window: of the generation window under every layer, [num_layers, batch, heads, d_h, o + W_og]; of all windows but
-        the first the first o rows are those that overlap the window before.
+      window: keys and values of the generation window in every layer, [num_layers, batch, heads, d_h, o + W_og]. Except
+        in the first window, the first o rows overlap the window before.
       history_length: n of each sequence.
       observed_length: valid rows of the compressed context.
       window_length: rows of the generation window so far.
-      capacity: rows of history there is room for (static).
-      split: how the rows of `history` are split over devices, inside `jax.shard_map` (static).
-        A device has everything else whole. None for one device.
+      capacity: most rows of history (static).
+      split: how the rows of `history` are split over devices, inside `jax.shard_map` (static); None for one device.
+        Each device has all other arrays whole.
     """
 
     tokens: Int[Array, "batch ids"]
@@ -73,24 +73,24 @@ class WindowedCache:
 
     @property
     def room(self) -> int:
-        """Rows of history that one device has room for."""
+        """Most rows of history on one device."""
         return self.capacity if self.split is None else self.capacity // self.split.parts
 
     @property
     def position(self) -> Int[Array, " batch"]:
-        """Tokens so far, which is the next token's position."""
+        """Number of tokens so far, which is the next token's position."""
         return self.history_length + self.window_length
 
     def tokens_before(self, row: Int[Array, "..."], positions: Int[Array, " count"]) -> Int[Array, " count"]:
-        """Ids that precede these positions of a sequence, or of one each; NO_TOKEN at position 0."""
+        """Returns the ids before these positions of sequence `row`, or of sequences `row`; NO_TOKEN at position 0."""
         return jnp.where(positions == 0, NO_TOKEN, self.tokens[row, positions - 1])
 
     def last_token(self) -> Int[Array, " batch"]:
-        """Of each sequence; NO_TOKEN where there is none."""
+        """Returns each sequence's last token; NO_TOKEN if it has none."""
         return self.tokens_before(jnp.arange(self.tokens.shape[0]), self.position)
 
     def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, CachedRows | None]:
-        """What a token reads: its window, and the history in `compress`, else the compressed context."""
+        """Returns the rows that a token reads: its window, and the history (`compress`) or the compressed context."""
         window = CachedRows(self.window, self.window_length, layer)
         block, depth = divmod(layer, config.layers_per_block)
         if depth > 0:
@@ -103,7 +103,7 @@ class WindowedCache:
         return window, CachedRows(self.history[block], length, split=split)
 
     def with_token(self, tokens: Int[Array, " batch"], own: KeyValue, active: Bool[Array, " batch"]) -> "WindowedCache":
-        """With a new token of every active sequence; `own` are its keys and values, by layer."""
+        """Adds a new token to every active sequence; `own` contains its keys and values in each layer."""
         rows = jnp.arange(tokens.shape[0])
         return dataclasses.replace(
             self,
@@ -118,12 +118,12 @@ class LayeredCache:
     """State of a baseline between tokens.
 
     Attributes:
-      layers: keys and values under every layer of attention, [layers, batch, heads, d_h, capacity]. For a
-        sliding window the capacity is the window minus one; row `position % capacity` holds a position.
-      length: tokens so far.
-      capacity: rows there is room for (static).
+      layers: keys and values in every attention layer, [layers, batch, heads, d_h, capacity]. For a sliding window the
+        capacity is the window minus one, and row `position % capacity` contains a position.
+      length: number of tokens so far.
+      capacity: most rows (static).
       last: each sequence's last token, NO_TOKEN before the first; None without `config.token_shift`.
-      state: of the Gated DeltaNet layers, [layers, batch, ...]; None without any. It does not grow.
+      state: states of the Gated DeltaNet layers, [layers, batch, ...], which do not grow; None without such layers.
     """
 
     layers: KeyValue
@@ -143,28 +143,28 @@ class LayeredCache:
         return self.length
 
     def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, None]:
-        """What a token reads in a layer, counted among those of attention."""
+        """Returns the rows that a token reads; `layer` counts attention layers only."""
         return CachedRows(self.layers, jnp.minimum(self.length, self.capacity), layer), None
 
     def last_token(self) -> Int[Array, " batch"] | None:
-        """Of each sequence; NO_TOKEN where there is none."""
+        """Returns each sequence's last token, NO_TOKEN if it has none; None without `config.token_shift`."""
         return self.last
 
     def with_token(
         self, tokens: Int[Array, " batch"], own: KeyValue | None, active: Bool[Array, " batch"]
     ) -> "LayeredCache":
-        """With one more row of every active sequence; those of a sliding window go round."""
+        """Adds a row to every active sequence; a sliding window overwrites its oldest row."""
         layers = self.layers if own is None else write_row(self.layers, own, self.length % self.capacity, active)
         last = None if self.last is None else jnp.where(active, tokens, self.last)
         return dataclasses.replace(self, layers=layers, length=self.length + active, last=last)
 
     def state_of(self, layer: int) -> DeltaState:
-        """That of a Gated DeltaNet layer, counted among those."""
+        """Returns the state of a Gated DeltaNet layer; `layer` counts Gated DeltaNet layers only."""
         assert self.state is not None
         return jax.tree.map(lambda array: array[layer], self.state)
 
     def with_states(self, states: Sequence[DeltaState], active: Bool[Array, " batch"]) -> "LayeredCache":
-        """With the states, by layer, of every active sequence after one more token."""
+        """Replaces the states of active sequences by `states`, one for each Gated DeltaNet layer."""
         if not states:
             return self
 
@@ -178,7 +178,7 @@ Cache = WindowedCache | LayeredCache
 
 
 def length_class(rows: int) -> int:
-    """The smallest length class that holds `rows`."""
+    """Returns the smallest length class of at least `rows` rows."""
     scale = SMALLEST_CLASS // CLASS_STEPS[0]
     while scale * CLASS_STEPS[-1] < rows:
         scale *= 2
@@ -186,35 +186,35 @@ def length_class(rows: int) -> int:
 
 
 def capacity_for(config: ModelConfig, tokens: int, final: int | None = None, parts: int = 1) -> int:
-    """Rows of a cache for sequences of up to `tokens` tokens, in the end `final` if that is known.
+    """Returns the rows of a cache, split over `parts` devices, for sequences of up to `tokens` tokens.
 
-    A cache at most one class short of what it needs in the end gets that, without slack. The rows
-    are split over `parts` devices.
+    `final` is the number of tokens in the end, if known: a large cache that is at most one length class too small for
+    `final` gets the rows for `final` at once, with little slack.
     """
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window - 1
     if not config.grows:
-        return 1  # of no layer
+        return 1  # no layer has rows
     rows, last = (-(-stored_rows(config, length) // parts) for length in (tokens, final or tokens))
     if last * 10 <= rows * 13 and last > CHUNK_ROWS:
-        granule = min(4 * CHUNK_ROWS, 1 << (last.bit_length() - 4))  # an eighth of it at most
+        granule = min(4 * CHUNK_ROWS, 1 << (last.bit_length() - 4))  # at most an eighth of `last`
         return -(-last // granule) * granule * parts
     return length_class(rows) * parts
 
 
 def stored_rows(config: ModelConfig, tokens: int) -> int:
-    """Rows that grow with a sequence of `tokens` tokens: history rows, or for a baseline all."""
+    """Returns the rows that a cache stores for `tokens` tokens: those of the history, or for a baseline all."""
     return history_of(config, tokens) if config.windowed else tokens
 
 
 def history_of(config: ModelConfig, tokens: int) -> int:
-    """n of a sequence of `tokens` tokens, the last of which is always among those that the window predicts from."""
+    """Returns n of a sequence of `tokens` tokens; the last token is always in the generation window."""
     size = config.generation_window
     return max((max(tokens, 1) - 1) // size * size - config.window_overlap, 0)
 
 
 def chunk_rows(capacity: int, most: int | None = None) -> int:
-    """Rows processed at once, at most `most` (None: CHUNK_ROWS); they divide the capacity."""
+    """Returns the rows processed at once: a divisor of `capacity`, at most `most` (None: CHUNK_ROWS)."""
     most = CHUNK_ROWS if most is None else most
     return capacity if capacity <= most else min(most, capacity & -capacity)
 
@@ -226,9 +226,9 @@ def for_chunks(
     carry: Carry,
     most: int | None = None,
 ) -> Carry:
-    """Runs `carry = body(first row, carry)` over the chunks of rows that hold the first `length`.
+    """Runs `carry = body(first row, carry)` over the chunks that contain the first `length` rows.
 
-    It continues to the end of a round, at most a quarter of the capacity further.
+    The loop continues to the end of a round, which is at most a quarter of the capacity.
     """
     size = chunk_rows(capacity, most)
     chunks = capacity // size
@@ -242,25 +242,25 @@ def for_chunks(
 
 
 def check_cache_dtype(config: ModelConfig, cache_dtype: str) -> None:
-    """Refuses an int8 cache where nothing grows with a sequence."""
+    """Raises a ConfigError for an int8 cache if no keys and values grow with a sequence."""
     if cache_dtype == INT8 and not has_growing_rows(config):
         allowed = f"is for caches that grow, which those of model.architecture = {config.architecture!r} do not"
         raise ConfigError("generation.cache_dtype", cache_dtype, allowed)
 
 
 def has_growing_rows(config: ModelConfig) -> bool:
-    """Whether keys and values that grow with a sequence are cached: TConstFormer keeps its tokens alone."""
+    """Returns whether cached keys and values grow with a sequence; in TConstFormer only the tokens grow."""
     return config.grows and config.architecture != "tconstformer"
 
 
 def init_cache(
     config: ModelConfig, batch: int, capacity: int, split: SplitRows | None = None, cache_dtype: str = "auto"
 ) -> Cache:
-    """An empty cache for `batch` sequences of up to `capacity` rows, a multiple of the split's parts."""
+    """Returns an empty cache for `batch` sequences of up to `capacity` rows, a multiple of the split's parts."""
     check_cache_dtype(config, cache_dtype)
 
     def rows(count: int, *leading: int, parts: int = 1, dtype: str = "auto") -> KeyValue:
-        # Zeros, because a masked value still gets weight 0. Arrays of their own, because they are donated.
+        # Zeros, since masked values are multiplied by 0 and must be finite. Separate arrays, since they are donated.
         width = parts * padded_rows(count // parts)
         shape = (*leading, batch, config.num_heads, config.head_dim, width)
         if dtype != INT8:
@@ -283,7 +283,7 @@ def init_cache(
     parts = 1 if split is None else split.parts
     kept = config.num_blocks if config.architecture == "tlinformer" else 0
     return WindowedCache(
-        # The slice of an observation window may reach past its valid rows.
+        # Slices of an observation window may reach past its valid rows.
         tokens=jnp.zeros((batch, capacity + max(own, observed)), jnp.int32),
         history=tuple(rows(capacity, parts=parts, dtype=cache_dtype) for _ in range(kept)),
         context=rows(observed, config.num_blocks * (config.hidden_depth + 1)),
@@ -297,5 +297,5 @@ def init_cache(
 
 
 def padded_rows(rows: int) -> int:
-    """`rows` rounded up to whole vectors of 128 lanes, on accelerators."""
+    """Rounds `rows` up to whole vectors of 128 lanes, on accelerators."""
     return rows if platform() == "cpu" else -(-rows // 128) * 128

@@ -1,6 +1,6 @@
-"""The decoder: the token step, the loop that generates on the device, one interface to all models.
+"""The decoder: the token step, the loop that generates on the device, and one interface to all architectures.
 
-`prefill` and `slide` are in `windowed`, the baselines' `prefill` in `layered`.
+`prefill` and `slide` are in `windowed`; the baselines' `prefill` is in `layered`.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ from tlinformer_jax.models.layers import update
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.models.rope import rope_table
 
-# Steps between two tests of the loop's condition, each of which waits for the host.
+# Steps between two tests of the loop's condition. Each test waits for the host.
 STEPS_PER_TEST = 4
 
 
@@ -46,8 +46,7 @@ def step(
 ) -> tuple[Cache, Float[Array, "batch V"]]:
     """Feeds one token to every active sequence; returns the cache and the next tokens' logits.
 
-    Full windows must slide first. Of the other sequences nothing changes, and their logits mean
-    nothing.
+    Full windows must slide first. Inactive sequences do not change; their logits have no meaning.
     """
     before = cache.last_token() if config.token_shift else None
     embedded, rope = (
@@ -67,7 +66,7 @@ def step(
         else:
             x, row = token_layer(layer, config, x, rope, *cache.read_by(config, place), key_rows=key_rows)
             rows.append(row)
-        key_rows = None  # of the first layer
+        key_rows = None  # only the first layer has key rows
     if isinstance(cache, LayeredCache):
         cache = cache.with_states(states, active)
     own: Any = jax.tree.map(lambda *layers: jnp.stack(layers), *rows) if rows else None
@@ -76,13 +75,13 @@ def step(
 
 @flax.struct.dataclass
 class Sequences:
-    """State of each sequence beside its cache.
+    """State of each sequence besides its cache.
 
     Attributes:
-      token: sampled last and not yet fed.
-      keys: of the random numbers.
+      token: the last sampled token, which has not been fed yet.
+      keys: random keys.
       active: false for sequences that have ended.
-      seen: tokens of prompt and continuation; None without a repetition penalty.
+      seen: which tokens occur in prompt and continuation; None without a repetition penalty.
     """
 
     token: Int[Array, " batch"]
@@ -103,11 +102,11 @@ def sample_next(
     positions: Int[Array, " batch"],
     logits: Float[Array, "batch V"],
 ) -> tuple[Sequences, Int[Array, " batch"], Float[Array, " batch"] | None]:
-    """Samples a token for every active sequence; a stop token (-1 is none) ends its sequence.
+    """Samples a token for every active sequence; a stop token ends its sequence (-1 in `stop_tokens` is padding).
 
     Returns:
-      the sequences; the tokens, -1 for the others and for logits that are not finite, which end
-      their sequence; log-probabilities, or None if not asked for.
+      the sequences; the tokens; and the log-probabilities, None if not requested. The token is -1 for inactive
+      sequences, and for logits that are not finite, which end the sequence.
     """
     token, logprobs = sample(logits, sequences.keys, positions, sequences.seen, sampler)
     token = jnp.where(active, token, -1)
@@ -135,17 +134,17 @@ def run_steps(
 ) -> tuple[Cache, Sequences, Tokens, LogProbs]:
     """Feeds and samples up to `limit` <= MAX_STEPS tokens for every active sequence.
 
-    It ends early when none is active. No active sequence's window may fill up before the last step.
+    The loop ends early if no sequence is active. No active sequence's window may fill up before the last step.
 
     Returns:
-      the cache, the sequences, and for each of MAX_STEPS steps tokens and log-probabilities (or
-      None); -1 and 0 where nothing was sampled.
+      the cache; the sequences; and tokens and log-probabilities (or None) of MAX_STEPS steps, -1 and 0 for steps in
+      which nothing was sampled.
     """
     batch = sequences.token.shape[0]
     tokens = jnp.full((MAX_STEPS, batch), -1, jnp.int32)
     logprobs = jnp.zeros((MAX_STEPS, batch), jnp.float32) if sampler.logprobs else None
 
-    def one_step(number: Int[Array, ""], state: Any) -> Any:  # past the limit it changes nothing
+    def one_step(number: Int[Array, ""], state: Any) -> Any:  # changes nothing past the limit
         cache, sequences, tokens, logprobs = state
         active = sequences.active & (number < limit)
         cache, logits = step(params, config, cache, sequences.token, active)
@@ -168,16 +167,16 @@ def run_steps(
 
 
 class Decoder:
-    """A model's parameters, on every device of the mesh, and what is done with a cache.
+    """A model's parameters, on every device of the mesh, with the operations on a cache.
 
-    The methods donate the cache they are given: use the one they return. The caller keeps the
-    lengths of the sequences, and so knows when to slide.
+    The methods donate their cache argument: use the returned cache. The caller tracks the lengths of the sequences, and
+    decides when to slide.
     """
 
     def __init__(self, model: LanguageModel, variables: Mapping[str, Any], mesh: Mesh | None = None) -> None:
-        """Takes a model of any architecture and its variables, {"params": ...}.
+        """Converts the variables, {"params": ...}, of a model of any architecture.
 
-        The mesh's axis `context` splits the rows of the history; other axes hold copies.
+        The mesh's axis `context` splits the rows of the history; the other axes hold copies.
         """
         self.config, self.mesh = model.config, mesh
         split = spread.split_of(mesh, self.config)
@@ -187,15 +186,17 @@ class Decoder:
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
 
     def init_cache(self, batch: int, tokens: int, final: int | None = None, cache_dtype: str = "auto") -> Cache:
-        """An empty cache for sequences of up to `tokens` tokens, in the end `final` if known.
+        """Returns an empty cache for sequences of up to `tokens` tokens.
 
-        `cache_dtype` is that of `sampling.GenerationConfig`.
+        Args:
+          final: tokens of the longest sequence in the end; None if not known.
+          cache_dtype: see `sampling.GenerationConfig`.
         """
         capacity = capacity_for(self.config, tokens, final, self.devices)
         return spread.init_spread_cache(self.config, batch, capacity, self.mesh, cache_dtype)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
-        """Fills sequence `row` from its prompt, int [length >= 1]; returns also the next token's logits."""
+        """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the next token's logits."""
         length = len(prompt)
         room = cache.tokens.shape[1] if isinstance(cache, WindowedCache) else length_class(length)
         padded = np.zeros((room,), np.int32)
@@ -213,7 +214,7 @@ class Decoder:
         return self._call(step, cache, tokens, active)
 
     def run_steps(self, cache: Cache, *arguments: Any) -> tuple[Cache, Sequences, Tokens, LogProbs]:
-        """`run_steps` with the sequences, sampler, stop tokens and limit."""
+        """Calls `run_steps` with the arguments after `cache`: sequences, sampler, stop tokens and limit."""
         return self._call(run_steps, cache, *arguments)
 
     def slide(self, cache: WindowedCache, row: int, tokens: int) -> WindowedCache:
@@ -222,9 +223,9 @@ class Decoder:
         return self._call(windowed.slide, cache, np.int32(row), observed)
 
     def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:
-        """Gives the cache room for sequences of `tokens` tokens if it has less; `final` as above.
+        """Grows the cache if it has no room for sequences of `tokens` tokens; `final` as in `init_cache`.
 
-        Of a single sequence it drops what the slide rebuilds that must follow.
+        With a single sequence, the rows that the next slide rebuilds are dropped: a slide must follow.
         """
         config = self.config
         if not config.grows or stored_rows(config, tokens) <= cache.capacity:

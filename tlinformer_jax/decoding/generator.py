@@ -1,4 +1,4 @@
-"""The generator: prompts in, tokens or text out, at once or as they come."""
+"""The generator: prompts in, tokens or text out, all at once or as a stream."""
 
 import dataclasses
 import pathlib
@@ -23,12 +23,12 @@ from tlinformer_jax.models.model import LanguageModel, build_model
 
 Prompts = Sequence[str] | Sequence[Sequence[int] | np.ndarray]
 
-# Most tokens per device call where somebody waits for them.
+# Most tokens per device call when streaming.
 STREAM_CHUNK = 16
 
 
 class CacheWarning(UserWarning):
-    """A cache is rebuilt although the one of the call before could have been continued."""
+    """A cache is rebuilt although the previous call's cache could have been continued."""
 
 
 class Generator:
@@ -36,8 +36,8 @@ class Generator:
 
     The options of all methods are the fields of `sampling.GenerationConfig`.
 
-    Prompts of any lengths are generated together, and each gets the tokens that it would get alone
-    (exactly in float32 on the CPU; elsewhere as far as rounding changes no choice).
+    Prompts of different lengths run as one batch. Each prompt gets the tokens that it would get alone: exactly in
+    float32 on the CPU; elsewhere unless rounding changes a choice.
     """
 
     def __init__(
@@ -47,51 +47,54 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        """Takes a model, its variables {"params": ...}, and a tokenizer for texts and stop strings.
+        """Prepares generation with a model.
 
-        Several devices come as a mesh made by `decoding.context_mesh`.
+        Args:
+          variables: the model's variables, {"params": ...}.
+          tokenizer: needed for text prompts, text output and stop strings.
+          mesh: from `decoding.context_mesh`; None for one device.
         """
         if tokenizer is not None:
             check_vocab(tokenizer, model.config.vocab_size)
-        # From the host: parameters split over a mesh would split the cache.
+        # Take the parameters from the host: if they were split over a mesh, the cache would be, too.
         host = jax.device_get(dict(variables))
         self.decoder = Decoder(model, jax.tree.map(jnp.asarray, host) if mesh is None else host, mesh)
         self.tokenizer = tokenizer
-        # Of the call before: prompts, and new tokens as they come.
+        # Prompts and new tokens (which grow while streaming) of the previous call.
         self._before: list[tuple[np.ndarray, list[int]]] = []
 
     @classmethod
     def from_workdir(
         cls, workdir: str | pathlib.Path, step: int | None = None, mesh: Mesh | None = None
     ) -> "Generator":
-        """Loads the newest good checkpoint of a training run, or that of `step`."""
+        """Loads a training run's checkpoint of `step`, or by default its newest valid checkpoint."""
         from tlinformer_jax.config.run import load_config
         from tlinformer_jax.training.checkpoint import load_params
 
         workdir = local_path(workdir, "workdir")
         config, tokenizer = load_config(workdir).model, load_tokenizer(workdir)
         check_vocab(tokenizer, config.vocab_size)
-        split_of(mesh, config)  # before anything is loaded
+        split_of(mesh, config)  # raises errors before anything is loaded
         _, params = load_params(workdir, config, step)
         return cls(build_model(config), {"params": params}, tokenizer, mesh)
 
     def generate_tokens(self, prompts: Sequence[Sequence[int] | np.ndarray], **options: Any) -> list[list[int]]:
-        """The new tokens of each prompt (one or more token ids), the stop token included.
+        """Returns the new tokens of each prompt (one or more token ids), including the stop token.
 
         Raises:
-          UserError: for prompts and options that are not allowed, and logits that are not finite.
+          UserError: if a prompt or option is not allowed, or logits are not finite.
         """
         stream = self._stream(prompts, options, show_text=False)
         return [generation.tokens for generation in _completed(stream)]
 
     def generate(self, texts: Sequence[str], **options: Any) -> list[str]:
-        """The continuation of each text, up to the end of the text or a stop string."""
+        """Returns the continuation of each text, up to the end-of-text token or a stop string."""
         return [generation.text for generation in _completed(self._stream(texts, options))]
 
     def run(self, prompts: Prompts, **options: Any) -> list[Generation]:
-        """Tokens, text, log-probabilities and costs of each prompt.
+        """Returns tokens, text, log-probabilities and costs of each prompt.
 
-        Ctrl-C ends it early and returns what there is, with finish_reason 'interrupted'.
+        After Ctrl-C it returns the results so far, with finish_reason 'interrupted'.
         """
         stream = self._stream(prompts, options)
         try:
@@ -101,7 +104,7 @@ class Generator:
             return stream.generations
 
     def stream(self, prompts: Prompts, **options: Any) -> Stream:
-        """An iterator of pieces, which come as soon as they are drawn."""
+        """Returns an iterator of pieces, which yields each piece as soon as it is drawn."""
         return self._stream(prompts, options, chunk=STREAM_CHUNK)
 
     def _stream(
@@ -112,10 +115,10 @@ class Generator:
         chunk: int = MAX_STEPS,
         show_text: bool = True,
     ) -> Stream:
-        """Checks everything, then prepares a stream; `chunk` is the default."""
+        """Checks prompts and options, then prepares a stream; `chunk` is the default of the option."""
         config = GenerationConfig.of(options)
         check_cache_dtype(self.decoder.config, config.cache_dtype)
-        # Python takes a single text for a list of its characters.
+        # A single text would be taken for a list of its characters.
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
             raise UserError("prompts: must be a list of texts, or of lists of token ids")
         tokens = [self._tokens_of(number, prompt) for number, prompt in enumerate(prompts)]
@@ -140,7 +143,7 @@ class Generator:
         return stream
 
     def _tokens_of(self, number: int, prompt: Any) -> np.ndarray:
-        """The checked ids of a prompt, int32 [length >= 1]."""
+        """Checks a prompt and returns its ids, int32 [length >= 1]."""
         where = f"prompt {number}"
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -166,7 +169,7 @@ class Generator:
         return tokens.astype(np.int32)
 
     def _warn_of_continuation(self, prompts: Sequence[np.ndarray]) -> None:
-        """Warns of a prompt that repeats all tokens of the call before and adds less than a window."""
+        """Warns if a prompt repeats all tokens of the previous call and adds fewer than a window."""
         size, windowed = self.decoder.config.generation_window, self.decoder.config.windowed
         for row, prompt in enumerate(prompts if windowed else ()):
             for old, new in self._before:

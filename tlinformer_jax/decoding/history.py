@@ -1,8 +1,7 @@
-"""C of one cached sequence, as `prefill` and `slide` give it to the block: its keys in a cache.
+"""The history C of one cached sequence, as `prefill` and `slide` pass it to the block.
 
-Of a million rows neither C nor their projections fit beside the cache. So C at the entrance of a
-block is a function that makes a chunk of its rows when they are wanted: the embeddings, or what the
-blocks before have restored of them.
+For a million rows, neither C nor its projections fit into memory beside the cache. So C at the entrance of a block is
+a function that computes one chunk of rows at a time: embeddings, or rows that the blocks before have restored.
 """
 
 import dataclasses
@@ -31,15 +30,15 @@ from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project
 from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 
-# Block 0's projections, before rotation, depend on the token alone. Where the history has room for so
-# many times more rows than the vocabulary has tokens, all tokens are projected and rows looked up.
-# With a token shift keys depend on the token before it as well, and every row is projected.
+# Block 0's projections, before rotation, depend only on the token. If the history has room for at least this many rows
+# per token of the vocabulary, the whole vocabulary is projected once, and rows are looked up. With a token shift keys
+# also depend on the token before, so every row is projected.
 ROWS_PER_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceRows:
-    """The history of one sequence, its first `length` tokens: of split rows, those on this device."""
+    """The history of one sequence, its first `length` tokens; if rows are split, this device's rows."""
 
     config: ModelConfig
     cache: WindowedCache
@@ -48,27 +47,27 @@ class SequenceRows:
 
     @property
     def chunk(self) -> int:
-        """Rows that are worked on at once."""
+        """Number of rows processed at once."""
         return chunk_rows(self.cache.room)
 
     @property
     def held(self) -> Int[Array, ""]:
-        """Rows of history that this device has."""
+        """Number of history rows on this device."""
         return self.length if self.cache.split is None else self.cache.split.count(self.length)
 
     def positions(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, " count"]:
-        """Of this device's rows from `start` on, by default of a chunk."""
+        """Returns positions of this device's `count` rows (default: a chunk) from row `start` on."""
         count, split = count or self.chunk, self.cache.split
         if split is not None:
             return split.positions(start, count)
         return start + jnp.arange(count, dtype=jnp.int32)
 
     def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
-        """Rotations of the same rows."""
+        """Returns the rotations of these rows."""
         return rope_table(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
-        """Tokens of the same rows."""
+        """Returns the tokens of these rows."""
         count = count or self.chunk
         tokens, split = self.cache.tokens, self.cache.split
         if split is None:
@@ -77,7 +76,7 @@ class SequenceRows:
         return split.take(ids)
 
     def embed(self, params: DecoderParams, start: Int[Array, ""], count: int | None = None) -> Embedded:
-        """Rows of C of block 0, from the same row on."""
+        """Returns these rows of block 0's C, the embeddings."""
         ids = self.ids(start, count)
         if params.shift is None:
             return embed(params, ids)
@@ -86,17 +85,17 @@ class SequenceRows:
 
 @dataclasses.dataclass(frozen=True)
 class CachedHistory:
-    """C at the entrance of a block; what `block.compress` reads and `block.restore` restores.
+    """C at the entrance of a block, which `block.compress` reads and `block.restore` restores.
 
     Attributes:
-      at: which rows.
-      layer: the block's `compress`.
-      z, z_rope: rows h .. n - 1 of C with their queries, and their rotations; on every device.
-      rows: of C, this device's chunk from a row on, [1, chunk, D].
-      queries: of the same rows, given them, [1, chunk, heads, d_h].
-      keys: caches of keys and values of this block and those that follow, if any are kept.
-      filled: the caches of this block and those before it.
-      key_rows: what keys are made of, as `rows`; None where that is `rows`.
+      at: the sequence and its rows.
+      layer: the block's `compress` layer.
+      z, z_rope: rows h .. n - 1 of C with their queries, and their rotations; the same on every device.
+      rows: function from a row index to the chunk of C's rows from there on (this device's rows).
+      queries: function from a row index and the chunk's rows to the chunk's queries.
+      keys: caches of keys and values that are not filled yet, of this and later blocks; empty for TConstFormer.
+      filled: caches that are filled, of this block and those before; empty for TConstFormer.
+      key_rows: function like `rows` for the input of keys; None if that is `rows`.
     """
 
     at: SequenceRows
@@ -110,7 +109,7 @@ class CachedHistory:
     key_rows: Callable[[Array], Float[Array, "1 chunk D"]] | None = None
 
     def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
-        """attend(Q, Kc, Vc): keys come from the cache, or are made chunk by chunk."""
+        """Returns attend(Q, Kc, Vc); keys come from the cache, or are computed chunk by chunk."""
         at, scale, backend = self.at, config.attention_scale, config.attention
         if self.filled:
             parts = attend_history(query, self.filled[-1], at.row, at.held, scale, at.chunk, backend)
@@ -129,7 +128,7 @@ class CachedHistory:
     def restore(
         self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
     ) -> "CachedHistory":
-        """C' of the next block, its keys cached; rows are kept if it restores them in its turn."""
+        """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
         attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
         restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
 
@@ -145,7 +144,7 @@ class CachedHistory:
         return new._made(keep_rows="q" in parts)
 
     def _made(self, keep_rows: bool) -> "CachedHistory":
-        """With the block's keys in their cache, and with all rows of C in one array, if so asked."""
+        """Fills the cache of this block's keys; with `keep_rows`, also stores all rows of C in one array."""
         if not self.keys and not keep_rows:
             return self
         at, (keys, *rest), backend = self.at, self.keys or (None,), self.at.config.attention
@@ -173,7 +172,7 @@ class CachedHistory:
 def embedded_history(
     params: DecoderParams, at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool
 ) -> CachedHistory:
-    """C of block 0, the embeddings; with `fill` its keys are made, else the cache has them."""
+    """Returns block 0's C, the embeddings; `fill` computes its keys, which the cache otherwise contains already."""
     layer, vocabulary = params.blocks[0].compress, params.embedding[None]
     backend, caches = at.config.attention, at.cache.history
     first, later = caches[:1], caches[1:]

@@ -1,4 +1,4 @@
-"""The baselines' `prefill`, with a cache of every layer's keys, or its state; a token is `decoder.step`."""
+"""The baselines' `prefill`, which caches the keys and values, or the state, of every layer."""
 
 import dataclasses
 
@@ -16,10 +16,10 @@ from tlinformer_jax.models.layers import LayerParams, project, update
 from tlinformer_jax.models.model import attention_window
 from tlinformer_jax.models.rope import rope_table
 
-# Rows of a prompt worked on at once where no fused kernel keeps their scores out of memory.
+# Rows of a prompt processed at once without a fused kernel, which would keep their scores out of memory.
 PLAIN_CHUNK_ROWS = 1024
 
-# x, keys and values of a prompt.
+# Types of x, and of the keys and values of a prompt.
 Rows = Float[Array, "1 length D"]
 Heads = Float[Array, "1 length h k"]
 LayerRows = tuple[Rows, Heads, Heads]
@@ -33,15 +33,15 @@ def prefill(
     prompt: Int[Array, " padded"],
     length: Int[Array, ""],
 ) -> tuple[LayeredCache, Float[Array, " V"]]:
-    """Fills the cache of sequence `row` from its prompt; returns also the next token's logits.
+    """Fills the cache of sequence `row` from its prompt; returns the cache and the next token's logits.
 
-    The prompt has `length` >= 1 tokens, and padding up to a length class.
+    The prompt has `length` >= 1 tokens and is padded to a length class.
     """
     embedded, layers, capacity, states = embed(params, prompt[None]), cache.layers, cache.capacity, cache.state
 
     def kept(rows: Heads) -> Float[Array, "1 1 rows h k"]:
         if config.architecture == "sliding_window":
-            # Row r holds the last position before `length` that is r modulo the capacity.
+            # Row r contains the last position before `length` that equals r modulo the capacity.
             position = length - 1 - (length - 1 - jnp.arange(capacity)) % capacity
             rows = jnp.take(rows, jnp.maximum(position, 0), axis=1)
         return rows[None, :, : layers.rows]
@@ -54,7 +54,7 @@ def prefill(
             states = jax.tree.map(lambda array, new, at=index: array.at[at, row].set(new[0]), states, state)
             continue
         x, key, value = _layer(layer, config, x, length, key_rows)
-        key_rows = None  # of the first layer
+        key_rows = None  # only the first layer has key rows
         layers = write_plainly(layers, [kept(key), kept(value)], (index, row))
     last = jax.lax.dynamic_index_in_dim(x[0], length - 1, keepdims=False)
     end = None if cache.last is None else cache.last.at[row].set(prompt[length - 1])
@@ -63,7 +63,7 @@ def prefill(
 
 
 def _delta_layer(layer: DeltaParams, config: ModelConfig, x: Rows, length: Int[Array, ""]) -> tuple[Rows, DeltaState]:
-    """A Gated DeltaNet layer over the first `length` rows of a prompt, chunk by chunk; and the state after them."""
+    """Runs a Gated DeltaNet layer on the first `length` rows of a prompt, chunk by chunk; returns rows and state."""
     size = chunk_rows(x.shape[1])
 
     def body(start: Int[Array, ""], carry: tuple[Rows, DeltaState]) -> tuple[Rows, DeltaState]:
@@ -78,7 +78,7 @@ def _delta_layer(layer: DeltaParams, config: ModelConfig, x: Rows, length: Int[A
 def _layer(
     layer: LayerParams, config: ModelConfig, x: Rows, length: Int[Array, ""], key_rows: Rows | None = None
 ) -> LayerRows:
-    """One layer over the first `length` rows of a prompt, chunk by chunk."""
+    """Runs an attention layer on the first `length` rows of a prompt, chunk by chunk; returns x, keys and values."""
     most = None if fused_kernel(x.dtype) and config.attention != "xla" else PLAIN_CHUNK_ROWS
     size = chunk_rows(x.shape[1], most)
     window = attention_window(config)
@@ -96,5 +96,5 @@ def _layer(
         x = jax.lax.dynamic_update_slice_in_dim(x, update(layer, chunk, attended), start, axis=1)
         return x, keys, values
 
-    empty = jnp.zeros((1, x.shape[1], *layer.out_kernel.shape[:2]), x.dtype)  # heads as padded in the parameters
+    empty = jnp.zeros((1, x.shape[1], *layer.out_kernel.shape[:2]), x.dtype)  # heads padded like the parameters
     return for_chunks(length, x.shape[1], body, (x, empty, empty), most)

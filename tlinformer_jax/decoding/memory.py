@@ -17,7 +17,7 @@ from tlinformer_jax.kernels.key_value import SCALE_DTYPE
 
 @dataclasses.dataclass(frozen=True)
 class PartBytes:
-    """Bytes of one part of a cache: allocated, and of these in use."""
+    """Bytes of one part of a cache: allocated bytes, and how many of them are in use."""
 
     allocated: int
     used: int
@@ -25,15 +25,14 @@ class PartBytes:
 
 @dataclasses.dataclass(frozen=True)
 class CacheBytes:
-    """Bytes of a cache on one device; of a split history on the first device, which has most.
+    """Bytes of a cache on one device; if the history is split, on the first device, which has most rows.
 
     Attributes:
-      parts: by the names of the cache's fields; its counts of rows are `lengths`.
-      paper: of all devices together by the paper's equation 7,
-        2 * tokens * D * bytes * layers / (H + 2); for the baselines without the divisor, by their layers of
-        attention; None for caches that do not grow.
-      devices: that the history is split over; each has everything else whole.
-      cache_dtype: of what grows: 'auto', or 'int8', with scales in `parts` and without in `paper`.
+      parts: bytes by field of the cache; 'lengths' is the sum of the fields that count rows.
+      paper: bytes on all devices together by the paper's equation 7, 2 * tokens * D * bytes * layers / (H + 2). For the
+        baselines 2 * tokens * D * bytes * attention layers. None for caches that do not grow.
+      devices: number of devices that the history is split over; each has all other parts whole.
+      cache_dtype: 'auto', or 'int8' for the parts that grow; `parts` includes the scales of int8, `paper` does not.
     """
 
     parts: dict[str, PartBytes]
@@ -43,12 +42,12 @@ class CacheBytes:
 
     @property
     def allocated(self) -> int:
-        """Bytes of all arrays."""
+        """Allocated bytes of all parts."""
         return sum(part.allocated for part in self.parts.values())
 
     @property
     def used(self) -> int:
-        """Bytes in use."""
+        """Bytes in use in all parts."""
         return sum(part.used for part in self.parts.values())
 
     def __str__(self) -> str:
@@ -60,9 +59,9 @@ class CacheBytes:
 
 
 def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> CacheBytes:
-    """Bytes by part of a cache, which may be donated or abstract, for sequences of these lengths.
+    """Returns the bytes of a cache, which may be donated or abstract, for sequences of these lengths.
 
-    A full window has not been slid.
+    Assumes that a full window has not slid yet.
     """
     tokens, batch = sum(lengths), len(lengths)
     cache_dtype = cache.cache_dtype
@@ -97,24 +96,24 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
 
 
 def row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:
-    """Bytes of the key and the value of one token under one layer; in int8 with their scales."""
+    """Returns the bytes of one token's key and value in one layer, including the scales of int8."""
     scales = 2 * config.num_heads * jnp.dtype(SCALE_DTYPE).itemsize if cache_dtype == INT8 else 0
     return paper_row_bytes(config, cache_dtype) + scales
 
 
 def paper_row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:
-    """The same without scales, which the paper does not know."""
+    """Returns the same as `row_bytes` without scales, which are not in the paper's equation."""
     return 2 * config.d_model * (1 if cache_dtype == INT8 else config.compute_dtype.itemsize)
 
 
 def cache_bytes_at(config: ModelConfig, tokens: int) -> CacheBytes:
-    """Bytes of the cache of one sequence of `tokens` tokens, without allocating one."""
+    """Returns the bytes of the cache of one sequence of `tokens` tokens, without allocating it."""
     cache = jax.eval_shape(functools.partial(init_cache, config, 1, capacity_for(config, tokens)))
     return cache_bytes(config, cache, [tokens])
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of a pytree's arrays, or of their shapes, on one device."""
+    """Returns the bytes of a pytree's arrays (or abstract arrays) on one device."""
 
     def shape(leaf: Any) -> tuple[int, ...]:
         sharding = getattr(leaf, "sharding", None)

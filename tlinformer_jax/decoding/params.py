@@ -1,4 +1,4 @@
-"""Parameters as the decoder reads them: cast once, so that a token reads bfloat16 weights and casts none."""
+"""Parameters for the decoder, cast to the compute dtype once instead of for every token."""
 
 from typing import Any
 
@@ -20,13 +20,13 @@ class DecoderParams:
     """A model's parameters in the compute dtype.
 
     Attributes:
-      embedding: also the output head.
-      blocks: of the windowed architectures, else empty; from `prepare_layers`, for many rows at once.
-      wide_layers: of the baselines, the same.
-      layers: all layers in order, whatever the architecture, for one row per sequence; those of Gated DeltaNet are
-        the same for one row and for many.
-      norm_scale, norm_bias: of the final LayerNorm.
-      shift: of the tokens; None without `config.token_shift`.
+      embedding: the embedding, which is also the output head.
+      blocks: blocks of a windowed architecture (else empty), from `prepare_layers`, for many rows at once.
+      wide_layers: layers of a baseline (else empty), from `prepare_layers`, for many rows at once.
+      layers: all layers of any architecture in order, for one row per sequence. Gated DeltaNet layers have the same
+        form for one row and for many.
+      norm_scale, norm_bias: parameters of the final LayerNorm.
+      shift: parameter of the token shift; None without `config.token_shift`.
     """
 
     embedding: Float[Array, "V D"]
@@ -39,7 +39,7 @@ class DecoderParams:
 
 
 def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
-    """Casts a model's parameters; a pure function, to be jitted once."""
+    """Casts a model's parameters and converts them to the decoder's form."""
     dtype, multiple = config.compute_dtype, head_multiple(config.compute_dtype, config.attention)
     layers: tuple[Any, ...] = params.layers or tuple(layer for block in params.blocks for layer in block.layers())
     return DecoderParams(
@@ -57,7 +57,7 @@ def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
 
 
 def embed(params: DecoderParams, tokens: Int[Array, "*shape"], before: Int[Array, "*shape"] | None = None) -> Embedded:
-    """`models.model.embed` of ids that the caller has checked to be in the vocabulary."""
+    """Embeds ids like `models.model.embed`; the caller has checked that they are in the vocabulary."""
     rows = jnp.take(params.embedding, tokens, axis=0, mode="clip")
     if params.shift is None or before is None:
         return shifted(params.shift, rows)
@@ -66,5 +66,5 @@ def embed(params: DecoderParams, tokens: Int[Array, "*shape"], before: Int[Array
 
 
 def logits_of(params: DecoderParams, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
-    """Logits, float32, of hidden states before the final LayerNorm."""
+    """Returns float32 logits of hidden states before the final LayerNorm."""
     return output_logits(layer_norm(hidden, params.norm_scale, params.norm_bias), params.embedding)

@@ -1,15 +1,15 @@
-"""The options of a generation, and the choice of the next token from its logits.
+"""The options of a generation, and sampling of the next token from its logits.
 
-Settings of the choice apply in this order, that of Hugging Face transformers, so that settings carry over:
+Sampling applies its settings in the order of Hugging Face transformers, so that values carry over:
 
 1. repetition_penalty divides positive logits of tokens seen before, and multiplies negative ones;
-2. temperature divides all logits; at 0 the largest is taken (greedy) and the rest does not apply;
+2. temperature divides all logits; 0 means the largest logit (greedy), and the later settings do not apply;
 3. top_k keeps the k largest logits;
-4. top_p keeps the smallest set of the likeliest remaining tokens whose renormalised mass is at least p;
+4. top_p keeps the smallest set of most probable remaining tokens with a renormalised mass of at least p;
 5. min_p keeps tokens with at least min_p times the largest probability;
-6. a token is drawn with Gumbel noise that depends on (key, position, token id) only.
+6. a token is drawn with Gumbel noise that depends only on (key, position, token id).
 
-Among equal logits lower token ids win. The largest logit is always kept.
+Among equal logits the lower token id wins. The largest logit is always kept.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from tlinformer_jax.errors import ConfigError
 
-# Neither these nor their reciprocals overflow or flush to zero.
+# Bounds of factors: neither these numbers nor their reciprocals overflow or flush to zero.
 _LEAST, _MOST = 1e-30, 1e30
 # JAX keeps 32 bits of a seed; larger seeds would repeat others.
 _SEEDS = 2**32
 NO_TOKEN = -1
 # Most tokens that one call of the device returns for each sequence.
 MAX_STEPS = 256
-# How keys and values that grow with a sequence are kept: in the model's compute dtype, or in int8.
+# Dtypes of cached keys and values that grow with a sequence: the model's compute dtype, or int8.
 INT8 = "int8"
 CACHE_DTYPES = ("auto", INT8)
 
@@ -42,10 +42,10 @@ Mask = Bool[Array, "B V"]
 
 @flax.struct.dataclass
 class Sampler:
-    """How tokens are chosen, as compiled code takes it.
+    """Settings of sampling, as a pytree for compiled code.
 
-    None is off and not compiled; without a temperature the choice is greedy. Other values do not
-    compile again, except of `top_k` and `logprobs`, which are static.
+    A setting of None is off and not compiled; without a temperature sampling is greedy. A different value needs no new
+    compilation, except for `top_k` and `logprobs`, which are static.
     """
 
     temperature: Float[Array, ""] | None = None
@@ -61,20 +61,20 @@ class GenerationConfig:
     """Options of a generation.
 
     Attributes:
-      temperature: 0 is greedy, 1 the model's own distribution.
-      top_k: tokens to keep; None keeps all.
-      top_p: mass to keep, in (0, 1]; None or 1 keeps all.
-      min_p: least probability relative to the largest, in [0, 1]; None or 0 keeps all.
-      repetition_penalty: above 1 discourages tokens of prompt and continuation; 1 is off.
-      seed: sequence i of a batch draws with seed + i; or a list with one seed per sequence.
-      max_new_tokens: most tokens that a sequence gets.
+      temperature: divides the logits; 0 is greedy, 1 the model's own distribution.
+      top_k: number of tokens to keep; None keeps all.
+      top_p: probability mass to keep, in (0, 1]; None or 1 keeps all.
+      min_p: smallest probability relative to the largest, in [0, 1]; None or 0 keeps all.
+      repetition_penalty: above 1 discourages tokens that occur in prompt or continuation; 1 is off.
+      seed: an integer, with which sequence i of a batch draws by seed + i; or a list with one seed per sequence.
+      max_new_tokens: most new tokens of a sequence.
       stop_tokens: ids that end a sequence. None: the tokenizer's end of text if prompts are texts.
-      stop_strings: texts that end a sequence as soon as its continuation holds one of them.
-      logprobs: whether log-probabilities are returned, in nats, under the model's own distribution.
-      chunk: most tokens per device call. Small ones stream sooner and draw fewer tokens after a stop
-        string. None: 16 if text is streamed or a stop string looked for, else 256.
-      cache_dtype: of the cached keys and values that grow with a sequence: 'auto' is the model's compute dtype; 'int8'
-        takes little more than half of bfloat16's memory and of the time to read it, and moves logits a little.
+      stop_strings: texts that end a sequence as soon as its continuation contains one of them.
+      logprobs: whether to return log-probabilities, in nats, under the model's own distribution.
+      chunk: most tokens per device call. A small value streams sooner and draws fewer tokens after a stop string. None:
+        16 when streaming or with stop strings, else 256.
+      cache_dtype: dtype of cached keys and values that grow with a sequence. 'auto' is the model's compute dtype;
+        'int8' needs little more than half of bfloat16's memory and reading time, and changes logits a little.
     """
 
     temperature: float = 0.0
@@ -132,10 +132,10 @@ class GenerationConfig:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "GenerationConfig":
-        """The configuration that keyword options describe.
+        """Returns the configuration for keyword options.
 
         Raises:
-          ConfigError: for an unknown option or a value that is not allowed.
+          ConfigError: if an option is unknown or a value is not allowed.
         """
         known = sorted(field.name for field in dataclasses.fields(cls))
         for name, value in options.items():
@@ -144,7 +144,7 @@ class GenerationConfig:
         return cls(**options)
 
     def sampler(self) -> Sampler:
-        """The settings of the choice that change something, as arrays."""
+        """Returns the settings that are not off, as arrays."""
 
         def unless(off: float, value: float | None) -> Array | None:
             return None if value is None or value == off else jnp.float32(value)
@@ -169,14 +169,14 @@ def sample(
     seen: Mask | None,
     sampler: Sampler,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"] | None]:
-    """Chooses one token per sequence; a row's choice depends on that row of the arguments only.
+    """Samples one token per sequence; the token depends only on the sequence's own row of the arguments.
 
-    A sequence's key is the same at every step; positions make its draws differ. Noise belongs to token
-    ids, not to ranks: rounding that swaps two unlikely tokens changes no other draw.
+    A sequence's key is the same at every step; its position makes the draws differ. Noise is drawn for token ids, not
+    for ranks: if rounding swaps two improbable tokens, no other draw changes.
 
     Returns:
-      tokens; NO_TOKEN (-1) for rows with NaN, +inf, or nothing but -inf.
-      log-probabilities under the softmax of `logits`, NaN for NO_TOKEN; None unless asked for.
+      tokens; NO_TOKEN (-1) for rows with NaN or +inf, or with only -inf.
+      log-probabilities under the softmax of `logits`, NaN for NO_TOKEN; None if not requested.
     """
     scores = penalised(logits, seen, sampler)
     if sampler.temperature is None:
@@ -192,7 +192,7 @@ def sample(
 
 
 def penalised(logits: Logits, seen: Mask | None, sampler: Sampler) -> Logits:
-    """Logits after the repetition penalty."""
+    """Applies the repetition penalty to logits."""
     penalty = sampler.repetition_penalty
     if penalty is None:
         return logits
@@ -202,16 +202,16 @@ def penalised(logits: Logits, seen: Mask | None, sampler: Sampler) -> Logits:
 
 
 def filtered(logits: Logits, sampler: Sampler) -> Logits:
-    """Logits after temperature, top_k, top_p and min_p: the largest is 0, dropped ones are -inf."""
+    """Applies temperature, top_k, top_p and min_p; the largest logit becomes 0, dropped logits become -inf."""
     assert sampler.temperature is not None
     size = logits.shape[-1]
     peak = jnp.max(logits, axis=-1, keepdims=True)
-    # Shifted before the division, a low temperature can overflow to -inf only, which is right.
+    # Subtract the peak first: then a low temperature can only overflow to -inf, which is correct.
     scaled = (logits - jnp.where(jnp.isfinite(peak), peak, 0.0)) / sampler.temperature
     top_k = min(sampler.top_k or size, size)
     kept = scaled
     if sampler.top_p is not None or top_k < size:
-        # One sorted array serves both: top_p applies to what top_k has kept.
+        # top_p applies to the tokens that top_k keeps, so both use one sorted array.
         ordered = -jnp.sort(-scaled, axis=-1) if sampler.top_k is None else jax.lax.top_k(scaled, top_k)[0]
         count = jnp.full_like(peak, top_k, jnp.int32)
         if sampler.top_p is not None:
@@ -223,16 +223,16 @@ def filtered(logits: Logits, sampler: Sampler) -> Logits:
 
 
 def _nucleus(ordered: Float[Array, "B k"], top_p: Float[Array, ""]) -> Int[Array, "B 1"]:
-    """How many of the descending logits, of which the first is 0, make up a mass of top_p."""
-    # A token is dropped if it and all after it weigh at most 1 - p. Summed from the small end, the tail
-    # is not lost in the rounding of a mass near 1.
+    """Returns how many of the descending logits, of which the first is 0, have together a mass of at least top_p."""
+    # A token is dropped if it and all after it have at most a mass of 1 - p. The sum starts at the small end, where
+    # rounding of a mass near 1 cannot lose the tail.
     tails = jax.lax.cumsum(jnp.exp(ordered), axis=1, reverse=True)
     stay = tails > (1.0 - top_p) * tails[:, :1]
     return jnp.maximum(jnp.sum(stay, axis=-1, keepdims=True, dtype=jnp.int32), 1)
 
 
 def _largest(logits: Logits, ordered: Float[Array, "B k"], count: Int[Array, "B 1"]) -> Mask:
-    """Which logits are the first `count` of `ordered`, lower ids first."""
+    """Returns which logits are among the first `count` of `ordered`; lower ids come first."""
     threshold = jnp.take_along_axis(ordered, count - 1, axis=-1)
     above, tied = logits > threshold, logits == threshold
     left = count - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
@@ -240,25 +240,25 @@ def _largest(logits: Logits, ordered: Float[Array, "B k"], count: Int[Array, "B 
 
 
 def _draw(key: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
-    # JAX's default Gumbel noise ends at about 16, which distorts the odds of tokens rarer than 1e-7.
+    # JAX's default Gumbel noise is at most about 16, which distorts the odds of tokens rarer than 1e-7.
     return jax.random.categorical(jax.random.fold_in(key, position), logits, mode="high")
 
 
 def sequence_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
-    """One key per sequence, from one seed each or, for sequence i, seed + i (modulo 2^32)."""
+    """Returns one key per sequence, from a list of seeds or, for sequence i, from seed + i (modulo 2^32)."""
     seeds = _seeds(seed)
     if seeds is None:
         seeds = [(int(seed) + i) % _SEEDS for i in range(batch)]  # type: ignore[arg-type]
     if len(seeds) != batch:
         allowed = f"must be one integer or {batch} of them, one for each sequence"
         raise ConfigError("generation.seed", seeds, allowed)
-    # Draws of JAX's other generators depend on the batch under `vmap`.
+    # With JAX's other generators, draws under `vmap` depend on the batch.
     make = functools.partial(jax.random.key, impl="threefry2x32")
     return jax.vmap(make)(jnp.asarray(np.array(seeds, np.uint32)))
 
 
 def _seeds(seed: int | Sequence[int]) -> list[int] | None:
-    """The checked seeds of a list; None for one number."""
+    """Checks seeds; returns those of a list, or None for a single number."""
     seeds = list(seed) if isinstance(seed, list | tuple | np.ndarray) else None
     for one in [seed] if seeds is None else seeds:
         if not is_integer(one, 0, _SEEDS - 1):
@@ -267,7 +267,7 @@ def _seeds(seed: int | Sequence[int]) -> list[int] | None:
 
 
 def seen_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Which tokens of the vocabulary each prompt holds, for the repetition penalty: bool [B, V]."""
+    """Returns which tokens each prompt contains, bool [B, V], for the repetition penalty."""
     seen = np.zeros((len(prompts), vocab_size), bool)
     for row, prompt in zip(seen, prompts):
         row[prompt] = True
@@ -275,18 +275,18 @@ def seen_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def mark_seen(seen: Mask, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> Mask:
-    """`seen` with the tokens just chosen by active sequences; NO_TOKEN marks nothing."""
-    # An index past the end is dropped; -1 would count from the end.
+    """Marks the new tokens of active sequences in `seen`; NO_TOKEN marks nothing."""
+    # An index past the end is ignored; -1 would count from the end.
     columns = jnp.where(active & (tokens >= 0), tokens, seen.shape[-1])
     return seen.at[jnp.arange(seen.shape[0]), columns].set(True, mode="drop")
 
 
 def is_number(value: Any, least: float, most: float) -> bool:
-    """Whether it is a number in that range, NumPy's included; bool and NaN are not."""
+    """Returns whether `value` is a number (also of NumPy) from `least` to `most`; bool and NaN are not."""
     numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return numeric and bool(least <= value <= most)
 
 
 def is_integer(value: Any, least: int, most: float = float("inf")) -> bool:
-    """Whether it is an integer in that range, NumPy's included; bool is not."""
+    """Returns whether `value` is an integer (also of NumPy) from `least` to `most`; bool is not."""
     return isinstance(value, int | np.integer) and is_number(value, least, most)

@@ -1,8 +1,8 @@
-"""Generation over the devices of a mesh: how a cache lies on them and grows, and what runs there.
+"""Generation on the devices of a mesh: how a cache is split, how it grows, and how functions run on it.
 
-The rows of TLinFormer's history are split over the mesh's axis `context`; every device has everything
-else whole and computes the same of it. The devices talk to each other only where a softmax over the
-history ends. The mesh's other axes hold copies.
+The rows of TLinFormer's history are split over the mesh's axis `context`. Every device has all other arrays whole and
+does the same computations on them. The devices communicate only to merge softmaxes over the history. The mesh's other
+axes hold copies.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ WHOLE = PartitionSpec()
 
 
 def context_mesh(context: int) -> Mesh | None:
-    """A mesh of the first `context` devices for a history split over them; None for one device.
+    """Returns a mesh of the first `context` devices, to split a history over them; None for one device.
 
     Raises:
-      ConfigError: if there are not so many.
+      ConfigError: if this machine has fewer devices.
     """
     devices = jax.local_devices()
     if not 1 <= context <= len(devices):
@@ -38,10 +38,10 @@ def context_mesh(context: int) -> Mesh | None:
 
 
 def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
-    """How a mesh splits the history's rows; None if it does not.
+    """Returns how a mesh splits the history's rows; None if it does not.
 
     Raises:
-      ConfigError: if the architecture has no history that could be split.
+      ConfigError: if the architecture has no history to split.
     """
     if mesh is None or mesh.shape[AXIS] == 1:
         return None
@@ -55,12 +55,12 @@ def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays as every device of the mesh holds them, whole; without a mesh as they are."""
+    """Copies arrays to every device of the mesh; returns them unchanged without a mesh."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, WHOLE))
 
 
 def cache_specs(cache: Cache) -> Any:
-    """A cache whose arrays are replaced by how they lie on a mesh."""
+    """Returns the partition specs of a cache's arrays, as a pytree like the cache."""
     specs: Any = jax.tree.map(lambda _: WHOLE, cache)
     if isinstance(cache, WindowedCache):
         # Rows are the last axis of keys, values and scales.
@@ -72,7 +72,7 @@ def cache_specs(cache: Cache) -> Any:
 def init_spread_cache(
     config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None, cache_dtype: str = "auto"
 ) -> Cache:
-    """`cache.init_cache` on the devices of a mesh: no device ever has more of it than its share."""
+    """Runs `cache.init_cache` on the devices of a mesh; no device ever allocates more than its part."""
     make = functools.partial(init_cache, config, batch, capacity, split_of(mesh, config), cache_dtype)
     if mesh is None:
         return make()
@@ -84,10 +84,10 @@ def init_spread_cache(
 def on_devices(
     function: Callable[..., Any], mesh: Mesh | None, params: Any, config: ModelConfig, cache: Cache, *rest: Any
 ) -> Any:
-    """`function(params, config, cache, *rest)`, run by every device on its share of the cache.
+    """Runs `function(params, config, cache, *rest)` on every device with its part of the cache, which is donated.
 
-    It returns a cache, or a tuple that begins with one; all else is the same on every device. The
-    cache is donated. Without a mesh one device runs the function.
+    The function must return a cache, or a tuple that begins with a cache; other results must be equal on all devices.
+    Without a mesh one device runs the function.
     """
     if mesh is None:
         return function(params, config, cache, *rest)
@@ -104,10 +104,10 @@ def on_devices(
 
 
 def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
-    """The contents in a cache with room for `capacity` rows; `cache` must not be used again.
+    """Copies a cache's contents to a cache of `capacity` rows; `cache` must not be used again.
 
-    Array by array, so that at most one of them exists twice. Of a single sequence's history only
-    block 0's rows are copied: it is about to slide, which rebuilds the others.
+    Arrays are copied one after another, so that at most one exists twice. With a single sequence only block 0's history
+    is copied, because a slide follows, which rebuilds the history of the other blocks.
     """
     split = cache.split if isinstance(cache, WindowedCache) else None
     batch = cache.position.shape[0]
@@ -148,7 +148,7 @@ def _mesh_sharding(array: jax.Array) -> NamedSharding | None:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _widened(array: jax.Array, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    """Zeros of a larger shape that begin with `array`; what is split is widened on each device."""
+    """Pads `array` with zeros at the end to a larger shape; each device pads its own part of a split array."""
 
     def widen(array: jax.Array) -> jax.Array:
         wide = shape if sharding is None else sharding.shard_shape(shape)

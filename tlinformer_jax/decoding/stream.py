@@ -1,7 +1,7 @@
-"""A running generation: it calls the device and yields what each call has brought.
+"""A running generation, which calls the device and yields the new tokens and text after each call.
 
-Each sequence has its own length and window phase. On the device all advance together until the window
-of one is full. The host, which knows all lengths, then slides that one alone and continues.
+Sequences have different lengths, so their windows are full at different times. On the device all sequences advance
+together until one window is full. The host, which knows all lengths, then slides this window alone and continues.
 """
 
 import codecs
@@ -21,20 +21,20 @@ from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, seen_t
 from tlinformer_jax.errors import UserError
 
 LENGTH, STOP_TOKEN, STOP_STRING, INTERRUPTED = "length", "stop_token", "stop_string", "interrupted"
-# Earlier tokens decoded with new ones: some tokenizers treat a text's first token specially.
+# Number of earlier tokens to decode with new ones, because some tokenizers treat a text's first token specially.
 CONTEXT = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What a sequence got from one device call.
+    """New tokens and text of a sequence from one device call.
 
     Attributes:
-      index: of the prompt.
-      tokens: new ones, the stop token included.
-      logprobs: of these, in nats, or None.
-      text: to show after the pieces before; "" without a tokenizer. Pieces join to Generation.text.
-      finish_reason: as in Generation.
+      index: index of the prompt.
+      tokens: new tokens, including the stop token.
+      logprobs: log-probabilities of the tokens, in nats; None if not requested.
+      text: new text; "" without a tokenizer. The texts of all pieces join to `Generation.text`.
+      finish_reason: see `Generation`.
     """
 
     index: int
@@ -46,14 +46,14 @@ class Piece:
 
 @dataclasses.dataclass
 class Generation:
-    """What a sequence has got so far; it may be ahead of the pieces yielded.
+    """The continuation of a prompt so far, which may be ahead of the pieces that were yielded.
 
     Attributes:
-      tokens: all that were drawn, the stop token and those of the stop string included.
-      logprobs: of these, or None; see `GenerationConfig`.
-      finish_reason: 'length', 'stop_token', 'stop_string', 'interrupted'; None while it continues.
-      hits: tokens fed to the cache; after a stop string the device may have fed a few too many.
-      misses: times the whole history was processed: the prefill, and each slide of the window.
+      tokens: all new tokens, including the stop token and those of the stop string.
+      logprobs: log-probabilities of the tokens; None if not requested; see `GenerationConfig`.
+      finish_reason: 'length', 'stop_token', 'stop_string' or 'interrupted'; None while the sequence continues.
+      hits: number of tokens fed to the cache; after a stop string the device may have fed a few too many.
+      misses: how often the whole history was processed: once in the prefill, and in each slide of the window.
     """
 
     tokens: list[int]
@@ -65,7 +65,7 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """Of the tokens before the stop token or stop string; "" without a tokenizer.
+        """The text before the stop token or stop string; "" without a tokenizer.
 
         An incomplete last character is left out; bytes that are not UTF-8 become U+FFFD.
         """
@@ -74,7 +74,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One device call: its start (time.perf_counter), duration, and how many tokens it brought."""
+    """One device call: its start (time.perf_counter), its duration, and its number of new tokens."""
 
     start: float
     seconds: float
@@ -82,14 +82,14 @@ class Call:
 
 
 class Stream(Iterator[Piece]):
-    """An iterator of pieces, each as soon as the device has drawn its tokens.
+    """An iterator that yields each piece as soon as the device has drawn its tokens.
 
-    Ctrl-C in a `next` keeps what has been drawn: then call `stop` and read `generations`.
+    Ctrl-C during `next` does not lose drawn tokens: call `stop` and read `generations`.
 
     Attributes:
-      generations: of each prompt, so far.
-      calls: of the device. The first prefills the prompts and draws one token of each sequence; the
-        others include slides. Compilation is in the time of a call that needed it.
+      generations: the continuation of each prompt so far.
+      calls: device calls. The first call prefills the prompts and draws one token of each sequence; the others include
+        slides. The time of a call includes compilation.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class Stream(Iterator[Piece]):
         config: GenerationConfig,
         texts: Sequence["TextStream"],
     ) -> None:
-        """Prepares a generation; the first `next` starts it. stop_tokens and chunk are not None."""
+        """Prepares a generation, which the first `next` starts; config.stop_tokens and config.chunk must be set."""
         assert config.stop_tokens is not None
         assert config.chunk is not None
         self._decoder, self._config, self._prompts, self._texts = decoder, config, prompts, texts
         self._keys = sequence_keys(config.seed, len(prompts))
         self._sampler, self._chunk = config.sampler(), config.chunk
         self._stops = sorted(set(config.stop_tokens))
-        # Padded to a power of two, so that few lengths are compiled for.
+        # Pad to a power of two, so that few lengths need a compilation.
         padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
         self._stop_array = np.array([*self._stops, *[-1] * padding], np.int32)
         done = LENGTH if config.max_new_tokens == 0 else None
@@ -129,7 +129,7 @@ class Stream(Iterator[Piece]):
         return self._pieces.popleft()
 
     def stop(self) -> list[Piece]:
-        """Ends all sequences; returns pieces not yet yielded and text that was held back."""
+        """Ends all sequences; returns the pieces that were not yielded yet and the text that was held back."""
         pieces = list(self._pieces)
         self._pieces.clear()
         for row in np.flatnonzero(self._active).tolist():
@@ -140,14 +140,14 @@ class Stream(Iterator[Piece]):
 
     @property
     def cache_bytes(self) -> CacheBytes:
-        """Bytes of the cache, now or before it was freed; no parts if nothing was generated."""
+        """Bytes of the cache now, or before it was freed; no parts if nothing was generated."""
         if self._cache is not None:
             self._bytes = cache_bytes(self._decoder.config, self._cache, self._lengths)
         return self._bytes
 
     @property
     def _lengths(self) -> list[int]:
-        """Tokens of each sequence in the cache."""
+        """Number of tokens of each sequence in the cache."""
         return [len(prompt) + generation.hits for prompt, generation in zip(self._prompts, self.generations)]
 
     @property
@@ -161,7 +161,7 @@ class Stream(Iterator[Piece]):
         self._cache = self._state = None
 
     def _call(self) -> None:
-        """One device call; its pieces join the queue."""
+        """Makes one device call and appends its pieces to the queue."""
         start = time.perf_counter()
         tokens, logprobs = self._start() if self._cache is None else self._advance(self._cache)
         drawn = (tokens >= 0).sum(0)
@@ -176,7 +176,7 @@ class Stream(Iterator[Piece]):
             self._pieces.append(self._take(row, new[row], scores))
 
     def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Prefills the prompts and draws each one's first token; returns as `_advance`."""
+        """Prefills the prompts and draws each sequence's first token; returns the same as `_advance`."""
         decoder, prompts = self._decoder, self._prompts
         longest, cache_dtype = max(map(len, prompts)), self._config.cache_dtype
         cache, logits = decoder.init_cache(len(prompts), longest, self._final, cache_dtype), []
@@ -196,14 +196,14 @@ class Stream(Iterator[Piece]):
         return np.asarray(tokens)[None], None if logprobs is None else np.asarray(logprobs)[None]
 
     def _advance(self, cache: Cache) -> tuple[np.ndarray, np.ndarray | None]:
-        """Feeds the tokens drawn last and draws more, until a window is full or the chunk is done.
+        """Feeds the last tokens and draws more, until a window is full or the chunk is done.
 
-        Returns tokens, int [steps, batch], -1 where none was drawn, and log-probabilities or None.
+        Returns tokens, int [steps, batch], -1 if none was drawn, and log-probabilities or None.
         """
         assert self._state is not None
         cache, room = self._make_room(cache)
         steps = min(self._chunk, self._config.max_new_tokens - self._drawn, room)
-        # Only the host knows of sequences that a stop string has ended.
+        # Only the host knows which sequences a stop string has ended.
         state = dataclasses.replace(self._state, active=jnp.asarray(self._active))
         self._cache, self._state, tokens, logprobs = self._decoder.run_steps(
             cache, state, self._sampler, self._stop_array, np.int32(steps)
@@ -214,7 +214,7 @@ class Stream(Iterator[Piece]):
         return drawn, None if logprobs is None else np.asarray(logprobs)[:steps]
 
     def _make_room(self, cache: Cache) -> tuple[Cache, int]:
-        """Slides full windows and grows the cache; says how many tokens can then be fed."""
+        """Slides full windows and grows the cache; returns the cache and how many tokens can be fed next."""
         decoder, config, everyone = self._decoder, self._decoder.config, self._lengths
         lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
         size, longest = config.generation_window, max(lengths.values())
@@ -225,7 +225,7 @@ class Stream(Iterator[Piece]):
             return cache, cache.capacity - longest
         for row, length in lengths.items():
             if length % size == 0:
-                # Directly before the slide, which rebuilds what growing drops.
+                # Grow directly before the slide, which rebuilds the rows that `grow` drops.
                 grown = decoder.grow(cache, length + 1, self._final)
                 assert isinstance(grown, WindowedCache)
                 cache = decoder.slide(grown, row, length)
@@ -233,7 +233,7 @@ class Stream(Iterator[Piece]):
         return cache, min(size - length % size for length in lengths.values())
 
     def _check_finite(self, row: int, tokens: list[int], steps: int) -> None:
-        """Refuses a sequence that drew fewer tokens than `steps` without a stop token."""
+        """Raises a UserError if a sequence drew fewer tokens than `steps` without a stop token."""
         if len(tokens) == steps or (tokens and tokens[-1] in self._stops):
             return
         position = len(self._prompts[row]) + len(self.generations[row].tokens) + len(tokens)
@@ -243,7 +243,7 @@ class Stream(Iterator[Piece]):
         )
 
     def _take(self, row: int, tokens: list[int], logprobs: list[float] | None) -> Piece:
-        """Adds to a sequence what it has drawn, up to where it stops."""
+        """Adds drawn tokens, up to a stop, to a sequence; returns the piece."""
         generation, stream, reason = self.generations[row], self._texts[row], None
         at_stop_token = tokens[-1] in self._stops
         text, count = stream.push(tokens[:-1] if at_stop_token else tokens)
@@ -271,19 +271,18 @@ class Stream(Iterator[Piece]):
 
 
 class TextStream:
-    """The text of one sequence as its tokens come.
+    """The text of one sequence, decoded while tokens arrive.
 
-    Bytes that may still become a character are held back, and so is what may become a stop string.
-    Bytes that are not UTF-8 become U+FFFD. A sequence stops at the first token that completes a stop
-    string. Its text ends before that string; if there are several, before the one complete first (of
-    these, the longest).
+    Bytes that may still become a character are held back, as is text that may become a stop string. Bytes that are not
+    UTF-8 become U+FFFD. A sequence stops at the first token that completes a stop string. Its text ends before that
+    string; of several, before the one that is complete first (if two end together, before the longest).
 
     Attributes:
       stopped: whether a stop string has been found; then `push` must not be called again.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
-        """Of what follows the prompt; without a tokenizer there is no text."""
+        """Prepares decoding of the text after the prompt; without a tokenizer there is no text."""
         self.stopped = False
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
         self._context = self._known(prompt[-4 * CONTEXT :])[-CONTEXT:]
@@ -291,7 +290,7 @@ class TextStream:
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """Takes tokens up to a stop string; returns text that may be shown, and how many it took."""
+        """Takes tokens up to a stop string; returns text to show and the number of tokens taken."""
         if not self._stop_strings:
             return self._push(tokens), len(tokens)
         text = ""
@@ -318,12 +317,12 @@ class TextStream:
         return text[:shown]
 
     def finish(self) -> str:
-        """Text that was held back; an incomplete last character is left out."""
+        """Returns the text that was held back, without an incomplete last character."""
         text, self._held = self._held, ""
         return text
 
     def _known(self, tokens: Iterable[int]) -> list[int]:
-        """Tokens that have a text: a model's vocabulary may exceed the tokenizer's."""
+        """Returns the tokens that have a text, because a model's vocabulary may exceed the tokenizer's."""
         if self._tokenizer is None:
             return []
         size, end = self._tokenizer.vocab_size, self._tokenizer.end_of_text
@@ -331,6 +330,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a beginning of `stop`, but not all of it."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,16 +1,15 @@
-"""TLinFormer and TConstFormer with a cache: `prefill` and `slide` (a miss); a hit is `decoder.step`.
+"""TLinFormer and TConstFormer with a cache: `prefill` and `slide` (cache misses); a cache hit is `decoder.step`.
 
-While the generation window does not slide, everything on the history side is constant: a token reads
-each block's history keys, the compressed context's and its own window's. A slide makes the window
-history: block 0's rows are appended, since they are projections of embeddings; everything else on the
-history side is rebuilt, in chunks of rows. `prefill` builds the same from nothing. With
-`model.window_overlap` the last o rows of the window do not become history yet: a slide runs them
-again, as the first rows of the next window.
+Until the generation window slides, C and z are constant: a token reads the cached keys of each block's history, of the
+compressed context, and of its own window. A slide turns the window into history: its rows are appended to block 0's
+history, which contains projections of embeddings; the histories of other blocks and the compressed context are rebuilt,
+in chunks of rows. `prefill` builds all of it from the prompt. With `model.window_overlap` the last o rows of the window
+do not become history yet: the slide runs them again, as the first rows of the next window.
 
-Both work on one sequence of the batch: sequences have lengths and window phases of their own.
+Both functions work on one sequence of the batch, because sequences have different lengths and slide at different times.
 
-Where the cache is split over devices (`WindowedCache.split`), each device makes and reads its own rows
-of the history, and the softmaxes over them are merged; of all else every device computes the same.
+If the cache is split over devices (`WindowedCache.split`), each device computes and reads its own rows of the history,
+and the softmaxes over them are merged. All devices do the same computations on everything else.
 """
 
 import dataclasses
@@ -39,10 +38,12 @@ def prefill(
     length: Int[Array, ""],
     observed: Int[Array, ""],
 ) -> tuple[WindowedCache, Float[Array, " V"]]:
-    """Fills the cache of sequence `row` from its prompt; returns also the next token's logits.
+    """Fills the cache of sequence `row` from its prompt; returns the cache and the next token's logits.
 
-    What follows the prompt's first `length` >= 1 tokens does not matter. `observed` is
-    `config.observed_rows` of its history: rows of the compressed context.
+    Args:
+      prompt: the prompt, followed by arbitrary padding.
+      length: tokens of the prompt, >= 1.
+      observed: rows of the compressed context, `config.observed_rows` of the history.
     """
     size, overlap = config.generation_window, config.window_overlap
     history = (length - 1) // size * size
@@ -63,9 +64,9 @@ def slide(
     row: Int[Array, ""],
     observed: Int[Array, ""],
 ) -> WindowedCache:
-    """Makes the full window of sequence `row` history, but for its last `config.window_overlap` rows.
+    """Turns the full window of sequence `row`, except its last `config.window_overlap` rows, into history.
 
-    The cache must have room. `observed` is `config.observed_rows` of the grown history.
+    The cache must have room. `observed` is `config.observed_rows` of the new history.
     """
     size, overlap = config.generation_window, config.window_overlap
     split, before = cache.split, cache.history_length[row]
@@ -73,12 +74,12 @@ def slide(
     if overlap:
         length = jnp.where(before > 0, length, size - overlap)
     if cache.history:
-        # The first slide appends only W_og - o rows. The o rows after them are not valid yet: the next slide writes
-        # them again.
+        # The first slide appends only W_og - o rows. It also writes the o rows after them, which are not valid yet; the
+        # next slide writes these again.
         start, count = before, min(size, cache.capacity)
         if split is not None:
-            # As many on every device. Some have one less to append: they write their last old row again,
-            # or one more that is not yet valid, which the next slide writes again.
+            # Every device must write the same number of rows. A device with one row less to append writes its last old
+            # row again, or one row that is not valid yet, which the next slide writes again.
             count = -(-count // split.parts)
             start = jnp.minimum(split.count(before), cache.room - count)
         at = SequenceRows(config, cache, row, length)
@@ -102,13 +103,13 @@ def _rebuild(
     observed: Int[Array, ""],
     window_tokens: Int[Array, " m"],
 ) -> tuple[WindowedCache, Float[Array, "1 m D"]]:
-    """Runs the blocks over sequence `row`, whose keys and values go to the cache; returns also x.
+    """Runs the blocks on sequence `row` and writes its keys and values to the cache; returns the cache and x.
 
     Args:
       length: n, rows of history.
       observed: n - h, rows of the observation window.
-      window_tokens: of the generation window; in a slide, where the cache has block 0's rows, none but those that
-        overlap the window before.
+      window_tokens: tokens of the generation window; in a slide only those that overlap the window before. In a slide
+        the cache already contains block 0's history.
     """
     start, m = length - observed, window_tokens.size
     fill = m > config.window_overlap  # not in a slide
@@ -119,14 +120,14 @@ def _rebuild(
     )
     both_rope = jax.tree.map(lambda *tables: jnp.concatenate(tables), z_rope, x_rope)
     x_before = cache.tokens_before(row, length + jnp.arange(m, dtype=jnp.int32))[None] if config.token_shift else None
-    # z takes rows and queries of C, which a token shift leaves as they are.
+    # z consists of rows and queries of C, which a token shift does not change.
     z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width))).rows
     C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, z_rope, fill)
     embedded, context, window = embed(params, window_tokens[None], x_before), [], []
     x_rows, key_rows = embedded.rows, embedded.key_rows
     for index, block in enumerate(params.blocks):
         x = Stream.of(block.compress, x_rows, x_rope, key_rows=key_rows)
-        key_rows = None  # of the first layer
+        key_rows = None  # only the first layer has key rows
         window.append((x.K, x.V))
         z_rows, x_rows = compress(block.compress, config, C, C.z, x)
         for layer in block.hidden:
@@ -152,5 +153,5 @@ def _rebuild(
 
 
 def _store(cache: KeyValue, row: Int[Array, ""], layers: list[tuple[Array, Array]]) -> KeyValue:
-    """Writes a sequence's keys and values [1, rows, heads, d_h or more] of every layer."""
+    """Writes a sequence's keys and values, [1, rows, heads, d_h or more] for each layer."""
     return write_plainly(cache, [jnp.stack(arrays) for arrays in zip(*layers)], (0, row))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.kernels.common import call_kernel, iota, masked_load, masked_store
 
-# Rows per iteration of a program, its warps, and the target number of programs: four for each multiprocessor of an H100.
+# Rows per iteration of a program, its warps, and target number of programs: four for each multiprocessor of an H100.
 ROWS = 8
 WARPS = 8
 PROGRAMS = 528
