@@ -1,6 +1,6 @@
 """Many devices and many processes.
 
-mesh          the sizes of the mesh, and the kind of device that a program is for
-sharding      how arrays lie on the mesh, how a batch and its sequences are split
-processes     processes that run together: found, joined, ended together
+mesh       the mesh's sizes, and the kind of device that a program is compiled for
+sharding   how arrays are sharded over the mesh, and how a batch and its sequences are split
+processes  several processes of one run: how they find each other, start and end together
 """

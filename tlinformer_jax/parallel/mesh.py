@@ -1,7 +1,7 @@
-"""The devices that a program is for, without JAX: the sizes of their mesh, and their kind.
+"""The sizes of the device mesh, and the kind of device that a program is compiled for; importable without JAX.
 
-What depends on the kind of device asks here. It is that of JAX's default device or, inside `target`, of one that is not
-there: so programs for a TPU compile without one.
+Code that depends on the kind of device must ask this module, not JAX. The kind is that of JAX's default device, or
+inside `target` that of a device which need not exist, so that programs for a TPU compile on a machine without one.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh's axes. A further axis, `data`, takes the devices that these leave, and splits the batch.
+    """Sizes of the mesh's axes. One more axis, `data`, splits the batch over the remaining devices.
 
     Attributes:
-      fsdp: splits the batch and the parameters, which are replicated over the other axes but `tensor` and `expert`.
+      fsdp: splits the batch and the parameters. Only `fsdp`, `tensor` and `expert` split parameters; all other axes
+        hold copies.
       tensor: splits heads and the feed-forward's features.
-      window: splits the generation windows of each sequence in training.
+      window: splits the generation windows of each sequence, in training.
       context: splits the rows of the history, in training and in generation.
       expert: splits the batch and the experts of `model.num_experts`.
     """
@@ -37,7 +38,7 @@ class MeshConfig:
         check_fields("mesh", self, dict.fromkeys(dataclasses.asdict(self), integer(1)))
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Sizes of all axes for `num_devices` devices."""
+        """Returns the sizes of all axes for `num_devices` devices."""
         sizes = dataclasses.asdict(self)
         data, left = divmod(num_devices, math.prod(sizes.values()))
         if left or not data:
@@ -47,9 +48,9 @@ class MeshConfig:
 
 @contextlib.contextmanager
 def target(platform: str, kind: str) -> Iterator[None]:
-    """Lets what is traced inside be for a device of this platform ('tpu') and kind ('TPU v5 lite').
+    """Makes functions traced inside be for a device of this platform ('tpu') and kind ('TPU v5 lite').
 
-    What JAX has traced before, for another target, it may take from its cache: trace functions of your own inside.
+    JAX may reuse a cached trace of a function from another target, so create the functions to trace inside.
     """
     token = _TARGET.set((platform, kind))
     try:
@@ -59,15 +60,15 @@ def target(platform: str, kind: str) -> Iterator[None]:
 
 
 def platform() -> str:
-    """The device's platform: 'cpu', 'gpu' or 'tpu'."""
-    import jax  # here, because a configuration is read before anything needs devices
+    """Returns the device's platform: 'cpu', 'gpu' or 'tpu'."""
+    import jax  # imported here, because reading a configuration must not need JAX
 
     chosen = _TARGET.get()
     return jax.default_backend() if chosen is None else chosen[0]
 
 
 def device_kind() -> str:
-    """What the device's maker calls it."""
+    """Returns the vendor's name of the device."""
     import jax
 
     chosen = _TARGET.get()
@@ -75,5 +76,5 @@ def device_kind() -> str:
 
 
 def is_nvidia_gpu() -> bool:
-    """Whether it is an NVIDIA GPU, which cuDNN is for and Triton compiles for."""
+    """Returns whether the device is an NVIDIA GPU, which cuDNN and Triton need."""
     return platform() == "gpu" and "nvidia" in device_kind().lower()

@@ -1,6 +1,6 @@
-"""Processes that run together: found out from the surroundings or told by flags, joined by `jax.distributed`.
+"""Several processes of one run, named by environment variables or flags and connected by `jax.distributed`.
 
-A run lives as long as all of them do. If one ends early the others end too: with one line, never waiting.
+If one process ends early, the others end too: they print one line and do not hang.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from typing import Any
 from tlinformer_jax.environment import INTERRUPTED, describe_failure
 from tlinformer_jax.errors import UserError, first_line
 
-# Seconds. Processes start, tokenise and read their files at different speeds, so joining is patient.
+# Seconds. The join timeout is long because processes start, tokenise and read their files at different speeds.
 JOIN_TIMEOUT = 300
 HEARTBEAT_TIMEOUT = 30
-# Process 0 holds the service that the others talk to: it leaves last, so that each can say its own last line.
+# Process 0 runs the service that the others connect to. It ends last, so that each can print its own last line.
 LEAVES_LAST = 3
 
 LOST = "another process of this run has ended, or cannot be reached"
@@ -37,7 +37,7 @@ LOST_SIGNS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes of a run, by what they were found; None where JAX finds it out."""
+    """The processes of a run. `found` names where they were found; a field is None if JAX finds out its value."""
 
     found: str
     coordinator_address: str | None = None
@@ -51,14 +51,14 @@ def find_cluster(
     process_id: int | None,
     environment: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """The processes to join, by three flags or by variables of SLURM, Open MPI, Kubernetes or TPU pods.
+    """Returns the processes to join, from flags or variables of SLURM, Open MPI, Kubernetes or TPU pods.
 
-    All three flags are given, or none, or num_processes = 1 alone. None if this process is alone.
+    Either all three flags are given, or none, or only num_processes = 1. Returns None if this process runs alone.
     """
     values = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     given = {name: value for name, value in values.items() if value is not None}
     if not given:
-        found = _surroundings(environment)
+        found = _find_launcher(environment)
         return Cluster(found) if found else None
     if given == {"num_processes": 1}:
         return None
@@ -68,9 +68,10 @@ def find_cluster(
 
 @contextlib.contextmanager
 def joined(cluster: Cluster | None) -> Iterator[None]:
-    """Runs what is inside together with the other processes of `cluster`; for entry points, before JAX is used.
+    """Connects to the other processes of `cluster`; for entry points, before JAX is used.
 
-    An error inside ends the process at once: an orderly end would wait for the others, who wait for this one.
+    An error inside the context ends the process at once: an orderly end would wait for the other processes, which would
+    wait for this one.
     """
     if cluster is None:
         yield
@@ -82,16 +83,16 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
         yield
         jax.distributed.shutdown()
     except BaseException as error:
-        sys.stdout.flush()  # the end below would drop what is buffered
-        status = _last_words(error)
-        with contextlib.suppress(Exception):  # there may be no device to ask
+        sys.stdout.flush()  # os._exit would lose buffered output
+        status = _report(error)
+        with contextlib.suppress(Exception):  # JAX may have no device
             if jax.process_index() == 0:
                 time.sleep(LEAVES_LAST)
         os._exit(status)
 
 
-def _surroundings(environment: Mapping[str, str]) -> str:
-    """What started several processes, by its variables; empty if nothing did."""
+def _find_launcher(environment: Mapping[str, str]) -> str:
+    """Returns the name of the launcher that started several processes, from its variables; "" if there is none."""
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm) and environment["SLURM_NTASKS"] != "1":
         return "SLURM"
@@ -105,7 +106,7 @@ def _surroundings(environment: Mapping[str, str]) -> str:
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether JAX will run on a TPU, one of several hosts perhaps."""
+    """Returns whether JAX will run on a TPU, which may have several hosts."""
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu").split(",")
     return bool(wanted and chips and importlib.util.find_spec("libtpu"))
@@ -152,7 +153,7 @@ def _join(cluster: Cluster) -> None:
 
 
 def _check_free(address: str) -> None:
-    """Refuses a port of this machine that is in use: JAX would crash on it."""
+    """Raises a UserError if the port is in use on this machine, which would crash JAX."""
     port, both = int(address.rsplit(":", 1)[1]), socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -163,17 +164,17 @@ def _check_free(address: str) -> None:
             raise UserError(f"--coordinator_address={address}: process 0 cannot listen on this port ({why})") from None
 
 
-_kept_alive: list[Any] = []  # C calls the handler, which Python must not collect
+_kept_alive: list[Any] = []  # handlers that C calls, so that Python does not collect them
 
 
 def _say_at_abort(message: str) -> None:
-    """Makes `message` the last line, and the status 1, where JAX's client aborts the process.
+    """Prints `message` as the last line and exits with status 1 if JAX's client aborts this process.
 
-    It does when it loses another process: from a thread that no exception and no handler of Python's reaches.
+    The client aborts when it loses another process, in a thread that Python's exceptions and handlers do not reach.
     """
 
     def handle(_: int) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # stderr may be closed
             os.write(2, f"error: {message}\n".encode())
         os._exit(1)
 
@@ -182,35 +183,35 @@ def _say_at_abort(message: str) -> None:
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
 
 
-def _last_words(error: BaseException) -> int:
-    """Tells an error on stderr; returns the exit status."""
-    status, told = 1, ""
+def _report(error: BaseException) -> int:
+    """Prints an error on stderr; returns the exit status."""
+    status, message = 1, ""
     if _is_loss(error):
-        told = f"{LOST} ({first_line(error)}); {AGAIN}"
+        message = f"{LOST} ({first_line(error)}); {AGAIN}"
     elif isinstance(error, UserError):
-        status, told = error.status, str(error)
+        status, message = error.status, str(error)
     elif isinstance(error, KeyboardInterrupt):
-        status, told = INTERRUPTED, "interrupted"
+        status, message = INTERRUPTED, "interrupted"
     elif isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    elif not isinstance(error, Exception):  # what `cli` raises at SIGTERM and SIGHUP
-        status, told = getattr(error, "number", signal.SIGTERM) + 128, f"ended by {error}"
-    elif told := describe_failure(error) or "":
+    elif not isinstance(error, Exception):  # `cli` raises it at SIGTERM and SIGHUP
+        status, message = getattr(error, "number", signal.SIGTERM) + 128, f"ended by {error}"
+    elif message := describe_failure(error) or "":
         status = 2
     else:
         traceback.print_exception(error)
-    if told:
-        print(f"error: {told}", file=sys.stderr)
+    if message:
+        print(f"error: {message}", file=sys.stderr)
     sys.stderr.flush()
     return status
 
 
 def _is_loss(error: BaseException | None) -> bool:
-    """Whether an error comes of a connection to another process."""
+    """Returns whether an error means that another process was lost."""
     import jax
 
     if error is None:
         return False
-    # JAX raises a ValueError where the host fetches what a collective should have computed.
-    theirs = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, UserError)
-    return bool(theirs and LOST_SIGNS.search(str(error))) or _is_loss(error.__cause__)
+    # JAX raises a ValueError when the host fetches the result of a failed collective.
+    from_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, UserError)
+    return bool(from_jax and LOST_SIGNS.search(str(error))) or _is_loss(error.__cause__)

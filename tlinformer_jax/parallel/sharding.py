@@ -1,7 +1,7 @@
-"""The mesh of devices, which axis splits which dimension of which array, and what each device computes.
+"""The mesh of devices, the sharding of every array, and the part of the loss that each device computes.
 
-Axes over which parameters are copies (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
-gradient. Over `fsdp`, `tensor` and `expert`, which split parameters, the compiler partitions.
+Axes that hold copies of the parameters (`data`, `window`, `context`) are manual in one `jax.shard_map` around loss and
+gradient. The compiler partitions over `fsdp`, `tensor` and `expert`, which split parameters.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import MeshConfig
 
-# Axes that split the batch in training; the others hold copies of it, or of what they split no part.
+# Axes that split the batch in training.
 BATCH_AXES = ("data", "fsdp", "expert")
-# In evaluation every axis that would compute copies takes sequences of its own.
+# In evaluation `window` and `context` split the batch, too; otherwise their devices would compute the same.
 EVALUATION_AXES = (*BATCH_AXES, "window", "context")
-# The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has;
-# tensor parallelism heads and the feed-forward's features. Over the other axes parameters are copies.
+# The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has.
+# Tensor parallelism splits heads and the feed-forward's features. The other axes hold copies.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec(None, "fsdp")),
     (r"(qkv|qkvg|rates)_kernel$", PartitionSpec("fsdp", None, "tensor")),
@@ -43,7 +43,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 # Axes that split parameters.
 PARTITIONED = ("fsdp", "tensor", "expert")
-# Marks a place of `assign_windows` that no window takes.
+# Marks an entry of `assign_windows` without a window.
 NO_WINDOW = -1
 
 
@@ -51,16 +51,17 @@ NO_WINDOW = -1
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), every axis of type Auto."""
+    """Returns the mesh over `devices` (default: all), with every axis of type Auto."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
 def connect(mesh: Mesh) -> None:
-    """Lets the processes of a mesh connect, group of devices by group; every process calls it.
+    """Connects the processes of a mesh for each group of axes, in the same order; every process must call this.
 
-    On CPUs a group connects when a program first needs it: two processes could begin with two, and wait for ever.
+    On CPUs a group connects when a program first needs it. Two processes that begin with different groups would wait
+    for each other forever.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
@@ -73,22 +74,22 @@ def connect(mesh: Mesh) -> None:
 
 
 def ways(mesh: Mesh, axes: Sequence[str]) -> int:
-    """Parts that `axes` of a mesh split something into."""
+    """Returns the number of parts that `axes` of a mesh split an array into."""
     return math.prod(mesh.shape[name] for name in axes)
 
 
 def check_batch_divides(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Refuses a batch that the mesh's batch axes cannot split evenly."""
+    """Raises a ConfigError if the mesh's batch axes cannot split the batch evenly."""
     parts = ways(mesh, BATCH_AXES)
     if batch_size % parts:
         raise ConfigError(field, batch_size, f"must be divisible by {parts}, the devices that split the batch")
 
 
-# ---- Arrays that a program is given
+# ---- Inputs of a program
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of the parameter at `path` ('blocks_0/compress/qkv_kernel')."""
+    """Returns the partition spec of the parameter at `path` ('blocks_0/compress/qkv_kernel')."""
     spec = next((spec for pattern, spec in PARAMETER_RULES if re.search(pattern, path)), None)
     if spec is None:
         raise ConfigError("sharding rules", path, "no rule matches this parameter")
@@ -100,7 +101,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of a pytree that holds parameters or their like: by the parameters' rules."""
+    """Returns the shardings of a pytree with parameters, or with arrays at the same paths, by the parameters' rules."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -111,42 +112,44 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> NamedSharding:
-    """Sequences split over `axes`, in training the batch axes."""
+    """Returns the sharding of a batch whose sequences are split over `axes`."""
     return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of what every device, and so every process, holds whole."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def process_rows(mesh: Mesh, batch_size: int, axes: tuple[str, ...] = BATCH_AXES) -> np.ndarray:
-    """Which rows of a batch that is split over `axes` this process's devices hold, ascending, int64.
+    """Returns the indices, ascending, of the rows that this process's devices hold of a batch split over `axes`.
 
-    They need not follow each other: a mesh orders devices by their connections, not by their processes.
+    The indices may have gaps, because a mesh orders devices by their connections, not by their processes.
     """
     held = batch_sharding(mesh, axes).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held if index is not None]))
 
 
 def put_batch(batch: Any, mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> Any:
-    """Device arrays of the global batch from the rows that `process_rows` names."""
+    """Makes arrays of the global batch on devices, from this process's rows (see `process_rows`)."""
     sharding = batch_sharding(mesh, axes)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
-# ---- Arrays inside a program, under the mesh that its caller has set (`jax.set_mesh`)
+# ---- Arrays inside a program
+#
+# The caller has set the mesh (`jax.set_mesh`).
 
 
 def open_axes() -> dict[str, int]:
-    """Sizes of the mesh's axes that the compiler partitions over; without any, the program is that of one device."""
+    """Returns the sizes of the mesh's axes that the compiler partitions over; empty for a program of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types)
     return {name: mesh.shape[name] for name, kind in kinds if mesh.shape[name] > 1 and kind != AxisType.Manual}
 
 
 def batch_spec(batch: int) -> PartitionSpec:
-    """How a batch of so many sequences is split over the open axes, if evenly."""
+    """Returns the partition spec of a batch over the open axes; empty if they cannot split it evenly."""
     axes = open_axes()
     for candidates in (EVALUATION_AXES, BATCH_AXES):
         names = tuple(name for name in candidates if name in axes)
@@ -156,55 +159,55 @@ def batch_spec(batch: int) -> PartitionSpec:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the leading axis of x split as `batch_spec` says."""
+    """Keeps the leading axis of x split by `batch_spec`."""
     spec = batch_spec(x.shape[0])
     return jax.lax.with_sharding_constraint(x, spec) if spec else x
 
 
 def gathered(table: jax.Array) -> jax.Array:
-    """A table whose rows can be looked up under the mesh."""
-    # XLA's partitioner aborts on a look-up in a table that one axis splits where another axis splits other parameters.
+    """Gathers a table if the mesh requires it for a look-up of rows."""
+    # If both axes split parameters, XLA's partitioner aborts on a look-up in a table that one of them splits.
     both = {"fsdp", "tensor"} <= open_axes().keys()
     return jax.lax.with_sharding_constraint(table, PartitionSpec()) if both else table
 
 
 # ---- A batch split by manual axes
 #
-# Every device computes a term of the loss, of other sequences (`data`), windows (`window`), or rows of a window
-# (`context`). The sum of the terms is the loss, and the sum of their gradients its gradient.
+# Every device computes a term of the loss, from different sequences (`data`), windows (`window`), or rows of a window
+# (`context`). The loss is the sum of these terms, and its gradient the sum of their gradients.
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitRows:
-    """Rows of a sequence split over an axis of the mesh of size `parts`; used inside `jax.shard_map`.
+    """A split of a sequence's rows over an axis of the mesh with `parts` devices, for use inside `jax.shard_map`.
 
-    Row r lies on device r mod parts, at place r div parts: what is appended lies at the end everywhere. Each device
-    attends to its own rows; log-sum-exps merge the results.
+    Row r is on device r mod parts, with index r div parts, so that new rows are appended at the end on every device.
+    Each device attends to its own rows; the results are merged by their log-sum-exps.
     """
 
     axis: str
     parts: int
 
     def count(self, length: jax.Array | int) -> jax.Array:
-        """Rows 0 .. length - 1 that lie on this device, int32."""
+        """Returns how many of rows 0 .. length - 1 are on this device, int32."""
         return jnp.maximum(length - self.index() + self.parts - 1, 0) // self.parts
 
     def positions(self, start: jax.Array | int, count: int) -> jax.Array:
-        """Positions of this device's rows start .. start + count - 1, int32."""
+        """Returns the positions of this device's rows start .. start + count - 1, int32."""
         return (start + jnp.arange(count, dtype=jnp.int32)) * self.parts + self.index()
 
     def take(self, rows: jax.Array, axis: int = 1) -> jax.Array:
-        """This device's rows of an array that is whole everywhere; a multiple of `parts`."""
+        """Takes this device's rows from an array that every device holds whole, with a multiple of `parts` rows."""
         shape = rows.shape[:axis], rows.shape[axis + 1 :]
         parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
         return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
 
     def gather(self, rows: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
-        """Rows start .. start + length - 1 of the sequence, [batch, length, ...], on every device.
+        """Returns rows start .. start + length - 1 of the sequence, [batch, length, ...], on every device.
 
-        `rows` are this device's, [batch, rows, ...]; start + length is at most rows * parts.
+        `rows` are this device's rows, [batch, rows, ...]; start + length is at most rows * parts.
         """
-        # The first row may lie anywhere in its round of `parts`.
+        # The first row may be anywhere in its round of `parts` rows.
         rounds = min(-(-(length + self.parts - 1) // self.parts), rows.shape[1])
         first = jnp.minimum(jnp.asarray(start, jnp.int32) // self.parts, rows.shape[1] - rounds)
         part = jax.lax.dynamic_slice_in_dim(rows, first, rounds, axis=1)
@@ -212,13 +215,13 @@ class SplitRows:
         return jax.lax.dynamic_slice_in_dim(whole, start - first * self.parts, length, axis=1)
 
     def index(self) -> jax.Array:
-        """Of this device on the axis, int32 []."""
+        """Returns this device's index on the axis, int32 []."""
         return jax.lax.axis_index(self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceSplit:
-    """How sequences are split: windows over the axis `window`, and rows."""
+    """How each sequence is split: its windows over the axis `window`, and its rows."""
 
     window_parts: int = 1
     rows: SplitRows | None = None
@@ -237,9 +240,9 @@ WHOLE = SequenceSplit()
 
 @dataclasses.dataclass(frozen=True)
 class BatchSplit:
-    """How a batch is split: the mesh's manual axes, those that split the batch, and how each sequence is split.
+    """How a batch is split: the mesh's manual axes, those that split the batch, and the split of each sequence.
 
-    No axis is manual where the compiler partitions everything, or there is one device.
+    No axis is manual if the compiler partitions everything, or there is one device.
     """
 
     manual: tuple[str, ...] = ()
@@ -257,16 +260,19 @@ class BatchSplit:
         return cls(manual, tuple(name for name in BATCH_AXES if name in manual and sizes[name] > 1), split)
 
     def shard_index(self) -> jax.Array | int:
-        """Of this device's part of the batch."""
+        """Returns the index of this device's part of the batch."""
         return jax.lax.axis_index(self.batch) if self.batch else 0
 
     def psum(self, values: Any) -> Any:
-        """The sums over the parts of the batch and of its sequences."""
+        """Sums values over the parts of the batch and of its sequences."""
         axes = (*self.batch, *self.sequence.axes)
         return jax.lax.psum(values, axes) if axes else values
 
     def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(batch, *whole)`, run by every device on its part of the batch; its results are the same on all."""
+        """Returns a function that runs `function(batch, *whole)` on every device with its part of the batch.
+
+        The results of `function` must be the same on all devices.
+        """
         if not self.manual:
             return function
 
@@ -280,15 +286,14 @@ class BatchSplit:
         return spread
 
 
-# On one device.
 UNSPLIT = BatchSplit()
 
 
 def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
-    """Deals `count` windows out to `parts` devices, in rounds of neighbours, whose shapes are alike.
+    """Assigns `count` windows to `parts` devices, in rounds of neighbouring windows, which have similar shapes.
 
-    Of a round, whoever has least so far (`loads`, float64 [parts], which is changed) gets the longest window. Returns
-    places 0 .. count - 1, int32 [rounds, parts]; NO_WINDOW in the first round where they do not go into whole rounds.
+    Within a round the device with the least load so far gets the longest window. `loads` (float64 [parts]) is updated.
+    Returns window numbers 0 .. count - 1, int32 [rounds, parts]. If the first round is not full, it contains NO_WINDOW.
     """
     rounds = -(-count // parts)
     assigned = np.full((rounds, parts), NO_WINDOW, np.int32)
