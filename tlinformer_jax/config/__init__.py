@@ -1,7 +1,8 @@
-"""What a run is told: one frozen, validated dataclass for each section.
+"""The configuration of a run: one frozen, validated dataclass for each section.
 
-run           the section `train`, and a run's whole configuration: read, checked, stored, compared
-model, data   the sections of these names; `mesh` is in parallel/mesh
-recipes       what config files share: the rows of Table 1, our recipe
-named         the config files that come with the package, by name
+run          the section `train`; reading, checking, storing and comparing whole configurations
+model, data  the sections of these names; the section `mesh` is in parallel/mesh
+delta        the shape of Gated DeltaNet layers
+recipes      functions for config files: the rows of Table 1, this project's recipe
+named        finding and running config files, also those of the package by name
 """

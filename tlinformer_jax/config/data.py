@@ -1,4 +1,4 @@
-"""What to read and how: the `data` section of a run's configuration."""
+"""The section `data` of a run's configuration: dataset, tokenizer and samples."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tlinformer_jax.errors import ConfigError, check_fields, integer
 from tlinformer_jax.files import path_fault
 
-PAIR_SIZES = {"recall": 2, "recall-gap": 3}  # tokens of a pair
+PAIR_SIZES = {"recall": 2, "recall-gap": 3}  # tokens per pair
 NUMBER_TASKS = (*PAIR_SIZES, "copy", "parity", "s5")
 NEEDLES = ("passkey", "niah-1", "niah-2", "niah-3")
 TASKS = (*NUMBER_TASKS, *NEEDLES)
@@ -20,21 +20,21 @@ TOKENS = "tokens"
 SYMBOL_FILES = ("idx", "fasta", "wav")
 IDS_256 = "ids:256"
 LETTERS = "letters:"
-# Tokenizers of what is no text.
+# Tokenizers by prefix that are not for text, and the datasets that use them.
 ONLY_FOR = {"numbers:": NUMBER_TASKS, "ids:": (TOKENS, "idx", "wav"), LETTERS: ("fasta",)}
 DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *SYMBOL_FILES, *WIKITEXT, *TASKS)
-TFDS = "tfds:"  # before the name of a data set of TensorFlow Datasets
+TFDS = "tfds:"  # prefix of datasets from TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
 PATHS = (*FILES, "tokenizer", "cache_dir")
-MOST_NEEDLES = 100  # the names of passkeys, of two digits
+MOST_NEEDLES = 100  # names of passkeys have two digits
 STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
 
 class Stage(NamedTuple):
-    """At most `updates` updates of a curriculum on samples of `length` tokens.
+    """A stage of a curriculum: at most `updates` updates on samples of `length` tokens.
 
-    Training at `accuracy` ends the stage before; if it is 0, the stage takes all its updates.
+    The stage ends early when training reaches `accuracy`; 0 means never early.
     """
 
     length: int
@@ -44,46 +44,47 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text or task, tokenizer and sample length. A name in brackets is the dataset that reads the field.
+    """Dataset, tokenizer and sample length. Names in brackets are the datasets that use a field.
 
-    Paths are made absolute, so that a stored configuration means the same files from any directory.
+    Paths are made absolute, so that a stored configuration names the same files from any directory.
 
     Attributes:
-      dataset: "pydoc" (79 articles that every CPython carries), "text" (your files), "lines" (the same, but every line
-        of a .txt is a document), "tokens" (your own token ids, see `data.given`), "idx" (images), "fasta" (genomes,
-        proteins), "wav" (sound; see `data.domains`), "wikitext103" (with <unk>, the paper's), "wikitext103-raw",
-        "tfds:NAME" (of TensorFlow Datasets), or a task whose samples are generated:
+      dataset: "pydoc" (79 articles that are part of every CPython), "text" (your files), "lines" (the same, but every
+        line of a .txt is a document), "tokens" (your own token ids, see `data.given`), "idx" (images), "fasta"
+        (genomes, proteins), "wav" (sound; see `data.domains`), "wikitext103" (with <unk>, as in the paper),
+        "wikitext103-raw", "tfds:NAME" (from TensorFlow Datasets), or a task with generated samples:
         "recall", "recall-gap", "copy", "parity", "s5" (see `data.tasks`), "passkey", "niah-1", "niah-2", "niah-3" (see
         `data.needles`).
-      tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`, of a folder that holds one, or of a
-        sentencepiece `.model`. FILE.json:ENTRY names the entry of its vocabulary that ends a text; without, a folder's
-        `tokenizer_config.json` says it, or the usual names are tried. "numbers:V", ids 0 .. V - 1 as such, is for
-        tasks without text. "ids:V" is for "tokens" of no text: V ids, and one more that ends a document;
-        "idx" and "wav" have "ids:256". "letters:ACGT", for "fasta", has an id for each of these letters, and that one.
-      sequence_length: N, tokens a sample.
+      tokenizer: "bytes", "gpt2", or the path of a Hugging Face `tokenizer.json`, of a folder with such a file, or of a
+        sentencepiece `.model`. FILE.json:ENTRY names the vocabulary's entry that ends a text; without it, a folder's
+        `tokenizer_config.json` is read, or the usual names are tried. "numbers:V" is for tasks without text and has ids
+        0 .. V - 1. "ids:V" is for "tokens" that are not text and has V ids, and one more that ends a document; "idx"
+        and "wav" need "ids:256". "letters:ACGT" is for "fasta" and has an id for each letter, and one more that ends a
+        document.
+      sequence_length: N, tokens per sample.
       train_files: [text, lines] comma-separated globs of .txt and .jsonl files, each also .gz, .xz or .zst, and of
-        .parquet and .arrow files. [passkey, niah-2, niah-3] the text that needles are hidden in, read as "text"; "" is
-        that of "pydoc". [tokens] one .npy file, or one of raw little-endian ids: FILE.bin (uint16) or FILE.bin:uint32.
-        [idx, fasta, wav] files of any name, the first two also .gz, .xz or .zst.
+        .parquet and .arrow files. [passkey, niah-2, niah-3] the text to hide needles in, read as "text"; "" uses the
+        text of "pydoc". [tokens] a .npy file, or a file of raw little-endian ids: FILE.bin (uint16) or FILE.bin:uint32.
+        [idx, fasta, wav] files of any name; for idx and fasta also .gz, .xz or .zst.
       validation_files: the same for the validation split. [idx, fasta, wav] "" takes every 20th document of train_files
-        (a FASTA record or sound of more than 65,536 letters or samples counts as several), which is not trained on.
-      test_files: the same for the test split, with a 20th of its own. [passkey, niah-2, niah-3] "" hides needles in the
+        out of the training split (a FASTA record or sound of more than 65,536 letters or samples counts as several).
+      test_files: the same for the test split, with another 20th. [passkey, niah-2, niah-3] "" hides needles in the
         validation text.
-      text_field: [text, lines, tfds] the field of a .jsonl line or of a record, or the column, that holds the document.
-      cache_dir: where tokens and downloads are kept; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
-        [wikitext103] Its zip or parquet files are taken from the folder `downloads` there, else the zip is downloaded.
-        [tfds] Its data sets are in the folder `tensorflow_datasets` there.
-      examples: [tasks] different samples of the training split; an epoch takes each once.
-      num_items: [recall, recall-gap] pairs of a key and a value in a sample of N tokens, fewer in proportion in a
-        shorter one. [passkey, niah-1, niah-2, niah-3] needles hidden in a sample; training asks for all of them, one
-        after the other, evaluation for one.
-      curriculum: [tasks] "LENGTH:UPDATES,..." trains the first UPDATES updates on samples of LENGTH tokens, as many
-        more as keep an update's tokens, and so on; the rest on sequence_length. "LENGTH:UPDATES@ACCURACY" ends as soon
-        as that share of the answers' tokens was right in the mean of 20 updates, after UPDATES at the latest; see
-        `data.batches`. Evaluation always takes sequence_length.
-      document_masking: whether short documents are packed whole into samples in which none sees another, in training
-        and in evaluation; see `data.documents`. Not for tasks, nor for architectures with Gated DeltaNet; on NVIDIA
-        GPUs attention then takes model.attention = 'xla'.
+      text_field: [text, lines, tfds] the field of a .jsonl line or record, or the column, that contains the document.
+      cache_dir: folder for tokens and downloads; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
+        [wikitext103] The zip or parquet files are read from its folder `downloads`; otherwise the zip is downloaded.
+        [tfds] The datasets are in its folder `tensorflow_datasets`.
+      examples: [tasks] different samples in the training split; an epoch uses each once.
+      num_items: [recall, recall-gap] pairs of a key and a value in a sample of N tokens; a shorter sample has
+        proportionally fewer. [passkey, niah-1, niah-2, niah-3] needles hidden in a sample; training asks for all of
+        them, one after the other, evaluation for one.
+      curriculum: [tasks] "LENGTH:UPDATES,..." runs the first UPDATES updates on samples of LENGTH tokens (and more
+        samples, so that an update has the same number of tokens), and so on; the rest use sequence_length.
+        "LENGTH:UPDATES@ACCURACY" ends a stage as soon as this share of the answers' tokens was right in the mean of 20
+        updates, after UPDATES at the latest; see `data.batches`. Evaluation always uses sequence_length.
+      document_masking: whether to pack short documents whole into samples, in which a document does not see the others,
+        in training and in evaluation; see `data.documents`. Not for tasks, nor for architectures with Gated DeltaNet.
+        On NVIDIA GPUs attention then uses model.attention = 'xla'.
     """
 
     dataset: str = "pydoc"
@@ -136,7 +137,7 @@ class DataConfig:
 
     @property
     def is_task(self) -> bool:
-        """Whether samples are generated, and have answers."""
+        """Whether samples are generated and have answers."""
         return self.dataset in TASKS
 
     @property
@@ -146,26 +147,26 @@ class DataConfig:
 
     @property
     def letters(self) -> str:
-        """[fasta] The letters that "letters:ACGT" names; "" for another tokenizer."""
+        """[fasta] The letters of a tokenizer "letters:ACGT"; "" for another tokenizer."""
         return self.tokenizer.removeprefix(LETTERS) if self.tokenizer.startswith(LETTERS) else ""
 
     def field_of_files(self, split: str) -> str:
-        """The field that names the files of a split; these may be those of another split."""
+        """Returns the name of the field with the files of a split, which may be the field of another split."""
         if not getattr(self, f"{split}_files"):
             if self.dataset in SYMBOL_FILES:
                 return "train_files"
             if self.hides_in_files and split == "test":
-                return "validation_files"  # whose text hides other needles then
+                return "validation_files"  # other needles are hidden in the same text
         return f"{split}_files"
 
     @property
     def validation_examples(self) -> int:
-        """[tasks] Samples of the validation split, and of the test split."""
+        """[tasks] Number of samples in the validation split, and in the test split."""
         return max(1, min(200 if self.dataset in NEEDLES else 3_000, self.examples // 10))
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """`curriculum`: each stage before the last."""
+        """The stages of `curriculum`, all before the last one, which uses sequence_length."""
         allowed = (
             "must be LENGTH:UPDATES or LENGTH:UPDATES@ACCURACY, separated by commas: lengths that divide "
             "data.sequence_length and rise, updates above 0, accuracies above 0 and at most 1"
@@ -183,12 +184,12 @@ class DataConfig:
         return tuple(stages)
 
     def samples_before(self, update: int, batch_size: int) -> int:
-        """Samples that the first `update` updates of `batch_size` rows take at most, `stages` included."""
+        """Returns the most samples that the first `update` updates of `batch_size` rows use, with all `stages`."""
         return stage_at(self.stages, self.sequence_length, batch_size, update)[1]
 
     @property
     def cache_path(self) -> pathlib.Path:
-        """The directory that `cache_dir` stands for."""
+        """The directory that `cache_dir` names."""
         root = self.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
         path = pathlib.Path(os.path.expanduser(root))
         if path.parts[:1] == ("~",):
@@ -198,7 +199,7 @@ class DataConfig:
 
 
 def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, Any]:
-    """Fields of the data section with relative paths made absolute from `base`; what is no path stays as it is."""
+    """Returns the fields of the data section with relative paths made absolute from `base`; other values stay."""
     changed = dict(values)
     for name in PATHS:
         value = values.get(name)
@@ -221,13 +222,13 @@ def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, A
 
 
 def split_tokenizer(name: str) -> tuple[str, str]:
-    """The path of a tokenizer spelled PATH:ENTRY, and the entry that ends a text; "" if it is not named."""
+    """Splits a tokenizer PATH:ENTRY into the path and the entry that ends a text; "" if no entry is named."""
     match = re.fullmatch(r"(.+\.json):(.+)", name, re.DOTALL)
     return (match[1], match[2]) if match else (name, "")
 
 
 def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:
-    """Tokens of a sample of update `update` (from 0), and the samples of all updates before it."""
+    """Returns the tokens per sample in update `update` (from 0), and the number of samples in all updates before."""
     before = 0
     for length, updates, _ in stages:
         size = batch_size * (sequence_length // length)
@@ -238,6 +239,6 @@ def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, u
 
 
 def _path_fault(name: str, value: str) -> str | None:
-    """What a path field must be that it is not; None for a value that can be used."""
+    """Returns the rule that the value of a path field breaks; None if the value can be used."""
     parts = value.split(",") if name in FILES else [split_tokenizer(value)[0]]
     return next(filter(None, (path_fault(part.strip()) for part in parts)), None)

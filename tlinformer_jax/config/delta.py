@@ -2,11 +2,11 @@
 
 import dataclasses
 
-# Widths of a head, the first that gives two heads; the kernels take no others.
+# Widths of a head; the first that gives at least two heads is used. The kernels support no others.
 WIDTHS = (128, 64)
 # Positions that the short convolution reads.
 CONVOLUTION = 4
-# By so much of its parameters the layer may differ from a standard layer.
+# Largest difference in parameters from a standard layer, as a fraction.
 EQUAL = 1e-3
 
 
@@ -15,7 +15,7 @@ class DeltaShape:
     """Shape of a Gated DeltaNet layer.
 
     Attributes:
-      heads: each with a state of its own, [width, width].
+      heads: number of heads; each has its own state, [width, width].
       width: features of a head's queries, keys and values.
       feed_forward: F of the layer.
     """
@@ -26,7 +26,7 @@ class DeltaShape:
 
     @property
     def inner(self) -> int:
-        """Features of all heads."""
+        """Features of all heads together."""
         return self.heads * self.width
 
     @property
@@ -36,16 +36,16 @@ class DeltaShape:
 
 
 def delta_shape(d_model: int, head_dim: int, feed_forward: int) -> DeltaShape:
-    """The layer that stands in for a standard layer with `feed_forward` inner features.
+    """Returns the shape of the layer that replaces a standard layer with `feed_forward` inner features.
 
-    Heads are 128 features wide where that makes two heads or more, else 64, else `head_dim`; there are as many as
-    cover d_model. F is the rest: what makes the parameters those of the standard layer, to within 0.1%, and a multiple
-    of the largest power of two up to 64 that allows this. It is below 1 where nothing is left.
+    Heads are 128 features wide if that makes two heads or more, else 64, else `head_dim`; there are enough heads to
+    cover d_model. F makes the number of parameters equal to the standard layer's, to within 0.1%. It is a multiple of
+    the largest power of two up to 64 that allows this. F is below 1 if the mixer needs all parameters.
     """
     width = next((width for width in WIDTHS if 2 * width <= d_model), head_dim)
     heads = -(-d_model // width)
     inner = heads * width
-    # Both have 5 * d_model more: two LayerNorms and the output projection's bias.
+    # Both have 5 * d_model more parameters: two LayerNorms and the output projection's bias.
     standard = 4 * d_model**2 + 3 * d_model + 3 * d_model * feed_forward
     mixer = 5 * d_model * inner + 3 * CONVOLUTION * inner + 2 * d_model * heads + 2 * heads + width
     exact, allowed = (standard - mixer) / (3 * d_model), EQUAL * (standard + 5 * d_model)

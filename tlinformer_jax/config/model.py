@@ -22,35 +22,37 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 MEMORY = ("auto", "low")
-SHORTEST_WAVELENGTH = 7  # of RoPE: 2 pi positions
-# Evaluation and caches have room for a whole window, so that one without a bound would take any memory.
+SHORTEST_WAVELENGTH = 7  # RoPE's shortest wavelength, 2 pi, rounded up
+# Evaluation and caches allocate a whole window, so a window needs a bound.
 LONGEST_WINDOW = 1 << 20
-# A sequence of at most so many windows is differentiated as a whole. Of a longer one each window's gradients are made
-# along with its loss, since what differentiation keeps grows with the square of the sequence.
+# A sequence with at most this many windows is differentiated as a whole. In a longer sequence each window's gradients
+# are computed with its loss, since the memory for the backward pass would grow with the square of the length.
 FEW_WINDOWS = 8
-# Masked rows of so short a history cost less than a second program, and one window at a time leaves a device idle.
+# In a sequence this short, masked rows of the history cost less than a second program, and computing one window at a
+# time would leave a device idle.
 SHORT_SEQUENCE = 1024
-# More layers than this are compiled once and looped over, in one segment: libtpu takes an hour otherwise.
+# More layers than this are compiled once and looped over, in one segment; otherwise libtpu compiles for an hour.
 MOST_UNROLLED = 20
-# The inner values of more rows than this do not fit beside a history of a million tokens on one device.
+# With memory 'low', a history of more than WHOLE_HISTORY rows is restored in chunks of CHUNK rows, since the
+# intermediate values of more rows do not fit beside it on one device.
 WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
-# Of the hybrid's layers every so many-th is one of attention.
+# In the hybrid every fourth layer is an attention layer.
 HYBRID_PERIOD = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionPlan:
-    """An explicit plan; equal plans of equal models are equal programs.
+    """How a model is executed. Equal plans of equal models give equal programs.
 
     Attributes:
-      segments: loops that the windows are cut into, each with one static history length; masked history wastes at most
-        1 / segments of the work, and each loop is a program of its own.
-      together: generation windows with history that are computed together, as if they were more sequences; they share
-        what the longest history of them costs.
-      chunk: rows of the history that `restore` computes at a time, each chunk again in the backward pass; 0 for all.
-      scan_layers: compile runs of equal layers once and loop over them, which compiles faster and runs slower.
-      checkpointing: keep nothing of a window for the backward pass but its gradients, and of the baselines' layers
-        their inputs only.
+      segments: number of loops over windows, each with one static history length. Masked history wastes at most
+        1 / segments of the work; each loop is compiled separately.
+      together: windows with history that are computed together, like more sequences of a batch; each costs as much as
+        the one with the longest history.
+      chunk: rows of the history that `restore` computes at a time, and again in the backward pass; 0 for all at once.
+      scan_layers: whether equal layers are compiled once and looped over, which compiles faster and runs slower.
+      checkpointing: whether only gradients of a window, and only inputs of the baselines' layers, are stored for the
+        backward pass.
     """
 
     segments: int = 1
@@ -67,15 +69,15 @@ class ExecutionPlan:
 
 
 def make_plan(memory: str, platform: str, windows: int, window: int, layers: int, windowed: bool) -> ExecutionPlan:
-    """The plan for a sequence.
+    """Returns the plan for a sequence.
 
     Args:
-      memory: 'auto', or 'low' for the longest sequences that one device can hold.
+      memory: 'auto', or 'low' for the longest sequences that fit on one device.
       platform: 'cpu', 'gpu' or 'tpu'.
-      windows: generation windows of the sequence that are wanted.
-      window: tokens of each.
-      layers: of the model.
-      windowed: whether the architecture works by generation windows.
+      windows: number of generation windows to compute.
+      window: tokens per window.
+      layers: number of layers of the model.
+      windowed: whether the architecture has generation windows.
     """
     low, few, length = memory == "low", windows <= FEW_WINDOWS, windows * window
     deep = layers > MOST_UNROLLED
@@ -115,41 +117,39 @@ class ModelConfig:
     """Shape and numerics of a model; the defaults are the paper's 41M TLinFormer with windows 256/256.
 
     Attributes:
-      architecture: 'tlinformer'; 'tconstformer' (its `compress` layer does not let the generation window read
-        the raw history); 'transformer' (causal attention to everything); 'sliding_window' (causal attention to
-        the last history_window + generation_window positions); 'gated_deltanet' (a recurrent state of constant
-        size, arXiv 2412.06464); 'gated_deltanet_hybrid' (three of its layers, then one of attention, and so on; of
-        fewer than four layers the last is the one of attention). The last four have
-        num_blocks * (hidden_depth + 2) layers, so equal fields mean equal parameters: exactly, but for Gated
-        DeltaNet's layers to 0.1%, by their feed-forward's width (see `config.delta.delta_shape`).
-      vocab_size: V, ids that a token may have; in a run's configuration also 'auto', the default: as many as the
-        tokenizer has, rounded up to a multiple of 128.
+      architecture: 'tlinformer'; 'tconstformer' (in its `compress` layer the generation window does not read the
+        history); 'transformer' (causal attention to everything); 'sliding_window' (causal attention to the last
+        history_window + generation_window positions); 'gated_deltanet' (a recurrent state of constant size, arXiv
+        2412.06464); 'gated_deltanet_hybrid' (every fourth layer is an attention layer, the others are Gated DeltaNet;
+        with fewer than four layers the last is the attention layer). The last four have num_blocks * (hidden_depth + 2)
+        layers, so that equal fields mean equal numbers of parameters. For Gated DeltaNet layers this holds to 0.1%, by
+        their feed-forward's width (see `config.delta.delta_shape`).
+      vocab_size: V, number of token ids. In a run's configuration also 'auto', the default: the size of the tokenizer,
+        rounded up to a multiple of 128.
       d_model: D, the width of a row.
       num_heads: attention heads; d_model / num_heads must be a whole, even number (RoPE rotates pairs).
       num_blocks: B, blocks, each of hidden_depth + 2 layers.
-      hidden_depth: H, hidden layers in a block between `compress` and `restore`.
+      hidden_depth: H, hidden layers of a block, between `compress` and `restore`.
       d_ff: F, feed-forward width; None means 256 * ceil((8 * D // 3) / 256).
-      num_experts: E, experts that every layer has for its feed-forward, each of width F; 0 or 1 for an ordinary one.
-      experts_per_token: experts that each row takes, by a router; not read where there are no experts.
-      history_window: W_oh, rows of the summary z of the history; 'auto' lets it grow with the history n as
+      num_experts: E, experts in the feed-forward of every layer, each of width F; 0 or 1 for no experts.
+      experts_per_token: experts that a router chooses for each row; ignored without experts.
+      history_window: W_oh, rows of z, the compressed history; 'auto' grows with the history n as
         8 * floor((12 * ln(n) + 7) / 8).
-      generation_window: W_og, tokens that are predicted together.
-      window_overlap: o < W_og; every window but the first also runs the o tokens before it, so that its first tokens
-        have neighbours. Those o tokens are not predicted there, and are not in its history. 0 in the paper.
-      token_shift: whether the first layer's keys are made of e_t + s * e_(t-1), the embedding of each token and a
-        learned multiple of that of the token before, with a vector s of D numbers that starts at 0. Not in the paper: a
-        query finds a row by the token before it, so that recall takes one layer.
-      longest_wavelength: of rotary positions, in tokens. Feature pairs that turn more slowly are not rotated (p-RoPE),
-        so that no distance makes an angle that training had not. 0: all are rotated, as in the paper.
-      dropout: rate on attention weights and on the feed-forward's output, in training only.
-      dtype: of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU; with float16 there is
-        no loss scaling, so it is for evaluation. Softmax, rotary
-        angles, LayerNorm statistics and the loss are always float32.
-      param_dtype: of the stored parameters.
-      attention: backend of the attention kernel; 'auto' takes the best one for the device and the shapes.
-      memory: what a computation may take of a device: 'auto', or 'low' for the longest sequences on one device: windows
-        one after the other, in more segments, checkpointing, and chunks of the history beyond a million tokens. It is
-        resolved to an `ExecutionPlan`, which may be given instead, in Python only.
+      generation_window: W_og, tokens of a window that are predicted together.
+      window_overlap: o < W_og; every window except the first also runs the o tokens before it, so that its first tokens
+        have neighbours. These o tokens are not predicted in this window, nor part of its history. 0 in the paper.
+      token_shift: whether the input of the first layer's keys is e_t + s * e_(t-1): each token's embedding plus a
+        learned multiple of the previous token's, with a vector s of D numbers that starts at 0. Not in the paper. A
+        query can then find a row by the token before it, so that recall takes one layer.
+      longest_wavelength: longest wavelength of rotary positions, in tokens. Feature pairs with a longer one are not
+        rotated (p-RoPE), so that longer distances than in training make no new angles. 0 rotates all, as in the paper.
+      dropout: rate of dropout of attention weights and of the feed-forward's output, in training only.
+      dtype: dtype of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU. float16 has no loss
+        scaling, so it is for evaluation. Softmax, rotary angles, LayerNorm statistics and the loss are always float32.
+      param_dtype: dtype of the stored parameters.
+      attention: back end of attention; 'auto' chooses the best for the device and the shapes.
+      memory: 'auto', or 'low' for the longest sequences on one device. 'low' means one window at a time, more segments,
+        checkpointing, and chunks of the history beyond a million tokens. Python callers may give an `ExecutionPlan`.
     """
 
     architecture: str = "tlinformer"
@@ -174,7 +174,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
-            if not isinstance(getattr(self, name), str):  # jnp.bfloat16 and friends are welcome too
+            if not isinstance(getattr(self, name), str):  # dtypes such as jnp.bfloat16 are allowed, too
                 object.__setattr__(self, name, _dtype_name(f"model.{name}", getattr(self, name)))
         check_fields("model", self, RULES)
         if self.mixture and self.experts_per_token > self.num_experts:
@@ -183,7 +183,7 @@ class ModelConfig:
         if self.window_overlap and not self.windowed:
             allowed = f"must be 0 for model.architecture = {self.architecture!r}"
             raise ConfigError("model.window_overlap", self.window_overlap, allowed)
-        # With as many as W_og the second window, too, would be one without history.
+        # With an overlap of W_og the second window would have no history either.
         if self.window_overlap >= self.generation_window:
             allowed = f"must be less than model.generation_window = {self.generation_window}"
             raise ConfigError("model.window_overlap", self.window_overlap, allowed)
@@ -215,12 +215,12 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """1 / sqrt(d_h), of the true width of a head."""
+        """1 / sqrt(d_h), where d_h is the width of a head without padding."""
         return 1.0 / math.sqrt(self.head_dim)
 
     @property
     def feed_forward_dim(self) -> int:
-        """F: `d_ff`, or the rule where that is None."""
+        """F: `d_ff`, or its rule if `d_ff` is None."""
         return self.d_ff if self.d_ff is not None else 256 * math.ceil((8 * self.d_model // 3) / 256)
 
     @property
@@ -230,43 +230,43 @@ class ModelConfig:
 
     @property
     def active_experts(self) -> int:
-        """SwiGLUs that a row goes through in a layer."""
+        """SwiGLUs that each row uses in a layer."""
         return self.experts_per_token if self.mixture else 1
 
     @property
     def delta(self) -> DeltaShape:
-        """Shape of the Gated DeltaNet layers that stand in for standard layers of this model."""
+        """Shape of the Gated DeltaNet layers that replace standard layers of this model."""
         return delta_shape(self.d_model, self.head_dim, self.feed_forward_dim)
 
     def attends(self, layer: int) -> bool:
-        """Whether layer `layer` of an architecture without generation windows is one of attention."""
+        """Returns whether layer `layer` of a baseline is an attention layer."""
         if self.architecture not in RECURRENT:
             return True
         last = min(HYBRID_PERIOD, self.num_layers) - 1
         return self.architecture == "gated_deltanet_hybrid" and layer % HYBRID_PERIOD == last
 
     def place(self, layer: int) -> int:
-        """Which layer of its kind a layer is, of attention or not."""
+        """Returns the index of a layer among the layers of its kind, attention or Gated DeltaNet."""
         return sum(self.attends(index) == self.attends(layer) for index in range(layer))
 
     @property
     def attention_layers(self) -> int:
-        """How many layers are of attention."""
+        """Number of attention layers."""
         return sum(map(self.attends, range(self.num_layers)))
 
     @property
     def layers_per_block(self) -> int:
-        """compress, the hidden layers, restore."""
+        """Number of layers of a block: compress, the hidden layers, restore."""
         return self.hidden_depth + 2
 
     @property
     def num_layers(self) -> int:
-        """Layers in all, whatever the architecture."""
+        """Number of layers in total, for every architecture."""
         return self.num_blocks * self.layers_per_block
 
     @property
     def windowed(self) -> bool:
-        """Whether the architecture works by generation windows."""
+        """Whether the architecture has generation windows."""
         return self.architecture in WINDOWED
 
     @property
@@ -276,31 +276,31 @@ class ModelConfig:
 
     @property
     def grows(self) -> bool:
-        """Whether the cache of a sequence grows with it."""
+        """Whether a cache grows with its sequence."""
         return self.architecture in ("tlinformer", "tconstformer", "transformer", "gated_deltanet_hybrid")
 
     @property
     def compute_dtype(self) -> Any:
         """The dtype of the computation, 'auto' resolved for the default device."""
-        import jax.numpy as jnp  # here, because configurations are also read where JAX is not wanted
+        import jax.numpy as jnp  # imported here, because reading a configuration must not need JAX
 
         if self.dtype != "auto":
             return jnp.dtype(self.dtype)
         return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
 
     def plan(self, windows: int = 1) -> ExecutionPlan:
-        """How a sequence of so many generation windows is executed on the default device."""
+        """Returns the plan for a sequence of `windows` generation windows on the default device."""
         if isinstance(self.memory, ExecutionPlan):
             return self.memory
         return make_plan(self.memory, platform(), windows, self.generation_window, self.num_layers, self.windowed)
 
     @property
     def always_observes(self) -> bool:
-        """Whether the observation window has a row wherever there is history ('auto' has none for one token)."""
+        """Whether z has a row if there is any history; with 'auto' it has none for a history of one token."""
         return self.history_window != "auto"
 
     def observed_rows(self, history: int) -> int:
-        """W_oh for a history of `history` tokens, cut to what there is; 0 without history."""
+        """Returns the rows of z for a history of `history` tokens: W_oh, or fewer if the history is shorter."""
         if history <= 0:
             return 0
         if self.history_window == "auto":

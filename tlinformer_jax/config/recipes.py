@@ -1,8 +1,8 @@
-"""What the config files share: the rows of the paper's Table 1 by name, and this project's recipe.
+"""Functions for config files: the rows of the paper's Table 1 by name, and this project's recipe.
 
-A row is named `base-N`, a causal transformer on sequences of N tokens, or `N-T-r`, a TLinFormer whose windows hold T
-tokens, of which the share r is the history window and the rest the generation window. N and T are plain numbers, or
-thousands of 1024 as in `2k`.
+Row `base-N` is a causal transformer on sequences of N tokens. Row `N-T-r` is a TLinFormer on sequences of N tokens; its
+history and generation window have T tokens together, of which the share r is the history window. N and T are plain
+numbers, or multiples of 1024 such as `2k`.
 """
 
 import re
@@ -28,14 +28,14 @@ TABLE_1 = (
 GRAMMAR = "must be base-N or N-T-r: lengths such as 512 or 2k, and the history window's share 0 < r < 1 of the window T"
 
 TOKENS_PER_UPDATE = 131_072
-# As many as the paper takes at N = 512 on WikiText-103: ten epochs of 908.
+# The paper's number of updates at N = 512 on WikiText-103: ten epochs of 908.
 UPDATES = 9_080
-SMALL_TOKENS_PER_UPDATE = 65_536  # or a little less
+SMALL_TOKENS_PER_UPDATE = 65_536  # at most
 
 
 def set_row(config: "ConfigDict", row: str) -> None:
     """Sets architecture, vocabulary, windows and sequence length; the rest of the model is the 41M default."""
-    config.model.vocab_size = 50257  # GPT-2's, not padded, as in the paper
+    config.model.vocab_size = 50257  # GPT-2's vocabulary without padding, as in the paper
     if base := re.fullmatch(r"base-(\d+k?)", row):
         config.model.architecture = "transformer"
         config.data.sequence_length = _length(row, base[1])
@@ -54,7 +54,7 @@ def set_row(config: "ConfigDict", row: str) -> None:
 
 
 def set_books(config: "ConfigDict") -> None:
-    """Sets the data to books, or any corpus of JSON lines with a document each, in GPT-2 tokens."""
+    """Sets the data to books (any corpus of JSON lines with one document per line) in GPT-2 tokens."""
     config.data.update(
         dataset="text",
         tokenizer="gpt2",
@@ -64,9 +64,10 @@ def set_books(config: "ConfigDict") -> None:
 
 
 def set_own_recipe(config: "ConfigDict", row: str) -> None:
-    """Sets row `row` as this project trains it, so that any two rows may be compared.
+    """Sets row `row` with this project's recipe, so that any two rows can be compared.
 
-    Every row sees 131,072 tokens an update over as many updates, with the same dropout; the rest is as in the paper.
+    Every row has 131,072 tokens per update, the same number of updates and the same dropout; the rest is as in the
+    paper.
     """
     set_row(config, row)
     length = config.data.sequence_length
@@ -92,9 +93,9 @@ def set_plus(config: "ConfigDict") -> None:
 
 
 def set_tokens(config: "ConfigDict", tokens: int) -> None:
-    """Shortens our recipe to the updates that see at least `tokens` tokens: a tenth of them warms up.
+    """Shortens this project's recipe to `tokens` tokens, rounded up to whole updates.
 
-    Evaluated ten times on the way; a checkpoint each time.
+    A tenth of the updates is warm-up; there are ten evaluations, each with a checkpoint.
     """
     updates = -(-tokens // TOKENS_PER_UPDATE)
     tenth = max(1, updates // 10)
@@ -102,7 +103,7 @@ def set_tokens(config: "ConfigDict", tokens: int) -> None:
 
 
 def set_small(config: "ConfigDict", length: int, window: int, tokens: int) -> None:
-    """Sets a model of 6 layers that sees `tokens` tokens in samples of `length`; W_oh = W_og = `window`."""
+    """Sets a model of 6 layers, trained on `tokens` tokens in samples of `length`, with W_oh = W_og = `window`."""
     batch = SMALL_TOKENS_PER_UPDATE // length // 8 * 8
     updates = tokens // (batch * length)
     config.model.update(

@@ -1,7 +1,7 @@
-"""A run's whole configuration, from a config file or a working directory, checked as one.
+"""A run's whole configuration, read from a config file or a working directory and checked.
 
 A config file is a Python file whose `get_config()` returns a `ml_collections.ConfigDict` with the sections `model`,
-`train`, `data` and `mesh`; each section's fields are those of a frozen dataclass, `TrainConfig` among them.
+`train`, `data` and `mesh`. The fields of a section are those of a frozen dataclass, such as `TrainConfig`.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 AUTO = "auto"
-# The default of model.vocab_size is a multiple of this, which matrix products of TPUs and GPUs need to be fast.
+# The default of model.vocab_size is a multiple of this, for fast matrix products on TPUs and GPUs.
 VOCABULARY_MULTIPLE = 128
-# The model of a configuration without the section `model`: small enough for the default corpus on any computer.
+# The model of a configuration without the section `model`, small enough to train on the default corpus on any computer.
 SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "paper")
@@ -37,11 +37,11 @@ AND_MORE = re.compile(r"(\d+)(?:\+(\d+))?")  # two counts
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
 WSD = re.compile(r"wsd:((?=.*[1-9])0?\.\d+|1(?:\.0*)?)")
 EPOCH = "epoch"
-# A JAX key takes 32 bits; dropout uses seed + 1.
+# A JAX key has 32 bits; dropout uses seed + 1.
 LARGEST_SEED = 2**32 - 2
 DURATION = re.compile(r"((?=.*[1-9])\d+(?:\.\d+)?)(s|min|h)")
 UNITS = {"s": 1, "min": 60, "h": 3600}
-# Evaluation keeps no activations for a gradient, so small micro-batches are evaluated several at a time.
+# Evaluation stores no activations for a gradient, so it computes several small micro-batches at a time.
 EVALUATION_TOKENS = 16_384
 RULES = {
     "steps": integer(1, pattern=EPOCHS.pattern, told=", or epochs such as '10epochs'"),
@@ -72,53 +72,53 @@ RULES = {
 }
 
 
-# ---- The section `train`: length, optimiser, evaluations and checkpoints
+# ---- The section `train`
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A step is one update of the parameters.
+    """Length of the training, optimiser, evaluations and checkpoints. A step is one update of the parameters.
 
     Attributes:
-      steps: updates in all; or passes over the training samples, such as '10epochs'.
-      batch_size: sequences an update, over all devices and micro-batches.
-      accumulation: micro-batches an update is computed in, one after the other; divides batch_size.
+      steps: number of updates; or of passes over the training samples, such as '10epochs'.
+      batch_size: sequences per update, over all devices and micro-batches.
+      accumulation: number of micro-batches of an update, computed one after the other; divides batch_size.
       sampled_windows: generation windows of each sequence to train on, drawn without replacement for every
-        micro-batch, their losses weighted up; 0 takes all. Bounds the cost of a step on a very long sequence.
-      seed: of the parameters, the order of the data, dropout and the sampled windows.
+        micro-batch, with their losses weighted up; 0 takes all. Bounds the cost of a step on a very long sequence.
+      seed: seed of the parameters, the order of the data, dropout and the sampled windows.
       optimizer: 'adamw'; or 'muon', Muon for the hidden matrices and AdamW for the other parameters. Muon's updates are
-        scaled to the size of AdamW's: it takes AdamW's learning rate and weight decay.
-      learning_rate: the peak.
-      warmup_steps: updates over which it rises linearly; the last of them has the peak.
-      schedule: after the warm-up. 'cosine:0.1': to a tenth of the peak at the last step, 'cosine': to 0; 'constant';
-        'wsd:0.2': constant, but over the last fifth of the steps falling to 0 by one minus the square root of the share
-        that has passed; or 'paper', the paper's training loop in four respects. Its cosine counts its length in
-        micro-batches and its argument in updates, so that it hardly falls; the first update has rate 0; an epoch's last
-        update holds what is left of the epoch, its gradient still divided by the full number of micro-batches
-        (otherwise epochs follow each other without a gap); and weight decay applies to all parameters (otherwise biases
-        and LayerNorms are spared). Skipped updates do not count.
-      weight_decay: decoupled, as in AdamW.
-      z_loss: what the squared log-sum-exp of a token's logits counts in the gradient, beside the cross-entropy, such as
-        1e-4; keeps logits from drifting. The loss that is reported is the cross-entropy alone.
+        scaled to the size of AdamW's, so that learning rate and weight decay are those of AdamW.
+      learning_rate: the peak learning rate.
+      warmup_steps: updates in which the learning rate rises linearly; the last of them has the peak.
+      schedule: learning rate after the warm-up. 'cosine:0.1' falls to a tenth of the peak at the last step, 'cosine' to
+        0. 'constant' stays. 'wsd:0.2' is constant, but falls to 0 in the last fifth of the steps as one minus the
+        square root of the fraction of the fall that has passed. 'paper' is the paper's training loop in four respects:
+        its cosine counts its length in micro-batches but its argument in updates, so that it hardly falls; the first
+        update has rate 0; the last update of an epoch contains the rest of the epoch, with its gradient still divided
+        by the full number of micro-batches (otherwise epochs follow each other without a gap); and weight decay applies
+        to all parameters (otherwise not to biases and LayerNorms). Skipped updates do not count.
+      weight_decay: decoupled weight decay, as in AdamW.
+      z_loss: weight of the squared log-sum-exp of a token's logits in the gradient, such as 1e-4; keeps logits from
+        drifting. The reported loss is the cross-entropy alone.
       clip_norm: largest global norm of the gradient; 0 does not clip.
-      ema: decay of a moving average of the parameters, such as 0.999, which evaluations, generation and whatever else
-        reads a checkpoint use; 0 for none. After n updates the decay is at most (1 + n) / (10 + n), so that the average
-        soon forgets the first parameters.
+      ema: decay of a moving average of the parameters, such as 0.999; 0 for none. Evaluations, generation and all other
+        readers of a checkpoint use the average. After n updates the decay is at most (1 + n) / (10 + n), so that the
+        average soon forgets the first parameters.
       log_every: updates between log lines.
-      eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates at the end only.
-      checkpoint_every: updates between checkpoints, or a time such as '10min' (also 's' and 'h'), which no checkpoint
-        is older than when the next one is saved; 0 saves at the end only.
-      keep_checkpoints: how many of the latest are kept; '2+1' also keeps the one with the lowest validation loss, '2+3'
-        the best three, and then an evaluation that is among the best saves a checkpoint too.
-      max_skipped_updates: an update whose loss or gradient is not finite is skipped; after more than so many in a row
-        the run stops, and its last checkpoint stays; 0 stops at the first. '3+1': instead of stopping it takes up, once
-        in all, parameters and optimiser of the last checkpoint at a multiple of checkpoint_every, and goes on with the
-        batches that follow the bad ones.
-      stop_at_accuracy: of tasks: the run ends at the first evaluation with at least this share of answers right; 0
-        goes on to the last update.
-      deterministic: on a GPU, two runs, and a run killed and resumed, end with the same bits on the same kind of device
-        and version of JAX, more slowly. Without it XLA times kernels before it chooses, and sums the embedding's
-        gradient in whatever order its threads come to it. On CPUs and TPUs runs repeat themselves anyway.
+      eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates only at the end.
+      checkpoint_every: updates between checkpoints, or the longest time between them, such as '10min' (also 's' and
+        'h'); 0 saves only at the end.
+      keep_checkpoints: number of latest checkpoints to keep. '2+1' also keeps the one with the lowest validation loss,
+        '2+3' the best three; an evaluation among the best then saves a checkpoint, too.
+      max_skipped_updates: an update whose loss or gradient is not finite is skipped. After more skips in a row than
+        this the run stops and keeps its last checkpoint; 0 stops at the first. '3+1' instead returns, once per run, to
+        the parameters and optimiser state of the last checkpoint at a multiple of checkpoint_every, and continues with
+        the batches after the bad ones.
+      stop_at_accuracy: for tasks; the run ends at the first evaluation with at least this fraction of right answers; 0
+        continues to the last update.
+      deterministic: on a GPU, makes two runs, or a run that was killed and resumed, end with the same bits on the same
+        kind of device and version of JAX, more slowly. Otherwise XLA chooses kernels by timing, and sums the
+        embedding's gradient in the order in which its threads finish. CPUs and TPUs are always deterministic.
     """
 
     steps: int | str = 1000
@@ -155,65 +155,65 @@ class TrainConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences that are computed together."""
+        """Sequences per micro-batch."""
         return self.batch_size // self.accumulation
 
     @property
     def epochs(self) -> int:
-        """Passes over the training samples; 0 where `steps` counts updates."""
+        """Passes over the training samples; 0 if `steps` counts updates."""
         match = EPOCHS.fullmatch(str(self.steps))
         return int(match[1]) if match else 0
 
     @property
     def updates(self) -> int:
-        """Updates in all; 0 where `steps` counts epochs."""
+        """Number of updates; 0 if `steps` counts epochs."""
         return 0 if self.epochs else int(self.steps)
 
     @property
     def kept(self) -> tuple[int, int]:
-        """How many of the latest checkpoints are kept, and of the best."""
+        """Number of latest checkpoints to keep, and number of best ones."""
         return _counts(self.keep_checkpoints)
 
     @property
     def skippable(self) -> int:
-        """Updates in a row that may be skipped."""
+        """Most updates in a row that may be skipped."""
         return _counts(self.max_skipped_updates)[0]
 
     @property
     def rollbacks(self) -> int:
-        """How often the run may return to a checkpoint."""
+        """How many times the run may return to a checkpoint."""
         return _counts(self.max_skipped_updates)[1]
 
     @property
     def cosine_end(self) -> float:
-        """Where a cosine ends, as a fraction of the peak."""
+        """Final learning rate of a cosine schedule, as a fraction of the peak."""
         match = COSINE_TO.fullmatch(self.schedule)
         return float(match[1]) if match else 0.0
 
     @property
     def decay_share(self) -> float:
-        """The share of the steps over which the rate of 'wsd' falls; 0 for other schedules."""
+        """Fraction of the steps in which the rate of 'wsd' falls; 0 for other schedules."""
         match = WSD.fullmatch(str(self.schedule))
         return float(match[1]) if match else 0.0
 
     @property
     def equal_updates(self) -> bool:
-        """Whether all updates have batch_size samples; the last of an epoch is smaller in the paper's schedule."""
+        """Whether all updates have batch_size samples; in the paper's schedule the last one of an epoch is smaller."""
         return self.schedule != "paper"
 
     def evaluation_batch_size(self, trained: int, length: int) -> int:
-        """Sequences of `length` tokens in a batch of evaluation, in a run trained on samples of `trained` tokens."""
+        """Returns the evaluation batch size for sequences of `length` tokens; `trained` is the training length."""
         return max(1, max(self.micro_batch_size * trained, EVALUATION_TOKENS) // length)
 
 
 def seconds(every: int | str | None) -> float:
-    """The seconds of a time such as '10min'; 0 for anything else."""
+    """Converts a time such as '10min' to seconds; returns 0 for any other value."""
     match = DURATION.fullmatch(every) if isinstance(every, str) else None
     return float(match[1]) * UNITS[match[2]] if match else 0.0
 
 
 def _counts(given: int | str) -> tuple[int, int]:
-    """The counts of such as '2+1'."""
+    """Returns both counts of a value such as '2+1'; the second is 0 if it is not given."""
     match = AND_MORE.fullmatch(str(given))
     assert match
     return int(match[1]), int(match[2] or 0)
@@ -224,7 +224,7 @@ def _counts(given: int | str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """The whole configuration of a run."""
 
     model: ModelConfig
     train: TrainConfig
@@ -265,7 +265,7 @@ class RunConfig:
             raise ConfigError("data.curriculum", self.data.curriculum, allowed)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain nested dictionaries, as `run_config` takes them."""
+        """Returns plain nested dictionaries, which `run_config` accepts."""
         return dataclasses.asdict(self)
 
 
@@ -273,10 +273,14 @@ SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fiel
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that nested mappings (a ConfigDict, parsed JSON) describe; UserError for what is not allowed.
+    """Builds a configuration from nested mappings (a ConfigDict, parsed JSON).
 
-    What they leave out has the default of its dataclass. But without a section `model` the model is SMALL_MODEL, and
-    `vocab_size` is by default "auto": the tokenizer's entries, rounded up to a multiple of VOCABULARY_MULTIPLE.
+    Missing fields have the defaults of their dataclass, with two exceptions. Without a section `model` the model is
+    SMALL_MODEL. The default of `vocab_size` is "auto": the tokenizer's size, rounded up to a multiple of
+    VOCABULARY_MULTIPLE.
+
+    Raises:
+      UserError: if a name or value is not allowed.
     """
     if not hasattr(values, "items"):
         raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
@@ -288,11 +292,11 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def default_config_dict() -> "ConfigDict":
-    """Every field of every section with its default: what a config file starts from and a flag can override."""
-    from ml_collections import ConfigDict, FieldReference  # here, because only config files need it
+    """Returns every field of every section with its default, for config files to start from and flags to override."""
+    from ml_collections import ConfigDict, FieldReference  # imported here, because only config files need it
 
     def default(field: Any) -> Any:
-        # A ConfigDict takes only values of the default's type; fields of several types must take all of them.
+        # A ConfigDict accepts only values of the default's type. Fields of several types must accept any.
         return field.default if isinstance(field.type, type) else FieldReference(field.default, field_type=object)
 
     config = ConfigDict(
@@ -303,9 +307,9 @@ def default_config_dict() -> "ConfigDict":
 
 
 def add_defaults(config: "ConfigDict") -> None:
-    """Adds the defaults that a config file leaves out, so that flags can override them.
+    """Adds the defaults of fields that a config file leaves out, so that flags can override them.
 
-    A field whose value is not of its default's type comes to take any; `run_config` says what is not allowed.
+    A field whose value is not of its default's type then accepts any type; `run_config` checks it later.
     """
     from ml_collections import FieldReference
 
@@ -328,7 +332,7 @@ def add_defaults(config: "ConfigDict") -> None:
 
 
 def unknown_field(name: str) -> str | None:
-    """What is wrong with the name of a field ('model.width') or section, and which was meant; None if it exists."""
+    """Returns what is wrong with the name of a field ('model.width') or section, with a hint; None if it exists."""
     fields = {section: sorted(field.name for field in dataclasses.fields(kind)) for section, kind in SECTIONS.items()}
     section, _, field = name.partition(".")
     if section in fields and (not field or field in fields[section]):
@@ -352,7 +356,11 @@ def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:
-    """Reads the configuration of a working directory, from which relative paths in it start; DataError without one."""
+    """Reads the configuration of a working directory; relative paths in it start from this directory.
+
+    Raises:
+      DataError: if there is no readable configuration, or it is not allowed.
+    """
     path = workdir / CONFIG_FILE
     try:
         values = read_json(path)
@@ -371,12 +379,12 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """SHA-256, in hexadecimal, of the configuration's fields and values."""
+    """Returns the SHA-256, in hexadecimal, of the configuration's fields and values."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Fields in which two configurations differ, as 'section.field: old -> new'."""
+    """Returns the fields in which two configurations differ, as 'section.field: old -> new'."""
     before, after = old.to_dict(), new.to_dict()
     return [
         f"{section}.{name}: {before[section][name]!r} -> {value!r}"
@@ -387,7 +395,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def _model_fields(values: Mapping[str, Any], data: DataConfig) -> Any:
-    """The fields of the section `model`, with the size of the vocabulary."""
+    """Returns the fields of the section `model`, with a vocab_size of "auto" replaced by a number."""
     fields = values.get("model") or SMALL_MODEL
     if not hasattr(fields, "items") or fields.get("vocab_size", AUTO) != AUTO:
         return fields
