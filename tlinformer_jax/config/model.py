@@ -76,7 +76,6 @@ def make_plan(memory: str, platform: str, windows: int, window: int, layers: int
       platform: 'cpu', 'gpu' or 'tpu'.
       windows: number of generation windows to compute.
       window: tokens per window.
-      layers: number of layers of the model.
       windowed: whether the architecture has generation windows.
     """
     low, few, length = memory == "low", windows <= FEW_WINDOWS, windows * window

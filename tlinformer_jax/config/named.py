@@ -29,11 +29,7 @@ def config_file(given: str, flag: str = "--config") -> str:
 
 
 def load_python(given: str, flag: str, function: str) -> Any:
-    """Runs a config or sweep file and returns the result of its `function`, which gets the variant, if any.
-
-    Raises:
-      UserError: for any error in finding or running the file.
-    """
+    """Runs a config or sweep file and calls its `function` with the variant, if any; every failure is a UserError."""
     what = f"{flag}={given}"
     if not given:
         raise UserError(f"{flag}: must name a {flag.strip('-')} file, or one of the package's; it is empty")

@@ -66,8 +66,7 @@ def set_books(config: "ConfigDict") -> None:
 def set_own_recipe(config: "ConfigDict", row: str) -> None:
     """Sets row `row` with this project's recipe, so that any two rows can be compared.
 
-    Every row has 131,072 tokens per update, the same number of updates and the same dropout; the rest is as in the
-    paper.
+    Every row has 131,072 tokens per update, the same number of updates and dropout; the rest is as in the paper.
     """
     set_row(config, row)
     length = config.data.sequence_length

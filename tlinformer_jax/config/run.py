@@ -273,14 +273,10 @@ SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fiel
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """Builds a configuration from nested mappings (a ConfigDict, parsed JSON).
+    """Builds a configuration from nested mappings (a ConfigDict, parsed JSON); UserError if anything is not allowed.
 
-    Missing fields have the defaults of their dataclass, with two exceptions. Without a section `model` the model is
-    SMALL_MODEL. The default of `vocab_size` is "auto": the tokenizer's size, rounded up to a multiple of
-    VOCABULARY_MULTIPLE.
-
-    Raises:
-      UserError: if a name or value is not allowed.
+    Missing fields have the defaults of their dataclass, except that `vocab_size` defaults to "auto": the tokenizer's
+    size, rounded up to a multiple of VOCABULARY_MULTIPLE. Without a section `model` the model is SMALL_MODEL.
     """
     if not hasattr(values, "items"):
         raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
@@ -356,11 +352,7 @@ def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def load_config(workdir: pathlib.Path) -> RunConfig:
-    """Reads the configuration of a working directory; relative paths in it start from this directory.
-
-    Raises:
-      DataError: if there is no readable configuration, or it is not allowed.
-    """
+    """Reads a working directory's configuration, whose relative paths start there; DataError if it is not usable."""
     path = workdir / CONFIG_FILE
     try:
         values = read_json(path)

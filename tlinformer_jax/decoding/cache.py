@@ -51,7 +51,7 @@ class WindowedCache:
       history_length: n of each sequence.
       observed_length: valid rows of the compressed context.
       window_length: rows of the generation window so far.
-      capacity: most rows of history (static).
+      capacity: largest number of history rows (static).
       split: how the rows of `history` are split over devices, inside `jax.shard_map` (static); None for one device.
         Each device has all other arrays whole.
     """
@@ -73,7 +73,7 @@ class WindowedCache:
 
     @property
     def room(self) -> int:
-        """Most rows of history on one device."""
+        """Largest number of history rows on one device."""
         return self.capacity if self.split is None else self.capacity // self.split.parts
 
     @property
@@ -121,7 +121,7 @@ class LayeredCache:
       layers: keys and values in every attention layer, [layers, batch, heads, d_h, capacity]. For a sliding window the
         capacity is the window minus one, and row `position % capacity` contains a position.
       length: number of tokens so far.
-      capacity: most rows (static).
+      capacity: largest number of rows (static).
       last: each sequence's last token, NO_TOKEN before the first; None without `config.token_shift`.
       state: states of the Gated DeltaNet layers, [layers, batch, ...], which do not grow; None without such layers.
     """

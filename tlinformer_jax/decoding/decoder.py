@@ -186,11 +186,9 @@ class Decoder:
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
 
     def init_cache(self, batch: int, tokens: int, final: int | None = None, cache_dtype: str = "auto") -> Cache:
-        """Returns an empty cache for sequences of up to `tokens` tokens.
+        """Returns an empty cache for sequences of up to `tokens` tokens, in the end `final` (None: not known).
 
-        Args:
-          final: tokens of the longest sequence in the end; None if not known.
-          cache_dtype: see `sampling.GenerationConfig`.
+        For `cache_dtype` see `sampling.GenerationConfig`.
         """
         capacity = capacity_for(self.config, tokens, final, self.devices)
         return spread.init_spread_cache(self.config, batch, capacity, self.mesh, cache_dtype)

@@ -36,8 +36,8 @@ class Generator:
 
     The options of all methods are the fields of `sampling.GenerationConfig`.
 
-    Prompts of different lengths run as one batch. Each prompt gets the tokens that it would get alone: exactly in
-    float32 on the CPU; elsewhere unless rounding changes a choice.
+    Prompts of any lengths run as one batch, and each prompt gets the tokens that it would get alone: exactly in float32
+    on the CPU, elsewhere unless rounding changes a choice.
     """
 
     def __init__(
@@ -47,12 +47,9 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        """Prepares generation with a model.
+        """Prepares generation with a model and its variables, {"params": ...}.
 
-        Args:
-          variables: the model's variables, {"params": ...}.
-          tokenizer: needed for text prompts, text output and stop strings.
-          mesh: from `decoding.context_mesh`; None for one device.
+        Text and stop strings need a tokenizer; several devices need a mesh from `decoding.context_mesh`.
         """
         if tokenizer is not None:
             check_vocab(tokenizer, model.config.vocab_size)

@@ -30,10 +30,9 @@ def loss_and_slope(
     z_loss: float = 0.0,
     interpret: bool = False,
 ) -> tuple[Float[Array, " tokens"], Float[Array, "tokens columns"]]:
-    """Returns cross-entropies in nats, and the logits' gradient of the weighted sum of (loss + z_loss * lse^2).
+    """Returns cross-entropies in nats, and the logits' gradient of sum(weight * (loss + z_loss * log-sum-exp^2)).
 
-    lse is the log-sum-exp of a token's logits. Columns past the vocabulary may contain any finite values; their
-    gradient is 0.
+    Columns past the vocabulary may contain any finite values; their gradient is 0.
     """
     tokens, columns = logits.shape
     return call_kernel(

@@ -94,7 +94,7 @@ def _attend(
         q_seq_shards=1,
         interpret=interpret,
     )
-    # A query sees the keys of its segment: its document, or 0 for all queries and valid keys.
+    # A query sees only keys of its own segment: its document, or without documents segment 0.
     masked = jnp.arange(shape[1])[None] >= jnp.maximum(lengths, 1)[:, None]
     if documents is None:
         ids = jnp.zeros((query.shape[0], shape[0]), jnp.int32), masked.astype(jnp.int32)

@@ -108,12 +108,8 @@ def head_multiple(dtype: Any, backend: str) -> int:
 
 
 def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False) -> str:
-    """Returns the back end for 'auto'.
-
-    In half precision it is cuDNN on NVIDIA GPUs (with dropout our own kernel, 'triton') and splash on TPUs; otherwise
-    it is XLA. The two GPU kernels do not support `documents`.
-    """
-    # cuDNN and splash offer neither dropout of weights nor a differentiable log-sum-exp through JAX.
+    """Returns the back end for 'auto': cuDNN, 'triton' (for dropout) or splash in half precision; otherwise XLA."""
+    # cuDNN and splash have neither dropout nor a differentiable log-sum-exp in JAX; cuDNN and triton have no documents.
     if dropout is not None and not return_lse:
         return "triton" if not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1]) else "xla"
     if return_lse or (documents and is_nvidia_gpu()):

@@ -7,20 +7,21 @@
     restore:   C' = update(C, attend(Qc, Kz, Vz))
                x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
 
-C is the history: the n rows before the generation window. z is the observation window, which compresses the history; it
-starts as rows h .. n - 1 of C. x is the generation window. The layer projects each stream to Q, K and V (`Stream.of`).
-`attend` is softmax attention (`attention.attend`). `update` is the rest of the layer: output projection, feed-forward
-and both residuals, row by row (`layers.update`).
+x is the generation window. C is the history: all n rows before x. z is the observation window, a compressed history: it
+starts as C[h:], the last W_oh rows of C. A layer projects each stream to Q, K and V, with rotary positions
+(`Stream.of`). `attend` is softmax attention (`attention.attend`). `update` is the rest of the layer, row by row: output
+projection, feed-forward and both residuals (`layers.update`).
 
-Training, evaluation, `prefill` and `slide` all call the three functions below, but store C in different ways. So C has
-two methods: `read` is attend(Q, Kc, Vc), and `restore` computes C' for every row. `streams.History` restores all rows
-at once, in chunks, or split over devices; `decoding.history` works from a KV cache.
+The functions `compress`, `hidden` and `restore` below are these equations. Training, evaluation, `prefill` and `slide`
+all call them, but store C in different ways. So C has two methods: `read` is attend(Q, Kc, Vc), and `restore` computes
+C' for every row. `streams.History` restores all rows at once, in chunks, or split over devices; `decoding.history`
+works from a KV cache.
 
-Rows of z and x that read the same keys are concatenated, "side by side", and share one call of `attend` or `update`.
-The first window has no history: C and z have no rows, attention to no keys is 0, and nothing is compiled for them.
+Rows of z and x are concatenated ("side by side") to share one call of `update`, and of `attend` if they read the same
+keys. The first window has no history: C and z have no rows, attention to no keys is 0, and nothing is compiled for it.
 
-If a sample packs several documents, a query sees only the keys of its own document (`Stream.documents`). Positions do
-not restart with a document: rotary embeddings encode distances, which do not depend on where the document begins.
+If a sample packs several documents, a query sees only keys of its own document (`Stream.documents`). Positions do not
+restart with a document: rotary positions encode distances, which do not depend on where a document begins.
 """
 
 import functools
@@ -54,15 +55,15 @@ from tlinformer_jax.models.windows import WindowFrame
 
 # Parts of a layer that draw separate dropout masks.
 SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
-# Rows of z, x and C.
-Zs = Float[Array, "batch width D"]
-Xs = Float[Array, "batch m D"]
-Cs = Float[Array, "batch n D"]
+# Rows of the residual stream: of z, x and C.
+ZRows = Float[Array, "batch width D"]
+XRows = Float[Array, "batch m D"]
+CRows = Float[Array, "batch n D"]
 
 
 @runtime_checkable
 class ReadableHistory(Protocol):
-    """The history C, as the equations use it; see `streams.History`."""
+    """The history C, as the equations need it; see `streams.History`."""
 
     def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
         """Returns attend(Q, Kc, Vc), where Q are the queries of the `readers`, side by side."""
@@ -75,7 +76,7 @@ class ReadableHistory(Protocol):
 
 def compress(
     layer: LayerParams, config: ModelConfig, C: ReadableHistory, z: Stream, x: Stream, dropout: Dropout | None = None
-) -> tuple[Zs, Xs]:
+) -> tuple[ZRows, XRows]:
     """Runs the first layer, which compresses the history.
 
         z = update(C[h:], attend(Qc[h:], Kc, Vc))
@@ -96,11 +97,13 @@ def compress(
 
 def hidden(
     layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None = None
-) -> tuple[Zs, Xs]:
+) -> tuple[ZRows, XRows]:
     """Runs a layer between the first and the last.
 
-    z' = update(z, attend(Qz, Kz, Vz))
-    x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+        z' = update(z, attend(Qz, Kz, Vz))
+        x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+
+    z and x read the compressed history z, not C.
     """
     causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
     shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, z, x)
@@ -117,7 +120,7 @@ def restore(
     x: Stream,
     later: Sequence["BlockParams"] = (),
     dropout: Dropout | None = None,
-) -> tuple[Any, Xs]:
+) -> tuple[Any, XRows]:
     """Runs the last layer, which restores the history to its full length.
 
         C' = update(C, attend(Qc, Kz, Vz))
@@ -140,13 +143,13 @@ def restore(
 def restore_rows(
     config: ModelConfig,
     never_empty: bool,
-    C: Cs,
+    C: CRows,
     Qc: Array,
     shared: Any,
     fixed: Any,
     documents: Array | None = None,
     attend: Callable[..., Array] = attend,
-) -> Cs:
+) -> CRows:
     """Returns C' = update(C, attend(Qc, Kz, Vz)) for any rows of C, since rows of C do not read each other.
 
     Args:
@@ -162,8 +165,8 @@ def restore_rows(
 
 
 def _update(
-    layer: LayerParams, rows: tuple[Zs, Xs], attended: tuple[Array, Array], dropout: Dropout | None
-) -> tuple[Zs, Xs]:
+    layer: LayerParams, rows: tuple[ZRows, XRows], attended: tuple[Array, Array], dropout: Dropout | None
+) -> tuple[ZRows, XRows]:
     """Returns update(z, ...) and update(x, ...), computed side by side."""
     return side_by_side(
         lambda rows, attended: update(layer, rows, attended, part_of(dropout, FEED_FORWARD)), rows, attended
@@ -191,7 +194,7 @@ def dual_window_block(
     window: PlacedWindow,
     later: Sequence[BlockParams] = (),
     dropout: Dropout | None = None,
-) -> tuple[History | None, Xs]:
+) -> tuple[History | None, XRows]:
     """Runs one block on one generation window, or on g windows together; returns C' and the next x.
 
     Args:
@@ -207,7 +210,7 @@ def dual_window_block(
     valid, never_empty = window.frame.observed_length, config.always_observes
     rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
 
-    def hidden_layer(rows: tuple[Zs, Xs], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
+    def hidden_layer(rows: tuple[ZRows, XRows], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
         layer, dropout = item
         z, x = with_documents(window.frame, *project_both(layer, *rows, window.rope, valid, never_empty))
         return hidden(layer, config, z, x, dropout), None

@@ -1,6 +1,4 @@
-"""A layer for one new row per sequence, and functions that write and read many cached rows.
-
-A generated token runs `token_layer`; `prefill` and `slide` write many rows and read all of them.
+"""The layer of a generated token, and functions by which `prefill` and `slide` write and read many cached rows.
 
 Cached keys and values are [batch, heads, d_h, rows]: the row axis is contiguous, so that a GPU streams memory and a TPU
 needs no padding. The number of valid rows differs between sequences and is known only at run time. Rows may be int8
@@ -44,10 +42,8 @@ class TokenLayerParams:
 
     Attributes:
       vectors: the layer's parameters with None for the four matrices.
-      qkv_kernel: [3, h, d_h, D].
-      out_kernel: [D, h, d_h].
-      gate_up_kernel: [2, F, D], or [E, D, 2, F] for experts, as in `LayerParams`.
-      down_kernel: [D, F], or [E, F, D] for experts, as in `LayerParams`.
+      qkv_kernel, out_kernel: [3, h, d_h, D] and [D, h, d_h].
+      gate_up_kernel, down_kernel: [2, F, D] and [D, F]; for experts as in `LayerParams`.
     """
 
     vectors: LayerParams
@@ -95,7 +91,7 @@ def token_layer(
 
     Args:
       x: the new rows.
-      rope: rotations of the new rows' positions, [batch, d_h / 2].
+      rope: rotations of the new rows, [batch, d_h / 2].
       past: rows that share a softmax with the new row's own key: its generation window, or a baseline's cache.
       context: rows with a separate softmax: history or compressed context. None, or no valid row, adds 0.
       backend: 'plain', 'triton', or 'triton_interpreted' (for tests on the CPU); None to choose automatically.

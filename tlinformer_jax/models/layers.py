@@ -1,7 +1,7 @@
-"""The layer that every architecture uses, as pure functions of its parameters.
+"""The layer of all architectures, as pure functions of its parameters.
 
-`compress`, `hidden`, `restore` and the baseline's layers call the same `project` and `update`. They differ only in
-which rows attend to which in between. The Flax module here only declares parameters; the functions take plain pytrees.
+`compress`, `hidden`, `restore` and the baselines' attention layers all use `project` and `update`; they differ only in
+which rows attend to which in between. The Flax module here only declares parameters; functions take plain pytrees.
 """
 
 import dataclasses
@@ -186,8 +186,8 @@ def chain_layers(
 ) -> Any:
     """Applies layers in order: `x, _ = function(x, (layer, dropout of the layer))` for each.
 
-    With `scan`, `period` layers, after which the kinds of layers repeat, are compiled once, and a loop runs them with
-    stacked parameters. The last layers that fill no whole period are compiled separately.
+    Kinds of layers repeat after `period` layers. With `scan` so many layers are compiled once, and a loop runs them
+    with stacked parameters; layers after the last whole period are compiled separately.
     """
     items = [(layer, part_of(dropout, depth)) for depth, layer in enumerate(layers)]
 
@@ -240,7 +240,7 @@ def _pad_heads(array: Array, axis: int, multiple: int) -> Array:
 
 
 def _pad_feed_forward(layer: ResidualParams, multiple: int) -> ResidualParams:
-    """Pads the inner feed-forward features with zero weights to a multiple, for aligned loads of matrix units."""
+    """Pads the inner features with zero weights to a multiple, so that loads of matrix units are aligned."""
     padding, experts = (0, -layer.down_kernel.shape[-2] % multiple), ((0, 0),) * (layer.down_kernel.ndim - 2)
     return dataclasses.replace(
         layer,
@@ -300,7 +300,7 @@ norm_branch.defvjp(lambda *arrays: (norm_branch(*arrays), arrays), functools.par
 
 @jax.custom_vjp
 def _add_bias(x: Array, bias: Array) -> Array:
-    """Returns x [rows..., ...] + bias [...]."""
+    """Adds bias [...] to x [rows..., ...]."""
     # cuBLAS can add a bias in the epilogue of its product only if the bias is a vector.
     return (x.reshape(-1, bias.size) + bias.astype(x.dtype).reshape(-1)).reshape(x.shape)
 

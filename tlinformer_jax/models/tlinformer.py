@@ -97,9 +97,9 @@ class PreparedSequence:
         return Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
 
     def windows(self, config: ModelConfig, segment: Segment, overlap: int) -> Stream | None:
-        """Returns the rows of a segment's windows, each with `overlap` rows before it (see `window_rows`).
+        """Returns the rows of a segment's windows, each with `overlap` rows before it, by `window_rows`.
 
-        None if rows are split over devices, which then gather the rows of one window at a time.
+        None if rows are split over devices, which then gather one window at a time.
         """
         return segment.rows(config, self.own, overlap) if self.history.split is None else None
 
@@ -121,10 +121,7 @@ def prepare_sequence(
     split: SequenceSplit = WHOLE,
     first: int = 0,
 ) -> PreparedSequence:
-    """Prepares a sequence of `length` tokens to compute its windows from index `first` on.
-
-    If rows are split over devices, `embeddings` contains this device's rows.
-    """
+    """Prepares the windows from index `first` on; if rows are split over devices, `embeddings` has this device's."""
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows
     segments = plan_segments(config, count, plan, split, first)
     padded = padded_length(config, count, segments, parts)
@@ -143,12 +140,7 @@ def prepare_sequence(
 def place_in_run(
     config: ModelConfig, segment: Segment, history: History, fixed: Constants, windows: PerWindow
 ) -> tuple[History, WindowFrame, Dropout | None]:
-    """Returns the arguments C, frame and dropout of `window_states` for windows of a segment.
-
-    Args:
-      fixed: `PreparedSequence.fixed`.
-      windows: index of one window, or of g windows that run together, int32 [g].
-    """
+    """Returns C, frame and dropout for `window_states`, given the index of a window, or of g windows, int32 [g]."""
     rope, dropout, documents = fixed
     frame, own = segment.frame(config, windows), None
     rows = segment.history_rows // (history.split.parts if history.split else 1)
@@ -202,10 +194,7 @@ def forward_windows(
 
 
 def _step(config: ModelConfig, segment: Segment, shared: Any, fixed: Any, item: tuple[Stream, Any]) -> Array:
-    """Runs one window, or `segment.together` windows, as a step of `map_rows` or `jax.lax.map`.
-
-    x has the windows' rows one after another, [batch, together * (overlap + W_og), ...].
-    """
+    """Runs the windows of one step of `map_rows`; x has their rows, [batch, together * (overlap + W_og), ...]."""
     (blocks, history), (x, number) = shared, item
     size, batch = segment.overlap(config) + config.generation_window, x.rows.shape[0]
     windows: PerWindow = segment.first + number * segment.together

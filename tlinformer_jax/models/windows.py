@@ -130,7 +130,7 @@ def plan_segments(
     together = min(plan.together, count)
     alone = count % together  # the first windows, whose histories are the shortest
     groups = np.arange(first + alone, windows).reshape(-1, together)
-    missing = -len(groups) % split.window_parts  # in the first round of a split
+    missing = -len(groups) % split.window_parts  # devices without a window in the first round
     rounds = np.arange((len(groups) + missing) // split.window_parts)
     parts = np.array_split(rounds, min(plan.segments, len(rounds)))
     ends = [(part[-1] + 1) * split.window_parts - missing for part in parts]
@@ -186,7 +186,7 @@ def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int
     lengths = windows * config.generation_window - config.window_overlap
     observed = np.array([config.observed_rows(int(length)) for length in lengths])
     width = int(max(observed.max(), 1))
-    # With the dynamic window a slice of the segment's common width can reach past its own history's end.
+    # With history_window 'auto' a slice of the segment's common width can reach past the end of a window's history.
     rows = max(int(lengths[-1]), int((lengths - observed).max()) + width)
     chunk = chunk if chunk * row_parts < rows else 0
     rows += -rows % (max(chunk, 1) * row_parts)
@@ -196,8 +196,8 @@ def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int
 def slice_rows(array: jax.Array, start: PerWindow, length: int, batch: int | None = None) -> jax.Array:
     """Returns rows start .. start + length - 1 of an array [sequences, rows, ...].
 
-    If `start` has one position for each of g windows that run together, the result is [batch, length, ...] with batch =
-    sequences * g, and the array may have sequences * g entries, too.
+    For g windows that run together, `start` is [g], the result is [batch = sequences * g, length, ...], and the array
+    may be [batch, rows, ...], too.
     """
     if not np.ndim(start):
         return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)

@@ -20,8 +20,7 @@ class MeshConfig:
     """Sizes of the mesh's axes. One more axis, `data`, splits the batch over the remaining devices.
 
     Attributes:
-      fsdp: splits the batch and the parameters. Only `fsdp`, `tensor` and `expert` split parameters; all other axes
-        hold copies.
+      fsdp: splits the batch and the parameters. All axes except `fsdp`, `tensor` and `expert` hold copies of these.
       tensor: splits heads and the feed-forward's features.
       window: splits the generation windows of each sequence, in training.
       context: splits the rows of the history, in training and in generation.
@@ -48,7 +47,7 @@ class MeshConfig:
 
 @contextlib.contextmanager
 def target(platform: str, kind: str) -> Iterator[None]:
-    """Makes functions traced inside be for a device of this platform ('tpu') and kind ('TPU v5 lite').
+    """Sets the platform ('tpu') and kind ('TPU v5 lite') of device for functions that are traced inside.
 
     JAX may reuse a cached trace of a function from another target, so create the functions to trace inside.
     """

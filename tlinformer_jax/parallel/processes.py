@@ -70,8 +70,7 @@ def find_cluster(
 def joined(cluster: Cluster | None) -> Iterator[None]:
     """Connects to the other processes of `cluster`; for entry points, before JAX is used.
 
-    An error inside the context ends the process at once: an orderly end would wait for the other processes, which would
-    wait for this one.
+    An error inside the context ends the process at once: an orderly end would wait for processes that wait for this one.
     """
     if cluster is None:
         yield
@@ -164,7 +163,7 @@ def _check_free(address: str) -> None:
             raise UserError(f"--coordinator_address={address}: process 0 cannot listen on this port ({why})") from None
 
 
-_kept_alive: list[Any] = []  # handlers that C calls, so that Python does not collect them
+_kept_alive: list[Any] = []  # handlers that C calls; the list keeps Python from collecting them
 
 
 def _say_at_abort(message: str) -> None:

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import MeshConfig
 
-# Axes that split the batch in training.
+# Axes that split the batch in training; the other axes hold copies of it.
 BATCH_AXES = ("data", "fsdp", "expert")
 # In evaluation `window` and `context` split the batch, too; otherwise their devices would compute the same.
 EVALUATION_AXES = (*BATCH_AXES, "window", "context")
@@ -60,8 +60,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
 def connect(mesh: Mesh) -> None:
     """Connects the processes of a mesh for each group of axes, in the same order; every process must call this.
 
-    On CPUs a group connects when a program first needs it. Two processes that begin with different groups would wait
-    for each other forever.
+    On CPUs a group connects when it is first used: two processes that begin with different groups would wait forever.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
@@ -122,7 +121,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def process_rows(mesh: Mesh, batch_size: int, axes: tuple[str, ...] = BATCH_AXES) -> np.ndarray:
-    """Returns the indices, ascending, of the rows that this process's devices hold of a batch split over `axes`.
+    """Returns the rows of a batch split over `axes` that this process's devices hold: ascending indices, int64.
 
     The indices may have gaps, because a mesh orders devices by their connections, not by their processes.
     """
@@ -136,9 +135,7 @@ def put_batch(batch: Any, mesh: Mesh, axes: tuple[str, ...] = BATCH_AXES) -> Any
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
-# ---- Arrays inside a program
-#
-# The caller has set the mesh (`jax.set_mesh`).
+# ---- Arrays inside a program (under the mesh set by `jax.set_mesh`)
 
 
 def open_axes() -> dict[str, int]:
@@ -165,7 +162,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def gathered(table: jax.Array) -> jax.Array:
-    """Gathers a table if the mesh requires it for a look-up of rows."""
+    """Replicates a table if the mesh does not allow a look-up of its rows otherwise."""
     # If both axes split parameters, XLA's partitioner aborts on a look-up in a table that one of them splits.
     both = {"fsdp", "tensor"} <= open_axes().keys()
     return jax.lax.with_sharding_constraint(table, PartitionSpec()) if both else table
@@ -269,10 +266,7 @@ class BatchSplit:
         return jax.lax.psum(values, axes) if axes else values
 
     def over_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function that runs `function(batch, *whole)` on every device with its part of the batch.
-
-        The results of `function` must be the same on all devices.
-        """
+        """Maps `function(batch, *whole)` over the devices, each with its part of the batch; all return the same."""
         if not self.manual:
             return function
 
