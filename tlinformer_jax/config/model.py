@@ -146,7 +146,7 @@ class ModelConfig:
       dtype: dtype of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU. float16 has no loss
         scaling, so it is for evaluation. Softmax, rotary angles, LayerNorm statistics and the loss are always float32.
       param_dtype: dtype of the stored parameters.
-      attention: back end of attention; 'auto' chooses the best for the device and the shapes.
+      attention: backend of the attention kernel; 'auto' chooses the best for the device and the shapes.
       memory: 'auto', or 'low' for the longest sequences on one device. 'low' means one window at a time, more segments,
         checkpointing, and chunks of the history beyond a million tokens. Python callers may give an `ExecutionPlan`.
     """

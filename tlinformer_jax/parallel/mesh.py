@@ -20,7 +20,7 @@ class MeshConfig:
     """Sizes of the mesh's axes. One more axis, `data`, splits the batch over the remaining devices.
 
     Attributes:
-      fsdp: splits the batch and the parameters. All axes except `fsdp`, `tensor` and `expert` hold copies of these.
+      fsdp: splits the batch and the parameters, of which `data`, `window` and `context` hold copies.
       tensor: splits heads and the feed-forward's features.
       window: splits the generation windows of each sequence, in training.
       context: splits the rows of the history, in training and in generation.

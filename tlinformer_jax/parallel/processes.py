@@ -70,7 +70,7 @@ def find_cluster(
 def joined(cluster: Cluster | None) -> Iterator[None]:
     """Connects to the other processes of `cluster`; for entry points, before JAX is used.
 
-    An error inside the context ends the process at once: an orderly end would wait for processes that wait for this one.
+    An error inside ends the process at once: an orderly end would wait for processes that wait for this one.
     """
     if cluster is None:
         yield
