@@ -18,7 +18,7 @@ C' for every row. `streams.History` restores all rows at once, in chunks, or spl
 works from a KV cache.
 
 Rows of z and x are concatenated ("side by side") to share one call of `update`, and of `attend` if they read the same
-keys. The first window has no history: C and z have no rows, attention to no keys is 0, and nothing is compiled for it.
+keys. The first window has no history: C and z have no rows, which compiles to nothing, and attention to no keys is 0.
 
 If a sample packs several documents, a query sees only keys of its own document (`Stream.documents`). Positions do not
 restart with a document: rotary positions encode distances, which do not depend on where a document begins.
