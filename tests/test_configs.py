@@ -309,7 +309,6 @@ OVERRIDES = {
         "token_shift": True,
         "dropout": 0.25,
         "dtype": "float32",
-        "param_dtype": "bfloat16",
         "attention": "xla",
         "memory": None,  # the other one
     },

@@ -89,24 +89,14 @@ def test_golden_weights_generate(name, tmp_path):
     assert found == continuation.tolist()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "param_dtype"),
-    [
-        (ml_dtypes.bfloat16, "float32"),
-        (np.float64, "float32"),
-        pytest.param(np.float16, "float32", marks=pytest.mark.slow),
-        pytest.param(np.float16, "bfloat16", marks=pytest.mark.slow),
-    ],
-)
-def test_other_dtypes(dtype, param_dtype, tmp_path):
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float64, pytest.param(np.float16, marks=pytest.mark.slow)])
+def test_other_dtypes(dtype, tmp_path):
     weights = {name: array.astype(dtype) for name, array in golden.random_weights(SMALL).items()}
-    config = run_of(dataclasses.replace(SMALL, param_dtype=param_dtype))
     safetensors.save_file(weights, tmp_path / "published.safetensors")
-    weights_to_workdir(tmp_path / "published.safetensors", config, tmp_path / "run")
-    truth = {name: array.astype(np.float32).astype(param_dtype) for name, array in weights.items()}
+    weights_to_workdir(tmp_path / "published.safetensors", run_of(SMALL), tmp_path / "run")
     workdir_to_weights(tmp_path / "run", tmp_path / "again.safetensors")
     again = safetensors.load_file(tmp_path / "again.safetensors")
-    for name, array in truth.items():
+    for name, array in weights.items():
         np.testing.assert_array_equal(again[name], array.astype(np.float32), err_msg=name)
 
 

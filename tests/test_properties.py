@@ -211,7 +211,6 @@ CHOICES = {
         "memory": MEMORY,
         "architecture": model_config.ARCHITECTURES,
         "dtype": model_config.COMPUTE_DTYPES,
-        "param_dtype": model_config.PARAM_DTYPES,
         "attention": model_config.ATTENTION_BACKENDS,
         "history_window": ("auto",),
     },

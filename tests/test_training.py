@@ -324,17 +324,6 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path):
     assert "warmup_steps" not in check_run(run_config(train={"warmup_steps": 4}))
 
 
-@pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
-def test_bfloat16_parameters_stay_bfloat16(accumulation, optimizer):
-    model = build_model(dataclasses.replace(MODEL, param_dtype="bfloat16"))
-    config = dataclasses.replace(TRAIN, accumulation=accumulation, optimizer=optimizer)
-    state = jax.eval_shape(lambda: init_state(jax.random.key(0), model, config, HORIZON))
-    step = functools.partial(train_step, model=model, config=config, horizon=HORIZON)
-    new, _ = jax.eval_shape(step, state, random_batch())
-    assert state.params["embedding"].dtype == jnp.bfloat16
-    jax.tree.map(lambda old, new: np.testing.assert_equal(new.dtype, old.dtype), state, new)
-
-
 def test_decay_spares_vectors_but_for_the_papers_schedule():
     params = golden_state().params
     everything = decay_mask(dataclasses.replace(TRAIN, schedule="paper", steps="1epoch"), params)

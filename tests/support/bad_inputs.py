@@ -99,7 +99,6 @@ MODELS = fields(
     ("model.dropout=1.0", "all dropped"),
     ("model.dropout=nan", "not a number"),
     ("model.dtype=float8", "unknown type"),
-    ("model.param_dtype=float16", "a type that is not for parameters"),
     ("model.attention=flash", "unknown kernel"),
     ("model.memory=always", "unknown word"),
 )

@@ -19,7 +19,6 @@ ARCHITECTURES = (
 WINDOWED = ("tlinformer", "tconstformer")
 RECURRENT = ("gated_deltanet", "gated_deltanet_hybrid")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
-PARAM_DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 MEMORY = ("auto", "low")
 SHORTEST_WAVELENGTH = 7  # RoPE's shortest wavelength, 2 pi, rounded up
@@ -93,7 +92,6 @@ def make_plan(memory: str, platform: str, windows: int, window: int, layers: int
 RULES = {
     "architecture": one_of(*ARCHITECTURES),
     "dtype": one_of(*COMPUTE_DTYPES),
-    "param_dtype": one_of(*PARAM_DTYPES),
     "attention": one_of(*ATTENTION_BACKENDS),
     "memory": Rule(one_of(*MEMORY).allowed, lambda memory: memory in MEMORY or isinstance(memory, ExecutionPlan)),
     "vocab_size": integer(1, 2**31 - 1),  # tokens are int32
@@ -145,7 +143,6 @@ class ModelConfig:
       dropout: rate of dropout of attention weights and of the feed-forward's output, in training only.
       dtype: dtype of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU. float16 has no loss
         scaling, so it is for evaluation. Softmax, rotary angles, LayerNorm statistics and the loss are always float32.
-      param_dtype: dtype of the stored parameters.
       attention: backend of the attention kernel; 'auto' chooses the best for the device and the shapes.
       memory: 'auto', or 'low' for the longest sequences on one device. 'low' means one window at a time, more segments,
         checkpointing, and chunks of the history beyond a million tokens. Python callers may give an `ExecutionPlan`.
@@ -167,14 +164,12 @@ class ModelConfig:
     longest_wavelength: int = 0
     dropout: float = 0.0
     dtype: str = "auto"
-    param_dtype: str = "float32"
     attention: str = "auto"
     memory: str | ExecutionPlan = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "param_dtype"):
-            if not isinstance(getattr(self, name), str):  # dtypes such as jnp.bfloat16 are allowed, too
-                object.__setattr__(self, name, _dtype_name(f"model.{name}", getattr(self, name)))
+        if not isinstance(self.dtype, str):  # dtypes such as jnp.bfloat16 are allowed, too
+            object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         check_fields("model", self, RULES)
         if self.mixture and self.experts_per_token > self.num_experts:
             allowed = f"must be at most model.num_experts = {self.num_experts}"
@@ -307,10 +302,10 @@ class ModelConfig:
         return min(history, int(self.history_window))
 
 
-def _dtype_name(field: str, value: Any) -> str:
+def _dtype_name(value: Any) -> str:
     import jax.numpy as jnp
 
     try:
         return jnp.dtype(value).name
     except (TypeError, ValueError):
-        raise ConfigError(field, value, f"must be one of {', '.join(COMPUTE_DTYPES)}") from None
+        raise ConfigError("model.dtype", value, f"must be one of {', '.join(COMPUTE_DTYPES)}") from None

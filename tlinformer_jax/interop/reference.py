@@ -22,7 +22,7 @@ FINAL_NORM = {"norm_scale": "transformer.norm.weight", "norm_bias": "transformer
 
 
 def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Flax variables for `build_model(config).apply`, in config.param_dtype, from a published checkpoint.
+    """Flax variables for `build_model(config).apply`, in float32, from a published checkpoint.
 
     The tied head may be left out. A DataError lists every missing, extra, misshapen or contradicting entry, and every
     one that holds other things than finite numbers.
@@ -50,7 +50,7 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
         layer = {ours: arrays[prefix + theirs].T.reshape(shape) for theirs, (ours, shape, _) in names}
         node = functools.reduce(lambda node, part: node.setdefault(part, {}), path, params)
         node |= _joined(layer, config)
-    return {"params": jax.tree.map(lambda array: jax.numpy.asarray(array, config.param_dtype), params)}
+    return {"params": jax.tree.map(lambda array: jax.numpy.asarray(array, np.float32), params)}
 
 
 def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:

@@ -57,7 +57,7 @@ class DeltaLayer(nn.Module):
     def __call__(self) -> DeltaParams:
         config, shape = self.config, self.config.delta
         width, heads, features, inner = config.d_model, shape.heads, shape.width, shape.feed_forward
-        dtype = jnp.dtype(config.param_dtype)
+        dtype = jnp.float32
         normal = nn.initializers.normal(INIT_STD)
         residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
         zeros, ones = nn.initializers.zeros, nn.initializers.ones

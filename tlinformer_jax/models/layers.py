@@ -62,7 +62,7 @@ class Layer(nn.Module):
     def __call__(self) -> LayerParams:
         config = self.config
         width, heads, head_dim, inner = config.d_model, config.num_heads, config.head_dim, config.feed_forward_dim
-        dtype = jnp.dtype(config.param_dtype)
+        dtype = jnp.float32
         residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         return LayerParams(
@@ -82,7 +82,7 @@ def feed_forward_params(module: nn.Module, config: ModelConfig, inner: int) -> d
     """Declares in `module` the `ResidualParams` fields of a feed-forward of width `inner`."""
     normal = nn.initializers.normal(INIT_STD)
     residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
-    width, dtype = config.d_model, jnp.dtype(config.param_dtype)
+    width, dtype = config.d_model, jnp.float32
     experts = (config.num_experts,) * config.mixture
     name = EXPERTS if config.mixture else ""
     fields: dict[str, Any] = {

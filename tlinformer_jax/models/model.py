@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        dtype = jnp.dtype(config.param_dtype)
+        dtype = jnp.float32
         self.embedding = self.param(
             "embedding", nn.initializers.normal(INIT_STD), (config.vocab_size, config.d_model), dtype
         )

@@ -99,14 +99,14 @@ def init_state(
 
 @jax.jit
 def first_average(params: Any) -> Any:
-    """A copy in float32: the donated state may hold no array twice."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+    """A copy: the donated state may hold no array twice."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any:
     """The average after one more update, after `updates` before it."""
     kept = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
-    return jax.tree.map(lambda mean, leaf: mean + (1.0 - kept) * (leaf.astype(jnp.float32) - mean), ema, params)
+    return jax.tree.map(lambda mean, leaf: mean + (1.0 - kept) * (leaf - mean), ema, params)
 
 
 # ---- The step
@@ -259,12 +259,8 @@ def _accumulate(gradient: Any, draws: Any, params: Any, batch: DeviceBatch, part
         micro, number = part
         return jax.tree.map(jnp.add, total, gradient(params, micro, *draws(number))), None
 
-    first = jax.tree.map(lambda rows: rows[0], micros)
-    sums, _ = jax.eval_shape(gradient, params, first, *draws(0))
-    zero = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), (sums, params))
-    total, grads = jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
-    # The optimiser's state has the parameters' dtype, and would otherwise not keep it.
-    return total, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
+    zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(body, zero, (micros, jnp.arange(parts)))[0]
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:

@@ -41,7 +41,7 @@ NEUTRAL = "shift"
 # A run with other values here is not continued; nor where only one of the two has the paper's schedule.
 WINDOWS = ("history_window", "generation_window", "longest_wavelength", "window_overlap")
 IDENTITY = (
-    *(f"model.{name}" for name in (*SHAPES, *WINDOWS, "experts_per_token", "dropout", "param_dtype")),
+    *(f"model.{name}" for name in (*SHAPES, *WINDOWS, "experts_per_token", "dropout")),
     *(
         f"data.{name}"
         for name in ["dataset", "sequence_length", "curriculum", "examples", "num_items", "document_masking"]
@@ -228,7 +228,6 @@ def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
     step, found = restore_params(origin.workdir, unflatten_dict(known, sep="/"), origin.step)
     own, found = flatten_dict(fresh, sep="/"), flatten_dict(found, sep="/")
     params = unflatten_dict({name: found.get(_renamed(name, layers), leaf) for name, leaf in own.items()}, sep="/")
-    params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, abstract)
     return step, jax.device_put(params, run.shardings.params)
 
 
