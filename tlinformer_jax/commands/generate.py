@@ -1,7 +1,7 @@
 """Generates text: `python -m tlinformer_jax generate --workdir=DIR --prompt=TEXT | --prompt_file=FILE [...]`.
 
-The continuation goes to stdout as it comes, the figures to stderr. Ctrl-C, or a closed stdout, ends the generation: the
-text so far stays, the figures follow, and the status is 130.
+Prints the continuation on stdout as it is generated, and figures on stderr. Ctrl-C, or a closed stdout, ends the
+generation: the text so far stays, the figures follow, and the status is 130.
 """
 
 import json
@@ -51,16 +51,16 @@ SAVE = flags.DEFINE_string(
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
 
-JSON_FIELDS = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")  # of a sample
-# Flags that are options of the generator, by the same name.
+JSON_FIELDS = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")  # of each sample
+# Flags that are options of the generator with the same name.
 OPTIONS = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED, CACHE_DTYPE)
 
 
 def main() -> None:
-    """Restores a checkpoint's parameters, continues the prompt, prints text and figures."""
+    """Restores a checkpoint's parameters, continues the prompt, and prints text and figures."""
     try:
         interrupted = _generate()
-    except KeyboardInterrupt:  # before there was any text
+    except KeyboardInterrupt:  # before any text was generated
         interrupted = True
     if interrupted:
         sys.exit(environment.INTERRUPTED)
@@ -85,7 +85,7 @@ def _generate() -> bool:
 
     with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):
         with cli.errors_by_flag():
-            GenerationConfig.of(options)  # before anything is loaded
+            GenerationConfig.of(options)  # checks the options before anything is loaded
             use_compilation_cache()
             compilations = _watch_compilations()
             generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
@@ -100,7 +100,7 @@ def _generate() -> bool:
 
 
 def _prompt() -> str:
-    """The text to continue."""
+    """Returns the text to continue."""
     if (PROMPT.value is None) == (PROMPT_FILE.value is None):
         raise UserError("--prompt, --prompt_file: give one of the two")
     if PROMPT.value is not None:
@@ -111,7 +111,7 @@ def _prompt() -> str:
 
 
 def _saver(workdir: pathlib.Path) -> Callable[[list[np.ndarray]], None] | None:
-    """What writes the file of --save from the tokens of each sample; None without the flag."""
+    """Returns a function that writes the file of --save from the samples' tokens; None without the flag."""
     if not SAVE.value:
         return None
     from tlinformer_jax.config.run import load_config
@@ -132,7 +132,7 @@ def _saver(workdir: pathlib.Path) -> Callable[[list[np.ndarray]], None] | None:
 
 
 def _print_samples(stream: "Stream") -> bool:
-    """Prints the samples as the flags ask for; returns whether it was interrupted."""
+    """Prints the samples in the form that the flags choose; returns whether it was interrupted."""
     live = STREAM.value and NUM_SAMPLES.value == 1 and not JSON.value
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     interrupted = False
@@ -189,7 +189,7 @@ def _print_figures(stream: "Stream", compilations: list[float], config: "ModelCo
 
 
 def _watch_compilations() -> list[float]:
-    """A list that gets the end of every compilation from now on, in seconds of time.perf_counter."""
+    """Returns a list to which the end of each later compilation is added, in seconds of time.perf_counter."""
     import jax
 
     ends: list[float] = []

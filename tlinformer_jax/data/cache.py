@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream
-from tlinformer_jax.errors import DataError, failure_told
+from tlinformer_jax.errors import DataError, file_errors_as
 from tlinformer_jax.files import read_own, sealed_text, sync_folder, unsealed, write_text
 
 FORMAT = 4  # part of every cache's key, so that caches of other formats are not found
@@ -40,7 +40,7 @@ Encode = Callable[[], Generator[Encoded, None, None]]
 
 def file_identity(path: pathlib.Path) -> Identity:
     """Returns a file's path, size, modification time [ns] and hash of its start and end."""
-    with failure_told(f"{path}: cannot be read"), path.open("rb") as file:
+    with file_errors_as(f"{path}: cannot be read"), path.open("rb") as file:
         status = os.fstat(file.fileno())
         ends = hashlib.sha256(file.read(ENDS))
         file.seek(max(0, status.st_size - ENDS))

@@ -24,7 +24,7 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.files import OnRead, read_blocks, read_lines
 from tlinformer_jax.data.streams import Counts, Encoded, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.errors import DataError, failure_told
+from tlinformer_jax.errors import DataError, file_errors_as
 
 Document = np.ndarray | str  # uint8 [length], or letters
 
@@ -88,8 +88,8 @@ def read_idx(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
     while (len(data) < 4 or len(data) < 4 + 4 * data[3]) and (block := next(blocks, b"")):
         data += block
     if data[:3] != bytes([0, 0, UNSIGNED_BYTES]) or not 2 <= data[3] <= 8:
-        told = f"an IDX file of images begins with the bytes 00 00 08 and at least 02, not {data[:4].hex(' ')!r}"
-        raise DataError(f"{path}: {told}")
+        fault = f"an IDX file of images begins with the bytes 00 00 08 and at least 02, not {data[:4].hex(' ')!r}"
+        raise DataError(f"{path}: {fault}")
     start = 4 + 4 * data[3]
     if len(data) < start:
         raise DataError(f"{path}: truncated: it ends within its IDX header")
@@ -109,8 +109,8 @@ def read_idx(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
             break
     if found < count or data:
         kind = "truncated" if found < count else "too long"
-        told = f"its header says {count:,} images of {size:,} bytes, which is not what follows"
-        raise DataError(f"{path}: {kind}: {told}")
+        fault = f"its header says {count:,} images of {size:,} bytes, which is not what follows"
+        raise DataError(f"{path}: {kind}: {fault}")
 
 
 def png(image: np.ndarray) -> bytes:
@@ -156,8 +156,8 @@ def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[st
             raise DataError(f"{path}, line {number}: a FASTA file begins with a line that begins with '>'")
         line = line.upper()
         if wrong := line.translate(None, letters.encode()):
-            told = f"{chr(wrong[0])!r} is none of the letters {letters}; see data.tokenizer"
-            raise DataError(f"{path}, line {number}: {told}")
+            fault = f"{chr(wrong[0])!r} is none of the letters {letters}; see data.tokenizer"
+            raise DataError(f"{path}, line {number}: {fault}")
         record.append(line.decode("ascii"))
         size += len(line)
         if size > LARGEST_RECORD:
@@ -174,11 +174,11 @@ def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[st
 def read_wav(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
     """Yields the one sound of a WAV file as levels, uint8 [samples]; nothing if the file has no samples."""
     try:
-        with failure_told(f"{path}: cannot be read"), wave.open(str(path), "rb") as file:
+        with file_errors_as(f"{path}: cannot be read"), wave.open(str(path), "rb") as file:
             channels, width, rate, count = file.getparams()[:4]
             if (channels, width, rate) != (1, 2, RATE):
-                told = f"has {channels} channels of {8 * width} bit at {rate} Hz; must be 1 of 16 bit at {RATE} Hz"
-                raise DataError(f"{path}: {told}")
+                fault = f"has {channels} channels of {8 * width} bit at {rate} Hz; must be 1 of 16 bit at {RATE} Hz"
+                raise DataError(f"{path}: {fault}")
             parts = [np.empty(0, np.uint8)]
             while data := file.readframes(BLOCK_SAMPLES):
                 parts.append(mu_law(np.frombuffer(data[: len(data) // width * width], "<i2")))

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from tlinformer_jax.errors import DataError, failure_told, first_line
+from tlinformer_jax.errors import DataError, file_errors_as, first_line
 
 COMPRESSED = (".gz", ".xz", ".zst")
 COLUMNS = (".parquet", ".arrow")  # each row is a document
@@ -55,8 +55,8 @@ def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathli
         matches = [match for match in found_files if match.is_file()]  # reading a pipe would block
         if not matches:
             packages = [package for place, package in PACKAGES.items() if place in pattern]
-            told = "".join(f"; the Debian package {package} ships it" for package in packages)
-            raise DataError(f"{field}: no file matches {pattern!r}{told}")
+            hint = "".join(f"; the Debian package {package} ships it" for package in packages)
+            raise DataError(f"{field}: no file matches {pattern!r}{hint}")
         for match in matches:
             if not any_name and file_kind(match) is None:
                 allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst; or in .parquet or .arrow"
@@ -78,8 +78,8 @@ def check_patterns(patterns: str, field: str) -> None:
         for _, folders, files in os.walk(folder):
             entries += len(folders) + len(files)
             if entries > MOST_ENTRIES:
-                told = f"'{pattern}' would search more than {MOST_ENTRIES:,} files and folders"
-                raise DataError(f"{field}: {told}; name the folders, or evaluate one text as --text_file")
+                fault = f"'{pattern}' would search more than {MOST_ENTRIES:,} files and folders"
+                raise DataError(f"{field}: {fault}; name the folders, or evaluate one text as --text_file")
 
 
 def _existing_folder(pattern: pathlib.Path) -> pathlib.Path:
@@ -184,11 +184,11 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
                 batches = pyarrow.ipc.open_stream(source)
                 schema = batches.schema
         if schema.names.count(column) != 1:
-            told = f"must have one column {column!r} (data.text_field), not {schema.names.count(column)}"
-            raise DataError(f"{path}: {told}; it has {', '.join(map(repr, schema.names))}")
+            fault = f"must have one column {column!r} (data.text_field), not {schema.names.count(column)}"
+            raise DataError(f"{path}: {fault}; it has {', '.join(map(repr, schema.names))}")
         if not any(map(str(schema.field(column).type).endswith, ("string", "string_view"))):
-            told = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
-            raise DataError(f"{path}: {told}")
+            fault = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
+            raise DataError(f"{path}: {fault}")
         for batch in batches:
             yield from batch.column(column).to_pylist()
     except UnicodeDecodeError as error:
@@ -203,7 +203,7 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
 
 def read_blocks(path: pathlib.Path, on_read: OnRead) -> Iterator[bytes]:
     """Yields the file's content, decompressed if its name's ending says so."""
-    with failure_told(f"{path}: cannot be read"), path.open("rb") as file:
+    with file_errors_as(f"{path}: cannot be read"), path.open("rb") as file:
         raw = file_blocks(file, on_read)
         yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
 
@@ -303,7 +303,7 @@ def progress(label: str, total: int) -> OnRead:
         if now >= due:
             due, speed = now + REPORT_EVERY, max(1, done) / (now - start)
             left = datetime.timedelta(seconds=round(max(0, total - done) / speed))
-            told = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
-            print(f"{label}: {told}", file=sys.stderr, flush=True)
+            message = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
+            print(f"{label}: {message}", file=sys.stderr, flush=True)
 
     return advance

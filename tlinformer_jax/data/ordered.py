@@ -16,7 +16,7 @@ import numpy as np
 
 from tlinformer_jax.data.batches import ALL, Batch, Reader, Rows, TrainingBatches
 from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabulary
-from tlinformer_jax.errors import ConfigError, DataError, failure_told
+from tlinformer_jax.errors import ConfigError, DataError, file_errors_as
 from tlinformer_jax.files import open_own, read_own, writing
 
 RECORD_EVERY = 1.0  # seconds between two recorded positions; at least a hundredth of the time so far
@@ -149,8 +149,8 @@ class Shape:
         if ids.dtype.kind not in "iu":
             raise DataError(f"{where}: must be integers, token ids; its dtype is {ids.dtype}")
         if ids.ndim not in (1, 2):
-            told = f"it is {list(ids.shape)}" if ids.ndim else "one row of ids is an array"
-            raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; {told}")
+            found = f"it is {list(ids.shape)}" if ids.ndim else "one row of ids is an array"
+            raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; {found}")
         for wrong in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
             raise outside_vocabulary(where, int(wrong), self.vocab_size)
         return ids
@@ -345,7 +345,7 @@ def _last_position(path: pathlib.Path | None, step: int) -> dict[str, Any] | Non
     if path is None or not path.exists():
         return None
     found = None
-    with failure_told(f"{path}: cannot be read"):
+    with file_errors_as(f"{path}: cannot be read"):
         lines = read_own(path).splitlines()
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is blank, or cut by a kill

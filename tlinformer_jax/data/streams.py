@@ -164,8 +164,8 @@ def cut_documents(
             previous = rest[start - 1]
         rest, try_at = rest[start:], window
         if len(rest) > LARGEST_UNCUT:
-            told = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
-            raise DataError(f"the document with {rest[:40]!r} has more than {told}; split it into several")
+            limit = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
+            raise DataError(f"the document with {rest[:40]!r} has more than {limit}; split it into several")
         if ends:
             yield Piece(rest, previous, ends=True)
             rest, previous, try_at = "", "", size
@@ -205,8 +205,8 @@ def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # raised by libraries in Rust
             raise
-        told = f"tokenizer {tokenizer.name}: it cannot encode the {len(text):,} characters of a document from"
-        raise DataError(f"{told} {text[:40]!r} on ({error})") from None
+        fault = f"tokenizer {tokenizer.name}: it cannot encode the {len(text):,} characters of a document from"
+        raise DataError(f"{fault} {text[:40]!r} on ({error})") from None
 
 
 def _count(piece: Piece) -> Counts:

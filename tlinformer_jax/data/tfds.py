@@ -21,8 +21,8 @@ def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
         builder.download_and_prepare()
         records = builder.as_data_source(split=split) if split in builder.info.splits else None
     except Exception as error:  # of any type: raised by the data set's own code
-        told = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{config.dataset}: cannot be prepared ({told})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{config.dataset}: cannot be prepared ({reason})") from None
     if records is None:
         raise DataError(f"{config.dataset}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
     for record in records:

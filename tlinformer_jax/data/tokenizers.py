@@ -14,7 +14,7 @@ import numpy as np
 
 from tlinformer_jax.config.data import LETTERS, split_tokenizer
 from tlinformer_jax.data import subwords
-from tlinformer_jax.errors import ConfigError, DataError, failure_told
+from tlinformer_jax.errors import ConfigError, DataError, file_errors_as
 from tlinformer_jax.files import open_own, read_json, read_own, write_bytes, write_text
 
 TOKENIZER_FILE = subwords.TOKENIZER_FILE
@@ -159,7 +159,7 @@ def build_tokenizer(name: str) -> Tokenizer:
     if not path.is_file():
         allowed = "must be 'bytes', 'gpt2' or the path of a tokenizer.json file, its folder or a sentencepiece .model"
         raise ConfigError("data.tokenizer", name, allowed)
-    with failure_told(f"{path}: cannot be read as a tokenizer"):
+    with file_errors_as(f"{path}: cannot be read as a tokenizer"):
         if path.suffix == ".model":
             return subwords.sentencepiece_tokenizer(path.read_bytes(), path)
         return subwords.hugging_face_tokenizer(path.read_text(encoding="utf-8"), path, end_of_text_token)

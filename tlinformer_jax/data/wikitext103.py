@@ -144,8 +144,8 @@ def _check_zip(path: pathlib.Path, facts: Facts) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != facts.sha256:
-        told = f"sha256 is {found} ({path.stat().st_size} bytes), must be {facts.sha256} ({facts.size} bytes)"
-        raise DataError(f"{path}: not the published file or damaged: {told}")
+        fault = f"sha256 is {found} ({path.stat().st_size} bytes), must be {facts.sha256} ({facts.size} bytes)"
+        raise DataError(f"{path}: not the published file or damaged: {fault}")
 
 
 def _zip_rows(path: pathlib.Path, member: str) -> Iterator[str]:
