@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
-CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
-CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "As --check, and compile a step for the memory it takes.")
+CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run needs, write nothing.")
+CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "Like --check, and compile a step to tell its memory.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Working directory whose parameters a new run starts from.")
 THEN = flags.DEFINE_list(
     "then",
     None,
-    "Write result.json, then do these: evaluate, evaluate@LENGTH, samples, history, history@LENGTH; none if empty.",
+    "Write result.json, then do: evaluate, evaluate@LENGTH, samples, history, history@LENGTH; none if empty.",
 )
 cli.define_process_flags()
 PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few training steps, for xprof.")

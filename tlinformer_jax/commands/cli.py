@@ -65,7 +65,7 @@ def _not_reported_otherwise(record: Any) -> bool:
 
 
 class _Terminated(BaseException):
-    """Raised on SIGTERM or SIGHUP. It is not an Exception, so that code that handles failures does not catch it."""
+    """The exception for SIGTERM and SIGHUP. A BaseException, so that code that handles failures does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -99,7 +99,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
 def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:
     """Defines --workdir and --step, for commands that read a run."""
     workdir = flags.DEFINE_string("workdir", "", "Working directory of a run.")
-    step = "Step of the checkpoint; the newest good one if not given."
+    step = "Step of the checkpoint; the newest intact one if not given."
     return workdir, flags.DEFINE_integer("step", None, step, lower_bound=0)
 
 
@@ -161,7 +161,7 @@ def text_of_file(path: str, flag: str) -> str:
 def define_process_flags() -> None:
     """Defines the flags by which several processes find each other if no cluster manager starts them."""
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT on which process 0 of several listens.")
-    flags.DEFINE_integer("num_processes", None, "Processes that run together; 1 alone ignores what is detected.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes that run together; 1 ignores a detected cluster.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
 
@@ -184,7 +184,7 @@ def define_config_flag(
 
 
 class _CompletedConfig(flags.ArgumentParser):
-    """Reads a config file and adds the fields that it leaves out."""
+    """A parser that reads a config file and adds the fields that it leaves out."""
 
     def parse(self, argument: str) -> Any:
         from ml_collections import ConfigDict

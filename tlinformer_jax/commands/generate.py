@@ -29,27 +29,29 @@ PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file whose whole text is continued, its last line end too."
 )
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens of a sample.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most new tokens per sample.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token, 1 draws as the model says.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
-TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens that hold this mass only.")
-MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this likely relative to the likeliest only.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw only from the k likeliest tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draw only from the likeliest tokens with this total probability.")
+MIN_P = flags.DEFINE_float("min_p", None, "Draw only from tokens at least this likely relative to the likeliest.")
 REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages tokens seen before.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; sample i has seed + i.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, each of the same prompt.")
-CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the first sample; sample i has seed + i.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of continuations of the prompt.")
+CONTEXT = flags.DEFINE_integer("context", 1, "Number of devices over which the history is spread.")
 CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype",
     "auto",
-    "Of the cached history: auto is the model's dtype, int8 takes about half of bfloat16's memory.",
+    "Dtype of the cached history: auto is the model's, int8 takes about half of bfloat16's memory.",
 )
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be given several times.")
 STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's end of text ends a sample.")
-STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; several come when all are done.")
-SAVE = flags.DEFINE_string(
-    "save", None, "FILE.png of the images, or FILE.wav of the sounds, that prompt and continuation make."
+STREAM = flags.DEFINE_bool(
+    "stream", True, "Print a single sample as it is generated; several samples when all are done."
 )
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
+SAVE = flags.DEFINE_string(
+    "save", None, "File for the images (FILE.png) or sounds (FILE.wav) of prompt and continuation."
+)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object per sample, with tokens and log-probabilities.")
 
 JSON_FIELDS = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")  # of each sample
 # Flags that are options of the generator with the same name.

@@ -20,7 +20,7 @@ OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and 
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to measure on.")
 SAMPLES = flags.DEFINE_integer("samples", 64, "Samples, spread evenly over the split.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sample; as trained if not given.", lower_bound=1)
-DISTANCES = flags.DEFINE_list("distances", [], "Where to cut; 0 and powers of 4 from 16 if not given.")
+DISTANCES = flags.DEFINE_list("distances", [], "Distances at which to cut; 0 and powers of 4 from 16 if not given.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Samples at a time.", lower_bound=1)
 
 

@@ -37,17 +37,17 @@ SWEEP = flags.DEFINE_string(
     "sweep", "", "Sweep file, or the name of one of the package's; NAME:VARIANT picks a variant."
 )
 OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working directory for each point, tables, plots.")
-POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this job, from 0.")
-POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")
-SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of their own; the file's if not given.")
+POINT = flags.DEFINE_integer("point", None, "Number of this job in a job array, from 0.")
+POINTS = flags.DEFINE_integer("points", None, "Jobs in the job array; as many as points if not given.")
+SEEDS = flags.DEFINE_list("seeds", None, "Seeds of points without seeds of their own; the file's if not given.")
 TOGETHER = flags.DEFINE_bool(
     "together",
     False,
     "Train points that differ only in seed and learning rate as one program, without checkpoints.",
 )
-RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
+RETRIES = flags.DEFINE_integer("retries", 1, "How often a failed point is tried again.", lower_bound=0)
 THEN = flags.DEFINE_list(
-    "then", None, "What to do after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
+    "then", None, "Actions after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
 )
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
 CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train nothing.")

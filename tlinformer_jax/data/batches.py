@@ -181,7 +181,7 @@ def stages_ended(stages: tuple[Stage, ...], ends: np.ndarray) -> tuple[Stage, ..
 
 
 class StagedReader:
-    """Reads training batches ahead, and starts again when a stage's end is announced. A context manager.
+    """A reader of training batches that reads ahead, and restarts when a stage's end is announced. A context manager.
 
     The train step announces an end LAG updates ahead: the host reads metrics that are already computed, and the device
     never waits.

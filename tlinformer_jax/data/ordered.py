@@ -28,7 +28,7 @@ IGNORED = -100  # label of a token that does not count in the loss, as in PyTorc
 
 
 class Items:
-    """Reads an iterable item by item, and from its start again when it ends, if it can be read again.
+    """A reader of an iterable's items, which starts again at the iterable's end if that can be read again.
 
     Attributes:
       seeks: whether a position can be reached without reading everything before it.

@@ -131,7 +131,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> dict[int, str]:
-        """Maps each entry to the decoder's input: bytes above 127 as private-use characters, not turned into U+FFFD.
+        """The decoder's input for each entry; bytes above 127 are private-use characters, as they would become U+FFFD.
 
         Empty if the decoder has no bytes.
         """

@@ -1,7 +1,6 @@
 """Measures what the history contributes to a trained model, without any training.
 
-A window starts at position n, the first row that runs in it (with `model.window_overlap`, an overlapping row); d is a
-distance.
+A window starts at position n, its first row, `model.window_overlap` included; d is a distance.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, at their positions; the observation
   window is the last W_oh of these rows.

@@ -27,7 +27,7 @@ def shown(file: pathlib.Path, title: str) -> list[str]:
 
 
 def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file: pathlib.Path, x_scale: str) -> None:
-    """Draws a panel for each title: a line for each label of a table with label, x and y; the text names y."""
+    """Draws a panel for each title: a line for each label in a table of label, x and y; the string is y's title."""
     figure, axes = figure_of(1, len(panels))
     looks = styles(pd.concat(points for points, _ in panels.values())["label"])
     for place, (title, (points, y_name)) in zip(axes, panels.items()):

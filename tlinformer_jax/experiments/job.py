@@ -58,7 +58,10 @@ class Job:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """`then`, with `evaluate` before it for a task, whose figures are reported from the test split."""
+        """`then`, with `evaluate` before it for a task.
+
+        Reported figures come from the test split, because validation accuracy may have stopped the training.
+        """
         data = self.config.data
         tested = not data.is_task or f"evaluate@{data.sequence_length}" in self.then
         return self.then if tested else tuple(dict.fromkeys(("evaluate", *self.then)))

@@ -89,7 +89,7 @@ class Callback:
 
     @functools.cached_property
     def timer(self) -> "Timer":
-        """Decides when the callback is due if `every` is a time."""
+        """The timer that decides when the callback is due if `every` is a time."""
         return Timer(seconds(self.every))
 
     def is_due(self, step: int) -> bool:
@@ -139,7 +139,7 @@ def due_callbacks(callbacks: Sequence[Callback], step: int, outputs: object) -> 
 
 
 class Timer:
-    """Tells when about `seconds` have passed (0: never). Process 0 decides and tells the others."""
+    """A timer that tells when about `seconds` have passed (0: never). Process 0 decides and tells the others."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -175,11 +175,11 @@ class Timer:
 
 
 class Stopped(Exception):
-    """Raised to give up an evaluation when a stop was asked for."""
+    """The exception by which an evaluation is given up when a stop was asked for."""
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGHUP and SIGINT as a context manager; a second SIGINT ends the process at once.
+    """A context manager that notices SIGTERM, SIGHUP and SIGINT; a second SIGINT ends the process at once.
 
     An ignored SIGHUP, as under nohup, stays ignored. Python runs no signal handler while the main thread compiles, so a
     thread answers. If `jax.distributed` is initialised, JAX handles SIGTERM, and the other signals are passed on as
@@ -284,7 +284,7 @@ class Session:
 
 @dataclasses.dataclass
 class Log(Callback):
-    """Logs an update, also if one of `others` is due or a curriculum stage ends."""
+    """A callback that logs an update, also if another of `others` is due or a curriculum stage ends."""
 
     every: int
     session: Session
@@ -307,7 +307,7 @@ class Log(Callback):
 
 @dataclasses.dataclass
 class Save(Callback):
-    """Saves a checkpoint, also at the end."""
+    """A callback that saves a checkpoint, also at the end."""
 
     every: int | str
     session: Session
@@ -329,7 +329,7 @@ class Save(Callback):
 
 @dataclasses.dataclass
 class Evaluate(Callback):
-    """Evaluates on the validation split, after each epoch if `every` is 'epoch', and always at the end.
+    """A callback that evaluates the validation split, after each epoch if `every` is 'epoch', and always at the end.
 
     The loss is recorded in the checkpoint's manifest, and a state among the best is saved. Ends a run that is accurate
     enough. `figures` are those of the latest evaluation, with its `step`.
@@ -372,7 +372,7 @@ class Evaluate(Callback):
 
 
 class Trace(Callback):
-    """Traces TRACED updates for xprof, beginning WARMUP updates after `first`, or earlier in a short run."""
+    """A callback that traces TRACED updates for xprof, from WARMUP updates after `first`, or earlier in a short run."""
 
     every = 0
 

@@ -214,7 +214,7 @@ def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -
 
 
 class OutOfMemoryError(UserError):
-    """A device has too little memory for this configuration."""
+    """An error for a device with too little memory for this configuration."""
 
     status = 1  # the configuration is a valid one
 

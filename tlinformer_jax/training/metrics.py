@@ -26,7 +26,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class TensorBoardWriter:
-    """Writes TensorBoard events without TensorFlow; events of an earlier run after `step` are hidden.
+    """A writer of TensorBoard events without TensorFlow; events of an earlier run after `step` are hidden.
 
     tensorboardX's SummaryWriter waits forever once a full disk has killed its thread; this class raises OSError.
     """
@@ -91,7 +91,7 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
 
 
 class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
-    """Writes each event to metrics.jsonl and to TensorBoard; raises a DataError that names what cannot be written.
+    """A log in metrics.jsonl and TensorBoard; raises a DataError that names what cannot be written.
 
     Writes only if `active`, which is true for process 0 of a run. The run continues from `step`: see `cut_back`.
     """
