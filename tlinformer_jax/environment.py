@@ -13,8 +13,7 @@ from typing import Any
 from tlinformer_jax.errors import first_line
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C has ended, as shells report it
-# JAX settings, with their defaults, that would change results or make a run fail: only the run's configuration decides
-# what is computed.
+# JAX settings, with their defaults, that would change or break a run: only its configuration decides what is computed.
 NOT_USED: dict[str, Any] = {
     "JAX_ENABLE_X64": False,
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",

@@ -4,8 +4,7 @@
     python -m tlinformer_jax convert --workdir=DIR --to=FILE.safetensors
 
 The config file describes the weights: its section `model` must fit them, and its section `data` names the tokenizer,
-and the text for `evaluate`. No content of a weights file is executed. Results appear under their names when they are
-complete, or not at all.
+and the text for `evaluate`. No content of a weights file is executed. Results appear complete or not at all.
 """
 
 from absl import flags

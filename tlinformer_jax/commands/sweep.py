@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    """Defines --config.FIELD=VALUE, which changes the base of the sweep that the command line names.
+    """Defines flags --config.FIELD=VALUE that change the base of the sweep that the command line names.
 
     This comes before the flags are parsed, because the sweep decides which fields there are.
     """

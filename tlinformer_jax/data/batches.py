@@ -4,8 +4,7 @@ Sample i is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels;
 visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function of the update's number, so a
 resumed run needs only that number. A process that computes only some rows of a batch reads only these rows.
 
-A split may also be a task, whose samples are generated (`data.tasks`), or documents packed into samples
-(`data.documents`).
+A split may also be a task with generated samples (`data.tasks`), or documents packed into samples (`data.documents`).
 """
 
 import collections
@@ -183,8 +182,7 @@ def stages_ended(stages: tuple[Stage, ...], ends: np.ndarray) -> tuple[Stage, ..
 class StagedReader:
     """A reader of training batches that reads ahead, and restarts when a stage's end is announced. A context manager.
 
-    The train step announces an end LAG updates ahead: the host reads metrics that are already computed, and the device
-    never waits.
+    The train step announces an end LAG updates ahead, so the host reads metrics already computed, and no device waits.
 
     Args:
       batches: of the run, with the configured stages.
@@ -246,9 +244,8 @@ def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int)
     """Returns the weight of each row of an update in the paper's gradient, float32 [batch_size].
 
     The paper sums the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, even at an
-    epoch's end, where fewer micro-batches remain and the last may be short: each of its rows then counts more. The
-    first `real_samples` rows are not padding. The gradient is that of the mean over all rows of (weight x the row's
-    mean loss).
+    epoch's end, where fewer micro-batches remain and the rows of a short last one count more. The first `real_samples`
+    rows are not padding. The gradient is that of the mean over all rows of (weight x the row's mean loss).
     """
     weights = np.zeros(batch_size, np.float32)
     short = real_samples % micro_batch

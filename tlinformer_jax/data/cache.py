@@ -51,8 +51,7 @@ def file_identity(path: pathlib.Path) -> Identity:
 def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:
     """Returns the memory-mapped tokens of `identity`, and whether they were already stored.
 
-    `identity` has everything that the tokens depend on, as JSON. If they are not stored, `encode` yields them in order,
-    with their counts.
+    `identity` is all that the tokens depend on, as JSON. `encode` yields missing tokens in order, with their counts.
     """
     final = _directory(root, identity)
     if stream := find_tokens(root, identity):

@@ -9,7 +9,7 @@ is an iterable, which is read in its own order:
                 optional `weights`, [batch, N] each: trained on as given. With `input_ids`, zeros in an
                 `attention_mask` and `labels` of -100 exclude tokens from the loss
 
-A continued training must read on where it stopped. Arrays and files can be read from any place. For an iterable, the
+A continued training must read what it has not yet read. Arrays and files can be read at any place. For an iterable, the
 working directory keeps a list of positions (POSITIONS_FILE). If it has `len` and indices, or iterators with `get_state`
 and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable, the items
 before the position are read again and dropped. A hash of the next batch shows whether the data has changed.
@@ -142,8 +142,7 @@ def given_loader(
 ) -> Callable[[DataConfig, str, Tokenizer], TokenStream]:
     """Returns a function like `sources.load_split` for the caller's data, given by split ("train", "validation").
 
-    `positions` is the file that records positions in iterable training data, if any; `writes` says whether this process
-    writes it.
+    `positions` is the file of positions in iterable training data, if any; this process writes it if `writes`.
     """
 
     def load(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:

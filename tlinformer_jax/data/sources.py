@@ -210,11 +210,10 @@ def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenize
     return TaskSplit(task, config.examples if trains else config.validation_examples)
 
 
-# ---- The embedded corpus: the Python language reference, part of every CPython
-#
-# Some articles repeat passages of others word for word. Articles that share SHINGLE consecutive words, directly or
-# through others, form a group, and a group belongs to one split: no SHINGLE consecutive words are both trained on and
-# held out.
+# ---- The embedded corpus
+# It is the Python language reference, part of every CPython. Some articles repeat passages of others word for word.
+# Articles that share SHINGLE consecutive words, directly or through others, form a group, and a group belongs to one
+# split: no SHINGLE consecutive words are both trained on and held out.
 
 
 def pydoc_articles(split: str) -> list[str]:

@@ -1,7 +1,6 @@
 """Token streams: a split as one long row of token ids, with facts about its text, and how text is tokenised.
 
-Text is encoded on all cores and in bounded memory: threads encode pieces of it, since the tokenizers' libraries release
-Python's lock.
+Threads encode text on all cores, in bounded memory: the tokenizers' libraries release Python's lock.
 """
 
 import collections

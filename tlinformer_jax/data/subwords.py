@@ -131,7 +131,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> dict[int, str]:
-        """The decoder's input for each entry; bytes above 127 are private-use characters, as they would become U+FFFD.
+        """The decoder's input for each entry, with bytes above 127 as private-use characters, else decoded to U+FFFD.
 
         Empty if the decoder has no bytes.
         """

@@ -177,7 +177,7 @@ class Recall:
     Keys are different ids of the vocabulary's lower half, without 0; values and filler are any ids of the upper half.
     The gap before a question follows a power law that favours small gaps, as in Zoology, which defined this protocol. A
     sample of `full_length` tokens has `pairs` pairs; a shorter one, in a curriculum, proportionally fewer. "recall-gap"
-    has a filler between key and value (`pair_size` 3), so that a view of the previous token cannot join them.
+    has a filler between key and value (`pair_size` 3), so that reading the previous token cannot join them.
     """
 
     key: int
@@ -292,7 +292,6 @@ class StateTracking:
 
 
 # ---- Random numbers
-#
 # SplitMix64 makes each number from a key, the sample's number and the place in the sample, so that a sample is the same
 # in every batch, process and thread, on every platform and with every numpy version.
 

@@ -124,10 +124,7 @@ def check_together(config: RunConfig) -> None:
 
 
 def chosen_points(points: Sequence[T], job: int | None, jobs: int | None) -> list[T]:
-    """Returns the points, or groups, of job `job` (from 0) in an array of `jobs` jobs (None: as many as points).
-
-    Returns all if `job` is None.
-    """
+    """Returns the points, or groups, of job `job` (from 0; None: all) of `jobs` jobs (None: as many as points)."""
     if job is None:
         if jobs is not None:
             raise UserError("--points: needs --point, the number of this job")

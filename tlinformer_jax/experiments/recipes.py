@@ -96,10 +96,7 @@ def set_needles(config: "ConfigDict", setting: Setting, dataset: str, needles: i
 def set_task(
     config: "ConfigDict", setting: Setting, vocab_size: int, width: int, tokens_per_update: int, learning_rate: float
 ) -> None:
-    """Sets windows, a small model, and the recipe: AdamW without weight decay, a tenth of warm-up, cosine.
-
-    No sample is seen twice.
-    """
+    """Sets windows, a small model and AdamW without weight decay, with warm-up and cosine; no sample is seen twice."""
     config.model.update(
         vocab_size=vocab_size,
         d_model=width,

@@ -1,7 +1,7 @@
 """Saves a run's checkpoints while it trains, and deletes old ones.
 
 Besides `checkpoints/STEP` there are `STEP.saving` and `STEP.deleting`, which a killed run may leave behind and the next
-run removes, and `STEP.damaged`: a checkpoint that failed verification, or a path where a new one had to be saved.
+run removes, and `STEP.damaged`: a checkpoint that failed verification, or a path that was in the way of a new one.
 """
 
 import concurrent.futures
@@ -40,7 +40,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
     Args:
       keep: number of latest checkpoints to keep, among those that this run wrote or verified.
-      keep_best: number of checkpoints with the lowest validation loss to keep besides.
+      keep_best: number of checkpoints with the lowest validation loss to keep in addition.
       config_sha256: hash of the run's configuration, for the manifests.
       regular: updates between the checkpoints that a rollback may return to, the last of which is always kept; 0: none.
     """

@@ -159,8 +159,7 @@ def train_step(
 
     The loss is the weighted mean over the batch, for any number of micro-batches. With the paper's schedule, the
     gradient is that of the weighted sum divided by the batch's full size. If loss or gradient are not finite, the
-    parameters and the optimiser stay unchanged. After more than config.max_skipped_updates such updates in a row, the
-    whole state stays unchanged.
+    parameters and the optimiser do not change; after more than config.max_skipped_updates in a row, nothing changes.
 
     Args:
       batch: inputs and labels int32 [batch, N], weights float32 [batch, N].
