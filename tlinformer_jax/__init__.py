@@ -1,8 +1,8 @@
-"""TLinFormer in JAX and Flax: exact softmax attention to all of the history, with a small cache.
+"""TLinFormer in JAX and Flax: exact softmax attention to the whole history, with a small cache.
 
     from tlinformer_jax import ModelConfig, build_model
 
-The names below are imported on first use, so that light modules (tokenisation workers, `--help`) start without JAX.
+The names below are imported at first use, so that light modules (tokenisation workers, `--help`) start without JAX.
 """
 
 import importlib

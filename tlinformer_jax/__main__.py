@@ -1,4 +1,4 @@
-"""`python -m tlinformer_jax COMMAND [flags]`, which the console script `tlinformer` calls too."""
+"""Runs `python -m tlinformer_jax COMMAND [flags]`, also installed as the console script `tlinformer`."""
 
 import importlib
 import sys
@@ -20,7 +20,7 @@ _HOMES = {
 
 
 def run() -> NoReturn:
-    """Runs the command that the first argument names; its own `--help` says what it takes."""
+    """Runs the command that the first argument names; the command's own `--help` lists its flags."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(f"usage: tlinformer COMMAND [flags]; COMMAND is one of {', '.join(_HOMES)}")
@@ -34,9 +34,9 @@ def run() -> NoReturn:
 
     from tlinformer_jax.commands import cli
 
-    if hasattr(command, "define_flags"):  # where the flags depend on the command line
+    if hasattr(command, "define_flags"):  # flags that depend on the command line
         command.define_flags()
-    if {"-h", "--help", "--helpshort"} & set(sys.argv[1:]):  # absl's own help is that of this module, without flags
+    if {"-h", "--help", "--helpshort"} & set(sys.argv[1:]):  # absl's help would describe this module, without flags
         print("\n".join([command.__doc__ or "", *(FLAGS.module_help(module) for module in (command, cli))]))
         sys.exit(0)
     cli.run(command.main)

@@ -1,4 +1,4 @@
-"""Standard streams that are closed or lose their reader, JAX's settings, and missing devices.
+"""Handles standard streams that are closed or lose their reader, JAX's settings, and missing devices.
 
 Every command calls `settle` first, so this module imports nothing heavy.
 """
@@ -12,10 +12,8 @@ from typing import Any
 
 from tlinformer_jax.errors import first_line
 
-# What a shell reports of a process that Ctrl-C has ended.
-INTERRUPTED = 130
-# Settings of JAX, with their defaults, that would change what is computed or make it fail: what is computed is decided
-# by the run's configuration alone.
+INTERRUPTED = 130  # exit status of a process that Ctrl-C has ended, as shells report it
+# JAX settings, with their defaults, that would change or break a run: only its configuration decides what is computed.
 NOT_USED: dict[str, Any] = {
     "JAX_ENABLE_X64": False,
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
@@ -59,19 +57,19 @@ class PatientStream(io.TextIOWrapper):
 
 
 def settle() -> None:
-    """Opens closed standard streams, makes stdout and stderr `PatientStream`s, and drops JAX's settings `NOT_USED`."""
+    """Opens closed standard streams, makes stdout and stderr `PatientStream`s, and removes the settings `NOT_USED`."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            # This takes the closed stream's descriptor. Otherwise the next file would get it, and libraries in C would
-            # write messages into that file. Child processes inherit it.
+            # The new stream takes the closed one's descriptor. Otherwise the next opened file would get it, and C
+            # libraries would write messages into that file. Child processes inherit the descriptor.
             stream = open(os.devnull, mode)  # noqa: SIM115 (open until the process ends)
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
         elif name != "stdin" and stream is getattr(sys, f"__{name}__"):
             stream.flush()
             raw = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 (open until the process ends)
-            by_line = stream.line_buffering or stream.write_through  # the latter with `python -u`
+            by_line = stream.line_buffering or stream.write_through  # `python -u` sets write_through
             patient = PatientStream(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
             setattr(sys, name, patient)
     for name, default in NOT_USED.items():
@@ -83,12 +81,12 @@ def settle() -> None:
 
 
 def reader_is_gone() -> bool:
-    """Whether something written to stdout was lost."""
+    """Returns whether output to stdout was lost."""
     return getattr(sys.stdout, "lost", False)
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """One line for an error caused by the environment; None for any other."""
+    """Describes an error caused by the environment in one line; returns None for other errors."""
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return "~: this user has no home directory here; write the path in full"
     if isinstance(error, FloatingPointError):
@@ -102,9 +100,9 @@ def describe_failure(error: BaseException) -> str | None:
 
 
 def _missing_device(asked: str) -> str | None:
-    """What is wrong with the requested devices; None if they exist.
+    """Says what is wrong with the requested devices; returns None if they exist.
 
-    JAX is asked again, since its first error for a missing device may be an unrelated one.
+    Asks JAX again, since its first error about a missing device may describe another problem.
     """
     try:
         sys.modules["jax"].devices()

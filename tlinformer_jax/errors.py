@@ -1,7 +1,7 @@
-"""Errors that a user can cause and can mend: one line each, never a traceback.
+"""Errors that a user can cause and correct: one line each, never a traceback.
 
 Entry points (`tlinformer_jax.commands.cli`) print a `UserError` on stderr and exit with its status, 2. Library callers
-get an ordinary exception; it is also a `ValueError`.
+get an ordinary exception, which is also a `ValueError`.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong; the message says what, where, and what is allowed."""
+    """An error outside the program; the message says what is wrong, where, and what is allowed."""
 
-    status = 2  # with which an entry point ends
+    status = 2  # exit status of an entry point
 
 
 class ConfigError(UserError):
-    """A configuration field, by its dotted name, holds a value that is not allowed."""
+    """An error for a configuration field, given by its dotted name, whose value is not allowed."""
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
@@ -29,22 +29,22 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A file, corpus, tokenizer or token stream cannot be used as it is."""
+    """An error for a file, corpus, tokenizer or token stream that cannot be used as it is."""
 
 
-# ---- What a field may hold
+# ---- Rules for fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Which values a field takes, and how a refusal says it."""
+    """A rule for a field's values, and its text in an error message."""
 
     allowed: str
     holds: Callable[[Any], bool]
 
 
-def integer(least: int, most: int | None = None, pattern: str | None = None, told: str = "") -> Rule:
-    """An integer, or a text of a pattern, which `told` describes."""
+def integer(least: int, most: int | None = None, pattern: str | None = None, also: str = "") -> Rule:
+    """Returns the rule for an integer, or for a text that matches `pattern`, which `also` describes."""
 
     def holds(value: Any) -> bool:
         if isinstance(value, str):
@@ -53,16 +53,16 @@ def integer(least: int, most: int | None = None, pattern: str | None = None, tol
         return whole and least <= value and (most is None or value <= most)
 
     bounds = f">= {least}" if most is None else f"from {least} to {most}"
-    return Rule(f"must be an integer {bounds}{told}", holds)
+    return Rule(f"must be an integer {bounds}{also}", holds)
 
 
-def number(told: str, holds: Callable[[float], bool]) -> Rule:
-    """A number for which `holds` does."""
-    return Rule(told, lambda value: isinstance(value, int | float) and not isinstance(value, bool) and holds(value))
+def number(allowed: str, holds: Callable[[float], bool]) -> Rule:
+    """Returns the rule for a number that satisfies `holds`; `allowed` is its text."""
+    return Rule(allowed, lambda value: isinstance(value, int | float) and not isinstance(value, bool) and holds(value))
 
 
 def one_of(*choices: str) -> Rule:
-    """One of some words."""
+    """Returns the rule for one of several words."""
     return Rule(f"must be one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
@@ -70,7 +70,7 @@ TRUE_OR_FALSE = Rule("must be True or False", lambda value: isinstance(value, bo
 
 
 def check_fields(section: str, values: object, rules: Mapping[str, Rule]) -> None:
-    """Refuses (ConfigError) the first field of `values` that breaks its rule."""
+    """Checks the fields of `values` by their rules; raises a ConfigError for the first that breaks one."""
     for name, rule in rules.items():
         value = getattr(values, name)
         if not rule.holds(value):
@@ -81,7 +81,7 @@ def check_fields(section: str, values: object, rules: Mapping[str, Rule]) -> Non
 
 
 @contextlib.contextmanager
-def failure_told(message: str, kind: type[UserError] = DataError) -> Iterator[None]:
+def file_errors_as(message: str, kind: type[UserError] = DataError) -> Iterator[None]:
     """Turns a failure to read or write in the body into a UserError: `message`, with the reason in brackets."""
     try:
         yield
@@ -90,16 +90,16 @@ def failure_told(message: str, kind: type[UserError] = DataError) -> Iterator[No
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What a message may end with where `name` is close to a known one, else ''."""
+    """Returns an ending for a message if `name` is close to a known one, else ''."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error message, cut to 200 characters; the kind of error where it has none."""
+    """Returns the first line of an error message, cut to 200 characters; the error's type if it has no message."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    full = os.strerror(errno.ENOSPC)  # TensorStore says it at the end of a long line
+    full = os.strerror(errno.ENOSPC)  # TensorStore puts this at the end of a long line
     return full if full in lines[0] else lines[0][:200]

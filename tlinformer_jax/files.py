@@ -1,4 +1,4 @@
-"""Files: paths that a user gives, files written whole or not at all, files that are read or written through no link."""
+"""Files: paths that a user gives, files written completely or not at all, and files opened without following links."""
 
 import contextlib
 import errno
@@ -12,17 +12,17 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tlinformer_jax.errors import UserError, failure_told
+from tlinformer_jax.errors import UserError, file_errors_as
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-# Paths that Orbax and what it stands on take as they are: no wildcard, nothing that stands for a bucket.
+# Paths that Orbax and its libraries take literally: no wildcard, no prefix of a bucket.
 PLAIN = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,:+=@ -]+")
 OPEN_FILES = pathlib.Path("/proc/self/fd")
-MOST_BYTES = 2**26  # of a description: config.json, a manifest
+MOST_BYTES = 2**26  # of a small text file: config.json, a manifest
 
 
 def path_fault(text: str) -> str | None:
-    """What a path must be that this one is not; None for a path that can be used."""
+    """Says what a path must be if this one cannot be used; returns None for a usable path."""
     if URL.match(text):
         return "must be a local path; to use a bucket, mount it (gcsfuse, mountpoint-s3) and give the path of the mount"
     if not text.isprintable():
@@ -31,7 +31,7 @@ def path_fault(text: str) -> str | None:
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-    """The absolute path that a user gave as `name` (a flag or a field), `~` resolved; UserError for what is no path."""
+    """Returns the absolute path of the flag or field `name`, with `~` resolved; a UserError if it is no path."""
     try:
         text = os.fspath(path)
     except TypeError:
@@ -49,9 +49,9 @@ def local_path(path: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to an existing folder that holds no character with a meaning for Orbax, TensorStore or glob.
+    """Yields a path to an existing folder without characters that Orbax, TensorStore or glob would interpret.
 
-    That is the folder's own path, or else the one by which Linux shows an open folder of this process.
+    The path is the folder's own, or else the one by which Linux shows an open folder of this process.
     """
     if PLAIN.fullmatch(str(folder)):
         yield folder
@@ -66,7 +66,7 @@ def plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def open_own(path: pathlib.Path, mode: str = "r", buffering: int = -1) -> Any:
-    """Opens a regular file of a working directory; OSError for a link, a pipe and the like. Text is UTF-8."""
+    """Opens a regular file of a working directory, text as UTF-8; raises an OSError for a link, a pipe and the like."""
 
     def opener(name: str, flags: int) -> int:
         try:
@@ -84,7 +84,7 @@ def open_own(path: pathlib.Path, mode: str = "r", buffering: int = -1) -> Any:
 
 
 def read_own(path: pathlib.Path, most: int = MOST_BYTES) -> str:
-    """The text of a regular file of a working directory, read as `open_own` opens it."""
+    """Reads the text of a regular file of a working directory, opened by `open_own`."""
     with open_own(path, "rb") as file:
         data: bytes = file.read(most + 1)
     if len(data) > most:
@@ -93,7 +93,7 @@ def read_own(path: pathlib.Path, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The JSON in such a file."""
+    """Reads JSON from a regular file of a working directory."""
     try:
         return json.loads(read_own(path))
     except RecursionError:
@@ -101,13 +101,13 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def sealed_text(values: dict[str, Any]) -> str:
-    """The values as JSON with `sha256`, the hash of all of them: a change of any of them shows."""
+    """Returns the values as JSON with `sha256`, a hash of all of them, so that any change can be noticed."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return json.dumps(values | {"sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def unsealed(text: str) -> dict[str, Any]:
-    """What `sealed_text` was given."""
+    """Inverts `sealed_text`; raises a ValueError if the text has been changed."""
     try:
         values = dict(json.loads(text))
         del values["sha256"]
@@ -119,21 +119,21 @@ def unsealed(text: str) -> dict[str, Any]:
 
 
 def own_folder(path: pathlib.Path) -> None:
-    """Makes a folder of a working directory, with its parents, if it is missing."""
+    """Creates a folder of a working directory, with its parents, if it is missing."""
     path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link", str(path))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """`write_bytes` of a text in UTF-8."""
+    """Writes a text in UTF-8 by `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all; it is on the disk when this returns. A link of its name is replaced."""
+    """Writes a file completely or not at all; it is on disk when this returns. Replaces a link of the same name."""
     draft = path.with_name(f"{path.name}.draft")
-    draft.unlink(missing_ok=True)  # left by a kill, or a link to some other file
+    draft.unlink(missing_ok=True)  # left by a killed process, or a link to another file
     with open(draft, "xb") as file:
         file.write(data)
         file.flush()
@@ -143,12 +143,12 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 
 def writing(name: str) -> contextlib.AbstractContextManager[None]:
-    """Raises a DataError that names what cannot be written inside."""
-    return failure_told(f"{name} cannot be written")
+    """Raises a DataError that names what could not be written in the body."""
+    return file_errors_as(f"{name} cannot be written")
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Brings a folder's entries, such as one just renamed, to the disk."""
+    """Flushes a folder's entries, such as one just renamed, to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -157,7 +157,7 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON with None for every number that it cannot hold."""
+    """Replaces numbers that JSON cannot represent by None."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -166,6 +166,6 @@ def finite(value: Any) -> Any:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
+    """Returns the lines of a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]

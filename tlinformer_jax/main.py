@@ -1,7 +1,7 @@
 """Trains a model: `python -m tlinformer_jax.main --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]`.
 
-With --check instead of --workdir it only says what the run would take, or why it cannot start. Several processes run
-together where SLURM, Open MPI, Kubernetes or a TPU pod starts them, or with --coordinator_address, --num_processes and
+With --check instead of --workdir it only prints what the run needs, or why it cannot start. Several processes run
+together if SLURM, Open MPI, Kubernetes or a TPU pod starts them, or with --coordinator_address, --num_processes and
 --process_id.
 """
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
-CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run would take, write nothing.")
-CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "As --check, and compile a step for the memory it takes.")
+CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run needs, write nothing.")
+CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "Like --check, and compile a step to tell its memory.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Working directory whose parameters a new run starts from.")
 THEN = flags.DEFINE_list(
     "then",
     None,
-    "Write result.json, then do these: evaluate, evaluate@LENGTH, samples, history, history@LENGTH; none if empty.",
+    "Write result.json, then do: evaluate, evaluate@LENGTH, samples, history, history@LENGTH; none if empty.",
 )
 cli.define_process_flags()
 PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few training steps, for xprof.")
 
 
 def main() -> None:
-    """Checks the whole configuration, then trains, unless only the check was asked for."""
+    """Checks the whole configuration, then trains, unless only a check was requested."""
     from tlinformer_jax.config.run import run_config
 
-    # What can be refused without JAX, which takes seconds to import.
+    # First the checks that do not need JAX, which takes seconds to import.
     cluster = cli.cluster()
     config = run_config(cli.config_values())
     for flag in (INIT_FROM, PROFILE):
@@ -55,20 +55,20 @@ def main() -> None:
         _train(config, workdir, profile, cluster)
     except UserError:
         if is_new:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # the folder is not empty
                 workdir.rmdir()
         raise
 
 
 def _train(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None, cluster: "Cluster | None") -> None:
-    """Trains; with --then also writes result.json into the working directory, and does what --then names."""
+    """Trains; with --then also writes result.json into the working directory, and performs the actions of --then."""
     if THEN.value is None:
         from tlinformer_jax.commands.prepare import prepare
         from tlinformer_jax.parallel.processes import joined
         from tlinformer_jax.training.loop import train_and_evaluate
 
         if cluster is not None:
-            # First, since joining waits for all processes only so long, and leaves SIGTERM to JAX.
+            # Before joining, which waits only a limited time for all processes, and leaves SIGTERM to JAX.
             list(prepare(config.data, config.model.vocab_size))
         with joined(cluster):
             train_and_evaluate(config, workdir, profile, INIT_FROM.value)

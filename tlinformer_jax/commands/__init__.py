@@ -1,1 +1,1 @@
-"""The commands: flags, then one call each."""
+"""The commands: each defines its flags and makes one call."""

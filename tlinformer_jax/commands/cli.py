@@ -1,4 +1,4 @@
-"""What all entry points share: flags by absl, user errors as one line and exit status 2."""
+"""Shared parts of all entry points: flags by absl; user errors as one line and exit status 2."""
 
 import contextlib
 import logging as std_logging
@@ -15,31 +15,31 @@ from absl import app, flags, logging
 
 from tlinformer_jax import environment
 from tlinformer_jax.config.named import load_python
-from tlinformer_jax.errors import ConfigError, DataError, UserError, failure_told
+from tlinformer_jax.errors import ConfigError, DataError, UserError, file_errors_as
 from tlinformer_jax.files import local_path, path_fault
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
 
-FLAG_OF_OPTION = {"stop_strings": "stop"}  # where they differ
+FLAG_OF_OPTION = {"stop_strings": "stop"}  # options whose flag has another name
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main()`, exits.
 
-    A `UserError` becomes one line on stderr and its status. SIGTERM, SIGHUP and Ctrl-C, unless `main` handles them, are
-    raised, so that what is half-written is removed, and end with status 143, 129 and 130.
+    A `UserError` becomes one line on stderr, and its status the exit status. SIGTERM, SIGHUP and Ctrl-C, unless `main`
+    handles them, are raised as exceptions, so that half-written files are removed; status 143, 129 and 130.
     """
 
     def guarded(_: Sequence[str]) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, _terminate)
         sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # at INFO Orbax logs every file
             logging.get_absl_logger().addFilter(_not_reported_otherwise)
-        std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # its tracebacks become one line
+        std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # its errors are reported as one line
         try:
             main()
         except UserError as error:
@@ -60,12 +60,12 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _not_reported_otherwise(record: Any) -> bool:
-    """False for tracebacks that Orbax logs and raises as well: the raised ones become one line."""
+    """Returns False for tracebacks that Orbax both logs and raises: the raised ones become one line."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGHUP was received. Not an Exception, so that code that handles failures lets it pass."""
+    """The exception for SIGTERM and SIGHUP. A BaseException, so that code that handles failures does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -73,20 +73,20 @@ class _Terminated(BaseException):
 
 
 def _terminate(number: int, _: Any) -> None:
-    signal.signal(number, signal.SIG_IGN)  # so that cleaning up is not interrupted
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
     raise _Terminated(number)
 
 
 def _send_again(lost: Any) -> None:
-    """Sends a signal again if its exception was lost where Python ignores exceptions, such as in garbage collection."""
+    """Sends a signal again if Python ignored its exception, for example during garbage collection."""
     number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else getattr(lost.exc_value, "number", None)
     if number is None:
-        if str(lost.exc_value) != "Event loop is closed":  # from Orbax after a failed save
+        if str(lost.exc_value) != "Event loop is closed":  # raised by Orbax after a failed save
             sys.__unraisablehook__(lost)
         return
     if number != signal.SIGINT:
         signal.signal(number, _terminate)
-    # Later: raised here, it would be lost again.
+    # Later, since an exception raised here would be ignored again.
     threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
@@ -99,19 +99,19 @@ def fail(message: str, status: int = 2) -> NoReturn:
 def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:
     """Defines --workdir and --step, for commands that read a run."""
     workdir = flags.DEFINE_string("workdir", "", "Working directory of a run.")
-    step = "Step of the checkpoint; the newest good one if not given."
+    step = "Step of the checkpoint; the newest intact one if not given."
     return workdir, flags.DEFINE_integer("step", None, step, lower_bound=0)
 
 
 def given_path(flag: flags.FlagHolder[str], what: str) -> pathlib.Path:
-    """The path that a flag holds."""
+    """Returns the path that a flag names."""
     if not flag.value:
         raise UserError(f"--{flag.name}: must name {what}")
     return local_path(flag.value, f"--{flag.name}")
 
 
 def integers(flag: flags.FlagHolder[Any]) -> tuple[int, ...]:
-    """The numbers of a flag that is a list."""
+    """Returns the numbers of a list flag."""
     try:
         return tuple(int(text) for text in flag.value)
     except ValueError:
@@ -120,7 +120,7 @@ def integers(flag: flags.FlagHolder[Any]) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def errors_by_flag() -> Iterator[None]:
-    """Names an option of an evaluation or a generation that is refused by its flag, as the user wrote it."""
+    """Names a refused option of an evaluation or a generation by its flag, as the user wrote it."""
     try:
         yield
     except ConfigError as error:
@@ -133,11 +133,11 @@ def errors_by_flag() -> Iterator[None]:
 
 
 def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
-    """Creates the directory that `flag` names if needed; its absolute path."""
+    """Creates the directory that `flag` names if needed; returns its absolute path."""
     if not path:
         raise UserError(f"{flag}: must name a directory")
     workdir = local_path(path, flag)
-    with failure_told(f"{flag}={path}: must be a directory that can be written"):
+    with file_errors_as(f"{flag}={path}: must be a directory that can be written"):
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
         probe.write_bytes(b"")
@@ -146,7 +146,7 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
 
 
 def text_of_file(path: str, flag: str) -> str:
-    """The text of the UTF-8 file that `flag` names, read as training text is."""
+    """Returns the text of the UTF-8 file that `flag` names, read like training text."""
     from tlinformer_jax.data.files import read_text
 
     try:
@@ -159,14 +159,14 @@ def text_of_file(path: str, flag: str) -> str:
 
 
 def define_process_flags() -> None:
-    """Defines the flags with which several processes find each other where no cluster manager starts them."""
+    """Defines the flags by which several processes find each other if no cluster manager starts them."""
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT on which process 0 of several listens.")
-    flags.DEFINE_integer("num_processes", None, "Processes that run together; 1 alone ignores what is detected.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes that run together; 1 ignores a detected cluster.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
 
 def cluster() -> "Cluster | None":
-    """The processes that run together, by the flags of `define_process_flags` or the cluster manager; None for one."""
+    """Returns the processes that run together, by these flags or the cluster manager; None for a single one."""
     from tlinformer_jax.parallel.processes import find_cluster
 
     values = flags.FLAGS
@@ -176,7 +176,7 @@ def cluster() -> "Cluster | None":
 def define_config_flag(
     help: str = "Config file, or the name of one of the package's; NAME:VARIANT picks a variant.", **settings: Any
 ) -> None:
-    """Defines --config. Fields that the file leaves out get their defaults, so that all can be overridden."""
+    """Defines --config. Fields that the file leaves out get their defaults, so that flags can override them all."""
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, help, lock_config=False, **settings)
@@ -184,7 +184,7 @@ def define_config_flag(
 
 
 class _CompletedConfig(flags.ArgumentParser):
-    """Reads a config file, and adds the fields that it leaves out."""
+    """A parser that reads a config file and adds the fields that it leaves out."""
 
     def parse(self, argument: str) -> Any:
         from ml_collections import ConfigDict
@@ -193,8 +193,8 @@ class _CompletedConfig(flags.ArgumentParser):
 
         config = load_python(argument, "--config", "get_config")
         if not isinstance(config, ConfigDict):
-            told = f"get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
-            raise UserError(f"--config={argument}: {told}")
+            fault = f"get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
+            raise UserError(f"--config={argument}: {fault}")
         add_defaults(config)
         config.lock()
         return config
@@ -204,12 +204,12 @@ class _CompletedConfig(flags.ArgumentParser):
 
 
 def config_given() -> bool:
-    """Whether the flag --config was defined and given."""
+    """Returns whether the flag --config was defined and given."""
     return "config" in flags.FLAGS and flags.FLAGS.config is not None
 
 
 def config_values() -> Any:
-    """The loaded config of the flag --config."""
+    """Returns the config that --config has loaded."""
     if flags.FLAGS.config is None:
         raise UserError("--config: must name a config file, or one of the package's, such as tiny")
     return flags.FLAGS.config
@@ -220,7 +220,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         match = re.match(r"--?(config|sweep)=(.*)", argument, re.DOTALL)
         if match and (fault := path_fault(match[2])):
             fail(f"--{match[1]} = {match[2]!r}: {fault}")
-    logging.set_verbosity(logging.ERROR)  # config_flags also warns of what is refused below
+    logging.set_verbosity(logging.ERROR)  # config_flags also warns about errors that are reported below
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
@@ -236,7 +236,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def describe(error: Exception, argv: Sequence[str]) -> str:
-    """One line for an exception from config_flags; it names the override that caused it."""
+    """Describes an exception from config_flags in one line that names the override that caused it."""
     from tlinformer_jax.config.run import unknown_field
 
     for argument in argv:
@@ -246,7 +246,7 @@ def describe(error: Exception, argv: Sequence[str]) -> str:
     return f"--config: {_first_line(error)}"
 
 
-# Messages of absl and Python about a flag's value, and their meaning.
+# Messages of absl and Python about a flag's value -> messages for the user.
 PLAIN = {
     r"\('Non-boolean argument to boolean flag', .*\)$": "must be true or false",
     r"invalid literal for int\(\) with base \d+: .*$": "must be an integer",
@@ -255,14 +255,14 @@ PLAIN = {
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """The `UserError` of a config file that led to `error`: absl and config_flags wrap it."""
+    """Returns the config file's `UserError` that led to `error`, since absl and config_flags wrap it."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an exception's message, the last of a wrapped traceback."""
+    """Returns the first line of an exception's message, or the last line of a wrapped traceback."""
     lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -3,9 +3,8 @@
     python -m tlinformer_jax convert --from=FILE.pt|FILE.safetensors --config=FILE --workdir=DIR
     python -m tlinformer_jax convert --workdir=DIR --to=FILE.safetensors
 
-The config file says what the weights are of: its section `model` must fit them, its section `data` names the tokenizer
-and the text that `evaluate` reads. Nothing of the weights' file is ever executed, and what a command leaves is whole:
-it appears under its name when it is complete, or not at all.
+The config file describes the weights: its section `model` must fit them, and its section `data` names the tokenizer,
+and the text for `evaluate`. No content of a weights file is executed. Results appear complete or not at all.
 """
 
 from absl import flags
@@ -21,7 +20,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Directory of a run: new for --from
 
 
 def main() -> None:
-    """Converts in the direction that the flags tell."""
+    """Converts in the direction that the flags give."""
     if bool(FROM.value) == bool(TO.value):
         raise UserError("--from, --to: give one of them: the weights to read, or the file to write")
     workdir = cli.given_path(WORKDIR, "a directory")

@@ -1,7 +1,7 @@
 """Evaluates a trained model: `python -m tlinformer_jax evaluate --workdir=DIR [--split=validation | --text_file=FILE]`.
 
-Figures of a split or of any text; with --by_position losses by position, with --lengths figures at other sequence
-lengths than the trained one. --out=FILE.json keeps all of it, with what it was measured on.
+Prints figures of a split or of any text; with --by_position, losses by position; with --lengths, figures at other
+sequence lengths than the trained one. --out=FILE.json stores all of these, with a description of run and machine.
 """
 
 import json
@@ -29,7 +29,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 JSON = flags.DEFINE_bool("json", False, "Print the figures as one JSON object.")
 OUT = flags.DEFINE_string("out", None, "File to write the whole result to as JSON.")
-# What --json prints of a report before its figures, and after them.
+# Parts of a report that --json prints before its figures, and after them.
 JSON_PARTS = (
     ("step", "split", "text_file", "tokens"),
     ("expert_load", "answers", "by_position", "by_window_position", "accuracy_by_position", "by_length"),
@@ -37,7 +37,7 @@ JSON_PARTS = (
 
 
 def main() -> None:
-    """Restores a checkpoint's parameters and prints what is asked of a split or a text."""
+    """Restores a checkpoint's parameters, evaluates a split or a text, and prints the figures."""
     from tlinformer_jax.config.run import load_config
     from tlinformer_jax.evaluation.report import EvaluationOptions
     from tlinformer_jax.parallel.processes import joined
@@ -61,14 +61,14 @@ def main() -> None:
     if cluster is not None:
         import jax
 
-        # It would keep SIGTERM for a training loop; this command ends at once.
+        # That service would keep SIGTERM for a training loop; this command ends at once.
         jax.config.update("jax_enable_preemption_service", False)
     with joined(cluster), advised(lambda: evaluation_advice(batch_size)), cli.errors_by_flag():
         _evaluate(workdir, text, options)
 
 
 def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptions") -> None:
-    """Evaluates; the first process prints the report, and writes it where --out says."""
+    """Evaluates; the first process prints the report, and writes it to --out."""
     import jax
 
     from tlinformer_jax.evaluation.report import evaluate_run, evaluate_text, lines, writable_file, write_report
@@ -76,13 +76,13 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
     from tlinformer_jax.training.workdir import tell_changed_texts
 
     is_first = jax.process_index() == 0
-    out = writable_file(OUT.value) if OUT.value is not None and is_first else None  # before the work, not after it
+    out = writable_file(OUT.value) if OUT.value is not None and is_first else None  # checked before the work
     command = ["tlinformer_jax evaluate", *sys.argv[1:]]
     trained = load_run(workdir, STEP.value)
     if text is not None:
         report = evaluate_text(trained, text, options, text_file=TEXT_FILE.value or "", command=command)
     else:
-        # A length of one's own is checked under its own name, by `evaluate_run`.
+        # `evaluate_run` checks an explicit length under its own name.
         stream = trained.run.split(SPLIT.value, None if options.length is None else 1)
         tell_changed_texts({SPLIT.value: stream}, workdir)
         report = evaluate_run(trained, stream, options, split=SPLIT.value, command=command)

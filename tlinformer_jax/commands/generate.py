@@ -1,7 +1,7 @@
 """Generates text: `python -m tlinformer_jax generate --workdir=DIR --prompt=TEXT | --prompt_file=FILE [...]`.
 
-The continuation goes to stdout as it comes, the figures to stderr. Ctrl-C, or a closed stdout, ends the generation: the
-text so far stays, the figures follow, and the status is 130.
+Prints the continuation on stdout as it is generated, and figures on stderr. Ctrl-C, or a closed stdout, ends the
+generation: the text so far stays, the figures follow, and the status is 130.
 """
 
 import json
@@ -29,38 +29,40 @@ PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "UTF-8 file whose whole text is continued, its last line end too."
 )
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens of a sample.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most new tokens per sample.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token, 1 draws as the model says.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
-TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens that hold this mass only.")
-MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least this likely relative to the likeliest only.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw only from the k likeliest tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draw only from the likeliest tokens with this total probability.")
+MIN_P = flags.DEFINE_float("min_p", None, "Draw only from tokens at least this likely relative to the likeliest.")
 REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages tokens seen before.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; sample i has seed + i.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, each of the same prompt.")
-CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the first sample; sample i has seed + i.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of continuations of the prompt.")
+CONTEXT = flags.DEFINE_integer("context", 1, "Number of devices over which the history is spread.")
 CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype",
     "auto",
-    "Of the cached history: auto is the model's dtype, int8 takes about half of bfloat16's memory.",
+    "Dtype of the cached history: auto is the model's, int8 takes about half of bfloat16's memory.",
 )
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be given several times.")
 STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's end of text ends a sample.")
-STREAM = flags.DEFINE_bool("stream", True, "Print a single sample as it comes; several come when all are done.")
-SAVE = flags.DEFINE_string(
-    "save", None, "FILE.png of the images, or FILE.wav of the sounds, that prompt and continuation make."
+STREAM = flags.DEFINE_bool(
+    "stream", True, "Print a single sample as it is generated; several samples when all are done."
 )
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object a sample, with tokens and log-probabilities.")
+SAVE = flags.DEFINE_string(
+    "save", None, "File for the images (FILE.png) or sounds (FILE.wav) of prompt and continuation."
+)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object per sample, with tokens and log-probabilities.")
 
-JSON_FIELDS = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")  # of a sample
-# Flags that are options of the generator, by the same name.
+JSON_FIELDS = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")  # of each sample
+# Flags that are options of the generator with the same name.
 OPTIONS = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED, CACHE_DTYPE)
 
 
 def main() -> None:
-    """Restores a checkpoint's parameters, continues the prompt, prints text and figures."""
+    """Restores a checkpoint's parameters, continues the prompt, and prints text and figures."""
     try:
         interrupted = _generate()
-    except KeyboardInterrupt:  # before there was any text
+    except KeyboardInterrupt:  # before any text was generated
         interrupted = True
     if interrupted:
         sys.exit(environment.INTERRUPTED)
@@ -85,7 +87,7 @@ def _generate() -> bool:
 
     with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):
         with cli.errors_by_flag():
-            GenerationConfig.of(options)  # before anything is loaded
+            GenerationConfig.of(options)  # checks the options before anything is loaded
             use_compilation_cache()
             compilations = _watch_compilations()
             generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
@@ -100,7 +102,7 @@ def _generate() -> bool:
 
 
 def _prompt() -> str:
-    """The text to continue."""
+    """Returns the text to continue."""
     if (PROMPT.value is None) == (PROMPT_FILE.value is None):
         raise UserError("--prompt, --prompt_file: give one of the two")
     if PROMPT.value is not None:
@@ -111,7 +113,7 @@ def _prompt() -> str:
 
 
 def _saver(workdir: pathlib.Path) -> Callable[[list[np.ndarray]], None] | None:
-    """What writes the file of --save from the tokens of each sample; None without the flag."""
+    """Returns a function that writes the file of --save from the samples' tokens; None without the flag."""
     if not SAVE.value:
         return None
     from tlinformer_jax.config.run import load_config
@@ -132,7 +134,7 @@ def _saver(workdir: pathlib.Path) -> Callable[[list[np.ndarray]], None] | None:
 
 
 def _print_samples(stream: "Stream") -> bool:
-    """Prints the samples as the flags ask for; returns whether it was interrupted."""
+    """Prints the samples in the form that the flags choose; returns whether it was interrupted."""
     live = STREAM.value and NUM_SAMPLES.value == 1 and not JSON.value
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     interrupted = False
@@ -189,7 +191,7 @@ def _print_figures(stream: "Stream", compilations: list[float], config: "ModelCo
 
 
 def _watch_compilations() -> list[float]:
-    """A list that gets the end of every compilation from now on, in seconds of time.perf_counter."""
+    """Returns a list to which the end of each later compilation is added, in seconds of time.perf_counter."""
     import jax
 
     ends: list[float] = []

@@ -1,8 +1,8 @@
-"""What the history contributes to a trained model: `python -m tlinformer_jax history --workdir=DIR`.
+"""Measures what the history contributes to a trained model: `python -m tlinformer_jax history --workdir=DIR`.
 
-Attention to the history by distance, the change in loss where history beyond a distance is cut, and the loss by the
-length of the history; `tlinformer_jax.evaluation.history` defines each. Nothing is trained. --out=DIR gets
-history.json, a CSV file and a figure of each. After a training the same is `--then=history`.
+Reports attention to the history by distance, the change in loss if history beyond a distance is cut, and the loss by
+length of the history; `tlinformer_jax.evaluation.history` defines them. Nothing is trained. Writes history.json, and a
+CSV file and a figure of each measure, to --out=DIR. `--then=history` measures the same directly after a training.
 """
 
 import pathlib
@@ -20,12 +20,12 @@ OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and 
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to measure on.")
 SAMPLES = flags.DEFINE_integer("samples", 64, "Samples, spread evenly over the split.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sample; as trained if not given.", lower_bound=1)
-DISTANCES = flags.DEFINE_list("distances", [], "Where to cut; 0 and powers of 4 from 16 if not given.")
+DISTANCES = flags.DEFINE_list("distances", [], "Distances at which to cut; 0 and powers of 4 from 16 if not given.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Samples at a time.", lower_bound=1)
 
 
 def main() -> None:
-    """Measures, prints a table of the cuts, and writes what --out asks for."""
+    """Measures, prints a table of the cuts, and writes the files of --out."""
     from tlinformer_jax.evaluation.history import measure_history
     from tlinformer_jax.evaluation.report import describe
     from tlinformer_jax.training.checkpoint import load_run
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def lines(measured: dict[str, Any]) -> list[str]:
-    """The cuts and shares to read; '-' where no token counts."""
+    """Formats the cuts and shares; '-' if no token counts."""
     from tlinformer_jax.files import markdown
 
     rows = []
@@ -64,7 +64,7 @@ def lines(measured: dict[str, Any]) -> list[str]:
 
 
 def _write(report: dict[str, Any], out: pathlib.Path) -> None:
-    """Writes history.json, and the CSV files and figures where pandas and matplotlib are installed."""
+    """Writes history.json, and CSV files and figures if pandas and matplotlib are installed."""
     from tlinformer_jax.evaluation.report import write_report
     from tlinformer_jax.files import finite
 

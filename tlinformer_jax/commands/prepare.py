@@ -1,7 +1,7 @@
 """Prepares a run's data without training: `python -m tlinformer_jax prepare --config=configs/wt103.py`.
 
-Downloads what is needed, tokenises every split that the configuration names, and prints what each holds. A later
-training run with the same data section finds the result in the cache.
+Downloads missing files, tokenises every split that the configuration names, and prints the size of each. A later
+training with the same data section finds the result in the cache.
 """
 
 import time
@@ -18,9 +18,9 @@ from tlinformer_jax.errors import DataError
 
 
 def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
-    """Prepares every split that `config` has text for; yields a line on each as soon as it is done.
+    """Prepares every split for which `config` has text; yields a line about each as soon as it is done.
 
-    The tokenizer must fit `vocab_size`, that of the model that is to be trained.
+    The tokenizer must fit `vocab_size`, the vocabulary of the model to train.
     """
     tokenizer = build_tokenizer(config.tokenizer)
     if vocab_size is not None:
@@ -50,11 +50,11 @@ def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints a line a split."""
+    """Prints a line for each split."""
     config = run_config(cli.config_values())
     for line in prepare(config.data, config.model.vocab_size):
         print(line, flush=True)
 
 
-# Not as this module is imported: training imports `prepare`, and has its own flags.
+# Not called on import: training imports `prepare`, and has its own flags.
 define_flags = cli.define_config_flag

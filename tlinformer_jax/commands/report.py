@@ -1,7 +1,7 @@
-"""Writes the report of many runs: `python -m tlinformer_jax report --results=DIR --out=docs/results.md`.
+"""Writes the report on many runs: `python -m tlinformer_jax report --results=DIR --out=docs/results.md`.
 
-DIR holds the record of each run, NAME.json: what `tlinformer_jax sweep --results=DIR` puts there, or a copy of the
-result.json that `tlinformer_jax.main --then=...` leaves. Figures go into the folder `figures` beside the document.
+DIR has a record of each run, NAME.json: written by `tlinformer_jax sweep --results=DIR`, or a copy of the result.json
+of `tlinformer_jax.main --then=...`. Figures are written into the folder `figures` beside the document.
 """
 
 from absl import flags
@@ -14,7 +14,7 @@ OUT = flags.DEFINE_string("out", "", "Markdown file to write.")
 
 
 def main() -> None:
-    """Reads all records, writes document and figures."""
+    """Reads all records, and writes the document and its figures."""
     folder, out = cli.given_path(RESULTS, "a directory of records"), cli.given_path(OUT, "a Markdown file")
     try:
         from tlinformer_jax.experiments.report import write_report

@@ -1,11 +1,10 @@
 """Trains the points of a sweep: `python -m tlinformer_jax sweep --sweep=FILE[:VARIANT] --out=DIR`.
 
-Each point gets a folder of DIR and a process of its own. Points that are finished are skipped, those that were
-interrupted go on from their checkpoints: after a kill, the same command does the rest. After each point DIR gets
-sweep.csv, sweep.json and sweep.md of all that are finished, and plots at the end. The status is 1 if a point has
-failed. In a job array, --point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K of N every N-th. With
---together, points that differ in seed and learning rate alone share a process and a program, which is faster where
-models are small.
+Each point has its own folder in DIR and its own process. Finished points are skipped, and interrupted ones continue
+from their checkpoints: after a kill, the same command does the rest. After each point, sweep.csv, sweep.json and
+sweep.md in DIR describe all finished points; plots are drawn at the end. The status is 1 if a point has failed. In a
+job array, --point=$SLURM_ARRAY_TASK_ID trains one point; with --points=N, job K trains every N-th. With --together,
+points that differ only in seed and learning rate share a process and a program, which is faster for small models.
 
 `python -m tlinformer_jax.commands.sweep` is the process of one point, which `job.run_in_process` starts.
 """
@@ -38,24 +37,24 @@ SWEEP = flags.DEFINE_string(
     "sweep", "", "Sweep file, or the name of one of the package's; NAME:VARIANT picks a variant."
 )
 OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working directory for each point, tables, plots.")
-POINT = flags.DEFINE_integer("point", None, "Of a job array: the number of this job, from 0.")
-POINTS = flags.DEFINE_integer("points", None, "Of a job array: its jobs; as many as points if not given.")
-SEEDS = flags.DEFINE_list("seeds", None, "Seeds of all points that have none of their own; the file's if not given.")
+POINT = flags.DEFINE_integer("point", None, "Number of this job in a job array, from 0.")
+POINTS = flags.DEFINE_integer("points", None, "Jobs in the job array; as many as points if not given.")
+SEEDS = flags.DEFINE_list("seeds", None, "Seeds of points without seeds of their own; the file's if not given.")
 TOGETHER = flags.DEFINE_bool(
     "together",
     False,
     "Train points that differ only in seed and learning rate as one program, without checkpoints.",
 )
-RETRIES = flags.DEFINE_integer("retries", 1, "How often a point that has failed is tried again.", lower_bound=0)
+RETRIES = flags.DEFINE_integer("retries", 1, "How often a failed point is tried again.", lower_bound=0)
 THEN = flags.DEFINE_list(
-    "then", None, "What to do after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
+    "then", None, "Actions after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
 )
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
 CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train nothing.")
 
 
 def main() -> None:
-    """Checks all points, trains those that are not finished, writes the tables."""
+    """Checks all points, trains the unfinished ones, and writes the tables."""
     from tlinformer_jax.experiments.actions import checked_actions
     from tlinformer_jax.experiments.job import run_jobs
     from tlinformer_jax.experiments.plan import chosen_points, groups_of, load_sweep, plan_points
@@ -71,13 +70,13 @@ def main() -> None:
     if CHECK.value:
         print("\n".join(f"{number} {point.name} {point.overrides}" for number, point in enumerate(points)))
         return
-    if importlib.util.find_spec("pandas") is None:  # before anything is trained
+    if importlib.util.find_spec("pandas") is None:  # checked before anything is trained
         raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")
     from tlinformer_jax.experiments.figures import plot_sweep
     from tlinformer_jax.experiments.frame import frame_of
 
     if RESULTS.value:
-        local_path(RESULTS.value, "--results")  # before anything is made
+        local_path(RESULTS.value, "--results")  # checked before any folder is created
     out = cli.writable_workdir(OUT.value, "--out")
     results = cli.writable_workdir(RESULTS.value, "--results") if RESULTS.value else None
     command = shlex.join(["python", "-m", "tlinformer_jax", "sweep", *sys.argv[1:]])
@@ -104,9 +103,9 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    """Defines --config.FIELD=VALUE, which change the base of the sweep that the command line names.
+    """Defines flags --config.FIELD=VALUE that change the base of the sweep that the command line names.
 
-    Before the flags are parsed, since the fields are the sweep's.
+    This comes before the flags are parsed, because the sweep decides which fields there are.
     """
     from ml_collections import ConfigDict, config_flags
 
@@ -130,12 +129,12 @@ def define_flags() -> None:
         config = ConfigDict(base)
         add_defaults(config)
         config_flags.DEFINE_config_dict("config", config, lock_config=True)
-    except Exception as error:  # ml_collections raises what comes, for a field that does not exist
+    except Exception as error:  # ml_collections raises various types for an unknown field
         cli.fail(cli.describe(error, sys.argv))
 
 
 def _check(groups: "list[list[Job]]") -> None:
-    """Refuses (UserError) data that are not there, and groups that one program cannot train."""
+    """Checks that the data exist, and that one program can train each group; raises a UserError."""
     from tlinformer_jax.experiments.plan import check_data, check_together
 
     check_data([point for group in groups for point in group])
@@ -148,7 +147,7 @@ def _check(groups: "list[list[Job]]") -> None:
 
 
 def _base(sweep: "Sweep") -> Any:
-    """The base with the command line's changes."""
+    """Returns the sweep's base with the command line's changes; None if there are none."""
     if "config" not in flags.FLAGS:
         return None
     from ml_collections import config_flags
@@ -165,12 +164,12 @@ def _base(sweep: "Sweep") -> Any:
 
 
 def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -> "list[Record]":
-    """Writes the tables of all jobs that are finished, copies their records, and returns these."""
+    """Writes the tables of all finished jobs, copies their records, and returns these."""
     from tlinformer_jax.experiments.job import finished_result, write_result
     from tlinformer_jax.experiments.report import write_tables
 
-    with open_own(out / ".tables.lock", "a") as lock:  # jobs of an array may come to this together
-        with contextlib.suppress(OSError):  # on a file system without locks they take the risk
+    with open_own(out / ".tables.lock", "a") as lock:  # jobs of an array may finish at the same time
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         done = [result for result in map(finished_result, jobs) if result is not None]
         if results is not None:
@@ -181,9 +180,9 @@ def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -
 
 
 def train_point() -> None:
-    """Trains the jobs on the first line of stdin; the status is `STOPPED` if a signal has stopped the training.
+    """Trains the jobs on the first line of stdin; exits with `STOPPED` if a signal has stopped the training.
 
-    The sweep holds the other end of stdin. When that closes, the sweep has ended, and so does this process, so that its
+    The sweep holds the other end of stdin. When it closes, the sweep has ended, and this process ends too, so that its
     directory is free for the next sweep.
     """
     line = sys.stdin.buffer.readline()

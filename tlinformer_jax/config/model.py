@@ -102,7 +102,7 @@ RULES = {
         f"must be 0, or an integer >= {SHORTEST_WAVELENGTH} as the shortest has 2 pi tokens",
         lambda longest: integer(0).holds(longest) and not 0 < longest < SHORTEST_WAVELENGTH,
     ),
-    "history_window": integer(1, pattern="auto", told=" or 'auto'"),
+    "history_window": integer(1, pattern="auto", also=" or 'auto'"),
     "generation_window": integer(1, LONGEST_WINDOW),
     "token_shift": TRUE_OR_FALSE,
     "dropout": number("must be a number in [0, 1)", lambda rate: 0 <= rate < 1),

@@ -44,7 +44,7 @@ UNITS = {"s": 1, "min": 60, "h": 3600}
 # Evaluation stores no activations for a gradient, so it computes several small micro-batches at a time.
 EVALUATION_TOKENS = 16_384
 RULES = {
-    "steps": integer(1, pattern=EPOCHS.pattern, told=", or epochs such as '10epochs'"),
+    "steps": integer(1, pattern=EPOCHS.pattern, also=", or epochs such as '10epochs'"),
     **dict.fromkeys(("batch_size", "accumulation", "log_every"), integer(1)),
     **dict.fromkeys(("sampled_windows", "warmup_steps"), integer(0)),
     "seed": integer(0, LARGEST_SEED),
@@ -59,13 +59,13 @@ RULES = {
         number("must be a finite number >= 0", lambda value: 0 <= value < math.inf),
     ),
     "ema": number("must be a number >= 0 and < 1", lambda decay: 0 <= decay < 1),
-    "eval_every": integer(0, pattern=EPOCH, told=f", or {EPOCH!r}"),
-    "checkpoint_every": integer(0, pattern=DURATION.pattern, told=", or a time such as '30s', '10min' or '1.5h'"),
+    "eval_every": integer(0, pattern=EPOCH, also=f", or {EPOCH!r}"),
+    "checkpoint_every": integer(0, pattern=DURATION.pattern, also=", or a time such as '30s', '10min' or '1.5h'"),
     "keep_checkpoints": integer(
-        1, pattern=r"[1-9]\d*(\+\d+)?", told=", or such as '2+1': the latest two and the best one"
+        1, pattern=r"[1-9]\d*(\+\d+)?", also=", or such as '2+1': the latest two and the best one"
     ),
     "max_skipped_updates": integer(
-        0, pattern=AND_MORE.pattern, told=", or such as '3+1': after more than three, one return to a checkpoint"
+        0, pattern=AND_MORE.pattern, also=", or such as '3+1': after more than three, one return to a checkpoint"
     ),
     "stop_at_accuracy": number("must be a number from 0 to 1", lambda share: 0 <= share <= 1),
     "deterministic": TRUE_OR_FALSE,

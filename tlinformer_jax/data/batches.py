@@ -1,11 +1,10 @@
-"""Where a batch is made: which samples of a token stream make update `step`, as plain index arithmetic.
+"""Makes batches: computes which samples of a token stream form update `step`.
 
 Sample i is tokens[i·N : i·N + N + 1]: N inputs and, shifted by one, N labels; the remainder is dropped. Every epoch
-visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function of the update's number, so
-that number is all that a resumed run needs. A process that computes only some rows of a batch reads only those.
+visits every sample once, in an order drawn from (seed, epoch). A batch is a pure function of the update's number, so a
+resumed run needs only that number. A process that computes only some rows of a batch reads only these rows.
 
-A split may also be a task, whose samples are generated (`data.tasks`), or documents packed into samples
-(`data.documents`).
+A split may also be a task with generated samples (`data.tasks`), or documents packed into samples (`data.documents`).
 """
 
 import collections
@@ -25,17 +24,16 @@ from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
-# Rows of a batch: those that one process reads.
-Rows = np.ndarray | slice
+Rows = np.ndarray | slice  # rows of a batch that one process reads
 Reader = Generator[Batch, None, None]
 ALL = slice(None)
-LAG = 4  # updates from the announcement that a stage ends to its end
+LAG = 4  # updates between the announcement of a stage's end and the end
 
 
 def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
-    """Number of samples of `sequence_length` + 1 tokens that overlap by one; `rest` counts a last, shorter one too.
+    """Returns the number of samples of `sequence_length` + 1 tokens, which overlap by one.
 
-    A task has the same number of samples at every length.
+    With `rest`, a shorter last sample counts too. A task has the same number of samples at every length.
     """
     if isinstance(stream, TaskSplit):
         return stream.count
@@ -46,7 +44,7 @@ def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
 
 
 def check_holds_a_sample(stream: Split, sequence_length: int, name: str, rest: bool = False) -> None:
-    """Refuses (DataError) a split that is shorter than one sample, or with `rest`, than two tokens."""
+    """Checks that a split has at least one sample, or with `rest` two tokens; raises a DataError."""
     if not isinstance(stream, TaskSplit) and num_samples(stream, sequence_length, rest) < 1:
         least = "two tokens" if isinstance(stream, DocumentStream) else "one sample of sequence_length + 1"
         held = f"the {name} has only {len(stream.tokens)} tokens; it must hold at least {least}"
@@ -56,8 +54,8 @@ def check_holds_a_sample(stream: Split, sequence_length: int, name: str, rest: b
 def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Batch:
     """Returns {inputs, labels: int32 [batch, N], weights: float32 [batch, N]} of the samples `indices`.
 
-    A negative index gives a row of padding: token 0 with weight 0; so do positions past the stream's end. The weights
-    of a task are 1 at answers, else 0. Of packed documents also {documents: int32 [batch, N]}, see `Packing.take`.
+    A negative index gives a row of padding, token 0 with weight 0; positions after the stream's end are padding too. A
+    task's weights are 1 at answers, else 0. Packed documents add {documents: int32 [batch, N]}, see `Packing.take`.
     """
     if isinstance(stream, TaskSplit):
         return take_task_samples(stream, sequence_length, indices)[0]
@@ -78,9 +76,9 @@ def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Ba
 
 @functools.lru_cache(maxsize=2)
 def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which epoch `epoch` visits `count` samples, int64 [count]; read-only.
+    """Returns the order in which epoch `epoch` visits `count` samples, int64 [count]; read-only.
 
-    From raw bits, which numpy promises to keep from version to version, unlike `Generator.permutation`.
+    Uses raw bits, which numpy promises to keep between versions, unlike `Generator.permutation`.
     """
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
     order = np.argsort(raw, kind="stable")
@@ -95,12 +93,12 @@ class TrainingBatches:
     Attributes:
       stream: the split.
       sequence_length: N.
-      batch_size: sequences an update, all processes together.
+      batch_size: sequences per update, over all processes.
       seed: of the order.
-      equal_updates: True: epochs follow each other without a gap, so every update is full. False, as in the paper: an
-        epoch's last update holds what is left of the epoch, and `paper_gradient_weights` weighs its rows.
-      micro_batch: rows of a micro-batch, which divides the batch; only read if `equal_updates` is False.
-      stages: the first updates, on shorter samples, of which a row of the batch holds as many as have N tokens.
+      equal_updates: if True, epochs follow each other without a gap, so every update is full. If False, as in the
+        paper, an epoch's last update has only its remaining samples, and `paper_gradient_weights` weighs its rows.
+      micro_batch: rows of a micro-batch, which divides the batch; only used if `equal_updates` is False.
+      stages: the first updates, on shorter samples; a row of a batch has as many of these as have N tokens together.
     """
 
     stream: Split
@@ -119,7 +117,7 @@ class TrainingBatches:
         return num_samples(self.stream, self.sequence_length)
 
     def updates_for_epochs(self, epochs: int) -> int:
-        """The number of updates after which every sample has been seen `epochs` times."""
+        """Returns the number of updates after which every sample has been seen `epochs` times."""
         if not self.equal_updates:
             return epochs * -(-self.samples_per_epoch // self.batch_size)
         updates, samples = 0, epochs * self.samples_per_epoch
@@ -130,16 +128,16 @@ class TrainingBatches:
         return updates + max(0, -(-samples // self.batch_size))
 
     def length(self, step: int) -> int:
-        """Tokens of a sample of update `step`."""
+        """Returns the tokens per sample of update `step`."""
         return self._stage(step)[0]
 
     def _stage(self, step: int) -> tuple[int, int]:
         return stage_at(self.stages, self.sequence_length, self.batch_size, step)
 
     def indices(self, step: int) -> np.ndarray:
-        """Sample numbers of update `step` (from 0), int64 [batch_size times samples a row]; -1 for padding."""
+        """Returns sample numbers of update `step` (from 0), int64 [batch_size * samples per row]; -1 for padding."""
         count = self.samples_per_epoch
-        # Positions in the row of all epochs; the paper's epochs are padded to whole updates.
+        # Positions in the concatenation of all epochs; the paper's epochs are padded to whole updates.
         length = count if self.equal_updates else self.updates_for_epochs(1) * self.batch_size
         size, first = self._stage(step)
         positions = first + np.arange(self.batch_size * (self.sequence_length // size), dtype=np.int64)
@@ -151,7 +149,7 @@ class TrainingBatches:
         return chosen
 
     def batch(self, step: int, rows: Rows = ALL) -> Batch:
-        """The given rows of update `step`, in their order; of each row all samples that it holds."""
+        """Returns the given rows of update `step`, in their order, each with all its samples."""
         indices = self.indices(step)
         chosen = indices.reshape(self.batch_size, -1)[rows].reshape(-1)
         batch = take_samples(self.stream, self.length(step), chosen)
@@ -161,17 +159,17 @@ class TrainingBatches:
         return batch
 
     def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4) -> Reader:
-        """The batches, or rows of them, from update `start_step` on; closing the generator ends the threads."""
+        """Yields the batches, or rows of them, from update `start_step` on; closing the generator ends its threads."""
         return in_threads(lambda step: self.batch(step, rows), itertools.count(start_step), num_threads, ahead)
 
 
-# ---- Stages that end by competence
+# ---- Stages that end by accuracy
 
 
 def stages_ended(stages: tuple[Stage, ...], ends: np.ndarray) -> tuple[Stage, ...]:
-    """The stages with the updates that they take, as far as decided.
+    """Returns the stages with their actual numbers of updates, as far as decided.
 
-    `ends`, int32 [stages]: the update of the run after which each ends; 0 while undecided.
+    `ends`, int32 [stages], is the update of the run after which each stage ends; 0 while undecided.
     """
     found, begin = [], 0
     for stage, end in zip(stages, ends.tolist(), strict=True):
@@ -182,19 +180,18 @@ def stages_ended(stages: tuple[Stage, ...], ends: np.ndarray) -> tuple[Stage, ..
 
 
 class StagedReader:
-    """Reads training batches ahead, and starts again where the end of a stage is announced. A context manager.
+    """A reader of training batches that reads ahead, and restarts when a stage's end is announced. A context manager.
 
-    The train step announces it LAG updates ahead: the host reads figures that are already computed, and the device
-    never waits.
+    The train step announces an end LAG updates ahead, so the host reads metrics already computed, and no device waits.
 
     Args:
-      batches: of the run, with the stages of its configuration.
-      ends: of the stages, as far as the run has decided them, see `stages_ended`; None if none ends by competence.
+      batches: of the run, with the configured stages.
+      ends: update after which each stage ended, 0 while it runs, see `stages_ended`; None if none ends by accuracy.
       step: updates before the first batch.
-      rows: of each batch that this process holds.
+      rows: rows of each batch that this process reads.
 
     Attributes:
-      batches: with the stages as they are known now.
+      batches: with the stages as known now.
     """
 
     def __init__(self, batches: TrainingBatches, ends: ArrayLike | None, step: int, rows: Rows) -> None:
@@ -225,7 +222,7 @@ class StagedReader:
         return True
 
     def ended(self) -> Stage | None:
-        """The stage that ends with the last batch read, with the updates that it took; None if none does."""
+        """Returns the stage that ends with the last batch read, with its actual updates; None if none ends there."""
         begin = 0
         for stage in self.batches.stages:
             begin += stage.updates
@@ -240,15 +237,15 @@ class StagedReader:
         self._reader.close()
 
 
-# ---- The paper's updates, and evaluation
+# ---- Paper's updates, and evaluation
 
 
 def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int) -> np.ndarray:
-    """The weight of each row of an update in the paper's gradient, float32 [batch_size].
+    """Returns the weight of each row of an update in the paper's gradient, float32 [batch_size].
 
-    The paper adds up the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, also at an
-    epoch's end, where fewer micro-batches are left and the last may be short: its rows then count more each. The first
-    `real_samples` rows are no padding. The gradient is the mean over all rows of (this weight x the row's mean loss).
+    The paper sums the mean gradients of its micro-batches and divides by `batch_size` / `micro_batch`, even at an
+    epoch's end, where fewer micro-batches remain and the rows of a short last one count more. The first `real_samples`
+    rows are not padding. The gradient is that of the mean over all rows of (weight x the row's mean loss).
     """
     weights = np.zeros(batch_size, np.float32)
     short = real_samples % micro_batch
@@ -261,9 +258,9 @@ def paper_gradient_weights(real_samples: int, batch_size: int, micro_batch: int)
 def evaluation_batches(
     stream: TokenStream, sequence_length: int, batch_size: int, rows: Rows = ALL, rest: bool = False
 ) -> Iterator[Batch]:
-    """Yields the given rows of every batch of a split, samples once and in order; the last batch is padded.
+    """Yields the given rows of every batch of a split, each sample once, in order; the last batch is padded.
 
-    With `rest`, the tokens after the last whole sample come too, padded: every token but the first is predicted once.
+    With `rest`, the tokens after the last whole sample follow, padded: every token but the first is predicted once.
     """
     check_holds_a_sample(stream, sequence_length, "split", rest)
     count = num_samples(stream, sequence_length, rest)

@@ -1,11 +1,12 @@
-"""Where tokens are cached: each split tokenised once, kept in a directory of its own, memory-mapped afterwards.
+"""The token cache: each split is tokenised once, stored in its own directory, and memory-mapped afterwards.
 
-    CACHE_DIR/tokens/<key>/meta.json    what it was made from, counts, size and hashes of tokens.bin, and its own hash
+    CACHE_DIR/tokens/<key>/meta.json    the tokens' identity, counts, size and hashes of tokens.bin, and its own hash
     CACHE_DIR/tokens/<key>/tokens.bin   the ids, in the smallest unsigned type that fits the vocabulary
     CACHE_DIR/tokens/<key>.lock         held while the cache is being made
-    CACHE_DIR/tokens/<key>.tmp-*        one being made, or left by a run that was killed
+    CACHE_DIR/tokens/<key>.tmp-*        an unfinished cache, also one left by a killed run
 
-A cache is made in a temporary directory and renamed, so one under its name is complete. Without locks the first wins.
+A cache is made in a temporary directory and renamed, so a cache under its final name is complete. On file systems
+without locks, the first of several processes wins.
 """
 
 import contextlib
@@ -25,21 +26,21 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream
-from tlinformer_jax.errors import DataError, failure_told
+from tlinformer_jax.errors import DataError, file_errors_as
 from tlinformer_jax.files import read_own, sealed_text, sync_folder, unsealed, write_text
 
-FORMAT = 4  # part of every cache's key, so that other formats are never opened
+FORMAT = 4  # part of every cache's key, so that caches of other formats are not found
 META_FILE = "meta.json"
 TOKENS_FILE = "tokens.bin"
-ENDS = 1 << 20  # bytes hashed at a file's head and at its tail
+ENDS = 1 << 20  # bytes hashed at the start and at the end of a file
 
 Identity = dict[str, Any]
 Encode = Callable[[], Generator[Encoded, None, None]]
 
 
 def file_identity(path: pathlib.Path) -> Identity:
-    """Path, size, modification time [ns] and hash of head and tail of a file."""
-    with failure_told(f"{path}: cannot be read"), path.open("rb") as file:
+    """Returns a file's path, size, modification time [ns] and hash of its start and end."""
+    with file_errors_as(f"{path}: cannot be read"), path.open("rb") as file:
         status = os.fstat(file.fileno())
         ends = hashlib.sha256(file.read(ENDS))
         file.seek(max(0, status.st_size - ENDS))
@@ -48,9 +49,9 @@ def file_identity(path: pathlib.Path) -> Identity:
 
 
 def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:
-    """The tokens of `identity`, all that they depend on as JSON, memory-mapped; and whether they were there.
+    """Returns the memory-mapped tokens of `identity`, and whether they were already stored.
 
-    Where they are not, `encode` first yields them and their counts in order.
+    `identity` is all that the tokens depend on, as JSON. `encode` yields missing tokens in order, with their counts.
     """
     final = _directory(root, identity)
     if stream := find_tokens(root, identity):
@@ -60,9 +61,9 @@ def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tup
         with exclusive(final.with_name(f"{final.name}.lock")) as locked:
             if stream := find_tokens(root, identity):
                 return stream, True
-            shutil.rmtree(final, ignore_errors=True)  # damaged
+            shutil.rmtree(final, ignore_errors=True)  # a damaged cache
             for left in final.parent.glob(f"{final.name}.tmp-{platform.node()}-*") if locked else ():
-                shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)  # left by a killed run
             _make(final, identity, encode)
     except OSError as error:
         why = f"the token cache cannot be written ({error.strerror or error}); see data.cache_dir"
@@ -73,13 +74,13 @@ def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tup
 
 
 def find_tokens(root: pathlib.Path, identity: Identity) -> TokenStream | None:
-    """The stream of a cache that `cached_tokens` has made; None if there is none or it is damaged. Writes nothing."""
+    """Returns the stream of a cache that `cached_tokens` has made; None if missing or damaged. Writes nothing."""
     return _open_sound(_directory(root, identity))
 
 
 @contextlib.contextmanager
 def exclusive(path: pathlib.Path) -> Iterator[bool]:
-    """Holds the lock file `path`, waiting for it; yields False where the file system has no locks."""
+    """Waits for and holds the lock file `path`; yields False if the file system has no locks."""
     with path.open("w") as file:
         locked = True
         try:
@@ -98,7 +99,7 @@ def _directory(root: pathlib.Path, identity: Identity) -> pathlib.Path:
 
 
 def _open_sound(directory: pathlib.Path) -> TokenStream | None:
-    """The cache in a directory; None if there is none, or its content is not what its meta.json says."""
+    """Opens the cache in a directory; returns None if it is missing or does not match its meta.json."""
     if not directory.exists():
         return None
     try:
@@ -119,7 +120,7 @@ def _make(final: pathlib.Path, identity: Identity, encode: Encode) -> None:
     temporary.mkdir()
     try:
         path, counts, digest, dtype = temporary / TOKENS_FILE, Counts(), hashlib.sha256(), ""
-        # Closing ends the encoding threads at once if writing fails.
+        # Closing the generator ends the encoding threads at once if writing fails.
         with contextlib.closing(encode()) as encoded, path.open("wb") as file:
             for tokens, counted in encoded:
                 data, dtype = tokens.tobytes(), tokens.dtype.name
@@ -139,7 +140,7 @@ def _make(final: pathlib.Path, identity: Identity, encode: Encode) -> None:
         try:
             temporary.rename(final)
         except OSError:
-            if not _open_sound(final):  # which another process made, on a file system without locks
+            if not _open_sound(final):  # without locks, another process may have made it
                 raise
         sync_folder(final.parent)
     finally:

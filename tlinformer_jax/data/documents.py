@@ -1,11 +1,11 @@
-"""Documents packed into samples, in which they do not see each other: `data.document_masking`.
+"""Packs documents into samples in which they do not see each other: `data.document_masking`.
 
-A document begins with the end-of-text before it and predicts all of its own tokens, the end-of-text after it too: as in
+A document starts with the preceding end-of-text, and predicts all of its own tokens and the end-of-text after it: as in
 one long row, every token but the first is predicted once. A document of more than N tokens is cut into pieces of N and
-a last, shorter one, which count as documents of their own. The pieces are packed by best fit: from the longest to the
-shortest, each goes into the fullest sample that has room for it. What room is left is padding of weight 0.
+a shorter last piece, which count as separate documents. The pieces are packed by best fit: from the longest to the
+shortest, each goes into the fullest sample that has room for it. The remaining room is padding of weight 0.
 
-Which pieces share a sample depends on the tokens and N alone; the order of the samples is drawn as for any other text.
+Which pieces share a sample depends only on the tokens and N. The order of samples is drawn as for any other text.
 """
 
 import bisect
@@ -23,8 +23,8 @@ class Packing:
     """Pieces of documents in samples of `length` tokens.
 
     Attributes:
-      starts, sizes: of each piece, its first input in the stream, and its inputs, int64 [pieces]; sample after sample.
-      firsts: the first piece of each sample, and the number of pieces, int64 [samples + 1].
+      starts, sizes: first input in the stream, and number of inputs, of each piece, int64 [pieces], sample by sample.
+      firsts: the first piece of each sample, then the number of pieces, int64 [samples + 1].
     """
 
     length: int
@@ -34,7 +34,7 @@ class Packing:
 
     @classmethod
     def of(cls, starts: np.ndarray, sizes: np.ndarray, length: int) -> "Packing":
-        """Pieces in any order, none longer than `length`, packed."""
+        """Packs pieces in any order, none longer than `length`."""
         samples = best_fit(sizes, length)
         order = np.argsort(samples, kind="stable")
         firsts = np.searchsorted(samples[order], np.arange(samples.max(initial=-1) + 2))
@@ -42,18 +42,18 @@ class Packing:
 
     @property
     def count(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self.firsts) - 1
 
     @property
     def padding(self) -> float:
-        """The share of all rows that hold nothing."""
+        """The fraction of all positions that is padding."""
         return 1 - float(self.sizes.sum()) / (self.count * self.length)
 
     def take(self, tokens: np.ndarray, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """{inputs, labels, documents: int32 [batch, N], weights: float32 [batch, N]} of samples.
+        """Returns {inputs, labels, documents: int32 [batch, N], weights: float32 [batch, N]} of samples.
 
-        `documents` counts those of a sample, from 0; its padding is the last. A sample below 0 is all padding.
+        `documents` numbers a sample's documents from 0, with its padding as the last. A sample < 0 is all padding.
         """
         shape = len(samples), self.length
         batch = {name: np.zeros(shape, np.int32) for name in ("inputs", "labels", "documents")}
@@ -75,25 +75,25 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentStream(TokenStream):
-    """A split whose documents are packed."""
+    """A split whose documents are packed into samples."""
 
     end_of_text: int
     _packings: dict[int, Packing] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, stream: TokenStream, end_of_text: int) -> "DocumentStream":
-        """A split of documents that `end_of_text` separates."""
+        """Makes a packed split from documents that `end_of_text` separates."""
         return cls(**vars(stream), end_of_text=end_of_text)
 
     def packing(self, length: int) -> Packing:
-        """Of samples of `length` tokens; made once."""
+        """Returns the packing into samples of `length` tokens, which is made once."""
         if length not in self._packings:
             self._packings[length] = Packing.of(*self._pieces(length), length)
         return self._packings[length]
 
     def _pieces(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """First inputs and sizes of the documents, cut where they are longer than `length`."""
-        inputs = max(0, len(self.tokens) - 1)  # the last token is a label only
+        """Returns first inputs and sizes of the documents; those longer than `length` are cut."""
+        inputs = max(0, len(self.tokens) - 1)  # the last token is only a label
         found = [start + np.flatnonzero(part == self.end_of_text) for start, part in parts_of(self.tokens)]
         begins = np.unique(np.concatenate([np.zeros(1, np.int64), *found]))
         begins = begins[begins < inputs]
@@ -105,12 +105,12 @@ class DocumentStream(TokenStream):
 
 
 def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
-    """The sample of each piece, int64 [pieces]; samples have `length` tokens."""
+    """Returns the sample of each piece, int64 [pieces]; samples have `length` tokens."""
     samples, whole = np.empty(len(sizes), np.int64), sizes == length
     count = int(whole.sum())
     samples[whole] = np.arange(count)
-    open_samples: dict[int, list[int]] = collections.defaultdict(list)  # by the room that they have
-    rooms: list[int] = []  # of those, rising
+    open_samples: dict[int, list[int]] = collections.defaultdict(list)  # free tokens -> samples
+    rooms: list[int] = []  # free tokens for which there is a sample, ascending
     order: Any = np.argsort(-sizes, kind="stable")[count:]
     for piece, size in zip(order.tolist(), sizes[order].tolist()):
         place = bisect.bisect_left(rooms, size)

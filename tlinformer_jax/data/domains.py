@@ -1,13 +1,13 @@
-"""Data that is no text: images (IDX), genomes and proteins (FASTA) and sound (WAV).
+"""Data that is not text: images (IDX), genomes and proteins (FASTA) and sound (WAV).
 
     idx    the format of MNIST, unsigned bytes: a document is an image, its pixels row by row
     fasta  a document is a record, such as a chromosome or a protein: its letters, in upper case
-    wav    16 bit, one channel, 8,000 samples a second: a document is a file, each sample one of 256 levels (mu-law)
+    wav    16 bit, one channel, 8,000 samples per second: a document is a file, each sample one of 256 levels (mu-law)
 
 A pixel, letter or sample is one byte, so an evaluation's bits per byte are bits per pixel, letter or sample.
 
-Records and sounds have the tokenizer's end of text after each, as texts have. Images stand one after the other behind a
-single 0: where N is the size of an image, every sample is one, whose first input is the last pixel of the one before.
+Records and sounds are followed by the tokenizer's end of text, as texts are. Images follow each other directly after a
+single 0: if N is the size of an image, every sample is one image, with the previous image's last pixel as first input.
 """
 
 import itertools
@@ -24,30 +24,30 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.files import OnRead, read_blocks, read_lines
 from tlinformer_jax.data.streams import Counts, Encoded, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.errors import DataError, failure_told
+from tlinformer_jax.errors import DataError, file_errors_as
 
 Document = np.ndarray | str  # uint8 [length], or letters
 
-# Where splits have no files of their own, train_files are dealt: of EVERY documents they get those at these places,
-# and what is longer than a STRETCH counts as several documents.
+# Splits without files of their own take documents of train_files: of every EVERY documents, those at these places. A
+# document longer than STRETCH counts as several.
 EVERY = 20
 PLACES = {"validation": 18, "test": 19}
 STRETCH = 65_536
 
-RATE = 8_000  # samples of sound a second
+RATE = 8_000  # samples of sound per second
 LEVELS = 256  # of mu-law
-BLOCK_SAMPLES = 1 << 20  # read at once
+BLOCK_SAMPLES = 1 << 20  # samples per read
 LARGEST_IMAGE = 1 << 24  # pixels
-LARGEST_RECORD = 1 << 28  # letters; a record is held in memory
-UNSIGNED_BYTES = 8  # the code of the type of an IDX file's values
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ*-"  # of a FASTA record whose tokenizer does not say
+LARGEST_RECORD = 1 << 28  # letters; memory holds a whole record
+UNSIGNED_BYTES = 8  # an IDX file's code for values of this type
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ*-"  # allowed in FASTA records if the tokenizer names none
 
 
-# ---- Documents become a split
+# ---- From documents to a split
 
 
 def read_documents(path: pathlib.Path, config: DataConfig, on_read: OnRead) -> Iterator[Document]:
-    """The documents of one file."""
+    """Yields the documents of one file."""
     if config.dataset == "idx":
         return read_idx(path, on_read)
     if config.dataset == "wav":
@@ -56,7 +56,7 @@ def read_documents(path: pathlib.Path, config: DataConfig, on_read: OnRead) -> I
 
 
 def deal(documents: Iterable[Document], split: str, held_out: Collection[str]) -> Iterator[Document]:
-    """The documents of `split` where train_files also hold the splits `held_out`; all of them where there are none."""
+    """Yields the documents of `split`, if train_files also contain the splits `held_out`; all of them if none."""
     if not held_out:
         yield from documents
         return
@@ -68,11 +68,11 @@ def deal(documents: Iterable[Document], split: str, held_out: Collection[str]) -
 
 
 def encode(documents: Iterable[Document], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """The tokens of documents in order, and counts; see the head of this file."""
+    """Yields the tokens of documents in order, and counts; the module's docstring gives the format."""
     dtype = smallest_dtype(tokenizer.vocab_size)
     end = np.array([] if config.dataset == "idx" else [tokenizer.end_of_text], dtype)
     if config.dataset == "idx":
-        yield np.zeros(1, dtype), Counts(num_bytes=1)  # so that bits per byte are those of a token
+        yield np.zeros(1, dtype), Counts(num_bytes=1)  # counted as a byte, so that bits per byte are bits per token
     for document in documents:
         ids = tokenizer.encode(document) if isinstance(document, str) else document
         yield np.concatenate([ids.astype(dtype), end]), Counts(num_bytes=len(document), num_documents=1)
@@ -82,14 +82,14 @@ def encode(documents: Iterable[Document], config: DataConfig, tokenizer: Tokeniz
 
 
 def read_idx(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
-    """The images of an IDX file, uint8 [pixels] each: what its first dimension counts."""
+    """Yields the images of an IDX file, counted by its first dimension, as uint8 [pixels]."""
     blocks = read_blocks(path, on_read)
     data = bytearray()
     while (len(data) < 4 or len(data) < 4 + 4 * data[3]) and (block := next(blocks, b"")):
         data += block
     if data[:3] != bytes([0, 0, UNSIGNED_BYTES]) or not 2 <= data[3] <= 8:
-        told = f"an IDX file of images begins with the bytes 00 00 08 and at least 02, not {data[:4].hex(' ')!r}"
-        raise DataError(f"{path}: {told}")
+        fault = f"an IDX file of images begins with the bytes 00 00 08 and at least 02, not {data[:4].hex(' ')!r}"
+        raise DataError(f"{path}: {fault}")
     start = 4 + 4 * data[3]
     if len(data) < start:
         raise DataError(f"{path}: truncated: it ends within its IDX header")
@@ -109,14 +109,14 @@ def read_idx(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
             break
     if found < count or data:
         kind = "truncated" if found < count else "too long"
-        told = f"its header says {count:,} images of {size:,} bytes, which is not what follows"
-        raise DataError(f"{path}: {kind}: {told}")
+        fault = f"its header says {count:,} images of {size:,} bytes, which is not what follows"
+        raise DataError(f"{path}: {kind}: {fault}")
 
 
 def png(image: np.ndarray) -> bytes:
-    """A PNG file of an image of grey levels, uint8 [height, width]."""
+    """Returns a PNG file of a greyscale image, uint8 [height, width]."""
     height, width = image.shape
-    rows = b"".join(b"\0" + row.tobytes() for row in image)  # 0: the row is not filtered
+    rows = b"".join(b"\0" + row.tobytes() for row in image)  # 0: no filter in this row
     parts = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
     chunks = (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -126,9 +126,9 @@ def png(image: np.ndarray) -> bytes:
 
 
 def images_png(samples: Sequence[np.ndarray], pixels: int) -> bytes:
-    """A PNG file of square images of `pixels` pixels, ten beside each other.
+    """Returns a PNG file of square images of `pixels` pixels, ten per row.
 
-    A sample holds the pixel before an image, and then its pixels, of which the last may be missing: they are black.
+    A sample is the pixel before an image and then the image's pixels; missing last pixels become black.
     """
     side, columns = math.isqrt(pixels), min(10, len(samples))
     page = np.zeros((-(-len(samples) // columns), columns, pixels), np.uint8)
@@ -142,7 +142,7 @@ def images_png(samples: Sequence[np.ndarray], pixels: int) -> bytes:
 
 
 def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[str]:
-    """The records of a FASTA file that have letters; others than `letters` are refused."""
+    """Yields the records of a FASTA file that have letters; refuses letters that are not among `letters`."""
     record: list[str] = []
     size, begun = 0, False
     for number, line in enumerate(read_lines(read_blocks(path, on_read), path), 1):
@@ -156,8 +156,8 @@ def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[st
             raise DataError(f"{path}, line {number}: a FASTA file begins with a line that begins with '>'")
         line = line.upper()
         if wrong := line.translate(None, letters.encode()):
-            told = f"{chr(wrong[0])!r} is none of the letters {letters}; see data.tokenizer"
-            raise DataError(f"{path}, line {number}: {told}")
+            fault = f"{chr(wrong[0])!r} is none of the letters {letters}; see data.tokenizer"
+            raise DataError(f"{path}, line {number}: {fault}")
         record.append(line.decode("ascii"))
         size += len(line)
         if size > LARGEST_RECORD:
@@ -172,13 +172,13 @@ def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[st
 
 
 def read_wav(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
-    """The one sound of a WAV file as levels, uint8 [samples]; none if it is empty."""
+    """Yields the one sound of a WAV file as levels, uint8 [samples]; nothing if the file has no samples."""
     try:
-        with failure_told(f"{path}: cannot be read"), wave.open(str(path), "rb") as file:
+        with file_errors_as(f"{path}: cannot be read"), wave.open(str(path), "rb") as file:
             channels, width, rate, count = file.getparams()[:4]
             if (channels, width, rate) != (1, 2, RATE):
-                told = f"has {channels} channels of {8 * width} bit at {rate} Hz; must be 1 of 16 bit at {RATE} Hz"
-                raise DataError(f"{path}: {told}")
+                fault = f"has {channels} channels of {8 * width} bit at {rate} Hz; must be 1 of 16 bit at {RATE} Hz"
+                raise DataError(f"{path}: {fault}")
             parts = [np.empty(0, np.uint8)]
             while data := file.readframes(BLOCK_SAMPLES):
                 parts.append(mu_law(np.frombuffer(data[: len(data) // width * width], "<i2")))
@@ -193,27 +193,27 @@ def read_wav(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
 
 
 def mu_law(samples: np.ndarray) -> np.ndarray:
-    """The levels of samples of 16 bit, uint8: finer the nearer to 0, which is level 128."""
+    """Returns the mu-law levels of 16-bit samples, uint8: finer near 0, which is level 128."""
     share = samples.astype(np.float64) / 2**15
     companded = np.sign(share) * np.log1p((LEVELS - 1) * np.abs(share)) / np.log(LEVELS)
     return np.floor((companded + 1) / 2 * (LEVELS - 1) + 0.5).astype(np.uint8)
 
 
 def from_mu_law(levels: np.ndarray) -> np.ndarray:
-    """Samples of 16 bit that have these levels."""
+    """Returns 16-bit samples that have these levels."""
     companded = 2 * levels.astype(np.float64) / (LEVELS - 1) - 1
     share = np.sign(companded) * (LEVELS ** np.abs(companded) - 1) / (LEVELS - 1)
     return np.clip(np.round(share * 2**15), -(2**15), 2**15 - 1).astype("<i2")
 
 
 def sounds_wav(samples: Sequence[np.ndarray], _: int) -> bytes:
-    """A WAV file of samples one after the other, with a quarter of a second of silence after each."""
+    """Returns a WAV file of samples one after another, each followed by a quarter of a second of silence."""
     silence = mu_law(np.zeros(RATE // 4))
     return wav(np.concatenate([part for sample in samples for part in (sample[sample < LEVELS], silence)]))
 
 
 def wav(levels: np.ndarray) -> bytes:
-    """A WAV file of a sound, levels uint8 [samples]."""
+    """Returns a WAV file of a sound, levels uint8 [samples]."""
     data = from_mu_law(levels).tobytes()
     form = struct.pack("<HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16)
     chunks = b"".join(name + struct.pack("<I", len(part)) + part for name, part in ((b"fmt ", form), (b"data", data)))

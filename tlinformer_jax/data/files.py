@@ -1,7 +1,7 @@
 """Text files: globs, decompression and documents, read in bounded memory.
 
-A document arrives as one or more `(text, ends)` pairs: `ends` is True for its last piece. Documents without any
-text are skipped. Whatever is wrong with a file is a `DataError` that names the file, and the line if there is one.
+A document is one or more pairs `(text, ends)`, where `ends` is True for its last piece. Documents without any text are
+skipped. Any fault of a file is a `DataError` that names the file, and the line if there is one.
 """
 
 import codecs
@@ -17,16 +17,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from tlinformer_jax.errors import DataError, failure_told, first_line
+from tlinformer_jax.errors import DataError, file_errors_as, first_line
 
 COMPRESSED = (".gz", ".xz", ".zst")
-COLUMNS = (".parquet", ".arrow")  # a document a row
-BLOCK = 32 * 1024  # bytes a read
-STEP = 1024  # compressed bytes at a time; of endless equal bytes .zst makes 30 MB of them
+COLUMNS = (".parquet", ".arrow")  # each row is a document
+BLOCK = 32 * 1024  # bytes per read
+STEP = 1024  # compressed bytes at a time; .zst can expand them to 30 MB of equal bytes
 MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
-LARGEST_LINE = 1 << 28  # bytes; a line is held in memory several times
-REPORT_EVERY = 10.0  # seconds between two lines of progress
-# Packages of Debian that ship data, by the folder that they put it in.
+LARGEST_LINE = 1 << 28  # bytes; memory holds several copies of a line
+REPORT_EVERY = 10.0  # seconds between two progress lines
+# Folder -> Debian package that installs data there.
 PACKAGES = {
     "/usr/share/datasets/fashion-mnist/": "dataset-fashion-mnist",
     "/usr/share/doc/bowtie/examples/": "bowtie-examples",
@@ -38,13 +38,13 @@ TextPiece = tuple[str, bool]
 OnRead = Callable[[int], None]  # called with the number of (compressed) bytes of each read
 
 
-# ---- Which files
+# ---- Finding files
 
 
 def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathlib.Path]:
-    """Expands the comma-separated globs (or plain paths) of `field` into files, each once, sorted within a glob.
+    """Expands the comma-separated globs or plain paths of `field` into files, each once, sorted within a glob.
 
-    Files whose names do not end as those of texts do are refused unless `any_name`.
+    Refuses files whose names do not end like those of texts, unless `any_name`.
     """
     found: dict[pathlib.Path, None] = {}
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
@@ -55,8 +55,8 @@ def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathli
         matches = [match for match in found_files if match.is_file()]  # reading a pipe would block
         if not matches:
             packages = [package for place, package in PACKAGES.items() if place in pattern]
-            told = "".join(f"; the Debian package {package} ships it" for package in packages)
-            raise DataError(f"{field}: no file matches {pattern!r}{told}")
+            hint = "".join(f"; the Debian package {package} ships it" for package in packages)
+            raise DataError(f"{field}: no file matches {pattern!r}{hint}")
         for match in matches:
             if not any_name and file_kind(match) is None:
                 allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst; or in .parquet or .arrow"
@@ -69,7 +69,7 @@ def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathli
 
 
 def check_patterns(patterns: str, field: str) -> None:
-    """Refuses globs that would search large parts of a disk, for configurations that somebody else may have written."""
+    """Refuses globs that would search large parts of a disk, in configurations that another person may have written."""
     for pattern in map(pathlib.Path, filter(None, map(str.strip, patterns.split(",")))):
         folder = _existing_folder(pattern)
         if not glob.has_magic(str(pattern.parent.relative_to(folder))) or pattern.is_file():
@@ -78,24 +78,24 @@ def check_patterns(patterns: str, field: str) -> None:
         for _, folders, files in os.walk(folder):
             entries += len(folders) + len(files)
             if entries > MOST_ENTRIES:
-                told = f"'{pattern}' would search more than {MOST_ENTRIES:,} files and folders"
-                raise DataError(f"{field}: {told}; name the folders, or evaluate one text as --text_file")
+                fault = f"'{pattern}' would search more than {MOST_ENTRIES:,} files and folders"
+                raise DataError(f"{field}: {fault}; name the folders, or evaluate one text as --text_file")
 
 
 def _existing_folder(pattern: pathlib.Path) -> pathlib.Path:
-    """The deepest folder of a path that exists: its name is no wildcard."""
+    """Returns the deepest existing folder of a path: its name has no wildcard."""
     return next(filter(os.path.isdir, pattern.absolute().parents), pathlib.Path("/"))
 
 
 def file_kind(path: pathlib.Path) -> str | None:
-    """ "txt", "jsonl", "parquet" or "arrow", by the name's ending, the first two also before a compression's."""
+    """Returns "txt", "jsonl", "parquet" or "arrow" by the name's ending, ignoring .gz, .xz and .zst; else None."""
     if path.suffix in COLUMNS:
         return path.suffix[1:]
     name = path.stem if path.suffix in COMPRESSED else path.name
     return next((kind for kind in ("txt", "jsonl") if name.endswith("." + kind)), None)
 
 
-# ---- Documents of a file
+# ---- Reading documents
 
 
 def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: OnRead) -> Iterator[TextPiece]:
@@ -109,7 +109,7 @@ def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: O
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text of a file of any name, read as a .txt file that is one document."""
+    """Reads a file of any name as one document, like a .txt file."""
     return "".join(text for text, _ in _whole_document(path, _without_mark(read_blocks(path, lambda count: None))))
 
 
@@ -163,7 +163,7 @@ def _whole_document(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[Tex
 
 
 def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[str | None]:
-    """Yields the texts of a column of a .parquet file, or of an .arrow file (Arrow IPC, file or stream)."""
+    """Yields the texts in a column of a .parquet file, or of an .arrow file (Arrow IPC, file or stream)."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -184,11 +184,11 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
                 batches = pyarrow.ipc.open_stream(source)
                 schema = batches.schema
         if schema.names.count(column) != 1:
-            told = f"must have one column {column!r} (data.text_field), not {schema.names.count(column)}"
-            raise DataError(f"{path}: {told}; it has {', '.join(map(repr, schema.names))}")
+            fault = f"must have one column {column!r} (data.text_field), not {schema.names.count(column)}"
+            raise DataError(f"{path}: {fault}; it has {', '.join(map(repr, schema.names))}")
         if not any(map(str(schema.field(column).type).endswith, ("string", "string_view"))):
-            told = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
-            raise DataError(f"{path}: {told}")
+            fault = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
+            raise DataError(f"{path}: {fault}")
         for batch in batches:
             yield from batch.column(column).to_pylist()
     except UnicodeDecodeError as error:
@@ -198,27 +198,27 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
     on_read(path.stat().st_size)
 
 
-# ---- Bytes of a file
+# ---- Reading bytes
 
 
 def read_blocks(path: pathlib.Path, on_read: OnRead) -> Iterator[bytes]:
-    """Yields the file's content, decompressed by its ending."""
-    with failure_told(f"{path}: cannot be read"), path.open("rb") as file:
+    """Yields the file's content, decompressed if its name's ending says so."""
+    with file_errors_as(f"{path}: cannot be read"), path.open("rb") as file:
         raw = file_blocks(file, on_read)
         yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
 
 
 def file_blocks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
-    """Yields the rest of an open file."""
+    """Yields the rest of an open file in blocks."""
     while block := file.read(BLOCK):
         on_read(len(block))
         yield block
 
 
 def read_lines(blocks: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the lines of a file, each with its newline; the last may lack one. Only b"\\n" ends a line.
+    """Yields the lines of a file with their newlines, which the last may lack. Only b"\\n" ends a line.
 
-    A line of more than LARGEST_LINE bytes is not read to its end.
+    Raises a DataError for a line of more than LARGEST_LINE bytes, without reading it to its end.
     """
     parts: list[bytes] = []
     size = 0
@@ -249,7 +249,7 @@ def _not_utf8(path: pathlib.Path | str, number: int, error: UnicodeDecodeError) 
 
 
 def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Drops a UTF-8 byte order mark from the start of a file."""
+    """Drops a UTF-8 byte order mark at the start of a file."""
     head = b""
     for block in blocks:
         head += block
@@ -266,7 +266,7 @@ def _decompressed(raw: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
         for data in (block[start : start + STEP] for block in raw for start in range(0, len(block), STEP)):
             while data:
                 if machine.eof:
-                    data = data.lstrip(b"\0")  # padding between the members of a concatenated file
+                    data = data.lstrip(b"\0")  # concatenated files may have padding between their parts
                     if not data:
                         break
                     machine = new_machine()
@@ -279,7 +279,7 @@ def _decompressed(raw: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
 
 
 def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
-    """A factory of decompressors with `decompress`, `eof` and `unused_data`, and what they raise."""
+    """Returns a factory of decompressors with `decompress`, `eof` and `unused_data`, and the error that they raise."""
     if path.suffix == ".gz":
         return lambda: zlib.decompressobj(wbits=31), zlib.error
     if path.suffix == ".xz":
@@ -288,12 +288,12 @@ def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception
         import zstandard
     except ImportError:
         raise DataError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
-    # Files of `zstd --long=31` need the largest window.
+    # Files written by `zstd --long=31` need the largest window.
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
 
 
 def progress(label: str, total: int) -> OnRead:
-    """A function to call with bytes read of `total`: now and then it prints share done, speed and time left."""
+    """Returns a function to call with the bytes just read of `total`; at intervals it prints progress and speed."""
     done, start = 0, time.monotonic()
     due = start + REPORT_EVERY
 
@@ -303,7 +303,7 @@ def progress(label: str, total: int) -> OnRead:
         if now >= due:
             due, speed = now + REPORT_EVERY, max(1, done) / (now - start)
             left = datetime.timedelta(seconds=round(max(0, total - done) / speed))
-            told = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
-            print(f"{label}: {told}", file=sys.stderr, flush=True)
+            message = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
+            print(f"{label}: {message}", file=sys.stderr, flush=True)
 
     return advance

@@ -1,18 +1,18 @@
-"""Data that the caller brings: `train_and_evaluate(config, workdir, train_data=..., validation_data=...)`.
+"""The caller's own data: `train_and_evaluate(config, workdir, train_data=..., validation_data=...)`.
 
-Token ids in an array or a file are one long row, of which samples are drawn as from any other text. Everything else is
-an iterable, which is read in its own order:
+Token ids in an array or a file are one long row, from which samples are drawn as from any other text. Everything else
+is an iterable, which is read in its own order:
 
-    documents   lists or arrays of token ids, or dicts with `input_ids` or `tokens`: joined into one row, the
+    documents   lists or arrays of token ids, or dicts with `input_ids` or `tokens`: joined into one row, with the
                 tokenizer's end-of-text after each, and cut into samples
-    batches     integers [batch, N + 1] or [batch, N], dicts that hold them, or dicts of `inputs`, `labels` and, if
-                wanted, `weights`, [batch, N] each: trained on as they come. Beside `input_ids`, an `attention_mask`
-                of 0 and `labels` of -100 leave tokens out of the loss
+    batches     integers [batch, N + 1] or [batch, N], dicts with such integers, or dicts of `inputs`, `labels` and
+                optional `weights`, [batch, N] each: trained on as given. With `input_ids`, zeros in an
+                `attention_mask` and `labels` of -100 exclude tokens from the loss
 
-A training that goes on must read what it has not read yet. Arrays and files are read at any place. Of an iterable the
-working directory keeps a list of positions (POSITIONS_FILE): with `len` and indices, or with iterators that have
-`get_state` and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable
-the items before it are read again and dropped. A hash of the batch that follows tells whether the data has changed.
+A continued training must read what it has not yet read. Arrays and files can be read at any place. For an iterable, the
+working directory keeps a list of positions (POSITIONS_FILE). If it has `len` and indices, or iterators with `get_state`
+and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable, the items
+before the position are read again and dropped. A hash of the next batch shows whether the data has changed.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from tlinformer_jax.files import local_path
 
 POSITIONS_FILE = "data_positions.jsonl"
 DTYPES = ("uint16", "uint32")  # of a `.bin` file
-MOST_VALIDATION = 1 << 28  # tokens of an iterable of validation data, which is held in memory
+MOST_VALIDATION = 1 << 28  # tokens of iterable validation data, which is held in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TokenFile:
 
     @classmethod
     def parse(cls, text: str) -> "TokenFile":
-        """The file that PATH, or PATH:DTYPE, names."""
+        """Parses PATH or PATH:DTYPE."""
         match = re.fullmatch(r"(.+):(\w+)", text)
         return cls(match[1], match[2]) if match and match[1].endswith(".bin") else cls(text)
 
@@ -55,7 +55,7 @@ class TokenFile:
         return f"{self.path}:{self.dtype}" if str(self.path).endswith(".bin") else str(self.path)
 
     def open(self, name: str) -> np.ndarray:
-        """Its ids, memory-mapped. A DataError names the argument or field, `name`, that the file was given as."""
+        """Returns the file's ids, memory-mapped; a DataError names the argument or field that gave the file, `name`."""
         path = local_path(self.path, name)
         where = f"{name} = {str(path)!r}"
         if path.suffix not in (".npy", ".bin"):
@@ -83,7 +83,7 @@ TokenData = np.ndarray | str | pathlib.Path | TokenFile | Iterable[Any]
 
 
 def token_file(data: Any) -> TokenFile | None:
-    """The file that the data is, as a whole; None if it is none, or a part of one."""
+    """Returns the file that the data is; None if the data is no file, or a part of one."""
     if isinstance(data, TokenFile):
         return data
     if isinstance(data, np.memmap) and str(data.filename).endswith((".npy", ".bin")):
@@ -97,7 +97,7 @@ def token_file(data: Any) -> TokenFile | None:
 
 
 def with_given_files(config: DataConfig, data: Mapping[str, TokenData | None]) -> DataConfig:
-    """The section `data` of a run on the caller's data; it names those that are files, for later commands to read."""
+    """Returns the section `data` of a run on the caller's data; it names the data's files, for later commands."""
     missing = [f"{split}_data" for split, given in data.items() if given is None]
     if missing:
         raise DataError(f"{missing[0]}: must be given too where the other of train_data and validation_data is")
@@ -109,7 +109,7 @@ def with_given_files(config: DataConfig, data: Mapping[str, TokenData | None]) -
 
 
 def load_token_file(config: DataConfig, split: str) -> TokenStream:
-    """The split of data.dataset = 'tokens' that its configuration names as a file."""
+    """Loads a split of data.dataset = 'tokens' from the file that its configuration names."""
     name = getattr(config, f"{split}_files")
     if not name:
         needed = "must name a .npy or .bin file: data given in Python is not kept; load_run takes it again"
@@ -119,7 +119,7 @@ def load_token_file(config: DataConfig, split: str) -> TokenStream:
 
 
 def array_stream(ids: np.ndarray, name: str, path: str = "") -> TokenStream:
-    """A row of token ids as a stream; DataError if it is none."""
+    """Makes a stream of a row of token ids; raises a DataError if the array is not one."""
     if ids.dtype.kind not in "iu":
         raise DataError(f"{name}: must hold integers, token ids; its dtype is {ids.dtype}")
     if ids.ndim != 1:
@@ -140,9 +140,9 @@ def given_loader(
     positions: pathlib.Path | None = None,
     writes: bool = False,
 ) -> Callable[[DataConfig, str, Tokenizer], TokenStream]:
-    """What `sources.load_split` is for files, for the caller's data by split, "train" and "validation".
+    """Returns a function like `sources.load_split` for the caller's data, given by split ("train", "validation").
 
-    `positions` is the file of positions in an iterable of training data, if any is kept; this process may write it.
+    `positions` is the file of positions in iterable training data, if any; this process writes it if `writes`.
     """
 
     def load(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
@@ -165,7 +165,7 @@ def given_loader(
 
 
 def _collected(items: Items, shape: Shape) -> TokenStream:
-    """All of an iterable, read once into memory."""
+    """Reads a whole iterable into memory, once."""
     found, count = [], 0
     for number, item in enumerate(items.rest()):
         found.append(shape.read(item, number))

@@ -1,19 +1,19 @@
-"""Needles: sentences hidden in running text, which are asked for at the end.
+"""Needles: sentences hidden in running text, and questions about them at the end.
 
     ... text ... The pass key of 4 1 is 7 0 2 9 5. ... text ... What is the pass key of 4 1? It is 7 0 2 9 5
 
-This is "passkey". The others are the tasks of RULER with a needle in a haystack, where a name is a word:
+This is "passkey". The other tasks are RULER's needles in a haystack, in which a name is a word:
 
-    niah-1    the text is a few short sentences again and again, the value a number of seven digits
-    niah-2    the text is that of a corpus
-    niah-3    likewise, and the value has the 32 hexadecimal digits of a UUID
+    niah-1    the text repeats a few short sentences; the value is a number of seven digits
+    niah-2    the text comes from a corpus; the value is a number of seven digits
+    niah-3    the text comes from a corpus; the value is the 32 hexadecimal digits of a UUID
 
-With one needle in a sample they are RULER's S-NIAH-1, 2 and 3, with more of them (`data.num_items`) MK-NIAH.
+With one needle in a sample they are RULER's S-NIAH-1, 2 and 3, with more needles (`data.num_items`) MK-NIAH.
 
-The text is a stretch of the corpus. Every digit is encoded by itself with a space before it. Names and values are drawn
-anew for every sample; the names are different. An evaluation sample asks for one needle, and its depth goes through all
-possible ones with the sample's number, so that each is asked for equally often; in short samples the question covers
-the last depths. In training needles lie anywhere, and all are asked for, one after the other.
+The text is a random section of the corpus. Each digit is encoded separately, with a space before it. Every sample draws
+its own names and values; its names are different. An evaluation sample asks for one needle, whose depth cycles through
+all possible depths with the sample's number, so that each depth is asked for equally often; in short samples the
+question occupies the last depths. In training, needles are at random places, and all are asked for, one by one.
 """
 
 import collections
@@ -27,7 +27,7 @@ from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, Samples, below, dist
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
-# Of five letters each, so that they are of equal length in bytes, and a single token for most tokenizers of English.
+# Five letters each, so that all have equal length in bytes, and one token in most tokenizers for English.
 WORDS = """
     apple beach bread brick brush chair chalk chest child cloud clock coach coast cream crown dance dream drink
     earth fence field flame floor flour fruit ghost giant glass globe glove grass group guard guest heart honey
@@ -39,20 +39,20 @@ WORDS = """
     title tooth
 """
 NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NOISE_TOKENS = 1 << 21  # of it again and again, the haystack of niah-1
+NOISE_TOKENS = 1 << 21  # length of the haystack of niah-1, which repeats NOISE
 DECIMAL, HEXADECIMAL = "0123456789", "0123456789abcdef"
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is hidden and how it is asked for."""
+    """The sentences of a task: what is hidden, and how it is asked for."""
 
-    hidden: tuple[str, str, str]  # the sentence before, between and after the name and the value
-    asked: tuple[str, str]  # the question likewise; the value follows
-    names: tuple[str, ...]  # pieces separated by spaces
-    symbols: str  # of a value
-    size: int  # symbols of a value
-    draws: int = 1  # random numbers that make a value, each of size / draws symbols
+    hidden: tuple[str, str, str]  # the sentence: its parts before, between and after name and value
+    asked: tuple[str, str]  # the question: its parts before and after the name; the value follows
+    names: tuple[str, ...]  # each a sequence of parts separated by spaces
+    symbols: str  # possible symbols of a value
+    size: int  # symbols per value
+    draws: int = 1  # random numbers drawn per value, for size / draws symbols each
 
 
 MAGIC = (" The special magic number for", " is", "."), (" What is the special magic number for", "? It is")
@@ -82,7 +82,7 @@ class Phrases:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, form: Form) -> "Phrases":
-        """As a tokenizer writes it. Only names of the most common token count are kept: all sentences are as long."""
+        """Encodes a form. Keeps the names of the most common token count, so that all sentences have equal length."""
         symbols = [tokenizer.encode(f" {symbol}") for symbol in form.symbols]
         if len({len(symbol) for symbol in symbols}) > 1:
             raise DataError(f"data.tokenizer = {tokenizer.name!r}: must encode all digits in equally many tokens")
@@ -95,22 +95,22 @@ class Phrases:
         return cls(alike, np.stack(symbols).astype(np.int64), hidden, asked, form.size)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Tokens of a hidden sentence, of a question with its answer, and of the answer."""
+        """Returns the tokens of a hidden sentence, of a question with its answer, and of the answer."""
         answer = self.size * self.symbols.shape[1]
         hidden, asked = (sum(map(len, parts)) + self.names.shape[1] + answer for parts in (self.hidden, self.asked))
         return hidden, asked, answer
 
     def value_offset(self) -> int:
-        """Tokens of a hidden sentence before its value."""
+        """Returns the number of tokens of a hidden sentence before its value."""
         return len(self.hidden[0]) + self.names.shape[1] + len(self.hidden[1])
 
     def places(self, length: int, questions: int) -> AnswerPlaces:
-        """Where the answers to at most so many questions stand in samples of `length` tokens."""
+        """Returns the positions of the answers to at most `questions` questions in samples of `length` tokens."""
         _, asked, answer = self.sizes()
         return AnswerPlaces(max(0, length - (questions - 1) * asked - answer), questions * answer)
 
     def sentences(self, parts: tuple[np.ndarray, ...], names: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """[samples, n, tokens]: `parts` with names, int64 [samples, n], and values, [samples, n, size], between."""
+        """Joins `parts`, names int64 [samples, n] and values [samples, n, size] to sentences [samples, n, tokens]."""
         spelled = self.symbols[values].reshape(*names.shape, -1)
         repeated = [np.broadcast_to(part, (*names.shape, len(part))) for part in parts]
         return np.concatenate([repeated[0], self.names[names], repeated[1], spelled, *repeated[2:]], axis=-1)
@@ -118,15 +118,15 @@ class Phrases:
 
 @dataclasses.dataclass(frozen=True)
 class Needles:
-    """The task."""
+    """The task of finding needles in a text."""
 
-    key: int  # of the random numbers
+    key: int  # for the random numbers
     form: Form
-    text: TokenStream  # that the needles are hidden in, as `tokenizer` encodes it
+    text: TokenStream  # the haystack, as `tokenizer` encodes it
     tokenizer: Tokenizer
-    needles: int  # hidden in a sample
-    questions: int  # how many of them it asks for
-    in_turn: bool  # whether the depth of the first one that is asked for follows from the sample's number
+    needles: int  # per sample
+    questions: int  # per sample
+    in_turn: bool  # whether the depth of the needle asked for first follows from the sample's number
 
     @functools.cached_property
     def phrases(self) -> Phrases:
@@ -166,18 +166,18 @@ class Needles:
         for row, place, first, begin, parts, others in zip(tokens, places, firsts, begins, sentences, rest):
             row[:body], place[:] = _hide(self.text.tokens[begin : begin + text], parts, int(first), others)
         tokens[:, body:] = questions.reshape(len(numbers), -1)
-        ends = length - 1 - np.arange(count)[::-1] * asked_size  # where an answer's last token is predicted
+        ends = length - 1 - np.arange(count)[::-1] * asked_size  # positions that predict an answer's last token
         ends = np.broadcast_to(ends, (len(numbers), count))
         return Samples.of(tokens, ends, places[:, :count] + phrases.value_offset(), answer_size)
 
     def _values(self, bits: np.ndarray) -> np.ndarray:
-        """The symbols of each needle's value, int64 [samples, needles, size]; the highest of a drawn number first."""
+        """Returns the symbols of each needle's value, int64 [samples, needles, size], highest digit first."""
         base, size = len(self.form.symbols), self.form.size // self.form.draws
         symbols = below(bits, base**size)[..., None] // base ** np.arange(size - 1, -1, -1) % base
         return symbols.reshape(len(bits), self.needles, self.form.size)
 
     def _places(self, numbers: np.ndarray, bits: np.ndarray, length: int, last: int) -> np.ndarray:
-        """Where the sentences begin that are asked for first, int64 [samples] in 0 .. last."""
+        """Returns where the first asked-for sentence of each sample begins, int64 [samples] in 0 .. last."""
         if not self.in_turn:
             return below(bits, last + 1)
         offset = self.phrases.value_offset()
@@ -188,12 +188,12 @@ class Needles:
 
 
 def _hide(text: np.ndarray, sentences: np.ndarray, place: int, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inserts sentences [K, tokens] into a text [tokens]: the first begins at `place`, the others anywhere.
+    """Inserts sentences [K, tokens] into a text [tokens]: the first begins at `place`, the others at random places.
 
-    Takes random `bits`, uint64 [2 * (K - 1)]. Returns the result, and where in it each sentence begins, int64 [K].
+    Uses random `bits`, uint64 [2 * (K - 1)]. Returns the result, and where each sentence begins in it, int64 [K].
     """
     others, size = len(sentences) - 1, sentences.shape[1]
-    room = len(text) + others * size  # of all that is not the first sentence
+    room = len(text) + others * size  # tokens outside the first sentence
     before = int((below(bits[:others], room) < place).sum())
     before = min(max(before, others - (room - place) // size), place // size)
     head = place - before * size  # tokens of the text before the first sentence

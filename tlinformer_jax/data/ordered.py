@@ -1,4 +1,4 @@
-"""Training on an iterable, in its own order: see `data.given` for what may be in it, and how a run goes on."""
+"""Trains on an iterable in its own order; `data.given` says what it may contain, and how a run continues."""
 
 import base64
 import contextlib
@@ -16,22 +16,22 @@ import numpy as np
 
 from tlinformer_jax.data.batches import ALL, Batch, Reader, Rows, TrainingBatches
 from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabulary
-from tlinformer_jax.errors import ConfigError, DataError, failure_told
+from tlinformer_jax.errors import ConfigError, DataError, file_errors_as
 from tlinformer_jax.files import open_own, read_own, writing
 
-RECORD_EVERY = 1.0  # seconds between two positions, and at least a hundredth of the time so far
-IDS = ("input_ids", "tokens")  # names of token ids in a dict
-IGNORED = -100  # the label of a token that does not count in the loss, as PyTorch has it
+RECORD_EVERY = 1.0  # seconds between two recorded positions; at least a hundredth of the time so far
+IDS = ("input_ids", "tokens")  # keys of token ids in a dict
+IGNORED = -100  # label of a token that does not count in the loss, as in PyTorch
 
 
 # ---- The items
 
 
 class Items:
-    """Reads an iterable item by item, again from its start where it ends and can be read again.
+    """A reader of an iterable's items, which starts again at the iterable's end if that can be read again.
 
     Attributes:
-      seeks: whether a position is found without reading all before it.
+      seeks: whether a position can be reached without reading everything before it.
     """
 
     def __init__(self, data: Iterable[Any], name: str) -> None:
@@ -46,18 +46,18 @@ class Items:
         self._start = self.position()
 
     def _begin(self, item: int) -> None:
-        """Starts an epoch at an item; it is the first one where there are no indices."""
+        """Starts an epoch at an item; without indices, always at the first."""
         self._item = item if self._indexed else 0
         indices = range(self._item, len(self._data)) if self._indexed else ()
         self._iterator: Any = (self._data[number] for number in indices) if self._indexed else iter(self._data)
 
     @property
     def number(self) -> int:
-        """Of the last item in its epoch, from 0."""
+        """Index of the last item in its epoch, from 0."""
         return self._item - 1
 
     def first(self) -> Any:
-        """The first item, which stays the next one."""
+        """Returns the first item, without moving past it."""
         item = next(self)
         if self._once and not self.seeks:
             self._iterator, self._item = itertools.chain([item], self._iterator), 0
@@ -66,14 +66,14 @@ class Items:
         return item
 
     def position(self) -> dict[str, Any]:
-        """Where the next item stands, as JSON."""
+        """Returns the position of the next item, as JSON."""
         state = self._iterator.get_state() if self._has_state else None
         if isinstance(state, bytes):
             state = {"base64": base64.b64encode(state).decode()}
         return {"epoch": self._epoch, "item": self._item, "state": state}
 
     def seek(self, position: Mapping[str, Any] | None) -> None:
-        """Makes the item at `position` the next one, None the first one."""
+        """Moves to the item at `position`, None for the first one."""
         position = position or self._start
         if self._has_state:
             state = position["state"]
@@ -100,7 +100,7 @@ class Items:
         raise DataError(f"{self._name}: must hold more than None; it has {self._item} items, all of them None")
 
     def rest(self) -> Iterator[Any]:
-        """The items that are left of this epoch; None, by which grain filters, is no item."""
+        """Yields the remaining items of this epoch; skips None, which grain's filters leave behind."""
         for item in self._iterator:
             self._item += 1
             if item is not None:
@@ -109,16 +109,16 @@ class Items:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the items of an iterable must be."""
+    """The required form of an iterable's items."""
 
     name: str
     vocab_size: int
     end_of_text: int
     sequence_length: int
-    batch_size: int | None  # None: any
+    batch_size: int | None  # None if any size is allowed
 
     def read(self, item: Any, number: int) -> np.ndarray | Batch:
-        """A document, int [length], its end included, or a batch; DataError naming what is wrong with the item."""
+        """Reads a document, int [length] with its end-of-text, or a batch; a DataError names a wrong item's fault."""
         where = of_ids = f"{self.name}, item {number}"
         if isinstance(item, str | bytes):
             raise DataError(f"{where}: must be token ids, not text; data.dataset = 'text' reads text")
@@ -149,8 +149,8 @@ class Shape:
         if ids.dtype.kind not in "iu":
             raise DataError(f"{where}: must be integers, token ids; its dtype is {ids.dtype}")
         if ids.ndim not in (1, 2):
-            told = f"it is {list(ids.shape)}" if ids.ndim else "one row of ids is an array"
-            raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; {told}")
+            found = f"it is {list(ids.shape)}" if ids.ndim else "one row of ids is an array"
+            raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; {found}")
         for wrong in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
             raise outside_vocabulary(where, int(wrong), self.vocab_size)
         return ids
@@ -167,7 +167,7 @@ class Shape:
         else:
             ids = item["tokens"]
             weights = (_weights(item, "attention_mask", ids, where) * _counted(item, ids, where))[:, 1:]
-            if ids.shape[1] == length:  # what follows the last token is not known
+            if ids.shape[1] == length:  # the label of the last token is not known
                 ids, weights = np.pad(ids, ((0, 0), (0, 1))), np.pad(weights, ((0, 0), (0, 1)))
             inputs, labels = ids[:, :-1], ids[:, 1:]
             wanted = f"[{rows or 'batch'}, {length + 1}] or [{rows or 'batch'}, {length}]"
@@ -185,7 +185,7 @@ def _check_shape(array: np.ndarray, tokens: np.ndarray, where: str) -> None:
 
 
 def _weights(item: Mapping[str, Any], name: str, tokens: np.ndarray, where: str) -> np.ndarray:
-    """What each token of a batch counts in the loss, float32: 1 where the item does not say."""
+    """Returns the weight of each token of a batch in the loss, float32; 1 if the item has no weights."""
     if item.get(name) is None:
         return np.ones(tokens.shape, np.float32)
     try:
@@ -199,7 +199,7 @@ def _weights(item: Mapping[str, Any], name: str, tokens: np.ndarray, where: str)
 
 
 def _counted(item: Mapping[str, Any], tokens: np.ndarray, where: str) -> np.ndarray:
-    """Which tokens of a batch count, bool. Hugging Face's collators say it by `labels`: the id itself, or IGNORED."""
+    """Returns which tokens of a batch count, bool, from Hugging Face's `labels`: the id itself, or IGNORED."""
     if item.get("labels") is None:
         return np.ones(tokens.shape, bool)
     labels, where = np.asarray(item["labels"]), f"{where}, 'labels'"
@@ -214,7 +214,7 @@ def _counted(item: Mapping[str, Any], tokens: np.ndarray, where: str) -> np.ndar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrderedStream(TokenStream):
-    """The caller's training data, read in its own order. It may never end, so `tokens` is empty."""
+    """The caller's training data, read in its own order. `tokens` is empty, since the data may never end."""
 
     items: Items
     shape: Shape
@@ -224,7 +224,7 @@ class OrderedStream(TokenStream):
 
 @dataclasses.dataclass(frozen=True)
 class OrderedBatches(TrainingBatches):
-    """The batches of an iterable, in its order. Every process reads all of it, and keeps its own rows of a batch."""
+    """The batches of an iterable, in its order. Every process reads everything, and keeps its own rows of a batch."""
 
     stream: OrderedStream
 
@@ -238,21 +238,21 @@ class OrderedBatches(TrainingBatches):
         return 0
 
     def updates_for_epochs(self, epochs: int) -> int:
-        """Epochs are not known."""
+        """Raises a DataError: the epochs of an iterable are not known."""
         needed = "train.steps, and train.eval_every in updates, must be given"
         raise DataError(f"train_data is an iterable, whose epochs are not known: {needed}")
 
     def indices(self, step: int) -> np.ndarray:
-        """The samples of an update, counted in the order in which they are read."""
+        """Returns the samples of an update, numbered in reading order."""
         return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
 
     def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 1, ahead: int = 4) -> Reader:
-        """As of any training data; the iterable is read in one thread."""
+        """Yields batches like the method of the base class, but reads the iterable in a single thread."""
         reader = self._read(start_step, rows)
         return in_threads(lambda _: next(reader), itertools.count(), 1, ahead)
 
     def _read(self, start_step: int, rows: Rows) -> Iterator[Batch]:
-        """The batches from update `start_step` on; leaves positions for runs that go on."""
+        """Yields the batches from update `start_step` on, and records positions for runs that continue later."""
         stream = self.stream
         known = _last_position(stream.positions, start_step)
         place = known or {"step": 0, "items": None, "offset": 0, "carry": []}
@@ -261,7 +261,7 @@ class OrderedBatches(TrainingBatches):
             stream.items.seek(place["items"])
         except DataError:
             raise
-        except Exception as error:  # of the iterator's own code
+        except Exception as error:  # of any type: raised by the iterator's own code
             raise DataError(f"{stream.shape.name}: does not take the state that it had in this run ({error})") from None
         written = stream.positions if stream.writes else None
         due = began = time.monotonic()
@@ -278,10 +278,10 @@ class OrderedBatches(TrainingBatches):
             yield {name: array[rows] for name, array in batch.items()}
 
     def _packed(self, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Batch]]:
-        """Where each batch begins, and the batch, from the place that `items` has been set to.
+        """Yields each batch with the place where it begins, starting at `place`, to which `items` has been moved.
 
-        Documents are one row of tokens, of which samples overlap by one, `carry`. A place is the item that holds the
-        next token, and the token's offset in it.
+        Documents form one row of tokens, in which samples overlap by one token, `carry`. A place is the item with the
+        next token, and that token's offset in the item.
         """
         items, shape, size = self.stream.items, self.stream.shape, (self.batch_size, self.sequence_length)
         need, offset, carry = size[0] * size[1] + 1, place["offset"], list(place["carry"])
@@ -311,7 +311,7 @@ class OrderedBatches(TrainingBatches):
         return self.stream.shape.read(item, self.stream.items.number)
 
     def _tell(self, start_step: int, place: Mapping[str, Any] | None) -> None:
-        """Says how a run goes on."""
+        """Prints how a run continues."""
         place = place or {"epoch": 0, "item": 0}
         if self.stream.items.seeks:
             if start_step:
@@ -333,7 +333,7 @@ def _digest(batch: Batch) -> str:
 def _add_position(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
     try:
         with writing(f"{path}:"), open_own(path, "a") as file:
-            file.write(f"\n{json.dumps(entry)}\n")  # on a line of its own also after one that a kill has cut
+            file.write(f"\n{json.dumps(entry)}\n")  # the first newline ends a line that a kill has cut
     except DataError:
         raise
     except (TypeError, ValueError) as error:
@@ -341,14 +341,14 @@ def _add_position(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
 
 
 def _last_position(path: pathlib.Path | None, step: int) -> dict[str, Any] | None:
-    """The last recorded position at or before update `step`; None if there is none."""
+    """Returns the last recorded position at or before update `step`; None if there is none."""
     if path is None or not path.exists():
         return None
     found = None
-    with failure_told(f"{path}: cannot be read"):
+    with file_errors_as(f"{path}: cannot be read"):
         lines = read_own(path).splitlines()
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # blank, or cut by a kill
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is blank, or cut by a kill
             entry = json.loads(line)
             if entry["step"] <= step and (found is None or entry["step"] >= found["step"]):
                 found = entry

@@ -1,4 +1,4 @@
-"""From a `DataConfig` to a split's token stream or task: the one entry point of training and evaluation."""
+"""Makes a split's token stream or task from a `DataConfig`: the one entry point of training and evaluation."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
 SHINGLE = 13
-# Of every 8 groups, from the largest to the smallest, one is held out for validation and one for the test.
+# Of every 8 groups, from the largest to the smallest, one is held out for validation and one for testing.
 DEAL = ("train", "train", "train", "train", "validation", "train", "test", "train")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The text of one split: all that it depends on, as JSON; its tokens; where it is from, for messages."""
+    """The text of one split: everything it depends on, as JSON; its tokens; and where it is, for messages."""
 
     identity: Callable[[], Identity]
     encoded: Callable[[Tokenizer], Iterator[Encoded]]
@@ -40,7 +40,7 @@ class Source:
 
 
 def available_splits(config: DataConfig) -> tuple[str, ...]:
-    """The splits that `config` gives text of their own for."""
+    """Returns the splits for which `config` gives separate text."""
     if config.dataset in (*TEXT_FILES, TOKENS) or config.hides_in_files:
         return tuple(split for split in SPLITS if getattr(config, f"{split}_files"))
     if config.dataset in SYMBOL_FILES:
@@ -49,12 +49,12 @@ def available_splits(config: DataConfig) -> tuple[str, ...]:
 
 
 def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """The tokens of a split, `end_of_text` after every document, tokenised at the first call; or the task."""
+    """Loads a split: its tokens, with `end_of_text` after every document, tokenised at the first call; or its task."""
     return open_split(config, split, tokenizer)[0]
 
 
 def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """`load_split` for a configuration that somebody else may have written: writes in this user's own cache only."""
+    """Loads a split of a configuration that another person may have written: writes only to this user's own cache."""
     if config.dataset in (*TEXT_FILES, *SYMBOL_FILES, *NEEDLES) and split in SPLITS:
         field = config.field_of_files(split)
         check_patterns(getattr(config, field), f"data.{field}")
@@ -63,7 +63,7 @@ def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> S
 
 
 def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[Split, bool]:
-    """`load_split`, and whether an earlier run had tokenised the split."""
+    """Returns `load_split`'s result, and whether an earlier run had already tokenised the split."""
     if split not in SPLITS:
         raise DataError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     text, found = None, False
@@ -78,7 +78,7 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[Sp
 
 
 def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | None:
-    """A split if its tokens are at hand without writing anything, else None; raises what `load_split` does."""
+    """Returns a split if that needs no writing, else None; raises the same errors as `load_split`."""
     if config.dataset == TOKENS:
         return given.load_token_file(config, split)
     source = _source(config, split)
@@ -89,7 +89,7 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
 
 
 def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPlaces | None:
-    """Where the labels of a task's sample of `length` tokens count; None for text, where all do."""
+    """Returns the positions of the labels that count in a sample of `length` tokens; None for text, where all do."""
     if pair_size := PAIR_SIZES.get(config.dataset):
         pairs = tasks.pairs_of(length, config.num_items, config.sequence_length)
         return AnswerPlaces(pair_size * pairs, pairs)
@@ -100,7 +100,7 @@ def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> Answ
     return AnswerPlaces(0, length) if config.is_task else None
 
 
-# ---- Text that is tokenised and cached
+# ---- Tokenised and cached text
 
 
 def _identity(source: Source, tokenizer: Tokenizer) -> Identity:
@@ -110,10 +110,10 @@ def _identity(source: Source, tokenizer: Tokenizer) -> Identity:
 def _encoded(
     source: Source, identity: Identity, config: DataConfig, split: str, tokenizer: Tokenizer
 ) -> Generator[Encoded, None, None]:
-    """The tokens of a source; DataError if the whole is not what it should be."""
+    """Yields the tokens of a source; raises a DataError if the whole text is not as expected."""
     total, published = Counts(), config.dataset in wikitext103.VARIANTS
     for tokens, counts in source.encoded(tokenizer):
-        if published:  # each document is one line, an empty one too
+        if published:  # each document is one line, even an empty one
             counts = dataclasses.replace(counts, num_lines=counts.num_documents)
         total += counts
         yield tokens, counts
@@ -126,7 +126,7 @@ def _encoded(
 
 
 def _source(config: DataConfig, split: str) -> Source | None:
-    """Where a split's text comes from; None for the embedded corpus, and for tasks without text."""
+    """Returns the source of a split's text; None for the embedded corpus, and for tasks without text."""
     if config.dataset.startswith(TFDS) or config.dataset in wikitext103.VARIANTS:
         module = tfds if config.dataset.startswith(TFDS) else wikitext103
         identity, documents = (
@@ -155,7 +155,7 @@ def _text_source(config: DataConfig, split: str) -> Source:
 
 
 def _symbol_source(config: DataConfig, split: str) -> Source:
-    """Images, records or sounds, see `data.domains`."""
+    """Returns the source of images, records or sounds, see `data.domains`."""
     field = config.field_of_files(split)
     files = find_files(getattr(config, field), f"data.{field}", any_name=True)
     held_out = [other for other in domains.PLACES if config.field_of_files(other) == field == "train_files"]
@@ -177,7 +177,7 @@ def _symbol_source(config: DataConfig, split: str) -> Source:
 
 
 def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """A text from files or the embedded corpus, or the task that the configuration makes of it."""
+    """Returns the text, from files or the embedded corpus, or the task that the configuration makes from it."""
     if config.dataset == "niah-1":
         text = TokenStream(np.resize(tokenizer.encode(needles.NOISE), needles.NOISE_TOKENS), 0, 1)
     elif text is None and config.dataset in ("pydoc", *NEEDLES):
@@ -210,14 +210,14 @@ def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenize
     return TaskSplit(task, config.examples if trains else config.validation_examples)
 
 
-# ---- The embedded corpus: the Python language reference, which every CPython carries
-#
-# Some articles repeat passages of others word for word. Articles that share a run of SHINGLE words, directly or through
-# others, form one group, and a group is in one split: no run of SHINGLE words is both trained on and held out.
+# ---- The embedded corpus
+# It is the Python language reference, part of every CPython. Some articles repeat passages of others word for word.
+# Articles that share SHINGLE consecutive words, directly or through others, form a group, and a group belongs to one
+# split: no SHINGLE consecutive words are both trained on and held out.
 
 
 def pydoc_articles(split: str) -> list[str]:
-    """Articles of the split 'train', 'validation' or 'test', the groups with most text first."""
+    """Returns the articles of the split 'train', 'validation' or 'test', the groups with the most text first."""
     return [article for place, group in enumerate(_groups()) if DEAL[place % len(DEAL)] == split for article in group]
 
 
@@ -229,7 +229,7 @@ def _groups() -> list[list[str]]:
 
 
 def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
-    """The connected components of articles that share `size` consecutive words; those with most characters first."""
+    """Returns the connected components of articles that share `size` consecutive words, longest text first."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

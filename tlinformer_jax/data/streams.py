@@ -1,7 +1,6 @@
-"""Token streams: a split as one long row of token ids, what is known of its text, and how text becomes tokens.
+"""Token streams: a split as one long row of token ids, with facts about its text, and how text is tokenised.
 
-Text is encoded on all cores and in bounded memory, cut into pieces that threads encode: the tokenizers' libraries let
-other threads run meanwhile.
+Threads encode text on all cores, in bounded memory: the tokenizers' libraries release Python's lock.
 """
 
 import collections
@@ -18,8 +17,8 @@ from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, UserError
 
 _READ_AT_ONCE = 1 << 22  # tokens
-PIECE_CHARACTERS = 1 << 17  # of a piece, and of the group of pieces that a thread takes at once
-LARGEST_UNCUT = 1 << 28  # characters of a document that are held in memory when it has no place to cut
+PIECE_CHARACTERS = 1 << 17  # size of a piece, and of the group of pieces that one thread encodes at a time
+LARGEST_UNCUT = 1 << 28  # most characters held in memory of a document that cannot be cut
 ASCII_SPACE = " \t\n\r\x0b\x0c"
 
 Encoded = tuple[np.ndarray, "Counts"]
@@ -30,30 +29,30 @@ Made = TypeVar("Made")
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-    """A split as one row of tokens, documents separated by the tokenizer's end-of-text; None is not counted."""
+    """A split as one row of tokens, with the tokenizer's end-of-text between documents; counts are None if unknown."""
 
     tokens: np.ndarray  # [length], unsigned integers; may be memory-mapped
-    num_bytes: int  # UTF-8 bytes of the text, separators not counted
+    num_bytes: int  # UTF-8 bytes of the text, without separators
     num_documents: int
-    num_words: int | None = None  # between white space
+    num_words: int | None = None  # separated by white space
     num_lines: int | None = None
     sha256: str = ""  # of the tokens, in hexadecimal; "" if not computed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowStream(TokenStream):
-    """A split whose samples are given: `rows` are {inputs, labels, weights: [samples, N]}, `tokens` all inputs."""
+    """A split given as samples: `rows` has {inputs, labels, weights: [samples, N]}, `tokens` all inputs in one row."""
 
     rows: dict[str, np.ndarray]
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned integer type that holds every id."""
+    """Returns the smallest unsigned integer type that can hold every id."""
     return np.min_scalar_type(vocab_size - 1)
 
 
 def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
-    """Refuses (DataError) a stream that holds an id outside [0, vocab_size)."""
+    """Checks that all ids of a stream are in [0, vocab_size); raises a DataError if not."""
     for start, part in parts_of(stream.tokens):
         if int(part.max()) >= vocab_size or int(part.min()) < 0:
             where = int(np.argmax((part >= vocab_size) | (part < 0)))
@@ -61,24 +60,24 @@ def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
 
 
 def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The first position of each part of a long row, and the part."""
+    """Yields a long row in parts, each with its first position."""
     for start in range(0, len(tokens), _READ_AT_ONCE):
-        yield start, _mapped_anew(tokens, start, _READ_AT_ONCE)
+        yield start, _with_new_mapping(tokens, start, _READ_AT_ONCE)
 
 
 def outside_vocabulary(where: str, token: int, vocab_size: int) -> DataError:
-    """What is said of an id that the model does not know."""
+    """Returns the error for a token id outside the model's vocabulary."""
     allowed = f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}; by default it is that of data.tokenizer"
     return DataError(f"{where}: token id {token} is outside the vocabulary; {allowed}")
 
 
-def _mapped_anew(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
-    """`tokens[start : start + count]`, of a memory-mapped file as a mapping of its own.
+def _with_new_mapping(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Returns `tokens[start : start + count]`, with a new mapping if the tokens are memory-mapped.
 
-    Pages that were read stay in memory until their mapping is gone: one mapping would come to hold the whole corpus.
+    Pages that were read stay in memory as long as their mapping: a single mapping would in the end hold the corpus.
     """
     part = tokens[start : start + count]
-    if not isinstance(tokens, np.memmap) or not isinstance(tokens.base, mmap.mmap):  # a slice's offset is not its own
+    if not isinstance(tokens, np.memmap) or not isinstance(tokens.base, mmap.mmap):  # a slice keeps a wrong offset
         return part
     offset = tokens.offset + start * tokens.itemsize
     return np.memmap(tokens.filename, tokens.dtype, mode="r", offset=offset, shape=part.shape)
@@ -87,7 +86,7 @@ def _mapped_anew(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
 def in_threads(
     make: Callable[[Item], Made], items: Iterable[Item], threads: int, ahead: int
 ) -> Generator[Made, None, None]:
-    """Yields `make(item)` in order; the threads keep up to `ahead` of them ready, and end with the generator."""
+    """Yields `make(item)` in order; threads keep up to `ahead` results ready, and end with the generator."""
     executor = ThreadPoolExecutor(threads, thread_name_prefix="data")
     pending: collections.deque[Future[Made]] = collections.deque()
     try:
@@ -101,15 +100,15 @@ def in_threads(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-# ---- Text becomes tokens
+# ---- Tokenising text
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a document, cut so that the tokens of its parts are those of the document."""
+    """A part of a document, cut such that the tokens of all parts are the tokens of the document."""
 
     text: str
-    previous: str  # the character before it in its document, "" at the start
+    previous: str  # the character before this part in its document; "" at the start
     ends: bool  # whether the document ends here
 
 
@@ -118,24 +117,24 @@ class Counts:
     """Sizes of a text."""
 
     num_bytes: int = 0  # of UTF-8
-    num_documents: int = 0  # that ended
-    num_words: int = 0  # between ASCII white space: a no-break space does not end a word
-    num_lines: int = 0  # newlines, and a document's last line where no newline ends it
+    num_documents: int = 0  # documents that ended
+    num_words: int = 0  # separated by ASCII white space: a no-break space does not end a word
+    num_lines: int = 0  # newlines, and a document's last line if no newline ends it
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Generator[Encoded, None, None]:
-    """Yields the tokens of a stream of `(text, ends)` in order, with `end_of_text` after every document, and counts.
+    """Encodes a stream of `(text, ends)`; yields tokens in order, with `end_of_text` after every document, and counts.
 
-    One thread a core encodes; no more is read ahead than keeps the threads busy. A document that cannot be cut or
-    encoded is a DataError.
+    Uses one thread per core, and reads ahead only what keeps the threads busy. Raises a DataError for a document that
+    cannot be cut or encoded.
     """
     groups = group_pieces(cut_documents(documents, tokenizer.safe_cut))
     dtype, threads = smallest_dtype(tokenizer.vocab_size), available_cores()
@@ -145,12 +144,12 @@ def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer
 def cut_documents(
     documents: Iterable[tuple[str, bool]], safe_cut: Callable[[str], int], size: int = PIECE_CHARACTERS
 ) -> Iterator[Piece]:
-    """Cuts a stream of `(text, ends)` into pieces of about `size` characters, where `safe_cut` finds a place.
+    """Cuts a stream of `(text, ends)` into pieces of about `size` characters, at places that `safe_cut` finds.
 
-    A document without such a place stays whole; one of more than LARGEST_UNCUT characters is a DataError.
+    A document without such a place stays whole; a DataError if it has more than LARGEST_UNCUT characters.
     """
     rest, previous = "", ""
-    try_at = size  # doubled after a failure, so that the work stays linear
+    try_at = size  # doubled after each failure, so that the total work is linear
     for text, ends in documents:
         rest += text
         start, window = 0, try_at
@@ -164,15 +163,15 @@ def cut_documents(
             previous = rest[start - 1]
         rest, try_at = rest[start:], window
         if len(rest) > LARGEST_UNCUT:
-            told = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
-            raise DataError(f"the document with {rest[:40]!r} has more than {told}; split it into several")
+            limit = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
+            raise DataError(f"the document with {rest[:40]!r} has more than {limit}; split it into several")
         if ends:
             yield Piece(rest, previous, ends=True)
             rest, previous, try_at = "", "", size
 
 
 def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Iterator[list[Piece]]:
-    """Groups pieces in order until a group holds `size` characters; an empty piece counts too."""
+    """Groups pieces in order until a group has `size` characters; an empty piece counts as a few characters too."""
     group: list[Piece] = []
     weight = 0
     for piece in pieces:
@@ -186,7 +185,7 @@ def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Itera
 
 
 def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
-    """The tokens of pieces, `dtype` [length], with `end_of_text` after every document, and the counts of the text."""
+    """Encodes pieces to tokens, `dtype` [length], with `end_of_text` after every document; returns the counts too."""
     parts, total = [np.empty(0, dtype)], Counts()
     for piece in pieces:
         if piece.text:
@@ -203,10 +202,10 @@ def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
     except UserError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # raised by libraries in Rust
             raise
-        told = f"tokenizer {tokenizer.name}: it cannot encode the {len(text):,} characters of a document from"
-        raise DataError(f"{told} {text[:40]!r} on ({error})") from None
+        fault = f"tokenizer {tokenizer.name}: it cannot encode the {len(text):,} characters of a document from"
+        raise DataError(f"{fault} {text[:40]!r} on ({error})") from None
 
 
 def _count(piece: Piece) -> Counts:

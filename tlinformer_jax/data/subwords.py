@@ -1,6 +1,6 @@
 """Tokenizers with learned vocabularies: GPT-2's, Hugging Face's `tokenizer.json`, sentencepiece's `.model`.
 
-Each is a `tokenizers.Tokenizer`. The libraries are optional, and imported where they are used.
+Each has the interface `data.tokenizers.Tokenizer`. Their libraries are optional, and imported only where they are used.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ GPT2_FILE = "encoder.json"
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# A byte from 128 to 255 is decoded as a private character, and that as Python's surrogate for the byte.
+# A byte from 128 to 255 is decoded to a private-use character, which is replaced by Python's surrogate for that byte.
 FIRST_STAND_IN = 0x10F000
 STAND_INS = {FIRST_STAND_IN + byte: 0xDC00 + byte for byte in range(128, 256)}
-# The usual names of the entry that ends a text, tried in this order.
+# Usual names of the end-of-text entry, tried in this order.
 END_OF_TEXT_NAMES = (GPT2_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte-level BPE through tiktoken; `vocabulary` is OpenAI's `encoder.json`.
+    """GPT-2's byte-level BPE by tiktoken; `vocabulary` is OpenAI's `encoder.json`.
 
     An id is also the rank of its merge. docs/performance.md compares tiktoken with `tokenizers`.
     """
@@ -55,7 +55,7 @@ class Gpt2Tokenizer:
         to_byte, entries = _printable_bytes(), json.loads(self.vocabulary)
         del entries[GPT2_END_OF_TEXT]
         ranks = {bytes(to_byte[c] for c in text): number for text, number in entries.items()}
-        # No special tokens: "<|endoftext|>" inside a text is six ordinary tokens.
+        # No special tokens: "<|endoftext|>" in a text becomes six ordinary tokens.
         return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> np.ndarray:
@@ -74,7 +74,7 @@ class Gpt2Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTokenizer:
-    """Any `tokenizer.json`, whose text is `definition`, through the library `tokenizers`."""
+    """A tokenizer from any `tokenizer.json`, whose text is `definition`, by the library `tokenizers`."""
 
     definition: str = dataclasses.field(repr=False)
     end_of_text_token: str
@@ -85,7 +85,7 @@ class HuggingFaceTokenizer:
             import tokenizers
         settings = json.loads(self.definition)
         for token in settings.get("added_tokens") or []:
-            # Only tokens marked special can be told to pass for ordinary text, below.
+            # `encode_special_tokens` encodes only tokens marked special as ordinary text.
             token["special"] = token.get("special") or token["content"] == self.end_of_text_token
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings))
         tokenizer.encode_special_tokens = True
@@ -109,7 +109,7 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         ids = self._encode_parts([text])
         if (ids == self.end_of_text).any():
-            # The entry is also an ordinary piece of the vocabulary (unigram models): break its spelling.
+            # In a unigram model the entry is an ordinary piece too, so split the text within its spelling.
             first, rest = self.end_of_text_token[:1], self.end_of_text_token[1:]
             parts = text.split(self.end_of_text_token)
             heads = [part + first for part in parts[:-1]] + [parts[-1]]
@@ -131,9 +131,9 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> dict[int, str]:
-        """What the decoder gets for each entry: private characters for bytes above 127, else turned into U+FFFD.
+        """The decoder's input for each entry, with bytes above 127 as private-use characters, else decoded to U+FFFD.
 
-        Empty for a decoder without bytes.
+        Empty if the decoder has no bytes.
         """
         settings = json.loads(self.definition)
         kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(settings.get("decoder"))))
@@ -158,7 +158,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _cuts_at_spaces(self) -> bool:
-        """Whether words are split as in GPT-2, for which a cut before a space is proven safe."""
+        """Whether words are split as in GPT-2, where a cut before a space is proven safe."""
         settings = json.loads(self.definition)
         split = settings.get("pre_tokenizer") or {}
         plain = split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
@@ -174,7 +174,7 @@ class HuggingFaceTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceTokenizer:
-    """A sentencepiece `.model`, whose bytes are `model`; its </s> ends a text."""
+    """A tokenizer from a sentencepiece `.model`, whose bytes are `model`; its </s> ends a text."""
 
     model: bytes = dataclasses.field(repr=False)
 
@@ -197,7 +197,7 @@ class SentencePieceTokenizer:
         return self._processor.eos_id()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._processor.encode(text), np.int32)  # "</s>" inside a text is ordinary pieces
+        return np.array(self._processor.encode(text), np.int32)  # "</s>" in a text becomes ordinary pieces
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         known = [token for token in map(int, tokens) if token < self.vocab_size]
@@ -206,7 +206,7 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> list[bytes]:
-        """The bytes of each piece: the library itself turns parts of characters into U+FFFD."""
+        """The bytes of each piece; the library's own decoding turns parts of characters into U+FFFD."""
         found = []
         for token in range(self.vocab_size):
             piece = self._processor.id_to_piece(token)
@@ -225,7 +225,7 @@ class SentencePieceTokenizer:
 
 @contextlib.contextmanager
 def _needed(package: str, tokenizer: str) -> Iterator[None]:
-    """Says of a missing package that the tokenizer needs it."""
+    """Turns an ImportError into a ConfigError that says that the tokenizer needs the package."""
     try:
         yield
     except ImportError:
@@ -233,7 +233,7 @@ def _needed(package: str, tokenizer: str) -> Iterator[None]:
 
 
 def hugging_face_tokenizer(definition: str, path: pathlib.Path, end_of_text_token: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a `tokenizer.json` at `path`; without a name of the end, the usual ones are tried."""
+    """Builds the tokenizer of the `tokenizer.json` at `path`; tries usual names if no end-of-text entry is given."""
     names = (end_of_text_token,) if end_of_text_token else END_OF_TEXT_NAMES
     try:
         vocabulary = HuggingFaceTokenizer(definition, names[0])._tokenizer.get_vocab(with_added_tokens=True)
@@ -249,7 +249,7 @@ def hugging_face_tokenizer(definition: str, path: pathlib.Path, end_of_text_toke
 
 
 def sentencepiece_tokenizer(model: bytes, path: pathlib.Path) -> SentencePieceTokenizer:
-    """The tokenizer of a sentencepiece model, the bytes of the file `path`; DataError for what is none."""
+    """Builds the tokenizer of the sentencepiece model at `path`, given its bytes; a DataError if it is not a model."""
     tokenizer = SentencePieceTokenizer(model)
     try:
         end = tokenizer.end_of_text
@@ -273,20 +273,20 @@ def installed_gpt2_vocabulary() -> bytes:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """Printable character -> the byte that it stands for in a byte-level vocabulary."""
+    """Maps each printable character to the byte that it represents in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-# As Rust's \s, for which the separators U+001C .. U+001F are visible.
+# Like Rust's \s, which does not include the separators U+001C .. U+001F.
 _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
 
 
 def _around_long_spaces(text: str) -> Iterator[str]:
     """Cuts a text around long runs of white space, on which tiktoken's regular expressions fail.
 
-    GPT-2's pattern makes one word of such a run, without its last character unless the text ends there.
+    In GPT-2's pattern such a run is one word, without its last character unless the text ends there.
     """
     start = 0
     for run in _LONG_SPACE.finditer(text):
@@ -301,9 +301,9 @@ _UP_TO_LAST_SPACE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def cut_before_space(text: str) -> int:
-    """The last place between a visible character and a space or newline; 0 if there is none.
+    """Returns the last position between a visible character and a space or newline; 0 if there is none.
 
-    GPT-2's pattern always starts a new word there: no alternative holds a space after a visible character.
+    GPT-2's pattern always starts a new word there: no alternative has a space after a visible character.
     """
     found = _UP_TO_LAST_SPACE.match(text)
     return found.end() if found else 0

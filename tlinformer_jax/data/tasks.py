@@ -1,17 +1,17 @@
-"""Synthetic tasks: splits whose samples are generated, and whose loss counts at the answers only.
+"""Synthetic tasks: splits with generated samples, in which only answers count in the loss.
 
-Sample i of a split is a pure function of the configuration, the split's name and i, so tasks are batched as text is
-(`data.batches`). Here are recall, copying and state tracking; `data.needles` has what is hidden in text.
+Sample i of a split is a pure function of the configuration, the split's name and i, so tasks are batched like text
+(`data.batches`). This module has recall, copying and state tracking; `data.needles` has facts hidden in text.
 
-An answer is one or more tokens after a question. It also stands at an earlier place, its source. The region of an
-answer is where its source lies, seen from the generation window in which its first token is predicted:
+An answer is one or more tokens after a question. Its tokens also occur at an earlier place, its source. The region of
+an answer says where its source is, relative to the generation window that predicts its first token:
 
-    own       in the same generation window, or among the tokens before it that run with it,
-    observed  in the last W_oh rows before that window, which the observation window holds,
-    history   before those: TConstFormer finds it in the compressed history only; TLinFormer's window and full attention
-              read it themselves; a sliding window needs layers that relay it.
+    own       in the same generation window, or in the tokens before it that overlap it,
+    observed  in the last W_oh rows before that window, which are in the observation window,
+    history   before those: TConstFormer finds it only in the compressed history; TLinFormer's window and full attention
+              read it directly; a sliding window needs layers that pass it on.
 
-Models without windows have the regions of the configuration's window fields.
+For models without windows, the regions follow from the configuration's window fields.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import ConfigError
 
 REGIONS = ("own", "observed", "history")
-DEPTHS = 20  # equal parts of a sample by which answers are counted: depth 0 is the sample's start
-GAP_POWER = 0.01  # of recall
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
+DEPTHS = 20  # equal parts of a sample, by which answers are counted; depth 0 is the sample's start
+GAP_POWER = 0.01  # exponent of recall's power law
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # constant of SplitMix64
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a task; `starts` and `sources` are -1 where a position predicts no last token of an answer."""
+    """Samples of a task; `starts` and `sources` are -1 unless a position predicts the last token of an answer."""
 
     tokens: np.ndarray  # int32 [samples, N + 1]
     answers: np.ndarray  # bool [samples, N]: whether the token after position t belongs to an answer
     starts: np.ndarray  # int32 [samples, N]: the position before the answer's first token
     sources: np.ndarray  # int32 [samples, N]: the position of the first token of the answer's source
-    labels: np.ndarray | None = None  # int32 [samples, N]; None where they are the tokens that follow
+    labels: np.ndarray | None = None  # int32 [samples, N]; None if labels are the next tokens
 
     @classmethod
     def of(cls, tokens: np.ndarray, ends: np.ndarray, sources: np.ndarray, size: int = 1) -> "Samples":
-        """Samples whose answers of `size` tokens have their last after positions `ends` [samples, answers]."""
+        """Makes samples with answers of `size` tokens, whose last tokens follow positions `ends` [samples, answers]."""
         shape, rows = (len(tokens), tokens.shape[1] - 1), np.arange(len(tokens))[:, None]
         answers, of_starts, of_sources = np.zeros(shape, bool), *(np.full(shape, -1, np.int32) for _ in range(2))
         of_starts[rows, ends], of_sources[rows, ends] = ends + 1 - size, sources
@@ -56,23 +56,23 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerPlaces:
-    """Where the labels of every sample count: none before position `first`, and at most `most`."""
+    """The positions of the labels that count in a sample: none before `first`, and at most `most`."""
 
     first: int
     most: int
 
 
 class Task(Protocol):
-    """Generates samples."""
+    """A generator of samples."""
 
     def chance(self, length: int) -> float:
-        """The accuracy of guessing among the answers of a sample that were not asked for before."""
+        """Returns the accuracy of guessing among those answers of a sample that were not asked for before."""
 
     def check(self, length: int) -> None:
-        """Refuses, with a UserError that names the field, a `length` at which a sample cannot hold the task."""
+        """Checks that samples of `length` tokens can hold the task; raises a UserError that names the field."""
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
-        """The samples with these numbers, int64 [samples] >= 0, of `length` + 1 tokens."""
+        """Makes the samples with these numbers, int64 [samples] >= 0, of `length` + 1 tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +90,9 @@ Split = TokenStream | TaskSplit
 
 
 def take_task_samples(split: TaskSplit, length: int, indices: np.ndarray) -> tuple[Arrays, Samples]:
-    """{inputs, labels: int32 [samples, N], weights: float32 [samples, N]} of the samples `indices`, and the samples.
+    """Returns {inputs, labels: int32 [samples, N], weights: float32 [samples, N]} of `indices`, and the samples.
 
-    A negative index makes a row of padding: token 0 with weight 0.
+    A negative index gives a row of padding: token 0 with weight 0.
     """
     real = indices >= 0
     samples = split.task.make(np.where(real, indices, 0), length)
@@ -111,11 +111,11 @@ def answer_batches(
     observed: Callable[[int], int],
     overlap: int = 0,
 ) -> Iterator[Arrays]:
-    """Yields every sample of a split once, in order, as `evaluation_batches` does, with regions and depths of answers.
+    """Yields every sample of a split once, in order, like `evaluation_batches`, with regions and depths of answers.
 
-    `window` is W_og; `observed` gives the rows of the observation window from the length of a history. Beside inputs,
-    labels and weights come int32 [rows, N] starts, as in `Samples`, and cells: at the same positions the answer's
-    region times DEPTHS plus the depth of its source. Both are -1 elsewhere.
+    `window` is W_og; `observed` returns the rows of the observation window for a history's length. A batch has inputs,
+    labels, weights, and int32 [rows, N] starts, as in `Samples`, and cells: at the same positions, the answer's region
+    times DEPTHS plus the depth of its source. Both are -1 elsewhere.
     """
     split.task.check(length)
     for start in range(0, split.count, batch_size):
@@ -130,7 +130,7 @@ def answer_batches(
 
 
 def regions(samples: Samples, window: int, observed: Callable[[int], int], overlap: int = 0) -> np.ndarray:
-    """The region of every answer, an index of REGIONS, at the positions that `starts` marks; undefined elsewhere."""
+    """Returns each answer's region, an index of REGIONS, at the positions that `starts` marks; undefined elsewhere."""
     number = np.maximum(samples.starts, 0) // window
     firsts = np.maximum(np.arange(0, samples.starts.shape[1], window) - overlap, 0)
     seen = np.array([first - observed(int(first)) for first in firsts])
@@ -142,12 +142,12 @@ def regions(samples: Samples, window: int, observed: Callable[[int], int], overl
 
 @dataclasses.dataclass(frozen=True)
 class Copying:
-    """Segment copy: random symbols, a mark, then the same symbols once more. The second half are the answers.
+    """Segment copy: random symbols, a mark, then the same symbols again. The second half are the answers.
 
         a1 a2 ... aS 0 a1 a2 ... aS        S = N // 2
 
-    Each answer stood S + 1 tokens before: where S exceeds both windows, none can be read from them. `key` is that of
-    the random numbers; of the `vocabulary` ids, 0 is the mark.
+    Each answer occurred S + 1 tokens before: if S exceeds both windows, they contain no answer. `key` is for the random
+    numbers; of the `vocabulary` ids, 0 is the mark.
     """
 
     key: int
@@ -174,10 +174,10 @@ class Recall:
 
         k1 v1 k2 v2 ... kP vP | filler and, in between, each key once more with its value
 
-    Keys are different ids of the vocabulary's lower half, without 0; values and the filler any of the upper half. The
-    gap before a question is drawn by a power law that favours small gaps, as in Zoology, where the protocol is from.
-    A sample of `full_length` tokens has `pairs` pairs, a shorter one, of a curriculum, fewer in proportion. In
-    "recall-gap" a filler stands between key and value (`pair_size` 3), so that the token before does not join them.
+    Keys are different ids of the vocabulary's lower half, without 0; values and filler are any ids of the upper half.
+    The gap before a question follows a power law that favours small gaps, as in Zoology, which defined this protocol. A
+    sample of `full_length` tokens has `pairs` pairs; a shorter one, in a curriculum, proportionally fewer. "recall-gap"
+    has a filler between key and value (`pair_size` 3), so that reading the previous token cannot join them.
     """
 
     key: int
@@ -211,7 +211,7 @@ class Recall:
         values = half + below(of_values, self.vocabulary - half)
         tokens = half + below(filler, self.vocabulary - half)
         tokens[:, 0 : first : self.pair_size], tokens[:, self.pair_size - 1 : first : self.pair_size] = keys, values
-        # Questions take slots drawn without replacement with weights (slot + 1)^(GAP_POWER - 1): those with the
+        # Questions take slots drawn without replacement, with weights (slot + 1)^(GAP_POWER - 1): the slots with the
         # smallest exponential waiting times.
         uniform = ((of_slots >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         waiting = -np.log(uniform) * np.arange(1, slots + 1) ** (1 - GAP_POWER)
@@ -221,12 +221,12 @@ class Recall:
 
 
 def chance_by_elimination(pairs: int) -> float:
-    """The accuracy of guessing among the values not yet used, H_P / P: each key is asked for once."""
+    """Returns the accuracy of guessing among the values not yet used, H_P / P, as each key is asked for once."""
     return sum(1 / left for left in range(1, pairs + 1)) / pairs
 
 
 def pairs_of(length: int, pairs: int, full_length: int) -> int:
-    """The pairs of a sample of `length` tokens, where one of `full_length` has `pairs`."""
+    """Returns the pairs of a sample of `length` tokens, if a sample of `full_length` has `pairs`."""
     return max(1, pairs * min(length, full_length) // full_length)
 
 
@@ -235,7 +235,7 @@ def pairs_of(length: int, pairs: int, full_length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A group by its permutations of a few things, of which permutation a moves thing i to place a[i]."""
+    """A group of permutations of a few things; permutation a moves thing i to place a[i]."""
 
     permutations: tuple[tuple[int, ...], ...]
 
@@ -244,14 +244,14 @@ class Group:
         return len(self.permutations)
 
     def products(self) -> np.ndarray:
-        """[a, b] is the number of the permutation that does b, then a; int64 [size, size]."""
+        """Returns products int64 [size, size]: [a, b] is the number of the permutation that applies b, then a."""
         number = {permutation: place for place, permutation in enumerate(self.permutations)}
         rows = [[number[tuple(a[i] for i in b)] for b in self.permutations] for a in self.permutations]
         return np.array(rows)
 
 
-# "parity": whether so far an odd number of ones came. "s5": the 120 permutations of five things, whose word problem
-# models of constant depth are believed unable to solve at all lengths (TC0 and NC1).
+# "parity": whether the number of ones so far is odd. "s5": the 120 permutations of five things; models of constant
+# depth are believed unable to solve its word problem at all lengths (TC0 and NC1).
 GROUPS = {
     "parity": Group(((0, 1), (1, 0))),
     "s5": Group(tuple(itertools.permutations(range(5)))),
@@ -260,16 +260,16 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class StateTracking:
-    """State tracking: a sample is a word over a group, and the label of every position is the product up to there.
+    """State tracking: a sample is a sequence of group elements, and each label is the product of all elements so far.
 
         g1          g2           g3 ...          random elements of the group
         g1     g2 * g1     g3 * g2 * g1 ...      the labels
 
-    The state after a position depends on all tokens before it: as an answer, its source is the sample's first token. Of
-    the ids, the first `group.size` are the elements, the next as many the states.
+    The state after a position depends on all tokens before it; as an answer, its source is the sample's first token.
+    The first `group.size` ids are the elements, the next `group.size` the states.
     """
 
-    key: int  # of the random numbers
+    key: int  # for the random numbers
     vocabulary: int
     group: Group
 
@@ -291,38 +291,39 @@ class StateTracking:
         return dataclasses.replace(samples, labels=(self.group.size + states).astype(np.int32))
 
 
-# ---- Random numbers by SplitMix64, each a function of a key, of the sample's number and of its place in the sample, so
-# that a sample is the same in every batch, process and thread, on every platform and with every numpy version
+# ---- Random numbers
+# SplitMix64 makes each number from a key, the sample's number and the place in the sample, so that a sample is the same
+# in every batch, process and thread, on every platform and with every numpy version.
 
 
 def key_of(*names: object) -> int:
-    """A 64-bit key for the names."""
+    """Returns a 64-bit key for the names."""
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "little")
 
 
 def random_bits(key: int, samples: np.ndarray, count: int) -> np.ndarray:
-    """`count` random 64-bit numbers of each sample, uint64 [samples, count]; `samples` are integers [samples] >= 0."""
+    """Returns `count` random 64-bit numbers for each sample, uint64 [samples, count]; `samples` int [samples] >= 0."""
     start = mixed(np.asarray(samples).astype(np.uint64)[:, None] * GOLDEN + np.uint64(key))
     return mixed(start + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN)
 
 
 def mixed(bits: np.ndarray) -> np.ndarray:
-    """SplitMix64's mixing of uint64."""
+    """Applies SplitMix64's mixing function to uint64."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
 
 
 def below(bits: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
-    """Random bits as integers 0 .. bound - 1, int64; bound < 2^31, one for all or of a shape that broadcasts."""
+    """Maps random bits to integers 0 .. bound - 1, int64; bound < 2^31, a number or a shape that broadcasts."""
     return ((bits >> np.uint64(32)) * np.asarray(bound, np.uint64) >> np.uint64(32)).astype(np.int64)
 
 
 def distinct(bits: np.ndarray, bound: int) -> np.ndarray:
-    """Different integers 0 .. bound - 1 in random order, int64 [samples, count], of bits [samples, 2 * count]."""
+    """Draws different integers 0 .. bound - 1 in random order, [samples, count], from bits [samples, 2 * count]."""
     count = bits.shape[1] // 2
     chosen = np.empty((len(bits), count), np.int64)
-    for number in range(count):  # Floyd's algorithm: a number chosen before is replaced by the newest
+    for number in range(count):  # Floyd's algorithm: a repeated number is replaced by the newest
         newest = bound - count + number
         one = below(bits[:, number], newest + 1)
         taken = (chosen[:, :number] == one[:, None]).any(axis=1)

@@ -1,4 +1,4 @@
-"""Text of TensorFlow Datasets, `data.dataset = "tfds:NAME"`, prepared as array records: TensorFlow is not needed."""
+"""Text from TensorFlow Datasets, `data.dataset = "tfds:NAME"`, stored as array records: TensorFlow is not needed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,20 +9,20 @@ from tlinformer_jax.errors import ConfigError, DataError, first_line
 
 
 def identity(config: DataConfig, split: str) -> dict[str, Any]:
-    """What the text of a split depends on: the data set's full name with its version, the split and the field."""
+    """Returns what a split's text depends on: the data set's full name with its version, the split and the field."""
     name = f"{TFDS}{_builder(config).info.full_name}"
     return {"dataset": name, "split": split, "text_field": config.text_field}
 
 
 def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
-    """The field `data.text_field` of every record of a split; downloads and prepares the data set at the first call."""
+    """Yields the field `data.text_field` of every record; downloads and prepares the data set at the first call."""
     builder = _builder(config)
     try:
         builder.download_and_prepare()
         records = builder.as_data_source(split=split) if split in builder.info.splits else None
-    except Exception as error:  # whatever a data set's own code raises
-        told = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{config.dataset}: cannot be prepared ({told})") from None
+    except Exception as error:  # of any type: raised by the data set's own code
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{config.dataset}: cannot be prepared ({reason})") from None
     if records is None:
         raise DataError(f"{config.dataset}: has no split {split!r}; it has {', '.join(builder.info.splits)}")
     for record in records:
@@ -34,7 +34,7 @@ def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
 
 
 def _builder(config: DataConfig) -> Any:
-    """The data set's builder, whose files are below the cache directory."""
+    """Returns the data set's builder, which keeps its files below the cache directory."""
     try:
         import tensorflow_datasets
     except ImportError:

@@ -1,6 +1,6 @@
 """Tokenizers: text to token ids and back.
 
-Every tokenizer is saved in a run's working directory and loaded from it: a trained model depends on no other files.
+A run's working directory stores the tokenizer: a trained model depends on no other files.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ import numpy as np
 
 from tlinformer_jax.config.data import LETTERS, split_tokenizer
 from tlinformer_jax.data import subwords
-from tlinformer_jax.errors import ConfigError, DataError, failure_told
+from tlinformer_jax.errors import ConfigError, DataError, file_errors_as
 from tlinformer_jax.files import open_own, read_json, read_own, write_bytes, write_text
 
 TOKENIZER_FILE = subwords.TOKENIZER_FILE
 NUMBERS, IDS = "numbers:", "ids:"
-# Of a tokenizer in a folder that `transformers` has saved, the first that is there.
+# A folder saved by `transformers` has its tokenizer in the first of these files that exists.
 FOLDER_FILES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline and generation need of a tokenizer."""
+    """The interface of a tokenizer for data pipeline and generation."""
 
     @property
     def name(self) -> str:
-        """Identifies the tokenizer and its vocabulary; part of a token cache's key."""
+        """A name that identifies the tokenizer and its vocabulary; part of a token cache's key."""
 
     @property
     def vocab_size(self) -> int:
@@ -36,29 +36,29 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int:
-        """The id put between documents."""
+        """The id that separates documents."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, int32 [length]. Never emits `end_of_text`."""
+        """Returns the ids of `text`, int32 [length], which never include `end_of_text`."""
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        """The UTF-8 bytes of `tokens`; `end_of_text` decodes to nothing, a part of a character to its bytes.
+        """Returns the UTF-8 bytes of `tokens`; `end_of_text` has none, and a part of a character its own bytes.
 
-        decode(tokens) is the beginning of decode(tokens + more).
+        decode(tokens) is a prefix of decode(tokens + more).
         """
 
     def safe_cut(self, text: str) -> int:
-        """The largest known p with encode(text[:p]) + encode(text[p:] + more) == encode(text + more) for every `more`.
+        """Returns the largest known p where encode(text[:p]) + encode(text[p:] + more) == encode(text + more) always.
 
-        0 if no such place is known.
+        Returns 0 if no such place is known.
         """
 
     def saved(self) -> tuple[str, dict[str, bytes]]:
-        """What a working directory holds of it: the content of TOKENIZER_FILE, and the files beside that one."""
+        """Returns what a working directory stores: the content of TOKENIZER_FILE, and further files by name."""
 
 
 class _Named:
-    """A tokenizer whose name says all of it."""
+    """A tokenizer that its name describes completely."""
 
     name: Any
 
@@ -68,7 +68,7 @@ class _Named:
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer(_Named):
-    """UTF-8 bytes as tokens 0..255; 256 ends a text."""
+    """UTF-8 bytes as tokens 0 .. 255; 256 ends a text."""
 
     name: str = "bytes"
     vocab_size: int = 257
@@ -86,9 +86,9 @@ class ByteTokenizer(_Named):
 
 @dataclasses.dataclass(frozen=True)
 class NumberTokenizer(_Named):
-    """Token ids written as numbers with spaces between, for what is no text.
+    """Token ids written as numbers with spaces between, for data that is not text.
 
-    "numbers:V", for tasks, has the ids 0 .. V - 1, of which 0 ends a text; "ids:V" has one more, V, for that.
+    "numbers:V", for tasks, has the ids 0 .. V - 1, of which 0 ends a text; "ids:V" has ids 0 .. V, of which V does.
     """
 
     vocab_size: int
@@ -116,7 +116,7 @@ class NumberTokenizer(_Named):
 
 @dataclasses.dataclass(frozen=True)
 class LetterTokenizer(_Named):
-    """An id for each of a few ASCII letters, in the order given, and one more that ends a text."""
+    """An id for each of some ASCII letters, in the given order, and one more that ends a text."""
 
     letters: str
 
@@ -147,7 +147,7 @@ class LetterTokenizer(_Named):
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `config.data.tokenizer` names; a UserError if there is none, or its package is missing."""
+    """Builds the tokenizer that `config.data.tokenizer` names; a UserError if it or its package is missing."""
     if name == "gpt2":
         return subwords.Gpt2Tokenizer(subwords.installed_gpt2_vocabulary())
     if simple := _simple(name):
@@ -159,14 +159,14 @@ def build_tokenizer(name: str) -> Tokenizer:
     if not path.is_file():
         allowed = "must be 'bytes', 'gpt2' or the path of a tokenizer.json file, its folder or a sentencepiece .model"
         raise ConfigError("data.tokenizer", name, allowed)
-    with failure_told(f"{path}: cannot be read as a tokenizer"):
+    with file_errors_as(f"{path}: cannot be read as a tokenizer"):
         if path.suffix == ".model":
             return subwords.sentencepiece_tokenizer(path.read_bytes(), path)
         return subwords.hugging_face_tokenizer(path.read_text(encoding="utf-8"), path, end_of_text_token)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
-    """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE comes last, when the rest is there."""
+    """Writes what `load_tokenizer(directory)` needs; TOKENIZER_FILE comes last, when the other files exist."""
     name, files = tokenizer.saved()
     for file, data in files.items():
         write_bytes(directory / file, data)
@@ -174,7 +174,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
-    """Reads the tokenizer that `save_tokenizer` wrote into a working directory; DataError if there is none of ours."""
+    """Reads the tokenizer that `save_tokenizer` wrote into a working directory; a DataError if there is none."""
     path = directory / TOKENIZER_FILE
     try:
         name = read_json(path)["tlinformer_jax"]
@@ -198,14 +198,14 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuses a `model.vocab_size` smaller than the tokenizer's, with a ConfigError."""
+    """Checks that `model.vocab_size` is not smaller than the tokenizer's; raises a ConfigError."""
     if vocab_size < tokenizer.vocab_size:
         allowed = f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {tokenizer.name!r}"
         raise ConfigError("model.vocab_size", vocab_size, allowed)
 
 
 def _simple(name: str) -> Tokenizer | None:
-    """The tokenizer of a name that says all of it, else None."""
+    """Returns the tokenizer that a name describes completely, None if it does not."""
     kind, _, rest = name.partition(":")
     if name == "bytes":
         return ByteTokenizer()
@@ -221,7 +221,7 @@ def _simple(name: str) -> Tokenizer | None:
 
 
 def _in_folder(folder: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """The tokenizer's file in a folder saved by `transformers`, and the entry that ends a text; "" if not said."""
+    """Returns the tokenizer file of a `transformers` folder, and its end-of-text entry ("" if not named)."""
     path = next((path for name in FOLDER_FILES if (path := folder / name).is_file()), None)
     if path is None:
         raise DataError(f"{folder}: holds no tokenizer: none of {', '.join(FOLDER_FILES)}")

@@ -1,9 +1,9 @@
-"""WikiText-103: rows of its zip or parquet files, checked against what is published.
+"""WikiText-103: rows of its zip or parquet files, checked against published facts.
 
 A row is a line with its leading space and its newline (" = Title = \\n"); a blank line is the empty string.
 
-Hashes: Hugging Face `datasets`' dataset_infos.json. Words are counted without an end-of-line mark; the published counts
-have one a line. Those of the raw files are not published and may differ by a thousandth.
+Hashes come from Hugging Face `datasets`' dataset_infos.json. Words are counted without end-of-line marks; the published
+counts include one per line. Counts of the raw files are not published, and may differ by a thousandth.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from tlinformer_jax.files import writing
 
 ZIP_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # our names -> the zip's
 USER_AGENT = "Mozilla/5.0 (compatible; tlinformer_jax)"  # the host refuses Python's default client
-TIMEOUT = 60.0  # seconds without an answer
+TIMEOUT = 60.0  # seconds without a response
 ROWS = {"train": 1_801_350, "validation": 3_760, "test": 4_358}
 WORDS = {"train": 101_425_671, "validation": 213_886, "test": 241_211}
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """One variant's zip; `member` is its file of a split, with {} for "train", "valid" or "test"."""
+    """One variant's zip; `member` is the path of a split in it, with {} for "train", "valid" or "test"."""
 
     url: str
     size: int
@@ -46,7 +46,7 @@ class Facts:
         return self.url.rsplit("/", 1)[-1]
 
     def parquet_files(self, directory: pathlib.Path, split: str) -> list[pathlib.Path]:
-        """The split's parquet files in `directory`, or in the folder there that is named like the variant."""
+        """Lists the split's parquet files in `directory`, or in its subfolder with the variant's name."""
         folders = (directory / self.zip_name.removesuffix(".zip"), directory)
         return next(filter(None, (sorted(folder.glob(f"{split}-*-of-*.parquet")) for folder in folders)), [])
 
@@ -70,12 +70,12 @@ VARIANTS: dict[str, Facts] = {
 
 
 def identity(config: DataConfig, split: str) -> dict[str, Any]:
-    """What a split's text depends on: zip and parquet files hold the same, so its tokens are found without either."""
+    """Returns what a split's text depends on; zip and parquet files have the same text, so neither is part of it."""
     return {"dataset": config.dataset, "split": split, "sha256": VARIANTS[config.dataset].sha256}
 
 
 def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
-    """The rows of a split in order, each a document, from files in the cache's `downloads`, else from the network."""
+    """Yields a split's rows in order, each a document, from files in the cache's `downloads`, else from the network."""
     return ((row if row.strip() else "", True) for row in _rows(config, split))
 
 
@@ -93,7 +93,7 @@ def _rows(config: DataConfig, split: str) -> Iterator[str]:
 
 
 def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
-    """Refuses (DataError) a split whose number of rows, or of words, is not the published one."""
+    """Checks that a split has the published number of rows and of words; raises a DataError."""
     rows, words = ROWS[split], WORDS[split]
     most_off = VARIANTS[config.dataset].words_tolerance * words
     if counts.num_documents != rows or abs(counts.num_words - words) > most_off:
@@ -102,7 +102,7 @@ def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
 
 
 def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
-    """Downloads the zip to `path`, whole or not at all."""
+    """Downloads the zip to `path`, completely or not at all."""
     draft = path.with_name(f"{path.name}.draft")
     with writing(f"{path}: WikiText-103"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def _downloaded(facts: Facts) -> Iterator[bytes]:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             yield from file_blocks(answer, progress(f"downloading {facts.zip_name}", facts.size))
-    except (OSError, http.client.HTTPException) as error:  # of the network; a full disk fails in the caller
+    except (OSError, http.client.HTTPException) as error:  # of the network; the caller handles a full disk
         raise DataError(f"{facts.url}: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -144,8 +144,8 @@ def _check_zip(path: pathlib.Path, facts: Facts) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != facts.sha256:
-        told = f"sha256 is {found} ({path.stat().st_size} bytes), must be {facts.sha256} ({facts.size} bytes)"
-        raise DataError(f"{path}: not the published file or damaged: {told}")
+        fault = f"sha256 is {found} ({path.stat().st_size} bytes), must be {facts.sha256} ({facts.size} bytes)"
+        raise DataError(f"{path}: not the published file or damaged: {fault}")
 
 
 def _zip_rows(path: pathlib.Path, member: str) -> Iterator[str]:

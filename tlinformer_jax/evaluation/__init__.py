@@ -1,1 +1,1 @@
-"""What a trained model is worth: by position, at other lengths, on any text."""
+"""Evaluation of a trained model: by position, at other lengths, on any text."""

@@ -1,16 +1,16 @@
-"""What the history contributes to a trained model, measured without any training.
+"""Measures what the history contributes to a trained model, without any training.
 
-A window starts at position n, with `model.window_overlap` that of the first row that runs with it; d is a distance.
+A window starts at position n, its first row, `model.window_overlap` included; d is a distance.
 
-- *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, with their positions; the
-  observation window is the last W_oh of them.
-- *Change at d*: mean loss with the cut less mean loss without, of all tokens, and of those whose windows have n > d.
-- *Loss by history*: mean loss of the windows that start at n, nothing cut. Other n are other tokens.
-- *Loss of the same tokens*: of the windows whose history is at least as long as the largest distance.
-- *Mass*: how much of the `compress` layers' softmaxes, of the window's tokens ('x', not in TConstFormer) and of the
-  observation window ('z'), falls on rows n - r with r in a bin: the mean over queries, heads, windows and samples.
-- *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b from its own window, O
-  the output projection of the `compress` layer without its bias.
+- *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, at their positions; the observation
+  window is the last W_oh of these rows.
+- *Change at d*: mean loss with the cut minus mean loss without, over all tokens, and over tokens in windows with n > d.
+- *Loss by history*: mean loss of the windows that start at n, without a cut. Different n are different tokens.
+- *Loss of the same tokens*: over the windows whose history is at least as long as the largest distance.
+- *Mass*: the part of the `compress` layers' softmax, for the window's tokens ('x', not in TConstFormer) and for the
+  observation window ('z'), on rows n - r with r in a bin: the mean over queries, heads, windows and samples.
+- *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b what it reads from its
+  own window, O the output projection of the `compress` layer without its bias.
 """
 
 import collections
@@ -52,14 +52,14 @@ def measure_history(
     distances: Sequence[int] = (),
     batch_size: int = 1,
 ) -> dict[str, Any]:
-    """Measures what this module defines, in `samples` samples of `length` tokens (None: as trained) at most.
+    """Measures the quantities above, in at most `samples` samples of `length` tokens (None: as trained).
 
-    `distances`, at which the history is cut, rise; () is 0 and the powers of 4 from 16 that cut something.
+    `distances` are where the history is cut, ascending; default: 0 and the powers of 4 from 16 that cut something.
 
     Returns:
-      JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, or 'all' for
-      nothing cut, -> mean loss of each window, None without tokens; cuts and same_tokens, see `_losses`; mass: edges of
-      bins, bin i being edges[i] .. edges[i + 1] - 1, and for x and z the masses of every block; share: of every block.
+      JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, or 'all' if
+      nothing is cut, -> mean loss of each window, None without tokens; cuts and same_tokens, see `_losses`; mass:
+      edges of bins, bin i being edges[i] .. edges[i + 1] - 1, each block's masses for x and z; share: of each block.
     """
     config = trained.run.config.model
     if isinstance(stream, DocumentStream):
@@ -86,7 +86,7 @@ def measure_history(
 
 
 def check_measurable(config: ModelConfig, length: int) -> None:
-    """Refuses a model without windows, and samples without history."""
+    """Checks that the model has windows, and samples a history; raises a UserError."""
     if not config.windowed:
         raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
     if num_windows(config, length) < 2:
@@ -95,19 +95,19 @@ def check_measurable(config: ModelConfig, length: int) -> None:
 
 
 def window_starts(config: ModelConfig, windows: int) -> np.ndarray:
-    """n of each window, int [windows]."""
+    """Returns n of each window, int [windows]."""
     return np.maximum(np.arange(windows) * config.generation_window - config.window_overlap, 0)
 
 
 def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None) -> Sums:
-    """Losses and tokens of each window; where nothing is cut, those of `_probe` too."""
+    """Returns losses and tokens of each window; without a cut, also the sums of `_probe`."""
     dtype = config.compute_dtype
     blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
     size, length = config.generation_window, batch["inputs"].shape[1]
     windows = num_windows(config, length)
     embedded = embed(params, config, batch["inputs"])
     width = max(config.observed_rows(int(start)) for start in window_starts(config, windows))
-    # As many rows past the end as any slice may reach.
+    # Pad such that any slice stays inside.
     missing = ((0, 0), (0, windows * size - length + width), (0, 0))
     embedded = jax.tree.map(lambda rows: jnp.pad(rows, missing), embedded)
     labels, weights = (jnp.pad(batch[name], ((0, 0), (0, windows * size - length))) for name in ("labels", "weights"))
@@ -128,7 +128,7 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
 
 
 def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: Embedded) -> jax.Array:
-    """A window without history."""
+    """Computes a window without history."""
     rope = rope_table(jnp.arange(x.rows.shape[1]), config.head_dim, config.longest_wavelength)
     no_rows = History.whole(blocks[0].compress, x.rows[:, :0], rope)
     window = Stream.of(blocks[0].compress, x.rows, rope, key_rows=x.key_rows)
@@ -144,7 +144,7 @@ def _window_states(
     width: int,
     length: int,
 ) -> tuple[jax.Array, Sums]:
-    """A window with history, cut or not, [batch, W_og, D]; what is probed if not."""
+    """Computes a window with history, [batch, W_og, D]; without a cut, also returns the sums of `_probe`."""
     overlap = config.window_overlap
     begin, size = window * config.generation_window - overlap, overlap + config.generation_window
     x = rows_of(embedded, begin, size)
@@ -153,7 +153,7 @@ def _window_states(
     start = jnp.int32(0) if cut is None else jnp.maximum(begin - cut, 0)
     padded = embedded.rows.shape[1]
     rows = padded if cut is None else cut + width
-    # Rows and rotations are counted from the first row that is left; its position is `start`.
+    # Rows and rotations are counted from the first row that is not cut, whose position is `start`.
     history = rows_of(embedded, start, rows)
     rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim, config.longest_wavelength)
     lengths = np.arange(padded + 1)
@@ -176,14 +176,14 @@ def _window_states(
 
 
 def rows_of(embedded: Embedded, start: jax.Array | int, count: int) -> Embedded:
-    """Its rows start .. start + count - 1."""
+    """Returns rows start .. start + count - 1."""
     return jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, start, count, axis=1), embedded)
 
 
 def _probe(
     config: ModelConfig, layer: LayerParams, index: int, C: History, x: Stream, placed: PlacedWindow, real: jax.Array
 ) -> Sums:
-    """Sums of block `index`: mass_x_B and mass_z_B [bins], queries_x_B, queries_z_B, share_B."""
+    """Returns sums of block `index`: mass_x_B and mass_z_B [bins], queries_x_B, queries_z_B, share_B."""
     probed: Sums = {}
     together, key, n, scale = x.K.shape[0], C.K, placed.frame.history_length, config.attention_scale
     edges = distance_edges(key.shape[1])
@@ -210,12 +210,12 @@ def _probe(
 
 
 def distance_edges(rows: int) -> np.ndarray:
-    """Lower edges of the bins of distances 1 .. rows: powers of two."""
+    """Returns the lower edges of the bins of distances 1 .. rows: powers of two."""
     return 2 ** np.arange(max(1, int(rows).bit_length()))
 
 
 def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """starts, tokens, losses, cuts and same_tokens of `measure_history`."""
+    """Returns starts, tokens, losses, cuts and same_tokens of `measure_history`."""
     tokens: np.ndarray = totals["all"]["tokens"]
     starts = window_starts(config, len(tokens))
     losses: dict[str, np.ndarray] = {name: sums["losses"] for name, sums in totals.items()}
@@ -246,7 +246,7 @@ def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dic
 
 
 def _masses(config: ModelConfig, sums: dict[str, Any]) -> dict[str, Any]:
-    """mass and share of `measure_history`."""
+    """Returns mass and share of `measure_history`."""
     totals = {name: value.sum(0) for name, value in sums.items()}
     used = max(int(np.flatnonzero(value).max()) + 1 for name, value in totals.items() if "mass" in name)
 

@@ -1,4 +1,4 @@
-"""An evaluation as one small JSON object, figures by position and by length included, and as lines to read."""
+"""An evaluation as a JSON object, with figures by position and by length, and as lines to print."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_pieces, smallest_dtype
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.errors import ConfigError, DataError, UserError, failure_told
+from tlinformer_jax.errors import ConfigError, DataError, UserError, file_errors_as
 from tlinformer_jax.files import finite, local_path, write_text, writing
 from tlinformer_jax.models.feed_forward import with_tallies
 from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
@@ -32,8 +32,8 @@ from tlinformer_jax.training.setup import Run, TrainedRun
 
 Report = dict[str, Any]
 LONGEST = 2**31 - 1  # positions are int32
-BINS = 64  # of positions
-DIGITS = 6  # of a mean, after the point: float32 losses have no more
+BINS = 64  # most bins of positions
+DIGITS = 6  # decimals of a mean; float32 losses have no more
 LABELS = {
     "loss": "loss, nats per token",
     "perplexity": "perplexity per token",
@@ -54,12 +54,12 @@ TEXT_COLUMNS, TASK_COLUMNS = ("perplexity", "bits_per_byte"), ("accuracy", "accu
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
-    """What is asked of an evaluation."""
+    """Options of an evaluation."""
 
-    length: int | None = None  # tokens of a sample, with all tokens evaluated; None for whole samples as trained
-    lengths: tuple[int, ...] = ()  # more lengths at which all tokens are evaluated
-    by_position: bool = False  # losses by position in the sample and in the window, too
-    batch_size: int | None = None  # sequences at a time; None for as many as have the tokens of the configured batch
+    length: int | None = None  # tokens per sample, to evaluate all tokens; None: whole samples as in training
+    lengths: tuple[int, ...] = ()  # further lengths at which all tokens are evaluated
+    by_position: bool = False  # report losses by position in the sample and in the window
+    batch_size: int | None = None  # sequences at a time; None: as many as have the tokens of the configured batch
 
     def __post_init__(self) -> None:
         lengths = [("lengths", size) for size in self.lengths]
@@ -69,12 +69,12 @@ class EvaluationOptions:
 
 
 class Source(NamedTuple):
-    """The tokens that are evaluated."""
+    """The tokens to evaluate."""
 
-    name: str  # in messages
-    stream: Split  # its first token is context only
-    counted: Split  # whose words, lines and bytes are counted
-    whole: bool = False  # a stream shorter than a sample is one, too
+    name: str  # for messages
+    stream: Split  # the first token is only context
+    counted: Split  # the text whose words, lines and bytes are counted
+    whole: bool = False  # whether a stream shorter than a sample is evaluated as one
 
 
 def evaluate_run(
@@ -85,19 +85,19 @@ def evaluate_run(
     split: str = "validation",
     command: Sequence[str] = (),
 ) -> Report:
-    """Evaluates parameters on the split of that name, or on `stream`, that split read before.
+    """Evaluates a run's parameters on the split named `split`, or on `stream`, that split loaded before.
 
         from tlinformer_jax import evaluate_run, load_run
 
         print(evaluate_run(load_run("runs/tiny"), split="train")["figures"]["loss"])
 
-    Without `options.length` the figures are over the split's whole samples, as in training. Those of `options.length`
-    and `options.lengths` are over every token but the first, the last sample being shorter: of the same tokens.
+    Without `options.length`, the figures are over the split's whole samples, as in training. With `options.length` and
+    `options.lengths`, they are over every token but the first, with a shorter last sample, so over the same tokens.
 
     Returns:
-      JSON: what `describe` gives; split; length, batch_size, tokens that were predicted, figures (see
-      `training.evaluation.summary`); if asked for, by_position, by_window_position, and by_length, a list with the same
-      for each length. Of a mixture of experts also expert_load, of a task answers and accuracy_by_position.
+      A JSON object: the entries of `describe`; split; length, batch_size, tokens (predicted), figures (see
+      `training.evaluation.summary`); on request by_position, by_window_position, and by_length, a list with the same
+      entries for each length; for a mixture of experts expert_load; for a task answers and accuracy_by_position.
     """
     if stream is None:
         stream = trained.run.split(split, None if options.length is None else 1)
@@ -106,7 +106,7 @@ def evaluate_run(
 
 
 def describe(trained: TrainedRun, command: Sequence[str]) -> Report:
-    """The run, the machine and the command, as a report has them."""
+    """Describes the run, the machine and the command for a report."""
     config = trained.run.config.to_dict()
     return {
         "command": list(command),
@@ -119,11 +119,11 @@ def describe(trained: TrainedRun, command: Sequence[str]) -> Report:
 
 
 def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOptions) -> Report:
-    """The part of `evaluate_run` that begins with `length`."""
+    """Returns the entries of `evaluate_run`'s report from `length` on."""
     for name, length in (("length", options.length), *(("lengths", length) for length in options.lengths)):
         may_be_short = source.whole and name == "length"
         if length is not None and not may_be_short and num_samples(source.stream, length) < 1:
-            assert not isinstance(source.stream, TaskSplit)  # which has samples of any length
+            assert not isinstance(source.stream, TaskSplit)  # a task has samples of any length
             most = len(source.stream.tokens) - 1
             raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what {source.name} can fill")
     length, every = options.length or trained.run.config.data.sequence_length, source.whole or bool(options.length)
@@ -136,11 +136,11 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
 
 
 def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, options: EvaluationOptions) -> Report:
-    """Evaluates in samples of `length` tokens; with `rest`, the shorter last one too."""
+    """Evaluates in samples of `length` tokens; with `rest`, also the shorter last one."""
     run, padded = trained.run, length
     if rest and not isinstance(source.stream, TaskSplit):
         labels = len(source.stream.tokens) - 1
-        # A short text is padded to a power of two, so that texts of all lengths compile few programs.
+        # Pad a short text to a power of two, so that texts of all lengths compile few programs.
         padded, length = min(length, 1 << (labels - 1).bit_length()), min(length, labels)
     batch_size = run.evaluation_batch_size(padded, num_samples(source.stream, padded, rest), options.batch_size)
     with advised(lambda: evaluation_advice(batch_size)):
@@ -160,9 +160,9 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
 
 
 def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
-    """The file that `flag` names, if it can be written, else UserError."""
+    """Returns the file that `flag` names; raises a UserError if it cannot be written."""
     target = local_path(path, flag)
-    with failure_told(f"{flag}={path}: must be a file that can be written"):
+    with file_errors_as(f"{flag}={path}: must be a file that can be written"):
         if target.is_dir():
             raise UserError(f"{flag}={path}: must be a file, not a directory")
         draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
@@ -172,29 +172,29 @@ def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
 
 
 def write_report(report: Report, target: pathlib.Path) -> None:
-    """Writes a report as JSON, whole or not at all (UserError)."""
+    """Writes a report as JSON, completely or not at all (UserError)."""
     text = json.dumps(report, indent=1, allow_nan=False)
-    # Lists of numbers stay on one line each.
+    # Put each list of numbers on one line.
     text = re.sub(r"\[\n[^][{}\"]+\]", lambda found: " ".join(found[0].split()), text)
     with writing(f"{target}:"):
         write_text(target, text + "\n")
 
 
 def bin_edges(length: int, bins: int = BINS) -> np.ndarray:
-    """Edges, int64 [bins + 1] from 0 to length, of `bins` bins at most."""
+    """Returns the edges, int64 [bins + 1] from 0 to length, of at most `bins` bins."""
     bins = min(bins, length)
     return np.arange(bins + 1, dtype=np.int64) * length // bins
 
 
 def by_position(result: Evaluation, bins: int = BINS) -> dict[str, list[Any]]:
-    """Edges of bins of positions in the sample; mean loss and tokens of each bin."""
+    """Returns edges of bins of positions in the sample, and mean loss and tokens of each bin."""
     edges = bin_edges(len(result.losses), bins)
     loss, tokens = _means(result.losses, result.weights, edges)
     return {"edges": edges.tolist(), "loss": loss, "tokens": tokens}
 
 
 def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dict[str, list[Any]]:
-    """The same by position in windows: of the sample's first, and of later ones."""
+    """Returns the same by position in the window: for the sample's first window, and for later ones."""
     length = len(result.losses)
     edges = bin_edges(min(window, length), bins)
     rows = [np.pad(sums, (0, -length % window)).reshape(-1, window) for sums in (result.losses, result.weights)]
@@ -206,21 +206,21 @@ def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dic
 
 
 def accuracy_by_position(answers: Answers, bins: int = BINS) -> dict[str, list[int]]:
-    """Right answers and answers by the position of their last token."""
+    """Counts correct and all answers by the position of their last token."""
     edges = bin_edges(len(answers.answers), bins)
     right, count = (np.add.reduceat(sums, edges[:-1]) for sums in (answers.right, answers.answers))
     return {"edges": edges.tolist(), "right": [int(sums) for sums in right], "answers": [int(sums) for sums in count]}
 
 
 def _means(losses: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> tuple[list[float | None], list[int]]:
-    """Mean loss and number of tokens of each bin."""
+    """Returns mean loss and number of tokens of each bin."""
     total, tokens = (np.add.reduceat(sums, edges[:-1]) for sums in (losses, weights))
     means = [round(float(loss / count), DIGITS) if count else None for loss, count in zip(total, tokens)]
     return means, [int(count) for count in tokens]
 
 
 def lines(report: Report) -> list[str]:
-    """A report to read: figures, losses by position, figures by length."""
+    """Formats a report for reading: figures, losses by position, figures by length."""
     config = report["workdir_config"]["model"]
     name = report.get("text_file") or f"{report['split']} split"
     text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
@@ -245,7 +245,7 @@ def lines(report: Report) -> list[str]:
 
 
 def _rows(edges: Sequence[int], means: Sequence[float | None], tokens: Sequence[int]) -> list[tuple[str, ...]]:
-    """Positions, tokens and mean loss; bins are joined to at most MOST_ROWS."""
+    """Returns positions, tokens and mean loss; bins are merged to at most MOST_ROWS."""
     starts = np.arange(0, len(tokens), -(-len(tokens) // MOST_ROWS))
     bounds = [*np.asarray(edges)[starts], edges[-1]]
     losses = np.nan_to_num(np.asarray(means, float)) * tokens
@@ -265,14 +265,14 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.5g}"
 
 
-# ---- Of any text: with a run in memory, or with the directory that it has left
+# ---- Evaluating any text
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFigures:
     """Loss in nats per token, its exponential, exp(nats / words), nats / ln 2 / bytes.
 
-    All tokens are predicted, the first one from an end-of-text. Words are what stands between white space.
+    All tokens are predicted, the first one from an end-of-text. Words are separated by white space.
     """
 
     tokens: int
@@ -285,7 +285,7 @@ class TextFigures:
 
 
 def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: int | None = None) -> TextFigures:
-    """The figures of a text in samples of `length` tokens (None: as trained) that do not overlap; the last is shorter.
+    """Evaluates a text in non-overlapping samples of `length` tokens (None: as trained); the last may be shorter.
 
     from tlinformer_jax import load_run, text_perplexity
 
@@ -309,35 +309,35 @@ def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: 
 def evaluate_text(
     trained: TrainedRun, text: str, options: EvaluationOptions, *, text_file: str, command: Sequence[str] = ()
 ) -> Report:
-    """What `evaluate_run` returns, of all tokens of a text at every length."""
+    """Returns the same as `evaluate_run`, over all tokens of a text at every length."""
     source = text_source(text, trained.run.tokenizer, text_file)
     head = describe(trained, command) | {"text_file": text_file}
     return finite(head | evaluate_source(trained, source, options))
 
 
 def text_source(text: str, tokenizer: Tokenizer, name: str = "text") -> Source:
-    """The tokens of a text after an end-of-text."""
+    """Encodes a text, with an end-of-text before it."""
     if not isinstance(text, str):
         raise DataError(f"{name}: must be a str, not {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(f"{name}: must be text; it holds parts of characters (surrogates)") from None
-    # In pieces, where the tokenizer allows it: some take long over a long text.
+    # Encode in pieces if the tokenizer allows it: some tokenizers are slow on long texts.
     pieces = cut_documents([(text, True)], tokenizer.safe_cut)
     encoded, counts = encode_pieces(pieces, tokenizer, smallest_dtype(tokenizer.vocab_size))
     if len(encoded) < 2:
         raise DataError(f"{name}: must hold some text; it holds no token")
-    # The end-of-text that follows every document comes to the front.
+    # Move the end-of-text, which follows every document, to the front.
     stream = TokenStream(np.roll(encoded, 1), counts.num_bytes, 1, counts.num_words, counts.num_lines)
     return Source(name, stream, dataclasses.replace(stream, tokens=encoded[:-1]), whole=True)
 
 
-# ---- How evenly a model's experts are used
+# ---- Load of a model's experts
 
 
 def expert_load(run: Run, params: Any, stream: Split) -> Float[np.ndarray, "layers E"] | None:
-    """The share of each layer's rows that its experts are given, on the first samples of a split."""
+    """Returns the fraction of a layer's rows that each expert gets, on a split's first samples; None if no experts."""
     length = run.config.data.sequence_length
     samples = num_samples(stream, length)
     if not run.config.model.mixture or samples < 1:
@@ -353,7 +353,7 @@ def expert_load(run: Run, params: Any, stream: Split) -> Float[np.ndarray, "laye
 
 
 def expert_rows(params: Any, batch: DeviceBatch, *, model: LanguageModel) -> Float[Array, "layers E"]:
-    """How many rows each expert of each layer is given, of those that the loss depends on."""
+    """Counts the rows that each expert of each layer gets, among the rows that the loss depends on."""
     config = model.config
     typed: Any = prepare_params(model.apply({"params": params}, method=model.parameters), config)  # type: ignore[arg-type]
 

@@ -1,1 +1,1 @@
-"""Many runs and what they say: sweeps, the record of a finished run, tables, figures and the report."""
+"""Many runs and their results: sweeps, the record of a finished run, tables, figures and the report."""

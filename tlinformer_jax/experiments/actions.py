@@ -1,4 +1,4 @@
-"""Actions on a model right after its training, while its parameters are in memory."""
+"""Actions on a model directly after its training, while its parameters are in memory."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from tlinformer_jax.config.run import RunConfig
     from tlinformer_jax.training.setup import TrainedRun
 
-# None ends in a space: a word's first token includes the space before it.
+# No prompt ends in a space: a word's first token includes the space before it.
 PROMPTS = ("The", "It was", '"I do not', "In the beginning")
 SAMPLE_TOKENS = 120
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
 def evaluate(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]:
-    """Figures and losses by position in samples of `length` tokens (None: as trained); see `evaluate_run`.
+    """Returns figures and losses by position in samples of `length` tokens (None: as trained); see `evaluate_run`.
 
-    Of a text: all tokens of the validation split but the first, at every length. Of a task: the test split, because
-    validation may have stopped the run.
+    A text is evaluated on all tokens of the validation split but the first, at every length. A task is evaluated on the
+    test split, because its validation accuracy may have stopped the run.
     """
     from tlinformer_jax.evaluation.report import EvaluationOptions, Source, evaluate_source
 
@@ -34,7 +34,7 @@ def evaluate(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]
 
 
 def samples(trained: "TrainedRun") -> dict[str, Any]:
-    """Continuations of fixed prompts, drawn with seed 0: options and texts."""
+    """Continues fixed prompts, drawing with seed 0; returns the options and the texts."""
     from tlinformer_jax.decoding.generator import Generator
 
     generator = Generator(trained.run.model, {"params": trained.params}, trained.run.tokenizer)
@@ -44,25 +44,25 @@ def samples(trained: "TrainedRun") -> dict[str, Any]:
 
 
 def history(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]:
-    """`evaluation.history` on the validation split, in samples of `length` tokens (None: as trained)."""
+    """Measures `evaluation.history` on the validation split, in samples of `length` tokens (None: as trained)."""
     from tlinformer_jax.evaluation.history import measure_history
 
     return measure_history(trained, trained.run.split("validation", length), length)
 
 
 ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"evaluate": evaluate, "samples": samples, "history": history}
-# Those that take a number, as in evaluate@8192.
+# Actions that take a number, as in evaluate@8192.
 NUMBERED = ("evaluate", "history")
 
 
 def run_action(name: str, trained: "TrainedRun") -> dict[str, Any]:
-    """Carries out an action whose name `checked_actions` has passed; returns JSON."""
+    """Performs an action whose name `checked_actions` has accepted; returns its result as JSON."""
     kind, *lengths = name.split("@")
     return ACTIONS[kind](trained, *map(int, lengths))
 
 
 def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, ...]:
-    """The names, each once; UserError for one that is not in ACTIONS, nor in NUMBERED with @LENGTH."""
+    """Returns the names without repetitions; raises a UserError for an unknown name or a wrong @LENGTH."""
     for name in names:
         kind, at, number = name.partition("@")
         if kind not in ACTIONS or (at and (kind not in NUMBERED or not number.isdecimal() or int(number) < 1)):
@@ -72,7 +72,7 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
 
 
 def check_possible(names: Sequence[str], config: "RunConfig") -> None:
-    """Checks before the training that its model and data allow the actions, else raises UserError."""
+    """Checks, before training, that model and data allow the actions; raises a UserError."""
     data, tokenizer = config.data, config.data.tokenizer
     for name in names:
         kind, *lengths = name.split("@")

@@ -1,21 +1,21 @@
-"""How all figures look: sizes, a palette, and one way to draw curves. matplotlib is imported where it draws."""
+"""The look of all figures: sizes, palette and curves. matplotlib is imported only when drawing."""
 
 import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Okabe and Ito's colours for readers with any colour vision, without the yellow that white paper swallows, then three
-# of Paul Tol's. Every curve of a figure has a colour, a marker and a line of its own.
+# Okabe and Ito's colours for readers with any colour vision, without yellow, which is hard to see on white, then three
+# of Paul Tol's. Every curve of a figure has its own colour, marker and line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999933")
 MARKERS = "osD^vXP<>*"
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 DPI = 150
-Curve = tuple[str, Sequence[float], Sequence[float]]  # what the legend says, x, y
+Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A look for each label, the same in all panels of a figure; of more than ten the colours are shades of one map."""
+    """Returns a style for each label, for all panels of a figure; more than ten labels get shades of one colour map."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -29,7 +29,7 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def figure_of(rows: int = 1, columns: int = 1, panel: tuple[float, float] = (7.0, 4.4)) -> tuple[Any, list[Any]]:
-    """A figure and its panels, each of so many inches."""
+    """Returns a figure and its panels, each `panel` inches in size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
@@ -41,7 +41,7 @@ def figure_of(rows: int = 1, columns: int = 1, panel: tuple[float, float] = (7.0
 
 
 def draw_curves(axes: Any, curves: Sequence[Curve], looks: dict[str, dict[str, Any]] | None = None) -> None:
-    """Draws each curve that has points, and the legend where it hides least."""
+    """Draws each curve that has points, and the legend where it covers the least."""
     looks = looks or styles(label for label, _, _ in curves)
     for label, x, y in curves:
         if len(x):
@@ -51,27 +51,27 @@ def draw_curves(axes: Any, curves: Sequence[Curve], looks: dict[str, dict[str, A
 
 
 def scale_x(axes: Any, kind: str, places: Iterable[float] = ()) -> None:
-    """A linear, 'log' or 'symlog' axis with whole numbers at its ticks; the last two have them at some of `places`.
+    """Makes an x axis linear, 'log' or 'symlog', with whole numbers at its ticks; the last two have ticks at `places`.
 
-    On 'symlog', 0 stands as far below 1 as 2 above it.
+    On 'symlog', 0 is as far below 1 as 2 is above it.
     """
     axes.set_xscale(kind, **{"log": {"base": 2}, "symlog": {"base": 2, "linthresh": 1}}.get(kind, {}))
     if kind != "linear" and (places := sorted(set(places))):
         ticks = places[:1]
         for place in places[1 :: -(-len(places) // 9)]:
-            ticks += [place] if place >= 1.6 * ticks[-1] else []  # nearer ones would touch
+            ticks += [place] if place >= 1.6 * ticks[-1] else []  # labels of closer ticks would touch
         axes.set_xticks(ticks)
         axes.minorticks_off()
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def annotate(axes: Any, notes: Iterable[tuple[str, float, float]]) -> None:
-    """Writes a text beside each point, where it covers neither a point nor another text and is not cut."""
+    """Writes a text beside each point, where it covers neither points nor texts and is not cut off."""
     from matplotlib.transforms import Bbox
 
     notes = list(notes)
     axes.margins(0.1)
-    axes.figure.draw_without_rendering()  # only now it is known where a point lies
+    axes.figure.draw_without_rendering()  # needed to know the positions of the points
     unit = 72 / axes.figure.dpi
     frame = Bbox.from_extents(*(bound * unit for bound in axes.bbox.extents))
     places = axes.transData.transform([(x, y) for _, x, y in notes]) * unit
@@ -87,6 +87,6 @@ def annotate(axes: Any, notes: Iterable[tuple[str, float, float]]) -> None:
 
 
 def save(figure: Any, file: pathlib.Path) -> pathlib.Path:
-    """Writes a PNG without versions of software: equal figures are equal bytes."""
+    """Writes a PNG without software versions, so that equal figures have equal bytes."""
     figure.savefig(file, dpi=DPI, metadata={"Software": None})
     return file

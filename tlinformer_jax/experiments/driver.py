@@ -1,4 +1,4 @@
-"""Trains a job, records it in result.json, and carries out its actions: `run_job`."""
+"""Trains a job, records it in result.json, and performs its actions: `run_job`."""
 
 import contextlib
 import json
@@ -24,15 +24,15 @@ from tlinformer_jax.training.setup import TrainedRun
 from tlinformer_jax.training.workdir import sole_run
 
 ATTEMPTS_FILE = "attempts.json"
-LOCK_FILE = ".result.lock"  # held until the actions are done, longer than the training's own lock
+LOCK_FILE = ".result.lock"  # held until the actions are done, so longer than the training's own lock
 
 
 def run_job(
     job: Job, profile: str | pathlib.Path | None = None, init_from: str | pathlib.Path | None = None
 ) -> Record | None:
-    """Trains a job or continues it, then carries out its actions; a finished job is left as it is.
+    """Trains a job or continues it, then performs its actions; does nothing if the job is finished.
 
-    result.json is rewritten after each part. Returns the record; None if a signal stopped the training.
+    Rewrites result.json after each part. Returns the record; None if a signal stopped the training.
     """
     check_possible(checked_actions(job.actions), job.config)
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
@@ -46,7 +46,7 @@ def run_job(
         if trained.figures is None:
             return None
         after = peak_bytes()
-        # The peak counts the whole process: it is this run's only if this run has raised it.
+        # The peak is that of the whole process: it belongs to this run only if this run has raised it.
         peak = after if after is not None and after > (before or 0) else None
         result = record_of(job, trained, **logged(job, trained), peak=peak)
         write_result(job.workdir / RESULT_FILE, result)
@@ -59,7 +59,7 @@ def run_job(
 
 
 def logged(job: Job, trained: TrainedRun) -> dict[str, Any]:
-    """What a run has logged of itself, as `record_of` takes it."""
+    """Collects the arguments of `record_of` that a run has logged about itself."""
     events = [json.loads(line) for line in (job.workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     evaluations = [
         (event["step"], {name.removeprefix("eval/"): event[name] for name in event if name.startswith("eval/")})
@@ -88,24 +88,24 @@ def record_of(
     together: int = 1,
     peak: int | None = None,
 ) -> Record:
-    """The record of a finished run, before its actions.
+    """Returns the record of a finished run, before its actions.
 
-    In it, cache counts bytes of one sequence of N tokens in generation. history has update and validation loss of each
-    evaluation, and the accuracy of a task. target is None without train.stop_at_accuracy.
+    In the record, cache counts the bytes of one sequence of N tokens in generation. history lists update and validation
+    loss of each evaluation, and for a task the accuracy. target is None without train.stop_at_accuracy.
 
     Args:
       job: the run.
-      trained: with its last parameters.
-      evaluations: pairs of an update and the validation's figures after it; the last is the run's.
-      seconds: of all attempts, with compilation, evaluation and saving; of runs trained together its share.
+      trained: the run with its last parameters.
+      evaluations: pairs of an update and the validation figures after it; the last pair is the run's result.
+      seconds: over all attempts, with compilation, evaluation and saving; a share of this for runs trained together.
       speed: medians of tokens_per_second and mfu.
-      attempts: how often it was started.
-      together: runs that shared the program, see `together`.
-      peak: the most memory in bytes, None if not known.
+      attempts: how often the run was started.
+      together: number of runs that shared the program, see `together`.
+      peak: peak memory in bytes; None if unknown.
     """
     config, device = trained.run.config, jax.devices()[0]
     model, train = config.model, config.train
-    # Where windows are sampled, the expected number.
+    # The expected number if windows are sampled.
     tokens_of_step = train.batch_size * trained_tokens(model, config.data.sequence_length, train.sampled_windows)
     cache = cache_bytes_at(model, config.data.sequence_length)
     least, figures = train.stop_at_accuracy, dict(evaluations[-1][1])
@@ -139,7 +139,7 @@ def record_of(
 
 @contextlib.contextmanager
 def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
-    """Adds the time of the body to attempts.json; an attempt that was killed counts until its last metrics."""
+    """Adds the time of the body to attempts.json; a killed attempt counts up to its last metrics."""
     found = read_attempts(workdir)
     seconds, metrics = found["seconds"], workdir / METRICS_FILE
     if found["since"] is not None and metrics.exists():
@@ -158,7 +158,7 @@ def _write_attempts(workdir: pathlib.Path, **attempts: float | None) -> None:
 
 
 def read_attempts(workdir: pathlib.Path) -> dict[str, Any]:
-    """Attempts so far: their count; seconds of those that ended; since, the start of one that was killed."""
+    """Reads the attempts so far: count; seconds of those that ended; since, the start of one that was killed."""
     try:
         found = json.loads((workdir / ATTEMPTS_FILE).read_text(encoding="utf-8"))
         return {"count": int(found["count"]), "seconds": float(found["seconds"]), "since": found["since"]}

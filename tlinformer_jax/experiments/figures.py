@@ -1,4 +1,4 @@
-"""Figures of sweeps and of the report, from tables with a row for each point."""
+"""Figures for sweeps and the report, drawn from tables with a row for each point."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import pandas as pd
 from tlinformer_jax.experiments.drawing import annotate, draw_curves, figure_of, save, scale_x, styles
 from tlinformer_jax.experiments.frame import CACHE, PERPLEXITY, SPEED, curves_of, knee_of, points_of
 
-# What `evaluation.history` measures: the names of the axes.
+# Figures of `evaluation.history`: the titles of their axes.
 HISTORY = {
     "history_mass": ("tokens before the window, from", "share of the attention to the history"),
     "history_cuts": ("rows of history left", "change in loss, nats per token"),
@@ -22,12 +22,12 @@ PLACES = 4  # depths at which a heat map has a tick
 
 
 def shown(file: pathlib.Path, title: str) -> list[str]:
-    """The line of a report that shows a figure."""
+    """Returns the line of a report that shows a figure."""
     return [f"![{title}](figures/{file.name})", ""]
 
 
 def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file: pathlib.Path, x_scale: str) -> None:
-    """Draws a panel for each title: a line for each label of a table label, x, y, and what y is."""
+    """Draws a panel for each title: a line for each label in a table of label, x and y; the string is y's title."""
     figure, axes = figure_of(1, len(panels))
     looks = styles(pd.concat(points for points, _ in panels.values())["label"])
     for place, (title, (points, y_name)) in zip(axes, panels.items()):
@@ -42,14 +42,14 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
 
 
 def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
-    """Draws shares of right answers of each run: a row for each length, columns by depth, the last the last windows."""
+    """Draws accuracies of each run: a row for each length, a column for each depth, and last one for near sources."""
     columns = min(2, len(maps))
     figure, panels = figure_of(-(-len(maps) // columns), columns, (5.6, 3.6))
     for axes, (title, shares) in zip(panels, maps.items()):
         axes.grid(visible=False)
         axes.set_facecolor("lightgrey")
         depths = shares.shape[1] - 1
-        values = np.insert(shares.to_numpy(float), depths, np.nan, axis=1)  # a gap before the last column
+        values = np.insert(shares.to_numpy(float), depths, np.nan, axis=1)  # leaves a gap before the last column
         image = axes.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis")
         places = range(0, depths, -(-depths // PLACES))
         axes.set_yticks(range(len(shares)), [f"{length:,}" for length in shares.index])
@@ -63,7 +63,7 @@ def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None
 
 
 def plot_capacity(curves: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
-    """Draws a panel for each x: by model the median share of right answers over seeds, low and high, the runs."""
+    """Draws a panel for each x: each model's median accuracy over seeds, its interval, and the single runs."""
     figure, axes = figure_of(1, len(curves))
     looks = styles(pd.concat(curves.values())["label"])
     for place, (x_name, points) in zip(axes, curves.items()):
@@ -79,7 +79,7 @@ def plot_capacity(curves: Mapping[str, pd.DataFrame], file: pathlib.Path) -> Non
 
 
 def plot_sweep(frame: pd.DataFrame, folder: pathlib.Path, prefix: str = "") -> list[pathlib.Path]:
-    """Draws perplexity against speed, cache and W_oh / W_total with the knees, where runs have them."""
+    """Draws perplexity against speed, cache and W_oh / W_total with the knees, if the runs have these figures."""
     points, files = points_of(frame).dropna(subset=PERPLEXITY), []
     curves = curves_of(points)
     for name, column, unit, axis in (
@@ -117,7 +117,7 @@ def plot_sweep(frame: pd.DataFrame, folder: pathlib.Path, prefix: str = "") -> l
 
 
 def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """What `evaluation.history` has measured as tables label, x, y for each of HISTORY."""
+    """Converts the result of `evaluation.history` to a table with columns label, x and y for each of HISTORY."""
     edges, same, starts = measured["mass"], measured["same_tokens"], measured["starts"]
     masses = [
         (f"block {block}, {words}", edge, mass)
@@ -129,7 +129,7 @@ def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     changes = [("all tokens", cut["distance"], cut["change"]) for cut in cuts]
     changes += [("tokens with more history", cut["distance"], cut["affected_change"]) for cut in cuts]
     losses = [("loss", start, loss) for start, loss in zip(starts, measured["losses"]["all"])]
-    # All of the history stands at the length of the longest.
+    # A history that is not cut is drawn at the longest history's length.
     distances = [starts[-1] if distance is None else distance for distance in same["distances"]]
     cut_losses = [("loss", distance, loss) for distance, loss in zip(distances, same["losses"])]
     tables = {}
@@ -141,7 +141,7 @@ def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 def plot_history(
     runs: Sequence[tuple[str, Mapping[str, Any]]], folder: pathlib.Path, prefix: str = ""
 ) -> list[pathlib.Path]:
-    """Draws each of HISTORY for runs beside each other: a panel for each, under its title, of what was measured."""
+    """Draws each figure of HISTORY, with a panel for each run, under the run's title."""
     tables = {title: history_tables(measured) for title, measured in runs}
     files = []
     for name, (x_name, y_name) in HISTORY.items():

@@ -1,7 +1,7 @@
-"""Records of runs as one table, and what is computed over seeds. Without JAX.
+"""Records of runs as one table, and statistics over seeds. Does not use JAX.
 
 `frame_of` makes a row of each record: its parts as columns such as 'config.model.d_model' or 'validation.loss', and the
-columns of `_derived`. Runs of one `group` differ in their seeds only. A seed that was run again counts once.
+columns of `_derived`. Runs of one `group` differ only in their seeds. A repeated seed counts once.
 """
 
 import json
@@ -23,9 +23,9 @@ from tlinformer_jax.files import markdown
 N, ARCHITECTURE, DEPTH = "config.data.sequence_length", "config.model.architecture", "depth"
 PERPLEXITY, SPEED, CACHE = "validation.perplexity", "speed.tokens_per_second", "cache.used"
 ACCURACIES = ("accuracy", "accuracy_own", "accuracy_observed", "accuracy_history")
-# Fields along which a capacity curve goes, and the name of its axis.
+# Fields that are the x axis of a capacity curve, and the axis's title.
 CAPACITY = {"data.num_items": "pairs in a sample", "model.history_window": "W_oh, rows of the observation window"}
-# Columns of numbers, which need not be in every record.
+# Numeric columns, which some records may lack.
 NUMBERS = (
     *(PERPLEXITY, SPEED, CACHE, "validation.bits_per_byte", "speed.mfu", "seconds.wall", "peak_bytes"),
     *("total", "share", "chance", "found", "target.accuracy", *(f"reported.{name}" for name in ACCURACIES)),
@@ -38,12 +38,12 @@ NAMES = {
     "tlinformer": "TLinFormer",
     "tconstformer": "TConstFormer",
 }
-FOUND = 0.9  # a run with this share of right answers, or a larger one, has found them
-ENDS = (0.125, 0.875)  # shares of W_oh that a curve must reach before its chord can show a knee
+FOUND = 0.9  # accuracy from which a run counts as having found the answers
+ENDS = (0.125, 0.875)  # shares of W_oh that a curve must cover before its chord can show a knee
 
 
 def read_records(folder: pathlib.Path) -> list[Record]:
-    """All records of a directory by file name, or the one of a run's own directory."""
+    """Reads all records of a directory in order of file names, or the one record of a run's own directory."""
     own = folder / RESULT_FILE
     paths = [own] if own.exists() else sorted(folder.glob("*.json"))
     if not paths:
@@ -52,7 +52,7 @@ def read_records(folder: pathlib.Path) -> list[Record]:
 
 
 def frame_of(records: Sequence[Record]) -> pd.DataFrame:
-    """A row for each record, in the order of the report; the index is the place in `records`."""
+    """Makes a row of each record, in the order of the report; the index is the place in `records`."""
     flat = pd.json_normalize([record | {"then": None, "overrides": None, "device": None} for record in records])
     derived = pd.DataFrame([_derived(record) for record in records])
     frame = pd.concat([flat.drop(columns=["then", "overrides", "device"]), derived], axis=1)
@@ -63,18 +63,18 @@ def frame_of(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def _derived(record: Record) -> dict[str, Any]:
-    """Columns that are made of several parts of a record.
+    """Computes columns from several parts of a record.
 
-    label: the point's name in its sweep, else the run's; words, setting, model: for legends and heads; ours: not the
-    Transformer; total: W_oh + W_og; share: W_oh / total; reported.*: shares of right answers on the split `split`;
-    group: equal for runs that differ in their seeds only; by.FIELD: the same, with that field left open too, whose
-    value is at.FIELD; base: equal for a model and the Transformer it is compared with.
+    label: the point's name in its sweep, else the run's; words, setting, model: for legends and headings; ours: whether
+    it is not the Transformer; total: W_oh + W_og; share: W_oh / total; reported.*: accuracies on the split `split`;
+    group: equal for runs that differ only in their seeds; by.FIELD: equal for runs that may also differ in that field,
+    whose value is at.FIELD; base: equal for a model and the Transformer to compare it with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
     fields.pop("train.seed")
     total, share = _windows(model, data["sequence_length"])
-    # Runs are grouped whatever sweep has trained them; one that stops at an accuracy stops at any update.
+    # Grouping ignores which sweep trained a run. A run that stops at an accuracy may have any number of tokens.
     tokens = None if record.get("target") else record["tokens"]
     shape = [model[field] for field in ("vocab_size", "d_model", "num_heads", "d_ff", "dropout")]
     text = {field: value for field, value in fields.items() if field.startswith("data.")}
@@ -112,14 +112,14 @@ def _derived(record: Record) -> dict[str, Any]:
 
 
 def _found_at(history: Sequence[Sequence[Any]]) -> float:
-    """The first update whose evaluation has FOUND of the answers right; infinite if none has, NaN if not recorded."""
+    """Returns the first update with an accuracy of FOUND; infinite if there is none, NaN if it was not recorded."""
     known = [(step, accuracy[0] or 0.0) for step, _, *accuracy in history if accuracy]
     found = [step for step, accuracy in known if accuracy >= FOUND]
     return min(found, default=math.inf) if known else math.nan
 
 
 def _windows(model: Mapping[str, Any], length: int) -> tuple[int | None, float | None]:
-    """W_total, None without windows or with 'auto'; and W_oh / W_total, with 'auto' that of the last window."""
+    """Returns W_total (None without windows or with 'auto'), and W_oh / W_total (with 'auto', at the last window)."""
     size, rows = model["generation_window"], model["history_window"]
     if model["architecture"] in ("transformer", *RECURRENT):
         return None, None
@@ -130,13 +130,13 @@ def _windows(model: Mapping[str, Any], length: int) -> tuple[int | None, float |
 
 
 def _items(data: Mapping[str, Any]) -> int:
-    """The pairs or passkeys of a sample, under the name that they have or had."""
+    """Returns the pairs or passkeys of a sample, under the field's present or former name."""
     old = "pairs" if data["dataset"] == "recall" else "passkeys"
     return int(data[old] if old in data else data["num_items"])
 
 
 def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """The task, its sizes, both windows, and the lengths it was trained on first."""
+    """Describes the task, its sizes, both windows, and the lengths of a curriculum."""
     kind = "pairs" if data["dataset"] in PAIR_SIZES else "hidden" if data["dataset"] in NEEDLES else None
     items = f", {_items(data):,} {kind}" if kind else ""
     windows = f"W_oh = {model['history_window']}, W_og = {model['generation_window']}, width {model['d_model']}"
@@ -145,7 +145,7 @@ def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def _model_name(model: Mapping[str, Any], layers: int) -> str:
-    """Architecture, depth, and what is not as published."""
+    """Describes architecture, depth, and deviations from the published model."""
     name = f"{NAMES[model['architecture']]}, {layers} layers"
     if model["architecture"] in ("tlinformer", "tconstformer"):
         name += f" (B = {model['num_blocks']}, H = {model['hidden_depth']})"
@@ -153,7 +153,7 @@ def _model_name(model: Mapping[str, Any], layers: int) -> str:
 
 
 def _options(model: Mapping[str, Any]) -> str:
-    """The model's options that are not as published; of an earlier version also which rows were observed."""
+    """Describes the model's deviations from the published one; for an earlier version also which rows were observed."""
     options = ["token shift"] * bool(model.get("token_shift"))
     if overlap := model.get("window_overlap"):
         options.append(f"overlap {overlap}")
@@ -165,7 +165,7 @@ def _options(model: Mapping[str, Any]) -> str:
 
 
 def _words(model: Mapping[str, Any]) -> str:
-    """Architecture and windows, for a legend."""
+    """Describes architecture and windows for a legend."""
     size, rows, architecture = model["generation_window"], model["history_window"], model["architecture"]
     words = "Transformer" if architecture == "transformer" else NAMES[architecture]
     if architecture == "sliding_window":
@@ -176,22 +176,22 @@ def _words(model: Mapping[str, Any]) -> str:
 
 
 def legends(frame: pd.DataFrame) -> pd.Series:
-    """What a figure says of each run: its words, and what else tells groups apart that share them."""
-    said = frame["words"]
+    """Returns each run's legend: its words, with more detail where several groups share the same words."""
+    labels = frame["words"]
     for column, form in ((N, "{}, trained at N = {:,}"), (DEPTH, "{}, {} layers"), ("label", "{} ({})")):
-        shared = frame.groupby(said)["group"].transform("nunique") > 1
-        told = pd.Series([form.format(*pair) for pair in zip(said, frame[column])], index=frame.index)
-        said = said.where(~shared, told)
-    return said
+        shared = frame.groupby(labels)["group"].transform("nunique") > 1
+        detailed = pd.Series([form.format(*pair) for pair in zip(labels, frame[column])], index=frame.index)
+        labels = labels.where(~shared, detailed)
+    return labels
 
 
 def counted(frame: pd.DataFrame) -> Any:
-    """The runs of a frame by group, each seed once, in the frame's order."""
+    """Groups the runs of a frame, each seed once, in the frame's order."""
     return frame[~frame["again"]].groupby("group", sort=False)
 
 
 def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
-    """A row for each run and action of a kind, 'evaluate' or 'evaluate@8192', whose result, in 'done', has `part`."""
+    """Makes a row of each action of a kind, 'evaluate' or 'evaluate@8192', whose result, in 'done', has `part`."""
     found = [
         (place, done)
         for place, then in frame["then"].items()
@@ -203,20 +203,20 @@ def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
     return frame.loc[list(places)].reset_index(drop=True).join(parts)
 
 
-def told(form: str) -> Callable[[pd.Series], str]:
-    """Aggregates a group's figures to 'mean ± sample standard deviation', the mean alone of one; '' of none."""
+def mean_and_deviation(form: str) -> Callable[[pd.Series], str]:
+    """Formats a group's values as 'mean ± sample standard deviation', one value as itself; '' if there are none."""
     return lambda values: " ± ".join(map(form.format, pd.Series([values.mean(), values.std()]).dropna()))
 
 
 def mean(form: str, unit: float = 1.0) -> Callable[[pd.Series], str]:
-    """Aggregates a group's figures to their mean alone; '' of none."""
+    """Formats a group's mean; '' if there are no values."""
     return lambda values: "" if values.isna().all() else form.format(values.mean() * unit)
 
 
 def median_update(runs: pd.DataFrame) -> str:
-    """The median update of finding the answers (columns found and steps); '' where it was not recorded.
+    """Returns the median update at which runs found the answers; '' if it was not recorded.
 
-    A run that never found them may at any update after its last: the median may be open, '> 500'.
+    A run that has not found them might do so at any later update, so the median may be open: '> 500'.
     """
     runs = runs.dropna(subset="found")
     if runs.empty:
@@ -226,18 +226,18 @@ def median_update(runs: pd.DataFrame) -> str:
 
 
 def duration(seconds: pd.Series) -> str:
-    """Aggregates seconds to their mean as m:ss; '' of none."""
+    """Formats the mean of seconds as m:ss; '' if there are none."""
     minutes, rest = divmod(seconds.mean().round(), 60)
     return "" if seconds.isna().all() else f"{minutes:.0f}:{rest:02.0f}"
 
 
 def joined(values: pd.Series) -> str:
-    """Aggregates a group's values to a list of those that differ."""
+    """Lists a group's different values."""
     return ", ".join(map(str, values.unique()))
 
 
 def points_of(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row for each group: its first run's columns, the seeds, and of figures also '.std' and '.count' over seeds."""
+    """Makes a row of each group: its first run's columns, its seeds, and mean, '.std' and '.count' of its figures."""
     runs = counted(frame)
     points = (
         runs[["label", "windows", ARCHITECTURE, N, DEPTH, "total", "share"]]
@@ -250,7 +250,7 @@ def points_of(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves_of(points: pd.DataFrame) -> dict[int, pd.DataFrame]:
-    """W_total -> the TLinFormers of that sum by rising share of W_oh; of several N or depths that with most points.
+    """Maps W_total to its TLinFormers by rising share of W_oh; if N or depth differ, those with the most points.
 
     Curves of fewer than three points have no knee and are left out.
     """
@@ -263,9 +263,9 @@ def curves_of(points: pd.DataFrame) -> dict[int, pd.DataFrame]:
 
 
 def knee(curve: pd.Series) -> Hashable | None:
-    """Where going further along the index begins to gain little: the point farthest below the chord, if there is one.
+    """Returns the point after which a larger index gains little: the one farthest below the chord; None if none is.
 
-    The chord goes from the first point to the last, both axes scaled to [0, 1]; small values are the good ones.
+    The chord connects the first point and the last, with both axes scaled to [0, 1]; smaller values are better.
     """
     curve = curve.sort_index()
     x, y = curve.index.to_numpy(float), curve.to_numpy(float)
@@ -276,7 +276,7 @@ def knee(curve: pd.Series) -> Hashable | None:
 
 
 def knee_of(curve: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The row of the knee in a curve of `curves_of`; no row where there is none, and the reason."""
+    """Returns the row with the knee of a curve of `curves_of`; no row if there is none, and the reason."""
     reasons = ["some points have one seed only"] if (curve[f"{PERPLEXITY}.count"] < 2).any() else []
     if curve["share"].min() > ENDS[0] or curve["share"].max() < ENDS[1]:
         reasons.append(f"an end is missing, {ENDS[0]} or {ENDS[1]}")
@@ -286,5 +286,5 @@ def knee_of(curve: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def table_of(frame: pd.DataFrame) -> list[str]:
-    """A table in Markdown; the column names are the heads."""
+    """Returns a Markdown table with the column names as headings."""
     return markdown(list(frame), frame.astype(object).fillna("").astype(str).to_numpy().tolist())

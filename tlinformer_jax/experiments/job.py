@@ -1,6 +1,6 @@
-"""A run that a sweep or the training command asks for, its record, and the processes that train it. Without JAX.
+"""A run that a sweep or the training command starts, its record, and the processes that train. Does not use JAX.
 
-Each job of a sweep gets a process of its own, so that a crash costs one run and the peak of a device's memory is its.
+Each job of a sweep has its own process, so that a crash costs one run, and a device's peak memory belongs to one run.
 """
 
 import collections
@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
-from tlinformer_jax.errors import DataError, UserError, failure_told
+from tlinformer_jax.errors import DataError, UserError, file_errors_as
 from tlinformer_jax.files import finite, open_own, write_text, writing
 
 Record = dict[str, Any]
 RESULT_FILE = "result.json"
 FORMAT = "tlinformer_jax run 1"
-# The parts of every record; `driver.record_of` describes them.
+# Parts of every record; `driver.record_of` describes them.
 PARTS = {
     **dict.fromkeys(("name", "study", "command", "version", "jax"), str),
     **dict.fromkeys(("config", "device", "seconds", "speed", "cache", "validation", "then"), dict),
@@ -32,13 +32,13 @@ PARTS = {
 DEFAULTS = {
     section: {field.name: field.default for field in dataclasses.fields(kind)} for section, kind in SECTIONS.items()
 }
-# Fields that say where a run finds its text and how it reads it, and so do not change its figures; some are fields of
-# earlier records alone.
+# Fields that tell where and how a run reads its text, and so do not change its figures; some exist only in earlier
+# records.
 PLACES = ("manual_dir", "cache_dir", "full_hash", "num_workers")
 FILES = ("train_files", "validation_files", "test_files")
-COMMAND = (sys.executable, "-m", "tlinformer_jax.commands.sweep")  # reads a job from its stdin
+COMMAND = (sys.executable, "-m", "tlinformer_jax.commands.sweep")  # reads jobs from its stdin
 LOG_FILE = "log.txt"
-STOPPED = 3  # exit status of a job's process that a signal has stopped
+STOPPED = 3  # exit status of a job's process that a signal stopped
 MISTAKE = 2  # exit status for a user's mistake, which a second attempt would repeat
 
 
@@ -48,44 +48,47 @@ class Job:
 
     name: str
     config: RunConfig
-    workdir: pathlib.Path = pathlib.Path()  # also gets the record, result.json
-    command: str = ""  # as a user types it
-    then: tuple[str, ...] = ()  # actions of `experiments.actions` after the training
+    workdir: pathlib.Path = pathlib.Path()  # the record, result.json, is written here too
+    command: str = ""  # as typed by a user
+    then: tuple[str, ...] = ()  # names of `experiments.actions` to perform after training
     study: str = "architectures"  # one of `plan.STUDIES`
     sweep: str | None = None  # name of the sweep's file
-    point: str | None = None  # its name there
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # the fields that it sets besides the seed
+    point: str | None = None  # its name in the sweep
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields that the point sets, without the seed
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """`then`, after `evaluate` of a task: its test split has stopped nothing, so that its figures are reported."""
+        """`then`, with `evaluate` before it for a task.
+
+        Reported figures come from the test split, because validation accuracy may have stopped the training.
+        """
         data = self.config.data
         tested = not data.is_task or f"evaluate@{data.sequence_length}" in self.then
         return self.then if tested else tuple(dict.fromkeys(("evaluate", *self.then)))
 
     def to_json(self) -> str:
-        """One line of JSON, for another process."""
+        """Returns one line of JSON, for another process."""
         return json.dumps(dataclasses.asdict(self) | {"workdir": str(self.workdir)})
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        """The job that `to_json` has written."""
+        """Reads a job that `to_json` wrote."""
         values = json.loads(text)
         values |= {"config": run_config(values["config"]), "workdir": pathlib.Path(values["workdir"])}
         return cls(**values | {"then": tuple(values["then"])})
 
 
 def write_result(path: pathlib.Path, result: Record) -> None:
-    """Writes a record, whole or not at all (DataError); numbers that are not finite become null."""
+    """Writes a record completely or not at all (DataError); numbers that are not finite become null."""
     parts = [f"{json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in finite(result).items()]
     with writing(f"{path}:"):
         write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def read_result(path: pathlib.Path) -> Record:
-    """Reads a record; DataError for what cannot be read or is not one."""
+    """Reads a record; raises a DataError if the file cannot be read or is not a record."""
     try:
-        with failure_told(f"{path}: cannot be read"):
+        with file_errors_as(f"{path}: cannot be read"):
             result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: is no JSON ({error})") from None
@@ -100,12 +103,12 @@ def read_result(path: pathlib.Path) -> Record:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A recorded configuration with today's defaults for fields that it lacks; fields removed since are kept."""
+    """Adds today's defaults to a recorded configuration for fields that it lacks; keeps fields removed since."""
     return {section: defaults | config[section] for section, defaults in DEFAULTS.items()}
 
 
 def essence(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that decide a run's figures, by 'section.field'; of the text's files only the names."""
+    """Returns the fields that decide a run's figures, as 'section.field'; files only by their names."""
     sections = completed(config)
     for name in FILES:
         paths = str(sections["data"][name]).split(",")
@@ -119,14 +122,14 @@ def essence(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_result(job: Job) -> Record | None:
-    """The record of a job that was trained and has all of its actions, else None; UserError for that of another one."""
+    """Returns a job's record if training and all actions are done, else None; a UserError if it is another run's."""
     path = job.workdir / RESULT_FILE
     if not path.exists():
         return None
     try:
         result = read_result(path)
     except DataError:
-        return None  # it is written again
+        return None  # the record will be written again
     found, wanted = essence(result["config"]), essence(job.config.to_dict())
     different = [name for name in found | wanted if found.get(name) != wanted.get(name)]
     if different:
@@ -138,12 +141,12 @@ def finished_result(job: Job) -> Record | None:
 def run_jobs(
     groups: Sequence[Sequence[Job]], retries: int, finished: Callable[[], object] = lambda: None
 ) -> dict[str, str]:
-    """Runs the jobs that are not finished, one group after another, each group in a process of its own.
+    """Runs the unfinished jobs, one group after another, each group in a separate process.
 
-    A group that fails is tried again `retries` times, unless the mistake is the user's; `finished` is called after each
-    that finishes. Returns name -> why the last attempt failed, of the jobs that did not finish.
+    A failed group is tried again up to `retries` times, unless the user made a mistake; `finished` is called after each
+    group that finishes. Returns name -> reason of the last failure, for the jobs that did not finish.
     """
-    left = [[job for job in group if finished_result(job) is None] for group in groups]  # refuses before any runs
+    left = [[job for job in group if finished_result(job) is None] for group in groups]  # raises before any job runs
     failures: dict[str, str] = {}
     for number, (group, jobs) in enumerate(zip(groups, left), 1):
         title = group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
@@ -167,14 +170,14 @@ def run_jobs(
 
 
 def run_in_process(jobs: Sequence[Job]) -> tuple[int, str]:
-    """Runs jobs in a new process; returns its exit status, negative for a signal, and the last line of its stderr.
+    """Runs jobs in a new process; returns its exit status (negative for a signal) and the last line of its stderr.
 
-    Its stderr is passed on and kept in log.txt of the first one's working directory. If this process is interrupted,
-    the other one gets SIGTERM first, on which a training saves itself.
+    The process's stderr is passed on, and kept in log.txt of the first job's working directory. If this process is
+    interrupted, it first sends SIGTERM to the other, on which a training saves its state.
     """
     lines: collections.deque[str] = collections.deque([""], maxlen=1)
     for job in jobs:
-        with failure_told(f"{job.workdir}: must be a directory that can be written"):
+        with file_errors_as(f"{job.workdir}: must be a directory that can be written"):
             job.workdir.mkdir(parents=True, exist_ok=True)
     pipe = subprocess.PIPE
     with (
@@ -184,7 +187,7 @@ def run_in_process(jobs: Sequence[Job]) -> tuple[int, str]:
         assert process.stdin is not None
         assert process.stderr is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has already ended, and its stderr says why
+            with contextlib.suppress(BrokenPipeError):  # the process has already ended; its stderr says why
                 process.stdin.write(json.dumps([job.to_json() for job in jobs]) + "\n")
                 process.stdin.flush()  # stays open: `train_point` ends when this pipe closes
             lines.extend(_passed_on(process.stderr, log))
@@ -196,7 +199,7 @@ def run_in_process(jobs: Sequence[Job]) -> tuple[int, str]:
 
 
 def describe_end(status: int, last_line: str) -> str:
-    """Why a process did not finish its job."""
+    """Says why a process did not finish its job."""
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     if status == STOPPED:
@@ -205,7 +208,7 @@ def describe_end(status: int, last_line: str) -> str:
 
 
 def _passed_on(lines: Iterable[str], log: TextIO) -> Iterator[str]:
-    """Writes each line to stderr and the log; yields those that are not blank."""
+    """Writes each line to stderr and the log; yields the lines that are not blank."""
     for line in lines:
         for stream in (sys.stderr, log):
             print(line, end="", file=stream, flush=True)

@@ -1,4 +1,4 @@
-"""Sweeps: a base configuration and named points, each with some fields changed. Without JAX."""
+"""Sweeps: a base configuration and named points, each of which changes some fields. Does not use JAX."""
 
 import collections
 import copy
@@ -16,7 +16,7 @@ from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.experiments.job import Job
 
-# The part of the report that shows a sweep: against Base at the same N, by window sizes, or by right answers.
+# The report's section for a sweep: comparison with Base at the same N, by window sizes, or by accuracy.
 STUDIES = ("architectures", "windows", "retrieval")
 SEED = "train.seed"
 
@@ -25,20 +25,20 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What the function `get_sweep` of a sweep file returns."""
+    """The result of the function `get_sweep` in a sweep file."""
 
-    # As `get_config` of a config file returns it; flags of the command may change it.
+    # As returned by a config file's `get_config`; the command's flags may change it.
     base: Mapping[str, Any]
     # Name -> fields that differ from the base, such as {"model.history_window": 128}; 'train.seed' may list the point's
     # own seeds.
     points: Mapping[str, Mapping[str, Any]]
-    seeds: Sequence[int] = (0,)  # of all other points; a point is trained once with each
-    then: Sequence[str] = ()  # actions of `experiments.actions` after the training of each point
+    seeds: Sequence[int] = (0,)  # for all other points; each point is trained once with every seed
+    then: Sequence[str] = ()  # names of `experiments.actions` to perform after each training
     study: str = "windows"
 
 
 def load_sweep(where: str) -> Sweep:
-    """The sweep of a Python file, `FILE.py` or `FILE.py:VARIANT`, or of one of the package's by its name."""
+    """Loads a sweep from a Python file, `FILE.py` or `FILE.py:VARIANT`, or a sweep of the package by name."""
     sweep, what = load_python(where, "--sweep", "get_sweep"), f"--sweep={where}"
     if not isinstance(sweep, Sweep):
         raise UserError(f"{what}: get_sweep must return a Sweep, not {type(sweep).__name__}")
@@ -61,7 +61,7 @@ def load_sweep(where: str) -> Sweep:
 
 
 def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job]:
-    """All runs of a sweep in its order, of `base` where flags have changed the sweep's own; named POINT-seedSEED."""
+    """Returns all runs of a sweep in order, named POINT-seedSEED; `base` replaces the sweep's own."""
     sections = _plain(sweep.base if base is None else base)
     points: list[Job] = []
     for name, overrides in sweep.points.items():
@@ -83,7 +83,7 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job
 
 
 def check_data(points: Iterable[Job]) -> None:
-    """Checks that tokenizers and files of all points exist and fit the vocabularies (else UserError)."""
+    """Checks that all points' tokenizers and files exist and fit the vocabularies; raises a UserError."""
     different: dict[Any, Job] = {}
     for point in points:
         different.setdefault((point.config.data, point.config.model.vocab_size), point)
@@ -98,7 +98,7 @@ def check_data(points: Iterable[Job]) -> None:
 
 
 def groups_of(points: Sequence[Job]) -> list[list[Job]]:
-    """Jobs in groups that differ only in seed and learning rate, which one program can train."""
+    """Groups jobs that differ only in seed and learning rate, which one program can train."""
     groups: dict[RunConfig, list[Job]] = {}
     for point in points:
         train = dataclasses.replace(point.config.train, seed=0, learning_rate=0.0)
@@ -107,7 +107,7 @@ def groups_of(points: Sequence[Job]) -> list[list[Job]]:
 
 
 def check_together(config: RunConfig) -> None:
-    """Refuses (ConfigError) what runs that are trained together cannot have of their own, or do not do."""
+    """Checks that runs with this configuration can be trained together; raises a ConfigError."""
     train, data = config.train, config.data
     if any(stage.accuracy for stage in data.stages):
         allowed = "must have no stage that ends by accuracy for --together: runs change length at the same update"
@@ -124,10 +124,7 @@ def check_together(config: RunConfig) -> None:
 
 
 def chosen_points(points: Sequence[T], job: int | None, jobs: int | None) -> list[T]:
-    """The points, or groups, of job `job`, from 0, of an array of `jobs` (None: as many as points).
-
-    All if `job` is None.
-    """
+    """Returns the points, or groups, of job `job` (from 0; None: all) of `jobs` jobs (None: as many as points)."""
     if job is None:
         if jobs is not None:
             raise UserError("--points: needs --point, the number of this job")
@@ -141,7 +138,7 @@ def chosen_points(points: Sequence[T], job: int | None, jobs: int | None) -> lis
 
 
 def overrides_between(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields in which `other` differs from `base`, as a point lists them."""
+    """Returns the fields in which `other` differs from `base`, in the form of a point."""
     before, after = _plain(base), _plain(other)
     return {
         f"{section}.{name}": value
@@ -152,18 +149,18 @@ def overrides_between(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict
 
 
 def _plain(values: Any) -> dict[str, Any]:
-    """Sections of a ConfigDict or of nested mappings as plain dictionaries."""
+    """Converts a ConfigDict or nested mappings to plain dictionaries."""
     return ConfigDict(values).to_dict() if isinstance(values, Mapping) else values.to_dict()
 
 
 def _changed(sections: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections with some fields set anew."""
+    """Returns the sections with some fields changed."""
     changed = copy.deepcopy(dict(sections))
     for path, value in fields.items():
         section, _, name = path.partition(".")
         if not name:
             raise UserError(f"{path} = {value!r}: must be named as 'section.field', such as 'model.history_window'")
         place = changed.setdefault(section, {})
-        if isinstance(place, dict):  # else run_config says what it is
+        if isinstance(place, dict):  # otherwise run_config reports it
             place[name] = value
     return changed

@@ -1,4 +1,4 @@
-"""What the config and sweep files of the tasks with answers share: models of equal depth, recipe, a sweep's points."""
+"""Shared parts of the config and sweep files for tasks with answers: models of equal depth, recipe, sweep points."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TOKENS = 200_000_000  # at most, of a cell
+TOKENS = 200_000_000  # most training tokens of a run
 STOP_AT = 0.99
 EVALUATIONS = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes of a task: N, W_oh and W_og; of 'recall' the pairs; `DataConfig.curriculum`."""
+    """Sizes of a task: N, W_oh and W_og, the pairs of 'recall', and `DataConfig.curriculum`."""
 
     length: int
     history_window: int
@@ -30,9 +30,9 @@ class Setting:
     curriculum: str = ""
 
 
-# Architecture, B, H; B * (H + 2) layers. A block's history of raw embeddings cannot know its predecessors, so B = 2.
+# Architecture, B, H: B * (H + 2) layers. B = 2, since a first block's history of raw embeddings lacks context.
 MODELS = {
-    "attention-2": ("transformer", 1, 0),  # shows that the harness works
+    "attention-2": ("transformer", 1, 0),  # shows that the task can be learnt in this setup
     "attention-4": ("transformer", 2, 0),
     "attention-6": ("transformer", 2, 1),
     "tlin-4": ("tlinformer", 2, 0),
@@ -45,13 +45,13 @@ MODELS = {
 
 
 def set_model(config: "ConfigDict", name: str) -> None:
-    """Sets architecture and depth to those of MODELS, else raises ConfigError."""
+    """Sets architecture and depth to an entry of MODELS; raises a ConfigError for an unknown name."""
     architecture, blocks, hidden = chosen(MODELS, name)
     config.model.update(architecture=architecture, num_blocks=blocks, hidden_depth=hidden)
 
 
 def package_config(name: str) -> "Callable[[str], ConfigDict]":
-    """`get_config` of one of the package's config files, which takes a variant."""
+    """Returns `get_config` of one of the package's config files; it takes a variant."""
     return lambda variant: load_python(f"{name}:{variant}", "--config", "get_config")
 
 
@@ -61,7 +61,7 @@ def sweep_points(
     models: Sequence[str],
     learning_rates: Sequence[float],
 ) -> "tuple[ConfigDict, dict[str, dict[str, Any]]]":
-    """The base of a sweep, and a point for every setting, model and learning rate, named SETTING_MODEL_lrRATE."""
+    """Returns a sweep's base and a point SETTING_MODEL_lrRATE for every setting, model and learning rate."""
     from tlinformer_jax.experiments.plan import overrides_between
 
     def configured(setting: str, model: str) -> "ConfigDict":
@@ -79,27 +79,24 @@ def sweep_points(
 
 
 def set_needles(config: "ConfigDict", setting: Setting, dataset: str, needles: int, tiny: bool) -> None:
-    """Needles, all asked for in training, in books in GPT-2 tokens; or a trial in the Python reference in bytes."""
+    """Sets up needles, all asked for in training, in books (GPT-2 tokens) or, if `tiny`, Python's reference (bytes)."""
     if tiny:
         config.data.tokenizer = "bytes"
     else:
-        set_books(config)  # of which niah-1, with a haystack of its own, reads nothing
+        set_books(config)  # niah-1 has its own haystack and does not read the books
     config.data.update(dataset=dataset, num_items=needles)
     if tiny:
         set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
         shorten(config, 40)
     else:
         set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
-        config.train.eval_every = config.train.steps // 8  # an evaluation of 8,192 tokens a sample reads 1.6 M
+        config.train.eval_every = config.train.steps // 8  # an evaluation in samples of 8,192 tokens reads 1.6 M tokens
 
 
 def set_task(
     config: "ConfigDict", setting: Setting, vocab_size: int, width: int, tokens_per_update: int, learning_rate: float
 ) -> None:
-    """Sets windows, a small model, and the recipe: AdamW without weight decay, a tenth to warm up, cosine.
-
-    No sample is seen twice.
-    """
+    """Sets windows, a small model and AdamW without weight decay, with warm-up and cosine; no sample is seen twice."""
     config.model.update(
         vocab_size=vocab_size,
         d_model=width,
@@ -128,13 +125,13 @@ def set_task(
 
 
 def shorten(config: "ConfigDict", steps: int) -> None:
-    """A trial of so many updates, evaluated twice."""
+    """Shortens a run to a trial of `steps` updates, evaluated twice."""
     config.train.update(steps=steps, warmup_steps=steps // 10, eval_every=steps // 2, checkpoint_every=steps // 2)
     config.data.examples = DataConfig(**config.data).samples_before(steps, config.train.batch_size)
 
 
 def chosen(table: Mapping[str, T], name: str) -> T:
-    """The variant of a config file that `name` names, else ConfigError."""
+    """Returns the variant `name` of a config file; raises a ConfigError for an unknown name."""
     if name not in table:
         raise ConfigError("variant", name, f"must be one of {', '.join(table)}")
     return table[name]

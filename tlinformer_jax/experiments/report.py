@@ -1,6 +1,6 @@
-"""The report of runs: tables, figures, commands and definitions in one Markdown document. Without JAX.
+"""The report on runs: tables, figures, commands and definitions in one Markdown document. Does not use JAX.
 
-The same records give the same text. Conclusions are written by people, elsewhere.
+Equal records give equal text. Conclusions are written by people, elsewhere.
 """
 
 import pathlib
@@ -28,21 +28,21 @@ from tlinformer_jax.experiments.frame import (
     knee_of,
     legends,
     mean,
+    mean_and_deviation,
     points_of,
     read_records,
     table_of,
-    told,
 )
 from tlinformer_jax.experiments.job import Record
 from tlinformer_jax.experiments.retrieval import capacity_lines, length_lines, question_lines, retrieval_lines
 from tlinformer_jax.files import write_text, writing
 
-# Heading -> heading and definitions, of the sections that have some; fixed text, whatever the records.
+# Heading -> heading and definitions, for the sections that have some; the text does not depend on the records.
 TEXT = pathlib.Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: [*part.splitlines(), ""] for part in re.split(r"\n(?=##+ )", TEXT.strip())}
 LOSS = "validation loss, nats per token"
 FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
-# Columns of the table of groups: a column of the runs, and how it is told of several.
+# Columns of the table of groups: a column of the runs, and how it is aggregated over a group.
 COLUMNS = {
     "model": ("label", "first"),
     "architecture": (ARCHITECTURE, "first"),
@@ -51,8 +51,8 @@ COLUMNS = {
     "W_oh / W_total": ("share", mean("{:.3f}")),
     "B x (H + 2)": (DEPTH, "first"),
     "seeds": ("seed", joined),
-    "perplexity": (PERPLEXITY, told("{:.2f}")),
-    "bits per byte": ("validation.bits_per_byte", told("{:.3f}")),
+    "perplexity": (PERPLEXITY, mean_and_deviation("{:.2f}")),
+    "bits per byte": ("validation.bits_per_byte", mean_and_deviation("{:.3f}")),
     "tokens/s": (SPEED, mean(WHOLE)),
     "MFU": ("speed.mfu", mean("{:.1f}%", 100)),
     "wall time": ("seconds.wall", duration),
@@ -60,20 +60,20 @@ COLUMNS = {
     "cache, MB": (CACHE, mean("{:.2f}", 1e-6)),
     "device": ("device", joined),
 }
-# The same of evaluations by position.
+# Likewise for evaluations by position.
 POSITION_COLUMNS = {
     "model": ("label", "first"),
     "trained at N": (N, mean(WHOLE)),
     "evaluated at": ("done.length", mean(WHOLE)),
     "tokens": ("done.tokens", mean(WHOLE)),
     "W_og": ("config.model.generation_window", mean(WHOLE)),
-    "perplexity": ("perplexity", told("{:.2f}")),
-    "loss, first window": ("loss_first_window", told("{:.3f}")),
-    "loss, later windows": ("loss_later_windows", told("{:.3f}")),
-    "loss, start of later windows": ("start", told("{:.3f}")),
+    "perplexity": ("perplexity", mean_and_deviation("{:.2f}")),
+    "loss, first window": ("loss_first_window", mean_and_deviation("{:.3f}")),
+    "loss, later windows": ("loss_later_windows", mean_and_deviation("{:.3f}")),
+    "loss, start of later windows": ("start", mean_and_deviation("{:.3f}")),
     "tokens of the start": ("start_tokens", mean(WHOLE)),
 }
-# Columns of the table of cuts, and of that of all runs: a column, and its head.
+# Columns of the tables of cuts and of all runs: a column of the frame, and its heading.
 CUTS = {
     "label": "model",
     "distance": "rows of history left",
@@ -86,7 +86,7 @@ RUN_COLUMNS |= {"config.data.dataset": "corpus", "config.data.tokenizer": "token
 
 
 def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the report of all records in a directory, NAME.json, and its figures into `figures`."""
+    """Writes the report on all records in a directory, NAME.json, with its figures in the folder `figures`."""
     frame, figures = frame_of(read_records(folder)), out.parent / "figures"
     with writing(f"{out}:"):
         figures.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def write_report(folder: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
-    """Writes the tables of a sweep's finished points: sweep.csv by run, sweep.json by group, sweep.md to read."""
+    """Writes the tables of a sweep's finished points: sweep.csv by run, sweep.json by group, sweep.md for reading."""
     texts = {"sweep.csv": "name\n", "sweep.json": "[]\n", "sweep.md": "\n"}
     if records:
         frame = frame_of(records)
@@ -110,7 +110,7 @@ def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
 
 
 def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """The report of a frame of `frame_of`; draws its figures into a directory."""
+    """Returns the report on a frame of `frame_of`; draws its figures into a directory."""
     lines, studies = [*SECTIONS["# Results"]], dict(iter(frame.groupby("study")))
     if "architectures" in studies:
         for tokens, part in studies["architectures"].groupby("tokens"):
@@ -135,12 +135,12 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 
 
 def under(heading: str, lines: list[str]) -> list[str]:
-    """The lines under a heading of SECTIONS; nothing where there are none."""
+    """Returns lines under a heading of SECTIONS; nothing if there are no lines."""
     return [*SECTIONS[heading], *lines] if lines else []
 
 
 def group_lines(frame: pd.DataFrame) -> list[str]:
-    """A table of models, each over its seeds, then a line for each W_total whose shares of W_oh make a curve."""
+    """Returns a table of models, each over its seeds, and a line for each curve of a W_total over shares of W_oh."""
     table = counted(frame).agg(**COLUMNS)
     table.insert(8, "against Base", against_base(frame).map("{:+.1f}%".format, na_action="ignore"))
     lines = table_of(table.loc[:, table.ne("").any() & table.notna().any()])
@@ -154,14 +154,14 @@ def group_lines(frame: pd.DataFrame) -> list[str]:
 
 
 def against_base(frame: pd.DataFrame) -> pd.Series:
-    """By how many percent a group's mean perplexity is above that of the Transformer with its N, text and shape."""
+    """Returns by how many percent a group's perplexity exceeds the Transformer's with equal N, text and shape."""
     runs = counted(frame)
     means, base, ours = runs[PERPLEXITY].mean(), runs["base"].first(), runs["ours"].first()
     return (means[ours] / base[ours].map(means[~ours].groupby(base[~ours]).first()) - 1) * 100
 
 
 def loss_figure(frame: pd.DataFrame, file: pathlib.Path) -> list[str]:
-    """Validation loss against trained tokens, at each N less that of the Transformer."""
+    """Draws validation loss against trained tokens, minus that of the Transformer with the same N; returns its line."""
     points = frame[~frame["again"]].explode("history").dropna(subset="history")
     points["x"] = (points["history"].str[0] * (points["tokens"] / points["steps"]) / 1e6).round(6)
     points["y"] = points["history"].str[1].astype(float)
@@ -172,7 +172,7 @@ def loss_figure(frame: pd.DataFrame, file: pathlib.Path) -> list[str]:
 def draw_compared(
     parts: dict[str, pd.DataFrame], x_name: str, x_scale: str, file: pathlib.Path, title: str
 ) -> list[str]:
-    """Draws a panel for each part that has a curve to compare with, or all of them where none has; returns its line."""
+    """Draws a panel for each part that has a reference curve, or for all if none has; returns the figure's line."""
     panels = {name: compared(part) for name, part in parts.items()}
     with_reference = {name: panel for name, panel in panels.items() if panel[1] != LOSS}
     plot_lines(with_reference or panels, x_name, file, x_scale)
@@ -180,7 +180,7 @@ def draw_compared(
 
 
 def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Curves, means over seeds, less that of a Transformer among them or else a sliding window; and what y is."""
+    """Averages curves over seeds and subtracts a Transformer's, else a sliding window's; returns them and y's name."""
     keys = ["group", "label", ARCHITECTURE, "x"]
     points = points.groupby(keys, sort=False, as_index=False)["y"].mean()
     known = list(points[ARCHITECTURE].unique())
@@ -193,7 +193,7 @@ def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """Loss by position in the sample and in later windows, at every length that was evaluated."""
+    """Returns losses by position in the sample and in later windows, at every evaluated length."""
     parts = actions_of(frame[~frame["again"]], "evaluate", "by_position")
     if parts.empty:
         return []
@@ -223,7 +223,7 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 
 
 def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """What the history contributes; of each group the run of the first seed that was measured."""
+    """Returns what the history contributes, for the first measured seed of each group."""
     lines: list[str] = []
     measured = actions_of(frame, "history", "cuts").drop_duplicates(["group", "done.length"])
     for length, runs in measured.groupby("done.length") if len(measured) else ():
@@ -242,7 +242,7 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 
 
 def sample_lines(frame: pd.DataFrame) -> list[str]:
-    """Generated texts; of each group the run of the first seed."""
+    """Returns generated texts, for the first seed of each group."""
     lines: list[str] = []
     for _, run in actions_of(frame, "samples", "samples").drop_duplicates("group").iterrows():
         part = run["done"]
@@ -254,7 +254,7 @@ def sample_lines(frame: pd.DataFrame) -> list[str]:
 
 
 def run_lines(frame: pd.DataFrame) -> list[str]:
-    """Every run with its device, versions, tokens and seed, then the commands."""
+    """Returns a table of every run with its device, versions, tokens and seed, then the commands."""
     frame = frame.sort_index()
     table = frame[list(RUN_COLUMNS)].set_axis(RUN_COLUMNS.values(), axis=1)
     for name in ("parameters", "steps", "tokens"):
@@ -263,19 +263,19 @@ def run_lines(frame: pd.DataFrame) -> list[str]:
 
 
 def fenced(text: str) -> list[str]:
-    """Text in a block that it cannot end; control characters are spelled out."""
+    """Encloses text in a code block that the text cannot end; control characters are spelled out."""
     plain = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", plain)), default=0))
     return [f"{fence}text", plain, fence, ""]
 
 
 def titled(name: str) -> str:
-    """The title of a figure from the name of its file."""
+    """Makes a figure's title from its file name."""
     return name.replace("_", " ").capitalize()
 
 
 def _binned(parts: pd.DataFrame, bins: str, losses: str) -> pd.DataFrame:
-    """The loss of each run in each bin, at the middle of the bin."""
+    """Returns the loss of each run in each bin, at the middle of the bin."""
     points = parts[["group", "label", ARCHITECTURE]].assign(
         x=parts[bins].map(lambda part: (np.asarray(part["edges"][:-1]) + part["edges"][1:] - 1) / 2),
         y=parts[bins].map(lambda part: part[losses]),

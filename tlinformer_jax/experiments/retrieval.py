@@ -1,6 +1,6 @@
-"""The report's part on tasks with answers: how many runs found them, how soon, and what is right where.
+"""The report's section on tasks with answers: how many runs found them, how soon, and with which accuracy where.
 
-Whether a run finds the answers is a matter of luck as well: runs are counted and listed, and no mean is taken.
+Whether a run finds the answers depends on chance too, so runs are counted and listed, not averaged.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from tlinformer_jax.experiments.frame import (
     table_of,
 )
 
-PARTS = 8  # of a sample, in the table by position of the question
+PARTS = 8  # bins of a sample in the table by position of the question
 LEAST_POINTS = 3  # of a capacity curve
 RUN = ["model", "learning rate", "seed"]
 SHARES = ["answers right", "source in window", "in W_oh", "before W_oh"]
@@ -36,7 +36,7 @@ ACCURACY, FOUND_RUNS = "reported.accuracy", f"runs ≥ {FOUND}"
 
 
 def retrieval_lines(frame: pd.DataFrame) -> list[str]:
-    """Two tables for each setting: how many runs found the answers, by model and learning rate; and every run."""
+    """Returns two tables for each setting: runs that found the answers, by model and learning rate, and all runs."""
     lines: list[str] = []
     for setting, part in _by_setting(frame):
         runs = counted(part)
@@ -54,7 +54,7 @@ def retrieval_lines(frame: pd.DataFrame) -> list[str]:
 
 
 def _finding(runs: pd.DataFrame) -> pd.Series:
-    """How many of a group's runs found the answers, and when."""
+    """Returns how many of a group's runs found the answers, and when."""
     right = runs[ACCURACY].dropna()
     found = int((right >= FOUND).sum())
     cells = [f"{found} of {len(right)}", wilson_interval(found, len(right)), median_update(runs)]
@@ -62,18 +62,18 @@ def _finding(runs: pd.DataFrame) -> pd.Series:
 
 
 def _known_columns(table: pd.DataFrame) -> list[str]:
-    """The table without updates of finding, where no record has them."""
+    """Returns the table without the columns of updates if no record has them."""
     unknown = [name for name in ("median update", "found at") if name in table and table[name].eq("").all()]
     return table_of(table.drop(columns=unknown))
 
 
 def wilson_interval(found: int, runs: int) -> str:
-    """The Wilson interval, at 95%, of the share of runs that find the answers; '' of no runs."""
+    """Returns the 95% Wilson interval for the fraction of runs that find the answers; '' if there are no runs."""
     return "{:.2f} to {:.2f}".format(*binomtest(found, runs).proportion_ci(0.95, "wilson")) if runs else ""
 
 
 def median_interval(shares: pd.Series) -> tuple[float, float]:
-    """The bootstrap's 95% interval of the median over seeds; NaN of a single one. The same values give the same."""
+    """Returns the 95% bootstrap interval of the median over seeds, NaN for a single seed; it is deterministic."""
     if len(shares) < 2:
         return np.nan, np.nan
     sample = (shares.to_numpy(float),)
@@ -82,7 +82,7 @@ def median_interval(shares: pd.Series) -> tuple[float, float]:
 
 
 def capacity_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """Right answers against pairs, and against W_oh, of models that differ in nothing else at three points or more."""
+    """Compares accuracy with pairs, and with W_oh, for models that differ in nothing else at three points or more."""
     lines, drawn = [], {}
     for field, x_name in CAPACITY.items():
         points = _capacity_points(frame, field)
@@ -105,7 +105,7 @@ def capacity_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 
 
 def _capacity_points(frame: pd.DataFrame, field: str) -> pd.DataFrame:
-    """A row for each point of each curve along a field, as `plot_capacity` takes them, and what `_finding` says."""
+    """Makes a row of each point of the curves along a field, for `plot_capacity`, with the columns of `_finding`."""
     x, known = f"at.{field}", frame[~frame["again"]].dropna(subset=ACCURACY)
     if field.startswith("model."):
         known = known[~known[ARCHITECTURE].isin(("transformer", *RECURRENT)) & known[x].ne("auto")]
@@ -118,7 +118,7 @@ def _capacity_points(frame: pd.DataFrame, field: str) -> pd.DataFrame:
             row |= {"median": runs[ACCURACY].median(), "low": low, "high": high, "runs": sorted(runs[ACCURACY])}
             rows.append(row | _finding(runs).to_dict())
     points = pd.DataFrame(rows)
-    if len(points):  # curves of one model in several settings are told apart by the first point of each
+    if len(points):  # name the first point of each curve if one model has curves in several settings
         several = points.groupby("label")["key"].transform("nunique") > 1
         firsts = points.groupby("key")["setting"].transform("first")
         points["label"] = points["label"].where(~several, points["label"] + "; first " + firsts)
@@ -126,7 +126,7 @@ def _capacity_points(frame: pd.DataFrame, field: str) -> pd.DataFrame:
 
 
 def question_lines(frame: pd.DataFrame) -> list[str]:
-    """Right answers by the position of the question, of every run whose questions stand in several bins."""
+    """Returns accuracies by position of the question, for every run with questions in several bins."""
     lines: list[str] = []
     for setting, part in _by_setting(frame):
         bounds = [part[N].iloc[0] * number // PARTS for number in range(PARTS + 1)]
@@ -144,7 +144,7 @@ def question_lines(frame: pd.DataFrame) -> list[str]:
 
 
 def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """Right answers by length and depth, of every run that was evaluated at several lengths."""
+    """Returns accuracies by length and depth, for every run that was evaluated at several lengths."""
     lines: list[str] = []
     for number, (setting, part) in enumerate(_by_setting(frame), 1):
         tables, maps = [], {}
@@ -177,7 +177,7 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 
 
 def _by_setting(frame: pd.DataFrame) -> Any:
-    """The runs of each setting by model, learning rate and seed, with these as the report names them."""
+    """Groups runs by setting, sorted by model, learning rate and seed, with these in the report's format."""
     rate = "config.train.learning_rate"
     frame = frame.sort_values(["setting", "model", rate, "seed", "again"])
     seeds = frame["seed"].astype(str) + frame["again"].map({True: ", again", False: ""})
@@ -185,6 +185,6 @@ def _by_setting(frame: pd.DataFrame) -> Any:
 
 
 def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:
-    """Right answers over answers, NaN where there are none."""
+    """Returns correct answers over all answers, NaN if there are none."""
     sums = counts.groupby(by)[["right", "answers"]].sum()
     return sums["right"] / sums["answers"]

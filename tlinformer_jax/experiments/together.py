@@ -1,8 +1,8 @@
-"""Trains runs that differ in seed and learning rate alone as one program, side by side on one device.
+"""Trains runs that differ only in seed and learning rate as one program, side by side on one device.
 
-A small model leaves a GPU idle: its kernels take less time than their start. `jax.vmap` makes each kernel work for all
-copies, and the program is compiled once. Copies share nothing but the program. A copy that reaches
-`train.stop_at_accuracy` keeps the parameters of that evaluation. No checkpoints are saved.
+A small model leaves a GPU idle: its kernels take less time than their launch. `jax.vmap` makes each kernel compute all
+copies, and the program is compiled once. Copies share only the program. A copy that reaches `train.stop_at_accuracy`
+keeps its parameters of that evaluation. No checkpoints are saved.
 """
 
 import contextlib
@@ -37,19 +37,18 @@ from tlinformer_jax.training.setup import PENDING, Run, TrainedRun, build_run, t
 from tlinformer_jax.training.step import batch_gradient, compiler_options, init_state
 from tlinformer_jax.training.workdir import sole_run
 
-# An update, and the validation figures after it.
-Evaluated = tuple[int, dict[str, float]]
+Evaluated = tuple[int, dict[str, float]]  # an update, and the validation figures after it
 
 
 @flax.struct.dataclass
 class Copies:
-    """The training state of all copies, their number first in every shape.
+    """The training state of all copies; the copies are the first axis of every array.
 
     Attributes:
       params, opt_state: as in `TrainState`.
       rates: peak learning rates.
-      ended: params at the evaluation that ended a copy; until then those of the last evaluation.
-      ended_at: its update, 0 while the copy goes on.
+      ended: params at the evaluation that ended a copy; before that, those of the last evaluation.
+      ended_at: update of that evaluation; 0 while the copy continues.
     """
 
     params: Any
@@ -65,7 +64,7 @@ class Copies:
 def update_copies(
     copies: Copies, batches: dict[str, Array], step: Int[Array, ""], *, run: Run
 ) -> tuple[Copies, Float[Array, " copies"]]:
-    """One update of every copy, and their losses; a copy whose loss or gradient is not finite stays as it is."""
+    """Updates every copy and returns the losses; a copy whose loss or gradient is not finite stays unchanged."""
     config = dataclasses.replace(run.config.train, learning_rate=1.0)  # the optimiser's updates are linear in it
     optimizer = build_optimizer(config, run.horizon)
 
@@ -85,7 +84,7 @@ def update_copies(
 
 
 def end_copies(copies: Copies, reached: Bool[Array, " copies"], step: Int[Array, ""]) -> Copies:
-    """Ends the copies that have `reached` the goal at this evaluation."""
+    """Ends the copies that have `reached` the accuracy at this evaluation."""
     going = copies.ended_at == 0
 
     def kept(new: Array, old: Array) -> Array:
@@ -96,7 +95,7 @@ def end_copies(copies: Copies, reached: Bool[Array, " copies"], step: Int[Array,
 
 
 def first_copies(run: Run, jobs: Sequence[Job]) -> Copies:
-    """All copies before their first update, each as its seed makes it."""
+    """Returns all copies before their first update, each initialised with its seed."""
     keys = jnp.stack([jax.random.key(job.config.train.seed) for job in jobs])
     init = functools.partial(init_state, model=run.model, config=run.config.train, horizon=run.horizon)
     state = jax.jit(jax.vmap(init))(keys)
@@ -109,9 +108,9 @@ def first_copies(run: Run, jobs: Sequence[Job]) -> Copies:
 
 
 def train_together(jobs: Sequence[Job]) -> list[Record]:
-    """Trains jobs of one group (see `plan.groups_of`) and carries out their actions; returns their records.
+    """Trains jobs of one group (see `plan.groups_of`) and performs their actions; returns their records.
 
-    A group that was interrupted starts again. ConfigError for what `plan.check_together` refuses.
+    An interrupted group starts again. Raises a ConfigError if `plan.check_together` does.
     """
     config, actions = jobs[0].config, jobs[0].actions
     check_together(config)
@@ -129,7 +128,7 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
         records = []
         for number, (job, history) in enumerate(zip(jobs, evaluations)):
             own = dataclasses.replace(run, config=job.config)
-            own.__dict__["eval_step"] = run.eval_step  # cached: the same program for all
+            own.__dict__["eval_step"] = run.eval_step  # fills the cached property: all copies use the same program
             params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.ended)
             trained = TrainedRun(own, params, history[-1][0])
             speeds = {"tokens_per_second": speed / len(jobs)}
@@ -150,7 +149,7 @@ def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
 
 
 def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[Copies, list[list[Evaluated]], float]:
-    """The copies when all have ended, the evaluations of each, and tokens a second of all copies together."""
+    """Trains until all copies have ended; returns them, each one's evaluations, and their summed tokens per second."""
     train, options = run.config.train, compiler_options(run.config.train)
     update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, compiler_options=options)
     end = jax.jit(end_copies, donate_argnums=0)
@@ -176,7 +175,7 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
             for history, each, goes in zip(evaluations, figures, going):
                 if goes:
                     history.append((steps[-1] + 1, each))
-            goal = train.stop_at_accuracy or math.inf  # which only tasks have
+            goal = train.stop_at_accuracy or math.inf  # only tasks have such a goal
             reached = np.array([each.get("accuracy", 0.0) >= goal for each in figures])
             copies = end(copies, jnp.asarray(reached), jnp.int32(steps[-1] + 1))
             shown = "accuracy" if "accuracy" in figures[0] else "loss"
@@ -190,7 +189,7 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
 def _evaluated(
     run: Run, evaluate: Callable[[Any, Any], Any], params: Any, split: Split, count: int
 ) -> list[dict[str, float]]:
-    """The figures of a split for each of `count` copies."""
+    """Returns the figures of a split for each of `count` copies."""
     length = run.config.data.sequence_length
     size = run.evaluation_batch_size(length, num_samples(split, length))
     totals: dict[str, Any] = {}

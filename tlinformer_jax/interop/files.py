@@ -1,4 +1,4 @@
-"""Files of weights: `.safetensors`, and `.pt` of `torch.save` (read only). Nothing of a file is executed."""
+"""Files of weights: `.safetensors`, and `.pt` of `torch.save` (read only). No content of a file is executed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tlinformer_jax.errors import ConfigError, DataError
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pt", ".pth")
-# Where a training script's checkpoint keeps the model beside its optimiser, and what wrappers put before every name.
+# Keys under which training scripts store the model beside the optimiser, and prefixes that wrappers add to names.
 MODEL_KEYS = ("model_state_dict", "state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")
 # Fields of a model's configuration that decide its function.
@@ -22,12 +22,12 @@ SHAPE = (
     "architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "history_window",
     "generation_window", "dropout",
 )  # fmt: skip
-# Those that are written where they are not what a model has without them.
+# Fields that are written only if they differ from the default.
 OPTIONAL, PLAIN = ("token_shift", "longest_wavelength", "window_overlap", "num_experts"), ModelConfig()
 
 
 def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a file under their names, in its dtypes; prefixes of wrappers are taken off."""
+    """Reads the arrays of a file by name, in the file's dtypes; removes prefixes of wrappers."""
     if path.suffix not in (SAFETENSORS, *TORCH):
         raise DataError(f"{path}: must end in {SAFETENSORS}, {' or '.join(TORCH)}")
     try:
@@ -42,9 +42,9 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], model: ModelConfig | None = None) -> None:
-    """Writes a new file that is complete as soon as it has its name.
+    """Writes a new file, which appears under its name only when complete.
 
-    Its metadata say what `model` it is of, for `pytorch.from_safetensors`.
+    Its metadata describe `model`, for `pytorch.from_safetensors`.
     """
     numpy = _safetensors()
     if path.exists():
@@ -60,7 +60,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], mode
     try:
         numpy.save_file(dict(arrays), draft, metadata=metadata)
         draft.replace(path)
-    except Exception as error:  # safetensors wraps the operating system's errors in one of its own
+    except Exception as error:  # safetensors wraps the operating system's errors in its own type
         raise DataError(f"{path}: cannot be written ({error})") from None
     finally:
         draft.unlink(missing_ok=True)
@@ -81,12 +81,12 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     numpy = _safetensors()
     try:
         return numpy.load_file(path)
-    except Exception as error:  # the package's own class derives from Exception alone
+    except Exception as error:  # the package's error type is a direct subclass of Exception
         raise DataError(f"{path}: not a sound safetensors file ({error})") from None
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The state_dict of a file of `torch.save`: a zip archive, whose checksums are verified."""
+    """Reads the state_dict from a file of `torch.save`: a zip archive, whose checksums are verified."""
     try:
         import torch
     except ImportError:
@@ -121,7 +121,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 
 
 def _state_dict(loaded: Any, kind: type, path: pathlib.Path) -> dict[str, Any]:
-    """The names and tensors of a model: all, or those under one of MODEL_KEYS."""
+    """Returns a model's names and tensors: all of `loaded`, or those under one of MODEL_KEYS."""
     held = f"a {type(loaded).__name__}"
     if isinstance(loaded, dict):
         found = next((loaded[key] for key in MODEL_KEYS if isinstance(loaded.get(key), dict)), loaded)

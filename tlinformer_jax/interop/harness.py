@@ -26,7 +26,7 @@ from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_h
 
 
 def _fail(error: UserError) -> NoReturn:
-    """Raises the error, or as a command prints it and ends."""
+    """Raises the error, or in a command prints it and exits."""
     if __name__ != "__main__":
         raise error from None
     print(f"error: {error}", file=sys.stderr)
@@ -40,7 +40,7 @@ except ImportError:
     needed = "needs the package lm-eval: pip install 'tlinformer-jax[lm-eval]'"
     _fail(UserError(f"tlinformer_jax.interop.harness: {needed}"))
 
-# What a task may say of a generation; `Generator.run` has the same names.
+# Options that a task may set for a generation; `Generator.run` has the same names.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -57,9 +57,9 @@ class HarnessModel(TemplateLM):
         max_gen_toks: int = 256,
         **others: Any,
     ) -> None:
-        """Loads the newest good checkpoint, or that of `step`; `others` is what lm-eval hands to every model.
+        """Loads the newest intact checkpoint, or the one at `step`; `others` are arguments that all models get.
 
-        A sample has `max_length` tokens (None: as in training), a continuation `max_gen_toks` unless a task says.
+        A sample has `max_length` tokens (None: as in training), a continuation `max_gen_toks` unless a task sets it.
         """
         super().__init__()
         trained = load_run(workdir, step)
@@ -74,11 +74,11 @@ class HarnessModel(TemplateLM):
         self._named = f"{workdir}, step {trained.step}"
 
     @property
-    def eot_token_id(self) -> int:  # stands before a text, as in training
+    def eot_token_id(self) -> int:  # precedes a text, as in training
         return self._tokens.end_of_text
 
     @property
-    def tokenizer_name(self) -> str:  # in lm-eval's cache of requests
+    def tokenizer_name(self) -> str:  # part of lm-eval's cache keys
         return self._tokens.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):
         return {"model_name": self._named, "max_length": self.max_length}
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text, in samples as of `evaluate --text_file`."""
+        """Returns the log-probability of each text, in samples like those of `evaluate --text_file`."""
         samples, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
             tokens = [self.eot_token_id, *self.tok_encode(text)]
@@ -103,7 +103,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **others: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation; whether it is the likeliest."""
+        """Returns the log-probability of each continuation, and whether it is the likeliest."""
         lengths = [len(continuation) for _, _, continuation in requests]
         samples = [
             [*context, *continuation][-(max(self.max_length, length) + 1) :]
@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
         ]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context up to one of the task's stop strings."""
+        """Continues each context up to one of the task's stop strings."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -131,7 +131,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _generation_options(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `Generator.run` for what a task asks; greedy by default."""
+        """Converts a task's options to those of `Generator.run`; greedy by default."""
         until = asked.get("until") or []
         options = {name: value for name, value in asked.items() if name in SAMPLING and value is not None}
         if not asked.get("do_sample", bool(options.get("temperature"))):
@@ -152,9 +152,9 @@ class HarnessModel(TemplateLM):
         return Generator(self._model, self._variables, self._tokens)
 
     def _scores(self, samples: Sequence[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For every token of a sample but the first its loss in nats, and whether it is the likeliest.
+        """Returns, for every token of a sample but the first, its loss in nats and whether it is the likeliest.
 
-        Samples of similar lengths are computed together, padded to a power of two: few programs are compiled.
+        Samples of similar lengths are computed together, padded to a power of two, so that few programs are compiled.
         """
         found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0, bool))] * len(samples)
         order = sorted((n for n, sample in enumerate(samples) if len(sample) > 1), key=lambda n: -len(samples[n]))
@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM):
 def _losses_and_hits(
     model: LanguageModel, variables: Mapping[str, Any], tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of [batch, length + 1] tokens, but the first of each row."""
+    """Returns the losses and hits of tokens [batch, length + 1] but the first of each row."""
     hidden: Any = model.apply(variables, tokens[:, :-1], method=model.hidden_states)
     return token_losses_and_hits(hidden, variables["params"]["embedding"], tokens[:, 1:], LOSS_CHUNK)
 

@@ -1,4 +1,4 @@
-"""The four models in PyTorch, in one file that needs nothing but torch: copy it to where it is used.
+"""The four models in PyTorch, in one file that needs only torch, so that it can be copied to where it is used.
 
 A model trained with tlinformer_jax, written by `tlinformer convert --workdir=DIR --to=model.safetensors`:
 
@@ -8,8 +8,8 @@ A model trained with tlinformer_jax, written by `tlinformer convert --workdir=DI
     logits = model(tokens)  # int64 [batch, length] -> float32 [batch, length, V]
     longer = model.generate(tokens, max_new_tokens=100)  # greedy
 
-Parameters have the names that are in the file, so `torch.save(model.state_dict(), "model.pt")` makes a file that
-`tlinformer convert --from=model.pt` takes back. This is the model to read and to use, not the fastest one.
+Parameters have the names in the file, so `torch.save(model.state_dict(), "model.pt")` makes a file that
+`tlinformer convert --from=model.pt` reads back. This version is easy to read and to use, not the fastest.
 """
 
 import dataclasses
@@ -23,26 +23,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
-# The token shift's vector is this times its parameter, so that a small learning rate moves it.
+# The token shift's vector is its parameter times this factor, so that a small learning rate changes it enough.
 SHIFT_SCALE = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Shape of a model; fields of tlinformer_jax's `ModelConfig` by the same names."""
+    """Shape of a model; its fields have the names of tlinformer_jax's `ModelConfig`."""
 
-    architecture: str  # of ARCHITECTURES
+    architecture: str  # one of ARCHITECTURES
     vocab_size: int  # V
     d_model: int  # D, the width
     num_heads: int  # of attention, each of d_h = D / num_heads features
     num_blocks: int  # B
     hidden_depth: int  # H, layers of a block between `compress` and `restore`
     d_ff: int  # width of the feed-forward
-    history_window: int | str  # W_oh, rows of the compressed history, or 'auto', which grows with it
-    generation_window: int  # W_og, tokens that are predicted together
+    history_window: int | str  # W_oh, rows of the compressed history; 'auto' grows with the history
+    generation_window: int  # W_og, tokens per window
     dropout: float = 0.0  # in training, on attention weights and on the feed-forward's output
-    token_shift: bool = False  # the first layer's keys add a multiple of the embedding before
-    longest_wavelength: int = 0  # feature pairs that take more positions to turn once are not rotated; 0: all are
+    token_shift: bool = False  # the first layer's keys add a multiple of the previous token's embedding
+    longest_wavelength: int = 0  # do not rotate feature pairs that need more positions for a full turn; 0: rotate all
     window_overlap: int = 0  # o; later windows also run the o tokens before them
 
     def __post_init__(self) -> None:
@@ -60,15 +60,15 @@ class Config:
 
     @property
     def reach(self) -> int | None:
-        """Positions that a query of a baseline sees; None for all before it."""
+        """Number of positions that a query of a baseline can read; None for all before it."""
         return int(self.history_window) + self.generation_window if self.architecture == "sliding_window" else None
 
     def window_start(self, position: int) -> int:
-        """n, the first row that runs in the window which predicts from a position."""
+        """Returns n, the first row that runs in the window that predicts from `position`."""
         return max(0, position - position % self.generation_window - self.window_overlap)
 
     def observed_start(self, n: int) -> int:
-        """h, the first of the last W_oh rows of n."""
+        """Returns h, the first of the last W_oh of n rows."""
         width = self.history_window
         if width == "auto":
             width = 8 * math.floor((12 * math.log(n) + 7) / 8) if n else 0
@@ -83,23 +83,23 @@ class KeyValue(NamedTuple):
 
 
 def attend(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Exact softmax attention; 0 where there are no keys."""
+    """Computes exact softmax attention; 0 if there are no keys."""
     if K.shape[-2] == 0:
         return torch.zeros_like(Q)
     return F.scaled_dot_product_attention(Q, K, V, mask, dropout)
 
 
 def attend_causal(Q: Tensor, K: Tensor, V: Tensor, reach: int | None = None, dropout: float = 0.0) -> Tensor:
-    """The same for queries of the last rows of K: each sees `reach` rows up to its own."""
+    """Computes attention for queries of the last rows of K, each of which reads `reach` rows up to its own."""
     rows = torch.arange(K.shape[-2], device=K.device)
     distance = rows[K.shape[-2] - Q.shape[-2] :, None] - rows
     return attend(Q, K, V, (distance >= 0) & (distance < (reach or len(rows) + 1)), dropout)
 
 
 def rotations(config: Config, length: int, start: int = 0) -> Tensor:
-    """Cosines and sines of RoPE's angles at positions start .. length - 1: [2, positions, d_h / 2].
+    """Returns cosines and sines of RoPE's angles at positions start .. length - 1: [2, positions, d_h / 2].
 
-    In float64, because at a million positions a float32 angle is off by 0.05.
+    Uses float64, because at a million positions a float32 angle is off by 0.05.
     """
     width = config.d_model // config.num_heads
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -110,7 +110,7 @@ def rotations(config: Config, length: int, start: int = 0) -> Tensor:
 
 
 def rotate(heads: Tensor, rope: Tensor) -> Tensor:
-    """Turns features 2i and 2i + 1 of [..., rows, d_h] as the pair i, in float32."""
+    """Rotates features 2i and 2i + 1 of [..., rows, d_h] as pair i, in float32."""
     cos, sin = rope.to(heads.device, torch.float32)
     first, second = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(heads)
@@ -130,7 +130,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """The one layer of every role in every architecture, in two functions."""
+    """The layer that all architectures use in every role, as two functions."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -143,12 +143,12 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def project(self, u: Tensor, rope: Tensor, key_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K, V [batch, heads, rows, d_h], Q and K rotated; keys of `key_rows`, if given."""
+        """Returns Q, K, V [batch, heads, rows, d_h], Q and K rotated; K is made from `key_rows` if given."""
         Q, K, V = self.qkv_proj(self.norm1(u)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return rotate(Q, rope), rotate(K, rope) if key_rows is None else self.project(key_rows, rope)[1], V
 
     def update(self, u: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, then feed-forward, each added to its input."""
+        """Applies output projection and feed-forward, each added to its input."""
         v = u + self.out_proj(attended.transpose(1, 2).flatten(-2))
         return v + self.dropout(self.ffn(self.norm2(v)))
 
@@ -158,12 +158,12 @@ class Layer(nn.Module):
 
 
 def layers_of(module: nn.Module) -> list[Layer]:
-    """Its layers, in the order in which they are run."""
+    """Lists a module's layers in the order in which they run."""
     return [part for part in module.modules() if isinstance(part, Layer)]
 
 
 class Stream(NamedTuple):
-    """Rows of one of the block's streams C, z and x, with their projections under the layer that reads them."""
+    """Rows of one of the block's streams C, z and x, with their projections in the layer that reads them."""
 
     rows: Tensor
     Q: Tensor
@@ -175,19 +175,19 @@ class Stream(NamedTuple):
         return cls(rows, *layer.project(rows, rope, key_rows))
 
     def after(self, h: int) -> "Stream":
-        """The rows from h on."""
+        """Returns the rows from h on."""
         return Stream(self.rows[:, h:], self.Q[:, :, h:], self.K[:, :, h:], self.V[:, :, h:])
 
 
 # The three kinds of layer, section 3 of the paper: C is the history, z its compressed observation window, x the
-# generation window. In the first window there is no history, and attention to no keys is 0.
+# generation window. The first window has no history, and attention to no keys is 0.
 
 
 def compress(layer: Layer, C: Stream, z: Stream, x: Stream, x_reads_C: bool = True) -> tuple[Tensor, Tensor]:
     """z = update(C[h:], attend(Qc[h:], Kc, Vc))
     x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
 
-    z is handed in as rows h .. n - 1 of C. TConstFormer's x does not read C.
+    The argument z has rows h .. n - 1 of C. TConstFormer's x does not read C.
     """
     p = layer.attention_dropout
     z_attends = attend(z.Q, C.K, C.V, dropout=p)
@@ -208,7 +208,7 @@ def hidden(layer: Layer, z: Stream, x: Stream) -> tuple[Tensor, Tensor]:
 
 
 def restore(layer: Layer, C: Stream, z: Stream, x: Stream) -> tuple[Tensor, Tensor]:
-    """C' = update(C, attend(Qc, Kz, Vz)), where Qc is the query that `compress` made
+    """C' = update(C, attend(Qc, Kz, Vz)), where Qc is the query of `compress`
     x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
     """
     p = layer.attention_dropout
@@ -218,7 +218,7 @@ def restore(layer: Layer, C: Stream, z: Stream, x: Stream) -> tuple[Tensor, Tens
 
 
 class Block(nn.Module):
-    """`compress`, H times `hidden`, `restore`."""
+    """A `compress` layer, H `hidden` layers, and a `restore` layer."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -230,10 +230,9 @@ class Block(nn.Module):
     def forward(
         self, C: Tensor, x: Tensor, rope: Tensor, last: bool, key_rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[KeyValue]]:
-        """The next C [batch, n, D] and x [batch, m, D], and what x reads of the history in each layer.
+        """Returns the next C [batch, n, D] and x [batch, m, D], and what x reads of the history in each layer.
 
-        `rope` and `key_rows`, of which the first block's keys are made, are of all n + m rows. Nobody reads the last
-        block's C: it has no rows.
+        `rope` and `key_rows`, from which the first block makes its keys, have all n + m rows. The last C has none.
         """
         config, (first, *middle, final) = self.config, layers_of(self)
         n, h = C.shape[1], config.observed_start(C.shape[1])
@@ -255,7 +254,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tied embedding, blocks or layers, final LayerNorm, head."""
+    """A language model: tied embedding, blocks or layers, final LayerNorm, head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -268,7 +267,7 @@ class LanguageModel(nn.Module):
         head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         head.weight = self.embedding.weight
         self.transformer = nn.ModuleDict({"transformer_layers": layers, "norm": norm, "lm_head": head})
-        # As the paper: normal with 0.02, less for what is added to the residual; biases 0.
+        # As in the paper: normal with 0.02, less for what is added to the residual stream; biases 0.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 residual = name.endswith(("qkv_proj.weight", "out_proj.weight", "w2.weight"))
@@ -277,7 +276,7 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, length, V]; row i predicts token i + 1."""
+        """Returns logits [batch, length, V]; row i predicts token i + 1."""
         embedded, rope = self.embedding(tokens), rotations(self.config, tokens.shape[1])
         if self.config.windowed:
             size, windows = self.config.generation_window, []
@@ -292,13 +291,13 @@ class LanguageModel(nn.Module):
         return self._head(x)
 
     def _key_rows(self, embedded: Tensor) -> Tensor | None:
-        """What the first layer's keys are made of with a token shift."""
+        """Returns the rows from which the first layer's keys are made with a token shift; None without one."""
         if not self.config.token_shift:
             return None
         return embedded + SHIFT_SCALE * self.token_shift * F.pad(embedded, (0, 0, 1, 0))[:, :-1]
 
     def _window(self, embedded: Tensor, n: int, rope: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """Rows n, n + 1, ... after the history of n rows, through all blocks."""
+        """Runs rows n, n + 1, ... after the history of n rows through all blocks."""
         C, x, key_rows = embedded[:, :n], embedded[:, n:], self._key_rows(embedded)
         read: list[KeyValue] = []
         for index, block in enumerate(part for part in self.modules() if isinstance(part, Block)):
@@ -312,7 +311,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int) -> Tensor:
-        """The tokens [batch, length >= 1] and after them the likeliest ones."""
+        """Continues tokens [batch, length >= 1] with the likeliest ones."""
         start = None
         for _ in range(max_new_tokens):
             last = tokens.shape[1] - 1
@@ -324,7 +323,7 @@ class LanguageModel(nn.Module):
         return tokens
 
     def _slide(self, history: Tensor) -> tuple[list[KeyValue], list[KeyValue]]:
-        """For each layer what the next window reads; and the window's own: nothing yet."""
+        """Returns what the next window reads in each layer, and the window's own keys and values: none yet."""
         embedded, n, heads = self.embedding(history), history.shape[1], self.config.num_heads
         empty = embedded.new_zeros(len(history), heads, 0, embedded.shape[-1] // heads)
         none = [KeyValue(empty, empty)] * self.config.num_layers
@@ -333,11 +332,11 @@ class LanguageModel(nn.Module):
     def _step(
         self, tokens: Tensor, position: int, read: list[KeyValue], own: list[KeyValue]
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Logits [batch, 1, V] after tokens, new from `position` on, and the window's keys and values with theirs.
+        """Returns logits [batch, 1, V] after the tokens, new from `position` on, and the window's keys and values.
 
-        The second line of each of the three equations, and a baseline's only one.
+        This is the second line of each of the three equations, and a baseline's only one.
         """
-        first = max(position - 1, 0)  # the token shift reads the token before the new ones
+        first = max(position - 1, 0)  # the token shift reads the token before the new tokens
         embedded, rope = self.embedding(tokens[:, first:]), rotations(self.config, tokens.shape[1], position)
         x, key_rows, kept = embedded[:, position - first :], self._key_rows(embedded), []
         key_rows = None if key_rows is None else key_rows[:, position - first :]
@@ -351,7 +350,7 @@ class LanguageModel(nn.Module):
 
 
 def from_safetensors(path: str | pathlib.Path, config: Config | None = None) -> LanguageModel:
-    """The model that `tlinformer convert --to` has written; `config` is for a file that does not say."""
+    """Loads a model that `tlinformer convert --to` wrote; give `config` if the file has none."""
     metadata, arrays = read_safetensors(path)
     if config is None:
         if "tlinformer" not in metadata:
@@ -369,7 +368,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path: str | pathlib.Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and arrays: 8 bytes with the header's length, JSON, the arrays' bytes."""
+    """Reads metadata and arrays: 8 bytes with the header's length, JSON, the arrays' bytes."""
     data = torch.from_file(str(path), size=pathlib.Path(path).stat().st_size, dtype=torch.uint8)
     length = int.from_bytes(bytes(data[:8].tolist()), "little")
     arrays, name = {}, "its header"

@@ -1,7 +1,7 @@
-"""The published checkpoint's names and layouts, to and from this library's parameters.
+"""Converts between the published checkpoint's names and layouts and this library's parameters.
 
-The published matrices are [out, in]; w1 and w3 of the feed-forward, separate there, are `gate_up_kernel` here. The tied
-table appears twice there. The token shift, experts and Gated DeltaNet's layers are no published model's.
+Published matrices are [out, in]. The feed-forward's w1 and w3 are separate there, and one `gate_up_kernel` here. The
+tied table occurs twice there. No published model has the token shift, experts or Gated DeltaNet layers.
 """
 
 import functools
@@ -22,10 +22,10 @@ FINAL_NORM = {"norm_scale": "transformer.norm.weight", "norm_bias": "transformer
 
 
 def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Flax variables for `build_model(config).apply`, in float32, from a published checkpoint.
+    """Returns Flax variables for `build_model(config).apply`, in float32, from a published checkpoint.
 
-    The tied head may be left out. A DataError lists every missing, extra, misshapen or contradicting entry, and every
-    one that holds other things than finite numbers.
+    The tied head may be missing. Raises a DataError that lists every missing, extra, misshapen or contradicting entry,
+    and every entry with values that are not finite numbers.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
     shapes = reference_shapes(config)
@@ -54,7 +54,7 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
 
 
 def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Published names to float32 arrays, both tied entries included."""
+    """Maps published names to float32 arrays, including both tied entries."""
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), variables["params"])
     arrays = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
     arrays |= {theirs: params[ours] for ours, theirs in FINAL_NORM.items()}
@@ -67,7 +67,7 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
 
 
 def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
-    """For every layer its path in the Flax parameters and its published prefix."""
+    """Returns each layer's path in the Flax parameters and its published prefix."""
     top = "transformer.transformer_layers"
     if not config.windowed:
         return [((f"layers_{i}",), f"{top}.{i}.") for i in range(config.num_layers)]
@@ -78,7 +78,7 @@ def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
 
 
 def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Published names and shapes of a model's parameters."""
+    """Returns published names and shapes of a model's parameters."""
     table = (config.vocab_size, config.d_model)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, HEAD: table}
     shapes |= dict.fromkeys((*FINAL_NORM.values(), *(SHIFT,) * config.token_shift), (config.d_model,))
@@ -88,9 +88,9 @@ def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Of layer `index`'s arrays: published name -> our name, our shape, published shape.
+    """Maps layer `index`'s published names to (our name, our shape, published shape).
 
-    Transposed, a published array has our order of numbers. For 'gate', 'up' and 'down' see `_joined`.
+    A published array has our order of numbers after transposition. For 'gate', 'up' and 'down' see `_joined`.
     """
     width, inner, heads = config.d_model, config.feed_forward_dim, (config.num_heads, config.head_dim)
     mixer: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
@@ -129,12 +129,12 @@ def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple
 
 
 def _experts(config: ModelConfig) -> list[str]:
-    """Prefixes of the names of each expert's arrays; '' for an only feed-forward."""
+    """Returns the prefixes of each expert's names; '' for a single feed-forward."""
     return [f"experts.{number}." for number in range(config.num_experts)] if config.mixture else [""]
 
 
 def _joined(layer: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """A layer's parameters: 'gate' and 'up' of all experts are in one array."""
+    """Returns a layer's parameters with 'gate' and 'up' of all experts in one array."""
     experts = _experts(config)
     gate_up = [np.stack([layer.pop(f"{expert}gate"), layer.pop(f"{expert}up")], axis=1) for expert in experts]
     down = [layer.pop(f"{expert}down") for expert in experts]
@@ -144,7 +144,7 @@ def _joined(layer: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def _apart(layer: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `_joined`."""
+    """Inverts `_joined`."""
     if config.mixture:
         gate_up, down = layer["experts_gate_up_kernel"], layer["experts_down_kernel"]
     else:
@@ -157,7 +157,7 @@ def _apart(layer: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str:
-    """What is wrong with the values of an array of the right shape."""
+    """Says what is wrong with the values of an array of the right shape; '' if nothing is."""
     if array is None or array.shape != shape:
         return ""
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):

@@ -1,8 +1,8 @@
-"""What happens between updates: callbacks, of a user and built-in ones, and requests to stop.
+"""Callbacks between updates, the user's and the built-in ones, and requests to stop.
 
     train_and_evaluate(config, workdir, callbacks=[Call(lambda view: print(view.metrics["loss"]), every=100)])
 
-The built-in ones come first, so that a user's callback sees what they have found.
+The built-in callbacks come first, so that a user's callback sees their results.
 """
 
 import bisect
@@ -36,14 +36,12 @@ from tlinformer_jax.training.step import TrainState
 SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 T = TypeVar("T")
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
-# How often the clock is read in a callback's time; each look waits for the devices.
-LOOKS = 20
-# Steps after the first before the trace begins, and steps that are traced.
-WARMUP, TRACED = 10, 3
+LOOKS = 20  # a timer reads the clock about this often in its interval; each reading waits for the devices
+WARMUP, TRACED = 10, 3  # steps before the trace, not counting the first, and traced steps
 
 
 class DivergedError(UserError):
-    """More updates in a row were not finite than train.max_skipped_updates allows."""
+    """An error for more than train.max_skipped_updates updates in a row that were not finite."""
 
 
 # ---- The interface
@@ -51,13 +49,13 @@ class DivergedError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingView:
-    """What a callback sees of a training, after update `step` of `last_step`.
+    """A callback's view of a training after update `step` of `last_step`.
 
     Attributes:
       state: parameters, optimiser and the rest. The next update reuses their memory: copy what you keep.
-      outputs: of the update, as `train_step` returns them, on the devices.
-      evaluation: figures of the latest evaluation, as `evaluation.summary` names them, and its `step`; else empty.
-      compiled: whether this update was compiled first, so that its time says nothing.
+      outputs: the update's metrics as `train_step` returns them, on the devices.
+      evaluation: figures of the latest evaluation, as `evaluation.summary` names them, and its `step`; empty before.
+      compiled: whether this update was compiled first, so that its time is not a training time.
     """
 
     config: RunConfig
@@ -71,7 +69,7 @@ class TrainingView:
 
     @property
     def params(self) -> Any:
-        """The parameters that evaluations use; averaged where train.ema is not 0."""
+        """The parameters that evaluations use; averaged if train.ema is not 0."""
         return self.state.evaluated
 
     @functools.cached_property
@@ -81,30 +79,30 @@ class TrainingView:
 
 
 class Callback:
-    """Something that is done after updates; a subclass says what, in `__call__`."""
+    """An action after updates; subclasses define it in `__call__`."""
 
-    every: int | str  # so many updates, or a time such as '10min'; 0 for never
+    every: int | str  # a number of updates, or a time such as '10min'; 0 for never
 
     def __call__(self, view: TrainingView) -> bool | None:
-        """Does it; the run ends after this update if the result is `True`."""
+        """Performs the action; the run ends after this update if the result is `True`."""
         raise NotImplementedError
 
     @functools.cached_property
     def timer(self) -> "Timer":
-        """Decides where `every` is a time."""
+        """The timer that decides when the callback is due if `every` is a time."""
         return Timer(seconds(self.every))
 
     def is_due(self, step: int) -> bool:
-        """Whether to call it after update `step`; where `every` is a time, `timer` decides."""
+        """Returns whether update `step` is a multiple of `every`; if `every` is a time, `timer` decides instead."""
         return isinstance(self.every, int) and self.every > 0 and step > 0 and step % self.every == 0
 
     def finish(self, view: TrainingView) -> None:
-        """Called once, when training has ended or was asked to stop."""
+        """Performs a last action, once, when training has ended or was asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Call(Callback):
-    """Calls a function."""
+    """A callback that calls a function."""
 
     function: Callable[[TrainingView], bool | None]
     every: int | str = 1
@@ -114,12 +112,12 @@ class Call(Callback):
 
 
 def asks_to_end(result: Any) -> bool:
-    """Whether a callback returned a true bool, of Python, NumPy or JAX."""
+    """Returns whether a callback's result is a true bool, of Python, NumPy or JAX."""
     return str(getattr(result, "dtype", type(result).__name__)) == "bool" and bool(result)
 
 
 def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> list[Callback]:
-    """Callbacks, of which a bare function is one after every update."""
+    """Checks the given callbacks; a bare function becomes a callback after every update."""
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise UserError(f"callbacks = {given!r}: must be a list of Callbacks or functions")
     found: list[Callback] = []
@@ -135,25 +133,25 @@ def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> l
 
 
 def due_callbacks(callbacks: Sequence[Callback], step: int, outputs: object) -> list[Callback]:
-    """Those to call after update `step`, in their order; all processes ask once after every update."""
+    """Returns the callbacks to call after update `step`, in order; all processes must ask once after every update."""
     timed = [callback.timer.due(outputs) for callback in callbacks]
     return [callback for callback, now in zip(callbacks, timed) if now or callback.is_due(step)]
 
 
 class Timer:
-    """Says when nearly `seconds` (0: never) have passed. Process 0 decides and tells the others."""
+    """A timer that tells when about `seconds` have passed (0: never). Process 0 decides and tells the others."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._left, self._gap = 1, 1  # steps until the next look, and from the last look to that one
+        self._left, self._gap = 1, 1  # steps until the next reading of the clock, and between the last and the next
         self.restart()
 
     def restart(self) -> None:
-        """Counts the time from now on."""
+        """Starts to measure the time anew."""
         self._began = self._looked = time.monotonic()
 
     def due(self, result: object) -> bool:
-        """Whether it is time again; all processes ask after every step."""
+        """Returns whether the time has passed; all processes must ask after every step."""
         if not self._seconds:
             return False
         self._left -= 1
@@ -177,16 +175,15 @@ class Timer:
 
 
 class Stopped(Exception):
-    """An evaluation was given up because a stop was asked for."""
+    """The exception by which an evaluation is given up when a stop was asked for."""
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGHUP and SIGINT as a context manager; a second SIGINT ends the process at once.
+    """A context manager that notices SIGTERM, SIGHUP and SIGINT; a second SIGINT ends the process at once.
 
-    An ignored SIGHUP, as under nohup, stays ignored. Where the main thread compiles, Python runs no
-    handler: a thread answers.
-    Where `jax.distributed` is initialised, SIGTERM belongs to JAX, and other signals are passed on as SIGTERM: all
-    processes stop at the same call of `poll`, and must make the same calls.
+    An ignored SIGHUP, as under nohup, stays ignored. Python runs no signal handler while the main thread compiles, so a
+    thread answers. If `jax.distributed` is initialised, JAX handles SIGTERM, and the other signals are passed on as
+    SIGTERM: all processes stop at the same call of `poll`, and must make the same calls.
     """
 
     def __init__(self) -> None:
@@ -220,18 +217,18 @@ class StopRequest:
         os.close(self._reading)
 
     def __bool__(self) -> bool:
-        """Whether a stop is asked for, and agreed on by all processes."""
+        """Returns whether a stop was asked for, and all processes have agreed on it."""
         return self._noticed
 
     def poll(self) -> bool:
-        """The same, after having asked the other processes."""
+        """Returns the same, after asking the other processes."""
         if self._together and not self._noticed:
             self._polls += 1
             self._noticed = multihost_utils.reached_preemption_sync_point(self._polls)
         return self._noticed
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, until a stop is asked for."""
+        """Yields the items; raises Stopped when a stop is asked for."""
         for item in items:
             if self.poll():
                 raise Stopped
@@ -251,13 +248,13 @@ class StopRequest:
             _tell("stopped at once; what was not saved is lost")
             os._exit(INTERRUPTED)
         if self._together:
-            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the other processes
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it, and tells the other processes
         again = "; once more stops at once" if number == signal.SIGINT else ""
         _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
 
 
 def _tell(message: str) -> None:
-    """Writes to stderr past Python's buffers, which another thread may hold locked."""
+    """Writes to stderr without Python's buffers, which another thread may hold locked."""
     with contextlib.suppress(OSError):  # stderr is closed
         os.write(2, f"{message}\n".encode())
 
@@ -267,7 +264,7 @@ def _tell(message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What the loop and its own callbacks work with."""
+    """The objects that the loop and the built-in callbacks share."""
 
     run: Run
     validation: Split
@@ -278,7 +275,7 @@ class Session:
     stop: StopRequest
 
     def check_finite(self, view: TrainingView) -> None:
-        """Ends a run of which more than train.max_skipped_updates in a row were skipped."""
+        """Ends a run with more than train.max_skipped_updates skipped updates in a row."""
         if int(view.state.skips.in_a_row) > self.run.config.train.skippable:
             done = int(view.state.skips.rollbacks)
             again = f", after {done} rollbacks" if done else ""
@@ -287,7 +284,7 @@ class Session:
 
 @dataclasses.dataclass
 class Log(Callback):
-    """Logs an update; also wherever one of `others` is due, and where a stage ends."""
+    """A callback that logs an update, also if another of `others` is due or a curriculum stage ends."""
 
     every: int
     session: Session
@@ -300,7 +297,7 @@ class Log(Callback):
     def __call__(self, view: TrainingView) -> None:
         jax.block_until_ready(view.outputs)
         session = self.session
-        if int(view.outputs["step"]) == view.step:  # or it has diverged before
+        if int(view.outputs["step"]) == view.step:  # false if training had diverged before
             speed = {} if view.compiled else session.throughput.report(view.step)
             log_step(session.log, view.step, view.last_step, view.outputs, speed)
         session.check_finite(view)
@@ -310,7 +307,7 @@ class Log(Callback):
 
 @dataclasses.dataclass
 class Save(Callback):
-    """Saves a checkpoint, and always at the end."""
+    """A callback that saves a checkpoint, also at the end."""
 
     every: int | str
     session: Session
@@ -319,7 +316,7 @@ class Save(Callback):
         return super().is_due(step) and step != self.session.run.horizon.steps
 
     def __call__(self, view: TrainingView) -> None:
-        if view.step != view.last_step:  # then `finish` does
+        if view.step != view.last_step:  # `finish` saves the last step
             with self.session.throughput.saving():
                 self.finish(view)
 
@@ -332,9 +329,9 @@ class Save(Callback):
 
 @dataclasses.dataclass
 class Evaluate(Callback):
-    """Evaluates on the validation split, after each epoch where `every` is 'epoch', and always at the end.
+    """A callback that evaluates the validation split, after each epoch if `every` is 'epoch', and always at the end.
 
-    The checkpoint's manifest gets the loss; a state that is among the best is saved. Ends a run that is accurate
+    The loss is recorded in the checkpoint's manifest, and a state among the best is saved. Ends a run that is accurate
     enough. `figures` are those of the latest evaluation, with its `step`.
     """
 
@@ -375,7 +372,7 @@ class Evaluate(Callback):
 
 
 class Trace(Callback):
-    """Traces TRACED updates for xprof, WARMUP after `first`, or earlier in a short run."""
+    """A callback that traces TRACED updates for xprof, from WARMUP updates after `first`, or earlier in a short run."""
 
     every = 0
 

@@ -1,4 +1,4 @@
-"""What a run would take, without starting it: `python -m tlinformer_jax.main --check --config=FILE`."""
+"""Tells what a run needs, without starting it: `python -m tlinformer_jax.main --check --config=FILE`."""
 
 import dataclasses
 import math
@@ -15,20 +15,20 @@ from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batc
 
 
 class StateBytes(NamedTuple):
-    """Memory of the train state in bytes, on the device that holds most."""
+    """Memory of the train state in bytes, on the device that holds the most."""
 
     parameters: int
-    gradients: int  # in the parameters' dtype; with accumulation, and their float32 sum
+    gradients: int  # in the parameters' dtype; with accumulation also their float32 sum
     optimizer: int
 
 
 def check_run(config: RunConfig, compile_step: bool = False) -> str:
-    """What a run would take, as text, after checking its configuration; writes nothing."""
+    """Checks a configuration and describes, as text, what a run with it needs; writes nothing."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     run = build_run(config, tokenizer, PENDING)
     splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
     splits = {name: None if split is None else run.checked(name, split) for name, split in splits.items()}
-    horizon = None  # where only the tokens can tell
+    horizon = None  # None if only the tokenised text determines it
     if splits["train"] is not None:
         horizon = run_horizon(config.train, training_batches(config, splits["train"]))
     elif config.train.updates:
@@ -46,7 +46,7 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
 
 
 def state_bytes(run: Run) -> StateBytes:
-    """From shapes and shardings."""
+    """Computes the memory of the train state from shapes and shardings."""
     params = run.abstract_state.params
     parameters = _device_bytes(params)
     summed = _device_bytes(params, itemsize=4) if run.config.train.accumulation > 1 else 0
@@ -54,7 +54,7 @@ def state_bytes(run: Run) -> StateBytes:
 
 
 def step_bytes(run: Run) -> tuple[int, int]:
-    """Memory of a compiled step by device, in bytes: in all, and what is temporary."""
+    """Returns the memory of a compiled step per device, in bytes: all of it, and its temporary part."""
     found: Any = run.compiled_train_step().memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
@@ -66,5 +66,5 @@ def _device_bytes(tree: Any, itemsize: int | None = None) -> int:
 
 
 def size_text(count: int) -> str:
-    """So many bytes as text, in GiB or MiB."""
+    """Formats a number of bytes in GiB or MiB."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"

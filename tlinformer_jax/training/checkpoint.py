@@ -1,6 +1,6 @@
-"""A checkpoint on the disk: `checkpoints/STEP` holds Orbax's `state/` and `manifest.json`, and appears by one rename.
+"""Checkpoints on disk: `checkpoints/STEP` holds Orbax's `state/` and `manifest.json`, and appears by one rename.
 
-The manifest names every file with its size and SHA-256, and holds a hash of itself, so damage is noticed before use.
+The manifest lists every file with its size and SHA-256, and a hash of itself, so damage is noticed before use.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import LoadSplit, TrainedRun, build_run
 
 FOLDER = "checkpoints"
-STATE = "state"  # Orbax's folder in that of a checkpoint
+STATE = "state"  # Orbax's folder within a checkpoint
 MANIFEST_FILE = "manifest.json"
 DAMAGED = ".damaged"
 STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 LAST_STEP = 2**31 - 1
-# What process 0 tells the others where it has no step to tell.
+# Broadcast by process 0 instead of a step.
 NO_CHECKPOINT, NO_GOOD_CHECKPOINT = -1, -2
 
 
@@ -47,18 +47,18 @@ NO_CHECKPOINT, NO_GOOD_CHECKPOINT = -1, -2
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds."""
+    """The description of a checkpoint."""
 
-    step: int  # updates done; also the position in the data
+    step: int  # updates done, which is also the position in the data
     files: dict[str, tuple[int, str]]  # path -> (bytes, SHA-256), without the manifest
     code_version: str
-    config_sha256: str  # `config.run.fingerprint`; empty where none was given
-    validation_loss: float | None = None  # nats per token, if the step has been evaluated
-    after_skip: bool = False  # whether the last update was left out; no rollback ends there
+    config_sha256: str  # `config.run.fingerprint`; empty if unknown
+    validation_loss: float | None = None  # nats per token; None if not evaluated
+    after_skip: bool = False  # whether the last update was skipped; no rollback returns to such a step
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
-    """Sizes and hashes of all files below `folder`, which are brought to the disk."""
+    """Returns sizes and hashes of all files below `folder`, after flushing each to disk."""
     found = {}
     for path in _files_below(folder):
         with open_own(folder / path, "rb") as file:
@@ -68,12 +68,12 @@ def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
 
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Writes the manifest of the checkpoint in `folder`, whole or not at all."""
+    """Writes the manifest of the checkpoint in `folder`, atomically."""
     write_text(folder / MANIFEST_FILE, sealed_text(dataclasses.asdict(manifest)))
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`; its files are not looked at."""
+    """Reads the manifest of the checkpoint in `folder`; does not check the other files."""
     try:
         values = unsealed(read_own(folder / MANIFEST_FILE))
         files = {name: (int(size), str(digest)) for name, (size, digest) in values.pop("files").items()}
@@ -90,7 +90,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def verify(folder: pathlib.Path) -> Manifest:
-    """Compares every file of the checkpoint in `folder` with its manifest."""
+    """Compares every file of the checkpoint in `folder` with the manifest, and returns the manifest."""
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
     for path in sorted(present - set(manifest.files)):
@@ -111,20 +111,20 @@ def verify(folder: pathlib.Path) -> Manifest:
 
 
 def _files_below(folder: pathlib.Path) -> list[str]:
-    """The paths of all files and links below `folder`, without the manifest."""
+    """Lists the paths of all files and links below `folder`, without the manifest."""
     own = (MANIFEST_FILE, f"{MANIFEST_FILE}.draft")
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for name in (path.relative_to(folder).as_posix() for path in paths) if name not in own)
 
 
-# ---- Which checkpoints there are, and which are good
+# ---- Finding an intact checkpoint
 
 
 def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -> Manifest | None:
-    """The manifest of the newest checkpoint that passes its verification; None if there is none at all.
+    """Returns the manifest of the newest checkpoint that passes verification; None if there is no checkpoint at all.
 
-    Process 0 looks and tells the others. What is passed over is named on stderr; with `set_aside`, for the run that
-    trains here, damaged ones are renamed to STEP.damaged. With `every`, only the `regular_steps` are considered.
+    Process 0 looks and tells the others. Unusable checkpoints are named on stderr. With `set_aside`, used by the run
+    that trains here, damaged ones are renamed to STEP.damaged. With `every`, only the `regular_steps` are considered.
     """
     step = NO_CHECKPOINT
     if jax.process_index() == 0:
@@ -147,7 +147,7 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -
 
 
 def existing_folder(workdir: pathlib.Path) -> pathlib.Path:
-    """The folder of the checkpoints; DataError where there is none."""
+    """Returns the folder of the checkpoints; raises DataError if there is none."""
     folder = (workdir / FOLDER).absolute()
     if folder.is_symlink():
         raise DataError(f"workdir {workdir}: {FOLDER} is a link, which is not followed")
@@ -157,10 +157,10 @@ def existing_folder(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
-    """The step and the parameters of the newest good checkpoint, or of that of `step`; writes nothing.
+    """Returns step and parameters of the newest intact checkpoint, or of the one at `step`; writes nothing.
 
-    Of a run with `train.ema` they are the averaged ones, as in its evaluations. `abstract_params` has
-    jax.ShapeDtypeStruct leaves with shardings. DataError if no such checkpoint can be used.
+    The parameters are the averaged ones if the run has `train.ema`, as in its evaluations. `abstract_params` has
+    jax.ShapeDtypeStruct leaves with shardings. Raises DataError if no such checkpoint can be used.
     """
     folder = existing_folder(workdir)
     found = newest_good(folder) if step is None else _checkpoint_of(workdir, step)
@@ -169,7 +169,7 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, step: int | None
     here, name = folder / str(found.step), "params"
     if (workdir / CONFIG_FILE).exists() and found.config_sha256 not in ("", fingerprint(load_config(workdir))):
         say(f"checkpoint {here}: {CONFIG_FILE} has changed since it was written")
-    with contextlib.suppress(Exception):  # of many types; `read_arrays` will tell
+    with contextlib.suppress(Exception):  # of many types; `read_arrays` will report it
         name = "ema" if any(path[0] == "ema" for path in _stored_arrays(here)) else name
     return found.step, read_arrays(here, {name: abstract_params})[name]
 
@@ -188,7 +188,7 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
 def load_params(
     workdir: pathlib.Path, config: ModelConfig, step: int | None = None, best: bool = False
 ) -> tuple[int, Any]:
-    """`restore_params` to the first device; `best` is that of the lowest loss."""
+    """Loads parameters by `restore_params` to the first device; with `best`, those with the lowest validation loss."""
     step = best_step(workdir) if best else step
     check_size(workdir, config, step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -201,12 +201,12 @@ def load_params(
 def load_run(
     workdir: str | pathlib.Path, step: int | None = None, *, validation_data: TokenData | None = None
 ) -> TrainedRun:
-    """A run with its newest good checkpoint's parameters, or those of `step`, on all devices.
+    """Loads a run with the parameters of its newest intact checkpoint, or of the one at `step`, on all devices.
 
-    `validation_data` takes the place of the configuration's, as in `train_and_evaluate`.
+    `validation_data` replaces the configuration's, as in `train_and_evaluate`.
     """
     workdir = local_path(workdir, "workdir")
-    # Any machine will do, whatever mesh the training had.
+    # The mesh of the training does not matter here: use all devices of this machine.
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
     check_size(workdir, config.model, step)
     load: LoadSplit = load_stored_split
@@ -218,15 +218,15 @@ def load_run(
 
 
 def parameter_shapes(config: ModelConfig) -> Any:
-    """Shape and dtype of each parameter of a model."""
+    """Returns shape and dtype of each parameter of a model."""
     init = build_model(config).init
     return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
-    """Refuses a model of more or larger arrays than the checkpoints hold, before it is built.
+    """Checks, before a model is built, that it has no more or larger arrays than the checkpoints hold.
 
-    Somebody else's config.json may ask for a model of any size. That all shapes fit is checked when they are read.
+    Another person's config.json may ask for a model of any size. Exact shapes are checked when the arrays are read.
     """
     folder, shapes = existing_folder(workdir), None
     for number in [number for number in list_steps(folder)[0] if step in (None, number)]:
@@ -234,7 +234,7 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
             shapes = stored_shapes(folder / str(number))
             break
     if shapes is None:
-        restore_params(workdir, {}, step)  # tells why there is none
+        restore_params(workdir, {}, step)  # raises the error that says why there is none
         return
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     most = {"hidden_depth": len(shapes), "num_blocks": len(shapes) // model.layers_per_block}
@@ -249,7 +249,7 @@ def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = Non
 
 
 def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
-    """The steps that have a folder; other numeric names and their faults. Newest first."""
+    """Returns the steps that have a folder, and other numeric names with their faults; newest first."""
     try:
         names = [name for name in os.listdir(folder) if name.isascii() and name.isdigit()]
     except OSError as error:
@@ -269,25 +269,25 @@ def _fault_of_step(path: pathlib.Path) -> str:
 
 
 def manifests(folder: pathlib.Path) -> Iterator[tuple[int, Manifest]]:
-    """The steps with a manifest that can be read, newest first."""
+    """Yields the steps that have a readable manifest, newest first."""
     for step in list_steps(folder)[0]:
         with contextlib.suppress(DataError):
             yield step, read_manifest(folder / str(step))
 
 
 def regular_steps(folder: pathlib.Path, every: int) -> list[int]:
-    """The multiples of `every`, newest first; not those right after a skipped update."""
+    """Returns the checkpoints at multiples of `every`, newest first, without those right after a skipped update."""
     return [step for step, manifest in manifests(folder) if step % every == 0 and not manifest.after_skip]
 
 
 def validation_losses(folder: pathlib.Path) -> dict[int, float]:
-    """Step -> validation loss of those checkpoints in `folder` that have one."""
+    """Maps step -> validation loss, for the checkpoints in `folder` that have one."""
     losses = {step: manifest.validation_loss for step, manifest in manifests(folder)}
     return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
 def best_step(workdir: pathlib.Path) -> int:
-    """The step of the lowest validation loss."""
+    """Returns the step with the lowest validation loss."""
     losses = validation_losses(existing_folder(workdir))
     if not losses:
         raise DataError(f"workdir {workdir}: holds no checkpoint that has been evaluated")
@@ -295,7 +295,7 @@ def best_step(workdir: pathlib.Path) -> int:
 
 
 def is_usable(path: pathlib.Path) -> bool:
-    """Whether the checkpoint in `path` passes its verification; says so if not."""
+    """Returns whether the checkpoint in `path` passes verification; prints why if not."""
     try:
         verify(path)
     except DataError as error:
@@ -316,23 +316,23 @@ def set_aside_damaged(path: pathlib.Path) -> None:
         say(f"checkpoint {path}: set aside as {place.name}")
 
 
-# ---- The arrays, as Orbax stores them
+# ---- Orbax's stored arrays
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of the parameters in a checkpoint that has not been verified."""
+    """Returns path -> shape of the parameters in a checkpoint that has not been verified."""
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
     try:
         stored = _stored_arrays(folder)
-    except Exception as error:  # of many types, for missing, damaged or foreign files
+    except Exception as error:  # of many types, if files are missing, damaged or not Orbax's
         raise DataError(f"checkpoint {folder}: its arrays cannot be told ({first_line(error)})") from None
     return {path: leaf.shape for path, leaf in stored.items() if path[0] == "params" and hasattr(leaf, "shape")}
 
 
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """Names the first array of `tree` that a checkpoint lacks, or that differs there."""
+    """Names the first array of `tree` that is missing from a checkpoint or differs there; None if all fit."""
     stored = _stored_arrays(folder)
     for path, leaf in ocp.tree.to_flat_dict(tree).items():
         if path not in stored:
@@ -345,13 +345,13 @@ def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str]
 
 
 def _stored_arrays(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
-    """Path -> Orbax's metadata of each array."""
+    """Returns path -> Orbax's metadata of each array."""
     with plain_path(folder) as plain:
         return ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(plain / STATE).tree)
 
 
 def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint that `tree` names, in the stored dtype."""
+    """Reads the arrays of a checkpoint that `tree` names, in their stored dtype."""
     how = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), tree)
     try:
         fault = misfit(folder, tree)
@@ -359,6 +359,6 @@ def read_arrays(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
             with plain_path(folder) as plain, ocp.PyTreeCheckpointer() as checkpointer:
                 args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
                 return checkpointer.restore(plain / STATE, args=args)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # any of Orbax's
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # raised by Orbax
         fault = f"cannot be read ({first_line(error)})"
     raise DataError(f"checkpoint {folder}: {fault}")

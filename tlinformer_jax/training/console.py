@@ -1,4 +1,4 @@
-"""What a run tells its user: what is trained on what, what to do next, where memory is short."""
+"""Messages to the user of a run: what is trained on what data, what to do next, how to save memory."""
 
 import contextlib
 import datetime
@@ -37,32 +37,31 @@ from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
 MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
-# Samples of a bad batch that are named.
-NAMED_SAMPLES = 8
-# Names of a layer's arrays begin so.
+NAMED_SAMPLES = 8  # samples of a bad batch that a message names
+# Prefix of a parameter's name -> the part of a layer that it belongs to.
 PARTS = {"qkv": "attention", "out": "attention", "gate_up": "feed-forward", "down": "feed-forward", "norm": "norms"}
 PARTS |= {"experts": "experts", "router": "router"}
 
 
 def say(message: str) -> None:
-    """Prints a line of progress on stderr, in the first process only."""
+    """Prints a progress line on stderr, in the first process only."""
     if jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
-    """A duration as h:mm:ss."""
+    """Formats a duration as h:mm:ss."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def is_of_bytes(run: Run) -> bool:
-    """Whether a token is a byte, so that a byte n-gram compares with the run."""
+    """Returns whether a token is a byte, so that byte n-grams can be compared with the run."""
     return run.tokenizer.vocab_size <= BYTE_VOCABULARY
 
 
 @contextlib.contextmanager
 def compilation(step: int, length: int) -> Iterator[None]:
-    """Says that step `step` is compiled, and how long that took."""
+    """Prints that step `step` is being compiled, and how long it took."""
     began = time.perf_counter()
     say(f"compiling the step for samples of {length:,} tokens; this may take a minute or more")
     yield
@@ -70,7 +69,7 @@ def compilation(step: int, length: int) -> Iterator[None]:
 
 
 def parameter_table(params: Any) -> str:
-    """The parameters by layer and part, equal layers of all blocks together."""
+    """Returns a table of the parameters by layer and part; equal layers of all blocks are summed."""
     sizes: dict[str, list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *layer, name = (str(key.key) for key in path)
@@ -88,7 +87,7 @@ def parameter_table(params: Any) -> str:
 
 
 def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
-    """Says what is trained, and on what; returns what is to be beaten, if known."""
+    """Prints what is trained on which data; returns the figure to beat, None if unknown."""
     config, model, length = run.config, run.config.model, run.config.data.sequence_length
     train, validation = splits["train"], splits["validation"]
     say(model_line(run))
@@ -116,14 +115,14 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
 
 
 def masking_backend(model: ModelConfig) -> str:
-    """The back end of attention that keeps documents apart."""
+    """Returns the attention back end that keeps documents apart."""
     query = jnp.zeros((1, 1, 1, model.head_dim), model.compute_dtype)
     dropout = Dropout.by_key(jax.random.key(0), model.dropout) if model.dropout else None
     return choose_backend(query, dropout, False, documents=True) if model.attention == "auto" else model.attention
 
 
 def model_line(run: Run) -> str:
-    """Model, parameters and devices of a run."""
+    """Describes a run's model, parameters and devices."""
     model = run.config.model
     count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
     devices = f"{model.compute_dtype.name} on {run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
@@ -132,7 +131,7 @@ def model_line(run: Run) -> str:
 
 
 def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:
-    """FLOPs, steps and tokens; `horizon` and `train` are None where not yet known."""
+    """Describes FLOPs, steps and tokens; `horizon` and `train` are None while unknown."""
     config, length = run.config, run.config.data.sequence_length
     predicted = trained_tokens(config.model, length, config.train.sampled_windows)
     step = config.train.batch_size * length
@@ -155,7 +154,7 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
 
 
 def split_line(name: str, split: Split | None, length: int) -> str:
-    """How much a split holds; it is None where it has not been tokenised."""
+    """Describes a split's size; `split` is None if it has not been tokenised."""
     if split is None:
         return f"{name} split: not tokenised yet; training does it, or python -m tlinformer_jax prepare"
     if isinstance(split, OrderedStream):
@@ -168,11 +167,11 @@ def split_line(name: str, split: Split | None, length: int) -> str:
     return text
 
 
-# ---- While it trains, and at the end
+# ---- During and after training
 
 
 def describe_stage(stage: Stage, step: int, competence: Competence | None) -> str:
-    """Which stage of the curriculum ended after update `step`, and why."""
+    """Says which curriculum stage ended after update `step`, and why."""
     text = f"step {step}: the stage on samples of {stage.length} tokens ends after {stage.updates:,} updates"
     if not stage.accuracy or competence is None:
         return f"{text}, as configured"
@@ -182,13 +181,13 @@ def describe_stage(stage: Stage, step: int, competence: Competence | None) -> st
 
 
 def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, float], goal: str | None) -> None:
-    """Says what was reached, beside what was to be beaten, and what to do next."""
+    """Prints the figure reached beside the one to beat, and the commands to run next."""
     if goal is not None:
         say(f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}")
     if not run.config.data.is_task:
         prompt = "1 2 3" if isinstance(run.tokenizer, NumberTokenizer) else run.config.data.letters[:4] or "..."
         say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="{prompt}"')
-    if run.config.data.dataset == TOKENS and not run.config.data.validation_files:  # they were given, and are not kept
+    if run.config.data.dataset == TOKENS and not run.config.data.validation_files:  # the caller's arrays are not stored
         say(f"next, in Python: evaluate_run(load_run({str(workdir)!r}, validation_data=...))")
     else:
         say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
@@ -211,23 +210,23 @@ def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -
     return f"at step {step} {where}{before}; its batch holds samples {named}{more} of the train split"
 
 
-# ---- Where memory does not suffice
+# ---- Out of memory
 
 
 class OutOfMemoryError(UserError):
-    """A device has too little memory for this configuration."""
+    """An error for a device with too little memory for this configuration."""
 
     status = 1  # the configuration is a valid one
 
 
 def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    """`advised` for training."""
+    """Returns the context manager `advised` with advice for training."""
     text = "a step holds less with {} (--check_compile tells what it takes)"
     return advised(lambda: text.format(", or ".join(memory_savers(config, jax.device_count()))))
 
 
 def memory_savers(config: RunConfig, devices: int) -> list[str]:
-    """The fields that can still be changed to save memory, cheapest first."""
+    """Lists the fields that can still be changed to save memory, cheapest first."""
     model, train, length = config.model, config.train, config.data.sequence_length
     advice = []
     if model.memory == "auto":
@@ -244,11 +243,11 @@ def memory_savers(config: RunConfig, devices: int) -> list[str]:
 
 @contextlib.contextmanager
 def advised(advice: Callable[[], str]) -> Iterator[None]:
-    """Turns running out of memory into an `OutOfMemoryError` that ends in `advice`."""
+    """Turns running out of memory into an `OutOfMemoryError` whose message ends in `advice`."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
-        # A ValueError where the host fetches what could not be computed.
+        # JAX raises a ValueError when the host fetches a result that could not be computed.
         if isinstance(error, UserError) or not is_out_of_memory(error):
             raise
         reason = first_line(error).removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
@@ -256,25 +255,25 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of the runtime is about a device's main memory."""
+    """Returns whether a runtime error reports too little main memory of a device."""
     text = str(error).lower()
-    # A kernel that needs more shared memory than a core has fails with the same name.
+    # A kernel that asks for more shared memory than a core has fails with the same error name.
     exhausted = ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
     return exhausted or isinstance(error, MemoryError)
 
 
 def peak_bytes() -> int | None:
-    """Peak bytes in use on the first device; None where it does not count them."""
+    """Returns the peak bytes in use on the first device; None if the device does not count them."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def evaluation_advice(batch_size: int) -> str:
-    """What saves memory in an evaluation of `batch_size` sequences at a time."""
+    """Says how to save memory in an evaluation of `batch_size` sequences at a time."""
     return f"{_smaller('batch_size', batch_size)}{MORE}"
 
 
 def generation_advice(num_samples: int, max_new_tokens: int) -> str:
-    """What saves memory in a generation."""
+    """Says how to save memory in a generation."""
     return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
 
 

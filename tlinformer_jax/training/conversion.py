@@ -1,4 +1,4 @@
-"""Published weights made a working directory, and a working directory made published weights."""
+"""Converts published weights to a working directory, and a working directory to published weights."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ from tlinformer_jax.training.setup import build_run
 
 
 def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> str:
-    """Makes a new working directory, at step 0, of published weights."""
+    """Creates a new working directory, at step 0, from published weights."""
     workdir = workdir.absolute()
     try:
         if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
@@ -59,5 +59,5 @@ def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
 
 
 def _size(params: Any) -> int:
-    """Numbers in all arrays."""
+    """Returns the number of values in all arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

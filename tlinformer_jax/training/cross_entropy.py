@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without the logits of all tokens at once."""
+"""Cross-entropy over a large vocabulary, without holding all tokens' logits at once."""
 
 import functools
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels.common import usable
 from tlinformer_jax.models.model import output_logits, padded_vocabulary
 
-# Tokens of a micro-batch whose logits are held at a time.
-LOSS_CHUNK = 8192
-# Where the labels of a sample of so many tokens count; None for everywhere.
+LOSS_CHUNK = 8192  # tokens of a micro-batch whose logits are in memory at a time
+# Length of a sample -> positions of the labels that count; None if all do.
 AnswersOf = Callable[[int], AnswerPlaces | None]
 
 
@@ -25,7 +24,7 @@ def token_losses_and_hits(
     labels: Int[Array, "batch length"],
     chunk: int,
 ) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
-    """Cross-entropy in nats of every token; whether greedy decoding would choose its label."""
+    """Returns each token's cross-entropy in nats, and whether greedy decoding would choose its label."""
     table = _table(embedding, hidden.dtype)
 
     def both(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -42,11 +41,11 @@ def token_losses_and_hits(
 def summed_losses_and_hits(
     hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of weights * cross-entropy in nats, and the weight of the labels that greedy decoding would choose.
+    """Returns the weighted sum of the cross-entropy in nats, and the weight of the labels that greedy decoding chooses.
 
-    For training. The first has the gradient of weights * (cross-entropy + z_loss * Z^2), where Z is the log-sum-exp
-    of a token's logits; the second has none. Gradients are made along with the loss, chunk by chunk: logits are
-    computed once, and their gradient is rounded to hidden's dtype.
+    Used in training. The first result has the gradient of weights * (cross-entropy + z_loss * Z^2), where Z is the
+    log-sum-exp of a token's logits; the second has none. Gradients are computed together with the loss, chunk by chunk:
+    logits are computed once, and their gradient is rounded to hidden's dtype.
     """
     losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
     return jnp.sum(losses * weights), jnp.sum(hits * weights)
@@ -65,7 +64,7 @@ def _forward(hidden, embedding, labels, weights, chunk, z_loss):
     parts = (_chunks(hidden, chunk), _chunks(labels, chunk), _chunks(weights, chunk))
     table_gradient, outputs = jax.lax.scan(body, zero, parts)
     losses, hits, hidden_gradient = (_whole(array, hidden.shape[1]) for array in outputs)
-    # Nothing asks for the gradient of the weights with z_loss, so that has none of Z.
+    # No caller differentiates by the weights with z_loss, so their gradient has no term for Z.
     gradients = (hidden_gradient, table_gradient[: embedding.shape[0]].astype(embedding.dtype), losses)
     return (jnp.sum(losses * weights), jnp.sum(hits * weights)), gradients
 
@@ -82,7 +81,7 @@ summed_losses_and_hits.defvjp(_forward, _backward)
 def _chunk_slope(
     rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, z_loss: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses and hits [batch, c], and the losses' gradient by the logits, [batch, c, V]."""
+    """Returns losses and hits [batch, c], and the gradient of the losses with respect to the logits, [batch, c, V]."""
     if usable("loss", rows.dtype):
         logits = output_logits(rows, table).reshape(-1, table.shape[0])
         losses, slope = loss_kernel.loss_and_slope(
@@ -102,7 +101,7 @@ def _chunk_slope(
 def _chunk_losses(
     rows: jax.Array, table: jax.Array, targets: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [batch, c], logits [batch, c, padded V], their log-sum-exp [batch, c]."""
+    """Returns losses [batch, c], logits [batch, c, padded V] and their log-sum-exp [batch, c]."""
     logits = output_logits(rows, table)
     if table.shape[0] != vocab_size:
         logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)
@@ -111,15 +110,15 @@ def _chunk_losses(
 
 
 def _table(embedding: jax.Array, dtype: Any) -> jax.Array:
-    """The head in `dtype`, padded with zero rows."""
+    """Returns the output embedding in `dtype`, padded with rows of zeros."""
     padding = padded_vocabulary(embedding.shape[0], dtype) - embedding.shape[0]
     return jnp.pad(embedding.astype(dtype), ((0, padding), (0, 0)))
 
 
 def _chunks(array: jax.Array, chunk: int) -> jax.Array:
-    """[batch, length, ...] as [chunks, batch, columns, ...], with zeros after the last column.
+    """Splits [batch, length, ...] into [chunks, batch, columns, ...], padding the last columns with zeros.
 
-    The batch stays whole in every chunk: it is what devices split.
+    Every chunk has the whole batch, because devices split the batch.
     """
     batch, length = array.shape[:2]
     columns = max(1, min(length, chunk // batch))
@@ -128,25 +127,25 @@ def _chunks(array: jax.Array, chunk: int) -> jax.Array:
 
 
 def _whole(chunks: jax.Array, length: int) -> jax.Array:
-    """The inverse of `_chunks`."""
+    """Inverts `_chunks`."""
     array = jnp.moveaxis(chunks, 0, 1)
     return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
 
 
-# ---- Samples of which few labels count
+# ---- Samples with few weighted labels
 
 
 def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
-    """Where a sample's labels count, int32 [batch, most]; None if there are no more places than these."""
+    """Returns the positions of the labels that count, int32 [batch, most]; None if `most` is the whole sample."""
     return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
 
 
 def at_places(array: jax.Array, places: jax.Array) -> jax.Array:
-    """[batch, most, ...] of [batch, length, ...]."""
+    """Gathers [batch, most, ...] from [batch, length, ...]."""
     return jnp.take_along_axis(array, places.reshape(*places.shape, *(1,) * (array.ndim - 2)), axis=1)
 
 
 def put_back(array: jax.Array, places: jax.Array, length: int, rest: Any) -> jax.Array:
-    """The inverse of `at_places`, with `rest` elsewhere."""
+    """Inverts `at_places`, with `rest` at all other positions."""
     rows = jnp.arange(array.shape[0])[:, None]
     return jnp.full((array.shape[0], length), rest, array.dtype).at[rows, places].set(array)

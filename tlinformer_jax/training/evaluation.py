@@ -1,4 +1,4 @@
-"""Evaluation of a split: loss by position, right answers of a task, and the figures made of them."""
+"""Evaluates a split: the loss by position, a task's correct answers, and the figures made from both."""
 
 import dataclasses
 import math
@@ -31,9 +31,9 @@ CELLS = len(REGIONS) * DEPTHS
 def eval_step(
     params: Any, batch: DeviceBatch, *, model: LanguageModel, answers: AnswersOf | None = None
 ) -> dict[str, jax.Array]:
-    """Sums of a batch by position: losses and weights; of a task's also `answer_sums`."""
+    """Returns sums over a batch by position: losses and weights; for a task also `answer_sums`."""
     length = batch["labels"].shape[1]
-    # A run of a task can be evaluated on a text as well, all of whose labels count.
+    # A model trained on a task may also be evaluated on a text, where all labels count.
     known = answers(length) if answers is not None and "starts" in batch else None
     start = 0 if known is None else known.first
     hidden: Any = model.apply(
@@ -61,10 +61,10 @@ def eval_step(
 def answer_sums(
     hits: Bool[Array, "batch N"], starts: Int[Array, "batch N"], cells: Int[Array, "batch N"]
 ) -> dict[str, jax.Array]:
-    """Right and all answers of a batch, by where they are asked and by where their sources lie.
+    """Counts correct and all answers of a batch, by position and by the cell (region and depth) of their source.
 
-    An answer is right if greedy decoding writes all of it. `hits` says whether the token after each position is chosen;
-    `starts` are those of `data.tasks.Samples`, `cells` those of `data.tasks.answer_batches`.
+    An answer is correct if greedy decoding writes all of it. `hits` says whether greedy decoding picks the token after
+    each position; `starts` come from `data.tasks.Samples`, `cells` from `data.tasks.answer_batches`.
     """
     misses = jnp.cumsum(~hits, axis=1, dtype=jnp.int32)
     before = jnp.pad(misses, ((0, 0), (1, 0)))
@@ -88,22 +88,22 @@ def answer_sums(
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Answers of a task, float64: those that are right, and all."""
+    """Counts of a task's correct answers and of all its answers, float64."""
 
-    right: np.ndarray  # [N], by the position of the answer's last token
+    right: np.ndarray  # [N], by the position of an answer's last token
     answers: np.ndarray
-    right_cells: np.ndarray  # [regions, DEPTHS], by region and depth of their sources
+    right_cells: np.ndarray  # [regions, DEPTHS], by region and depth of an answer's source
     answer_cells: np.ndarray
     chance: float  # see `data.tasks.Task`
 
     @classmethod
     def of(cls, sums: dict[str, np.ndarray], chance: float) -> "Answers":
-        """From the summed `answer_sums`."""
+        """Makes the counts from the summed `answer_sums`."""
         right, count = (sums[name].reshape(len(REGIONS), DEPTHS) for name in ("right_cells", "answer_cells"))
         return cls(sums["right"], sums["answers"], right, count, chance)
 
     def figures(self) -> dict[str, float]:
-        """accuracy, of all answers and of each region; chance."""
+        """Returns accuracy over all answers and for each region, and the accuracy by chance."""
         asked = self.answers.sum()
         figures = {"accuracy": float(self.right.sum() / asked) if asked else math.nan}
         for region, right, count in zip(REGIONS, self.right_cells.sum(axis=1), self.answer_cells.sum(axis=1)):
@@ -112,7 +112,7 @@ class Answers:
         return figures | {"chance": self.chance}
 
     def counts(self) -> dict[str, Any]:
-        """Right and all answers of each region by depth, as JSON."""
+        """Returns correct and all answers of each region by depth, for JSON."""
         return {
             region: {"right": right.astype(int).tolist(), "answers": count.astype(int).tolist()}
             for region, right, count in zip(REGIONS, self.right_cells, self.answer_cells)
@@ -125,7 +125,7 @@ class Evaluation:
 
     losses: np.ndarray  # cross-entropy in nats, float64 [N]
     weights: np.ndarray  # tokens, float64 [N]
-    answers: Answers | None = None  # of a task
+    answers: Answers | None = None  # None for a text
 
     @property
     def loss(self) -> float:
@@ -134,17 +134,17 @@ class Evaluation:
 
     @property
     def tokens(self) -> int:
-        """Tokens that were predicted."""
+        """Number of predicted tokens."""
         return int(self.weights.sum())
 
     def mean(self, start: int, stop: int) -> float:
-        """Mean loss over positions start .. stop - 1; NaN if there are none."""
+        """Returns the mean loss over positions start .. stop - 1; NaN if there are none."""
         weight = self.weights[start:stop].sum()
         return float(self.losses[start:stop].sum() / weight) if weight else math.nan
 
 
 def summary(result: Evaluation, stream: Split, generation_window: int) -> dict[str, float]:
-    """The figures of a split: its loss, and those of `Answers` for a task, of `perplexities` for a text."""
+    """Returns a split's figures: the loss, with those of `Answers` for a task or of `perplexities` for a text."""
     if not isinstance(stream, TokenStream):
         assert result.answers is not None
         return {"loss": result.loss, **result.answers.figures()}
@@ -156,10 +156,10 @@ def summary(result: Evaluation, stream: Split, generation_window: int) -> dict[s
 
 
 def perplexities(nats: float, tokens: int, stream: TokenStream) -> dict[str, float]:
-    """Perplexity per token, per word and per word with line ends, and bits per byte, of `tokens` tokens of `stream`.
+    """Returns perplexity per token, per word and per word with line ends, and bits per byte, of `tokens` tokens.
 
-    Words, lines and bytes count by the share of the stream's tokens that were predicted. What was not counted, or is
-    not there, has no figure.
+    The stream's words, lines and bytes are scaled by the fraction of its tokens that were predicted. A figure is left
+    out if the stream has none of its unit, or does not know the count.
     """
     share, words, lines = tokens / len(stream.tokens), stream.num_words, stream.num_lines
     figures = {"perplexity": _exp(nats / tokens)}
@@ -173,7 +173,7 @@ def perplexities(nats: float, tokens: int, stream: TokenStream) -> dict[str, flo
 
 
 def _exp(value: float) -> float:
-    """exp, but infinite where a float cannot hold it."""
+    """Returns exp(value), or infinity if a float cannot hold the result."""
     try:
         return math.exp(value)
     except OverflowError:

@@ -56,7 +56,7 @@ from tlinformer_jax.training.setup import (
 from tlinformer_jax.training.step import TrainState
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
-# An update: (state, batch) -> (state after it, outputs)
+# (state, batch) -> (state after the update, outputs)
 Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
@@ -70,27 +70,27 @@ def train_and_evaluate(
     validation_data: TokenData | None = None,
     callbacks: GivenCallbacks = (),
 ) -> dict[str, float]:
-    """Trains, evaluates and saves; continues from the last good checkpoint if the directory holds one.
+    """Trains, evaluates and saves; continues from the last intact checkpoint if the directory has one.
 
-    SIGTERM, or SIGINT once, makes it save after the running step and return.
+    On SIGTERM, or a first SIGINT, saves after the current step and returns.
 
     Args:
       config: a RunConfig, or the nested mapping of a config file.
       workdir: receives configuration, tokenizer, metrics and checkpoints.
-      profile: a directory for a trace of a few training steps, or None.
-      init_from: another run's working directory, whose parameters a new run starts from.
+      profile: directory for a trace of a few training steps, or None.
+      init_from: another run's working directory, from whose parameters a new run starts.
       train_data: token ids to train on, for data.dataset = "tokens": an array, a file (its path, or a TokenFile) or
         an iterable of documents or batches.
-      validation_data: token ids to evaluate on; both are given, or none.
-      callbacks: what else is done after updates: Callbacks, or functions of a TrainingView.
+      validation_data: token ids to evaluate on; give both or neither.
+      callbacks: called after updates: Callbacks, or functions of a TrainingView.
 
     Returns:
-      The figures of the last evaluation, such as loss, perplexity, bits_per_byte; empty if it was stopped before.
+      The figures of the last evaluation, such as loss, perplexity, bits_per_byte; empty if training was stopped before.
 
     Raises:
-      ConfigError, DataError: for what a user can mend.
-      DivergedError: when loss or gradient are no longer finite and no rollback is left.
-      OutOfMemoryError: where a device has too little memory, with what would take less.
+      ConfigError, DataError: for mistakes that the user can correct.
+      DivergedError: if loss or gradient are no longer finite and no rollback is left.
+      OutOfMemoryError: if a device has too little memory; the message says how to use less.
     """
     given = {"train": train_data, "validation": validation_data}
     return train_run(config, workdir, profile, init_from, given, callbacks).figures or {}
@@ -104,8 +104,8 @@ def train_run(
     given: Mapping[str, TokenData | None] = types.MappingProxyType({}),
     callbacks: GivenCallbacks = (),
 ) -> TrainedRun:
-    """What `train_and_evaluate` does; returns more of what came of it."""
-    # ---- Everything is checked before anything is written
+    """Does the work of `train_and_evaluate`; returns the run and its parameters too."""
+    # ---- Check everything before writing anything
     config = config if isinstance(config, RunConfig) else run_config(config)
     workdir = local_path(workdir, "workdir")
     asked = as_callbacks(callbacks)
@@ -123,7 +123,7 @@ def train_run(
         checkpoints = stack.enter_context(Checkpoints(workdir, *train.kept, fingerprint(config), regular))
         stack.enter_context(jax.set_mesh(run.mesh))
 
-        # ---- Where the run stands
+        # ---- Restore or start the state
         restored = checkpoints.restore(run.abstract_state)
         first, last = (0 if restored is None else restored[1].step), run.horizon.steps
         update = stack.enter_context(compiling_early(run)) if first < last else run.train_step
@@ -135,7 +135,7 @@ def train_run(
         if main:
             directory.save_description(run, splits, workdir)
         goal = console.describe(run, splits)
-        # An evaluation that can end the run is repeated, and the last one, for its figures.
+        # Evaluate again where the result could end the run, and after the last step, for its figures.
         evaluated = evaluated and not train.stop_at_accuracy and first < last
 
         # ---- Train
@@ -166,9 +166,9 @@ def train_run(
 def prepare(
     config: RunConfig, workdir: pathlib.Path, load: LoadSplit = load_split
 ) -> tuple[Run, dict[str, Split], TrainingBatches]:
-    """The run, its splits and its batches, checked against the working directory."""
+    """Builds the run, its splits and its batches, and checks them against the working directory."""
     tokenizer = build_tokenizer(config.data.tokenizer)
-    directory.check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before texts are tokenised by it
+    directory.check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before it tokenises any text
     run = dataclasses.replace(build_run(config, tokenizer, PENDING), load_split=load)
     splits = {name: run.split(name) for name in ("train", "validation")}
     batches = training_batches(config, splits["train"])
@@ -180,7 +180,7 @@ def prepare(
 def first_state(
     run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, origin: directory.Origin | None = None
 ) -> TrainState:
-    """The state of a new run, with random parameters or those of another run; saved if it may be needed again."""
+    """Returns a new run's state, with random or another run's parameters; saved if it may be needed again."""
     state = run.initial_state()
     if origin is not None:
         step, params = directory.initial_params(origin, run, state.params)
@@ -196,11 +196,11 @@ def first_state(
 
 @contextlib.contextmanager
 def compiling_early(run: Run) -> Iterator[Update]:
-    """The training step, compiled by a thread while the caller prepares the run; its first call waits for that.
+    """Yields the training step, compiled by a thread while the caller prepares the run; the first call waits for it.
 
-    XLA compiles without Python's lock, so that the program that makes the first state is compiled at the same time. Not
-    in a curriculum, where the first step's length depends on the state; nor on accelerators, where XLA times kernels
-    while it compiles, which other work on the device would disturb.
+    XLA compiles without Python's lock, so the program that makes the first state can be compiled at the same time. A
+    curriculum's step is not compiled early, since its length depends on the state; nor is a step for accelerators,
+    where XLA times kernels during compilation and other work on the device would disturb the measurement.
     """
     if run.config.data.curriculum or platform() != "cpu":
         yield run.train_step
@@ -209,25 +209,25 @@ def compiling_early(run: Run) -> Iterator[Update]:
     compiled = thread.submit(contextvars.copy_context().run, run.compiled_train_step)
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        compiled.result()  # raises what the compilation has raised
+        compiled.result()  # raises the compilation's error, if any
         return run.train_step(state, batch)
 
     try:
         yield update
     finally:
-        thread.shutdown(wait=False)  # XLA cannot be interrupted; an error is told without waiting
+        thread.shutdown(wait=False)  # XLA cannot be interrupted; report an error without waiting for it
 
 
 def train_steps(
     session: Session, view: TrainingView, update: Update, callbacks: Sequence[Callback], evaluate: Evaluate
 ) -> TrainingView:
-    """The updates after `view`, each with the callbacks due after it."""
+    """Makes the updates after `view`, and calls the due callbacks after each; returns the last view."""
     run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
     first, state = view.step, view.state
     throughput.restart()
     for callback in callbacks:
-        vars(callback).pop("timer", None)  # that of an earlier training
+        vars(callback).pop("timer", None)  # left from an earlier training
         callback.timer.restart()
     for step in range(first + 1, view.last_step + 1):
         if session.stop.poll():
@@ -245,7 +245,7 @@ def train_steps(
         throughput.count(config.train.batch_size * predicted)
         reader.after(outputs)
 
-        # ---- What is due after it
+        # ---- The callbacks after it
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
         for callback in due_callbacks(callbacks, step, outputs):
@@ -254,7 +254,7 @@ def train_steps(
             except DivergedError as error:
                 state = roll_back(session, view, error)
                 view = dataclasses.replace(view, state=state)
-        if compiled:  # which does not count as training
+        if compiled:  # compilation time does not count as training
             throughput.restart()
             throughput.flops_per_token = flops_per_token(run, length)
         if ended:
@@ -263,17 +263,19 @@ def train_steps(
 
 
 def roll_back(session: Session, view: TrainingView, error: DivergedError) -> TrainState:
-    """The state to go on from after a divergence: parameters and optimiser of the last regular checkpoint.
+    """Returns the state to continue from after a divergence: that of the last regular checkpoint, at the current step.
 
-    The step stays: the bad batches lie behind, and the updates since that checkpoint count as skipped. Raises the error
-    where train.max_skipped_updates allows no more returns.
+    Since the step stays, the bad batches are not repeated; the updates since the checkpoint count as skipped.
+
+    Raises:
+      DivergedError: if train.rollbacks allows no more rollbacks, or no regular checkpoint is left.
     """
     run, state, train = session.run, view.state, view.config.train
     done = int(state.skips.rollbacks)
     if done >= train.rollbacks:
         raise DivergedError(f"{error}; lower train.learning_rate") from None
     for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
-        leaf.delete()  # a device may not hold two of them
+        leaf.delete()  # a device may not have memory for two states
     restored = session.checkpoints.restore(run.abstract_state, regular=True)
     if restored is None:
         left = f"no checkpoint at a multiple of train.checkpoint_every = {train.checkpoint_every} is left"
@@ -281,10 +283,10 @@ def roll_back(session: Session, view: TrainingView, error: DivergedError) -> Tra
     older = restored[0]
     console.say(f"{error}; going on from the parameters of step {int(older.step)}, with the batches after {view.step}")
     skipped = view.step - int(older.step) + int(older.skips.total)
-    # With the layout that they had, or the next step would be compiled anew.
+    # Keep the arrays' sharding, or the next step would be compiled again.
     in_a_row, total, rollbacks, step = (
         jax.device_put(jnp.int32(value), state.step.sharding) for value in (0, skipped, done + 1, view.step)
     )
     skips = dataclasses.replace(state.skips, in_a_row=in_a_row, total=total, rollbacks=rollbacks)
-    # Which stages of a curriculum have ended stays decided: the batches so far were theirs.
+    # A curriculum does not go back: keep the stage ends of the current state.
     return dataclasses.replace(older, step=step, skips=skips, competence=state.competence)

@@ -1,8 +1,8 @@
-"""The loss of a batch: the model gives hidden states, of a sequence or of a window; here they meet their labels.
+"""The loss of a batch, computed from the model's hidden states.
 
-A long sequence is computed window after window, each window's gradient made together with its loss. Windows are
-independent given the embeddings, so the gradient of k of n windows, weighted by n / k, is right in expectation: a step
-may sample them, the same in all sequences of a micro-batch.
+The loss of a long sequence is computed window by window, each window's gradient together with its loss. Windows are
+independent given the embeddings, so k sampled windows of n, weighted by n / k, have the right gradient in expectation.
+The sampled windows are the same for all sequences of a micro-batch.
 """
 
 import dataclasses
@@ -57,18 +57,19 @@ def summed_loss(
     divisor: jax.Array | float = 1.0,
     z_loss: float = 0.0,
 ) -> LossAndRight:
-    """Cross-entropy in nats, weighted and summed over a batch; and the weight of the labels that are right.
+    """Returns the weighted sum of the cross-entropy in nats, and the weight of the correctly predicted labels.
 
-    Of the hidden states of a whole sequence, or window after window. Where devices share the batch, or its sequences,
-    it is this device's share.
+    The sequence is computed whole, or window by window to save memory. With several devices the result is this device's
+    share of the sum.
 
     Args:
-      batch: as `train_step` takes it, and `answers`; with `documents` where a sample holds several, see `Embedded`.
+      batch: as for `train_step`; with `documents` if samples hold several documents, see `Embedded`.
       key: of the dropout.
-      windows: generation windows to train on, int32 [k], whose losses count n / k times; None for all n.
+      windows: generation windows to train on, int32 [k], each of whose losses counts n / k times; None for all n.
       split: of the batch over devices.
-      divisor: of the sum.
-      z_loss: of the gradient, see `TrainConfig`.
+      answers: as for `train_step`.
+      divisor: by which the loss is divided.
+      z_loss: its weight in the gradient, see `TrainConfig`.
     """
     shape, inputs, sequences = model.config, batch["inputs"], split.sequence
     rows = {name: batch[name] for name in ("labels", "weights")}
@@ -88,7 +89,7 @@ def summed_loss(
         return total / divisor, right
     before = None
     if sequences.rows is not None:
-        # The rows of a device are not neighbours: the token before each lies on another device.
+        # Each device holds rows from all over the sequence, so the token before a row is usually on another device.
         padding = -length % sequences.row_parts
         if shape.token_shift:
             before = sequences.rows.take(pad_rows(tokens_before(inputs, documents), padding))
@@ -99,38 +100,38 @@ def summed_loss(
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right = jnp.float32(0), jnp.float32(0)
     for loop in window_loops(shape, sequence, rows, sequences, windows):
-        branches = tuple(functools.partial(window_loss, shape, run, rows_loss) for run in loop.runs)
+        branches = tuple(functools.partial(window_loss, shape, segment, rows_loss) for segment in loop.segments)
         shared, steps = (typed, loop.history), (loop.indices, loop.rows)
         loss, hits = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
         total, right = total + loss, right + hits
-    # n / k, by which sampled windows count.
+    # Each of k sampled windows counts n / k times.
     weight = 1.0 if windows is None else num_windows(shape, length) / windows.shape[0]
     return total * weight / divisor, right
 
 
 def window_loss(
     shape: ModelConfig,
-    run: Segment,
+    segment: Segment,
     rows_loss: RowsLoss,
     fixed: Any,
     step: tuple[jax.Array, DeviceBatch],
     shared: tuple[ModelParams, History],
     x: Stream | None,
 ) -> LossAndRight:
-    """`weighted_loss` of a generation window, or of those that run together, as `sum_with_gradients` takes it.
+    """Returns `weighted_loss` of a generation window, or of windows computed together; used by `sum_with_gradients`.
 
-    `step` are the window's index, its labels and weights; `shared` parameters and history; `x` the window's own rows,
-    after those that overlap. Where rows are split over devices, it is of this device's rows, and `x` is None.
+    `step` holds the window's index, labels and weights; `shared` the parameters and the history; `x` the window's own
+    rows, after those that overlap. If devices split the rows, the loss is of this device's rows, and `x` is None.
     """
     (params, history), (index, rows) = shared, step
-    size, split, overlap = shape.generation_window, history.split, run.overlap(shape)
+    size, split, overlap = shape.generation_window, history.split, segment.overlap(shape)
     if split is not None:
         whole = Stream(history.rows, history.Q, history.K, history.V)
-        x = jax.tree.map(lambda array: history.slice(array, run.starts(shape, index), overlap + size), whole)
+        x = jax.tree.map(lambda array: history.slice(array, segment.starts(shape, index), overlap + size), whole)
     assert x is not None
-    if x.rows.shape[1] > overlap + size:  # the first window, drawn among others
+    if x.rows.shape[1] > overlap + size:  # a sampled first window: it has no overlap
         x = jax.tree.map(lambda array: array[:, -size:], x)
-    C, frame, dropout = place_in_run(shape, run, history, fixed, index)
+    C, frame, dropout = place_in_run(shape, segment, history, fixed, index)
     params = count_routers(params, shape, rows["weights"], split.parts if split else 1)
     states = window_states(params.blocks, shape, C, x, frame, dropout)
     if overlap:
@@ -144,14 +145,14 @@ def window_loss(
 def count_routers(
     params: ModelParams, shape: ModelConfig, weights: jax.Array, divisor: jax.Array | float
 ) -> ModelParams:
-    """The parameters with the routers' losses, which count as much as these labels, `weights`, do in the loss."""
+    """Returns the parameters with router losses, scaled by these labels' share of the loss."""
     return with_router_losses(params, jnp.sum(weights) / divisor) if shape.mixture else params
 
 
 def weighted_loss(
     hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, z_loss: float
 ) -> LossAndRight:
-    """`summed_losses_and_hits`; of tasks, of the `most` rows that have weights alone."""
+    """Returns `summed_losses_and_hits`; for a task, computed only at the `most` rows that can have weights."""
     if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
         hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
     return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK, z_loss)
@@ -169,28 +170,28 @@ def sum_with_gradients(
     steps: Any,
     which: Int[Array, " steps"] | None,
 ) -> LossAndRight:
-    """The sum of the windows' losses such that differentiation keeps nothing of any window.
+    """Sums the windows' losses, and keeps no window's intermediate values for differentiation.
 
-    A window reads all of the history before it, so what its backward pass needs is as large as its history. Over N
-    tokens JAX would keep that for every window: memory that grows with N^2 / W_og. `jax.checkpoint` around each window
-    would compute it twice, and add up what windows share in bfloat16, where such a sum stops growing.
+    A window reads the whole history before it, so what its backward pass needs is as large as that history. Over N
+    tokens JAX would keep this for every window: memory that grows with N^2 / W_og. `jax.checkpoint` around each window
+    would compute the window twice, and sum gradients of shared arrays in bfloat16, where a growing sum loses its terms.
 
-    But the loss is a sum, so its gradient can be made term by term, and all that the rest of the program can still
-    change is a factor, the slope of whatever is done with the sum. So the *forward* pass runs, window after window,
+    But the loss is a sum, so its gradient can be computed term by term; the rest of the program only scales it by a
+    factor, the cotangent of the sum. So the *forward* pass computes, window by window,
 
         loss_w, pull = jax.vjp(window_loss, shared, part_w)        the window's forward pass
-        gradient    += pull(1)                                     at once its backward pass, added up in float32
+        gradient    += pull(1)                                     its backward pass, summed in float32
 
-    and keeps the summed gradient alone, which the backward pass multiplies with the slope. Memory is that of one window
-    and of the gradients; nothing is computed twice.
+    and keeps only the summed gradient, which the backward pass multiplies by the cotangent. Memory is that of one
+    window and of the gradients, and nothing is computed twice.
 
-    Windows of different static shapes, such as sampled ones, can take turns: `which` chooses among several branches.
+    Windows of different static shapes, such as sampled ones, use several branches, among which `which` chooses.
 
     Args:
-      branches: window_loss(fixed, step, shared, part) -> the loss, and what is summed along with it and has no
-        gradient; must not close over traced values.
-      shared: pytree of floating arrays that every window reads, parameters and history; differentiated.
-      parts: pytree of floating arrays [steps, ...] (or empty), a slice for each window; differentiated.
+      branches: window_loss(fixed, step, shared, part) -> the loss, and a second sum without a gradient. They must not
+        close over traced values.
+      shared: pytree of floating-point arrays that every window reads, parameters and history; differentiated.
+      parts: pytree of floating-point arrays [steps, ...] (or empty), a slice for each window; differentiated.
       fixed: pytree that every window reads; not differentiated.
       steps: pytree of arrays [steps, ...], a slice for each window; not differentiated.
       which: the branch of each window; None with a single branch.
@@ -198,8 +199,8 @@ def sum_with_gradients(
 
     def body(sums: Any, item: Any) -> tuple[Any, None]:
         part, step, index = item
-        run = branches[0] if index is None else functools.partial(jax.lax.switch, index, branches)
-        return jax.tree.map(jnp.add, sums, run(fixed, step, shared, part)), None
+        branch = branches[0] if index is None else functools.partial(jax.lax.switch, index, branches)
+        return jax.tree.map(jnp.add, sums, branch(fixed, step, shared, part)), None
 
     return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))[0]
 
@@ -217,7 +218,7 @@ def _forward(branches, shared, parts, fixed, steps, which):
 
 
 def _add_loss_and_gradient(branch, shared, fixed, carry, item):
-    """One window: its loss and its gradient, added to the sums of those before it."""
+    """Adds one window's loss and gradient to the sums over the windows before it."""
     (sums, total), (part, step, _) = carry, item
     loss, pull, aux = jax.vjp(functools.partial(branch, fixed, step), shared, part, has_aux=True)
     gradient, part_gradient = pull(jnp.ones_like(loss))
@@ -234,7 +235,7 @@ sum_with_gradients.defvjp(_forward, _backward)
 
 
 def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -> jax.Array | None:
-    """`count` different windows, int32 [count], ascending; None if those are all."""
+    """Draws `count` different windows, int32 [count], ascending; None if all windows are to be trained."""
     windows = num_windows(config, length)
     if count == 0 or count >= windows:
         return None
@@ -242,17 +243,17 @@ def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -
 
 
 class WindowLoop(NamedTuple):
-    """Windows that one loop goes through, as `sum_with_gradients` takes them."""
+    """The windows of one loop, as arguments of `sum_with_gradients`."""
 
-    runs: tuple[Segment, ...]  # the static shapes they have, a branch for each
-    history: History  # what they reach of it
-    own: Stream | None  # their rows; None where devices share them
-    indices: Array  # int32 [steps], or of those that run together, [steps, g]
-    rows: Any  # what goes along with the tokens, such as labels, [steps, ...]; zeros where there is no window
-    which: Array | None = None  # of `runs`, for each window; None with a single one
+    segments: tuple[Segment, ...]  # one for each static shape of a window; a branch for each
+    history: History  # as much as these windows can read
+    own: Stream | None  # the windows' own rows; None if devices split them
+    indices: Array  # int32 [steps], or [steps, g] for g windows computed together
+    rows: Any  # labels and weights, [steps, ...]; zeros for steps without a window
+    which: Array | None = None  # index into `segments` for each window; None with a single one
 
     def on_device(self, assigned: np.ndarray) -> "WindowLoop":
-        """The loop over this device's windows, as `assign_windows` has dealt them out."""
+        """Returns the loop over this device's windows; `assigned` comes from `assign_windows`."""
         if assigned.shape[1] == 1:
             return self
         places = jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index("window")]
@@ -266,29 +267,29 @@ class WindowLoop(NamedTuple):
 def window_loops(
     config: ModelConfig, sequence: PreparedSequence, rows: Any, split: SequenceSplit, windows: Array | None
 ) -> Iterator[WindowLoop]:
-    """The loops over a sequence's windows, or over this device's of them; `rows` are arrays [batch, length, ...].
+    """Yields the loops over a sequence's windows, or over this device's share; `rows` are arrays [batch, length, ...].
 
-    With `windows`, int32 [k], ascending, a single loop over only these; else one for each of `sequence.runs`.
+    With `windows`, int32 [k], ascending, there is one loop over these windows; else one for each of `sequence.runs`.
     """
     padding = sequence.count * config.generation_window - jax.tree.leaves(rows)[0].shape[1]
     rows = jax.tree.map(lambda array: pad_rows(array, padding), rows)
-    parts, runs = split.window_parts, sequence.runs
+    parts, segments = split.window_parts, sequence.runs
     if windows is None:
-        for run, assigned in zip(runs, assign_runs(runs, parts)):
-            own, indices = sequence.windows(config, run, run.overlap(config)), jnp.asarray(run.windows)
-            loop = WindowLoop((run,), sequence.reach(config, run), own, indices, run.rows(config, rows))
+        for segment, assigned in zip(segments, assign_runs(segments, parts)):
+            own, indices = sequence.windows(config, segment, segment.overlap(config)), jnp.asarray(segment.windows)
+            loop = WindowLoop((segment,), sequence.reach(config, segment), own, indices, segment.rows(config, rows))
             yield loop.on_device(assigned)
         return
-    every = Segment(0, (0,) * sequence.count, 0, 0)  # of it only which windows it has is read
+    every = Segment(0, (0,) * sequence.count, 0, 0)  # only its range of windows is used
     arrays = sequence.windows(config, every, config.window_overlap), every.rows(config, rows)
     own, taken = jax.tree.map(lambda array: jnp.take(array, windows, axis=0), arrays)
-    # Each takes the branch of the run that it lies in.
-    firsts = jnp.asarray([run.first for run in runs[1:]], jnp.int32)
+    # A window takes the branch of the segment that contains it.
+    firsts = jnp.asarray([segment.first for segment in segments[1:]], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
-    loop = WindowLoop(runs, sequence.history, own, windows, taken, which)
+    loop = WindowLoop(segments, sequence.history, own, windows, taken, which)
     yield loop.on_device(assign_windows(windows.shape[0], parts, np.zeros(parts)))
 
 
 def pad_rows(array: Array, count: int) -> Array:
-    """[batch, rows, ...] with `count` rows of zeros after them."""
+    """Appends `count` rows of zeros to an array [batch, rows, ...]."""
     return jnp.pad(array, ((0, 0), (0, count), *((0, 0),) * (array.ndim - 2)))

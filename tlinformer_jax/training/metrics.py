@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard events, and a line on stderr."""
+"""Writes a run's figures: to metrics.jsonl, to TensorBoard, and as a line on stderr."""
 
 import contextlib
 import errno
@@ -26,9 +26,9 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class TensorBoardWriter:
-    """TensorBoard events without TensorFlow; those of steps after `step` are hidden.
+    """A writer of TensorBoard events without TensorFlow; events of an earlier run after `step` are hidden.
 
-    tensorboardX's SummaryWriter would wait for ever once a full disk has killed its thread: here OSError is raised.
+    tensorboardX's SummaryWriter waits forever once a full disk has killed its thread; this class raises OSError.
     """
 
     def __init__(self, folder: pathlib.Path, step: int = 0) -> None:
@@ -36,7 +36,7 @@ class TensorBoardWriter:
 
     @functools.cached_property
     def _file(self) -> Any:
-        """Opened when first used, after the first update: tensorboardX imports PyTorch where that is installed."""
+        """The file, opened at its first use, after the first update: tensorboardX imports PyTorch if installed."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -61,7 +61,7 @@ class TensorBoardWriter:
 
 
 def event(step: int, **content: Any) -> Any:
-    """An event of TensorBoard, of now."""
+    """Returns a TensorBoard event with the current time."""
     from tensorboardX.proto.event_pb2 import Event
 
     return Event(wall_time=time.time(), step=step, **content)
@@ -70,7 +70,7 @@ def event(step: int, **content: Any) -> Any:
 def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
     """Drops the events after `step`, and that step's evaluation unless `keep_evaluation`.
 
-    Damaged lines go too: the last one, torn by a kill, in silence; those before it are counted on stderr.
+    Drops damaged lines too: silently the last one, torn by a kill; those before it are counted on stderr.
     """
     if not path.exists():
         return
@@ -91,9 +91,9 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
 
 
 class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
-    """Writes each event to metrics.jsonl and to TensorBoard; a DataError names what cannot be written.
+    """A log in metrics.jsonl and TensorBoard; raises a DataError that names what cannot be written.
 
-    Only where `active`, which process 0 of a run alone is. The run goes on from `step`: see `cut_back`.
+    Writes only if `active`, which is true for process 0 of a run. The run continues from `step`: see `cut_back`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         if active:
             path, board = workdir / METRICS_FILE, workdir / TENSORBOARD_FOLDER
             with writing(self._name + METRICS_FILE), open_own(path, "ab"):
-                pass  # before anything else is touched
+                pass  # fails before anything else is changed
             with writing(self._name + TENSORBOARD_FOLDER):
                 own_folder(board)
                 if not os.access(board, os.W_OK | os.X_OK):
@@ -111,26 +111,26 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
                 self._board = TensorBoardWriter(board, step)
             with writing(self._name + METRICS_FILE):
                 cut_back(path, step, keep_evaluation)
-                self._file = open_own(path, "ab", buffering=0)  # unbuffered, so that a full disk is told once
+                self._file = open_own(path, "ab", buffering=0)  # unbuffered, so that a full disk is reported once
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        # A second error would hide the one under way.
+        # A second error would hide the first.
         with contextlib.suppress(DataError) if kind else contextlib.nullcontext():
             self.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records one event; the JSON line is on disk when this returns."""
+        """Records one event; its JSON line has been written when this returns."""
         if not self._active:
             return
         line = json.dumps({"step": step, **finite(dict(scalars))}).encode() + b"\n"
         with writing(self._name + METRICS_FILE):
-            while line:  # a write may take a part only
+            while line:  # a write may write only a part
                 line = line[self._file.write(line) :]
         with writing(self._name + TENSORBOARD_FOLDER):
             self._board.write_scalars(step, scalars)
 
     def sync(self) -> None:
-        """Brings what was written to the disk; called before a checkpoint."""
+        """Flushes everything to disk; called before a checkpoint."""
         if self._active:
             with writing(self._name + METRICS_FILE):
                 os.fsync(self._file.fileno())
@@ -149,9 +149,9 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
 
 
 class Throughput:
-    """Speed of the training steps, saving included, compilation and evaluation excluded.
+    """Speed of the training steps, including saving, excluding compilation and evaluation.
 
-    `flops_per_token` are model FLOPs, to be set anew after a restart; `peak_flops` those of all devices a second.
+    `flops_per_token` are model FLOPs, to be set again after a restart; `peak_flops` those of all devices per second.
     """
 
     @classmethod
@@ -167,7 +167,7 @@ class Throughput:
         self.restart()
 
     def restart(self, keep_saving: bool = False) -> None:
-        """Forgets the time since the last report, but saving where `keep_saving`."""
+        """Discards the time since the last report; with `keep_saving`, except the time spent on saving."""
         self._saved = self._saved if keep_saving else 0.0
         self._since = time.perf_counter() - self._saved
         self._steps, self._tokens, self._waited = 0, 0.0, 0.0
@@ -191,10 +191,10 @@ class Throughput:
         self._steps, self._tokens = self._steps + 1, self._tokens + tokens
 
     def report(self, step: int) -> dict[str, float]:
-        """The figures since the last report, all steps up to `step` being done.
+        """Returns the figures since the last report, when all steps up to `step` are done.
 
-        tflops are model FLOPs a second in 1e12; mfu is their share of the devices' peak; input_wait and save_wait are
-        shares of the time; eta are the seconds left at the mean speed so far.
+        tflops are 1e12 model FLOPs per second; mfu is their fraction of the devices' peak; input_wait and save_wait are
+        fractions of the time; eta is the seconds left at the mean speed so far.
         """
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         self._all_steps, self._all_seconds = self._all_steps + self._steps, self._all_seconds + elapsed
@@ -237,7 +237,7 @@ def log_step(log: MetricsLog, step: int, last: int, metrics: Mapping[str, Any], 
 
 
 def log_evaluation(log: MetricsLog, run: Run, step: int, figures: Mapping[str, float], seconds: float) -> None:
-    """Writes and prints the figures of an evaluation; bits per byte first for bytes."""
+    """Writes and prints the figures of an evaluation; for byte tokens bits per byte comes first."""
     log.write(step, {f"eval/{name}": value for name, value in figures.items()})
     first = "bits_per_byte" if is_of_bytes(run) else "loss"
     names = sorted(figures, key=lambda name: name != first)

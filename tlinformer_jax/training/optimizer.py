@@ -1,4 +1,4 @@
-"""The optimiser of a run, its learning rate, and which parameters decay."""
+"""The optimiser of a run, its learning rate, and the choice of parameters that decay."""
 
 import dataclasses
 import functools
@@ -14,9 +14,9 @@ from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
-# The root mean square of Muon's updates at rate 1: that of AdamW's (arXiv 2502.16982).
+# Root mean square of Muon's updates at learning rate 1, matched to AdamW's (arXiv 2502.16982).
 MUON_RMS = 0.2
-# The matrices that Muon trains, with the axes that each reads and writes; others count several matrices.
+# Matrices that Muon trains, with their (input, output) axes; each further axis indexes several matrices.
 MUON_MATRICES = {
     "qkv_kernel": MuonDimensionNumbers(0, (2, 3)),
     "out_kernel": MuonDimensionNumbers((0, 1), 2),
@@ -29,14 +29,14 @@ MUON_MATRICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """Updates in all, and the update at which a cosine would end."""
+    """The number of updates, and the update at which a cosine schedule would end."""
 
     steps: int
     decay_end: int
 
 
 def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
-    """The length of a run over `batches`."""
+    """Returns the length of a run over `batches`."""
     steps = config.updates or batches.updates_for_epochs(config.epochs)
     if config.schedule == "paper":
         return Horizon(steps, config.epochs * -(-batches.samples_per_epoch // config.micro_batch_size))
@@ -44,19 +44,19 @@ def run_horizon(config: TrainConfig, batches: TrainingBatches) -> Horizon:
 
 
 def build_optimizer(config: TrainConfig, horizon: Horizon) -> optax.GradientTransformation:
-    """The configured optimiser, after clipping by the global norm."""
+    """Returns the configured optimiser, with gradients clipped by their global norm before it."""
     optimizer = OPTIMIZERS[config.optimizer](config, learning_rate_schedule(config, horizon))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
 
 
 def adamw(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay."""
+    """Returns AdamW, whose weight decay is decoupled."""
     mask = functools.partial(decay_mask, config)
     return optax.adamw(schedule, BETA1, BETA2, EPSILON, weight_decay=config.weight_decay, mask=mask)
 
 
 def muon(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for the hidden matrices, all of which decay; AdamW for the rest."""
+    """Returns Muon for the hidden matrices, all of which decay, and AdamW for the other parameters."""
     matrices = optax.contrib.muon(
         schedule,
         weight_decay=config.weight_decay,
@@ -74,10 +74,10 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Schedule:
-    """Learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
+    """Returns the learning rate of update u = 0, 1, ...: a linear warm-up, then the configured schedule.
 
-    The warm-up reaches the peak at its last update, and what falls its end at the run's last; both one update later
-    with the paper's schedule.
+    The peak is reached at the warm-up's last update, and the end of a decay at the run's last update; both are one
+    update later with the paper's schedule.
     """
     after_warmup = max(1, horizon.decay_end - config.warmup_steps)
     if config.schedule == "constant":
@@ -95,12 +95,12 @@ def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Sched
 
 
 def _fall(peak: float, updates: int, update: Any) -> Any:
-    """From `peak` at update 0 to 0 at `updates`, as 1 - sqrt (arXiv 2405.18392)."""
+    """Returns a rate that falls from `peak` at update 0 to 0 at `updates`, as 1 - sqrt (arXiv 2405.18392)."""
     return peak * (1.0 - jnp.sqrt(jnp.clip(update / updates, 0.0, 1.0)))
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Which parameters decay: kernels and embeddings; with the paper's schedule all."""
+    """Returns which parameters decay: kernels and embeddings; with the paper's schedule all except the token shift."""
 
     def decays(name: str) -> bool:
         return name != "shift" and (config.schedule == "paper" or name.endswith(("kernel", "embedding")))
@@ -109,5 +109,5 @@ def decay_mask(config: TrainConfig, params: Any) -> Any:
 
 
 def _by_name(params: Any, value: Callable[[str], Any]) -> Any:
-    """A value for each parameter, found by its own name ('qkv_kernel')."""
+    """Returns a pytree with a value for each parameter, computed from its own name ('qkv_kernel')."""
     return jax.tree_util.tree_map_with_path(lambda path, _: value(path[-1].key), params)

@@ -1,7 +1,7 @@
-"""Saving a run's checkpoints while it trains, and deleting those no longer wanted.
+"""Saves a run's checkpoints while it trains, and deletes old ones.
 
-Besides `checkpoints/STEP` there are `STEP.saving` and `STEP.deleting`, which a killed run leaves half-done and the next
-one removes, and `STEP.damaged`: what was in the way, or did not pass its verification.
+Besides `checkpoints/STEP` there are `STEP.saving` and `STEP.deleting`, which a killed run may leave behind and the next
+run removes, and `STEP.damaged`: a checkpoint that failed verification, or a path that was in the way of a new one.
 """
 
 import concurrent.futures
@@ -27,22 +27,22 @@ from tlinformer_jax.training.console import is_out_of_memory, say
 from tlinformer_jax.training.step import TrainState
 
 SAVING, DELETING = ".saving", ".deleting"
-# Orbax gives up a save after so many seconds, even where the clock has jumped: a day for several processes.
+# Seconds after which Orbax gives up a save, even if the clock has jumped: a day with several processes.
 TIMEOUT, TIMEOUT_DISTRIBUTED = 100 * 365 * 86_400, 86_400
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of a working directory, for the one run that trains into it.
 
-    A thread lets Orbax write, hashes the files, writes the manifest, makes the checkpoint appear, deletes older ones.
-    It reads a copy of the state on its devices; where there may be no room for one, or with several processes, training
-    waits for the reading.
+    A thread lets Orbax write, hashes the files, writes the manifest, renames the checkpoint to its final name and
+    deletes older ones. The thread reads a copy of the state on its devices. If there may be no memory for a copy, or
+    with several processes, training waits until the state is read.
 
     Args:
-      keep: how many of the latest, written or verified by this run, are kept.
-      keep_best: how many of those with the lowest validation loss are kept besides.
-      config_sha256: of the run's configuration, for the manifests.
-      regular: updates between those that a rollback may end at, the last of which is always kept; 0 for none.
+      keep: number of latest checkpoints to keep, among those that this run wrote or verified.
+      keep_best: number of checkpoints with the lowest validation loss to keep in addition.
+      config_sha256: hash of the run's configuration, for the manifests.
+      regular: updates between the checkpoints that a rollback may return to, the last of which is always kept; 0: none.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             async_options=ocp.options.AsyncOptions(timeout_secs=timeout, create_directories_asynchronously=False),
         )
         self._opened = contextlib.ExitStack()
-        self._plain: pathlib.Path | None = None  # the folder's path for Orbax, from the first save on
+        self._plain: pathlib.Path | None = None  # the folder's path for Orbax; set by the first save
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
 
@@ -74,16 +74,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         except DataError as error:
             if kind is None:
                 raise
-            say(f"error: {error}")  # the error under way goes on
+            say(f"error: {error}")  # do not replace the exception that ends the run
         finally:
             self._thread.shutdown()
             self._orbax.close()
             self._opened.close()
 
     def save(self, state: TrainState, overlap: bool = True) -> None:
-        """Starts saving `state` under its step; its arrays may be donated on return.
+        """Starts saving `state` under its step; the caller may donate its arrays on return.
 
-        With `overlap` a copy is read while training goes on; before the first step its memory is not known.
+        With `overlap`, training continues while a copy is read. Before the first step, the free memory is not known.
         """
         step = int(state.step)
         if step == self._latest:
@@ -98,10 +98,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._pending = self._thread.submit(self._finish, draft, shapes, after_skip, copy)
 
     def restore(self, state: TrainState, regular: bool = False) -> tuple[TrainState, Manifest] | None:
-        """The newest good state with its manifest; None if none was ever saved. Newer damaged ones are set aside.
+        """Returns the newest intact state with its manifest, None if none was saved; sets newer damaged ones aside.
 
         `state` has jax.ShapeDtypeStruct leaves with shardings. With `regular`, for a rollback, only regular checkpoints
-        count: which those are does not depend on where a run was interrupted.
+        count; these do not depend on where a run was interrupted.
         """
         self._wait()
         found = stored.newest_good(self._folder, set_aside=True, every=self._regular if regular else 0)
@@ -112,7 +112,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return TrainState(**stored.read_arrays(self._folder / str(found.step), _fields(state))), found
 
     def record_validation(self, step: int, loss: float) -> None:
-        """Adds the validation loss to the manifest of `step`, if it is saved."""
+        """Adds the validation loss to the manifest of `step`, if this step is saved."""
         self._wait()
         folder = self._folder / str(step)
         if self._main and step in self._good and folder.is_dir():
@@ -120,7 +120,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._delete_unwanted()
 
     def is_among_best(self, loss: float) -> bool:
-        """Whether `keep_best` would keep a checkpoint with this loss."""
+        """Returns whether `keep_best` would keep a checkpoint with this loss."""
         if self._keep_best == 0:
             return False
         self._wait()
@@ -129,13 +129,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return bool(multihost_utils.broadcast_one_to_all(np.bool_(among)))
 
     def _wait(self) -> None:
-        """Waits for the save under way."""
+        """Waits for the running save."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def _write(self, draft: pathlib.Path, state: TrainState) -> None:
-        """Reads the state from its devices; Orbax then goes on writing."""
+        """Reads the state from its devices; Orbax then continues to write."""
         try:
             if self._main:
                 own_folder(draft)
@@ -146,7 +146,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise DataError(f"checkpoint {draft}: cannot be written ({first_line(error)})") from error
 
     def _finish(self, draft: pathlib.Path, shapes: dict[str, Any], after_skip: bool, state: TrainState | None) -> None:
-        """The part of a save that runs in the thread; writes `state` if given."""
+        """Finishes a save in the thread; writes `state` first if given."""
         if state is not None:
             self._write(draft, state)
         try:
@@ -175,7 +175,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         kept = sorted(losses, key=lambda step: (losses[step], step))[: self._keep_best]
         if self._regular:
             regular = stored.regular_steps(self._folder, self._regular)
-            # The last on disk and, since that may be damaged, the last known to be good.
+            # The last on disk and, because that may be damaged, the last known to be intact.
             kept += regular[:1] + [step for step in regular if step in self._good][:1]
         for step in stored.list_steps(self._folder)[0]:
             if step < latest[0] and step not in kept:
@@ -186,12 +186,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
 
 def _clear(folder: pathlib.Path) -> None:
-    """Makes the folder, or removes what a killed run has left in it half-done."""
+    """Creates the folder, or removes what a killed run has left half-done in it."""
     own_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     with plain_path(folder):
-        pass  # it has one, or training need not begin
+        pass  # raises now, before training, if the folder has no such path
     for path in folder.iterdir():
         if SAVING in path.suffixes or path.name.endswith(DELETING):
             if path.is_symlink() or not path.is_dir():
@@ -201,7 +201,7 @@ def _clear(folder: pathlib.Path) -> None:
 
 
 def copy_on_devices(tree: Any) -> Any:
-    """A copy of a pytree on its devices; None where there may be no room for it."""
+    """Copies a pytree on its devices; returns None if there may be no memory for it."""
     shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
     for device in jax.local_devices():
         stats = device.memory_stats()
@@ -218,6 +218,6 @@ def copy_on_devices(tree: Any) -> Any:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The state as the mapping that is saved, without what is None."""
+    """Returns the state as the mapping that is saved, without None values."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The fixed parts of a run, which training and evaluation build alike: mesh, model, shardings, splits."""
+"""The fixed parts of a run, built alike for training and evaluation: mesh, model, shardings and splits."""
 
 import dataclasses
 import functools
@@ -51,9 +51,8 @@ from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, compiler_options, init_state, jit_train_step
 
-# Of runs that do not train, and of those whose length is known only with their data.
-UNTRAINED = Horizon(steps=0, decay_end=0)
-PENDING = Horizon(steps=0, decay_end=1)
+UNTRAINED = Horizon(steps=0, decay_end=0)  # a run that does not train
+PENDING = Horizon(steps=0, decay_end=1)  # a run whose length is known only once its data is read
 LoadSplit = Callable[[DataConfig, str, Tokenizer], Split]
 MASKED_ITERABLE = "must be False where train_data is an iterable, or validation_data holds batches"
 COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
@@ -61,7 +60,7 @@ COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The fixed parts of a run; `load_split` reads its splits."""
+    """The fixed parts of a run; `load_split` loads its splits."""
 
     config: RunConfig
     tokenizer: Tokenizer
@@ -86,24 +85,24 @@ class Run:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def answers(self, length: int) -> AnswerPlaces | None:
-        """Where the labels of a sample count; None for everywhere."""
+        """Returns the positions of a sample whose labels count; None if all do."""
         return answer_places(self.config.data, self.tokenizer, length)
 
     def initial_state(self) -> TrainState:
-        """The state before the first update, born sharded."""
+        """Returns the state before the first update, created with its shardings."""
         return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
 
     def _init(self, rng: jax.Array) -> TrainState:
         return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
-        """A split that holds samples of `length` (None: data.sequence_length)."""
+        """Loads a split for samples of `length` tokens (None: data.sequence_length)."""
         return self.checked(name, self.load_split(self.config.data, name, self.tokenizer), length)
 
     def checked(self, name: str, stream: Split, length: int | None = None) -> Split:
-        """`stream`, the split `name`, if it fits the configuration; with `data.document_masking`, packed."""
+        """Checks that `stream`, the split `name`, fits the configuration; packs it under `data.document_masking`."""
         if isinstance(stream, TaskSplit | OrderedStream):
-            return stream  # its ids are the tokenizer's, or checked as they are read
+            return stream  # a task's ids are the tokenizer's; an iterable's ids are checked as they are read
         data = self.config.data
         if data.document_masking:
             if isinstance(stream, RowStream):
@@ -114,9 +113,9 @@ class Run:
         return stream
 
     def evaluation_batch_size(self, length: int, samples: int, batch_size: int | None = None) -> int:
-        """Sequences of a batch of evaluation: `batch_size`, or what the configuration says, rounded to the mesh.
+        """Returns the sequences per evaluation batch: `batch_size` or the configured number, rounded up to the mesh.
 
-        A batch that samples do not fill is cut to a power of two, so that texts of many sizes compile few shapes.
+        A batch larger than the split shrinks to a power of two, so that texts of many sizes compile few shapes.
         """
         if batch_size is None:
             batch_size = self.config.train.evaluation_batch_size(self.config.data.sequence_length, length)
@@ -137,19 +136,19 @@ class Run:
         )
 
     def compiled_train_step(self) -> jax.stages.Compiled:
-        """The training step, compiled for samples of data.sequence_length; calls of `train_step` then use it."""
+        """Compiles the training step for samples of data.sequence_length; calls of `train_step` then use the result."""
         shape, sharding = (self.config.train.batch_size, self.config.data.sequence_length), batch_sharding(self.mesh)
         dtypes: dict[str, Any] = {"inputs": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
         if self.config.data.document_masking:
             dtypes["documents"] = jnp.int32
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-        state = self.abstract_state  # first: under the mesh, even a key is made on its devices
+        state = self.abstract_state  # before set_mesh: under it, even creating a key would run on the mesh's devices
         with jax.set_mesh(self.mesh):
             return self.train_step.lower(state, batch).compile()
 
     @functools.cached_property
     def eval_step(self) -> Any:
-        """The jitted evaluation step; every process gets the whole sums."""
+        """The jitted evaluation step; every process gets the sums over all devices."""
         check_kernel(self.config.model)
         return jax.jit(
             functools.partial(eval_step, model=self.model, answers=self.answers),
@@ -168,9 +167,9 @@ class Run:
         batch_size: int | None = None,
         rest: bool = False,
     ) -> Evaluation:
-        """Evaluates the parameters on a split in samples of `length` (None: data.sequence_length).
+        """Evaluates the parameters on a split in samples of `length` tokens (None: data.sequence_length).
 
-        `watch` passes the batches on, and may raise to give up; with `rest` a shorter last sample counts too.
+        `watch` passes on the batches, and may raise to give up. With `rest`, a shorter last sample counts too.
         """
         length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
@@ -189,7 +188,7 @@ class Run:
     def evaluation_batches(
         self, stream: Split, length: int, batch_size: int, rows: Rows, rest: bool = False
     ) -> Iterator[Batch]:
-        """The batches of a split in order; of a task with where its answers lie, by the windows of the model."""
+        """Yields a split's batches in order; those of a task also say where its answers are, by the model's windows."""
         if not isinstance(stream, TaskSplit):
             return evaluation_batches(stream, length, batch_size, rows, rest)
         model = self.config.model
@@ -199,18 +198,18 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run with its model's parameters, on its mesh, after `step` updates."""
+    """A run with its model's parameters after `step` updates, on the run's mesh."""
 
     run: Run
     params: Any
     step: int
-    figures: dict[str, float] | None = None  # of the last evaluation of a training, if that was not stopped before
+    figures: dict[str, float] | None = None  # of the last evaluation; None if training was stopped before
 
 
 def build_run(
     config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds and cross-checks the fixed parts of a run."""
+    """Builds the fixed parts of a run and checks that they fit together."""
     check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.mesh) if devices is None else build_mesh(config.mesh, devices)
     if mesh.shape["expert"] > 1 and not config.model.mixture:
@@ -227,7 +226,7 @@ def build_run(
 
 
 def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled_windows: int) -> None:
-    """Refuses a mesh that splits sequences of `length` tokens where they cannot be split."""
+    """Checks that the mesh can split sequences of `length` tokens."""
     for name in ("window", "context"):
         if mesh.shape[name] > 1 and not config.windowed:
             allowed = f"must be 1 for model.architecture = {config.architecture!r}"
@@ -240,7 +239,7 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
 def given_data(
     config: RunConfig, workdir: pathlib.Path, given: Mapping[str, TokenData | None]
 ) -> tuple[RunConfig, LoadSplit]:
-    """The configuration of a run on the caller's data, if given; what loads its splits."""
+    """Returns the configuration of a run on the caller's data, if any, and the function that loads its splits."""
     if not any(data is not None for data in given.values()):
         return config, load_split
     config = dataclasses.replace(config, data=with_given_files(config.data, given))
@@ -249,13 +248,13 @@ def given_data(
 
 
 def check_kernel(config: ModelConfig) -> None:
-    """Refuses cuDNN's attention where there is no GPU."""
+    """Checks that cuDNN's attention runs on a GPU."""
     if config.attention == "cudnn" and platform() != "gpu":
         raise ConfigError("model.attention", "cudnn", f"needs an NVIDIA GPU; JAX runs on {platform()} here")
 
 
 def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
-    """The batches of a run over its training split."""
+    """Returns the batches of a run over its training split."""
     data, how = config.data, config.train
     sizes = data.sequence_length, how.batch_size
     if isinstance(train, OrderedStream):
@@ -268,7 +267,7 @@ def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
 
 
 def flops_per_token(run: Run, length: int) -> float:
-    """Model FLOPs of a trained token in samples of `length` tokens."""
+    """Returns the model FLOPs per trained token in samples of `length` tokens."""
     model, sampled = run.config.model, run.config.train.sampled_windows
     places = run.answers(length)
     read, first = (None, 0) if places is None else (places.most, places.first)
@@ -277,7 +276,7 @@ def flops_per_token(run: Run, length: int) -> float:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user has chosen a place."""
+    """Keeps compiled programs between runs, unless the user has chosen a folder for them."""
     place = os.path.expanduser(COMPILATION_CACHE)
     if not getattr(jax.config, "jax_compilation_cache_dir", None) and os.path.isabs(place):
         jax.config.update("jax_compilation_cache_dir", place)

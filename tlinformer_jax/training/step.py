@@ -1,4 +1,4 @@
-"""The train step: a pure function of state and batch, with what it changes."""
+"""The train step, a pure function of state and batch, and the state that it updates."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from tlinformer_jax.training.cross_entropy import AnswersOf
 from tlinformer_jax.training.loss import DeviceBatch, LossAndRight, draw_windows, summed_loss
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
 
-WINDOW = 20  # updates whose mean accuracy decides whether a stage of a curriculum ends
+WINDOW = 20  # a curriculum stage ends by the mean accuracy over this many updates
 
 
 # ---- The state
@@ -32,12 +32,12 @@ def _count(value: int = 0) -> Any:
 
 @flax.struct.dataclass
 class Skips:
-    """Updates left out because loss or gradient were not finite; all int32 []."""
+    """Counts of the updates that were skipped because loss or gradient were not finite; all int32 []."""
 
-    in_a_row: jax.Array = _count()  # above train.max_skipped_updates, the state stays
-    total: jax.Array = _count()  # with those that rollbacks have undone
-    # At the last of them: the first parameter, in the order of jax.tree, whose gradient was not finite (-1: the loss
-    # alone), and the number of such ones.
+    in_a_row: jax.Array = _count()  # above train.max_skipped_updates, the state no longer changes
+    total: jax.Array = _count()  # includes skips that a rollback has undone
+    # For the last skipped update: the index, in the order of jax.tree, of the first parameter whose gradient was not
+    # finite (-1 if only the loss was not), and the number of such parameters.
     first_nonfinite: jax.Array = _count(-1)
     nonfinite: jax.Array = _count()
     rollbacks: jax.Array = _count()  # see `loop.roll_back`
@@ -45,10 +45,11 @@ class Skips:
 
 @flax.struct.dataclass
 class Competence:
-    """What decides when the stages of a curriculum end: as soon as training answers well enough.
+    """The state that decides when curriculum stages end by training accuracy.
 
-    `recent` are the shares of the answers' tokens that were right in the last updates of each stage, -inf before the
-    first; `ends` the update of the run after which each stage ends, 0 while undecided.
+    Attributes:
+      recent: fraction of answer tokens predicted correctly in the last updates of each stage; -inf before the first.
+      ends: update after which each stage ends; 0 while undecided.
     """
 
     recent: Float[Array, "stages recent"]
@@ -57,28 +58,28 @@ class Competence:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes."""
+    """The whole state that training changes."""
 
-    step: jax.Array  # updates done, int32 []; those that were skipped count
+    step: jax.Array  # updates done, including skipped ones, int32 []
     params: Any  # as `model.init` names them
-    opt_state: Any  # it has seen `step` - `skips.total` updates
+    opt_state: Any  # after `step` - `skips.total` updates
     skips: Skips = flax.struct.field(default_factory=Skips)
-    competence: Competence | None = None  # None where no stage of a curriculum ends by competence
+    competence: Competence | None = None  # None if no curriculum stage ends by accuracy
     ema: Any = None  # moving average of the parameters; None without `train.ema`
 
     @property
     def evaluated(self) -> Any:
-        """The parameters that evaluations use."""
+        """The parameters that evaluations use: the moving average if there is one."""
         return self.params if self.ema is None else self.ema
 
     def starting_from(self, params: Any) -> "TrainState":
-        """This state with other parameters, also the first of the average."""
+        """Returns this state with other parameters, from which the moving average starts too."""
         ema = None if self.ema is None else first_average(params)
         return dataclasses.replace(self, params=params, ema=ema)
 
 
 def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
-    """Before the first update; None where every stage ends by its updates alone."""
+    """Returns the state before the first update; None if every stage ends by its number of updates alone."""
     if not any(stage.accuracy for stage in stages):
         return None
     return Competence(jnp.full((len(stages), WINDOW), -jnp.inf, jnp.float32), jnp.zeros(len(stages), jnp.int32))
@@ -87,7 +88,7 @@ def initial_competence(stages: tuple[Stage, ...]) -> Competence | None:
 def init_state(
     rng: jax.Array, model: LanguageModel, config: TrainConfig, horizon: Horizon, stages: tuple[Stage, ...] = ()
 ) -> TrainState:
-    """The state before the first update."""
+    """Returns the state before the first update."""
     params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
     opt_state = build_optimizer(config, horizon).init(params)
     ema = first_average(params) if config.ema else None
@@ -99,12 +100,12 @@ def init_state(
 
 @jax.jit
 def first_average(params: Any) -> Any:
-    """A copy: the donated state may hold no array twice."""
+    """Returns a copy of the parameters. It must be a copy: a donated state may not hold an array twice."""
     return jax.tree.map(jnp.copy, params)
 
 
 def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any:
-    """The average after one more update, after `updates` before it."""
+    """Returns the moving average after one more update, when `updates` came before."""
     kept = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
     return jax.tree.map(lambda mean, leaf: mean + (1.0 - kept) * (leaf - mean), ema, params)
 
@@ -113,7 +114,7 @@ def next_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any
 
 
 def jit_train_step(state_shardings: TrainState, batch_sharding: Any, **settings: Any) -> Any:
-    """`train_step` with these `settings`, compiled for these shardings; to be called under `jax.set_mesh`."""
+    """Compiles `train_step` with these settings and shardings. Call the result under `jax.set_mesh`."""
     return jax.jit(
         functools.partial(train_step, **settings),
         in_shardings=(state_shardings, batch_sharding),
@@ -123,8 +124,8 @@ def jit_train_step(state_shardings: TrainState, batch_sharding: Any, **settings:
     )
 
 
-# Kernels are not timed to choose among them, none adds by atomics, and what scatters (the embedding's gradient) sorts
-# first: without the last, it would go through the tokens one by one.
+# No autotuning of kernels, no atomic additions, and scatters (the embedding's gradient) sort their indices first. The
+# last option keeps deterministic scatters from processing tokens one by one.
 DETERMINISTIC = {
     "xla_gpu_deterministic_ops": True,
     "xla_gpu_exclude_nondeterministic_ops": True,
@@ -133,10 +134,10 @@ DETERMINISTIC = {
 
 
 def compiler_options(config: TrainConfig) -> dict[str, Any] | None:
-    """Options for XLA, for the device's kind.
+    """Returns XLA's options for the kind of device; None if there are none.
 
-    On NVIDIA GPUs products go to cuBLAS, whose trial of Triton's kernels beside it is left out: on an H100 these were
-    never faster at the shapes of training, and trying them took a third of the compilation.
+    NVIDIA GPUs use cuBLAS for matrix products. Triton's kernels are not tried: on an H100 they were never faster at
+    training shapes, and trying them took a third of the compilation time.
     """
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False} if is_nvidia_gpu() else {}
     if config.deterministic and platform() == "gpu":
@@ -154,26 +155,26 @@ def train_step(
     answers: AnswersOf | None = None,
     stages: tuple[Stage, ...] = (),
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update.
+    """Makes one update of the state.
 
-    The loss is the weighted mean over the batch, however many micro-batches compute it; with the paper's schedule, the
-    gradient is that of the weighted sum over the batch's full size. Where loss or gradient are not finite, parameters
-    and optimiser stay; after more than config.max_skipped_updates of those in a row the whole state does.
+    The loss is the weighted mean over the batch, for any number of micro-batches. With the paper's schedule, the
+    gradient is that of the weighted sum divided by the batch's full size. If loss or gradient are not finite, the
+    parameters and the optimiser do not change; after more than config.max_skipped_updates in a row, nothing changes.
 
     Args:
       batch: inputs and labels int32 [batch, N], weights float32 [batch, N].
-      answers: of a task, where the labels of a sample have weights.
+      answers: gives the positions whose labels have weights, for a task; None for a text.
       stages: of the curriculum.
 
     Returns:
-      the state after the update; loss (nats; an estimate where windows are sampled), grad_norm (before clipping),
-      learning_rate, tokens, step and skips; in a stage that ends by competence also accuracy and stage_ends.
+      the new state, and the metrics: loss (nats; an estimate if windows are sampled), grad_norm (before clipping),
+      learning_rate, tokens, step and skips; also accuracy and stage_ends in a stage that ends by accuracy.
     """
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     split = BatchSplit.of(jax.sharding.get_abstract_mesh())
     length = batch["inputs"].shape[1]
-    # The number of the stage that these samples belong to, if it ends by competence.
+    # The index of the stage that this batch belongs to; None if that stage does not end by accuracy.
     stage = next((number for number, one in enumerate(stages) if one.length == length and one.accuracy), None)
     gradient = functools.partial(batch_gradient, model=model, config=config, split=split, answers=answers)
     loss, right, grads = split.over_devices(gradient)(batch, state.params, divisor, state.step)
@@ -207,7 +208,7 @@ def train_step(
 def record_accuracy(
     competence: Competence, number: int, goal: float, accuracy: jax.Array, step: jax.Array
 ) -> Competence:
-    """What is known after an update of stage `number`, which ends at mean accuracy `goal`."""
+    """Returns the state after an update of stage `number`, which ends at mean accuracy `goal`."""
     recent = jnp.append(competence.recent[number, 1:], accuracy)
     reached = (competence.ends[number] == 0) & (jnp.mean(recent) >= goal)
     ends = competence.ends.at[number].set(jnp.where(reached, step + 1 + LAG, competence.ends[number]))
@@ -225,14 +226,14 @@ def batch_gradient(
     split: BatchSplit,
     answers: AnswersOf | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """`summed_loss` of a batch and its gradient, summed over micro-batches and over the devices that share it.
+    """Returns `summed_loss` of a batch and its gradient, summed over micro-batches and devices.
 
-    `batch` is this device's part; `divisor` that of the summed loss; `step`, with the seed, the key of what is drawn.
+    `batch` is this device's part, and `divisor` divides the loss. The keys for random draws come from seed and `step`.
     """
     dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
 
     def draws(number: jax.Array | int) -> tuple[jax.Array, jax.Array | None]:
-        """Of a micro-batch: the dropout's key, and the windows that are trained on."""
+        """Returns the dropout key of micro-batch `number`, and its sampled windows (None if all are trained)."""
         key = jax.random.fold_in(dropout_key, number)
         if not config.sampled_windows:
             return key, None
@@ -252,7 +253,7 @@ def batch_gradient(
 
 def _accumulate(gradient: Any, draws: Any, params: Any, batch: DeviceBatch, parts: int) -> tuple[LossAndRight, Any]:
     """Sums losses and gradients over `parts` micro-batches, in float32."""
-    # Micro-batches take rows in turn, so that each micro-batch stays split over all devices.
+    # Each micro-batch takes every `parts`-th row, so that it is split over all devices as the batch is.
     micros = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1), batch)
 
     def body(total: Any, part: tuple[DeviceBatch, jax.Array]) -> tuple[Any, None]:
@@ -264,8 +265,8 @@ def _accumulate(gradient: Any, draws: Any, params: Any, batch: DeviceBatch, part
 
 
 def count_skips(skips: Skips, loss: jax.Array, grads: Any, most: int) -> tuple[jax.Array, jax.Array, Skips]:
-    """Whether an update counts, whether the run has stopped before it, the skips after it."""
-    # The squares' sums are those of the gradient's norm, so they cost nothing.
+    """Returns (the update is finite, the run had already stopped, the updated counts of skips)."""
+    # These sums of squares also make up the gradient's norm, so they cost nothing extra.
     bad = ~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)]))
     stopped = skips.in_a_row > most
     good = jnp.isfinite(loss) & ~jnp.any(bad) & ~stopped

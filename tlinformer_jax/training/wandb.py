@@ -1,4 +1,4 @@
-"""Weights & Biases, as a callback: `train_and_evaluate(config, workdir, callbacks=[WandB("my-project")])`."""
+"""A callback for Weights & Biases: `train_and_evaluate(config, workdir, callbacks=[WandB("my-project")])`."""
 
 import dataclasses
 import importlib.util
@@ -17,9 +17,9 @@ ID_FILE = "wandb_id.txt"
 
 @dataclasses.dataclass
 class WandB(Callback):
-    """Sends the figures of updates and of evaluations to Weights & Biases.
+    """A callback that sends the figures of updates and evaluations to Weights & Biases.
 
-    A training that goes on in the same directory goes on in the same run there. `settings` are for `wandb.init`.
+    A training continued in the same directory continues the same W&B run. `settings` are passed to `wandb.init`.
     """
 
     project: str
@@ -30,7 +30,7 @@ class WandB(Callback):
         if importlib.util.find_spec("wandb") is None:
             raise UserError('WandB: needs the package wandb; pip install "tlinformer-jax[wandb]"')
         self._run: Any = None
-        self._evaluated = 0.0  # the step of the last evaluation that was sent
+        self._evaluated = 0.0  # step of the last evaluation that was sent
 
     def __call__(self, view: TrainingView) -> None:
         if jax.process_index() != 0:

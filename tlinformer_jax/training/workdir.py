@@ -1,7 +1,7 @@
-"""A run's working directory: its lock, whether it holds this run, what is written, where it started from.
+"""A run's working directory: its lock, the check that it belongs to this run, its files, and the run's origin.
 
-A run started by `--init_from=WORKDIR` takes another run's parameters, of an architecture with equal layers. Step 0 is
-saved at once, so that the other directory is needed no more, and the same command goes on.
+A run started with `--init_from=WORKDIR` takes another run's parameters, of an architecture with equal layers. Step 0 is
+saved at once, so that the run can later continue, with the same command, without the other directory.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import Run
 
 LOCK_FILE = ".lock"
-TEXTS_FILE = "texts.json"  # split -> SHA-256 of the tokens that the last training here has read
+TEXTS_FILE = "texts.json"  # split -> SHA-256 of its tokens at the last training in this directory
 ORIGIN_FILE = "init_from.json"
-# The fields of the model that decide the parameters' names and shapes.
+# The model's fields that decide names and shapes of parameters.
 SHAPES = (
     *("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff"),
     *("num_experts", "token_shift"),
 )
-# A parameter that changes nothing as it begins: the origin may lack it.
+# A parameter whose initial value has no effect, so the origin may lack it.
 NEUTRAL = "shift"
-# A run with other values here is not continued; nor where only one of the two has the paper's schedule.
+# A run continues only with the same values of these fields, and not across a change to or from the paper's schedule.
 WINDOWS = ("history_window", "generation_window", "longest_wavelength", "window_overlap")
 IDENTITY = (
     *(f"model.{name}" for name in (*SHAPES, *WINDOWS, "experts_per_token", "dropout")),
@@ -55,9 +55,9 @@ IDENTITY = (
 
 @contextlib.contextmanager
 def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
-    """Holds the lock of the working directory; process 0 does so for all processes of a run.
+    """Holds the working directory's lock; process 0 holds it for all processes of a run.
 
-    The system releases it when the process ends. The file `name`, which says who holds it, stays.
+    The system releases the lock when the process ends. The file `name`, which names the holder, stays.
     """
     if jax.process_index() != 0:
         yield
@@ -66,7 +66,7 @@ def sole_run(workdir: pathlib.Path, name: str = LOCK_FILE) -> Iterator[None]:
         with writing(f"workdir {workdir}: {name}"):
             file = stack.enter_context(open_own(workdir / name, "a+"))
             _lock(file, workdir)
-            # Past the file's buffer, which would raise once more when it is closed.
+            # Written without the file's buffer, which would raise a second error when the file is closed.
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on host {platform.node()}\n".encode())
         yield
@@ -85,11 +85,11 @@ def _lock(file: Any, workdir: pathlib.Path) -> None:
         say(f"workdir {workdir}: its file system has no locks; a second run here would not be noticed")
 
 
-# ---- Whether it holds this run
+# ---- The check that the directory belongs to this run
 
 
 def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Makes the directory, or checks that it holds the same run."""
+    """Creates the directory, or checks that it holds the same run."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,7 +108,7 @@ def check_workdir(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) 
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> None:
-    """Refuses another tokenizer than that of a run in the working directory."""
+    """Checks that a run in the working directory has the same tokenizer."""
     if not any((workdir / file).exists() for file in (CONFIG_FILE, TOKENIZER_FILE)):
         return
     there = load_tokenizer(workdir).name
@@ -118,12 +118,12 @@ def check_tokenizer(tokenizer: Tokenizer, name: str, workdir: pathlib.Path) -> N
 
 
 def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Says which splits have changed since the directory's run last trained."""
+    """Prints which splits have changed since the last training in this directory."""
     path = workdir / TEXTS_FILE
     try:
         recorded = dict(read_json(path))
     except FileNotFoundError:
-        return  # converted weights, or a run that was stopped before its first step
+        return  # converted weights, or a run that stopped before its first step
     except (OSError, ValueError, TypeError) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({why}); without this file no texts are compared") from None
@@ -133,7 +133,7 @@ def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> No
 
 
 def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
-    """Split -> hash of its tokens, for those that are read from a file."""
+    """Returns split -> hash of its tokens, for the splits that are read from files."""
     texts = {
         name: getattr(split.task, "text", None) if isinstance(split, TaskSplit) else split
         for name, split in splits.items()
@@ -142,27 +142,27 @@ def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
 
 
 def save_description(run: Run, splits: Mapping[str, Split], workdir: pathlib.Path) -> None:
-    """Writes configuration, hashes of the texts, and the tokenizer if there is none."""
+    """Writes the configuration, the texts' hashes, and the tokenizer if the directory has none."""
     with writing(f"workdir {workdir}: its configuration"):
-        if not (workdir / TOKENIZER_FILE).exists():  # else it is this one: `check_tokenizer`
+        if not (workdir / TOKENIZER_FILE).exists():  # `check_tokenizer` has compared an existing one
             save_tokenizer(run.tokenizer, workdir)
         write_text(workdir / TEXTS_FILE, json.dumps(_text_hashes(splits), indent=1) + "\n")
         save_config(run.config, workdir)
 
 
-# ---- Where it started from
+# ---- The run's origin
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Another run's directory and a step, None for the newest good one."""
+    """Another run's directory, and a step of it (None: the newest intact one)."""
 
     workdir: pathlib.Path
     step: int | None = None
 
 
 def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.Path | None) -> Origin | None:
-    """The origin that is remembered, or that --init_from asks for."""
+    """Returns the recorded origin, or the one that --init_from asks for; None if the run starts from scratch."""
     origin, begun = _remembered_origin(workdir), (workdir / CONFIG_FILE).exists()
     if asked is not None:
         wanted, allowed = local_path(asked, "init_from"), None
@@ -181,7 +181,7 @@ def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.P
 
 
 def check_origin(origin: Origin, config: RunConfig) -> None:
-    """Refuses a run whose parameters have other names or shapes, naming the first."""
+    """Checks that the origin's parameters have the same names and shapes; an error names the first difference."""
     other = load_config(origin.workdir)
     check_size(origin.workdir, other.model, origin.step)
     layers = _same_layers(other, config)
@@ -198,13 +198,13 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
 
 
 def _same_layers(one: RunConfig, other: RunConfig) -> dict[str, str]:
-    """Path of each layer's parameters in the one model -> in the other."""
+    """Maps the path of each layer's parameters in one model to its path in the other."""
     paths = [["/".join(path) for path, _ in layer_names(config.model)] for config in (one, other)]
     return dict(zip(*paths))
 
 
 def _renamed(name: str, layers: Mapping[str, str]) -> str:
-    """The path of a parameter in the other model."""
+    """Returns a parameter's path in the other model."""
     layer, slash, own = name.rpartition("/")
     return layers.get(layer, layer) + slash + own
 
@@ -214,7 +214,7 @@ def _parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 
 def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
-    """The step and the parameters to start from; what is not there is `fresh`."""
+    """Returns the origin's step and its parameters; a parameter that the origin lacks is taken from `fresh`."""
     name = load_tokenizer(origin.workdir).name
     if name != run.tokenizer.name:
         say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
@@ -232,7 +232,7 @@ def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
 
 
 def remember_origin(origin: Origin, workdir: pathlib.Path) -> None:
-    """Writes the origin into the working directory."""
+    """Records the origin in the working directory."""
     with writing(f"workdir {workdir}: {ORIGIN_FILE}"):
         write_text(workdir / ORIGIN_FILE, json.dumps({"workdir": str(origin.workdir), "step": origin.step}) + "\n")
 
