@@ -36,7 +36,7 @@ from tlinformer_jax.models.model import attention_window, padded_vocabulary
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
     Segment,
-    assign_runs,
+    assign_segments,
     num_windows,
     padded_length,
     plan_segments,
@@ -150,16 +150,16 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     """
     split, windows = SequenceSplit(parts), num_windows(config, length)
     plan = dataclasses.replace(config.plan(windows), together=1)
-    runs = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
+    segments = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
     size, overlap = config.generation_window, config.window_overlap
     loads = np.zeros(parts)
-    for run, assigned in zip(runs, assign_runs(runs, parts)):
-        if run is FIRST_WINDOW:
+    for segment, assigned in zip(segments, assign_segments(segments, parts)):
+        if segment is FIRST_WINDOW:
             costs = [causal_layers(config, size, config.d_model, causal_pairs(size)).attention]
         else:
             causal = causal_pairs(overlap + size)
-            shapes = segment_shapes(config, run, causal, True)
+            shapes = segment_shapes(config, segment, causal, True)
             costs = [window(config, shape, config.d_model).attention for shape in shapes]
-        # A device that has no window left computes the run's first one again, and its result is not used.
+        # A device that has no window left computes the first one of the segment again, and its result is not used.
         loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
     return loads

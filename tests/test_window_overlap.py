@@ -357,13 +357,13 @@ def overlap_read_out(monkeypatch):
 
 def overlap_is_history_too(monkeypatch):
     """The history of a window does not end before the rows that overlap."""
-    real = loss_module.place_in_run
+    real = loss_module.place_in_segment
 
     def mutated(config, run, *rest):
         C, *others = real(config, run, *rest)
         return dataclasses.replace(C, length=C.length + run.overlap(config)), *others
 
-    monkeypatch.setattr(loss_module, "place_in_run", mutated)
+    monkeypatch.setattr(loss_module, "place_in_segment", mutated)
 
 
 def window_misplaced(monkeypatch):

@@ -76,7 +76,7 @@ class PreparedSequence:
       dropout: None outside training.
       documents: documents of all rows, the same on every device; None if the sample is a single document.
       count: number of windows; the last may reach past the sequence's end.
-      runs: the windows to compute, in loops of equal shapes.
+      segments: the windows to compute, in loops of equal shapes.
     """
 
     history: History
@@ -84,7 +84,7 @@ class PreparedSequence:
     dropout: Dropout | None
     documents: Array | None
     count: int = flax.struct.field(pytree_node=False)
-    runs: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
+    segments: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
 
     @property
     def fixed(self) -> Constants:
@@ -137,7 +137,7 @@ def prepare_sequence(
     return PreparedSequence(history, rope, dropout, documents, count, segments if first else (FIRST_WINDOW, *segments))
 
 
-def place_in_run(
+def place_in_segment(
     config: ModelConfig, segment: Segment, history: History, fixed: Constants, windows: PerWindow
 ) -> tuple[History, WindowFrame, Dropout | None]:
     """Returns C, frame and dropout for `window_states`, given the index of a window, or of g windows, int32 [g]."""
@@ -170,7 +170,7 @@ def forward_windows(
     plan = config.plan(num_windows(config, length) - first)
     sequence = prepare_sequence(blocks, config, embeddings, length, plan, dropout, first=first)
     outputs = []
-    for segment in sequence.runs:
+    for segment in sequence.segments:
         overlap = segment.overlap(config)
         chunk, groups = segment.together * (overlap + size), segment.count // segment.together
         in_line = functools.partial(rows_in_line, config, first=segment.first, count=segment.count, overlap=overlap)
@@ -201,5 +201,5 @@ def _step(config: ModelConfig, segment: Segment, shared: Any, fixed: Any, item: 
     if segment.together > 1:
         windows = windows + np.arange(segment.together, dtype=np.int32)
     own = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[2:]), x)
-    C, frame, dropout = place_in_run(config, segment, history, fixed, windows)
+    C, frame, dropout = place_in_segment(config, segment, history, fixed, windows)
     return window_states(blocks, config, C, own, frame, dropout).reshape(batch, segment.together * size, -1)

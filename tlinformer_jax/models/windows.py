@@ -140,7 +140,7 @@ def plan_segments(
     return tuple(_segment(config, part, size, plan.chunk, split.row_parts) for part, size in segments)
 
 
-def assign_runs(segments: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
+def assign_segments(segments: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
     """Applies `assign_windows` to each segment, long windows first, so that short ones balance the load at the end."""
     loads = np.zeros(parts)
     return [assign_windows(segment.count, parts, loads, segment.first) for segment in reversed(segments)][::-1]

@@ -28,8 +28,8 @@ from tlinformer_jax.models.model import (
 )
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
-from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_run, prepare_sequence, window_states
-from tlinformer_jax.models.windows import Segment, assign_runs, num_windows
+from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_segment, prepare_sequence, window_states
+from tlinformer_jax.models.windows import Segment, assign_segments, num_windows
 from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, assign_windows
 from tlinformer_jax.training.cross_entropy import (
     LOSS_CHUNK,
@@ -131,7 +131,7 @@ def window_loss(
     assert x is not None
     if x.rows.shape[1] > overlap + size:  # a sampled first window: it has no overlap
         x = jax.tree.map(lambda array: array[:, -size:], x)
-    C, frame, dropout = place_in_run(shape, segment, history, fixed, index)
+    C, frame, dropout = place_in_segment(shape, segment, history, fixed, index)
     params = count_routers(params, shape, rows["weights"], split.parts if split else 1)
     states = window_states(params.blocks, shape, C, x, frame, dropout)
     if overlap:
@@ -269,13 +269,13 @@ def window_loops(
 ) -> Iterator[WindowLoop]:
     """Yields the loops over a sequence's windows, or over this device's share; `rows` are arrays [batch, length, ...].
 
-    With `windows`, int32 [k], ascending, there is one loop over these windows; else one for each of `sequence.runs`.
+    With `windows`, int32 [k], ascending, there is one loop over these windows; else one for each of `sequence.segments`.
     """
     padding = sequence.count * config.generation_window - jax.tree.leaves(rows)[0].shape[1]
     rows = jax.tree.map(lambda array: pad_rows(array, padding), rows)
-    parts, segments = split.window_parts, sequence.runs
+    parts, segments = split.window_parts, sequence.segments
     if windows is None:
-        for segment, assigned in zip(segments, assign_runs(segments, parts)):
+        for segment, assigned in zip(segments, assign_segments(segments, parts)):
             own, indices = sequence.windows(config, segment, segment.overlap(config)), jnp.asarray(segment.windows)
             loop = WindowLoop((segment,), sequence.reach(config, segment), own, indices, segment.rows(config, rows))
             yield loop.on_device(assigned)
