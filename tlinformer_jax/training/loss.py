@@ -269,7 +269,7 @@ def window_loops(
 ) -> Iterator[WindowLoop]:
     """Yields the loops over a sequence's windows, or over this device's share; `rows` are arrays [batch, length, ...].
 
-    With `windows`, int32 [k], ascending, there is one loop over these windows; else one for each of `sequence.segments`.
+    With `windows`, int32 [k], ascending, there is one loop over these windows; else one loop for each segment.
     """
     padding = sequence.count * config.generation_window - jax.tree.leaves(rows)[0].shape[1]
     rows = jax.tree.map(lambda array: pad_rows(array, padding), rows)
