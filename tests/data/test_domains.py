@@ -212,6 +212,10 @@ def test_records_that_share_letters_are_in_one_split(tmp_path):
     rng = np.random.default_rng(3)
     records = ["".join("ACGT"[letter] for letter in rng.integers(0, 4, size)) for size in rng.integers(2, 40, 120)]
     records += ["ACG" + record[-9:] + "T" for record in records[::3]]
+    numbers = domains.families(records, 8)
+    found = [np.flatnonzero(numbers == number).tolist() for number in range(numbers.max() + 1)]
+    assert sorted(map(sorted, relatives(records, 8))) == sorted(found)
+    assert np.diff([len(family) for family in found]).max() <= 0  # the largest is first
     path = write(tmp_path / "x.fasta", "".join(f">{n}\n{record}\n" for n, record in enumerate(records)).encode())
     config = config_for(tmp_path, "fasta", path, shingle=8)
     splits = {}
