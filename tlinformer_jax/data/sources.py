@@ -161,8 +161,9 @@ def _symbol_source(config: DataConfig, split: str) -> Source:
     held_out = [other for other in domains.PLACES if config.field_of_files(other) == field == "train_files"]
 
     def identity() -> Identity:
-        options = {"dataset": config.dataset, "split": split if held_out else "", "held_out": held_out}
-        options |= {"shingle": config.shingle} if config.shingle and held_out else {}
+        options: Identity = {"dataset": config.dataset, "split": split if held_out else "", "held_out": held_out}
+        if config.shingle and held_out:
+            options["shingle"] = config.shingle
         return options | {"files": [file_identity(path) for path in files]}
 
     def encoded(tokenizer: Tokenizer) -> Iterator[Encoded]:
