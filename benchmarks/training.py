@@ -7,7 +7,8 @@ the groups. Compilation is timed apart, without the persistent cache.
 
     --config=FILE                     another base configuration; its sections `model` and `train` are taken
     --set=model.d_model=512           a field for all rows
-    --try=model.memory=low    one more setting to time, beside what is set
+    --try=model.memory=low    one more setting to time, beside what is set; --try= is none
+    --try=data.document_masking=True  samples of documents that do not see each other, 70 tokens long on average
 
 Where a step computes windows one after the other, a row keeps the mean losses of the first 64 windows at the first
 step. Rows of batch 1 begin with the same tokens, whatever their length, so these must agree; the last line says how far
@@ -52,6 +53,7 @@ PROFILE = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
 
 GROUP = 5
+DOCUMENT_TOKENS = 70  # of a paragraph of a book, about
 # Kernels in the table of a profile, of the 100 to 300 that a step has.
 TRACED_KERNELS = 60
 
@@ -197,7 +199,7 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         shardings = tree_shardings(jax.eval_shape(initial, jax.random.key(0)), mesh)
         state = jax.jit(initial, out_shardings=shardings)(jax.random.key(0))
-        batch = put_batch(_random_batch(config), mesh)
+        batch = put_batch(random_batch(config), mesh)
         step = jit_train_step(shardings, batch_sharding(mesh), model=model, config=train, horizon=horizon)
         lowered = step.lower(state, batch)
         started = time.perf_counter()
@@ -244,14 +246,18 @@ def checked_mesh(config: RunConfig) -> Any:
     return mesh
 
 
-def _random_batch(config: RunConfig) -> dict[str, Any]:
+def random_batch(config: RunConfig) -> dict[str, Any]:
     """Random tokens, the same for every length as far as they go if the batch is of one sequence."""
     import numpy as np
 
     size = (config.train.batch_size, config.data.sequence_length + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, dtype=np.int32)
     weights = np.ones(tokens[:, 1:].shape, np.float32)
-    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
+    batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
+    if config.data.document_masking:
+        begins = np.random.default_rng(1).random(weights.shape) < 1 / DOCUMENT_TOKENS
+        batch["documents"] = np.cumsum(begins, axis=1, dtype=np.int32)
+    return batch
 
 
 def _bytes(compiled: Any) -> int | None:

@@ -11,7 +11,7 @@ sample. To beat: n-grams, 4.980 with 3 samples of context:
 
     python -m tools.ngram_floor --config=configs/audio.py --split=test --context=3
 
-Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 110 M
+Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 220 M
 tokens; docs/guides/other_data.md tells more.
 
 Result: not yet measured.
@@ -28,7 +28,7 @@ FOLDER = "/usr/share/asterisk/sounds/en_US_f_Allison"
 def get_config() -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
     config = default_config_dict()
-    recipes.set_small(config, length=4096, window=512, tokens=110_000_000)
+    recipes.set_small(config, length=4096, window=512, tokens=220_000_000, batch=16)
     config.data.update(
         dataset="wav",
         tokenizer="ids:256",

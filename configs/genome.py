@@ -27,7 +27,7 @@ FOLDER = "/usr/share/doc/bowtie/examples/genomes"
 def get_config() -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
     config = default_config_dict()
-    recipes.set_small(config, length=2048, window=256, tokens=65_000_000)
+    recipes.set_small(config, length=2048, window=256, tokens=65_000_000, batch=16)
     config.data.update(
         dataset="fasta",
         tokenizer="letters:ACGT",

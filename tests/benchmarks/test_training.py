@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import profiling, training, training_report
@@ -60,6 +61,16 @@ def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
     assert row["tokens_per_second"] is None
     assert training_report.best_rows([row]) == []
     assert "out of memory" in training_report.line(row)
+
+
+def test_documents_are_kept_apart_where_that_is_asked():
+    sizes = {"model": {"vocab_size": 64}, "data": {"sequence_length": 4096}, "train": {"batch_size": 8}}
+    apart = training.run_config(sizes | {"data": sizes["data"] | {"document_masking": True}})
+    documents = training.random_batch(apart)["documents"]
+    assert documents.shape == (8, 4096)
+    assert set(np.unique(np.diff(documents, axis=1))) == {0, 1}
+    assert 380 < documents[:, -1].sum() < 560  # 8 * 4096 / 70 is 468
+    assert "documents" not in training.random_batch(training.run_config(sizes))
 
 
 def test_a_row_that_the_devices_cannot_share_is_refused():

@@ -197,6 +197,46 @@ def test_a_long_record_counts_as_several_only_where_it_is_shared(tmp_path):
     assert tokens_of(alone) == [*letters, 4]
 
 
+def relatives(records: list[str], length: int) -> list[set[int]]:
+    """By definition: pairs that share `length` letters are merged until nothing changes."""
+    found = [{number} for number in range(len(records))]
+    for number, record in enumerate(records):
+        runs = {record[at : at + length] for at in range(len(record) - length + 1)}
+        kin = {n for n, other in enumerate(records) if any(run in other for run in runs)} | {number}
+        joined = set().union(kin, *(family for family in found if family & kin))
+        found = [family for family in found if not family & joined] + [joined]
+    return found
+
+
+def test_records_that_share_letters_are_in_one_split(tmp_path):
+    rng = np.random.default_rng(3)
+    records = ["".join("ACGT"[letter] for letter in rng.integers(0, 4, size)) for size in rng.integers(2, 40, 120)]
+    records += ["ACG" + record[-9:] + "T" for record in records[::3]]
+    numbers = domains.families(records, 8)
+    found = [np.flatnonzero(numbers == number).tolist() for number in range(numbers.max() + 1)]
+    assert sorted(map(sorted, relatives(records, 8))) == sorted(found)
+    assert np.diff([len(family) for family in found]).max() <= 0  # the largest is first
+    path = write(tmp_path / "x.fasta", "".join(f">{n}\n{record}\n" for n, record in enumerate(records)).encode())
+    config = config_for(tmp_path, "fasta", path, shingle=8)
+    splits = {}
+    for split in ("train", "validation", "test"):
+        ids = "".join("ACGT\n"[token] for token in tokens_of(config, split))
+        splits[split] = ids.splitlines()
+    assert sorted([*splits["train"], *splits["validation"], *splits["test"]]) == sorted(records)
+    wanted = sorted((frozenset(records[n] for n in family) for family in relatives(records, 8)), key=len)
+    owners = {record: split for split, held in splits.items() for record in held}
+    for family in wanted:
+        assert len({owners[record] for record in family}) == 1
+    assert 20 < len(wanted) < len(records)
+    assert owners[next(iter(wanted[-1]))] == "train"
+    held = [len({family for family in wanted if family & set(splits[split])}) for split in ("validation", "test")]
+    assert all(0 <= count - len(wanted) // 20 <= 1 for count in held)
+    single = config_for(tmp_path, "fasta", path)
+    assert tokens_of(single, "test") != tokens_of(config, "test")
+    with pytest.raises(ConfigError, match=r"data\.shingle = 8: must be 0 for data\.dataset = 'idx'"):
+        config_for(tmp_path, "idx", path, shingle=8)
+
+
 def test_too_few_documents_to_share(tmp_path):
     config = config_for(tmp_path, "idx", write(tmp_path / "all", idx_bytes(images_of(18))))
     with pytest.raises(DataError, match=r"validation: there is no text at all in .*one document of 20"):

@@ -70,6 +70,8 @@ class DataConfig:
         out of the training split (a FASTA record or sound of more than 65,536 letters or samples counts as several).
       test_files: the same for the test split, with another 20th. [passkey, niah-2, niah-3] "" hides needles in the
         validation text.
+      shingle: [fasta] records that share this many letters in a row, directly or through others, are a family, and a
+        split takes every 20th family of train_files. 0 deals single records.
       text_field: [text, lines, tfds] the field of a .jsonl line or record, or the column, that contains the document.
       cache_dir: folder for tokens and downloads; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
         [wikitext103] The zip or parquet files are read from its folder `downloads`; otherwise the zip is downloaded.
@@ -93,6 +95,7 @@ class DataConfig:
     train_files: str = ""
     validation_files: str = ""
     test_files: str = ""
+    shingle: int = 0
     text_field: str = "text"
     cache_dir: str = ""
     examples: int = 100_000
@@ -126,7 +129,9 @@ class DataConfig:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
         most = dict.fromkeys(("sequence_length", "examples"), 2**31 - 1)
         most["num_items"] = MOST_NEEDLES if self.dataset in NEEDLES else 2**31 - 1
-        check_fields("data", self, {name: integer(1, bound) for name, bound in most.items()})
+        check_fields("data", self, {name: integer(1, bound) for name, bound in most.items()} | {"shingle": integer(0)})
+        if self.shingle and self.dataset != "fasta":
+            raise ConfigError("data.shingle", self.shingle, f"must be 0 for data.dataset = {self.dataset!r}")
         if self.curriculum and not self.is_task:
             allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
             raise ConfigError("data.curriculum", self.curriculum, allowed)

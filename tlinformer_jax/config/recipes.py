@@ -30,7 +30,6 @@ GRAMMAR = "must be base-N or N-T-r: lengths such as 512 or 2k, and the history w
 TOKENS_PER_UPDATE = 131_072
 # The paper's number of updates at N = 512 on WikiText-103: ten epochs of 908.
 UPDATES = 9_080
-SMALL_TOKENS_PER_UPDATE = 65_536  # at most
 
 
 def set_row(config: "ConfigDict", row: str) -> None:
@@ -101,9 +100,8 @@ def set_tokens(config: "ConfigDict", tokens: int) -> None:
     config.train.update(steps=updates, warmup_steps=tenth, eval_every=tenth, checkpoint_every=tenth)
 
 
-def set_small(config: "ConfigDict", length: int, window: int, tokens: int) -> None:
+def set_small(config: "ConfigDict", length: int, window: int, tokens: int, batch: int) -> None:
     """Sets a model of 6 layers, trained on `tokens` tokens in samples of `length`, with W_oh = W_og = `window`."""
-    batch = SMALL_TOKENS_PER_UPDATE // length // 8 * 8
     updates = tokens // (batch * length)
     config.model.update(
         architecture="tlinformer",

@@ -33,6 +33,7 @@ Document = np.ndarray | str  # uint8 [length], or letters
 EVERY = 20
 PLACES = {"validation": 18, "test": 19}
 STRETCH = 65_536
+HASH = np.uint64(0x9E3779B97F4A7C15)  # multiplier of the letters' rolling hash; odd
 
 RATE = 8_000  # samples of sound per second
 LEVELS = 256  # of mu-law
@@ -55,16 +56,25 @@ def read_documents(path: pathlib.Path, config: DataConfig, on_read: OnRead) -> I
     return read_fasta(path, on_read, config.letters or LETTERS)
 
 
-def deal(documents: Iterable[Document], split: str, held_out: Collection[str]) -> Iterator[Document]:
-    """Yields the documents of `split`, if train_files also contain the splits `held_out`; all of them if none."""
+def deal(documents: Iterable[Document], split: str, held_out: Collection[str], shingle: int = 0) -> Iterator[Document]:
+    """Yields the documents of `split`, if train_files also contain the splits `held_out`; all of them if none.
+
+    With `shingle`, records that share this many letters in a row are in one split, and no record is cut.
+    """
     if not held_out:
         yield from documents
         return
     owners = {PLACES[other]: other for other in held_out}
-    pieces = (document[at : at + STRETCH] for document in documents for at in range(0, len(document), STRETCH))
-    for number, piece in enumerate(pieces):
+    numbered: Iterable[tuple[int, Document]]
+    if shingle:
+        records = [record for record in documents if isinstance(record, str)]
+        numbered = zip(families(records, shingle).tolist(), records)
+    else:
+        pieces = (document[at : at + STRETCH] for document in documents for at in range(0, len(document), STRETCH))
+        numbered = enumerate(pieces)
+    for number, document in numbered:
         if owners.get(number % EVERY, "train") == split:
-            yield piece
+            yield document
 
 
 def encode(documents: Iterable[Document], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Encoded]:
@@ -166,6 +176,34 @@ def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[st
         raise DataError(f"{path}: holds no FASTA record, which begins with a line that begins with '>'")
     if size:
         yield "".join(record)
+
+
+def families(records: Sequence[str], shingle: int) -> np.ndarray:
+    """Returns the family of each record, int64 [records]; family 0 has the most records.
+
+    Records that share `shingle` letters in a row, directly or through others, are one family.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count = len(records)
+    letters = np.frombuffer("".join(records).encode("ascii"), np.uint8).astype(np.uint64)
+    owners = np.repeat(np.arange(count), [len(record) for record in records])
+    places = max(0, len(letters) - shingle + 1)
+    codes = np.zeros(places, np.uint64)
+    for letter in range(shingle):
+        codes = codes * HASH + letters[letter : letter + places]
+    within = owners[:places] == owners[shingle - 1 :]
+    codes, owners = codes[within], owners[:places][within]
+    order = np.argsort(codes, kind="stable")
+    codes, owners = codes[order], owners[order]
+    same = np.flatnonzero(codes[1:] == codes[:-1])
+    links = coo_array((np.ones(len(same)), (owners[same], owners[same + 1])), shape=(count, count))
+    _, found = connected_components(links, directed=False)
+    sizes = np.bincount(found)
+    ranks = np.empty_like(sizes)
+    ranks[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
+    return ranks[found]
 
 
 # ---- Sound

@@ -161,15 +161,18 @@ def _symbol_source(config: DataConfig, split: str) -> Source:
     held_out = [other for other in domains.PLACES if config.field_of_files(other) == field == "train_files"]
 
     def identity() -> Identity:
-        options = {"dataset": config.dataset, "split": split if held_out else "", "held_out": held_out}
+        options: Identity = {"dataset": config.dataset, "split": split if held_out else "", "held_out": held_out}
+        if config.shingle and held_out:
+            options["shingle"] = config.shingle
         return options | {"files": [file_identity(path) for path in files]}
 
     def encoded(tokenizer: Tokenizer) -> Iterator[Encoded]:
         advance = progress(f"reading {split}", sum(path.stat().st_size for path in files))
         documents = (document for path in files for document in domains.read_documents(path, config, advance))
-        return domains.encode(domains.deal(documents, split, held_out), config, tokenizer)
+        return domains.encode(domains.deal(documents, split, held_out, config.shingle), config, tokenizer)
 
-    dealt = f", of which it gets one document of {domains.EVERY}" if split in held_out else ""
+    what = "family" if config.shingle else "document"
+    dealt = f", of which it gets one {what} of {domains.EVERY}" if split in held_out else ""
     return Source(identity, encoded, ", ".join(map(str, files)) + dealt)
 
 
