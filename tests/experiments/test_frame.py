@@ -11,16 +11,26 @@ import tlinformer_jax
 from tests.support.figures import check_lines
 from tests.support.results import made_result, windows_result
 from tlinformer_jax.experiments.figures import plot_sweep
-from tlinformer_jax.experiments.frame import PERPLEXITY, curves_of, frame_of, knee, knee_of, mean, points_of, told
+from tlinformer_jax.experiments.frame import (
+    PERPLEXITY,
+    curves_of,
+    frame_of,
+    knee,
+    knee_of,
+    mean,
+    mean_and_deviation,
+    points_of,
+)
 from tlinformer_jax.experiments.report import write_tables
 
 PACKAGE = pathlib.Path(tlinformer_jax.__file__).parent
 
 
 def test_mean_and_sample_standard_deviation():
-    assert told("{:.3f}")(pd.Series([20.0, 22.0, 27.0])) == "23.000 ± 3.606"  # (9 + 1 + 16) / 2 = 13 = 3.606 ** 2
-    assert told("{:.1f}")(pd.Series([20.0, None])) == "20.0"
-    assert told("{:.1f}")(pd.Series([None], dtype=float)) == ""
+    values = pd.Series([20.0, 22.0, 27.0])
+    assert mean_and_deviation("{:.3f}")(values) == "23.000 ± 3.606"  # (9 + 1 + 16) / 2 = 13 = 3.606 ** 2
+    assert mean_and_deviation("{:.1f}")(pd.Series([20.0, None])) == "20.0"
+    assert mean_and_deviation("{:.1f}")(pd.Series([None], dtype=float)) == ""
     assert mean("{:.1f}", 10)(pd.Series([20.0, 22.0, None])) == "210.0"
 
 
