@@ -3,8 +3,10 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_passkey.py --out=runs/passkey --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
-Variants: 8k (the default, 12 cells: 4 architectures at 3 learning rates); tlin, its TLinFormers alone; tiny, two cells
-on the embedded Python reference, minutes on a CPU.
+Variants: 8k (the default, 12 cells: 4 architectures at 3 learning rates); tlin, its TLinFormers alone; plus,
+configs/passkey.py:8k-plus for 400 M tokens, whatever it has learned by then, with five seeds, and without each of its
+options or with another one, with two; tiny, two cells on the embedded Python reference, minutes on a CPU. Attention
+computes too much at the two longest lengths of plus: `--point=K --then=evaluate@8192,evaluate@65536` trains it alone.
 
 The task is that of configs/passkey.py, which states the windows; all models have width 256, 4 heads and 4 layers. 200
 samples a length, 10 at each of 20 depths, whose text is that of books that no training sample has.
@@ -16,11 +18,32 @@ tokens. At 0.003, of two thirds of a run without a record, TLinFormer was worse 
 measured: 0.0003.
 """
 
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.experiments.plan import Sweep
 from tlinformer_jax.experiments.recipes import package_config, sweep_points
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
+FAR = (8192, 65_536, 262_144, 1_048_576)
+TOKENS = 400_000_000  # of plus
+ROTATED, UNSHIFTED = {"model.longest_wavelength": 0}, {"model.token_shift": False}
+ATTENTION = {"model.architecture": "transformer"}
+# Fields that differ from 8k-plus.
+PLUS: dict[str, dict[str, Any]] = {
+    "8k-plus": {"train.seed": (0, 1, 2, 3, 4)},
+    "8k-plus-wavelengths-32": {"model.longest_wavelength": 32},
+    "8k-plus-wavelengths-128": {"model.longest_wavelength": 128},
+    "8k-plus-rotated": ROTATED,
+    "8k-plus-unshifted": UNSHIFTED,
+    "8k-plus-neither": ROTATED | UNSHIFTED,
+    "8k-plus-overlap-16": {"model.window_overlap": 16},
+    "8k-plus-attention": ATTENTION,
+    "8k-plus-attention-neither": ATTENTION | ROTATED | UNSHIFTED,
+}
 
 
 def get_sweep(variant: str = "8k") -> Sweep:
@@ -28,6 +51,19 @@ def get_sweep(variant: str = "8k") -> Sweep:
     if variant == "tiny":
         base, points = sweep_points(package_config("passkey"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate@256", "evaluate@512", "evaluate@1024"), study="retrieval")
+    if variant == "plus":
+        then = tuple(f"evaluate@{length}" for length in FAR)
+        return Sweep(_longer(), PLUS, seeds=(0, 1), then=then, study="retrieval")
     settings, models = ("8k", MODELS[:1]) if variant == "tlin" else (variant, MODELS)
     base, points = sweep_points(package_config("passkey"), (settings,), models, (3e-4, 1e-3, 3e-3))
     return Sweep(base, points, then=tuple(f"evaluate@{length}" for length in LENGTHS), study="retrieval")
+
+
+def _longer() -> ConfigDict:
+    """8k-plus for TOKENS; it does not stop before, since longer samples gain by the rest of the schedule."""
+    config = package_config("passkey")("8k-plus")
+    train, data = config.train, config.data
+    updates = TOKENS // (train.batch_size * data.sequence_length)
+    train.update(steps=updates, warmup_steps=updates // 10, eval_every=updates // 8, stop_at_accuracy=0.0)
+    data.examples = DataConfig(**data).samples_before(updates, train.batch_size)
+    return config

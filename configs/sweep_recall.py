@@ -6,9 +6,10 @@
         --results=docs/results
 
 Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all nine (the default, 243);
-seeds, the three binding ones at one learning rate, where a verdict is close; plus, the seven settings with the token
-shift, each architecture at 4 layers and one rate, and TLinFormer without it; tiny, 2 cells of a minute each
-on a CPU.
+seeds, the three binding ones at one learning rate, where a verdict is close; plus, all nine settings with the token
+shift, each architecture at 4 layers and one rate, and TLinFormer without it, on shorter samples first only where the
+setting is named so; plus-grown, TLinFormer with the shift in the other four settings that start on shorter samples;
+tiny, 2 cells of a minute each on a CPU.
 
 Controls are chance (H_P / P of P pairs, in the figures), attention, TConstFormer and sliding window; TLinFormer
 with B = 2 and H = 0 is compared with 4 layers of attention, H = 1 with 6. attention-2 shows that the harness works: it
@@ -30,6 +31,8 @@ Not measured: the models of 6 layers, other rates, further seeds in 1024-128-tig
 samples of 128 and 256.
 """
 
+from ml_collections import ConfigDict
+
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.plan import Sweep
 from tlinformer_jax.experiments.recipes import MODELS, package_config, sweep_points
@@ -48,20 +51,38 @@ def get_sweep(variant: str = "all") -> Sweep:
     settings = (*SETTINGS, *GROWN) if variant == "all" else (variant,)
     if variant == "seeds":
         settings, models, rates = TIGHT, models[1:], (3e-3,)
-    if variant == "plus":
-        return _plus()
+    if variant.startswith("plus"):
+        return _plus() if variant == "plus" else _plus_grown()
     base, points = sweep_points(package_config("recall"), settings, models, rates)
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
 
 def _plus() -> Sweep:
-    """Each setting with the token shift and without shorter samples first; and TLinFormer without the shift."""
+    """Each setting with the token shift, without shorter samples first but for GROWN; TLinFormer without the shift."""
     models = [name for name in MODELS if name.endswith("-4")]
     settings = [f"{setting}-plus" for setting in SETTINGS]
-    base, points = sweep_points(package_config("recall"), settings, models, (3e-3,))
+    base, points = sweep_points(_shifted, (*settings, *GROWN), models, (3e-3,))
     plain = {"model.token_shift": False}
+    points = {name if "-plus" in name else name.replace("_", "-plus_", 1): fields for name, fields in points.items()}
     points |= {name.replace("-plus", "-plain"): fields | plain for name, fields in points.items() if "_tlin-4" in name}
     return Sweep(base, points, then=("evaluate",), study="retrieval")
+
+
+def _plus_grown() -> Sweep:
+    """With the shift and shorter samples first, by updates alone, so that seeds can be trained --together."""
+    settings = ("512-64", *TIGHT)
+    base, points = sweep_points(_shifted, settings, ("tlin-4",), (3e-3,))
+    for name, fields in points.items():
+        if name.startswith("256-32"):
+            fields["data.curriculum"] = "64:800,128:800"
+    points = {name.replace("_", "-grown-plus_", 1): fields for name, fields in points.items()}
+    return Sweep(base, points, then=("evaluate",), study="retrieval")
+
+
+def _shifted(setting: str) -> ConfigDict:
+    config = package_config("recall")(setting)
+    config.model.token_shift = True
+    return config
 
 
 def _tiny() -> Sweep:

@@ -1,5 +1,6 @@
 """Sweep files, their points, and what is said of those that cannot be."""
 
+import collections
 import dataclasses
 import pathlib
 import subprocess
@@ -13,6 +14,7 @@ from tlinformer_jax.experiments.actions import checked_actions
 from tlinformer_jax.experiments.plan import (
     Sweep,
     check_data,
+    check_together,
     chosen_points,
     load_sweep,
     overrides_between,
@@ -188,6 +190,49 @@ def test_the_architectures_are_compared_on_equal_terms():
         load_sweep(f"{CONFIGS}/sweep_architectures.py:huge")
 
 
+def test_the_options_are_compared_on_equal_terms():
+    points = plan_points(load_sweep(f"{CONFIGS}/sweep_options.py"))
+    configs = [point.config for point in points]
+    assert {config.train.batch_size * config.data.sequence_length for config in configs} == {131_072}
+    assert len({dataclasses.replace(config.train, seed=0, batch_size=128) for config in configs}) == 1
+    assert collections.Counter(point.point for point in points) == {
+        **dict.fromkeys(("books-plain", "books-plus", "books-base", "books-base-plus"), 3),
+        **dict.fromkeys(("books-overlap-16", "books-wavelengths-64", "books-all-options"), 1),
+        **dict.fromkeys(("books-sliding", "books-sliding-plus", "books-no-history"), 1),
+    }
+    options = {point.point: (point.config.model.token_shift, point.config.model.window_overlap) for point in points}
+    assert options["books-plain"] == (False, 0)
+    assert options["books-plus"] == options["books-base-plus"] == options["books-sliding-plus"] == (True, 0)
+    assert options["books-all-options"] == (True, 16)
+    (alone,) = (point.config for point in points if point.point == "books-no-history")
+    assert (alone.model.architecture, alone.data.sequence_length) == ("transformer", 256)
+
+
+def test_each_architecture_gets_three_rates_and_a_job_of_its_own():
+    points = plan_points(load_sweep(f"{CONFIGS}/sweep_options.py:rates"))
+    for job in range(4):
+        mine = [point.config for point in chosen_points(points, job, 4)]
+        assert len({dataclasses.replace(config.train, learning_rate=0.0) for config in mine}) == 1
+        assert len({(config.model, config.data) for config in mine}) == 1
+        assert len({config.train.learning_rate for config in mine}) == 3
+    with pytest.raises(UserError, match="variant = 'huge': must be one of all, rates"):
+        load_sweep(f"{CONFIGS}/sweep_options.py:huge")
+
+
+def test_recall_with_the_shift_has_every_setting_and_stages_that_seeds_can_share():
+    points = plan_points(load_sweep(f"{CONFIGS}/sweep_recall.py:plus"))
+    shifted = [point for point in points if point.config.model.token_shift]
+    assert len(shifted) == 36
+    assert all("-plus_" in point.name for point in shifted)
+    assert {p.name for p in points if p.config.data.curriculum} == {
+        f"{setting}_{model}-4_lr0.003-seed0"
+        for setting in ("128-8-grown-plus", "256-16-grown-plus")
+        for model in ("attention", "tlin", "tconst", "sliding")
+    } | {f"{setting}_tlin-4_lr0.003-seed0" for setting in ("128-8-grown-plain", "256-16-grown-plain")}
+    for point in points + plan_points(load_sweep(f"{CONFIGS}/sweep_recall.py:plus-grown")):
+        check_together(point.config)
+
+
 def test_the_process_of_a_sweep_needs_no_jax():
     """Or it would hold the device that its points need."""
     script = (
@@ -204,6 +249,8 @@ def test_the_process_of_a_sweep_needs_no_jax():
         ("sweep_recall.py", 243, 4),
         ("sweep_recall.py:512-64-tight", 27, 4),
         ("sweep_recall.py:seeds", 24, 4),
+        ("sweep_recall.py:plus", 45, 4),
+        ("sweep_recall.py:plus-grown", 4, 1),
         ("sweep_recall.py:tiny", 2, 2),
         ("sweep_copy.py", 72, 4),
         ("sweep_capacity.py", 175, 3),
@@ -219,6 +266,7 @@ def test_the_process_of_a_sweep_needs_no_jax():
         ("sweep_niah.py:tiny", 2, 2),
         ("sweep_passkey.py", 12, 4),
         ("sweep_passkey.py:tlin", 3, 1),
+        ("sweep_passkey.py:plus", 21, 2),
         ("sweep_passkey.py:tiny", 2, 2),
     ],
 )

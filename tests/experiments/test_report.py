@@ -9,7 +9,7 @@ from tests.support.figures import check_lines
 from tests.support.results import made_result, save, windows_result
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.frame import frame_of, read_records
-from tlinformer_jax.experiments.report import against_base, fenced, write_report
+from tlinformer_jax.experiments.report import against_base, fenced, write_report, write_tables
 
 pytest.importorskip("matplotlib")
 
@@ -145,6 +145,13 @@ def test_only_like_is_compared_with_like():
     change = against_base(frame_of([base, better, *others]))
     assert change.dropna().tolist() == [pytest.approx(-5)]
     assert len(change) == 4
+
+
+def test_baselines_alone_are_compared_with_nothing(tmp_path):
+    base = made_result("base", 20.0)
+    assert against_base(frame_of([base])).empty
+    write_tables([base], tmp_path)
+    assert "| base |" in (tmp_path / "sweep.md").read_text()
 
 
 def test_the_same_records_give_the_same_document(tmp_path, drawn):

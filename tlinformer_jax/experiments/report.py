@@ -157,7 +157,8 @@ def against_base(frame: pd.DataFrame) -> pd.Series:
     """Returns by how many percent a group's perplexity exceeds the Transformer's with equal N, text and shape."""
     runs = counted(frame)
     means, base, ours = runs[PERPLEXITY].mean(), runs["base"].first(), runs["ours"].first()
-    return (means[ours] / base[ours].map(means[~ours].groupby(base[~ours]).first()) - 1) * 100
+    of_base = base[ours].map(means[~ours].groupby(base[~ours]).first()).astype(float)  # of no run, a column of text
+    return (means[ours] / of_base - 1) * 100
 
 
 def loss_figure(frame: pd.DataFrame, file: pathlib.Path) -> list[str]:

@@ -1,0 +1,77 @@
+"""The options beyond the paper in language modelling: 41M models at N = 1,024 on books in GPT-2 tokens.
+
+    python -m tlinformer_jax sweep --sweep=configs/sweep_options.py:rates --out=runs/rates --results=docs/results \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
+    python -m tlinformer_jax sweep --sweep=configs/sweep_options.py --out=runs/options --results=docs/results \
+        --config.train.learning_rate=0.001 --config.data.train_files=... --config.data.validation_files=...
+
+Variants: all (the default, 18 runs of 100 M tokens): TLinFormer as published, with each option and with all three;
+Base and sliding window, with and without the token shift; and no-history, a Transformer on samples of 256 tokens,
+which is what a window of 256 alone can know. plain, plus and both Bases have three seeds. rates, 12 runs of 30 M
+tokens: three learning rates for each architecture, to choose one that --config.train.learning_rate then names; with
+`--point=K --points=4`, K = 0 to 3, those of TLinFormer, Base, sliding window and no-history.
+
+All see the same text in updates of 131,072 tokens with the same dropout, under a cosine that ends at the last update.
+Two runs at a time need --config.train.accumulation=2 on a GPU of 80 GB. `--then=evaluate,history` measures what the
+history contributes, where a model has windows.
+
+Needs: what configs/books.py needs. Result: not yet measured.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.experiments.plan import Sweep, overrides_between
+
+TOKENS, TRIAL = 100_000_000, 30_000_000
+RATES = (3e-4, 1e-3, 3e-3)
+SHIFT, SLIDING = {"model.token_shift": True}, {"model.architecture": "sliding_window"}
+OVERLAP, WAVELENGTHS = {"model.window_overlap": 16}, {"model.longest_wavelength": 64}
+# Name -> row of `recipes` and what differs from it.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("1k-512-0.5", {}),
+    "base": ("base-1k", {}),
+    "sliding": ("1k-512-0.5", SLIDING),
+    "no-history": ("base-256", {}),
+    "plus": ("1k-512-0.5", SHIFT),
+    "overlap-16": ("1k-512-0.5", OVERLAP),
+    "wavelengths-64": ("1k-512-0.5", WAVELENGTHS),
+    "all-options": ("1k-512-0.5", SHIFT | OVERLAP | WAVELENGTHS),
+    "base-plus": ("base-1k", SHIFT),
+    "sliding-plus": ("1k-512-0.5", SLIDING | SHIFT),
+}
+ARCHITECTURES = ("plain", "base", "sliding", "no-history")
+SEVERAL = ("plain", "plus", "base", "base-plus")
+
+
+def get_sweep(variant: str = "all") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    if variant not in ("all", "rates"):
+        raise ConfigError("variant", variant, "must be one of all, rates")
+    tokens = TOKENS if variant == "all" else TRIAL
+    base = _config("1k-512-0.5", tokens)
+    points = {
+        f"books-{name}": overrides_between(base, _config(row, tokens)) | fields for name, (row, fields) in ROWS.items()
+    }
+    if variant == "rates":
+        points = {
+            f"books-{name}-lr{rate:g}": points[f"books-{name}"] | {"train.learning_rate": rate}
+            for rate in RATES
+            for name in ARCHITECTURES
+        }
+    else:
+        for name in SEVERAL:
+            points[f"books-{name}"]["train.seed"] = (0, 1, 2)
+    return Sweep(base, points, then=("evaluate",), study="architectures")
+
+
+def _config(row: str, tokens: int) -> ConfigDict:
+    config = default_config_dict()
+    recipes.set_books(config)
+    recipes.set_own_recipe(config, row)
+    recipes.set_tokens(config, tokens)
+    return config
