@@ -2,8 +2,9 @@
 
 A row goes to the experts with its highest router probabilities, and their outputs are added up with these as weights.
 Of several experts the weights are made to sum to 1 (as in Mixtral); of a single one it is the probability itself (as in
-Switch), or else the router would learn nothing from the loss. Rows are sorted by expert, and `jax.lax.ragged_dot`
-multiplies each run of them with its expert: no expert has a capacity, and no row is dropped.
+Switch), or else the router would learn nothing from the loss. No expert has a capacity, and no row is dropped: on TPUs
+rows are sorted by expert, and `jax.lax.ragged_dot` multiplies each run of them with its expert. Elsewhere that would
+multiply every row with every expert, so rows are laid out in blocks of one expert each, the last of which is padded.
 
 Training adds two losses for each call of the router, so that experts are used alike and logits stay small:
 
@@ -25,9 +26,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tlinformer_jax.parallel.mesh import platform
 from tlinformer_jax.parallel.sharding import batch_spec, constrain_batch, open_axes
 
 BALANCE_LOSS, Z_LOSS = 0.01, 0.001
+# Blocks of rows for each expert, if all are given as many; each costs half a block of padding.
+BLOCKS = 8
 EXPERT_AXIS = "expert"
 # Names of the parameters that every expert has of its own begin so.
 EXPERTS = "experts_"
@@ -189,33 +193,85 @@ def _experts(
     """The weighted sum of the experts' outputs; of the experts from number `first` on alone, where that is given."""
     experts, width = gate_up_kernel.shape[:2]
     top, number = chosen.shape[-1], chosen.reshape(-1) - (0 if first is None else first)
-    # Places at experts elsewhere come last, and belong to none of the runs.
+    # Places at experts elsewhere come last, and belong to none of those here.
     number = jnp.where((number >= 0) & (number < experts), number, experts)
+    by_expert = _by_runs if platform() == "tpu" else _by_blocks
+    places = jnp.repeat(x.reshape(-1, width), top, axis=0)
+    output = by_expert(places, number, gate_up_kernel, down_kernel).reshape(*chosen.shape, width)
+    return jnp.sum(output.astype(jnp.float32) * weights[..., None], axis=2).astype(x.dtype)
+
+
+def _by_runs(places: Array, number: Array, gate_up_kernel: Array, down_kernel: Array) -> Array:
+    """Each place's row through expert `number`, [places, D]; 0 where that is past the last expert."""
+    experts, width = gate_up_kernel.shape[:2]
     order = jnp.argsort(number, stable=True)
     inverse = jnp.argsort(order)
     sizes = jnp.sum(number[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     # What lies past the last run is not defined, nor is its gradient.
-    own = None if first is None else (jnp.arange(number.size) < jnp.sum(sizes))[:, None]
-    places = jnp.repeat(x.reshape(-1, width), top, axis=0)
-    rows = _masked(_permuted(places, order, inverse), own)
+    own = (jnp.arange(number.size) < jnp.sum(sizes))[:, None]
+    rows = jnp.where(own, _moved(places, order, inverse), 0)
     gate_up = jax.lax.ragged_dot(rows, gate_up_kernel.reshape(experts, width, -1), sizes)
     inner = _gated(gate_up.reshape(1, number.size, 2, -1))[0]
-    output = _masked(jax.lax.ragged_dot(inner, down_kernel, sizes), own)
-    output = _permuted(output, inverse, order).reshape(*chosen.shape, width)
-    return jnp.sum(output.astype(jnp.float32) * weights[..., None], axis=2).astype(x.dtype)
+    return _moved(jnp.where(own, jax.lax.ragged_dot(inner, down_kernel, sizes), 0), inverse, order)
 
 
-def _masked(rows: Array, own: Array | None) -> Array:
-    return rows if own is None else jnp.where(own, rows, 0)
+def _by_blocks(places: Array, number: Array, gate_up_kernel: Array, down_kernel: Array) -> Array:
+    """The same, by a product of batches."""
+    experts, width = gate_up_kernel.shape[:2]
+    size, place, source, expert = _blocks(number, experts)
+    rows = _moved(places, source, place).reshape(-1, size, width)
+    gate_up = jnp.einsum("bid,bdpf->bipf", rows, _kernels_of(gate_up_kernel, experts, expert))
+    output = jnp.einsum("bif,bfd->bid", _gated(gate_up), _kernels_of(down_kernel, experts, expert))
+    return _moved(output.reshape(-1, width), place, source)
+
+
+def _blocks(number: Array, experts: int) -> tuple[int, Array, Array, Array]:
+    """Rows of a block; of each place its row in the blocks, of each such row its place, of each block its expert.
+
+    As many blocks as there may be at most, so that shapes do not depend on the routing. Past the end of the other
+    array: the row of a place without an expert, and the place of a row that is padding.
+    """
+    size = max(1, number.size // (BLOCKS * experts))
+    blocks = (number.size + experts * (size - 1)) // size
+    chosen = number[:, None] == jnp.arange(experts)
+    count = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
+    ends = jnp.cumsum(-(-count[-1] // size))
+    begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    place = jnp.sum(jnp.where(chosen, begins * size + count - 1, 0), axis=1)
+    index = jnp.arange(number.size, dtype=jnp.int32)
+    place = jnp.where(number < experts, place, blocks * size + index)
+    nowhere = jnp.full(blocks * size, number.size, jnp.int32)
+    source = nowhere.at[place].set(index, mode="drop", unique_indices=True)
+    expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+    return size, place, source, jnp.minimum(expert, experts - 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _kernels_of(kernels: Array, experts: int, expert: Array) -> Array:
+    """kernels[expert]. JAX would make the gradient a scatter, which on a GPU is not the same every time."""
+    del experts
+    return kernels[expert]
+
+
+def _kernels_backward(experts: int, expert: Array, gradient: Array) -> tuple[Array, None]:
+    chosen = jax.nn.one_hot(expert, experts, dtype=gradient.dtype)
+    return jnp.einsum("be,b...->e...", chosen, gradient, precision=jax.lax.Precision.HIGHEST), None
+
+
+_kernels_of.defvjp(lambda kernels, experts, expert: (kernels[expert], expert), _kernels_backward)
 
 
 @jax.custom_vjp
-def _permuted(rows: Array, order: Array, inverse: Array) -> Array:
-    """rows[order]. JAX would make the gradient a scatter, which is slow, and on a GPU not the same every time."""
-    del inverse
-    return rows[order]
+def _moved(rows: Array, source: Array, place: Array) -> Array:
+    """rows[source], 0 where that is past the end; `place` says where each row went.
+
+    JAX would make the gradient a scatter, which is slow, and on a GPU not the same every time.
+    """
+    del place
+    return jnp.take(rows, source, axis=0, mode="fill", fill_value=0)
 
 
-_permuted.defvjp(
-    lambda rows, order, inverse: (rows[order], inverse), lambda inverse, gradient: (gradient[inverse], None, None)
+_moved.defvjp(
+    lambda rows, source, place: (_moved(rows, source, place), (source, place)),
+    lambda kept, gradient: (_moved(gradient, *kept[::-1]), None, None),
 )
