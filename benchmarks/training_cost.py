@@ -153,7 +153,9 @@ def generation_panels(found: Sequence[Row]) -> list[tuple[str, str, list[Curve]]
     def curves(part: Callable[[Row], float | None]) -> list[Curve]:
         points = [(row["model"], row["length"], part(row)) for row in found]
         names = dict.fromkeys(row["model"] for row in found)
-        own = {name: [(at, value) for model, at, value in points if model == name and value is not None] for name in names}
+        own = {
+            name: [(at, value) for model, at, value in points if model == name and value is not None] for name in names
+        }
         return [(name, [at for at, _ in places], [value for _, value in places]) for name, places in own.items()]
 
     def milliseconds(row: Row) -> float | None:
@@ -166,7 +168,7 @@ def generation_panels(found: Sequence[Row]) -> list[tuple[str, str, list[Curve]]
 
 
 def read_generation(names: Sequence[str]) -> list[Row]:
-    """Rows of one sequence in records of `benchmarks.inference`, each with its model's name; the first record counts."""
+    """Rows of one sequence in records of `benchmarks.inference`, with their models' names; the first record counts."""
     try:
         records = [json.loads(local_path(name, "--generation").read_text(encoding="utf-8")) for name in names]
         found = [

@@ -8,15 +8,16 @@
 
 Gated DeltaNet has a short convolution before its queries and keys, so every other model has the token shift.
 
-- recall (18 cells): Gated DeltaNet and the hybrid in the nine settings of configs/recall.py. The seven that have a -plus
-  do without shorter samples first. configs/sweep_recall.py:plus has the other models.
-- passkey (12 runs): configs/passkey.py:8k-plus, TLinFormer, attention, Gated DeltaNet and the hybrid, three seeds. No run
-  ends before its 200 M tokens. Attention and the hybrid compute much at the longest lengths: `--point=K --then=...`.
+- recall (18 cells): Gated DeltaNet and the hybrid in the nine settings of configs/recall.py, shorter samples first only
+  where the setting is named so. configs/sweep_recall.py:plus has the other models.
+- passkey (12 runs): configs/passkey.py:8k-plus, TLinFormer, attention, Gated DeltaNet and the hybrid, three seeds. No
+  run ends before its 200 M tokens. Attention and the hybrid compute much at the longest lengths:
+  `--point=K --then=...` trains one of them with others.
 - books (5 runs): 41M models after 100 M tokens of books in samples of 1,024: Base, TLinFormer (256/256), sliding window
   of 512, Gated DeltaNet, the hybrid.
-- experts (4 runs): Base and TLinFormer of books, but with 8 experts in each layer, half as wide as its feed-forward, two
-  for each token (moe: as many active parameters as in books, 81M in all); and with a feed-forward four times as wide
-  (wide: dense, as many parameters as moe in all).
+- experts (4 runs): Base and TLinFormer of books, but with 8 experts in each layer, half as wide as its feed-forward,
+  two for each token (moe: as many active parameters as in books, 81M in all); and with a feed-forward four times as
+  wide (wide: dense, as many parameters as moe in all).
 - tiny (4 runs): the embedded Python reference, minutes on a CPU.
 
 Needs: what configs/books.py needs. Result: not yet measured.
@@ -46,7 +47,10 @@ BOOKS: dict[str, tuple[str, dict[str, Any]]] = {
     "delta-1k": ("1k-512-0.5", {"model.architecture": "gated_deltanet"}),
     "hybrid-1k": ("1k-512-0.5", {"model.architecture": "gated_deltanet_hybrid"}),
 }
-EXPERTS = {"moe": {"model.num_experts": 8, "model.experts_per_token": 2, "model.d_ff": 640}, "wide": {"model.d_ff": 5120}}
+EXPERTS = {
+    "moe": {"model.num_experts": 8, "model.experts_per_token": 2, "model.d_ff": 640},
+    "wide": {"model.d_ff": 5120},
+}
 
 
 def get_sweep(variant: str = "books") -> Sweep:
