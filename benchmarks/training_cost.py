@@ -1,8 +1,10 @@
 """What a trained token costs as sequences grow: `python -m benchmarks.training_cost [--measure] --out=DIR`.
 
-A Transformer against TLinFormers of the 41M shape, by model FLOPs, for which no device is needed. With --measure whole
-training steps are timed, too, each on as many tokens (--batch_tokens). Prints a table in Markdown. DIR gets the record,
-training_cost.json, rewritten after each row, and the figure, training_cost.png. --record=FILE,FILE draws earlier ones.
+A Transformer against TLinFormers of the 41M shape, and other --architectures, by model FLOPs, for which no device is
+needed. With --measure whole training steps are timed, too, each on as many tokens: on the first of --batch_tokens that
+the memory allows. Prints a table in Markdown. DIR gets the record, training_cost.json, rewritten after each row, and
+the figure, training_cost.png. --record=FILE,FILE draws earlier ones; with --generation=FILE,FILE, records of
+`benchmarks.inference`, the figure also has what a generated token costs, and the cache.
 """
 
 import dataclasses
@@ -10,14 +12,15 @@ import importlib.util
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
 
 from benchmarks.cost import training_cost
-from benchmarks.plots import log_axes
+from benchmarks.plots import WORDS, log_axes
 from benchmarks.training import (
+    ARCHITECTURES,
     BATCH_TOKENS,
     LENGTHS,
     OUT,
@@ -32,47 +35,75 @@ from benchmarks.training import (
     time_job,
 )
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
+from tlinformer_jax.config.model import WINDOWED, ModelConfig
 from tlinformer_jax.config.run import run_config
-from tlinformer_jax.errors import UserError
-from tlinformer_jax.experiments.drawing import draw_curves, figure_of, save
+from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save, styles
 from tlinformer_jax.files import local_path, markdown, write_text
 
 WINDOWS = flags.DEFINE_list("windows", ["0", "256", "1024"], "W_oh and W_og of each TLinFormer; 0 is the Transformer.")
 MEASURE = flags.DEFINE_bool("measure", False, "Time training steps on this machine's devices, too.")
 RECORD = flags.DEFINE_list("record", [], "Files training_cost.json to draw, instead of counting and measuring.")
+GENERATION = flags.DEFINE_list("generation", [], "Records of benchmarks.inference, inference.json, to draw beside it.")
 
 Row = dict[str, Any]
 # What a row may hold for each token, its unit, and its factor.
 FIGURES = {"seconds": ("µs", 1e6), "flops": ("MFLOP", 1e-6)}
 
 
-def models(windows: Sequence[int], fields: Row) -> dict[str, ModelConfig]:
-    """A TLinFormer for each size of both windows, 0 being the Transformer, under the names of the figure."""
+def models(windows: Sequence[int], architectures: Sequence[str], fields: Row) -> dict[str, ModelConfig]:
+    """A TLinFormer for each size of both windows, 0 being the Transformer, and others, under the figure's names."""
     base = ModelConfig(**{"dtype": "bfloat16", **fields})
     found = {}
     for size in windows:
-        name = f"TLinFormer, windows of {size:,}" if size else "Transformer"
         change = {"history_window": size, "generation_window": size} if size else {"architecture": "transformer"}
-        found[name] = dataclasses.replace(base, **change)
+        config = dataclasses.replace(base, **change)
+        found[model_name(config.architecture, size)] = config
+    for name in architectures:
+        config = dataclasses.replace(base, architecture=name)
+        found[model_name(name, config.generation_window)] = config
     return found
 
 
-def rows(configs: dict[str, ModelConfig], lengths: Sequence[int], tokens: int, timing: Timing | None) -> Iterator[Row]:
-    """A row for each model and length: FLOPs of a token, and where it is timed seconds and what `time_job` gives."""
+def model_name(architecture: str, window: int) -> str:
+    """As the figure has it."""
+    windows = f", windows of {window:,}" if architecture in WINDOWED else ""
+    return WORDS[architecture] + windows
+
+
+def by_kernels(configs: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+    """The models, with Gated DeltaNet's names saying where kernels of jax-linear-attention compute it here."""
+    from tlinformer_jax.kernels.delta import why_plain
+
+    def named(name: str, config: ModelConfig) -> str:
+        fast = config.recurrent and why_plain(config.compute_dtype, config.delta.width, False) is None
+        return f"{name}, kernels" if fast else name
+
+    return {named(name, config): config for name, config in configs.items()}
+
+
+def rows(
+    configs: dict[str, ModelConfig], lengths: Sequence[int], batches: Sequence[int], timing: Timing | None
+) -> Iterator[Row]:
+    """A row for each model and length: FLOPs of a token, and where it is timed seconds and what `time_job` gives.
+
+    Of `batches`, the tokens of a step, the first counts that the memory allows.
+    """
     for name, config in configs.items():
         for length in lengths:
             row: Row = {"model": name, "length": length, "flops": training_cost(config, length), "seconds": None}
-            if timing is not None:
+            for tokens in batches if timing is not None else ():
                 sizes = {"batch_size": max(1, tokens // length)}
                 values = {"model": dataclasses.asdict(config), "train": sizes, "data": {"sequence_length": length}}
                 timed = time_job(Job(run_config(values), name), timing)
                 print(line(timed), flush=True)
-                if timed["error"] is None:
-                    row["seconds"] = timed["step_seconds"] / timed["tokens"]
                 row |= {
                     name: timed[name] for name in ("tokens", "step_seconds", "compile_seconds", "step_bytes", "error")
                 }
+                if timed["error"] is None:
+                    row["seconds"] = timed["step_seconds"] / timed["tokens"]
+                    break
             yield row
 
 
@@ -88,8 +119,8 @@ def table(found: Sequence[Row]) -> list[str]:
     return markdown(["training, for each token", *(f"{length:,}" for length in lengths)], lines)
 
 
-def draw(record: Row, file: pathlib.Path) -> pathlib.Path:
-    """Draws seconds of a token where they were measured, else its FLOPs."""
+def draw(record: Row, file: pathlib.Path, generated: Sequence[Row] = ()) -> pathlib.Path:
+    """Draws seconds of a trained token where they were measured, else its FLOPs; and what `generated` tokens cost."""
     found = record["rows"]
     kind = next(kind for kind in FIGURES if any(row[kind] is not None for row in found))
     unit, factor = FIGURES[kind]
@@ -97,8 +128,15 @@ def draw(record: Row, file: pathlib.Path) -> pathlib.Path:
     for name in dict.fromkeys(row["model"] for row in found):
         own = [row for row in found if row["model"] == name and row[kind] is not None]
         curves.append((name, [row["length"] for row in own], [row[kind] * factor for row in own]))
-    figure, (axes,) = figure_of(panel=(5.6, 3.4))
-    draw_curves(axes, curves)
+    figure, (axes, *others) = figure_of(1, 3 if generated else 1, (5.6, 3.4))
+    panels = generation_panels(generated)
+    looks = styles(name for lines in (curves, *(lines for _, _, lines in panels)) for name, _, _ in lines)
+    for panel, (title, label, lines) in zip(others, panels):
+        draw_curves(panel, lines, looks)
+        log_axes(panel)
+        panel.set(xlabel="tokens before it", ylabel=label)
+        panel.set_title(title, fontsize=10)
+    draw_curves(axes, curves, looks)
     log_axes(axes)
     lengths = sorted({row["length"] for row in found})
     axes.set_xticks(lengths, [f"{length / 1024:g}K" if length >= 1024 else str(length) for length in lengths])
@@ -109,22 +147,61 @@ def draw(record: Row, file: pathlib.Path) -> pathlib.Path:
     return save(figure, file)
 
 
+def generation_panels(found: Sequence[Row]) -> list[tuple[str, str, list[Curve]]]:
+    """Title, unit and curves of a generated token, the mean over a window with its slide, and of the cache."""
+
+    def curves(part: Callable[[Row], float | None]) -> list[Curve]:
+        points = [(row["model"], row["length"], part(row)) for row in found]
+        names = dict.fromkeys(row["model"] for row in found)
+        own = {
+            name: [(at, value) for model, at, value in points if model == name and value is not None] for name in names
+        }
+        return [(name, [at for at, _ in places], [value for _, value in places]) for name, places in own.items()]
+
+    def milliseconds(row: Row) -> float | None:
+        return row["windows"]["seconds"] / row["windows"]["tokens"] * 1e3 if "windows" in row else None
+
+    return [
+        ("Cost of generation (measured)", "ms for each generated token", curves(milliseconds)),
+        ("Cache or state of one sequence", "MB", curves(lambda row: row["cache_bytes"] * 1e-6)),
+    ]
+
+
+def read_generation(names: Sequence[str]) -> list[Row]:
+    """Rows of one sequence in records of `benchmarks.inference`, with their models' names; the first record counts."""
+    try:
+        records = [json.loads(local_path(name, "--generation").read_text(encoding="utf-8")) for name in names]
+        found = [
+            row | {"model": model_name(row["architecture"], record["config"]["generation_window"])}
+            for record in records
+            for row in record["rows"]
+            if row["batch"] == 1 and "cache_bytes" in row
+        ]
+        chosen = {(row["model"], row["length"]): row for row in found[::-1]}
+        return [chosen[place] for place in sorted(chosen, key=_place)]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--generation={','.join(names)}: must be records of benchmarks.inference ({error})") from None
+
+
 def main() -> None:
     """Counts, measures where asked to, prints, and writes."""
     folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
+    generated = read_generation(GENERATION.value)
     record = _read(RECORD.value) if RECORD.value else _made(folder)
     print("\n".join(table(record["rows"])))
     if folder is not None and importlib.util.find_spec("matplotlib") is not None:
-        print(draw(record, folder / "training_cost.png"))
+        print(draw(record, folder / "training_cost.png", generated))
 
 
 def _made(folder: pathlib.Path | None) -> Row:
     """A new record; its file is written after each row."""
-    if not WINDOWS.value or not all(text.isdecimal() for text in WINDOWS.value):
+    if not all(text.isdecimal() for text in WINDOWS.value) or not WINDOWS.value + ARCHITECTURES.value:
         raise UserError(f"--windows={','.join(WINDOWS.value)}: must be integers of 0 or more with commas between")
-    lengths, (tokens, *_) = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
+    if unknown := set(ARCHITECTURES.value) - set(ALL_ARCHITECTURES):
+        raise ConfigError("--architectures", ",".join(unknown), f"must be among {', '.join(ALL_ARCHITECTURES)}")
+    lengths, batches = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
     fields = {field: value for text in SET.value for (_, field), value in overrides(text).items()}
-    configs = models([int(text) for text in WINDOWS.value], fields)
+    configs = models([int(text) for text in WINDOWS.value], ARCHITECTURES.value, fields)
     record: Row = {
         "command": " ".join(["python -m benchmarks.training_cost", *sys.argv[1:]]),
         "device": None,
@@ -136,8 +213,8 @@ def _made(folder: pathlib.Path | None) -> Row:
 
         jax.config.update("jax_enable_compilation_cache", False)  # its hits would be taken for fast compilations
         record |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__}
-        timing = Timing(STEPS.value, WARMUP.value)
-    for row in rows(configs, sorted(lengths), tokens, timing):
+        timing, configs = Timing(STEPS.value, WARMUP.value), by_kernels(configs)
+    for row in rows(configs, sorted(lengths), batches, timing):
         record["rows"].append(row)
         if folder is not None:
             write_text(folder / "training_cost.json", json.dumps(record, indent=1) + "\n")
@@ -155,7 +232,7 @@ def _read(names: Sequence[str]) -> Row:
 
 
 def _place(model: tuple[str, int]) -> tuple[int, str, int]:
-    """The Transformer first, then TLinFormers by their windows."""
+    """Short names first: the Transformer, then TLinFormers by their windows."""
     name, length = model
     return len(name), name, length
 
@@ -168,4 +245,5 @@ if __name__ == "__main__":
     for flag, value in (("lengths", [str(1024 * 2**power) for power in range(8)]), ("steps", 5), ("warmup_steps", 1)):
         flags.FLAGS.set_default(flag, value)
     flags.FLAGS.set_default("batch_tokens", ["131072"])
+    flags.FLAGS.set_default("architectures", [])
     cli.run(main)

@@ -108,7 +108,10 @@ def test_every_config_file_is_tested():
     """Sweep files are loaded by tests/experiments/test_plan.py."""
     sweeps = {
         f"sweep_{name}"
-        for name in ("windows", "architectures", "options", "recall", "copy", "passkey", "capacity", "niah", "state")
+        for name in (
+            *("windows", "architectures", "options", "comparators", "recall"),
+            *("copy", "passkey", "capacity", "niah", "state"),
+        )
     }
     assert {path.stem for path in CONFIGS.glob("*.py")} == {name for name, _ in VARIANTS} | sweeps
 

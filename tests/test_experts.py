@@ -32,7 +32,7 @@ from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.feed_forward import Router, feed_forward
 from tlinformer_jax.models.model import prepare_params
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.mesh import MeshConfig, target
 from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.optimizer import decay_mask
@@ -84,6 +84,27 @@ def test_values_and_gradients_are_those_of_a_loop(top):
     for number, gradient in enumerate(gradients):
         direction = np.random.default_rng(number).standard_normal(gradient.shape)
         expected = slope(lambda *given: np.sum(by_loop(top, *given) * reads), values, number, direction)
+        assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 61), (1, 400)])
+def test_many_rows_and_unequal_shares_on_each_platform(rows, platform):
+    """Blocks of 1, 7 and 25 rows; the second expert gets none, the third most."""
+    random = np.random.default_rng(2)
+    _, router, gate_up, down = arrays()
+    x, reads = random.standard_normal((*rows, D)), random.standard_normal((*rows, D))
+    x[..., 0], router[0] = 1, (0, -100, 3, 0)
+    values = (x, router, gate_up, down)
+    narrow = [jnp.asarray(array, jnp.float32) for array in values]
+    with target(platform, "any"):
+        found = jax.jit(lambda *given: mixture(2, *given))(*narrow)
+        loss = jax.jit(jax.grad(lambda *given: jnp.sum(mixture(2, *given) * reads), argnums=(0, 1, 2, 3)))
+        gradients = loss(*narrow)
+    np.testing.assert_allclose(found, by_loop(2, *values), atol=1e-4, rtol=1e-4)
+    for number, gradient in enumerate(gradients):
+        direction = random.standard_normal(gradient.shape)
+        expected = slope(lambda *given: np.sum(by_loop(2, *given) * reads), values, number, direction)
         assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 

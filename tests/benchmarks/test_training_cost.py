@@ -35,6 +35,17 @@ def test_counted(tmp_path):
     assert (tmp_path / "training_cost.png").exists()
 
 
+def test_other_architectures_are_counted_too(tmp_path):
+    shape = TINY.replace("d_ff=16", "d_ff=64")
+    arguments = ["--lengths=8,16", "--windows=", "--architectures=gated_deltanet,sliding_window", shape]
+    done = command("benchmarks.training_cost", *arguments, "--set=model.history_window=2,model.generation_window=2")
+    assert done.returncode == 0, done.stderr
+    assert [text.split(",")[0] for text in done.stdout.splitlines()[2:]] == ["| Gated DeltaNet", "| sliding window"]
+    (state, sliding) = ([float(cell) for cell in text.split("|")[2:4]] for text in done.stdout.splitlines()[2:])
+    assert state[0] == state[1]  # a state costs the same at any length
+    assert sliding[0] < sliding[1] < 1.1 * sliding[0]
+
+
 @pytest.mark.slow
 def test_measured_with_as_many_tokens_at_every_length_and_drawn_again(tmp_path):
     done = command("benchmarks.training_cost", *SMALL, "--measure", "--steps=2", f"--out={tmp_path}")
@@ -66,6 +77,48 @@ def test_the_figure_shows_what_was_measured_and_leaves_out_what_did_not_fit(tmp_
     ]
 
 
+def test_a_batch_that_does_not_fit_is_followed_by_a_smaller_one(monkeypatch):
+    tried = []
+
+    def time_job(job, timing):
+        tokens = job.config.train.batch_size * job.config.data.sequence_length
+        tried.append(tokens)
+        fits = tokens <= 32
+        return {"step_seconds": 2.0, "compile_seconds": 1.0, "step_bytes": 5, "tokens": tokens} | {
+            "error": None if fits else "out of memory"
+        }
+
+    monkeypatch.setattr(training_cost, "time_job", time_job)
+    monkeypatch.setattr(training_cost, "line", str)
+    configs = training_cost.models([0], [], {})
+    timing = training_cost.Timing(1)
+    (row,) = training_cost.rows(configs, [8], [128, 64, 32, 16], timing)
+    assert (row["seconds"], row["error"], tried) == (2 / 32, None, [128, 64, 32])
+    (row,) = training_cost.rows(configs, [8], [128, 64], timing)
+    assert (row["seconds"], row["error"]) == (None, "out of memory")
+
+
+def test_generation_stands_beside_training_under_the_same_names(tmp_path, drawn):
+    def row(architecture, length, seconds, size, batch=1):
+        figures = {"windows": {"seconds": seconds, "tokens": 4}, "cache_bytes": size}
+        return {"architecture": architecture, "length": length, "batch": batch} | figures
+
+    rows = [row("tlinformer", 9, 0.4, 2e6), row("tlinformer", 5, 0.2, 1e6), row("tlinformer", 5, 9.0, 9e6, batch=2)]
+    (tmp_path / "a").write_text(json.dumps({"config": {"generation_window": 4}, "rows": rows}))
+    rows = [row("gated_deltanet", 5, 0.8, 3e6), {"architecture": "transformer", "length": 5, "batch": 1, "error": "-"}]
+    (tmp_path / "b").write_text(json.dumps({"config": {"generation_window": 4}, "rows": rows}))
+    trained = [{"model": "TLinFormer, windows of 4", "length": 8, "flops": 1e6, "seconds": 1e-6}]
+    found = training_cost.read_generation([f"{tmp_path}/a", f"{tmp_path}/b"])
+    training_cost.draw({"device": "test", "rows": trained}, tmp_path / "cost.png", found)
+    training, tokens, caches = drawn["cost.png"]
+    check_lines(training.lines, {"TLinFormer, windows of 4": [(8, 1.0)]})
+    check_lines(tokens.lines, {"Gated DeltaNet": [(5, 200.0)], "TLinFormer, windows of 4": [(5, 50.0), (9, 100.0)]})
+    check_lines(caches.lines, {"Gated DeltaNet": [(5, 3.0)], "TLinFormer, windows of 4": [(5, 1.0), (9, 2.0)]})
+    assert [panel.title.partition(" (")[0] for panel in (training, tokens, caches)] == [
+        *("Cost of training", "Cost of generation", "Cache or state of one sequence"),
+    ]
+
+
 def test_several_records_make_one_figure_and_what_is_none_is_refused(tmp_path):
     row = {"model": "Transformer", "length": 8, "flops": 2e6, "seconds": 1e-6}
     for name, changes in {"a": {}, "b": {"model": "TLinFormer, windows of 4"}, "c": {"seconds": 9.0}}.items():
@@ -76,5 +129,8 @@ def test_several_records_make_one_figure_and_what_is_none_is_refused(tmp_path):
     for argument, says in (
         (f"--record={tmp_path}/none", "must be records"),
         ("--windows=x", "--windows=x: must be int"),
+        ("--windows=", "--windows=: must be int"),
+        ("--architectures=nothing", "--architectures = 'nothing': must be among tlinformer, "),
+        (f"--generation={tmp_path}/none", "must be records of benchmarks.inference"),
     ):
         check_refusal(command("benchmarks.training_cost", argument), says)

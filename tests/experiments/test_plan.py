@@ -6,8 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from tlinformer_jax import build_model
+from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import checked_actions
@@ -233,6 +237,32 @@ def test_recall_with_the_shift_has_every_setting_and_stages_that_seeds_can_share
         check_together(point.config)
 
 
+def test_what_is_compared_has_as_many_parameters_the_same_recipe_and_neighbours_tokens():
+    books, experts = (
+        plan_points(load_sweep(f"{CONFIGS}/sweep_comparators.py:{name}")) for name in ("books", "experts")
+    )
+    assert len({(point.config.train, point.config.data, point.config.model.dropout) for point in books + experts}) == 1
+    for point in plan_points(load_sweep(f"{CONFIGS}/sweep_comparators.py:passkey")) + books + experts:
+        model = point.config.model
+        assert model.token_shift != model.recurrent  # whose short convolution it stands for
+    sizes = {point.point: (parameters(point.config.model), active_parameters(point.config.model)) for point in books}
+    assert set(sizes) == {"base-1k-plus", "1k-512-0.5-plus", "sliding-1k-512-plus", "delta-1k", "hybrid-1k"}
+    for total, active in sizes.values():
+        assert total == active == pytest.approx(41e6, rel=0.01)
+    routers = 8 * 432 * 8
+    for point in experts:
+        total, active = parameters(point.config.model), active_parameters(point.config.model)
+        dense, kind = sizes[point.point.rpartition("-")[0]][0], point.point.rpartition("-")[2]
+        added = 8 * 3 * 432 * (5120 - 1280)
+        expected = {"moe": (dense + added + routers, dense + routers), "wide": (dense + added, dense + added)}
+        assert (total, active) == expected[kind]
+
+
+def parameters(config) -> int:
+    params = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def test_the_process_of_a_sweep_needs_no_jax():
     """Or it would hold the device that its points need."""
     script = (
@@ -253,6 +283,9 @@ def test_the_process_of_a_sweep_needs_no_jax():
         ("sweep_recall.py:plus-grown", 4, 1),
         ("sweep_recall.py:tiny", 2, 2),
         ("sweep_copy.py", 72, 4),
+        ("sweep_comparators.py:recall", 18, 2),
+        ("sweep_comparators.py:passkey", 12, 4),
+        ("sweep_comparators.py:tiny", 4, 3),
         ("sweep_capacity.py", 175, 3),
         ("sweep_capacity.py:pairs", 105, 3),
         ("sweep_capacity.py:rows", 80, 2),

@@ -42,12 +42,21 @@ MODELS = {
     "sliding-4": ("sliding_window", 2, 0),
     "sliding-6": ("sliding_window", 2, 1),
 }
+# What the models above are compared with (configs/sweep_comparators.py).
+COMPARATORS = {"delta-4": ("gated_deltanet", 2, 0), "hybrid-4": ("gated_deltanet_hybrid", 2, 0)}
 
 
 def set_model(config: "ConfigDict", name: str) -> None:
-    """Sets architecture and depth to an entry of MODELS; raises a ConfigError for an unknown name."""
-    architecture, blocks, hidden = chosen(MODELS, name)
+    """Sets architecture and depth to an entry of MODELS or COMPARATORS; raises a ConfigError for an unknown name.
+
+    Gated DeltaNet has a short convolution in place of the token shift, and no rotary positions.
+    """
+    architecture, blocks, hidden = chosen(MODELS | COMPARATORS, name)
     config.model.update(architecture=architecture, num_blocks=blocks, hidden_depth=hidden)
+    if name in COMPARATORS:
+        config.model.token_shift = False
+    if architecture == "gated_deltanet":
+        config.model.longest_wavelength = 0
 
 
 def package_config(name: str) -> "Callable[[str], ConfigDict]":

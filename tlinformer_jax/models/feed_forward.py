@@ -2,9 +2,12 @@
 
 A row uses the experts with the highest router probabilities; its output is the sum of theirs, weighted by these
 probabilities. With several experts per row the weights are normalised to sum to 1 (as in Mixtral). With one expert per
-row the weight is the probability itself (as in Switch); otherwise the loss would give the router no gradient. Rows are
-sorted by expert, and `jax.lax.ragged_dot` multiplies the rows of each expert with its matrices. Experts have no
-capacity limit, and no row is dropped.
+row the weight is the probability itself (as in Switch); otherwise the loss would give the router no gradient. Experts
+have no capacity limit, and no row is dropped.
+
+On TPUs rows are sorted by expert, and `jax.lax.ragged_dot` multiplies the rows of each expert with its matrices. On
+other devices `ragged_dot` would multiply every row with every expert, so there the rows are copied to blocks. All rows
+of a block use the same expert, and the last block of each expert is padded.
 
 Training adds two losses for each call of the router, which balance the load of the experts and keep logits small:
 
@@ -26,9 +29,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from tlinformer_jax.parallel.mesh import platform
 from tlinformer_jax.parallel.sharding import batch_spec, constrain_batch, open_axes
 
 BALANCE_LOSS, Z_LOSS = 0.01, 0.001
+# Blocks per expert if all experts have equally many rows. More blocks mean less padding and smaller products.
+BLOCKS = 8
 EXPERT_AXIS = "expert"
 # Prefix of parameters that have an axis of experts.
 EXPERTS = "experts_"
@@ -189,33 +195,86 @@ def _experts(
     """Returns the weighted sum of the experts' outputs; `first` is the index of the first expert on this device."""
     experts, width = gate_up_kernel.shape[:2]
     top, number = chosen.shape[-1], chosen.reshape(-1) - (0 if first is None else first)
-    # Assignments to experts on other devices are sorted to the end, after the groups of this device's experts.
+    # Assignments to experts on other devices get the number `experts`, which no expert here has.
     number = jnp.where((number >= 0) & (number < experts), number, experts)
+    by_expert = _by_runs if platform() == "tpu" else _by_blocks
+    places = jnp.repeat(x.reshape(-1, width), top, axis=0)
+    output = by_expert(places, number, gate_up_kernel, down_kernel).reshape(*chosen.shape, width)
+    return jnp.sum(output.astype(jnp.float32) * weights[..., None], axis=2).astype(x.dtype)
+
+
+def _by_runs(places: Array, number: Array, gate_up_kernel: Array, down_kernel: Array) -> Array:
+    """Returns each row after its expert, [places, D]; 0 where `number` is past the last expert."""
+    experts, width = gate_up_kernel.shape[:2]
     order = jnp.argsort(number, stable=True)
     inverse = jnp.argsort(order)
     sizes = jnp.sum(number[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     # Values of rows past the last group, and their gradients, are undefined.
-    own = None if first is None else (jnp.arange(number.size) < jnp.sum(sizes))[:, None]
-    places = jnp.repeat(x.reshape(-1, width), top, axis=0)
-    rows = _masked(_permuted(places, order, inverse), own)
+    own = (jnp.arange(number.size) < jnp.sum(sizes))[:, None]
+    rows = jnp.where(own, _moved(places, order, inverse), 0)
     gate_up = jax.lax.ragged_dot(rows, gate_up_kernel.reshape(experts, width, -1), sizes)
     inner = _gated(gate_up.reshape(1, number.size, 2, -1))[0]
-    output = _masked(jax.lax.ragged_dot(inner, down_kernel, sizes), own)
-    output = _permuted(output, inverse, order).reshape(*chosen.shape, width)
-    return jnp.sum(output.astype(jnp.float32) * weights[..., None], axis=2).astype(x.dtype)
+    return _moved(jnp.where(own, jax.lax.ragged_dot(inner, down_kernel, sizes), 0), inverse, order)
 
 
-def _masked(rows: Array, own: Array | None) -> Array:
-    return rows if own is None else jnp.where(own, rows, 0)
+def _by_blocks(places: Array, number: Array, gate_up_kernel: Array, down_kernel: Array) -> Array:
+    """Does the same with blocks of rows and one batched product."""
+    experts, width = gate_up_kernel.shape[:2]
+    size, place, source, expert = _blocks(number, experts)
+    rows = _moved(places, source, place).reshape(-1, size, width)
+    gate_up = jnp.einsum("bid,bdpf->bipf", rows, _kernels_of(gate_up_kernel, experts, expert))
+    output = jnp.einsum("bif,bfd->bid", _gated(gate_up), _kernels_of(down_kernel, experts, expert))
+    return _moved(output.reshape(-1, width), place, source)
+
+
+def _blocks(number: Array, experts: int) -> tuple[int, Array, Array, Array]:
+    """Assigns rows to blocks; the number of blocks is the largest possible, so shapes do not depend on the routing.
+
+    Returns:
+      the rows per block; the index of each row in the blocks, past the end for rows without an expert; the row at each
+      index, past the end for padding; the expert of each block.
+    """
+    size = max(1, number.size // (BLOCKS * experts))
+    blocks = (number.size + experts * (size - 1)) // size
+    chosen = number[:, None] == jnp.arange(experts)
+    count = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
+    ends = jnp.cumsum(-(-count[-1] // size))
+    begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    place = jnp.sum(jnp.where(chosen, begins * size + count - 1, 0), axis=1)
+    index = jnp.arange(number.size, dtype=jnp.int32)
+    place = jnp.where(number < experts, place, blocks * size + index)
+    nowhere = jnp.full(blocks * size, number.size, jnp.int32)
+    source = nowhere.at[place].set(index, mode="drop", unique_indices=True)
+    expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+    return size, place, source, jnp.minimum(expert, experts - 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _kernels_of(kernels: Array, experts: int, expert: Array) -> Array:
+    """Returns kernels[expert]. JAX's gradient would be a scatter, which is not deterministic on a GPU."""
+    del experts
+    return kernels[expert]
+
+
+def _kernels_backward(experts: int, expert: Array, gradient: Array) -> tuple[Array, None]:
+    chosen = jax.nn.one_hot(expert, experts, dtype=gradient.dtype)
+    return jnp.einsum("be,b...->e...", chosen, gradient, precision=jax.lax.Precision.HIGHEST), None
+
+
+_kernels_of.defvjp(lambda kernels, experts, expert: (kernels[expert], expert), _kernels_backward)
 
 
 @jax.custom_vjp
-def _permuted(rows: Array, order: Array, inverse: Array) -> Array:
-    """Returns rows[order]. JAX's gradient would be a scatter, which is slow and, on a GPU, not deterministic."""
-    del inverse
-    return rows[order]
+def _moved(rows: Array, source: Array, place: Array) -> Array:
+    """Returns rows[source], and 0 where `source` is past the end; `place` is the inverse of `source`.
+
+    JAX's gradient would be a scatter, which is slow and, on a GPU, not deterministic.
+    """
+    del place
+    return jnp.take(rows, source, axis=0, mode="fill", fill_value=0)
 
 
-_permuted.defvjp(
-    lambda rows, order, inverse: (rows[order], inverse), lambda inverse, gradient: (gradient[inverse], None, None)
+_moved.defvjp(
+    lambda rows, source, place: (_moved(rows, source, place), (source, place)),
+    lambda kept, gradient: (_moved(gradient, *kept[::-1]), None, None),
 )

@@ -1,0 +1,100 @@
+"""What TLinFormer is compared with: Gated DeltaNet, the hybrid, and mixtures of experts, each in the same harness.
+
+    python -m tlinformer_jax sweep --sweep=configs/sweep_comparators.py:recall --seeds=0,1,2,3,4 --together \
+        --out=runs/comparators_recall --results=docs/results
+    python -m tlinformer_jax sweep --sweep=configs/sweep_comparators.py:books --out=runs/comparators \
+        --results=docs/results \
+        --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
+
+Gated DeltaNet has a short convolution before its queries and keys, so every other model has the token shift.
+
+- recall (18 cells): Gated DeltaNet and the hybrid in the nine settings of configs/recall.py, shorter samples first only
+  where the setting is named so. configs/sweep_recall.py:plus has the other models.
+- passkey (12 runs): configs/passkey.py:8k-plus, TLinFormer, attention, Gated DeltaNet and the hybrid, three seeds. No
+  run ends before its 200 M tokens. Attention and the hybrid compute much at the longest lengths:
+  `--point=K --then=...` trains one of them with others.
+- books (5 runs): 41M models after 100 M tokens of books in samples of 1,024: Base, TLinFormer (256/256), sliding window
+  of 512, Gated DeltaNet, the hybrid.
+- experts (4 runs): Base and TLinFormer of books, but with 8 experts in each layer, half as wide as its feed-forward,
+  two for each token (moe: as many active parameters as in books, 81M in all); and with a feed-forward four times as
+  wide (wide: dense, as many parameters as moe in all).
+- tiny (4 runs): the embedded Python reference, minutes on a CPU.
+
+Needs: what configs/books.py needs. Result: not yet measured.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tlinformer_jax.config import recipes
+from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.experiments.plan import Sweep, overrides_between
+from tlinformer_jax.experiments.recipes import COMPARATORS, package_config, sweep_points
+
+TOKENS = 100_000_000
+RECALL = ("64-4-plus", "128-8-plus", "256-16-plus", "512-64-plus")
+TIGHT = ("256-32-tight-plus", "512-64-tight-plus", "1024-128-tight-plus")
+GROWN = ("128-8-grown", "256-16-grown")
+FAR = (8192, 65_536, 262_144, 1_048_576)
+SHIFT: dict[str, Any] = {"model.token_shift": True}
+# Name -> row of `config.recipes`, and what differs from it.
+BOOKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "base-1k-plus": ("base-1k", SHIFT),
+    "1k-512-0.5-plus": ("1k-512-0.5", SHIFT),
+    "sliding-1k-512-plus": ("1k-512-0.5", SHIFT | {"model.architecture": "sliding_window"}),
+    "delta-1k": ("1k-512-0.5", {"model.architecture": "gated_deltanet"}),
+    "hybrid-1k": ("1k-512-0.5", {"model.architecture": "gated_deltanet_hybrid"}),
+}
+EXPERTS = {
+    "moe": {"model.num_experts": 8, "model.experts_per_token": 2, "model.d_ff": 640},
+    "wide": {"model.d_ff": 5120},
+}
+
+
+def get_sweep(variant: str = "books") -> Sweep:
+    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    if variant == "recall":
+        settings = (*RECALL, *TIGHT, *GROWN)
+        base, points = sweep_points(package_config("recall"), settings, tuple(COMPARATORS), (3e-3,))
+        return Sweep(base, points, then=("evaluate",), study="retrieval")
+    if variant == "passkey":
+        models = ("tlin-4", "attention-4", *COMPARATORS)
+        base, points = sweep_points(package_config("passkey"), ("8k-plus",), models, (1e-3,))
+        base.train.stop_at_accuracy = 0.0
+        then = tuple(f"evaluate@{length}" for length in FAR)
+        return Sweep(base, points, seeds=(0, 1, 2), then=then, study="retrieval")
+    if variant == "tiny":
+        delta = {name: {"model.architecture": name} for name in ("gated_deltanet", "gated_deltanet_hybrid")}
+        return Sweep(_tiny(), delta | {"moe": EXPERTS["moe"] | {"model.d_ff": 32}, "wide": {"model.d_ff": 256}})
+    rows = {
+        "books": BOOKS,
+        "experts": {
+            f"{name}-{kind}": (row, fields | experts)
+            for kind, experts in EXPERTS.items()
+            for name, (row, fields) in list(BOOKS.items())[:2]
+        },
+    }
+    if variant not in rows:
+        raise ConfigError("variant", variant, "must be one of books, experts, passkey, recall, tiny")
+    base = _books("1k-512-0.5")
+    points = {name: overrides_between(base, _books(row)) | fields for name, (row, fields) in rows[variant].items()}
+    return Sweep(base, points, then=("evaluate",), study="architectures")
+
+
+def _books(row: str) -> ConfigDict:
+    config = default_config_dict()
+    recipes.set_books(config)
+    recipes.set_own_recipe(config, row)
+    recipes.set_tokens(config, TOKENS)
+    return config
+
+
+def _tiny() -> ConfigDict:
+    config = default_config_dict()
+    config.model.update(vocab_size=257, d_model=32, num_heads=2, num_blocks=2, hidden_depth=0, d_ff=64)
+    config.model.update(history_window=16, generation_window=16)
+    config.train.update(steps=40, batch_size=8, warmup_steps=4, log_every=10, eval_every=20, checkpoint_every=20)
+    config.data.update(dataset="pydoc", tokenizer="bytes", sequence_length=64)
+    return config
