@@ -1,8 +1,10 @@
-"""What a trained token costs as sequences grow: `python -m benchmarks.training_cost [--measure] --out=DIR`.
+"""Shows how the cost of a trained token grows with the sequence: `python -m benchmarks.training_cost [--measure]
+--out=DIR`.
 
-A Transformer against TLinFormers of the 41M shape, by model FLOPs, for which no device is needed. With --measure whole
-training steps are timed, too, each on as many tokens (--batch_tokens). Prints a table in Markdown. DIR gets the record,
-training_cost.json, rewritten after each row, and the figure, training_cost.png. --record=FILE,FILE draws earlier ones.
+Compares a Transformer with TLinFormers of the 41M shape by model FLOPs, which needs no device. With --measure it also
+times whole training steps, each on --batch_tokens tokens. It prints a Markdown table. DIR gets the record,
+training_cost.json, rewritten after each row, and the figure, training_cost.png. --record=FILE,FILE draws earlier
+records.
 """
 
 import dataclasses
@@ -43,12 +45,12 @@ MEASURE = flags.DEFINE_bool("measure", False, "Time training steps on this machi
 RECORD = flags.DEFINE_list("record", [], "Files training_cost.json to draw, instead of counting and measuring.")
 
 Row = dict[str, Any]
-# What a row may hold for each token, its unit, and its factor.
+# Figures per token that a row may have, with their units and factors.
 FIGURES = {"seconds": ("µs", 1e6), "flops": ("MFLOP", 1e-6)}
 
 
 def models(windows: Sequence[int], fields: Row) -> dict[str, ModelConfig]:
-    """A TLinFormer for each size of both windows, 0 being the Transformer, under the names of the figure."""
+    """Returns a TLinFormer for each size of both windows, and the Transformer for 0, by the names of the figure."""
     base = ModelConfig(**{"dtype": "bfloat16", **fields})
     found = {}
     for size in windows:
@@ -59,7 +61,7 @@ def models(windows: Sequence[int], fields: Row) -> dict[str, ModelConfig]:
 
 
 def rows(configs: dict[str, ModelConfig], lengths: Sequence[int], tokens: int, timing: Timing | None) -> Iterator[Row]:
-    """A row for each model and length: FLOPs of a token, and where it is timed seconds and what `time_job` gives."""
+    """Yields a row for each model and length: FLOPs of a token and, if it is timed, seconds and parts of `time_job`."""
     for name, config in configs.items():
         for length in lengths:
             row: Row = {"model": name, "length": length, "flops": training_cost(config, length), "seconds": None}
@@ -77,7 +79,7 @@ def rows(configs: dict[str, ModelConfig], lengths: Sequence[int], tokens: int, t
 
 
 def table(found: Sequence[Row]) -> list[str]:
-    """A row for each model and kind of figure, a column for each length."""
+    """Returns Markdown lines with a row for each model and kind of figure, and a column for each length."""
     lengths = sorted({row["length"] for row in found})
     lines = []
     for kind, (unit, factor) in FIGURES.items():
@@ -89,7 +91,7 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def draw(record: Row, file: pathlib.Path) -> pathlib.Path:
-    """Draws seconds of a token where they were measured, else its FLOPs."""
+    """Draws the seconds of a token if they were measured, else its FLOPs."""
     found = record["rows"]
     kind = next(kind for kind in FIGURES if any(row[kind] is not None for row in found))
     unit, factor = FIGURES[kind]
@@ -110,7 +112,7 @@ def draw(record: Row, file: pathlib.Path) -> pathlib.Path:
 
 
 def main() -> None:
-    """Counts, measures where asked to, prints, and writes."""
+    """Counts, measures if asked to, prints and writes."""
     folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     record = _read(RECORD.value) if RECORD.value else _made(folder)
     print("\n".join(table(record["rows"])))
@@ -119,7 +121,7 @@ def main() -> None:
 
 
 def _made(folder: pathlib.Path | None) -> Row:
-    """A new record; its file is written after each row."""
+    """Returns a new record; its file is written after each row."""
     if not WINDOWS.value or not all(text.isdecimal() for text in WINDOWS.value):
         raise UserError(f"--windows={','.join(WINDOWS.value)}: must be integers of 0 or more with commas between")
     lengths, (tokens, *_) = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
@@ -134,7 +136,7 @@ def _made(folder: pathlib.Path | None) -> Row:
     if MEASURE.value:
         import jax
 
-        jax.config.update("jax_enable_compilation_cache", False)  # its hits would be taken for fast compilations
+        jax.config.update("jax_enable_compilation_cache", False)  # cache hits would look like fast compilations
         record |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__}
         timing = Timing(STEPS.value, WARMUP.value)
     for row in rows(configs, sorted(lengths), tokens, timing):
@@ -145,7 +147,7 @@ def _made(folder: pathlib.Path | None) -> Row:
 
 
 def _read(names: Sequence[str]) -> Row:
-    """One record of several; of a row that more than one has, the first counts."""
+    """Returns one record from several files; if several have the same row, the first file counts."""
     try:
         records = [json.loads(local_path(name, "--record").read_text(encoding="utf-8")) for name in names]
         found = {(row["model"], row["length"]): row for record in records[::-1] for row in record["rows"]}
@@ -155,7 +157,7 @@ def _read(names: Sequence[str]) -> Row:
 
 
 def _place(model: tuple[str, int]) -> tuple[int, str, int]:
-    """The Transformer first, then TLinFormers by their windows."""
+    """Returns a sort key: the Transformer first, then TLinFormers by their windows."""
     name, length = model
     return len(name), name, length
 
