@@ -197,9 +197,7 @@ def slide_work(
 def prefill_work(
     config: ModelConfig, weights: Weights, length: int, devices: int = 1, cache_dtype: str = "auto"
 ) -> Work:
-    """Returns the work of one device for a whole prompt of `length` tokens: keys, values and logits after the last
-    token.
-    """
+    """Returns the work of one device for a prompt of `length` tokens: keys, values, and logits after the last one."""
     if not config.windowed:
         return _baseline_prefill_work(config, weights, length, cache_dtype)
     history = history_of(config, length)

@@ -1,17 +1,17 @@
-"""Proteins: the 20,000 sequences and 9.1 M residues of MMseqs2's example, a token a residue.
+"""Proteins: the 20,000 sequences and 9.1 M residues of MMseqs2's example; each residue is a token.
 
     python -m tlinformer_jax.main --config=configs/proteins.py --workdir=/tmp/proteins
     python -m tlinformer_jax evaluate --workdir=/tmp/proteins --split=test
     python -m tlinformer_jax generate --workdir=/tmp/proteins --prompt=M --temperature=1
 
 Data: the Debian package mmseqs2-examples. Of every 20 proteins the 19th is for validation and the 20th for the test;
-many of these have close relatives in training. `bits_per_byte` is bits per residue. To beat: 4.207 (how often each
-residue is), and n-grams, 2.792 with 8 residues of context, which find the relatives:
+many of these have close relatives in training. `bits_per_byte` is bits per residue. Baselines to beat: 4.207 (residue
+frequencies), and n-grams, 2.792 with 8 residues of context, which find the relatives:
 
     python -m tools.ngram_floor --config=configs/proteins.py --split=test --context=8
 
-Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 80 M
-tokens; docs/guides/other_data.md tells more.
+To compare: --config.model.architecture=transformer or sliding_window. The model has 6 layers and width 256 and is
+trained on 80 M tokens. See docs/guides/other_data.md.
 
 Result: not yet measured.
 """
