@@ -7,12 +7,12 @@
 #   launch/gpu.sh --gpus=0,1 --config=configs/wt103.py --config.mesh.fsdp=2 --workdir=runs/two
 #
 # --gpus selects GPUs by number; --dry_run prints the commands and runs none. All other flags go to
-# `python -m tlinformer_jax.main` (--helpshort lists them). config.mesh says how the GPUs share the work; by default they
-# split the batch. Ctrl-C or SIGTERM saves and ends with status 0; the same command continues from there.
+# `python -m tlinformer_jax.main` (--helpshort lists them). config.mesh says how the GPUs share the work; by default
+# they split the batch. Ctrl-C or SIGTERM saves and ends with status 0; the same command continues from there.
 #
 # Needs an environment with JAX for CUDA. Set it up once, in the repository:
 #   python3 -m venv .venv && .venv/bin/pip install -e '.[cuda13]'    # or cuda12
-# PYTHON=... names another Python. XLA_PYTHON_CLIENT_MEM_FRACTION is the share of a GPU's memory that JAX takes (0.92 here).
+# PYTHON=... names another Python. XLA_PYTHON_CLIENT_MEM_FRACTION is the share of GPU memory that JAX takes (0.92 here).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -11,11 +11,11 @@
 #     --nfs=10.0.0.2:/runs -- --config=configs/large.py:350m --workdir=/mnt/runs/350m
 #
 # - run: runs the training command on all workers at once; they find each other. The flags after -- go to the command.
-# - resume: creates the slice if there is none, sets it up and runs. If the slice is preempted, it deletes the rest of it,
-#   creates it again, and the run continues from its last checkpoint. It ends when the command ends, with the command's
-#   status if that failed on a healthy slice.
-# - --nfs mounts a share (for example Filestore) at /mnt/runs on every worker. Slices of several workers need one, and so
-#   do slices that can be preempted: checkpoints must outlive the slice.
+# - resume: creates the slice if there is none, sets it up and runs. If the slice is preempted, it deletes the remains,
+#   creates the slice again, and the run continues from its last checkpoint. It ends when the command ends, with the
+#   command's status if that failed on a healthy slice.
+# - --nfs mounts a share (for example Filestore) at /mnt/runs on every worker. Slices of several workers need one, and
+#   so do slices that can be preempted: checkpoints must outlive the slice.
 # - --version is the TPU's software image, v2-alpha-tpuv5-lite for v5e (the default), v2-alpha-tpuv6e for v6e;
 #   --retry=SECONDS is the pause before resume asks again for an unavailable slice (60).
 # - --dry_run prints the commands and runs none.
