@@ -1,19 +1,14 @@
 """Counts hardware FLOPs of a training step, that is, what its program executes; `analysis.flops` counts model FLOPs.
 
-Hardware FLOPs are larger than model FLOPs for these reasons:
-
-- Heads are padded for the attention kernel, and the loss pads the vocabulary.
-- The last window, and the masked history of each segment of windows, have full length or whole chunks.
-- The backward pass computes some results again: the chunks of a history, and with checkpointing the baselines' layers
-  except their last product.
-- The chunks of Gated DeltaNet's states in plain JAX count everything that they compute.
-- Attention by XLA's plain products computes the whole rectangle of queries and keys. A fused kernel skips masked pairs
-  but computes the scores again in the backward pass: attention counts 2.5 times its forward products instead of 2, and
-  3.5 times in the kernel with dropout, which computes scores and gradients of the weights once for the gradient of the
-  queries and once for that of the keys. Rounding to tiles is not counted.
-
-With the mesh axes `window` and `context` each device computes block 0's projections and its windows' own rows; these
-count once.
+Hardware FLOPs also include padding: heads for the attention kernel, the vocabulary in the loss, the last window, and
+the masked history of each segment of windows, at full length or in whole chunks. They include what the backward pass
+computes again: the chunks of a history, and with checkpointing the baselines' layers except their last product. The
+chunks of Gated DeltaNet's states in plain JAX count everything that they compute. Attention by XLA's plain products
+computes the whole rectangle of queries and keys. A fused kernel skips masked pairs but computes the scores again in the
+backward pass: it counts 2.5 times its forward products instead of 2, and 3.5 times with dropout, where that kernel
+computes scores and gradients of the weights once for the queries and once for the keys. Rounding to tiles is not
+counted. With the mesh axes `window` and `context`, what each device computes for itself counts once: block 0's
+projections and the windows' own rows.
 """
 
 import dataclasses
@@ -57,10 +52,7 @@ def hardware_flops(
     read: int | None = None,
     first: int = 0,
 ) -> float:
-    """Returns the operations of a step's forward and backward passes on this machine's default device.
-
-    The arguments are those of `training_flops`.
-    """
+    """Returns a step's operations, forward and backward, on this machine's default device; see `training_flops`."""
     kernel, dtype = config.attention, config.compute_dtype
     if kernel == "auto" and config.dropout:
         kernel = "triton" if dropout_kernel.use_kernel(dtype, config.head_dim) else "xla"

@@ -139,9 +139,9 @@ def state_bytes(config: ModelConfig) -> int:
 
 
 def equation_7(config: ModelConfig, batch: int, length: int, cache_dtype: str = "auto") -> int:
-    """Returns the bytes of the cache by the paper's equation 7, which leaves out the windows and the scales of int8.
+    """Returns the bytes of the cache by the paper's equation 7, without windows and int8's scales.
 
-    For a baseline, returns the bytes of all attention layers.
+    For a baseline these are the bytes of all attention layers.
     """
     layers = config.num_blocks if config.windowed else config.attention_layers
     return batch * length * paper_row_bytes(config, cache_dtype) * layers
@@ -156,8 +156,7 @@ def hit_work(
     devices: int = 1,
     cache_dtype: str = "auto",
 ) -> Work:
-    """Returns the work of one device for one token of every sequence in a batch. The arguments are those of
-    `cached_bytes`.
+    """Returns the work of one device for one token of every sequence in a batch; for the arguments see `cached_bytes`.
 
     The weights are read once, the cache of each sequence is read, and its states are read and written.
     """
@@ -178,9 +177,7 @@ def slide_work(
 ) -> Work:
     """Returns the work of one device for a slide of one sequence to `history` rows.
 
-    Block 0 reads its rows; the rows of other blocks are computed and written. Rows that overlap the window before it
-    are
-    computed again.
+    Block 0 reads its rows, other blocks compute and write theirs, and rows that overlap the window run again.
     """
     known = max(history - config.generation_window, 0) if config.architecture == "tlinformer" else 0
     dense, pairs = _history_work(config, history, known, devices)

@@ -23,8 +23,7 @@ HIT_TOKEN = 2
 def figure9(session: Session, budget: float) -> dict[str, Any]:
     """Measures the paper's protocol: a random prompt, then six tokens one by one, each waited for.
 
-    The first token is the cache miss. The hit is the third token, or the next one without a slide if the third needed
-    one.
+    The first token is the cache miss. The hit is the third token, or the next one if the third needed a slide.
 
     Returns:
       miss_seconds and hit_seconds (medians over several prompts), hit_token (its number, from 1), calls, token_seconds

@@ -34,11 +34,7 @@ PARTS = {"sustained": "cache hit", "slide": "slide", "prefill": "prefill"}
 
 
 def write_plots(values: Row, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the figures of the report's values; returns their files.
-
-    Raises:
-      ImportError: if matplotlib is missing.
-    """
+    """Writes the figures of the report's values; returns their files; raises ImportError without matplotlib."""
     rows = sorted((row for row in values["rows"] if row["batch"] == 1), key=lambda row: row["length"])
     config = values["config"]
     windows = f"{WORDS[MODEL]}: window {config['generation_window']}, observation {config['history_window']}"

@@ -1,9 +1,7 @@
 """Measures training speed: `python -m benchmarks.training --lengths=512,8192 --batch_tokens=32768,65536 --out=DIR`.
 
-Times whole training steps (forward, backward, AdamW) on random tokens; the default is the 41M shape with dropout 0.
-Each
-architecture, length, setting (`--try`) and batch (`--batch_tokens`) is a row. A row that does not fit in memory says
-so.
+Times whole training steps (forward, backward, AdamW) on random tokens, by default of the 41M shape with dropout 0. Each
+architecture, length, setting (`--try`) and batch (`--batch_tokens`) is a row; rows that do not fit in memory say so.
 Steps are dispatched as in a training loop and waited for in groups; the time of a step is the median over the groups.
 Compilation is timed separately, without the persistent cache.
 
@@ -11,9 +9,7 @@ Compilation is timed separately, without the persistent cache.
     --set=model.d_model=512           a field for all rows
     --try=model.memory=low            one more setting to time
 
-If a step computes windows one after the other, a row keeps the mean losses of the first 64 windows at the first step.
-Rows of batch 1 begin with the same tokens at every length, so these losses must agree; the last line prints the largest
-difference. --init_scale=3 multiplies the initial weights by 3, so that the losses could differ.
+--init_scale=3 multiplies the initial weights by 3.
 
 DIR receives training.json (with device, JAX version and command), training.md with the best row of every architecture
 and length, and plots if matplotlib is installed.
@@ -67,8 +63,7 @@ class Job:
 
 
 def overrides(text: str) -> dict[tuple[str, str], Any]:
-    """Returns the fields named in 'section.field=value,section.field=value'; a part without '=' continues the value
-    before.
+    """Returns the fields of 'section.field=value,section.field=value'; a part without '=' continues the value before.
 
     Raises:
       ConfigError: if a part names no field.
@@ -130,10 +125,10 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
 
     Returns:
       the columns in COLUMNS: batch in sequences; tokens, the number that a step predicts; tokens_per_second of those;
-      step_bytes, the device memory that the compiled step needs; peak_bytes, the peak of the process so far (None if
-      unknown); losses in nats; error, None or the reason why there are no figures. With a profile also kernels, the
-      table
-      of the three traced steps.
+      step_bytes, the device memory of the compiled step; peak_bytes, the process's peak so far (None if unknown);
+      losses
+      in nats; error, None or why there are no figures; with a profile also kernels, the table of the three traced
+      steps.
     """
     import jax
 

@@ -1,10 +1,8 @@
-"""Shows how the cost of a trained token grows with the sequence: `python -m benchmarks.training_cost [--measure]
---out=DIR`.
+"""Shows the cost of a trained token by sequence length: `python -m benchmarks.training_cost [--measure] --out=DIR`.
 
 Compares a Transformer with TLinFormers of the 41M shape by model FLOPs, which needs no device. With --measure it also
-times whole training steps, each on --batch_tokens tokens. It prints a Markdown table. DIR gets the record,
-training_cost.json, rewritten after each row, and the figure, training_cost.png. --record=FILE,FILE draws earlier
-records.
+times whole training steps of --batch_tokens tokens. It prints a Markdown table. DIR gets the record,
+training_cost.json, rewritten after each row, and the figure, training_cost.png. --record=FILE,FILE draws old records.
 """
 
 import dataclasses

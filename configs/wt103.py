@@ -44,8 +44,7 @@ def _set_paper_recipe(config: ConfigDict, row: str) -> None:
     - Dropout is 0.2, but 0.1 for TLinFormer 512-512-0.5, which gives that row an advantage.
     - `schedule = 'paper'`: the cosine's length counts micro-batches while its argument counts updates, so the rate ends
       above 97% of its peak. An epoch's last update has the rest of the epoch, with its gradient still divided by the
-      full
-      number of micro-batches. Every parameter decays, including biases and LayerNorms.
+      full number of micro-batches. Every parameter decays, including biases and LayerNorms.
     - An update has 256 sequences at every N, so ten epochs have half as many updates if N is twice as long.
     """
     recipes.set_row(config, row)

@@ -1,9 +1,8 @@
 """Reads what a compiled program sends between devices from its HLO text: `collectives(compiled.as_text())`.
 
 A collective in the body of a loop counts once per iteration. On the CPU and on GPUs XLA states the number of
-iterations;
-on TPUs it is computed from the loop's counter. All branches of a conditional are listed. What a custom kernel sends by
-itself is not in the text.
+iterations; on TPUs it is computed from the loop's counter. All branches of a conditional are listed. What a custom
+kernel sends by itself is not in the text.
 """
 
 import dataclasses
@@ -254,8 +253,7 @@ def _loop(module: Module, loop: Instruction, state: Value) -> tuple[int | None, 
     """Returns how often a loop's body runs, None if unknown, and the part of the loop's state that it does not change.
 
     The number comes from XLA, or else from simulating the loop with the known part of its state, such as its counter.
-    If
-    XLA states the number, only the first iteration is simulated.
+    If XLA states the number, only the first iteration is simulated.
     """
     told = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
     body, condition = (module[loop.computations(role)[0]] for role in ("body", "condition"))

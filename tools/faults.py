@@ -4,8 +4,7 @@ Trains a small model on the CPU once without interruption. Then trains it TRIALS
 random moments in training steps, saving, evaluation, tokenisation and anywhere, each time resumed by the same command.
 Every logged step, loss, gradient norm, learning rate and evaluation, and every array of the final checkpoint, is
 compared bit for bit with the uninterrupted run. Prints a table; DIR receives faults_SIGNAL.json. The exit status is 1
-if
-any trial differs, hangs or fails; the last line says where its files are.
+if any trial differs, hangs or fails; the last line says where its files are.
 """
 
 import collections
