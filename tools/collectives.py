@@ -255,12 +255,12 @@ def _loop(module: Module, loop: Instruction, state: Value) -> tuple[int | None, 
     The number comes from XLA, or else from simulating the loop with the known part of its state, such as its counter.
     If XLA states the number, only the first iteration is simulated.
     """
-    told = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
+    stated = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
     body, condition = (module[loop.computations(role)[0]] for role in ("body", "condition"))
     turn = _result(module, body, lambda _: state)
     constant = _common(state, turn)
-    if told:
-        return int(told[1]), constant
+    if stated:
+        return int(stated[1]), constant
     for turns in range(MOST_TURNS):
         goes_on = _result(module, condition, lambda _, state=state: state)
         if not isinstance(goes_on, int) or not goes_on:

@@ -133,10 +133,10 @@ def difference(one: Run, other: Run) -> str | None:
 
     first, second = final_state(one.workdir), final_state(other.workdir)
     differ = [name for name, array in first.items() if array.tobytes() != second[name].tobytes()]
-    told = [f"{len(differ)} of {len(first)} arrays differ"] if differ else []
+    differences = [f"{len(differ)} of {len(first)} arrays differ"] if differ else []
     if found := log_difference(logged(one.workdir), logged(other.workdir)):
-        told.append(found)
-    return "; ".join(told) or None
+        differences.append(found)
+    return "; ".join(differences) or None
 
 
 def speed(run: Run) -> float:
