@@ -1,11 +1,11 @@
-"""A benchmark with one Pallas kernel replaced by plain XLA: `python -m benchmarks.ablation KERNEL MODULE FLAGS`.
+"""Runs a benchmark with one Pallas kernel replaced by plain XLA: `python -m benchmarks.ablation KERNEL MODULE FLAGS`.
 
 For example `python -m benchmarks.ablation norm benchmarks.training --lengths=512 --batch_tokens=65536`. KERNEL `none`
-leaves all kernels in. docs/performance.md has the results.
+keeps all kernels. docs/performance.md has the results.
 
-    loss, norm, dropout         of training: the loss, the backward pass of LayerNorm, attention with dropout
-    token, dense                of a token step: all of its kernels, or only the products with the weights
-    store, compress, restore    of slide and prefill: writing keys and values, reading the history, reading the context
+    loss, norm, dropout         training: the loss, the backward pass of LayerNorm, attention with dropout
+    token, dense                a token step: all of its kernels, or only the products with the weights
+    store, compress, restore    slide and prefill: writing keys and values, reading the history, reading the context
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-# What decides whether a kernel is used, and its value without the kernel.
+# For each kernel: module and name of the gate that turns it on, and the gate's value without the kernel.
 GATES: dict[str, tuple[str, str, Any]] = {
     "loss": ("training.cross_entropy", "usable", lambda *_: False),
     "norm": ("models.layers", "usable", lambda *_: False),
@@ -24,13 +24,13 @@ GATES: dict[str, tuple[str, str, Any]] = {
     "token": ("models.cached_attention", "use_token_kernels", lambda _: False),
     "dense": ("models.cached_attention", "MAX_FUSED_ROWS", 0),
 }
-# Functions of `models.cached_attention` that share one gate, `use_kernels`.
+# Functions of `models.cached_attention` whose kernels share the gate `use_kernels`.
 SHARED = {"store": "_stores_by_kernel", "compress": "attend_history", "restore": "attend_context"}
 
 
 @contextlib.contextmanager
 def without(kernel: str) -> Iterator[None]:
-    """Leaves a kernel out of what is imported and compiled inside the context."""
+    """Replaces a kernel with plain XLA in everything that is imported and compiled inside the context."""
     module, name, plain = GATES.get(kernel, ("models.cached_attention", SHARED.get(kernel, ""), None))
     home = importlib.import_module(f"tlinformer_jax.{module}")
     with mock.patch.object(home, name, _ungated(home, getattr(home, name)) if kernel in SHARED else plain):

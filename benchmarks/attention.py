@@ -1,12 +1,12 @@
-"""Attention backends against exact ones: `python -m benchmarks.attention --check`, and their speed.
+"""Compares attention backends with exact attention and times them: `python -m benchmarks.attention --check`.
 
-Every backend that this machine has is compared, in the dtype that it takes, with float32 attention by plain products:
-outputs, log-sum-exp and gradients, on the shapes of the model: heads of 36 features, causal windows, key lengths. The
-error is the norm of the difference over the norm of the exact result. With --check the command ends with status 1 if
-one is above its tolerance. Times are of a jitted call on the training shapes, median of `repeats`, waited for.
+Every backend of this machine is compared, in the dtypes that it supports, with float32 attention by plain products:
+outputs, log-sum-exp and gradients, on the shapes of the model (heads of 36 features, causal windows, key lengths). The
+error is the norm of the difference over the norm of the exact result. With --check the exit status is 1 if an error is
+above its tolerance. Times are medians of `repeats` jitted calls on the training shapes, each waited for.
 
-Dropout on the weights has a kernel of its own on NVIDIA GPUs ('dropout'): it is compared with plain products with the
-same mask, and timed next to XLA's dropout ('dropout xla'). `--backends` and `--shapes` choose what is done.
+Dropout on the weights has its own kernel on NVIDIA GPUs ('dropout'). It is compared with plain products that use the
+same mask, and timed next to XLA's dropout ('dropout xla'). `--backends` and `--shapes` select what runs.
 """
 
 import statistics
@@ -26,10 +26,10 @@ SHAPES = flags.DEFINE_string("shapes", "", "Check or time the shapes whose name 
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
 
 RATE = 0.1
-# Norm of the difference over norm: float32 by another order of sums, and half precision.
+# Relative error of the norm: in float32 from another order of sums, in half precision from rounding.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
-# queries, keys, options of attend; batch 2, 12 heads of 36.
+# Queries, keys and options of `attend`; the batch is 2, with 12 heads of 36 features.
 CHECKS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "all keys": (512, 256, {}),
     "one query": (1, 300, {}),
@@ -40,7 +40,7 @@ CHECKS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "key lengths": (192, 512, {"key_length": (511, 64)}),
     "a row without keys": (64, 128, {"key_length": (0, 128)}),
 }
-# batch, queries, keys, causal: a layer of the 41M shape at N = 512 with 64 sequences, and at N = 8192 with 4.
+# Batch, queries, keys, causal: a layer of the 41M shape at N = 512 with 64 sequences, and at N = 8192 with 4.
 TIMES = {
     "N = 512: window": (64, 256, 256, True),
     "N = 512: both streams": (64, 512, 256, False),
@@ -48,12 +48,12 @@ TIMES = {
     "N = 8192: compress": (4, 512, 8192, False),
     "N = 8192: restore": (4, 8192, 256, False),
 }
-# Padded widths of heads that are timed.
+# Timed widths of the padded heads.
 WIDTHS = {"xla": (36,), "dropout xla": (36,), "dropout": (40,)}
 
 
 def backends(wanted: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Backends and dtypes that this machine has, of the `wanted` ones if any are named."""
+    """Returns the (backend, dtype) pairs of this machine, only those of `wanted` backends if any are named."""
     import jax
     import jax.numpy as jnp
 
@@ -68,8 +68,7 @@ def backends(wanted: Sequence[str] = ()) -> list[tuple[str, str]]:
 
 
 def check(backend: str, dtype: str, name: str) -> dict[str, float]:
-    """Errors of one backend on one of CHECKS: of the output, the log-sum-exp (none of it with dropout) and the three
-    gradients."""
+    """Returns a backend's errors on one of CHECKS: output, log-sum-exp (not with dropout) and three gradients."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -95,7 +94,7 @@ def check(backend: str, dtype: str, name: str) -> dict[str, float]:
     errors = {}
     for part, truth in exact.items():
         value, seen = found[part], np.isfinite(truth)
-        # Where there is no key the log-sum-exp is -inf, and must be that exactly.
+        # A row without keys must have a log-sum-exp of exactly -inf.
         same = np.array_equal(np.isfinite(value), seen)
         errors[part] = (
             float(np.linalg.norm(value[seen] - truth[seen]) / np.linalg.norm(truth[seen])) if same else np.inf
@@ -104,7 +103,7 @@ def check(backend: str, dtype: str, name: str) -> dict[str, float]:
 
 
 def _by(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
-    """The output of attention by a backend, and the log-sum-exp if it can, and is not to be differentiated."""
+    """Returns attention by a backend: the output, and the log-sum-exp if no gradient is needed and it has one."""
     import jax
 
     from tlinformer_jax.models.attention import attend
@@ -121,7 +120,7 @@ def _by(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
-    """What `_by` is compared with: plain products, with the kernel's mask if it is that with dropout."""
+    """Returns the exact attention to compare with: plain products, with the kernel's mask for 'dropout'."""
     import jax
     import jax.numpy as jnp
 
@@ -145,9 +144,9 @@ def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
 
 
 def checked(pairs: Sequence[tuple[str, str]], shapes: str = "") -> Iterator[tuple[str, bool]]:
-    """A line for every one of `backends()` and shape with `shapes` in its name, and whether its errors are small."""
+    """Yields a line for each backend and each shape with `shapes` in its name, and whether its errors are small."""
     for backend, dtype in pairs:
-        # XLA's own dropout draws another mask.
+        # XLA's dropout draws a different mask, so it has no exact counterpart.
         for name in () if backend == "dropout xla" else CHECKS:
             if shapes not in name:
                 continue
@@ -158,7 +157,7 @@ def checked(pairs: Sequence[tuple[str, str]], shapes: str = "") -> Iterator[tupl
 
 
 def seconds(function: Callable[..., Any], *arrays: Any) -> float:
-    """Median time of a call."""
+    """Returns the median time of a call."""
     import jax
 
     jax.block_until_ready(function(*arrays))
@@ -171,7 +170,7 @@ def seconds(function: Callable[..., Any], *arrays: Any) -> float:
 
 
 def timed(pairs: Sequence[tuple[str, str]], shapes: str = "") -> Iterator[str]:
-    """A line for every one of `backends()` in bfloat16, head padding, and shape of TIMES with `shapes` in its name."""
+    """Yields a line for each bfloat16 backend, head padding, and shape of TIMES with `shapes` in its name."""
     import jax
     import jax.numpy as jnp
 
@@ -195,7 +194,7 @@ def timed(pairs: Sequence[tuple[str, str]], shapes: str = "") -> Iterator[str]:
 
 
 def _timed_attention(backend: str, causal: bool) -> Callable[..., Any]:
-    """Attention as `timed` calls it."""
+    """Returns the attention function that `timed` calls."""
     import jax
 
     from tlinformer_jax.models.attention import attend
@@ -207,7 +206,7 @@ def _timed_attention(backend: str, causal: bool) -> Callable[..., Any]:
 
 
 def main() -> None:
-    """Checks, or times, or both."""
+    """Checks, times, or does both."""
     import jax
 
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)

@@ -1,8 +1,8 @@
-"""What a token costs by the length of the text, by counting: `python -m benchmarks.cost`.
+"""Counts what a token costs for several lengths of text: `python -m benchmarks.cost`.
 
-Two tables in Markdown for models of the 41M shape. Training: model FLOPs of a forward and backward pass for each token
-of a sequence. Generation, for each token after so many: FLOPs, and bytes read in bfloat16, the mean over a generation
-window with its share of a slide. Nothing is measured, and no device is needed.
+Prints two Markdown tables for models of the 41M shape. Training: model FLOPs of the forward and backward pass for each
+token of a sequence. Generation: FLOPs, and bytes read in bfloat16, for each token after a text of that length, averaged
+over a generation window and its slide. Nothing is measured, and no device is needed.
 """
 
 from absl import flags
@@ -27,12 +27,12 @@ MODELS = {
 
 
 def training_cost(config: ModelConfig, length: int) -> float:
-    """Model FLOPs of a trained token in sequences of `length` tokens."""
+    """Returns the model FLOPs of a trained token in sequences of `length` tokens."""
     return training_flops(config, length) / length
 
 
 def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
-    """FLOPs, and bytes that are read, of a token that is generated after `length` others."""
+    """Returns the FLOPs and the bytes read for a token that is generated after `length` others."""
     table = config.vocab_size * config.d_model
     layer = 4 * config.d_model**2 + 3 * config.d_model * config.feed_forward_dim
     size = config.compute_dtype.itemsize

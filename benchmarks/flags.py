@@ -1,4 +1,4 @@
-"""The flag --config of the benchmarks, which may be left out."""
+"""The flag --config of the benchmarks, which is optional."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tlinformer_jax.commands import cli
 
 
 def define_config_flag() -> None:
-    """Defines --config if the command line has it: without it, a machine may lack ml_collections."""
+    """Defines --config only if the command line has it, so that ml_collections is needed only then."""
     if not any(argument.lstrip("-").split("=")[0].split(".")[0] == "config" for argument in sys.argv[1:]):
         return
     try:

@@ -1,14 +1,14 @@
-"""Hardware FLOPs of a training step: what its program executes on a device; `analysis.flops` counts model FLOPs.
+"""Counts hardware FLOPs of a training step, that is, what its program executes; `analysis.flops` counts model FLOPs.
 
-Beyond model FLOPs: heads padded to what the attention kernel wants, the vocabulary as the loss pads it, the last
-window and the masked history of each segment of windows at full length or by whole chunks, and once more what the
-backward pass computes again: the chunks of a history, and the baselines' layers with checkpointing, less their last
-product; the states of Gated DeltaNet, chunk by chunk in plain JAX, count all that their chunks compute. Attention by
-XLA's plain products counts the whole rectangle of queries and keys. A fused kernel skips what is masked but computes
-the scores again in the backward pass: attention counts 2.5 times its forward products instead of 2, and 3.5 times by
-the kernel with dropout, which computes scores and weights' gradients for the queries' gradient and again for the keys'
-(rounding to tiles is not counted). What devices of the axes `window` and `context` compute each for itself, block 0's
-projections and the windows' own rows, counts once.
+Hardware FLOPs also include padding: heads for the attention kernel, the vocabulary in the loss, the last window, and
+the masked history of each segment of windows, at full length or in whole chunks. They include what the backward pass
+computes again: the chunks of a history, and with checkpointing the baselines' layers except their last product. The
+chunks of Gated DeltaNet's states in plain JAX count everything that they compute. Attention by XLA's plain products
+computes the whole rectangle of queries and keys. A fused kernel skips masked pairs but computes the scores again in the
+backward pass: it counts 2.5 times its forward products instead of 2, and 3.5 times with dropout, where that kernel
+computes scores and gradients of the weights once for the queries and once for the keys. Rounding to tiles is not
+counted. With the mesh axes `window` and `context`, what each device computes for itself counts once: block 0's
+projections and the windows' own rows.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def hardware_flops(
     read: int | None = None,
     first: int = 0,
 ) -> float:
-    """Operations of a step's forward and backward passes on this machine's default device; see `training_flops`."""
+    """Returns a step's operations, forward and backward, on this machine's default device; see `training_flops`."""
     kernel, dtype = config.attention, config.compute_dtype
     if kernel == "auto" and config.dropout:
         kernel = "triton" if dropout_kernel.use_kernel(dtype, config.head_dim) else "xla"
@@ -73,15 +73,15 @@ def hardware_flops(
 
 
 def utilisation(model_flops_per_second: float, devices: int, device_kind: str, dtype: str) -> float | None:
-    """MFU: model FLOPs per second over the peak of all `devices`; None where the peak is not known."""
+    """Returns the MFU: model FLOPs per second over the peak of all `devices`; None if the peak is unknown."""
     peak = peak_flops(device_kind, dtype)
     return None if peak is None else model_flops_per_second / (devices * peak)
 
 
 def _delta_chunks(config: ModelConfig, length: int, checkpointing: bool) -> float:
-    """Operations on the states of all Gated DeltaNet layers, forward and backward, by `models.delta.delta_chunked`.
+    """Returns the operations on the states of all Gated DeltaNet layers in `models.delta.delta_chunked`, both passes.
 
-    The forward pass is computed again without its outputs, and with `checkpointing` once more.
+    The backward pass computes the forward pass again without its outputs, and with `checkpointing` once more.
     """
     delta, size = config.delta, CHUNK
     while size > SMALL and size // 2 >= length:
@@ -99,7 +99,7 @@ def _delta_chunks(config: ModelConfig, length: int, checkpointing: bool) -> floa
 def _hardware_forward(
     config: ModelConfig, length: int, inner: int, fused: bool, plan: ExecutionPlan, skipped: int
 ) -> tuple[Forward, Forward, Forward]:
-    """FLOPs of the forward pass without the head, outside the windows and in them, and those computed again.
+    """Returns the forward FLOPs, without the head, outside the windows, inside them, and of what is computed again.
 
     `inner` is the width of all padded heads.
     """
@@ -110,7 +110,7 @@ def _hardware_forward(
         states = Forward(attention=_delta_chunks(config, length, plan.checkpointing))
         if not plan.checkpointing:
             return Forward(), layers, states
-        # Only the next layer reads a layer's last product, and its input is kept.
+        # A layer's last product is not computed again: only the next layer reads it, and that layer's input is kept.
         last = config.attention_layers * config.feed_forward_dim * config.active_experts
         last += (config.num_layers - config.attention_layers) * config.delta.feed_forward * config.active_experts
         last_products = Forward(matrix=2.0 * length * config.d_model * last)
@@ -129,12 +129,12 @@ def _hardware_forward(
 
 
 def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:
-    """The windows with history as the loop of a segment executes them."""
+    """Yields the shapes of the windows with history as the loop of a segment executes them."""
     rows, together = segment.history_rows, segment.together
     for number, observed in enumerate(segment.observed):
         history = int(segment.starts(config, segment.first + number))
         keys = (history, observed) if fused else (rows, segment.observed_width)
-        # Windows that run together restore as many chunks as the last of them needs.
+        # Windows that run together all restore as many chunks as the last of them needs.
         longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))
         restored = longest + -longest % segment.history_chunk if segment.history_chunk else rows
         yield WindowShape(
@@ -143,10 +143,10 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
 
 
 def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndarray:
-    """Forward FLOPs of attention in the windows that each device of the mesh's axis `window` computes, float64 [parts].
+    """Returns the forward FLOPs of attention for each device of the mesh axis `window`, float64 [parts].
 
-    As by a fused kernel, which skips masked keys, with true heads. By plain products all devices execute the same,
-    because their windows have the same static shapes.
+    Counted as a fused kernel computes it, skipping masked keys, with unpadded heads. With plain products all devices
+    execute the same, because their windows have the same static shapes.
     """
     split, windows = SequenceSplit(parts), num_windows(config, length)
     plan = dataclasses.replace(config.plan(windows), together=1)
@@ -160,6 +160,6 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
             causal = causal_pairs(overlap + size)
             shapes = segment_shapes(config, segment, causal, True)
             costs = [window(config, shape, config.d_model).attention for shape in shapes]
-        # A device that has no window left computes the first one of the segment again, and its result is not used.
+        # A device without a window left computes the segment's first one again and drops the result.
         loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
     return loads

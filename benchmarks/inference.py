@@ -1,9 +1,9 @@
-"""Generation: `python -m benchmarks.inference --lengths=1024,8192x32,1000000 --out=DIR`.
+"""Measures generation: `python -m benchmarks.inference --lengths=1024,8192x32,1000000 --out=DIR`.
 
-Measures latency, throughput and memory of the decoder at growing prompt lengths, by the protocol of the paper's
-Figure 9 and beside it what that leaves out: the device loop alone, a slide alone, a prefill alone, each as a multiple
-of what this device could do at best. `--config` takes a config file as training does (it needs ml_collections);
-without one the model is the 41M shape, as the shape flags change it.
+Measures latency, throughput and memory of the decoder for growing prompts, by the protocol of the paper's Figure 9. It
+also measures the device loop, a slide and a prefill alone, each as a multiple of the shortest time that this device
+could need. `--config` takes a config file as training does (it needs ml_collections); without one the model has the 41M
+shape, changed by the shape flags.
 """
 
 import dataclasses
@@ -91,10 +91,10 @@ def main() -> None:
 
 
 def _mesh(configs: list[ModelConfig]) -> Any:
-    """Of the devices that the history is spread over, or None.
+    """Returns the mesh of the devices that the history is spread over, None for one device.
 
     Raises:
-      ConfigError: if there are too few, or a model has no history to spread.
+      ConfigError: if there are too few devices, or a model has no history to spread.
     """
     from tlinformer_jax.decoding.spread import context_mesh, split_of
 
@@ -108,7 +108,7 @@ def _mesh(configs: list[ModelConfig]) -> Any:
 
 
 def _check_cache_dtype(configs: list[ModelConfig]) -> None:
-    """Refuses one that there is not, or that a model's cache cannot have."""
+    """Refuses a cache dtype that does not exist or that a model's cache does not support."""
     from tlinformer_jax.decoding.cache import check_cache_dtype
     from tlinformer_jax.decoding.sampling import GenerationConfig
 
@@ -127,7 +127,7 @@ def _workdir_config() -> ModelConfig:
 
 
 def _base_config() -> ModelConfig:
-    """The model's configuration, its architecture aside.
+    """Returns the model's configuration; the architecture is set later.
 
     Raises:
       UserError: for flags that contradict each other, and for values that are not allowed.
@@ -155,7 +155,7 @@ def _base_config() -> ModelConfig:
 
 
 def _length(text: str) -> tuple[int, int]:
-    """(tokens, sequences) of an element of --lengths."""
+    """Returns (tokens, sequences) of an element of --lengths."""
     tokens, times, batch = text.partition("x")
     return _positive("--lengths", tokens, text), _positive("--lengths", batch, text) if times else BATCH.value
 

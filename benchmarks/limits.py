@@ -1,8 +1,8 @@
-"""How fast generation could be: work that cannot be avoided, against what the device was measured to do.
+"""Computes how fast generation could be: its unavoidable work, divided by the measured speed of the device.
 
 A limit is the larger of two times: bytes that must move over the measured bandwidth (of a sum or of a copy, whichever
-moves more), and floating-point operations over the measured matrix rate. Only products with weights and attended
-pairs are counted.
+moves more bytes), and floating-point operations over the measured speed of matrix products. Only products with weights
+and attended pairs are counted.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.memory import paper_row_bytes, row_bytes, tree_bytes
 from tlinformer_jax.decoding.params import DecoderParams
 
-# Back to back in one timed call, so that the device does not wait for the host between them.
+# Operations dispatched back to back in one timed call, so that the device does not wait for the host.
 REPEATED = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the device was measured to do.
+    """The measured speeds of the device.
 
     Attributes:
       copy_bytes_per_second: of a large elementwise operation, bytes read plus bytes written.
@@ -44,7 +44,7 @@ class Work:
     """Work that cannot be avoided.
 
     Attributes:
-      bytes: read or written in the device's memory.
+      bytes: read from or written to the device's memory.
       dense: floating-point operations of products with weights.
       pairs: attended (query, key) pairs, summed over layers, each of 4 * d_model operations.
       width: d_model.
@@ -59,11 +59,11 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations."""
+        """Returns the floating-point operations."""
         return self.dense + 4 * self.width * self.pairs + self.states
 
     def seconds(self, ceilings: Ceilings) -> tuple[float, str]:
-        """The limit in seconds, and which of 'bytes' and 'flops' sets it."""
+        """Returns the limit in seconds, and which of 'bytes' and 'flops' sets it."""
         by_bytes = self.bytes / max(ceilings.read_bytes_per_second, ceilings.copy_bytes_per_second)
         by_flops = self.flops / ceilings.matmul_flops_per_second
         return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
@@ -74,8 +74,8 @@ class Weights:
     """Bytes of the weights that one pass reads.
 
     Attributes:
-      layers: of all layers.
-      table: of the embedding, which is also the head, the last LayerNorm, and the token shift.
+      layers: all layers.
+      table: the embedding, which is also the head, the last LayerNorm, and the token shift.
     """
 
     layers: int
@@ -83,14 +83,14 @@ class Weights:
 
 
 def weights_of(params: DecoderParams) -> Weights:
-    """Bytes that one token reads of a decoder's parameters."""
+    """Returns the bytes of a decoder's parameters that one token reads."""
     return Weights(
         tree_bytes(params.layers), tree_bytes((params.embedding, params.norm_scale, params.norm_bias, params.shift))
     )
 
 
 def against(timing: Timing, work: Work, ceilings: Ceilings) -> dict[str, Any]:
-    """The timing's figures beside its limit; `multiple` is the median over the limit."""
+    """Returns the figures of a timing with its limit; `multiple` is the median over the limit."""
     limit, by = work.seconds(ceilings)
     return timing.figures() | {
         "limit_seconds": limit,
@@ -102,13 +102,12 @@ def against(timing: Timing, work: Work, ceilings: Ceilings) -> dict[str, Any]:
 
 
 def cached_rows(config: ModelConfig, history: float, window: float, devices: int = 1) -> float:
-    """Cached (key, value) row pairs that one sequence's next token reads on a device, summed over layers.
+    """Returns the cached (key, value) row pairs that a sequence's next token reads on a device, summed over layers.
 
     Args:
-      config: of the model.
-      history: n, rows before the generation window; of a baseline, tokens so far.
-      window: rows in the generation window; 0 for a baseline. May be a mean, hence a fraction.
-      devices: that the history's rows are split over.
+      history: n, the rows before the generation window; for a baseline, the tokens so far.
+      window: rows in the generation window, 0 for a baseline; a mean may be a fraction.
+      devices: number of devices that the history's rows are split over.
     """
     if not config.windowed and config.architecture != "sliding_window":
         return config.attention_layers * (history + window)
@@ -119,7 +118,7 @@ def cached_rows(config: ModelConfig, history: float, window: float, devices: int
 
 
 def _growing_rows(config: ModelConfig, history: float, window: float, devices: int) -> float:
-    """Those of `cached_rows` that grow with the sequence, which `cache_dtype` is about."""
+    """Returns the part of `cached_rows` that grows with the sequence and has the dtype `cache_dtype`."""
     if config.windowed:
         return config.num_blocks * history / devices if config.architecture == "tlinformer" else 0
     return config.attention_layers * (history + window) if config.grows else 0
@@ -128,20 +127,22 @@ def _growing_rows(config: ModelConfig, history: float, window: float, devices: i
 def cached_bytes(
     config: ModelConfig, history: float, window: float, devices: int = 1, cache_dtype: str = "auto"
 ) -> float:
-    """Bytes of `cached_rows`; `cache_dtype` is that of `sampling.GenerationConfig`."""
+    """Returns the bytes of `cached_rows`; for `cache_dtype` see `sampling.GenerationConfig`."""
     growing = _growing_rows(config, history, window, devices)
     others = cached_rows(config, history, window, devices) - growing
     return growing * row_bytes(config, cache_dtype) + others * row_bytes(config)
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """Bytes of one sequence's states in all Gated DeltaNet layers, float32."""
+    """Returns the bytes of one sequence's states in all Gated DeltaNet layers, float32."""
     return 4 * (config.num_layers - config.attention_layers) * config.delta.state_size
 
 
 def equation_7(config: ModelConfig, batch: int, length: int, cache_dtype: str = "auto") -> int:
-    """The cache's bytes by the paper's equation 7, which leaves the windows out, and int8's scales; of a baseline, of
-    all layers of attention."""
+    """Returns the bytes of the cache by the paper's equation 7, without windows and int8's scales.
+
+    For a baseline these are the bytes of all attention layers.
+    """
     layers = config.num_blocks if config.windowed else config.attention_layers
     return batch * length * paper_row_bytes(config, cache_dtype) * layers
 
@@ -155,15 +156,17 @@ def hit_work(
     devices: int = 1,
     cache_dtype: str = "auto",
 ) -> Work:
-    """One token for every sequence of a batch: the weights once, the cache of each, its states read and written; of
-    one device. Arguments as `cached_bytes`."""
+    """Returns the work of one device for one token of every sequence in a batch; for the arguments see `cached_bytes`.
+
+    The weights are read once, the cache of each sequence is read, and its states are read and written.
+    """
     rows, recurrent = batch * cached_rows(config, history, window, devices), delta_layers(config, 1)
     layers = config.attention_layers * _layer_flops(config) + recurrent.matrix
     cached = cached_bytes(config, history, window, devices, cache_dtype) + 2 * state_bytes(config)
     return Work(
         bytes=weights.layers + weights.table + batch * cached,
         dense=batch * (layers + _head_flops(config)),
-        pairs=rows + batch * config.attention_layers,  # and each token its own key
+        pairs=rows + batch * config.attention_layers,  # each token also reads its own key
         width=config.d_model,
         states=batch * recurrent.attention,
     )
@@ -172,8 +175,10 @@ def hit_work(
 def slide_work(
     config: ModelConfig, weights: Weights, history: int, devices: int = 1, cache_dtype: str = "auto"
 ) -> Work:
-    """A slide of one sequence to `history` rows: block 0 reads its rows, the others' are made and written; of one of
-    the devices that the history is split over. Rows that overlap the window before run again."""
+    """Returns the work of one device for a slide of one sequence to `history` rows.
+
+    Block 0 reads its rows, other blocks compute and write theirs, and rows that overlap the window run again.
+    """
     known = max(history - config.generation_window, 0) if config.architecture == "tlinformer" else 0
     dense, pairs = _history_work(config, history, known, devices)
     overlap = config.window_overlap
@@ -189,8 +194,7 @@ def slide_work(
 def prefill_work(
     config: ModelConfig, weights: Weights, length: int, devices: int = 1, cache_dtype: str = "auto"
 ) -> Work:
-    """Keys and values of a prompt of `length` tokens from nothing, and the logits after its last token; of one of the
-    devices that the history is split over."""
+    """Returns the work of one device for a prompt of `length` tokens: keys, values, and logits after the last one."""
     if not config.windowed:
         return _baseline_prefill_work(config, weights, length, cache_dtype)
     history = history_of(config, length)
@@ -205,20 +209,19 @@ def prefill_work(
 
 
 def _window_pairs(config: ModelConfig, rows: int, history: int, devices: int) -> float:
-    """Pairs of the first `rows` rows of a window, on one device."""
+    """Returns the pairs of the first `rows` rows of a window on one device."""
     read = history / devices if config.architecture == "tlinformer" else 0
     context = (config.hidden_depth + 1) * config.observed_rows(history) + read
     return config.num_layers * rows * (rows + 1) // 2 + config.num_blocks * rows * context
 
 
 def _history_work(config: ModelConfig, history: int, known: int, devices: int) -> tuple[float, float]:
-    """(dense operations, pairs) of the history side of all blocks, on one device.
+    """Returns (dense operations, pairs) of the history side of all blocks on one device.
 
     Args:
-      config: of the model.
       history: n.
-      known: rows whose keys and values block 0 has in the cache.
-      devices: that the rows are split over.
+      known: rows whose keys and values block 0 already has in the cache.
+      devices: number of devices that the rows are split over.
     """
     square, observed = 2 * config.d_model**2, config.observed_rows(history)
     each, rows, known_rows = _layer_flops(config), history / devices, known / devices
@@ -226,10 +229,10 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
     dense = config.num_blocks * (2 * square * rows + observed * (each - 2 * square))
     dense += config.num_blocks * observed * (config.hidden_depth * each + 2 * square) - 2 * square * known_rows
     pairs = config.num_blocks * observed * (rows + config.hidden_depth * observed)
-    # Between blocks every row is restored: its query, and what follows attention.
+    # Between blocks every row is restored: its query projection, and the layer after attention.
     dense += (config.num_blocks - 1) * rows * (each - 2 * square)
     pairs += (config.num_blocks - 1) * rows * observed
-    # Block 0 projects tokens: no more rows than the vocabulary has (`decoding.history`).
+    # Block 0 projects each token of the vocabulary at most once (`decoding.history`).
     if config.num_blocks > 1:
         dense -= square * max(rows - config.vocab_size, 0)
     if config.architecture == "tlinformer":
@@ -240,7 +243,7 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
 def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int, cache_dtype: str) -> Work:
     if config.recurrent:
         return _recurrent_prefill_work(config, weights, length, cache_dtype)
-    full = config.num_layers - 1  # of the last layer only keys and values are needed, and the last row
+    full = config.num_layers - 1  # the last layer needs only keys and values, and its last row
     reach = length
     if config.architecture == "sliding_window":
         reach = min(length, int(config.history_window) + config.generation_window)
@@ -255,7 +258,7 @@ def _baseline_prefill_work(config: ModelConfig, weights: Weights, length: int, c
 
 
 def _recurrent_prefill_work(config: ModelConfig, weights: Weights, length: int, cache_dtype: str) -> Work:
-    """With the last layer on all rows, of which only what it remembers is needed."""
+    """Returns the work of a prefill that runs the last layer on all rows, as its state needs them."""
     recurrent = delta_layers(config, 1)
     layers = config.attention_layers * _layer_flops(config) + recurrent.matrix
     return Work(
@@ -268,7 +271,7 @@ def _recurrent_prefill_work(config: ModelConfig, weights: Weights, length: int, 
 
 
 def _layer_flops(config: ModelConfig) -> int:
-    """Of one row's products with a layer's four matrices; a product with a D x D matrix is 2 * D**2."""
+    """Returns the FLOPs of one row's products with a layer's four matrices; a D x D matrix takes 2 * D**2."""
     return 8 * config.d_model**2 + 6 * config.d_model * config.feed_forward_dim * config.active_experts
 
 
@@ -277,9 +280,9 @@ def _head_flops(config: ModelConfig) -> int:
 
 
 def measure_ceilings(budget: float) -> Ceilings:
-    """Measures the device, at most `budget` seconds for each of three figures.
+    """Measures the speed of the device, with at most `budget` seconds for each of three figures.
 
-    The buffers are small beside a long cache, so that they do not decide the process's peak memory.
+    The buffers are small compared with a long cache, so that they do not determine the peak memory of the process.
     """
     accelerator = jax.default_backend() != "cpu"
     count, size = (1 << 28, 8192) if accelerator else (1 << 24, 512)
@@ -296,7 +299,7 @@ def measure_ceilings(budget: float) -> Ceilings:
 
 
 def _time_copies(array: jax.Array, budget: float) -> float:
-    """Seconds of one pass that reads and writes as many bytes as `array` has."""
+    """Returns the seconds of one pass that reads and writes as many bytes as `array` has."""
     negate = jax.jit(lambda x: -x, donate_argnums=0)
     state = jnp.copy(array)
 

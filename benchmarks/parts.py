@@ -1,4 +1,4 @@
-"""The parts of the inference benchmark: each measures one thing at one length and returns its figures."""
+"""The parts of the inference benchmark; each measures one thing at one length and returns its figures."""
 
 import functools
 import time
@@ -15,20 +15,20 @@ from benchmarks.timing import Timing, time_calls
 from benchmarks.uncached import jit_uncached_logits
 from tlinformer_jax.decoding.cache import history_of
 
-# Figure 9's protocol: tokens that are generated one by one, and which of them is the cache hit (from 0).
+# Figure 9's protocol: the number of tokens generated one by one, and the index of the cache hit (from 0).
 PROTOCOL_TOKENS = 6
 HIT_TOKEN = 2
 
 
 def figure9(session: Session, budget: float) -> dict[str, Any]:
-    """The paper's protocol: a random prompt, then six tokens one by one, each waited for.
+    """Measures the paper's protocol: a random prompt, then six tokens one by one, each waited for.
 
-    The first is the cache miss. The hit is the third, or, if that one had to slide, the next that had not.
+    The first token is the cache miss. The hit is the third token, or the next one if the third needed a slide.
 
     Returns:
-      miss_seconds and hit_seconds (medians over several prompts), hit_token (its place, from 1), calls,
-      token_seconds (medians), token_slid (whether a slide was part of it), token_cache_bytes (of the arrays after
-      it), token_used_bytes (of their valid rows).
+      miss_seconds and hit_seconds (medians over several prompts), hit_token (its number, from 1), calls, token_seconds
+      (medians), token_slid (whether the token needed a slide), token_cache_bytes (the arrays after the token),
+      token_used_bytes (their valid rows).
     """
     rounds: list[list[dict[str, Any]]] = []
     time_calls(lambda: rounds.append(_protocol(session)), budget)
@@ -50,7 +50,7 @@ def figure9(session: Session, budget: float) -> dict[str, Any]:
 
 
 def _protocol(session: Session) -> list[dict[str, Any]]:
-    """One round of it: of each token seconds, slid, cache_bytes and used_bytes."""
+    """Runs one round of the protocol; returns seconds, slid, cache_bytes and used_bytes of each token."""
     prompts, tokens = session.prompts(), []
     for number in range(PROTOCOL_TOKENS):
         slides = number > 0 and session.must_slide
@@ -65,14 +65,14 @@ def _protocol(session: Session) -> list[dict[str, Any]]:
 
 
 def uncached(session: Session, budget: float) -> dict[str, Any]:
-    """A token without a cache, `uncached.uncached_logits`."""
+    """Times a token without a cache, see `uncached.uncached_logits`."""
     tokens = jnp.asarray(session.prompts()[0])
     params, config = session.decoder.params, session.config
     return time_calls(lambda: jit_uncached_logits(params, config, tokens), budget).figures()
 
 
 def prefill(session: Session, weights: Weights, ceilings: Ceilings, budget: float) -> dict[str, Any]:
-    """Prefill alone, of the first sequence."""
+    """Times a prefill alone, of the first sequence."""
     prompt = session.prompts()[0]
     timing = time_calls(lambda: session.prefill_row(0, prompt), budget)
     work = limits.prefill_work(session.config, weights, session.length, session.devices, session.cache_dtype)
@@ -80,7 +80,7 @@ def prefill(session: Session, weights: Weights, ceilings: Ceilings, budget: floa
 
 
 def windows(session: Session, count: int, weights: Weights, ceilings: Ceilings, budget: float) -> dict[str, Any]:
-    """Tokens per second over all sequences while `count` windows are generated after the prompt, slides included."""
+    """Measures tokens per second of all sequences over `count` windows after the prompt, slides included."""
     config, size = session.config, session.config.generation_window
     history, window = session.history, session.window
     session.generate(session.room + 1 if config.windowed else 1)  # compiles the loop and the slide
@@ -107,7 +107,7 @@ def windows(session: Session, count: int, weights: Weights, ceilings: Ceilings, 
 
 
 def _window_work(session: Session, weights: Weights, window: int) -> list[Work]:
-    """Work of a generation window: each of its tokens, and its slide for each sequence."""
+    """Returns the work of a generation window: of each of its tokens, and of the slide of each sequence."""
     config, size = session.config, session.config.generation_window
     devices, begin = session.devices, window * size
     history = history_of(config, begin + 1) if config.windowed else begin
@@ -120,9 +120,9 @@ def _window_work(session: Session, weights: Weights, window: int) -> list[Work]:
 
 
 def sustained(session: Session, weights: Weights, ceilings: Ceilings, budget: float) -> dict[str, Any]:
-    """Time per token in the device loop: all tokens of a generation window, no slide.
+    """Measures the time per token in the device loop: all tokens of a generation window, without a slide.
 
-    The session must stand at the beginning of a window. A token is one for every sequence of the batch.
+    The session must be at the beginning of a window. A token means one token for every sequence of the batch.
     """
     history, size, overlap = session.history, session.config.generation_window, session.overlap
     session.loop(1)  # compiles
@@ -140,7 +140,7 @@ def sustained(session: Session, weights: Weights, ceilings: Ceilings, budget: fl
 
 
 def slide(session: Session, weights: Weights, ceilings: Ceilings, budget: float) -> dict[str, Any]:
-    """A slide alone, of the first sequence; fills the generation windows first."""
+    """Times a slide alone, of the first sequence, after filling the generation windows."""
     before = session.history
     session.loop(session.room)
     window = session.window
@@ -156,11 +156,11 @@ def slide(session: Session, weights: Weights, ceilings: Ceilings, budget: float)
 
 
 def longest(session: Session, fill: Callable[[], str]) -> dict[str, Any]:
-    """A prompt of the session's length and a whole generation window after it, each once, compilation included.
+    """Runs a prompt of the session's length and a whole generation window after it once each, compilation included.
 
     Args:
       session: new.
-      fill: gives it its prompt and waits; says how.
+      fill: gives the session its prompt, waits, and returns how it did so.
     """
     started = time.perf_counter()
     filled = fill()
@@ -182,7 +182,7 @@ def longest(session: Session, fill: Callable[[], str]) -> dict[str, Any]:
 
 
 def used_bytes(session: Session) -> int:
-    """Bytes of the valid keys and values in the cache, and of the states, on one device."""
+    """Returns the bytes of the valid keys and values in the cache, and of the states, on one device."""
     config = session.config
     kept = session.devices, session.cache_dtype
     cached = limits.cached_bytes(config, session.history, session.window, *kept)

@@ -1,9 +1,9 @@
-"""The inference benchmark's figures: `python -m benchmarks.plots --record=FILE.json[,FILE.json] --out=DIR`.
+"""Draws the figures of the inference benchmark: `python -m benchmarks.plots --record=FILE.json[,FILE.json] --out=DIR`.
 
-figure9.png has the six panels of the paper's Figure 9, by its protocol. generation.png is the comparison that a user
-feels: what a token costs on the average over a generation window with its slide, prefill and cache, on logarithmic
-axes. multiples.png has times as multiples of what the device could do at best. Of several records the first that has a
-row counts; `benchmarks.inference` draws its own.
+figure9.png has the six panels of the paper's Figure 9, by its protocol. generation.png compares what a user notices on
+logarithmic axes: the cost of a token averaged over a generation window with its slide, the prefill, and the cache.
+multiples.png has times as multiples of the shortest that the device could need. If several records have a row, the
+first record counts. `benchmarks.inference` draws the figures of its own record.
 """
 
 import itertools
@@ -34,7 +34,7 @@ PARTS = {"sustained": "cache hit", "slide": "slide", "prefill": "prefill"}
 
 
 def write_plots(values: Row, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the figures of the report's values; returns their files. ImportError where matplotlib is missing."""
+    """Writes the figures of the report's values; returns their files; raises ImportError without matplotlib."""
     rows = sorted((row for row in values["rows"] if row["batch"] == 1), key=lambda row: row["length"])
     config = values["config"]
     windows = f"{WORDS[MODEL]}: window {config['generation_window']}, observation {config['history_window']}"
@@ -64,7 +64,7 @@ def write_plots(values: Row, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def log_axes(axes: Any) -> None:
-    """Logarithmic axes: tokens at x as 1K and 1M, plain numbers at y."""
+    """Makes both axes logarithmic, with tokens as 1K and 1M on the x axis and plain numbers on the y axis."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set(xscale="log", yscale="log")
@@ -73,13 +73,13 @@ def log_axes(axes: Any) -> None:
 
 
 def short(value: float, _: Any = None) -> str:
-    """A number of tokens as 512, 8K or 1M, of a thousand and a million."""
+    """Returns a number of tokens as 512, 8K or 1M, with decimal K and M."""
     size, unit = next(((size, unit) for size, unit in ((1e6, "M"), (1e3, "K")) if value >= size), (1, ""))
     return f"{value / size:g}{unit}"
 
 
 def figure9_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
-    """Title, unit and curves of the panels (a) to (f)."""
+    """Returns title, unit and curves of the panels (a) to (f)."""
     caches = [_curve(rows, WORDS[name], name, ("cache_bytes",), 1e-9) for name in _architectures(rows)]
     base, ours = WORDS[BASELINE], WORDS[MODEL]
 
@@ -98,7 +98,7 @@ def figure9_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
 
 
 def generation_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
-    """Title, unit and curves: a token with its share of a slide, a prefill, the cache, and the baseline compared."""
+    """Returns title, unit and curves of four panels: a token with its share of a slide, prefill, cache, ratios."""
     tokens = [row | {"token": row["windows"]["seconds"] / row["windows"]["tokens"]} for row in rows if "windows" in row]
     names = _architectures(rows)
     kinds = {"windows": "a token, on the average", "prefill": "prefill", "hit_sustained": "cache hit"}
@@ -111,7 +111,7 @@ def generation_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
 
 
 def _compared(rows: list[Row], kinds: dict[str, str]) -> list[Curve]:
-    """Baseline over TLinFormer, for each kind of ratio under its name."""
+    """Returns a curve of baseline time over TLinFormer time for each kind of ratio."""
     found = ratios(rows)
     return [
         (label, [row["length"] for row in found if kind in row], [row[kind] for row in found if kind in row])
@@ -120,7 +120,7 @@ def _compared(rows: list[Row], kinds: dict[str, str]) -> list[Curve]:
 
 
 def multiples(rows: list[Row]) -> list[Curve]:
-    """Of every architecture and part, time over limit."""
+    """Returns a curve of time over limit for every architecture and part."""
     pairs = itertools.product(_architectures(rows), PARTS.items())
     return [_curve(rows, f"{WORDS[name]}, {label}", name, (part, "multiple"), 1.0) for name, (part, label) in pairs]
 
@@ -130,7 +130,7 @@ def _architectures(rows: list[Row]) -> list[str]:
 
 
 def _curve(rows: list[Row], label: str, architecture: str, path: tuple[str, ...], factor: float) -> Curve:
-    """What stands at `path` in the rows of one architecture that have it, times `factor`."""
+    """Returns the values at `path` of the rows of one architecture that have it, times `factor`."""
     lengths, values = [], []
     for row in rows:
         found: Any = row if row["architecture"] == architecture else {}
@@ -149,7 +149,7 @@ def _draw(axes: Any, title: str, unit: str, curves: list[Curve]) -> None:
 
 
 def main() -> None:
-    """Draws the figures of committed records."""
+    """Draws the figures of given records."""
     names = RECORD.value
     if not names:
         raise UserError("--record: must name an inference.json")

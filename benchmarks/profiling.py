@@ -1,4 +1,4 @@
-"""Traces of device work, and which kernels its time went to."""
+"""Traces device work and lists the kernels that took the time."""
 
 import collections
 import pathlib
@@ -9,7 +9,7 @@ import jax
 
 from benchmarks.session import Session
 
-# Kernels in a table.
+# Number of kernels in a table.
 MOST = 15
 
 
@@ -18,10 +18,10 @@ def profile(session: Session, folder: pathlib.Path) -> dict[str, str]:
 
     Args:
       session: at the beginning of a generation window.
-      folder: for the traces, one folder each.
+      folder: for the traces, in one folder each.
 
     Returns:
-      what `trace` returned for each.
+      the result of `trace` for each.
     """
     history, size, overlap = session.history, session.config.generation_window, session.overlap
     session.loop(size)  # compiles
@@ -40,7 +40,7 @@ def profile(session: Session, folder: pathlib.Path) -> dict[str, str]:
 
 
 def trace(folder: pathlib.Path, call: Callable[[], Any], most: int = MOST) -> str:
-    """Runs `call` under the profiler and waits for what it returns; the trace goes to `folder`.
+    """Runs `call` under the profiler, waits for its result, and writes the trace to `folder`.
 
     Returns:
       a table of the `most` kernels with the longest total device time, or one line that says why there is none.
@@ -57,7 +57,7 @@ def trace(folder: pathlib.Path, call: Callable[[], Any], most: int = MOST) -> st
 
 
 def device_kernels(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
-    """Kernels of the newest trace in a folder: name -> (times run, total nanoseconds); empty without a device."""
+    """Returns name -> (runs, total nanoseconds) of a folder's newest trace; empty without a device plane."""
     files = sorted(folder.glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not files:
         return {}
@@ -70,8 +70,8 @@ def device_kernels(folder: pathlib.Path) -> dict[str, tuple[int, float]]:
 def add_up(planes: list[Any]) -> dict[str, tuple[int, float]]:
     """Adds up the events of device planes by name.
 
-    A GPU's streams hold its kernels. Other lines ('XLA Modules', 'Steps') repeat their time by what launched them,
-    so they are left out; a TPU's operations are on the line 'XLA Ops'.
+    A GPU has its kernels on the lines of its streams, a TPU its operations on the line 'XLA Ops'. Other lines ('XLA
+    Modules', 'Steps') repeat the same time by what launched it, so they are left out.
     """
     totals: dict[str, tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
     for plane in planes:
@@ -85,7 +85,7 @@ def add_up(planes: list[Any]) -> dict[str, tuple[int, float]]:
 
 
 def kernel_table(kernels: dict[str, tuple[int, float]], most: int = MOST) -> str:
-    """The longest kernels as text: total milliseconds, share, times run, microseconds each, name."""
+    """Returns the longest kernels as text: total milliseconds, share, runs, microseconds each, name."""
     whole = sum(duration for _, duration in kernels.values()) or 1.0
     lines = [f"{'total ms':>10} {'share':>6} {'runs':>7} {'us each':>9}  kernel"]
     for name, (count, duration) in sorted(kernels.items(), key=lambda item: -item[1][1])[:most]:

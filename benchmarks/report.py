@@ -1,4 +1,4 @@
-"""What the inference benchmark writes: JSON after every part, and a table at the end."""
+"""Writes the inference benchmark's JSON after every part, and a table at the end."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ from typing import Any
 Row = dict[str, Any]
 
 BASELINE, MODEL = "transformer", "tlinformer"
-# Baseline over TLinFormer: name of the ratio, and where in a row its seconds stand.
+# Ratios of baseline time over TLinFormer time: name -> the keys of the seconds in a row.
 RATIOS = {
     "miss": ("figure9", "miss_seconds"),
     "hit": ("figure9", "hit_seconds"),
@@ -18,10 +18,10 @@ RATIOS = {
 
 
 class Report:
-    """The figures so far; every change is written, so that a run that is killed keeps what it measured.
+    """The figures so far. Every change is written to disk, so a run that is killed keeps what it measured.
 
     Attributes:
-      values: what `inference.json` holds.
+      values: the content of `inference.json`.
     """
 
     def __init__(self, folder: pathlib.Path | None, header: Row) -> None:
@@ -30,7 +30,7 @@ class Report:
         self.write()
 
     def put(self, kind: str, row: Row) -> None:
-        """Takes a new or a grown row of `kind` ('rows' or 'longest')."""
+        """Adds a row of `kind` ('rows' or 'longest') if it is new, and writes the file."""
         if not any(row is known for known in self.values[kind]):
             self.values[kind].append(row)
         self.write()
@@ -41,7 +41,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         self.values["ratios"] = ratios(self.values["rows"])
         if self.folder is None:
             return
@@ -51,14 +51,14 @@ class Report:
 
 
 def add_cache_ratios(row: Row) -> None:
-    """Adds to Figure 9's figures how many times as long the token takes without a cache."""
+    """Adds to Figure 9's figures how many times as long a token takes without a cache."""
     if "uncached" in row and "figure9" in row:
         for name in ("miss", "hit"):
             row["figure9"][f"uncached_over_{name}"] = row["uncached"]["seconds"] / row["figure9"][f"{name}_seconds"]
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """Baseline time over TLinFormer time at equal length and batch, for whatever both have measured."""
+    """Returns baseline time over TLinFormer time at equal length and batch, for each figure that both have."""
     by_place = {(row["architecture"], row["length"], row["batch"]): row for row in rows}
     found = []
     for (architecture, length, batch), row in by_place.items():
@@ -76,7 +76,7 @@ def ratios(rows: list[Row]) -> list[Row]:
 
 
 def table(values: Row) -> str:
-    """The rows as text: milliseconds, and in brackets multiples of the limit."""
+    """Returns the rows as text: milliseconds, and in brackets multiples of the limit."""
     head = (
         f"{'architecture':14} {'N':>11} {'batch':>5} {'miss':>10} {'hit':>9} {'hit sustained':>17} {'slide':>17} "
         f"{'prefill':>17} {'tokens/s':>10} {'cache GB':>9} {'peak GB':>9}"
@@ -99,7 +99,7 @@ def table(values: Row) -> str:
 
 
 def longest_line(row: Row) -> str:
-    """A try of the part 'longest' as text."""
+    """Returns a row of the part 'longest' as text."""
     place = f"{row['architecture']}, prompt of {row['length']:,} and a window after it"
     if not row["fits"]:
         return f"{place}: {row['error']}"

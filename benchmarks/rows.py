@@ -1,4 +1,4 @@
-"""One row of the inference benchmark: all parts at one length, on one cache, with what memory they took."""
+"""Measures one row of the inference benchmark: all parts at one length on one cache, and the memory they took."""
 
 import dataclasses
 import functools
@@ -28,17 +28,17 @@ class Plan:
     """What to measure, and for how long.
 
     Attributes:
-      lengths: (N, tokens of a prompt; sequences), in the order in which they are measured: growing, because the
-        device's peak memory is that of the whole process.
+      lengths: (tokens of a prompt N, sequences), measured in this order; ascending, because the device's peak memory is
+        that of the whole process.
       longest: prompt lengths of the part 'longest', ascending.
       parts: names out of PARTS.
-      windows: generation windows of the part 'windows'.
-      seconds: budget of each measurement, compilation apart.
+      windows: number of generation windows in the part 'windows'.
+      seconds: budget of each measurement, without compilation.
       max_uncached_length: longest prompt for which a token without a cache is timed.
-      max_quadratic_prefill: longest prompt that an architecture is given whose prefill costs the square of it, such
-        as 'transformer'; above, its cache is filled with random rows, and Figure 9's protocol and 'prefill' are left
-        out.
-      seed: of prompts.
+      max_quadratic_prefill: longest prompt for architectures with a quadratic prefill, such as 'transformer'; for
+        longer
+        ones the cache is filled with random rows, and Figure 9's protocol and 'prefill' are left out.
+      seed: seed of the prompts.
       cache_dtype: see `sampling.GenerationConfig`.
     """
 
@@ -54,13 +54,13 @@ class Plan:
 
 
 class Memory:
-    """The peak of the device's memory, which only ever rises while a process runs."""
+    """The peak of the device's memory, which can only rise while a process runs."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._before, self._weights = peak_bytes(), tree_bytes(decoder.params)
 
     def figures(self) -> Row:
-        """Bytes so far; `exact` says whether the peak was reached since this object was made, else it is a bound."""
+        """Returns the peak in bytes; `exact` if it rose since this object was made, else it is only a bound."""
         peak = peak_bytes()
         source = "memory_stats" if peak is not None else "live_arrays"
         value = tree_bytes(jax.live_arrays()) if peak is None else peak
@@ -79,15 +79,10 @@ def measure_row(
     """Measures the plan's parts at one length.
 
     Args:
-      plan: what to measure.
-      decoder: with the model's parameters.
-      length: N, tokens of a prompt.
-      batch: sequences.
-      ceilings: of the device.
       report: called with the row after each part.
 
     Returns:
-      the row; if the device's memory did not suffice, with what was measured until then and 'error'.
+      the row; if memory ran out, it has the figures measured until then and 'error'.
     """
     config = decoder.config
     row: Row = {
@@ -111,7 +106,7 @@ def measure_row(
             report(row)
         _release(session)
         current = "uncached"
-        # The forward pass is that of one device; a baseline's costs the square of the length, as its prefill does.
+        # The uncached forward pass runs on one device; a baseline's cost is quadratic, as in its prefill.
         alone = batch == 1 and decoder.mesh is None and can_prefill(plan, session)
         if "figure9" in plan.parts and alone and length <= plan.max_uncached_length:
             started = time.perf_counter()
@@ -127,15 +122,13 @@ def measure_row(
 
 
 def measure_longest(plan: Plan, decoder: Decoder, report: Callable[[Row], None]) -> list[Row]:
-    """Tries prompts of growing length until one does not fit, each with a whole generation window after it.
+    """Tries prompts of growing length, each with a whole generation window after it, until one does not fit.
 
     Args:
-      plan: says what to try.
-      decoder: with the model's parameters.
-      report: called with each try.
+      report: called with each row.
 
     Returns:
-      one row a try; the last may say fits: False.
+      one row for each try; the last may have fits: False.
     """
     rows = []
     for length in plan.longest:
@@ -157,7 +150,7 @@ def measure_longest(plan: Plan, decoder: Decoder, report: Callable[[Row], None])
 
 
 def _parts_of(plan: Plan, session: Session) -> list[str]:
-    """The parts that this row can have, in order."""
+    """Returns the parts that this row can have, in order."""
     names = [name for name in PARTS if name in plan.parts and name != "longest"]
     if not session.config.windowed:
         names = [name for name in names if name not in WINDOWED_ONLY]
@@ -169,13 +162,13 @@ def _parts_of(plan: Plan, session: Session) -> list[str]:
 
 
 def new_session(plan: Plan, decoder: Decoder, length: int, batch: int) -> Session:
-    """A session with room for all parts."""
+    """Returns a session with room for all parts."""
     room = (plan.windows + 2) * decoder.config.generation_window
     return Session(decoder, batch, length, room, plan.seed, plan.cache_dtype)
 
 
 def fill(plan: Plan, session: Session) -> str:
-    """Gives the session's sequences their prompts; returns 'prefill', or 'random' where that is not affordable."""
+    """Gives the session's sequences their prompts; returns 'prefill', or 'random' if a prefill takes too long."""
     if can_prefill(plan, session):
         jax.block_until_ready(session.fill(session.prompts()))
         return "prefill"
@@ -184,20 +177,20 @@ def fill(plan: Plan, session: Session) -> str:
 
 
 def enter_window(session: Session) -> None:
-    """Brings a session that was just filled to the beginning of the generation window that holds position N."""
+    """Moves a session that was just filled to the beginning of the generation window of position N."""
     if session.must_slide:
         session.slide()
     session.rewind(session.history, session.overlap)
 
 
 def can_prefill(plan: Plan, session: Session) -> bool:
-    """Whether a prompt of the session's length is affordable."""
+    """Returns whether a prefill of the session's length is affordable."""
     quadratic = session.config.grows and not session.config.windowed
     return not quadratic or session.length <= plan.max_quadratic_prefill
 
 
 def _measure_part(name: str, plan: Plan, session: Session, row: Row, ceilings: Ceilings) -> None:
-    """Measures one part into the row, its session brought to where the part begins."""
+    """Moves the session to the start of a part, measures it, and adds its figures to the row."""
     weights, budget = limits.weights_of(session.decoder.params), plan.seconds
     if name == "figure9":
         row[name] = parts.figure9(session, budget)
@@ -215,13 +208,13 @@ def _measure_part(name: str, plan: Plan, session: Session, row: Row, ceilings: C
 
 
 def _release(session: Session) -> None:
-    """Gives the cache's memory back."""
+    """Frees the memory of the cache."""
     for array in jax.tree.leaves(session.cache):
         array.delete()
 
 
 def _out_of_memory(error: Exception, part: str) -> str:
-    """One line about a lack of memory, the host's or the device's; any other failure is raised again."""
+    """Returns a line about a lack of host or device memory; raises any other error again."""
     text = str(error)
     device = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
     if not device and not isinstance(error, MemoryError):

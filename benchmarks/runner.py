@@ -1,4 +1,4 @@
-"""A whole run of the inference benchmark: every architecture, one after another, at every length."""
+"""Runs the whole inference benchmark: every architecture, one after another, at every length."""
 
 import dataclasses
 import gc
@@ -37,15 +37,14 @@ def run_benchmark(
     """Measures, prints and writes.
 
     Args:
-      plan: what to measure.
-      configs: of the models, one after another; equal but for the architecture.
-      workdir: of a run, for the weights of its architecture; other weights are random.
-      out: for the report and the plots; None prints only.
-      profile: for traces; None makes none.
-      mesh: of the devices that the history is spread over; None for one device.
+      configs: of the models, measured one after another; they differ only in the architecture.
+      workdir: run with the weights for its architecture; other weights are random.
+      out: folder for the report and the plots; None only prints.
+      profile: folder for traces; None makes none.
+      mesh: devices that the history is spread over; None for one device.
 
     Returns:
-      what inference.json holds.
+      the content of inference.json.
     """
     report = Report(
         out,
@@ -75,7 +74,7 @@ def run_benchmark(
         if plan.cache_dtype == "int8":
             print(f"{config.architecture}: {int8_readers(config)}", flush=True)
         _measure(plan, decoder, ceilings, report, profile)
-        del decoder  # its weights would count as the next one's memory
+        del decoder  # otherwise its weights count as memory of the next one
         gc.collect()
     report.finish()
     print(table(report.values), flush=True)
@@ -118,7 +117,7 @@ def _measure(
 
 
 def _progress(row: dict[str, Any]) -> str:
-    """A line for the row's newest part."""
+    """Returns a line for the row's newest part."""
     place = f"{row['architecture']}, N {row['length']:,}, batch {row['batch']}"
     if "error" in row:
         return f"{place}: {row['error']}"
@@ -136,7 +135,7 @@ def _write_plots(values: dict[str, Any], out: pathlib.Path) -> None:
 def _decoder(
     config: ModelConfig, seed: int, workdir: pathlib.Path | None, mesh: Mesh | None = None
 ) -> tuple[Decoder, str]:
-    """A decoder, and where its weights are from: the working directory's if it is of this architecture."""
+    """Returns a decoder and the origin of its weights: the run in `workdir` if it has this architecture."""
     model = build_model(config)
     if workdir is None or load_config(workdir).model.architecture != config.architecture:
         return Decoder(

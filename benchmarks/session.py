@@ -1,4 +1,4 @@
-"""One cache of equal sequences and what the benchmark does to it; the only mutable thing of the benchmark."""
+"""A cache of sequences of equal length and the benchmark's operations on it; the benchmark's only mutable state."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ class Session:
     """A batch of sequences of one length, all in the same phase, generated greedily.
 
     Attributes:
-      decoder: with the model's parameters.
-      batch: sequences.
+      decoder: decoder with the model's parameters.
+      batch: number of sequences.
       length: N, tokens of each prompt.
-      cache: as it is now; with room for the prompt and `room` tokens more.
-      history: n of every sequence; of a baseline, tokens so far.
+      cache: the current cache, with room for the prompt and `room` more tokens.
+      history: n of every sequence; for a baseline, the tokens so far.
       window: rows in every generation window; 0 for a baseline.
-      cache_dtype: of what grows, see `sampling.GenerationConfig`.
+      cache_dtype: dtype of the part that grows, see `sampling.GenerationConfig`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Session:
         self.config = decoder.config
         self.history = self.window = 0
         self.cache: Cache = decoder.init_cache(batch, length + room, length + room, cache_dtype)
-        # No token's number: over several devices, an empty array crashes XLA's shardy-xla pass of JAX 0.11.2.
+        # -1 is no token. An empty array would crash XLA's shardy-xla pass of JAX 0.11.2 on several devices.
         self._stop = jnp.full((1,), -1, jnp.int32)
         self._random = np.random.default_rng(seed)
         tokens = self._random.integers(0, self.config.vocab_size, (batch,), dtype=np.int32)
@@ -46,7 +46,7 @@ class Session:
         self.sequences = replicate(sequences, decoder.mesh)
 
     def prompts(self) -> np.ndarray:
-        """New random prompts, int32 [batch, length]."""
+        """Returns new random prompts, int32 [batch, length]."""
         return self._random.integers(0, self.config.vocab_size, (self.batch, self.length), dtype=np.int32)
 
     def prefill_row(self, row: int, prompt: np.ndarray) -> jax.Array:
@@ -55,23 +55,23 @@ class Session:
         return logits
 
     def fill(self, prompts: np.ndarray) -> jax.Array:
-        """Fills every sequence and samples each one's next token, int32 [batch]."""
+        """Fills every sequence and samples the next token of each, int32 [batch]."""
         logits = jnp.stack([self.prefill_row(row, prompt) for row, prompt in enumerate(prompts)])
         self._set_phase(self.length)
-        return self._sample(logits)  # which replaces every sequence's last token
+        return self._sample(logits)  # also replaces every sequence's last token
 
     def fill_randomly(self, seed: int) -> None:
-        """Gives a baseline's cache random rows as if it held a prompt: what a token costs does not depend on them."""
+        """Fills a baseline's cache with random rows instead of a prompt; the cost of a token is the same."""
         assert isinstance(self.cache, LayeredCache)
         self.cache = _random_rows(self.cache, jax.random.key(seed))
         self.rewind(self.length, 0)
 
     def rewind(self, history: int, window: int) -> None:
-        """Says that `history` and `window` rows are valid; of what was cached, no row is touched."""
+        """Sets the valid rows to `history` and `window`; the cached rows stay as they are."""
         self.history, self.window = history, window
 
         def full(value: int) -> jax.Array:
-            # On the same devices as what it replaces, or the next call would compile again.
+            # On the same devices as the old array; otherwise the next call would compile again.
             return replicate(jnp.full((self.batch,), value, jnp.int32), self.decoder.mesh)
 
         if isinstance(self.cache, LayeredCache):
@@ -81,13 +81,13 @@ class Session:
         jax.block_until_ready(self.cache.position)
 
     def step(self) -> jax.Array:
-        """Feeds the last token to every sequence and samples the next, int32 [batch], by one dispatched step."""
+        """Feeds the last token of every sequence and samples the next, int32 [batch], in one dispatched step."""
         self.cache, logits = self.decoder.step(self.cache, self.sequences.token, self.sequences.active)
         self._advance(1)
         return self._sample(logits)
 
     def loop(self, steps: int) -> jax.Array:
-        """The same `steps` times in the device loop, without a slide; returns the last call's tokens."""
+        """Runs `steps` steps in the device loop, without a slide; returns the tokens of the last call."""
         left, tokens = steps, self.sequences.token
         while left > 0:
             limit = min(left, MAX_STEPS)
@@ -100,17 +100,17 @@ class Session:
 
     @property
     def devices(self) -> int:
-        """Devices that the history is spread over."""
+        """Number of devices that the history is spread over."""
         return self.decoder.devices
 
     @property
     def overlap(self) -> int:
-        """Rows in a window before the first that it predicts from."""
+        """Rows in a window before the first row that predicts."""
         return self.config.window_overlap if self.history else 0
 
     @property
     def room(self) -> int:
-        """Tokens until the generation windows are full."""
+        """Number of tokens until the generation windows are full."""
         return self.overlap + self.config.generation_window - self.window if self.config.windowed else MAX_STEPS
 
     @property
@@ -119,7 +119,7 @@ class Session:
         return self.room == 0
 
     def slide_row(self, row: int) -> None:
-        """Slides the full window of one sequence; `slide` does so for all and keeps count."""
+        """Slides the full window of one sequence; `slide` does so for all and updates the counts."""
         assert isinstance(self.cache, WindowedCache)
         full = self.history + self.overlap + self.config.generation_window
         self.cache = self.decoder.slide(self.cache, row, full)
@@ -133,10 +133,10 @@ class Session:
         self.window = tokens - self.history
 
     def generate(self, tokens: int) -> jax.Array:
-        """Generates `tokens` tokens for every sequence as the generator does: device loops, slides between them.
+        """Generates `tokens` tokens for every sequence as the generator does: device loops with slides between them.
 
         Returns:
-          the last loop's tokens.
+          the tokens of the last loop.
         """
         left, last = tokens, self.sequences.token
         while left > 0:
@@ -148,17 +148,17 @@ class Session:
         return last
 
     def check(self) -> None:
-        """Refuses to go on from a loop that has stopped.
+        """Checks that no sequence has ended.
 
         Raises:
-          FloatingPointError: if a sequence has ended, which here only logits that are not finite can cause.
+          FloatingPointError: if one has, which only logits that are not finite can cause here.
         """
         if not bool(np.all(np.asarray(self.sequences.active))):
             raise FloatingPointError(f"{self.config.architecture}: logits are not finite at {self.length:,} tokens")
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache's arrays, room included; of a device's share where the history is spread over several."""
+        """Bytes of the cache's arrays, room included; the share of one device if the history is spread."""
         return tree_bytes(self.cache)
 
     def _advance(self, tokens: int) -> None:
@@ -180,7 +180,7 @@ class Session:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _random_rows(cache: LayeredCache, key: jax.Array) -> LayeredCache:
-    """Normal numbers in every row, one layer at a time, so that no more than one layer exists twice."""
+    """Returns the cache with normal random rows, one layer at a time, so that only one layer exists twice."""
 
     def body(layer: jax.Array, layers: KeyValue) -> KeyValue:
         shape = layers.key.shape[1:]

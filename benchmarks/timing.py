@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing of device work, device facts, memory counters."""
+"""Timing of device work, device facts and memory counters for all benchmarks."""
 
 import dataclasses
 import statistics
@@ -13,7 +13,7 @@ MOST_CALLS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of repeated calls, each waited for; a first one that compiles is not among them."""
+    """Seconds of repeated calls, each waited for, without the first call if it compiles."""
 
     seconds: tuple[float, ...]
 
@@ -24,15 +24,15 @@ class Timing:
 
     @property
     def best(self) -> float:
-        """The least of them."""
+        """The shortest time."""
         return min(self.seconds)
 
     def per(self, count: int) -> "Timing":
-        """Of one out of `count` equal things that a call did."""
+        """Returns the timing of one of `count` equal operations in a call."""
         return Timing(tuple(seconds / count for seconds in self.seconds))
 
     def figures(self) -> dict[str, Any]:
-        """As the reports have it: seconds (median), best_seconds, calls."""
+        """Returns the entries of the reports: seconds (median), best_seconds, calls."""
         return {"seconds": self.median, "best_seconds": self.best, "calls": len(self.seconds)}
 
 
@@ -44,14 +44,14 @@ def time_calls(
     least: int = 3,
     compiled: bool = False,
 ) -> Timing:
-    """Times `call`, after a first call that is not counted, until the budget is spent.
+    """Times `call` until the budget is spent, after a first call that is not counted.
 
     Args:
-      call: what to time; what it returns is waited for.
+      call: function to time; its result is waited for.
       budget: seconds for all counted calls. At least `least` are made unless they take four times the budget.
-      prepare: done, and waited for, before each call, and not timed.
-      least: calls.
-      compiled: nothing is left to compile, so the first call counts.
+      prepare: called and waited for before each call; not timed.
+      least: minimum number of counted calls.
+      compiled: if true, nothing is left to compile, so the first call counts.
     """
     if not compiled:
         _timed(call, prepare)
@@ -74,10 +74,10 @@ def _timed(call: Callable[[], Any], prepare: Callable[[], Any] | None) -> float:
 
 
 def device_facts() -> dict[str, Any]:
-    """The machine as reports name it.
+    """Returns the facts about the machine for reports.
 
     Returns:
-      device, platform, memory_limit_bytes (of JAX's allocator; None where unknown), jax.
+      device, platform, memory_limit_bytes (of JAX's allocator; None if unknown), jax.
     """
     device = jax.devices()[0]
     return {

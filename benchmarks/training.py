@@ -1,18 +1,16 @@
-"""Training speed: `python -m benchmarks.training --lengths=512,8192 --batch_tokens=32768,65536 --out=DIR`.
+"""Measures training speed: `python -m benchmarks.training --lengths=512,8192 --batch_tokens=32768,65536 --out=DIR`.
 
 Times whole training steps (forward, backward, AdamW) on random tokens, by default of the 41M shape with dropout 0. Each
-architecture, length, setting (`--try`) and batch (`--batch_tokens`) is a row; what does not fit the memory is a row
-that says so. Steps are dispatched as a training loop does and waited for in groups; a step's time is the median over
-the groups. Compilation is timed apart, without the persistent cache.
+architecture, length, setting (`--try`) and batch (`--batch_tokens`) is a row; rows that do not fit in memory say so.
+Steps are dispatched as in a training loop and waited for in groups; the time of a step is the median over the groups.
+Compilation is timed separately, without the persistent cache.
 
-    --config=FILE                     another base configuration; its sections `model` and `train` are taken
+    --config=FILE                     another base configuration; its sections `model` and `train` are used
     --set=model.d_model=512           a field for all rows
-    --try=model.memory=low    one more setting to time, beside what is set; --try= is none
-    --try=data.document_masking=True  samples of documents that do not see each other, 70 tokens long on average
+    --try=model.memory=low            one more setting to time; --try= times none
+    --try=data.document_masking=True  samples of separate documents, 70 tokens long on average
 
-Where a step computes windows one after the other, a row keeps the mean losses of the first 64 windows at the first
-step. Rows of batch 1 begin with the same tokens, whatever their length, so these must agree; the last line says how far
-they do. --init_scale=3 makes the initial weights that many times as large, so that they could disagree.
+--init_scale=3 multiplies the initial weights by 3.
 
 DIR receives training.json (with device, JAX version and command), training.md with the best row of every architecture
 and length, and plots if matplotlib is installed.
@@ -53,21 +51,21 @@ PROFILE = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
 
 GROUP = 5
-DOCUMENT_TOKENS = 70  # of a paragraph of a book, about
-# Kernels in the table of a profile, of the 100 to 300 that a step has.
+DOCUMENT_TOKENS = 70  # mean length of a document, about a paragraph of a book
+# Number of kernels in the table of a profile; a step has 100 to 300.
 TRACED_KERNELS = 60
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One row: a configuration whose data.sequence_length and train.batch_size are those of the row."""
+    """One row: a configuration with the row's data.sequence_length and train.batch_size."""
 
     config: RunConfig
     setting: str
 
 
 def overrides(text: str) -> dict[tuple[str, str], Any]:
-    """The fields that 'section.field=value,section.field=value' names; a name without a value goes on the one before.
+    """Returns the fields of 'section.field=value,section.field=value'; a part without '=' continues the value before.
 
     Raises:
       ConfigError: if a part names no field.
@@ -81,7 +79,7 @@ def overrides(text: str) -> dict[tuple[str, str], Any]:
         if equals and field and unknown_field(name) is None:
             last = (section, field)
             fields[last] = _value(value)
-        elif not equals and last is not None:  # a value with a comma, as train_files has
+        elif not equals and last is not None:  # a value with a comma, such as train_files
             fields[last] = f"{fields[last]},{part}"
         else:
             raise ConfigError("--set or --try", part, "must be section.field=value of a configuration's field")
@@ -89,7 +87,7 @@ def overrides(text: str) -> dict[tuple[str, str], Any]:
 
 
 def _value(text: str) -> Any:
-    """A field's value as its text says it: JSON where it is that, Python's True, False and None, else a word."""
+    """Returns a field's value: JSON if the text is that, Python's True, False and None, else the text itself."""
     try:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
@@ -97,7 +95,7 @@ def _value(text: str) -> Any:
 
 
 def jobs(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int], sizes: Sequence[int]) -> list[Job]:
-    """All rows, checked before the first is timed.
+    """Returns all rows; each is checked before the first is timed.
 
     Raises:
       ConfigError: for a configuration that is not allowed.
@@ -116,7 +114,7 @@ def jobs(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How rows are timed: `steps` after `warmup` others, initial weights times `init_scale`, traced to `profile`."""
+    """How to time a row: `steps` after `warmup` others, initial weights times `init_scale`, traced to `profile`."""
 
     steps: int
     warmup: int = 3
@@ -128,10 +126,11 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     """Times one row.
 
     Returns:
-      the columns in COLUMNS: batch in sequences; tokens, those that a step predicts; tokens_per_second of those;
-      step_bytes, what the compiled step needs of the device's memory; peak_bytes, the process's so far (None where
-      unknown); losses in nats; error, None or why there are no figures. With a profile also kernels, the table of the
-      three steps that were traced.
+      the columns in COLUMNS: batch in sequences; tokens, the number that a step predicts; tokens_per_second of those;
+      step_bytes, the device memory of the compiled step; peak_bytes, the process's peak so far (None if unknown);
+      losses
+      in nats; error, None or why there are no figures; with a profile also kernels, the table of the three traced
+      steps.
     """
     import jax
 
@@ -158,7 +157,7 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
 
 
 def _counted(config: RunConfig) -> dict[str, Any]:
-    """What is known before anything runs."""
+    """Returns the figures that are known before anything runs."""
     from benchmarks.flops import hardware_flops
     from tlinformer_jax.analysis.flops import training_flops
     from tlinformer_jax.models.windows import trained_tokens
@@ -225,17 +224,17 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
 
 
 def _three_steps(compiled: Any, state: Any, batch: Mapping[str, Any]) -> Any:
-    """The state after three more steps; `state` is donated."""
+    """Returns the state after three more steps; `state` is donated."""
     for _ in range(3):
         state, _ = compiled(state, batch)
     return state
 
 
 def checked_mesh(config: RunConfig) -> Any:
-    """The devices of a row (`jax.sharding.Mesh`).
+    """Returns the devices of a row (`jax.sharding.Mesh`).
 
     Raises:
-      ConfigError: if they cannot share out its batch or its sequences.
+      ConfigError: if the devices cannot split its batch or its sequences evenly.
     """
     from tlinformer_jax.parallel.sharding import build_mesh, check_batch_divides
     from tlinformer_jax.training.setup import check_sequences_divide
@@ -247,7 +246,7 @@ def checked_mesh(config: RunConfig) -> Any:
 
 
 def random_batch(config: RunConfig) -> dict[str, Any]:
-    """Random tokens, the same for every length as far as they go if the batch is of one sequence."""
+    """Returns random tokens; with one sequence, shorter ones are a prefix of longer ones."""
     import numpy as np
 
     size = (config.train.batch_size, config.data.sequence_length + 1)
@@ -261,7 +260,7 @@ def random_batch(config: RunConfig) -> dict[str, Any]:
 
 
 def _bytes(compiled: Any) -> int | None:
-    """Memory that a compiled program needs: its arguments, results that reuse none of them, temporary values."""
+    """Returns the memory of a compiled program: arguments, results that do not reuse them, temporary values."""
     found = compiled.memory_analysis()
     if found is None:
         return None
@@ -280,7 +279,7 @@ def integers(name: str, texts: Sequence[str]) -> list[int]:
 
 
 def _base() -> dict[str, dict[str, Any]]:
-    """The fields that all rows start from."""
+    """Returns the fields that all rows start from."""
     values = (
         cli.config_values().to_dict()
         if cli.config_given()
@@ -314,7 +313,7 @@ def main() -> None:
     for job in plan:
         checked_mesh(job.config)
     folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
-    jax.config.update("jax_enable_compilation_cache", False)  # its hits would be taken for fast compilations
+    jax.config.update("jax_enable_compilation_cache", False)  # cache hits would look like fast compilations
     device = jax.devices()[0].device_kind
     print(f"{jax.device_count()} x {device}, JAX {jax.__version__}", flush=True)
     command = ["python -m benchmarks.training", *sys.argv[1:]]

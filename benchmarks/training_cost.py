@@ -1,10 +1,10 @@
-"""What a trained token costs as sequences grow: `python -m benchmarks.training_cost [--measure] --out=DIR`.
+"""Shows the cost of a trained token by sequence length: `python -m benchmarks.training_cost [--measure] --out=DIR`.
 
-A Transformer against TLinFormers of the 41M shape, and other --architectures, by model FLOPs, for which no device is
-needed. With --measure whole training steps are timed, too, each on as many tokens: on the first of --batch_tokens that
-the memory allows. Prints a table in Markdown. DIR gets the record, training_cost.json, rewritten after each row, and
-the figure, training_cost.png. --record=FILE,FILE draws earlier ones; with --generation=FILE,FILE, records of
-`benchmarks.inference`, the figure also has what a generated token costs, and the cache.
+Compares a Transformer with TLinFormers of the 41M shape, and with other --architectures, by model FLOPs, which needs no
+device. With --measure it also times whole training steps, all with the same number of tokens: the first of
+--batch_tokens that fits in memory. It prints a Markdown table. DIR gets the record, training_cost.json, rewritten after
+each row, and the figure, training_cost.png. --record=FILE,FILE draws old records; with --generation=FILE,FILE, records
+of `benchmarks.inference`, the figure also shows the cost of a generated token and the cache.
 """
 
 import dataclasses
@@ -48,12 +48,12 @@ RECORD = flags.DEFINE_list("record", [], "Files training_cost.json to draw, inst
 GENERATION = flags.DEFINE_list("generation", [], "Records of benchmarks.inference, inference.json, to draw beside it.")
 
 Row = dict[str, Any]
-# What a row may hold for each token, its unit, and its factor.
+# Figures per token that a row may have, with their units and factors.
 FIGURES = {"seconds": ("µs", 1e6), "flops": ("MFLOP", 1e-6)}
 
 
 def models(windows: Sequence[int], architectures: Sequence[str], fields: Row) -> dict[str, ModelConfig]:
-    """A TLinFormer for each size of both windows, 0 being the Transformer, and others, under the figure's names."""
+    """Returns TLinFormers (the Transformer for window 0) and the other architectures, by the names of the figure."""
     base = ModelConfig(**{"dtype": "bfloat16", **fields})
     found = {}
     for size in windows:
@@ -67,13 +67,13 @@ def models(windows: Sequence[int], architectures: Sequence[str], fields: Row) ->
 
 
 def model_name(architecture: str, window: int) -> str:
-    """As the figure has it."""
+    """Returns the model's name in the figure."""
     windows = f", windows of {window:,}" if architecture in WINDOWED else ""
     return WORDS[architecture] + windows
 
 
 def by_kernels(configs: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
-    """The models, with Gated DeltaNet's names saying where kernels of jax-linear-attention compute it here."""
+    """Renames Gated DeltaNets that kernels of jax-linear-attention compute here."""
     from tlinformer_jax.kernels.delta import why_plain
 
     def named(name: str, config: ModelConfig) -> str:
@@ -86,9 +86,9 @@ def by_kernels(configs: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
 def rows(
     configs: dict[str, ModelConfig], lengths: Sequence[int], batches: Sequence[int], timing: Timing | None
 ) -> Iterator[Row]:
-    """A row for each model and length: FLOPs of a token, and where it is timed seconds and what `time_job` gives.
+    """Yields a row for each model and length: FLOPs of a token and, if it is timed, seconds and parts of `time_job`.
 
-    Of `batches`, the tokens of a step, the first counts that the memory allows.
+    A step has the first number of tokens in `batches` that fits in memory.
     """
     for name, config in configs.items():
         for length in lengths:
@@ -108,7 +108,7 @@ def rows(
 
 
 def table(found: Sequence[Row]) -> list[str]:
-    """A row for each model and kind of figure, a column for each length."""
+    """Returns Markdown lines with a row for each model and kind of figure, and a column for each length."""
     lengths = sorted({row["length"] for row in found})
     lines = []
     for kind, (unit, factor) in FIGURES.items():
@@ -120,7 +120,7 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def draw(record: Row, file: pathlib.Path, generated: Sequence[Row] = ()) -> pathlib.Path:
-    """Draws seconds of a trained token where they were measured, else its FLOPs; and what `generated` tokens cost."""
+    """Draws the seconds of a trained token if they were measured, else its FLOPs; and the cost of `generated` tokens."""
     found = record["rows"]
     kind = next(kind for kind in FIGURES if any(row[kind] is not None for row in found))
     unit, factor = FIGURES[kind]
@@ -148,7 +148,7 @@ def draw(record: Row, file: pathlib.Path, generated: Sequence[Row] = ()) -> path
 
 
 def generation_panels(found: Sequence[Row]) -> list[tuple[str, str, list[Curve]]]:
-    """Title, unit and curves of a generated token, the mean over a window with its slide, and of the cache."""
+    """Returns title, unit and curves for a generated token (mean over a window and its slide) and for the cache."""
 
     def curves(part: Callable[[Row], float | None]) -> list[Curve]:
         points = [(row["model"], row["length"], part(row)) for row in found]
@@ -168,7 +168,7 @@ def generation_panels(found: Sequence[Row]) -> list[tuple[str, str, list[Curve]]
 
 
 def read_generation(names: Sequence[str]) -> list[Row]:
-    """Rows of one sequence in records of `benchmarks.inference`, with their models' names; the first record counts."""
+    """Reads the rows with one sequence from records of `benchmarks.inference`; of equal rows the first counts."""
     try:
         records = [json.loads(local_path(name, "--generation").read_text(encoding="utf-8")) for name in names]
         found = [
@@ -184,7 +184,7 @@ def read_generation(names: Sequence[str]) -> list[Row]:
 
 
 def main() -> None:
-    """Counts, measures where asked to, prints, and writes."""
+    """Counts, measures if asked to, prints and writes."""
     folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     generated = read_generation(GENERATION.value)
     record = _read(RECORD.value) if RECORD.value else _made(folder)
@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def _made(folder: pathlib.Path | None) -> Row:
-    """A new record; its file is written after each row."""
+    """Returns a new record; its file is written after each row."""
     if not all(text.isdecimal() for text in WINDOWS.value) or not WINDOWS.value + ARCHITECTURES.value:
         raise UserError(f"--windows={','.join(WINDOWS.value)}: must be integers of 0 or more with commas between")
     if unknown := set(ARCHITECTURES.value) - set(ALL_ARCHITECTURES):
@@ -211,7 +211,7 @@ def _made(folder: pathlib.Path | None) -> Row:
     if MEASURE.value:
         import jax
 
-        jax.config.update("jax_enable_compilation_cache", False)  # its hits would be taken for fast compilations
+        jax.config.update("jax_enable_compilation_cache", False)  # cache hits would look like fast compilations
         record |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__}
         timing, configs = Timing(STEPS.value, WARMUP.value), by_kernels(configs)
     for row in rows(configs, sorted(lengths), batches, timing):
@@ -222,7 +222,7 @@ def _made(folder: pathlib.Path | None) -> Row:
 
 
 def _read(names: Sequence[str]) -> Row:
-    """One record of several; of a row that more than one has, the first counts."""
+    """Returns one record from several files; if several have the same row, the first file counts."""
     try:
         records = [json.loads(local_path(name, "--record").read_text(encoding="utf-8")) for name in names]
         found = {(row["model"], row["length"]): row for record in records[::-1] for row in record["rows"]}
@@ -232,7 +232,7 @@ def _read(names: Sequence[str]) -> Row:
 
 
 def _place(model: tuple[str, int]) -> tuple[int, str, int]:
-    """Short names first: the Transformer, then TLinFormers by their windows."""
+    """Returns a sort key: the Transformer first, then TLinFormers by their windows."""
     name, length = model
     return len(name), name, length
 

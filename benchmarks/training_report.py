@@ -1,4 +1,4 @@
-"""Rows of `benchmarks.training` as lines, a table of the best, JSON and plots."""
+"""Prints, tabulates, writes and plots the rows of `benchmarks.training`."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.plots import log_axes
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save
 
-# Of a row; what each is, `training.time_job` says.
+# Columns of a row; `training.time_job` explains them.
 COLUMNS = (
     "architecture",
     "length",
@@ -37,7 +37,7 @@ FIGURES = {
 
 
 def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The fastest row of every architecture and length, in the order in which they were timed."""
+    """Returns the fastest row of every architecture and length, in the order in which they were timed."""
     best: dict[tuple[str, int], Mapping[str, Any]] = {}
     for row in rows:
         place = (row["architecture"], row["length"])
@@ -47,7 +47,7 @@ def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row as it is printed."""
+    """Returns a row as a line of text."""
     head = f"{row['architecture']:14} N {row['length']:>9,}  batch {row['batch']:>4}"
     setting = f"  [{row['setting']}]" if row["setting"] else ""
     if row["error"]:
@@ -61,7 +61,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The best rows as a Markdown table."""
+    """Returns the best rows as a Markdown table."""
     head = "| architecture | N | batch | tokens/s | MFU | step | memory | compilation | setting |"
     lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     for row in best_rows(rows):
@@ -81,7 +81,7 @@ def write_results(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
 
 
 def plot_training(rows: Sequence[Mapping[str, Any]], device: str, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws one line per architecture; returns the files, none where matplotlib is missing, which it then says."""
+    """Draws one line per architecture; returns the files, or none, with a message, if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: the package matplotlib is not installed", file=sys.stderr)
         return []

@@ -1,4 +1,4 @@
-"""A token without a cache: what the paper's Figure 9 compares a cache with."""
+"""Computes a token without a cache, which the paper's Figure 9 compares with."""
 
 from typing import Any
 
@@ -16,14 +16,13 @@ from tlinformer_jax.models.windows import WindowFrame
 
 
 def uncached_logits(params: DecoderParams, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """The forward pass over the prefix that the next token needs.
+    """Runs the part of the forward pass over the prefix that the next token needs.
 
-    A baseline needs all of it. Windows are independent of each other given the embeddings, so a windowed
-    architecture needs the last window only, over its whole history; running the others would flatter the cache.
+    A baseline needs all of it. Windows are independent of each other given the embeddings, so a windowed architecture
+    needs only the last window with its whole history; running the others would make the cache look better than it is.
 
     Args:
-      params: of the model.
-      config: of the model (static).
+      config: static.
       tokens: int32 [N].
 
     Returns:

@@ -1,18 +1,18 @@
-"""Speech: the 568 recordings, 25 minutes, of a telephone exchange; 8-bit mu-law, a token a sample.
+"""Speech: 568 recordings (25 minutes) of a telephone exchange in 8-bit mu-law; each sample is a token.
 
     python -m tlinformer_jax.main --config=configs/audio.py --workdir=/tmp/audio
     python -m tlinformer_jax evaluate --workdir=/tmp/audio --split=test
     python -m tlinformer_jax generate --workdir=/tmp/audio --prompt=128 --max_new_tokens=16000 --temperature=1 \
         --num_samples=5 --save=/tmp/audio.wav
 
-Data: the Debian package asterisk-core-sounds-en-wav. Of every 20 recordings, in the order of their names, the 19th is
-for validation and the 20th for the test; one of more than 65,536 samples counts as several. `bits_per_byte` is bits per
-sample. To beat: n-grams, 4.980 with 3 samples of context:
+Data: the Debian package asterisk-core-sounds-en-wav. Of every 20 recordings, ordered by name, the 19th is for
+validation and the 20th for the test; a recording of more than 65,536 samples counts as several. `bits_per_byte` is bits
+per sample. Baseline to beat: n-grams, 4.980 with 3 samples of context:
 
     python -m tools.ngram_floor --config=configs/audio.py --split=test --context=3
 
-Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 220 M
-tokens; docs/guides/other_data.md tells more.
+To compare: --config.model.architecture=transformer or sliding_window. The model has 6 layers and width 256 and is
+trained on 220 M tokens. See docs/guides/other_data.md.
 
 Result: not yet measured.
 """

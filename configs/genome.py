@@ -1,17 +1,17 @@
-"""A genome: the 4.9 M bases of Escherichia coli 536 (NC_008253), a token a base.
+"""A genome: the 4.9 M bases of Escherichia coli 536 (NC_008253); each base is a token.
 
     python -m tlinformer_jax.main --config=configs/genome.py --workdir=/tmp/genome
     python -m tlinformer_jax evaluate --workdir=/tmp/genome --split=test
     python -m tlinformer_jax generate --workdir=/tmp/genome --prompt=ATGAAA --temperature=1
 
-Data: the Debian package bowtie-examples. The chromosome is cut into stretches of 65,536 bases; of every 20 the 19th is
-for validation and the 20th for the test. `bits_per_byte` is bits per base. To beat: 2 bits (all bases alike), and
-n-grams, 1.928 with 6 bases of context:
+Data: the Debian package bowtie-examples. The chromosome is cut into pieces of 65,536 bases; of every 20 pieces the 19th
+is for validation and the 20th for the test. `bits_per_byte` is bits per base. Baselines to beat: 2 bits (all bases
+equally likely), and n-grams, 1.928 with 6 bases of context:
 
     python -m tools.ngram_floor --config=configs/genome.py --split=test --context=7
 
-Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 65 M
-tokens; docs/guides/other_data.md tells more.
+To compare: --config.model.architecture=transformer or sliding_window. The model has 6 layers and width 256 and is
+trained on 65 M tokens. See docs/guides/other_data.md.
 
 Result: not yet measured.
 """

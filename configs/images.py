@@ -1,4 +1,4 @@
-"""Images as bytes: the 70,000 of Fashion-MNIST, 28 x 28 grey levels, a sample an image.
+"""Images as bytes: the 70,000 images of Fashion-MNIST, 28 x 28 grey levels; each image is a sample.
 
     python -m tlinformer_jax.main --config=configs/images.py --workdir=/tmp/images
     python -m tlinformer_jax evaluate --workdir=/tmp/images --split=test
@@ -6,14 +6,14 @@
         --num_samples=50 --save=/tmp/images.png
 
 Data: the Debian package dataset-fashion-mnist. Of every 20 of its 60,000 images the 19th is for validation; the test
-split is its 10,000. `bits_per_byte` is bits per pixel. To beat (n-grams): 3.778, pixels given the two before;
-3.700, given the one above, the best that copying the row above can give; and 3.559, given the two above:
+split is its 10,000 test images. `bits_per_byte` is bits per pixel. Baselines to beat, n-grams: 3.778 with the two pixels
+before; 3.700 with the pixel above, the best that copying the row above can give; and 3.559 with the two pixels above:
 
     python -m tools.ngram_floor --config=configs/images.py --split=test --context=2
     python -m tools.ngram_floor --config=configs/images.py --split=test --context=2 --width=28
 
-Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 300 M
-tokens; docs/guides/other_data.md tells more.
+To compare: --config.model.architecture=transformer or sliding_window. The model has 6 layers and width 256 and is
+trained on 300 M tokens. See docs/guides/other_data.md.
 
 Result: not yet measured.
 """

@@ -4,21 +4,21 @@
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
     python -m tools.training_topology --topology=v5e:16x16 --config=configs/large.py:1b3
 
-Variants, each with the accelerator that its mesh is meant for:
+Variants, each with the accelerator that its mesh is for:
 
     name   width  heads x width  layers  N      windows    an update           accelerator
     125m   768    12 x 64        12      2,048  256 + 256  256 x 2,048 tokens  one v5e-8 or one H100 (the default)
     350m   1,024  16 x 64        24      2,048  256 + 256  256 x 2,048 tokens  v5e:4x4
     1b3    2,048  16 x 128       24      8,192  512 + 512  256 x 8,192 tokens  v5e:16x16
 
-The vocabulary is GPT-2's 50,257 entries padded to 50,304, a multiple of 128; no text has the 47 others. Tokens are
-about 20 for each parameter. On other machines, change --config.mesh.fsdp and --config.train.accumulation;
---check_compile tells the memory that a step takes; tools.training_topology does so for TPUs that are not at hand.
+The vocabulary is GPT-2's 50,257 entries padded to 50,304, a multiple of 128; the other 47 never occur. Training uses
+about 20 tokens per parameter. On other machines, change --config.mesh.fsdp and --config.train.accumulation.
+--check_compile prints the memory of a step, and tools.training_topology does so for TPUs that you do not have.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst.
 tools.training_topology also needs `pip install "tlinformer-jax[tpu]"` in an environment of its own, on Linux on x86-64.
-Result: none is trained. A step of 1b3, compiled for v5e:16x16, takes 9.55 GiB a chip (docs/performance.md), its layers
-scanned and its history in one segment, as configured here; of the others the memory is not known.
+Result: none has been trained. A step of 1b3, compiled for v5e:16x16, takes 9.55 GiB a chip (docs/performance.md) with
+scanned layers and the history in one segment, as configured here; the memory of the others is not known.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ from tlinformer_jax.config import recipes
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 
-# Four layers a block.
+# Four layers per block.
 SHAPES = {
     "125m": {"d_model": 768, "num_heads": 12, "num_blocks": 3},
     "350m": {"d_model": 1024, "num_heads": 16, "num_blocks": 6},
@@ -35,7 +35,7 @@ SHAPES = {
 }
 WINDOWS = {"125m": 256, "350m": 256, "1b3": 512}
 LENGTHS = {"125m": 2048, "350m": 2048, "1b3": 8192}
-# Updates, peak learning rate, micro-batches of an update.
+# Updates, peak learning rate, micro-batches per update.
 TRAINING = {"125m": (4_800, 6e-4, 8), "350m": (13_800, 3e-4, 4), "1b3": (12_800, 2e-4, 1)}
 FSDP = {"125m": 1, "350m": 4, "1b3": 16}
 

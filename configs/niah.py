@@ -6,7 +6,7 @@
 
 Variants, KIND-LENGTH:
 
-    s1    S-NIAH-1: a few short sentences again and again, in them "The special magic number for WORD is" seven digits
+    s1    S-NIAH-1: a few repeated short sentences with "The special magic number for WORD is" and seven digits
     s2    S-NIAH-2: the same among books
     s3    S-NIAH-3: the value has the 32 hexadecimal digits of a UUID
     mk    MK-NIAH: four such sentences of seven digits among books; training asks for all, evaluation for one
@@ -14,15 +14,14 @@ Variants, KIND-LENGTH:
     4k    N = 4,096, W_oh = W_og = 256
     16k   N = 16,384, W_oh = W_og = 512
 
-s1-1k is the default; tiny is s1 in 512 bytes, a minute on a CPU. s1 has a text of its own and reads no files. The
-others read books; --config.data.train_files= --config.data.validation_files= hides their needles in the embedded Python
-reference instead, which is long enough for 1k and 4k.
+s1-1k is the default; tiny is s1 in 512 bytes, a minute on a CPU. s1 generates its text and reads no files. The others
+read books; with --config.data.train_files= --config.data.validation_files= they use the embedded Python reference
+instead, which is long enough for 1k and 4k.
 
-Samples grow from 256 tokens on, each time as soon as 90% of training's answers' tokens are right. The model has width
-256, 2 blocks, H = 0 (4 layers). A run ends as soon as 99% of the validation's answers are right, after 200 M tokens at
-the latest.
+Samples start with 256 tokens and grow as soon as 90% of the answer tokens in training are right. The model has width
+256, 2 blocks, H = 0 (4 layers). A run ends as soon as 99% of the validation answers are right, or after 200 M tokens.
 
-Needs: what configs/books.py needs, s1 without the files. Result: not yet measured.
+Needs: the same as configs/books.py; s1 needs no files. Result: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +29,7 @@ from ml_collections import ConfigDict
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.recipes import Setting, chosen, set_needles
 
-# Stages end as soon as training answers.
+# Each stage ends as soon as enough training answers are right.
 LENGTHS = {
     "tiny": Setting(512, 64, 64, curriculum="256:20"),
     "1k": Setting(1024, 128, 128, curriculum="256:1000@0.9"),

@@ -1,25 +1,25 @@
-"""Passkeys from scratch: four numbers hidden in running text, asked for at the end.
+"""Passkeys from scratch: four numbers are hidden in text and asked for at the end.
 
     python -m tlinformer_jax.main --config=configs/passkey.py --workdir=/tmp/passkey \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz \
         --then=evaluate@1024,evaluate@8192,evaluate@32768
 
-The text is that of whole books in GPT-2 tokens, and no stretch of a sample's text repeats; the loss is on the answer
-only. Training samples ask for all four, evaluations for one. W_oh = W_og = 512; samples grow from 256 to 1,024, 2,048,
-4,096 and, 701 updates from the end, 8,192 tokens, every update having 65,536. The model has width 256, 2 blocks, H = 0
-(4 layers). A run ends as soon as 99% of the validation's answers at 8,192 tokens are right, after 200 M tokens at the
-latest.
+The text comes from whole books in GPT-2 tokens, and no part of it repeats within a sample; only the answer counts in
+the loss. Training samples ask for all four numbers, evaluations for one. W_oh = W_og = 512; samples grow from 256 to
+1,024, 2,048, 4,096 and, 701 updates before the end, 8,192 tokens, with 65,536 tokens in every update. The model has
+width 256, 2 blocks, H = 0 (4 layers). A run ends as soon as 99% of the validation answers at 8,192 tokens are right, or
+after 200 M tokens.
 
-Longer samples than the held-out text need more of it: `--config.data.test_files` names files that are not trained on,
-such as one of the three shards of train_files, and `--then=evaluate@1048576` hides keys in its text. TLinFormer
-and TConstFormer run only the windows that hold answers.
+To evaluate samples longer than the held-out text, name files that are not trained on by `--config.data.test_files`,
+such as one of the three shards of train_files; `--then=evaluate@1048576` hides keys in their text. TLinFormer and
+TConstFormer run only the windows with answers.
 
 Variants: 8k (the default); 8k-plus, with the token shift, without slow rotations and with W_oh = W_og = 256, whose
-samples grow as soon as 90% of training's answers' tokens are right; tiny, which hides one key in the embedded Python
-reference, minutes on a CPU.
+samples grow as soon as 90% of the answer tokens in training are right; tiny, which hides one key in the embedded Python
+reference and takes minutes on a CPU.
 
-Needs: what configs/books.py needs. Result: configs/sweep_passkey.py; of 8k-plus, one seed, 0.955 right at 8,192 tokens,
-0.925 at 65,536, 0.880 at 262,144 and 0.805 at 1,048,576 (docs/measurements/passkey_wavelengths_h200.json).
+Needs: the same as configs/books.py. Result: configs/sweep_passkey.py; 8k-plus (one seed) has 0.955 right at 8,192
+tokens, 0.925 at 65,536, 0.880 at 262,144 and 0.805 at 1,048,576 (docs/measurements/passkey_wavelengths_h200.json).
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ from tlinformer_jax.experiments.recipes import Setting, chosen, set_needles
 
 PASSKEY = {
     "8k": Setting(8192, 512, 512, curriculum="256:800,1024:450,2048:500,4096:600"),
-    # Shorter windows: from samples of 1,024 on, most keys stand before W_oh.
+    # Shorter windows: in samples of 1,024 tokens or more, most keys are before W_oh.
     "8k-plus": Setting(8192, 256, 256, curriculum="256:500@0.9,1024:800@0.9,4096:500@0.9"),
     "tiny": Setting(512, 64, 64, curriculum="256:20"),  # minutes on a CPU
 }

@@ -1,20 +1,20 @@
-"""Proteins: the 20,000 sequences and 9.1 M residues of MMseqs2's example, a token a residue.
+"""Proteins: the 20,000 sequences and 9.1 M residues of MMseqs2's example; each residue is a token.
 
     python -m tlinformer_jax.main --config=configs/proteins.py --workdir=/tmp/proteins
     python -m tlinformer_jax evaluate --workdir=/tmp/proteins --split=test
     python -m tlinformer_jax generate --workdir=/tmp/proteins --prompt=M --temperature=1
 
-Data: the Debian package mmseqs2-examples. Proteins that share 12 residues in a row are a family; of every 20 families,
-from the largest on, the 19th is for validation and the 20th for the test. `bits_per_byte` is bits per residue. To beat:
-4.210 (how often each residue is), and n-grams, 4.182 with 2 residues of context:
+Data: the Debian package mmseqs2-examples. Proteins that share 12 residues in a row are a family. Of every 20 families,
+from the largest on, the 19th is for validation and the 20th for the test. `bits_per_byte` is bits per residue. Baselines
+to beat: 4.210 (residue frequencies), and n-grams, 4.182 with 2 residues of context:
 
     python -m tools.ngram_floor --config=configs/proteins.py --split=test --context=2
 
-With --config.data.shingle=0, which deals single proteins, most of the test has relatives in training, and n-grams that
-have seen them reach 2.792.
+With --config.data.shingle=0 single proteins are dealt. Then most test proteins have relatives in training, and n-grams
+that have seen them reach 2.792.
 
-Beside it: --config.model.architecture=transformer, and =sliding_window. A model of 6 layers and width 256, 80 M
-tokens; docs/guides/other_data.md tells more.
+To compare: --config.model.architecture=transformer or sliding_window. The model has 6 layers and width 256 and is
+trained on 80 M tokens. See docs/guides/other_data.md.
 
 Result: not yet measured.
 """

@@ -1,10 +1,10 @@
-"""Multi-query associative recall from scratch: pairs of tokens, then each first one again; its partner is the answer.
+"""Multi-query associative recall from scratch: pairs of tokens, then each key again; its partner is the answer.
 
     python -m tlinformer_jax.main --config=configs/recall.py:512-64-tight --workdir=/tmp/recall --then=evaluate
 
-Vocabulary 8,192 (4,095 keys, 4,096 values), the loss on the answers only. Variants, named N-pairs:
+The vocabulary is 8,192 (4,095 keys, 4,096 values); only answers count in the loss. Variants, named N-pairs:
 
-    64-4, 128-8, 256-16      W_oh and W_og of 8, 16, 32: the pairs fill the first window, W_oh could hold all of them
+    64-4, 128-8, 256-16      W_oh and W_og of 8, 16, 32: the pairs fill the first window and fit into W_oh
     512-64                   W_oh = W_og = 128, likewise
     256-32-tight             W_oh = 8, W_og = 64: 4 times as many pairs as rows of W_oh, N = 32 W_oh
     512-64-tight             W_oh = 16, W_og = 128: likewise
@@ -12,24 +12,23 @@ Vocabulary 8,192 (4,095 keys, 4,096 values), the loss on the answers only. Varia
     128-8-grown              128-8 on shorter samples first
     256-16-grown             256-16 likewise
 
-Each of them, but for those named grown, may end in -plus, such as 256-32-tight-plus: with `model.token_shift`, and
-without shorter samples first. At rate 0.003 and a short schedule three of three seeds of 256-16 found the answers with
-it and none without, attention's as well as TLinFormer's (docs/measurements/memory_options_h200.json).
+Each variant except those named grown may end in -plus, such as 256-32-tight-plus: with `model.token_shift`, and without
+shorter samples first. At rate 0.003 and a short schedule, three of three seeds of 256-16 found the answers with it and
+none without, both for attention and for TLinFormer (docs/measurements/memory_options_h200.json).
 
-The last six settings start on shorter samples with fewer pairs (`data.curriculum`); without, attention learned nothing
-in 512-64 at learning rates of 0.003 and 0.01, and TLinFormer nothing in 256-16. In 256-32-tight a sample of 64 tokens
-fills one window, so that its stage trains no reading of the history. Where samples of 256 followed at once, 2 of 5
-seeds found the answers (64:3000@0.8), 3 of 5 after 95% of training's answers were right (64:3000@0.95). With a stage of
-128 between them that ends by accuracy too, as it stands here, 5 of 5 do: 0.983 to 0.990 at rate 0.003
-(docs/measurements/recall_competence_h100.json). The runs in docs/results.md had one stage of 800 updates, whatever was
-learned by then.
+The last six settings start on shorter samples with fewer pairs (`data.curriculum`). Without them attention learned
+nothing in 512-64 at learning rates of 0.003 and 0.01, and TLinFormer nothing in 256-16. In 256-32-tight a sample of 64
+tokens fills one window, so its stage does not train reading of the history. If samples of 256 followed directly, 2 of 5
+seeds found the answers (64:3000@0.8), or 3 of 5 if 95% of the training answers had to be right first (64:3000@0.95).
+With a stage of 128 in between that also ends by accuracy, as configured here, 5 of 5 do: 0.983 to 0.990 at rate 0.003
+(docs/measurements/recall_competence_h100.json). The runs in docs/results.md had one stage of exactly 800 updates.
 
-A 'tight' setting has more pairs than W_oh has rows and samples far longer than W_oh. Pairs fill whole generation
-windows, so that in 'recall' no answer is in the generation window of its question; evaluations tell apart which of them
-are in W_oh. A sliding window of W_oh + W_og rows reaches all answers in every setting, since its layers relay them.
+A 'tight' setting has more pairs than W_oh has rows, and samples far longer than W_oh. Pairs fill whole generation
+windows, so no answer is in the generation window of its question; evaluations report answers in W_oh separately. A
+sliding window of W_oh + W_og rows reaches all answers in every setting, since its layers pass them on.
 
-The model has width 128, 2 blocks, H = 0 (4 layers); configs/sweep_recall.py has the others, and what was found. A run
-ends as soon as 99% of the validation's answers are right, after 200 M tokens at the latest.
+The model has width 128, 2 blocks, H = 0 (4 layers); configs/sweep_recall.py has others, and the results. A run ends as
+soon as 99% of the validation answers are right, or after 200 M tokens.
 """
 
 import dataclasses
@@ -41,16 +40,17 @@ from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.recipes import Setting, chosen, set_task
 
 RECALL = {
-    # The protocol's own (length, pairs); the pairs fill the first window, W_oh could hold all of them.
+    # The protocol's (length, pairs); the pairs fill the first window and fit into W_oh.
     "64-4": Setting(64, 8, 8, 4),
     "128-8": Setting(128, 16, 16, 8),
     "256-16": Setting(256, 32, 32, 16),
     "512-64": Setting(512, 128, 128, 64, "64:600,128:600,256:800"),
-    # Binding: 4 times as many pairs as rows of W_oh, 32 times as long; the pairs fill the first window.
+    # Tight: 4 times as many pairs as rows of W_oh, samples 32 times as long; the pairs fill the first window.
     "256-32-tight": Setting(256, 8, 64, 32, "64:3000@0.8,128:2000@0.8"),
     "512-64-tight": Setting(512, 16, 128, 64, "64:600,128:600,256:800"),
     "1024-128-tight": Setting(1024, 32, 256, 128, "64:600,128:600,256:800,512:800"),
-    # Two of the protocol's, on shorter samples first. Last, so that the points of sweeps keep their numbers.
+    # Two of the protocol's settings, on shorter samples first. They come last so that the points of sweeps keep their
+    # numbers.
     "128-8-grown": Setting(128, 16, 16, 8, "64:2000"),
     "256-16-grown": Setting(256, 32, 32, 16, "64:1500,128:1500"),
 }

@@ -4,13 +4,13 @@
         --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
-Every run has 41M parameters and sees 100 M tokens in updates of 131,072 with the same dropout, under a cosine that ends
-at the last update. base-1k and 1k-512-0.5 are trained with three seeds, the others with one.
+Every run has 41M parameters and sees 100 M tokens in updates of 131,072, with the same dropout and a cosine schedule
+that ends at the last update. base-1k and 1k-512-0.5 are trained with three seeds, the others with one.
 
-Variants: all (the default); one of its points, such as sliding-1k-512, with its seeds; or any other row as
-configs/books.py names it, such as 4k-512-0.5.
+Variants: all (the default); one of its points, such as sliding-1k-512, with its seeds; or any other variant of
+configs/books.py, such as 4k-512-0.5.
 
-Needs: what configs/books.py needs. Result: docs/results.md, all 14 runs, and 4k-512-0.5 with one seed.
+Needs: the same as configs/books.py. Result: docs/results.md, all 14 runs, and 4k-512-0.5 with one seed.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ SEVERAL = {"base-1k": (0, 1, 2), "1k-512-0.5": (0, 1, 2)}
 
 
 def get_sweep(variant: str = "all") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     rows = ROWS if variant == "all" else {variant: ROWS.get(variant, (variant, None))}
     base = _config("1k-512-0.5", None)
     points: dict[str, dict[str, Any]] = {name: overrides_between(base, _config(*row)) for name, row in rows.items()}

@@ -2,14 +2,14 @@
 
     python -m tlinformer_jax sweep --sweep=configs/sweep_capacity.py:rows --out=runs/capacity --results=docs/results
 
-Variants: pairs (4 to 256 pairs: 105 runs), rows (W_oh of 1 to 128: 80 runs), all (the default, 175 runs), and tiny,
-three runs, minutes on a CPU.
+Variants: pairs (4 to 256 pairs: 105 runs), rows (W_oh of 1 to 128: 80 runs), all (the default, 175 runs), and tiny
+(three runs, minutes on a CPU).
 
-A point is named pairsP-rowsW_MODEL_lrRATE, W the rows of W_oh. All have the token shift, without which it is a matter
-of luck whether a run finds the answers at all (docs/quality.md); a model of width 128 and 4 layers; W_og = 64; samples
-that grow from 64 tokens on as soon as 80% of training's answers are right. TLinFormer's window and attention read the
-pairs themselves. What W_oh holds is all that TConstFormer has where the pairs fill the first window, so from 32 on. A
-run ends at 99%, after 200 M tokens at the latest.
+A point is named pairsP-rowsW_MODEL_lrRATE, where W is the number of rows of W_oh. All have a model of width 128 and 4
+layers, W_og = 64, and samples that start with 64 tokens and grow as soon as 80% of the training answers are right. All
+have the token shift, without which it is a matter of luck whether a run finds the answers at all (docs/quality.md).
+TLinFormer's window and attention read the pairs directly. TConstFormer reads only W_oh if the pairs fill the first
+window, that is, from 32 pairs on. A run ends at 99%, or after 200 M tokens.
 
 The report draws the median over seeds with its bootstrap interval. Result: not yet measured.
 """
@@ -30,7 +30,7 @@ STAGES = "64:1000@0.8,128:1000@0.8,256:1000@0.8,512:1000@0.8"
 
 
 def get_sweep(variant: str = "all") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     by_pairs, by_rows = [f"pairs{n}-rows32" for n in PAIRS], [f"pairs64-rows{n}" for n in ROWS]
     if variant == "tiny":
         settings = [f"pairs{n}-rows4" for n in (1, 2, 4)]
@@ -48,7 +48,7 @@ def get_sweep(variant: str = "all") -> Sweep:
 
 
 def _config(name: str) -> ConfigDict:
-    """Recall of the pairs, with the rows of W_oh, that a point's name gives."""
+    """Returns recall with the number of pairs and of rows of W_oh in a point's name."""
     pairs, rows = map(int, re.findall("[0-9]+", name))
     config = _recall(pairs, 8192)
     set_task(config, Setting(1024, rows, 64, pairs, STAGES), 8192, 128, tokens_per_update=32_768, learning_rate=3e-3)
@@ -56,7 +56,7 @@ def _config(name: str) -> ConfigDict:
 
 
 def _tiny(name: str) -> ConfigDict:
-    """The same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
+    """Returns the same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
     pairs, rows = map(int, re.findall("[0-9]+", name))
     config = _recall(pairs, 64)
     set_task(config, Setting(32, rows, 4, pairs), 64, 32, tokens_per_update=1_024, learning_rate=3e-3)

@@ -5,7 +5,7 @@
 
 Variants: 1k, 4k (the default) and 16k, the four tasks of configs/niah.py at that length (16 points each, three seeds);
 one setting of configs/niah.py, such as s1-4k; and tiny, two runs on a CPU. Each is evaluated at 1, 4 and 16 times its
-length, for the heat maps of the report: at most as long as the held-out text.
+length for the heat maps of the report, if the held-out text is long enough.
 
 Result: not yet measured.
 """
@@ -17,7 +17,7 @@ MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 
 
 def get_sweep(variant: str = "4k") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     if variant == "tiny":
         base, points = sweep_points(package_config("niah"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate", "evaluate@1024"), study="retrieval")

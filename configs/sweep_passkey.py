@@ -3,19 +3,19 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_passkey.py --out=runs/passkey --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
-Variants: 8k (the default, 12 cells: 4 architectures at 3 learning rates); tlin, its TLinFormers alone; plus,
-configs/passkey.py:8k-plus for 400 M tokens, whatever it has learned by then, with five seeds, and without each of its
-options or with another one, with two; tiny, two cells on the embedded Python reference, minutes on a CPU. Attention
-computes too much at the two longest lengths of plus: `--point=K --then=evaluate@8192,evaluate@65536` trains it alone.
+Variants: 8k (the default, 12 cells: 4 architectures at 3 learning rates); tlin, only its TLinFormers; plus,
+configs/passkey.py:8k-plus on 400 M tokens without an early end, with five seeds, and with two seeds each without one of
+its options or with another; tiny, two cells on the embedded Python reference, minutes on a CPU. Attention is too slow
+at the two longest lengths of plus: `--point=K --then=evaluate@8192,evaluate@65536` trains it alone.
 
-The task is that of configs/passkey.py, which states the windows; all models have width 256, 4 heads and 4 layers. 200
-samples a length, 10 at each of 20 depths, whose text is that of books that no training sample has.
+The task and windows are those of configs/passkey.py; all models have width 256, 4 heads and 4 layers. Each length has
+200 samples, 10 at each of 20 depths, with text from books that no training sample uses.
 
 Result: docs/results.md, the four architectures at the learning rate 0.001, one seed, each 4 to 5 minutes on an H200
-that it shared with six or seven others. At 8,192 tokens TLinFormer has 0.985 right, attention 0.940, TConstFormer and
-the sliding window none that stands before both windows; at 32,768 TLinFormer 0.255, nearly all of the last 10,000
-tokens. At 0.003, of two thirds of a run without a record, TLinFormer was worse (0.305 after 1,905 updates). Not
-measured: 0.0003.
+that it shared with six or seven others. At 8,192 tokens TLinFormer has 0.985 right and attention 0.940; TConstFormer
+and the sliding window find no number before both windows. At 32,768 tokens TLinFormer has 0.255 right, nearly all of
+them in the last 10,000 tokens. At rate 0.003 TLinFormer was worse (0.305 after 1,905 updates, two thirds of a run
+without a record). Not measured: 0.0003.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ PLUS: dict[str, dict[str, Any]] = {
 
 
 def get_sweep(variant: str = "8k") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     if variant == "tiny":
         base, points = sweep_points(package_config("passkey"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate@256", "evaluate@512", "evaluate@1024"), study="retrieval")

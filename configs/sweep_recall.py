@@ -1,31 +1,31 @@
-"""Recall by architecture at equal depth, four settings of the protocol and three that bind, at three learning rates.
+"""Recall by architecture at equal depth: four settings of the protocol and three tight ones, three learning rates.
 
     python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py:512-64-tight --out=runs/recall --results=docs/results
     python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py --out=runs/recall --results=docs/results
     python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py:seeds --out=runs/recall_seeds --seeds=0,1,2 \
         --results=docs/results
 
-Variants: the settings of configs/recall.py, which states their windows, 27 cells each; all nine (the default, 243);
-seeds, the three binding ones at one learning rate, where a verdict is close; plus, all nine settings with the token
-shift, each architecture at 4 layers and one rate, and TLinFormer without it, on shorter samples first only where the
-setting is named so; plus-grown, TLinFormer with the shift in the other four settings that start on shorter samples;
+Variants: each setting of configs/recall.py (27 cells; see there for the windows); all nine (the default, 243 cells);
+seeds, the three tight settings at one learning rate, where the result is close; plus, all nine settings with the token
+shift, each architecture at 4 layers and one rate, and TLinFormer without it, with shorter samples first only in the
+settings called grown; plus-grown, TLinFormer with the shift in the other four settings that start on shorter samples;
 tiny, 2 cells of a minute each on a CPU.
 
-Controls are chance (H_P / P of P pairs, in the figures), attention, TConstFormer and sliding window; TLinFormer
-with B = 2 and H = 0 is compared with 4 layers of attention, H = 1 with 6. attention-2 shows that the harness works: it
-must find 99% in the protocol's settings. All have width 128 and 2 heads. A cell ends at 99%, after 200 M tokens at the
-latest: 6,103 updates of 32,768 tokens; the record says whether that has bound it.
+Controls are chance (H_P / P for P pairs, shown in the figures), attention, TConstFormer and sliding window. TLinFormer
+with B = 2 and H = 0 is compared with 4 layers of attention, with H = 1 with 6. attention-2 checks the setup: it must
+find 99% in the protocol's settings. All have width 128 and 2 heads. A cell ends at 99%, or after 200 M tokens (6,103
+updates of 32,768 tokens); the record says which.
 
-Cells are so small that several share a device: XLA_PYTHON_CLIENT_PREALLOCATE=false with --point=K --points=8, K = 0 ..
-7, in eight processes; docs/performance.md has what they take. Seeds and rates of a cell whose samples do not grow are
-one program with --together:
+Cells are so small that several can share a device: run eight processes with XLA_PYTHON_CLIENT_PREALLOCATE=false and
+--point=K --points=8, K = 0 .. 7; docs/performance.md has their times. Seeds and rates of a cell whose samples do not
+grow run as one program with --together:
 
     python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py:plus --seeds=0,1,2,3,4 --together --out=runs/plus
 
-A sliding window of W_oh + W_og rows can relay an answer: of its four layers one joins key and value, and the others
-carry them 3 (W_oh + W_og) tokens at the most, which is all of N in 512-64 and from 0.75 N to 0.84 N in the others.
+A sliding window of W_oh + W_og rows can pass an answer on: one of its four layers joins key and value, and the others
+carry them at most 3 (W_oh + W_og) tokens, which is all of N in 512-64 and 0.75 N to 0.84 N in the others.
 
-Result: docs/results.md, 63 runs of models of 4 layers and of attention-2, all at the learning rate 0.003 but nine of
+Result: docs/results.md, 63 runs of models of 4 layers and of attention-2, all at the learning rate 0.003 except nine of
 512-64-tight at 0.001; one seed, three of attention, TLinFormer and the sliding window in 256-32-tight and 512-64-tight.
 Not measured: the models of 6 layers, other rates, further seeds in 1024-128-tight, attention-2 there and on grown
 samples of 128 and 256.
@@ -44,7 +44,7 @@ GROWN = ("128-8-grown", "256-16-grown")
 
 
 def get_sweep(variant: str = "all") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     if variant == "tiny":
         return _tiny()
     models, rates = tuple(MODELS), LEARNING_RATES
@@ -58,7 +58,7 @@ def get_sweep(variant: str = "all") -> Sweep:
 
 
 def _plus() -> Sweep:
-    """Each setting with the token shift, without shorter samples first but for GROWN; TLinFormer without the shift."""
+    """Returns each setting with the token shift, shorter samples first only in GROWN; TLinFormer also without it."""
     models = [name for name in MODELS if name.endswith("-4")]
     settings = [f"{setting}-plus" for setting in SETTINGS]
     base, points = sweep_points(_shifted, (*settings, *GROWN), models, (3e-3,))
@@ -69,7 +69,7 @@ def _plus() -> Sweep:
 
 
 def _plus_grown() -> Sweep:
-    """With the shift and shorter samples first, by updates alone, so that seeds can be trained --together."""
+    """Returns settings with the shift and stages that end by updates alone, so that seeds can train --together."""
     settings = ("512-64", *TIGHT)
     base, points = sweep_points(_shifted, settings, ("tlin-4",), (3e-3,))
     for name, fields in points.items():
@@ -86,7 +86,7 @@ def _shifted(setting: str) -> ConfigDict:
 
 
 def _tiny() -> Sweep:
-    """Two pairs among 64 ids: where attention finds them within some 700 updates."""
+    """Returns two pairs among 64 ids, where attention finds the answers within about 700 updates."""
     config = default_config_dict()
     config.model.update(architecture="transformer", vocab_size=64, d_model=64, num_heads=2, d_ff=128)
     config.model.update(num_blocks=1, hidden_depth=0, history_window=4, generation_window=4)

@@ -2,7 +2,7 @@
 
     python -m tlinformer_jax sweep --sweep=configs/sweep_state.py --out=runs/state --results=docs/results
 
-Variants: the settings of configs/state.py, which states their windows, four architectures and five seeds each; all of
+Variants: each setting of configs/state.py (see there for the windows) with four architectures and five seeds; all of
 them (the default, 80 runs); tiny, two runs on a CPU.
 
 Result: not yet measured.
@@ -16,7 +16,7 @@ LENGTHS = (32, 64, 128, 256, 512, 1024)
 
 
 def get_sweep(variant: str = "all") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     if variant == "tiny":
         base, points = sweep_points(package_config("state"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate", "evaluate@64"), study="retrieval")

@@ -3,14 +3,14 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_windows.py --out=runs/windows \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
-Variants: full (the default, 23 points), knee (the 10 points that show the knee, for little time) and tiny (four
-points on the embedded Python reference, minutes on a CPU).
+Variants: full (the default, 23 points), knee (10 points, enough to show the knee in less time) and tiny (four points on
+the embedded Python reference, minutes on a CPU).
 
-A point is named W_oh-W_og, its windows; those of another depth end in -B-H, blocks and hidden layers, 8 layers in all.
-Points of one W_total = W_oh + W_og make a curve over W_oh / W_total, whose knee the sweep marks where every point has
-two seeds or more (--seeds=0,1,2) and neither end is missing.
+A point is named W_oh-W_og after its windows; points of another depth end in -B-H, blocks and hidden layers, 8 layers in
+total. Points with the same W_total = W_oh + W_og form a curve over W_oh / W_total. The sweep marks its knee if every
+point has two seeds or more (--seeds=0,1,2) and neither end is missing.
 
-Needs: what configs/books.py needs. All points see the same text in the same order. Result: docs/results.md, 9 of the
+Needs: the same as configs/books.py. All points see the same text in the same order. Result: docs/results.md, 9 of the
 knee's 10 points (not yet 448-64).
 """
 
@@ -22,14 +22,14 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
 
 TOKENS = 30_000_000
-# Rows of W_oh in windows of 512.
+# Rows of W_oh if both windows together have 512.
 HISTORIES = (64, 128, 196, 256, 316, 384, 448)
 LENGTHS = (64, 128, 256, 512, 1024)
 DEPTHS = ((4, 0), (1, 6))
 
 
 def get_sweep(variant: str = "full") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     if variant == "tiny":
         windows = ((8, 24), (16, 16), (24, 8), ("auto", 16))
         return Sweep(_tiny(), dict(_point(*pair) for pair in windows), then=("evaluate",))

@@ -1,10 +1,10 @@
-"""The embedded default: bytes of the Python language reference that every CPython carries; no download.
+"""The embedded default: bytes of the Python language reference, which comes with CPython; no download.
 
     python -m tlinformer_jax.main --config=configs/tiny.py --workdir=/tmp/tiny
     python -m tlinformer_jax evaluate --workdir=/tmp/tiny
 
-Windows are so small that three quarters of the positions have history. In the two minutes that it takes the model does
-not beat byte n-grams (2.305 against 1.989 bits per byte): it shows that everything works.
+Windows are so small that three quarters of the positions have a history. In the two minutes of training the model does
+not beat byte n-grams (2.305 against 1.989 bits per byte): the run shows that everything works.
 """
 
 from ml_collections import ConfigDict

@@ -4,12 +4,12 @@
     python -m tlinformer_jax.main --config=configs/wt103.py:paper-1k-512-0.5 --workdir=/tmp/wt103-paper-1k-512-0.5
 
 Variants: base-512, 512-512-0.382, 512-512-0.5 (the default), 512-512-0.618, base-1k, 1k-512-0.5, 1k-1k-0.5, base-2k,
-2k-512-0.5 and 2k-2k-0.5 under our recipe, where any two may be compared; each also with `paper-` before it, as the
-paper trained it, where only rows of one N may be, and dropout is not equal (below, `_set_paper_recipe`).
+2k-512-0.5 and 2k-2k-0.5 under our recipe, in which you can compare any two rows. With `paper-` before it, a row is
+trained as in the paper; then only rows of the same N are comparable, and dropout differs (see `_set_paper_recipe`).
 
 Needs: `pip install "tlinformer-jax[data]"`; 190 MB of download, or its zip or parquet files in the folder `downloads`
-of data.cache_dir; one accelerator. Where our recipe's 131,072 tokens at once are too many for its memory,
---config.train.accumulation=4 computes them in four parts, and the result is the same but for dropout's draws.
+of data.cache_dir; one accelerator. If our recipe's 131,072 tokens at once do not fit in its memory,
+--config.train.accumulation=4 computes them in four parts; the result is the same except for the drawn dropout.
 
 Result: not yet measured.
 """
@@ -39,13 +39,13 @@ def get_config(variant: str = "512-512-0.5") -> ConfigDict:
 
 
 def _set_paper_recipe(config: ConfigDict, row: str) -> None:
-    """Sets row `row` of Table 1 as the paper trains it, its quirks included.
+    """Sets row `row` of Table 1 as the paper trains it, quirks included.
 
-    - Dropout is 0.2, but 0.1 for TLinFormer 512-512-0.5: that row has an advantage.
+    - Dropout is 0.2, but 0.1 for TLinFormer 512-512-0.5, which gives that row an advantage.
     - `schedule = 'paper'`: the cosine's length counts micro-batches while its argument counts updates, so the rate ends
-      above 97% of its peak; an epoch's last update holds what is left of the epoch, its gradient still divided by the
-      full number of micro-batches; every parameter decays, biases and LayerNorms too.
-    - An update holds 256 sequences at every N, so ten epochs are half as many updates where N is twice as long.
+      above 97% of its peak. An epoch's last update has the rest of the epoch, with its gradient still divided by the
+      full number of micro-batches. Every parameter decays, including biases and LayerNorms.
+    - An update has 256 sequences at every N, so ten epochs have half as many updates if N is twice as long.
     """
     recipes.set_row(config, row)
     config.model.dropout = 0.1 if row == "512-512-0.5" else 0.2

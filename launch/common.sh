@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; not to be run.
+# Functions that the scripts of this folder share; not to be run.
 
 # Ends the script: a user's mistake is one line and status 2.
 fail() {

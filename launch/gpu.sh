@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Trains on one machine with NVIDIA GPUs: all that are visible, in one process.
+# Trains on one machine with NVIDIA GPUs: one process uses all visible GPUs.
 #
 #   launch/gpu.sh [--dry_run] [--gpus=0,1] --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
 #
 #   launch/gpu.sh --config=configs/wt103.py --workdir=runs/wt103
 #   launch/gpu.sh --gpus=0,1 --config=configs/wt103.py --config.mesh.fsdp=2 --workdir=runs/two
 #
-# --gpus chooses some of the GPUs by number; --dry_run prints the commands and runs none; the rest are the flags of
-# `python -m tlinformer_jax.main` (--helpshort lists them). config.mesh says how the GPUs share the work; the default
-# splits the batch over all. Ctrl-C or SIGTERM saves and ends with status 0; the same command goes on from there.
+# --gpus selects GPUs by number; --dry_run prints the commands and runs none. All other flags go to
+# `python -m tlinformer_jax.main` (--helpshort lists them). config.mesh says how the GPUs share the work; by default
+# they split the batch. Ctrl-C or SIGTERM saves and ends with status 0; the same command continues from there.
 #
-# Needs an environment with JAX for CUDA, once, in the repository:
+# Needs an environment with JAX for CUDA. Set it up once, in the repository:
 #   python3 -m venv .venv && .venv/bin/pip install -e '.[cuda13]'    # or cuda12
-# PYTHON=... names another. XLA_PYTHON_CLIENT_MEM_FRACTION is the share of a GPU's memory that JAX takes (0.92 here).
+# PYTHON=... names another Python. XLA_PYTHON_CLIENT_MEM_FRACTION is the share of GPU memory that JAX takes (0.92 here).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

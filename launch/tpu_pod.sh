@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, of one host or of many, by gcloud. Run it on your own machine, in a clone:
+# Trains on a Cloud TPU slice with one or many hosts, using gcloud. Run it on your own machine, in a clone:
 #
 #   launch/tpu_pod.sh create --name=NAME --zone=ZONE --type=TYPE [--version=IMAGE] [--project=P] [--spot]
 #   launch/tpu_pod.sh setup  --name=NAME --zone=ZONE [--nfs=SERVER:/SHARE]     # the committed files of this clone
@@ -10,14 +10,14 @@
 #   launch/tpu_pod.sh resume --name=tlin --zone=us-west4-a --type=v5litepod-16 --version=v2-alpha-tpuv5-lite --spot \
 #     --nfs=10.0.0.2:/runs -- --config=configs/large.py:350m --workdir=/mnt/runs/350m
 #
-# - run: the training command on all workers at once; they find each other. What follows -- are its flags.
-# - resume: does all of it, again and again: creates the slice where there is none, sets it up, runs; where the slice was
-#   preempted it deletes what is left, creates it anew, and the run goes on from its last checkpoint. It ends with the
-#   command's own end, or with its status where that failed and the slice is well.
-# - --nfs mounts a share (Filestore, say) at /mnt/runs on every worker. A slice of several workers needs one, and any
-#   slice that can be preempted: checkpoints must outlive it.
+# - run: runs the training command on all workers at once; they find each other. The flags after -- go to the command.
+# - resume: creates the slice if there is none, sets it up and runs. If the slice is preempted, it deletes the remains,
+#   creates the slice again, and the run continues from its last checkpoint. It ends when the command ends, with the
+#   command's status if that failed on a healthy slice.
+# - --nfs mounts a share (for example Filestore) at /mnt/runs on every worker. Slices of several workers need one, and
+#   so do slices that can be preempted: checkpoints must outlive the slice.
 # - --version is the TPU's software image, v2-alpha-tpuv5-lite for v5e (the default), v2-alpha-tpuv6e for v6e;
-#   --retry=SECONDS is the pause before resume asks again for a slice that is not to be had (60).
+#   --retry=SECONDS is the pause before resume asks again for an unavailable slice (60).
 # - --dry_run prints the commands and runs none.
 #
 # Needs bash 4.4 and gcloud, logged in, with a project and the TPU API. A slice costs money until it is deleted.

@@ -1,1 +1,1 @@
-"""Fault injection, collectives of compiled programs, TPUs that are not there; outside the wheel."""
+"""Fault injection, collectives of compiled programs, compiling for absent TPUs; not in the wheel."""

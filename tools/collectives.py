@@ -1,8 +1,8 @@
-"""What a compiled program sends between devices, read from its HLO text: `collectives(compiled.as_text())`.
+"""Reads what a compiled program sends between devices from its HLO text: `collectives(compiled.as_text())`.
 
-A collective in the body of a loop counts as often as the loop turns; on the CPU and on GPUs XLA says how often that is,
-on TPUs it is worked out from the loop's counter. Of a conditional every branch is listed. What a custom kernel sends
-by itself is not in the text.
+A collective in the body of a loop counts once per iteration. On the CPU and on GPUs XLA states the number of
+iterations; on TPUs it is computed from the loop's counter. All branches of a conditional are listed. What a custom
+kernel sends by itself is not in the text.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ KINDS = (
     "collective-broadcast",
     "send",
 )
-# Operations that hand their operand on unchanged, as far as a loop's counter is concerned, and those that run another
-# computation on their operands.
+# Operations that do not change a loop counter, and operations that run another computation on their operands.
 SAME_VALUE = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier")
 CALLS = ("fusion", "call")
 MOST_TURNS = 2**16
@@ -31,7 +30,7 @@ MOST_TURNS = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of an array on one device: its dtype as HLO names it ('bf16'), and its dimensions."""
+    """Dtype in HLO's notation ('bf16') and dimensions of an array on one device."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -45,16 +44,16 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective operation, as one device takes part in it.
+    """A collective operation from the view of one device.
 
     Attributes:
-      kind: one of `KINDS`; asynchronous forms go by the same name.
-      operands: what this device gives.
-      results: what it gets.
-      trips: how often it runs in one run of the program.
-      name: of the instruction.
-      op_name: which operation of the traced program it comes from, as XLA knows it.
-      known_trips: whether all loops around it have a number of turns that the text tells; others count once.
+      kind: one of `KINDS`; asynchronous forms have the same name.
+      operands: arrays that this device sends.
+      results: arrays that it receives.
+      trips: how often the operation runs in one run of the program.
+      name: name of the instruction.
+      op_name: XLA's name of the traced operation that it comes from.
+      known_trips: whether the text tells the number of iterations of all loops around it; unknown loops count once.
     """
 
     kind: str
@@ -67,18 +66,18 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Of one run: the larger of what goes in and what comes out."""
+        """Bytes of one run: the larger of the operands and the results."""
         return max(sum(shape.bytes for shape in shapes) for shapes in (self.operands, self.results))
 
     @property
     def total_bytes(self) -> int:
-        """Of all its runs."""
+        """Bytes of all its runs."""
         return self.bytes * self.trips
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of HLO: its name, result shapes, operation, names of the operands, and the rest of the line."""
+    """A line of HLO: name, result shapes, operation, names of the operands, and the rest of the line."""
 
     name: str
     shapes: tuple[Shape, ...]
@@ -87,7 +86,7 @@ class Instruction:
     attributes: str
 
     def computations(self, *attributes: str) -> tuple[str, ...]:
-        """Names of the computations that the given attributes refer to."""
+        """Returns the names of the computations in the given attributes."""
         text = re.sub(r'"(?:[^"\\]|\\.)*"', '""', self.attributes)
         found = [re.search(rf"\b{attribute}=(\{{[^}}]*\}}|[^\s,]+)", text) for attribute in attributes]
         return tuple(name for match in found if match for name in re.findall(r"[\w.\-]+", match[1]))
@@ -95,7 +94,7 @@ class Instruction:
 
 @dataclasses.dataclass
 class Computation:
-    """Instructions by name, in order, with the name of the root."""
+    """Instructions by name, in order, and the name of the root."""
 
     instructions: dict[str, Instruction]
     root: str = ""
@@ -104,13 +103,13 @@ class Computation:
 Module = dict[str, Computation]
 
 
-# What is known of a value before the program runs: an integer, the parts of a tuple, or nothing.
+# The known part of a value before the program runs: an integer, the parts of a tuple, or None.
 Value = int | tuple["Value", ...] | None
 Known = Callable[[str], Value]  # by an instruction's name
 
 
 def collectives(hlo_text: str) -> tuple[Collective, ...]:
-    """The collectives of a compiled program, in the order of the text from the entry on.
+    """Returns the collectives of a compiled program, in the order of the text from the entry on.
 
     Args:
       hlo_text: `jax.jit(...).lower(...).compile().as_text()`.
@@ -123,10 +122,10 @@ def collectives(hlo_text: str) -> tuple[Collective, ...]:
 
 
 def parse(hlo_text: str) -> tuple[Module, str]:
-    """The computations by name, and the name of the entry.
+    """Returns the computations by name, and the name of the entry.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is no entry.
     """
     module: Module = {}
     entry, current = "", Computation({})
@@ -160,7 +159,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` is closed; the end where it is not."""
+    """Returns the position where the bracket that opens at `start` closes; the end if it does not."""
     depth = 0
     for match in re.compile(r"[(){}\[\]]").finditer(text, start):
         depth += 1 if match[0] in "({[" else -1
@@ -170,7 +169,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas outside of all brackets; empty ones left out."""
+    """Returns the nonempty parts between the commas outside of all brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "({[") - (character in ")}]")
@@ -182,7 +181,7 @@ def _split(text: str) -> list[str]:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of a type, those of nested tuples in a row."""
+    """Returns the arrays of a type, with nested tuples flattened."""
     found = re.findall(r"([a-z]\w*)\[([\d,<= ]*)\]", text)
     return tuple(Shape(dtype, tuple(int(size) for size in re.findall(r"\d+", dims))) for dtype, dims in found)
 
@@ -195,13 +194,13 @@ def _walk(
     certain: bool,
     chains: set[tuple[str, str]],
 ) -> Iterator[Collective]:
-    """Collectives of a computation and of those that it runs, each with its number of runs.
+    """Yields the collectives of a computation and of those that it runs, each with its number of runs.
 
     Args:
-      argument: what is known of the computation's arguments, the same in all of its runs.
+      argument: known value of the computation's arguments, the same in all of its runs.
       trips: how often the computation runs.
-      certain: whether that is sure.
-      chains: of collectives that a TPU runs in several fusions, those already listed: (kind, channel and chain).
+      certain: whether `trips` is certain.
+      chains: (kind, channel, chain) of collectives that a TPU runs in several fusions and that are already listed.
     """
     known = _known(module, computation, argument)
     for item in computation.instructions.values():
@@ -224,9 +223,9 @@ def _walk(
 
 
 def _first_of_chain(item: Instruction, kind: str, chains: set[tuple[str, str]]) -> bool:
-    """Whether this is not a later part of a collective that was listed before.
+    """Returns whether this is not a later part of a collective that is already listed.
 
-    A TPU's compiler spreads a collective over fusions that start it, carry it on and end it, each with a copy of the
+    A TPU's compiler splits a collective into fusions that start, continue and end it, each with a copy of the
     instruction.
     """
     chain = re.search(r'chain_id="?(\w+)', item.attributes)
@@ -240,10 +239,10 @@ def _first_of_chain(item: Instruction, kind: str, chains: set[tuple[str, str]]) 
 
 
 def _collective(computation: Computation, item: Instruction, kind: str, trips: int, known: bool) -> Collective:
-    names = item.operands[:1] if kind == "send" else item.operands  # its second is a token
+    names = item.operands[:1] if kind == "send" else item.operands  # its second operand is a token
     operands = tuple(shape for name in names for shape in computation.instructions[name].shapes)
     results = operands if kind == "send" else item.shapes
-    if item.opcode == f"{kind}-start":  # its own result holds operands and counters besides
+    if item.opcode == f"{kind}-start":  # its own result also contains operands and counters
         done = (other for other in computation.instructions.values() if other.opcode == f"{kind}-done")
         results = next((other.shapes for other in done if other.operands[:1] == (item.name,)), results)
     op_name = re.search(r'op_name="([^"]*)"', item.attributes)
@@ -251,17 +250,17 @@ def _collective(computation: Computation, item: Instruction, kind: str, trips: i
 
 
 def _loop(module: Module, loop: Instruction, state: Value) -> tuple[int | None, Value]:
-    """How often a loop's body runs, None if that is not known, and what it leaves of its state as it was.
+    """Returns how often a loop's body runs, None if unknown, and the part of the loop's state that it does not change.
 
-    XLA tells the number, or else the loop is played through with what is known of its state, such as its counter. Of a
-    loop whose number is told only the first turn is played.
+    The number comes from XLA, or else from simulating the loop with the known part of its state, such as its counter.
+    If XLA states the number, only the first iteration is simulated.
     """
-    told = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
+    stated = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
     body, condition = (module[loop.computations(role)[0]] for role in ("body", "condition"))
     turn = _result(module, body, lambda _: state)
     constant = _common(state, turn)
-    if told:
-        return int(told[1]), constant
+    if stated:
+        return int(stated[1]), constant
     for turns in range(MOST_TURNS):
         goes_on = _result(module, condition, lambda _, state=state: state)
         if not isinstance(goes_on, int) or not goes_on:
@@ -272,24 +271,24 @@ def _loop(module: Module, loop: Instruction, state: Value) -> tuple[int | None, 
 
 
 def _common(one: Value, other: Value) -> Value:
-    """What two values agree in."""
+    """Returns what two values agree in."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return tuple(map(_common, one, other))
     return one if one == other else None
 
 
 def _result(module: Module, computation: Computation, argument: Callable[[int], Value]) -> Value:
-    """What is known of a computation's result."""
+    """Returns what is known of a computation's result."""
     return _known(module, computation, argument)(computation.root)
 
 
 def _operands(item: Instruction, known: Known) -> Callable[[int], Value]:
-    """What is known of an instruction's operands, by their number; nothing is looked up before it is asked for."""
+    """Returns a function that looks up what is known of an operand by its number, only when it is called."""
     return lambda number: known(item.operands[number])
 
 
 def _known(module: Module, computation: Computation, argument: Callable[[int], Value]) -> Known:
-    """What is known of the values in a computation, from its constants and from what is known of its arguments."""
+    """Returns what is known of a computation's values, from its constants and the known part of its arguments."""
 
     @functools.cache
     def known(name: str) -> Value:

@@ -1,7 +1,7 @@
-"""The decoder compiled for TPUs that are not here: `python -m tools.decoder_topology --topology=v5e:2x2`.
+"""Compiles the decoder for TPUs that this machine does not have: `python -m tools.decoder_topology --topology=v5e:2x2`.
 
-`prefill`, `step` and `slide` of the 41M shape, its history of --length tokens spread over all chips of the topology, go
-through libtpu's compiler; the memory of a chip and what the chips exchange are printed. Nothing is allocated or run.
+libtpu compiles `prefill`, `step` and `slide` of the 41M shape, with a history of --length tokens spread over all chips
+of the topology. The tool prints the memory per chip and the exchanges between chips. Nothing is allocated or run.
 """
 
 import functools
@@ -20,7 +20,7 @@ DTYPE = "bfloat16"
 
 
 def main() -> None:
-    """Compiles each of the three and prints what it takes."""
+    """Compiles each of the three and prints its memory and exchanges."""
     compile_without_tpus()
     from tlinformer_jax.parallel.mesh import target
     from tlinformer_jax.training.console import is_out_of_memory
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str, Any]:
-    """The decoder's functions for one sequence, its history spread over the devices (`jax.stages.Lowered` by name)."""
+    """Lowers the decoder for one sequence with a spread history; returns `jax.stages.Lowered` by name."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding

@@ -11,7 +11,7 @@ PALE = {HISTORY: "#fef3c7", OBSERVED: "#d1fae5", WINDOW: "#dbeafe"}
 
 
 class Drawing:
-    """An SVG image that grows by shapes."""
+    """An SVG image to which shapes are added."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.parts = [
@@ -35,7 +35,7 @@ class Drawing:
         anchor: str = "start",
         bold: bool = False,
     ) -> None:
-        """Words at a point."""
+        """Draws words at a point."""
         weight = ' font-weight="bold"' if bold else ""
         self.parts.append(
             f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"{weight}>'
@@ -43,7 +43,7 @@ class Drawing:
         )
 
     def strip(self, x: float, y: float, cells: int, colour: str, filled: int | None = None, cell: int = 18) -> None:
-        """Rows of a stream as cells; of a window, only the first `filled` are there yet."""
+        """Draws the rows of a stream as cells; only the first `filled` rows of a window exist yet."""
         for i in range(cells):
             there = filled is None or i < filled
             fill, dashes = (PALE[colour], "") if there else (WHITE, ' stroke-dasharray="2 2"')
@@ -53,14 +53,14 @@ class Drawing:
             )
 
     def arrow(self, path: str, kind: str, width: float = 2) -> None:
-        """A path with a head; grey ones are what rows become, coloured ones what attention reads."""
+        """Draws a path with a head; grey arrows show what rows become, coloured ones what attention reads."""
         colour = {"grey": GREY, "history": HISTORY, "observed": OBSERVED, "window": WINDOW}[kind]
         self.parts.append(
             f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}" marker-end="url(#{kind})"/>'
         )
 
     def band(self, y: float, height: float, width: float, name: str, note: str) -> None:
-        """A layer: a shaded band with its name."""
+        """Draws a layer as a shaded band with its name."""
         self.parts.append(f'<rect x="10" y="{y}" width="{width}" height="{height}" rx="8" fill="#f3f4f6"/>')
         self.text(24, y + height / 2 - 2, name, 17, bold=True)
         self.text(24, y + height / 2 + 17, note, 13, GREY)
@@ -71,7 +71,7 @@ class Drawing:
 
 
 def architecture() -> Drawing:
-    """One block: three streams through its layers."""
+    """Draws one block: three streams through its layers."""
     image = Drawing(960, 610, "The streams C, z and x through one block of TLinFormer")
     c, z, x = 180, 466, 686  # left ends of the streams
     tops = (72, 212, 352, 492)
@@ -129,7 +129,7 @@ def architecture() -> Drawing:
 
 
 def caching() -> Drawing:
-    """What a token inside the window, and what a slide does with the cache."""
+    """Draws what a token inside the window and a slide do with the cache."""
     image = Drawing(960, 500, "The cache at a hit and at a slide")
     c, z, x, cell = 150, 480, 690, 18
 

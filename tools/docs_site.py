@@ -1,7 +1,7 @@
-"""A hook of mkdocs: writes the pages of the reference from the code, and checks and links the fields that pages name.
+"""An mkdocs hook that generates the reference pages from the code, and checks and links the fields that pages name.
 
-Commands, flags, configuration fields and public names are read from the package itself, so that a page cannot name what
-is not there: a warning here fails `mkdocs build --strict`.
+Commands, flags, configuration fields and public names are read from the package, so that a page cannot name something
+that does not exist: a warning here fails `mkdocs build --strict`.
 """
 
 import ast
@@ -33,13 +33,13 @@ CHOSEN = {
     "tlinformer_jax.config.run": ("RunConfig", "run_config"),
     "tlinformer_jax.errors": ("UserError", "ConfigError", "DataError"),
 }
-# Values that no field takes; what the refusal says is what is allowed.
+# Values that no field accepts; the error message for them says what is allowed.
 PROBES: tuple[Any, ...] = ("?", -7, 0, -1.5, 10**30, True, [])
 FIELD = re.compile(r"(?<!\[)`((?:model|train|data|mesh)\.[a-z_]+)`")
 REPORT = "results.md"
-# Files of the repository's root that are pages too.
+# Files in the repository's root that are also pages.
 PROJECT = ("CONTRIBUTING.md", "DEVELOPERS.md", "CHANGELOG.md")
-# Pages that tell of earlier versions.
+# Pages about earlier versions.
 UNCHECKED = ("performance.md", REPORT, "reliability.md", "changelog.md")
 
 
@@ -54,7 +54,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def project_pages(root: pathlib.Path) -> dict[str, str]:
-    """CONTRIBUTING.md and its like as pages, their links as seen from the folder of pages."""
+    """Returns CONTRIBUTING.md and similar files as pages, with links relative to the folder of pages."""
     pages = {}
     for name in PROJECT:
         text = (root / name).read_text().replace("](docs/", "](")
@@ -67,7 +67,7 @@ def project_pages(root: pathlib.Path) -> dict[str, str]:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links `section.field` to the reference; a field that does not exist is a warning."""
     if page.file.src_uri == REPORT:
-        page.meta["hide"] = ["toc"]  # its tables need the room
+        page.meta["hide"] = ["toc"]  # its tables need the space
     if page.file.src_uri in (*UNCHECKED, PAGE):
         return markdown
     known, here = fields(), posixpath.dirname(page.file.src_uri)
@@ -84,12 +84,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Lets the style sheet tell the report, whose tables are wide."""
+    """Marks the report for the style sheet, because its tables are wide."""
     return f'<div class="report">{html}</div>' if page.file.src_uri == REPORT else html
 
 
 def source(path: str) -> str:
-    """The code of a function, without its docstring, as a fenced block."""
+    """Returns the code of a function, without its docstring, as a fenced block."""
     module, _, name = path.rpartition(".")
     text = inspect.getsource(getattr(importlib.import_module(module), name))
     tree = ast.parse(text).body[0]
@@ -101,19 +101,19 @@ def source(path: str) -> str:
 
 
 def sections() -> dict[str, Any]:
-    """Section -> its dataclass."""
+    """Returns the dataclass of each section."""
     from tlinformer_jax.config.run import SECTIONS
 
     return dict(SECTIONS)
 
 
 def fields() -> set[str]:
-    """Every `section.field`."""
+    """Returns every `section.field`."""
     return {f"{name}.{field.name}" for name, kind in sections().items() for field in dataclasses.fields(kind)}
 
 
 def configuration() -> str:
-    """The page of all fields, with defaults, what is allowed, and what the docstring says."""
+    """Returns the page of all fields, with defaults, allowed values and the docstring's text."""
     lines = [
         "# Configuration",
         "",
@@ -144,7 +144,7 @@ def configuration() -> str:
 
 
 def described(docstring: str) -> tuple[str, dict[str, str]]:
-    """The text before `Attributes:`, and what that section says of each attribute."""
+    """Returns the text before `Attributes:`, and that section's text for each attribute."""
     summary, _, rest = docstring.partition("Attributes:")
     rest = re.split(r"^\S", rest, maxsplit=1, flags=re.MULTILINE)[0]
     found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", rest, flags=re.MULTILINE)
@@ -152,7 +152,7 @@ def described(docstring: str) -> tuple[str, dict[str, str]]:
 
 
 def allowed(section: str, kind: Any, field: Any) -> str:
-    """What refusals of wrong values say that the field must be; else its type."""
+    """Returns what refusals of wrong values say that the field must be; else its type."""
     from tlinformer_jax.errors import ConfigError
 
     said: list[str] = []
@@ -174,14 +174,14 @@ def allowed(section: str, kind: Any, field: Any) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text for a cell of a table; identifiers in it stay as they are."""
+    """Returns text for a table cell; identifiers in it stay as they are."""
     parts = re.split(r"(`[^`]*`)", text.replace("|", "\\|"))
     return "".join(
         part if part.startswith("`") else re.sub(r"([*_])", r"\\\1", part).replace("<", "&lt;") for part in parts
     )
 
 
-# Runs in a process of its own, because absl's flags are global: flags of one command as JSON.
+# Prints the flags of one command as JSON; runs in its own process, because absl's flags are global.
 FLAGS_OF = """
 import importlib, json, sys
 from absl import flags
@@ -198,7 +198,7 @@ print(json.dumps([module.__doc__, [(n, None if d is None else str(d), h) for n, 
 
 
 def commands() -> str:
-    """The page of all commands with their flags."""
+    """Returns the page of all commands with their flags."""
     from tlinformer_jax.__main__ import _HOMES
 
     lines = [
@@ -231,7 +231,7 @@ def commands() -> str:
 
 
 def api() -> str:
-    """The page of public names, each rendered from where it is defined."""
+    """Returns the page of public names, each rendered from the module that defines it."""
     lines = [
         "# Python API",
         "",

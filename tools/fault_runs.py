@@ -1,4 +1,4 @@
-"""A small training run in a child process that can be killed at a chosen moment; for `tools.faults`.
+"""Runs a small training in a child process that can be killed at a chosen moment; for `tools.faults`.
 
 Its log, token cache and checkpoints show what it was doing when it was killed. The child is forked from a process that
 has imported JAX but never used it, which saves the time of the imports.
@@ -24,8 +24,9 @@ from tlinformer_jax.training.loop import train_and_evaluate
 
 # The phases that a signal can be aimed at; `anywhere` is any moment of the run.
 AIMS = ("step", "saving", "evaluation", "tokenisation", "anywhere")
-# The phases that it can hit. `start`: before the first step, without tokenisation. `end`: after the last evaluation.
-# A checkpoint is saved during any of them; `Outcome.saving` tells.
+# The phases that a signal can hit. `start`: before the first step, except tokenisation. `end`: after the last
+# evaluation.
+# A checkpoint may be saved during any of them, see `Outcome.saving`.
 PHASES = ("start", "tokenisation", "step", "evaluation", "end")
 TRACES = {"tokenisation": "cache/tokens/*.tmp-*", "saving": "run/checkpoints/*.saving"}
 DELETING = "run/checkpoints/*.deleting"
@@ -43,7 +44,7 @@ NOTICED = "SIGTERM: saving"
 def write_texts(folder: pathlib.Path) -> None:
     """Writes train.jsonl and validation.jsonl: words of a small vocabulary, the same at every call.
 
-    Each line has a long field that training does not read: it makes tokenisation long enough to be hit.
+    Each line has a long field that training does not read, so that tokenisation takes long enough to be interrupted.
     """
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, size))) for size in rng.integers(2, 8, 30)]
@@ -54,7 +55,7 @@ def write_texts(folder: pathlib.Path) -> None:
 
 
 def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
-    """A run with dropout, accumulation, and updates that span two epochs; it saves and evaluates often."""
+    """Returns a run with dropout, accumulation and updates over two epochs that saves and evaluates often."""
     shape = {"d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 1, "d_ff": 32, "vocab_size": 257}
     windows = {"history_window": 8, "generation_window": 8}
     return run_config(
@@ -84,7 +85,7 @@ def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedSignal:
-    """A signal to send `delay` seconds after the phase `aim` has begun for the `occurrence`-th time in a process."""
+    """A signal to send `delay` seconds after the phase `aim` began for the `occurrence`-th time in a process."""
 
     aim: str
     occurrence: int
@@ -96,15 +97,15 @@ class Outcome:
     """How one process of a run ended.
 
     Attributes:
-      status: exit status, negative where a signal ended it; None if it hung.
-      signal: the one that was sent, None if the process ended before its moment.
-      phase: one of PHASES, in which the signal came.
-      saving: whether a checkpoint was being written or deleted then.
-      resumed: the step that it continued from, None if it did not.
+      status: exit status, negative if a signal ended it; None if it hung.
+      signal: the signal that was sent, None if the process ended before that moment.
+      phase: one of PHASES, in which the signal arrived.
+      saving: whether a checkpoint was being written or deleted at that time.
+      resumed: the step from which it continued, None if it did not.
       last_step: the last step that it logged, if any.
       noticed: whether it answered SIGTERM.
-      finished: whether it came to the end of the run.
-      seconds: from the signal to its end.
+      finished: whether it reached the end of the run.
+      seconds: time from the signal to its end.
     """
 
     status: int | None
@@ -126,7 +127,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Durations:
-    """How long the phases of an undisturbed run took, in seconds, and how often they came; by aim."""
+    """For each aim, how long the phase took in an undisturbed run, in seconds, and how often it occurred."""
 
     seconds: dict[str, float]
     counts: dict[str, int]
@@ -136,9 +137,9 @@ class Process:
     """A training process in `folder` (run/, cache/), observed through its files.
 
     Args:
-      config: of the run.
-      folder: holds `run`, the working directory, and `cache`, the tokens.
-      number: of the process within the trial; names its log.
+      config: configuration of the run.
+      folder: contains `run`, the working directory, and `cache`, the tokens.
+      number: number of the process within the trial; names its log.
     """
 
     def __init__(self, config: RunConfig, folder: pathlib.Path, number: int) -> None:
@@ -146,7 +147,7 @@ class Process:
         self._every, self.text = config.train.eval_every, ""
         self._before = set().union(*(self._present(pattern) for pattern in (*TRACES.values(), DELETING)))
         self._spans: dict[tuple[str, str], list[float]] = {}
-        self._lines: list[tuple[float, int, int]] = []  # moment, steps and evaluations logged until then
+        self._lines: list[tuple[float, int, int]] = []  # time, and steps and evaluations logged until then
         log = folder / f"log-{number}.txt"
         self._log = open(log, "w+", encoding="utf-8")  # noqa: SIM115 (closed by `wait`)
         self.started = time.monotonic()
@@ -155,7 +156,7 @@ class Process:
         self._reader = open(log, encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `wait`)
 
     def poll(self) -> bool:
-        """Reads what is new; returns whether the process is still running."""
+        """Reads new log lines; returns whether the process is still running."""
         if self.status is None:
             pid, code = os.waitpid(self._pid, os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(code) if pid else None
@@ -169,7 +170,7 @@ class Process:
         return self.status is None
 
     def begun(self, aim: str) -> int:
-        """How often the phase has been seen to begin in this process."""
+        """Returns how often the phase has begun in this process."""
         if aim == "anywhere":
             return 1
         if aim == "step":
@@ -179,7 +180,7 @@ class Process:
         return sum(name == aim for name, _ in self._spans)
 
     def wait(self, planned: PlannedSignal | None = None, number: int = signal.SIGKILL) -> Outcome:
-        """Waits for the end of the process; sends it the signal `number` when the moment of `planned` has come."""
+        """Waits for the end of the process; sends it the signal `number` at the moment of `planned`."""
         sent, hit = None, None
         deadline = self.started + HANGS_AFTER
         while self.poll() and time.monotonic() < deadline:
@@ -211,7 +212,7 @@ class Process:
         )
 
     def phase(self) -> str:
-        """What the process is doing, or did last."""
+        """Returns what the process is doing, or did last."""
         if self._left(TRACES["tokenisation"]):
             return "tokenisation"
         lines = list(STEP_LINE.finditer(self.text))
@@ -224,7 +225,7 @@ class Process:
         return "step" if FIRST_STEP in self.text else "start"
 
     def durations(self) -> Durations:
-        """The durations of the phases; the process must have ended by itself."""
+        """Returns the durations of the phases; the process must have ended without a signal."""
         spans = {
             name: [end - start for (kind, _), (start, end) in self._spans.items() if kind == name] for name in TRACES
         }
@@ -243,28 +244,28 @@ class Process:
         return Durations(seconds, {aim: self.begun(aim) for aim in AIMS})
 
     def _doing(self) -> tuple[str, bool]:
-        """The phase, and whether a checkpoint is being written or deleted."""
+        """Returns the phase, and whether a checkpoint is being written or deleted."""
         return self.phase(), self._left(TRACES["saving"]) or self._left(DELETING)
 
     def _left(self, pattern: str) -> bool:
-        """Whether there is a match that this process made."""
+        """Returns whether this process made a file that matches."""
         return bool(self._present(pattern) - self._before)
 
     def _steps(self) -> list[int]:
         return [int(step) for step, _ in STEP_LINE.findall(self.text)]
 
     def _present(self, pattern: str) -> set[tuple[str, int, int]]:
-        """What matches now: path, inode and time, since an earlier process may have left a file of the same name."""
+        """Returns path, inode and time of matching files: an earlier process may have left one of the same name."""
         found = set()
         for path in self._folder.glob(pattern):
-            with contextlib.suppress(OSError):  # gone in the meantime
+            with contextlib.suppress(OSError):  # deleted in the meantime
                 status = path.stat()
                 found.add((str(path), status.st_ino, status.st_ctime_ns))
         return found
 
 
 def _fork(config: RunConfig, workdir: pathlib.Path, log: int) -> int:
-    """Starts the run in a child process, its output going to the descriptor `log`; returns the child's id."""
+    """Starts the run in a child process with its output in the descriptor `log`; returns the child's id."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

@@ -14,7 +14,7 @@ from tools.fault_runs import AIMS, Durations, Outcome, PlannedSignal, Process, f
 
 # Numbers of signals in a trial, with their probabilities.
 SIGNALS, ODDS = (1, 2, 3), (0.5, 0.3, 0.2)
-# Signals come in this first part of a run, by time or by occurrences of a phase.
+# Signals arrive in this first part of a run, measured by time or by occurrences of a phase.
 LATEST = 0.8
 # Phases in which SIGTERM may end a run at once, since there is nothing to save.
 UNANSWERED = ("start", "tokenisation")
@@ -22,12 +22,12 @@ UNANSWERED = ("start", "tokenisation")
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A run that was killed, and resumed until its end.
+    """A run that was killed and resumed until it ended.
 
     Attributes:
       number: from 0.
-      outcomes: of its processes in order; the last got no signal.
-      problem: None if the result is that of the uninterrupted run, bit for bit.
+      outcomes: of its processes in order; the last process got no signal.
+      problem: None if the result equals that of the uninterrupted run, bit for bit.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Trial:
 
     @property
     def repeated_steps(self) -> list[int]:
-        """For each process that logged a step after a signal: how many logged steps it did again."""
+        """For each process that logged a step after a signal, the number of logged steps that it repeated."""
         done = 0
         repeated: list[int] = []
         for before, after in itertools.pairwise(self.outcomes):
@@ -47,15 +47,15 @@ class Trial:
 
 
 def run_trials(root: pathlib.Path, count: int, seed: int, number: int) -> list[Trial]:
-    """Two uninterrupted runs, in root/whole and root/again, then `count` trials in root/0, root/1, ...
+    """Runs two uninterrupted runs in root/whole and root/again, then `count` trials in root/0, root/1, ...
 
-    Logs are compared as soon as a trial is done, final states not yet: that takes JAX, which a process that forks
-    others must not use.
+    Compares logs right after each trial. Final states are compared later, because that needs JAX, which a process that
+    forks others must not use.
 
     Args:
       root: an empty directory.
-      count: trials.
-      seed: of the moments.
+      count: number of trials.
+      seed: seed of the moments.
       number: the signal.
 
     Returns:
@@ -83,14 +83,14 @@ def undisturbed(root: pathlib.Path, folder: pathlib.Path) -> Durations:
 
 
 def run_trial(root: pathlib.Path, trial: int, durations: Durations, seed: int, number: int) -> Trial:
-    """One run, killed as its seed says and resumed until it ends; its log compared with root/whole's."""
+    """Kills a run at seeded moments, resumes it until it ends, and compares its log with that of root/whole."""
     folder = root / f"{trial}"
     folder.mkdir()
     config = fault_config(root, folder / "cache")
     outcomes: list[Outcome] = []
     for planned in draw_signals(np.random.default_rng([seed, trial]), trial, durations):
         outcomes.append(Process(config, folder, len(outcomes)).wait(planned, number))
-        if outcomes[-1].signal is None:  # it ended before the moment came
+        if outcomes[-1].signal is None:  # it ended before the planned moment
             break
     if not outcomes or outcomes[-1].signal is not None:
         outcomes.append(Process(config, folder, len(outcomes)).wait())
@@ -103,7 +103,7 @@ def run_trial(root: pathlib.Path, trial: int, durations: Durations, seed: int, n
 
 
 def draw_signals(rng: np.random.Generator, trial: int, durations: Durations) -> list[PlannedSignal]:
-    """The signals of a trial. The first is aimed at each of AIMS in turn, the others at any."""
+    """Draws the signals of a trial. The first signals of the trials cycle through AIMS, the others are random."""
     count = int(rng.choice(SIGNALS, p=ODDS))
     aims = [AIMS[trial % len(AIMS)], *rng.choice(AIMS, count - 1)]
     return [
@@ -118,7 +118,7 @@ def draw_signals(rng: np.random.Generator, trial: int, durations: Durations) -> 
 
 
 def process_problem(outcomes: list[Outcome], number: int) -> str | None:
-    """What is wrong with how a trial's processes ended, None if nothing is."""
+    """Returns what is wrong with how a trial's processes ended; None if nothing is."""
     for place, outcome in enumerate(outcomes):
         if outcome.status is None:
             return f"process {place} did not end"
@@ -135,7 +135,7 @@ def process_problem(outcomes: list[Outcome], number: int) -> str | None:
 
 
 def compare_states(root: pathlib.Path, trials: list[Trial]) -> list[Trial]:
-    """The trials, each compared with root/whole in every array of its final checkpoint; removes what is in order."""
+    """Compares every array of each trial's final checkpoint with root/whole; removes trials without a problem."""
     whole = final_state(root / "whole" / "run")
     compared = []
     for trial in trials:
@@ -148,5 +148,5 @@ def compare_states(root: pathlib.Path, trials: list[Trial]) -> list[Trial]:
 
 
 def say(message: str) -> None:
-    """Prints a line of progress on stderr."""
+    """Prints a line of progress to stderr."""
     print(message, file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""Does a killed run lose anything? `python -m tools.faults --trials=100 [--signal=term] [--out=DIR]`.
+"""Checks that a killed run loses nothing: `python -m tools.faults --trials=100 [--signal=term] [--out=DIR]`.
 
-Trains a small model on the CPU once without interruption, then TRIALS times with one to three kills at seeded random
-moments, aimed at training steps, saving, evaluation, tokenisation and anywhere, each time resumed by the same command.
-Every logged step, loss, gradient norm, learning rate and evaluation, and every array of the final checkpoint, is then
+Trains a small model on the CPU once without interruption. Then trains it TRIALS times with one to three kills at seeded
+random moments in training steps, saving, evaluation, tokenisation and anywhere, each time resumed by the same command.
+Every logged step, loss, gradient norm, learning rate and evaluation, and every array of the final checkpoint, is
 compared bit for bit with the uninterrupted run. Prints a table; DIR receives faults_SIGNAL.json. The exit status is 1
-if any trial differs, hangs or fails; its files stay where the last line says.
+if any trial differs, hangs or fails; the last line says where its files are.
 """
 
 import collections
@@ -36,7 +36,7 @@ def main() -> None:
     """Runs all trials; exits with status 1 if one of them failed."""
     out = cli.writable_workdir(OUT.value, "--out").absolute() if OUT.value else None
     root = pathlib.Path(tempfile.mkdtemp(prefix="faults-", dir=out))
-    # Before JAX is imported. What every process compiles alike is compiled once.
+    # Set before JAX is imported: programs that all processes share are compiled once.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def report(trials: list["Trial"], seconds: float) -> dict[str, Any]:
-    """The figures of all trials, as the JSON file has them."""
+    """Returns the figures of all trials, as in the JSON file."""
     import jax
 
     import tlinformer_jax
@@ -97,7 +97,7 @@ def report(trials: list["Trial"], seconds: float) -> dict[str, Any]:
 
 
 def table(values: dict[str, Any]) -> str:
-    """The figures as text."""
+    """Returns the figures as text."""
     name = {"kill": "SIGKILL", "term": "SIGTERM"}[values["signal"]]
     lines = [
         f"{name}: {values['trials']} trials, {values['signals']} signals; survived {values['survived']}, "
@@ -120,13 +120,13 @@ def table(values: dict[str, Any]) -> str:
 
 
 def _brief(outcome: "Outcome") -> str:
-    """A signal as 'aim>phase@step', with '+saving' where that was going on."""
+    """Returns a signal as 'aim>phase@step', with '+saving' if a checkpoint was being saved."""
     aim = outcome.signal.aim if outcome.signal else ""
     return f"{aim}>{outcome.phase}{'+saving' if outcome.saving else ''}@{outcome.last_step or 0}"
 
 
 def as_json(values: dict[str, Any]) -> str:
-    """The figures as JSON, a field a line."""
+    """Returns the figures as JSON, one field per line."""
     fields = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
     return f"{{\n{fields}\n}}\n"
 

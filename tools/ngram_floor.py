@@ -1,8 +1,8 @@
-"""The n-gram floor of a text: `python -m tools.ngram_floor --config=configs/books.py --config.data...`.
+"""Computes the n-gram baseline of a text: `python -m tools.ngram_floor --config=configs/books.py --config.data...`.
 
-Prints how well n-grams that are fitted on the training split predict the validation split (--split=test: the test
-split), for each number of tokens of context up to --context (3: 4-grams). The configuration names text and tokenizer;
-nothing is trained. With --width=28, images of 28 x 28 pixels are read by columns: the context is the pixels above.
+Prints how well n-grams fitted on the training split predict the validation split (--split=test: the test split), for
+each number of context tokens up to --context (3: 4-grams). The configuration names text and tokenizer; no model is
+trained. With --width=28, images of 28 x 28 pixels are read by columns: the context is the pixels above.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ WIDTH = flags.DEFINE_integer("width", None, "Of square images, to read them by c
 
 
 def main() -> None:
-    """Prints a line for each number of tokens of context."""
+    """Prints a line for each number of context tokens."""
     from tlinformer_jax.config.run import run_config
     from tlinformer_jax.data.sources import load_split
     from tlinformer_jax.data.streams import TokenStream

@@ -1,12 +1,12 @@
-"""Do runs repeat themselves, and what does it cost? `python -m tools.repeatability --updates=300 [--config=FILE]`.
+"""Checks that runs are reproducible, and at what cost: `python -m tools.repeatability --updates=300 [--config=FILE]`.
 
-Trains on this machine's devices with train.deterministic: once whole, once more, and once killed (SIGKILL) and
-resumed; every array of the final states and everything that was logged is compared bit for bit. Then twice without it.
-Each run is a process that compiles its programs itself, since a cached program would hide what XLA chooses by timing.
-The first runs of both kinds, which give the speeds, have the machine to themselves; the others share it, which
-disturbs XLA's timing as much as can be. Prints a table; the exit status is 1 if a run with the option differs.
+Trains on this machine's devices with train.deterministic: twice without interruption, and once killed (SIGKILL) and
+resumed. Every array of the final states and the whole logs are compared bit for bit. Then trains twice without
+train.deterministic. Each run is a process that compiles its own programs, since a cached program would hide what XLA
+chooses by timing. The first runs of both kinds run alone and give the speeds; the others run together, which disturbs
+XLA's timing as much as possible. Prints a table; the exit status is 1 if a run with the option differs.
 
-The configuration is DEFAULT, or what --config and --config.FIELD say.
+The configuration is DEFAULT, or that of --config and --config.FIELD.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from tlinformer_jax.files import markdown
 
 cli.define_config_flag()
 UPDATES = flags.DEFINE_integer("updates", 300, "Updates of each run.", lower_bound=12)
-# The embedded corpus, and a model for which a GPU takes its own attention and our kernels.
+# The embedded corpus, and a model for which a GPU uses GPU-specific attention and our kernels.
 DEFAULT = (
     "--config=tiny",
     *("--config.model.d_model=256", "--config.model.num_heads=4"),
@@ -43,7 +43,7 @@ HANGS_AFTER = 300.0  # seconds
 
 
 class Run:
-    """A training process, started at once; its output goes into log.txt of `folder`."""
+    """A training process that starts at once; its output goes to log.txt in `folder`."""
 
     def __init__(self, folder: pathlib.Path, deterministic: bool) -> None:
         folder.mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ class Run:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | settings)
 
     def finish(self) -> "Run":
-        """Waits for its end."""
+        """Waits for the end of the process."""
         try:
             status = self.process.wait(HANGS_AFTER)
         except subprocess.TimeoutExpired:
@@ -69,7 +69,7 @@ class Run:
         return self
 
     def kill_after_saving(self) -> None:
-        """Kills it as soon as it has a checkpoint, some updates later."""
+        """Kills the process some updates after its first checkpoint."""
         ends = time.monotonic() + HANGS_AFTER
         while not any(path.name.isdecimal() for path in self.workdir.glob("checkpoints/*")):
             if self.process.poll() is not None or time.monotonic() > ends:
@@ -79,11 +79,11 @@ class Run:
         self.process.wait()
 
     def last_line(self) -> str:
-        """Of its output."""
+        """The last line of its output."""
         return (self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
 
     def resumed_at(self) -> int:
-        """The step that its last process went on from."""
+        """The step from which its last process continued."""
         found = self.log.read_text(encoding="utf-8", errors="replace").rpartition(RESUMED)
         return int(found[2].split()[0]) if found[1] else 0
 
@@ -91,7 +91,7 @@ class Run:
 def main() -> None:
     """Trains, compares, prints."""
     if cli.config_given():
-        run_config(cli.config_values())  # refused before anything is made
+        run_config(cli.config_values())  # refuses a wrong one before anything is written
     root = pathlib.Path(tempfile.mkdtemp(prefix="repeatability-"))
     runs: list[Run] = []
 
@@ -109,7 +109,7 @@ def main() -> None:
         for run in runs:
             with contextlib.suppress(ProcessLookupError):
                 run.process.kill()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # what follows only reads
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the rest only reads files
     differences = {
         "a second run": difference(whole, again),
         f"killed and resumed from update {killed.resumed_at()}": difference(whole, killed),
@@ -128,29 +128,29 @@ def main() -> None:
 
 
 def difference(one: Run, other: Run) -> str | None:
-    """The first difference in what two runs logged, and how many arrays of their final states differ; None if none."""
+    """Returns the first difference of two logs and the number of differing arrays; None if all are equal."""
     from tools.fault_check import final_state, log_difference, logged
 
     first, second = final_state(one.workdir), final_state(other.workdir)
     differ = [name for name, array in first.items() if array.tobytes() != second[name].tobytes()]
-    told = [f"{len(differ)} of {len(first)} arrays differ"] if differ else []
+    differences = [f"{len(differ)} of {len(first)} arrays differ"] if differ else []
     if found := log_difference(logged(one.workdir), logged(other.workdir)):
-        told.append(found)
-    return "; ".join(told) or None
+        differences.append(found)
+    return "; ".join(differences) or None
 
 
 def speed(run: Run) -> float:
-    """Median of the logged tokens/s."""
+    """Returns the median of the logged tokens/s."""
     return statistics.median(event["train/tokens_per_second"] for event in events(run, "train/tokens_per_second"))
 
 
 def last_loss(run: Run) -> float:
-    """Of the validation split, after the last update."""
+    """Returns the loss of the validation split after the last update."""
     return float(events(run, "eval/loss")[-1]["eval/loss"])
 
 
 def events(run: Run, name: str) -> list[dict[str, Any]]:
-    """What it logged that has a figure `name`."""
+    """Returns the logged events with a figure `name`."""
     lines = (run.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [event for event in map(json.loads, lines) if event.get(name) is not None]
 

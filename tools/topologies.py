@@ -1,4 +1,4 @@
-"""What the tools that compile for TPUs that are not here share. The compiler is libtpu's, the one that a TPU has."""
+"""Shared by the tools that compile for TPUs without having them. The compiler is libtpu's, as on a TPU."""
 
 import collections
 import importlib.util
@@ -10,8 +10,7 @@ from tlinformer_jax.errors import UserError
 from tools.collectives import Collective, collectives
 
 PLATFORM = "tpu"
-# With libtpu installed, JAX would look for TPUs, and libtpu would ask Google's cloud which one this is and lock itself
-# for one process. A compiler needs none of that.
+# Without these, JAX would look for TPUs, and libtpu would query Google's cloud and lock itself for one process.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -22,19 +21,19 @@ ENVIRONMENT = {
 
 
 def compile_without_tpus() -> None:
-    """Sets the environment in which libtpu only compiles. Call it before JAX is imported."""
+    """Sets the environment so that libtpu only compiles. Call it before JAX is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def topology_devices(name: str) -> Sequence[Any]:
-    """The devices of a topology, in JAX's order; they can be compiled for and nothing else.
+    """Returns the devices of a topology in JAX's order. Programs can be compiled for them but not run.
 
     Args:
-      name: of a TPU generation and its grid of chips, such as 'v5e:2x2'.
+      name: TPU generation and its grid of chips, such as 'v5e:2x2'.
 
     Raises:
-      UserError: if there is none of this name, or libtpu is missing.
+      UserError: if there is no topology of this name, or libtpu is missing.
     """
     from jax.experimental import topologies
 
@@ -44,7 +43,7 @@ def topology_devices(name: str) -> Sequence[Any]:
         )
     try:
         return topologies.get_topology_desc(platform=PLATFORM, topology_name=name).devices
-    except Exception as error:  # JAX wraps what libtpu says in errors of several kinds
+    except Exception as error:  # JAX wraps libtpu's errors in several types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"--topology={name}: must be a TPU and its grid of chips, such as v5e:2x2 ({reason})"
@@ -52,12 +51,12 @@ def topology_devices(name: str) -> Sequence[Any]:
 
 
 def program_lines(compiled: Any) -> list[str]:
-    """Memory of a chip, and what it exchanges in one run of a compiled program (`jax.stages.Compiled`)."""
+    """Returns lines with the memory per chip and the exchanges in one run of a program (`jax.stages.Compiled`)."""
     return [memory_line(compiled.memory_analysis()), *collective_lines(collectives(compiled.as_text()))]
 
 
 def memory_line(found: Any) -> str:
-    """A compiled program's memory on one device, from its `memory_analysis()`."""
+    """Returns a line with a program's memory on one device, from its `memory_analysis()`."""
     from tlinformer_jax.training.check import size_text
 
     arguments, outputs, temporary = found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes
@@ -70,7 +69,7 @@ def memory_line(found: Any) -> str:
 
 
 def collective_lines(found: Iterable[Collective]) -> list[str]:
-    """What one device exchanges in a run of a program, by kind; loops counted as often as they turn."""
+    """Returns lines with the exchanges of one device in a run of a program, by kind, once per loop iteration."""
     from tlinformer_jax.training.check import size_text
 
     kinds = collections.defaultdict(list)

@@ -1,9 +1,9 @@
-"""A training step compiled for TPUs that are not here.
+"""Compiles a training step for TPUs that this machine does not have.
 
     python -m tools.training_topology --config=FILE --topology=v5e:16x16 [--config.FIELD=VALUE ...]
 
-Prints the memory of a chip, and for each kind of collective how often it runs in a step and how many bytes a chip
-exchanges by it. Speed is not known from this. Nothing is allocated, and no text is read.
+Prints the memory per chip, and for each kind of collective how often it runs in a step and how many bytes a chip
+exchanges. It does not predict speed. Nothing is allocated, and no text is read.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ LANES = 128
 
 
 def main() -> None:
-    """Compiles a step and prints what it takes."""
+    """Compiles a step and prints its memory and exchanges."""
     compile_without_tpus()
     from tlinformer_jax.config.run import run_config
 
@@ -34,11 +34,11 @@ def compile_for(config: "RunConfig", name: str) -> tuple[str, Any]:
     """Compiles a training step for a TPU topology.
 
     Args:
-      config: of the run; its data and tokenizer are not looked at.
-      name: of the topology.
+      config: configuration of the run; its data and tokenizer are ignored.
+      name: name of the topology.
 
     Returns:
-      a line on the model and its devices, and the step (`jax.stages.Compiled`).
+      a line about the model and its devices, and the step (`jax.stages.Compiled`).
 
     Raises:
       ConfigError: if the configuration does not fit the devices.
@@ -53,7 +53,7 @@ def compile_for(config: "RunConfig", name: str) -> tuple[str, Any]:
 
     devices = topology_devices(name)
     with target(PLATFORM, devices[0].device_kind):
-        # No text is read, so the tokenizer that every vocabulary holds stands in for the real one.
+        # No text is read, so the byte tokenizer replaces the real one: it fits every vocabulary.
         run = build_run(config, ByteTokenizer(), PENDING, devices)
         try:
             return model_line(run), run.compiled_train_step()

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the job scripts of this folder share; not to be run. Needs `root` and ../common.sh.
+# Functions that the job scripts of this folder share; not to be run. Needs `root` and ../common.sh.
 
 # Runs a module as a step of this job. When SLURM says that the time is nearly over (USR1, see --signal in the job
 # scripts), the step is told to save and end, and the job is put into the queue again. When SLURM takes the nodes for
