@@ -458,6 +458,7 @@ KINDS = ("array", "list", "grain map", "grain iterator", "again")  # all but the
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_go_on_bit_by_bit(tmp_path):
     """An epoch has 47 updates: one ends before the kill, one after it."""
     grain()

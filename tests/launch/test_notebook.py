@@ -136,6 +136,7 @@ def test_pip_is_asked_for_the_package_where_it_is_missing(package, extras, url, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_cell_runs(tmp_path, monkeypatch):
     need_modules("nbclient", "ipykernel", "matplotlib", extra="notebook")
     monkeypatch.setenv("TLINFORMER_NOTEBOOK", json.dumps(FEW))
