@@ -24,7 +24,7 @@ from tests.support.compilation import quick_flags
 from tests.support.optional import need_modules
 
 NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
-FEW = {"STEPS": 20, "LENGTHS": [64, 96], "NEW_TOKENS": 60}
+FEW = {"STEPS": 8, "LENGTHS": [64, 96], "NEW_TOKENS": 60, "SAMPLES": 16}
 FIGURES = 5
 PROMPT = len("The for statement ")
 
