@@ -120,7 +120,7 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def draw(record: Row, file: pathlib.Path, generated: Sequence[Row] = ()) -> pathlib.Path:
-    """Draws the seconds of a trained token if they were measured, else its FLOPs; and the cost of `generated` tokens."""
+    """Draws the seconds of a trained token, else its FLOPs, and the cost of `generated` tokens."""
     found = record["rows"]
     kind = next(kind for kind in FIGURES if any(row[kind] is not None for row in found))
     unit, factor = FIGURES[kind]

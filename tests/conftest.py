@@ -52,6 +52,23 @@ def own_traces():
     jax.clear_caches()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts long tests first, so that in the end no worker is left alone with one.
+
+    `--dist worksteal` begins by giving every worker its part of the row.
+    """
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if not item.get_closest_marker("long")]
+    workers, left = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), len(items)
+    items.clear()
+    for worker in range(workers):
+        part = long[worker::workers]
+        count = max(0, left // (workers - worker) - len(part))
+        items += [*part, *others[:count]]
+        left, others = left - len(part) - count, others[count:]
+
+
 def pytest_collection_finish() -> None:
     """Looks for garbage seldom: tracing makes many objects and few cycles, and this took a fifth of its time."""
     gc.collect()

@@ -58,6 +58,7 @@ def test_what_is_looked_for_would_be_found():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_bad_input_gets_one_line_and_status_2_and_leaves_nothing(tmp_path):
     """In one test, so that all cases run once however tests are dealt out to workers."""
     results = all_results()

@@ -2,11 +2,12 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import sys
 import tomllib
 
-from tests.support.commands import ROOT
+from tests.support.commands import ROOT, run_line
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Of distributions whose module has another name.
@@ -50,6 +51,14 @@ def test_the_search_sees_what_it_should():
     assert imported_at_once("try:\n    import torch.nn\nexcept ImportError:\n    pass") == {"torch"}
     assert imported_at_once("class A:\n    from pandas import x") == {"pandas"}
     assert imported_at_once("def f():\n    import torch\nif TYPE_CHECKING:\n    import clu") == set()
+
+
+def test_training_does_not_import_pytorch_though_tensorboardx_would(tmp_path):
+    (tmp_path / "torch.py").write_text("Tensor = int\nprint('imported')")
+    script = "import tlinformer_jax.training.loop; print('by us'); import torch"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = run_line([sys.executable, "-c", script], os.environ | {"PYTHONPATH": path})
+    assert done.stdout.split() == ["by", "us", "imported"], done.stderr
 
 
 def test_the_console_script_is_a_command():

@@ -4,15 +4,13 @@ import importlib
 import itertools
 import json
 import os
-import pathlib
-import signal
-import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
 
+from tests.support.commands import run_line
 from tests.support.compilation import quick_flags
 from tests.support.optional import need_modules
 from tlinformer_jax import load_run, train_and_evaluate
@@ -26,6 +24,7 @@ from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run
+from tools.fault_check import logged
 
 N, ROWS, VOCABULARY, END = 8, 8, 66, 65
 IDS = np.random.default_rng(0).integers(0, 65, 3000).astype(np.uint16)
@@ -429,45 +428,53 @@ def test_epochs_of_an_iterable_are_not_known(tmp_path):
             train_and_evaluate(config, tmp_path / "run", train_data=DOCUMENTS, validation_data=IDS[:50])
 
 
-# Trains on each kind of data in a directory of its own.
+# Trains on each kind of data: to a kill in a fork, on from there, and once without a kill.
 TRAINING = """
-    import pathlib, sys
+    import os, pathlib, signal, sys
     from tests.data.test_given import FRESH, IDS, run_config
     from tlinformer_jax import train_and_evaluate
-    folder, *kinds = sys.argv[1:]
-    for kind in kinds:
+
+    def trained(name, kind, killed_after=None):
         config = run_config()
         config["model"]["dropout"] = 0.1
-        config["train"] |= {"steps": 200, "log_every": 20, "checkpoint_every": 20}
+        config["train"] |= {"steps": 110, "log_every": 20, "checkpoint_every": 20}
         data = IDS if kind == "array" else FRESH[kind]()
-        figures = train_and_evaluate(config, pathlib.Path(folder) / kind, train_data=data, validation_data=IDS[:200])
-        print(kind, figures["loss"].hex(), flush=True)
+        kill = lambda view: view.step == killed_after and os.kill(os.getpid(), signal.SIGKILL)
+        workdir = pathlib.Path(sys.argv[1]) / name / kind
+        return train_and_evaluate(config, workdir, train_data=data, validation_data=IDS[:200], callbacks=[kill])
+
+    for kind in sys.argv[2:]:
+        if not (child := os.fork()):
+            trained("parts", kind, killed_after=75)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    for kind in sys.argv[2:]:
         print("next kind", file=sys.stderr)
+        print(kind, trained("parts", kind)["loss"].hex(), flush=True)
+    for kind in ("array", "list"):
+        print(kind, trained("whole", kind)["loss"].hex(), flush=True)
 """
-KINDS = ("array", "list", "grain map", "grain iterator", "again")
-
-
-def training(folder: pathlib.Path, *kinds: str) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", textwrap.dedent(TRAINING), str(folder), *kinds]
-    environment = os.environ | {"XLA_FLAGS": quick_flags()}
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+KINDS = ("array", "list", "grain map", "grain iterator", "again")  # all but the first give the same batches
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_go_on_bit_by_bit(tmp_path):
+    """An epoch has 47 updates: one ends before the kill, one after it."""
     grain()
-    whole = training(tmp_path / "whole", *KINDS)
+    line = [sys.executable, "-c", textwrap.dedent(TRAINING), str(tmp_path), *KINDS]
+    done = run_line(line, os.environ | {"XLA_FLAGS": quick_flags()})
+    assert done.returncode == 0, done.stderr
+    for kind, told in zip(KINDS, done.stderr.split("next kind")[1:], strict=True):
+        assert "continuing from step" in told, (kind, told)
+        assert ("train_data: goes on at item" in told) == (kind in SEEKING), (kind, told)
+    *parts, array, documents = [line.split()[-1] for line in done.stdout.splitlines()]
+    assert parts == [array, *[documents] * 4]
+    assert array != documents
     for kind in KINDS:
-        killed = training(tmp_path / "parts", kind)
-        for line in killed.stderr:
-            if line.startswith("step") and int(line.split()[1].split("/")[0].rstrip(":")) >= 60:
-                break
-        killed.send_signal(signal.SIGKILL)
-        told = killed.communicate()
-        assert killed.returncode == -signal.SIGKILL, told
-    found, told = training(tmp_path / "parts", *KINDS).communicate()
-    for kind, part in zip(KINDS, told.split("next kind"), strict=False):
-        assert "continuing from step" in part, (kind, part)
-        assert ("train_data: goes on at item" in part) == (kind in SEEKING), (kind, part)
-    assert found == whole.communicate()[0]
-    assert [line.rsplit(" ", 1)[0] for line in found.splitlines()] == list(KINDS)
+        part, whole = (
+            logged(tmp_path / "parts" / kind),
+            logged(tmp_path / "whole" / ("array" if kind == "array" else "list")),
+        )
+        assert part == whole
+        assert len(part) >= 6

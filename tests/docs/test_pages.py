@@ -41,6 +41,7 @@ def commands():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_python_blocks_run_and_print_what_they_show(tmp_path):
     found = run_module("tests.docs.run_python", tmp_path, *pages())
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]

@@ -266,6 +266,7 @@ def test_answers_by_the_position_of_the_question(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_attention_finds_pairs_and_the_report_says_so(tmp_path):
     """The harness works: two layers of attention learn recall to 99% and end there; minutes."""
     sweep = f"--sweep={ROOT}/configs/sweep_recall.py:tiny"
@@ -288,6 +289,7 @@ def test_attention_finds_pairs_and_the_report_says_so(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_capacity_sweep_runs_and_is_reported(tmp_path):
     sweep = f"--sweep={ROOT}/configs/sweep_capacity.py:tiny"
     done = command("sweep", sweep, f"--out={tmp_path}/sweep", f"--results={tmp_path}/records")

@@ -68,6 +68,7 @@ def times(folder: pathlib.Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     out = tmp_path / "out"
     line, environment = command_line("sweep", *sweep)

@@ -24,7 +24,7 @@ from tests.support.compilation import quick_flags
 from tests.support.optional import need_modules
 
 NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
-FEW = {"STEPS": 20, "LENGTHS": [64, 96], "NEW_TOKENS": 60}
+FEW = {"STEPS": 8, "LENGTHS": [64, 96], "NEW_TOKENS": 60, "SAMPLES": 16}
 FIGURES = 5
 PROMPT = len("The for statement ")
 
@@ -136,6 +136,7 @@ def test_pip_is_asked_for_the_package_where_it_is_missing(package, extras, url, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_cell_runs(tmp_path, monkeypatch):
     need_modules("nbclient", "ipykernel", "matplotlib", extra="notebook")
     monkeypatch.setenv("TLINFORMER_NOTEBOOK", json.dumps(FEW))

@@ -1,6 +1,7 @@
 """The job scripts on a real SLURM of two nodes, which the test sets up on this machine."""
 
 import json
+import re
 import sys
 import time
 
@@ -14,7 +15,7 @@ from tests.support.processes import SMALL, saved_steps
 SOON = 120  # seconds that a job may take for its next step
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     need(missing_programs(), "apt-get install slurm-wlm munge")
     with running_cluster() as cluster:
@@ -35,11 +36,19 @@ def told(folder) -> str:
     return "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
 
 
-def wait_until(cluster, folder, condition, what: str) -> None:
-    end = time.monotonic() + SOON
+def wait_until(cluster, folder, condition, what: str, seconds: float = SOON) -> None:
+    end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not seen in {SOON} s: {what}\n{told(folder)}\n{cluster.logs()}"
+        assert time.monotonic() < end, f"not seen in {seconds} s: {what}\n{told(folder)}\n{cluster.logs()}"
         time.sleep(0.5)
+
+
+def run(cluster, folder, *line: str) -> None:
+    """Submits a job, waits until it is done and no longer: `sbatch --wait` looks ever more seldom."""
+    job = submit(cluster, folder, *line).strip()
+    wait_until(cluster, folder, lambda: not cluster.command("squeue", "--noheader"), "the end", seconds=1200)
+    states = re.findall(r"JobState=(\w+)", cluster.command("scontrol", "show", "job", job))
+    assert set(states) == {"COMPLETED"}, f"{states}\n{told(folder)}\n{cluster.logs()}"
 
 
 def logged_steps(workdir) -> list[int]:
@@ -47,11 +56,12 @@ def logged_steps(workdir) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_tasks_on_two_nodes_train_to_the_end(cluster, tmp_path):
     workdir = tmp_path / "run"
     arguments = (*SMALL, "--config.train.steps=6", "--config.mesh.fsdp=2")
     script = ("--nodes=2", "--ntasks-per-node=1", "launch/slurm/train.sbatch")
-    submit(cluster, tmp_path, "--wait", *script, *arguments, f"--workdir={workdir}")
+    run(cluster, tmp_path, *script, *arguments, f"--workdir={workdir}")
     output = told(tmp_path)
     assert "2 x cpu" in output, output
     assert logged_steps(workdir)[:6] == [1, 2, 3, 4, 5, 6]
@@ -59,6 +69,7 @@ def test_two_tasks_on_two_nodes_train_to_the_end(cluster, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_whose_time_is_nearly_over_saves_and_goes_on_after_the_queue(cluster, tmp_path):
     workdir = tmp_path / "run"
     arguments = (*SMALL, "--config.train.steps=1000000", f"--workdir={workdir}")
@@ -81,10 +92,11 @@ def test_a_job_whose_time_is_nearly_over_saves_and_goes_on_after_the_queue(clust
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_array_trains_all_points_of_a_sweep(cluster, tmp_path):
     out = tmp_path / "sweep"
     arguments = ("--sweep=configs/sweep_windows.py:tiny", f"--out={out}", "--config.train.steps=4", "--then=")
-    submit(cluster, tmp_path, "--wait", "--array=0-3%2", "launch/slurm/sweep.sbatch", *arguments)
+    run(cluster, tmp_path, "--array=0-3%2", "launch/slurm/sweep.sbatch", *arguments)
     assert len(json.loads((out / "sweep.json").read_text())) == 4, told(tmp_path)
     for point in ("8-24", "16-16", "24-8", "auto-16"):
         assert logged_steps(out / f"{point}-seed0")[-1] == 4

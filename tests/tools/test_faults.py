@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,7 @@ def test_moments_are_those_of_the_seed():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_terminated_runs_lose_nothing(tmp_path):
     # Seeds of one signal a trial: a kill in step 18, one while the second checkpoint is saved, a SIGTERM in step 27.
     for name, trials, seed in (("kill", 2, 19), ("term", 1, 26)):
@@ -162,21 +164,41 @@ def test_killed_and_terminated_runs_lose_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["faults_kill.json", "faults_term.json"]
 
 
-BREAKS = {
-    "the data begins anew": "from tlinformer_jax.data.batches import TrainingBatches as batches; "
-    "read = batches.prefetched; batches.prefetched = lambda self, first, *rest: read(self, 0, *rest)",
-    "the log keeps lost steps": "from tlinformer_jax.training import metrics; metrics.cut_back = lambda *_: None",
-}
+# The first trial, then the second.
+BREAKS = """
+from unittest import mock
+from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.training import metrics
+from tools import fault_trials
+from tools.fault_runs import PlannedSignal
+
+read, run_trial = TrainingBatches.prefetched, fault_trials.run_trial
+BREAKS = [
+    mock.patch.object(TrainingBatches, "prefetched", lambda self, first, *rest: read(self, 0, *rest)),
+    mock.patch.object(metrics, "cut_back", lambda *_: None),
+]
+
+def broken(root, trial, *rest):
+    with BREAKS[trial]:
+        return run_trial(root, trial, *rest)
+
+fault_trials.run_trial = broken
+fault_trials.draw_signals = lambda *_: [PlannedSignal("step", 27, 0)]  # seven steps after a checkpoint
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BREAKS)
-def test_a_resume_that_is_broken_on_purpose_is_caught(name, tmp_path):
-    # One kill in step 27, seven steps after a checkpoint.
-    line, environment = command_line("tools.faults", "--trials=1", "--seed=26", f"--out={tmp_path}")
-    line[2] = f"{BREAKS[name]}\n{line[2]}"
+@pytest.mark.long
+def test_a_resume_that_is_broken_on_purpose_is_caught(tmp_path):
+    """Once the data begins anew, and once the log keeps lost steps."""
+    line, environment = command_line("tools.faults", "--trials=2", f"--out={tmp_path}")
+    line[2] = f"{BREAKS}\n{line[2]}"
     result = run_line(line, environment)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "LOST trial" in result.stdout
+    assert "LOST trial 0" in result.stdout
+    assert "LOST trial 1" in result.stdout
     lost = json.loads((tmp_path / "faults_kill.json").read_text())["lost"]
-    assert [entry["problem"][:5] for entry in lost] == ["step "] * len(lost)
+    assert [entry["trial"] for entry in lost] == [0, 1]
+    problems = [entry["problem"] for entry in lost]
+    assert re.fullmatch(r"step \d+: train/.* instead of .*", problems[0])
+    assert re.fullmatch(r"step \d+ is logged 2 times", problems[1])

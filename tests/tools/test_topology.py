@@ -77,6 +77,7 @@ def test_v6e_with_parameters_split():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_decoder_at_four_million_tokens_on_four_chips():
     """The 41M shape; heads of 36 features do not lie along the 128 lanes, which would take 3.5 times the memory."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

@@ -78,6 +78,7 @@ def test_a_mesh_over_processes_trains_what_one_process_does(processes, mesh, alo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_when_one_is_killed_the_other_ends_with_a_clear_line_and_the_same_command_goes_on(tmp_path):
     endless = (*SMALL, "--config.train.steps=1000000", "--config.train.checkpoint_every=5", f"--workdir={tmp_path}")
     kept = [0]

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,19 @@ from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import finite, open_own, own_folder, write_text, writing
 from tlinformer_jax.training.console import clock, is_of_bytes, say
 from tlinformer_jax.training.setup import Run, flops_per_token
+
+# If PyTorch is installed, tensorboardX imports it, which takes seconds, for functions that are not used here. None makes
+# that import fail, as if PyTorch were not installed.
+HIDE_TORCH = "torch" not in sys.modules
+if HIDE_TORCH:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+finally:
+    if HIDE_TORCH:
+        del sys.modules["torch"]
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -36,18 +50,13 @@ class TensorBoardWriter:
 
     @functools.cached_property
     def _file(self) -> Any:
-        """The file, opened at its first use, after the first update: tensorboardX imports PyTorch if installed."""
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
-
+        """The file, opened at its first use."""
         file = EventsWriter(str(self._folder / "events"))
         file.write_event(event(self._step + 1, session_log=SessionLog(status=SessionLog.START)))
         file.flush()
         return file
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._file.write_event(event(step, summary=Summary(value=values)))
 
@@ -60,10 +69,8 @@ class TensorBoardWriter:
             self._file.close()
 
 
-def event(step: int, **content: Any) -> Any:
+def event(step: int, **content: Any) -> Event:
     """Returns a TensorBoard event with the current time."""
-    from tensorboardX.proto.event_pb2 import Event
-
     return Event(wall_time=time.time(), step=step, **content)
 
 
