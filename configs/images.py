@@ -7,7 +7,8 @@
 
 Data: the Debian package dataset-fashion-mnist. Of every 20 of its 60,000 images the 19th is for validation; the test
 split is its 10,000 test images. `bits_per_byte` is bits per pixel. Baselines to beat, n-grams: 3.778 with the two
-pixels before; 3.700 with the pixel above, the best that copying the row above can give; and 3.559 with the two pixels above:
+pixels before; 3.700 with the pixel above, the best that copying the row above can give; and 3.559 with the two pixels
+above:
 
     python -m tools.ngram_floor --config=configs/images.py --split=test --context=2
     python -m tools.ngram_floor --config=configs/images.py --split=test --context=2 --width=28

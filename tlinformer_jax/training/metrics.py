@@ -19,8 +19,8 @@ from tlinformer_jax.files import finite, open_own, own_folder, write_text, writi
 from tlinformer_jax.training.console import clock, is_of_bytes, say
 from tlinformer_jax.training.setup import Run, flops_per_token
 
-# If PyTorch is installed, tensorboardX imports it, which takes seconds, for functions that are not used here. None makes
-# that import fail, as if PyTorch were not installed.
+# If PyTorch is installed, tensorboardX imports it for functions that are not used here, which takes seconds. None makes
+# the import fail, as if PyTorch were not installed.
 HIDE_TORCH = "torch" not in sys.modules
 if HIDE_TORCH:
     sys.modules["torch"] = None  # type: ignore[assignment]
