@@ -258,8 +258,8 @@ RECALL = {
         "dtype": "float32",
     },
     "train": {
-        "steps": 1200,
-        "batch_size": 64,
+        "steps": 1500,
+        "batch_size": 32,
         "warmup_steps": 50,
         "learning_rate": 1e-2,
         "eval_every": 200,
