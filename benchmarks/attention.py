@@ -26,7 +26,7 @@ SHAPES = flags.DEFINE_string("shapes", "", "Check or time the shapes whose name 
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
 
 RATE = 0.1
-# Relative error of the norm: in float32 from another order of sums, in half precision from rounding.
+# Allowed norm of the difference over norm of the exact result: float32 sums in another order, half precision rounds.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 # Queries, keys and options of `attend`; the batch is 2, with 12 heads of 36 features.

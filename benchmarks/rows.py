@@ -36,8 +36,7 @@ class Plan:
       seconds: budget of each measurement, without compilation.
       max_uncached_length: longest prompt for which a token without a cache is timed.
       max_quadratic_prefill: longest prompt for architectures with a quadratic prefill, such as 'transformer'; for
-        longer
-        ones the cache is filled with random rows, and Figure 9's protocol and 'prefill' are left out.
+        longer ones the cache is filled with random rows, and Figure 9's protocol and 'prefill' are left out.
       seed: seed of the prompts.
       cache_dtype: see `sampling.GenerationConfig`.
     """

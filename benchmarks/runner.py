@@ -38,7 +38,7 @@ def run_benchmark(
 
     Args:
       configs: of the models, measured one after another; they differ only in the architecture.
-      workdir: run with the weights for its architecture; other weights are random.
+      workdir: of a run, whose weights are used for its architecture; other weights are random.
       out: folder for the report and the plots; None only prints.
       profile: folder for traces; None makes none.
       mesh: devices that the history is spread over; None for one device.

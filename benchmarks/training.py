@@ -7,7 +7,7 @@ Compilation is timed separately, without the persistent cache.
 
     --config=FILE                     another base configuration; its sections `model` and `train` are used
     --set=model.d_model=512           a field for all rows
-    --try=model.memory=low            one more setting to time; --try= times none
+    --try=model.memory=low            a setting to time instead of the configuration as it is; --try= adds the latter
     --try=data.document_masking=True  samples of separate documents, 70 tokens long on average
 
 --init_scale=3 multiplies the initial weights by 3.
@@ -128,9 +128,8 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     Returns:
       the columns in COLUMNS: batch in sequences; tokens, the number that a step predicts; tokens_per_second of those;
       step_bytes, the device memory of the compiled step; peak_bytes, the process's peak so far (None if unknown);
-      losses
-      in nats; error, None or why there are no figures; with a profile also kernels, the table of the three traced
-      steps.
+      losses in nats; error, None or why there are no figures; with a profile also kernels, the table of the three
+      traced steps.
     """
     import jax
 

@@ -198,7 +198,7 @@ def _made(folder: pathlib.Path | None) -> Row:
     if not all(text.isdecimal() for text in WINDOWS.value) or not WINDOWS.value + ARCHITECTURES.value:
         raise UserError(f"--windows={','.join(WINDOWS.value)}: must be integers of 0 or more with commas between")
     if unknown := set(ARCHITECTURES.value) - set(ALL_ARCHITECTURES):
-        raise ConfigError("--architectures", ",".join(unknown), f"must be among {', '.join(ALL_ARCHITECTURES)}")
+        raise ConfigError("--architectures", ",".join(sorted(unknown)), f"must be among {', '.join(ALL_ARCHITECTURES)}")
     lengths, batches = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
     fields = {field: value for text in SET.value for (_, field), value in overrides(text).items()}
     configs = models([int(text) for text in WINDOWS.value], ARCHITECTURES.value, fields)
@@ -232,7 +232,7 @@ def _read(names: Sequence[str]) -> Row:
 
 
 def _place(model: tuple[str, int]) -> tuple[int, str, int]:
-    """Returns a sort key: the Transformer first, then TLinFormers by their windows."""
+    """Returns a sort key, by the length of the name: the Transformer first, TLinFormers by their windows."""
     name, length = model
     return len(name), name, length
 

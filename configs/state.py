@@ -1,4 +1,4 @@
-"""State tracking: predict the product of all group elements so far at every position, also in longer samples.
+"""State tracking: the product of all group elements so far at every position, also in longer samples than trained on.
 
     python -m tlinformer_jax.main --config=configs/state.py:s5-64 --workdir=/tmp/state \
         --then=evaluate,evaluate@128,evaluate@256,evaluate@1024

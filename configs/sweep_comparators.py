@@ -1,4 +1,4 @@
-"""What TLinFormer is compared with: Gated DeltaNet, the hybrid, and mixtures of experts, each in the same harness.
+"""TLinFormer's comparators, trained the same way: Gated DeltaNet, its hybrid, and mixtures of experts.
 
     python -m tlinformer_jax sweep --sweep=configs/sweep_comparators.py:recall --seeds=0,1,2,3,4 --together \
         --out=runs/comparators_recall --results=docs/results
@@ -6,7 +6,7 @@
         --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
-Gated DeltaNet has a short convolution before its queries and keys, so every other model has the token shift.
+Gated DeltaNet, also in the hybrid, has a short convolution before queries and keys; all others have the token shift.
 
 - recall (18 cells): Gated DeltaNet and the hybrid in the nine settings of configs/recall.py, shorter samples first only
   where the setting is named so. configs/sweep_recall.py:plus has the other models.
@@ -20,7 +20,7 @@ Gated DeltaNet has a short convolution before its queries and keys, so every oth
   wide (wide: dense, as many parameters as moe in all).
 - tiny (4 runs): the embedded Python reference, minutes on a CPU.
 
-Needs: what configs/books.py needs. Result: not yet measured.
+Needs: the same as configs/books.py. Result: not yet measured.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ TIGHT = ("256-32-tight-plus", "512-64-tight-plus", "1024-128-tight-plus")
 GROWN = ("128-8-grown", "256-16-grown")
 FAR = (8192, 65_536, 262_144, 1_048_576)
 SHIFT: dict[str, Any] = {"model.token_shift": True}
-# Name -> row of `config.recipes`, and what differs from it.
+# Name -> row of `config.recipes`, and the fields that differ from it.
 BOOKS: dict[str, tuple[str, dict[str, Any]]] = {
     "base-1k-plus": ("base-1k", SHIFT),
     "1k-512-0.5-plus": ("1k-512-0.5", SHIFT),
@@ -54,7 +54,7 @@ EXPERTS = {
 
 
 def get_sweep(variant: str = "books") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     if variant == "recall":
         settings = (*RECALL, *TIGHT, *GROWN)
         base, points = sweep_points(package_config("recall"), settings, tuple(COMPARATORS), (3e-3,))

@@ -5,7 +5,7 @@
 
 Variants: 1k, 4k (the default) and 16k, the four tasks of configs/niah.py at that length (16 points each, three seeds);
 one setting of configs/niah.py, such as s1-4k; and tiny, two runs on a CPU. Each is evaluated at 1, 4 and 16 times its
-length for the heat maps of the report, if the held-out text is long enough.
+length for the heat maps of the report. A point is refused if the held-out text is shorter: then set --then.
 
 Result: not yet measured.
 """

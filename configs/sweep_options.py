@@ -7,15 +7,15 @@
 
 Variants: all (the default, 18 runs of 100 M tokens): TLinFormer as published, with each option and with all three;
 Base and sliding window, with and without the token shift; and no-history, a Transformer on samples of 256 tokens,
-which is what a window of 256 alone can know. plain, plus and both Bases have three seeds. rates, 12 runs of 30 M
-tokens: three learning rates for each architecture, to choose one that --config.train.learning_rate then names; with
-`--point=K --points=4`, K = 0 to 3, those of TLinFormer, Base, sliding window and no-history.
+which shows what a window of 256 can know without a history. plain, plus and both Bases have three seeds. rates, 12
+runs of 30 M tokens: three learning rates for each architecture, to choose --config.train.learning_rate; `--point=K
+--points=4`, K = 0 to 3, runs those of TLinFormer, Base, sliding window and no-history.
 
 All see the same text in updates of 131,072 tokens with the same dropout, under a cosine that ends at the last update.
 Two runs at a time need --config.train.accumulation=2 on a GPU of 80 GB. `--then=evaluate,history` measures what the
-history contributes, where a model has windows.
+history contributes, if a model has windows.
 
-Needs: what configs/books.py needs. Result: not yet measured.
+Needs: the same as configs/books.py. Result: not yet measured.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ TOKENS, TRIAL = 100_000_000, 30_000_000
 RATES = (3e-4, 1e-3, 3e-3)
 SHIFT, SLIDING = {"model.token_shift": True}, {"model.architecture": "sliding_window"}
 OVERLAP, WAVELENGTHS = {"model.window_overlap": 16}, {"model.longest_wavelength": 64}
-# Name -> row of `recipes` and what differs from it.
+# Name -> row of `recipes`, and the fields that differ from it.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("1k-512-0.5", {}),
     "base": ("base-1k", {}),
@@ -49,7 +49,7 @@ SEVERAL = ("plain", "plus", "base", "base-plus")
 
 
 def get_sweep(variant: str = "all") -> Sweep:
-    """Returns the sweep; --config.SECTION.FIELD=VALUE changes what its points leave alone."""
+    """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     if variant not in ("all", "rates"):
         raise ConfigError("variant", variant, "must be one of all, rates")
     tokens = TOKENS if variant == "all" else TRIAL

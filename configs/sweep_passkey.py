@@ -60,7 +60,7 @@ def get_sweep(variant: str = "8k") -> Sweep:
 
 
 def _longer() -> ConfigDict:
-    """8k-plus for TOKENS; it does not stop before, since longer samples gain by the rest of the schedule."""
+    """Returns 8k-plus on TOKENS tokens, without an early end: the rest of the schedule helps longer samples."""
     config = package_config("passkey")("8k-plus")
     train, data = config.train, config.data
     updates = TOKENS // (train.batch_size * data.sequence_length)

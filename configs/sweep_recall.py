@@ -17,8 +17,8 @@ find 99% in the protocol's settings. All have width 128 and 2 heads. A cell ends
 updates of 32,768 tokens); the record says which.
 
 Cells are so small that several can share a device: run eight processes with XLA_PYTHON_CLIENT_PREALLOCATE=false and
---point=K --points=8, K = 0 .. 7; docs/performance.md has their times. Seeds and rates of a cell whose samples do not
-grow run as one program with --together:
+--point=K --points=8, K = 0 .. 7; docs/performance.md has their times. Seeds and rates of a cell run as one program with
+--together, unless one of its stages ends by accuracy:
 
     python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py:plus --seeds=0,1,2,3,4 --together --out=runs/plus
 
@@ -51,7 +51,7 @@ def get_sweep(variant: str = "all") -> Sweep:
     settings = (*SETTINGS, *GROWN) if variant == "all" else (variant,)
     if variant == "seeds":
         settings, models, rates = TIGHT, models[1:], (3e-3,)
-    if variant.startswith("plus"):
+    if variant in ("plus", "plus-grown"):
         return _plus() if variant == "plus" else _plus_grown()
     base, points = sweep_points(package_config("recall"), settings, models, rates)
     return Sweep(base, points, then=("evaluate",), study="retrieval")

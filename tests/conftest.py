@@ -46,7 +46,7 @@ def drawn(monkeypatch) -> dict[str, list[figures.Panel]]:
 
 @pytest.fixture
 def own_traces():
-    """No trace of what the test patches is served to it from before, or from it to a later test."""
+    """Clears JAX's caches before and after a test that patches code, so that it shares no trace with other tests."""
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -54,9 +54,9 @@ def own_traces():
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts long tests first, so that in the end no worker is left alone with one.
+    """Puts the long tests at the start of each worker's share, so that no worker starts one at the end.
 
-    `--dist worksteal` begins by giving every worker its part of the row.
+    `--dist worksteal` first gives every worker an equal share of the list, in order.
     """
     long = [item for item in items if item.get_closest_marker("long")]
     others = [item for item in items if not item.get_closest_marker("long")]

@@ -204,7 +204,7 @@ LEAST = {
     "train": dict.fromkeys(("steps", "batch_size", "accumulation", "log_every"), 1)
     | dict.fromkeys(("sampled_windows", "seed", "warmup_steps", "eval_every"), 0)
     | dict.fromkeys(("checkpoint_every", "max_skipped_updates"), 0),
-    "data": dict.fromkeys(("sequence_length", "examples", "num_items"), 1),
+    "data": dict.fromkeys(("sequence_length", "examples", "num_items"), 1) | {"shingle": 0},
 }
 CHOICES = {
     "model": {

@@ -25,8 +25,7 @@ from tlinformer_jax.training.loop import train_and_evaluate
 # The phases that a signal can be aimed at; `anywhere` is any moment of the run.
 AIMS = ("step", "saving", "evaluation", "tokenisation", "anywhere")
 # The phases that a signal can hit. `start`: before the first step, except tokenisation. `end`: after the last
-# evaluation.
-# A checkpoint may be saved during any of them, see `Outcome.saving`.
+# evaluation. A checkpoint may be saved during any of them, see `Outcome.saving`.
 PHASES = ("start", "tokenisation", "step", "evaluation", "end")
 TRACES = {"tokenisation": "cache/tokens/*.tmp-*", "saving": "run/checkpoints/*.saving"}
 DELETING = "run/checkpoints/*.deleting"

@@ -166,7 +166,7 @@ def define_process_flags() -> None:
 
 
 def cluster() -> "Cluster | None":
-    """Returns the processes that run together, by these flags or the cluster manager; None for a single one."""
+    """Returns the processes that run together, by `define_process_flags` or the cluster manager; None for one."""
     from tlinformer_jax.parallel.processes import find_cluster
 
     values = flags.FLAGS

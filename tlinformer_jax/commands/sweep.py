@@ -134,7 +134,7 @@ def define_flags() -> None:
 
 
 def _check(groups: "list[list[Job]]") -> None:
-    """Checks that the data exist, and that one program can train each group; raises a UserError."""
+    """Checks that the data exist, and that one program can train each group; raises a UserError if not."""
     from tlinformer_jax.experiments.plan import check_data, check_together
 
     check_data([point for group in groups for point in group])

@@ -44,7 +44,7 @@ def num_samples(stream: Split, sequence_length: int, rest: bool = False) -> int:
 
 
 def check_holds_a_sample(stream: Split, sequence_length: int, name: str, rest: bool = False) -> None:
-    """Checks that a split has at least one sample, or with `rest` two tokens; raises a DataError."""
+    """Checks that a split has at least one sample, or with `rest` two tokens; raises a DataError if not."""
     if not isinstance(stream, TaskSplit) and num_samples(stream, sequence_length, rest) < 1:
         least = "two tokens" if isinstance(stream, DocumentStream) else "one sample of sequence_length + 1"
         held = f"the {name} has only {len(stream.tokens)} tokens; it must hold at least {least}"

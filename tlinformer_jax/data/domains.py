@@ -29,7 +29,7 @@ from tlinformer_jax.errors import DataError, file_errors_as
 Document = np.ndarray | str  # uint8 [length], or letters
 
 # Splits without files of their own take documents of train_files: of every EVERY documents, those at these places. A
-# document longer than STRETCH counts as several.
+# document longer than STRETCH counts as several. With data.shingle, families of whole records take their place.
 EVERY = 20
 PLACES = {"validation": 18, "test": 19}
 STRETCH = 65_536

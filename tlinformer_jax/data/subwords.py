@@ -131,9 +131,9 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _spellings(self) -> dict[int, str]:
-        """The decoder's input for each entry, with bytes above 127 as private-use characters, else decoded to U+FFFD.
+        """The decoder's input for each entry; empty if the decoder has no bytes.
 
-        Empty if the decoder has no bytes.
+        Bytes above 127 are private-use characters here, because the decoder would turn them into U+FFFD.
         """
         settings = json.loads(self.definition)
         kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(settings.get("decoder"))))

@@ -6,7 +6,7 @@ Sample i of a split is a pure function of the configuration, the split's name an
 An answer is one or more tokens after a question. Its tokens also occur at an earlier place, its source. The region of
 an answer says where its source is, relative to the generation window that predicts its first token:
 
-    own       in the same generation window, or in the tokens before it that overlap it,
+    own       in the same generation window, or in the tokens before it that are computed with it (window_overlap),
     observed  in the last W_oh rows before that window, which are in the observation window,
     history   before those: TConstFormer finds it only in the compressed history; TLinFormer's window and full attention
               read it directly; a sliding window needs layers that pass it on.
@@ -69,7 +69,7 @@ class Task(Protocol):
         """Returns the accuracy of guessing among those answers of a sample that were not asked for before."""
 
     def check(self, length: int) -> None:
-        """Checks that samples of `length` tokens can hold the task; raises a UserError that names the field."""
+        """Checks that samples of `length` tokens can hold the task; if not, raises a UserError that names the field."""
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
         """Makes the samples with these numbers, int64 [samples] >= 0, of `length` + 1 tokens."""
@@ -320,7 +320,7 @@ def below(bits: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
 
 
 def distinct(bits: np.ndarray, bound: int) -> np.ndarray:
-    """Draws different integers 0 .. bound - 1 in random order, [samples, count], from bits [samples, 2 * count]."""
+    """Draws different integers below `bound` in random order, int64 [samples, count], from bits [samples, 2 * count]."""
     count = bits.shape[1] // 2
     chosen = np.empty((len(bits), count), np.int64)
     for number in range(count):  # Floyd's algorithm: a repeated number is replaced by the newest

@@ -42,15 +42,15 @@ class Tokenizer(Protocol):
         """Returns the ids of `text`, int32 [length], which never include `end_of_text`."""
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        """Returns the UTF-8 bytes of `tokens`; `end_of_text` has none, and a part of a character its own bytes.
+        """Returns the UTF-8 bytes of `tokens`: none for `end_of_text`, and its own bytes for a part of a character.
 
         decode(tokens) is a prefix of decode(tokens + more).
         """
 
     def safe_cut(self, text: str) -> int:
-        """Returns the largest known p where encode(text[:p]) + encode(text[p:] + more) == encode(text + more) always.
+        """Returns the largest known place p at which a text that begins with `text` can be cut; 0 if none is known.
 
-        Returns 0 if no such place is known.
+        encode(text[:p]) + encode(text[p:] + more) == encode(text + more) for every text `more`.
         """
 
     def saved(self) -> tuple[str, dict[str, bytes]]:
@@ -88,7 +88,7 @@ class ByteTokenizer(_Named):
 class NumberTokenizer(_Named):
     """Token ids written as numbers with spaces between, for data that is not text.
 
-    "numbers:V", for tasks, has the ids 0 .. V - 1, of which 0 ends a text; "ids:V" has ids 0 .. V, of which V does.
+    "numbers:V", for tasks, has ids 0 .. V - 1, and 0 ends a text; "ids:V" has ids 0 .. V, and V ends a text.
     """
 
     vocab_size: int
@@ -198,7 +198,7 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Checks that `model.vocab_size` is not smaller than the tokenizer's; raises a ConfigError."""
+    """Checks that `model.vocab_size` is not smaller than the tokenizer's; raises a ConfigError if not."""
     if vocab_size < tokenizer.vocab_size:
         allowed = f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {tokenizer.name!r}"
         raise ConfigError("model.vocab_size", vocab_size, allowed)

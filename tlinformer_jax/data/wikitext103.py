@@ -93,7 +93,7 @@ def _rows(config: DataConfig, split: str) -> Iterator[str]:
 
 
 def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
-    """Checks that a split has the published number of rows and of words; raises a DataError."""
+    """Checks that a split has the published number of rows and of words; raises a DataError if not."""
     rows, words = ROWS[split], WORDS[split]
     most_off = VARIANTS[config.dataset].words_tolerance * words
     if counts.num_documents != rows or abs(counts.num_words - words) > most_off:

@@ -1,6 +1,6 @@
 """Measures what the history contributes to a trained model, without any training.
 
-A window starts at position n, its first row, `model.window_overlap` included; d is a distance.
+n is the position of a window's first row, counting the `model.window_overlap` rows before its own; d is a distance.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, at their positions; the observation
   window is the last W_oh of these rows.
@@ -86,7 +86,7 @@ def measure_history(
 
 
 def check_measurable(config: ModelConfig, length: int) -> None:
-    """Checks that the model has windows, and samples a history; raises a UserError."""
+    """Checks that the model has windows, and samples a history; raises a UserError if not."""
     if not config.windowed:
         raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
     if num_windows(config, length) < 2:

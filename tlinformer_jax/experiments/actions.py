@@ -72,7 +72,7 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
 
 
 def check_possible(names: Sequence[str], config: "RunConfig") -> None:
-    """Checks, before training, that model and data allow the actions; raises a UserError."""
+    """Checks, before training, that model and data allow the actions; raises a UserError if not."""
     data, tokenizer = config.data, config.data.tokenizer
     for name in names:
         kind, *lengths = name.split("@")

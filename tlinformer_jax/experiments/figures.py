@@ -42,7 +42,7 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
 
 
 def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
-    """Draws accuracies of each run: a row for each length, a column for each depth, and last one for near sources."""
+    """Draws accuracies of each run: a row for each length, a column for each depth, the last one for near sources."""
     columns = min(2, len(maps))
     figure, panels = figure_of(-(-len(maps) // columns), columns, (5.6, 3.6))
     for axes, (title, shares) in zip(panels, maps.items()):

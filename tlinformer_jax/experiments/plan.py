@@ -83,7 +83,7 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job
 
 
 def check_data(points: Iterable[Job]) -> None:
-    """Checks that all points' tokenizers and files exist and fit the vocabularies; raises a UserError."""
+    """Checks that all points' tokenizers and files exist and fit the vocabularies; raises a UserError if not."""
     different: dict[Any, Job] = {}
     for point in points:
         different.setdefault((point.config.data, point.config.model.vocab_size), point)
@@ -107,7 +107,7 @@ def groups_of(points: Sequence[Job]) -> list[list[Job]]:
 
 
 def check_together(config: RunConfig) -> None:
-    """Checks that runs with this configuration can be trained together; raises a ConfigError."""
+    """Checks that runs with this configuration can be trained together; raises a ConfigError if not."""
     train, data = config.train, config.data
     if any(stage.accuracy for stage in data.stages):
         allowed = "must have no stage that ends by accuracy for --together: runs change length at the same update"

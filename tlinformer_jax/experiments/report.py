@@ -157,7 +157,8 @@ def against_base(frame: pd.DataFrame) -> pd.Series:
     """Returns by how many percent a group's perplexity exceeds the Transformer's with equal N, text and shape."""
     runs = counted(frame)
     means, base, ours = runs[PERPLEXITY].mean(), runs["base"].first(), runs["ours"].first()
-    of_base = base[ours].map(means[~ours].groupby(base[~ours]).first()).astype(float)  # of no run, a column of text
+    # astype: if all runs are Transformers, base[ours] is empty, and pandas would keep its dtype of text.
+    of_base = base[ours].map(means[~ours].groupby(base[~ours]).first()).astype(float)
     return (means[ours] / of_base - 1) * 100
 
 

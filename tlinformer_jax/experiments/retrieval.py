@@ -1,4 +1,4 @@
-"""The report's section on tasks with answers: how many runs found them, how soon, and with which accuracy where.
+"""The report's section on tasks with answers: how many runs found them, how soon, and accuracy by place and length.
 
 Whether a run finds the answers depends on chance too, so runs are counted and listed, not averaged.
 """
@@ -62,7 +62,7 @@ def _finding(runs: pd.DataFrame) -> pd.Series:
 
 
 def _known_columns(table: pd.DataFrame) -> list[str]:
-    """Returns the table without the columns of updates if no record has them."""
+    """Returns the table as Markdown, without the columns of updates if no record has them."""
     unknown = [name for name in ("median update", "found at") if name in table and table[name].eq("").all()]
     return table_of(table.drop(columns=unknown))
 
@@ -82,7 +82,7 @@ def median_interval(shares: pd.Series) -> tuple[float, float]:
 
 
 def capacity_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """Compares accuracy with pairs, and with W_oh, for models that differ in nothing else at three points or more."""
+    """Returns accuracy by pairs, and by W_oh, for models that differ in nothing else and have three points or more."""
     lines, drawn = [], {}
     for field, x_name in CAPACITY.items():
         points = _capacity_points(frame, field)

@@ -232,7 +232,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, list[KeyValue]]:
         """Returns the next C [batch, n, D] and x [batch, m, D], and what x reads of the history in each layer.
 
-        `rope` and `key_rows`, from which the first block makes its keys, have all n + m rows. The last C has none.
+        `rope` and `key_rows`, from which the first block makes its keys, have all n + m rows. The last block returns a
+        C without rows, because nothing reads it.
         """
         config, (first, *middle, final) = self.config, layers_of(self)
         n, h = C.shape[1], config.observed_start(C.shape[1])

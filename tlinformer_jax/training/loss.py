@@ -145,7 +145,7 @@ def window_loss(
 def count_routers(
     params: ModelParams, shape: ModelConfig, weights: jax.Array, divisor: jax.Array | float
 ) -> ModelParams:
-    """Returns the parameters with router losses, scaled by these labels' share of the loss."""
+    """Returns the parameters with router losses of weight sum(`weights`) / `divisor`, the weight of these labels."""
     return with_router_losses(params, jnp.sum(weights) / divisor) if shape.mixture else params
 
 

@@ -100,7 +100,7 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
 class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """A log in metrics.jsonl and TensorBoard; raises a DataError that names what cannot be written.
 
-    Writes only if `active`, which is true for process 0 of a run. The run continues from `step`: see `cut_back`.
+    Writes only if `active`, which is true only in process 0 of a run. The run continues from `step`: see `cut_back`.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
             return
         line = json.dumps({"step": step, **finite(dict(scalars))}).encode() + b"\n"
         with writing(self._name + METRICS_FILE):
-            while line:  # a write may write only a part
+            while line:  # one call may write only a part
                 line = line[self._file.write(line) :]
         with writing(self._name + TENSORBOARD_FOLDER):
             self._board.write_scalars(step, scalars)
