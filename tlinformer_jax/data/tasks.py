@@ -320,7 +320,7 @@ def below(bits: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
 
 
 def distinct(bits: np.ndarray, bound: int) -> np.ndarray:
-    """Draws different integers below `bound` in random order, int64 [samples, count], from bits [samples, 2 * count]."""
+    """Draws different integers below `bound` in random order, int64 [samples, count], of bits [samples, 2 * count]."""
     count = bits.shape[1] // 2
     chosen = np.empty((len(bits), count), np.int64)
     for number in range(count):  # Floyd's algorithm: a repeated number is replaced by the newest
