@@ -90,7 +90,7 @@ def test_values_and_gradients_are_those_of_a_loop(top):
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("rows", [(1, 1), (2, 61), (1, 400)])
 def test_many_rows_and_unequal_shares_on_each_platform(rows, platform):
-    """Blocks of 1, 7 and 25 rows; the second expert gets none, the third most."""
+    """Blocks of 1, 16 and 25 rows; the second expert gets none, the third most."""
     random = np.random.default_rng(2)
     _, router, gate_up, down = arrays()
     x, reads = random.standard_normal((*rows, D)), random.standard_normal((*rows, D))

@@ -70,8 +70,9 @@ class DataConfig:
         out of the training split (a FASTA record or sound of more than 65,536 letters or samples counts as several).
       test_files: the same for the test split, with another 20th. [passkey, niah-2, niah-3] "" hides needles in the
         validation text.
-      shingle: [fasta] records that share this many letters in a row, directly or through others, are a family, and a
-        split takes every 20th family of train_files. 0 deals single records.
+      shingle: [fasta] number of letters, for validation_files or test_files "". Records that share so many letters in a
+        row, directly or through other records, are a family; the held-out split takes every 20th family instead of
+        every 20th document, and no record is cut. 0 ignores families.
       text_field: [text, lines, tfds] the field of a .jsonl line or record, or the column, that contains the document.
       cache_dir: folder for tokens and downloads; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
         [wikitext103] The zip or parquet files are read from its folder `downloads`; otherwise the zip is downloaded.
@@ -189,7 +190,7 @@ class DataConfig:
         return tuple(stages)
 
     def samples_before(self, update: int, batch_size: int) -> int:
-        """Returns the most samples that the first `update` updates of `batch_size` rows use, with all `stages`."""
+        """Returns the samples that the first `update` updates of `batch_size` rows use if no stage ends early."""
         return stage_at(self.stages, self.sequence_length, batch_size, update)[1]
 
     @property

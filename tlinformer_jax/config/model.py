@@ -50,8 +50,8 @@ class ExecutionPlan:
         the one with the longest history.
       chunk: rows of the history that `restore` computes at a time, and again in the backward pass; 0 for all at once.
       scan_layers: whether equal layers are compiled once and looped over, which compiles faster and runs slower.
-      checkpointing: whether only gradients of a window, and only inputs of the baselines' layers, are stored for the
-        backward pass.
+      checkpointing: whether activations are computed again in the backward pass instead of stored. Then a window stores
+        only its gradients, and a layer of a baseline only its input.
     """
 
     segments: int = 1

@@ -101,7 +101,10 @@ def set_tokens(config: "ConfigDict", tokens: int) -> None:
 
 
 def set_small(config: "ConfigDict", length: int, window: int, tokens: int, batch: int) -> None:
-    """Sets a model of 6 layers, trained on `tokens` tokens in samples of `length`, with W_oh = W_og = `window`."""
+    """Sets a model of 6 layers with W_oh = W_og = `window`, and training on `tokens` tokens.
+
+    An update has `batch` samples of `length` tokens; the number of updates is rounded down.
+    """
     updates = tokens // (batch * length)
     config.model.update(
         architecture="tlinformer",

@@ -228,7 +228,7 @@ def for_chunks(
 ) -> Carry:
     """Runs `carry = body(first row, carry)` over the chunks that contain the first `length` rows.
 
-    The loop continues to the end of a round, which is at most a quarter of the capacity.
+    The loop continues to the end of a round, which is at most a quarter of the capacity, or one chunk.
     """
     size = chunk_rows(capacity, most)
     chunks = capacity // size

@@ -223,7 +223,8 @@ class Decoder:
     def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:
         """Grows the cache if it has no room for sequences of `tokens` tokens; `final` as in `init_cache`.
 
-        With a single sequence, the rows that the next slide rebuilds are dropped: a slide must follow.
+        With a single sequence of a windowed architecture, the rows that the next slide rebuilds are dropped: a slide
+        must follow.
         """
         config = self.config
         if not config.grows or stored_rows(config, tokens) <= cache.capacity:

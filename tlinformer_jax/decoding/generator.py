@@ -166,7 +166,7 @@ class Generator:
         return tokens.astype(np.int32)
 
     def _warn_of_continuation(self, prompts: Sequence[np.ndarray]) -> None:
-        """Warns if a prompt repeats all tokens of the previous call and adds fewer than a window."""
+        """Warns if a prompt repeats all tokens of the previous call and adds fewer tokens than a window has."""
         size, windowed = self.decoder.config.generation_window, self.decoder.config.windowed
         for row, prompt in enumerate(prompts if windowed else ()):
             for old, new in self._before:

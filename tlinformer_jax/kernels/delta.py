@@ -1,6 +1,6 @@
 """The delta rule of Gated DeltaNet by the kernels of jax-linear-attention, an optional package, for Hopper GPUs.
 
-The plain version, for all other devices, is `models.delta.delta_chunked`.
+The plain version is `models.delta.delta_chunked`; it runs wherever the kernels cannot (see `why_plain`).
 """
 
 import importlib.util

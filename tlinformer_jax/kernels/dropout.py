@@ -34,7 +34,7 @@ MOST_WIDTH = 128
 
 
 class Tile(NamedTuple):
-    """Rows per iteration of a program, its warps, and its pipeline stages."""
+    """Queries and keys that a program multiplies at once, its warps, and its pipeline stages."""
 
     queries: int
     keys: int

@@ -38,14 +38,14 @@ class KeyValue:
         return "auto" if self.key_scale is None else "int8"
 
     def as_kept(self, rows: "KeyValue") -> "KeyValue":
-        """Converts keys and values of new rows to this cache's dtype, with scales if it is int8."""
+        """Converts new keys and values to int8 with scales if this cache is int8; else returns them unchanged."""
         if self.key_scale is None:
             return rows
         (key, key_scale), (value, value_scale) = quantised(rows.key), quantised(rows.value)
         return KeyValue(key, value, key_scale, value_scale)
 
     def widened(self, dtype: jnp.dtype) -> "KeyValue":
-        """Returns int8 keys and values as numbers of `dtype`, without scales; for a few rows only."""
+        """Returns int8 keys and values times their scales, in `dtype`, for a few rows only; other dtypes unchanged."""
         if self.key_scale is None or self.value_scale is None:
             return self
         pairs = (self.key, self.key_scale), (self.value, self.value_scale)

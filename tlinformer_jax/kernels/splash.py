@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.parallel.sharding import batch_spec, open_axes
 
-# Rows of a tile; lengths are padded to whole tiles. Larger tiles are used if they divide the length.
+# Rows of a tile; lengths are padded to whole tiles. Larger tiles are used if they divide the padded length.
 TILE = 128
 LARGEST_TILE = 512
 

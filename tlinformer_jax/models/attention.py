@@ -108,7 +108,10 @@ def head_multiple(dtype: Any, backend: str) -> int:
 
 
 def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False) -> str:
-    """Returns the back end for 'auto': cuDNN, 'triton' (for dropout) or splash in half precision; otherwise XLA."""
+    """Returns the back end for 'auto'.
+
+    In half precision on NVIDIA GPUs it is cuDNN, or 'triton' with dropout; in bfloat16 on TPUs splash; otherwise XLA.
+    """
     # cuDNN and splash have neither dropout nor a differentiable log-sum-exp in JAX; cuDNN and triton have no documents.
     if dropout is not None and not return_lse:
         return "triton" if not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1]) else "xla"
@@ -132,7 +135,7 @@ def attend_parts(
     scale: float,
     backend: str = "auto",
 ) -> OutputAndLse:
-    """Computes attention of a few queries to many keys of one sequence, in float32; not differentiable.
+    """Computes attention of a few queries to many keys of one sequence; returns float32; not differentiable.
 
     A fused kernel assigns each block of queries to one multiprocessor. With few queries most multiprocessors would
     idle, so the keys are split into parts that run as a batch. `key_length` is clipped to 0 .. keys.
@@ -251,7 +254,7 @@ def _attend_xla(
     documents: Documents | None = None,
     start: Array | int = 0,
 ) -> OutputAndLse:
-    """Computes attention by plain matrix products, with float32 scores; query i is at position start + i."""
+    """Computes attention by plain matrix products; scores and softmax are float32; query i is at start + i."""
     scaled = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scores.scale
     mask = visible(query.shape[1], key.shape[1], scores.causal, scores.window, key_length, start, documents)
     if mask is not None:

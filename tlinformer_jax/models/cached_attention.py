@@ -32,7 +32,7 @@ from tlinformer_jax.models.layers import (
 )
 from tlinformer_jax.models.rope import Rope, rotate
 
-# With more sequences than this, XLA's products on the matrix units are faster than the token kernels.
+# With more sequences than this, XLA's products on the matrix units are faster than those of `kernels.decode.dense`.
 MAX_FUSED_ROWS = 4
 
 
@@ -281,7 +281,7 @@ def attend_history(
     chunk: int,
     backend: str,
 ) -> OutputAndLse:
-    """Computes attention of a few queries to the first `length` cached rows of a sequence, in float32.
+    """Computes attention of a few queries to the first `length` cached rows of a sequence; returns float32.
 
     Without a kernel that reads the cache directly, `chunk` rows are read at a time; `chunk` divides the cache's rows.
     """

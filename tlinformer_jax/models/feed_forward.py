@@ -2,8 +2,8 @@
 
 A row uses the experts with the highest router probabilities; its output is the sum of theirs, weighted by these
 probabilities. With several experts per row the weights are normalised to sum to 1 (as in Mixtral). With one expert per
-row the weight is the probability itself (as in Switch); otherwise the loss would give the router no gradient. Experts
-have no capacity limit, and no row is dropped.
+row the weight is the probability itself (as in Switch): a normalised weight would always be 1, and the loss would give
+the router no gradient. Experts have no capacity limit, and no row is dropped.
 
 On TPUs rows are sorted by expert, and `jax.lax.ragged_dot` multiplies the rows of each expert with its matrices. On
 other devices `ragged_dot` would multiply every row with every expert, so there the rows are copied to blocks. All rows
@@ -33,8 +33,11 @@ from tlinformer_jax.parallel.mesh import platform
 from tlinformer_jax.parallel.sharding import batch_spec, constrain_batch, open_axes
 
 BALANCE_LOSS, Z_LOSS = 0.01, 0.001
-# Blocks per expert if all experts have equally many rows. More blocks mean less padding and smaller products.
+# Blocks per expert if all experts, also those of other devices, have equally many rows here. More blocks mean less
+# padding, but smaller products and more copies of the experts' matrices: each block has its own copy.
 BLOCKS = 8
+# Fewer rows per block, as in decoding, would copy the matrices more often than they are used.
+LEAST_BLOCK = 16
 EXPERT_AXIS = "expert"
 # Prefix of parameters that have an axis of experts.
 EXPERTS = "experts_"
@@ -121,7 +124,7 @@ def _gated(gate_up: Array) -> Array:
 
 
 def router_logits(router: Router, x: Rows) -> Float[Array, "batch length E"]:
-    """Computes the router's logits in exact float32 products, since a rounded logit could choose another expert."""
+    """Returns the router's logits: float32 for every compute dtype, since a rounded logit could change the expert."""
     wide, kernel = x.astype(jnp.float32), router.kernel.astype(jnp.float32)
     return jnp.einsum("bld,de->ble", wide, kernel, precision=jax.lax.Precision.HIGHEST)
 
@@ -146,7 +149,7 @@ def router_losses(
 
 @jax.custom_vjp
 def _with_losses(output: Rows, logits: Array, chosen: Chosen, weight: Array, tally: Array) -> Rows:
-    """Returns the output; the backward pass adds the gradient of weight * losses + tally . (rows of each expert)."""
+    """Returns the output; the backward pass adds the gradient of weight * losses + sum(tally * rows per expert)."""
     del logits, chosen, weight, tally
     return output
 
@@ -204,7 +207,10 @@ def _experts(
 
 
 def _by_runs(places: Array, number: Array, gate_up_kernel: Array, down_kernel: Array) -> Array:
-    """Returns each row after its expert, [places, D]; 0 where `number` is past the last expert."""
+    """Applies expert number[i] to row places[i], [assignments, D]; returns 0 for numbers past the last expert.
+
+    A row of `places` is one (row, expert) assignment, with `number` the index of the expert.
+    """
     experts, width = gate_up_kernel.shape[:2]
     order = jnp.argsort(number, stable=True)
     inverse = jnp.argsort(order)
@@ -218,7 +224,7 @@ def _by_runs(places: Array, number: Array, gate_up_kernel: Array, down_kernel: A
 
 
 def _by_blocks(places: Array, number: Array, gate_up_kernel: Array, down_kernel: Array) -> Array:
-    """Does the same with blocks of rows and one batched product."""
+    """Computes the same as `_by_runs`, by batched products of blocks of rows with copies of their expert's matrices."""
     experts, width = gate_up_kernel.shape[:2]
     size, place, source, expert = _blocks(number, experts)
     rows = _moved(places, source, place).reshape(-1, size, width)
@@ -228,13 +234,13 @@ def _by_blocks(places: Array, number: Array, gate_up_kernel: Array, down_kernel:
 
 
 def _blocks(number: Array, experts: int) -> tuple[int, Array, Array, Array]:
-    """Assigns rows to blocks; the number of blocks is the largest possible, so shapes do not depend on the routing.
+    """Assigns rows to blocks; there are as many blocks as any routing needs, so shapes do not depend on the routing.
 
     Returns:
-      the rows per block; the index of each row in the blocks, past the end for rows without an expert; the row at each
-      index, past the end for padding; the expert of each block.
+      the rows per block; the index of each row in the concatenated blocks, past the end for rows without an expert; the
+      row at each index of the blocks, past the end for padding; the expert of each block.
     """
-    size = max(1, number.size // (BLOCKS * experts))
+    size = max(1, min(LEAST_BLOCK, number.size // experts), number.size // (BLOCKS * experts))
     blocks = (number.size + experts * (size - 1)) // size
     chosen = number[:, None] == jnp.arange(experts)
     count = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)

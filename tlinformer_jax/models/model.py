@@ -36,7 +36,7 @@ from tlinformer_jax.parallel.sharding import constrain_batch, gathered
 # In half precision the head's product pads the vocabulary to a multiple of this: loads of the matrix units are then
 # aligned, and XLA need not pad the logits by a copy.
 VOCABULARY_MULTIPLE = 128
-# The "token before" position 0.
+# Id for the token before position 0 and before the first token of a document: there is none.
 NO_TOKEN = -1
 # Factor from the token shift's parameter to s. An update of Adam changes a parameter by about the learning rate: at
 # 3e-4 and without this factor, s would hardly leave 0 in a run, but must reach the order of 1.
@@ -143,7 +143,7 @@ class LanguageModel(nn.Module):
         else:
             rows = constrain_batch(inputs_embeds.astype(config.compute_dtype))
             embeddings = shifted(params.shift, rows, documents=documents)
-        if self.is_initializing():  # all parameters are declared by now
+        if self.is_initializing():  # all parameters are declared by now; the forward pass is not needed
             return embeddings.rows
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
         return hidden_states(prepare_params(params, config), config, embeddings, dropout, start)
@@ -171,7 +171,8 @@ def embed(
     """Embeds tokens in the compute dtype; ids outside the vocabulary become NaN.
 
     Args:
-      before: the id before each token, from `tokens_before`, for the token shift; None if `tokens` begin at position 0.
+      before: the id before each token, NO_TOKEN at position 0 (see `tokens_before`), for the token shift; None if
+        `tokens` begin at position 0.
       documents: see `Embedded`.
     """
 

@@ -121,7 +121,10 @@ def prepare_sequence(
     split: SequenceSplit = WHOLE,
     first: int = 0,
 ) -> PreparedSequence:
-    """Prepares the windows from index `first` on; if rows are split over devices, `embeddings` has this device's."""
+    """Prepares a sequence of `length` tokens for its windows from index `first` on.
+
+    If rows are split over devices, `embeddings` contains only this device's rows; `length` counts all rows.
+    """
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows
     segments = plan_segments(config, count, plan, split, first)
     padded = padded_length(config, count, segments, parts)

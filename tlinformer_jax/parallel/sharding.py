@@ -25,7 +25,7 @@ BATCH_AXES = ("data", "fsdp", "expert")
 # In evaluation `window` and `context` split the batch, too; otherwise their devices would compute the same.
 EVALUATION_AXES = (*BATCH_AXES, "window", "context")
 # The first pattern that matches a parameter's path decides. FSDP splits the model's width, which every matrix has.
-# Tensor parallelism splits heads and the feed-forward's features. The other axes hold copies.
+# Tensor parallelism splits heads and the feed-forward's features, `expert` the experts. The other axes hold copies.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding$", PartitionSpec(None, "fsdp")),
     (r"(qkv|qkvg|rates)_kernel$", PartitionSpec("fsdp", None, "tensor")),
@@ -163,7 +163,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 def gathered(table: jax.Array) -> jax.Array:
     """Replicates a table if the mesh does not allow a look-up of its rows otherwise."""
-    # If both axes split parameters, XLA's partitioner aborts on a look-up in a table that one of them splits.
+    # If both `fsdp` and `tensor` split parameters, XLA's partitioner aborts on a look-up in a table that one splits.
     both = {"fsdp", "tensor"} <= open_axes().keys()
     return jax.lax.with_sharding_constraint(table, PartitionSpec()) if both else table
 
