@@ -52,9 +52,8 @@ def test_a_history_over_devices_is_the_references(context, monkeypatch, own_trac
     assert largest_error(spread_decoder(config, context), [5, 16, 1], 33, room=16) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "axes", ["data, window, context", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("window", "context"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["data, window, context", "window", "context"])
 def test_loss_and_gradients_on_eight_devices_are_those_of_one(axes):
     check(dataclasses.replace(TRAINED, **ALL), MESHES[axes])
 

@@ -258,6 +258,7 @@ def test_loss_and_gradients_on_eight_devices_are_those_of_one(axes, architecture
     check(dataclasses.replace(TRAINED, token_shift=True, architecture=architecture), MESHES[axes])
 
 
+@pytest.mark.slow
 def test_a_device_that_takes_its_own_row_before_is_noticed(monkeypatch):
     """Rows of the history split over devices: the token before each lies on another device."""
     jax.clear_caches()

@@ -236,14 +236,8 @@ def after_one_update(mesh, optimizer="adamw") -> tuple[TrainState, dict[str, jax
     return new, metrics, state
 
 
-@pytest.mark.parametrize(
-    ("sizes", "optimizer"),
-    [
-        pytest.param({}, "adamw", marks=pytest.mark.slow),
-        ({"fsdp": 4}, "adamw"),
-        pytest.param({"fsdp": 4}, "muon", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "optimizer"), [({}, "adamw"), ({"fsdp": 4}, "adamw"), ({"fsdp": 4}, "muon")])
 def test_eight_devices_equal_one(sizes, optimizer):
     """Loss within 1e-5, gradients (by the first moments) within 1e-4; every device holds its part of each array."""
     many, metrics, old = after_one_update(build_mesh(MeshConfig(**sizes)), optimizer)

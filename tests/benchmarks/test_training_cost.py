@@ -119,6 +119,7 @@ def test_generation_stands_beside_training_under_the_same_names(tmp_path, drawn)
     ]
 
 
+@pytest.mark.slow
 def test_several_records_make_one_figure_and_what_is_none_is_refused(tmp_path):
     row = {"model": "Transformer", "length": 8, "flops": 2e6, "seconds": 1e-6}
     for name, changes in {"a": {}, "b": {"model": "TLinFormer, windows of 4"}, "c": {"seconds": 9.0}}.items():

@@ -359,6 +359,7 @@ def run_config(**data) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_run_on_files_is_evaluated_and_generates_from_its_directory(tmp_path):
     np.save(tmp_path / "train.npy", IDS)
     IDS[:300].tofile(tmp_path / "validation.bin")

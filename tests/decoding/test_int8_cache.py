@@ -192,6 +192,7 @@ def test_rows_spread_over_devices(context, monkeypatch, own_traces):
     assert str(sizes).startswith(f"int8, on each of {context} devices ")
 
 
+@pytest.mark.slow
 def test_unequal_prompts_together_are_each_alone():
     model, prompts = build_model(CONFIG), [np.arange(count) % 37 for count in (3, 8, 13)]
     generator = Generator(model, params_from_reference(golden.random_weights(CONFIG), CONFIG))

@@ -52,6 +52,7 @@ def test_a_callback_sees_each_update_that_is_due_and_what_was_logged_and_saved(t
             jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path / "run", config.model)[1])
 
 
+@pytest.mark.slow
 def test_a_run_that_a_callbacks_error_has_ended_keeps_its_checkpoints_and_goes_on_bit_by_bit(tmp_path):
     config = run_config(tmp_path, log_every=1, eval_every=0, checkpoint_every=2, keep_checkpoints=2)
 
@@ -173,6 +174,7 @@ def test_without_wandb_the_line_says_what_to_install(monkeypatch):
         WandB("mine")
 
 
+@pytest.mark.slow
 def test_wandb_itself_takes_it_offline(tmp_path, monkeypatch):
     need_modules("wandb", extra="wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -147,6 +147,7 @@ def test_the_last_regular_checkpoint_is_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "15"]
 
 
+@pytest.mark.slow
 def test_a_rollback_takes_up_muons_state_and_the_average_of_the_parameters_too(tmp_path, spoil):
     recipe = {"steps": 3, "checkpoint_every": 2, "optimizer": "muon", "ema": 0.5}
     config = run_config(tmp_path, **{**SHORT, **recipe, "keep_checkpoints": 9}, max_skipped_updates="0+1")
