@@ -124,10 +124,7 @@ def draw(record: Row, file: pathlib.Path, generated: Sequence[Row] = ()) -> path
     found = record["rows"]
     kind = next(kind for kind in FIGURES if any(row[kind] is not None for row in found))
     unit, factor = FIGURES[kind]
-    curves = []
-    for name in dict.fromkeys(row["model"] for row in found):
-        own = [row for row in found if row["model"] == name and row[kind] is not None]
-        curves.append((name, [row["length"] for row in own], [row[kind] * factor for row in own]))
+    curves = curves_of(found, lambda row: None if row[kind] is None else row[kind] * factor)
     figure, (axes, *others) = figure_of(1, 3 if generated else 1, (5.6, 3.4))
     panels = generation_panels(generated)
     looks = styles(name for lines in (curves, *(lines for _, _, lines in panels)) for name, _, _ in lines)
@@ -147,23 +144,26 @@ def draw(record: Row, file: pathlib.Path, generated: Sequence[Row] = ()) -> path
     return save(figure, file)
 
 
+def curves_of(found: Sequence[Row], value: Callable[[Row], float | None]) -> list[Curve]:
+    """Returns a curve by length for each model, without the rows whose value is None."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for row in found:
+        lengths, values = curves.setdefault(row["model"], ([], []))
+        if (number := value(row)) is not None:
+            lengths.append(row["length"])
+            values.append(number)
+    return [(name, *axes) for name, axes in curves.items()]
+
+
 def generation_panels(found: Sequence[Row]) -> list[tuple[str, str, list[Curve]]]:
     """Returns title, unit and curves for a generated token (mean over a window and its slide) and for the cache."""
-
-    def curves(part: Callable[[Row], float | None]) -> list[Curve]:
-        points = [(row["model"], row["length"], part(row)) for row in found]
-        names = dict.fromkeys(row["model"] for row in found)
-        own = {
-            name: [(at, value) for model, at, value in points if model == name and value is not None] for name in names
-        }
-        return [(name, [at for at, _ in places], [value for _, value in places]) for name, places in own.items()]
 
     def milliseconds(row: Row) -> float | None:
         return row["windows"]["seconds"] / row["windows"]["tokens"] * 1e3 if "windows" in row else None
 
     return [
-        ("Cost of generation (measured)", "ms for each generated token", curves(milliseconds)),
-        ("Cache or state of one sequence", "MB", curves(lambda row: row["cache_bytes"] * 1e-6)),
+        ("Cost of generation (measured)", "ms for each generated token", curves_of(found, milliseconds)),
+        ("Cache or state of one sequence", "MB", curves_of(found, lambda row: row["cache_bytes"] * 1e-6)),
     ]
 
 

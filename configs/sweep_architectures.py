@@ -17,9 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config import recipes
-from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
+from tlinformer_jax.experiments.recipes import books_config
 
 TOKENS = 100_000_000
 # Name -> row of `recipes` and architecture; None keeps the row's.
@@ -49,10 +48,7 @@ def get_sweep(variant: str = "all") -> Sweep:
 
 
 def _config(row: str, architecture: str | None) -> ConfigDict:
-    config = default_config_dict()
-    recipes.set_books(config)
-    recipes.set_own_recipe(config, row)
-    recipes.set_tokens(config, TOKENS)
+    config = books_config(row, TOKENS)
     if architecture is not None:
         config.model.architecture = architecture
     return config

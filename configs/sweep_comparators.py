@@ -27,11 +27,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config import recipes
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
-from tlinformer_jax.experiments.recipes import COMPARATORS, package_config, sweep_points
+from tlinformer_jax.experiments.recipes import COMPARATORS, books_config, package_config, sweep_points
 
 TOKENS = 100_000_000
 RECALL = ("64-4-plus", "128-8-plus", "256-16-plus", "512-64-plus")
@@ -78,17 +77,12 @@ def get_sweep(variant: str = "books") -> Sweep:
     }
     if variant not in rows:
         raise ConfigError("variant", variant, "must be one of books, experts, passkey, recall, tiny")
-    base = _books("1k-512-0.5")
-    points = {name: overrides_between(base, _books(row)) | fields for name, (row, fields) in rows[variant].items()}
+    base = books_config("1k-512-0.5", TOKENS)
+    points = {
+        name: overrides_between(base, books_config(row, TOKENS)) | fields
+        for name, (row, fields) in rows[variant].items()
+    }
     return Sweep(base, points, then=("evaluate",), study="architectures")
-
-
-def _books(row: str) -> ConfigDict:
-    config = default_config_dict()
-    recipes.set_books(config)
-    recipes.set_own_recipe(config, row)
-    recipes.set_tokens(config, TOKENS)
-    return config
 
 
 def _tiny() -> ConfigDict:

@@ -20,12 +20,9 @@ Needs: the same as configs/books.py. Result: not yet measured.
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from tlinformer_jax.config import recipes
-from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
+from tlinformer_jax.experiments.recipes import books_config
 
 TOKENS, TRIAL = 100_000_000, 30_000_000
 RATES = (3e-4, 1e-3, 3e-3)
@@ -53,9 +50,10 @@ def get_sweep(variant: str = "all") -> Sweep:
     if variant not in ("all", "rates"):
         raise ConfigError("variant", variant, "must be one of all, rates")
     tokens = TOKENS if variant == "all" else TRIAL
-    base = _config("1k-512-0.5", tokens)
+    base = books_config("1k-512-0.5", tokens)
     points = {
-        f"books-{name}": overrides_between(base, _config(row, tokens)) | fields for name, (row, fields) in ROWS.items()
+        f"books-{name}": overrides_between(base, books_config(row, tokens)) | fields
+        for name, (row, fields) in ROWS.items()
     }
     if variant == "rates":
         points = {
@@ -67,11 +65,3 @@ def get_sweep(variant: str = "all") -> Sweep:
         for name in SEVERAL:
             points[f"books-{name}"]["train.seed"] = (0, 1, 2)
     return Sweep(base, points, then=("evaluate",), study="architectures")
-
-
-def _config(row: str, tokens: int) -> ConfigDict:
-    config = default_config_dict()
-    recipes.set_books(config)
-    recipes.set_own_recipe(config, row)
-    recipes.set_tokens(config, tokens)
-    return config

@@ -5,11 +5,14 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_recall.py:seeds --out=runs/recall_seeds --seeds=0,1,2 \
         --results=docs/results
 
-Variants: each setting of configs/recall.py (27 cells; see there for the windows); all nine (the default, 243 cells);
-seeds, the three tight settings at one learning rate, where the result is close; plus, all nine settings with the token
-shift, each architecture at 4 layers and one rate, and TLinFormer without it, with shorter samples first only in the
-settings called grown; plus-grown, TLinFormer with the shift in the other four settings that start on shorter samples;
-tiny, 2 cells of a minute each on a CPU.
+Variants:
+
+- the name of a setting of configs/recall.py runs its 27 cells; the default runs all nine settings (243 cells);
+- seeds: the three tight settings at one learning rate, because their results are close;
+- plus: all nine settings with the token shift, and TLinFormer also without it; each architecture has 4 layers and one
+  rate, and only the settings called grown start on shorter samples;
+- plus-grown: TLinFormer with the token shift in the other four settings that can start on shorter samples;
+- tiny: 2 cells of a minute each on a CPU.
 
 Controls are chance (H_P / P for P pairs, shown in the figures), attention, TConstFormer and sliding window. TLinFormer
 with B = 2 and H = 0 is compared with 4 layers of attention, with H = 1 with 6. attention-2 checks the setup: it must

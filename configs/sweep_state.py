@@ -2,8 +2,8 @@
 
     python -m tlinformer_jax sweep --sweep=configs/sweep_state.py --out=runs/state --results=docs/results
 
-Variants: each setting of configs/state.py (see there for the windows) with four architectures and five seeds; all of
-them (the default, 80 runs); tiny, two runs on a CPU.
+Variants: the name of a setting of configs/state.py runs that setting with four architectures and five seeds; the
+default runs all settings (80 runs); tiny is two runs on a CPU.
 
 Result: not yet measured.
 """

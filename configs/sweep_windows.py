@@ -16,10 +16,10 @@ knee's 10 points (not yet 448-64).
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config import recipes
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.experiments.recipes import books_config
 
 TOKENS = 30_000_000
 # Rows of W_oh if both windows together have 512.
@@ -36,7 +36,7 @@ def get_sweep(variant: str = "full") -> Sweep:
     curve = [(history, 512 - history) for history in HISTORIES]
     if variant == "knee":
         windows = [*curve, (128, 128), (512, 512), ("auto", 256)]
-        return Sweep(_books(), dict(_point(*pair) for pair in windows))
+        return Sweep(books_config("1k-512-0.5", TOKENS), dict(_point(*pair) for pair in windows))
     if variant != "full":
         raise ConfigError("variant", variant, "must be one of full, knee, tiny")
     windows = [*curve, *((share, 1024 - share) for share in (391, 512, 633)), *((size, 256) for size in LENGTHS)]
@@ -48,20 +48,12 @@ def get_sweep(variant: str = "full") -> Sweep:
             "model.num_blocks": blocks,
             "model.hidden_depth": hidden,
         }
-    return Sweep(_books(), points)
+    return Sweep(books_config("1k-512-0.5", TOKENS), points)
 
 
 def _point(history: int | str, generation: int) -> tuple[str, dict[str, int | str]]:
     windows = {"model.history_window": history, "model.generation_window": generation}
     return f"{history}-{generation}", windows
-
-
-def _books() -> ConfigDict:
-    config = default_config_dict()
-    recipes.set_books(config)
-    recipes.set_own_recipe(config, "1k-512-0.5")
-    recipes.set_tokens(config, TOKENS)
-    return config
 
 
 def _tiny() -> ConfigDict:

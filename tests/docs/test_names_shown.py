@@ -1,4 +1,4 @@
-"""What the notebook, the examples and the pages take from our packages exists; nothing of them is run."""
+"""Checks that every name of our packages that the notebook and the pages use exists, without running them."""
 
 import ast
 import inspect
@@ -6,30 +6,28 @@ import json
 import pkgutil
 from collections.abc import Iterator
 
-from tests.docs.blocks import ROOT, blocks, pages
+from tests.docs.blocks import blocks, pages
 from tests.launch.test_notebook import NOTEBOOK, code_cells
 
 OURS = ("tlinformer_jax", "benchmarks", "tools")
 
 
 def sources() -> Iterator[tuple[str, str]]:
-    """(Where, Python) of the notebook, of each page and of each example."""
+    """Yields the file name and the Python code of the notebook and of each page."""
     cells = ["".join(cell["source"]) for cell in code_cells(json.loads(NOTEBOOK.read_text()))]
     lines = "\n".join(cells).splitlines()
     yield NOTEBOOK.name, "\n".join(line for line in lines if not line.startswith("%"))  # commands of IPython
     for page in pages():
         yield page.name, "\n".join(block.text for block in blocks(page) if block.language in ("python", "py"))
-    for example in (ROOT / "examples").rglob("*.py"):
-        yield example.name, example.read_text()
 
 
 def has(owner: object, name: str) -> bool:
-    """Whether a module or a class has the attribute; fields of dataclasses need no value."""
+    """Returns whether a module or a class has the attribute; fields of dataclasses need no value."""
     return hasattr(owner, name) or name in getattr(owner, "__annotations__", {})
 
 
 def named(path: str) -> object | None:
-    """The module, or what a module holds, by its dotted path; None where there is none."""
+    """Returns the object at a dotted path; None if there is none."""
     try:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
@@ -37,9 +35,9 @@ def named(path: str) -> object | None:
 
 
 def missing(source: str) -> list[str]:
-    """The names of our packages that Python text imports, or takes as attributes of what it imported, in vain."""
+    """Returns the imports from our packages, and the attributes of imported names, that do not exist."""
     nodes = list(ast.walk(ast.parse(source)))
-    paths: dict[str, str] = {}  # of what each name stands for
+    paths: dict[str, str] = {}  # name -> what it is bound to
     imports: list[str] = []
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -61,7 +59,7 @@ def missing(source: str) -> list[str]:
 
 
 def value_of(node: ast.expr, names: dict[str, object]) -> object | None:
-    """What an expression such as `a.b` is, by the imported names; None where it is something else."""
+    """Returns the value of an expression such as `a.b` over the imported names; None for other expressions."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Attribute):

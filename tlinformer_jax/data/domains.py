@@ -22,7 +22,7 @@ import numpy as np
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.files import OnRead, read_blocks, read_lines
-from tlinformer_jax.data.streams import Counts, Encoded, smallest_dtype
+from tlinformer_jax.data.streams import Counts, Encoded, groups_that_share, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, file_errors_as
 
@@ -33,7 +33,6 @@ Document = np.ndarray | str  # uint8 [length], or letters
 EVERY = 20
 PLACES = {"validation": 18, "test": 19}
 STRETCH = 65_536
-HASH = np.uint64(0x9E3779B97F4A7C15)  # multiplier of the letters' rolling hash; odd
 
 RATE = 8_000  # samples of sound per second
 LEVELS = 256  # of mu-law
@@ -183,23 +182,7 @@ def families(records: Sequence[str], shingle: int) -> np.ndarray:
 
     Records that share `shingle` letters in a row, directly or through others, are one family.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    count = len(records)
-    letters = np.frombuffer("".join(records).encode("ascii"), np.uint8).astype(np.uint64)
-    owners = np.repeat(np.arange(count), [len(record) for record in records])
-    places = max(0, len(letters) - shingle + 1)
-    codes = np.zeros(places, np.uint64)
-    for letter in range(shingle):
-        codes = codes * HASH + letters[letter : letter + places]
-    within = owners[:places] == owners[shingle - 1 :]
-    codes, owners = codes[within], owners[:places][within]
-    order = np.argsort(codes, kind="stable")
-    codes, owners = codes[order], owners[order]
-    same = np.flatnonzero(codes[1:] == codes[:-1])
-    links = coo_array((np.ones(len(same)), (owners[same], owners[same + 1])), shape=(count, count))
-    _, found = connected_components(links, directed=False)
+    found = groups_that_share([np.frombuffer(record.encode("ascii"), np.uint8) for record in records], shingle)
     sizes = np.bincount(found)
     ranks = np.empty_like(sizes)
     ranks[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))

@@ -20,7 +20,7 @@ from tlinformer_jax.config.data import (
 from tlinformer_jax.data import domains, given, needles, tasks, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.files import TextPiece, check_patterns, find_files, progress, read_documents
-from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents
+from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents, groups_that_share
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
@@ -232,17 +232,10 @@ def _groups() -> list[list[str]]:
 
 
 def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
-    """Returns the connected components of articles that share `size` consecutive words, longest text first."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    owners: dict[tuple[str, ...], int] = {}
-    links = [(number, number) for number in range(len(articles))]
-    for number, article in enumerate(articles):
-        words = article.split()
-        shingles = zip(*(words[start:] for start in range(size)))
-        links += [(number, owners.setdefault(shingle, number)) for shingle in shingles]
-    graph = coo_array((np.ones(len(links)), tuple(zip(*links))), shape=(len(articles), len(articles)))
-    count, labels = connected_components(graph, directed=False)
-    groups = [[article for article, own in zip(articles, labels) if own == label] for label in range(count)]
-    return sorted(groups, key=lambda group: -sum(map(len, group)))
+    """Returns groups of articles that share `size` consecutive words, the group with the most text first."""
+    ids: dict[str, int] = {}
+    words = [np.array([ids.setdefault(word, len(ids)) for word in article.split()], int) for article in articles]
+    found: dict[int, list[str]] = {}
+    for article, number in zip(articles, groups_that_share(words, size).tolist()):
+        found.setdefault(number, []).append(article)
+    return sorted(found.values(), key=lambda group: -sum(map(len, group)))

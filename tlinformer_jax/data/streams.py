@@ -1,13 +1,14 @@
 """Token streams: a split as one long row of token ids, with facts about its text, and how text is tokenised.
 
-Threads encode text on all cores, in bounded memory: the tokenizers' libraries release Python's lock.
+Threads encode text on all cores, in bounded memory: the tokenizers' libraries release Python's lock. `groups_that_share`
+finds texts that share passages, which belong in one split.
 """
 
 import collections
 import dataclasses
 import mmap
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from tlinformer_jax.errors import DataError, UserError
 _READ_AT_ONCE = 1 << 22  # tokens
 PIECE_CHARACTERS = 1 << 17  # size of a piece, and of the group of pieces that one thread encodes at a time
 LARGEST_UNCUT = 1 << 28  # most characters held in memory of a document that cannot be cut
+HASH = np.uint64(0x9E3779B97F4A7C15)  # multiplier of the rolling hash; odd
 ASCII_SPACE = " \t\n\r\x0b\x0c"
 
 Encoded = tuple[np.ndarray, "Counts"]
@@ -215,3 +217,30 @@ def _count(piece: Piece) -> Counts:
     unended = piece.ends and last not in ("", "\n")
     words, lines = len(encoded.split()) - bool(inside), encoded.count(b"\n") + int(unended)
     return Counts(len(encoded), int(piece.ends), words, lines)
+
+
+# ---- Texts that share passages
+
+
+def groups_that_share(sequences: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Returns the number of each sequence's group, int [sequences], from 0 in the order of the first members.
+
+    Sequences of integers >= 0 that share `length` consecutive numbers, directly or through others, are one group. Runs
+    of numbers are compared by a hash of 64 bits.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count, numbers = len(sequences), np.concatenate([np.empty(0, np.uint8), *sequences]).astype(np.uint64)
+    owners = np.repeat(np.arange(count), [len(sequence) for sequence in sequences])
+    starts = max(0, len(numbers) - length + 1)
+    hashes = np.zeros(starts, np.uint64)
+    for place in range(length):
+        hashes = hashes * HASH + numbers[place : place + starts]
+    within = owners[:starts] == owners[length - 1 :]
+    hashes, owners = hashes[within], owners[:starts][within]
+    order = np.argsort(hashes, kind="stable")
+    hashes, owners = hashes[order], owners[order]
+    same = np.flatnonzero(hashes[1:] == hashes[:-1])
+    links = coo_array((np.ones(len(same)), (owners[same], owners[same + 1])), shape=(count, count))
+    return connected_components(links, directed=False)[1]

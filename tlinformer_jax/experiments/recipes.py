@@ -1,4 +1,4 @@
-"""Shared parts of the config and sweep files for tasks with answers: models of equal depth, recipe, sweep points."""
+"""Shared parts of sweep files, and of config files for tasks with answers: models of equal depth, recipe, points."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.named import load_python
-from tlinformer_jax.config.recipes import set_books
+from tlinformer_jax.config.recipes import set_books, set_own_recipe, set_tokens
+from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +58,15 @@ def set_model(config: "ConfigDict", name: str) -> None:
         config.model.token_shift = False
     if architecture == "gated_deltanet":
         config.model.longest_wavelength = 0
+
+
+def books_config(row: str, tokens: int) -> "ConfigDict":
+    """Returns the configuration of a row of `config.recipes` with our recipe, trained on `tokens` tokens of books."""
+    config = default_config_dict()
+    set_books(config)
+    set_own_recipe(config, row)
+    set_tokens(config, tokens)
+    return config
 
 
 def package_config(name: str) -> "Callable[[str], ConfigDict]":

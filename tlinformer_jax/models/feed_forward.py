@@ -43,6 +43,9 @@ EXPERT_AXIS = "expert"
 EXPERTS = "experts_"
 
 Rows = Float[Array, "batch length D"]
+# A copy of a row for each expert that the row uses, and the numbers of these experts.
+Assigned = Float[Array, "assignments D"]
+Numbers = Int[Array, " assignments"]
 Chosen = Int[Array, "batch length top"]
 Weights = Float[Array, "batch length top"]
 
@@ -200,16 +203,16 @@ def _experts(
     top, number = chosen.shape[-1], chosen.reshape(-1) - (0 if first is None else first)
     # Assignments to experts on other devices get the number `experts`, which no expert here has.
     number = jnp.where((number >= 0) & (number < experts), number, experts)
-    by_expert = _by_runs if platform() == "tpu" else _by_blocks
-    places = jnp.repeat(x.reshape(-1, width), top, axis=0)
-    output = by_expert(places, number, gate_up_kernel, down_kernel).reshape(*chosen.shape, width)
+    by_expert = _by_groups if platform() == "tpu" else _by_blocks
+    copies = jnp.repeat(x.reshape(-1, width), top, axis=0)
+    output = by_expert(copies, number, gate_up_kernel, down_kernel).reshape(*chosen.shape, width)
     return jnp.sum(output.astype(jnp.float32) * weights[..., None], axis=2).astype(x.dtype)
 
 
-def _by_runs(places: Array, number: Array, gate_up_kernel: Array, down_kernel: Array) -> Array:
-    """Applies expert number[i] to row places[i], [assignments, D]; returns 0 for numbers past the last expert.
+def _by_groups(copies: Assigned, number: Numbers, gate_up_kernel: Array, down_kernel: Array) -> Assigned:
+    """Applies expert number[i] to copies[i]; returns 0 for numbers past the last expert.
 
-    A row of `places` is one (row, expert) assignment, with `number` the index of the expert.
+    `copies` has a copy of a row for each expert that the row uses, and `number` is the index of that expert.
     """
     experts, width = gate_up_kernel.shape[:2]
     order = jnp.argsort(number, stable=True)
@@ -217,23 +220,23 @@ def _by_runs(places: Array, number: Array, gate_up_kernel: Array, down_kernel: A
     sizes = jnp.sum(number[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     # Values of rows past the last group, and their gradients, are undefined.
     own = (jnp.arange(number.size) < jnp.sum(sizes))[:, None]
-    rows = jnp.where(own, _moved(places, order, inverse), 0)
+    rows = jnp.where(own, _moved(copies, order, inverse), 0)
     gate_up = jax.lax.ragged_dot(rows, gate_up_kernel.reshape(experts, width, -1), sizes)
     inner = _gated(gate_up.reshape(1, number.size, 2, -1))[0]
     return _moved(jnp.where(own, jax.lax.ragged_dot(inner, down_kernel, sizes), 0), inverse, order)
 
 
-def _by_blocks(places: Array, number: Array, gate_up_kernel: Array, down_kernel: Array) -> Array:
-    """Computes the same as `_by_runs`, by batched products of blocks of rows with copies of their expert's matrices."""
+def _by_blocks(copies: Assigned, number: Numbers, gate_up_kernel: Array, down_kernel: Array) -> Assigned:
+    """Computes the same as `_by_groups`, by batched products; each block of rows has its own copy of the matrices."""
     experts, width = gate_up_kernel.shape[:2]
     size, place, source, expert = _blocks(number, experts)
-    rows = _moved(places, source, place).reshape(-1, size, width)
+    rows = _moved(copies, source, place).reshape(-1, size, width)
     gate_up = jnp.einsum("bid,bdpf->bipf", rows, _kernels_of(gate_up_kernel, experts, expert))
     output = jnp.einsum("bif,bfd->bid", _gated(gate_up), _kernels_of(down_kernel, experts, expert))
     return _moved(output.reshape(-1, width), place, source)
 
 
-def _blocks(number: Array, experts: int) -> tuple[int, Array, Array, Array]:
+def _blocks(number: Numbers, experts: int) -> tuple[int, Array, Array, Array]:
     """Assigns rows to blocks; there are as many blocks as any routing needs, so shapes do not depend on the routing.
 
     Returns:

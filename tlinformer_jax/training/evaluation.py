@@ -159,7 +159,7 @@ def perplexities(nats: float, tokens: int, stream: TokenStream) -> dict[str, flo
     """Returns perplexity per token, per word and per word with line ends, and bits per byte, of `tokens` tokens.
 
     The stream's words, lines and bytes are scaled by the fraction of its tokens that were predicted. A figure is left
-    out if the stream has none of its unit, or does not know the count.
+    out if the stream has no bytes, words or lines to count, or if their number is unknown.
     """
     share, words, lines = tokens / len(stream.tokens), stream.num_words, stream.num_lines
     figures = {"perplexity": _exp(nats / tokens)}
