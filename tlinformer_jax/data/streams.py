@@ -1,7 +1,7 @@
 """Token streams: a split as one long row of token ids, with facts about its text, and how text is tokenised.
 
-Threads encode text on all cores, in bounded memory: the tokenizers' libraries release Python's lock. `groups_that_share`
-finds texts that share passages, which belong in one split.
+Threads encode text on all cores, in bounded memory: the tokenizers' libraries release Python's lock.
+`groups_that_share` finds texts that share passages, which belong in one split.
 """
 
 import collections
