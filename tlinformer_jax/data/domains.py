@@ -10,18 +10,20 @@ Records and sounds are followed by the tokenizer's end of text, as texts are. Im
 single 0: if N is the size of an image, every sample is one image, with the previous image's last pixel as first input.
 """
 
-import itertools
+import functools
+import io
 import math
 import pathlib
 import struct
 import wave
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.data.files import OnRead, read_blocks, read_lines
+from tlinformer_jax.data.files import read_blocks, read_lines
 from tlinformer_jax.data.streams import Counts, Encoded, groups_that_share, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, file_errors_as
@@ -36,9 +38,6 @@ STRETCH = 65_536
 
 RATE = 8_000  # samples of sound per second
 LEVELS = 256  # of mu-law
-BLOCK_SAMPLES = 1 << 20  # samples per read
-LARGEST_IMAGE = 1 << 24  # pixels
-LARGEST_RECORD = 1 << 28  # letters; memory holds a whole record
 UNSIGNED_BYTES = 8  # an IDX file's code for values of this type
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ*-"  # allowed in FASTA records if the tokenizer names none
 
@@ -46,28 +45,43 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ*-"  # allowed in FASTA records if the toke
 # ---- From documents to a split
 
 
-def read_documents(path: pathlib.Path, config: DataConfig, on_read: OnRead) -> Iterator[Document]:
+def held_out(config: DataConfig, split: str) -> list[str]:
+    """Returns the splits that get documents of train_files, if `split` is read from there; none if it is not."""
+    if config.field_of_files(split) != "train_files":
+        return []
+    return [other for other in PLACES if config.field_of_files(other) == "train_files"]
+
+
+def identity(config: DataConfig, split: str) -> dict[str, Any]:
+    """Returns what a split depends on apart from its files."""
+    others = held_out(config, split)
+    shared = {"dataset": config.dataset, "split": split if others else "", "held_out": others}
+    return shared | ({"shingle": config.shingle} if config.shingle and others else {})
+
+
+def read_documents(path: pathlib.Path, config: DataConfig) -> Iterator[Document]:
     """Yields the documents of one file."""
     if config.dataset == "idx":
-        return read_idx(path, on_read)
+        return read_idx(path)
     if config.dataset == "wav":
-        return read_wav(path, on_read)
-    return read_fasta(path, on_read, config.letters or LETTERS)
+        return read_wav(path)
+    return read_fasta(path, config.letters or LETTERS)
 
 
-def deal(documents: Iterable[Document], split: str, held_out: Collection[str], shingle: int = 0) -> Iterator[Document]:
-    """Yields the documents of `split`, if train_files also contain the splits `held_out`; all of them if none.
+def deal(documents: Iterable[Document], config: DataConfig, split: str) -> Iterator[Document]:
+    """Yields the documents of `split`: all of them if no other split gets some of its files.
 
-    With `shingle`, records that share this many letters in a row are in one split, and no record is cut.
+    With data.shingle, records that share this many letters in a row are in one split, and no record is cut.
     """
-    if not held_out:
+    others = held_out(config, split)
+    if not others:
         yield from documents
         return
-    owners = {PLACES[other]: other for other in held_out}
+    owners = {PLACES[other]: other for other in others}
     numbered: Iterable[tuple[int, Document]]
-    if shingle:
+    if config.shingle:
         records = [record for record in documents if isinstance(record, str)]
-        numbered = zip(families(records, shingle).tolist(), records)
+        numbered = zip(families(records, config.shingle).tolist(), records)
     else:
         pieces = (document[at : at + STRETCH] for document in documents for at in range(0, len(document), STRETCH))
         numbered = enumerate(pieces)
@@ -90,12 +104,9 @@ def encode(documents: Iterable[Document], config: DataConfig, tokenizer: Tokeniz
 # ---- Images
 
 
-def read_idx(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
-    """Yields the images of an IDX file, counted by its first dimension, as uint8 [pixels]."""
-    blocks = read_blocks(path, on_read)
-    data = bytearray()
-    while (len(data) < 4 or len(data) < 4 + 4 * data[3]) and (block := next(blocks, b"")):
-        data += block
+def read_idx(path: pathlib.Path) -> Iterator[np.ndarray]:
+    """Yields the images of an IDX file, counted by its first dimension, as uint8 [pixels]; memory holds the file."""
+    data = b"".join(read_blocks(path))
     if data[:3] != bytes([0, 0, UNSIGNED_BYTES]) or not 2 <= data[3] <= 8:
         fault = f"an IDX file of images begins with the bytes 00 00 08 and at least 02, not {data[:4].hex(' ')!r}"
         raise DataError(f"{path}: {fault}")
@@ -104,22 +115,13 @@ def read_idx(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
         raise DataError(f"{path}: truncated: it ends within its IDX header")
     count, *sides = struct.unpack(f">{data[3]}I", data[4:start])
     size = math.prod(sides)
-    if not 1 <= size <= LARGEST_IMAGE:
-        raise DataError(f"{path}: an image has {' x '.join(map(str, sides))} values; must be 1 to {LARGEST_IMAGE:,}")
-    del data[:start]
-    found = 0
-    for block in itertools.chain([b""], blocks):
-        data += block
-        whole = min(len(data) // size, count - found)
-        yield from np.frombuffer(bytes(data[: whole * size]), np.uint8).reshape(whole, size)
-        del data[: whole * size]
-        found += whole
-        if found == count and data:
-            break
-    if found < count or data:
-        kind = "truncated" if found < count else "too long"
+    if not size:
+        raise DataError(f"{path}: an image has {' x '.join(map(str, sides))} values; must be at least 1")
+    if len(data) != start + count * size:
+        kind = "truncated" if len(data) < start + count * size else "too long"
         fault = f"its header says {count:,} images of {size:,} bytes, which is not what follows"
         raise DataError(f"{path}: {kind}: {fault}")
+    yield from np.frombuffer(data, np.uint8, offset=start).reshape(count, size)
 
 
 def png(image: np.ndarray) -> bytes:
@@ -150,30 +152,28 @@ def images_png(samples: Sequence[np.ndarray], pixels: int) -> bytes:
 # ---- Genomes and proteins
 
 
-def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[str]:
+def read_fasta(path: pathlib.Path, letters: str) -> Iterator[str]:
     """Yields the records of a FASTA file that have letters; refuses letters that are not among `letters`."""
     record: list[str] = []
-    size, begun = 0, False
-    for number, line in enumerate(read_lines(read_blocks(path, on_read), path), 1):
+    begun = False
+    allowed = dict.fromkeys(map(ord, letters + letters.lower()))
+    texts = (block.decode("latin-1") for block in read_blocks(path))  # a description may have any bytes
+    for number, line in enumerate(read_lines(texts, path), 1):
         line = line.strip()
-        if line.startswith(b">"):
-            if size:
+        if line.startswith(">"):
+            if record:
                 yield "".join(record)
-            record, size, begun = [], 0, True
-            continue
-        if line and not begun:
+            record, begun = [], True
+        elif line and not begun:
             raise DataError(f"{path}, line {number}: a FASTA file begins with a line that begins with '>'")
-        line = line.upper()
-        if wrong := line.translate(None, letters.encode()):
-            fault = f"{chr(wrong[0])!r} is none of the letters {letters}; see data.tokenizer"
+        elif wrong := line.translate(allowed):
+            fault = f"{wrong[0]!r} is none of the letters {letters}; see data.tokenizer"
             raise DataError(f"{path}, line {number}: {fault}")
-        record.append(line.decode("ascii"))
-        size += len(line)
-        if size > LARGEST_RECORD:
-            raise DataError(f"{path}, line {number}: a record must have at most {LARGEST_RECORD:,} letters")
+        elif line:
+            record.append(line.upper())
     if not begun:
         raise DataError(f"{path}: holds no FASTA record, which begins with a line that begins with '>'")
-    if size:
+    if record:
         yield "".join(record)
 
 
@@ -192,7 +192,7 @@ def families(records: Sequence[str], shingle: int) -> np.ndarray:
 # ---- Sound
 
 
-def read_wav(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
+def read_wav(path: pathlib.Path) -> Iterator[np.ndarray]:
     """Yields the one sound of a WAV file as levels, uint8 [samples]; nothing if the file has no samples."""
     try:
         with file_errors_as(f"{path}: cannot be read"), wave.open(str(path), "rb") as file:
@@ -200,17 +200,14 @@ def read_wav(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
             if (channels, width, rate) != (1, 2, RATE):
                 fault = f"has {channels} channels of {8 * width} bit at {rate} Hz; must be 1 of 16 bit at {RATE} Hz"
                 raise DataError(f"{path}: {fault}")
-            parts = [np.empty(0, np.uint8)]
-            while data := file.readframes(BLOCK_SAMPLES):
-                parts.append(mu_law(np.frombuffer(data[: len(data) // width * width], "<i2")))
+            data = file.readframes(count)
     except (wave.Error, EOFError) as error:
         raise DataError(f"{path}: cannot be read as WAV ({str(error) or 'it ends within its header'})") from None
-    levels = np.concatenate(parts)
-    if len(levels) != count:
-        raise DataError(f"{path}: truncated: its header says {count:,} samples, but {len(levels):,} follow")
-    on_read(path.stat().st_size)
+    samples = np.frombuffer(data[: len(data) // width * width], "<i2")
+    if len(samples) != count:
+        raise DataError(f"{path}: truncated: its header says {count:,} samples, but {len(samples):,} follow")
     if count:
-        yield levels
+        yield _all_levels()[samples.astype(np.int32) + 2**15]
 
 
 def mu_law(samples: np.ndarray) -> np.ndarray:
@@ -218,6 +215,12 @@ def mu_law(samples: np.ndarray) -> np.ndarray:
     share = samples.astype(np.float64) / 2**15
     companded = np.sign(share) * np.log1p((LEVELS - 1) * np.abs(share)) / np.log(LEVELS)
     return np.floor((companded + 1) / 2 * (LEVELS - 1) + 0.5).astype(np.uint8)
+
+
+@functools.cache
+def _all_levels() -> np.ndarray:
+    """Returns the level of each sample from -2^15 to 2^15 - 1."""
+    return mu_law(np.arange(-(2**15), 2**15))
 
 
 def from_mu_law(levels: np.ndarray) -> np.ndarray:
@@ -235,7 +238,8 @@ def sounds_wav(samples: Sequence[np.ndarray], _: int) -> bytes:
 
 def wav(levels: np.ndarray) -> bytes:
     """Returns a WAV file of a sound, levels uint8 [samples]."""
-    data = from_mu_law(levels).tobytes()
-    form = struct.pack("<HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16)
-    chunks = b"".join(name + struct.pack("<I", len(part)) + part for name, part in ((b"fmt ", form), (b"data", data)))
-    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setparams((1, 2, RATE, len(levels), "NONE", ""))
+        file.writeframes(from_mu_law(levels).tobytes())
+    return content.getvalue()

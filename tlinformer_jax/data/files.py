@@ -5,7 +5,7 @@ skipped. Any fault of a file is a `DataError` that names the file, and the line 
 """
 
 import codecs
-import datetime
+import functools
 import glob
 import json
 import lzma
@@ -14,7 +14,7 @@ import pathlib
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from tlinformer_jax.errors import DataError, file_errors_as, first_line
@@ -24,7 +24,7 @@ COLUMNS = (".parquet", ".arrow")  # each row is a document
 BLOCK = 32 * 1024  # bytes per read
 STEP = 1024  # compressed bytes at a time; .zst can expand them to 30 MB of equal bytes
 MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
-LARGEST_LINE = 1 << 28  # bytes; memory holds several copies of a line
+LARGEST_LINE = 1 << 28  # characters; memory holds several copies of a line
 REPORT_EVERY = 10.0  # seconds between two progress lines
 # Folder -> Debian package that installs data there.
 PACKAGES = {
@@ -35,7 +35,6 @@ PACKAGES = {
 }
 
 TextPiece = tuple[str, bool]
-OnRead = Callable[[int], None]  # called with the number of (compressed) bytes of each read
 
 
 # ---- Finding files
@@ -98,25 +97,24 @@ def file_kind(path: pathlib.Path) -> str | None:
 # ---- Reading documents
 
 
-def read_documents(path: pathlib.Path, dataset: str, text_field: str, on_read: OnRead) -> Iterator[TextPiece]:
+def read_documents(path: pathlib.Path, dataset: str, text_field: str) -> Iterator[TextPiece]:
     """Yields the documents of one file; `dataset` and `text_field` as in `DataConfig`."""
     if path.suffix in COLUMNS:
-        return ((text, True) for text in read_column(path, text_field, on_read) if text)
-    blocks = _without_mark(read_blocks(path, on_read))
+        return ((text, True) for text in read_column(path, text_field) if text)
+    texts = decoded(read_blocks(path), path)
     if file_kind(path) == "jsonl":
-        return _json_documents(path, blocks, text_field)
-    return (_line_documents if dataset == "lines" else _whole_document)(path, blocks)
+        return _json_documents(path, texts, text_field)
+    return _line_documents(path, texts) if dataset == "lines" else _whole_document(texts)
 
 
 def read_text(path: pathlib.Path) -> str:
     """Reads a file of any name as one document, like a .txt file."""
-    return "".join(text for text, _ in _whole_document(path, _without_mark(read_blocks(path, lambda count: None))))
+    return "".join(decoded(read_blocks(path), path))
 
 
-def _json_documents(path: pathlib.Path, blocks: Iterator[bytes], field: str) -> Iterator[TextPiece]:
-    for number, line in enumerate(read_lines(blocks, path), 1):
-        text = decode_line(line, path, number)
-        if not text.isspace() and (document := _json_text(text, field, f"{path}, line {number}")):
+def _json_documents(path: pathlib.Path, texts: Iterator[str], field: str) -> Iterator[TextPiece]:
+    for number, line in enumerate(read_lines(texts, path), 1):
+        if not line.isspace() and (document := _json_text(line, field, f"{path}, line {number}")):
             yield document, True
 
 
@@ -138,31 +136,23 @@ def _json_text(line: str, field: str, where: str) -> str:
     return text
 
 
-def _line_documents(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[TextPiece]:
-    for number, line in enumerate(read_lines(blocks, path), 1):
-        text = decode_line(line, path, number).rstrip("\r\n")
+def _line_documents(path: pathlib.Path, texts: Iterator[str]) -> Iterator[TextPiece]:
+    for line in read_lines(texts, path):
+        text = line.rstrip("\r\n")
         if text and not text.isspace():
             yield text, True
 
 
-def _whole_document(path: pathlib.Path, blocks: Iterator[bytes]) -> Iterator[TextPiece]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    lines, empty = 1, True
-    try:
-        for block in blocks:
-            text = decoder.decode(block)
-            lines += text.count("\n")
-            if text:
-                empty = False
-                yield text, False
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, lines + error.object[: error.start].count(b"\n"), error) from None
-    if not empty:
+def _whole_document(texts: Iterator[str]) -> Iterator[TextPiece]:
+    found = False
+    for text in texts:
+        yield text, False
+        found = True
+    if found:
         yield "", True
 
 
-def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[str | None]:
+def read_column(path: pathlib.Path, column: str) -> Iterator[str | None]:
     """Yields the texts in a column of a .parquet file, or of an .arrow file (Arrow IPC, file or stream)."""
     try:
         import pyarrow
@@ -183,80 +173,64 @@ def read_column(path: pathlib.Path, column: str, on_read: OnRead) -> Iterator[st
                 source.seek(0)
                 batches = pyarrow.ipc.open_stream(source)
                 schema = batches.schema
-        if schema.names.count(column) != 1:
-            fault = f"must have one column {column!r} (data.text_field), not {schema.names.count(column)}"
-            raise DataError(f"{path}: {fault}; it has {', '.join(map(repr, schema.names))}")
-        if not any(map(str(schema.field(column).type).endswith, ("string", "string_view"))):
-            fault = f"column {column!r} (data.text_field) must be text, not {schema.field(column).type}"
-            raise DataError(f"{path}: {fault}")
+        types = [str(field.type) for field in schema if field.name == column]
+        if len(types) != 1 or not types[0].endswith(("string", "string_view")):
+            columns = ", ".join(f"{field.name!r} ({field.type})" for field in schema)
+            raise DataError(f"{path}: must have one column {column!r} (data.text_field) of text; it has {columns}")
         for batch in batches:
             yield from batch.column(column).to_pylist()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: column {column!r} (data.text_field) is not valid UTF-8 ({error.reason})") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({first_line(error)})") from None
-    on_read(path.stat().st_size)
 
 
-# ---- Reading bytes
+# ---- Reading bytes and text
 
 
-def read_blocks(path: pathlib.Path, on_read: OnRead) -> Iterator[bytes]:
+def read_blocks(path: pathlib.Path) -> Iterator[bytes]:
     """Yields the file's content, decompressed if its name's ending says so."""
     with file_errors_as(f"{path}: cannot be read"), path.open("rb") as file:
-        raw = file_blocks(file, on_read)
-        yield from _decompressed(raw, path) if path.suffix in COMPRESSED else raw
+        yield from _decompressed(blocks_of(file), path) if path.suffix in COMPRESSED else blocks_of(file)
 
 
-def file_blocks(file: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
+def blocks_of(file: IO[bytes]) -> Iterator[bytes]:
     """Yields the rest of an open file in blocks."""
-    while block := file.read(BLOCK):
-        on_read(len(block))
-        yield block
+    return iter(functools.partial(file.read, BLOCK), b"")
 
 
-def read_lines(blocks: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the lines of a file with their newlines, which the last may lack. Only b"\\n" ends a line.
+def decoded(blocks: Iterator[bytes], where: object) -> Iterator[str]:
+    """Decodes UTF-8, without a byte order mark at the start; a DataError names the line in `where` that is not."""
+    line = 1
+    try:
+        for text in codecs.iterdecode(blocks, "utf-8-sig"):
+            yield text
+            line += text.count("\n")
+    except UnicodeDecodeError as error:
+        line += error.object[: error.start].count(b"\n")
+        fault = f"not valid UTF-8 (byte {error.object[error.start]:#04x}: {error.reason})"
+        raise DataError(f"{where}, line {line}: {fault}") from None
 
-    Raises a DataError for a line of more than LARGEST_LINE bytes, without reading it to its end.
+
+def read_lines(texts: Iterable[str], where: object) -> Iterator[str]:
+    """Yields the lines of a text with their newlines, which the last may lack. Only "\\n" ends a line.
+
+    Raises a DataError for a line of more than LARGEST_LINE characters, without reading it to its end.
     """
-    parts: list[bytes] = []
+    parts: list[str] = []
     size = 0
-    for block in blocks:
-        *ended, rest = block.split(b"\n")
+    for text in texts:
+        *ended, rest = text.split("\n")
         for line in ended:
-            yield b"".join((*parts, line, b"\n"))
+            yield "".join((*parts, line, "\n"))
             parts, size = [], 0
         if rest:
             parts.append(rest)
             size += len(rest)
             if size > LARGEST_LINE:
-                raise DataError(f"{path}: holds a line of more than {LARGEST_LINE:,} bytes; cut it into several")
+                raise DataError(f"{where}: holds a line of more than {LARGEST_LINE:,} characters; cut it into several")
     if parts:
-        yield b"".join(parts)
-
-
-def decode_line(line: bytes, path: pathlib.Path | str, number: int) -> str:
-    """Decodes line `number` (from 1) of `path` as UTF-8."""
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, number, error) from None
-
-
-def _not_utf8(path: pathlib.Path | str, number: int, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"{path}, line {number}: not valid UTF-8 (byte {error.object[error.start]:#04x}: {error.reason})")
-
-
-def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Drops a UTF-8 byte order mark at the start of a file."""
-    head = b""
-    for block in blocks:
-        head += block
-        if len(head) >= len(codecs.BOM_UTF8):
-            break
-    yield head.removeprefix(codecs.BOM_UTF8)
-    yield from blocks
+        yield "".join(parts)
 
 
 def _decompressed(raw: Iterator[bytes], path: pathlib.Path) -> Iterator[bytes]:
@@ -292,8 +266,8 @@ def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
 
 
-def progress(label: str, total: int) -> OnRead:
-    """Returns a function to call with the bytes just read of `total`; at intervals it prints progress and speed."""
+def progress(label: str) -> Callable[[int], None]:
+    """Returns a function to call with the number of bytes just read; at intervals it prints their sum and the speed."""
     done, start = 0, time.monotonic()
     due = start + REPORT_EVERY
 
@@ -301,9 +275,8 @@ def progress(label: str, total: int) -> OnRead:
         nonlocal done, due
         done, now = done + count, time.monotonic()
         if now >= due:
-            due, speed = now + REPORT_EVERY, max(1, done) / (now - start)
-            left = datetime.timedelta(seconds=round(max(0, total - done) / speed))
-            message = f"{100 * done / max(1, total):.0f}% of {total / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s, {left} left"
-            print(f"{label}: {message}", file=sys.stderr, flush=True)
+            due = now + REPORT_EVERY
+            speed = done / 1e6 / (now - start)
+            print(f"{label}: {done / 1e6:,.1f} MB, {speed:.2f} MB/s", file=sys.stderr, flush=True)
 
     return advance

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+import itertools
+import pathlib
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from tlinformer_jax.config.data import (
 )
 from tlinformer_jax.data import domains, given, needles, tasks, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
-from tlinformer_jax.data.files import TextPiece, check_patterns, find_files, progress, read_documents
+from tlinformer_jax.data.files import check_patterns, find_files, progress, read_documents
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents, groups_that_share
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
@@ -28,15 +30,6 @@ from tlinformer_jax.errors import ConfigError, DataError
 SHINGLE = 13
 # Of every 8 groups, from the largest to the smallest, one is held out for validation and one for testing.
 DEAL = ("train", "train", "train", "train", "validation", "train", "test", "train")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The text of one split: everything it depends on, as JSON; its tokens; and where it is, for messages."""
-
-    identity: Callable[[], Identity]
-    encoded: Callable[[Tokenizer], Iterator[Encoded]]
-    where: str
 
 
 def available_splits(config: DataConfig) -> tuple[str, ...]:
@@ -69,11 +62,8 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[Sp
     text, found = None, False
     if config.dataset == TOKENS:
         return given.load_token_file(config, split), True
-    if source := _source(config, split):
-        identity = _identity(source, tokenizer)
-        text, found = cached_tokens(
-            config.cache_path, identity, lambda: _encoded(source, identity, config, split, tokenizer)
-        )
+    if identity := _identity(config, split, tokenizer):
+        text, found = cached_tokens(config.cache_path, identity, lambda: _checked(identity, config, split, tokenizer))
     return _split_of(text, config, split, tokenizer), found
 
 
@@ -81,9 +71,9 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     """Returns a split if that needs no writing, else None; raises the same errors as `load_split`."""
     if config.dataset == TOKENS:
         return given.load_token_file(config, split)
-    source = _source(config, split)
-    text = find_tokens(config.cache_path, _identity(source, tokenizer)) if source else None
-    if source and text is None:
+    identity = _identity(config, split, tokenizer)
+    text = find_tokens(config.cache_path, identity) if identity else None
+    if identity and text is None:
         return None
     return _split_of(text, config, split, tokenizer)
 
@@ -103,77 +93,67 @@ def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> Answ
 # ---- Tokenised and cached text
 
 
-def _identity(source: Source, tokenizer: Tokenizer) -> Identity:
-    return {"tokenizer": tokenizer.name} | source.identity()
+def _identity(config: DataConfig, split: str, tokenizer: Tokenizer) -> Identity | None:
+    """Returns all that a split's stored tokens depend on, as JSON; None if they are not stored."""
+    if config.dataset.startswith(TFDS):
+        found = tfds.identity(config, split)
+    elif config.dataset in wikitext103.VARIANTS:
+        found = wikitext103.identity(config, split)
+    elif config.dataset in SYMBOL_FILES:
+        found = domains.identity(config, split) | _file_identities(config, split)
+    elif config.dataset in TEXT_FILES or config.hides_in_files:
+        options = {"lines": config.dataset == "lines", "text_field": config.text_field}
+        found = options | _file_identities(config, split)
+    else:
+        return None
+    return {"tokenizer": tokenizer.name} | found
 
 
-def _encoded(
-    source: Source, identity: Identity, config: DataConfig, split: str, tokenizer: Tokenizer
+def _file_identities(config: DataConfig, split: str) -> Identity:
+    return {"files": [file_identity(path) for path in _files(config, split)]}
+
+
+def _checked(
+    identity: Identity, config: DataConfig, split: str, tokenizer: Tokenizer
 ) -> Generator[Encoded, None, None]:
-    """Yields the tokens of a source; raises a DataError if the whole text is not as expected."""
+    """Yields the tokens of a split's text; raises a DataError if the whole text is not as expected."""
     total, published = Counts(), config.dataset in wikitext103.VARIANTS
-    for tokens, counts in source.encoded(tokenizer):
+    advance = progress(f"tokenising {split}")
+    for tokens, counts in _encoded(config, split, tokenizer):
         if published:  # each document is one line, even an empty one
             counts = dataclasses.replace(counts, num_lines=counts.num_documents)
         total += counts
+        advance(counts.num_bytes)
         yield tokens, counts
     if published:
         wikitext103.check_counts(total, config, split)
     if not total.num_documents:
-        raise DataError(f"{split}: there is no text at all in {source.where}")
-    if _identity(source, tokenizer) != identity:
+        where = getattr(config, config.field_of_files(split)) or config.dataset
+        share = f", of which it gets one document or family of {domains.EVERY}"
+        dealt = share if split in domains.held_out(config, split) else ""
+        raise DataError(f"{split}: there is no text at all in {where}{dealt}")
+    if _identity(config, split, tokenizer) != identity:
         raise DataError("a file of the text changed while it was read; prepare again when it is complete")
 
 
-def _source(config: DataConfig, split: str) -> Source | None:
-    """Returns the source of a split's text; None for the embedded corpus, and for tasks without text."""
-    if config.dataset.startswith(TFDS) or config.dataset in wikitext103.VARIANTS:
-        module = tfds if config.dataset.startswith(TFDS) else wikitext103
-        identity, documents = (
-            functools.partial(part, config, split) for part in (module.identity, module.read_documents)
-        )
-        return Source(identity, lambda tokenizer: encode_documents(documents(), tokenizer), config.dataset)
-    if config.dataset in TEXT_FILES or config.hides_in_files:
-        return _text_source(config, split)
-    return _symbol_source(config, split) if config.dataset in SYMBOL_FILES else None
+def _encoded(config: DataConfig, split: str, tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Yields the tokens of a split's text in order, and counts."""
+    if config.dataset in SYMBOL_FILES:
+        documents = (document for path in _files(config, split) for document in domains.read_documents(path, config))
+        return domains.encode(domains.deal(documents, config, split), config, tokenizer)
+    if config.dataset.startswith(TFDS):
+        pieces = tfds.read_documents(config, split)
+    elif config.dataset in wikitext103.VARIANTS:
+        pieces = wikitext103.read_documents(config, split)
+    else:
+        read = functools.partial(read_documents, dataset=config.dataset, text_field=config.text_field)
+        pieces = itertools.chain.from_iterable(map(read, _files(config, split)))
+    return encode_documents(pieces, tokenizer)
 
 
-def _text_source(config: DataConfig, split: str) -> Source:
+def _files(config: DataConfig, split: str) -> list[pathlib.Path]:
     field = config.field_of_files(split)
-    files = find_files(getattr(config, field), f"data.{field}")
-
-    def identity() -> Identity:
-        options = {"lines": config.dataset == "lines", "text_field": config.text_field}
-        return options | {"files": [file_identity(path) for path in files]}
-
-    def documents() -> Iterator[TextPiece]:
-        advance = progress(f"tokenising {split}", sum(path.stat().st_size for path in files))
-        for path in files:
-            yield from read_documents(path, config.dataset, config.text_field, advance)
-
-    return Source(identity, lambda tokenizer: encode_documents(documents(), tokenizer), ", ".join(map(str, files)))
-
-
-def _symbol_source(config: DataConfig, split: str) -> Source:
-    """Returns the source of images, records or sounds, see `data.domains`."""
-    field = config.field_of_files(split)
-    files = find_files(getattr(config, field), f"data.{field}", any_name=True)
-    held_out = [other for other in domains.PLACES if config.field_of_files(other) == field == "train_files"]
-
-    def identity() -> Identity:
-        options: Identity = {"dataset": config.dataset, "split": split if held_out else "", "held_out": held_out}
-        if config.shingle and held_out:
-            options["shingle"] = config.shingle
-        return options | {"files": [file_identity(path) for path in files]}
-
-    def encoded(tokenizer: Tokenizer) -> Iterator[Encoded]:
-        advance = progress(f"reading {split}", sum(path.stat().st_size for path in files))
-        documents = (document for path in files for document in domains.read_documents(path, config, advance))
-        return domains.encode(domains.deal(documents, split, held_out, config.shingle), config, tokenizer)
-
-    what = "family" if config.shingle else "document"
-    dealt = f", of which it gets one {what} of {domains.EVERY}" if split in held_out else ""
-    return Source(identity, encoded, ", ".join(map(str, files)) + dealt)
+    return find_files(getattr(config, field), f"data.{field}", any_name=config.dataset in SYMBOL_FILES)
 
 
 # ---- Splits

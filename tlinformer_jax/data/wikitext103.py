@@ -19,7 +19,7 @@ from typing import Any
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.cache import exclusive
-from tlinformer_jax.data.files import TextPiece, decode_line, file_blocks, progress, read_column
+from tlinformer_jax.data.files import TextPiece, blocks_of, decoded, progress, read_column, read_lines
 from tlinformer_jax.data.streams import Counts
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import writing
@@ -85,8 +85,7 @@ def _rows(config: DataConfig, split: str) -> Iterator[str]:
     path = directory / facts.zip_name
     if not path.is_file():
         if paths := facts.parquet_files(directory, split):
-            advance = progress("reading parquet files", sum(path.stat().st_size for path in paths))
-            return (text or "" for path in paths for text in read_column(path, "text", advance))
+            return (text or "" for path in paths for text in read_column(path, "text"))
         _download(config, facts, path)
     _check_zip(path, facts)
     return _zip_rows(path, facts.member.format(ZIP_SPLITS[split]))
@@ -126,7 +125,10 @@ def _downloaded(facts: Facts) -> Iterator[bytes]:
     request = urllib.request.Request(facts.url, headers={"User-Agent": USER_AGENT})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            yield from file_blocks(answer, progress(f"downloading {facts.zip_name}", facts.size))
+            advance = progress(f"downloading {facts.zip_name}, {facts.size / 1e6:,.1f} MB")
+            for block in blocks_of(answer):
+                advance(len(block))
+                yield block
     except (OSError, http.client.HTTPException) as error:  # of the network; the caller handles a full disk
         raise DataError(f"{facts.url}: {' '.join(str(error).split())[:200]}") from None
 
@@ -151,9 +153,6 @@ def _check_zip(path: pathlib.Path, facts: Facts) -> None:
 def _zip_rows(path: pathlib.Path, member: str) -> Iterator[str]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            advance = progress(f"reading {member}", archive.getinfo(member).file_size)
-            for number, line in enumerate(file, 1):
-                advance(len(line))
-                yield decode_line(line, f"{path}: {member}", number)
+            yield from read_lines(decoded(blocks_of(file), f"{path}: {member}"), path)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DataError(f"{path}: {member} cannot be read ({error})") from None
