@@ -17,7 +17,7 @@ from tlinformer_jax import load_run, train_and_evaluate
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import ordered as ordered_data
 from tlinformer_jax.data.batches import TrainingBatches, evaluation_batches
-from tlinformer_jax.data.given import TokenFile, given_loader, token_file
+from tlinformer_jax.data.given import TokenFile, given_loader
 from tlinformer_jax.data.ordered import OrderedBatches
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer
@@ -130,16 +130,6 @@ def test_documents_are_joined_with_their_ends(kind):
 
 def _rows(batch, rows):
     return {name: array[rows] for name, array in batch.items()}
-
-
-def test_a_mapped_file_is_known_by_its_name(tmp_path):
-    np.save(tmp_path / "a.npy", IDS)
-    IDS.tofile(tmp_path / "a.bin")
-    mapped = np.memmap(tmp_path / "a.bin", np.uint16, mode="r")
-    assert str(token_file(mapped)) == f"{tmp_path}/a.bin:uint16"
-    assert str(token_file(np.load(tmp_path / "a.npy", mmap_mode="r"))) == f"{tmp_path}/a.npy"
-    for part in (mapped[:-1], mapped[1:], np.memmap(tmp_path / "a.bin", np.int16, mode="r"), np.array(mapped)):
-        assert token_file(part) is None
 
 
 def test_a_vocabulary_ends_its_documents_as_its_tokenizer_does():

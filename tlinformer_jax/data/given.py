@@ -17,7 +17,6 @@ before the position are read again and dropped. A hash of the next batch shows w
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -83,17 +82,10 @@ TokenData = np.ndarray | str | pathlib.Path | TokenFile | Iterable[Any]
 
 
 def token_file(data: Any) -> TokenFile | None:
-    """Returns the file that the data is; None if the data is no file, or a part of one."""
-    if isinstance(data, TokenFile):
-        return data
-    if isinstance(data, np.memmap) and str(data.filename).endswith((".npy", ".bin")):
-        file = TokenFile(str(data.filename), data.dtype.name)
-        whole = os.path.getsize(file.path) == data.offset + data.nbytes
-        known = data.offset > 0 if str(file.path).endswith(".npy") else not data.offset and data.dtype.name in DTYPES
-        return file if whole and known else None
+    """Returns the file that the data names; None if the data names none."""
     if isinstance(data, str | pathlib.Path):
         return TokenFile.parse(str(data))
-    return None
+    return data if isinstance(data, TokenFile) else None
 
 
 def with_given_files(config: DataConfig, data: Mapping[str, TokenData | None]) -> DataConfig:

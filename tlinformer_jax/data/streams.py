@@ -6,7 +6,6 @@ Threads encode text on all cores, in bounded memory: the tokenizers' libraries r
 
 import collections
 import dataclasses
-import mmap
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,25 +63,13 @@ def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
 def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yields a long row in parts, each with its first position."""
     for start in range(0, len(tokens), _READ_AT_ONCE):
-        yield start, _with_new_mapping(tokens, start, _READ_AT_ONCE)
+        yield start, tokens[start : start + _READ_AT_ONCE]
 
 
 def outside_vocabulary(where: str, token: int, vocab_size: int) -> DataError:
     """Returns the error for a token id outside the model's vocabulary."""
     allowed = f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}; by default it is that of data.tokenizer"
     return DataError(f"{where}: token id {token} is outside the vocabulary; {allowed}")
-
-
-def _with_new_mapping(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Returns `tokens[start : start + count]`, with a new mapping if the tokens are memory-mapped.
-
-    Pages that were read stay in memory as long as their mapping: a single mapping would in the end hold the corpus.
-    """
-    part = tokens[start : start + count]
-    if not isinstance(tokens, np.memmap) or not isinstance(tokens.base, mmap.mmap):  # a slice keeps a wrong offset
-        return part
-    offset = tokens.offset + start * tokens.itemsize
-    return np.memmap(tokens.filename, tokens.dtype, mode="r", offset=offset, shape=part.shape)
 
 
 def in_threads(

@@ -59,7 +59,7 @@ class Gpt2Tokenizer:
         return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> np.ndarray:
-        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _around_long_spaces(text)]
+        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _LONG_SPACE.split(text)]
         return np.concatenate(parts).astype(np.int32)
 
     def decode(self, tokens: Sequence[int]) -> bytes:
@@ -279,24 +279,10 @@ def _printable_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-# Like Rust's \s, which does not include the separators U+001C .. U+001F.
-_LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{100000,}")
-
-
-def _around_long_spaces(text: str) -> Iterator[str]:
-    """Cuts a text around long runs of white space, on which tiktoken's regular expressions fail.
-
-    In GPT-2's pattern such a run is one word, without its last character unless the text ends there.
-    """
-    start = 0
-    for run in _LONG_SPACE.finditer(text):
-        end = run.end() - (run.end() < len(text))
-        yield text[start : run.start()]
-        yield text[run.start() : end]
-        start = end
-    yield text[start:]
-
-
+# A long run of white space, on which tiktoken's regular expressions fail. GPT-2's pattern makes it one word, without
+# its last character unless the text ends there. Rust's \s does not include the separators U+001C .. U+001F.
+_SPACE = r"[^\S\x1c-\x1f]"
+_LONG_SPACE = re.compile(rf"({_SPACE}{{100000,}}(?:\Z|(?={_SPACE})))")
 _UP_TO_LAST_SPACE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
