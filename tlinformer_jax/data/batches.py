@@ -196,30 +196,26 @@ class StagedReader:
 
     def __init__(self, batches: TrainingBatches, ends: ArrayLike | None, step: int, rows: Rows) -> None:
         self._configured, self._step, self._rows = batches, step, rows
-        self.batches = batches
-        if ends is not None:
-            self.batches = dataclasses.replace(batches, stages=stages_ended(batches.stages, np.asarray(ends)))
         self._announced: collections.deque[ArrayLike] = collections.deque()
-        self._reader = self.batches.prefetched(step, rows)
+        self._read(batches.stages if ends is None else stages_ended(batches.stages, np.asarray(ends)))
+
+    def _read(self, stages: tuple[Stage, ...]) -> None:
+        self.batches = dataclasses.replace(self._configured, stages=stages)
+        self._reader = self.batches.prefetched(self._step, self._rows)
 
     def __next__(self) -> Batch:
         self._step += 1
         return next(self._reader)
 
-    def after(self, metrics: Mapping[str, Any]) -> bool:
-        """Takes the metrics of the update just dispatched; returns whether the stages have changed."""
-        if "stage_ends" not in metrics:
-            return False
-        self._announced.append(metrics["stage_ends"])
-        if len(self._announced) <= LAG:
-            return False
-        stages = stages_ended(self._configured.stages, np.asarray(self._announced.popleft()))
-        if stages == self.batches.stages:
-            return False
-        self._reader.close()
-        self.batches = dataclasses.replace(self.batches, stages=stages)
-        self._reader = self.batches.prefetched(self._step, self._rows)
-        return True
+    def after(self, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of the update just dispatched."""
+        if "stage_ends" in metrics:
+            self._announced.append(metrics["stage_ends"])
+        if len(self._announced) > LAG:
+            stages = stages_ended(self._configured.stages, np.asarray(self._announced.popleft()))
+            if stages != self.batches.stages:
+                self._reader.close()
+                self._read(stages)
 
     def ended(self) -> Stage | None:
         """Returns the stage that ends with the last batch read, with its actual updates; None if none ends there."""

@@ -233,29 +233,10 @@ def pairs_of(length: int, pairs: int, full_length: int) -> int:
 # ---- State tracking
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """A group of permutations of a few things; permutation a moves thing i to place a[i]."""
-
-    permutations: tuple[tuple[int, ...], ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.permutations)
-
-    def products(self) -> np.ndarray:
-        """Returns products int64 [size, size]: [a, b] is the number of the permutation that applies b, then a."""
-        number = {permutation: place for place, permutation in enumerate(self.permutations)}
-        rows = [[number[tuple(a[i] for i in b)] for b in self.permutations] for a in self.permutations]
-        return np.array(rows)
-
-
-# "parity": whether the number of ones so far is odd. "s5": the 120 permutations of five things; models of constant
-# depth are believed unable to solve its word problem at all lengths (TC0 and NC1).
-GROUPS = {
-    "parity": Group(((0, 1), (1, 0))),
-    "s5": Group(tuple(itertools.permutations(range(5)))),
-}
+# Groups of permutations; permutation a moves thing i to place a[i]. "parity": whether the number of ones so far is odd.
+# "s5": all permutations of five things; models of constant depth are believed unable to solve its word problem at all
+# lengths (TC0 and NC1).
+GROUPS = {"parity": ((0, 1), (1, 0)), "s5": tuple(itertools.permutations(range(5)))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,29 +247,31 @@ class StateTracking:
         g1     g2 * g1     g3 * g2 * g1 ...      the labels
 
     The state after a position depends on all tokens before it; as an answer, its source is the sample's first token.
-    The first `group.size` ids are the elements, the next `group.size` the states.
+    The first ids are the group's elements in their order, the next as many ids the states.
     """
 
     key: int  # for the random numbers
     vocabulary: int
-    group: Group
+    group: tuple[tuple[int, ...], ...]
 
     def chance(self, length: int) -> float:
-        return 1 / self.group.size
+        return 1 / len(self.group)
 
     def check(self, length: int) -> None:
-        if self.vocabulary < 2 * self.group.size:
-            allowed = f"must have at least {2 * self.group.size} ids: the elements of the group, and the states"
+        if self.vocabulary < 2 * len(self.group):
+            allowed = f"must have at least {2 * len(self.group)} ids: the elements of the group, and the states"
             raise ConfigError("data.tokenizer", f"numbers:{self.vocabulary}", allowed)
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
-        tokens, products = below(random_bits(self.key, numbers, length + 1), self.group.size), self.group.products()
+        number = {permutation: place for place, permutation in enumerate(self.group)}
+        products = np.array([[number[tuple(a[i] for i in b)] for b in self.group] for a in self.group])  # b, then a
+        tokens = below(random_bits(self.key, numbers, length + 1), len(self.group))
         states = tokens[:, :-1].copy()
         for place in range(1, length):
             states[:, place] = products[tokens[:, place], states[:, place - 1]]
         ends = np.broadcast_to(np.arange(length), states.shape)
         samples = Samples.of(tokens, ends, np.zeros_like(states))
-        return dataclasses.replace(samples, labels=(self.group.size + states).astype(np.int32))
+        return dataclasses.replace(samples, labels=(len(self.group) + states).astype(np.int32))
 
 
 # ---- Random numbers

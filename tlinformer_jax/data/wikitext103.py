@@ -9,7 +9,7 @@ counts include one per line. Counts of the raw files are not published, and may 
 import dataclasses
 import hashlib
 import http.client
-import os
+import io
 import pathlib
 import urllib.request
 import zipfile
@@ -22,7 +22,7 @@ from tlinformer_jax.data.cache import exclusive
 from tlinformer_jax.data.files import TextPiece, blocks_of, decoded, progress, read_column, read_lines
 from tlinformer_jax.data.streams import Counts
 from tlinformer_jax.errors import DataError
-from tlinformer_jax.files import writing
+from tlinformer_jax.files import write_bytes, writing
 
 ZIP_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # our names -> the zip's
 USER_AGENT = "Mozilla/5.0 (compatible; tlinformer_jax)"  # the host refuses Python's default client
@@ -87,7 +87,8 @@ def _rows(config: DataConfig, split: str) -> Iterator[str]:
         if paths := facts.parquet_files(directory, split):
             return (text or "" for path in paths for text in read_column(path, "text"))
         _download(config, facts, path)
-    _check_zip(path, facts)
+    with path.open("rb") as file:
+        _check_zip(path, file, facts)
     return _zip_rows(path, facts.member.format(ZIP_SPLITS[split]))
 
 
@@ -102,23 +103,17 @@ def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
 
 def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
     """Downloads the zip to `path`, completely or not at all."""
-    draft = path.with_name(f"{path.name}.draft")
     with writing(f"{path}: WikiText-103"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.with_name(f"{path.name}.lock")):
             if path.is_file():
                 return
             try:
-                with draft.open("wb") as file:
-                    file.writelines(_downloaded(facts))
-                    file.flush()
-                    os.fsync(file.fileno())
-                _check_zip(draft, facts)
-                draft.replace(path)
+                data = b"".join(_downloaded(facts))
+                _check_zip(path, io.BytesIO(data), facts)
             except DataError as error:
                 raise _missing(config, facts, path.parent, str(error)) from None
-            finally:
-                draft.unlink(missing_ok=True)
+            write_bytes(path, data)
 
 
 def _downloaded(facts: Facts) -> Iterator[bytes]:
@@ -142,11 +137,10 @@ def _missing(config: DataConfig, facts: Facts, folder: pathlib.Path, reason: str
     )
 
 
-def _check_zip(path: pathlib.Path, facts: Facts) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+def _check_zip(path: pathlib.Path, data: io.BytesIO | io.BufferedReader, facts: Facts) -> None:
+    found = hashlib.file_digest(data, "sha256").hexdigest()
     if found != facts.sha256:
-        fault = f"sha256 is {found} ({path.stat().st_size} bytes), must be {facts.sha256} ({facts.size} bytes)"
+        fault = f"sha256 is {found} ({data.tell()} bytes), must be {facts.sha256} ({facts.size} bytes)"
         raise DataError(f"{path}: not the published file or damaged: {fault}")
 
 
