@@ -134,11 +134,14 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
     """Writes a file completely or not at all; it is on disk when this returns. Replaces a link of the same name."""
     draft = path.with_name(f"{path.name}.draft")
     draft.unlink(missing_ok=True)  # left by a killed process, or a link to another file
-    with open(draft, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with open(draft, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)  # a part, if the disk is full
     sync_folder(path.parent)
 
 

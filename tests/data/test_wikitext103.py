@@ -268,3 +268,4 @@ def test_a_full_disk_while_downloading_is_one_clear_line(tmp_path, monkeypatch, 
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert "\n" not in str(caught.value)
     assert _is_nothing_prepared(tmp_path)
+    assert [path.name for path in (tmp_path / "cache" / "downloads").iterdir()] == ["wikitext-103-v1.zip.lock"]
