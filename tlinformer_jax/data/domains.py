@@ -38,6 +38,7 @@ STRETCH = 65_536
 
 RATE = 8_000  # samples of sound per second
 LEVELS = 256  # of mu-law
+BLOCK_SAMPLES = 1 << 20  # samples per read
 UNSIGNED_BYTES = 8  # an IDX file's code for values of this type
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ*-"  # allowed in FASTA records if the tokenizer names none
 
@@ -200,7 +201,7 @@ def read_wav(path: pathlib.Path) -> Iterator[np.ndarray]:
             if (channels, width, rate) != (1, 2, RATE):
                 fault = f"has {channels} channels of {8 * width} bit at {rate} Hz; must be 1 of 16 bit at {RATE} Hz"
                 raise DataError(f"{path}: {fault}")
-            data = file.readframes(count)
+            data = b"".join(iter(functools.partial(file.readframes, BLOCK_SAMPLES), b""))  # the header may be wrong
     except (wave.Error, EOFError) as error:
         raise DataError(f"{path}: cannot be read as WAV ({str(error) or 'it ends within its header'})") from None
     samples = np.frombuffer(data[: len(data) // width * width], "<i2")

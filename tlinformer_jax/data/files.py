@@ -11,8 +11,6 @@ import json
 import lzma
 import os
 import pathlib
-import sys
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
@@ -25,7 +23,6 @@ BLOCK = 32 * 1024  # bytes per read
 STEP = 1024  # compressed bytes at a time; .zst can expand them to 30 MB of equal bytes
 MOST_ENTRIES = 100_000  # files and folders that a pattern of unknown origin may search
 LARGEST_LINE = 1 << 28  # characters; memory holds several copies of a line
-REPORT_EVERY = 10.0  # seconds between two progress lines
 # Folder -> Debian package that installs data there.
 PACKAGES = {
     "/usr/share/datasets/fashion-mnist/": "dataset-fashion-mnist",
@@ -264,19 +261,3 @@ def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception
         raise DataError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
     # Files written by `zstd --long=31` need the largest window.
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
-
-
-def progress(label: str) -> Callable[[int], None]:
-    """Returns a function to call with the number of bytes just read; at intervals it prints their sum and the speed."""
-    done, start = 0, time.monotonic()
-    due = start + REPORT_EVERY
-
-    def advance(count: int) -> None:
-        nonlocal done, due
-        done, now = done + count, time.monotonic()
-        if now >= due:
-            due = now + REPORT_EVERY
-            speed = done / 1e6 / (now - start)
-            print(f"{label}: {done / 1e6:,.1f} MB, {speed:.2f} MB/s", file=sys.stderr, flush=True)
-
-    return advance

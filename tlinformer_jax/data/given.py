@@ -63,7 +63,7 @@ class TokenFile:
             raise DataError(f"{where}: dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
         try:
             if path.suffix == ".npy":
-                return np.load(path, mmap_mode="r", allow_pickle=False)
+                return np.lib.format.open_memmap(path, mode="r")
             dtype = np.dtype(self.dtype).newbyteorder("<")
             size = path.stat().st_size
             if size % dtype.itemsize or not size:

@@ -19,7 +19,7 @@ from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabul
 from tlinformer_jax.errors import ConfigError, DataError, file_errors_as
 from tlinformer_jax.files import open_own, read_own, writing
 
-RECORD_EVERY = 1.0  # seconds between two recorded positions; at least a hundredth of the time so far
+RECORD_EVERY = 10.0  # seconds between two recorded positions
 IDS = ("input_ids", "tokens")  # keys of token ids in a dict
 IGNORED = -100  # label of a token that does not count in the loss, as in PyTorch
 
@@ -256,7 +256,11 @@ class OrderedBatches(TrainingBatches):
         stream = self.stream
         known = _last_position(stream.positions, start_step)
         place = known or {"step": 0, "items": None, "offset": 0, "carry": []}
-        self._tell(start_step, place["items"])
+        if not stream.items.seeks:
+            self._say("cannot seek: a run that goes on needs the same items again, and drops those that it has read")
+        elif start_step:
+            at = place["items"] or {"epoch": 0, "item": 0}
+            self._say(f"goes on at item {at['item']:,} of its epoch {at['epoch']}")
         try:
             stream.items.seek(place["items"])
         except DataError:
@@ -264,7 +268,7 @@ class OrderedBatches(TrainingBatches):
         except Exception as error:  # of any type: raised by the iterator's own code
             raise DataError(f"{stream.shape.name}: does not take the state that it had in this run ({error})") from None
         written = stream.positions if stream.writes else None
-        due = began = time.monotonic()
+        due = time.monotonic()
         for step, (begins, batch) in enumerate(self._packed(place), place["step"]):
             if known and step == known["step"] and _digest(batch) != known["batch"]:
                 self._say("changed since the last run here, or in another order: its batches are others now")
@@ -273,7 +277,7 @@ class OrderedBatches(TrainingBatches):
             if step < start_step:
                 continue
             if written and time.monotonic() >= due:
-                due = time.monotonic() + max(RECORD_EVERY, (time.monotonic() - began) / 100)
+                due = time.monotonic() + RECORD_EVERY
                 _add_position(written, begins | {"step": step, "batch": _digest(batch)})
             yield {name: array[rows] for name, array in batch.items()}
 
@@ -309,17 +313,6 @@ class OrderedBatches(TrainingBatches):
     def _next(self) -> np.ndarray | Batch:
         item = next(self.stream.items)
         return self.stream.shape.read(item, self.stream.items.number)
-
-    def _tell(self, start_step: int, place: Mapping[str, Any] | None) -> None:
-        """Prints how a run continues."""
-        place = place or {"epoch": 0, "item": 0}
-        if self.stream.items.seeks:
-            if start_step:
-                self._say(f"goes on at item {place['item']:,} of its epoch {place['epoch']}")
-        elif start_step:
-            self._say(f"cannot seek: its first {place['item']:,} items are read again and dropped")
-        else:
-            self._say("cannot seek: a run that goes on needs the same items again, and reads past the first ones")
 
     def _say(self, message: str) -> None:
         if self.stream.writes:

@@ -5,6 +5,8 @@ import functools
 import hashlib
 import itertools
 import pathlib
+import sys
+import time
 from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
@@ -21,12 +23,13 @@ from tlinformer_jax.config.data import (
 )
 from tlinformer_jax.data import domains, given, needles, tasks, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
-from tlinformer_jax.data.files import check_patterns, find_files, progress, read_documents
+from tlinformer_jax.data.files import check_patterns, find_files, read_documents
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents, groups_that_share
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
+REPORT_EVERY = 10.0  # seconds between two lines about the progress
 SHINGLE = 13
 # Of every 8 groups, from the largest to the smallest, one is held out for validation and one for testing.
 DEAL = ("train", "train", "train", "train", "validation", "train", "test", "train")
@@ -118,13 +121,15 @@ def _checked(
 ) -> Generator[Encoded, None, None]:
     """Yields the tokens of a split's text; raises a DataError if the whole text is not as expected."""
     total, published = Counts(), config.dataset in wikitext103.VARIANTS
-    advance = progress(f"tokenising {split}")
+    start = last = time.monotonic()
     for tokens, counts in _encoded(config, split, tokenizer):
         if published:  # each document is one line, even an empty one
             counts = dataclasses.replace(counts, num_lines=counts.num_documents)
         total += counts
-        advance(counts.num_bytes)
         yield tokens, counts
+        if (now := time.monotonic()) - last >= REPORT_EVERY:
+            last, done = now, total.num_bytes / 1e6
+            print(f"tokenising {split}: {done:,.1f} MB, {done / (now - start):.2f} MB/s", file=sys.stderr, flush=True)
     if published:
         wikitext103.check_counts(total, config, split)
     if not total.num_documents:

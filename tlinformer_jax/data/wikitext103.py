@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import io
 import pathlib
+import sys
 import urllib.request
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ from typing import Any
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.cache import exclusive
-from tlinformer_jax.data.files import TextPiece, blocks_of, decoded, progress, read_column, read_lines
+from tlinformer_jax.data.files import TextPiece, blocks_of, decoded, read_column, read_lines
 from tlinformer_jax.data.streams import Counts
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.files import write_bytes, writing
@@ -109,22 +110,20 @@ def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:
             if path.is_file():
                 return
             try:
-                data = b"".join(_downloaded(facts))
+                data = _downloaded(facts)
                 _check_zip(path, io.BytesIO(data), facts)
             except DataError as error:
                 raise _missing(config, facts, path.parent, str(error)) from None
             write_bytes(path, data)
 
 
-def _downloaded(facts: Facts) -> Iterator[bytes]:
+def _downloaded(facts: Facts) -> bytes:
+    print(f"downloading {facts.url}, {facts.size / 1e6:,.1f} MB", file=sys.stderr, flush=True)
     request = urllib.request.Request(facts.url, headers={"User-Agent": USER_AGENT})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            advance = progress(f"downloading {facts.zip_name}, {facts.size / 1e6:,.1f} MB")
-            for block in blocks_of(answer):
-                advance(len(block))
-                yield block
-    except (OSError, http.client.HTTPException) as error:  # of the network; the caller handles a full disk
+            return answer.read()
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{facts.url}: {' '.join(str(error).split())[:200]}") from None
 
 
