@@ -146,7 +146,8 @@ def test_reading_goes_on_where_a_run_has_stopped(tmp_path, monkeypatch, capfd, k
     positions, count = tmp_path / "positions.jsonl", 10
     taken(ordered(FRESH[kind](), positions), start + 5)
     with positions.open("a") as file:
-        file.write('{"step": 3, "it')  # a kill while it was written
+        earlier = {"step": 1, "items": {"epoch": 0, "item": 3, "state": None}, "offset": 4, "carry": [7], "batch": "x"}
+        file.write(f'{json.dumps(earlier)}\n{{"step": 3, "it')  # an earlier version's, and a kill while it was written
     source = FRESH[kind]()
     seen = []
     if kind == "list":

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -222,6 +222,15 @@ class OrderedStream(TokenStream):
     writes: bool
 
 
+class Place(NamedTuple):
+    """Where the batch of an update begins in an iterable."""
+
+    step: int = 0
+    items: dict[str, Any] | None = None  # position of the item with the batch's first token; None for the first item
+    offset: int = 0  # of this token in the item
+    batch: str = ""  # hash of the batch
+
+
 @dataclasses.dataclass(frozen=True)
 class OrderedBatches(TrainingBatches):
     """The batches of an iterable, in its order. Every process reads everything, and keeps its own rows of a batch."""
@@ -232,10 +241,6 @@ class OrderedBatches(TrainingBatches):
         if not self.equal_updates:
             raise ConfigError("train.schedule", "paper", "needs epochs, and train_data is read in its own order")
         self.stream.shape.read(self.stream.items.first(), 0)  # before anything is compiled
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return 0
 
     def updates_for_epochs(self, epochs: int) -> int:
         """Raises a DataError: the epochs of an iterable are not known."""
@@ -252,63 +257,60 @@ class OrderedBatches(TrainingBatches):
         return in_threads(lambda _: next(reader), itertools.count(), 1, ahead)
 
     def _read(self, start_step: int, rows: Rows) -> Iterator[Batch]:
-        """Yields the batches from update `start_step` on, and records positions for runs that continue later."""
+        """Yields the batches from update `start_step` on, and records places for runs that continue later."""
         stream = self.stream
-        known = _last_position(stream.positions, start_step)
-        place = known or {"step": 0, "items": None, "offset": 0, "carry": []}
+        begin = _last_place(stream.positions, start_step)
         if not stream.items.seeks:
             self._say("cannot seek: a run that goes on needs the same items again, and drops those that it has read")
         elif start_step:
-            at = place["items"] or {"epoch": 0, "item": 0}
+            at = begin.items or {"epoch": 0, "item": 0}
             self._say(f"goes on at item {at['item']:,} of its epoch {at['epoch']}")
         try:
-            stream.items.seek(place["items"])
+            stream.items.seek(begin.items)
         except DataError:
             raise
         except Exception as error:  # of any type: raised by the iterator's own code
             raise DataError(f"{stream.shape.name}: does not take the state that it had in this run ({error})") from None
         written = stream.positions if stream.writes else None
         due = time.monotonic()
-        for step, (begins, batch) in enumerate(self._packed(place), place["step"]):
-            if known and step == known["step"] and _digest(batch) != known["batch"]:
+        for place, batch in self._packed(begin):
+            if place.step == begin.step and begin.batch not in ("", _digest(batch)):
                 self._say("changed since the last run here, or in another order: its batches are others now")
                 if written:
                     written.unlink()
-            if step < start_step:
+            if place.step < start_step:
                 continue
             if written and time.monotonic() >= due:
                 due = time.monotonic() + RECORD_EVERY
-                _add_position(written, begins | {"step": step, "batch": _digest(batch)})
+                _add_place(written, place._replace(batch=_digest(batch)))
             yield {name: array[rows] for name, array in batch.items()}
 
-    def _packed(self, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Batch]]:
-        """Yields each batch with the place where it begins, starting at `place`, to which `items` has been moved.
+    def _packed(self, place: Place) -> Iterator[tuple[Place, Batch]]:
+        """Yields each batch with its place, starting at `place`, to which `items` has been moved.
 
-        Documents form one row of tokens, in which samples overlap by one token, `carry`. A place is the item with the
-        next token, and that token's offset in the item.
+        Documents form one row of tokens, in which samples overlap by one token.
         """
         items, shape, size = self.stream.items, self.stream.shape, (self.batch_size, self.sequence_length)
-        need, offset, carry = size[0] * size[1] + 1, place["offset"], list(place["carry"])
+        need, offset = size[0] * size[1] + 1, place.offset
         item, read = items.position(), self._next()
-        while True:
+        for step in itertools.count(place.step):
+            place = Place(step, item, offset)
             if isinstance(read, dict):
-                yield {"items": item, "offset": 0, "carry": []}, read
+                yield place, read
                 item, read = items.position(), self._next()
                 continue
-            begins = {"items": item, "offset": offset, "carry": carry}
-            parts, count = [np.array(carry, np.int64)], len(carry)
-            while count < need:
-                while offset >= len(read):
-                    offset -= len(read)
-                    item, read = items.position(), self._next()
-                    if isinstance(read, dict):
-                        raise DataError(f"{shape.name}, item {items.number}: is a batch; items before it are documents")
-                parts.append(read[offset : offset + need - count])
-                offset, count = offset + len(parts[-1]), count + len(parts[-1])
+            parts = [read[offset : offset + need]]
+            missing = need - len(parts[0])
+            while missing:
+                item, read, offset = items.position(), self._next(), 0
+                if isinstance(read, dict):
+                    raise DataError(f"{shape.name}, item {items.number}: is a batch; items before it are documents")
+                parts.append(read[:missing])
+                missing -= len(parts[-1])
+            offset += len(parts[-1]) - 1  # the last token is the first one of the next batch
             tokens = np.concatenate(parts).astype(np.int32)
-            carry = [int(tokens[-1])]
             weights = np.ones(size, np.float32)
-            yield begins, {"inputs": tokens[:-1].reshape(size), "labels": tokens[1:].reshape(size), "weights": weights}
+            yield place, {"inputs": tokens[:-1].reshape(size), "labels": tokens[1:].reshape(size), "weights": weights}
 
     def _next(self) -> np.ndarray | Batch:
         item = next(self.stream.items)
@@ -323,26 +325,25 @@ def _digest(batch: Batch) -> str:
     return hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()[:16]
 
 
-def _add_position(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
+def _add_place(path: pathlib.Path, place: Place) -> None:
     try:
         with writing(f"{path}:"), open_own(path, "a") as file:
-            file.write(f"\n{json.dumps(entry)}\n")  # the first newline ends a line that a kill has cut
+            file.write(f"\n{json.dumps(place._asdict())}\n")  # the first newline ends a line that a kill has cut
     except DataError:
         raise
     except (TypeError, ValueError) as error:
         raise DataError(f"train_data: get_state must return bytes, or what JSON can hold ({error})") from None
 
 
-def _last_position(path: pathlib.Path | None, step: int) -> dict[str, Any] | None:
-    """Returns the last recorded position at or before update `step`; None if there is none."""
+def _last_place(path: pathlib.Path | None, step: int) -> Place:
+    """Returns the last recorded place at or before update `step`; that of the first batch if there is none."""
+    found = Place()
     if path is None or not path.exists():
-        return None
-    found = None
+        return found
     with file_errors_as(f"{path}: cannot be read"):
         lines = read_own(path).splitlines()
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is blank, or cut by a kill
-            entry = json.loads(line)
-            if entry["step"] <= step and (found is None or entry["step"] >= found["step"]):
-                found = entry
+        with contextlib.suppress(ValueError, TypeError):  # a line that is blank, or cut by a kill
+            place = Place(**json.loads(line))
+            found = place if found.step <= place.step <= step else found
     return found
