@@ -47,7 +47,7 @@ def test_batches_are_prepared_ahead(monkeypatch):
         return plain(self, step, *arguments)
 
     monkeypatch.setattr(TrainingBatches, "batch", noted)
-    with contextlib.closing(BATCHES.prefetched(5, ahead=4)) as reader:
+    with contextlib.closing(BATCHES.prefetched(5)) as reader:
         next(reader)
         deadline = time.monotonic() + 10
         while len(asked) < 5 and time.monotonic() < deadline:

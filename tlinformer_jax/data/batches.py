@@ -20,13 +20,14 @@ from numpy.typing import ArrayLike
 from tlinformer_jax.config.data import Stage, stage_at
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.streams import RowStream, TokenStream, in_threads
-from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
+from tlinformer_jax.data.tasks import Split, TaskSplit, in_order, take_task_samples
 from tlinformer_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 Rows = np.ndarray | slice  # rows of a batch that one process reads
 Reader = Generator[Batch, None, None]
 ALL = slice(None)
+AHEAD = 4  # batches that threads keep ready
 LAG = 4  # updates between the announcement of a stage's end and the end
 
 
@@ -158,9 +159,9 @@ class TrainingBatches:
             batch["weights"] *= weights[rows, None]
         return batch
 
-    def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 2, ahead: int = 4) -> Reader:
+    def prefetched(self, start_step: int, rows: Rows = ALL) -> Reader:
         """Yields the batches, or rows of them, from update `start_step` on; closing the generator ends its threads."""
-        return in_threads(lambda step: self.batch(step, rows), itertools.count(start_step), num_threads, ahead)
+        return in_threads(lambda step: self.batch(step, rows), itertools.count(start_step), threads=2, ahead=AHEAD)
 
 
 # ---- Stages that end by accuracy
@@ -260,7 +261,5 @@ def evaluation_batches(
     """
     check_holds_a_sample(stream, sequence_length, "split", rest)
     count = num_samples(stream, sequence_length, rest)
-    for start in range(0, count, batch_size):
-        indices = np.arange(start, start + batch_size)
-        indices[indices >= count] = -1
-        yield take_samples(stream, sequence_length, indices[rows])
+    for indices in in_order(count, batch_size, rows):
+        yield take_samples(stream, sequence_length, indices)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tlinformer_jax.data.batches import ALL, Batch, Reader, Rows, TrainingBatches
+from tlinformer_jax.data.batches import AHEAD, ALL, Batch, Reader, Rows, TrainingBatches
 from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabulary
 from tlinformer_jax.errors import ConfigError, DataError, file_errors_as
 from tlinformer_jax.files import open_own, read_own, writing
@@ -251,10 +251,10 @@ class OrderedBatches(TrainingBatches):
         """Returns the samples of an update, numbered in reading order."""
         return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
 
-    def prefetched(self, start_step: int, rows: Rows = ALL, num_threads: int = 1, ahead: int = 4) -> Reader:
+    def prefetched(self, start_step: int, rows: Rows = ALL) -> Reader:
         """Yields batches like the method of the base class, but reads the iterable in a single thread."""
         reader = self._read(start_step, rows)
-        return in_threads(lambda _: next(reader), itertools.count(), 1, ahead)
+        return in_threads(lambda _: next(reader), itertools.count(), threads=1, ahead=AHEAD)
 
     def _read(self, start_step: int, rows: Rows) -> Iterator[Batch]:
         """Yields the batches from update `start_step` on, and records places for runs that continue later."""

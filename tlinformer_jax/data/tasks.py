@@ -102,6 +102,13 @@ def take_task_samples(split: TaskSplit, length: int, indices: np.ndarray) -> tup
     return {"inputs": tokens[:, :-1], "labels": labels, "weights": weights}, samples
 
 
+def in_order(count: int, batch_size: int, rows: np.ndarray | slice) -> Iterator[np.ndarray]:
+    """Yields the given rows of batches of the numbers below `count`, int [rows]; the last batch is filled with -1."""
+    for start in range(0, count, batch_size):
+        indices = np.arange(start, start + batch_size)
+        yield np.where(indices < count, indices, -1)[rows]
+
+
 def answer_batches(
     split: TaskSplit,
     length: int,
@@ -118,10 +125,7 @@ def answer_batches(
     times DEPTHS plus the depth of its source. Both are -1 elsewhere.
     """
     split.task.check(length)
-    for start in range(0, split.count, batch_size):
-        indices = np.arange(start, start + batch_size)
-        indices[indices >= split.count] = -1
-        indices = indices[rows]
+    for indices in in_order(split.count, batch_size, rows):
         batch, samples = take_task_samples(split, length, indices)
         batch["starts"] = np.where((indices >= 0)[:, None], samples.starts, -1)
         cells = regions(samples, window, observed, overlap) * DEPTHS + samples.sources * DEPTHS // length
