@@ -85,7 +85,7 @@ def test_a_sample_is_an_image_and_its_labels_are_its_pixels(tmp_path, name):
 def test_images_larger_than_a_block_are_joined(tmp_path):
     images = images_of(3, 300, 301)
     path = write(tmp_path / "large.gz", idx_bytes(images))
-    found = list(domains.read_idx(path))
+    found = list(domains.read_idx(path, None))
     np.testing.assert_array_equal(np.stack(found), images.reshape(3, -1))
 
 

@@ -17,7 +17,7 @@ import pathlib
 import struct
 import wave
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,8 @@ def identity(config: DataConfig, split: str) -> dict[str, Any]:
 
 def read_documents(path: pathlib.Path, config: DataConfig) -> Iterator[Document]:
     """Yields the documents of one file."""
-    if config.dataset == "idx":
-        return read_idx(path)
-    if config.dataset == "wav":
-        return read_wav(path)
-    return read_fasta(path, config.letters or LETTERS)
+    readers: dict[str, Callable[..., Iterator[Document]]] = {"idx": read_idx, "wav": read_wav, "fasta": read_fasta}
+    return readers[config.dataset](path, config)
 
 
 def deal(documents: Iterable[Document], config: DataConfig, split: str) -> Iterator[Document]:
@@ -105,7 +102,7 @@ def encode(documents: Iterable[Document], config: DataConfig, tokenizer: Tokeniz
 # ---- Images
 
 
-def read_idx(path: pathlib.Path) -> Iterator[np.ndarray]:
+def read_idx(path: pathlib.Path, _: object) -> Iterator[np.ndarray]:
     """Yields the images of an IDX file, counted by its first dimension, as uint8 [pixels]; memory holds the file."""
     data = b"".join(read_blocks(path))
     if data[:3] != bytes([0, 0, UNSIGNED_BYTES]) or not 2 <= data[3] <= 8:
@@ -153,10 +150,9 @@ def images_png(samples: Sequence[np.ndarray], pixels: int) -> bytes:
 # ---- Genomes and proteins
 
 
-def read_fasta(path: pathlib.Path, letters: str) -> Iterator[str]:
-    """Yields the records of a FASTA file that have letters; refuses letters that are not among `letters`."""
-    record: list[str] = []
-    begun = False
+def read_fasta(path: pathlib.Path, config: DataConfig) -> Iterator[str]:
+    """Yields the records of a FASTA file that have letters; refuses letters that the tokenizer does not name."""
+    letters, record, begun = config.letters or LETTERS, list[str](), False
     allowed = dict.fromkeys(map(ord, letters + letters.lower()))
     texts = (block.decode("latin-1") for block in read_blocks(path))  # a description may have any bytes
     for number, line in enumerate(read_lines(texts, path), 1):
@@ -193,7 +189,7 @@ def families(records: Sequence[str], shingle: int) -> np.ndarray:
 # ---- Sound
 
 
-def read_wav(path: pathlib.Path) -> Iterator[np.ndarray]:
+def read_wav(path: pathlib.Path, _: object) -> Iterator[np.ndarray]:
     """Yields the one sound of a WAV file as levels, uint8 [samples]; nothing if the file has no samples."""
     try:
         with file_errors_as(f"{path}: cannot be read"), wave.open(str(path), "rb") as file:
