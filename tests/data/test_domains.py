@@ -21,6 +21,7 @@ from tlinformer_jax.data import domains
 from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.files import PACKAGES
 from tlinformer_jax.data.sources import available_splits, load_split, load_stored_split, open_split
+from tlinformer_jax.data.streams import ranked_groups
 from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.training.loop import train_and_evaluate
@@ -205,7 +206,7 @@ def test_records_that_share_letters_are_in_one_split(tmp_path):
     rng = np.random.default_rng(3)
     records = ["".join("ACGT"[letter] for letter in rng.integers(0, 4, size)) for size in rng.integers(2, 40, 120)]
     records += ["ACG" + record[-9:] + "T" for record in records[::3]]
-    numbers = domains.families(records, 8)
+    numbers = ranked_groups([np.frombuffer(record.encode(), np.uint8) for record in records], 8)
     found = [np.flatnonzero(numbers == number).tolist() for number in range(numbers.max() + 1)]
     assert sorted(map(sorted, relatives(records, 8))) == sorted(found)
     assert np.diff([len(family) for family in found]).max() <= 0  # the largest is first

@@ -5,7 +5,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from tlinformer_jax.data.sources import group_by_shingles, pydoc_articles
+from tlinformer_jax.data.sources import pydoc_articles, ranked_articles
 
 SPLITS = ("train", "validation", "test")
 
@@ -33,5 +33,7 @@ def test_every_article_is_in_one_split_and_each_split_is_worth_evaluating():
 
 def test_groups_join_through_a_third_article():
     chain = ["a b c d", "x c d e", "d e f", "c q", "e f"]
-    assert group_by_shingles(chain, 2) == [["a b c d", "x c d e", "d e f", "e f"], ["c q"]]
-    assert group_by_shingles(chain, 3) == [["a b c d"], ["x c d e"], ["d e f"], ["c q"], ["e f"]]
+    joined = ["a b c d", "x c d e", "d e f", "e f"]
+    assert ranked_articles(chain, 2) == [*((0, article) for article in joined), (1, "c q")]
+    assert ranked_articles(chain, 3) == list(enumerate(chain))
+    assert ranked_articles(chain[::-1], 3) == [(0, chain[1]), (1, chain[0]), (2, "d e f"), (3, "e f"), (4, "c q")]

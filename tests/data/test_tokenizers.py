@@ -292,3 +292,10 @@ def test_the_models_vocabulary_must_hold_the_tokenizers():
     ours.check_vocab(ours.ByteTokenizer(), 257)
     with pytest.raises(ConfigError, match=r"model\.vocab_size = 256: must be at least 257"):
         ours.check_vocab(ours.ByteTokenizer(), 256)
+
+
+@pytest.mark.parametrize("word", ["0", "10", "-1", "1.5", "x", "9" * 5000])
+def test_what_is_no_id_is_refused(word):
+    """Python itself refuses to read a number of 5,000 digits."""
+    with pytest.raises(DataError, match=rf"tokenizer numbers:10: '{word[:40]}' must be a number from 1 to 9"):
+        ours.NumberTokenizer(10).encode(f"1 {word} 2")

@@ -24,7 +24,7 @@ import numpy as np
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.files import read_blocks, read_lines
-from tlinformer_jax.data.streams import Counts, Encoded, groups_that_share, smallest_dtype
+from tlinformer_jax.data.streams import Counts, Encoded, ranked_groups, smallest_dtype
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import DataError, file_errors_as
 
@@ -79,7 +79,8 @@ def deal(documents: Iterable[Document], config: DataConfig, split: str) -> Itera
     numbered: Iterable[tuple[int, Document]]
     if config.shingle:
         records = [record for record in documents if isinstance(record, str)]
-        numbered = zip(families(records, config.shingle).tolist(), records)
+        letters = [np.frombuffer(record.encode("ascii"), np.uint8) for record in records]
+        numbered = zip(ranked_groups(letters, config.shingle).tolist(), records)
     else:
         pieces = (document[at : at + STRETCH] for document in documents for at in range(0, len(document), STRETCH))
         numbered = enumerate(pieces)
@@ -172,18 +173,6 @@ def read_fasta(path: pathlib.Path, config: DataConfig) -> Iterator[str]:
         raise DataError(f"{path}: holds no FASTA record, which begins with a line that begins with '>'")
     if record:
         yield "".join(record)
-
-
-def families(records: Sequence[str], shingle: int) -> np.ndarray:
-    """Returns the family of each record, int64 [records]; family 0 has the most records.
-
-    Records that share `shingle` letters in a row, directly or through others, are one family.
-    """
-    found = groups_that_share([np.frombuffer(record.encode("ascii"), np.uint8) for record in records], shingle)
-    sizes = np.bincount(found)
-    ranks = np.empty_like(sizes)
-    ranks[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return ranks[found]
 
 
 # ---- Sound

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import operator
 import pathlib
 import sys
 import time
@@ -24,7 +25,7 @@ from tlinformer_jax.config.data import (
 from tlinformer_jax.data import domains, given, needles, tasks, tfds, wikitext103
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.files import check_patterns, find_files, read_documents
-from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents, groups_that_share
+from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents, ranked_groups
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
@@ -206,21 +207,19 @@ def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenize
 
 def pydoc_articles(split: str) -> list[str]:
     """Returns the articles of the split 'train', 'validation' or 'test', the groups with the most text first."""
-    return [article for place, group in enumerate(_groups()) if DEAL[place % len(DEAL)] == split for article in group]
+    return [article for rank, article in _ranked_topics() if DEAL[rank % len(DEAL)] == split]
 
 
 @functools.cache
-def _groups() -> list[list[str]]:
+def _ranked_topics() -> list[tuple[int, str]]:
     from pydoc_data.topics import topics
 
-    return group_by_shingles([topics[key] for key in sorted(topics)])
+    return ranked_articles([topics[key] for key in sorted(topics)])
 
 
-def group_by_shingles(articles: Sequence[str], size: int = SHINGLE) -> list[list[str]]:
-    """Returns groups of articles that share `size` consecutive words, the group with the most text first."""
+def ranked_articles(articles: Sequence[str], size: int = SHINGLE) -> list[tuple[int, str]]:
+    """Returns articles with the ranks of their groups, which share `size` consecutive words, by rank."""
     ids: dict[str, int] = {}
     words = [np.array([ids.setdefault(word, len(ids)) for word in article.split()], int) for article in articles]
-    found: dict[int, list[str]] = {}
-    for article, number in zip(articles, groups_that_share(words, size).tolist()):
-        found.setdefault(number, []).append(article)
-    return sorted(found.values(), key=lambda group: -sum(map(len, group)))
+    ranks = ranked_groups(words, size, [len(article) for article in articles]).tolist()
+    return sorted(zip(ranks, articles), key=operator.itemgetter(0))

@@ -1,7 +1,7 @@
 """Token streams: a split as one long row of token ids, with facts about its text, and how text is tokenised.
 
 Threads encode text on all cores, in bounded memory: the tokenizers' libraries release Python's lock.
-`groups_that_share` finds texts that share passages, which belong in one split.
+`ranked_groups` finds texts that share passages, which belong in one split.
 """
 
 import collections
@@ -209,11 +209,12 @@ def _count(piece: Piece) -> Counts:
 # ---- Texts that share passages
 
 
-def groups_that_share(sequences: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Returns the number of each sequence's group, int [sequences], from 0 in the order of the first members.
+def ranked_groups(sequences: Sequence[np.ndarray], length: int, weights: Sequence[int] | None = None) -> np.ndarray:
+    """Returns the rank of each sequence's group, int [sequences]: 0 for the group with the largest sum of weights.
 
     Sequences of integers >= 0 that share `length` consecutive numbers, directly or through others, are one group. Runs
-    of numbers are compared by a hash of 64 bits.
+    of numbers are compared by a hash of 64 bits. Without weights, each sequence counts as 1. Of equal groups, the one
+    with the earliest sequence comes first.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -230,4 +231,6 @@ def groups_that_share(sequences: Sequence[np.ndarray], length: int) -> np.ndarra
     hashes, owners = hashes[order], owners[order]
     same = np.flatnonzero(hashes[1:] == hashes[:-1])
     links = coo_array((np.ones(len(same)), (owners[same], owners[same + 1])), shape=(count, count))
-    return connected_components(links, directed=False)[1]
+    groups = connected_components(links, directed=False)[1]  # numbered by their first members
+    order = np.argsort(-np.bincount(groups, weights), kind="stable")
+    return np.argsort(order)[groups]
