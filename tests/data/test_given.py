@@ -323,8 +323,12 @@ def test_a_late_item_is_named_by_its_number():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.bin", b"abc", "a.bin': its 3 bytes are no whole uint16 ids"),
-        ("a.bin", b"", "a.bin': its 0 bytes are no whole uint16 ids"),
+        (
+            "a.bin",
+            b"abc",
+            r"a.bin': cannot be read \(Size of the available data is not a multiple of the data-type size",
+        ),
+        ("a.bin", b"", r"a.bin': cannot be read \(cannot mmap an empty file"),
         ("a.bin", np.arange(50, dtype="<u4").tobytes(), "every second uint16 is 0, as in a file of uint32"),
         ("a.npy", b"nonsense", "a.npy': cannot be read"),
         ("a.npy", b"PK\5\6" + bytes(18), "a.npy': cannot be read"),  # an empty .npz

@@ -64,13 +64,7 @@ class TokenFile:
         try:
             if path.suffix == ".npy":
                 return np.lib.format.open_memmap(path, mode="r")
-            dtype = np.dtype(self.dtype).newbyteorder("<")
-            size = path.stat().st_size
-            if size % dtype.itemsize or not size:
-                raise DataError(f"{where}: its {size} bytes are no whole {self.dtype} ids; see TokenFile(path, dtype)")
-            ids = np.memmap(path, dtype, mode="r")
-        except DataError:
-            raise
+            ids = np.memmap(path, np.dtype(self.dtype).newbyteorder("<"), mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
         if self.dtype == "uint16" and len(ids) > 1 and not ids[1 : 1 << 20 : 2].any():
