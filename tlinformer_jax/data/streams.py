@@ -6,6 +6,7 @@ Threads encode text on all cores, in bounded memory: the tokenizers' libraries r
 
 import collections
 import dataclasses
+import mmap
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,9 +62,12 @@ def check_token_ids(stream: TokenStream, vocab_size: int, name: str) -> None:
 
 
 def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields a long row in parts, each with its first position."""
+    """Yields a long row in parts, each with its first position; does not keep a mapped file in memory."""
+    mapping = tokens.base if isinstance(tokens, np.memmap) and tokens.mode == "r" else None
     for start in range(0, len(tokens), _READ_AT_ONCE):
         yield start, tokens[start : start + _READ_AT_ONCE]
+        if isinstance(mapping, mmap.mmap):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def outside_vocabulary(where: str, token: int, vocab_size: int) -> DataError:
