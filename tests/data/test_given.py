@@ -326,7 +326,7 @@ def test_a_late_item_is_named_by_its_number():
         (
             "a.bin",
             b"abc",
-            r"a.bin': cannot be read \(Size of the available data is not a multiple of the data-type size",
+            r"a.bin': cannot be read \(Size of available data is not a multiple of the data-type size",
         ),
         ("a.bin", b"", r"a.bin': cannot be read \(cannot mmap an empty file"),
         ("a.bin", np.arange(50, dtype="<u4").tobytes(), "every second uint16 is 0, as in a file of uint32"),
