@@ -116,21 +116,13 @@ def define_flags() -> None:
         cli.fail("--config: the configuration is the sweep's own; --config.SECTION.FIELD=VALUE changes its fields")
     if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
         return
-    named = ""
-    for argument, value in zip(sys.argv[1:], [*sys.argv[2:], ""]):
-        found = re.match(r"--?sweep(=(?P<value>.*))?$", argument, re.DOTALL)
-        if found:
-            named = value if found["value"] is None else found["value"]
+    named = [argument.partition("=")[2] for argument in sys.argv if re.match(r"--?sweep=", argument)]
     try:
-        base = load_sweep(named).base
-    except UserError as error:
-        cli.fail(str(error))
-    try:
-        config = ConfigDict(base)
+        config = ConfigDict(load_sweep(named[-1] if named else "").base)
         add_defaults(config)
         config_flags.DEFINE_config_dict("config", config, lock_config=True)
     except Exception as error:  # ml_collections raises various types for an unknown field
-        cli.fail(cli.describe(error, sys.argv))
+        cli.fail(str(error) if isinstance(error, UserError) else cli.describe(error, sys.argv))
 
 
 def _check(groups: "list[list[Job]]") -> None:
