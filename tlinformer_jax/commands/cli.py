@@ -15,6 +15,7 @@ from absl import app, flags, logging
 
 from tlinformer_jax import environment
 from tlinformer_jax.config.named import load_python
+from tlinformer_jax.config.run import add_defaults, unknown_field
 from tlinformer_jax.errors import ConfigError, DataError, UserError, file_errors_as, first_line
 from tlinformer_jax.files import local_path
 
@@ -189,8 +190,6 @@ class _CompletedConfig(flags.ArgumentParser):
     def parse(self, argument: str) -> Any:
         from ml_collections import ConfigDict
 
-        from tlinformer_jax.config.run import add_defaults
-
         config = load_python(argument, "--config", "get_config")
         if not isinstance(config, ConfigDict):
             fault = f"get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
@@ -233,8 +232,6 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def describe(error: Exception, argv: Sequence[str]) -> str:
     """Describes an exception from config_flags in one line that names the override that caused it."""
-    from tlinformer_jax.config.run import unknown_field
-
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and isinstance(error, AttributeError | KeyError) and (missing := unknown_field(match[1])):

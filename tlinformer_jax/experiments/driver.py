@@ -40,15 +40,12 @@ def run_job(
         if done is not None:
             say(f"{job.name}: finished before")
             return done
-        before = peak_bytes()
         with timed_attempt(job.workdir):
             trained = train_run(job.config, job.workdir, profile, init_from)
         if trained.figures is None:
             return None
-        after = peak_bytes()
-        # The peak is that of the whole process: it belongs to this run only if this run has raised it.
-        peak = after if after is not None and after > (before or 0) else None
-        result = record_of(job, trained, **logged(job, trained), peak=peak)
+        # The peak of this process, which trains one run.
+        result = record_of(job, trained, **logged(job, trained), peak=peak_bytes())
         write_result(job.workdir / RESULT_FILE, result)
         for name in job.actions:
             started = time.perf_counter()
