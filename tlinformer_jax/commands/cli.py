@@ -219,7 +219,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
-        text = first_line(_user_error(error) or error)
+        text = str(_user_error(error) or first_line(error))
         for pattern, meaning in PLAIN.items():
             text = re.sub(pattern, meaning, text)
         fail(text)
