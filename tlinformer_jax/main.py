@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
-    from tlinformer_jax.config.run import RunConfig
     from tlinformer_jax.parallel.processes import Cluster
 
 cli.define_config_flag()
@@ -37,8 +37,6 @@ PROFILE = flags.DEFINE_string("profile", "", "Directory for a trace of a few tra
 
 def main() -> None:
     """Checks the whole configuration, then trains, unless only a check was requested."""
-    from tlinformer_jax.config.run import run_config
-
     # First the checks that do not need JAX, which takes seconds to import.
     cluster = cli.cluster()
     config = run_config(cli.config_values())
@@ -60,7 +58,7 @@ def main() -> None:
         raise
 
 
-def _train(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | None, cluster: "Cluster | None") -> None:
+def _train(config: RunConfig, workdir: pathlib.Path, profile: pathlib.Path | None, cluster: "Cluster | None") -> None:
     """Trains; with --then also writes result.json into the working directory, and performs the actions of --then."""
     if THEN.value is None:
         from tlinformer_jax.commands.prepare import prepare
@@ -82,7 +80,7 @@ def _train(config: "RunConfig", workdir: pathlib.Path, profile: pathlib.Path | N
     run_job(Job(workdir.name, config, workdir, command, tuple(THEN.value)), profile, INIT_FROM.value)
 
 
-def _check(config: "RunConfig") -> None:
+def _check(config: RunConfig) -> None:
     from tlinformer_jax.training.check import check_run
     from tlinformer_jax.training.console import memory_advice
     from tlinformer_jax.training.workdir import Origin, check_origin

@@ -19,8 +19,8 @@ from tlinformer_jax.commands import generate
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import RunConfig, TrainConfig, load_config, save_config
 from tlinformer_jax.data.tokenizers import ByteTokenizer, save_tokenizer
-from tlinformer_jax.decoding import Generator
-from tlinformer_jax.decoding.stream import Stream, TextStream
+from tlinformer_jax.decoding import Generator, stream
+from tlinformer_jax.decoding.stream import Call, Stream, TextStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig
@@ -90,6 +90,22 @@ def test_text_goes_to_stdout_and_figures_to_stderr(workdir, expected):
     assert int(parts[4].replace(",", "")) == 2 * (len(PROMPT.encode()) + 39) * 16 * 4
 
 
+def test_the_speed_after_the_first_call_is_a_median(workdir, monkeypatch, capsys):
+    """So that the calls that compile, here the first two, do not count."""
+    calls = []
+
+    def timed(seconds, tokens):
+        calls.append(Call(100.0 if len(calls) < 2 else tokens / (50 + len(calls)), tokens))
+        return calls[-1]
+
+    monkeypatch.setattr(stream, "Call", timed)
+    _, _, err = run(capsys, f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW)
+    speeds = sorted(call.tokens / call.seconds for call in calls[1:])
+    assert len(speeds) % 2, "the median is one of them"
+    assert f"\n{speeds[len(speeds) // 2]:.1f} tokens/s in the median call after the first\n" in err
+    assert speeds[0] < 1 < 50 < speeds[len(speeds) // 2]
+
+
 def test_samples_as_json_and_as_text(workdir, expected, tmp_path, capsys):
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT, encoding="utf-8")
@@ -114,8 +130,8 @@ def test_samples_as_json_and_as_text(workdir, expected, tmp_path, capsys):
 def test_one_sample_in_one_piece_and_a_stop_text(workdir, expected, capsys):
     common = (f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW)
     stop = expected[0].text[5:8]
-    for stream in ("--stream", "--nostream"):
-        status, out, _ = run(capsys, *common, stream, f"--stop={stop}", "--stop=never")
+    for flag in ("--stream", "--nostream"):
+        status, out, _ = run(capsys, *common, flag, f"--stop={stop}", "--stop=never")
         assert (status, out) == (0, expected[0].text[: expected[0].text.index(stop)] + "\n")
 
 

@@ -105,21 +105,23 @@ def test_a_length_that_the_test_text_cannot_fill_is_refused_before_the_training(
 def test_time_is_that_of_all_attempts(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(driver.time, "time", lambda: now[0])
-    monkeypatch.setattr(driver.time, "perf_counter", lambda: now[0])
     with timed_attempt(tmp_path):
         now[0] += 7
-    assert read_attempts(tmp_path) == {"count": 1, "seconds": 7.0, "since": None}
+    assert read_attempts(tmp_path) == [[1000.0, 1007.0]]
 
     # As a kill leaves it: the attempt is open, the last metrics are of 4 seconds after its start.
-    (tmp_path / "attempts.json").write_text('{"count": 2, "seconds": 7.0, "since": 2000.0}')
+    (tmp_path / "attempts.json").write_text("[[1000, 1007], [2000, 0]]")
     (tmp_path / "metrics.jsonl").write_text("")
     os.utime(tmp_path / "metrics.jsonl", (2004, 2004))
+    assert read_attempts(tmp_path)[1] == [2000.0, 2004.0]
     now[0] = 3000.0
     with timed_attempt(tmp_path):
         now[0] += 5
-    assert read_attempts(tmp_path) == {"count": 3, "seconds": 7.0 + 4 + 5, "since": None}
-    (tmp_path / "attempts.json").write_text("{")
-    assert read_attempts(tmp_path)["count"] == 0
+        os.utime(tmp_path / "metrics.jsonl", (3009, 3009))
+    assert read_attempts(tmp_path) == [[1000.0, 1007.0], [2000.0, 2004.0], [3000.0, 3005.0]]
+    for damaged in ("{", '{"count": 2}', "[[3]]", "7"):
+        (tmp_path / "attempts.json").write_text(damaged)
+        assert read_attempts(tmp_path) == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -15,8 +15,9 @@ from absl import app, flags, logging
 
 from tlinformer_jax import environment
 from tlinformer_jax.config.named import load_python
-from tlinformer_jax.errors import ConfigError, DataError, UserError, file_errors_as
-from tlinformer_jax.files import local_path, path_fault
+from tlinformer_jax.config.run import add_defaults, unknown_field
+from tlinformer_jax.errors import ConfigError, DataError, UserError, file_errors_as, first_line
+from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
@@ -189,8 +190,6 @@ class _CompletedConfig(flags.ArgumentParser):
     def parse(self, argument: str) -> Any:
         from ml_collections import ConfigDict
 
-        from tlinformer_jax.config.run import add_defaults
-
         config = load_python(argument, "--config", "get_config")
         if not isinstance(config, ConfigDict):
             fault = f"get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
@@ -216,15 +215,11 @@ def config_values() -> Any:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    for argument in argv[1:]:
-        match = re.match(r"--?(config|sweep)=(.*)", argument, re.DOTALL)
-        if match and (fault := path_fault(match[2])):
-            fail(f"--{match[1]} = {match[2]!r}: {fault}")
     logging.set_verbosity(logging.ERROR)  # config_flags also warns about errors that are reported below
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
-        text = _first_line(_user_error(error) or error)
+        text = str(_user_error(error) or first_line(error))
         for pattern, meaning in PLAIN.items():
             text = re.sub(pattern, meaning, text)
         fail(text)
@@ -237,13 +232,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def describe(error: Exception, argv: Sequence[str]) -> str:
     """Describes an exception from config_flags in one line that names the override that caused it."""
-    from tlinformer_jax.config.run import unknown_field
-
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and isinstance(error, AttributeError | KeyError) and (missing := unknown_field(match[1])):
             return f"{argument}: {missing}"
-    return f"--config: {_first_line(error)}"
+    return f"--config: {first_line(error)}"
 
 
 # Messages of absl and Python about a flag's value -> messages for the user.
@@ -259,13 +252,3 @@ def _user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's message, or the last line of a wrapped traceback."""
-    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if not lines:
-        return type(error).__name__
-    return lines[-1] if any("Traceback" in line for line in lines) else lines[0]

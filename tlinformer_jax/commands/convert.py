@@ -10,6 +10,7 @@ and the text for `evaluate`. No content of a weights file is executed. Results a
 from absl import flags
 
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path
 
@@ -24,7 +25,6 @@ def main() -> None:
     if bool(FROM.value) == bool(TO.value):
         raise UserError("--from, --to: give one of them: the weights to read, or the file to write")
     workdir = cli.given_path(WORKDIR, "a directory")
-    from tlinformer_jax.config.run import run_config
     from tlinformer_jax.training.conversion import weights_to_workdir, workdir_to_weights
 
     if FROM.value:

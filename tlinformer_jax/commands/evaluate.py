@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config.run import load_config
 from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ JSON_PARTS = (
 
 def main() -> None:
     """Restores a checkpoint's parameters, evaluates a split or a text, and prints the figures."""
-    from tlinformer_jax.config.run import load_config
     from tlinformer_jax.evaluation.report import EvaluationOptions
     from tlinformer_jax.parallel.processes import joined
     from tlinformer_jax.training.console import advised, evaluation_advice

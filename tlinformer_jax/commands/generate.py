@@ -7,8 +7,8 @@ generation: the text so far stays, the figures follow, and the status is 130.
 import json
 import math
 import pathlib
+import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,6 @@ def _generate() -> bool:
         with cli.errors_by_flag():
             GenerationConfig.of(options)  # checks the options before anything is loaded
             use_compilation_cache()
-            compilations = _watch_compilations()
             generator = Generator.from_workdir(workdir, STEP.value, context_mesh(CONTEXT.value))
             stream = generator.stream([prompt] * NUM_SAMPLES.value, **options)
         interrupted = _print_samples(stream)
@@ -97,7 +96,7 @@ def _generate() -> bool:
         assert generator.tokenizer is not None
         before = generator.tokenizer.encode(prompt)
         save([np.append(before, sample.tokens) for sample in stream.generations])
-    _print_figures(stream, compilations, generator.decoder.config)
+    _print_figures(stream, generator.decoder.config)
     return interrupted
 
 
@@ -162,7 +161,7 @@ def _print_samples(stream: "Stream") -> bool:
     return interrupted or environment.reader_is_gone()
 
 
-def _print_figures(stream: "Stream", compilations: list[float], config: "ModelConfig") -> None:
+def _print_figures(stream: "Stream", config: "ModelConfig") -> None:
     """Prints speed, cache hits and memory on stderr."""
     from tlinformer_jax.models.cached_attention import int8_readers
 
@@ -173,14 +172,9 @@ def _print_figures(stream: "Stream", compilations: list[float], config: "ModelCo
     lines = [
         f"{tokens:,} tokens in {seconds:.2f} s, prefill and compilation included: {tokens / seconds:,.1f} tokens/s"
     ]
-    compiled = [
-        call
-        for call in calls[1:]
-        if not any(call.start <= moment <= call.start + call.seconds for moment in compilations)
-    ]
-    if compiled:
-        rate = sum(call.tokens for call in compiled) / sum(call.seconds for call in compiled)
-        lines.append(f"{rate:,.1f} tokens/s once compiled, slides included")
+    speeds = [call.tokens / call.seconds for call in calls[1:]]
+    if len(speeds) > 2:  # so that a compilation does not decide the median
+        lines.append(f"{statistics.median(speeds):,.1f} tokens/s in the median call after the first")
     samples = stream.generations
     hits, misses = sum(sample.hits for sample in samples), sum(sample.misses for sample in samples)
     lines.append(f"{hits:,} cache hits, {misses:,} misses")
@@ -188,17 +182,3 @@ def _print_figures(stream: "Stream", compilations: list[float], config: "ModelCo
     if CACHE_DTYPE.value == "int8":
         lines.append(int8_readers(config))
     print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def _watch_compilations() -> list[float]:
-    """Returns a list to which the end of each later compilation is added, in seconds of time.perf_counter."""
-    import jax
-
-    ends: list[float] = []
-
-    def note(event: str, duration_secs: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile"):
-            ends.append(time.perf_counter())
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    return ends

@@ -21,17 +21,27 @@ import re
 import shlex
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config.run import add_defaults
 from tlinformer_jax.errors import UserError
+from tlinformer_jax.experiments.actions import checked_actions
+from tlinformer_jax.experiments.job import STOPPED, Job, Record, finished_result, run_jobs, write_result
+from tlinformer_jax.experiments.plan import (
+    SEED,
+    Sweep,
+    check_data,
+    check_together,
+    chosen_points,
+    groups_of,
+    load_sweep,
+    plan_points,
+)
 from tlinformer_jax.files import local_path, open_own
-
-if TYPE_CHECKING:
-    from tlinformer_jax.experiments.job import Job, Record
-    from tlinformer_jax.experiments.plan import Sweep
 
 SWEEP = flags.DEFINE_string(
     "sweep", "", "Sweep file, or the name of one of the package's; NAME:VARIANT picks a variant."
@@ -55,10 +65,6 @@ CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train
 
 def main() -> None:
     """Checks all points, trains the unfinished ones, and writes the tables."""
-    from tlinformer_jax.experiments.actions import checked_actions
-    from tlinformer_jax.experiments.job import run_jobs
-    from tlinformer_jax.experiments.plan import chosen_points, groups_of, load_sweep, plan_points
-
     sweep = load_sweep(SWEEP.value)
     if SEEDS.value is not None:
         sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS))
@@ -82,7 +88,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "tlinformer_jax", "sweep", *sys.argv[1:]])
     stem = pathlib.Path(SWEEP.value.partition(":")[0]).stem
 
-    def placed(points: "list[Job]") -> "list[Job]":
+    def placed(points: list[Job]) -> list[Job]:
         return [
             dataclasses.replace(point, workdir=out / point.name, command=command, then=then, sweep=stem)
             for point in points
@@ -107,36 +113,21 @@ def define_flags() -> None:
 
     This comes before the flags are parsed, because the sweep decides which fields there are.
     """
-    from ml_collections import ConfigDict, config_flags
-
-    from tlinformer_jax.config.run import add_defaults
-    from tlinformer_jax.experiments.plan import load_sweep
-
     if any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):
         cli.fail("--config: the configuration is the sweep's own; --config.SECTION.FIELD=VALUE changes its fields")
     if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
         return
-    named = ""
-    for argument, value in zip(sys.argv[1:], [*sys.argv[2:], ""]):
-        found = re.match(r"--?sweep(=(?P<value>.*))?$", argument, re.DOTALL)
-        if found:
-            named = value if found["value"] is None else found["value"]
+    named = [argument.partition("=")[2] for argument in sys.argv if re.match(r"--?sweep=", argument)]
     try:
-        base = load_sweep(named).base
-    except UserError as error:
-        cli.fail(str(error))
-    try:
-        config = ConfigDict(base)
+        config = ConfigDict(load_sweep(named[-1] if named else "").base)
         add_defaults(config)
         config_flags.DEFINE_config_dict("config", config, lock_config=True)
     except Exception as error:  # ml_collections raises various types for an unknown field
-        cli.fail(cli.describe(error, sys.argv))
+        cli.fail(str(error) if isinstance(error, UserError) else cli.describe(error, sys.argv))
 
 
-def _check(groups: "list[list[Job]]") -> None:
+def _check(groups: list[list[Job]]) -> None:
     """Checks that the data exist, and that one program can train each group; raises a UserError if not."""
-    from tlinformer_jax.experiments.plan import check_data, check_together
-
     check_data([point for group in groups for point in group])
     for group in groups:
         if len(group) > 1:
@@ -146,14 +137,10 @@ def _check(groups: "list[list[Job]]") -> None:
                 raise UserError(f"point {group[0].name}: {error}") from None
 
 
-def _base(sweep: "Sweep") -> Any:
+def _base(sweep: Sweep) -> Any:
     """Returns the sweep's base with the command line's changes; None if there are none."""
     if "config" not in flags.FLAGS:
         return None
-    from ml_collections import config_flags
-
-    from tlinformer_jax.experiments.plan import SEED
-
     for field in config_flags.get_override_values(flags.FLAGS["config"]):
         if field == SEED:
             raise UserError(f"--config.{field}: a sweep has several seeds; --seeds changes them")
@@ -163,10 +150,9 @@ def _base(sweep: "Sweep") -> Any:
     return flags.FLAGS.config
 
 
-def _write(jobs: "list[Job]", out: pathlib.Path, results: pathlib.Path | None) -> "list[Record]":
+def _write(jobs: list[Job], out: pathlib.Path, results: pathlib.Path | None) -> list[Record]:
     """Writes the tables of all finished jobs, copies their records, and returns these."""
-    from tlinformer_jax.experiments.job import finished_result, write_result
-    from tlinformer_jax.experiments.report import write_tables
+    from tlinformer_jax.experiments.report import write_tables  # needs pandas
 
     with open_own(out / ".tables.lock", "a") as lock:  # jobs of an array may finish at the same time
         with contextlib.suppress(OSError):  # a file system without locks
@@ -189,7 +175,6 @@ def train_point() -> None:
     threading.Thread(target=_end_with_starter, daemon=True).start()
 
     from tlinformer_jax.experiments.driver import run_job
-    from tlinformer_jax.experiments.job import STOPPED, Job
     from tlinformer_jax.training.setup import use_compilation_cache
 
     use_compilation_cache()

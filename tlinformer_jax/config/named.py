@@ -33,6 +33,7 @@ def load_python(given: str, flag: str, function: str) -> Any:
     what = f"{flag}={given}"
     if not given:
         raise UserError(f"{flag}: must name a {flag.strip('-')} file, or one of the package's; it is empty")
+    local_path(given, flag)  # refuses a bucket, whose name would look like a package's
     path, _, variant = config_file(given, flag).partition(":")
     try:
         file = local_path(path, flag)

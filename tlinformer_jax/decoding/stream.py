@@ -74,9 +74,8 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One device call: its start (time.perf_counter), its duration, and its number of new tokens."""
+    """One device call: its duration and its number of new tokens."""
 
-    start: float
     seconds: float
     tokens: int
 
@@ -165,7 +164,7 @@ class Stream(Iterator[Piece]):
         start = time.perf_counter()
         tokens, logprobs = self._start() if self._cache is None else self._advance(self._cache)
         drawn = (tokens >= 0).sum(0)
-        self.calls.append(Call(start, time.perf_counter() - start, int(drawn.sum())))
+        self.calls.append(Call(time.perf_counter() - start, int(drawn.sum())))
         self._drawn += int(drawn.max())
         rows = np.flatnonzero(self._active).tolist()
         new = {row: tokens[: drawn[row], row].tolist() for row in rows}

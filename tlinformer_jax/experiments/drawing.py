@@ -50,40 +50,13 @@ def draw_curves(axes: Any, curves: Sequence[Curve], looks: dict[str, dict[str, A
         axes.legend(fontsize=8, framealpha=0.8, handlelength=3)
 
 
-def scale_x(axes: Any, kind: str, places: Iterable[float] = ()) -> None:
-    """Makes an x axis linear, 'log' or 'symlog', with whole numbers at its ticks; the last two have ticks at `places`.
+def scale_x(axes: Any, kind: str) -> None:
+    """Makes an x axis linear, 'log' or 'symlog', with whole numbers at its ticks.
 
     On 'symlog', 0 is as far below 1 as 2 is above it.
     """
     axes.set_xscale(kind, **{"log": {"base": 2}, "symlog": {"base": 2, "linthresh": 1}}.get(kind, {}))
-    if kind != "linear" and (places := sorted(set(places))):
-        ticks = places[:1]
-        for place in places[1 :: -(-len(places) // 9)]:
-            ticks += [place] if place >= 1.6 * ticks[-1] else []  # labels of closer ticks would touch
-        axes.set_xticks(ticks)
-        axes.minorticks_off()
     axes.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def annotate(axes: Any, notes: Iterable[tuple[str, float, float]]) -> None:
-    """Writes a text beside each point, where it covers neither points nor texts and is not cut off."""
-    from matplotlib.transforms import Bbox
-
-    notes = list(notes)
-    axes.margins(0.1)
-    axes.figure.draw_without_rendering()  # needed to know the positions of the points
-    unit = 72 / axes.figure.dpi
-    frame = Bbox.from_extents(*(bound * unit for bound in axes.bbox.extents))
-    places = axes.transData.transform([(x, y) for _, x, y in notes]) * unit
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in places]
-    for (text, *point), (x, y) in zip(notes, places):
-        width, height = 4.6 * len(text), 9
-        shifts = ((5, 3), (-5 - width, 3), (5, -12), (-5 - width, -12), (-width / 2, 6), (-width / 2, -15))
-        boxes = [Bbox.from_bounds(x + dx, y + dy, width, height) for dx, dy in shifts]
-        inside = [box for box in boxes if frame.contains(*box.min) and frame.contains(*box.max)]
-        box = next((box for box in inside if not box.count_overlaps(taken)), boxes[0])
-        taken.append(box)
-        axes.annotate(text, point, xytext=(box.x0 - x, box.y0 - y), textcoords="offset points", fontsize=8)
 
 
 def save(figure: Any, file: pathlib.Path) -> pathlib.Path:

@@ -40,15 +40,12 @@ def run_job(
         if done is not None:
             say(f"{job.name}: finished before")
             return done
-        before = peak_bytes()
         with timed_attempt(job.workdir):
             trained = train_run(job.config, job.workdir, profile, init_from)
         if trained.figures is None:
             return None
-        after = peak_bytes()
-        # The peak is that of the whole process: it belongs to this run only if this run has raised it.
-        peak = after if after is not None and after > (before or 0) else None
-        result = record_of(job, trained, **logged(job, trained), peak=peak)
+        # The peak of this process, which trains one run.
+        result = record_of(job, trained, **logged(job, trained), peak=peak_bytes())
         write_result(job.workdir / RESULT_FILE, result)
         for name in job.actions:
             started = time.perf_counter()
@@ -72,8 +69,8 @@ def logged(job: Job, trained: TrainedRun) -> dict[str, Any]:
     speeds = {name: [event[key] for event in events if event.get(key := f"train/{name}") is not None] for name in names}
     return {
         "evaluations": evaluations,
-        "seconds": attempts["seconds"],
-        "attempts": attempts["count"],
+        "seconds": sum(end - start for start, end in attempts),
+        "attempts": len(attempts),
         "speed": {name: statistics.median(found) if found else None for name, found in speeds.items()},
     }
 
@@ -139,28 +136,27 @@ def record_of(
 
 @contextlib.contextmanager
 def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
-    """Adds the time of the body to attempts.json; a killed attempt counts up to its last metrics."""
-    found = read_attempts(workdir)
-    seconds, metrics = found["seconds"], workdir / METRICS_FILE
-    if found["since"] is not None and metrics.exists():
-        seconds += max(0.0, metrics.stat().st_mtime - found["since"])
-    count, started = found["count"] + 1, time.perf_counter()
-    _write_attempts(workdir, count=count, seconds=seconds, since=time.time())
+    """Adds the start and the end of the body to attempts.json."""
+    attempts = [*read_attempts(workdir), [time.time(), 0.0]]
+    _write_attempts(workdir, attempts)
     try:
         yield
     finally:
-        _write_attempts(workdir, count=count, seconds=seconds + time.perf_counter() - started, since=None)
+        attempts[-1][1] = time.time()
+        _write_attempts(workdir, attempts)
 
 
-def _write_attempts(workdir: pathlib.Path, **attempts: float | None) -> None:
+def _write_attempts(workdir: pathlib.Path, attempts: list[list[float]]) -> None:
     with writing(f"workdir {workdir}: {ATTEMPTS_FILE}"):
         write_text(workdir / ATTEMPTS_FILE, json.dumps(attempts) + "\n")
 
 
-def read_attempts(workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads the attempts so far: count; seconds of those that ended; since, the start of one that was killed."""
+def read_attempts(workdir: pathlib.Path) -> list[list[float]]:
+    """Returns start and end of every attempt; a killed one has ended with its last metrics."""
+    metrics = workdir / METRICS_FILE
+    last = metrics.stat().st_mtime if metrics.exists() else 0.0
     try:
         found = json.loads((workdir / ATTEMPTS_FILE).read_text(encoding="utf-8"))
-        return {"count": int(found["count"]), "seconds": float(found["seconds"]), "since": found["since"]}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {"count": 0, "seconds": 0.0, "since": None}
+        return [[float(start), float(end) or max(start, last)] for start, end in found]
+    except (OSError, ValueError, TypeError):
+        return []

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tlinformer_jax.experiments.drawing import annotate, draw_curves, figure_of, save, scale_x, styles
+from tlinformer_jax.experiments.drawing import draw_curves, figure_of, save, scale_x, styles
 from tlinformer_jax.experiments.frame import CACHE, PERPLEXITY, SPEED, curves_of, knee_of, points_of
 
 # Figures of `evaluation.history`: the titles of their axes.
@@ -36,7 +36,7 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
         if points["y"].min() < 0 < points["y"].max():
             place.axhline(0, color="grey", linewidth=1)
         draw_curves(place, curves, looks)
-        scale_x(place, x_scale, points["x"] if points["x"].nunique() < 12 else ())
+        scale_x(place, x_scale)
         place.set(title=title, xlabel=x_name, ylabel=y_name)
     save(figure, file)
 
@@ -72,7 +72,7 @@ def plot_capacity(curves: Mapping[str, pd.DataFrame], file: pathlib.Path) -> Non
             place.errorbar(part["x"], part["median"], yerr=spread, capsize=3, label=label, markersize=5, **looks[label])
             runs = part[["x", "runs"]].explode("runs")
             place.plot(runs["x"], runs["runs"], ".", color=looks[label]["color"], alpha=0.4, markersize=4)
-        scale_x(place, "log", points["x"])
+        scale_x(place, "log")
         place.set(xlabel=x_name, ylabel="answers right, median over seeds", ylim=(-0.03, 1.03))
         place.legend(fontsize=8)
     save(figure, file)
@@ -107,7 +107,9 @@ def plot_sweep(frame: pd.DataFrame, folder: pathlib.Path, prefix: str = "") -> l
                 look = {"markersize": 6, **looks[label], **change}
                 axes.errorbar(part[column], part[PERPLEXITY], yerr=spread, capsize=3, label=label, **look)
         shared = named["windows"].isna() | named["windows"].duplicated(keep=False)
-        annotate(axes, zip(named["windows"].mask(shared, named["label"]), named[column], named[PERPLEXITY]))
+        notes = zip(named["windows"].mask(shared, named["label"]), named[column], named[PERPLEXITY])
+        for text, *point in notes:
+            axes.annotate(text, point, xytext=(5, 3), textcoords="offset points", fontsize=8)
         axes.set(xlabel=axis, ylabel="validation perplexity")
         if name == "speed":
             axes.xaxis.set_major_formatter("{x:,.0f}")

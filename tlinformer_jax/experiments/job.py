@@ -34,7 +34,7 @@ DEFAULTS = {
 }
 # Fields that tell where and how a run reads its text, and so do not change its figures; some exist only in earlier
 # records.
-PLACES = ("manual_dir", "cache_dir", "full_hash", "num_workers")
+PLACES = ("data.manual_dir", "data.cache_dir", "data.full_hash", "data.num_workers")
 FILES = ("train_files", "validation_files", "test_files")
 COMMAND = (sys.executable, "-m", "tlinformer_jax.commands.sweep")  # reads jobs from its stdin
 LOG_FILE = "log.txt"
@@ -113,12 +113,13 @@ def essence(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in FILES:
         paths = str(sections["data"][name]).split(",")
         sections["data"][name] = ",".join(pathlib.PurePath(path.strip()).name for path in paths)
-    return {
-        f"{section}.{name}": value
-        for section in ("model", "train", "data")
-        for name, value in sections[section].items()
-        if name not in PLACES
-    }
+    del sections["mesh"]
+    return {path: value for path, value in flat(sections).items() if path not in PLACES}
+
+
+def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns all fields of a configuration as 'section.field'."""
+    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
 def finished_result(job: Job) -> Record | None:

@@ -1,7 +1,6 @@
 """Sweeps: a base configuration and named points, each of which changes some fields. Does not use JAX."""
 
 import collections
-import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +9,11 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from tlinformer_jax.config.named import load_python
-from tlinformer_jax.config.run import RunConfig, TrainConfig, run_config
+from tlinformer_jax.config.run import SECTIONS, RunConfig, TrainConfig, run_config, unknown_field
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.experiments.job import Job
+from tlinformer_jax.experiments.job import Job, flat
 
 # The report's section for a sweep: comparison with Base at the same N, by window sizes, or by accuracy.
 STUDIES = ("architectures", "windows", "retrieval")
@@ -62,7 +61,7 @@ def load_sweep(where: str) -> Sweep:
 
 def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job]:
     """Returns all runs of a sweep in order, named POINT-seedSEED; `base` replaces the sweep's own."""
-    sections = _plain(sweep.base if base is None else base)
+    base = sweep.base if base is None else base
     points: list[Job] = []
     for name, overrides in sweep.points.items():
         fields = dict(overrides)
@@ -71,7 +70,7 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job
         if not seeds:
             raise UserError(f"point {name}: train.seed must hold at least one seed")
         try:
-            configs = [run_config(_changed(sections, {**fields, SEED: seed})) for seed in seeds]
+            configs = [run_config(_changed(base, {**fields, SEED: seed})) for seed in seeds]
         except UserError as error:
             raise UserError(f"point {name}: {error}") from None
         for seed, config in zip(seeds, configs):
@@ -139,28 +138,15 @@ def chosen_points(points: Sequence[T], job: int | None, jobs: int | None) -> lis
 
 def overrides_between(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields in which `other` differs from `base`, in the form of a point."""
-    before, after = _plain(base), _plain(other)
-    return {
-        f"{section}.{name}": value
-        for section, fields in after.items()
-        for name, value in fields.items()
-        if name not in before.get(section, {}) or before[section][name] != value
-    }
+    before = flat(base)
+    return {path: value for path, value in flat(other).items() if path not in before or before[path] != value}
 
 
-def _plain(values: Any) -> dict[str, Any]:
-    """Converts a ConfigDict or nested mappings to plain dictionaries."""
-    return ConfigDict(values).to_dict() if isinstance(values, Mapping) else values.to_dict()
-
-
-def _changed(sections: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the sections with some fields changed."""
-    changed = copy.deepcopy(dict(sections))
+def _changed(base: Mapping[str, Any], fields: Mapping[str, Any]) -> ConfigDict:
+    """Returns the base with some fields, such as 'model.history_window', changed."""
     for path, value in fields.items():
-        section, _, name = path.partition(".")
-        if not name:
-            raise UserError(f"{path} = {value!r}: must be named as 'section.field', such as 'model.history_window'")
-        place = changed.setdefault(section, {})
-        if isinstance(place, dict):  # otherwise run_config reports it
-            place[name] = value
-    return changed
+        if missing := unknown_field(path):
+            raise ConfigError(path, value, missing)
+    config = ConfigDict({section: {} for section in SECTIONS} | ConfigDict(base).to_dict(), type_safe=False)
+    config.update_from_flattened_dict(fields)
+    return config

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.errors import ConfigError, DataError, file_errors_as
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pt", ".pth")
@@ -30,10 +30,8 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a file by name, in the file's dtypes; removes prefixes of wrappers."""
     if path.suffix not in (SAFETENSORS, *TORCH):
         raise DataError(f"{path}: must end in {SAFETENSORS}, {' or '.join(TORCH)}")
-    try:
+    with file_errors_as(f"{path}: cannot be read"):
         path.open("rb").close()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     arrays = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_torch(path)
     for prefix in WRAPPERS:
         if arrays and all(name.startswith(prefix) for name in arrays):

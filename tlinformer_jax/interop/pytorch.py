@@ -64,8 +64,8 @@ class Config:
         return int(self.history_window) + self.generation_window if self.architecture == "sliding_window" else None
 
     def window_start(self, position: int) -> int:
-        """Returns n, the first row that runs in the window that predicts from `position`."""
-        return max(0, position - position % self.generation_window - self.window_overlap)
+        """Returns n, the first row that runs in the window that predicts from `position`; 0 for a baseline."""
+        return max(0, position - position % self.generation_window - self.window_overlap) if self.windowed else 0
 
     def observed_start(self, n: int) -> int:
         """Returns h, the first of the last W_oh of n rows."""
@@ -162,59 +162,14 @@ def layers_of(module: nn.Module) -> list[Layer]:
     return [part for part in module.modules() if isinstance(part, Layer)]
 
 
-class Stream(NamedTuple):
-    """Rows of one of the block's streams C, z and x, with their projections in the layer that reads them."""
-
-    rows: Tensor
-    Q: Tensor
-    K: Tensor
-    V: Tensor
-
-    @classmethod
-    def of(cls, layer: Layer, rows: Tensor, rope: Tensor, key_rows: Tensor | None = None) -> "Stream":
-        return cls(rows, *layer.project(rows, rope, key_rows))
-
-    def after(self, h: int) -> "Stream":
-        """Returns the rows from h on."""
-        return Stream(self.rows[:, h:], self.Q[:, :, h:], self.K[:, :, h:], self.V[:, :, h:])
-
-
-# The three kinds of layer, section 3 of the paper: C is the history, z its compressed observation window, x the
-# generation window. The first window has no history, and attention to no keys is 0.
-
-
-def compress(layer: Layer, C: Stream, z: Stream, x: Stream, x_reads_C: bool = True) -> tuple[Tensor, Tensor]:
-    """z = update(C[h:], attend(Qc[h:], Kc, Vc))
-    x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
-
-    The argument z has rows h .. n - 1 of C. TConstFormer's x does not read C.
-    """
-    p = layer.attention_dropout
-    z_attends = attend(z.Q, C.K, C.V, dropout=p)
-    x_attends = attend_causal(x.Q, x.K, x.V, dropout=p)
-    if x_reads_C:
-        x_attends = x_attends + attend(x.Q, C.K, C.V, dropout=p)
-    return layer.update(z.rows, z_attends), layer.update(x.rows, x_attends)
-
-
-def hidden(layer: Layer, z: Stream, x: Stream) -> tuple[Tensor, Tensor]:
-    """z' = update(z, attend(Qz, Kz, Vz))
-    x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
-    """
-    p = layer.attention_dropout
-    z_attends = attend(z.Q, z.K, z.V, dropout=p)
-    x_attends = attend_causal(x.Q, x.K, x.V, dropout=p) + attend(x.Q, z.K, z.V, dropout=p)
-    return layer.update(z.rows, z_attends), layer.update(x.rows, x_attends)
-
-
-def restore(layer: Layer, C: Stream, z: Stream, x: Stream) -> tuple[Tensor, Tensor]:
-    """C' = update(C, attend(Qc, Kz, Vz)), where Qc is the query of `compress`
-    x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
-    """
-    p = layer.attention_dropout
-    C_attends = attend(C.Q, z.K, z.V, dropout=p)
-    x_attends = attend_causal(x.Q, x.K, x.V, dropout=p) + attend(x.Q, z.K, z.V, dropout=p)
-    return layer.update(C.rows, C_attends), layer.update(x.rows, x_attends)
+# The layers of section 3 of the paper: C is the history, z its compressed observation window, x the generation window.
+#
+#     compress:  z = update(C[h:], attend(Qc[h:], Kc, Vc))    x reads C (in TConstFormer nothing)
+#     hidden:    z' = update(z, attend(Qz, Kz, Vz))           x reads z
+#     restore:   C' = update(C, attend(Qc, Kz, Vz))           x reads z
+#
+# In each of them x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, K, V)), where K and V are those of what x reads.
+# C and z do not depend on x, so `Block.history` computes them and `LanguageModel.window` computes x.
 
 
 class Block(nn.Module):
@@ -227,31 +182,22 @@ class Block(nn.Module):
         self.hidden_layers = nn.ModuleList(Layer(config) for _ in range(config.hidden_depth))
         self.restore_context_shape_layer = Layer(config)
 
-    def forward(
-        self, C: Tensor, x: Tensor, rope: Tensor, last: bool, key_rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, list[KeyValue]]:
-        """Returns the next C [batch, n, D] and x [batch, m, D], and what x reads of the history in each layer.
-
-        `rope` and `key_rows`, from which the first block makes its keys, have all n + m rows. The last block returns a
-        C without rows, because nothing reads it.
-        """
-        config, (first, *middle, final) = self.config, layers_of(self)
-        n, h = C.shape[1], config.observed_start(C.shape[1])
-        C_rope, z_rope, x_rope = rope[:, :n], rope[:, h:n], rope[:, n:]
-        old, new = (None, None) if key_rows is None else (key_rows[:, :n], key_rows[:, n:])
-        history, window = Stream.of(first, C, C_rope, old), Stream.of(first, x, x_rope, new)
-        x_reads_C = config.architecture == "tlinformer"
-        seen = history if x_reads_C else history.after(n)
-        read = [KeyValue(seen.K, seen.V)]
-        z, x = compress(first, history, history.after(h), window, x_reads_C)
+    def history(self, C: Tensor, rope: Tensor, key_rows: Tensor | None, last: bool) -> tuple[Tensor, list[KeyValue]]:
+        """Returns the next C [batch, n, D], without rows in the last block, and what x reads in each layer."""
+        (first, *middle, final), n = layers_of(self), C.shape[1]
+        h, p = self.config.observed_start(n), first.attention_dropout
+        Qc, Kc, Vc = first.project(C, rope, key_rows)
+        z = first.update(C[:, h:], attend(Qc[:, :, h:], Kc, Vc, dropout=p))
+        seen = slice(0 if self.config.architecture == "tlinformer" else n, n)
+        read = [KeyValue(Kc[:, :, seen], Vc[:, :, seen])]
         for layer in middle:
-            observed, window = Stream.of(layer, z, z_rope), Stream.of(layer, x, x_rope)
-            read.append(KeyValue(observed.K, observed.V))
-            z, x = hidden(layer, observed, window)
-        observed, window = Stream.of(final, z, z_rope), Stream.of(final, x, x_rope)
-        read.append(KeyValue(observed.K, observed.V))
-        C, x = restore(final, history.after(n if last else 0), observed, window)
-        return C, x, read
+            Qz, Kz, Vz = layer.project(z, rope[:, h:])
+            read.append(KeyValue(Kz, Vz))
+            z = layer.update(z, attend(Qz, Kz, Vz, dropout=p))
+        _, Kz, Vz = final.project(z, rope[:, h:])
+        read.append(KeyValue(Kz, Vz))
+        rows = slice(n if last else 0, n)
+        return final.update(C[:, rows], attend(Qc[:, :, rows], Kz, Vz, dropout=p)), read
 
 
 class LanguageModel(nn.Module):
@@ -278,36 +224,57 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns logits [batch, length, V]; row i predicts token i + 1."""
-        embedded, rope = self.embedding(tokens), rotations(self.config, tokens.shape[1])
-        if self.config.windowed:
-            size, windows = self.config.generation_window, []
-            for first in range(0, tokens.shape[1], size):
-                n = self.config.window_start(first)
-                windows.append(self._window(embedded[:, : first + size], n, rope)[0][:, first - n :])
-            return self._head(torch.cat(windows, dim=1))
-        x, key_rows = embedded, self._key_rows(embedded)
-        for layer in layers_of(self):
-            (Q, K, V), key_rows = layer.project(x, rope, key_rows), None
-            x = layer.update(x, attend_causal(Q, K, V, self.config.reach, layer.attention_dropout))
-        return self._head(x)
+        embedded, length, windows = self.embedding(tokens), tokens.shape[1], []
+        size = self.config.generation_window if self.config.windowed else length
+        nothing = self.history(embedded[:, :0])
+        for first in range(0, length, size):
+            n = self.config.window_start(first)
+            x, _ = self.window(embedded[:, max(n - 1, 0) : first + size], n, self.history(embedded[:, :n]), nothing)
+            windows.append(x[:, first - n :])
+        return self.head(torch.cat(windows, dim=1))
 
-    def _key_rows(self, embedded: Tensor) -> Tensor | None:
+    def history(self, embedded: Tensor) -> list[KeyValue]:
+        """Returns what the window after the embedded history [batch, n, D] reads in each layer."""
+        n, heads = embedded.shape[1], self.config.num_heads
+        if n == 0:
+            none = embedded.unflatten(-1, (heads, -1)).transpose(1, 2)
+            return [KeyValue(none, none)] * self.config.num_layers
+        C, rope, key_rows = embedded, rotations(self.config, n), self.key_rows(embedded)
+        read: list[KeyValue] = []
+        blocks = [part for part in self.modules() if isinstance(part, Block)]
+        for block in blocks:
+            C, of_block = block.history(C, rope, key_rows, last=block is blocks[-1])
+            read, key_rows = read + of_block, None
+        return read
+
+    def key_rows(self, embedded: Tensor) -> Tensor | None:
         """Returns the rows from which the first layer's keys are made with a token shift; None without one."""
         if not self.config.token_shift:
             return None
         return embedded + SHIFT_SCALE * self.token_shift * F.pad(embedded, (0, 0, 1, 0))[:, :-1]
 
-    def _window(self, embedded: Tensor, n: int, rope: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """Runs rows n, n + 1, ... after the history of n rows through all blocks."""
-        C, x, key_rows = embedded[:, :n], embedded[:, n:], self._key_rows(embedded)
-        read: list[KeyValue] = []
-        for index, block in enumerate(part for part in self.modules() if isinstance(part, Block)):
-            last = index == self.config.num_blocks - 1
-            C, x, of_block = block(C, x, rope[:, : embedded.shape[1]], last, key_rows)
-            read, key_rows = read + of_block, None
-        return x, read
+    def window(
+        self, embedded: Tensor, start: int, read: list[KeyValue], own: list[KeyValue]
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Runs the rows of a window from position `start` on through all layers; a baseline's rows are all one window.
 
-    def _head(self, x: Tensor) -> Tensor:
+        Args:
+          embedded: the embedded tokens, from the one before `start` on, which the token shift reads.
+          read: what the rows read of the history in each layer.
+          own: keys and values of the window's earlier rows; they are returned with those of the new rows.
+        """
+        before, key_rows, kept = min(start, 1), self.key_rows(embedded), []
+        x, rope = embedded[:, before:], rotations(self.config, start + embedded.shape[1] - before, start)
+        key_rows = None if key_rows is None else key_rows[:, before:]
+        for layer, history, earlier in zip(layers_of(self), read, own):
+            (Q, K, V), key_rows, p = layer.project(x, rope, key_rows), None, layer.attention_dropout
+            K, V = torch.cat([earlier.K, K], dim=2), torch.cat([earlier.V, V], dim=2)
+            x = layer.update(x, attend_causal(Q, K, V, self.config.reach, p) + attend(Q, *history, dropout=p))
+            rows = -(self.config.reach or K.shape[2])
+            kept.append(KeyValue(K[:, :, rows:], V[:, :, rows:]))
+        return x, kept
+
+    def head(self, x: Tensor) -> Tensor:
         return self.transformer["lm_head"](self.transformer["norm"](x))
 
     @torch.no_grad()
@@ -316,38 +283,13 @@ class LanguageModel(nn.Module):
         start = None
         for _ in range(max_new_tokens):
             last = tokens.shape[1] - 1
-            n = self.config.window_start(last) if self.config.windowed else 0
-            if n != start:
-                start, done, (read, own) = n, n, self._slide(tokens[:, :n])
-            logits, own = self._step(tokens, done, read, own)
-            done, tokens = last + 1, torch.cat([tokens, logits.argmax(-1)], dim=1)
+            n = self.config.window_start(last)
+            if n != start:  # the window slides
+                start = done = n
+                read, own = self.history(self.embedding(tokens[:, :n])), self.history(self.embedding(tokens[:, :0]))
+            x, own = self.window(self.embedding(tokens[:, max(done - 1, 0) :]), done, read, own)
+            done, tokens = last + 1, torch.cat([tokens, self.head(x[:, -1:]).argmax(-1)], dim=1)
         return tokens
-
-    def _slide(self, history: Tensor) -> tuple[list[KeyValue], list[KeyValue]]:
-        """Returns what the next window reads in each layer, and the window's own keys and values: none yet."""
-        embedded, n, heads = self.embedding(history), history.shape[1], self.config.num_heads
-        empty = embedded.new_zeros(len(history), heads, 0, embedded.shape[-1] // heads)
-        none = [KeyValue(empty, empty)] * self.config.num_layers
-        return (self._window(embedded, n, rotations(self.config, n))[1] if n else none), none
-
-    def _step(
-        self, tokens: Tensor, position: int, read: list[KeyValue], own: list[KeyValue]
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Returns logits [batch, 1, V] after the tokens, new from `position` on, and the window's keys and values.
-
-        This is the second line of each of the three equations, and a baseline's only one.
-        """
-        first = max(position - 1, 0)  # the token shift reads the token before the new tokens
-        embedded, rope = self.embedding(tokens[:, first:]), rotations(self.config, tokens.shape[1], position)
-        x, key_rows, kept = embedded[:, position - first :], self._key_rows(embedded), []
-        key_rows = None if key_rows is None else key_rows[:, position - first :]
-        for layer, history, before in zip(layers_of(self), read, own):
-            (Q, K, V), key_rows = layer.project(x, rope, key_rows), None
-            K, V = torch.cat([before.K, K], dim=2), torch.cat([before.V, V], dim=2)
-            x = layer.update(x, attend_causal(Q, K, V, self.config.reach) + attend(Q, *history))
-            rows = -(self.config.reach or K.shape[2])
-            kept.append(KeyValue(K[:, :, rows:], V[:, :, rows:]))
-        return self._head(x[:, -1:]), kept
 
 
 def from_safetensors(path: str | pathlib.Path, config: Config | None = None) -> LanguageModel:

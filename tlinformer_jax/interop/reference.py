@@ -10,15 +10,35 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.config.delta import CONVOLUTION
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.models.feed_forward import EXPERTS
+from tlinformer_jax.models.model import LanguageModel, build_model
 
 EMBEDDING, HEAD = "embedding.weight", "transformer.lm_head.weight"
-SHIFT = "token_shift"
-FINAL_NORM = {"norm_scale": "transformer.norm.weight", "norm_bias": "transformer.norm.bias"}
+TOP = {"transformer.norm.weight": "norm_scale", "transformer.norm.bias": "norm_bias", "token_shift": "shift"}
+# A layer's published names -> our name, and how many of our array's axes are inputs of a matrix (0: it is a vector).
+# The feed-forward's matrices are not listed.
+LAYER = {
+    "norm1.weight": ("norm1_scale", 0),
+    "norm1.bias": ("norm1_bias", 0),
+    "qkv_proj.weight": ("qkv_kernel", 1),
+    "qkv_proj.bias": ("qkv_bias", 0),
+    "qkvg_proj.weight": ("qkvg_kernel", 1),
+    "conv.weight": ("conv_kernel", 1),
+    "rates_proj.weight": ("rates_kernel", 1),
+    "A_log": ("A_log", 0),
+    "dt_bias": ("dt_bias", 0),
+    "head_norm.weight": ("head_norm_scale", 0),
+    "out_proj.weight": ("out_kernel", 2),
+    "out_proj.bias": ("out_bias", 0),
+    "norm2.weight": ("norm2_scale", 0),
+    "norm2.bias": ("norm2_bias", 0),
+    "ffn.router.weight": ("router_kernel", 1),
+}
 
 
 def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -28,42 +48,31 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     and every entry with values that are not finite numbers.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
-    shapes = reference_shapes(config)
-    faults = [f"missing {name}" for name in shapes if name not in arrays and name != HEAD]
-    faults += [f"unknown {name}" for name in arrays if name not in shapes]
-    faults += [
-        f"{name} has shape {list(arrays[name].shape)}, must be {list(shape)}"
-        for name, shape in shapes.items()
-        if name in arrays and arrays[name].shape != shape
-    ]
-    faults += [fault for name, shape in shapes.items() if (fault := _bad_values(name, arrays.get(name), shape))]
+    params = _empty_params(config)
+    views = published_views(params, config)
+    faults = [f"missing {name}" for name in views if name not in arrays and name != HEAD]
+    faults += [f"unknown {name}" for name in arrays if name not in views]
+    for name, view in views.items():
+        if name in arrays and (fault := _fault(arrays[name], view.shape)):
+            faults.append(f"{name} {fault}")
     if not faults and HEAD in arrays and not np.array_equal(arrays[HEAD], arrays[EMBEDDING]):
         faults.append(f"{HEAD} differs from {EMBEDDING}, but the model ties them")
     if faults:
         raise DataError(f"state_dict does not fit the model ({len(faults)} faults): " + "; ".join(faults))
-
-    params: dict[str, Any] = {"embedding": arrays[EMBEDDING]}
-    params |= {ours: arrays[theirs] for ours, theirs in FINAL_NORM.items()}
-    params |= {"shift": arrays[SHIFT]} if config.token_shift else {}
-    for index, (path, prefix) in enumerate(layer_names(config)):
-        names = _layer_arrays(config, index).items()
-        layer = {ours: arrays[prefix + theirs].T.reshape(shape) for theirs, (ours, shape, _) in names}
-        node = functools.reduce(lambda node, part: node.setdefault(part, {}), path, params)
-        node |= _joined(layer, config)
-    return {"params": jax.tree.map(lambda array: jax.numpy.asarray(array, np.float32), params)}
+    for name, array in arrays.items():
+        views[name][...] = array
+    return {"params": jax.tree.map(jnp.asarray, params)}
 
 
 def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
     """Maps published names to float32 arrays, including both tied entries."""
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), variables["params"])
-    arrays = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
-    arrays |= {theirs: params[ours] for ours, theirs in FINAL_NORM.items()}
-    arrays |= {SHIFT: params["shift"]} if config.token_shift else {}
-    for index, (path, prefix) in enumerate(layer_names(config)):
-        layer = _apart(functools.reduce(operator.getitem, path, params), config)
-        for theirs, (ours, _, shape) in _layer_arrays(config, index).items():
-            arrays[prefix + theirs] = np.ascontiguousarray(layer[ours].reshape(shape[::-1]).T)
-    return arrays
+    return {name: np.ascontiguousarray(view) for name, view in published_views(params, config).items()}
+
+
+def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns published names and shapes of a model's parameters."""
+    return {name: view.shape for name, view in published_views(_empty_params(config), config).items()}
 
 
 def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
@@ -77,91 +86,40 @@ def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
     return [((f"blocks_{block}", ours), f"{top}.{block}.{theirs}.") for block in blocks for ours, theirs in layers]
 
 
-def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns published names and shapes of a model's parameters."""
-    table = (config.vocab_size, config.d_model)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, HEAD: table}
-    shapes |= dict.fromkeys((*FINAL_NORM.values(), *(SHIFT,) * config.token_shift), (config.d_model,))
-    for index, (_, prefix) in enumerate(layer_names(config)):
-        shapes |= {prefix + name: shape for name, (_, _, shape) in _layer_arrays(config, index).items()}
-    return shapes
+def published_views(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Maps published names to views of our arrays in the published layouts; writing to a view changes our array."""
+    views = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
+    views |= {theirs: params[ours] for theirs, ours in TOP.items() if ours in params}
+    for path, prefix in layer_names(config):
+        layer = functools.reduce(operator.getitem, path, params)
+        for theirs, (ours, inputs) in LAYER.items():
+            if ours in layer:
+                matrix = layer[ours].reshape(-1, np.prod(layer[ours].shape[inputs:]))
+                views[prefix + theirs] = matrix.T if inputs else matrix[0]
+        name, experts = (EXPERTS, config.num_experts) if config.mixture else ("", 1)
+        gate_up, down = (layer[name + kernel] for kernel in ("gate_up_kernel", "down_kernel"))
+        gate_up, down = gate_up.reshape(experts, *gate_up.shape[-3:]), down.reshape(experts, *down.shape[-2:])
+        for number in range(experts):
+            own = f"{prefix}ffn.experts.{number}." if config.mixture else f"{prefix}ffn."
+            views[f"{own}w1.weight"] = gate_up[number, :, 0].T
+            views[f"{own}w2.weight"] = down[number].T
+            views[f"{own}w3.weight"] = gate_up[number, :, 1].T
+    return views
 
 
-def _layer_arrays(config: ModelConfig, index: int) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Maps layer `index`'s published names to (our name, our shape, published shape).
-
-    A published array has our order of numbers after transposition. For 'gate', 'up' and 'down' see `_joined`.
-    """
-    width, inner, heads = config.d_model, config.feed_forward_dim, (config.num_heads, config.head_dim)
-    mixer: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
-        "qkv_proj.weight": ("qkv_kernel", (width, 3, *heads), (3 * width, width)),
-        "qkv_proj.bias": ("qkv_bias", (3, *heads), (3 * width,)),
-    }
-    if not config.attends(index):
-        delta = config.delta
-        inner, heads, all_heads = delta.feed_forward, (delta.heads, delta.width), delta.inner
-        mixer = {
-            "qkvg_proj.weight": ("qkvg_kernel", (width, 4, *heads), (4 * all_heads, width)),
-            "conv.weight": ("conv_kernel", (CONVOLUTION, 3, *heads), (3 * all_heads, CONVOLUTION)),
-            "rates_proj.weight": ("rates_kernel", (width, 2, delta.heads), (2 * delta.heads, width)),
-            "A_log": ("A_log", (delta.heads,), (delta.heads,)),
-            "dt_bias": ("dt_bias", (delta.heads,), (delta.heads,)),
-            "head_norm.weight": ("head_norm_scale", (delta.width,), (delta.width,)),
-        }
-    feed_forward = {"ffn.router.weight": ("router_kernel", (width, config.num_experts), (config.num_experts, width))}
-    feed_forward = feed_forward if config.mixture else {}
-    for expert in _experts(config):
-        feed_forward |= {
-            f"ffn.{expert}w1.weight": (f"{expert}gate", (width, inner), (inner, width)),
-            f"ffn.{expert}w2.weight": (f"{expert}down", (inner, width), (width, inner)),
-            f"ffn.{expert}w3.weight": (f"{expert}up", (width, inner), (inner, width)),
-        }
-    return {
-        "norm1.weight": ("norm1_scale", (width,), (width,)),
-        "norm1.bias": ("norm1_bias", (width,), (width,)),
-        **mixer,
-        "out_proj.weight": ("out_kernel", (*heads, width), (width, heads[0] * heads[1])),
-        "out_proj.bias": ("out_bias", (width,), (width,)),
-        "norm2.weight": ("norm2_scale", (width,), (width,)),
-        "norm2.bias": ("norm2_bias", (width,), (width,)),
-        **feed_forward,
-    }
+def _empty_params(config: ModelConfig) -> dict[str, Any]:
+    """Returns a model's parameters as NumPy arrays whose values are not set."""
+    model = build_model(config)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes["params"])
 
 
-def _experts(config: ModelConfig) -> list[str]:
-    """Returns the prefixes of each expert's names; '' for a single feed-forward."""
-    return [f"experts.{number}." for number in range(config.num_experts)] if config.mixture else [""]
-
-
-def _joined(layer: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns a layer's parameters with 'gate' and 'up' of all experts in one array."""
-    experts = _experts(config)
-    gate_up = [np.stack([layer.pop(f"{expert}gate"), layer.pop(f"{expert}up")], axis=1) for expert in experts]
-    down = [layer.pop(f"{expert}down") for expert in experts]
-    if config.mixture:
-        return layer | {"experts_gate_up_kernel": np.stack(gate_up), "experts_down_kernel": np.stack(down)}
-    return layer | {"gate_up_kernel": gate_up[0], "down_kernel": down[0]}
-
-
-def _apart(layer: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Inverts `_joined`."""
-    if config.mixture:
-        gate_up, down = layer["experts_gate_up_kernel"], layer["experts_down_kernel"]
-    else:
-        gate_up, down = layer["gate_up_kernel"][None], layer["down_kernel"][None]
-    parts = dict(layer)
-    for number, expert in enumerate(_experts(config)):
-        parts |= {f"{expert}gate": gate_up[number, :, 0], f"{expert}up": gate_up[number, :, 1]}
-        parts[f"{expert}down"] = down[number]
-    return parts
-
-
-def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str:
-    """Says what is wrong with the values of an array of the right shape; '' if nothing is."""
-    if array is None or array.shape != shape:
-        return ""
-    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
-        return f"{name} has dtype {array.dtype}, must be floating point"
+def _fault(array: np.ndarray, shape: tuple[int, ...]) -> str:
+    """Says what is wrong with the shape or the values of an array; '' if nothing is."""
+    if array.shape != shape:
+        return f"has shape {list(array.shape)}, must be {list(shape)}"
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return f"has dtype {array.dtype}, must be floating point"
     with np.errstate(over="ignore"):
         finite = bool(np.isfinite(array.astype(np.float32)).all())
-    return "" if finite else f"{name} holds values that are no finite float32"
+    return "" if finite else "holds values that are no finite float32"
