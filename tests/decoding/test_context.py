@@ -151,7 +151,7 @@ def traffic(length: int, *names: str) -> dict[str, tuple[Collective, ...]]:
     """The collectives of functions of the decoder on eight devices, with a history of `length` tokens."""
     config = dataclasses.replace(ODD, history_window=32, generation_window=16, hidden_depth=1)
     decoder = make_decoder(config, 8)
-    cache = decoder.init_cache(1, length + 17, length + 17)
+    cache = decoder.init_cache(1, length + 17)
     assert cache.capacity >= length
     number = jax.ShapeDtypeStruct((), jnp.int32)
     prompt = jax.ShapeDtypeStruct(cache.tokens.shape[1:], jnp.int32)

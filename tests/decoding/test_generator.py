@@ -87,7 +87,7 @@ def test_unequal_prompts_continue_as_the_reference_says(architecture):
         assert (generation.hits, generation.misses) == (NEW - 1, 1 + slides * config.windowed)
 
 
-@pytest.mark.parametrize(("architecture", "lengths"), [("tlinformer", (6, 17)), ("transformer", (6, 14))])
+@pytest.mark.parametrize(("architecture", "lengths"), [("tlinformer", (6, 16)), ("transformer", (6, 14))])
 def test_batches_keep_their_history_when_the_cache_grows(architecture, lengths, monkeypatch):
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
     config = of(architecture)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.decoding.cache import Cache, WindowedCache
+from tlinformer_jax.decoding.cache import Cache, WindowedCache, stored_rows
 from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
 from tlinformer_jax.decoding.memory import CacheBytes, cache_bytes
 from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, seen_tokens, sequence_keys
@@ -178,8 +178,7 @@ class Stream(Iterator[Piece]):
     def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Prefills the prompts and draws each sequence's first token; returns the same as `_advance`."""
         decoder, prompts = self._decoder, self._prompts
-        longest, cache_dtype = max(map(len, prompts)), self._config.cache_dtype
-        cache, logits = decoder.init_cache(len(prompts), longest, self._final, cache_dtype), []
+        cache, logits = decoder.init_cache(len(prompts), self._room(), self._config.cache_dtype), []
         for row, prompt in enumerate(prompts):
             cache, of_row = decoder.prefill(cache, row, prompt)
             logits.append(of_row)
@@ -213,22 +212,23 @@ class Stream(Iterator[Piece]):
             generation.hits += count
         return drawn, None if logprobs is None else np.asarray(logprobs)[:steps]
 
+    def _room(self) -> int:
+        """Returns how many tokens a cache gets room for: some more than there are, so that it seldom grows."""
+        longest = max(self._lengths)
+        return min(longest + longest // 5 + 1, self._final)
+
     def _make_room(self, cache: Cache) -> tuple[Cache, int]:
         """Slides full windows and grows the cache; returns the cache and how many tokens can be fed next."""
-        decoder, config, everyone = self._decoder, self._decoder.config, self._lengths
+        config, everyone = self._decoder.config, self._lengths
         lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
         size, longest = config.generation_window, max(lengths.values())
-        if not config.grows:
-            return cache, MAX_STEPS
-        if not config.windowed:
-            cache = decoder.grow(cache, longest + 1, self._final)
-            return cache, cache.capacity - longest
+        if config.grows and stored_rows(config, longest + 1) > cache.capacity:
+            cache = self._decoder.grow(cache, self._room())
+        if not isinstance(cache, WindowedCache):
+            return cache, cache.capacity - longest if config.grows else MAX_STEPS
         for row, length in lengths.items():
             if length % size == 0:
-                # Grow directly before the slide, which rebuilds the rows that `grow` drops.
-                grown = decoder.grow(cache, length + 1, self._final)
-                assert isinstance(grown, WindowedCache)
-                cache = decoder.slide(grown, row, length)
+                cache = self._decoder.slide(cache, row, length)
                 self.generations[row].misses += 1
         return cache, min(size - length % size for length in lengths.values())
 
