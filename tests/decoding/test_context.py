@@ -76,7 +76,7 @@ def test_growing_caches_keep_every_row_in_its_place(context, rows_per_token, len
 
 @pytest.mark.slow
 def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_traces):
-    """Greedy, by the device loop, across slides and growing caches; prompts of unequal lengths."""
+    """Greedy, by the device loop, across slides; prompts of unequal lengths."""
     small_caches(monkeypatch)
     model = build_model(ODD)
     variables = params_from_reference(golden.random_weights(ODD), ODD)
