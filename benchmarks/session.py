@@ -36,7 +36,7 @@ class Session:
         self.decoder, self.batch, self.length, self.cache_dtype = decoder, batch, length, cache_dtype
         self.config = decoder.config
         self.history = self.window = 0
-        self.cache: Cache = decoder.init_cache(batch, length + room, length + room, cache_dtype)
+        self.cache: Cache = decoder.init_cache(batch, length + room, cache_dtype)
         # -1 is no token. An empty array would crash XLA's shardy-xla pass of JAX 0.11.2 on several devices.
         self._stop = jnp.full((1,), -1, jnp.int32)
         self._random = np.random.default_rng(seed)

@@ -65,8 +65,7 @@ def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str,
         return decoder_params(typed, config)
 
     shapes = jax.tree.map(lambda leaf: whole(leaf.shape, leaf.dtype), jax.eval_shape(params))
-    final = length + config.generation_window
-    capacity = capacity_for(config, length, final, len(devices))
+    capacity = capacity_for(config, length + config.generation_window, len(devices))
     cache = jax.eval_shape(functools.partial(init_cache, config, 1, capacity, split_of(mesh, config)))
     cache = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),

@@ -76,7 +76,7 @@ def test_growing_caches_keep_every_row_in_its_place(context, rows_per_token, len
 
 @pytest.mark.slow
 def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_traces):
-    """Greedy, by the device loop, across slides and growing caches; prompts of unequal lengths."""
+    """Greedy, by the device loop, across slides; prompts of unequal lengths."""
     small_caches(monkeypatch)
     model = build_model(ODD)
     variables = params_from_reference(golden.random_weights(ODD), ODD)
@@ -151,7 +151,7 @@ def traffic(length: int, *names: str) -> dict[str, tuple[Collective, ...]]:
     """The collectives of functions of the decoder on eight devices, with a history of `length` tokens."""
     config = dataclasses.replace(ODD, history_window=32, generation_window=16, hidden_depth=1)
     decoder = make_decoder(config, 8)
-    cache = decoder.init_cache(1, length + 17, length + 17)
+    cache = decoder.init_cache(1, length + 17)
     assert cache.capacity >= length
     number = jax.ShapeDtypeStruct((), jnp.int32)
     prompt = jax.ShapeDtypeStruct(cache.tokens.shape[1:], jnp.int32)

@@ -20,7 +20,8 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import RunConfig, TrainConfig, load_config, save_config
 from tlinformer_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from tlinformer_jax.decoding import Generator, stream
-from tlinformer_jax.decoding.stream import Call, Stream, TextStream
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.stream import Call, TextStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.parallel.mesh import MeshConfig
@@ -195,15 +196,15 @@ def test_ctrl_c_prints_what_there_is_and_the_figures(workdir):
 
 
 def test_interrupted_text_is_shown_to_its_end(workdir, expected, monkeypatch, capsys):
-    calls, advance = [], Stream._advance
+    calls, run_steps = [], Decoder.run_steps
 
-    def interrupted(self, cache):
-        calls.append(cache)
+    def interrupted(self, cache, *arguments):
+        calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return advance(self, cache)
+        return run_steps(self, cache, *arguments)
 
-    monkeypatch.setattr(Stream, "_advance", interrupted)
+    monkeypatch.setattr(Decoder, "run_steps", interrupted)
     # Drawn by then: the first token, 9 to the end of the window that the prompt's 7 bytes began, a window of 16.
     texts = TextStream(ByteTokenizer(), [])
     begun = texts.push(expected[0].tokens[:26])[0] + texts.finish()
@@ -251,7 +252,7 @@ MISTAKES = {
     "penalty": (["--prompt=a", "--repetition_penalty=0"], "--repetition_penalty=0.0: must be 1 (no penalty)"),
     "seed": (["--prompt=a", "--seed=-1"], "--seed=-1: must be an integer from 0"),
     "no samples": (["--prompt=a", "--num_samples=0"], "--num_samples=0: must be an integer >= 1"),
-    "empty stop": (["--prompt=a", "--stop="], "--stop=: must be a text of at least one character"),
+    "empty stop": (["--prompt=a", "--stop="], "--stop=['']: must be a list of texts, none of them empty"),
     "no workdir": (["--prompt=a", "--workdir="], "--workdir: must name the directory of a run"),
     "nothing there": (["--prompt=a", "--workdir=/none/there"], "workdir /none/there: no readable config.json"),
 }

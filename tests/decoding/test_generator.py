@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import warnings
 
 import jax
 import numpy as np
@@ -13,11 +12,10 @@ from tests.support import golden, models, reference
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT
 from tlinformer_jax.data.tokenizers import ByteTokenizer
-from tlinformer_jax.decoding import CacheWarning, Generation, Generator, cache_bytes, decoder, windowed
+from tlinformer_jax.decoding import Generation, Generator, cache_bytes, decoder, windowed
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.sampling import GenerationConfig, sample, seen_tokens, sequence_keys
-from tlinformer_jax.decoding.stream import Stream
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.interop import params_from_reference
 
@@ -87,7 +85,7 @@ def test_unequal_prompts_continue_as_the_reference_says(architecture):
         assert (generation.hits, generation.misses) == (NEW - 1, 1 + slides * config.windowed)
 
 
-@pytest.mark.parametrize(("architecture", "lengths"), [("tlinformer", (6, 17)), ("transformer", (6, 14))])
+@pytest.mark.parametrize(("architecture", "lengths"), [("tlinformer", (6, 16)), ("transformer", (6, 14))])
 def test_batches_keep_their_history_when_the_cache_grows(architecture, lengths, monkeypatch):
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
     config = of(architecture)
@@ -240,16 +238,16 @@ def test_ctrl_c_keeps_what_there_is(monkeypatch):
     model, texts = generator(TEXT), ["begin", "other"]
     options = {"max_new_tokens": 30, "temperature": 1.0, "chunk": 2}
     full, _ = model.run(texts, **options)
-    calls, advance = [], Stream._advance
+    calls, run_steps = [], decoder.Decoder.run_steps
 
-    def interrupted(self, cache):
-        calls.append(cache)
+    def interrupted(self, cache, *arguments):
+        calls.append(arguments)
         if len(calls) % 4 == 0:
             raise KeyboardInterrupt
-        return advance(self, cache)
+        return run_steps(self, cache, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Stream, "_advance", interrupted)
+        patched.setattr(decoder.Decoder, "run_steps", interrupted)
         part, other = model.run(texts, **options)
         with pytest.raises(KeyboardInterrupt):
             model.generate(texts, **options)
@@ -304,20 +302,6 @@ def test_cache_bytes_are_those_of_its_arrays(architecture):
     assert sizes.parts["history"].used * 24 == sizes.paper * 16
 
 
-def test_continuing_by_a_new_prompt_is_warned_of():
-    config = of("tlinformer")
-    model, prompts = generator(config), prompts_of(config)
-    options = {"max_new_tokens": 2, "logprobs": True}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.generate_tokens(prompts, **options)
-        longer = [prompt + new for prompt, new in zip(prompts, model.generate_tokens(prompts, **options))]
-        model.generate_tokens([tokens + [1] * 4 for tokens in longer], **options)  # a whole window is new
-        model.generate_tokens(prompts, **options)
-    with pytest.warns(CacheWarning, match="prompt 0 misses .* the 5 tokens .* adds 1, .* more tokens in one call"):
-        model.generate_tokens([[*tokens, 1] for tokens in longer], **options)
-
-
 def test_nothing_asked_for_nothing_done():
     model = generator(of("tlinformer"))
     assert model.generate_tokens([], max_new_tokens=3) == []
@@ -328,13 +312,17 @@ def test_nothing_asked_for_nothing_done():
 
 
 MISTAKES = {
-    "empty prompt": ([[1], []], {}, "prompt 1: must hold at least one token; it is empty"),
-    "id too large": ([[1], [2, 37]], {}, "prompt 1: token 37 is not one of the vocabulary's 0 .. 36"),
-    "negative id": ([[-1]], {}, "prompt 0: token -1 is not one"),
-    "no ids": ([[1.5]], {}, "prompt 0: must be a text or a list of token ids"),
-    "nested": ([[[1], [2, 3]]], {}, "prompt 0: must be a text or a list of token ids"),
+    "empty prompt": ([[1], []], {}, "prompt 1: must be a list of one or more token ids, 0 .. 36"),
+    "id too large": ([[1], [2, 37]], {}, "prompt 1: must be a list of one or more token ids, 0 .. 36"),
+    "negative id": ([[-1]], {}, "prompt 0: must be a list of one or more token ids"),
+    "no ids": ([[1.5]], {}, "prompt 0: must be a list of one or more token ids"),
+    "nested": ([[[1], [2, 3]]], {}, "prompt 0: must be a list of one or more token ids"),
     "one prompt": ("text", {}, "prompts: must be a list of texts"),
-    "text without tokenizer": (["text"], {}, "prompt 0: must be a list of token ids, because"),
+    "text without tokenizer": (
+        ["text"],
+        {},
+        "prompt 0: must be a list of one or more token ids, 0 .. 36, or with a tokenizer a text",
+    ),
     "negative count": ([[1]], {"max_new_tokens": -1}, "generation.max_new_tokens = -1: must be an integer >= 0"),
     "no count": ([[1]], {"max_new_tokens": 1.0}, "generation.max_new_tokens = 1.0"),
     "temperature": ([[1]], {"temperature": -0.5}, "generation.temperature = -0.5"),
@@ -354,7 +342,7 @@ MISTAKES = {
     ),
     "stop tokens": ([[1]], {"stop_tokens": "a"}, "generation.stop_tokens = 'a': must be a list of token ids"),
     "stop text": ([[1]], {"stop_strings": "a"}, "generation.stop_strings = 'a': must be a list of texts"),
-    "empty stop": ([[1]], {"stop_strings": [""]}, "generation.stop_strings = '': must be a text"),
+    "empty stop": ([[1]], {"stop_strings": [""]}, "generation.stop_strings = ['']: must be a list of texts"),
     "stop without tokenizer": ([[1]], {"stop_strings": ["a"]}, "because the generator has no tokenizer"),
     "logprobs": ([[1]], {"logprobs": 1}, "generation.logprobs = 1: must be True or False"),
 }

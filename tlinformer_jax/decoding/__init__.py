@@ -11,28 +11,13 @@ memory     bytes of a cache
 spread     generation on several devices
 sampling   options, and sampling of the next token
 params     parameters in the form that the decoder reads
-
-The names below are imported on first use, so that importing the package is cheap.
 """
 
-import importlib
-from typing import Any
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.generator import Generator
+from tlinformer_jax.decoding.memory import cache_bytes
+from tlinformer_jax.decoding.sampling import GenerationConfig
+from tlinformer_jax.decoding.spread import context_mesh
+from tlinformer_jax.decoding.stream import Generation, Piece, Stream
 
-_HOMES = {
-    "CacheWarning": "tlinformer_jax.decoding.generator",
-    "Decoder": "tlinformer_jax.decoding.decoder",
-    "Generation": "tlinformer_jax.decoding.stream",
-    "GenerationConfig": "tlinformer_jax.decoding.sampling",
-    "Generator": "tlinformer_jax.decoding.generator",
-    "Piece": "tlinformer_jax.decoding.stream",
-    "Stream": "tlinformer_jax.decoding.stream",
-    "cache_bytes": "tlinformer_jax.decoding.memory",
-    "context_mesh": "tlinformer_jax.decoding.spread",
-}
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'tlinformer_jax.decoding' has no attribute {name!r}")
+__all__ = ["Decoder", "Generation", "GenerationConfig", "Generator", "Piece", "Stream", "cache_bytes", "context_mesh"]

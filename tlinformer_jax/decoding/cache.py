@@ -185,21 +185,20 @@ def length_class(rows: int) -> int:
     return next(steps * scale for steps in CLASS_STEPS if steps * scale >= rows)
 
 
-def capacity_for(config: ModelConfig, tokens: int, final: int | None = None, parts: int = 1) -> int:
+def capacity_for(config: ModelConfig, tokens: int, parts: int = 1) -> int:
     """Returns the rows of a cache, split over `parts` devices, for sequences of up to `tokens` tokens.
 
-    `final` is the number of tokens in the end, if known: a large cache that is at most one length class too small for
-    `final` gets the rows for `final` at once, with little slack.
+    Rows are rounded up so that few lengths need a compilation: to a length class, or by at most an eighth if many.
     """
     if config.architecture == "sliding_window":
         return int(config.history_window) + config.generation_window - 1
     if not config.grows:
         return 1  # no layer has rows
-    rows, last = (-(-stored_rows(config, length) // parts) for length in (tokens, final or tokens))
-    if last * 10 <= rows * 13 and last > CHUNK_ROWS:
-        granule = min(4 * CHUNK_ROWS, 1 << (last.bit_length() - 4))  # at most an eighth of `last`
-        return -(-last // granule) * granule * parts
-    return length_class(rows) * parts
+    rows = -(-stored_rows(config, tokens) // parts)
+    if rows <= CHUNK_ROWS:
+        return length_class(rows) * parts
+    granule = min(4 * CHUNK_ROWS, 1 << (rows.bit_length() - 4))
+    return -(-rows // granule) * granule * parts
 
 
 def stored_rows(config: ModelConfig, tokens: int) -> int:

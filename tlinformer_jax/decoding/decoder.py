@@ -15,15 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding import layered, spread, windowed
-from tlinformer_jax.decoding.cache import (
-    Cache,
-    LayeredCache,
-    WindowedCache,
-    capacity_for,
-    history_of,
-    length_class,
-    stored_rows,
-)
+from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, capacity_for, history_of, length_class
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params, embed, logits_of
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, mark_seen, sample
 from tlinformer_jax.kernels.key_value import KeyValue
@@ -185,12 +177,9 @@ class Decoder:
         sharding = None if mesh is None else NamedSharding(mesh, spread.WHOLE)
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
 
-    def init_cache(self, batch: int, tokens: int, final: int | None = None, cache_dtype: str = "auto") -> Cache:
-        """Returns an empty cache for sequences of up to `tokens` tokens, in the end `final` (None: not known).
-
-        For `cache_dtype` see `sampling.GenerationConfig`.
-        """
-        capacity = capacity_for(self.config, tokens, final, self.devices)
+    def init_cache(self, batch: int, tokens: int, cache_dtype: str = "auto") -> Cache:
+        """Returns an empty cache for sequences of up to `tokens` tokens; for `cache_dtype` see `GenerationConfig`."""
+        capacity = capacity_for(self.config, tokens, self.devices)
         return spread.init_spread_cache(self.config, batch, capacity, self.mesh, cache_dtype)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
@@ -220,16 +209,10 @@ class Decoder:
         observed = np.int32(self.config.observed_rows(history_of(self.config, tokens + 1)))
         return self._call(windowed.slide, cache, np.int32(row), observed)
 
-    def grow(self, cache: Cache, tokens: int, final: int | None = None) -> Cache:
-        """Grows the cache if it has no room for sequences of `tokens` tokens; `final` as in `init_cache`.
-
-        With a single sequence of a windowed architecture, the rows that the next slide rebuilds are dropped: a slide
-        must follow.
-        """
-        config = self.config
-        if not config.grows or stored_rows(config, tokens) <= cache.capacity:
-            return cache
-        return spread.grow(config, cache, capacity_for(config, tokens, final, self.devices))
+    def grow(self, cache: Cache, tokens: int) -> Cache:
+        """Copies a cache to one for sequences of up to `tokens` tokens; returns it unchanged if it has the room."""
+        capacity = capacity_for(self.config, tokens, self.devices)
+        return cache if capacity <= cache.capacity else spread.grow(self.config, cache, capacity)
 
     def _call(self, function: Callable[..., Any], cache: Cache, *rest: Any) -> Any:
         return spread.on_devices(function, self.mesh, self.params, self.config, cache, *rest)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ from jax.sharding import Mesh
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
 from tlinformer_jax.decoding.cache import check_cache_dtype
 from tlinformer_jax.decoding.decoder import Decoder
-from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig
+from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, are_integers
 from tlinformer_jax.decoding.spread import split_of
-from tlinformer_jax.decoding.stream import Generation, Stream, TextStream
+from tlinformer_jax.decoding.stream import Generation, Stream
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.files import local_path
 from tlinformer_jax.models.model import LanguageModel, build_model
@@ -25,10 +24,6 @@ Prompts = Sequence[str] | Sequence[Sequence[int] | np.ndarray]
 
 # Most tokens per device call when streaming.
 STREAM_CHUNK = 16
-
-
-class CacheWarning(UserWarning):
-    """A cache is rebuilt although the previous call's cache could have been continued."""
 
 
 class Generator:
@@ -57,8 +52,6 @@ class Generator:
         host = jax.device_get(dict(variables))
         self.decoder = Decoder(model, jax.tree.map(jnp.asarray, host) if mesh is None else host, mesh)
         self.tokenizer = tokenizer
-        # Prompts and new tokens (which grow while streaming) of the previous call.
-        self._before: list[tuple[np.ndarray, list[int]]] = []
 
     @classmethod
     def from_workdir(
@@ -81,8 +74,7 @@ class Generator:
         Raises:
           UserError: if a prompt or option is not allowed, or logits are not finite.
         """
-        stream = self._stream(prompts, options, show_text=False)
-        return [generation.tokens for generation in _completed(stream)]
+        return [generation.tokens for generation in _completed(self._stream(prompts, options))]
 
     def generate(self, texts: Sequence[str], **options: Any) -> list[str]:
         """Returns the continuation of each text, up to the end-of-text token or a stop string."""
@@ -104,14 +96,7 @@ class Generator:
         """Returns an iterator of pieces, which yields each piece as soon as it is drawn."""
         return self._stream(prompts, options, chunk=STREAM_CHUNK)
 
-    def _stream(
-        self,
-        prompts: Prompts,
-        options: Mapping[str, Any],
-        *,
-        chunk: int = MAX_STEPS,
-        show_text: bool = True,
-    ) -> Stream:
+    def _stream(self, prompts: Prompts, options: Mapping[str, Any], chunk: int = MAX_STEPS) -> Stream:
         """Checks prompts and options, then prepares a stream; `chunk` is the default of the option."""
         config = GenerationConfig.of(options)
         check_cache_dtype(self.decoder.config, config.cache_dtype)
@@ -126,64 +111,26 @@ class Generator:
         chunk = config.chunk or (STREAM_CHUNK if config.stop_strings else chunk)
         config = dataclasses.replace(config, stop_tokens=ends, chunk=chunk)
         size = self.decoder.config.vocab_size
-        if any(token >= size for token in ends):
+        if not are_integers(ends, size):
             allowed = f"must be ids of the vocabulary, 0 .. {size - 1}"
             raise ConfigError("generation.stop_tokens", list(ends), allowed)
         if config.stop_strings and self.tokenizer is None:
             allowed = "must be empty, because the generator has no tokenizer"
             raise ConfigError("generation.stop_strings", list(config.stop_strings), allowed)
-        tokenizer = self.tokenizer if show_text or config.stop_strings else None
-        texts = [TextStream(tokenizer, prompt.tolist(), config.stop_strings) for prompt in tokens]
-        stream = Stream(self.decoder, tokens, config, texts)
-        self._warn_of_continuation(tokens)
-        self._before = [(prompt, new.tokens) for prompt, new in zip(tokens, stream.generations)]
-        return stream
+        return Stream(self.decoder, tokens, config, self.tokenizer)
 
     def _tokens_of(self, number: int, prompt: Any) -> np.ndarray:
         """Checks a prompt and returns its ids, int32 [length >= 1]."""
-        where = f"prompt {number}"
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                allowed = "must be a list of token ids, because the generator has no tokenizer"
-                raise UserError(f"{where}: {allowed}")
+        size = self.decoder.config.vocab_size
+        if isinstance(prompt, str) and self.tokenizer is not None:
             try:
                 prompt = self.tokenizer.encode(prompt)
             except UnicodeEncodeError:
-                allowed = "must be text; it holds parts of characters (surrogates)"
-                raise UserError(f"{where}: {allowed}") from None
-        try:
-            tokens = np.asarray(prompt)
-        except ValueError:  # lists of unequal lengths
-            tokens = np.zeros((1, 1))
-        if tokens.size == 0:
-            raise UserError(f"{where}: must hold at least one token; it is empty")
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise UserError(f"{where}: must be a text or a list of token ids")
-        size = self.decoder.config.vocab_size
-        outside = tokens[(tokens < 0) | (tokens >= size)]
-        if outside.size:
-            raise UserError(f"{where}: token {outside[0]} is not one of the vocabulary's 0 .. {size - 1}")
-        return tokens.astype(np.int32)
-
-    def _warn_of_continuation(self, prompts: Sequence[np.ndarray]) -> None:
-        """Warns if a prompt repeats all tokens of the previous call and adds fewer tokens than a window has."""
-        size, windowed = self.decoder.config.generation_window, self.decoder.config.windowed
-        for row, prompt in enumerate(prompts if windowed else ()):
-            for old, new in self._before:
-                length = len(old) + len(new)
-                added = len(prompt) - length
-                if not 0 <= added < size:
-                    continue
-                if np.array_equal(prompt[:length], np.concatenate([old, np.array(new, int)])):
-                    warnings.warn(
-                        f"prompt {row} misses its cache more often than once in model.generation_window = {size} "
-                        f"tokens: it repeats the {length} tokens that the call before ended with and adds {added}, and "
-                        "its cache is rebuilt from nothing; ask for more tokens in one call and take them as they "
-                        "come, by stream()",
-                        CacheWarning,
-                        stacklevel=4,
-                    )
-                    return
+                raise UserError(f"prompt {number}: must be text; it holds parts of characters (surrogates)") from None
+        if not are_integers(prompt, size) or not len(prompt):
+            allowed = f"must be a list of one or more token ids, 0 .. {size - 1}, or with a tokenizer a text"
+            raise UserError(f"prompt {number}: {allowed}")
+        return np.asarray(prompt, np.int32)
 
 
 def _completed(stream: Stream) -> list[Generation]:

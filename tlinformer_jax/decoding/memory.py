@@ -63,36 +63,31 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
 
     Assumes that a full window has not slid yet.
     """
-    tokens, batch = sum(lengths), len(lengths)
-    cache_dtype = cache.cache_dtype
+    tokens, devices, cache_dtype = sum(lengths), 1, cache.cache_dtype
     row, kept_row = row_bytes(config), row_bytes(config, cache_dtype)
-    layers = config.num_layers if config.windowed else config.attention_layers
-    paper, devices = tokens * layers * paper_row_bytes(config, cache_dtype), 1
     if isinstance(cache, LayeredCache):
         held = sum(min(length, cache.capacity) for length in lengths)
-        sizes: dict[str, tuple[Any, int]] = {"layers": (cache.layers, held * config.attention_layers * kept_row)}
-        sizes["lengths"] = (cache.length, 4 * batch)
-        if cache.state is not None:
-            sizes["state"] = (cache.state, tree_bytes(cache.state))
-        if cache.last is not None:
-            sizes["last"] = (cache.last, 4 * batch)
+        used = {"layers": held * config.attention_layers * kept_row}
+        arrays: dict[str, Any] = {"layers": cache.layers, "lengths": cache.length}
+        arrays |= {"state": cache.state, "last": cache.last}
     else:
         devices = 1 if cache.split is None else cache.split.parts
         histories = [history_of(config, length) for length in lengths]
         kept = sum(-(-history // devices) for history in histories) * len(cache.history)
         observed = sum(config.observed_rows(history) for history in histories)
-        layers = config.num_blocks * (config.hidden_depth + 1)
-        numbers = (cache.history_length, cache.observed_length, cache.window_length)
-        sizes = {
-            "history": (cache.history, kept * kept_row),
-            "context": (cache.context, observed * layers * row),
-            "window": (cache.window, (tokens - sum(histories)) * config.num_layers * row),
-            "tokens": (cache.tokens, 4 * tokens),
-            "lengths": (numbers, 4 * batch * len(numbers)),
+        used = {
+            "history": kept * kept_row,
+            "context": observed * config.num_blocks * (config.hidden_depth + 1) * row,
+            "window": (tokens - sum(histories)) * config.num_layers * row,
+            "tokens": 4 * tokens,
         }
-        paper //= config.layers_per_block
-    parts = {name: PartBytes(tree_bytes(arrays), used) for name, (arrays, used) in sizes.items()}
-    return CacheBytes(parts, paper if has_growing_rows(config) else None, devices, cache_dtype)
+        lengths_of = (cache.history_length, cache.observed_length, cache.window_length)
+        arrays = {name: getattr(cache, name) for name in used} | {"lengths": lengths_of}
+    sizes = {name: tree_bytes(part) for name, part in arrays.items() if part is not None}
+    parts = {name: PartBytes(size, used.get(name, size)) for name, size in sizes.items()}
+    layers = config.num_blocks if config.windowed else config.attention_layers
+    paper = tokens * layers * paper_row_bytes(config, cache_dtype) if has_growing_rows(config) else None
+    return CacheBytes(parts, paper, devices, cache_dtype)
 
 
 def row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:

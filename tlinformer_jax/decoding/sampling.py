@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, Rule, check_fields, integer, number, one_of
 
 # Bounds of factors: neither these numbers nor their reciprocals overflow or flush to zero.
 _LEAST, _MOST = 1e-30, 1e30
@@ -54,6 +54,50 @@ class Sampler:
     repetition_penalty: Float[Array, ""] | None = None
     top_k: int | None = flax.struct.field(pytree_node=False, default=None)
     logprobs: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def _or_none(rule: Rule) -> Rule:
+    return Rule(rule.allowed, lambda value: value is None or rule.holds(value))
+
+
+def are_integers(values: Any, end: int) -> bool:
+    """Returns whether `values` is a list of integers from 0 to end - 1."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of unequal lengths
+        return False
+    valid = array.dtype.kind in "iu" and bool(((array >= 0) & (array < end)).all())
+    return array.ndim == 1 and (valid or not array.size)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(text, str) and text for text in values)
+
+
+_BOUNDS = f"from {_LEAST} to {_MOST}"
+RULES = {
+    "temperature": number(
+        f"must be 0 (greedy) or a number {_BOUNDS}", lambda value: value == 0 or _LEAST <= value <= _MOST
+    ),
+    "top_k": _or_none(integer(1, also="; left out, all tokens stay")),
+    "top_p": _or_none(number("must be a number in (0, 1]; left out, all tokens stay", lambda value: 0 < value <= 1)),
+    "min_p": _or_none(
+        number("must be a number in [0, 1]; left out, there is no minimum", lambda value: 0 <= value <= 1)
+    ),
+    "repetition_penalty": number(
+        f"must be 1 (no penalty) or another number > 0, {_BOUNDS}", lambda value: _LEAST <= value <= _MOST
+    ),
+    "seed": Rule(
+        f"must be an integer from 0 to {_SEEDS - 1}, or one for each sequence",
+        lambda value: are_integers(value if np.iterable(value) else [value], _SEEDS),
+    ),
+    "max_new_tokens": integer(0),
+    "stop_tokens": _or_none(Rule("must be a list of token ids", lambda value: are_integers(value, _SEEDS))),
+    "stop_strings": Rule("must be a list of texts, none of them empty", _are_texts),
+    "logprobs": TRUE_OR_FALSE,
+    "chunk": _or_none(integer(1, MAX_STEPS, also=", or None")),
+    "cache_dtype": one_of(*CACHE_DTYPES),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,44 +135,7 @@ class GenerationConfig:
     cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        bounds = f"from {_LEAST} to {_MOST}"
-        if not is_number(self.temperature, 0, _MOST) or 0 < self.temperature < _LEAST:
-            raise self._refusal("temperature", f"must be 0 (greedy) or a number {bounds}")
-        if self.top_k is not None and not is_integer(self.top_k, 1):
-            raise self._refusal("top_k", "must be an integer >= 1; left out, all tokens stay")
-        if self.top_p is not None and not (is_number(self.top_p, 0, 1) and self.top_p > 0):
-            raise self._refusal("top_p", "must be a number in (0, 1]; left out, all tokens stay")
-        if self.min_p is not None and not is_number(self.min_p, 0, 1):
-            raise self._refusal("min_p", "must be a number in [0, 1]; left out, there is no minimum")
-        if not is_number(self.repetition_penalty, _LEAST, _MOST):
-            raise self._refusal("repetition_penalty", f"must be 1 (no penalty) or another number > 0, {bounds}")
-        _seeds(self.seed)
-        if not is_integer(self.max_new_tokens, 0):
-            raise self._refusal("max_new_tokens", "must be an integer >= 0")
-        if self.chunk is not None and not is_integer(self.chunk, 1, MAX_STEPS):
-            raise self._refusal("chunk", f"must be an integer from 1 to {MAX_STEPS}, or None")
-        self._make_tuple("stop_tokens", "must be a list of token ids")
-        self._make_tuple("stop_strings", "must be a list of texts, none of them empty")
-        if not all(is_integer(token, 0) for token in self.stop_tokens or ()):
-            raise self._refusal("stop_tokens", "must be a list of token ids")
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
-                raise ConfigError("generation.stop_strings", text, "must be a text of at least one character")
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise self._refusal("cache_dtype", f"must be one of {', '.join(CACHE_DTYPES)}")
-        if not isinstance(self.logprobs, bool | np.bool_):
-            raise self._refusal("logprobs", "must be True or False")
-
-    def _refusal(self, name: str, allowed: str) -> ConfigError:
-        return ConfigError(f"generation.{name}", getattr(self, name), allowed)
-
-    def _make_tuple(self, name: str, allowed: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):  # a text is a list of its characters
-            raise self._refusal(name, allowed)
-        object.__setattr__(self, name, tuple(value))
+        check_fields("generation", self, RULES)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "GenerationConfig":
@@ -246,24 +253,12 @@ def _draw(key: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " 
 
 def sequence_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
     """Returns one key per sequence, from a list of seeds or, for sequence i, from seed + i (modulo 2^32)."""
-    seeds = _seeds(seed)
-    if seeds is None:
-        seeds = [(int(seed) + i) % _SEEDS for i in range(batch)]  # type: ignore[arg-type]
-    if len(seeds) != batch:
-        allowed = f"must be one integer or {batch} of them, one for each sequence"
-        raise ConfigError("generation.seed", seeds, allowed)
+    if not RULES["seed"].holds(seed) or np.shape(seed) not in ((), (batch,)):
+        raise ConfigError("generation.seed", seed, f"must be one integer or {batch} of them, one for each sequence")
     # With JAX's other generators, draws under `vmap` depend on the batch.
     make = functools.partial(jax.random.key, impl="threefry2x32")
-    return jax.vmap(make)(jnp.asarray(np.array(seeds, np.uint32)))
-
-
-def _seeds(seed: int | Sequence[int]) -> list[int] | None:
-    """Checks seeds; returns those of a list, or None for a single number."""
-    seeds = list(seed) if isinstance(seed, list | tuple | np.ndarray) else None
-    for one in [seed] if seeds is None else seeds:
-        if not is_integer(one, 0, _SEEDS - 1):
-            raise ConfigError("generation.seed", one, f"must be an integer from 0 to {_SEEDS - 1}")
-    return seeds
+    seeds = seed if np.ndim(seed) else (np.asarray(seed) + np.arange(batch)) % _SEEDS
+    return jax.vmap(make)(np.asarray(seeds, np.uint32))
 
 
 def seen_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
@@ -279,14 +274,3 @@ def mark_seen(seen: Mask, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -
     # An index past the end is ignored; -1 would count from the end.
     columns = jnp.where(active & (tokens >= 0), tokens, seen.shape[-1])
     return seen.at[jnp.arange(seen.shape[0]), columns].set(True, mode="drop")
-
-
-def is_number(value: Any, least: float, most: float) -> bool:
-    """Returns whether `value` is a number (also of NumPy) from `least` to `most`; bool and NaN are not."""
-    numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return numeric and bool(least <= value <= most)
-
-
-def is_integer(value: Any, least: int, most: float = float("inf")) -> bool:
-    """Returns whether `value` is an integer (also of NumPy) from `least` to `most`; bool is not."""
-    return isinstance(value, int | np.integer) and is_number(value, least, most)

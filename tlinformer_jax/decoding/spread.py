@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, init_cache
+from tlinformer_jax.decoding.cache import Cache, WindowedCache, init_cache
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
@@ -106,44 +106,22 @@ def on_devices(
 def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
     """Copies a cache's contents to a cache of `capacity` rows; `cache` must not be used again.
 
-    Arrays are copied one after another, so that at most one exists twice. With a single sequence only block 0's history
-    is copied, because a slide follows, which rebuilds the history of the other blocks.
+    Arrays are copied one after another, so that at most one exists twice.
     """
     split = cache.split if isinstance(cache, WindowedCache) else None
     batch = cache.position.shape[0]
-    shapes = jax.eval_shape(functools.partial(init_cache, config, batch, capacity, split, cache.cache_dtype))
+    make = functools.partial(init_cache, config, batch, capacity, split, cache.cache_dtype)
+    shapes, structure = jax.tree.flatten(jax.eval_shape(make))
 
-    def copied(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        if array.shape == shape.shape:
+    def grown(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if array.shape == shape:
             return array
-        wide = _widened(array, shape.shape, _mesh_sharding(array))
+        wide = _widened(array, shape, array.sharding if isinstance(array.sharding, NamedSharding) else None)
         array.delete()
         return wide
 
-    def dropped(array: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        sharding = _mesh_sharding(array)
-        zeros = functools.partial(jnp.zeros, shape.shape, shape.dtype)
-        array.delete()
-        return zeros() if sharding is None else jax.jit(zeros, out_shardings=sharding)()
-
-    if isinstance(cache, LayeredCache):
-        layers = jax.tree.map(copied, cache.layers, shapes.layers)
-        return dataclasses.replace(cache, layers=layers, capacity=capacity)
-    history = [
-        jax.tree.map(copied if index == 0 or batch > 1 else dropped, *block)
-        for index, block in enumerate(zip(cache.history, shapes.history))
-    ]
-    return dataclasses.replace(
-        cache,
-        tokens=copied(cache.tokens, shapes.tokens),
-        history=tuple(history),
-        context=jax.tree.map(copied, cache.context, shapes.context),
-        capacity=capacity,
-    )
-
-
-def _mesh_sharding(array: jax.Array) -> NamedSharding | None:
-    return array.sharding if isinstance(array.sharding, NamedSharding) else None
+    arrays = [grown(array, wanted.shape) for array, wanted in zip(jax.tree.leaves(cache), shapes)]
+    return jax.tree.unflatten(structure, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -5,7 +5,6 @@ together until one window is full. The host, which knows all lengths, then slide
 """
 
 import codecs
-import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.decoding.cache import Cache, WindowedCache
+from tlinformer_jax.decoding.cache import Cache, WindowedCache, stored_rows
 from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
 from tlinformer_jax.decoding.memory import CacheBytes, cache_bytes
 from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, seen_tokens, sequence_keys
@@ -92,18 +91,14 @@ class Stream(Iterator[Piece]):
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[np.ndarray],
-        config: GenerationConfig,
-        texts: Sequence["TextStream"],
+        self, decoder: Decoder, prompts: Sequence[np.ndarray], config: GenerationConfig, tokenizer: Tokenizer | None
     ) -> None:
         """Prepares a generation, which the first `next` starts; config.stop_tokens and config.chunk must be set."""
         assert config.stop_tokens is not None
         assert config.chunk is not None
-        self._decoder, self._config, self._prompts, self._texts = decoder, config, prompts, texts
-        self._keys = sequence_keys(config.seed, len(prompts))
-        self._sampler, self._chunk = config.sampler(), config.chunk
+        self._decoder, self._prompts, self._config, self._chunk = decoder, prompts, config, config.chunk
+        self._texts = [TextStream(tokenizer, prompt.tolist(), config.stop_strings) for prompt in prompts]
+        self._keys, self._sampler = sequence_keys(config.seed, len(prompts)), config.sampler()
         self._stops = sorted(set(config.stop_tokens))
         # Pad to a power of two, so that few lengths need a compilation.
         padding = (1 << max(len(self._stops) - 1, 0).bit_length()) - len(self._stops)
@@ -112,37 +107,25 @@ class Stream(Iterator[Piece]):
         self.generations = [Generation([], [] if config.logprobs else None, done) for _ in prompts]
         self.calls: list[Call] = []
         self._final = max(map(len, prompts), default=0) + config.max_new_tokens
-        self._drawn = 0  # tokens of every sequence that continues
-        self._pieces: collections.deque[Piece] = collections.deque()
-        self._cache: Cache | None = None
-        self._state: Sequences | None = None
-        self._bytes = CacheBytes({}, None)
+        self._donated: Cache | None = None  # has the current cache's shapes, but no buffers
+        self._pieces = self._run()
 
     def __next__(self) -> Piece:
-        while not self._pieces:
-            if not self._active.any():
-                raise StopIteration
-            self._call()
-            if not self._active.any():
-                self._release()
-        return self._pieces.popleft()
+        return next(self._pieces)
 
     def stop(self) -> list[Piece]:
         """Ends all sequences; returns the pieces that were not yielded yet and the text that was held back."""
-        pieces = list(self._pieces)
-        self._pieces.clear()
-        for row in np.flatnonzero(self._active).tolist():
-            rest = self._finish(row, INTERRUPTED)
-            pieces.append(Piece(row, [], [] if self._config.logprobs else None, rest, INTERRUPTED))
-        self._release()
-        return pieces
+        held = {row: self._finish(row, INTERRUPTED) for row in self._active}
+        left = list(self._pieces)  # of the last device call; no other is made, because no sequence continues
+        scores = self._config.logprobs
+        return left + [Piece(row, [], [] if scores else None, text, INTERRUPTED) for row, text in held.items()]
 
     @property
     def cache_bytes(self) -> CacheBytes:
         """Bytes of the cache now, or before it was freed; no parts if nothing was generated."""
-        if self._cache is not None:
-            self._bytes = cache_bytes(self._decoder.config, self._cache, self._lengths)
-        return self._bytes
+        if self._donated is None:
+            return CacheBytes({}, None)
+        return cache_bytes(self._decoder.config, self._donated, self._lengths)
 
     @property
     def _lengths(self) -> list[int]:
@@ -150,35 +133,30 @@ class Stream(Iterator[Piece]):
         return [len(prompt) + generation.hits for prompt, generation in zip(self._prompts, self.generations)]
 
     @property
-    def _active(self) -> np.ndarray:
-        """Which sequences continue, bool [batch]."""
-        return np.array([generation.finish_reason is None for generation in self.generations], bool)
+    def _active(self) -> list[int]:
+        """The sequences that continue."""
+        return [row for row, generation in enumerate(self.generations) if generation.finish_reason is None]
 
-    def _release(self) -> None:
-        """Frees the cache."""
-        self._bytes = self.cache_bytes
-        self._cache = self._state = None
-
-    def _call(self) -> None:
-        """Makes one device call and appends its pieces to the queue."""
+    def _run(self) -> Iterator[Piece]:
+        """Yields the pieces of each device call, until no sequence continues; frees the cache at the end."""
+        if not self._active:
+            return
         start = time.perf_counter()
-        tokens, logprobs = self._start() if self._cache is None else self._advance(self._cache)
-        drawn = (tokens >= 0).sum(0)
-        self.calls.append(Call(time.perf_counter() - start, int(drawn.sum())))
-        self._drawn += int(drawn.max())
-        rows = np.flatnonzero(self._active).tolist()
-        new = {row: tokens[: drawn[row], row].tolist() for row in rows}
-        for row in rows:
-            self._check_finite(row, new[row], len(tokens))
-        for row in rows:
-            scores = None if logprobs is None else logprobs[: drawn[row], row].tolist()
-            self._pieces.append(self._take(row, new[row], scores))
+        cache, state, tokens, logprobs = self._prefill()
+        yield from self._take_all(start, tokens, logprobs)
+        while self._active:
+            start = time.perf_counter()
+            cache, state, tokens, logprobs = self._advance(cache, state)
+            yield from self._take_all(start, tokens, logprobs)
 
-    def _start(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Prefills the prompts and draws each sequence's first token; returns the same as `_advance`."""
+    def _prefill(self) -> tuple[Cache, Sequences, np.ndarray, np.ndarray | None]:
+        """Prefills the prompts and draws each sequence's first token.
+
+        Returns the cache; the sequences; and tokens, int [steps, batch], -1 if none was drawn, with log-probabilities.
+        """
         decoder, prompts = self._decoder, self._prompts
-        longest, cache_dtype = max(map(len, prompts)), self._config.cache_dtype
-        cache, logits = decoder.init_cache(len(prompts), longest, self._final, cache_dtype), []
+        cache, logits = decoder.init_cache(len(prompts), self._room(), self._config.cache_dtype), []
+        self._donated = cache
         for row, prompt in enumerate(prompts):
             cache, of_row = decoder.prefill(cache, row, prompt)
             logits.append(of_row)
@@ -188,48 +166,56 @@ class Stream(Iterator[Piece]):
             seen = jnp.asarray(seen_tokens(prompts, decoder.config.vocab_size))
         everyone, positions = np.ones(len(prompts), bool), np.array(self._lengths, np.int32)
         state = Sequences(jnp.zeros(len(prompts), jnp.int32), self._keys, jnp.asarray(everyone), seen)
-        self._state, tokens, logprobs = jit_sample_next(
+        state, tokens, logprobs = jit_sample_next(
             self._sampler, self._stop_array, state, everyone, positions, jnp.stack(logits)
         )
-        self._cache = cache
-        return np.asarray(tokens)[None], None if logprobs is None else np.asarray(logprobs)[None]
+        return cache, state, np.asarray(tokens)[None], None if logprobs is None else np.asarray(logprobs)[None]
 
-    def _advance(self, cache: Cache) -> tuple[np.ndarray, np.ndarray | None]:
-        """Feeds the last tokens and draws more, until a window is full or the chunk is done.
-
-        Returns tokens, int [steps, batch], -1 if none was drawn, and log-probabilities or None.
-        """
-        assert self._state is not None
+    def _advance(self, cache: Cache, state: Sequences) -> tuple[Cache, Sequences, np.ndarray, np.ndarray | None]:
+        """Feeds the last tokens and draws more, until a window is full or the chunk is done; returns the same."""
         cache, room = self._make_room(cache)
-        steps = min(self._chunk, self._config.max_new_tokens - self._drawn, room)
+        drawn = len(self.generations[self._active[0]].tokens)
+        steps = min(self._chunk, self._config.max_new_tokens - drawn, room)
         # Only the host knows which sequences a stop string has ended.
-        state = dataclasses.replace(self._state, active=jnp.asarray(self._active))
-        self._cache, self._state, tokens, logprobs = self._decoder.run_steps(
+        active = np.isin(np.arange(len(self._prompts)), self._active)
+        state, self._donated = dataclasses.replace(state, active=jnp.asarray(active)), cache
+        cache, state, tokens, logprobs = self._decoder.run_steps(
             cache, state, self._sampler, self._stop_array, np.int32(steps)
         )
-        drawn = np.asarray(tokens)[:steps]
-        for generation, count in zip(self.generations, (drawn >= 0).sum(0).tolist()):
+        new = np.asarray(tokens)[:steps]
+        for generation, count in zip(self.generations, (new >= 0).sum(0).tolist()):
             generation.hits += count
-        return drawn, None if logprobs is None else np.asarray(logprobs)[:steps]
+        return cache, state, new, None if logprobs is None else np.asarray(logprobs)[:steps]
+
+    def _room(self) -> int:
+        """Returns how many tokens a cache gets room for: some more than there are, so that it seldom grows."""
+        longest = max(self._lengths)
+        return min(longest + longest // 5 + 1, self._final)
 
     def _make_room(self, cache: Cache) -> tuple[Cache, int]:
         """Slides full windows and grows the cache; returns the cache and how many tokens can be fed next."""
-        decoder, config, everyone = self._decoder, self._decoder.config, self._lengths
-        lengths = {row: everyone[row] for row in np.flatnonzero(self._active).tolist()}
+        config, everyone = self._decoder.config, self._lengths
+        lengths = {row: everyone[row] for row in self._active}
         size, longest = config.generation_window, max(lengths.values())
-        if not config.grows:
-            return cache, MAX_STEPS
-        if not config.windowed:
-            cache = decoder.grow(cache, longest + 1, self._final)
-            return cache, cache.capacity - longest
+        if config.grows and stored_rows(config, longest + 1) > cache.capacity:
+            cache = self._decoder.grow(cache, self._room())
+        if not isinstance(cache, WindowedCache):
+            return cache, cache.capacity - longest if config.grows else MAX_STEPS
         for row, length in lengths.items():
             if length % size == 0:
-                # Grow directly before the slide, which rebuilds the rows that `grow` drops.
-                grown = decoder.grow(cache, length + 1, self._final)
-                assert isinstance(grown, WindowedCache)
-                cache = decoder.slide(grown, row, length)
+                cache = self._decoder.slide(cache, row, length)
                 self.generations[row].misses += 1
         return cache, min(size - length % size for length in lengths.values())
+
+    def _take_all(self, start: float, tokens: np.ndarray, logprobs: np.ndarray | None) -> list[Piece]:
+        """Adds the tokens of a device call to the sequences; returns the pieces."""
+        counts = (tokens >= 0).sum(0).tolist()
+        self.calls.append(Call(time.perf_counter() - start, sum(counts)))
+        new = {row: tokens[: counts[row], row].tolist() for row in self._active}
+        for row, of_row in new.items():
+            self._check_finite(row, of_row, len(tokens))
+        scores = {row: None if logprobs is None else logprobs[: counts[row], row].tolist() for row in new}
+        return [self._take(row, of_row, scores[row]) for row, of_row in new.items()]
 
     def _check_finite(self, row: int, tokens: list[int], steps: int) -> None:
         """Raises a UserError if a sequence drew fewer tokens than `steps` without a stop token."""
@@ -250,7 +236,7 @@ class Stream(Iterator[Piece]):
             reason, tokens = STOP_STRING, tokens[:count]
         elif at_stop_token:
             reason = STOP_TOKEN
-        elif self._drawn >= self._config.max_new_tokens:
+        elif len(generation.tokens) + len(tokens) == self._config.max_new_tokens:
             reason = LENGTH
         generation.tokens += tokens
         if logprobs is not None and generation.logprobs is not None:

@@ -150,24 +150,22 @@ def _window_states(
     x = rows_of(embedded, begin, size)
     if cut == 0:
         return _first_states(blocks, config, x)[:, overlap:], {}
-    start = jnp.int32(0) if cut is None else jnp.maximum(begin - cut, 0)
     padded = embedded.rows.shape[1]
-    rows = padded if cut is None else cut + width
+    reach = padded if cut is None else cut
+    start, rows = jnp.maximum(begin - reach, 0), min(reach + width, padded)
     # Rows and rotations are counted from the first row that is not cut, whose position is `start`.
     history = rows_of(embedded, start, rows)
     rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim, config.longest_wavelength)
-    lengths = np.arange(padded + 1)
-    observed = jnp.asarray([config.observed_rows(int(n)) for n in lengths], jnp.int32)[begin - start]
+    observed = jnp.asarray([config.observed_rows(n) for n in range(reach + 1)], jnp.int32)[begin - start]
     layer = blocks[0].compress
     C = History.whole(layer, history.rows, rope, begin - start, history.key_rows)
     own = Stream.of(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
     frame = WindowFrame(begin - start, begin - start - observed, observed, width)
-    if cut is not None:
-        return window_states(blocks, config, C, own, frame)[:, overlap:], {}
     real = (jnp.arange(size) >= overlap) & (begin + jnp.arange(size) < length)
     placed, probed = place_window(frame, rope, size), Sums()
     for index, block in enumerate(blocks):
-        probed |= _probe(config, block.compress, index, C, own, placed, real)
+        if cut is None:
+            probed |= _probe(config, block.compress, index, C, own, placed, real)
         later = blocks[index + 1 :]
         restored, states = dual_window_block(block, config, C, own, placed, later)
         if restored is not None:
