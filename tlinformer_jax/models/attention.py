@@ -16,7 +16,7 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models.layers import Dropout
-from tlinformer_jax.models.recompute import map_rows
+from tlinformer_jax.models.recompute import in_chunks, joined, map_steps
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Keys per part when attention to many keys is split; a power of two.
@@ -283,8 +283,8 @@ def _attend_in_chunks(
     if documents is not None:
         documents = jnp.pad(documents[0], ((0, 0), (0, -queries % chunk))), documents[1]
     fixed = key_length, dropout, documents
-    found = map_rows(some, chunk, (key, value), padded, fixed, padded.shape[1] // chunk)
-    output, lse = (array[:, :queries] for array in found)
+    found = map_steps(some, (key, value), in_chunks(padded, chunk), fixed, padded.shape[1] // chunk)
+    output, lse = (joined(array)[:, :queries] for array in found)
     return output, lse
 
 

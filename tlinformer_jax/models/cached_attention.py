@@ -203,8 +203,8 @@ def write_rows(
         return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
     if tokens is not None:
         products = jnp.take(products, tokens, axis=0, mode="clip")
-    key, value = jnp.moveaxis(add_bias(products, bias)[None], 2, 0)
-    return write_plainly(cache, (rotate(key, rope), value), (row,), start)
+    both = add_bias(products, bias)[None]
+    return write_plainly(cache, (rotate(both[:, :, 0], rope), both[:, :, 1]), (row,), start)
 
 
 def write_plainly(
