@@ -9,7 +9,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +33,8 @@ from tlinformer_jax.models.windows import (
 )
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
-# A sequence's rotations of positions 0, 1, ..., its dropout, and the documents of all its rows.
+# A sequence's rotations of positions 0, 1, ...; its dropout, None outside training; and the documents of all its rows,
+# the same on every device, None if it is a single document.
 Constants = tuple[Rope, Dropout | None, Array | None]
 
 
@@ -65,30 +65,21 @@ def window_states(
     return rows
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class PreparedSequence:
     """Values that are computed once for all windows of a sequence.
 
     Attributes:
       history: the padded embeddings, projected by block 0's `compress` layer.
-      rope: rotations of positions 0, 1, ...
-      dropout: None outside training.
-      documents: documents of all rows, the same on every device; None if the sample is a single document.
+      fixed: values that windows read and that get no gradient.
       count: number of windows; the last may reach past the sequence's end.
       segments: the windows to compute, in loops of equal shapes.
     """
 
     history: History
-    rope: Rope
-    dropout: Dropout | None
-    documents: Array | None
-    count: int = flax.struct.field(pytree_node=False)
-    segments: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
-
-    @property
-    def fixed(self) -> Constants:
-        """Values that windows read and that get no gradient."""
-        return self.rope, self.dropout, self.documents
+    fixed: Constants
+    count: int
+    segments: tuple[Segment, ...]
 
     @property
     def own(self) -> Stream:
@@ -136,7 +127,8 @@ def prepare_sequence(
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
     history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
     history = dataclasses.replace(history, split=rows)
-    return PreparedSequence(history, rope, dropout, documents, count, segments if first else (FIRST_WINDOW, *segments))
+    segments = segments if first else (FIRST_WINDOW, *segments)
+    return PreparedSequence(history, (rope, dropout, documents), count, segments)
 
 
 def place_in_segment(
